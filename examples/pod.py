@@ -41,7 +41,7 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from models import gpt, llama
 from models.parts import RULES, SEQUENCE_RULES, shardings
-from tqdm import tqdm
+from progress import progress
 
 import jlora
 from jlora import checkpoint, sharding
@@ -125,7 +125,7 @@ def connect(args: argparse.Namespace) -> None:
 def say(text: str) -> None:
     """Prints a line, above the progress bar, on one process."""
     if jax.process_index() == 0:
-        tqdm.write(text)
+        progress.write(text)
 
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -353,8 +353,7 @@ def loop(args: argparse.Namespace, job: Job, base: Any, state: State) -> tuple[i
     start, state = restore(manager, state, base, run)
     say(f"from step {start} of {args.steps}")
     done, steps = start, range(start, args.steps)
-    quiet = None if jax.process_index() == 0 else True  # None: where there is no terminal
-    for step in tqdm(steps, initial=start, total=args.steps, disable=quiet):
+    for step in progress(steps, initial=start, total=args.steps, disable=jax.process_index() > 0):
         state, loss = job.step(state, base, make_batch(data, step, job.ids))
         done = step + 1
         if done % args.log_every == 0:

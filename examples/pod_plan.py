@@ -26,7 +26,7 @@ import tables
 from collectives import collectives, summary
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
-from tqdm import tqdm
+from progress import progress
 
 import jlora
 
@@ -50,8 +50,10 @@ COMPILERS = {
     "cuda": ("jax_cuda12_plugin", "--no-deps jax-cuda12-plugin jax-cuda12-pjrt, of JAX's version"),
 }
 H100 = pathlib.Path(__file__).with_name("h100.txtpb")
-# So that libtpu neither asks a metadata server nor writes logs nor claims the host's TPUs.
+# So that libtpu neither asks a metadata server nor writes logs nor claims the host's TPUs, and the
+# compiler for GPUs looks for no libraries that only their programs need.
 QUIET = {
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -166,7 +168,7 @@ def run(args: argparse.Namespace, job: Job, names: Any) -> None:
     if args.smallest:
         rows = smallest(args.smallest, methods, job, names)
     else:
-        bar = tqdm(methods, disable=None)
+        bar = progress(methods)
         rows = [measure(method, args.topology, args.mesh, job, names) for method in bar]
     print(table(rows))
     folder = pathlib.Path(args.out) / "plan"
@@ -178,7 +180,7 @@ def run(args: argparse.Namespace, job: Job, names: Any) -> None:
 def smallest(chip: str, methods: Sequence[str], job: Job, names: Any) -> list[Row]:
     """For each method the steps on slices of a chip from small to large, to the first that fits."""
     rows = []
-    for method in tqdm(methods, disable=None):
+    for method in progress(methods):
         for shape in SLICES[chip]:
             devices = math.prod(map(int, shape.split("x")))
             tensor = min(8, devices)

@@ -31,9 +31,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from models import bert
+from progress import progress
 from quickstart import Batch, encode, take
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 import jlora
 from jlora import checkpoint
@@ -250,10 +250,10 @@ def train(args: argparse.Namespace) -> int:
         start, state = checkpoints.restore(first, reader)
         step = start
         rewind(log, start)
-        tqdm.write(f"from step {start} of {args.steps}")
+        progress.write(f"from step {start} of {args.steps}")
         steps = range(start + 1, args.steps + 1)
         with log.open("a", buffering=1) as losses:  # a line reaches the system at once
-            for step in tqdm(steps, initial=start, total=args.steps, disable=None):
+            for step in progress(steps, initial=start, total=args.steps):
                 state, loss = step_fn(state, base, reader.next())
                 losses.write(f"{step} {float(loss).hex()}\n")  # every bit
                 stop = manager.reached_preemption(step)
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             step = train(args)
     except OSError as e:
         raise SystemExit(f"stopped: {e}") from e
-    tqdm.write(f"at step {step} of {args.steps}: {args.out / CHECKPOINTS / str(step)}")
+    progress.write(f"at step {step} of {args.steps}: {args.out / CHECKPOINTS / str(step)}")
 
 
 def coordinate() -> None:

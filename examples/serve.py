@@ -11,7 +11,7 @@ adapter, for newspaper editorials, is put into the table; nothing is compiled fo
 writes the answers to OUT/answers.jsonl and prints how many tokens a second it reaches: beside one
 adapter for all rows, and beside a merged model for each adapter.
 
-This loop shows what `jlora.many` does. For a server use an engine, as the guide "Serve it" says.
+This loop shows what `jlora.many` does. For a server use an engine, as the guide "Serve an adapter" says.
 """
 
 import argparse
@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import quickstart
+from progress import progress
 from quickstart import LENGTH, MARGIN
-from tqdm import tqdm
 
 import jlora
 from jlora import checkpoint, many
@@ -125,7 +125,7 @@ def serve(
     table = many.stack([adapters[name] for name in AT_FIRST], size=SLOTS, base=base)
     slots = {name: slot for slot, name in enumerate(AT_FIRST)}
     queue, answers = collections.deque(requests), []
-    with tqdm(total=len(requests), unit=" requests", disable=None) as bar:
+    with progress(total=len(requests), unit=" requests") as bar:
         for rows in batches(queue, batch):
             if LATER not in slots and len(answers) >= len(requests) / 2:
                 slots[LATER] = len(slots)
@@ -192,7 +192,7 @@ def speeds(
         ],
     }
     seconds = collections.defaultdict(list)
-    for _ in tqdm(range(8), desc="timing", disable=None):
+    for _ in progress(range(8), desc="timing"):
         for name, run in ways.items():
             start = time.perf_counter()
             jax.block_until_ready(run())

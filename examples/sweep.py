@@ -28,8 +28,8 @@ import numpy as np
 import optax
 import tables
 import trials
+from progress import progress
 from quickstart import draw, take
-from tqdm import tqdm
 from trials import Task
 
 import jlora
@@ -164,7 +164,7 @@ def sweep(grid: Grid, task: Task, runs: Sequence[Run], together: int = TOGETHER)
     kept = np.arange(len(runs))  # the runs that are in the table
     curves = np.full((task.steps, len(runs)), np.nan)
     scores, stopped = np.full(len(runs), np.inf), np.full(len(runs), task.steps)
-    with tqdm(plan, disable=None) as bar:  # None: no bar where nobody looks
+    with progress(plan) as bar:
         for i, rows in enumerate(bar, 1):
             table, state, losses = step(table, state, base, take(task.train, rows))
             curves[i - 1, kept] = losses

@@ -23,8 +23,8 @@ import optax
 import quickstart
 import tables
 from models import llama, smollm2
+from progress import progress
 from quickstart import WARMUP, Batch, take
-from tqdm import tqdm
 
 import jlora
 
@@ -243,7 +243,7 @@ class Runner:
         schedule = optax.warmup_cosine_decay_schedule(0, rate, int(WARMUP * task.steps), task.steps)
         rates = np.asarray(jax.jit(schedule)(np.arange(task.steps)))
         batches = draw_batches(task, task.steps, seed)
-        for i, rows in enumerate(tqdm(batches, leave=False, disable=None)):
+        for i, rows in enumerate(progress(batches, leave=False)):
             trained, state, loss = self.step(trained, state, base, rows, rates[i])
             losses.append(loss)
         found["loss"] = float(np.mean(losses[-20:]))
@@ -292,7 +292,7 @@ def run_once(
             return row["validation"]
     row = key | train(key["rate"], seed)
     tables.append(path, row)
-    tqdm.write(", ".join(f"{k} {v}" for k, v in row.items()))
+    progress.write(", ".join(f"{k} {v}" for k, v in row.items()))
     return row["validation"]
 
 

@@ -5,7 +5,7 @@ base, adapter = lora.init(key, variables, tokens)
 logits = lora.apply(base, adapter, tokens)
 params = jlora.merge(base, adapter)
 
-`jlora.analysis`, `checkpoint`, `keras`, `nnx` and `peft` are loaded when they are first used.
+`jlora.analysis`, `checkpoint`, `keras`, `many`, `nnx` and `peft` are loaded at their first use.
 """
 
 import typing as _typing
@@ -13,7 +13,6 @@ import typing as _typing
 from . import arithmetic as arithmetic
 from . import extend as extend
 from . import initializers as initializers
-from . import many as many
 from . import sharding as sharding
 from . import types as types
 from ._adapters import DoRA as DoRA
@@ -53,12 +52,13 @@ if _typing.TYPE_CHECKING:
     from . import analysis as analysis
     from . import checkpoint as checkpoint
     from . import keras as keras
+    from . import many as many
     from . import nnx as nnx
     from . import peft as peft
 
     __version__: str
 
-_LATER = ("analysis", "checkpoint", "keras", "nnx", "peft")
+_LATER = ("analysis", "checkpoint", "keras", "many", "nnx", "peft")
 
 
 def __getattr__(name: str) -> _typing.Any:

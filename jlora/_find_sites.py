@@ -151,6 +151,9 @@ def _site(path: Path, leaf: Any, x: jax.ShapeDtypeStruct, uses: Uses, used: bool
     if first and not layout:
         lost = "a product that leaves it no inputs or no outputs"
         unsupported = [*unsupported, Unsupported(lost, ())]
+    stack = layout.stack if first and layout else ()
+    experts = [d for d in stack if first and d in first.batch] or stack
+    expert = experts[0] if len(experts) == 1 else None
     formed = None
     if unsupported:
         *rest, last = range(x.ndim)
@@ -158,7 +161,8 @@ def _site(path: Path, leaf: Any, x: jax.ShapeDtypeStruct, uses: Uses, used: bool
         each = (_layout(frozenset().union(*axes[:-1]), axes[-1], x.shape) for axes in found)
         formed = next(filter(None, each), Layout((), tuple(rest), (last,)))
     kind = kind if layout else None
-    return Site(path, x.shape, x.dtype, kind, layout, tuple(unsupported), formed, used, scheme)
+    found = (tuple(unsupported), formed, used, scheme)
+    return Site(path, x.shape, x.dtype, kind, layout, expert, *found)
 
 
 def _layout(

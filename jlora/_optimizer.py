@@ -2,16 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.tree_util import DictKey, GetAttrKey
 
 from ._adapters import arrays, is_node
 from ._tree import leaves_by_path, name_of
 from ._types import Adapted, Params, PyTree
+
+if TYPE_CHECKING:
+    import optax  # functions import it where they run: it takes as long as all of jlora
 
 
 def labels(tree: PyTree) -> PyTree:
@@ -75,6 +77,8 @@ def _labeled_by_path(tree: PyTree) -> dict[str, bool]:
 
 def is_masked(x: Any) -> bool:
     """Whether `x` stands in for a leaf that a mask hides."""
+    import optax
+
     return isinstance(x, optax.MaskedNode)
 
 
@@ -147,7 +151,7 @@ def mask(tree: PyTree) -> PyTree:
 # ------------------------------------------------------------------------------------ the optimizer
 
 
-def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def optimizer(tx: "optax.GradientTransformation") -> "optax.GradientTransformationExtraArgs":
     r"""Lets `tx` train the adapter and nothing else.
 
     For a tree of the adapter alone it is `tx`. Give one of `Full` leaves alone, which looks like
@@ -187,6 +191,8 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
         >>> bool((optax.apply_updates(params, updates).base["w"] == 1).all())
         True
     """
+    import optax
+
     check_transformation(tx)
 
     def group(tree: PyTree) -> PyTree:
@@ -236,7 +242,9 @@ def _check_no_keys(params: PyTree) -> None:
         )
 
 
-def _set_to_zero() -> optax.GradientTransformation:
+def _set_to_zero() -> "optax.GradientTransformation":
+    import optax
+
     def zero(update: jax.Array, param: jax.Array) -> jax.Array:
         # -0.0 is the zero that leaves every float as it was: -0.0 + 0.0 would be 0.0. An integer
         # leaf has a gradient of no dtype to speak of, so the leaf's own counts.

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from tqdm import tqdm
 
 from . import sharding
 from ._compat import evaluate_now, is_concrete, place_of
@@ -64,6 +63,8 @@ def quantize(
         >>> float(lora.apply(base, adapter, x)[0, 0]), base["up"].nbytes
         (8192.0, 4232)
     """
+    from ._progress import progress  # not at the import of jlora
+
     for scheme in schemes:
         if not isinstance(scheme, Scheme):
             raise TypeError(
@@ -74,8 +75,7 @@ def quantize(
     paths = [path for path, _ in leaves_by_path(params)]
     taken = _find_forms(dict(zip(paths, leaves, strict=True)), schemes, sites)
     is_traced = not all(map(is_concrete, jax.tree.leaves(leaves)))
-    shown = tqdm(paths, "quantize", unit="leaf", disable=is_traced or None)
-    for i, path in enumerate(shown):
+    for i, path in enumerate(progress(paths, "quantize", unit="leaf", disable=is_traced)):
         if path in taken:
             old, leaves[i] = leaves[i], _quantize_leaf(leaves[i], path, *taken[path])
             gone = isinstance(old, jax.Array) and is_concrete(leaves[i].data)

@@ -1,11 +1,10 @@
 """Transformations to chain with an optimizer: LoRA+ and Riemannian preconditioning."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from ._adapters import is_node
 from ._compat import is_concrete
@@ -15,10 +14,13 @@ from ._optimizer import is_masked
 from ._rules import is_finite
 from ._types import Params, PyTree
 
+if TYPE_CHECKING:
+    import optax
+
 RANK, OTHER = "rank", "other rank"  # its two axes in an r × r matrix
 
 
-def lora_plus(ratio: float | jax.Array) -> optax.GradientTransformationExtraArgs:
+def lora_plus(ratio: float | jax.Array) -> "optax.GradientTransformationExtraArgs":
     r"""Multiplies the updates of B by λ, so that B learns λ times as fast as A.
 
     Chain it after the optimizer, `optax.chain(optax.adamw(2e-4), jlora.lora_plus(16))`. Before Adam
@@ -60,7 +62,7 @@ def lora_plus(ratio: float | jax.Array) -> optax.GradientTransformationExtraArgs
     return _stateless("lora_plus", update)
 
 
-def precondition(damping: float | jax.Array) -> optax.GradientTransformationExtraArgs:
+def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExtraArgs":
     r"""Multiplies the gradients of A and of B by the inverse r × r matrix of the other factor.
 
     $$\bar A \leftarrow \bar A\,(B B^\top + \delta I)^{-1},\qquad
@@ -153,8 +155,9 @@ def _precondition(damping: Any, update: Any, param: Any) -> Any:
 # ---------------------------------------------------------------------------------- what they share
 
 
-def _stateless(name: str, f: Any) -> optax.GradientTransformationExtraArgs:
+def _stateless(name: str, f: Any) -> "optax.GradientTransformationExtraArgs":
     """Makes a transformation of `f`, a function of updates, parameters and extra arguments."""
+    import optax
 
     def check(tree: PyTree) -> None:
         leaves = jax.tree.leaves(tree, is_leaf=is_node)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ._core import REPEATED
 from ._quantized import Scheme, spell
-from ._report import align_columns
+from ._report import align_columns, fold_numbers
 from ._rules import Full, Rule, near_misses, rule_name
 from ._tree import name_of
 from ._types import Layout, Path
@@ -24,11 +24,13 @@ class ProductUse(NamedTuple):
         kind: `"dense"`, `"conv"` or `"embed"`.
         inputs: the axes that are contracted, or looked up.
         outputs: the axes that are kept; none where the leaf was cut down to a vector.
+        batch: the axes that are batched with the activation.
     """
 
     kind: str
     inputs: frozenset[int]
     outputs: frozenset[int]
+    batch: frozenset[int] = frozenset()
 
 
 class Unsupported(NamedTuple):
@@ -65,11 +67,11 @@ class Uses:
             self.no_product(w, "a product that is no matrix product")
             return
         for path in w.origin.paths:
-            inputs, outputs = (_of(path, axes) for axes in (roles.inputs, roles.outputs))
+            batch, inputs, outputs = (_of(path, axes) for axes in roles)
             picked = frozenset(d for p, d in w.picked if p == path)
             if inputs - picked and (vector or outputs - picked):  # one of a stack was looked up
                 inputs, outputs = inputs - picked, outputs - picked
-            self.products[path].append(ProductUse(kind, inputs, outputs))
+            self.products[path].append(ProductUse(kind, inputs, outputs, batch))
 
     def no_product(self, w: Any, reason: str, added: bool = False) -> None:
         """Records a use of the weight `w` that is no product; a row that was looked up is one."""
@@ -103,6 +105,8 @@ class Site:
             it, or `"materialized"` if a rule then lets W + ΔW be formed.
         layout: which of its axes are stacked, contracted and produced; None without a kind. The
             last axis of a materialized site counts as produced.
+        experts: the stacked axis of its experts, or of its layers if it has no other; None without
+            one or with several.
         unsupported: its uses that have no factored form.
         materialized: the layout that it would have as a materialized site.
         used: whether the traced call depends on it; None if it was not traced.
@@ -116,6 +120,7 @@ class Site:
     dtype: Any
     kind: str | None
     layout: Layout | None
+    experts: int | None = None
     unsupported: tuple[Unsupported, ...] = ()
     materialized: Layout | None = None
     used: bool | None = None
@@ -179,7 +184,10 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Sites:
-    """The sites of a model; `str()` is a table, and iteration gives each `Site`.
+    """The sites of a model; iteration gives each `Site`.
+
+    `str()` is a table in which three or more equal layers are one row, such as
+    `layer_0…11/query/kernel` with the shape `12 × 768×768` and the parameters of all twelve.
 
     Attributes:
         leaves: every parameter leaf in tree order, including those that are no sites.
@@ -214,15 +222,28 @@ class Sites:
         """Matrices without a rule that the model uses only in ways without a factored form."""
         return [s for s in self.leaves if s.is_missed]
 
+    def table(self) -> str:
+        """Returns the table with a row for each leaf."""
+        return self._table(fold=False)
+
     def __str__(self) -> str:
+        return self._table(fold=True)
+
+    def _table(self, fold: bool) -> str:
         shown = [s for s in self.leaves if s.is_listed or s.rule is not None]
         columns = dict(_COLUMNS)
         if all(s.scheme is None for s in shown):
             del columns["scheme"]
         if all(s.kind is not None or s.rule is not None for s in shown):
             del columns["reason"]
-        rows = [tuple(cell(s) for cell in columns.values()) for s in shown]
-        lines = align_columns(tuple(columns), rows, {"parameters", "rank", "trainable"})
+        paths = [s.path or "(root)" for s in shown]
+        cells = [tuple(cell(s, 1) for cell in columns.values()) for s in shown]
+        folded = fold_numbers(paths, cells) if fold else [(p, [n]) for n, p in enumerate(paths)]
+        rows = [
+            (path, *(cell(shown[ns[0]], len(ns)) for cell in columns.values()))
+            for path, ns in folded
+        ]
+        lines = align_columns(("path", *columns), rows, {"parameters", "rank", "trainable"})
         rule = "─" * max(map(len, lines))
         share = 100 * self.trainable / max(self.total, 1)
         adapted = sum(s.is_adapted for s in self.leaves)
@@ -241,6 +262,11 @@ def _reason(site: Site) -> str:
     return f"used in {site.unsupported_uses[0]}" if no_site else "-"
 
 
+def _shape(site: Site, n: int) -> str:
+    shape = "×".join(map(str, site.shape)) or "scalar"
+    return f"{n} × {shape}" if n > 1 else shape
+
+
 def _rank(site: Site) -> str:
     rank = "-" if site.rule is None else site.rule.sizes(site.layout).get("rank", "-")
     return f"{rank} (of {site.asked_rank})" if site.asked_rank else str(rank)
@@ -255,15 +281,14 @@ def _axes(site: Site) -> str:
     return (f"{lengths[0]} | " if stack else "") + f"{lengths[1]} → {lengths[2]}"
 
 
-_COLUMNS = {  # of the table, and what each has for a site
-    "path": lambda s: s.path or "(root)",
-    "shape": lambda s: "×".join(map(str, s.shape)) or "scalar",
-    "kind": lambda s: s.kind or "-",
-    "axes": _axes,
-    "parameters": lambda s: f"{s.size:,}",
-    "rule": lambda s: "-" if s.rule is None else rule_name(s.rule),
-    "rank": _rank,
-    "trainable": lambda s: "-" if s.rule is None else f"{s.trainable:,}",
-    "scheme": lambda s: "-" if s.scheme is None else spell(s.scheme),
-    "reason": _reason,
+_COLUMNS = {  # of the table, and what each has for n equal sites
+    "shape": _shape,
+    "kind": lambda s, n: s.kind or "-",
+    "axes": lambda s, n: _axes(s),
+    "parameters": lambda s, n: f"{n * s.size:,}",
+    "rule": lambda s, n: "-" if s.rule is None else rule_name(s.rule),
+    "rank": lambda s, n: _rank(s),
+    "trainable": lambda s, n: "-" if s.rule is None else f"{n * s.trainable:,}",
+    "scheme": lambda s, n: "-" if s.scheme is None else spell(s.scheme),
+    "reason": lambda s, n: _reason(s),
 }

@@ -123,6 +123,17 @@ def experts() -> Model:
     )
 
 
+def experts_that_share() -> Model:
+    """One A for the experts of `up`, one B for those of `down`."""
+    return experts()._replace(
+        rules=(LoRA("up", rank=2, share="inputs"), LoRA("down", rank=2, share="outputs")),
+        expected={
+            "up": (P(None, None), P(None, "fsdp", "tensor")),
+            "down": (P("fsdp", "tensor", None), P(None, None)),
+        },
+    )
+
+
 # ----------------------------------------------------------------------------------------- Flax
 
 
@@ -254,6 +265,7 @@ MODELS = {
     "lists": lists,
     "scanned": scanned,
     "experts": experts,
+    "experts that share": experts_that_share,
     "linen": linen,
     "nnx": nnx_model,
     "fused": fused,

@@ -17,6 +17,11 @@ from jlora import Full, LoRA
 KEY = jax.random.key(0)
 
 
+def without_progress(stderr: str) -> str:
+    """Drops the lines that a command writes every ten seconds, here where the machine is slow."""
+    return re.sub(r"^\w+: +\d+% .*\[\d\d:.*\]\n", "", stderr, flags=re.M)
+
+
 def array(*shape: int) -> jax.Array:
     """Normal values, the same for the same shape."""
     draw = np.random.default_rng(shape).standard_normal(shape)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from small import some, some_rows
 
 import jlora
+from jlora._compat import HURRIED
 
 pytest.importorskip("libtpu")
 
@@ -25,6 +26,31 @@ LIMITS = [
     (GROUPED._replace(experts=4, hidden=1408), 1.24),
 ]
 step = functools.cache(tpu.step)
+CHOICES = {"q, v": r"[qv]", "all-linear": r"w/(?!norm).*"}
+HURRIED_LIMITS = [  # over the floor's bytes, without and with the compiler option
+    *((chip, "q, v", 1.09, 1.06) for chip in ("v5e", "v6e", "v5p")),
+    *(("v5e", "all-linear", 1.54, 1.34), ("v6e", "all-linear", 1.46, 1.21)),
+    ("v5p", "all-linear", 1.45, 1.23),
+]
+
+
+@functools.cache
+def hurried(chip, *form, fused=False):
+    """A small layer as it is compiled in seconds: fused as always, with all in main memory."""
+    return tpu.step(tpu.SMALL, chip, *form, options=HURRIED | (tpu.FUSED if fused else {}))
+
+
+@pytest.mark.parametrize(
+    ("chip", "trained", "alone", "fused"),
+    some_rows(HURRIED_LIMITS, HURRIED_LIMITS[1], HURRIED_LIMITS[3]),
+)
+def test_bytes_over_the_floor(chip, trained, alone, fused):
+    """The option fuses sums with h·B into the products with W, at no operation more."""
+    floor, form = hurried(chip, "floor"), ("jlora", 8, CHOICES[trained])
+    ours, with_option = hurried(chip, *form), hurried(chip, *form, fused=True)
+    assert ours.size <= alone * floor.size
+    assert with_option.size <= fused * floor.size
+    assert with_option.flops <= ours.flops
 
 
 @pytest.mark.parametrize(("layer", "limit"), some_rows(LIMITS, *LIMITS[1:3]))

@@ -121,7 +121,7 @@ def test_files_are_those_of_the_library(shards: int, tmp_path: Folder) -> None:
 @pytest.mark.parametrize("sides", [(5, 8), (65, 67), (300, 501)])
 def test_products_are_fused_multiply_adds(sides: tuple[int, int], rank: int) -> None:
     """In the order of the rank, whatever the shape: so does PyTorch for layers of real size."""
-    from jlora.peft.merge._blocks import _product
+    from jlora.peft.merge._blocks import _adder
 
     draw = np.random.default_rng(rank)
     a = draw.standard_normal((rank, sides[1]), np.float32)
@@ -129,8 +129,29 @@ def test_products_are_fused_multiply_adds(sides: tuple[int, int], rank: int) -> 
     expected = np.zeros(sides, np.float32)
     for k in range(rank):  # a product of two float32 is exact in float64
         expected = (np.float64(b[:, k : k + 1]) * a[k] + expected).astype(np.float32)
-    different = _product(a, sides[0])(b) != expected
+    zeros = np.zeros(sides, np.float32)
+    different = _adder(a, 1, sides[0])(zeros, b, zeros.dtype) != expected
     assert different.mean() < 1e-4  # the sum in float64 above is rounded twice
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_sums_are_rounded_after_products(dtype: Any) -> None:
+    """W + s·B·A as NumPy has it of B·A, to the bit: no multiplication is fused into the addition.
+
+    Subnormal numbers of W, which XLA takes for 0, are kept where ΔW is 0.
+    """
+    from jlora.peft.merge._blocks import _adder
+
+    (a, b), draw, scale = low_rank((70, 90), 3), np.random.default_rng(1), np.float32(1.37)
+    b[7] = 0
+    w, zeros = draw.standard_normal((70, 90)).astype(dtype), np.zeros((70, 90), np.float32)
+    w[7] *= ml_dtypes.finfo(dtype).smallest_normal / 4
+    w[7, 0] = -0.0
+    add = _adder(a, float(scale), 70)
+    change = _adder(a, 1, 70)(zeros, b, zeros.dtype) * scale
+    wide = w.astype(np.promote_types(dtype, np.float32)) + change
+    for to in {np.dtype(dtype), wide.dtype}:
+        assert add(w, b, to).astype(to).tobytes() == wide.astype(to).tobytes()
 
 
 def low_rank(shape: tuple[int, int], rank: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -189,13 +210,26 @@ def test_blocks_change_nothing(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_memory_is_bounded(tmp_path: Folder) -> None:
-    """A weight of 96 MB is merged in less than 80 MB, as blocks are what is held."""
-    shape, low = (4096, 6144), low_rank((4096, 6144), 2)
+@pytest.mark.parametrize("shape", [(4096, 6144), (128_256, 200)])
+def test_memory_is_bounded(shape: tuple[int, int], tmp_path: Folder) -> None:
+    """A weight of 100 MB is merged in less than 80 MB, as blocks are what is held."""
     checkpoint(tmp_path / "base", {"q.weight": ones(*shape)})
-    adapter(tmp_path / "adapter", {"q": low})
+    adapter(tmp_path / "adapter", {"q": low_rank(shape, 2)})
     _, memory = measure(tmp_path)
     assert memory < 80 * 2**20
+
+
+def test_memory_of_quantized_weights(tmp_path: Folder) -> None:
+    """One matrix at a time is dequantized: less than three in float32 are held."""
+    shape, grid, weights = (4096, 8192), (32, 64), dict[str, np.ndarray]()
+    for i in range(3):
+        weights[f"h.{i}.q.weight"] = np.ones(shape, ml_dtypes.float8_e4m3fn)
+        weights[f"h.{i}.q.weight_scale_inv"] = np.ones(grid, np.float32)
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    checkpoint(tmp_path / "base", weights, quantization_config=fp8)
+    adapter(tmp_path / "adapter", {f"h.{i}.q": low_rank(shape, 2) for i in range(3)})
+    _, memory = measure(tmp_path)
+    assert memory < 3 * 4 * shape[0] * shape[1]
 
 
 # ----------------------------------------------------------------------- names and orientation
@@ -657,7 +691,7 @@ def test_nothing_is_left_of_a_failure(
         raise OSError(28, "No space left on device")
 
     base, given = simple(tmp_path)
-    target = {"sync": "jlora._folders._sync", "copy": "jlora.peft.merge._export.encode"}[where]
+    target = {"sync": "jlora._folders._sync", "copy": "jlora.peft._write.encode"}[where]
     monkeypatch.setattr(target, full)
     with pytest.raises(OSError, match="No space left"):
         peft.export_merged(base, given, tmp_path / "out")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from small import without_progress
 
 pytest.importorskip("libtpu")
 
@@ -19,7 +20,8 @@ def run(job, *args, code=0):
     command = [sys.executable, "-m", "jlora", "plan", f"{JOBS}:{job}", *SLICE, *args]
     env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert (done.returncode, done.stderr) == (code, ""), done.stdout + done.stderr
+    stderr = without_progress(done.stderr)
+    assert (done.returncode, stderr) == (code, ""), done.stdout + done.stderr
     return done.stdout
 
 

@@ -454,6 +454,42 @@ def test_the_table_word_for_word() -> None:
         sites["heads"]
 
 
+def stacked(n: int) -> tuple[Any, dict]:
+    """A model of `n` blocks by name, with two experts in each, and its parameters."""
+    block = {"up": jnp.ones((8, 8)), "experts": {"e0": jnp.ones((8, 8)), "e1": jnp.ones((8, 8))}}
+
+    def f(params: dict, x: jax.Array) -> jax.Array:
+        for i in range(n):
+            now = params[f"h_{i}"]
+            x = x @ now["up"] @ now["experts"]["e0"] @ now["experts"]["e1"]
+        return x
+
+    return f, {f"h_{i}": block for i in range(n)}
+
+
+def test_the_printed_table_folds_equal_layers() -> None:
+    """Three or more that follow each other; `table()` has them all, and the sums are the same."""
+    f, params = stacked(12)
+    rules = jlora.LoRA("h_4/up", rank=3), jlora.LoRA(".*/up", rank=2)
+    sites = jlora.transform(f, *rules).sites(params, Struct((2, 8), jnp.float32))
+    rows = [line.split("  ")[0] for line in str(sites).splitlines()[2:-2]]
+    assert rows == [
+        *("h_0…11/experts/e0", "h_0…11/experts/e1"),
+        *("h_0…3/up", "h_4/up", "h_5…11/up"),
+    ]
+    assert "h_5…11/up          7 × 8×8   dense  8 → 8         448  " in str(sites)
+    assert [r.split()[0] for r in sites.table().splitlines()[2:-2]] == [s.path for s in sites]
+    assert str(sites).splitlines()[-1] == sites.table().splitlines()[-1]
+    kept = [int(r.split("8 → 8")[1].split()[0]) for r in str(sites).splitlines()[2:-2]]
+    assert sum(kept) == sites.total
+
+
+def test_two_equal_layers_are_not_folded() -> None:
+    f, params = stacked(2)
+    sites = jlora.transform(f).sites(params, Struct((2, 8), jnp.float32))
+    assert str(sites) == sites.table()
+
+
 # ------------------------------------------------------------------------ places and processes
 
 
@@ -461,11 +497,12 @@ SUBMODULES = ["analysis", "arithmetic", "checkpoint", "initializers", "many", "p
 
 
 def test_import_is_light() -> None:
-    """`import jlora` loads JAX and optax, and neither Flax nor Orbax nor any file format.
+    """`import jlora` loads JAX alone: no optax, Flax, Orbax, bars or file format.
 
     `jlora.peft` then loads no library of PyTorch, and every submodule is there as an attribute.
     """
-    heavy = ("flax", "orbax", "safetensors", "torch", "transformers", "tensorflow", "tensorstore")
+    heavy = ("absl.flags", "click", "flax", "keras", "optax", "orbax", "pandas", "safetensors")
+    heavy += ("tensorflow", "tensorstore", "torch", "tqdm", "transformers")
     code = (
         "import sys, jlora; dir(jlora), jlora.__version__; "
         f"print([m for m in {(*heavy, 'jlora.peft')!r} if m in sys.modules]); "

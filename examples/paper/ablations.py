@@ -35,8 +35,8 @@ import quickstart
 import tables
 from jax.tree_util import Partial
 from models import bert, llama, smollm2
+from progress import progress
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 import jlora
 from jlora import analysis, checkpoint
@@ -308,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for run in all_runs(args.tasks, args.seeds):
         if run not in read(table):
             row = execute(load(run.task), run, steps[run.task], args.out)
-            tqdm.write(" ".join(str(x) for x in row.values()))
+            progress.write(" ".join(str(x) for x in row.values()))
             tables.append(table, row)
     for task in args.tasks:
         path, shown = args.results / f"{task}.npz", pictured_runs(task)

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tables
+from progress import progress
 from quickstart import LENGTH, Batch
 from safetensors.numpy import save
-from tqdm import tqdm
 
 import jlora
 
@@ -68,7 +68,7 @@ def rounds(calls: Mapping[str, Callable[[], Any]], count: int) -> dict[str, np.n
     seconds = {name: np.zeros(count) for name in names}
     one_core = len(getattr(os, "sched_getaffinity", lambda _: ())(0)) == 1
     clock = time.process_time if one_core else time.perf_counter
-    for i in tqdm(range(count), "rounds", leave=False, disable=None):
+    for i in progress(range(count), "rounds", leave=False):
         for name in rng.permutation(names):
             start = clock()
             jax.block_until_ready(calls[name]())

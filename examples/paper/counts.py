@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from models import bert, deberta, gpt
-from tqdm import tqdm
+from progress import progress
 
 import jlora
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None, table: Sequence[Row] | None = None) 
     del argv  # there are no options
     print("| model | parameters | adapted | trainable | adapter | merged | gradients | Adam |")
     print("|---|---|---|---|---|---|---|---|")
-    for row in tqdm(table or rows(), disable=None):
+    for row in progress(table or rows()):
         full, trained = measure(row.model, row.rules)
         cells = (
             row.name,
@@ -108,4 +108,4 @@ def main(argv: Sequence[str] | None = None, table: Sequence[Row] | None = None) 
             f"{format_count(4 * trained)} of {format_count(4 * full)}",  # in float32
             f"{format_count(8 * trained)} of {format_count(8 * full)}",  # two moments
         )
-        tqdm.write(f"| {' | '.join(cells)} |")
+        progress.write(f"| {' | '.join(cells)} |")

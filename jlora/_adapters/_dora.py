@@ -115,11 +115,12 @@ class DoRA(LoRA):
         dtype: dtype of A and B; by default the weight's own, but at least float32. m is never
             narrower than float32.
         frozen: ().
+        share: `"inputs"` where the experts of a weight share A, or None.
 
     Raises:
         TypeError: if a field is of a wrong type.
         ValueError: if `pattern` is not a regular expression, a number is out of range,
-            `dropout` is not 0, or a factor is frozen, as by `init=miss`.
+            `dropout` is not 0, experts share B, or a factor is frozen, as by `init=miss`.
 
     Source: Liu et al., DoRA, arXiv 2402.09353, equation 5 and section 4.3.
 
@@ -144,6 +145,12 @@ class DoRA(LoRA):
             raise ValueError(
                 f"`frozen` of {rule_name(self)} must be (), as DoRA trains A and B; got "
                 f"{self.all_frozen}, by the rule or by its `init`. Use jlora.LoRA."
+            )
+
+        if self.share == "outputs":
+            raise ValueError(
+                f"`share` of {rule_name(self)} must be None or 'inputs', as each expert has norms "
+                "of its own; got 'outputs'. Use jlora.LoRA."
             )
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:

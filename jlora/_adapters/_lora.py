@@ -28,6 +28,7 @@ from ._node import register
 
 T = TypeVar("T")
 
+SHARED = {"inputs": "outputs", "outputs": "inputs"}  # what experts share, and what they differ in
 KEYWORDS_OF_PEFT = {
     "r": "`rank`",
     "lora_alpha": "`alpha`",
@@ -86,6 +87,9 @@ class LoRA(Rule):
         dtype: dtype of A and B; by default the weight's own, but at least float32.
         frozen: `("a",)` to train B alone, which takes half of the moments (LoRA-FA, arXiv
             2308.03303), or `("b",)`. An initializer may demand it, as `miss` does.
+        share: what the experts of a weight share: `"inputs"` for one A and a B for each expert,
+            `"outputs"` for an A for each expert and one B. None gives each expert an A and a B.
+            Layers of a scan share them where the weight has no experts.
 
     Raises:
         TypeError: if a field is of a wrong type.
@@ -109,6 +113,7 @@ class LoRA(Rule):
     init: Callable[..., Any] | None = None
     dtype: Any = None
     frozen: tuple[str, ...] = ()
+    share: str | None = None
 
     node: ClassVar[Any] = LowRank
 
@@ -133,6 +138,7 @@ class LoRA(Rule):
         also = f" (`init` freezes {demanded})" if demanded else ""
         is_one = self.all_frozen in ((), ("a",), ("b",))
         check("frozen", is_one, f"be (), ('a',) or ('b',){also}")
+        check("share", self.share in (None, *SHARED), "be 'inputs', 'outputs' or None")
         # They are saved and compared: plain numbers, whatever a sweep gave.
         object.__setattr__(self, "rank", int(self.rank))
         object.__setattr__(self, "alpha", float(self.alpha))
@@ -161,6 +167,7 @@ class LoRA(Rule):
     def fit(self, site: Any) -> tuple["LoRA", Layout]:
         """Returns the rule with a rank that the site can have, and the layout with its slots."""
         layout = site.layout if self.slots is None else _add_slots(site, self.slots)
+        layout = layout if self.share is None else self._share(site, layout)
         largest = min(matrix_lengths(layout, site.shape))
         if self.pattern is None:
             return self._clip(site, layout, largest), layout
@@ -171,6 +178,18 @@ class LoRA(Rule):
             f"of {site.name} with shape {site.shape}. Lower the rank, or put a rule of its own "
             f"for this leaf first, such as jlora.Full({re.escape(site.path)!r})."
         )
+
+    def _share(self, site: Any, layout: Layout) -> Layout:
+        """Makes the axis of experts one of the inputs or outputs: the other factor lacks it."""
+        if site.experts is None:
+            raise ValueError(
+                f"`share` of {rule_name(self)} needs a weight with one stacked axis, that of its "
+                f"experts; {site.name} with shape {site.shape} has {len(layout.stack)}. Leave "
+                "`share` out."
+            )
+        moved = SHARED[self.share or ""]
+        stack = tuple(d for d in layout.stack if d != site.experts)
+        return layout._replace(stack=stack, **{moved: (site.experts, *getattr(layout, moved))})
 
     def _clip(self, site: Any, layout: Layout, largest: int) -> "LoRA":
         """Lowers the rank to `largest` and to what trains no more than W has; keeps the scale."""

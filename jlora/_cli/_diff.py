@@ -1,17 +1,16 @@
 """`jlora diff`: where two adapters differ, and by how much."""
 
 import math
-import sys
 from typing import Any
 
 import click
 import jax
 import numpy as np
-from tqdm import tqdm
 
 import jlora
 
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
+from .._progress import progress
 from .._report import align_columns
 from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import NAMES, OpenAdapter, by_name, format_of, open_adapter, table
@@ -36,7 +35,7 @@ def diff(a: Arg, b: Arg, names: str | None, tolerance: float | None) -> Answer:
         raise ValueError(f"--tolerance must be a number of at least 0; got {tolerance}.")
     ours, theirs = _open_alike(a, b, names)
     common = [name for name in ours.leaves if name in theirs.leaves]
-    bar = tqdm(common, "sites", disable=None, leave=False, file=sys.stderr)
+    bar = progress(common, "sites", leave=False)
     compared: list[dict[str, Any]] = [
         {"name": x} | _compare(ours.leaves[x], theirs.leaves[x]) for x in bar
     ]

@@ -1,18 +1,17 @@
 """`jlora inspect`: what an adapter holds and how much it changes."""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 import jax
 import numpy as np
-from tqdm import tqdm
 
 import jlora
 
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
+from .._progress import progress
 from .._report import align_columns, format_bytes
 from .._tree import count, size_in_bytes
 from ._command import FOLDER, Answer, Arg, Command, call
@@ -46,7 +45,7 @@ def inspect(folder: Arg, every: bool) -> Answer:
     rows = {name: x.v for name, x in leaves.items() if isinstance(x, Replaced)}
     full = {name: x for name, x in leaves.items() if not is_node(x)}
     low = [name for name in leaves if name not in rows and name not in full]
-    bar = tqdm(low, "sites", disable=None, leave=False, file=sys.stderr)
+    bar = progress(low, "sites", leave=False)
     fields = {
         "path": str(folder),
         "format": adapter.format,

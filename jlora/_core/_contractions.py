@@ -161,9 +161,11 @@ class _Ragged(Product):
         return self._by_row(gain, axis)
 
     def _dot(self, x: jax.Array, f: Factor, *axes: Axis) -> jax.Array:
-        value = f.expand_to((*self.roles.stack, *axes))
-        value = jnp.broadcast_to(value, (len(self.group_sizes), *value.shape[1:]))
-        how = {name: self.eqn.params[name] for name in ("precision", "group_offset")}
+        precision = self.eqn.params["precision"]
+        if {*f.axes}.isdisjoint(self.roles.stack):  # all groups share it
+            return jnp.matmul(x, f.expand_to(axes), precision=precision)
+        value, offset = f.expand_to((*self.roles.stack, *axes)), self.eqn.params["group_offset"]
+        how = {"precision": precision, "group_offset": offset}
         return lax.ragged_dot(x, value, self.group_sizes, **how)
 
     def _by_row(self, f: Factor, axis: Axis) -> jax.Array:

@@ -90,9 +90,7 @@ class _Lookup(Product):
         if not w.change.deltas:  # a gain is applied to the rows at once
             stays = w.origin.uses is not None or isinstance(w.w, Packed)
             return stays and w.change.gain is None and len(kept) >= 2
-        stack = {axis for axis in self.roles.inputs if w.lengths[axis] > 1}
-        each = [({*d.a.axes}, {*d.b.axes}) for d in w.change.deltas]
-        return all(stack <= a & b and bool(kept & a) and bool(kept & b) for a, b in each)
+        return all(kept & {*d.a.axes} and kept & {*d.b.axes} for d in w.change.deltas)
 
     def weight(self) -> Weight:
         """Looks up rows of W and of its change."""

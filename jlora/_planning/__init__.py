@@ -1,6 +1,6 @@
 """The memory that a training step needs, and a policy that saves some of it.
 
-Imports `sharding`, `_report`, `_tree`, `_types`.
+Imports `sharding`, `_progress`, `_report`, `_tree`, `_types`.
 """
 
 from ._mesh import has_compiler as has_compiler

@@ -3,17 +3,19 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .. import sharding
 from .._report import align_columns, format_bytes
 from .._types import PyTree
 from ._mesh import CHIPS, check_places, is_replicated, mesh_of_leaves
+
+if TYPE_CHECKING:
+    import optax
 
 
 class Plan(NamedTuple):
@@ -99,7 +101,7 @@ def plan(
     base: PyTree,
     adapter: PyTree,
     args: Sequence[Any] = (),
-    tx: optax.GradientTransformation | None = None,
+    tx: "optax.GradientTransformation | None" = None,
     *,
     capacity: int | None = None,
     compile: bool | None = None,
@@ -158,6 +160,8 @@ def plan(
         sum without activations  49.0 KiB  exact
         the capacity of a device is not known
     """
+    import optax
+
     mesh = mesh_of_leaves(base, adapter, args)
     check_places(mesh, base, adapter, args)
     abstract = isinstance(mesh, AbstractMesh)
@@ -211,7 +215,9 @@ def _operands(mesh: Any, base: PyTree, adapter: PyTree, args: Any, tx: Any) -> t
     return adapter, state, base, args
 
 
-def _step(loss: Callable[..., Any], tx: optax.GradientTransformation) -> Callable[..., Any]:
+def _step(loss: Callable[..., Any], tx: "optax.GradientTransformation") -> Callable[..., Any]:
+    import optax
+
     def step(adapter: PyTree, state: PyTree, base: PyTree, args: Any) -> Any:
         value, gradient = jax.value_and_grad(loss)(adapter, base, *args)
         updates, state = tx.update(gradient, state, adapter)
@@ -245,11 +251,14 @@ def _compile(
     step: Any, operands: tuple[Any, ...], options: dict[str, Any] | None, capacity: int | None
 ) -> tuple[int | None, int | None, jax.stages.Compiled | None]:
     """Returns the peak of the compiled step if known, the capacity of a device, and the program."""
+    from .._progress import progress  # not at the import of jlora
+
     adapter, state = (jax.tree.map(lambda x: x.sharding, tree) for tree in operands[:2])
     places = (adapter, state, None)
     program = jax.jit(step, donate_argnums=(0, 1), out_shardings=places, keep_unused=True)
     try:
-        compiled = program.lower(*operands).compile(compiler_options=options)
+        with progress(total=1, desc="compile", leave=False):
+            compiled = program.lower(*operands).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as e:
         found = NEEDED.search(str(e))
         if "RESOURCE_EXHAUSTED" not in str(e) or found is None:

@@ -1,31 +1,35 @@
 """A policy for `jax.checkpoint` that saves only what a training step with frozen weights needs."""
 
+import math
 from typing import Any
 
 # Elementwise operations and moves: XLA fuses them into whatever reads their result. Division and
 # roots are saved, as computing them takes longer than a read.
 _NAMES = """
-    abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy cos eq erf exp exp2
-    expand_dims expm1 floor ge gt integer_pow iota is_finite le log1p logistic lt max min mul ne neg
-    not or reshape round select_n sign sin square squeeze stop_gradient sub tanh transpose xor
+    abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy cos eq erf erfc
+    exp exp2 expand_dims expm1 floor ge gt integer_pow iota is_finite le log1p logistic lt max
+    min mul ne neg not one_minus_square or reshape round select_n sign sin square squeeze
+    stop_gradient sub tanh transpose xor
 """
 CHEAP = frozenset(_NAMES.split())
+THIN = 16  # a product is thin where it adds this many times fewer terms than either side has rows
 
 
-def checkpoint_policy(prim: Any, *_: Any, **params: Any) -> bool:
-    r"""Lets `jax.checkpoint` save everything but the results of elementwise operations.
+def checkpoint_policy(prim: Any, *operands: Any, **params: Any) -> bool:
+    r"""Lets `jax.checkpoint` save all but results of elementwise operations and thin products.
 
     With frozen weights, a step needs the input x of a product $x W$ only for $\bar A = s\, x^T
     \bar h$. Where x is the output of a norm or of an activation function, it costs less to compute
-    it again from what is kept anyway than to keep it. Products, convolutions, reductions, divisions
-    and roots are saved, so that none is computed twice. Give the policy to each layer rather than
+    it again from what is kept anyway than to keep it. So it does for $h B$, which is as large as
+    $x W$ and comes from a small h. Other products, convolutions, reductions, divisions and roots
+    are saved, so that none is computed twice. Give the policy to each layer rather than
     to the whole model: `nn.remat(Block, policy=jlora.checkpoint_policy)`, under `nn.scan` with
     `prevent_cse=False`.
 
     Args:
         prim: a JAX primitive.
-        *_: its operands, which do not matter.
-        **params: its parameters, which do not matter.
+        *operands: its operands, of which the shapes matter.
+        **params: its parameters.
 
     Returns:
         Whether the results of `prim` are saved for the backward pass.
@@ -39,5 +43,13 @@ def checkpoint_policy(prim: Any, *_: Any, **params: Any) -> bool:
         ...                   jax.grad(lambda x: layer(w, x).sum())(x)))
         True
     """
-    del params
+    if prim.name == "dot_general":
+        return not _is_thin(*(x.shape for x in operands), *params["dimension_numbers"])
     return prim.name not in CHEAP
+
+
+def _is_thin(x: Any, y: Any, contracted: Any, batch: Any) -> bool:
+    """Whether a product of matrices adds few terms to each element of a large result."""
+    terms = math.prod(x[d] for d in contracted[0])
+    rows = (math.prod(shape) // max(terms, 1) for shape in (x, y))
+    return not batch[0] and terms * THIN <= min(rows)

@@ -1,7 +1,7 @@
 """Statistics of sites, and ranks by them.
 
-Imports `_keys`, `_linalg`, `_report`, `_rules`, `_sites`, `_transform`, `_tree`, `_types`,
-`_adapters`, `_core`.
+Imports `_keys`, `_linalg`, `_progress`, `_report`, `_rules`, `_sites`, `_transform`, `_tree`,
+`_types`, `_adapters`, `_core`.
 
 In the order in which to read: `_kinds`, `_sketch`, `_allocation`, `_allocate`.
 """

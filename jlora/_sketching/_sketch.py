@@ -102,7 +102,7 @@ def _iterate(
     key: jax.Array,
 ) -> dict[str, Spectrum]:
     """Goes through the batches once for each side; returns the spectrum of each site by path."""
-    from tqdm import tqdm  # not at the import of jlora
+    from .._progress import progress  # not at the import of jlora
 
     @jax.jit
     def gradient(params: PyTree, adapter: PyTree, batch: Any) -> PyTree:
@@ -119,7 +119,7 @@ def _iterate(
     bases: dict[Path, jax.Array] = {}
     images: dict[Path, jax.Array | None] = dict.fromkeys(sites)
     total = len(sides) * len(batches) if isinstance(batches, Sized) else None
-    with tqdm(total=total, desc="sketch", leave=False, disable=None) as bar:
+    with progress(total=total, desc="sketch", leave=False) as bar:
         for turn, side in enumerate(sides):
             is_last = turn == len(sides) - 1
             bases = {p: s.basis(side, is_last, images[p], keys[p]) for p, s in sites.items()}

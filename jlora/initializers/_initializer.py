@@ -1,6 +1,7 @@
 """What initializers share: dtypes and random draws, and classes for options and for sketches."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -24,8 +25,9 @@ def draw(w: Any, site: Any, rule: Any, sample: Callable[..., jax.Array]) -> tupl
 
 
 def fan_in(site: Any) -> int:
-    """Counts the inputs that a product sums: 1 for a lookup."""
-    return 1 if site.kind == "embed" else site.inputs
+    """Counts the inputs that a product sums: 1 for a lookup, and those of one expert."""
+    inputs = (site.shape[d] for d in site.layout.inputs if d != site.experts)
+    return 1 if site.kind == "embed" else math.prod(inputs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ class loftq(Initializer):
     out of what is quantized: if singular values decay it loses less.
 
     Here $s \cdot A B$ is the correction for every scale; in PEFT it is $A B$, right where alpha is
-    the rank. The base differs from `params`: see the guide "Which rule".
+    the rank. The base differs from `params`: see the guide "Choose rules".
 
     Each iteration takes a full SVD of each matrix, one after the other, and gathers what `pissa`
     gathers.

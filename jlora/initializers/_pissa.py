@@ -25,7 +25,7 @@ def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
     `jlora.quantize` of that base is QPiSSA: it loses less than quantizing W. If `init`
     gets a quantized base, the rest is quantized again in the same scheme, and the errors add up.
 
-    The base differs from `params`: see the guide "Which rule" for resuming and for files.
+    The base differs from `params`: see the guide "Choose rules" for resuming and for files.
     Without the adapter, as in `apply(base, {}, ...)`, it is not the model; dropout drops parts of
     W, and weight decay pulls away from W. Tune the learning rate again. In reinforcement learning
     with verifiable rewards PiSSA and MiLoRA were found to collapse (arXiv 2512.23165).

@@ -1,7 +1,7 @@
 """PEFT's files.
 
-Imports `_adapters`, `_folders`, `_quantized`, `_rules`, `_tree`, `_types`, `_untrusted`,
-`sharding`.
+Imports `_adapters`, `_folders`, `_progress`, `_quantized`, `_rules`, `_tree`, `_types`,
+`_untrusted`, `sharding`.
 
 adapter = peft.load("adapter", base, peft.LLAMA)
 peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))

@@ -1,9 +1,10 @@
 """A Hugging Face checkpoint: which file holds which tensor, and what other files there are."""
 
-import collections
 import contextlib
+import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,6 +24,7 @@ from ._file import (
     shorten,
     show,
 )
+from ._vocabulary import find_vocabulary, walk_objects
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,7 +38,6 @@ _WEIGHTS = re.compile(
     r"|tflite|gguf|ggml|mlmodel|mlpackage|pb|nemo|dduf|index\.json|data-\d+-of-\d+)$",
     re.IGNORECASE,
 )
-_HEADS = re.compile(r"LM|ForConditionalGeneration|ForPreTraining")
 
 
 class Checkpoint(NamedTuple):
@@ -76,13 +77,38 @@ class Checkpoint(NamedTuple):
         """Returns the tensor `name`."""
         return self.headers[self.where[name]].entries[name]
 
+    def head(self, file: str) -> bytes:
+        """Returns the first bytes of a safetensors file, up to its tensors."""
+        with open_file(self.source, file) as (data, _), explain_shorter(self.source, file):
+            return read_exactly(data, self.headers[file].data)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        """Yields a file whose next bytes are those of a tensor."""
+        file = self.where[name]
+        with open_file(self.source, file) as (data, _), explain_shorter(self.source, name):
+            data.seek(self.headers[file].data + self.entry(name).start)
+            yield data
+
     def pieces(self, name: str, size: int = PIECE) -> Iterator[bytes]:
         """Reads the bytes of a tensor, in pieces of a size."""
-        file, entry = self.where[name], self.entry(name)
-        with open_file(self.source, file) as (data, _):
-            data.seek(self.headers[file].data + entry.start)
-            with explain_shorter(self.source, name):
-                yield from read_pieces(data, entry.stop - entry.start, size)
+        entry = self.entry(name)
+        with self.open(name) as data:
+            yield from read_pieces(data, entry.stop - entry.start, size)
+
+    @property
+    def config_of_floats(self) -> dict[str, Any]:
+        """A copy of the configuration that says nothing of a quantization."""
+        config = json.loads(json.dumps(self.config))
+        for part in walk_objects(config):
+            part.pop(QUANTIZATION, None)
+        return config
+
+    def copy_others(self, folder: Path) -> None:
+        """Copies the files that are kept beside the weights."""
+        for name in self.kept:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.source.folder / name, folder / name)
 
 
 def open_checkpoint(
@@ -130,9 +156,8 @@ def open_checkpoint(
         check_within(source, source.folder / name)
     if mapped is not None:
         kept.append(INDEX)
-    matrices = (e.shape for h in headers.values() for e in h.entries.values() if len(e.shape) == 2)
     config = read_json(source, "config.json", LIMIT) if "config.json" in kept else {}
-    vocabulary = _find_vocabulary(config, collections.Counter(rows for rows, _ in matrices))
+    vocabulary = find_vocabulary(config, headers)
     return Checkpoint(source, headers, where, kept, left_out, vocabulary, config)
 
 
@@ -161,15 +186,6 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
         "model": "config.json" in names or any(n.endswith(".safetensors") for n in names),
     }
     return {what for what, there in found.items() if there}
-
-
-def walk_objects(config: Mapping[str, Any]) -> Iterator[Any]:
-    """Yields a configuration and all objects within it, as models of models have them."""
-    left: list[Any] = [config]
-    while left:
-        part = left.pop()
-        yield part
-        left += [value for value in part.values() if isinstance(value, dict)]
 
 
 def read_pieces(data: BinaryIO, count: int, size: int = PIECE) -> Iterator[bytes]:
@@ -267,21 +283,3 @@ def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
             yield path
         else:
             yield from _walk(source, path, depth - 1)
-
-
-def _find_vocabulary(config: Mapping[str, Any], rows: Mapping[int, int]) -> frozenset[int]:
-    """Finds the lengths that a shared embedding may have; `rows` counts matrices by their rows."""
-    each = list(walk_objects(config))
-    ties = [part["tie_word_embeddings"] for part in each if "tie_word_embeddings" in part]
-    names = config.get("architectures")
-    names = names if isinstance(names, list) else []
-    # By default `transformers` ties; without a head there is nothing to tie.
-    has_head = any(_HEADS.search(str(name)) for name in names) if names else True in ties
-    is_denied = [x is False for x in ties]
-    if not has_head or not rows or (ties and all(is_denied)):
-        return frozenset()
-    sizes = {n for part in each if isinstance(n := part.get("vocab_size"), int)} & rows.keys()
-    sizes = sizes or {max(rows)}
-    if any(is_denied):  # a model of models, and no file tells which part decides
-        sizes = {size for size in sizes if rows[size] < 2}
-    return frozenset(sizes)

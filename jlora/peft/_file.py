@@ -227,6 +227,22 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
     return Header(entries, 8 + count, size)
 
 
+def make_header(tensors: Iterable[TensorInfo]) -> tuple[Header, bytes]:
+    """Makes the header of a file with tensors, and its bytes, as the library writes them."""
+    sizes = {name: x.itemsize for name, x in DTYPES.items()} | OTHERS
+    entries, fields, at = dict[str, TensorInfo](), dict[str, Any](), 0
+    fields["__metadata__"] = {"format": "pt"}
+    for x in sorted(tensors, key=lambda x: (-sizes[x.dtype], x.dtype == "F16", x.key)):
+        start, at = at, at + math.prod(x.shape) * sizes[x.dtype]
+        entries[x.key] = x._replace(start=start, stop=at)
+        fields[x.key] = {"dtype": x.dtype, "shape": x.shape, "data_offsets": [start, at]}
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return Header(entries, 8 + len(text), 8 + len(text) + at), len(text).to_bytes(
+        8, "little"
+    ) + text
+
+
 def _parse_tensor(key: str, fields: Any) -> TensorInfo | None:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return None

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from tqdm import tqdm
-
 import jlora
+from jlora._progress import progress
 
 from . import floor, model, report, steps
 
@@ -21,7 +20,7 @@ SCHEMES = {
 def run(quick: bool) -> None:
     """A row for each mode and scheme; quick: one model, that it runs."""
     shape, rounds = (floor.TINY, 1) if quick else (SHAPE, 15)
-    modes = tqdm(["scan+remat"] if quick else list(floor.MODES), "quantized", disable=None)
+    modes = progress(["scan+remat"] if quick else list(floor.MODES), "quantized")
     rows = [row for mode in modes for row in measure(shape, mode, rounds)]
     report.table("quantized: ratios to the same step on float32", rows)
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from tqdm import tqdm
 
 import jlora
+from jlora._progress import progress
 
+ADAM = optax.adam(1e-4)
 Loss = Callable[[Callable[..., jax.Array], Any, Any], jax.Array]  # of (apply, params, batch)
 
 
@@ -49,9 +50,14 @@ class Program:
         return self.compiled.cost_analysis()["flops"]
 
 
-def compile_step(loss: Callable[..., jax.Array], frozen: Any, trained: Any, batch: Any) -> Program:
-    """A step of Adam on `trained` for `loss(frozen, trained, batch)`; shapes suffice."""
-    tx = optax.adam(1e-4)
+def compile_step(
+    loss: Callable[..., jax.Array],
+    frozen: Any,
+    trained: Any,
+    batch: Any,
+    tx: optax.GradientTransformation = ADAM,
+) -> Program:
+    """A step of `tx` on `trained` for `loss(frozen, trained, batch)`; shapes suffice."""
 
     def step(frozen: Any, trained: Any, moments: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         value, grads = jax.value_and_grad(loss, 1)(frozen, trained, batch)
@@ -78,9 +84,9 @@ class Task(NamedTuple):
     frozen: Any
     trained: Any
 
-    def compile(self, batch: Any) -> Program:
+    def compile(self, batch: Any, tx: optax.GradientTransformation = ADAM) -> Program:
         """A step of training."""
-        return compile_step(self.loss, self.frozen, self.trained, batch)
+        return compile_step(self.loss, self.frozen, self.trained, batch, tx)
 
     def compile_cold(self, batch: Any) -> Program:
         """The same with nothing in JAX's caches, so that its seconds of compilation compare."""
@@ -131,7 +137,7 @@ def interleave(
 ) -> dict[Any, np.ndarray]:
     """Seconds of each program, all run in turn in each round, after two rounds of warm-up."""
     seconds: dict[Any, list[float]] = {name: [] for name in programs}
-    for i in tqdm(range(rounds + 2), title, leave=False, disable=None):
+    for i in progress(range(rounds + 2), title, leave=False):
         for name, program in programs.items():
             spent = program.run(batch)
             if i >= 2:

@@ -5,6 +5,9 @@ layer's input, as a layer within a model has them. The floor is the step in whic
 frozen and the norms trained. "Plain" is x·W + s·(x·A)·B as one would write it by hand,
 differentiated by JAX.
 
+"At least" is what the small products read and compute, as if all else were part of the products
+with W.
+
 The counts are the same on every machine; they are no times. The body of a scan counts once. XLA's
 bytes are those that its operations access, in any memory; those "moved" are to and from main
 memory, and so are what a TPU's bandwidth bounds.
@@ -18,16 +21,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 import jlora
 from jlora import many
 from jlora._planning._mesh import has_compiler, mesh_of
+from jlora._progress import progress
 from jlora.many._route import FORMS
 
 from . import report, traffic
 
 SCALE = 2.0
+# Makes x·W + h·B one operation, where XLA else writes one product, reads it again and adds.
+FUSED = {"xla_tpu_enable_multi_level_output_dot_dot_fusion": "true"}
+ATTENTION = functools.partial(jax.nn.dot_product_attention, is_causal=True)
 WEIGHTS = {  # of a matrix, along the axes of the mesh
     **dict.fromkeys(("q", "k", "v", "gate", "up"), PartitionSpec("fsdp", "tensor")),
     **dict.fromkeys(("o", "down"), PartitionSpec("tensor", "fsdp")),
@@ -48,6 +54,8 @@ class Layer(NamedTuple):
         layers: layers in a scan; 0 for one that is not scanned.
         remat: whether a layer is computed again in the backward pass.
         mesh: devices along fsdp and tensor.
+        policy: what is kept nevertheless where a layer is computed again.
+        attention: of queries, keys and values.
     """
 
     dim: int
@@ -60,6 +68,8 @@ class Layer(NamedTuple):
     layers: int = 0
     remat: bool = False
     mesh: tuple[int, int] = (1, 1)
+    policy: Callable[..., bool] | None = None
+    attention: Callable[..., jax.Array] = ATTENTION
 
     def weights(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters of one layer."""
@@ -97,6 +107,24 @@ class Cost(NamedTuple):
     moved: int
 
 
+def at_least(shape: Layer, rank: int, floor: Cost) -> Cost:
+    """The floor's cost and the least that adapters of all matrices add to it.
+
+    Of T tokens, h = x·A and Ā = xᵀ·h̄ read x, which matrices with one input share, and h̄ = ȳ·Bᵀ and
+    B̄ = hᵀ·ȳ read ȳ. The sums with h·B and h̄·Aᵀ are part of the products with W, and factors and h
+    are small. A layer that is computed again has x·A once more.
+    """
+    tokens, weights = shape.batch * shape.length, shape.weights()
+    d, again = shape.dim, shape.layers > 0 and shape.remat
+    inputs = 3 * d + shape.hidden  # of q, k, v; of o; of gate, up; of down
+    pairs = [w[-2:] for name, w in weights.items() if "norm" not in name]
+    outputs = sum(n for _, n in pairs)
+    size = 2 * tokens * ((2 + again) * inputs + 2 * outputs)
+    products = sum((3 + again) * (m + n) for m, n in pairs)
+    flops = 2 * tokens * rank * products
+    return Cost(floor.flops + flops, floor.size + size, floor.moved + size)
+
+
 def run(quick: bool) -> None:
     """A row for each shape, chip and choice of what is trained."""
     if not has_compiler():
@@ -105,7 +133,7 @@ def run(quick: bool) -> None:
     work += [("Llama 7B", LLAMA, chip, (16,)) for chip in ("v5p", "v6e")]
     work = [("small", SMALL, "v5e", (8, 16))] if quick else work
     rows = []
-    for name, shape, chip, ranks in tqdm(work, "tpu", disable=None):
+    for name, shape, chip, ranks in progress(work, "tpu"):
         rows += measure(name, shape, chip, ranks)
     report.table("tpu: operations and bytes over the frozen step's", rows)
     report.table("routes: forward of 64 rows over that with one adapter", routes(quick))
@@ -116,12 +144,14 @@ def measure(name: str, shape: Layer, chip: str, ranks: tuple[int, ...]) -> list[
     """The rows of one layer; the first is the floor."""
     programs = {"floor": step(shape, chip, "floor"), "full": step(shape, chip, "full")}
     programs["q, v r=8"] = step(shape, chip, "jlora", 8, r"[qv]")
+    if shape.mesh == (1, 1):
+        programs["all-linear, at least"] = at_least(shape, ranks[-1], programs["floor"])
     for rank in ranks:
         programs[f"plain r={rank}"] = step(shape, chip, "plain", rank)
         programs[f"all-linear r={rank}"] = step(shape, chip, "jlora", rank, r"w/(?!norm).*")
     for scheme in (jlora.NF4("^(?!norm).*"), jlora.Int8("^(?!norm).*")):
-        name = f"all-linear r={ranks[0]}, {type(scheme).__name__}"
-        programs[name] = step(shape, chip, "jlora", ranks[0], r"w/(?!norm).*", scheme)
+        label = f"all-linear r={ranks[0]}, {type(scheme).__name__}"
+        programs[label] = step(shape, chip, "jlora", ranks[0], r"w/(?!norm).*", scheme)
     floor = programs["floor"]
     return [
         {
@@ -143,7 +173,7 @@ def routes(quick: bool) -> list[dict[str, Any]]:
     layer = SMALL if quick else LLAMA
     cases = [(1, 0), (64, 0)] if quick else [(1, 0), (64, 0), (1, 4)]
     rows = []
-    for length, layers in tqdm(cases, "routes", disable=None):
+    for length, layers in progress(cases, "routes"):
         shape = layer._replace(batch=64, length=length, layers=layers)
         one = routed(shape, 1, None)
         for slots in (8, 64):
@@ -219,29 +249,37 @@ def _adapted(
     return lora, jax.tree.map(lambda v, s: spec(mesh, v.shape, s.spec), adapter, specs)
 
 
-def step(
+def step(shape: Layer, chip: str, *trained: Any, options: Any = None) -> Cost:
+    """The cost on a chip of what `compile_step` compiles."""
+    devices = shape.mesh[0] * shape.mesh[1]
+    slices = {1: "2x2x1" if chip == "v5p" else "2x2", 8: "2x2x2" if chip == "v5p" else "2x4"}
+    mesh = mesh_for(f"{chip}:{slices[devices]}", shape.mesh)
+    return _cost(compile_step(shape, mesh, *trained, options=options))
+
+
+def compile_step(
     shape: Layer,
-    chip: str,
+    mesh: Mesh,
     trained: str,
     rank: int = 0,
     pattern: str = "",
     scheme: Any = None,
-) -> Cost:
+    options: dict[str, Any] | None = None,
+) -> jax.stages.Compiled:
     """A step of `shape` in which `trained` is: "floor", "full", "plain" or "jlora".
 
-    With a `scheme` the frozen weights are quantized, and gathered along fsdp as codes.
+    With a `scheme` the frozen weights are quantized, and gathered along fsdp as codes. `options`
+    are the compiler's.
     """
-    slices = {1: "2x2x1" if chip == "v5p" else "2x2", 8: "2x2x2" if chip == "v5p" else "2x4"}
-    devices = shape.mesh[0] * shape.mesh[1]
-    mesh = mesh_for(f"{chip}:{slices[devices]}", shape.mesh)
+    compiled = functools.partial(_compiled, options=options)
     w = {k: spec(mesh, s, _partition(k, s, shape)) for k, s in _stacked(shape).items()}
-    rows = PartitionSpec("fsdp") if devices > 1 else PartitionSpec()
+    rows = PartitionSpec("fsdp") if mesh.size > 1 else PartitionSpec()
     x = spec(mesh, (shape.batch, shape.length, shape.dim), rows)
     norms = {k: v for k, v in w.items() if "norm" in k}
     if trained in ("floor", "full"):
         first = norms if trained == "floor" else w
         rest = {k: v for k, v in w.items() if k not in first}
-        return _compiled(lambda t, f, x: model({"w": {**f, **t}}, x, shape), first, rest, x)
+        return compiled(lambda t, f, x: model({"w": {**f, **t}}, x, shape), first, rest, x)
     lora, adapter = _adapted(shape, rank, w, x, pattern or r"w/(?!norm).*")
     if scheme is not None:
         places = jax.tree.map(lambda v: v.sharding, w)
@@ -250,17 +288,19 @@ def step(
         w = jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), w, specs)
         w = jlora.sharding.gathered(w, jlora.sharding.replicated(places, "fsdp"))
     if trained == "jlora":
-        return _compiled(lambda a, w, x: lora.apply({"w": w}, a, x), adapter, w, x)
+        return compiled(lambda a, w, x: lora.apply({"w": w}, a, x), adapter, w, x)
     factors = {k: (node.a, node.b) for k, node in adapter["w"].items()}
-    return _compiled(lambda ab, w, x: model({"w": w, "ab": ab}, x, shape), factors, w, x)
+    return compiled(lambda ab, w, x: model({"w": w, "ab": ab}, x, shape), factors, w, x)
 
 
-def _compiled(f: Callable[..., jax.Array], trained: Any, frozen: Any, x: Any) -> Cost:
+def _compiled(
+    f: Callable[..., jax.Array], trained: Any, frozen: Any, x: Any, options: Any
+) -> jax.stages.Compiled:
     def both(trained: Any, frozen: Any, x: Any, g: Any) -> Any:
         y, back = jax.vjp(lambda trained, x: f(trained, frozen, x), trained, x)
         return y, back(g)
 
-    return _cost(jax.jit(both).lower(trained, frozen, x, x).compile())
+    return jax.jit(both).lower(trained, frozen, x, x).compile(options)
 
 
 def _cost(program: jax.stages.Compiled) -> Cost:
@@ -303,22 +343,22 @@ def model(params: dict[str, Any], x: jax.Array, shape: Layer) -> jax.Array:
     def body(x: jax.Array, params: dict[str, Any]) -> tuple[jax.Array, None]:
         return _layer(params, x, shape), None
 
-    body = jax.checkpoint(body, prevent_cse=False) if shape.remat else body
+    if shape.remat:
+        body = jax.checkpoint(body, prevent_cse=False, policy=shape.policy)
     return jax.lax.scan(body, x, params)[0]
 
 
 def _layer(params: dict[str, Any], x: jax.Array, shape: Layer) -> jax.Array:
     w, rows = params["w"], x.shape[:2]
     dense = functools.partial(_dense, params, shape)
-    h = _norm(x, w["norm1"])
+    h = norm(x, w["norm1"])
     q, k, v = (dense(name, h).reshape(*rows, -1, shape.dim // shape.heads) for name in "qkv")
-    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    x = x + dense("o", mixed.reshape(x.shape))
-    h = _norm(x, w["norm2"])
+    x = x + dense("o", shape.attention(q, k, v).reshape(x.shape))
+    h = norm(x, w["norm2"])
     return x + dense("down", jax.nn.silu(dense("gate", h)) * dense("up", h))
 
 
-def _norm(x: jax.Array, g: jax.Array) -> jax.Array:
+def norm(x: jax.Array, g: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-5)
     return y.astype(x.dtype) * g

@@ -1,5 +1,6 @@
-"""Bytes that a program compiled for a TPU moves to and from its main memory.
+"""Bytes that a compiled program moves to and from its device's main memory, and its kernels.
 
+On a GPU every kernel reads its operands from main memory and writes its results there. For a TPU
 XLA's own count adds what is copied between main memory (HBM) and a core's own (VMEM) to what the
 products then read there, so that a schedule which copies further ahead counts as more, though no
 byte more comes from main memory. Here an operand or a result counts where it lies in main memory
@@ -18,6 +19,8 @@ _MOVES_NOTHING = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("copy-done", "slice-done", "async-done"),
 }
+_CUBLAS = 'custom_call_target="__cublas$'
+_WORKSPACE = re.compile(r"s8\[\d+\]")  # beside the result, written or not
 
 
 class _Instruction(NamedTuple):
@@ -28,8 +31,27 @@ class _Instruction(NamedTuple):
     rest: str
 
 
+class Kernel(NamedTuple):
+    """What a device runs at once.
+
+    Attributes:
+        name: that of the instruction.
+        size: bytes to and from main memory.
+        multiplies: whether it is, or has in it, a product of matrices.
+    """
+
+    name: str
+    size: int
+    multiplies: bool
+
+
 def main_memory(program: str) -> int:
     """Bytes to and from main memory, of the text of a compiled program."""
+    return sum(kernel.size for kernel in kernels(program))
+
+
+def kernels(program: str) -> list[Kernel]:
+    """What runs, of the text of a compiled program; the body of a loop once."""
     computations: dict[str, dict[str, _Instruction]] = {}
     current: dict[str, _Instruction] = {}
     entry = ""
@@ -43,26 +65,35 @@ def main_memory(program: str) -> int:
             current[name] = _Instruction(name, kind, op, operands, rest)
             if root:
                 current["ROOT"] = current[name]
-    return _Program(computations).bytes_of(entry)
+    return list(_Program(computations).kernels(entry))
 
 
 class _Program:
     def __init__(self, computations: dict[str, dict[str, _Instruction]]) -> None:
         self.computations = computations
 
-    def bytes_of(self, computation: str) -> int:
-        """Of one run of a computation."""
+    def kernels(self, computation: str) -> Iterator[Kernel]:
+        """Those of one run of a computation."""
         inside = self.computations[computation]
-        return sum(self.of(i, inside) for name, i in inside.items() if name != "ROOT")
+        for name, i in inside.items():
+            if name == "ROOT" or i.op in _MOVES_NOTHING:
+                continue
+            if i.op == "while":
+                yield from self.kernels(_called(i, "body"))
+            elif i.op == "call":
+                yield from self.kernels(_called(i, "to_apply"))
+            else:
+                yield Kernel(name, self.of(i, inside), self.multiplies(i))
+
+    def multiplies(self, i: _Instruction) -> bool:
+        """Whether an instruction is a product of matrices, or a fusion with one in it."""
+        if i.op == "fusion":
+            return any(map(self.multiplies, self.computations[_called(i, "calls")].values()))
+        return i.op in ("dot", "convolution") or _CUBLAS in i.rest
 
     def of(self, i: _Instruction, inside: dict[str, _Instruction]) -> int:
+        """Bytes of an instruction that is none that calls others but a fusion."""
         operands = [inside[name] for name in i.operands if name in inside]
-        if i.op in _MOVES_NOTHING:
-            return 0
-        if i.op == "while":
-            return self.bytes_of(_called(i, "body"))
-        if i.op == "call":
-            return self.bytes_of(_called(i, "to_apply"))
         if i.op in ("copy-start", "slice-start"):
             ends = [(size, fast) for size, fast in _arrays(i.type) if size > 8]  # no semaphore
             whole = min((size for size, _ in ends), default=0)
@@ -73,7 +104,8 @@ class _Program:
             return 2 * _size(i.type)
         if i.op == "dynamic-update-slice":
             return 2 * _size(operands[1].type)
-        return _size(i.type) + sum(_size(x.type) for x in operands)
+        result = i.type if _CUBLAS not in i.rest else _WORKSPACE.sub("", i.type)
+        return _size(result) + sum(_size(x.type) for x in operands)
 
     def of_fusion(self, i: _Instruction, operands: list[_Instruction]) -> int:
         """What a fusion reads, of a stack its slices, and writes, in place what is new."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -479,6 +480,27 @@ def experts_gathered_top_two(p, x, expert):
 def experts_looked_up_under_vmap(p, i, x):
     """One matrix of a stack for each token."""
     return jax.vmap(lambda i, x: x @ p["w"][i])(i, x)
+
+
+@case("experts", 2 * 3 * 2 * (4 + 4), (3, 2, 4, 4), (3, 5, 4))
+def experts_scanned(p, x):
+    """Layers along axis 1, as MaxText's, each of three experts."""
+    layers = jnp.moveaxis(p["w"], 1, 0)
+    return lax.scan(lambda x, w: (jnp.tanh(jnp.einsum("ecd,edf->ecf", x, w)), None), x, layers)[0]
+
+
+SHARING = {  # the parameters of a case where experts share A, and where they share B
+    experts_einsum: (2 * (6 + 3 * 5), 2 * (3 * 6 + 5)),
+    experts_ragged_mlp: (2 * (6 + 5 + 3 * (5 + 6)), 2 * (3 * (6 + 5) + 5 + 6)),
+    experts_gathered_top_two: (2 * (6 + 3 * 5), 2 * (3 * 6 + 5)),
+    experts_looked_up_under_vmap: (2 * (4 + 3 * 5), 2 * (3 * 4 + 5)),
+    experts_scanned: (2 * 2 * (4 + 3 * 4), 2 * 2 * (3 * 4 + 4)),
+}
+for moe, sizes in SHARING.items():
+    for share, size in zip(("inputs", "outputs"), sizes, strict=True):
+        rules = (LoRA(rank=2, alpha=4, share=share),)
+        name = f"{moe.name}_that_share_{share}"
+        CASES.append(replace(moe, name=name, rules=rules, trainable=size))
 
 
 @rearranged("experts", 3 * 2 * (4 + 5), (3, 4, 5), (2, 6, 4))

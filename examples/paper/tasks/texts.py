@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from models import beam
 from models.cache import Cache
+from progress import progress
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from . import batches, encoding, metrics, nlg, table
 from .problems import EVALUATED, Model, Problem, Result, cross_entropy, lengths, shuffled
@@ -126,7 +126,7 @@ def _written(
         "length": max(map(len, prompts)) + decoding.new_tokens,
     }
     texts = []
-    for i in tqdm(range(0, len(prompts), DECODED), desc="beam search", disable=None):
+    for i in progress(range(0, len(prompts), DECODED), desc="beam search"):
         for found in beam.search(step, prompts[i : i + DECODED], **options):
             ids = [token for token in found[0].ids if token not in stop] if found else []
             texts.append(tokenizer.decode(ids).strip())

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from tqdm import tqdm
+from progress import progress
 
 import jlora
 
@@ -107,7 +107,7 @@ def train(trainer: Trainer, base: Any, adapter: Any, seed: int) -> Best:
     """
     data, state, key = trainer.problem.batches(seed), trainer.tx.init(adapter), jax.random.key(seed)
     best, steps = None, len(data) // trainer.epochs
-    with tqdm(total=len(data), desc=f"seed {seed}", disable=None) as bar:
+    with progress(total=len(data), desc=f"seed {seed}") as bar:
         for epoch in range(trainer.epochs):
             losses = []
             for number in range(epoch * steps, (epoch + 1) * steps):

@@ -1,5 +1,6 @@
 """Loads a base from a checkpoint as it is shipped, and writes one in floats."""
 
+import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from ... import sharding
 from ..._folders import fresh
+from ..._progress import progress
 from ..._quantized import is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
@@ -24,7 +25,6 @@ from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._weights import explain_narrowing, name_all, split_all
 from ._codes import make_leaf, take_part_of_codes
-from ._copy import copy_others, write_json
 from ._format import Format, open_format, read_checked
 from ._gguf import Gguf, GgufTensors
 from ._tensors import Unreadable
@@ -81,7 +81,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     leaves = name_all(like, names, "like", quantized.union(format.tensors))
     values, wrong = [], []
     unread: tuple[str, ...] = ()  # modules of which not all tensors were asked for
-    for leaf in tqdm(leaves, "load", unit="leaf", disable=None):
+    for leaf in progress(leaves, "load", unit="leaf"):
         try:
             values.append(_place(_read(leaf, format, quantized), leaf.value))
         except Unreadable as e:
@@ -168,14 +168,12 @@ def save_base(
             "`base` must be in floats: write jlora.dequantize(base), and quantize that by "
             f"`transformers` with bitsandbytes, or by llm-compressor. {itemize(packed)}"
         )
-    tensors, source, fields = split_all(name_all(base, names, "base")), None, dict[str, Any]()
+    tensors, source = split_all(name_all(base, names, "base")), None
     if isinstance(config, str | os.PathLike):
         source = open_checkpoint(config, "config", copied=True)
-    else:
-        fields |= config or {}
+        config = source.config_of_floats
     with fresh(path, "`path`") as folder:
         save_file(tensors, folder / ONE, metadata={"format": "pt"})
-        if source is None:
-            write_json(folder / "config.json", fields)
-        else:
-            copy_others(source._replace(kept=[x for x in source.kept if x != INDEX]), folder)
+        if source is not None:
+            source._replace(kept=[x for x in source.kept if x != INDEX]).copy_others(folder)
+        (folder / "config.json").write_bytes(json.dumps(dict(config or {}), indent=2).encode())

@@ -123,9 +123,10 @@ def _largest(x: np.ndarray) -> float:
 
 
 def _has_nan(codes: np.ndarray) -> bool:
-    """Whether floats of 8 bits include NaN; a table is quicker than converting them."""
+    """Whether floats of 8 bits include NaN; looking for its codes is quicker than converting."""
     every = np.arange(256, dtype=np.uint8)
-    return bool(np.isnan(every.view(codes.dtype).astype(np.float32))[codes.view(np.uint8)].any())
+    nan = every[np.isnan(every.view(codes.dtype).astype(np.float32))]
+    return any((codes.view(np.uint8) == x).any() for x in nan)
 
 
 def make_leaf(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:

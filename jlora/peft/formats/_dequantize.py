@@ -1,21 +1,28 @@
 """Converts a quantized checkpoint to one in floats."""
 
 import contextlib
+import io
+import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from ..._folders import fresh
-from .._checkpoint import INDEX, Checkpoint, open_checkpoint
-from .._file import itemize, shorten
+from .._checkpoint import (
+    INDEX,
+    Checkpoint,
+    explain_shorter,
+    open_checkpoint,
+)
+from .._file import DTYPES, Header, TensorInfo, itemize, make_header, shorten
+from .._vocabulary import find_vocabulary
+from .._write import write_tensors
 from ._codes import Codes, Dense
-from ._copy import copy_others, write_json
 from ._format import Format, open_format, read_checked
 from ._tensors import Unreadable, list_left
 
@@ -78,29 +85,52 @@ def dequantize_checkpoint(
         raise ValueError(
             f"`src_dir`: {checkpoint.source.folder} is not quantized; use it as it is."
         )
-    format, dtype = open_format(checkpoint), _float_dtype(checkpoint)
-    found = list[Matrix]()
-    places: dict[str, str | None] = {}  # the weight in whose place a tensor is read, if any
-    with _errors_about("src_dir"):
-        for name in dict.fromkeys(format.find()):
-            found.append(_matrix(name, read_checked(format, name, dtype)))
-            new = sorted(format.tensors.taken - places.keys())
-            places |= dict.fromkeys(new) | {new[0]: name}
-        left = list_left(format.tensors, places)
-        if left or not found:
-            method = shorten(checkpoint.quantization.get("quant_method"))
-            what = "these tensors were not read" if left else "no weight of it is"
-            raise ValueError(
-                f"`src_dir`: {checkpoint.source.folder} is quantized by {method}, as its "
-                f"config.json says, but {what}. Give the checkpoint that it was made of, or take "
-                "out what is not of it." + (f" {itemize(left)}" if left else "")
-            )
-        _write(checkpoint, format, out, places, dtype)
-    return found
+    dense = open_dequantized(checkpoint)
+    with fresh(out, "`out`") as folder:
+        write_tensors(dense, folder, {}, "dequantize")
+    return list(dense.matrices.values())
 
 
-def _matrix(name: str, x: Codes | Dense) -> Matrix:
-    return Matrix(name, x.shape, x.spelling, x.nbytes)
+class Dequantized(Checkpoint):
+    """A quantized checkpoint as if it were in floats; each tensor is dequantized when it is read.
+
+    Attributes:
+        heads: the first bytes of its files.
+        texts: the JSON of other files that change.
+        matrices: the tensors that are quantized.
+        stored: the checkpoint itself.
+        format: what reads its codes.
+        lock: held while a tensor is dequantized.
+    """
+
+    heads: dict[str, bytes]
+    texts: dict[str, Any]
+    matrices: dict[str, Matrix]
+    stored: Checkpoint
+    format: Format
+    lock: threading.Lock
+
+    def copy_others(self, folder: Path) -> None:
+        """Copies the files that are kept beside the weights, and writes those that change."""
+        super().copy_others(folder)
+        for name, value in self.texts.items():
+            (folder / name).write_bytes(json.dumps(value, indent=2).encode())
+
+    def head(self, file: str) -> bytes:
+        """Returns the first bytes of a safetensors file, up to its tensors."""
+        return self.heads[file]
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        """Yields a file whose next bytes are those of a tensor."""
+        if name not in self.matrices:
+            with self.stored.open(name) as data:
+                yield data
+            return
+        with self.lock, _errors_about(self.source.argument):  # one at a time, for its memory
+            data = io.BytesIO(_values(self.format, name, DTYPES[self.entry(name).dtype]))
+        with explain_shorter(self.source, name):
+            yield data
 
 
 @contextlib.contextmanager
@@ -111,6 +141,59 @@ def _errors_about(argument: str) -> Iterator[None]:
         raise ValueError(f"`{argument}`: {e}.") from None
 
 
+@_errors_about("src_dir")
+def open_dequantized(checkpoint: Checkpoint) -> Dequantized:
+    """Checks all codes of a quantized checkpoint, and finds the header of each file in floats.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or holds codes that are not read.
+    """
+    format, dtype = open_format(checkpoint), _float_dtype(checkpoint)
+    matrices = dict[str, Matrix]()
+    # The weight in whose place a tensor is read, if any.
+    places: dict[str, TensorInfo | None] = {}
+    for name in dict.fromkeys(format.find()):
+        x = read_checked(format, name, dtype)
+        matrices[name] = _matrix(name, x)
+        *lead, rows, columns = x.shape
+        order = (rows, columns) if not lead or format.keeps_axes else (columns, rows)
+        spelling = next(key for key, known in DTYPES.items() if known == (x.dtype or dtype))
+        weight = TensorInfo(name, spelling, (*lead, *order))
+        new = sorted(format.tensors.taken - places.keys())
+        places |= dict.fromkeys(new) | {new[0]: weight}
+    left = list_left(format.tensors, places)
+    if left or not matrices:
+        method = shorten(checkpoint.quantization.get("quant_method"))
+        what = "these tensors were not read" if left else "no weight of it is"
+        raise ValueError(
+            f"`src_dir`: {checkpoint.source.folder} is quantized by {method}, as its "
+            f"config.json says, but {what}. Give the checkpoint that it was made of, or take "
+            "out what is not of it." + (f" {itemize(left)}" if left else "")
+        )
+    headers, heads, where = dict[str, Header](), dict[str, bytes](), dict[str, str]()
+    for file, header in checkpoint.headers.items():
+        format.tensors.check_copied(name for name in header.entries if name not in places)
+        both = (places.get(name, entry) for name, entry in header.entries.items())
+        if entries := [entry for entry in both if entry is not None]:
+            headers[file], heads[file] = make_header(entries)
+            where |= dict.fromkeys((entry.key for entry in entries), file)
+    config = checkpoint.config_of_floats
+    texts = {"config.json": config}
+    if INDEX in checkpoint.kept:
+        size = sum(x.stop - x.start for header in headers.values() for x in header.entries.values())
+        texts[INDEX] = {"metadata": {"total_size": size}, "weight_map": where}
+    kept = [name for name in checkpoint.kept if name not in texts]
+    fields = {"headers": headers, "where": where, "kept": kept, "config": config}
+    found = Dequantized(*checkpoint._replace(vocabulary=find_vocabulary(config, headers), **fields))
+    found.heads, found.texts, found.matrices = heads, texts, matrices
+    found.stored, found.format, found.lock = checkpoint, format, threading.Lock()
+    return found
+
+
+def _matrix(name: str, x: Codes | Dense) -> Matrix:
+    return Matrix(name, x.shape, x.spelling, x.nbytes)
+
+
 def _float_dtype(checkpoint: Checkpoint) -> Any:
     """Returns the dtype of floats by the configuration; bfloat16 if it names none."""
     config = checkpoint.config
@@ -118,48 +201,6 @@ def _float_dtype(checkpoint: Checkpoint) -> Any:
     return jnp.dtype(dtype if dtype in ("float32", "float16") else "bfloat16")
 
 
-def _write(
-    checkpoint: Checkpoint,
-    format: Format,
-    out: str | os.PathLike[str],
-    places: Mapping[str, str | None],
-    dtype: Any,
-) -> None:
-    """Writes file by file: weights in the `places` of tensors, and the others."""
-    total = sum(header.size for header in checkpoint.headers.values())
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="dequantize", disable=None)
-    weight_map, size = {}, 0
-    with fresh(out, "`out`") as folder, bar:
-        for file, header in checkpoint.headers.items():
-            written: dict[str, np.ndarray] = {}
-            with tempfile.TemporaryFile(dir=folder) as disk:
-                for name, entry in header.entries.items():
-                    if name not in places:
-                        written[name] = _map_to_disk(format.tensors.as_stored(name), disk)
-                    elif weight := places[name]:
-                        values = _values(format, weight, dtype)
-                        written[weight] = _map_to_disk(values, disk)
-                    bar.update(entry.stop - entry.start)
-                save_file(written, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(written, file)
-            size += sum(x.nbytes for x in written.values())
-        copy_others(checkpoint, folder)
-        if INDEX in checkpoint.kept:
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            write_json(folder / INDEX, index)
-
-
-def _values(format: Format, name: str, dtype: Any) -> np.ndarray:
-    x = read_checked(format, name, dtype)
-    w = np.asarray(x.array(x.dtype or dtype))
-    return w if w.ndim == 2 or format.keeps_axes else w.swapaxes(-1, -2)
-
-
-def _map_to_disk(x: np.ndarray, file: BinaryIO) -> np.ndarray:
-    """Maps an array from the end of a file: the writer of safetensors wants all at once."""
-    if not x.size:  # nothing can be mapped
-        return x
-    start = file.seek(0, os.SEEK_END)
-    file.write(x.tobytes())
-    file.flush()
-    return np.memmap(file, x.dtype, "r", start, x.shape)
+def _values(format: Format, name: str, dtype: Any) -> bytes:
+    w = np.asarray(format.read(name).array(dtype))
+    return (w if w.ndim == 2 or format.keeps_axes else w.swapaxes(-1, -2)).tobytes()

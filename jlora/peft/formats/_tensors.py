@@ -1,7 +1,7 @@
 """The tensors of a checkpoint, each checked and read on demand."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -91,12 +91,11 @@ class Tensors:
             )
         return self.bytes(name).view(READ[entry.dtype]).reshape(shape)
 
-    def as_stored(self, name: str) -> np.ndarray:
-        """Reads a tensor in its own dtype and shape."""
-        entry = self._entry(name)
-        if entry.dtype not in READ:
-            raise Unreadable(f"{name}: its dtype {entry.dtype} cannot be copied")
-        return self.read(name, (entry.dtype,))
+    def check_copied(self, names: Iterable[str]) -> None:
+        """Raises if one of `names` has a dtype that is not copied."""
+        for name in names:
+            if (dtype := self.dtype(name)) not in READ:
+                raise Unreadable(f"{name}: its dtype {dtype} cannot be copied")
 
     def skip_activations(self, parameter: str) -> None:
         """Marks the scales of a module's activations as read, as they are of no use here."""

@@ -1,5 +1,5 @@
 """A merged checkpoint from a checkpoint and an adapter.
 
 Imports `_adapters`, `_folders`, `_tree`, `_types`, `peft._checkpoint`, `peft._file`,
-`peft._problems`, `peft.adapter`, `peft.formats`, `peft.names`.
+`peft._problems`, `peft._write`, `peft.adapter`, `peft.formats`, `peft.names`.
 """

@@ -1,28 +1,23 @@
 """The edits of a tensor of a checkpoint, in blocks of bounded size."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from .._checkpoint import read_exactly
 from .._file import DTYPES, TensorInfo
+from .._write import Edit
 from ..adapter._tokens import Tokens
 
-BLOCK = 2**20  # numbers
+BLOCK = 2**19  # numbers
 # Whose multiples XLA sums in the order of the rank, on CPUs with fused multiply-adds.
 _SIDE = 64
-
-
-class Edit(Protocol):
-    """Computes the new values of a tensor from the old ones."""
-
-    def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
-        """Yields the new values of a tensor in any dtype; its old bytes are next in `data`."""
-        ...
 
 
 @dataclasses.dataclass
@@ -87,27 +82,29 @@ class Sum(Edit):
     def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yields W + s·B·A in blocks of rows, with the norms of DoRA if it has them."""
         gains, dtype = None, DTYPES[tensor.dtype]
+        wide = np.promote_types(dtype, np.float32)
         if self.m is not None and not self.by_rows:  # the norm of a column needs all of W
             start = data.tell()
-            squares = (_squares(block, 0) for _, block in self._sums(data, dtype))
+            squares = (_squares(block, 0) for _, block in self._sums(data, dtype, wide))
             gains = _gain(self.m, sum(squares, np.zeros(self.m.shape)))
             data.seek(start)
-        for rows, block in self._sums(data, dtype):
+        for rows, block in self._sums(data, dtype, dtype if self.m is None else wide):
             if self.m is not None and self.by_rows:
                 gains = _gain(self.m[rows], _squares(block, 1))[:, None]
             yield block if gains is None else block * gains.astype(block.dtype)
 
-    def _sums(self, data: BinaryIO, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yields W + s·B·A in float32 or better, in blocks, each with its rows."""
+    def _sums(
+        self, data: BinaryIO, dtype: np.dtype, to: np.dtype
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yields W + s·B·A, rounded once to the dtype `to`, in blocks, each with its rows."""
         (count, rows, _), columns = self.left.shape, self.right.shape[2]
         step = max(1, min(rows, BLOCK // max(columns, 1)))
         for i in range(count):
-            times = _product(self.right[i], step)
+            add = _adder(self.right[i], self.scale, step)
             for start in range(0, rows, step):
                 own = slice(start, start + step)
-                change = times(self.left[i, own]) * np.float32(self.scale)
-                w = _read(data, dtype, change.shape)
-                yield own, w.astype(np.promote_types(dtype, np.float32)) + change
+                left = self.left[i, own]
+                yield own, add(_read(data, dtype, (len(left), columns)), left, to)
 
 
 def _squares(block: np.ndarray, axis: int) -> np.ndarray:
@@ -120,27 +117,47 @@ def _gain(m: np.ndarray, squares: np.ndarray) -> np.ndarray:
     return np.divide(m.astype(np.float64), n, out=np.zeros_like(n), where=n > 0)
 
 
-def _product(right: np.ndarray, rows: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Makes a function that multiplies matrices of up to `rows` rows by `right`, in one program."""
+def _adder(right: np.ndarray, scale: float, rows: int) -> Callable[..., np.ndarray]:
+    """Makes a function (W, B, dtype) that computes W + s·B·`right`, of up to `rows` rows."""
     cpu = jax.local_devices(backend="cpu")[0]
     rank, columns = right.shape
-    factor = jax.device_put(_pad(right, (rank, _round_up(columns))), cpu)
+    factor = _pad(right, (rank, _round_up(columns)), np.dtype(np.float32))
+    rest = jax.device_put((factor, np.float32(scale), np.uint32(0)), cpu)
 
-    def times(left: np.ndarray) -> np.ndarray:
-        block = jax.device_put(_pad(left, (_round_up(rows), rank)), cpu)
-        found = jnp.matmul(block, factor, precision=jax.lax.Precision.HIGHEST)
-        return np.asarray(found)[: len(left), :columns]
+    def add(w: np.ndarray, left: np.ndarray, to: Any) -> np.ndarray:
+        if w.dtype == np.float64:  # which JAX may not have; -0 + x is x
+            return w + add(np.full(w.shape, -0.0, np.float32), left, np.dtype(np.float32))
+        b = _pad(left, (_round_up(rows), rank), np.dtype(np.float32))
+        x = _pad(w, (_round_up(rows), columns), w.dtype)
+        return np.asarray(_add(x, b, *rest, to))[: len(w)]
 
-    return times
+    return add
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _add(
+    w: jax.Array, b: jax.Array, a: jax.Array, scale: jax.Array, zero: jax.Array, to: Any
+) -> jax.Array:
+    change = (jnp.matmul(b, a, precision=lax.Precision.HIGHEST) * scale)[:, : w.shape[1]]
+    # Through its bits, or else XLA would fuse multiplication and addition into one rounding.
+    bits = lax.bitcast_convert_type(change, jnp.uint32) ^ zero
+    wide = w.astype(jnp.float32)
+    added = (wide + lax.bitcast_convert_type(bits, jnp.float32)).astype(to)
+    # XLA takes subnormal numbers for 0; where ΔW is 0, they are kept.
+    size = lax.bitcast_convert_type(wide, jnp.uint32) << 1
+    is_kept = (size - 1 < 2**24 - 1) & (bits << 1 < 2**24)
+    return jnp.where(is_kept, w.astype(to), added)
 
 
 def _round_up(n: int) -> int:
     return -(-n // _SIDE) * _SIDE
 
 
-def _pad(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Converts an array to float32, and pads its rows and columns with zeros."""
-    new = np.zeros(shape, np.float32)
+def _pad(x: np.ndarray, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    """Converts an array to a dtype, and pads its rows and columns with zeros."""
+    if x.shape == shape and x.dtype == dtype:
+        return x
+    new = np.zeros(shape, dtype)
     new[: x.shape[0], : x.shape[1]] = x
     return new
 
@@ -149,9 +166,3 @@ def _read(data: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray
     """Reads the next numbers of a file."""
     count = int(np.prod(shape)) * dtype.itemsize
     return np.frombuffer(read_exactly(data, count), dtype).reshape(shape)
-
-
-def encode(x: np.ndarray, dtype: np.dtype) -> tuple[bytes, int]:
-    """Returns the bytes of numbers in a dtype, and how many of them are not finite."""
-    x = x.astype(dtype)
-    return x.tobytes(), x.size - int(np.count_nonzero(np.isfinite(x)))

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from .._problems import Problems
+from .._write import Edit
 from ..adapter._contents import Contents, Part
 from ..adapter._parameters import Shapes, list_orientations
-from ._blocks import Edit, NewRows, NewValues, Sum
+from ._blocks import NewRows, NewValues, Sum
 from ._renaming import Model
 
 

@@ -1,21 +1,15 @@
 """Merges an adapter into a checkpoint, in blocks of bounded size."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import BinaryIO
+from collections.abc import Sequence
 
-import numpy as np
-from tqdm import tqdm
-
-from ..._folders import fresh, scratch
+from ..._folders import fresh
 from ..._types import PyTree
-from .._checkpoint import Checkpoint, explain_shorter, open_checkpoint, read_pieces
-from .._file import COUNTS, DTYPES, open_file
+from .._checkpoint import open_checkpoint
 from .._problems import Problems
-from ..formats._copy import copy_others
-from ..formats._dequantize import dequantize_checkpoint
+from .._write import write_tensors
+from ..formats._dequantize import open_dequantized
 from ..names._names import Name
-from ._blocks import Edit, encode
 from ._edits import find_edits
 from ._match import check_frozen, match_to_checkpoint
 from ._ties import with_copies
@@ -32,8 +26,8 @@ def export_merged(
     r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
 
     The files, tensors, dtypes and metadata of the new checkpoint are those of the old one; only
-    values change. Weights are read, changed and written in blocks, so that memory beside the
-    adapter's stays below a hundred megabytes for weights of any size.
+    values change. Up to four threads read, change and write weights in blocks, so that memory
+    beside the adapter's stays below a hundred megabytes for weights of any size.
 
     Everything else in `src_dir` is copied: configuration, generation and tokenizer files, code,
     folders. Left out are weights in other formats (`pytorch_model.bin`, `.h5`, `.msgpack`, `.onnx`,
@@ -50,8 +44,8 @@ def export_merged(
     norms of DoRA are of float32 values and are summed in float64; PEFT's are to a few roundings
     the same in float32, and have those of W's dtype in narrower ones.
 
-    A quantized checkpoint is dequantized first, exactly, and the result is in floats, as its
-    configuration then says. What of it is neither read nor in floats is an error.
+    A quantized checkpoint is dequantized first, exactly and one weight at a time, and the result is
+    in floats, as its configuration then says. What of it is neither read nor in floats is an error.
 
     Args:
         src_dir: a folder with `model.safetensors`, or with shards and
@@ -98,10 +92,7 @@ def export_merged(
     """
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if checkpoint.quantization:
-        with scratch(out, "`out`") as folder:
-            dequantize_checkpoint(src_dir, folder / "dense", follow_links=follow_links)
-            export_merged(folder / "dense", adapter, out, names=names)
-        return checkpoint.left_out
+        checkpoint = open_dequantized(checkpoint)
     problems = Problems(
         "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
     )
@@ -112,43 +103,8 @@ def export_merged(
     check_frozen(checkpoint, model, contents, problems)
     problems.stop()
     problems.warn()
-    total = sum(header.size for header in checkpoint.headers.values())
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None)
-    with fresh(out, "`out`") as folder, bar:
-        for file in checkpoint.headers:
-            with open(folder / file, "wb") as target:
-                _write(checkpoint, file, edits, target, bar.update, problems)
+    with fresh(out, "`out`") as folder:
+        for name, count in write_tensors(checkpoint, folder, edits, "merge").items():
+            problems.add(name, f"{count} values are not finite after merging")
         problems.stop()
-        copy_others(checkpoint, folder)
     return checkpoint.left_out
-
-
-@np.errstate(over="ignore", invalid="ignore")  # what is not finite is counted
-def _write(
-    checkpoint: Checkpoint,
-    file: str,
-    edits: Mapping[str, Edit],
-    target: BinaryIO,
-    tick: Callable[[int], object],
-    problems: Problems,
-) -> None:
-    """Writes one file: the header as it is, then the tensors in the order of their data."""
-    header = checkpoint.headers[file]
-    with open_file(checkpoint.source, file) as (data, _):
-        with explain_shorter(checkpoint.source, file):
-            for piece in read_pieces(data, header.data):
-                target.write(piece)
-        for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
-            if (edit := edits.get(name)) is None:
-                pieces = ((piece, 0) for piece in read_pieces(data, entry.stop - entry.start))
-            else:
-                dtype = (DTYPES | COUNTS)[entry.dtype]
-                pieces = (encode(block, dtype) for block in edit.blocks(data, entry))
-            bad = 0
-            with explain_shorter(checkpoint.source, name):
-                for piece, count in pieces:
-                    target.write(piece)
-                    tick(len(piece))
-                    bad += count
-            if bad:
-                problems.add(name, f"{bad} values are not finite after merging")

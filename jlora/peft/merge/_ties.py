@@ -8,10 +8,11 @@ from typing import Any
 from .._checkpoint import Checkpoint
 from .._file import show
 from .._problems import Problems
+from .._write import Edit
 from ..adapter._contents import SHARED, Adapter, Contents
 from ..adapter._parameters import find_twins, identify
 from ..adapter._tokens import Tokens, find_table, list_lone_heads
-from ._blocks import Edit, NewRows
+from ._blocks import NewRows
 from ._renaming import Model
 
 

@@ -7,8 +7,6 @@ do something has a row that says why.
 
 from collections.abc import Collection, Mapping
 
-from tqdm import tqdm
-
 from . import environment
 
 # Module -> environment.
@@ -50,11 +48,13 @@ def in_process() -> list[dict]:
 
 def in_environments(peers: Mapping[str, str], modes: Collection[str], rounds: int) -> list[dict]:
     """The rows of each module of `peers`, from its environment."""
+    from jlora._progress import progress
+
     from .. import floor
 
     arguments = ["--rounds", str(rounds), "--modes", *modes]
     rows: list[dict] = []
-    with tqdm(total=len(peers) * len(floor.SHAPES) * len(modes), disable=None) as bar:
+    with progress(total=len(peers) * len(floor.SHAPES) * len(modes)) as bar:
         for module, name in peers.items():
             bar.set_description(module)
             try:

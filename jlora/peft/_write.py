@@ -1,0 +1,84 @@
+"""Writes a checkpoint whose tensors are like another's: in threads, each tensor in its place."""
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+
+from .._progress import progress
+from ._checkpoint import Checkpoint, read_pieces
+from ._file import COUNTS, DTYPES, TensorInfo
+
+THREADS = min(os.cpu_count() or 1, 4)  # each of them holds a block
+
+
+class Edit(Protocol):
+    """Computes the new values of a tensor from the old ones."""
+
+    def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
+        """Yields the new values of a tensor in any dtype; its old bytes are next in `data`."""
+        ...
+
+
+def write_tensors(
+    checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], title: str
+) -> dict[str, int]:
+    """Writes the tensors of a checkpoint, edited, and its other files to `folder`.
+
+    Returns:
+        How many values of each edited tensor are not finite, where there are any.
+    """
+    for file in checkpoint.headers:
+        (folder / file).write_bytes(checkpoint.head(file))
+    names, write = checkpoint.where, functools.partial(_write, checkpoint, folder, edits)
+    with ThreadPoolExecutor(THREADS) as pool:
+        counts = progress(pool.map(write, names), title, len(names), unit="tensor")
+        found = dict(zip(names, counts, strict=True))
+    checkpoint.copy_others(folder)
+    return {name: count for name, count in found.items() if count}
+
+
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is counted
+def _write(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], name: str) -> int:
+    file, entry, bad = checkpoint.where[name], checkpoint.entry(name), 0
+    with checkpoint.open(name) as data, open(folder / file, "rb+") as target:
+        target.seek(checkpoint.headers[file].data + entry.start)
+        if (edit := edits.get(name)) is None:
+            _copy(data, target, entry.stop - entry.start)
+        else:
+            for block in edit.blocks(data, entry):
+                piece, count = encode(block, (DTYPES | COUNTS)[entry.dtype])
+                target.write(piece)
+                bad += count
+    return bad
+
+
+def _copy(data: BinaryIO, target: BinaryIO, count: int) -> None:
+    """Copies the next `count` bytes of a file to another, within the kernel where it can."""
+    begin = at = data.tell()
+    start, stop = target.tell(), begin + count
+    try:
+        while at < stop:
+            files = data.fileno(), target.fileno()
+            done = os.copy_file_range(*files, stop - at, at, start + at - begin)
+            if not done:
+                raise EOFError
+            at += done
+    except (AttributeError, OSError):  # another system, two disks, or no file
+        for piece in read_pieces(data, count):
+            target.write(piece)
+
+
+def encode(x: np.ndarray, dtype: np.dtype) -> tuple[memoryview, int]:
+    """Returns the bytes of numbers in a dtype, and how many of them are not finite."""
+    x = np.ascontiguousarray(x, dtype).reshape(-1)
+    bad = 0
+    if dtype.kind != "i":  # all exponent bits are 1
+        whole = np.dtype(f"u{dtype.itemsize}")
+        infinite = np.full(1, np.inf, dtype).view(whole)
+        bad = int(np.count_nonzero(x.view(whole) & infinite == infinite))
+    return x.view(np.uint8).data, bad

@@ -1,0 +1,180 @@
+"""Experts that share a factor: how many parameters they train, their files, what is refused."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from peft_files import Folder, come_back
+from small import randomize
+
+import jlora
+from jlora import DoRA, LoRA, checkpoint, initializers, peft
+
+# Qwen3-30B-A3B: its layers, experts and widths.
+LAYERS, EXPERTS, WIDTH, HIDDEN, QUERIES, KEYS = 48, 128, 2048, 768, 32 * 128, 4 * 128
+MIXTURE = {"up": (3, 6, 5), "down": (3, 5, 6)}
+NAMES = [
+    peft.Name("up", "mlp.experts", "eio", "up_proj"),
+    peft.Name("down", "mlp.experts", "eio", "down_proj"),
+]
+
+
+def mixture(p: Any, x: jax.Array) -> jax.Array:
+    """(3 experts, rows, 6) to the same."""
+    h = jnp.tanh(jnp.einsum("ebi,eio->ebo", x, p["up"]))
+    return jnp.einsum("ebi,eio->ebo", h, p["down"])
+
+
+def qwen3(p: Any, x: jax.Array) -> jax.Array:
+    """The products of Qwen3-30B-A3B, without what stands between them."""
+
+    def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
+        q, k, v = (x @ p[name] for name in "qkv")
+        x = q @ p["o"] + (k * v).sum()
+        rows = jnp.broadcast_to(x, (EXPERTS, *x.shape)) * 2  # what a router would send
+        gate, up = (jnp.einsum("ebi,eio->ebo", rows, p[name]) for name in ("gate", "up"))
+        return jnp.einsum("ebo,eoi->ebi", gate * up, p["down"]).sum(0), None
+
+    return jax.lax.scan(layer, x, p)[0]
+
+
+def shapes_of_qwen3() -> Any:
+    matrices = {
+        "q": (WIDTH, QUERIES),
+        "k": (WIDTH, KEYS),
+        "v": (WIDTH, KEYS),
+        "o": (QUERIES, WIDTH),
+    }
+    experts = dict.fromkeys(("gate", "up"), (WIDTH, HIDDEN)) | {"down": (HIDDEN, WIDTH)}
+    matrices |= {name: (EXPERTS, *shape) for name, shape in experts.items()}
+    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    return {name: struct((LAYERS, *shape)) for name, shape in matrices.items()}
+
+
+@pytest.mark.parametrize(
+    ("rules", "each"),
+    [
+        ([LoRA("[qkvo]", rank=1)], 835_584),
+        ([LoRA("gate|up|down", rank=1)], 51_904_512),
+        (
+            [LoRA("gate|up", rank=1, share="inputs"), LoRA("down", rank=1, share="outputs")],
+            14_450_688,
+        ),
+    ],
+)
+@pytest.mark.parametrize("rank", [1, 8])
+def test_counts_of_qwen3(rules: list[LoRA], each: int, rank: int) -> None:
+    """The experts share what is of the model's width, and differ in what is of their own."""
+    lora = jlora.transform(qwen3, *(rule.of_rank(rank) for rule in rules))
+    x = jax.ShapeDtypeStruct((2, WIDTH), jnp.bfloat16)
+    assert lora.sites(shapes_of_qwen3(), x).trainable == rank * each
+
+
+def make(*rules: LoRA) -> tuple[Any, Any, jlora.types.Transformed, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, MIXTURE.items(), strict=False)}
+    x = jax.random.normal(keys[2], (3, 4, 6))
+    lora = jlora.transform(mixture, *rules)
+    return *lora.init(jax.random.key(1), params, x), lora, x
+
+
+OUTER = [LoRA("up", rank=2, share="inputs"), LoRA("down", rank=2, share="outputs")]
+
+
+def test_files(tmp_path: Folder) -> None:
+    """PEFT gets a copy of a shared factor for each expert; a checkpoint keeps it once."""
+    base, adapter, lora, x = make(*OUTER)
+    adapter = randomize(adapter)
+    read = come_back(tmp_path / "peft", base, adapter, NAMES)
+    assert read["up"].a.shape == (3, 6, 2)
+    assert (np.asarray(read["up"].a) == np.asarray(adapter["up"].a)).all()
+    actual, expected = lora.apply(base, read, x), lora.apply(base, adapter, x)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    checkpoint.save(tmp_path / "own", adapter, OUTER)
+    again = checkpoint.restore(tmp_path / "own", like=adapter)
+    assert jax.tree.structure(again) == jax.tree.structure(adapter)
+    assert checkpoint.read(tmp_path / "own").rules == tuple(OUTER)
+
+
+@pytest.mark.parametrize("share", ["inputs", "outputs"])
+@pytest.mark.parametrize(
+    "init",
+    [initializers.pissa, initializers.olora, initializers.milora, initializers.miss],
+    ids=lambda init: init.__name__,
+)
+def test_starts(init: Callable[..., Any], share: str) -> None:
+    """The adapted model is the base at first, as with an A and a B for each expert."""
+    params = make(LoRA(rank=2))[0]
+    base, adapter, lora, x = make(LoRA(rank=2, share=share, init=init))
+    actual, expected = lora.apply(base, adapter, x), mixture(params, x)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_start_is_of_one_experts_inputs() -> None:
+    """A is drawn as wide where experts share B as where each has its own."""
+    for share in (None, "inputs", "outputs"):
+        adapter = make(LoRA(rank=2, share=share))[1]
+        largest = {
+            name: float(jnp.abs(x.a).max() * np.sqrt(MIXTURE[name][1]))
+            for name, x in adapter.items()
+        }
+        assert all(0.6 < x <= 1 for x in largest.values()), largest
+
+
+def test_dora() -> None:
+    """Experts that share A have norms of their own."""
+    base, adapter, lora, x = make(DoRA(rank=2, share="inputs"))
+    adapter = randomize(adapter)
+    assert adapter["up"].m.shape == (3, 5)
+    expected = mixture(jlora.merge(base, adapter), x)
+    np.testing.assert_allclose(lora.apply(base, adapter, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make_rule", "shape", "message"),
+    [
+        (
+            lambda: LoRA("w", share="both"),
+            (),
+            "`share` of LoRA('w') must be 'inputs', 'outputs' or None; got 'both'.",
+        ),
+        (
+            lambda: DoRA("w", share="outputs"),
+            (),
+            "`share` of DoRA('w') must be None or 'inputs', as each expert has norms of its own; "
+            "got 'outputs'. Use jlora.LoRA.",
+        ),
+        (
+            lambda: LoRA("w", share="inputs"),
+            (4, 3),
+            "`share` of LoRA('w') needs a weight with one stacked axis, that of its experts; 'w' "
+            "with shape (4, 3) has 0. Leave `share` out.",
+        ),
+        (
+            lambda: LoRA("w", share="inputs"),
+            (2, 2, 4, 3),
+            "`share` of LoRA('w') needs a weight with one stacked axis, that of its experts; 'w' "
+            "with shape (2, 2, 4, 3) has 2. Leave `share` out.",
+        ),
+    ],
+)
+def test_what_is_refused(
+    make_rule: Callable[[], LoRA], shape: tuple[int, ...], message: str
+) -> None:
+    def apply(p: Any, x: jax.Array) -> Any:
+        return [x @ w for w in p["w"].reshape(-1, 4, 3)] if len(shape) < 4 else loops(p["w"], x)
+
+    def loops(w: jax.Array, x: jax.Array) -> jax.Array:
+        def of(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return x, x @ w
+
+        return jax.lax.scan(lambda x, w: (x, jax.lax.scan(of, x, w)[1]), x, w)[1]
+
+    with pytest.raises(ValueError) as e:
+        lora = jlora.transform(apply, make_rule())
+        lora.init(jax.random.key(0), {"w": jnp.ones(shape)}, jnp.ones((1, 4)))
+    assert str(e.value) == message

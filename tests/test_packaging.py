@@ -1,0 +1,95 @@
+"""What publishing needs: versions that agree, and workflows that run parts which exist."""
+
+import pathlib
+import re
+import subprocess
+import tomllib
+
+import pytest
+
+yaml = pytest.importorskip("yaml")  # Flax and Orbax need it
+
+ROOT = pathlib.Path(__file__).parents[1]
+GITHUB = ROOT / ".github"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def workflow(name: str) -> dict:
+    return yaml.safe_load((GITHUB / "workflows" / f"{name}.yml").read_text())
+
+
+def test_versions_agree() -> None:
+    """In the package, the citation and the changelog, whose newest section is this version's."""
+    cited = yaml.safe_load((GITHUB / "CITATION.cff").read_text())["version"]
+    heading = re.search(r"^## \[(.*?)\] - ", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert heading
+    assert PROJECT["version"] == cited == heading[1]
+
+
+def test_the_workflow_runs_every_part() -> None:
+    """Each of `.ci/run --list`, and no other."""
+    done = subprocess.run([ROOT / ".ci" / "run", "--list"], capture_output=True, text=True)
+    parts = {line.split()[0] for line in done.stdout.splitlines()}
+    jobs = workflow("ci")["jobs"].values()
+    run = [x for job in jobs for x in job["strategy"]["matrix"]["parts"]]
+    assert {part for x in run for part in x.split()} == parts
+    text = (ROOT / ".ci" / "run").read_text()
+    assert {f"run_{part}" for part in parts} <= set(re.findall(r"^(run_[\w.]+)\(\)", text, re.M))
+
+
+def test_unknown_parts_are_refused() -> None:
+    """Before anything is installed."""
+    command = [ROOT / ".ci" / "run", "lint", "lnit"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "no part lnit; .ci/run --list names them\n")
+
+
+def test_python_versions_agree() -> None:
+    """Each that the package names is a part, and the release is tried with it."""
+    named = [c.split(" :: ")[-1] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert workflow("release")["jobs"]["check"]["strategy"]["matrix"]["python"] == named
+    jobs = workflow("ci")["jobs"]["run"]["strategy"]["matrix"]["parts"]
+    parts = {part for x in jobs for part in x.split()}
+    assert {f"python{v}" for v in named} <= parts
+
+
+@pytest.mark.parametrize("name", ["ci", "release"])
+def test_workflows_have_no_more_rights_than_they_need(name: str) -> None:
+    """They read; only the job that publishes gets a token, in an environment of its own."""
+    found = workflow(name)
+    assert found["permissions"] == {"contents": "read"}
+    for job_name, job in found["jobs"].items():
+        expected = {"id-token": "write"} if job_name == "publish" else None
+        assert job.get("permissions") == expected
+        assert (job.get("environment") == "release") == (job_name == "publish")
+        for step in job["steps"]:
+            assert re.fullmatch(
+                r"[\w-]+/[\w-]+@(v\d+|release/v1|[0-9a-f]{40})", step.get("uses", "a/b@v1")
+            )
+
+
+@pytest.mark.parametrize("form", ["bug", "feature"])
+def test_issue_forms(form: str) -> None:
+    """The fields that GitHub requires, and ids of their own."""
+    found = yaml.safe_load((GITHUB / "ISSUE_TEMPLATE" / f"{form}.yml").read_text())
+    assert {"name", "description", "body"} <= found.keys()
+    ids = [field["id"] for field in found["body"]]
+    assert len(set(ids)) == len(ids)
+    assert all(field["attributes"]["label"] for field in found["body"])
+
+
+def test_every_dependency_has_a_reason() -> None:
+    """As a comment beside it."""
+    text = (ROOT / "pyproject.toml").read_text()
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S)
+    assert block
+    assert all(re.search(r'^  ".*", # \w', line) for line in block[1].splitlines())
+
+
+def test_what_was_tried_beside_is_in_the_guide() -> None:
+    """Each library that `.ci/run beside` installs, with its version and Python."""
+    guide = (ROOT / "notebooks" / "versions.md").read_text("utf-8").lower()
+    for line in (ROOT / ".ci" / "constraints" / "beside.txt").read_text().splitlines():
+        python, library, version = re.fullmatch(r"python(\S+) (\S+)==(\S+)", line).groups()  # pyright: ignore
+        row = rf"\| {library.removeprefix('google-')} {re.escape(version)} \| {python} \|"
+        assert re.search(row, guide), line
