@@ -275,7 +275,7 @@ def test_a_table_refuses_the_models_of_others(table: str) -> None:
 
 
 # Whose layers are called the same.
-ALIKE = {"llama", "llama-scanned", "easydel", "decoder", "gpt-oss", "llama4"}
+ALIKE = {"llama", "llama-scanned", "easydel", "gpt-oss", "llama4"}
 
 
 def first_alike(table: str) -> str:

@@ -34,15 +34,15 @@ pytestmark = [
 
 # Family: its table, and whether its experts are (experts, inputs, outputs) in PyTorch.
 TABLES = {
-    "qwen2": ("decoder", False),
-    "qwen3-moe": ("decoder", False),
-    "gemma2": ("decoder", False),
-    "gemma4": ("decoder", False),
-    "gemma4-moe": ("decoder", False),
+    "qwen2": ("llama", False),
+    "qwen3-moe": ("llama", False),
+    "gemma2": ("llama", False),
+    "gemma4": ("llama", False),
+    "gemma4-moe": ("llama", False),
     "gpt-oss": ("gpt-oss", True),
-    "deepseek-v3": ("decoder", False),
-    "qwen3.5": ("decoder", False),
-    "qwen3.5-moe": ("decoder", False),
+    "deepseek-v3": ("llama", False),
+    "qwen3.5": ("llama", False),
+    "qwen3.5-moe": ("llama", False),
     "llama4": ("llama4", True),
 }
 LINEAR = r".*(?:proj|proj_with_mqa|in_proj_\w+|per_layer_input_gate|per_layer_projection)"

@@ -14,7 +14,7 @@ from .._types import PyTree
 from ._command import Arg, call
 
 NAMES = """Name table between JAX's paths and PyTorch's modules: bert, roberta, gpt2, llama,
-llama-scanned, vit, decoder, gpt-oss, llama4, tunix-llama3, tunix-qwen2, tunix-qwen3,
+llama-scanned, vit, gpt-oss, llama4, tunix-llama3, tunix-qwen2, tunix-qwen3,
 tunix-qwen3-experts, tunix-gemma, tunix-gemma4, gemma3, gemma4, gemma4-experts, gemma2-2b,
 keras-hub-llama3, keras-hub-qwen3, keras-hub-gemma3, maxtext-llama, maxtext-qwen3,
 maxtext-deepseek-v3, maxtext-gemma4, maxtext-gpt-oss, maxtext-llama4, easydel, module:ATTRIBUTE

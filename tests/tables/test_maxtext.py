@@ -341,6 +341,7 @@ for scan in (False, True):
         # PEFT takes the MLP of dense layers and of shared experts for experts, and adapts none.
         (LoRA(r"self_attention/\w+/kernel|(wi_0|wi_1|wo)$", rank=4),),
         some=("q_a_proj", "kv_b_proj"),
+        left="mlp.gate",
         experts=PARAMETERS,
     )
     CASES[f"llama4{'-scanned' * scan}"] = Case(

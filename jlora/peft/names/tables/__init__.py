@@ -19,7 +19,6 @@ WITH_PATHS = {
     "llama": (transformers.LLAMA, "model/layers/0/self_attn/q_proj/kernel"),
     "llama-scanned": (transformers.LLAMA_SCANNED, "model/layers/self_attn/q_proj/kernel"),
     "vit": (transformers.VIT, "vit/encoder/layer/0/attention/attention/query/kernel"),
-    "decoder": (transformers.DECODER, "model/layers/0/mlp/shared_experts/up_proj/kernel"),
     "gpt-oss": (transformers.GPT_OSS, "model/layers/0/mlp/experts/gate_up_proj"),
     "llama4": (transformers.LLAMA4, "model/layers/0/feed_forward/experts/gate_up_proj"),
     "tunix-llama3": (tunix.LLAMA3, _LAYER),

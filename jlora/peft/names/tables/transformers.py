@@ -4,15 +4,13 @@
 |---|---|
 | `BERT`, `GPT2`, `VIT` | those of these names, with any head |
 | `ROBERTA` | RoBERTa, XLM-RoBERTa |
-| `LLAMA` | Llama, Mistral, Gemma |
-| `LLAMA_SCANNED` | the same trees with their layers stacked on axis 0 by a scan |
-| `DECODER` | DeepSeek V3, Gemma 4, Qwen 3.5, with experts or without |
+| `LLAMA` | Llama to 3, Mistral, Gemma to 4, Qwen 2 to 3.5, DeepSeek V3, with experts or without |
+| `LLAMA_SCANNED` | the same trees with their layers stacked on axis 0 by a scan, without experts |
 | `GPT_OSS`, `LLAMA4` | those of these names |
 
-The language models of the last two rows are tested with `transformers` 5.24 and PEFT 0.21.2, alone
-or as `language_model` of a model with vision. Experts are leaves (experts, inputs, outputs), with
-gate and up as one, `gate_up_proj`, or as two, `gate_proj` and `up_proj`. A checkpoint may have them
-as one parameter; if the leaves are two it may also have a module for each expert.
+Those with experts are tested with `transformers` 5.24 and PEFT 0.21.2. Experts are leaves (experts,
+inputs, outputs), with gate and up as one, `gate_up_proj`, or as two, `gate_proj` and `up_proj`. A
+checkpoint may have them as one parameter, and, if the leaves are two, as a module for each expert.
 
 PEFT 0.21.2 takes the MLP of DeepSeek V3's dense layers and shared experts for experts, which are
 modules in `transformers` 4. It loads an adapter of these on none.
@@ -31,7 +29,7 @@ def same(modules: str) -> tuple[Name, ...]:
     return (
         Name(f"({modules})/kernel", r"\1", "io"),
         Name(f"({modules})/embedding", r"\1", "vo"),
-        Name(f"({modules})/(?:scale|weight)", r"\1", "o"),
+        Name(f"({modules})/(?:scale|weight|kernel)", r"\1", "o"),
         Name(f"({modules})/bias", r"\1", "o", "bias"),
     )
 
@@ -75,21 +73,6 @@ GPT2 = (
     *same(
         rf"{_CONV1D}|{_GPT2_LAYER}/ln_(?:1|2|cross_attn)|(?:transformer/)?(?:wte|wpe|ln_f)|lm_head"
     ),
-)
-
-_LLAMA_LAYER = (
-    "(?:self_attn/[qkvo]_proj|mlp/(?:gate|up|down)_proj|(?:input|post_attention)_layernorm)"
-)
-
-LLAMA = (
-    Name(r"(model/embed_tokens)/embedding", r"\1", "vo", tied="lm_head"),
-    *same(rf"(?:model/)?(?:layers/\d+/{_LLAMA_LAYER}|embed_tokens|norm)|lm_head"),
-)
-
-LLAMA_SCANNED = (
-    Name(rf"model/layers/({_LLAMA_LAYER})/kernel", r"model.layers.{}.\1", "lio"),
-    Name(rf"model/layers/({_LLAMA_LAYER})/(?:scale|weight)", r"model.layers.{}.\1", "lo"),
-    *LLAMA,
 )
 
 _DECODER_LAYER = (
@@ -162,7 +145,13 @@ def _decoder(*, alternating: bool = False, **how: Any) -> tuple[Name, ...]:
     )
 
 
-DECODER = _decoder()
+LLAMA = _decoder()
+
+LLAMA_SCANNED = (
+    Name(rf"model/layers/({_DECODER_LAYER})/kernel", r"model.layers.{}.\1", "lio"),
+    Name(rf"model/layers/({_DECODER_LAYER})/(?:scale|weight)", r"model.layers.{}.\1", "lo"),
+    *LLAMA,
+)
 
 LLAMA4 = _decoder(transposed=True)
 
