@@ -171,7 +171,7 @@ GEMMA4_EXPERTS = GEMMA4 | {
     "attention_k_eq_v": True,
     "num_global_key_value_heads": 1,
 }
-PER_LAYER = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCABULARY}
+PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
 PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
 
 

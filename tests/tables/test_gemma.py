@@ -128,4 +128,4 @@ CASES |= {
     ),
 }
 
-made = made_of(CASES, "gemma3")
+made = made_of(CASES, "gemma3", "gemma4-experts")

@@ -364,4 +364,4 @@ for scan in (False, True):
             left="router.proj",
         )
 
-made = made_of(CASES, "llama-scanned")
+made = made_of(CASES, "llama-scanned", "gpt-oss-scanned")

@@ -167,7 +167,7 @@ CASES = {
         tables.tunix.GEMMA4,
         ("Gemma4TextConfig", GEMMA4 | PER_LAYER),
         build_gemma4,
-        (LoRA(r"per_layer_\w+(gate|projection)/w", rank=4), *FUSED_KV),
+        (LoRA(r"per_layer_\w*(gate|projection)/w", rank=4), *FUSED_KV),
     ),
     "gemma4-experts": Case(
         tables.tunix.GEMMA4,
@@ -187,4 +187,4 @@ CASES = {
     ),
 }
 
-made = made_of(CASES, "llama3", "qwen3-experts", "gemma3")
+made = made_of(CASES, "llama3", "qwen3-experts", "gemma3", "gemma4-experts")
