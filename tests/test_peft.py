@@ -402,6 +402,8 @@ def test_never_overwrites(tmp_path: Folder) -> None:
         ({"axes": "ix"}, "`axes` must be of the letters"),
         ({"axes": "ee"}, "`axes` must be of the letters"),
         ({"module": "m.{}"}, "`module` needs one {} for each l"),
+        ({"module": "m.{2*+1}"}, "`module` needs one {} for each l"),
+        ({"axes": "lio", "module": "m.{1}"}, "or a sum with it such as {2*+1}"),
         ({"tied": "lm_head"}, "only an embedding is `tied`"),
         ({"axes": "ssio", "module": ("k", "v")}, "`axes` must be of the letters"),
         ({"axes": "sio"}, "`module` is a tuple where `axes` has an s"),

@@ -387,6 +387,32 @@ def test_experts_that_are_stored_one_by_one(tmp_path: Folder) -> None:
         peft.from_tensors(tensors, base, PARTS)
 
 
+@pytest.mark.parametrize(
+    ("path", "module", "axes", "shape", "layers"),
+    [
+        ("layers/layers_1/w", r"h.{2*+\1}", "ilo", (3, 2, 4), [1, 3]),
+        ("rest_1/w", r"h.{\1+3}", "io", (3, 4), [4]),
+        ("rest_1/w", r"h.{1*+3}", "ilo", (3, 2, 4), [3, 4]),
+        ("local_1/w", "h.{6*+1*}", "illo", (3, 2, 5, 4), [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]),
+        ("local_1/w", "h.{1*+6*}", "illo", (3, 1, 2, 4), [0, 6]),
+    ],
+)
+def test_layers_in_blocks(
+    path: str, module: str, axes: str, shape: tuple[int, ...], layers: list[int], tmp_path: Folder
+) -> None:
+    """Sums between braces number the layers; each is a module, with A and B of its own."""
+    names = [Name(r".*_(\d+)/w", module, axes)]
+    base = nest({tuple(path.split("/")): normal(0, *shape)})
+    tensors = peft.to_tensors(base, names)
+    assert list(tensors) == [f"h.{i}.weight" for i in layers]
+    assert_equal(peft.from_tensors(tensors, base, names), base)
+    stack = tuple(d for d, letter in enumerate(axes) if letter == "l")
+    layout, lead = Layout(stack, (0,), (len(axes) - 1,)), tuple(shape[d] for d in stack)
+    adapter = LowRank(normal(1, *lead, 3, 2), normal(2, *lead, 2, 4), 1.5, layout)
+    adapter = nest({tuple(path.split("/")): adapter})
+    assert_equal(come_back(tmp_path / "a", base, adapter, names), adapter)
+
+
 def test_sizes_tell_rows_apart() -> None:
     """A row of two modules is none of a leaf of three."""
     base = {"0": {"kv": {"w": jnp.zeros((3, 3, 4, 2))}}}
