@@ -42,6 +42,17 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, Literal)
 
 
+def scopes(eqn: JaxprEqn) -> tuple[Any, ...]:
+    """Lists the name scopes around `eqn`, the outermost first."""
+    return eqn.source_info.name_stack.stack
+
+
+def in_scope(eqn: JaxprEqn, names: slice) -> JaxprEqn:
+    """Keeps some of the name scopes around `eqn`."""
+    info = eqn.source_info
+    return eqn.replace(source_info=info.replace(name_stack=info.name_stack[names]))
+
+
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Counts the constants and the carries among the operands of a `scan` equation."""
     if "num_consts" in params:
@@ -123,6 +134,11 @@ def vary_with(x: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
 def is_concrete(x: Any) -> bool:
     """Whether `x` has a value: it is neither being traced nor a shape."""
     return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)  # pyright: ignore
+
+
+def is_staged() -> bool:
+    """Whether operations are being traced rather than computed, as under `jax.jit`."""
+    return not is_concrete(jax.lax.full((), 0))
 
 
 def evaluate_now(f: Callable[..., Any], *args: Any) -> Any:

@@ -4,7 +4,6 @@ The interpreter of `apply` evaluates the model once, with a `Weight` without a c
 parameter, and records how each weight is used. So what is found is what `apply` can compute.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -52,8 +51,7 @@ class Traced(NamedTuple):
         def weight(path: Path, x: Any) -> Any:
             if path not in weights:
                 return x
-            w = leaf_weight(x, Change(), "/".join(path), materialize=True)
-            return dataclasses.replace(w, origin=w.origin._replace(uses=found))
+            return leaf_weight(x, Change(), "/".join(path), materialize=True, uses=found)
 
         self._evaluate(weight)
         return found

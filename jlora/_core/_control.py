@@ -14,11 +14,13 @@ from ._weight import Weight
 
 
 @rule("jit", is_move=False)
-def _jit(eqn: Equation, *operands: Any) -> list[Any]:
-    # Inlined: a new function under `jax.jit` would be compiled at every eager call.
-    p = eqn.params
-    args = map(_constrain, operands, p["in_shardings"])
-    return list(map(_constrain, eqn.evaluate(p["jaxpr"], *args), p["out_shardings"]))
+def _jit(eqn: Equation, *_: Any) -> list[Any]:
+    def body(eqn: Equation, *xs: Any) -> list[Any]:
+        p = eqn.params
+        args = map(_constrain, xs, p["in_shardings"])
+        return list(map(_constrain, eqn.evaluate(p["jaxpr"], *args), p["out_shardings"]))
+
+    return eqn.share(body)
 
 
 def _constrain(x: Any, sharding: Any) -> Any:
@@ -30,19 +32,21 @@ def _constrain(x: Any, sharding: Any) -> Any:
 
 
 @rule("closed_call", is_move=False)
-def _call(eqn: Equation, *operands: Any) -> list[Any]:
-    return eqn.evaluate(eqn.params["call_jaxpr"], *operands)
+def _call(eqn: Equation, *_: Any) -> list[Any]:
+    return eqn.share(lambda eqn, *xs: eqn.evaluate(eqn.params["call_jaxpr"], *xs))
 
 
 @rule("remat2", is_move=False)
-def _checkpoint(eqn: Equation, *operands: Any) -> list[Any]:
-    p = eqn.params
-    body = jax.checkpoint(
-        lambda *xs: eqn.evaluate(p["jaxpr"], *xs),
-        prevent_cse=p["prevent_cse"],
-        policy=p["policy"],
-    )
-    return body(*operands)
+def _checkpoint(eqn: Equation, *_: Any) -> list[Any]:
+    def body(eqn: Equation, *xs: Any) -> list[Any]:
+        p = eqn.params
+        return jax.checkpoint(
+            lambda *xs: eqn.evaluate(p["jaxpr"], *xs),
+            prevent_cse=p["prevent_cse"],
+            policy=p["policy"],
+        )(*xs)
+
+    return eqn.share(body)
 
 
 @rule("cond", is_move=False)

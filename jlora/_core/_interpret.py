@@ -15,6 +15,7 @@ import numpy as np
 
 from .. import _compat
 from ._axes import Unfactorable
+from ._repeated import Call, Functions
 from ._shared import steps
 from ._weight import Weight
 
@@ -121,42 +122,68 @@ class Equation:
     """One equation of a jaxpr, as its rule gets it.
 
     Attributes:
+        traced: the equation as JAX traced it.
         params: the parameters of its primitive.
         operands: arrays and weights.
         within: the equation whose jaxpr this one belongs to, if any.
+        functions: what calls of one form share, or None where each is evaluated in its place.
     """
 
-    def __init__(self, eqn: Any, operands: Sequence[Any], within: "Equation | None"):
+    def __init__(
+        self,
+        eqn: Any,
+        operands: Sequence[Any],
+        within: "Equation | None",
+        functions: Functions | None = None,
+    ):
         """Holds an equation of a jaxpr and its operands."""
-        self._eqn, self.params = eqn, eqn.params
-        self.operands, self.within = operands, within
+        self.traced, self.params = eqn, eqn.params
+        self.operands, self.within, self.functions = operands, within, functions
 
     @property
     def name(self) -> str:
         """The name of its primitive."""
-        return self._eqn.primitive.name
+        return self.traced.primitive.name
 
     @property
     def outputs(self) -> list[Any]:
         """The types of its outputs."""
-        return [v.aval for v in self._eqn.outvars]
+        return [v.aval for v in self.traced.outvars]
 
     @functools.cached_property
     def where(self) -> str:
         """Its primitive, and the user's line of it or of the equation around it."""
         around, line = self, None
         while around is not None and line is None:
-            line, around = _compat.source_line(around._eqn), around.within
+            line, around = _compat.source_line(around.traced), around.within
         return f"`{self.name}` at {line or 'an unknown line'}"
 
     def bind(self, *values: Any) -> Any:
         """Applies its primitive, unchanged, to `values`."""
-        outs = _compat.bind(self._eqn, *values)
-        return outs if self._eqn.primitive.multiple_results else outs[0]
+        outs = _compat.bind(self.traced, *values)
+        return outs if self.traced.primitive.multiple_results else outs[0]
 
     def evaluate(self, jaxpr: Any, *operands: Any) -> list[Any]:
         """Evaluates a jaxpr among its parameters."""
-        return evaluate(jaxpr, *operands, within=self)
+        return _evaluate(jaxpr, operands, self._without_operands(), self.functions)
+
+    def share(self, f: Callable[..., list[Any]]) -> list[Any]:
+        """Computes `f(equation, *operands)`; for equal equations and operands it is traced once.
+
+        `f` depends on nothing else. The equation that it gets has no operands.
+        """
+        f, operands = functools.partial(f, self._without_operands()), self.operands
+        weights = [x for x in operands if isinstance(x, Weight)]
+        if self.functions is None or not all(w.is_shareable for w in weights):
+            return f(*operands)
+        structure = jax.tree.structure(
+            [x.without_origin() if isinstance(x, Weight) else x for x in operands]
+        )
+        return self.functions.call(self.traced, f, operands, structure)
+
+    def _without_operands(self) -> "Equation":
+        # What is shared outlives the trace that the operands belong to.
+        return Equation(self.traced, (), self.within, self.functions)
 
     def arrays(self, xs: Sequence[Any], kept: Collection[int] = ()) -> list[Any]:
         """Turns weights that leave an inner jaxpr into arrays; gives None in the places `kept`."""
@@ -167,11 +194,20 @@ class Equation:
         return [None if i in kept else as_array(x, reason) for i, x in enumerate(xs)]
 
 
-def evaluate(jaxpr: Any, *args: Any, within: Equation | None = None) -> list[Any]:
-    """Evaluates `jaxpr` at `args`, each an array or a `Weight`.
+def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
+    """Evaluates `jaxpr` at `args`, each an array or a `Weight`."""
+    if not _compat.is_staged():  # shared functions would be compiled at every call
+        return _evaluate(jaxpr, args, None, None)
+    functions = Functions()
+    try:
+        return _evaluate(jaxpr, args, None, functions)
+    finally:
+        functions.forget()
 
-    `within` is the equation that `jaxpr` belongs to, if any.
-    """
+
+def _evaluate(
+    jaxpr: Any, args: Sequence[Any], within: Equation | None, functions: Functions | None
+) -> list[Any]:
     env: dict[Any, Any] = {}
 
     def write(variables: Sequence[Any], values: Sequence[Any]) -> None:
@@ -183,40 +219,41 @@ def evaluate(jaxpr: Any, *args: Any, within: Equation | None = None) -> list[Any
     write(jaxpr.constvars, _compat.consts(jaxpr))
     write(jaxpr.invars, args)
     weights = [isinstance(x, Weight) and x.is_changed for x in args]
-    for eqns, last in steps(jaxpr, weights, RULES):
+    for eqns, last in steps(jaxpr, weights, RULES, functions is not None):
         operands = [[read(atom) for atom in eqn.invars] for eqn in eqns]
-        for eqn, outs in zip(eqns, _apply(eqns, operands, within), strict=True):
+        pairs = zip(eqns, operands, strict=True)
+        outputs = _apply([Equation(*pair, within, functions) for pair in pairs])
+        for eqn, outs in zip(eqns, outputs, strict=True):
             write(eqn.outvars, outs)
         for var in last:
             del env[var]
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _apply(
-    eqns: Sequence[Any], operands: Sequence[list[Any]], within: Equation | None
-) -> list[Sequence[Any]]:
-    pairs = list(zip(eqns, operands, strict=True))
-    together = RULES[eqns[0].primitive.name].together if len(eqns) > 1 else None
+def _apply(eqns: Sequence[Equation]) -> list[Sequence[Any]]:
+    together = RULES[eqns[0].name].together if len(eqns) > 1 else None
     if together is not None:
-        with contextlib.suppress(Unfactorable), _compat.context(eqns[0]):
-            return [[out] for out in together([Equation(e, xs, within) for e, xs in pairs])]
-    return [_apply_one(eqn, xs, within) for eqn, xs in pairs]
+        with contextlib.suppress(Unfactorable), _compat.context(eqns[0].traced):
+            return [[out] for out in together(eqns)]
+    return list(map(_apply_one, eqns))
 
 
-def _apply_one(eqn: Any, operands: list[Any], within: Equation | None) -> Sequence[Any]:
-    with _compat.context(eqn):
-        if not any(isinstance(x, Weight) for x in operands):
-            return _compat.bind(eqn, *operands)
-        equation, found = Equation(eqn, operands, within), RULES.get(eqn.primitive.name)
+def _apply_one(eqn: Equation) -> Sequence[Any]:
+    traced, operands = eqn.traced, eqn.operands
+    has_weights = any(isinstance(x, Weight) for x in operands)
+    with _compat.context(traced):
+        if not has_weights and not isinstance(eqn.traced, Call):
+            return _compat.bind(traced, *operands)
+        found = RULES.get(eqn.name)
         try:
             if found is None:
                 raise Unfactorable
-            outs = found.function(equation, *operands)
-            return outs if eqn.primitive.multiple_results else [outs]
+            outs = found.function(eqn, *operands)
+            return outs if traced.primitive.multiple_results else [outs]
         except Unfactorable as e:
-            reason = functools.partial(_reason, equation, e)
+            reason = functools.partial(_reason, eqn, e)
             arrays = [as_array(x, reason, e.added) for x in operands]
-        return _compat.bind(eqn, *arrays)
+        return _compat.bind(traced, *arrays)
 
 
 def _reason(eqn: Equation, e: Unfactorable) -> str:

@@ -14,14 +14,14 @@ from typing import Any
 
 import jax
 
-from .. import _compat
 from ._arrays import explicit
 from ._axes import RANK, Unfactorable
 from ._low_rank import Term, low_rank
+from ._repeated import variables, with_calls
 
 
 def steps(
-    jaxpr: Any, weights: Sequence[bool], rules: Mapping[str, Any]
+    jaxpr: Any, weights: Sequence[bool], rules: Mapping[str, Any], has_calls: bool = False
 ) -> list[tuple[list[Any], list[Any]]]:
     """Orders the equations that the outputs or an effect need into steps.
 
@@ -32,10 +32,13 @@ def steps(
         jaxpr: the jaxpr to evaluate.
         weights: for each input, whether it is an adapted weight.
         rules: the rule of each primitive.
+        has_calls: whether runs of equations that are repeated become one `Call` each.
     """
     live = _live(jaxpr)
+    found = groups(jaxpr, live, weights, rules)
+    live = with_calls(live, jaxpr.outvars, found) if has_calls else live
     source = {v: eqn for eqn in live for v in eqn.outvars}
-    group = {id(eqn): eqns for eqns in groups(jaxpr, live, weights, rules) for eqn in eqns}
+    group = {id(eqn): eqns for eqns in found for eqn in eqns}
     order: list[list[Any]] = []
     placed: set[int] = set()
 
@@ -44,27 +47,27 @@ def steps(
             return
         eqns = group.get(id(eqn), [eqn])
         placed.update(map(id, eqns))
-        for v in (v for e in eqns for v in _variables(e.invars) if v in source):
+        for v in (v for e in eqns for v in variables(e.invars) if v in source):
             place(source[v])
         order.append(eqns)
 
     for eqn in live:
         place(eqn)
-    found, needed = [], set(_variables(jaxpr.outvars))
+    needed, done = set(variables(jaxpr.outvars)), []
     for eqns in reversed(order):
-        used = {v for eqn in eqns for v in _variables(eqn.invars)}
-        found.append((eqns, [v for v in used if v not in needed]))
+        used = {v for eqn in eqns for v in variables(eqn.invars)}
+        done.append((eqns, [v for v in used if v not in needed]))
         needed |= used
-    return found[::-1]
+    return done[::-1]
 
 
 def _live(jaxpr: Any) -> list[Any]:
     """Lists the equations that the outputs or an effect need."""
-    needed, live = set(_variables(jaxpr.outvars)), []
+    needed, live = set(variables(jaxpr.outvars)), []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or needed.intersection(eqn.outvars):
             live.append(eqn)
-            needed.update(_variables(eqn.invars))
+            needed.update(variables(eqn.invars))
     return live[::-1]
 
 
@@ -76,7 +79,7 @@ def groups(
     late: set[Any] = set()  # what follows from a product, or has an effect
     found: dict[Any, list[Any]] = {}
     for eqn in eqns:
-        used, rule = set(_variables(eqn.invars)), rules.get(eqn.primitive.name)
+        used, rule = set(variables(eqn.invars)), rules.get(eqn.primitive.name)
         is_late = eqn.effects or not late.isdisjoint(used)
         if not heavy.isdisjoint(used):
             if rule is not None and rule.is_move:
@@ -88,11 +91,6 @@ def groups(
                 is_late = True
         late.update(eqn.outvars if is_late else ())
     return [group for group in found.values() if len(group) > 1]
-
-
-def _variables(atoms: Sequence[Any]) -> list[Any]:
-    """Drops the literals among `atoms`."""
-    return [v for v in atoms if not _compat.is_literal(v)]
 
 
 def multiply_together(products: Sequence[Any]) -> list[jax.Array]:

@@ -95,6 +95,16 @@ class Weight:
         return itertools.count(max(self._names) + 1)
 
     @property
+    def is_shareable(self) -> bool:
+        """Whether a function for weights of its form may be traced with this one."""
+        # Moves that are remembered are closures, each equal to itself alone.
+        return self.origin.uses is None and not getattr(self.w, "moves", ())
+
+    def without_origin(self) -> "Weight":
+        """Forgets the leaves that it comes from, in which the layers of a model differ."""
+        return dataclasses.replace(self, origin=self.origin._replace(paths=()), picked=frozenset())
+
+    @property
     def _names(self) -> list[int]:
         return [self.last, *(a.name for a in self.axes)]
 
@@ -180,15 +190,19 @@ class Weight:
         return self.change.of(self.array, self.axes)
 
 
-def leaf_weight(value: Any, change: Change, path: str, materialize: bool) -> Weight:
+def leaf_weight(
+    value: Any, change: Change, path: str, materialize: bool, uses: Any = None
+) -> Weight:
     """Makes the weight of the leaf at `path`: an array, or an object with a method `packed`."""
-    axes, unchecked = axes_of_leaf(path, value.ndim), _compat.unchecked_axes()
+    # Only what records uses reads the path in an axis, in which layers of one form differ.
+    axes = axes_of_leaf("" if uses is None else path, value.ndim)
+    unchecked = _compat.unchecked_axes()
     w = value.packed(axes) if hasattr(value, "packed") else Factor(value, axes)
     names = {Axis(d): axis for d, axis in enumerate(axes)}
     change = map_factors(lambda f: f.rename(names).may_vary(unchecked), change)
     # The model must be traced with a weight that varies over a mesh as W' does.
     w = jax.tree.map(lambda x: _compat.vary_with(x, jax.tree.leaves(change)), w)
-    return Weight(w, change, Origin((path,), materialize, unchecked=unchecked))
+    return Weight(w, change, Origin((path,), materialize, uses, unchecked))
 
 
 def value_of(x: Any) -> Any:

@@ -116,11 +116,11 @@ class Quantized(NotAnArray):
         parts = dataclasses.replace(self, error=None).map_arrays(
             lambda x, dims: Factor(x, tuple(OTHER if d is None else axes[d] for d in dims))
         )
-        unpack = functools.partial(_unpack, axes, dtype)
+        unpack = _With(_unpack, (axes, dtype))
         packed = Packed(parts, unpack, axes, self.shape, dtype, even=self._even(axes))
         if self.nested is None:
             return packed
-        free, loosen = frozenset(axes[d] for d in self.form.stack), functools.partial(_loosen, axes)
+        free, loosen = frozenset(axes[d] for d in self.form.stack), _With(_loosen, (axes,))
         return packed.replace(even=free, loosen=loosen, loose=packed.even)
 
     def _even(self, axes: Sequence[Axis]) -> frozenset[Axis]:
@@ -194,6 +194,17 @@ _array = jax.jit(Quantized.array, static_argnums=1)
 
 
 # ------------------------------------------------------------------------------------- from codes
+
+
+class _With(NamedTuple):
+    """A function with its first arguments, equal to one with equal arguments."""
+
+    f: Callable[..., Any]
+    args: tuple[Any, ...]
+
+    def __call__(self, parts: Any) -> Any:
+        """Calls the function."""
+        return self.f(*self.args, parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

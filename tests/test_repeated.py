@@ -1,0 +1,230 @@
+"""Layers that a model repeats: each distinct one is traced once, and the program is the same.
+
+Eager calls evaluate each layer in its place, so that they are the reference.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from laws import assert_close, leaks_checked, randomize
+from small import array
+
+import jlora
+
+WIDTH, LAYERS = 8, 4
+X = array(3, WIDTH)
+
+
+def layer(p, x):
+    """Products with one activation, one alone, and more than enough equations for a call."""
+    q, k, v = (x @ p[n] for n in "qkv")
+    y = jnp.tanh(q * k) + jnp.sin(v)
+    for _ in range(12):
+        y = jnp.cos(y)
+    return jnp.tanh(x + y @ p["o"])
+
+
+def in_scopes(params, x):
+    for name, p in params.items():
+        with jax.named_scope(name):
+            x = layer(p, x)
+    return x
+
+
+def without_scopes(params, x):
+    for p in params.values():
+        x = layer(p, x)
+    return x
+
+
+def in_jit(params, x):
+    f = jax.jit(layer)
+    for p in params.values():
+        x = f(p, x)
+    return x
+
+
+def computed_again(params, x):
+    f = jax.checkpoint(layer, prevent_cse=False)
+    for p in params.values():
+        x = f(p, x)
+    return x
+
+
+def of_two_kinds(params, x):
+    """Every second scope holds another layer; two of them call it with one weight."""
+    last = [*params.values()][-1]
+    for i, (name, p) in enumerate(params.items()):
+        with jax.named_scope(name):
+            x = layer(p, x) if i % 2 else jnp.tanh(layer(last, jnp.tanh(x)))
+    return x
+
+
+def moved_in_jit(params, x):
+    """A weight comes out of a function that is called again and again."""
+    turn = jax.jit(lambda w: w.T)
+    for p in params.values():
+        x = layer({n: turn(turn(w)) for n, w in p.items()}, x)
+    return x
+
+
+def within_a_scan(params, x):
+    return jax.lax.scan(lambda x, _: (in_jit(params, in_scopes(params, x)), None), x, None, 2)[0]
+
+
+def across_layers(params, x):
+    """One activation is multiplied in every layer."""
+    out = x
+    for name, p in params.items():
+        with jax.named_scope(name):
+            out = layer(p, out) + jnp.tanh(x @ p["q"])
+    return out
+
+
+def with_numbers(params, x):
+    """The layers differ in a number, or in nothing else than an operand that is known."""
+    f = jax.jit(lambda p, x, s: layer(p, x) * s)
+    for i, p in enumerate(params.values()):
+        x = f(p, x, 1.0 if i % 2 else 0.5)
+    return x
+
+
+MODELS = [in_scopes, in_jit, computed_again, of_two_kinds, moved_in_jit]
+MODELS += [within_a_scan, across_layers, with_numbers]
+PARAMS = {
+    f"layer_{i}": {n: array(i + 1, WIDTH, WIDTH)[i] / 4 for n in "qkvo"} for i in range(LAYERS)
+}
+RULES = {
+    "all": [jlora.LoRA(rank=2)],
+    "some layers": [jlora.LoRA("layer_[12]/[qo]", rank=2)],
+    "other ranks": [jlora.LoRA("layer_0/.*", rank=1), jlora.LoRA(rank=2)],
+    "dropout": [jlora.LoRA(rank=2, dropout=0.5)],
+    "DoRA": [jlora.DoRA(rank=2)],
+    "full": [jlora.LoRA("layer_../[qk]|layer_./[qk]", rank=2), jlora.Full("layer_./o")],
+}
+
+
+def start(model, rules, params=PARAMS):
+    lora = jlora.transform(model, *rules)
+    base, adapter = lora.init(jax.random.key(0), params, X)
+    adapter = jlora.dropout(randomize(adapter), jax.random.key(1))
+    return lora, base, adapter
+
+
+def derivatives(lora, base):
+    """Values, slopes in both modes, and those of a batch of adapters."""
+
+    def all_of_it(adapter, x):
+        def loss(adapter, x):
+            return jnp.sum(jnp.sin(lora.apply(base, adapter, x)))
+
+        grad = jax.grad(loss, (0, 1), allow_int=True)
+        along = jax.jvp(lambda x: loss(adapter, x), (x,), (jnp.cos(x),))
+        rows = jax.vmap(lora.apply, (None, None, 0))(base, adapter, jnp.stack([x, 2 * x]))
+        slopes = [g for g in jax.tree.leaves(grad(adapter, x)) if g.dtype == x.dtype]
+        return lora.apply(base, adapter, x), slopes, along, rows
+
+    return all_of_it
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_shared_layers_are_those_in_place(model):
+    lora, base, adapter = start(model, RULES["all"])
+    f = derivatives(lora, base)
+    with leaks_checked():
+        found = jax.jit(f)(adapter, X)
+    assert_close(found, f(adapter, X), 1e-5)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_whatever_the_layers_are_adapted_by(rules):
+    lora, base, adapter = start(in_scopes, RULES[rules])
+    f = derivatives(lora, base)
+    assert_close(jax.jit(f)(adapter, X), f(adapter, X), 1e-5)
+
+
+@pytest.mark.parametrize("scheme", [jlora.Int8, jlora.NF4])
+def test_quantized_layers(scheme):
+    lora, base, adapter = start(in_scopes, RULES["all"], jlora.quantize(PARAMS, scheme(".*")))
+    f = derivatives(lora, base)
+    assert_close(jax.jit(f)(adapter, X), f(adapter, X), 1e-5)
+    few, many = (size(*start_of(n, in_scopes, scheme)) for n in (4, 8))
+    assert many - few <= 4 * FEW
+
+
+def test_routed_tables():
+    lora, base, adapter = start(in_jit, RULES["all"])
+    table = jlora.many.stack([adapter, jax.tree.map(lambda x: 2 * x, adapter)])
+    apply = jlora.many.route(lora.apply)
+    ids = jnp.array([0, 1, -1])
+    assert_close(jax.jit(apply)(base, table, ids, X), apply(base, table, ids, X), 1e-5)
+
+
+# -------------------------------------------------------------------------------- what is counted
+
+FEW = 24  # equations that a layer may add beside those of the first
+
+
+def start_of(layers, model, scheme=None):
+    params = {f"layer_{i}": PARAMS["layer_0"] for i in range(layers)}
+    if scheme is not None:
+        params = jlora.quantize(params, scheme(".*"))
+    lora, base, adapter = start(model, RULES["all"], params)
+    return lambda a, base: jnp.sum(lora.apply(base, a, X)), adapter, base
+
+
+def size(f, *args):
+    """The equations of a gradient, those of each distinct jaxpr once."""
+    seen = set()
+
+    def count(jaxpr):
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        if id(jaxpr) in seen:
+            return 0
+        seen.add(id(jaxpr))
+        inner = (x for e in jaxpr.eqns for v in e.params.values() for x in jax.tree.leaves(v))
+        return len(jaxpr.eqns) + sum(count(x) for x in inner if hasattr(x, "eqns"))
+
+    return count(jax.make_jaxpr(jax.grad(f))(*args))
+
+
+@pytest.mark.parametrize("model", [in_scopes, in_jit, computed_again])
+def test_tracing_follows_distinct_layers(model):
+    four, eight = (size(*start_of(n, model)) for n in (4, 8))
+    assert eight - four <= 4 * FEW
+    of_a_layer = size(*start_of(2, without_scopes)) - size(*start_of(1, without_scopes))
+    assert of_a_layer > 2 * FEW  # so that the bound says something
+
+
+@pytest.mark.parametrize("model", [in_scopes, across_layers])
+def test_program_is_the_same(model):
+    """Also where layers share an activation: its A are concatenated, as without scopes."""
+    found = []
+    for scope in (jax.named_scope, contextlib.nullcontext):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "named_scope", scope)
+            f, adapter, base = start_of(LAYERS, model)
+            compiled = jax.jit(jax.grad(f)).lower(adapter, base).compile()
+        costs = dict(compiled.cost_analysis() or {})
+        found.append([costs["flops"], costs["bytes accessed"]])
+    assert found[0] == found[1]
+
+
+def test_scopes_keep_their_names():
+    f, adapter, base = start_of(LAYERS, in_scopes)
+    text = str(jax.jit(jax.grad(f)).lower(adapter, base).compile().as_text())
+    assert all(f"(layer_{i})" in text for i in range(LAYERS))
+
+
+def test_errors_name_a_path_and_a_line():
+    def model(params, x):
+        for name, p in params.items():
+            with jax.named_scope(name):
+                x = layer(p, x) + jnp.linalg.inv(p["q"])[0]  # no product
+        return x
+
+    _, base, adapter = start(in_scopes, RULES["all"])
+    with pytest.raises(NotImplementedError, match=r"layer_0/q.*test_repeated\.py:\d+"):
+        jax.jit(jlora.transform(model).apply)(base, adapter, X)
