@@ -63,6 +63,7 @@ def save(
 
     Raises:
         FileExistsError: if `path` is there and not an empty folder.
+        FileNotFoundError: if `base_model` is a folder without `config.json`.
         TypeError: if `adapter` is no adapter of arrays.
         ValueError: if a part of the adapter has no name or no form in PEFT; all are listed.
 

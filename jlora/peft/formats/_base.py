@@ -41,7 +41,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     A weight whose axes can be cut into the blocks of the file becomes a `jlora.Quantized`
     leaf with the file's own codes. Any other is dequantized, exactly, and so are codes that no
     scheme has: codes of inputs that are reordered by activation, and codes of 8 bits with zero
-    points. Scales of activations are left out.
+    points. Scales of activations are left out. Experts of one parameter may be stored one by one.
 
     Args:
         path: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.

@@ -166,7 +166,7 @@ _SUM = re.compile(r"\{((?:(?:\d+\*?|\\\d+)(?:\+(?:\d+\*?|\\\d+))*)?)\}")
 
 
 def _count_indices(module: str) -> int:
-    return sum(sum.count("*") if sum else 1 for sum in _SUM.findall(module))
+    return sum(terms.count("*") if terms else 1 for terms in _SUM.findall(module))
 
 
 def fill_indices(module: str, indices: Sequence[int]) -> str:

@@ -26,7 +26,8 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
         names: the table that says what its leaves are called in PyTorch.
 
     Returns:
-        A tree like `like` with the values and dtypes of `tensors`.
+        A tree like `like` with the values and dtypes of `tensors`. Experts of one parameter may be
+        one by one in these.
 
     Raises:
         TypeError: if `names` is no table.
