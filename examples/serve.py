@@ -11,7 +11,8 @@ adapter, for newspaper editorials, is put into the table; nothing is compiled fo
 writes the answers to OUT/answers.jsonl and prints how many tokens a second it reaches: beside one
 adapter for all rows, and beside a merged model for each adapter.
 
-This loop shows what `jlora.many` does. For a server use an engine, as the guide "Serve an adapter" says.
+This loop shows what `jlora.many` does. For a server use an engine: see the guide
+"Serve an adapter".
 """
 
 import argparse

@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import data
-import finetune_lm
 import jax
 import numpy as np
 import optax
 import quickstart
 import tables
+from conversations import DEFINITIONS, lay, read
 from models import llama, smollm2
 from progress import progress
 from quickstart import WARMUP, Batch, take
@@ -143,13 +143,10 @@ def order() -> Task:
 
 
 def definitions(steps: int = 40, batch: int = 4) -> Task:
-    """The definitions of words of `finetune_lm.py`, by SmolLM2-135M."""
+    """The definitions of words of `chat.py`, by SmolLM2-135M."""
     config, variables, tokenizer = smollm2.load(data.smollm2())
-    pairs = finetune_lm.read_jsonl(finetune_lm.DATA)
-    found = finetune_lm.encode(pairs, tokenizer, WIDTHS[-1])
-    ends = found.ids.shape[1] - found.counts[:, ::-1].argmax(1)
-    mask = (np.arange(found.ids.shape[1]) < ends[:, None]).astype(np.int32)
-    rows = Batch(found.ids, mask, found.counts)
+    found = lay([[text] for text in read(DEFINITIONS, tokenizer, WIDTHS[-1])])
+    rows = Batch(found.ids, found.segments, found.counts)
     return Task(
         llama.Llama(config).apply,
         variables,

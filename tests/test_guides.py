@@ -268,7 +268,32 @@ def _maxtext(names: Names) -> None:
     jax.tree.map(np.testing.assert_array_equal, loaded, adapted.adapter)
 
 
-@of("tunix", 4)
+@of("maxtext", 2)
+def _maxtext_pre_training(names: Names) -> None:
+    """The step trains the adapter alone, once in two batches, by the schedule."""
+    adapted, losses, make = names["adapted"], names["losses"], names["model_creation_utils"]
+    assert float(names["found"]) == pytest.approx(losses[-1], rel=0.1)
+    assert losses[0] == losses[1] and losses[2] == losses[3]
+    axes = nnx.logical_axis_rules(names["config"].logical_axis_rules)
+    with jax.set_mesh(names["mesh"]), axes:
+        before = make.from_config(names["config"], mesh=names["mesh"], rngs=nnx.Rngs(0))
+    weights = (nnx.state(x, nnx.Param) for x in (adapted.base, before))
+    jax.tree.map(np.testing.assert_array_equal, *weights)
+
+
+@of("tunix", 2)
+def _tunix_stops(names: Names) -> None:
+    """Where the loss on other data grows; the steps are updates of two batches."""
+    trainer, history = names["trainer"], names["patience"].history
+    assert 4 <= trainer.train_steps < 40 and trainer.iter_steps == 2 * trainer.train_steps
+    assert min(history[-2:]) > min(history)
+    found = [x for x in jax.tree.leaves(nnx.state(trainer.optimizer)) if x.dtype == jnp.int32]
+    assert trainer.train_steps in [int(x) for x in found if x.ndim == 0]
+    text = str(jax.make_jaxpr(lambda ids: trainer.model(ids, *names["call"][1:])[0])(names["ids"]))
+    assert "remat" in text or "checkpoint" in text
+
+
+@of("tunix", 6)
 def _tunix_grpo(names: Names) -> None:
     """The policy learns, and actor, rollouts and reference hold one copy of the base."""
     cluster, rewards = names["cluster"], names["rewards"]

@@ -5,10 +5,11 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from own_methods import Diagonal, Gain
 from small import each_refusal, every
 
 import jlora.keras
-from jlora import DoRA, Full, LoRA
+from jlora import DoRA, Full, LoRA, Rows
 from jlora.keras import Adapted, adapt
 
 # Of Keras, which makes NumPy's arrays of its variables.
@@ -34,6 +35,14 @@ def network(policy: str = "float32") -> Any:
     return keras.Sequential([layers.Input([16]), dense[0], *between, dense[1]], name="network")
 
 
+def words(policy: str = "float32") -> Any:
+    """A table, in which each column of X looks up a row, and a dense layer."""
+    as_ids = layers.Lambda(lambda x: keras.ops.cast(x > 0, "int32"), output_shape=(16,))
+    table = layers.Embedding(4, 8, dtype=policy, name="table")
+    rest = [layers.Flatten(), layers.Dense(4, dtype=policy, name="dense_4")]
+    return keras.Sequential([layers.Input([16]), as_ids, table, *rest], name="words")
+
+
 def noisy(adapted: Adapted) -> Adapted:
     """With a B that is not zero."""
     for v in adapted.trainable_variables:
@@ -41,16 +50,28 @@ def noisy(adapted: Adapted) -> Adapted:
     return adapted
 
 
-RULES = LoRA("kernel", rank=2), DoRA("kernel", rank=2), Full("kernel")
+# Every method, two of them somebody else's.
+RULES = (
+    LoRA("kernel", rank=2),
+    DoRA("kernel", rank=2),
+    Full("kernel"),
+    Rows("words/table/embeddings", (0, 1)),
+    Gain(".*kernel"),
+    Diagonal(".*kernel"),
+)
 POLICIES = "float32", "mixed_bfloat16"
 
 
 @pytest.mark.parametrize(
     ("rule", "policy"),
-    every(RULES, POLICIES, daily=[(RULES[0], POLICIES[1]), (RULES[1], POLICIES[0])]),
+    every(
+        RULES,
+        POLICIES,
+        daily=[(r, POLICIES[i]) for i, r in ((1, RULES[0]), (0, RULES[1]), (0, RULES[3]))],
+    ),
 )
 def test_a_call_is_that_of_the_transform(rule: Any, policy: str) -> None:
-    model = network(policy)
+    model = words(policy) if isinstance(rule, Rows) else network(policy)
     adapted = noisy(adapt(model, rule, example=X))
 
     def call(params: Any, x: Any) -> Any:

@@ -10,10 +10,11 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from own_methods import Diagonal, Gain
 from small import each_refusal, every
 
 import jlora
-from jlora import DoRA, Full, LoRA
+from jlora import DoRA, Full, LoRA, Rows
 from jlora.nnx import Adapted, adapt
 
 ADAPTER = nnx.DiffState(0, nnx.LoRAParam)
@@ -42,6 +43,19 @@ class Layers(nnx.Module):
         return self.mask(jnp.tanh(self.norm(self.up(x))), rngs=rngs)
 
 
+class Words(Layers):
+    """The same of rows of a table."""
+
+    def __init__(self, dtype: Any = jnp.float32) -> None:
+        """Makes the layers and the table."""
+        super().__init__(dtype)
+        self.table = nnx.Embed(8, 8, param_dtype=dtype, rngs=nnx.Rngs(3))
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """(batch, 8) to (batch, 4)."""
+        return super().__call__(self.table(x.argmax(-1)), rngs)
+
+
 def inputs(dtype: Any = jnp.float32) -> jax.Array:
     return jax.random.normal(jax.random.key(1), (32, 8), dtype)
 
@@ -54,7 +68,15 @@ def trained(rule: Any, dtype: Any = jnp.float32, model: Any = None) -> Adapted:
     return Adapted(adapted.base, noisy, rngs=nnx.Rngs(2))
 
 
-RULES = LoRA("kernel", rank=2), DoRA("up/kernel", rank=2), Full("up/kernel")
+# Every method, two of them somebody else's.
+RULES = (
+    LoRA("kernel", rank=2),
+    DoRA("up/kernel", rank=2),
+    Full("up/kernel"),
+    Rows("table/embedding", range(2, 6)),
+    Gain("up/kernel"),
+    Diagonal("up/kernel"),
+)
 
 
 @pytest.mark.parametrize(
@@ -67,12 +89,14 @@ RULES = LoRA("kernel", rank=2), DoRA("up/kernel", rank=2), Full("up/kernel")
             (RULES[0], jnp.float32, False),
             (RULES[1], jnp.bfloat16, True),
             (RULES[2], jnp.float32, True),
+            (RULES[3], jnp.float32, True),
         ],
     ),
 )
 def test_a_call_is_that_of_the_transform(rule: Any, dtype: Any, compiled: bool) -> None:
     """In outputs, in what changes in the base, and in the merged module."""
-    adapted, x = trained(rule, dtype), inputs(dtype)
+    model = Words(dtype) if isinstance(rule, Rows) else Layers(dtype)
+    adapted, x = trained(rule, dtype, model), inputs(dtype)
     graph, params, rest = nnx.split(nnx.clone(adapted.base), nnx.Param, ...)
 
     def call(params: Any, rest: Any, x: Any) -> Any:

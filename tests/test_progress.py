@@ -98,4 +98,4 @@ def test_a_benchmark_that_is_silent(piped: io.StringIO, monkeypatch: pytest.Monk
 def test_every_bar_is_this_one() -> None:
     files = [p for d in ("jlora", "examples", "tests/bench") for p in (ROOT / d).rglob("*.py")]
     users = {p.relative_to(ROOT).as_posix() for p in files if "tqdm(" in p.read_text("utf-8")}
-    assert users - OWN - {"examples/quickstart.py", "examples/finetune_lm.py"} == set()
+    assert users - OWN - {"examples/quickstart.py"} == set()

@@ -1,6 +1,7 @@
 """Trees whose leaves lie on a mesh of four devices: `init`, `merge`, and masks of dropout."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from meshes import assert_lies, mesh_of, put
 from test_trees import KEY, assert_close, random, setup
 
 import jlora
+from jlora import peft
 
 MESH = mesh_of(shape=(2, 2), names=("data", "model"))
 
@@ -74,3 +76,18 @@ def test_dropout_masks_differ_by_shard() -> None:
     base, adapter = lora.init(KEY, {"w": jnp.ones((64, 4))}, x)
     rows = np.asarray(jax.jit(lora.apply)(base, jlora.dropout(adapter, KEY), x))
     assert len({row.tobytes() for row in rows}) == len(rows), "two shards drew one mask"
+
+
+def test_files_are_merged_under_a_mesh(tmp_path: Path) -> None:
+    """They are those that are merged without one."""
+    names = [peft.Name(r"(\w+)/kernel", r"\1", "io")]
+    params = {"up": {"kernel": np.ones((16, 8), np.float32)}}
+    lora = jlora.transform(lambda p, x: x @ p["up"]["kernel"], jlora.LoRA(rank=2))
+    base, adapter = lora.init(KEY, params, jnp.ones((1, 16)))
+    peft.save_base(tmp_path / "base", base, names)
+    adapter = jax.tree.map(lambda x: x + 0.5, adapter)
+    peft.export_merged(tmp_path / "base", adapter, tmp_path / "alone", names=names)
+    with jax.set_mesh(MESH):
+        peft.export_merged(tmp_path / "base", adapter, tmp_path / "mesh", names=names)
+    one, other = (tmp_path / name / "model.safetensors" for name in ("alone", "mesh"))
+    assert one.read_bytes() == other.read_bytes()

@@ -88,11 +88,13 @@ def begin(
 ) -> tuple[Place | None, jax.Array, jax.Array | None]:
     """The place of a model's tokens, their positions, and which keys or slots they attend to.
 
+    Without a cache, tokens attend to those with the same number in the mask.
+
     Raises:
         ValueError: there are positions beside a cache.
     """
     if cache is None:
-        seen = None if mask is None else mask[:, None, None].astype(bool)  # (batch, 1, 1, length)
+        seen = None if mask is None else mask[:, None, None] == mask[:, None, :, None]
         return None, jnp.arange(ids.shape[1])[None] if positions is None else positions, seen
     if positions is not None:
         raise ValueError("`positions`: expected none with a cache, which says where it is")

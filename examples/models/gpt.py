@@ -131,7 +131,7 @@ class Attention(Part):
         Args:
             x: inputs.
             cached: keys and values in S slots, ``(B, S, H, K)``, or None.
-            mask: True where a key is seen, ``(B, 1, 1, L)``; with a cache ``(B, 1, L, S)``.
+            mask: True where a key is seen, ``(B, 1, L, L)``; with a cache ``(B, 1, L, S)``.
             slots: of the cache, where these tokens go, ``(B, L)``.
         """
         c, options = self.config, self.options

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from jlora import peft
@@ -23,7 +24,7 @@ Config = TypeVar("Config")
 def read_config(
     folder: str | Path, kind: type[Config], fields: Mapping[str, str], known: Mapping[str, Any]
 ) -> Config:
-    """A dataclass from `config.json`; what stands in its `rope_parameters` counts as its own.
+    """A dataclass from `config.json`; what it says of rotary positions counts as its own.
 
     Args:
         folder: where it is.
@@ -33,11 +34,15 @@ def read_config(
         known: what other fields must be, or be absent; a tuple lists several values.
 
     Raises:
-        ValueError: where the file asks for what the model does not compute.
+        FileNotFoundError: there is no such file.
+        ValueError: it asks for what the model does not compute.
     """
     path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"`{path}` is not there: give the folder of a checkpoint")
     found = json.loads(path.read_text())
-    found |= found.pop("rope_parameters", None) or {}  # where transformers 5 writes rope_theta
+    for name in ("rope_scaling", "rope_parameters"):  # the second is that of transformers 5
+        found |= found.pop(name, None) or {}
     found = {k: v for k, v in found.items() if v is not None}
     for name, value in known.items():
         allowed = value if isinstance(value, tuple) else (value,)
@@ -51,21 +56,28 @@ def read_config(
     return kind(**given)
 
 
-def read_tensors(folder: str | Path) -> dict[str, np.ndarray]:
-    """All tensors of a folder by name.
+def read_index(folder: str | Path) -> dict[str, str]:
+    """The file of each tensor of a folder.
 
     Raises:
         FileNotFoundError: if there are none in safetensors files.
     """
-    folder, files = Path(folder), {ONE}
+    folder = Path(folder)
     if (folder / INDEX).exists():
-        files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-    elif not (folder / ONE).exists():
+        return json.loads((folder / INDEX).read_text())["weight_map"]
+    if not (folder / ONE).exists():
         raise FileNotFoundError(
             f"{folder} holds neither {ONE} nor {INDEX}. Put the checkpoint there; from another "
             "format, `transformers` writes it by save_pretrained(..., safe_serialization=True)."
         )
-    return {name: x for file in sorted(files) for name, x in load_file(folder / file).items()}
+    with safe_open(folder / ONE, "np") as file:
+        return dict.fromkeys(file.keys(), ONE)
+
+
+def read_tensors(folder: str | Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder by name."""
+    files = sorted(set(read_index(folder).values()))
+    return {name: x for file in files for name, x in load_file(Path(folder, file)).items()}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:

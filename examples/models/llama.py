@@ -1,4 +1,4 @@
-"""Llama in Flax linen, reading and writing Hugging Face checkpoints.
+"""Llama, Qwen 2 and Qwen 3 in Flax linen, reading and writing Hugging Face checkpoints.
 
     config, variables = llama.load(folder)     # config.json and model.safetensors, or shards
     model = llama.Llama(config)
@@ -22,6 +22,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora import peft
 
@@ -49,6 +50,12 @@ class Config:
         tied: whether the head is the embedding.
         bare: whether the checkpoint is that of a model without a head, whose names lack `model.`.
         head_size: of one head; None is dim / heads.
+        biased: whether queries, keys and values have a bias, as those of Qwen 2.
+        normed: whether queries and keys are normalized, as those of Qwen 3.
+        stretch: what the periods of slow rotary positions are multiplied by, as those of Llama 3.1.
+        low: a position is slow that turns less often than this within `trained` tokens.
+        high: a position is fast, and stays, that turns more often.
+        trained: tokens.
     """
 
     vocab: int
@@ -62,11 +69,25 @@ class Config:
     tied: bool = True
     bare: bool = False
     head_size: int | None = None
+    biased: bool = False
+    normed: bool = False
+    stretch: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    trained: int = 8192
 
     @property
     def head_dim(self) -> int:
         """The width of one attention head."""
         return self.head_size or self.dim // self.heads
+
+    @property
+    def frequencies(self) -> np.ndarray:
+        """By how much a step turns each pair of a head, (K / 2,)."""
+        found = self.rope_base ** -(np.arange(0, self.head_dim, 2) / self.head_dim)
+        turns = self.trained * found / (2 * np.pi)
+        stays = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return np.float32(found * (stays + (1 - stays) / self.stretch))
 
     def cache(self, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
         """An empty cache for rows of at most `slots` tokens."""
@@ -84,18 +105,16 @@ SIZES = {
 Cached = tuple[jax.Array, jax.Array] | None  # keys and values of a layer
 
 
-def rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotates each pair (x[i], x[i + K / 2]) of every head by the angle position · base^(-2i / K).
+def rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
+    """Rotates each pair (x[i], x[i + K / 2]) of every head by the angle position · frequency[i].
 
     Source: Su et al., arXiv 2104.09864.
 
     Args:
         x: ``(B, L, H, K)``.
         positions: ``(B, L)`` or ``(1, L)``.
-        base: of the angles.
+        frequencies: ``(K / 2,)``.
     """
-    size = x.shape[-1]
-    frequencies = base ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)  # (K / 2,)
     angle = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]  # (B or 1, L, 1, K / 2)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -121,18 +140,23 @@ class Attention(Part):
             x: inputs.
             cached: keys and values, ``(B, S, G, K)``, or None.
             positions: of the tokens, ``(B, L)`` or ``(1, L)``.
-            mask: True where a key is seen, ``(B, 1, 1, L)``; with a cache ``(B, 1, L, S)``.
+            mask: True where a key is seen, ``(B, 1, L, L)``; with a cache ``(B, 1, L, S)``.
             slots: of the cache, where these tokens go, ``(B, L)``.
         """
         c, options = self.config, self.options
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
-            y = dense(heads * c.head_dim, ("embed", axis), use_bias=False, **options, name=name)(x)
-            y = y.reshape(*x.shape[:2], heads, c.head_dim)
+            y = dense(heads * c.head_dim, ("embed", axis), use_bias=c.biased, **options, name=name)
+            y = y(x).reshape(*x.shape[:2], heads, c.head_dim)
             return constrain(y, "batch", "length", axis, None)
 
-        query = rope(project("query", c.heads, "heads"), positions, c.rope_base)  # (B, L, H, K)
-        key = rope(project("key", c.kv_heads, "kv_heads"), positions, c.rope_base)  # (B, L, G, K)
+        def place(name: str, heads: int, axis: str) -> jax.Array:
+            y = project(name, heads, axis)
+            y = rms_norm(c.norm_eps, **options, name=f"{name}_norm")(y) if c.normed else y
+            return rope(y, positions, c.frequencies)
+
+        query = place("query", c.heads, "heads")  # (B, L, H, K)
+        key = place("key", c.kv_heads, "kv_heads")  # (B, L, G, K)
         value = project("value", c.kv_heads, "kv_heads")  # (B, L, G, K)
         causal = cached is None
         if cached is not None:
@@ -210,7 +234,8 @@ class Llama(nn.Module):
 
         Args:
             ids: ``(B, L)``.
-            mask: ``(B, L)``, nonzero where there is a token and not padding.
+            mask: ``(B, L)``, nonzero where there is a token and not padding. Tokens with different
+                numbers do not see each other: these are the texts that are packed into a row.
             positions: ``(B, L)`` or ``(1, L)``; None is 0, 1, 2, …. Those with a cache follow from
                 what it holds, and must not be given.
             cache: of the tokens before these, which are seen too.
@@ -249,6 +274,8 @@ _DENSE = {
 _NORMS = {
     "layers/attention_norm": "layers.{}.input_layernorm",
     "layers/mlp_norm": "layers.{}.post_attention_layernorm",
+    "layers/attention/query_norm": "layers.{}.self_attn.q_norm",
+    "layers/attention/key_norm": "layers.{}.self_attn.k_norm",
     "norm": "norm",
 }
 
@@ -259,7 +286,7 @@ def names(config: Config) -> tuple[peft.Name, ...]:
     return (
         peft.Name("embed/embedding", f"{prefix}embed_tokens", "vo", tied="lm_head"),
         peft.Name("head/kernel", "lm_head", "io"),
-        *hf.rows(_DENSE, {"kernel": ("io", "weight")}, "layers", prefix),
+        *hf.rows(_DENSE, {"kernel": ("io", "weight"), "bias": ("o", "bias")}, "layers", prefix),
         *hf.rows(_NORMS, {"scale": ("o", "weight")}, "layers", prefix),
     )
 
@@ -277,16 +304,35 @@ FIELDS = {
     "head_size": "head_dim",
     "rope_base": "rope_theta",
     "norm_eps": "rms_norm_eps",
+    "stretch": "factor",
+    "low": "low_freq_factor",
+    "high": "high_freq_factor",
+    "trained": "original_max_position_embeddings",
 }
 KNOWN = {
-    "model_type": "llama",
+    "model_type": ("llama", "qwen2", "qwen3"),
     "hidden_act": "silu",
-    "rope_type": "default",
-    "rope_scaling": None,
+    "rope_type": ("llama3", "default"),
+    "type": "default",
+    "partial_rotary_factor": 1.0,
     "attention_bias": False,
     "mlp_bias": False,
-    "sliding_window": None,
+    "use_sliding_window": False,
 }
+
+
+def read(folder: str | Path) -> Config:
+    """The config of a folder, by its `config.json` and the names of its tensors."""
+    config, tensors = hf.read_config(folder, Config, FIELDS, KNOWN), hf.read_index(folder)
+    prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
+    first = f"{prefix}layers.0.self_attn."
+    return dataclasses.replace(
+        config,
+        bare=not prefix,
+        tied="lm_head.weight" not in tensors,
+        biased=f"{first}q_proj.bias" in tensors,
+        normed=f"{first}q_norm.weight" in tensors,
+    )
 
 
 def load(folder: str | Path, scan: bool = True) -> tuple[Config, dict[str, Any]]:
@@ -296,10 +342,8 @@ def load(folder: str | Path, scan: bool = True) -> tuple[Config, dict[str, Any]]
         folder: with `config.json` and `model.safetensors` or its shards.
         scan: of the model that the variables are for.
     """
-    config, tensors = hf.read_config(folder, Config, FIELDS, KNOWN), hf.read_tensors(folder)
-    bare = not any(name.startswith("model.") for name in tensors)
-    config = dataclasses.replace(config, bare=bare, tied="lm_head.weight" not in tensors)
-    return config, hf.to_variables(tensors, shapes(config, scan), names(config))
+    config = read(folder)
+    return config, hf.to_variables(hf.read_tensors(folder), shapes(config, scan), names(config))
 
 
 def save(path: str | Path, variables: Mapping[str, Any], config: Config) -> None:

@@ -1,9 +1,10 @@
-"""SmolLM2 from a GGUF file, with its tokenizer and the form of its chats.
+"""SmolLM2 from a GGUF file, with its tokenizer; and as a folder of Hugging Face.
 
 config, variables, tokenizer = smollm2.load("SmolLM2-135M-Instruct.Q4_1.gguf")
 logits_fn = jax.tree_util.Partial(llama.Llama(config).apply, variables)
-prompt = tokenizer.encode(smollm2.chat("What is the capital of France?")).ids
-[answer] = beam.greedy(logits_fn, [prompt], config.cache, smollm2.STOP)
+question = [{"role": "user", "content": "What is the capital of France?"}]
+prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+[answer] = beam.greedy(logits_fn, [prompt], config.cache, tokenizer.eos_token_id)
 tokenizer.decode(answer)
 """
 
@@ -15,14 +16,15 @@ import gguf
 import jax
 import jax.numpy as jnp
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import jlora
 from jlora import peft
 
 from . import hf, llama
 
-STOP = 2  # <|im_end|>, which ends a chat message and serves as padding
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+# Sizes that `config.json` says; the rest is as `transformers` has it where nothing is said.
+WRITTEN = ("vocab", "layers", "dim", "hidden", "heads", "kv_heads", "rope_base", "norm_eps")
 
 # --------------------------------------------------------------------------- GGUF
 
@@ -47,7 +49,7 @@ NAMES = (
 
 def load(
     path: str | pathlib.Path, packed: bool = False
-) -> tuple[llama.Config, dict[str, Any], Tokenizer]:
+) -> tuple[llama.Config, dict[str, Any], PreTrainedTokenizerFast]:
     """Reads a Llama with tied embeddings and its tokenizer.
 
     Args:
@@ -71,6 +73,23 @@ def load(
         attention[name]["kernel"] = jax.tree.map(halves, kernel)
     variables = variables if packed else jlora.dequantize(variables, jnp.float32)
     return config, variables, _tokenizer(reader)
+
+
+def write(path: str | pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """Writes the file's model as a folder of Hugging Face, in bfloat16, unless it is there."""
+    if (folder / "config.json").exists():
+        return folder
+    config, variables, tokenizer = load(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
+    llama.save(folder / hf.ONE, variables, config)
+    sizes = {llama.FIELDS[name]: getattr(config, name) for name in WRITTEN}
+    sizes |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    more = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8192}
+    # Written last: it says that the folder is whole.
+    LlamaConfig(**sizes, **more, tie_word_embeddings=True, dtype="bfloat16").save_pretrained(folder)
+    return folder
 
 
 def _field(reader: gguf.GGUFReader, name: str) -> Any:
@@ -112,7 +131,7 @@ def _unpermute(weight: jax.Array, heads: int) -> jax.Array:  # (..., heads * hea
 # --------------------------------------------------------------------------- text
 
 
-def _tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
+def _tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerFast:
     # Byte-level BPE in which every digit is a token of its own: what "smollm" stands for.
     _expect(reader, "tokenizer.ggml.model", "gpt2")
     _expect(reader, "tokenizer.ggml.pre", "smollm")
@@ -128,11 +147,14 @@ def _tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    return tokenizer
-
-
-def chat(user: str, system: str = SYSTEM) -> str:
-    """The text of a conversation up to where the assistant's answer begins."""
-    turns = (("system", system), ("user", user))
-    text = "".join(f"<|im_start|>{role}\n{message}<|im_end|>\n" for role, message in turns)
-    return text + "<|im_start|>assistant\n"
+    kinds = ("bos", "eos", "padding")
+    bos, eos, pad = (tokens[_field(reader, f"tokenizer.ggml.{kind}_token_id")] for kind in kinds)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        chat_template=_field(reader, "tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )

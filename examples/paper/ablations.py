@@ -4,7 +4,7 @@
     python examples/paper ablations --tasks movies --seeds 0
 
 MiniLM learns the sentiment of movie reviews as in `quickstart.py`, SmolLM2-135M definitions of
-words as in `finetune_lm.py`, with shorter texts. Each run adapts some of the attention's matrices
+words as in `chat.py`, with shorter texts. Each run adapts some of the attention's matrices
 (query, key, value, out), all layers alike, in one or two minutes of a core; there are 60. All runs
 of a task have the same alpha, learning rate, schedule, steps and held-out texts, and all of a seed
 see the same texts in the same order.
@@ -25,14 +25,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import chat
 import data
-import finetune_lm
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import quickstart
 import tables
+from conversations import DEFINITIONS, answer_nll, encode, lay, read_jsonl
 from jax.tree_util import Partial
 from models import bert, llama, smollm2
 from progress import progress
@@ -137,26 +138,29 @@ def movies() -> Task:
 def definitions() -> Task:
     """SmolLM2-135M on WordNet's definitions of words, without a system prompt."""
     config, variables, tokenizer = smollm2.load(data.smollm2())
-    pairs = finetune_lm.read_jsonl(finetune_lm.DATA)
-    random.Random(finetune_lm.SEED).shuffle(pairs)
-    encode = functools.partial(finetune_lm.encode, tokenizer=tokenizer, length=LENGTH, system="")
-    held_out, rows = encode(pairs[:HELD_OUT]), encode(pairs[HELD_OUT:])
+    found = read_jsonl(DEFINITIONS)
+    random.Random(0).shuffle(found)
+    bare = [{"role": "system", "content": ""}]
+    texts = [encode(bare + messages, tokenizer) for messages in found]
+    parts = texts[:HELD_OUT], texts[HELD_OUT:]
+    held_out, rows = (lay([[x] for x in part if len(x.ids) <= LENGTH]) for part in parts)
 
     def fit(lora, base, adapter, seed, steps):
-        schedule = optax.warmup_cosine_decay_schedule(
-            0, LEARNING_RATE, min(finetune_lm.WARMUP, steps // 2), steps
-        )
+        warmup = min(chat.WARMUP, steps // 2)
+        schedule = optax.warmup_cosine_decay_schedule(0, LEARNING_RATE, warmup, steps)
         tx = jlora.optimizer(optax.adamw(schedule))
-        step, state = finetune_lm.make_step(lora, tx), finetune_lm.State(adapter, tx.init(adapter))
-        size = BATCH["definitions"]
-        return finetune_lm.train(state, base, rows, step, steps, size, seed)[0].adapter
+        plan = quickstart.draw(len(rows.ids), steps, BATCH["definitions"], seed)
+        step, state = chat.make_step(lora.apply, tx), chat.State(adapter, tx.init(adapter))
+        for index in progress(plan, leave=False):
+            state, _ = step(state, base, quickstart.take(rows, index))
+        return state.adapter
 
     def measure(lora, base, adapter):
-        nll = jax.jit(jax.vmap(finetune_lm.answer_nll, in_axes=(None, 0)))
+        nll = jax.jit(jax.vmap(answer_nll, in_axes=(None, 0)))
         logits_fn = Partial(lora.apply, base, adapter)
         n, size = len(held_out.ids), BATCH["definitions"]
         chunks = np.array_split(np.arange(n), -(-n // size))
-        each = [nll(logits_fn, finetune_lm.take(held_out, chunk[:, None])) for chunk in chunks]
+        each = [nll(logits_fn, quickstart.take(held_out, chunk[:, None])) for chunk in chunks]
         return mean_a_token(*np.concatenate(each, axis=1).astype(np.float64))
 
     return Task(

@@ -17,8 +17,8 @@ def olora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
     scheme. At a scale s other than 1, more or less than $A B$ is taken, as in PEFT: give
     `alpha` = `rank` to take $A B$ itself.
 
-    The base differs from `params`: see the guide "Choose rules" for resuming and for files. Tune the
-    learning rate again.
+    The base differs from `params`: see the guide "Choose rules" for resuming and for files. Tune
+    the learning rate again.
 
     Args:
         key: a PRNG key, not used.

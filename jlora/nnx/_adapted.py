@@ -27,7 +27,8 @@ class Adapted(nnx.Module):
 
     `nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)` trains the adapter, with optax's own `tx`:
     there is no base for `jlora.optimizer` to freeze. Differentiate with respect to the adapter
-    alone too, by `argnums=nnx.DiffState(0, nnx.LoRAParam)`. Methods of the model are adapted as
+    alone too, by `argnums=nnx.DiffState(0, nnx.LoRAParam)`. Do not write `nnx.Param`, of which
+    `nnx.LoRAParam` is a subclass: it trains the base too. Methods of the model are adapted as
     its call is, and its attributes can be read.
 
     Args:

@@ -6,9 +6,8 @@ takes a tenth of the time. What is fused is the same.
 
 from typing import Any
 
-from tqdm import tqdm
-
 from jlora._compat import HURRIED
+from jlora._progress import progress
 
 from . import report, tpu
 
@@ -22,7 +21,7 @@ def run(quick: bool) -> None:
     """A row for each chip, choice of options and of what is trained."""
     shape, chips = (tpu.SMALL, ("v5e",)) if quick else (WIDE, ("v5e", "v6e", "v5p"))
     work = [(chip, fused) for chip in chips for fused in OPTIONS]
-    rows = [row for args in tqdm(work, "fusions", disable=None) for row in measure(shape, *args)]
+    rows = [row for args in progress(work, "fusions") for row in measure(shape, *args)]
     report.table(f"fusions: r = {RANK}, over the frozen step's without options", rows)
 
 

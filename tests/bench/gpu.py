@@ -23,9 +23,9 @@ import optax
 import pod_plan
 from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 import jlora
+from jlora._progress import progress
 
 from . import h100, report, steps, tpu, traffic
 from .peers import llama_work
@@ -67,7 +67,7 @@ def run(quick: bool) -> None:
         for kernels in KERNELS:
             costs = {
                 form: step(shape, kernels, *args)
-                for form, args in tqdm(FORMS.items(), f"{name}, {kernels}", disable=None)
+                for form, args in progress(FORMS.items(), f"{name}, {kernels}")
             }
             rows += [
                 {"layer": name, "products": kernels, "trained": form}

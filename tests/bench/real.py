@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import data
-import finetune_lm
 import jax
 import jax.numpy as jnp
 import optax
 import quickstart
+from conversations import DEFINITIONS, Rows, answer_nll, lay, read
 from models import llama, smollm2
 
 from . import floor, report, steps
@@ -66,18 +66,19 @@ def minilm(sentences: int) -> Work:
 def definitions(pairs: int) -> Work:
     """The example's of the language model: definitions of words."""
     config, variables, tokenizer = smollm2.load(data.smollm2())
-    texts = finetune_lm.read_jsonl(finetune_lm.DATA)
-    rows = finetune_lm.encode(texts, tokenizer, finetune_lm.LENGTH)
-    batch = finetune_lm.take(rows, slice(pairs))
+    rows = lay([[text] for text in read(DEFINITIONS, tokenizer, length=64)])
+    batch = quickstart.take(rows, slice(pairs))
 
-    def loss(apply: Callable[..., jax.Array], params: Any, rows: finetune_lm.Rows) -> jax.Array:
-        total, count = finetune_lm.answer_nll(functools.partial(apply, params), rows)
+    def loss(apply: Callable[..., jax.Array], params: Any, rows: Rows) -> jax.Array:
+        total, count = answer_nll(functools.partial(apply, params), rows)
         return total / count
 
     name = f"SmolLM2, {pairs} × {batch.ids.shape[1] - 1} tokens"
-    return Work(
-        name, llama.Llama(config).apply, variables, batch, loss, lambda rows: (rows.ids[:, :-1],)
-    )
+
+    def inputs(rows: Rows) -> tuple[Any, ...]:
+        return tuple(x[:, :-1] for x in (rows.ids, rows.segments, rows.positions))
+
+    return Work(name, llama.Llama(config).apply, variables, batch, loss, inputs)
 
 
 def measure(work: Work, ranks: Sequence[int], rounds: int) -> list[dict]:

@@ -13,7 +13,7 @@ from small import some
 import jlora
 from jlora import checkpoint
 
-# Whole runs for every day are those of quickstart, finetune_lm, paper and resume.
+# Whole runs for every day are those of quickstart, chat, paper and resume.
 whole_run = pytest.mark.slow
 SMALL = bert.Config(50, 64, 3, 4, 64, 16, 2, 1e-12)
 

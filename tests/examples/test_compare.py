@@ -13,7 +13,7 @@ from paper import compare, compare_costs, compare_table
 from paper.methods import METHODS
 from quickstart import take
 
-# Whole runs for every day are those of quickstart, finetune_lm, paper and resume.
+# Whole runs for every day are those of quickstart, chat, paper and resume.
 whole_run = pytest.mark.slow
 LAYERS, DIM, VOCAB = 1, 32, 30522
 

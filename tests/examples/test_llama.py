@@ -1,27 +1,41 @@
-"""SmolLM2's file, its tokenizer and chats, and `examples/finetune_lm.py`.
+"""SmolLM2's file and tokenizer, `examples/conversations.py` and `examples/chat.py`.
 
 A tiny random model in a GGUF file of its own stands in for SmolLM2 wherever the real weights do
 not matter.
 """
 
+import contextlib
+import copy
 import dataclasses
+import io
 import json
+import re
+import shutil
 
+import chat
+import conversations
 import data
-import finetune_lm
 import gguf
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
 from cases._case import fill
+from conversations import lay
 from jax.tree_util import Partial
 from models import llama, smollm2
 
-from jlora import checkpoint, peft
+import jlora
+from jlora import peft
 
 TINY = llama.Config(
     vocab=260, layers=2, dim=32, hidden=48, heads=4, kv_heads=2, rope_base=10_000.0, norm_eps=1e-5
+)
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -74,6 +88,9 @@ def write_gguf(path, config, variables, tensors=None, **fields):
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 3 + [1] * 257)
     writer.add_token_merges(["h e"])
+    for name, token in (("bos", 1), ("eos", 2), ("pad", 2)):
+        getattr(writer, f"add_{name}_token_id")(token)
+    writer.add_chat_template(CHATML)
     for name, weight in entries.items():
         if weight is not None:
             writer.add_tensor(name, weight)
@@ -130,30 +147,33 @@ def test_gguf_of_another_kind_is_refused(tiny, tmp_path, field, message):
 
 def test_tokenizer_round_trip(tokenizer):
     text = "<|im_start|>user  def f(x):\n\treturn x**2  # naïve café 日本 🙂<|im_end|>\n"
-    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
-# --------------------------------------------------------------------------- fine-tuning
+def say(*turns):
+    """A conversation, the user's turn first."""
+    roles = ["user", "assistant"] * len(turns)
+    return [{"role": r, "content": text} for r, text in zip(roles, turns, strict=False)]
 
 
 def test_only_answers_count(tokenizer):
-    pairs = [finetune_lm.Pair("Hi", "Hello there."), finetune_lm.Pair("And now?", "Bye")]
-    rows = finetune_lm.encode(pairs, tokenizer, 256)
-    for pair, ids, counts in zip(pairs, *rows, strict=True):
-        answer = [*tokenizer.encode(pair.answer).ids, smollm2.STOP]
-        assert ids[counts > 0].tolist() == answer
-        start = counts.argmax()
-        assert tokenizer.decode(ids[:start], skip_special_tokens=False) == smollm2.chat(pair.prompt)
-        assert not counts[start + len(answer) :].any()
+    """All of them, each with the token that ends it; what follows the last is left out."""
+    text = conversations.encode(say("Hi", "Hello there.", "And now?", "Bye", "One more"), tokenizer)
+    counted = tokenizer.decode(text.ids[text.counts > 0], skip_special_tokens=False)
+    assert counted == "Hello there.<|im_end|>Bye<|im_end|>"
+    assert text.messages == say("Hi", "Hello there.", "And now?", "Bye")
+    whole = tokenizer.decode(text.ids, skip_special_tokens=False)
+    rendered = tokenizer.apply_chat_template(text.messages, tokenize=False)
+    assert whole == rendered.removesuffix("\n")
 
 
 def test_the_loss_sees_exactly_the_logits_before_answer_tokens():
-    ids = np.arange(12, dtype=np.int32).reshape(2, 6)
+    ids, zeros = np.arange(12, dtype=np.int32).reshape(2, 6), np.zeros((2, 6), np.int32)
     counts = np.array([[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]], np.float32)
 
     def loss(logits):
-        fn = Partial(lambda logits, _: logits, logits)
-        return finetune_lm.answer_nll(fn, finetune_lm.Rows(ids, counts))
+        fn = Partial(lambda logits, *_: logits, logits)
+        return conversations.answer_nll(fn, conversations.Rows(ids, zeros, zeros, counts))
 
     logits = np.random.default_rng(0).standard_normal((2, 5, 12), np.float32)
     (total, count), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(logits)
@@ -165,33 +185,209 @@ def test_the_loss_sees_exactly_the_logits_before_answer_tokens():
     np.testing.assert_array_equal(seen, counts[:, 1:] > 0)
 
 
-def test_pairs_that_are_too_long_are_left_out(tokenizer):
-    pairs = [finetune_lm.Pair("Hi", "Hello."), finetune_lm.Pair("Hi", "Hello. " * 200)]
-    assert len(finetune_lm.encode(pairs, tokenizer, 256).ids) == 1
-    with pytest.raises(ValueError, match="none of 1 pairs fits in `length` = 256 tokens"):
-        finetune_lm.encode(pairs[1:], tokenizer, 256)
+def draw_texts(sizes):
+    rng = np.random.default_rng(0)
+    counts = [(np.arange(n) > n // 2).astype(np.float32) for n in sizes]
+    return [conversations.Text([], rng.integers(3, 260, len(c)), c) for c in counts]
 
 
-def test_read_jsonl_names_the_line_that_is_wrong(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
-    with pytest.raises(ValueError, match=r'line 2: expected .*, got {"prompt": "a"}'):
-        finetune_lm.read_jsonl(path)
+def test_packed_is_unpacked(tiny):
+    """The loss and its gradient in A and B, whatever texts share a row."""
+    texts = draw_texts([9, 30, 5, 21, 14, 7])
+    packed = conversations.pack(texts, 32)
+    assert [len(row) for row in packed] == [3, 1, 2]  # 9 + 5 + 14, 30, 21 + 7
+    assert max(sum(len(text.ids) for text in row) for row in packed) <= 32
+    assert sorted(len(text.ids) for row in packed for text in row) == [5, 7, 9, 14, 21, 30]
+    lora = jlora.transform(llama.Llama(TINY).apply, jlora.LoRA(rank=2))
+    base, adapter = lora.init(jax.random.key(0), tiny, np.zeros((1, 8), np.int32))
+    adapter = fill(adapter, jnp.float32, 0.1)
+
+    def loss(adapter, rows):
+        total, count = conversations.answer_nll(Partial(lora.apply, base, adapter), rows)
+        return total / count
+
+    both = [lay(packed, 4), lay([[text] for text in texts])]
+    assert both[0].ids.shape == (4, 30) and not both[0].segments[3].any()
+    (one, slope), (other, expected) = (jax.jit(jax.value_and_grad(loss))(adapter, x) for x in both)
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    laws.assert_close(slope, expected, 1e-3)
+    mixed = both[0]._replace(segments=(both[0].segments > 0).astype(np.int32))
+    assert abs(jax.jit(loss)(adapter, mixed) - other) > 1e-3
 
 
-def test_learns_and_saves(file, tmp_path):
-    pairs = [{"prompt": f"Next to {c}?", "answer": chr(ord(c) + 1)} for c in "abcdefghijklm" * 3]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    paths = {"gguf": file, "data": tmp_path / "data.jsonl", "out": tmp_path / "out"}
-    argv = [f"--{name}={path}" for name, path in paths.items()]
-    result = finetune_lm.main([*argv, "--length=200", "--batch=4", "--rank=4", "--steps=6"])
+# --------------------------------------------------------------------------- chat
+
+
+@pytest.fixture(scope="module")
+def base(file, tmp_path_factory):
+    """The tiny model as a folder of Hugging Face."""
+    return smollm2.write(file, tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def argv(base, tmp_path_factory):
+    """Arguments of a small run, but for `--out`."""
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    found = [say(f"Next to {c}?", chr(ord(c) + 1)) for c in "abcdefghijklm" * 3]
+    path.write_text("".join(json.dumps({"messages": x}) + "\n" for x in found))
+    sizes = "--length 160 --batch 2 --rank 4 --steps 6 --save-every 2 --learning-rate 0.02"
+    return [f"--base={base}", f"--data={path}", "--held-out=8", *sizes.split()]
+
+
+def test_folder_is_what_was_in_the_file(base, tiny):
+    config, variables = llama.load(base)
+    assert dataclasses.replace(config, head_size=None, norm_eps=1e-5) == TINY
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny)
+    jax.tree.map(np.testing.assert_array_equal, variables, rounded)
+    tokenizer = chat.AutoTokenizer.from_pretrained(base)
+    assert set(tokenizer("Hi")) == {"input_ids", "attention_mask"}  # what a Llama takes
+    assert (
+        tokenizer.apply_chat_template(say("Hi"), tokenize=False)
+        == "<|im_start|>user\nHi<|im_end|>\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(argv, tmp_path_factory):
+    """What a run returned, where it wrote, and what it printed."""
+    out, printed, speeds = tmp_path_factory.mktemp("out"), io.StringIO(), []
+
+    class Bar(chat.progress):
+        """Keeps what it is to show."""
+
+        def set_postfix_str(self, text, refresh):
+            speeds.append(text)
+
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "progress", Bar)
+        result = chat.main([*argv, f"--out={out}"])
+    return result, out, printed.getvalue(), speeds
+
+
+def test_learns_and_writes_what_is_served(whole, base):
+    result, folder, printed, speeds = whole
     assert len(result.losses) == 6
     assert result.after < result.before
-    assert checkpoint.read(tmp_path / "out" / "adapter").step == 6
+    assert f"vLLM 0.33.0 takes it: vllm serve {base} --enable-lora" in printed
+    assert f"merged: vllm serve {folder / 'merged'}" in printed
+    assert printed.count("  before: ") == printed.count("  after:  ") == chat.SHOWN
+    assert "4 more steps take" in printed
+    assert len(speeds) == 5 and all(re.fullmatch(r"loss \d+\.\d+, \d+ tokens/s", x) for x in speeds)
+    assert peft.read_config(folder / "adapter")["base_model_name_or_path"] == str(base)
+    assert sorted(x.name for x in folder.iterdir()) == ["adapter", "merged"]
+    assert {x.name for x in (folder / "merged").iterdir()} == {x.name for x in base.iterdir()}
 
 
 @pytest.mark.slow
-def test_smollm2_learns_to_define(tmp_path):
-    result = finetune_lm.main(["--out", str(tmp_path / "out"), "--steps=12"])
-    assert result.before == pytest.approx(5.145, abs=0.05)  # as the guides say
+def test_on_4_bits(argv, whole, tmp_path, capsys):
+    """NF4 of the weights, and bfloat16."""
+    result = chat.main([*argv, "--quantize=nf4", "--dtype=bfloat16", f"--out={tmp_path}"])
+    assert result.before != whole[0].before
+    assert result.after < result.before
+
+
+def test_a_stopped_run_goes_on(argv, whole, tmp_path, monkeypatch):
+    """To the last bit; only when asked to, and only as it began."""
+    stopped, train = [*argv, f"--out={tmp_path}"], chat.train
+
+    def interrupted(*args):
+        *args, save = args
+
+        def stop(step, state):
+            save(step, state)
+            if step == 5:
+                raise KeyboardInterrupt
+
+        return train(*args, stop)
+
+    monkeypatch.setattr(chat, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.main(stopped)
+    monkeypatch.setattr(chat, "train", train)
+    with pytest.raises(SystemExit):
+        chat.main(stopped)
+    with pytest.raises(ValueError, match=r"cannot resume from .*: seed was 0, is 1"):
+        chat.main([*stopped, "--resume", "--seed=1"])
+    rest = chat.main([*stopped, "--resume"])
+    assert rest.losses == whole[0].losses[4:]
+    assert rest.after == whole[0].after
+    files = [x / "adapter" / "adapter_model.safetensors" for x in (tmp_path, whole[1])]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+@pytest.mark.slow
+def test_smollm2_learns_to_define(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = chat.main(["--steps=12"])
+    assert result.before == pytest.approx(5.140, abs=0.05)  # as the guides say
     assert result.after < result.before - 1
+
+
+def write(folder, **files):
+    """A folder with these files, as text or as JSON."""
+    folder.mkdir(exist_ok=True)
+    for name, x in files.items():
+        (folder / name.replace("_json", ".json")).write_text(
+            x if isinstance(x, str) else json.dumps(x)
+        )
+    return folder
+
+
+SIZES = {name: 4 for ours, name in llama.FIELDS.items() if ours in smollm2.WRITTEN}
+LINE = json.dumps({"messages": say("Hi", "Hello.")})
+MISTAKES = {
+    "data.jsonl: 0 of 0 conversations have at most 160 tokens; expected more than 8": {"data": ""},
+    r"0 of 9 .* tokens; expected more than 8. The longest has \d+: allow for more": {
+        "data": f"{LINE}\n" * 9,
+        "length": 8,
+    },
+    r'data.jsonl, line 2: expected {"messages": .*}, got {"prompt": "a"}': {
+        "data": f'{LINE}\n{{"prompt": "a"}}'
+    },
+    r'data.jsonl, line 2: no message after the first is "assistant"\'s': {
+        "data": f"{LINE}\n" + json.dumps({"messages": say("Hi")})
+    },
+    "config.json` is not there: give the folder of a checkpoint": {"base": {}},
+    r"expected model_type 'llama' or 'qwen2' or 'qwen3', got 'gemma3'": {
+        "base": {"config_json": {"model_type": "gemma3"}}
+    },
+    r"`.*config.json` lacks hidden_size, .*vocab_size": {
+        "base": {"config_json": {"model_type": "llama"}}
+    },
+    r"base holds neither model.safetensors nor .*index.json. Put the checkpoint there": {
+        "base": {"config_json": {"model_type": "llama", **SIZES}}
+    },
+    "--batch 3 and hidden_size 32 must be multiples of the 2 devices": {"batch": 3},
+    "base lacks tokenizer.json, a chat template or an eos_token": {"template": ""},
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_said_before_anything_is_compiled(message, argv, base, tmp_path, monkeypatch):
+    given, more = MISTAKES[message], [f"--out={tmp_path / 'out'}"]
+    if "data" in given:
+        (tmp_path / "data.jsonl").write_text(given["data"])
+        more.append(f"--data={tmp_path / 'data.jsonl'}")
+    if "base" in given:
+        more.append(f"--base={write(tmp_path / 'base', **given['base'])}")
+    if "template" in given:
+        shutil.copytree(base, tmp_path / "base")
+        (tmp_path / "base" / "chat_template.jinja").unlink()
+        more.append(f"--base={tmp_path / 'base'}")
+    if "batch" in given:
+        monkeypatch.setattr(jax, "device_count", lambda: 2)
+    more += [f"--{name}={given[name]}" for name in ("length", "batch") if name in given]
+    monkeypatch.setattr(chat, "run", None)
+    with pytest.raises(SystemExit, match=message):
+        chat.main([*argv, *more])
+
+
+def test_a_template_that_changes_earlier_turns_is_refused(tokenizer):
+    """As those of models that think: the loss would be of other texts than those that are shown."""
+    other = copy.copy(tokenizer)
+    other.chat_template = CHATML.replace("m['content']", "(m['content'] if loop.last else '…')")
+    assert conversations.encode(say("Hi", "Hello."), tokenizer).counts.any()
+    with pytest.raises(
+        ValueError, match="the chat template writes message 1 otherwise where others"
+    ):
+        conversations.encode(say("Hi", "Hello.", "And now?", "Bye"), other)

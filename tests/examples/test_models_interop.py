@@ -75,16 +75,24 @@ def encoders(name: str, config: dict[str, Any], module: Any, make: Any) -> dict[
     return {name + suffix: case._replace(types=types) for suffix, case in cases.items()}
 
 
-def decoder(**config: Any) -> Case:
-    """A small Llama with more heads of queries than of keys."""
+def decoder(cls: str = "Llama", **config: Any) -> Case:
+    """A small Llama, or one of its kin, with more heads of queries than of keys."""
     config = {**LLAMA, "max_position_embeddings": 64, **config}
-    return Case("LlamaForCausalLM", config, llama, llama.Llama)
+    return Case(f"{cls}ForCausalLM", config, llama, llama.Llama)
+
+
+# Of the two pairs of a head, one turns more often than 4 times in 64 tokens, one is between.
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.2, "high_freq_factor": 4.0}
+SCALED |= {"original_max_position_embeddings": 64}
 
 
 DECODERS = {
     "llama": decoder(tie_word_embeddings=True),
     "llama_untied": decoder(),
     "llama_heads": decoder(head_dim=6),
+    "llama_scaled": decoder(rope_scaling=SCALED),
+    "qwen2": decoder("Qwen2", use_sliding_window=False),
+    "qwen3": decoder("Qwen3", head_dim=6, tie_word_embeddings=True),
 }
 CASES = {
     "gpt2": Case("GPT2LMHeadModel", GPT2, gpt, gpt.GPT),

@@ -1,0 +1,240 @@
+"""Teach a chat model your answers: a folder of Hugging Face in, an adapter that engines serve out.
+
+    python examples/chat.py                          # SmolLM2-135M-Instruct learns to define words
+    python examples/chat.py --base DIR --data FILE   # your model, your conversations
+    python examples/chat.py --quantize nf4           # on frozen weights of 4 bits
+    python examples/chat.py --resume                 # go on after Ctrl-C, kill -9, a full disk
+
+DIR is a checkpoint of Llama, Qwen 2, Qwen 3 or SmolLM 2: config.json, tokenizer, safetensors. A
+line of FILE is a conversation, {"messages": [{"role": "user", "content": "..."}, {"role":
+"assistant", "content": "..."}]}. The loss counts the tokens of the answers only. Several
+conversations share a row of `--length` tokens, and do not see each other. Each device has a part of
+the weights and of the rows.
+
+Without arguments the run takes two minutes on two CPU cores, and the loss on held-out answers falls
+from 5.1 to 2.4 nats per token. It writes OUT/adapter for PEFT and OUT/merged, and says how to serve
+them; those of an earlier run are replaced.
+"""
+
+import argparse
+import pathlib
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import data
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from conversations import DEFINITIONS, Rows, Text, answer_nll, lay, mean_nll, pack, read
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
+from models import beam, llama, smollm2
+from models.parts import RULES, shardings
+from pod import State, restore, with_shardings
+from progress import progress
+from quickstart import draw, take
+from transformers import AutoTokenizer
+
+import jlora
+from jlora import checkpoint, peft, sharding
+
+WARMUP = 5
+SHOWN = 3  # of the held-out conversations, answered before and after
+SCHEMES = {"nf4": jlora.NF4(), "int8": jlora.Int8()}
+
+
+def prepare(args: argparse.Namespace) -> tuple[pathlib.Path, llama.Config, Any, list[Text]]:
+    """The model's folder, sizes and tokenizer, and texts. Says what is wrong with any of them."""
+    folder = args.base or smollm2.write(data.smollm2(), pathlib.Path("out/smollm2"))
+    config, devices = llama.read(folder), jax.device_count()
+    if config.dim % devices or args.batch % devices:
+        raise ValueError(
+            f"--batch {args.batch} and hidden_size {config.dim} must be multiples of the {devices} "
+            "devices: give another --batch, or let JAX see fewer devices"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not (tokenizer.is_fast and tokenizer.chat_template and tokenizer.eos_token):
+        raise ValueError(f"{folder} lacks tokenizer.json, a chat template or an eos_token")
+    texts = read(args.data, tokenizer, args.length, more_than=args.held_out)
+    random.Random(args.seed).shuffle(texts)
+    return folder, config, tokenizer, texts
+
+
+def make_step(apply: Callable[..., jax.Array], tx: optax.GradientTransformation) -> Any:
+    """The compiled training step: (state, base, rows) to (state, loss)."""
+
+    def loss_fn(adapter, base, rows):
+        total, count = answer_nll(Partial(apply, base, adapter), rows)
+        return total / count
+
+    @jax.jit
+    def step(state, base, rows):
+        loss, grads = jax.value_and_grad(loss_fn)(state.adapter, base, rows)
+        updates, optimizer = tx.update(grads, state.optimizer, state.adapter)
+        return State(optax.apply_updates(state.adapter, updates), optimizer), loss
+
+    return step
+
+
+Save = Callable[[int, State], Any]
+
+
+def train(
+    state: State, base: Any, rows: Rows, step_fn: Any, plan: np.ndarray, start: int, save: Save
+) -> tuple[State, list[float]]:
+    """The state after a step for each row of `plan`, from `start` on, and the loss of each."""
+    losses, tokens, began = [], 0, 0.0
+    with progress(plan[start:], initial=start, total=len(plan)) as bar:
+        for done, index in enumerate(bar, start + 1):
+            batch = take(rows, index)
+            state, loss = step_fn(state, base, batch)
+            losses.append(float(loss))
+            seconds = time.perf_counter() - began
+            if len(losses) == 1:  # with the time to compile
+                began += seconds
+                continue
+            tokens, left = tokens + np.count_nonzero(batch.segments), len(plan) - done
+            if len(losses) == 2:
+                progress.write(f"{left} more steps take {left * seconds:.0f} s")
+            speed = f"{tokens / seconds:.0f} tokens/s"
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed}", refresh=False)
+            save(done, state)
+    return state, losses
+
+
+class Result(NamedTuple):
+    """The negative log-likelihood of held-out answers per token, and the training losses."""
+
+    before: float
+    after: float
+    losses: list[float]
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    """Trains, measures before and after, writes, and says how to serve."""
+    args = parse(argv)
+    try:  # nothing is compiled yet
+        found = prepare(args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"chat.py: {error}") from error
+    mesh = jax.make_mesh((jax.device_count(), 1), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        return run(args, mesh, *found)
+
+
+def run(args, mesh, folder, config, tokenizer, texts) -> Result:
+    """All of it, on a mesh."""
+    held_out = lay(pack(texts[: args.held_out], args.length), args.batch)
+    rows = lay(pack(texts[args.held_out :], args.length))
+    model = llama.Llama(config, dtype=jnp.dtype(args.dtype), remat=args.remat)
+    places = shardings(jax.eval_shape(model.init, jax.random.key(0), rows.ids[:1]), mesh)
+    like = with_shardings(llama.shapes(config), places)
+    variables = peft.load_base(folder, llama.names(config), like=like)
+    variables = jax.tree.map(
+        lambda x: x if isinstance(x, jlora.Quantized) else x.astype(args.dtype),
+        variables,
+        is_leaf=lambda x: isinstance(x, jlora.Quantized),  # of a checkpoint in 4 bits
+    )
+    rules = (jlora.LoRA(rank=args.rank, alpha=args.alpha),)
+    lora = jlora.transform(model.apply, *rules)
+    if args.quantize:
+        sites = lora.sites(variables, rows.ids[:1])
+        variables = jlora.quantize(variables, SCHEMES[args.quantize], sites=sites, donate=True)
+    base, adapter = lora.init(jax.random.key(args.seed), variables, rows.ids[:1])
+    # A and B are small: each device has the whole of them, and gathers nothing in the layers.
+    adapter = jax.device_put(adapter, NamedSharding(mesh, PartitionSpec()))
+    whole = sharding.replicated(places, "fsdp")  # codes are gathered, not what they stand for
+    progress.write(
+        f"{len(texts) - args.held_out} conversations in {len(rows.ids)} rows, {args.held_out} held "
+        f"out; {jlora.count(adapter):,} parameters train, {jlora.count(base):,} are frozen"
+    )
+
+    def apply(base, *args, **cache):
+        return lora.apply(sharding.gathered(base, whole), *args, **cache)
+
+    shown, ask = texts[:SHOWN], {"add_generation_prompt": True, "return_dict": False}
+    prompts = [tokenizer.apply_chat_template(text.messages[:-1], **ask) for text in shown]
+
+    def measure(adapter):
+        logits_fn = Partial(apply, base, adapter)
+        answers = beam.greedy(logits_fn, prompts, config.cache, tokenizer.eos_token_id)
+        return mean_nll(logits_fn, held_out, args.batch), tokenizer.batch_decode(answers)
+
+    before, first = measure(adapter)  # B is zero: the model as it came
+    progress.write(f"held-out NLL per token of the answers, before: {before:.3f}")
+    warmup = min(WARMUP, args.steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps)
+    tx = jlora.optimizer(optax.adamw(schedule))
+    settings = {name: str(x) for name, x in vars(args).items() if name not in ("out", "resume")}
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.save_every)
+    with ocp.CheckpointManager(args.out.absolute() / "checkpoints", options=options) as manager:
+        start, state = restore(manager, State(adapter, tx.init(adapter)), base, settings)
+
+        def save(step, state):
+            items = ocp.args.Composite(
+                **checkpoint.items(state.adapter, rules, step=step, base=base),
+                optimizer=ocp.args.StandardSave(state.optimizer),
+                run=ocp.args.JsonSave(settings),
+            )
+            manager.save(step, args=items)
+
+        plan = draw(len(rows.ids), args.steps, args.batch, args.seed)
+        state, losses = train(state, base, rows, make_step(apply, tx), plan, start, save)
+
+    saved, merged = args.out / "adapter", args.out / "merged"
+    for earlier in (saved, merged):
+        shutil.rmtree(earlier, ignore_errors=True)
+    own = llama.names(config)
+    peft.save(saved, base, state.adapter, own, base_model=str(folder), profile="vllm")
+    peft.export_merged(folder, saved, merged)
+    after, then = measure(state.adapter)
+    for text, old, new in zip(shown, first, then, strict=True):
+        question, given = (message["content"] for message in text.messages[-2:])
+        progress.write(f"\n{question}\n  given:  {given}\n  before: {old}\n  after:  {new}")
+    progress.write(
+        f"\nheld-out NLL per token of the answers: {before:.3f} before, {after:.3f} after"
+    )
+    for engine in peft.ENGINES:  # as `jlora check` does
+        progress.write(f"{peft.check(saved, engine, base=folder)}")
+    progress.write(f"merged: vllm serve {merged}")
+    shutil.rmtree(args.out / "checkpoints")
+    return Result(before, after, losses)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    on_cpu = jax.default_backend() == "cpu"
+    add("--base", type=pathlib.Path, help="folder of the model; SmolLM2-135M-Instruct by default")
+    add("--data", type=pathlib.Path, default=DEFINITIONS, help="JSON lines of conversations")
+    add("--quantize", choices=SCHEMES, help="what the frozen weights are kept in")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32" if on_cpu else "bfloat16")
+    add("--out", type=pathlib.Path, default=pathlib.Path("out/chat"))
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--length", type=int, default=256, help="tokens of a row")
+    add("--batch", type=int, default=2, help="rows a step")
+    add("--steps", type=int, default=40)
+    add("--save-every", type=int, default=20, help="steps from checkpoint to checkpoint")
+    add("--held-out", type=int, default=24, help="conversations to measure on")
+    add("--rank", type=int, default=8)
+    add("--alpha", type=float, default=16.0, help="the adapter is scaled by alpha / rank")
+    add("--learning-rate", type=float, default=1e-3, help="at the end of the warmup")
+    add("--seed", type=int, default=0, help="of the adapter, the split and the order")
+    add("--remat", action="store_true", help="recompute the layers in the backward pass")
+    args = parser.parse_args(argv)
+    if not args.resume and (args.out / "checkpoints").exists():
+        parser.error(f"{args.out} has an unfinished run: pass --resume to go on, or another --out")
+    return args
+
+
+if __name__ == "__main__":
+    main()

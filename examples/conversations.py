@@ -1,0 +1,144 @@
+"""Conversations as rows of tokens: read, tokenized by the chat template, packed, and their loss.
+
+    texts = read("conversations.jsonl", tokenizer, 256)
+    rows = lay(pack(texts, 256))                  # several in a row, which do not see each other
+    rows = lay([[text] for text in texts])        # one in a row
+    total, count = answer_nll(Partial(model.apply, variables), rows)
+
+The chat template, which comes with a model, runs in the sandbox of `transformers`.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.tree_util import Partial
+from quickstart import take
+
+DEFINITIONS = pathlib.Path(__file__).parent / "definitions.jsonl"
+OPEN = 64  # rows that another text may still go into
+
+Messages = list[dict[str, str]]
+
+
+class Text(NamedTuple):
+    """A conversation up to its last answer."""
+
+    messages: Messages
+    ids: np.ndarray  # (tokens,)
+    counts: np.ndarray  # (tokens,): 1 where the token belongs to an answer
+
+
+class Rows(NamedTuple):
+    """Conversations in rows."""
+
+    ids: np.ndarray  # (rows, length) int32
+    segments: np.ndarray  # (rows, length) int32: the conversation's number in its row, 0 is padding
+    positions: np.ndarray  # (rows, length) int32: within the conversation
+    counts: np.ndarray  # (rows, length) float32
+
+
+def read_jsonl(path: pathlib.Path) -> list[Messages]:
+    """The conversations of a JSON-lines file."""
+    found, keys = [], {"role", "content"}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            messages = json.loads(line)["messages"]
+            wrong = not all(x.keys() >= keys and isinstance(x["content"], str) for x in messages)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            wrong = True
+        if wrong:
+            form = '{"messages": [{"role": "user", "content": "…"}, …]}'
+            raise ValueError(f"{path}, line {number}: expected {form}, got {line[:80]}")
+        if all(x["role"] != "assistant" for x in messages[1:]):
+            raise ValueError(f'{path}, line {number}: no message after the first is "assistant"\'s')
+        found.append(messages)
+    return found
+
+
+def encode(messages: Messages, tokenizer: Any) -> Text:
+    """The conversation as the chat template has it; an answer ends where its turn does."""
+    last = max(i for i, x in enumerate(messages) if x["role"] == "assistant")
+    messages = messages[: last + 1]
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    whole = render(messages)
+    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    starts = np.array([start for start, _ in found["offset_mapping"]])
+    counts = np.zeros(len(starts), np.float32)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = (
+                render(messages[:i], add_generation_prompt=True),
+                render(messages[: i + 1]),
+            )
+            if not after.startswith(before) or not whole.startswith(after):
+                raise ValueError(
+                    f"the chat template writes message {i} otherwise where others follow: give "
+                    f"conversations that end with it, not {json.dumps(messages)[:80]}"
+                )
+            counts[(starts >= len(before)) & (starts < len(after.rstrip()))] = 1
+    end = len(counts) - counts[::-1].argmax()
+    return Text(messages, np.array(found["input_ids"][:end], np.int32), counts[:end])
+
+
+def read(path: pathlib.Path, tokenizer: Any, length: int, more_than: int = 0) -> list[Text]:
+    """The conversations of a JSON-lines file that have at most `length` tokens.
+
+    Raises:
+        ValueError: a line is none, or there are too few.
+    """
+    texts = [encode(messages, tokenizer) for messages in read_jsonl(path)]
+    found = [text for text in texts if len(text.ids) <= length]
+    if len(found) <= more_than:
+        longest = max((len(text.ids) for text in texts), default=0)
+        raise ValueError(
+            f"{path}: {len(found)} of {len(texts)} conversations have at most {length} tokens; "
+            f"expected more than {more_than}. The longest has {longest}: allow for more tokens, or "
+            "give more conversations"
+        )
+    return found
+
+
+def pack(texts: Sequence[Text], length: int) -> list[list[Text]]:
+    """Sorts texts into rows of at most `length` tokens, each into the first that has room."""
+    rows: list[list[Text]] = []
+    for text in texts:
+        most = length - len(text.ids)
+        fits = (row for row in rows[-OPEN:] if sum(len(x.ids) for x in row) <= most)
+        if (row := next(fits, None)) is None:
+            rows.append(row := [])
+        row.append(text)
+    return rows
+
+
+def lay(rows: Sequence[Sequence[Text]], multiple: int = 1) -> Rows:
+    """Rows of texts as arrays; empty rows follow up to a `multiple`."""
+    shape = -(-len(rows) // multiple) * multiple, max(sum(len(t.ids) for t in row) for row in rows)
+    laid = Rows(*np.zeros((3, *shape), np.int32), np.zeros(shape, np.float32))
+    for i, row in enumerate(rows):
+        end = 0
+        for number, (_, ids, counts) in enumerate(row, 1):
+            at, end = slice(end, end + len(ids)), end + len(ids)
+            laid.ids[i, at], laid.segments[i, at], laid.counts[i, at] = ids, number, counts
+            laid.positions[i, at] = np.arange(len(ids))
+    return laid
+
+
+def answer_nll(logits_fn: Callable[..., jax.Array], rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """The negative log-likelihood of the answers in nats, and their number of tokens."""
+    logits = logits_fn(rows.ids[:, :-1], rows.segments[:, :-1], rows.positions[:, :-1])
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows.ids[:, 1:])
+    counts = rows.counts[:, 1:]  # (rows, length - 1)
+    return (nll * counts).sum(), counts.sum()
+
+
+def mean_nll(logits_fn: Partial, rows: Rows, batch: int) -> float:
+    """The mean negative log-likelihood per answer token, over `batch` rows at a time."""
+    nll, starts = jax.jit(answer_nll), range(0, len(rows.ids), batch)
+    total, count = np.sum([nll(logits_fn, take(rows, slice(s, s + batch))) for s in starts], axis=0)
+    return float(total / count)
