@@ -91,8 +91,21 @@ def with_numbers(params, x):
     return x
 
 
+def between_products(params, x):
+    """A scope has the weight of one product of x, and follows from the other."""
+    for name, p in params.items():
+        x = jnp.tanh(x)
+        y = x @ p["q"]
+        with jax.named_scope(name):
+            for _ in range(20):
+                y = jnp.cos(y)
+            k = p["k"].T * 2
+        x = x + jnp.tanh(y * (x @ k))
+    return x
+
+
 MODELS = [in_scopes, in_jit, computed_again, of_two_kinds, moved_in_jit]
-MODELS += [within_a_scan, across_layers, with_numbers]
+MODELS += [within_a_scan, across_layers, with_numbers, between_products]
 PARAMS = {
     f"layer_{i}": {n: array(i + 1, WIDTH, WIDTH)[i] / 4 for n in "qkvo"} for i in range(LAYERS)
 }
@@ -113,10 +126,10 @@ def start(model, rules, params=PARAMS):
     return lora, base, adapter
 
 
-def derivatives(lora, base):
+def derivatives(lora):
     """Values, slopes in both modes, and those of a batch of adapters."""
 
-    def all_of_it(adapter, x):
+    def all_of_it(base, adapter, x):
         def loss(adapter, x):
             return jnp.sum(jnp.sin(lora.apply(base, adapter, x)))
 
@@ -132,24 +145,24 @@ def derivatives(lora, base):
 @pytest.mark.parametrize("model", MODELS)
 def test_shared_layers_are_those_in_place(model):
     lora, base, adapter = start(model, RULES["all"])
-    f = derivatives(lora, base)
+    f = derivatives(lora)
     with leaks_checked():
-        found = jax.jit(f)(adapter, X)
-    assert_close(found, f(adapter, X), 1e-5)
+        found = jax.jit(f)(base, adapter, X)
+    assert_close(found, f(base, adapter, X), 1e-5)
 
 
 @pytest.mark.parametrize("rules", RULES)
 def test_whatever_the_layers_are_adapted_by(rules):
     lora, base, adapter = start(in_scopes, RULES[rules])
-    f = derivatives(lora, base)
-    assert_close(jax.jit(f)(adapter, X), f(adapter, X), 1e-5)
+    f = derivatives(lora)
+    assert_close(jax.jit(f)(base, adapter, X), f(base, adapter, X), 1e-5)
 
 
 @pytest.mark.parametrize("scheme", [jlora.Int8, jlora.NF4])
 def test_quantized_layers(scheme):
     lora, base, adapter = start(in_scopes, RULES["all"], jlora.quantize(PARAMS, scheme(".*")))
-    f = derivatives(lora, base)
-    assert_close(jax.jit(f)(adapter, X), f(adapter, X), 1e-5)
+    f = derivatives(lora)
+    assert_close(jax.jit(f)(base, adapter, X), f(base, adapter, X), 1e-5)
     few, many = (size(*start_of(n, in_scopes, scheme)) for n in (4, 8))
     assert many - few <= 4 * FEW
 
@@ -160,6 +173,25 @@ def test_routed_tables():
     apply = jlora.many.route(lora.apply)
     ids = jnp.array([0, 1, -1])
     assert_close(jax.jit(apply)(base, table, ids, X), apply(base, table, ids, X), 1e-5)
+
+
+def test_a_weight_with_a_known_value_is_in_the_program_once():
+    params = {"w": array(1, 64, 64)}
+
+    def model(p, x):
+        for i in range(6):
+            with jax.named_scope(f"layer_{i}"):
+                for _ in range(20):
+                    x = jnp.cos(x)
+                x = jnp.tanh(x @ p["w"])
+        return x
+
+    lora = jlora.transform(model, jlora.LoRA(rank=2))
+    base, adapter = lora.init(jax.random.key(0), params, jnp.ones((2, 64)))
+    lowered = jax.jit(lambda adapter, x: lora.apply(base, adapter, x)).lower(
+        adapter, jnp.ones((2, 64))
+    )
+    assert lowered.as_text().count('dense<"0x') == 1
 
 
 # -------------------------------------------------------------------------------- what is counted

@@ -106,12 +106,16 @@ def _recompute(f: Callable[..., Any]) -> Callable[..., Any]:
 def _reduce(x: jax.Array, terms: list[Term]) -> jax.Array:
     """Computes s·x·p for all p, concatenated along the rank."""
     first = terms[0]
-    ps = [term.p.value for term in terms]
+    # float16 would overflow, or round to 0, before the scale is applied.
+    late = jnp.finfo(x.dtype).minexp < -100
+    ps = [t.p.value if late else t.p.value * jnp.asarray(t.scale, t.p.dtype) for t in terms]
     p = jnp.concatenate(ps, first.p.axis(RANK)) if len(ps) > 1 else ps[0]
     # Where a mesh leaves h in parts, XLA adds these up along with the model's own activations, in
     # one collective, if they have one dtype.
     how = {"dtype": x.dtype, "precision": first.precision}
     h = einsum(first.x, first.p.axes, first.h, x, p, **how)
+    if not late:
+        return h
     # XLA for TPUs would write a scaled A to memory, and fuse less around the products.
     scales = np.concatenate([np.full(term.q.length(RANK), term.scale) for term in terms])
     return h * jnp.asarray(scales.reshape([-1 if a == RANK else 1 for a in first.h]), h.dtype)

@@ -15,6 +15,7 @@ import numpy as np
 from .. import _compat
 
 LEAST = 16  # equations of a run that is worth a call
+LARGEST = 1024  # numbers with known values that a shared function may hold
 
 
 class Call:
@@ -84,7 +85,8 @@ class Forms:
 
     def __init__(self) -> None:
         """Knows no form yet; it keeps each jaxpr that it was asked for alive."""
-        self._known: dict[int, tuple[Any, Hashable, int]] = {}
+        self._known: dict[int, tuple[Any, int, int]] = {}
+        self._numbers: dict[Hashable, int] = {}
 
     def size(self, jaxpr: Any) -> int:
         """Counts the equations of a jaxpr, and those of jaxprs within."""
@@ -95,19 +97,20 @@ class Forms:
         """Gives the form of a jaxpr, or of another parameter of an equation."""
         if hasattr(x, "eqns"):
             if id(x) not in self._known:
-                self._known[id(x)] = (x, *self._of_jaxpr(x))
+                form, size = self._of_jaxpr(x)
+                self._known[id(x)] = (x, self._numbers.setdefault(form, len(self._numbers)), size)
             return self._known[id(x)][1]
         if isinstance(x, tuple | list):
             return tuple(map(self.of, x))
         if isinstance(x, dict):
             return tuple((name, self.of(value)) for name, value in sorted(x.items()))
-        if isinstance(x, float | complex):  # 0.0 is equal to -0.0
+        if isinstance(x, float | complex | np.generic):  # 0.0 is equal to -0.0
             return type(x), repr(x)
         try:
             hash(x)
         except TypeError:
             return id(x)
-        return x
+        return type(x), x
 
     def _of_jaxpr(self, jaxpr: Any) -> tuple[Hashable, int]:
         numbers: dict[Any, int] = {}
@@ -156,6 +159,8 @@ class Functions:
         leaves, tree = jax.tree.flatten(list(operands))
         size = len(leaves)  # the function must not keep tracers
         known = {i: x for i, x in enumerate(leaves) if _compat.is_concrete(x)}
+        if sum(map(np.size, known.values())) > LARGEST:  # each function would hold a copy
+            return f(*operands)
         places = tuple((i, id(x)) for i, x in known.items())
         key = (eqn.primitive, self._forms.of(eqn.params), structure, places)
 

@@ -36,29 +36,37 @@ def steps(
     """
     live = _live(jaxpr)
     found = groups(jaxpr, live, weights, rules)
-    live = with_calls(live, jaxpr.outvars, found) if has_calls else live
-    source = {v: eqn for eqn in live for v in eqn.outvars}
-    group = {id(eqn): eqns for eqns in found for eqn in eqns}
-    order: list[list[Any]] = []
-    placed: set[int] = set()
-
-    def place(eqn: Any) -> None:
-        if id(eqn) in placed:
-            return
-        eqns = group.get(id(eqn), [eqn])
-        placed.update(map(id, eqns))
-        for v in (v for e in eqns for v in variables(e.invars) if v in source):
-            place(source[v])
-        order.append(eqns)
-
-    for eqn in live:
-        place(eqn)
+    order = _order(with_calls(live, jaxpr.outvars, found), found) if has_calls else None
+    order = _order(live, found) if order is None else order
+    assert order is not None
     needed, done = set(variables(jaxpr.outvars)), []
     for eqns in reversed(order):
         used = {v for eqn in eqns for v in variables(eqn.invars)}
         done.append((eqns, [v for v in used if v not in needed]))
         needed |= used
     return done[::-1]
+
+
+def _order(eqns: Sequence[Any], groups: Sequence[list[Any]]) -> list[list[Any]] | None:
+    """Lists groups and single equations in order; None if a call depends on a group it feeds."""
+    source = {v: eqn for eqn in eqns for v in eqn.outvars}
+    group = {id(eqn): eqns for eqns in groups for eqn in eqns}
+    order: list[list[Any]] = []
+    begun, placed = set[int](), set[int]()
+
+    def place(eqn: Any) -> bool:
+        if id(eqn) in begun:
+            return id(eqn) in placed
+        together = group.get(id(eqn), [eqn])
+        begun.update(map(id, together))
+        needed = (source[v] for e in together for v in variables(e.invars) if v in source)
+        if not all(map(place, needed)):
+            return False
+        placed.update(map(id, together))
+        order.append(together)
+        return True
+
+    return order if all(map(place, eqns)) else None
 
 
 def _live(jaxpr: Any) -> list[Any]:
