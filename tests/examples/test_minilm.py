@@ -80,7 +80,7 @@ def test_the_last_screen_says_what_was_learned(run, layers):
         assert f"{score:.1%}" in screen
     sizes = dict(re.findall(r"^  (\S+): (\S+) MB$", screen, re.MULTILINE))
     assert float(sizes[str(out / "adapter")]) < float(sizes[str(out / "merged")]) / 20
-    held_out = {x.text: x.label for x in data.movie_snippets(quickstart.MARGIN)[1]}
+    held_out = {x.text: x.label for x in data.snippets(quickstart.SOURCE, quickstart.MARGIN)[1]}
     shown = re.findall(r"^  (positive|negative): (.*)$", screen, re.MULTILINE)
     assert len(shown) <= 3
     assert all(held_out[text] == (label == "positive") for label, text in shown)
@@ -89,7 +89,7 @@ def test_the_last_screen_says_what_was_learned(run, layers):
 def test_training_starts_from_the_probe(layers):
     """With its head the model computes what the probe says, and at first the adapted one too."""
     model, variables, tokenizer = quickstart.load()
-    snippets = quickstart.keep_short(tokenizer, data.movie_snippets()[0][:80])
+    snippets = quickstart.keep_short(tokenizer, data.snippets(quickstart.SOURCE)[0][:80])
     batch = quickstart.encode(tokenizer, snippets, quickstart.SHORT)
     assert 0 < len(snippets) < 80
     assert batch.mask.shape[1] == quickstart.SHORT
