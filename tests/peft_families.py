@@ -60,6 +60,47 @@ TIED = {"tie_word_embeddings": True}
 MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 ROPE = HEADS | {"rope_scaling": MROPE, "rope_parameters": MROPE}
 LOCAL = {"attention_types": [[["global", "local"], 1]]}
+EXPERTS_OF = {"n_routed_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 20}
+GEMMA4 = HEADS | {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 4,
+    "vocab_size_per_layer_input": 71,
+}
+GEMMA4_EXPERTS = (
+    GEMMA4
+    | EXPERTS_OF
+    | {
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+    }
+)
+QWEN3_5 = {
+    **HEADS,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MLA = EXPERTS_OF | {
+    "num_key_value_heads": 2,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+LLAMA4 = HEADS | {
+    "num_experts_per_tok": 1,
+    "intermediate_size_mlp": 40,
+    "interleave_moe_layer_step": 2,
+}
 STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
 TEXT, VISION = {"model_type": "llama"} | SIZES, {"model_type": "clip_vision_model"} | SIZES
 SEEN = {"depth": 2, "embed_dim": 32} | SIZES
@@ -82,6 +123,13 @@ _FAMILIES: dict[str, Any] = {
     "mixtral": "MixtralForCausalLM",
     "qwen2-moe": "Qwen2MoeForCausalLM",
     "qwen3-moe": ("Qwen3MoeForCausalLM", HEADS),
+    "gemma4": ("Gemma4ForCausalLM", GEMMA4),
+    "gemma4-moe": ("Gemma4ForCausalLM", GEMMA4_EXPERTS),
+    "gpt-oss": ("GptOssForCausalLM", HEADS),
+    "deepseek-v3": ("DeepseekV3ForCausalLM", MLA),
+    "qwen3.5": ("Qwen3_5ForCausalLM", QWEN3_5),
+    "qwen3.5-moe": ("Qwen3_5MoeForCausalLM", QWEN3_5),
+    "llama4": ("Llama4ForCausalLM", LLAMA4),
     "gpt2": "GPT2LMHeadModel",
     "gptj": ("GPTJForCausalLM", {"rotary_dim": 4}),
     "gpt-neo": ("GPTNeoForCausalLM", LOCAL),
@@ -119,6 +167,22 @@ _RENAMED: dict[str, Any] = {
     "gemma3-vl": (
         "Gemma3ForConditionalGeneration",
         {"text_config": SIZES | HEADS, "vision_config": SIZES, "mm_tokens_per_image": 1},
+    ),
+    "gemma4-vl": (
+        "Gemma4ForConditionalGeneration",
+        {"text_config": SIZES | GEMMA4, "vision_config": SIZES | HEADS, "audio_config": None},
+    ),
+    "qwen3.5-vl": (
+        "Qwen3_5ForConditionalGeneration",
+        {"text_config": SIZES | QWEN3_5, "vision_config": SEEN | {"out_hidden_size": 32}},
+    ),
+    "qwen3.5-vl-moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        {"text_config": SIZES | QWEN3_5, "vision_config": SEEN | {"out_hidden_size": 32}},
+    ),
+    "llama4-vl": (
+        "Llama4ForConditionalGeneration",
+        {"text_config": SIZES | LLAMA4, "vision_config": SIZES | {"vision_output_dim": 32}},
     ),
     "swin": (
         "SwinForImageClassification",
@@ -160,6 +224,7 @@ def _with_sizes(families: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]
     return {
         name: (cls, own if any(k.endswith(whole) for k in own) else SIZES | own)
         for name, (cls, own) in pairs.items()
+        if hasattr(transformers, cls)  # of the installed version
     }
 
 

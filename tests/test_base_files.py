@@ -356,6 +356,57 @@ def test_experts_of_bitsandbytes(double, tmp_path):
     assert_rounded(new, expected.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("alternating", [True, False])
+def test_parts_of_experts_in_codes(alternating, tmp_path):
+    """Gate and up of gpt-oss have the codes of every second output of one parameter."""
+    file = mxfp4()
+    folder = write(tmp_path / "base", {"up": file})
+    options = {"transposed": True, "is_transposed": True, "alternating": alternating}
+    names = [peft.Name(x, "up", "eio", "w", part=(j, 2), **options) for j, x in enumerate("ab")]
+    like = {x: jax.ShapeDtypeStruct((3, COLUMNS, ROWS // 2), jnp.float32) for x in "ab"}
+    like |= {"norm": ONE["norm"]}
+    base = peft.load_base(folder, [*names, NAMES[-1]], like=like)
+    halves = (slice(0, None, 2), slice(1, None, 2)) if alternating else (slice(32), slice(32, 64))
+    for x, half in zip("ab", halves, strict=True):
+        assert isinstance(base[x], jlora.Quantized)
+        np.testing.assert_array_equal(
+            np.float32(base[x].array()), file.matrix[:, half].swapaxes(1, 2)
+        )
+
+
+def test_experts_in_codes_one_by_one(tmp_path):
+    """As DeepSeek ships them: a leaf of all has the codes of each."""
+    files = {
+        f"experts.{e}.{part}_proj": fp8(seed=2 * e + j)
+        for e in range(2)
+        for j, part in enumerate(("gate", "up"))
+    }
+    folder = write(tmp_path / "base", files)
+    options = {"axes": "eio", "parameter": "gate_up_proj"}
+    names = [peft.Name(x, "experts", part=(j, 2), **options) for j, x in enumerate(("gate", "up"))]
+    like = {x: jax.ShapeDtypeStruct((2, COLUMNS, ROWS), jnp.float32) for x in ("gate", "up")}
+    base = peft.load_base(folder, [*names, NAMES[-1]], like=like | {"norm": ONE["norm"]})
+    for x in ("gate", "up"):
+        assert isinstance(base[x], jlora.Quantized)
+        for e in range(2):
+            expected = files[f"experts.{e}.{x}_proj"].matrix.T
+            np.testing.assert_array_equal(np.float32(base[x].array())[e], expected)
+
+
+def test_parts_of_codes_in_blocks_of_outputs(tmp_path):
+    """Codes whose blocks run on from one output to the next are dequantized."""
+    shape = (2, ROWS, COLUMNS // 2)
+    file = four_bits(double=False)
+    file |= {key: state(shape=shape)(file[key]) for key in file if "quant_state" in key}
+    folder = write(tmp_path / "base", {"up": file})
+    names = [peft.Name(x, "up", "eio", "weight", part=(j, 2)) for j, x in enumerate("ab")]
+    like = {x: jax.ShapeDtypeStruct((2, COLUMNS // 2, ROWS // 2), jnp.float32) for x in "ab"}
+    like |= {"norm": ONE["norm"]}
+    base = peft.load_base(folder, [*names, NAMES[-1]], like=like)
+    whole = np.concatenate([np.float32(base[x]) for x in "ab"], 2).swapaxes(1, 2)
+    assert_rounded(whole, file.matrix.reshape(shape))
+
+
 @pytest.mark.parametrize(
     ("heads", "is_quantized"), [((2, 64), True), ((4, 32), True), ((8, 16), False)]
 )
@@ -746,3 +797,28 @@ def test_codes_are_not_written(tmp_path):
     with pytest.raises(ValueError, match=message):
         peft.save_base(tmp_path / "base", base, NAMES)
     assert not (tmp_path / "base").exists()
+
+
+def test_save_base_beside_the_files_of_its_model(tmp_path):
+    """What a user needs to load the result is copied; weights and links out are not."""
+    source = write(tmp_path / "base", {"up": gptq()})
+    base = jlora.dequantize(peft.load_base(source, NAMES, like=ONE))
+    files = {"tokenizer.json": "{}", "generation_config.json": "{}", "code/model.py": "pass"}
+    for name, text in files.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "llama"}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "pytorch_model.bin").write_text("a pickle")
+    peft.save_base(tmp_path / "new", base, NAMES, config=source)
+    new = {p.relative_to(tmp_path / "new").as_posix(): p for p in (tmp_path / "new").rglob("*.*")}
+    assert new.keys() == {*files, "config.json", "model.safetensors"}
+    assert all(new[name].read_text() == text for name, text in files.items())
+    assert json.loads(new["config.json"].read_text()) == {"model_type": "llama"}
+    again = peft.load_base(tmp_path / "new", NAMES, like=base)
+    jax.tree.map(np.testing.assert_array_equal, again, base)
+    (tmp_path / "secret").write_text("of another")
+    (source / "tokenizer.model").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"`config`: .*tokenizer\.model"):
+        peft.save_base(tmp_path / "linked", base, NAMES, config=source)
+    assert not (tmp_path / "linked").exists()

@@ -93,6 +93,21 @@ def test_files_come_back(name: str, tmp_path: Folder) -> None:
     assert (tmp_path / "b" / CONFIG).read_text() == json.dumps(ours, indent=2, sort_keys=True)
 
 
+@pytest.mark.parametrize(
+    ("config", "name"), [({"_name_or_path": "some/model"}, "some/model"), ({}, None)]
+)
+def test_a_folder_names_its_model(config: Any, name: str | None, tmp_path: Folder) -> None:
+    """By its configuration, or by its path."""
+    case, adapter = loaded("qv")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    base = tmp_path / "base"
+    peft.save(tmp_path / "a", case.base, adapter, case.names, base_model=base)
+    assert peft.read_config(tmp_path / "a")["base_model_name_or_path"] == (name or str(base))
+    with pytest.raises(FileNotFoundError, match=r"`base_model`: .*config\.json"):
+        peft.save(tmp_path / "b", case.base, adapter, case.names, base_model=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["qv", "tied"])
 def test_shapes_suffice_as_base(name: str, tmp_path: Folder) -> None:
     """To load; and to save, unless PEFT stores frozen values with the adapter."""
@@ -387,6 +402,8 @@ def test_never_overwrites(tmp_path: Folder) -> None:
         ({"axes": "ix"}, "`axes` must be of the letters"),
         ({"axes": "ee"}, "`axes` must be of the letters"),
         ({"module": "m.{}"}, "`module` needs one {} for each l"),
+        ({"module": "m.{2*+1}"}, "`module` needs one {} for each l"),
+        ({"axes": "lio", "module": "m.{1}"}, "or a sum with it such as {2*+1}"),
         ({"tied": "lm_head"}, "only an embedding is `tied`"),
         ({"axes": "ssio", "module": ("k", "v")}, "`axes` must be of the letters"),
         ({"axes": "sio"}, "`module` is a tuple where `axes` has an s"),

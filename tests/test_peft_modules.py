@@ -1,5 +1,6 @@
 """Leaves of several modules of PyTorch, such as k and v, and several leaves of one, as experts."""
 
+import dataclasses
 import functools
 import re
 import shutil
@@ -21,7 +22,7 @@ from peft_files import (
     pair,
     write,
 )
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from small import some
 from test_peft import delta
 
@@ -262,7 +263,7 @@ def test_a_table_refuses_other_models(table: str, tmp_path: Folder) -> None:
 @pytest.mark.parametrize("table", peft.TABLES)
 def test_a_table_refuses_the_models_of_others(table: str) -> None:
     """The error names the tables that have rows for them."""
-    names, path = peft.tables.WITH_PATHS[table]
+    names, path = peft.tables.WITH_PATHS[first_alike(table)]
     for other, (rows, theirs) in peft.tables.WITH_PATHS.items():
         parts = tuple(theirs.split("/"))
         [shape] = (s for n in (2, 3, 4) if row_of(parts, s := (3,) * n, rows))
@@ -274,7 +275,7 @@ def test_a_table_refuses_the_models_of_others(table: str) -> None:
 
 
 # Whose layers are called the same.
-ALIKE = {"llama", "llama-scanned", "easydel"}
+ALIKE = {"llama", "llama-scanned", "easydel", "gpt-oss", "llama4"}
 
 
 def first_alike(table: str) -> str:
@@ -345,11 +346,71 @@ def test_parts_of_untrained_factors(tmp_path: Folder) -> None:
     assert_equal(peft.load(tmp_path / "a", zeros(adapter), PARTS[:2]), adapter)
 
 
-def test_parts_are_for_adapters() -> None:
-    """Whole weights are refused, with the leaf."""
-    base = zeros(nodes("gate", "up", "down"))
-    with pytest.raises(ValueError, match="`names` is for adapters: by it these leaves of `params`"):
+@pytest.mark.parametrize("alternating", [False, True])
+@pytest.mark.parametrize("table", [PARTS, LINEAR_PARTS], ids=["experts", "linear"])
+def test_parts_of_weights(table: Any, alternating: bool) -> None:
+    """The parts of a parameter are joined, and taken apart again."""
+    table = [dataclasses.replace(name, alternating=alternating) for name in table]
+    made = nodes(*(name.path for name in table))
+    base = jax.tree.map(lambda x: x + normal(len(x), *x.shape), zeros(made))
+    tensors = peft.to_tensors(base, table)
+    assert_equal(peft.from_tensors(tensors, base, table), base)
+    each = [base[name.path].swapaxes(-1, -2) for name in table if name.part]
+    expected = np.stack(each, -2 if alternating else -3)
+    found = tensors[f"{table[0].module}.{table[0].parameter}"]
+    assert_equal(found, expected.reshape(found.shape))
+
+
+def test_lone_parts_of_weights() -> None:
+    """A checkpoint has all of a parameter, or nothing."""
+    base = zeros(nodes("gate", "down"))
+    with pytest.raises(ValueError, match="These leaves of `params` are parts of parameters by"):
         peft.to_tensors(base, PARTS)
+
+
+def test_experts_that_are_stored_one_by_one(tmp_path: Folder) -> None:
+    """A checkpoint has a module for each expert where its parameters are not there."""
+    base = {name: normal(i, 3, 4, 6) for i, name in enumerate(("gate", "up", "down"))}
+    tensors = {
+        f"experts.{e}.{name}_proj.weight": np.ascontiguousarray(x[e].T)
+        for name, x in base.items()
+        for e in range(3)
+    }
+    assert_equal(peft.from_tensors(tensors, base, PARTS), base)
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    assert_equal(peft.load_base(tmp_path / "base", PARTS, like=base), base)
+    del tensors["experts.2.up_proj.weight"]
+    with pytest.raises(
+        ValueError, match=r"experts\.2\.up_proj\.weight: missing, of shape \(6, 4\)"
+    ):
+        peft.from_tensors(tensors, base, PARTS)
+
+
+@pytest.mark.parametrize(
+    ("path", "module", "axes", "shape", "layers"),
+    [
+        ("layers/layers_1/w", r"h.{2*+\1}", "ilo", (3, 2, 4), [1, 3]),
+        ("rest_1/w", r"h.{\1+3}", "io", (3, 4), [4]),
+        ("rest_1/w", r"h.{1*+3}", "ilo", (3, 2, 4), [3, 4]),
+        ("local_1/w", "h.{6*+1*}", "illo", (3, 2, 5, 4), [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]),
+        ("local_1/w", "h.{1*+6*}", "illo", (3, 1, 2, 4), [0, 6]),
+    ],
+)
+def test_layers_in_blocks(
+    path: str, module: str, axes: str, shape: tuple[int, ...], layers: list[int], tmp_path: Folder
+) -> None:
+    """Sums between braces number the layers; each is a module, with A and B of its own."""
+    names = [Name(r".*_(\d+)/w", module, axes)]
+    base = nest({tuple(path.split("/")): normal(0, *shape)})
+    tensors = peft.to_tensors(base, names)
+    assert list(tensors) == [f"h.{i}.weight" for i in layers]
+    assert_equal(peft.from_tensors(tensors, base, names), base)
+    stack = tuple(d for d, letter in enumerate(axes) if letter == "l")
+    layout, lead = Layout(stack, (0,), (len(axes) - 1,)), tuple(shape[d] for d in stack)
+    adapter = LowRank(normal(1, *lead, 3, 2), normal(2, *lead, 2, 4), 1.5, layout)
+    adapter = nest({tuple(path.split("/")): adapter})
+    assert_equal(come_back(tmp_path / "a", base, adapter, names), adapter)
 
 
 def test_sizes_tell_rows_apart() -> None:

@@ -88,18 +88,22 @@ def begin(
 ) -> tuple[Place | None, jax.Array, jax.Array | None]:
     """The place of a model's tokens, their positions, and which keys or slots they attend to.
 
-    Without a cache, tokens attend to those with the same number in the mask.
+    Without a cache, tokens attend to those with the same number in the mask; 0 is padding.
 
     Raises:
         ValueError: there are positions beside a cache.
     """
     if cache is None:
-        seen = None if mask is None else mask[:, None, None] == mask[:, None, :, None]
+        seen = None if mask is None else _seen(mask[:, None, None], mask[:, None, :, None])
         return None, jnp.arange(ids.shape[1])[None] if positions is None else positions, seen
     if positions is not None:
         raise ValueError("`positions`: expected none with a cache, which says where it is")
     place = cache.place(ids.shape, mask)
     return place, place.positions, place.seen
+
+
+def _seen(keys: jax.Array, queries: jax.Array) -> jax.Array:
+    return (keys != 0) & ((keys == queries) | (queries == 0))
 
 
 def end(place: Place | None, logits: jax.Array, written: Any) -> Any:

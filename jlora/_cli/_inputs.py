@@ -14,9 +14,11 @@ from .._types import PyTree
 from ._command import Arg, call
 
 NAMES = """Name table between JAX's paths and PyTorch's modules: bert, roberta, gpt2, llama,
-llama-scanned, vit, tunix-llama3, tunix-qwen2, tunix-qwen3, tunix-qwen3-experts, tunix-gemma,
-gemma3, gemma2-2b, keras-hub-llama3, keras-hub-qwen3, keras-hub-gemma3, maxtext-llama,
-maxtext-qwen3, easydel, module:ATTRIBUTE or file.py:ATTRIBUTE."""
+llama-scanned, vit, gpt-oss, llama4, tunix-llama3, tunix-qwen2, tunix-qwen3,
+tunix-qwen3-experts, tunix-gemma, tunix-gemma4, gemma3, gemma4, gemma4-experts, gemma2-2b,
+keras-hub-llama3, keras-hub-qwen3, keras-hub-gemma3, maxtext-llama, maxtext-qwen3,
+maxtext-deepseek-v3, maxtext-gemma4, maxtext-gpt-oss, maxtext-llama4, easydel, module:ATTRIBUTE
+or file.py:ATTRIBUTE."""
 # Files of Orbax: the first is in every checkpoint, the second in those of one tree.
 ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")
 

@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint: which file holds which tensor, and what other files there are."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -94,6 +95,14 @@ class Checkpoint(NamedTuple):
         entry = self.entry(name)
         with self.open(name) as data:
             yield from read_pieces(data, entry.stop - entry.start, size)
+
+    @property
+    def config_of_floats(self) -> dict[str, Any]:
+        """A copy of the configuration that says nothing of a quantization."""
+        config = json.loads(json.dumps(self.config))
+        for part in walk_objects(config):
+            part.pop(QUANTIZATION, None)
+        return config
 
     def copy_others(self, folder: Path) -> None:
         """Copies the files that are kept beside the weights."""

@@ -2,16 +2,17 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .._tree import is_abstract, name_of
 from .._types import PyTree
-from ._file import DTYPES, PREFIX
+from ._file import DTYPES, PREFIX, Source, read_json
 from ._load import fit
 from ._problems import Problems
-from .adapter._config import DEFAULTS, MISS, ROWS_DEFAULTS, problems_of
+from .adapter._config import DEFAULTS, LIMIT, MISS, ROWS_DEFAULTS, problems_of
 from .adapter._describe import Fields, describe, describe_rows_alone, find_frozen, find_full
 from .adapter._files import as_files, write
 from .adapter._miss import MISS_DEFAULTS, from_lora, is_miss, list_miss_problems, translate_fields
@@ -33,7 +34,7 @@ def save(
     adapter: PyTree,
     names: Sequence[Name],
     *,
-    base_model: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
     profile: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
@@ -51,7 +52,9 @@ def save(
         base: the frozen tree; `jax.ShapeDtypeStruct`s will do for what is not written.
         adapter: from `init`, training or `load`; dropout keys in it are ignored.
         names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
-        base_model: name or path of the base model, for PEFT's `base_model_name_or_path`.
+        base_model: the name of the base model, for PEFT's `base_model_name_or_path`; or its folder
+            as a `pathlib.Path`, which is named by `_name_or_path` of its `config.json`, if that has
+            one, else by its path.
         profile: `"vllm"` for an adapter that vLLM takes: one rank for all modules, from those that
             it has kernels for, with zeros in A and B, and the scales folded into B (alpha = r).
         config: fields of `adapter_config.json` to keep, such as those of `read_config`. Selection,
@@ -60,6 +63,7 @@ def save(
 
     Raises:
         FileExistsError: if `path` is there and not an empty folder.
+        FileNotFoundError: if `base_model` is a folder without `config.json`.
         TypeError: if `adapter` is no adapter of arrays.
         ValueError: if a part of the adapter has no name or no form in PEFT; all are listed.
 
@@ -131,7 +135,7 @@ def _files(
     base: PyTree,
     adapter: PyTree,
     names: Sequence[Name],
-    base_model: str | None,
+    base_model: str | os.PathLike[str] | None,
     profile: str | None,
     config: Mapping[str, Any] | None,
 ) -> Written:
@@ -140,7 +144,7 @@ def _files(
         raise ValueError(f"`profile` must be None or 'vllm'; got {profile!r}.")
     tree, given = arrange(base, adapter, names), dict(config or {})
     if base_model is not None:
-        given["base_model_name_or_path"] = base_model
+        given["base_model_name_or_path"] = _name_model(base_model)
     write = (
         _rows_alone
         if len(tree.rows) == len(tree.found)
@@ -155,6 +159,15 @@ def _files(
     )
     fit(as_files(fields, found, "config"), tree.leaves, Problems(title))
     return fields, found
+
+
+def _name_model(given: str | os.PathLike[str]) -> str:
+    """Returns the name of a model, which the configuration in its folder may have."""
+    if isinstance(given, str):
+        return given
+    config = read_json(Source(Path(given), "base_model"), "config.json", LIMIT)
+    name = config.get("_name_or_path")
+    return name if isinstance(name, str) and name else os.fspath(given)
 
 
 def _as_lora(tree: Tree, given: Fields, profile: str | None) -> Written:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -31,9 +32,10 @@ if importlib.util.find_spec("torch") is None and "PYTORCH_PYTHON" not in os.envi
     pytest.skip("PyTorch is neither here nor in PYTORCH_PYTHON", allow_module_level=True)
 
 __all__ = [
-    *("ALIKE", "GEMMA2", "GEMMA3", "TIED", "TOKENS", "Case", "Made", "Model"),
+    *("ALIKE", "GEMMA2", "GEMMA3", "GEMMA4", "GEMMA4_EXPERTS", "PARAMETERS", "PER_LAYER"),
+    *("TIED", "TOKENS", "Case", "Made", "Model"),
     *("each_adapter", "made_of", "our_logits", "pytestmark", "test_base", "test_base_comes_back"),
-    *("test_files_come_back", "test_logits", "test_merged", "test_own_adapter"),
+    *("stack_experts", "test_files_come_back", "test_logits", "test_merged", "test_own_adapter"),
 ]
 # What the libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -68,8 +70,10 @@ class Case(NamedTuple):
         build: from that configuration to the other library's model.
         rules: those that adapt what PEFT's "all-linear" does.
         some: modules that share a leaf with others, which PEFT adapts without those.
-        files: the table of the checkpoint, if it is another.
         left: a module that PEFT adapts and the rules do not.
+        experts: the parameters of experts that "all" adapts too.
+        every: the modules that "all" adapts.
+        constant: a norm whose weights are all 1.
     """
 
     names: tuple[Name, ...]
@@ -77,8 +81,10 @@ class Case(NamedTuple):
     build: Callable[[Any], Model]
     rules: tuple[jlora.LoRA, ...]
     some: tuple[str, ...] = ("q_proj", "v_proj", "up_proj")
-    files: tuple[Name, ...] | None = None
     left: str = "none"
+    experts: tuple[str, ...] = ()
+    every: str = "all-linear"
+    constant: str = "none"
 
 
 class Made(NamedTuple):
@@ -105,12 +111,14 @@ def make(case: Case, folder: pathlib.Path) -> Made:
     """Writes what `transformers` and PEFT write of a random model."""
     kind, fields = case.config
     own = SIZES | dict(fields)
-    targets = {"all": "all-linear", "some": list(case.some)}
-    said = pytorch("make", str(folder), kind, own, targets, TOKENS.tolist())
+    targets = {"all": (case.every, case.experts), "some": (case.some, ())}
+    said = pytorch("make", str(folder), kind, own, targets, TOKENS.tolist(), case.constant)
     logits = {which: np.asarray(x, np.float32) for which, x in said.items()}
-    model = case.build(getattr(transformers, kind)(**own))
+    config = getattr(transformers, kind)(**own)
+    config.allow_global_per_layer_attribute_access = True  # what layers differ in, builders know
+    model = case.build(config)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.like)
-    base = peft.load_base(folder / "base", case.files or case.names, like=like)
+    base = peft.load_base(folder / "base", case.names, like=like)
     run = jax.jit(jlora.transform(model.apply, jlora.LoRA()).apply)
     return Made(case, model, folder, logits, base, run)
 
@@ -147,6 +155,24 @@ TIED = {"tie_word_embeddings": True}
 ALIKE = {"num_key_value_heads": 4}
 GEMMA2 = {"query_pre_attn_scalar": 8, "sliding_window": 5}
 GEMMA3 = GEMMA2 | {"num_hidden_layers": 6}  # the sixth layer sees everything
+GEMMA4 = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "sliding_window": 5,
+    "final_logit_softcapping": 30.0,
+}
+GEMMA4_EXPERTS = GEMMA4 | {
+    "enable_moe_block": True,
+    "num_experts": 3,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 20,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
+PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
 
 
 def pytorch(call: str, *arguments: Any) -> Any:
@@ -207,10 +233,30 @@ def test_base(made: Made) -> None:
 def test_base_comes_back(made: Made) -> None:
     """The tensors of the checkpoint are those of the base."""
     expected = load_file(made.folder / "base" / "model.safetensors")
-    tensors = peft.to_tensors(made.base, made.case.files or made.case.names)
+    tensors = peft.to_tensors(made.base, made.case.names)
+    expected = stack_experts(expected)
     assert tensors.keys() == expected.keys()
     for name, x in expected.items():
         np.testing.assert_array_equal(tensors[name], x, err_msg=name)
+
+
+def stack_experts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters of all experts, as `transformers` has them in memory."""
+    found, each = dict[str, np.ndarray](), dict[str, list[np.ndarray]]()
+    for name in sorted(tensors, key=lambda name: [int(x) for x in re.findall(r"\d+", name)]):
+        single = re.fullmatch(r"(.*experts)\.\d+\.(\w+)\.weight", name)
+        if single is None:
+            found[name] = tensors[name]
+        else:
+            each.setdefault(f"{single[1]}.{single[2]}", []).append(tensors[name])
+    for name, own in each.items():
+        if not name.endswith("up_proj"):
+            module, _, part = name.rpartition(".")
+            stacked = np.stack(own)
+            if part == "gate_proj":
+                stacked = np.concatenate([stacked, np.stack(each[f"{module}.up_proj"])], 1)
+            found[f"{module}.{part.replace('gate', 'gate_up')}"] = stacked
+    return found
 
 
 @each_adapter
@@ -249,4 +295,5 @@ def test_own_adapter(made: Made, tmp_path: pathlib.Path) -> None:
     expected = _logits(made.folder / "base", tmp_path / "own")
     _assert_close(our_logits(made, adapter), expected, made.model.tolerance)
     own, theirs = (load_file(x / FILES[1]) for x in (tmp_path / "own", made.folder / "all"))
-    assert own.keys() == {key for key in theirs if f".{made.case.left}." not in key}
+    odd = own.keys() ^ {key for key in theirs if f".{made.case.left}." not in key}
+    assert not odd, odd

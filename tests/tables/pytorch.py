@@ -19,19 +19,22 @@ def make(
     folder: str,
     kind: str,
     fields: dict[str, Any],
-    targets: dict[str, Any],
+    targets: dict[str, tuple[Any, list[str]]],
     tokens: list[list[int]],
+    constant: str,
 ) -> dict[str, Any]:
-    """Writes a checkpoint, `base`, and adapters with these targets; gives the logits of each."""
+    """Writes a checkpoint, `base`, and adapters of these targets; gives the logits of each."""
     root = pathlib.Path(folder)
     config = getattr(transformers, kind)(**fields)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    _randomize(model)
+    _randomize(model, constant)
     model.save_pretrained(root / "base")
     found = {"base": logits(folder + "/base", tokens)}
-    for which, modules in targets.items():
-        wanted = peft.LoraConfig(r=4, lora_alpha=6, target_modules=modules)
+    for which, (modules, parameters) in targets.items():
+        wanted = peft.LoraConfig(
+            r=4, lora_alpha=6, target_modules=modules, target_parameters=parameters or None
+        )
         adapted = peft.get_peft_model(_load(root / "base"), wanted)
         for name, x in adapted.named_parameters():
             if "lora_" in name:
@@ -54,12 +57,14 @@ def logits(folder: str, tokens: list[list[int]], adapter: str | None = None) -> 
 
 
 @torch.no_grad()
-def _randomize(model: Any) -> None:
+def _randomize(model: Any, constant: str) -> None:
     """Weights of the size that keeps activations near 1, and norms and biases that differ.
 
     Embeddings have values of bfloat16, to which MaxText rounds one that is the head too.
     """
-    for x in model.parameters():
+    for name, x in model.named_parameters():
+        if constant in name:
+            continue
         noise = torch.randn_like(x)
         x.copy_(x + 0.3 * noise if x.ndim == 1 else noise / x.shape[-1] ** 0.5)
     table = model.get_input_embeddings().weight

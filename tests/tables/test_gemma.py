@@ -18,6 +18,7 @@ with warnings.catch_warnings():  # of its own
     from common import *
     from gemma.gm.nn import AttentionType, Transformer
     from gemma.gm.nn.config import TransformerConfig
+    from gemma.gm.nn.gemma4 import _config, _modules, _transformer
 
 from jlora import LoRA, Slots
 from jlora.peft import tables
@@ -46,6 +47,41 @@ def build(config: Any, **more: Any) -> Model:
     return Model(like, lambda params, tokens: module.apply(params, tokens).logits)
 
 
+def build_gemma4(config: Any) -> Model:
+    types = {"sliding_attention": _modules.AttentionType.LOCAL_SLIDING}
+    own = _config.TransformerConfig(
+        num_embed=config.vocab_size,
+        embed_dim=config.hidden_size,
+        hidden_dim=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        global_key_size=config.per_layer_config[-1].head_dim,
+        num_global_kv_heads=config.per_layer_config[-1].num_key_value_heads,
+        k_eq_v_global=config.attention_k_eq_v,
+        use_post_attn_norm=True,
+        use_post_ffw_norm=True,
+        attention_types=tuple(
+            types.get(x, _modules.AttentionType.GLOBAL) for x in config.layer_types
+        ),
+        sliding_window_size=config.sliding_window,
+        final_logit_softcap=config.final_logit_softcapping,
+        local_base_frequency=10_000,
+        global_base_frequency=1_000_000,
+        local_rope_proportion=1.0,
+        global_rope_proportion=0.25,
+        per_layer_input_dim=config.hidden_size_per_layer_input,
+        enable_moe=config.enable_moe_block,
+        num_experts=config.num_experts or 0,
+        expert_dim=config.moe_intermediate_size or 0,
+        top_k_experts=config.top_k_experts or 0,
+        moe_dense_hidden_dim=config.intermediate_size,
+    )
+    module = _transformer.Transformer(config=own, dtype=jnp.float32)
+    like = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))
+    return Model(like, lambda params, tokens: module.apply(params, tokens).logits)
+
+
 build_9b = functools.partial(build, transpose_gating_einsum=True)
 build_gemma3 = functools.partial(
     build_9b, use_qk_norm=True, local_base_frequency=10_000, global_base_frequency=1_000_000
@@ -68,5 +104,28 @@ CASES = {
         tables.gemma.GEMMA3, ("Gemma3TextConfig", GEMMA3 | ALIKE), build_gemma3, QKV_RULES
     ),
 }
+GEMMA4_RULES = (
+    LoRA(r"kv_einsum/w|(mlp2?)/gating_einsum$", rank=4, slots=Slots(2, (0, 1))),
+    LoRA(r"(q_einsum|k_einsum|attn_vec_einsum)/w|mlp2?/linear$|per_layer_\w+(gate|n)/w", rank=4),
+)
+EXPERTS = (
+    LoRA(r"kv_einsum/w|mlp2/gating_einsum", rank=4, slots=Slots(2, (0, 1))),
+    LoRA("router_logits", rank=3),
+    LoRA(r"(q_einsum|k_einsum|attn_vec_einsum)/w|mlp2/linear|mlp/\w+/w", rank=4),
+)
+CASES |= {
+    "gemma4": Case(
+        tables.gemma.GEMMA4, ("Gemma4TextConfig", GEMMA4 | PER_LAYER), build_gemma4, GEMMA4_RULES
+    ),
+    "gemma4-experts": Case(
+        tables.gemma.GEMMA4_EXPERTS,
+        ("Gemma4TextConfig", GEMMA4_EXPERTS),
+        build_gemma4,
+        EXPERTS,
+        some=("q_proj", "down_proj"),
+        experts=PARAMETERS,
+        constant="pre_feedforward_layernorm_2",  # after which the experts are chosen here
+    ),
+}
 
-made = made_of(CASES, "gemma3")
+made = made_of(CASES, "gemma3", "gemma4-experts")

@@ -58,7 +58,7 @@ def settings(config: Any, **more: Any) -> Any:
     return pyconfig.initialize(["", str(SETTINGS), *given])
 
 
-def decoder(mapping: str, **more: Any) -> Any:
+def decoder(mapping: str | None, **more: Any) -> Any:
     def build(config: Any) -> Model:
         own = settings(config, **more)
         made = lambda: model_creation_utils.from_config(own, rngs=nnx.Rngs(0))  # noqa: E731
@@ -72,7 +72,7 @@ def decoder(mapping: str, **more: Any) -> Any:
         def load(folder: pathlib.Path) -> Any:
             return converted(mapping, config, own.scan_layers, params, folder)
 
-        return Model(params, apply, load)
+        return Model(params, apply, load if mapping else None)
 
     return build
 
@@ -107,6 +107,7 @@ def test_base_comes_back(made: Made) -> None:
     """The tensors of the checkpoint are those of the base, but for what was divided."""
     expected = load_file(made.folder / "base" / "model.safetensors")
     tensors = peft.to_tensors(made.base, made.case.names)
+    expected = stack_experts(expected)
     assert tensors.keys() == expected.keys()
     for name, x in expected.items():
         off = 2.0**-22 if made.case.names is tables.maxtext.LLAMA and "q_proj" in name else 0.0
@@ -123,6 +124,134 @@ def qwen3(**more: Any) -> Any:
     return decoder("QWEN_MAXTEXT_TO_HF", **own | more)
 
 
+def gpt_oss(**more: Any) -> Any:
+    def build(config: Any) -> Model:
+        own = (
+            YARN
+            | EXPERTS
+            | {
+                "decoder_block": "gpt_oss",
+                "base_moe_mlp_dim": config.intermediate_size,
+                "num_experts": config.num_local_experts,
+                "attention_bias": True,
+                "attention_sink": True,
+                "mlp_activations": "['sigmoid','linear']",
+                "mlp_activations_limit": 7.0,
+                "routed_bias": True,
+                "mlp_bias": True,
+                "sliding_window_size": config.sliding_window,
+                "inhomogeneous_layer_cycle_interval": 2,
+                "rope_interleave": False,
+                "rope_truncate": False,
+                "rope_attention_scaling": True,
+            }
+        )
+        return decoder(None, **own | more)(config)
+
+    return build
+
+
+def deepseek(**more: Any) -> Any:
+    def build(config: Any) -> Model:
+        own = (
+            YARN
+            | EXPERTS
+            | {
+                "decoder_block": "deepseek",
+                "first_num_dense_layers": config.first_k_dense_replace,
+                "base_moe_mlp_dim": config.moe_intermediate_size,
+                "num_experts": config.n_routed_experts,
+                "shared_experts": config.n_shared_experts,
+                "routed_scaling_factor": config.routed_scaling_factor,
+                "routed_score_func": "sigmoid",
+                "routed_bias": True,
+                "attention_type": "mla",
+                "q_lora_rank": config.q_lora_rank,
+                "kv_lora_rank": config.kv_lora_rank,
+                "qk_nope_head_dim": config.qk_nope_head_dim,
+                "qk_rope_head_dim": config.qk_rope_head_dim,
+                "v_head_dim": config.v_head_dim,
+                "rope_max_timescale": 10_000,
+                "max_position_embeddings": config.max_position_embeddings,
+                "rope_factor": 40,
+                "rope_interleave": True,
+                "rope_truncate": True,
+                "rope_attention_scaling": False,
+                "mscale": 1.0,
+            }
+        )
+        return decoder(None, **own | more)(config)
+
+    return build
+
+
+def llama4(**more: Any) -> Any:
+    def build(config: Any) -> Model:
+        own = EXPERTS | {
+            "decoder_block": "llama4",
+            "base_moe_mlp_dim": config.intermediate_size,
+            "base_mlp_dim": config.intermediate_size_mlp,
+            "num_experts": config.num_local_experts,
+            "shared_experts": 1,
+            "num_experts_per_tok": 1,
+            "rope_max_timescale": 500_000,
+            "rope_type": "llama3.1",
+            "rope_use_scale": False,
+            "use_qk_norm": False,
+            "nope_layer_interval": 4,
+            "interleave_moe_layer_step": 2,
+            "inhomogeneous_layer_cycle_interval": 4,
+            "temperature_tuning": True,
+            "chunk_attn_window_size": config.attention_chunk_size,
+        }
+        return decoder(None, **own | more)(config)
+
+    return build
+
+
+def gemma4(**more: Any) -> Any:
+    def build(config: Any) -> Model:
+        own = {
+            "model_name": "gemma4-26b" if config.enable_moe_block else "gemma4-31b",
+            "override_model_config": True,
+            "normalize_embedding_logits": True,
+            "mlp_activations": "['gelu','linear']",
+            "global_head_dim": config.per_layer_config[-1].head_dim,
+            "sliding_window_size": config.sliding_window,
+            "use_post_attn_norm": True,
+            "use_post_ffw_norm": True,
+            "share_kv_projections": config.attention_k_eq_v,
+            "global_num_kv_heads": config.per_layer_config[-1].num_key_value_heads,
+            "local_rope_max_timescale": 10_000,
+            "global_rope_max_timescale": 1_000_000,
+            "rope_max_timescale": 1_000_000,
+            "global_rope_proportion": 0.25,
+            "local_rope_proportion": 1.0,
+            "v_norm_with_scale": False,
+            "final_logits_soft_cap": config.final_logit_softcapping or 0.0,
+        }
+        if config.enable_moe_block:
+            own |= EXPERTS | {
+                "base_moe_mlp_dim": config.moe_intermediate_size,
+                "num_experts": config.num_experts,
+                "shared_experts": 1,
+                "norm_topk_prob": True,
+            }
+        return decoder(None, **own | more)(config)
+
+    return build
+
+
+EXPERTS = {"megablox": False, "sparse_matmul": False, "num_experts_per_tok": 2}
+YARN = {
+    "rope_type": "yarn",
+    "rope_max_timescale": 150_000,
+    "max_position_embeddings": 131_072,
+    "original_max_position_embeddings": 4096,
+    "rope_factor": 32,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
 # Of Llama 3.1 and later; MaxText has it without numbers of its own.
 SCALED = {
     "max_position_embeddings": 131_072,
@@ -146,5 +275,93 @@ CASES = {
     "qwen3-scanned": Case(QWEN3, ("Qwen3Config", PLAIN_ROPE), qwen3(scan_layers=True), LINEAR),
     "qwen3-tied": Case(QWEN3, ("Qwen3Config", PLAIN_ROPE | TIED), qwen3(scan_layers=True), LINEAR),
 }
+ALL = (LoRA(r"\w*([aA]ttention|mlp|shared_experts)/\w+/kernel|(wi_0|wi_1|wo)$", rank=4),)
+GPT_OSS = {
+    "num_hidden_layers": 4,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "sliding_window": 5,
+    "max_position_embeddings": 131_072,
+}
+DEEPSEEK = {
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 3,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "head_dim": 4,
+    "max_position_embeddings": 163_840,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+}
+LLAMA4 = {
+    "num_hidden_layers": 8,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 1,
+    "intermediate_size_mlp": 40,
+    "interleave_moe_layer_step": 2,
+    "use_qk_norm": False,
+    "attention_chunk_size": 8,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+}
+BLOCKS = {
+    "hidden_size": 64,  # whose root is exact
+    "num_hidden_layers": 12,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2,
+}
+for scan in (False, True):
+    CASES[f"gpt-oss{'-scanned' * scan}"] = Case(
+        tables.maxtext.GPT_OSS,
+        ("GptOssConfig", GPT_OSS),
+        gpt_oss(scan_layers=scan),
+        ALL,
+        some=("q_proj", "v_proj"),
+        experts=PARAMETERS,
+    )
+    CASES[f"deepseek{'-scanned' * scan}"] = Case(
+        tables.maxtext.DEEPSEEK_V3,
+        ("DeepseekV3Config", DEEPSEEK),
+        deepseek(scan_layers=scan),
+        # PEFT takes the MLP of dense layers and of shared experts for experts, and adapts none.
+        (LoRA(r"self_attention/\w+/kernel|(wi_0|wi_1|wo)$", rank=4),),
+        some=("q_a_proj", "kv_b_proj"),
+        left="mlp.gate",
+        experts=PARAMETERS,
+    )
+    CASES[f"llama4{'-scanned' * scan}"] = Case(
+        tables.maxtext.LLAMA4,
+        ("Llama4TextConfig", LLAMA4),
+        llama4(scan_layers=scan),
+        ALL,
+        some=("q_proj", "v_proj"),
+        experts=PARAMETERS,
+        every=r".*_proj",  # all but the router, whose outputs PEFT takes for one
+    )
+    for experts in (False, True):
+        CASES[f"gemma4{'-experts' * experts}{'-scanned' * scan}"] = Case(
+            tables.maxtext.GEMMA4,
+            ("Gemma4TextConfig", (GEMMA4_EXPERTS if experts else GEMMA4) | BLOCKS),
+            gemma4(scan_layers=scan),
+            ALL,
+            some=("q_proj", "o_proj"),
+            experts=PARAMETERS if experts else (),
+            left="router.proj",
+        )
 
-made = made_of(CASES, "llama-scanned")
+made = made_of(CASES, "llama-scanned", "gpt-oss-scanned")

@@ -17,6 +17,7 @@ with warnings.catch_warnings():  # of its own
     from tunix.models.gemma import params_safetensors as gemma2_files
     from tunix.models.gemma3 import model as gemma3
     from tunix.models.gemma3 import params_safetensors as gemma3_files
+    from tunix.models.gemma4 import model as gemma4
     from tunix.models.llama3 import model as llama3
     from tunix.models.llama3 import params as llama3_files
     from tunix.models.qwen2 import model as qwen2
@@ -53,7 +54,8 @@ def model(kind: Any, files: Any, config: Any) -> Model:
     def load(folder: pathlib.Path) -> Any:
         return files.create_model_from_safe_tensors(str(folder), config)
 
-    return Model(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))), apply, load)
+    like = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
+    return Model(like, apply, load if files else None)
 
 
 def decoder(library: Any, kind: str, files: Any, tied: str) -> Any:
@@ -106,6 +108,26 @@ def build_gemma3(config: Any) -> Model:
     return model(gemma3.Gemma3, gemma3_files, own)
 
 
+def build_gemma4(config: Any) -> Model:
+    local, everywhere = gemma4.AttentionType.LOCAL_SLIDING, gemma4.AttentionType.GLOBAL
+    own = gemma4.ModelConfig(
+        **sizes(config, "num_embed"),
+        sliding_window_size=config.sliding_window,
+        final_logit_softcap=config.final_logit_softcapping,
+        per_layer_input_dim=config.hidden_size_per_layer_input,
+        num_global_kv_heads=config.per_layer_config[-1].num_key_value_heads,
+        global_key_size=config.per_layer_config[-1].head_dim,
+        k_eq_v_global=config.attention_k_eq_v,
+        attention_pattern=(local, everywhere),
+        enable_moe=config.enable_moe_block,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.top_k_experts,
+        expert_dim=config.moe_intermediate_size,
+        moe_dense_hidden_dim=config.intermediate_size,
+    )
+    return model(gemma4.Gemma4, None, own)  # its loader wants the names of a model with vision
+
+
 LLAMA3 = decoder(llama3, "Llama3", llama3_files, "weight_tying")
 QWEN2 = decoder(qwen2, "Qwen2", qwen2_files, "use_tied_embedding")
 QWEN3 = decoder(qwen3, "Qwen3", qwen3_files, "use_tied_embedding")
@@ -134,7 +156,6 @@ CASES = {
         build_experts,
         (LINEAR, LoRA("mlp/(gate|up|down)_proj", rank=4)),
         some=("q_proj", "down_proj"),
-        files=tables.tunix.QWEN3,
         left="mlp.gate",  # no torch.nn.Linear there, so that PEFT takes it as a parameter only
     ),
     "gemma2": Case(tables.tunix.GEMMA, ("Gemma2Config", GEMMA2), build_gemma2, FUSED_KV),
@@ -142,9 +163,28 @@ CASES = {
         tables.tunix.GEMMA, ("Gemma2Config", GEMMA2 | ALIKE), build_gemma2, FUSED_QKV
     ),
     "gemma3": Case(tables.tunix.GEMMA, ("Gemma3TextConfig", GEMMA3), build_gemma3, FUSED_KV),
+    "gemma4": Case(
+        tables.tunix.GEMMA4,
+        ("Gemma4TextConfig", GEMMA4 | PER_LAYER),
+        build_gemma4,
+        (LoRA(r"per_layer_\w*(gate|projection)/w", rank=4), *FUSED_KV),
+    ),
+    "gemma4-experts": Case(
+        tables.tunix.GEMMA4,
+        ("Gemma4TextConfig", GEMMA4_EXPERTS),
+        build_gemma4,
+        (
+            LoRA("router_logits", rank=3),
+            LoRA("k_einsum/w|moe/(gating_einsum|linear)", rank=4),
+            *FUSED_KV,
+        ),
+        some=("q_proj", "down_proj"),
+        experts=PARAMETERS,
+        constant="pre_feedforward_layernorm_2",  # after which the experts are chosen here
+    ),
     "gemma3-qkv": Case(
         tables.tunix.GEMMA, ("Gemma3TextConfig", GEMMA3 | ALIKE), build_gemma3, FUSED_QKV
     ),
 }
 
-made = made_of(CASES, "llama3", "qwen3-experts", "gemma3")
+made = made_of(CASES, "llama3", "qwen3-experts", "gemma3", "gemma4-experts")

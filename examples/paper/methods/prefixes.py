@@ -118,5 +118,11 @@ def _prefixes(
 
 
 def widen(mask: jax.Array, specials: int) -> jax.Array:
-    """``(..., L)`` to ``(..., P + L)``, with the special tokens seen."""
+    """``(..., L)`` to ``(..., P + L)``, with the special tokens seen.
+
+    If the mask has a row for each token, ``(..., L, L)``, that of a special token is the first.
+    """
+    if mask.ndim > 2 and mask.shape[-2] > 1:
+        rows = [(0, 0)] * (mask.ndim - 2) + [(specials, 0), (0, 0)]
+        mask = jnp.pad(mask, rows, mode="edge")
     return jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(specials, 0)], constant_values=1)

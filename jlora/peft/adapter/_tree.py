@@ -12,7 +12,7 @@ from ..._tree import adapter_leaves, check_fits, name_of
 from ..._types import Path, PyTree
 from .._file import DTYPES, PREFIX
 from ..names._advice import advise
-from ..names._convert import keep_adapted, split_factors, split_rows
+from ..names._convert import join_outputs, keep_adapted, split_factors, split_rows, swap
 from ..names._leaves import NamedLeaf, find_tied_heads, path_in_names, resolve, sort_by_row
 from ..names._names import Name
 from ._contents import BASE, Part
@@ -62,12 +62,12 @@ class Tree(NamedTuple):
             # What is swapped has PEFT's B·A in the order of PyTorch's axes.
             transposed = name.transposed
             if name.kind == "experts":
-                transposed = False if name.is_swapped else None
+                transposed = False if name.is_swapped else name.is_transposed or None
             scale, each = x.scale / leaf.factor, split_factors(leaf, x)
             for key, module, (a, b, *m) in zip(leaf.parameters, leaf.modules, each, strict=True):
                 own = (a, b, scale, transposed, m[0] if m else None, leaf.experts)
                 pieces[key].append((leaf, Part(key, name.kind or "", leaf.key(module), *own)))
-        return [_join_parts(own) for own in pieces.values()]
+        return [_swap(own[0][0], _join_parts(own)) for own in pieces.values()]
 
 
 def arrange(base: PyTree, adapter: PyTree, names: Sequence[Name]) -> Tree:
@@ -109,8 +109,19 @@ def _join_parts(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:
         factor = x.b.reshape(len(x.b), -1, experts)
         b[j, :, end - factor.shape[1] : end] = factor * np.asarray(x.scale / first.scale, b.dtype)
     whole = np.concatenate(a, 1).reshape(-1, first.a.shape[1])
-    m = None if first.m is None else np.concatenate([own[j].m for j in range(count)])
-    return first._replace(a=whole, b=b.reshape(count * len(first.b), -1), m=m)
+    b = join_outputs(b, leaf.name)
+    m = None
+    if first.m is not None:
+        m = join_outputs(np.stack([own[j].m for j in range(count)]), leaf.name)
+    return first._replace(a=whole, b=b.reshape(len(b), -1), m=m)
+
+
+def _swap(leaf: NamedLeaf, part: Part) -> Part:
+    """Gives PEFT's A and B of what it has swapped."""
+    if not leaf.name.is_swapped:
+        return part
+    a, b = map(np.ascontiguousarray, swap(part.a, part.b, leaf.experts))
+    return part._replace(a=a, b=b)
 
 
 def make_tensors(parts: Sequence[Part], tied: Mapping[str, str]) -> dict[str, np.ndarray]:

@@ -18,13 +18,13 @@ from ..._progress import progress
 from ..._quantized import is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
-from .._checkpoint import ONE, open_checkpoint
+from .._checkpoint import INDEX, ONE, open_checkpoint
 from .._file import DTYPES, itemize, show
-from ..names._convert import join_weight
+from ..names._convert import join_weight, take_part
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._weights import explain_narrowing, name_all, split_all
-from ._codes import make_leaf
+from ._codes import make_leaf, take_part_of_codes
 from ._format import Format, open_format, read_checked
 from ._gguf import Gguf, GgufTensors
 from ._tensors import Unreadable
@@ -41,7 +41,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     A weight whose axes can be cut into the blocks of the file becomes a `jlora.Quantized`
     leaf with the file's own codes. Any other is dequantized, exactly, and so are codes that no
     scheme has: codes of inputs that are reordered by activation, and codes of 8 bits with zero
-    points. Scales of activations are left out.
+    points. Scales of activations are left out. Experts of one parameter may be stored one by one.
 
     Args:
         path: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.
@@ -72,15 +72,15 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
         >>> base["up"]["kernel"].shape
         (64, 32)
     """
-    leaves = name_all(like, names, "like")
     path = Path(path)
     if path.suffix == ".gguf":
         format = Gguf(GgufTensors(path), {})
     else:
         format = open_format(open_checkpoint(path, "path", follow_links=True))
+    quantized = set(format.find())
+    leaves = name_all(like, names, "like", quantized.union(format.tensors))
     values, wrong = [], []
     unread: tuple[str, ...] = ()  # modules of which not all tensors were asked for
-    quantized = set(format.find())
     for leaf in progress(leaves, "load", unit="leaf"):
         try:
             values.append(_place(_read(leaf, format, quantized), leaf.value))
@@ -103,8 +103,9 @@ def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str]) -> Any:
     )
     coded = [key for key in keys if is_matrix and key in quantized]
     if not coded:
-        return jnp.asarray(join_weight(leaf, [_read_dense(format, key, whole) for key in keys]))
-    if not name.is_plain or (name.is_swapped and format.keeps_axes):
+        each = (take_part(_read_dense(format, key, whole), name) for key in keys)
+        return jnp.asarray(join_weight(leaf, list(each)))
+    if not name.is_plain or (name.transposed and format.keeps_axes):
         raise Unreadable(
             f"{coded[0]}: is quantized, but `names` changes the values or their order; load a "
             "checkpoint that is not quantized, and use jlora.quantize"
@@ -113,8 +114,9 @@ def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str]) -> Any:
         raise Unreadable(
             f"{keys[0]}: {len(coded)} of {len(keys)} layers that are one leaf here are quantized"
         )
-    shape = (*whole[:-2], *whole[-2:][::-1]) if name.is_swapped else whole
-    return make_leaf(leaf, [read_checked(format, key, leaf.value.dtype, shape) for key in keys])
+    shape = (*whole[:-2], *whole[-2:][::-1]) if name.transposed else whole
+    read = (read_checked(format, key, leaf.value.dtype, shape) for key in keys)
+    return make_leaf(leaf, [take_part_of_codes(x, name) for x in read])
 
 
 def _read_dense(format: Format, key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -141,19 +143,21 @@ def save_base(
     base: PyTree,
     names: Sequence[Name],
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> None:
-    """Writes a float base as a Hugging Face checkpoint: one safetensors file and `config.json`.
+    """Writes a float base as a Hugging Face checkpoint, with its weights in one safetensors file.
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
         base: the parameters, in floats.
         names: the table that says what the leaves are called in PyTorch.
-        config: the contents of `config.json`.
+        config: the contents of `config.json`; or the folder of the checkpoint that the base comes
+            from, of which all that `export_merged` copies is copied: configurations, of which that
+            of a quantization is taken out, files of the tokenizer, code.
 
     Raises:
         FileExistsError: if `path` is there and not an empty folder.
-        ValueError: if a leaf has no name, or is quantized.
+        ValueError: if a leaf has no name, or is quantized, or the folder is no checkpoint.
 
     Examples:
         See `load_base`.
@@ -164,7 +168,12 @@ def save_base(
             "`base` must be in floats: write jlora.dequantize(base), and quantize that by "
             f"`transformers` with bitsandbytes, or by llm-compressor. {itemize(packed)}"
         )
-    tensors = split_all(name_all(base, names, "base"))
+    tensors, source = split_all(name_all(base, names, "base")), None
+    if isinstance(config, str | os.PathLike):
+        source = open_checkpoint(config, "config", copied=True)
+        config = source.config_of_floats
     with fresh(path, "`path`") as folder:
         save_file(tensors, folder / ONE, metadata={"format": "pt"})
+        if source is not None:
+            source._replace(kept=[x for x in source.kept if x != INDEX]).copy_others(folder)
         (folder / "config.json").write_bytes(json.dumps(dict(config or {}), indent=2).encode())

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme, spell
+from ..names._convert import take_part
 from ..names._leaves import NamedLeaf
+from ..names._names import Name
 
 # The largest magnitude that a code may stand for, times its scale.
 _LARGEST = {NF4: 1, FP4: 1, Int4: 16, Int8: 128, FP8: 448}
@@ -102,6 +104,18 @@ class Dense(NamedTuple):
     def bound(self) -> float:
         """The largest magnitude of a value; NaN if a value is."""
         return _largest(self.values)
+
+
+def take_part_of_codes(x: Codes | Dense, name: Name) -> Codes | Dense:
+    """Takes the part of a parameter that a row names."""
+    if name.part is None:
+        return x
+    if isinstance(x, Dense):
+        return x._replace(values=take_part(x.values, name, -2))
+    if x.nested is None and x.scale.shape[:-1] == x.shape[:-1]:
+        return x._make(take_part(y, name, -2) if isinstance(y, np.ndarray) else y for y in x)
+    values = take_part(np.asarray(x.array(np.float32)), name, -2)
+    return Dense(values, x.spelling, x.scheme.bits)
 
 
 def _largest(x: np.ndarray) -> float:

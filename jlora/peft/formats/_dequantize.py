@@ -15,13 +15,12 @@ import numpy as np
 from ..._folders import fresh
 from .._checkpoint import (
     INDEX,
-    QUANTIZATION,
     Checkpoint,
     explain_shorter,
     open_checkpoint,
 )
 from .._file import DTYPES, Header, TensorInfo, itemize, make_header, shorten
-from .._vocabulary import find_vocabulary, walk_objects
+from .._vocabulary import find_vocabulary
 from .._write import write_tensors
 from ._codes import Codes, Dense
 from ._format import Format, open_format, read_checked
@@ -178,9 +177,7 @@ def open_dequantized(checkpoint: Checkpoint) -> Dequantized:
         if entries := [entry for entry in both if entry is not None]:
             headers[file], heads[file] = make_header(entries)
             where |= dict.fromkeys((entry.key for entry in entries), file)
-    config = json.loads(json.dumps(checkpoint.config))
-    for part in walk_objects(config):
-        part.pop(QUANTIZATION, None)
+    config = checkpoint.config_of_floats
     texts = {"config.json": config}
     if INDEX in checkpoint.kept:
         size = sum(x.stop - x.start for header in headers.values() for x in header.entries.values())

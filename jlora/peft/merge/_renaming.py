@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..names._leaves import FUSED
 from ._dialects import find_dialects
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -54,11 +55,6 @@ class Model(dict[str, View]):
 Experts = Mapping[str, re.Match[str]]
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight")
-# The parameters of all experts together, and the modules of each that they are made of.
-_FUSED = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("down_proj",), ("w2",)),
-}
 _FIRSTS = 100  # first parts of names that are tried
 
 
@@ -184,7 +180,7 @@ def _fuse(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> dict[st
             parts.setdefault(found["part"], {})[int(found["expert"])] = tensor
     views = {}
     for module, parts in modules.items():
-        for parameter, ways in _FUSED.items():
+        for parameter, ways in FUSED.items():
             for way in ways:
                 if view := _join([parts.get(part, {}) for part in way], shapes):
                     views[f"{module}.{parameter}"] = view

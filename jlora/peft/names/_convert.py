@@ -14,7 +14,7 @@ import numpy as np
 from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, without_slots
 from ..._types import Layout
 from ._leaves import NamedLeaf
-from ._names import RANK, Axes, Groups, multiply_lengths
+from ._names import RANK, Axes, Groups, Name, multiply_lengths
 
 Arrays = tuple[np.ndarray, ...]  # PEFT's A and B of a module, and its magnitudes where it has some
 
@@ -31,6 +31,35 @@ def split_weight(leaf: NamedLeaf, value: Any) -> dict[str, np.ndarray]:
 def join_weight(leaf: NamedLeaf, parts: Sequence[np.ndarray]) -> np.ndarray:
     """Inverts `split_weight`, up to rounding where values change."""
     return _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
+
+
+def take_part(x: np.ndarray, name: Name, axis: int | None = None) -> np.ndarray:
+    """Takes the part of a parameter that a row names; its outputs are on `axis`."""
+    if name.part is None:
+        return x
+    axis = name.weight_groups.index(name.where("o")) if axis is None else axis
+    return np.moveaxis(split_outputs(np.moveaxis(x, axis, 0), name)[name.part[0]], 0, axis)
+
+
+def join_parts(parts: Sequence[np.ndarray], name: Name) -> np.ndarray:
+    """Joins the parts of a parameter, in their order."""
+    axis = name.weight_groups.index(name.where("o"))
+    whole = join_outputs(np.stack([np.moveaxis(x, axis, 0) for x in parts]), name)
+    return np.ascontiguousarray(np.moveaxis(whole, 0, axis))
+
+
+def split_outputs(x: np.ndarray, name: Name) -> np.ndarray:
+    """Splits the first axis of an array into parts, (n, outputs of each, …)."""
+    _, n = name.part or (0, 1)
+    if name.alternating:
+        return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(n, -1, *x.shape[1:])
+
+
+def join_outputs(x: np.ndarray, name: Name) -> np.ndarray:
+    """Inverts `split_outputs`."""
+    x = x.swapaxes(0, 1) if name.alternating else x
+    return x.reshape(-1, *x.shape[2:])
 
 
 def split_rows(leaf: NamedLeaf, node: Replaced) -> np.ndarray:
@@ -63,7 +92,7 @@ def _slots_are_modules(leaf: NamedLeaf, node: LowRank | Decomposed) -> bool:
 
 
 def split_factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[Arrays]:
-    """Splits `node` into PEFT's A, B and magnitudes, for each module of `leaf`.
+    """Splits `node` into PEFT's A, B and magnitudes, for each module of `leaf`; not swapped.
 
     PEFT has no slots within a module: they become one A of rank slots·r and one B with zeros
     outside of each slot's own outputs, which is exactly the same ΔW.
@@ -92,6 +121,8 @@ def _join_slots(m: np.ndarray, layout: Layout) -> np.ndarray:
 
 def join_factors(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> LowRank | Decomposed:
     """Makes the node of `leaf` from what each of its modules has; inverts `split_factors`."""
+    if leaf.name.is_swapped:
+        modules = [swap(a, b, leaf.experts) for a, b in modules]
     modules, found = _take_part(leaf, modules), dict[str, Any]()
     rank = len(modules[0][0]) // leaf.experts
     each = zip(leaf.name.factor_groups.items(), zip(*modules, strict=True), strict=False)
@@ -101,6 +132,13 @@ def join_factors(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> L
     if "m" in found:
         return Decomposed(**found, scale=static["scale"], layout=leaf.layout)
     return LowRank(**found, **static, layout=leaf.layout)
+
+
+def swap(a: np.ndarray, b: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Makes A and B of experts from those of the transposed weights; inverts itself."""
+    new_a = b.reshape(len(b), -1, experts).transpose(2, 1, 0).reshape(-1, len(b))
+    new_b = a.reshape(experts, -1, a.shape[1]).transpose(2, 1, 0).reshape(a.shape[1], -1)
+    return new_a, new_b
 
 
 def _take_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
@@ -113,7 +151,8 @@ def _take_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
         return modules
     (j, n), experts = leaf.name.part, leaf.experts
     a = np.stack([a.reshape(experts, -1, a.shape[1]) for a, *_ in modules])
-    b = np.stack([b.reshape(n, len(b) // n, -1, experts) for _, b, *_ in modules])
+    b = np.stack([split_outputs(b, leaf.name) for _, b, *_ in modules])
+    b = b.reshape(*b.shape[:3], -1, experts)
     rank = b.shape[3] // n
     if rank * n == b.shape[3]:
         blocks = b.reshape(*b.shape[:3], n, rank, experts)
@@ -121,7 +160,11 @@ def _take_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
             a, b = a[:, :, j * rank : (j + 1) * rank], blocks[:, :, :, j]
     each = zip(a, b[:, j], modules, strict=True)
     return [
-        (x.reshape(-1, x.shape[-1]), y.reshape(len(y), -1), *(np.split(m, n)[j] for m in own[2:]))
+        (
+            x.reshape(-1, x.shape[-1]),
+            y.reshape(len(y), -1),
+            *(split_outputs(m, leaf.name)[j] for m in own[2:]),
+        )
         for x, y, own in each
     ]
 

@@ -4,7 +4,7 @@ import collections
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from ..._adapters import is_node
 from ..._tree import leaves_by_path, name_of
 from ..._types import Layout, Path, PyTree
-from ._names import RANK, Name, multiply_lengths
+from ._names import RANK, Name, fill_indices, multiply_lengths
 
 
 class NamedLeaf(NamedTuple):
@@ -63,8 +63,8 @@ class NamedLeaf(NamedTuple):
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the shapes of A and B of one module in the file."""
         sizes = self._sizes | {RANK: rank}
-        a, b, *_ = self.name.factor_groups.values()
-        return multiply_lengths(a, sizes), multiply_lengths(b, sizes)
+        a, b = (multiply_lengths(self.name.factor_groups[x], sizes) for x in "ab")
+        return ((a[0], b[0]), (a[1], b[1])) if self.name.is_swapped else (a, b)
 
     @property
     def factor(self) -> float:
@@ -127,6 +127,30 @@ def _are_parts(leaves: Sequence[NamedLeaf]) -> bool:
     return None not in parts and len(set(parts)) == len(parts)
 
 
+# The parameters of all experts together, and the modules of each that they are made of.
+FUSED = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+
+
+def split_experts(leaf: NamedLeaf, there: Container[str]) -> NamedLeaf:
+    """Returns a leaf of experts with a module for each, if a checkpoint has those alone."""
+    name, parameter = leaf.name, leaf.name.parameter
+    j, n = name.part or (0, 1)
+    if name.kind != "experts" or leaf.parameters[0] in there:
+        return leaf
+    for parts in FUSED.get(parameter, ()):
+        each = [[f"{m}.{e}.{parts[j]}" for m in leaf.modules] for e in range(leaf.experts)]
+        if len(parts) == n and f"{each[0][0]}.weight" in there:
+            stacked, axes = name.where("le"), name.axes.replace("e", "l")
+            lengths = [leaf.shape[d] for d in (*name.where("e"), *name.where("l"))]
+            modules = np.moveaxis(np.reshape(each, lengths), 0, stacked.index(*name.where("e")))
+            row = Name(name.path, "{}" * len(stacked), axes, times=name.times)
+            return leaf._replace(name=row, modules=tuple(modules.flat))
+    return leaf
+
+
 def path_in_names(path: Path) -> str:
     """Returns a path as the rows of a table have it."""
     return "/".join(path).removeprefix("params/")
@@ -161,7 +185,7 @@ def _modules(row: Name, shape: tuple[int, ...], templates: Sequence[str]) -> Ite
     for at in itertools.product(*(range(shape[d]) for d in stacked)):
         slot = next((n for n, d in zip(at, stacked, strict=True) if row.axes[d] == "s"), 0)
         index = [n for n, d in zip(at, stacked, strict=True) if row.axes[d] == "l"]
-        yield templates[slot].format(*index)
+        yield fill_indices(templates[slot], index)
 
 
 def sort_by_row(leaves: Sequence[NamedLeaf], names: Sequence[Name]) -> list[NamedLeaf]:

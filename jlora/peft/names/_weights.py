@@ -1,6 +1,7 @@
 """Converts the tensors of a PyTorch checkpoint to a JAX tree and back, by a name table."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import collections
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +12,8 @@ from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._file import itemize
 from ._advice import advise
-from ._convert import join_weight, split_weight
-from ._leaves import NamedLeaf, path_in_names, resolve
+from ._convert import join_parts, join_weight, split_weight, take_part
+from ._leaves import NamedLeaf, path_in_names, resolve, split_experts
 from ._names import Name
 
 
@@ -25,7 +26,8 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
         names: the table that says what its leaves are called in PyTorch.
 
     Returns:
-        A tree like `like` with the values and dtypes of `tensors`.
+        A tree like `like` with the values and dtypes of `tensors`. Experts of one parameter may be
+        one by one in these.
 
     Raises:
         TypeError: if `names` is no table.
@@ -41,7 +43,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
         >>> peft.from_tensors(tensors, like, names)["layers"]["up"]["kernel"].shape
         (2, 4, 3)
     """
-    leaves = name_all(like, names, "like")
+    leaves = name_all(like, names, "like", tensors)
     wanted = {key: leaf.weight_shape for leaf in leaves for key in leaf.parameters}
     wrong = [f"{key}: missing, of shape {wanted[key]}" for key in wanted if key not in tensors]
     for key, tensor in tensors.items():
@@ -54,9 +56,10 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
             wrong.append(f"{key}: {why}")
     if wrong:
         raise ValueError("`tensors` do not fit `like`. " + itemize(wrong))
+    each = {key: np.asarray(x) for key, x in tensors.items()}
     values = [
-        jnp.asarray(join_weight(leaf, [np.asarray(tensors[key]) for key in leaf.parameters]))
-        for leaf in leaves
+        jnp.asarray(join_weight(x, [take_part(each[key], x.name) for key in x.parameters]))
+        for x in leaves
     ]
     return jax.tree.unflatten(flatten(like)[1], values)
 
@@ -89,8 +92,16 @@ def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
 
 def split_all(leaves: Iterable[NamedLeaf]) -> dict[str, np.ndarray]:
     """Splits leaves into PyTorch's parameters by their names."""
-    each = (split_weight(leaf, leaf.value) for leaf in leaves)
-    return {name: x for own in each for name, x in own.items()}
+    found, parts = {}, collections.defaultdict[str, dict[int, tuple[Name, np.ndarray]]](dict)
+    for leaf in leaves:
+        for key, x in split_weight(leaf, leaf.value).items():
+            if leaf.name.part is None:
+                found[key] = x
+            else:
+                parts[key][leaf.name.part[0]] = leaf.name, x
+    for key, own in parts.items():
+        found[key] = join_parts([own[j][1] for j in sorted(own)], own[0][0])
+    return found
 
 
 def explain_narrowing(dtype: np.dtype) -> str | None:
@@ -99,14 +110,27 @@ def explain_narrowing(dtype: np.dtype) -> str | None:
     return f"its dtype {dtype} needs jax_enable_x64" if is_narrowed else None
 
 
-def name_all(tree: PyTree, names: Sequence[Name], argument: str) -> list[NamedLeaf]:
-    """Names all leaves; `ValueError` if one has no name."""
-    leaves = resolve(tree, names)
+def name_all(
+    tree: PyTree, names: Sequence[Name], argument: str, there: Container[str] = ()
+) -> list[NamedLeaf]:
+    """Names all leaves; `ValueError` if one has no name.
+
+    Of experts it takes the names of each, where these and not their parameter are `there`.
+    """
+    leaves = [split_experts(leaf, there) for leaf in resolve(tree, names)]
     named = {leaf.path for leaf in leaves}
-    if parts := [name_of(leaf.path) for leaf in leaves if leaf.name.part]:
+    parts = [leaf for leaf in leaves if leaf.name.part]
+    counts = collections.Counter(key for leaf in parts for key in leaf.parameters)
+    lone = [
+        f"{name_of(leaf.path)}: {key}"
+        for leaf in parts
+        for key in leaf.parameters[:1]
+        if leaf.name.part and counts[key] < leaf.name.part[1]
+    ]
+    if lone:
         raise ValueError(
-            f"`names` is for adapters: by it these leaves of `{argument}` are parts of parameters. "
-            "Use the table of the checkpoint. " + itemize(parts)
+            f"These leaves of `{argument}` are parts of parameters by `names`, and it names none "
+            "for the other parts. Add rows for them. " + itemize(lone)
         )
     lost = {path: tuple(x.shape) for path, x in leaves_by_path(tree) if path not in named}
     if lost:

@@ -12,17 +12,6 @@ EasyDeL keeps the cosines and sines of rotary embeddings in bfloat16, so that it
 close to those of PyTorch than its weights, which are the same to the bit.
 """
 
-from .._names import Name
+from .transformers import LLAMA
 
-_MODULES = (
-    r"model/(?:embed_tokens|norm|layers/\d+/(?:self_attn/(?:[qkvo]_proj|[qk]_norm)"
-    r"|mlp/(?:gate|up|down)_proj|(?:input|post_attention|(?:pre|post)_feedforward)_layernorm))"
-    r"|lm_head"
-)
-
-EASYDEL = (
-    Name(r"(model/embed_tokens)/embedding", r"\1", "vo", tied="lm_head"),
-    Name(f"({_MODULES})/kernel", r"\1", "io"),
-    Name(f"({_MODULES})/kernel", r"\1", "o"),  # of norms
-    Name(f"({_MODULES})/bias", r"\1", "o", "bias"),
-)
+EASYDEL = LLAMA

@@ -4,12 +4,22 @@
 |---|---|
 | `BERT`, `GPT2`, `VIT` | those of these names, with any head |
 | `ROBERTA` | RoBERTa, XLM-RoBERTa |
-| `LLAMA` | Llama, Mistral, Gemma |
-| `LLAMA_SCANNED` | the same trees with their layers stacked on axis 0 by a scan |
+| `LLAMA` | Llama to 3, Mistral, Gemma to 4, Qwen 2 to 3.5, DeepSeek V3, with experts or without |
+| `LLAMA_SCANNED` | the same trees with their layers stacked on axis 0 by a scan, without experts |
+| `GPT_OSS`, `LLAMA4` | those of these names |
+
+Those with experts are tested with `transformers` 5.24 and PEFT 0.21.2. Experts are leaves (experts,
+inputs, outputs), with gate and up as one, `gate_up_proj`, or as two, `gate_proj` and `up_proj`. A
+checkpoint may have them as one parameter, and, if the leaves are two, as a module for each expert.
+
+PEFT 0.21.2 takes the MLP of DeepSeek V3's dense layers and shared experts for experts, which are
+modules in `transformers` 4. It loads an adapter of these on none.
 
 A table names the modules of its models and no others. A tree with modules of its own, such as a new
 head, takes a row for each: `(*peft.BERT, peft.Name("head/kernel", "head", "io"))`.
 """
+
+from typing import Any
 
 from .._names import Name
 
@@ -19,7 +29,7 @@ def same(modules: str) -> tuple[Name, ...]:
     return (
         Name(f"({modules})/kernel", r"\1", "io"),
         Name(f"({modules})/embedding", r"\1", "vo"),
-        Name(f"({modules})/(?:scale|weight)", r"\1", "o"),
+        Name(f"({modules})/(?:scale|weight|kernel)", r"\1", "o"),
         Name(f"({modules})/bias", r"\1", "o", "bias"),
     )
 
@@ -65,20 +75,88 @@ GPT2 = (
     ),
 )
 
-_LLAMA_LAYER = (
-    "(?:self_attn/[qkvo]_proj|mlp/(?:gate|up|down)_proj|(?:input|post_attention)_layernorm)"
+_DECODER_LAYER = (
+    r"self_attn/(?:[qkvo]_proj|[qk]_norm|q_[ab]_proj|q_a_layernorm"
+    r"|kv_(?:a_proj_with_mqa|a_layernorm|b_proj))"
+    r"|linear_attn/(?:in_proj_(?:qkv|[zab])|out_proj|norm)"
+    r"|(?:mlp|feed_forward)/(?:(?:shared_experts?/)?(?:gate|up|down)_proj"
+    r"|gate|router|shared_expert_gate)"
+    r"|router/proj|per_layer_(?:input_gate|projection)|post_per_layer_input_norm"
+    r"|(?:input|(?:pre|post)_(?:attention|feedforward))_layernorm(?:_[12])?"
 )
+_MODEL = r"(?:model/)?(?:language_model/)?"
+_LAYERS = rf"{_MODEL}layers/\d+"
 
-LLAMA = (
-    Name(r"(model/embed_tokens)/embedding", r"\1", "vo", tied="lm_head"),
-    *same(rf"(?:model/)?(?:layers/\d+/{_LLAMA_LAYER}|embed_tokens|norm)|lm_head"),
-)
+
+def experts(
+    path: str,
+    module: str,
+    axes: str = "eio",
+    leaves: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    *,
+    alternating: bool = False,
+    **how: Any,
+) -> tuple[Name, ...]:
+    """Makes the rows of the `leaves` at `path` that are parameters of experts, and their biases.
+
+    Gate and up are halves of one parameter, or alternate in it.
+    """
+    gate, up, down = leaves
+    each = (gate, "gate_up_proj", (0, 2)), (up, "gate_up_proj", (1, 2)), (down, "down_proj", None)
+    bias = axes.replace("i", "")
+    return tuple(
+        Name(
+            path + leaf + end,
+            module,
+            axes,
+            parameter + end,
+            part=part,
+            alternating=alternating,
+            **own,
+        )
+        for end, axes, own in (("", axes, how), ("_bias", bias, {}))
+        for leaf, parameter, part in each
+    )
+
+
+def _decoder(*, alternating: bool = False, **how: Any) -> tuple[Name, ...]:
+    """Makes the table of decoders with experts, whose parameters are as `how` says."""
+    at = rf"({_LAYERS}/(?:(?:mlp|feed_forward)/)?experts)/"
+    last = "embed_tokens(?:_per_layer)?|per_layer_model_projection|per_layer_projection_norm|norm"
+    odd = {
+        "": ("layer_scalar",),
+        "/self_attn": ("sinks",),
+        "/linear_attn": ("A_log", "dt_bias"),
+        "/router": ("scale", "per_expert_scale"),
+        "/mlp/gate": ("e_score_correction_bias",),
+    }
+    return (
+        Name(rf"({_MODEL}embed_tokens)/embedding", r"\1", "vo", tied="lm_head"),
+        *same(rf"{_LAYERS}/(?:{_DECODER_LAYER})|{_MODEL}(?:{last})|lm_head"),
+        *(
+            Name(rf"({_LAYERS}{module})/{parameter}", r"\1", "o", parameter)
+            for module, parameters in odd.items()
+            for parameter in parameters
+        ),
+        Name(rf"({_LAYERS}/linear_attn/conv1d)/kernel", r"\1", "kio"),
+        Name(at + "gate_up_proj", r"\1", "eio", "gate_up_proj", **how),
+        Name(at + "gate_up_proj_bias", r"\1", "eo", "gate_up_proj_bias"),
+        *experts(at, r"\1", alternating=alternating, **how),
+    )
+
+
+LLAMA = _decoder()
 
 LLAMA_SCANNED = (
-    Name(rf"model/layers/({_LLAMA_LAYER})/kernel", r"model.layers.{}.\1", "lio"),
-    Name(rf"model/layers/({_LLAMA_LAYER})/(?:scale|weight)", r"model.layers.{}.\1", "lo"),
+    Name(rf"model/layers/({_DECODER_LAYER})/kernel", r"model.layers.{}.\1", "lio"),
+    Name(rf"model/layers/({_DECODER_LAYER})/(?:scale|weight)", r"model.layers.{}.\1", "lo"),
     *LLAMA,
 )
+
+LLAMA4 = _decoder(transposed=True)
+
+ALTERNATING: Any = {"transposed": True, "is_transposed": True, "alternating": True}  # of gpt-oss
+GPT_OSS = _decoder(**ALTERNATING)
 
 _PATCHES = "(?:vit/)?embeddings/patch_embeddings/projection"
 

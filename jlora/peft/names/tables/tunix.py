@@ -1,10 +1,10 @@
 """Name tables for the models of tunix.
 
-`LLAMA3` is that of `Llama3`, `QWEN2` of `Qwen2`, `QWEN3` of `Qwen3`, with experts or without, and
-`GEMMA` of Gemma 2 (`gemma.Gemma`) and of Gemma 3's text models (`Gemma3`). In `transformers` these
-are `LlamaForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`,
-`Gemma2ForCausalLM` and `Gemma3ForCausalLM`. Tested with google-tunix 0.1.7, transformers 5.24 and
-PEFT 0.21.
+`LLAMA3` is that of `Llama3`, `QWEN2` of `Qwen2`, `QWEN3` of `Qwen3`, with experts or without,
+`GEMMA` of Gemma 2 (`gemma.Gemma`) and of Gemma 3's text models (`Gemma3`), `GEMMA4` of `Gemma4`,
+with experts or without. In `transformers` these are `LlamaForCausalLM`, `Qwen2ForCausalLM`,
+`Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`, `Gemma2ForCausalLM`, `Gemma3ForCausalLM` and
+`Gemma4ForCausalLM`. Tested with google-tunix 0.1.7, transformers 5.24 and PEFT 0.21.
 
 Of experts, checkpoints and adapters of `transformers` 4 (tested with 4.57) have each as a module:
 `QWEN3`. Adapters of `transformers` 5 have them together, and gate and up as one parameter:
@@ -14,6 +14,9 @@ another once they are trained.
 In tunix 0.1.7 the rotary embeddings of `Llama3` and `Qwen3` have the base 1,000,000, whatever its
 configuration says, and none is scaled. Outputs on a checkpoint with others differ from those of
 `transformers`, with an adapter or without.
+
+tunix 0.1.7 chooses Gemma 4's experts after `moe_pre_ffw_norm`, `transformers` before that norm: the
+outputs of a model with experts differ unless the scale of this norm is constant.
 
 Gemma's keys and values are one leaf, as are q, k and v where there are as many heads of each. PEFT
 adapts each by an A and a B of its own, as do the rules
@@ -25,7 +28,8 @@ of which a model has a leaf for one or the other.
 """
 
 from .._names import Name
-from .gemma import decoder
+from . import gemma
+from .transformers import experts
 
 _MLP = "(?:gate|up|down)_proj"
 _DECODER = (
@@ -50,18 +54,18 @@ QWEN3 = (
 
 # As PEFT adapts the experts of `transformers` 5.
 QWEN3_EXPERTS = (
-    *(
-        Name(rf"(layers/\d+/mlp)/{ours}_proj", r"model/\1/experts", "eio", parameter, part=part)
-        for ours, parameter, part in (
-            ("gate", "gate_up_proj", (0, 2)),
-            ("up", "gate_up_proj", (1, 2)),
-            ("down", "down_proj", None),
-        )
-    ),
+    *experts(r"(layers/\d+/mlp)/", r"model/\1/experts"),
     *QWEN3,
 )
 
 GEMMA = (
-    *decoder(r"layers/(\d+)"),
+    *gemma.decoder(r"layers/(\d+)"),
     Name(rf"(layers/\d+/mlp/{_MLP})/kernel", r"model/\1", "io"),
 )
+
+_NORMS = {
+    "dense_post_ffw_norm": "post_feedforward_layernorm_1",
+    "moe_post_ffw_norm": "post_feedforward_layernorm_2",
+    "moe_pre_ffw_norm": "pre_feedforward_layernorm_2",
+}
+GEMMA4 = (*GEMMA, *gemma.scales(r"layers/(\d+)", _NORMS), *gemma.experts(r"layers/(\d+)", "moe"))
