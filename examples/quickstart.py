@@ -120,7 +120,8 @@ def fit_head(x: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     z, y = (x - mean) / std, GAIN * (np.eye(2)[labels] - 0.5)  # (N, D), (N, 2)
     w = np.linalg.solve(z.T @ z + RIDGE * len(z) * np.eye(z.shape[1]), z.T @ y)  # (D, 2)
     kernel = w / std[:, None]
-    return {"kernel": np.float32(kernel), "bias": np.float32(y.mean(0) - mean @ kernel)}
+    bias = y.mean(0) - mean @ kernel
+    return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
 
 
 def with_head(variables: dict[str, Any], head: dict[str, np.ndarray]) -> dict[str, Any]:
