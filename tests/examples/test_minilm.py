@@ -3,11 +3,15 @@
 Every day on one of MiniLM's layers, in the long run on all.
 """
 
+import contextlib
+import functools
+import io
 import json
 import re
 import shutil
 
 import data
+import jax
 import numpy as np
 import pytest
 import quickstart
@@ -37,19 +41,21 @@ def layers(tmp_path_factory, request):
 
 @pytest.fixture(scope="module")
 def run(layers, tmp_path_factory):
-    """The result and the output folder of a short run of the quickstart."""
+    """The result, the output folder and the prints of a short run of the quickstart."""
     out = tmp_path_factory.mktemp("quickstart")
     (out / "adapter").mkdir()
     (out / "adapter" / "of_an_earlier_run").touch()
     argv = f"--steps {STEPS} --batch 8 --rank {RANK} --held-out 32 --out {out}"
-    return quickstart.main(argv.split()), out
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = quickstart.main(argv.split())
+    return result, out, printed.getvalue()
 
 
 def test_what_is_reported_and_left_there(run, layers):
     """An ordinary checkpoint, of which only queries and values differ, and the adapter."""
-    result, out = run
+    result, out, _ = run
     assert all(0 <= x <= 1 for x in result) and result.majority >= 0.5
-    assert result.merged == pytest.approx(result.lora, abs=1 / 32)  # of the restored adapter
+    assert result.merged == pytest.approx(result.after, abs=1 / 32)  # of the restored adapter
     names = sorted(path.name for path in (out / "merged").iterdir())
     assert names == ["config.json", "model.safetensors", "tokenizer.json"]
     files = (data.minilm(), out / "merged")
@@ -62,6 +68,41 @@ def test_what_is_reported_and_left_there(run, layers):
         for part in ("query", "value")
     }
     assert checkpoint.read(out / "adapter").rules == quickstart.make_rules(RANK)
+
+
+def test_the_last_screen_says_what_was_learned(run, layers):
+    """The scores, the sizes, and up to three sentences, of those held out, with their labels."""
+    result, out, printed = run
+    assert printed.startswith(f"{STEPS} steps")
+    screen = printed[printed.index("right of 32 sentences") :]
+    assert len(screen.splitlines()) <= 20
+    for score in result:
+        assert f"{score:.1%}" in screen
+    sizes = dict(re.findall(r"^  (\S+): (\S+) MB$", screen, re.MULTILINE))
+    assert float(sizes[str(out / "adapter")]) < float(sizes[str(out / "merged")]) / 20
+    held_out = {x.text: x.label for x in data.snippets(quickstart.SOURCE, quickstart.MARGIN)[1]}
+    shown = re.findall(r"^  (positive|negative): (.*)$", screen, re.MULTILINE)
+    assert len(shown) <= 3
+    assert all(held_out[text] == (label == "positive") for label, text in shown)
+
+
+def test_training_starts_from_the_probe(layers):
+    """With its head the model computes what the probe says, and at first the adapted one too."""
+    model, variables, tokenizer = quickstart.load()
+    snippets = quickstart.keep_short(tokenizer, data.snippets(quickstart.SOURCE)[0][:80])
+    batch = quickstart.encode(tokenizer, snippets, quickstart.SHORT)
+    assert 0 < len(snippets) < 80
+    assert batch.mask.shape[1] == quickstart.SHORT
+    x = quickstart.outputs(functools.partial(quickstart.features, model, variables), batch)
+    head = quickstart.fit_head(x, batch.labels)
+    logits = x @ head["kernel"] + head["bias"]
+    assert quickstart.accuracy(logits, batch.labels) > 0.9  # few sentences: it knows them by heart
+    variables = quickstart.with_head(variables, head)
+    args = batch.ids, batch.mask
+    np.testing.assert_allclose(model.apply(variables, *args), logits, atol=1e-3)
+    lora = quickstart.adapt(model)
+    base, adapter = lora.init(jax.random.key(0), variables, *args)
+    np.testing.assert_allclose(lora.apply(base, adapter, *args), logits, atol=1e-3)
 
 
 def test_requests_are_answered_in_one_program(run, layers, tmp_path):
