@@ -162,8 +162,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def rotate(*heads: jax.Array) -> list[jax.Array]:
     """By their positions."""
-    positions = jnp.arange(heads[0].shape[1])[None]
-    return [llama.rope(x, positions, llama_work.ROPE) for x in heads]
+    _, length, _, dim = heads[0].shape
+    frequencies = llama_work.ROPE ** (-jnp.arange(0, dim, 2, jnp.float32) / dim)
+    return [llama.rope(x, jnp.arange(length)[None], frequencies) for x in heads]
 
 
 def start(work: llama_work.Work, key: jax.Array) -> dict[str, Any]:
