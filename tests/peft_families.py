@@ -224,7 +224,7 @@ def _with_sizes(families: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]
     return {
         name: (cls, own if any(k.endswith(whole) for k in own) else SIZES | own)
         for name, (cls, own) in pairs.items()
-        if hasattr(transformers, cls)  # of the installed version
+        if cls in dir(transformers)  # of the installed version; `hasattr` would import it
     }
 
 
