@@ -12,7 +12,7 @@ from peft_files import Folder, come_back
 from small import randomize
 
 import jlora
-from jlora import DoRA, LoRA, checkpoint, initializers, peft
+from jlora import DoRA, LoRA, Slots, checkpoint, initializers, peft
 
 # Qwen3-30B-A3B: its layers, experts and widths.
 LAYERS, EXPERTS, WIDTH, HIDDEN, QUERIES, KEYS = 48, 128, 2048, 768, 32 * 128, 4 * 128
@@ -112,6 +112,28 @@ def test_starts(init: Callable[..., Any], share: str) -> None:
     base, adapter, lora, x = make(LoRA(rank=2, share=share, init=init))
     actual, expected = lora.apply(base, adapter, x), mixture(params, x)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", ["inputs", "outputs"])
+@pytest.mark.parametrize(
+    "more", [{"slots": Slots(2, (1,))}, {"dropout": 0.5}, {"frozen": ("a",)}], ids=str
+)
+def test_with_other_fields(more: dict[str, Any], share: str) -> None:
+    """Adapted is merged; dropout changes the values while it is active."""
+    params = {"w": jnp.cos(jnp.arange(180.0)).reshape(3, 6, 10)}
+    x = jnp.sin(jnp.arange(72.0)).reshape(3, 4, 6)
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.einsum("ebi,eio->ebo", x, p["w"])
+
+    lora = jlora.transform(apply, LoRA("w", rank=2, share=share, **more))
+    base, adapter = lora.init(jax.random.key(0), params, x)
+    adapter = randomize(adapter)
+    expected = apply(jlora.merge(base, adapter), x)
+    actual = jax.jit(lora.apply)(base, adapter, x)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    dropped = lora.apply(base, jlora.dropout(adapter, jax.random.key(1)), x)
+    assert ("dropout" in more) == (not np.allclose(dropped, expected, atol=1e-3))
 
 
 def test_a_start_is_of_one_experts_inputs() -> None:

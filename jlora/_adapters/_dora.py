@@ -146,7 +146,6 @@ class DoRA(LoRA):
                 f"`frozen` of {rule_name(self)} must be (), as DoRA trains A and B; got "
                 f"{self.all_frozen}, by the rule or by its `init`. Use jlora.LoRA."
             )
-
         if self.share == "outputs":
             raise ValueError(
                 f"`share` of {rule_name(self)} must be None or 'inputs', as each expert has norms "

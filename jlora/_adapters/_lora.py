@@ -167,7 +167,7 @@ class LoRA(Rule):
     def fit(self, site: Any) -> tuple["LoRA", Layout]:
         """Returns the rule with a rank that the site can have, and the layout with its slots."""
         layout = site.layout if self.slots is None else _add_slots(site, self.slots)
-        layout = layout if self.share is None else self._share(site, layout)
+        layout = layout if self.share is None else self._share(site, layout, SHARED[self.share])
         largest = min(matrix_lengths(layout, site.shape))
         if self.pattern is None:
             return self._clip(site, layout, largest), layout
@@ -179,17 +179,16 @@ class LoRA(Rule):
             f"for this leaf first, such as jlora.Full({re.escape(site.path)!r})."
         )
 
-    def _share(self, site: Any, layout: Layout) -> Layout:
-        """Makes the axis of experts one of the inputs or outputs: the other factor lacks it."""
+    def _share(self, site: Any, layout: Layout, role: str) -> Layout:
+        """Makes the axis of experts an input or an output, by `role`: the other factor lacks it."""
         if site.experts is None:
             raise ValueError(
                 f"`share` of {rule_name(self)} needs a weight with one stacked axis, that of its "
                 f"experts; {site.name} with shape {site.shape} has {len(layout.stack)}. Leave "
                 "`share` out."
             )
-        moved = SHARED[self.share or ""]
         stack = tuple(d for d in layout.stack if d != site.experts)
-        return layout._replace(stack=stack, **{moved: (site.experts, *getattr(layout, moved))})
+        return layout._replace(stack=stack, **{role: (site.experts, *getattr(layout, role))})
 
     def _clip(self, site: Any, layout: Layout, largest: int) -> "LoRA":
         """Lowers the rank to `largest` and to what trains no more than W has; keeps the scale."""

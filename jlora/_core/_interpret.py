@@ -196,7 +196,9 @@ class Equation:
 
 def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
     """Evaluates `jaxpr` at `args`, each an array or a `Weight`."""
-    if not _compat.is_staged():  # shared functions would be compiled at every call
+    is_search = any(isinstance(x, Weight) and x.origin.uses is not None for x in args)
+    # Each use is recorded in its place; and eagerly, shared functions would be compiled each time.
+    if is_search or not _compat.is_staged():
         return _evaluate(jaxpr, args, None, None)
     functions = Functions()
     try:

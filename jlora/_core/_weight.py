@@ -98,7 +98,7 @@ class Weight:
     def is_shareable(self) -> bool:
         """Whether a function for weights of its form may be traced with this one."""
         # Moves that are remembered are closures, each equal to itself alone.
-        return self.origin.uses is None and not getattr(self.w, "moves", ())
+        return not getattr(self.w, "moves", ())
 
     def without_origin(self) -> "Weight":
         """Forgets the leaves that it comes from, in which the layers of a model differ."""
