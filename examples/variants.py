@@ -172,9 +172,11 @@ def decays(tree: Any) -> Any:
     return jax.tree.map(lambda label: label != "m", jlora.labels(tree))
 
 
-def round_results(train: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
-    """`train` with results of six digits."""
-    return lambda *args: {k: float(f"{v:.6g}") for k, v in train(*args).items()}
+def round_results(train: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`train` with results of six digits, words as they are."""
+    return lambda *args: {
+        k: v if isinstance(v, str) else float(f"{v:.6g}") for k, v in train(*args).items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
