@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import hashlib
 import pathlib
 import platform
 import tempfile
@@ -130,7 +131,7 @@ def strings(count: int, batch: int) -> Task:
     marks = np.broadcast_to(np.arange(ids.shape[1]) > 1, ids.shape).astype(np.float32)
     rows, size = Batch(ids, np.ones_like(ids), marks), ids.shape[1]
     model = gpt.GPT(gpt.Config(ALPHABET, size, layers=2, dim=32, heads=2))
-    params = nn.unbox(model.init(jax.random.key(0), ids[:1]))
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), ids[:1]))
     return Task(
         model.apply, params, lambda rows: (rows.ids,), trials.score_tokens, (), rank=4, rate=-5,
         steps=2000, batch=batch, train=rows, validation=rows, held_out=rows, widths=(size,),
@@ -195,8 +196,9 @@ def run(path: pathlib.Path, setting: Setting, middle: int, seed: int) -> None:
 
 
 @contextlib.contextmanager
-def claim(name: str) -> Iterator[bool]:
-    """Whether no other process of this machine has `name`; it is this one's within the block."""
+def claim(path: pathlib.Path, setting: Setting) -> Iterator[bool]:
+    """Whether no other process of this machine has a setting of a table; then this one has it."""
+    name = hashlib.sha256(f"{path.resolve()} {setting}".encode()).hexdigest()
     folder = pathlib.Path(tempfile.gettempdir()) / "jlora-regret"
     folder.mkdir(exist_ok=True)
     with (folder / name).open("w") as file:
@@ -222,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings, seeds = PLANS[name]
         for seed in range(min(args.seeds, seeds)):
             for setting, middle in settings.items():
-                with claim("-".join(map(str, setting))) as is_free:
+                with claim(path, setting) as is_free:
                     if is_free:
                         run(path, setting, middle, seed)
 

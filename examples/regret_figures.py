@@ -98,7 +98,8 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         row = setting._asdict() | {"trained": runs[0]["trained"], "runs": len(runs), **about}
         row |= _interval("best_rate", error, at[setting])
         row |= _interval("of_full", error, at[setting], full)
-        table.append(row | {"score": f"{mean:.5g}", "standard_error": f"{standard_error:.2g}"})
+        numbers = {"score": f"{mean:.5g}", "standard_error": f"{standard_error:.2g}"}
+        table.append(row | {name: float(x) for name, x in numbers.items()})
     return table
 
 
@@ -109,7 +110,7 @@ def _interval(name: str, error: float, *each: np.ndarray) -> Row:
         return dict.fromkeys(names, "")
     place = each[0].mean() - sum(x.mean() for x in each[1:])
     error *= sum(1 / len(x) for x in each) ** 0.5
-    powers = (f"{10**x:.2g}" for x in (place, place - error, place + error))
+    powers = (float(f"{10**x:.3g}") for x in (place, place - error, place + error))
     return dict(zip(names, powers, strict=True))
 
 
@@ -143,14 +144,14 @@ def markdown(table: Sequence[Row], experiment: str) -> str:
             what = [row["task"], label(row), "" if row["layers"] == "all" else row["layers"]]
             numbers = [f"{row['scale']:g}" if row["rank"] else "", str(row["batch"])]
             cells = [_cell(row, "best_rate"), _cell(row, "of_full")]
-            of = f"{row['score']} ± {row['standard_error']}"
-            lines.append([", ".join(filter(None, what)), *numbers, *cells, of])
+            cells.append(f"{row['score']:g} ± {row['standard_error']:g}")
+            lines.append([", ".join(filter(None, what)), *numbers, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _cell(row: Row, name: str) -> str:
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{row[name]} ({low} to {high})" if row[name] != "" else ""
+    names = name, f"{name}_low", f"{name}_high"
+    return "{:.2g} ({:.2g} to {:.2g})".format(*map(row.get, names)) if row[name] != "" else ""
 
 
 def label(row: Row) -> str:

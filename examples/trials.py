@@ -245,7 +245,7 @@ class Runner:
         base, trained = self.init(jax.random.key(seed), task.params, *example)
         found = {"trained": jlora.count(trained)}
         state = self.tx.init(trained)
-        shape = np.asarray(jax.jit(task.schedule(task.steps))(np.arange(task.steps)))
+        shape = np.asarray(jax.jit(jax.vmap(task.schedule(task.steps)))(np.arange(task.steps)))
         batches = draw_batches(task, task.steps, seed)
         for i, rows in enumerate(progress(batches, leave=False)):
             trained, state, loss = self.step(trained, state, base, rows, rate * shape[i])
