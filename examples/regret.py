@@ -79,11 +79,8 @@ def rates(experiment: str) -> dict[Setting, int]:
     found = {}
     for rank in (16, 1, 256, 4, 64):
         own = scaled(experiment, "definitions", rank, 4)
-        # Adam's first steps change W by about s·r·rate.
-        found |= {
-            own: -6,
-            own._replace(scale=SCALE): round(-6 - 2 * np.log10(SCALE * rank / ALPHA)),
-        }
+        middle = round(-6 - 2 * np.log10(SCALE * rank / ALPHA))  # Adam's first ΔW: s·r·rate
+        found |= {own: -6, own._replace(scale=SCALE): middle}
     return found | {scaled(experiment, "definitions", 0, 4): -8}
 
 
@@ -173,14 +170,14 @@ def make_train(setting: Setting) -> Callable[[float, int], dict[str, Any]]:
     """Runs of a setting, a function of rate and seed to columns of the table."""
     task = make_task(setting._replace(rank=0, layers="all", scale=1.0))
     variant = variants.Variant("", variants.simple(lambda task: make_rule(setting)))
-    runner, about = variants.make_runner(task, variant), {"processor": processor()}
+    runner = variants.make_runner(task, variant)
 
     def train(rate: float, seed: int) -> dict[str, Any]:
-        found = {"steps": task.steps, **runner(rate, seed), **about}
-        is_first = setting.experiment == "first"
-        return found | {f"loss_{i}": x for i, x in enumerate(runner.curve, 1) if is_first}
+        found = {"steps": task.steps, **runner(rate, seed), "processor": processor()}
+        curve = runner.curve if setting.experiment == "first" else ()
+        return found | {f"loss_{i}": round(float(x), 5) for i, x in enumerate(curve, 1)}
 
-    return variants.round_results(train)
+    return train
 
 
 def run(path: pathlib.Path, setting: Setting, middle: int, seed: int) -> None:

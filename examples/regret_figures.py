@@ -26,6 +26,11 @@ from scipy import stats
 from tables import Row
 from variants_table import MEASURES
 
+SCALES = {  # ways to choose s
+    "s = 32/r": lambda setting: setting.scale * setting.rank == ALPHA,
+    "s = 2": lambda setting: setting.scale == SCALE,
+}
+
 # ---- the best rate ------------------------------------------------------------------------------
 
 
@@ -115,25 +120,18 @@ def _interval(name: str, error: float, *each: np.ndarray) -> Row:
 
 
 def exponents(rows: Sequence[Row]) -> str:
-    """How the best rate depends on the rank, with both scales, in a sentence each."""
+    """How the best rate depends on the rank, a sentence for each way to choose s."""
     at = {x: find_vertices(runs) for x, runs in group(rows).items() if x.experiment == "rates"}
     found = []
-    for name, rule in (("32/r", lambda x: x.scale * x.rank == ALPHA), ("2", _has_fixed_scale)):
-        ranked = [x for x in at if x.rank and rule(x) and len(at[x])]
+    for name, has_scale in SCALES.items():
+        ranked = [x for x in at if x.rank and has_scale(x) and len(at[x])]
         if len(ranked) > 2:
             x = np.log10([setting.rank for setting in ranked])
-            y = [at[setting].mean() for setting in ranked]
-            error = find_error(at.values()) / min(len(at[s]) for s in ranked) ** 0.5
-            error /= ((x - x.mean()) ** 2).sum() ** 0.5
-            found.append(
-                f"With s = {name} the best rate goes as r to the power "
-                f"{np.polyfit(x, y, 1)[0]:.2f} ± {error:.2f}.\n"
-            )
+            power = np.polyfit(x, [at[setting].mean() for setting in ranked], 1)[0]
+            error = find_error(at.values()) / min(len(at[setting]) for setting in ranked) ** 0.5
+            error /= len(x) ** 0.5 * x.std()
+            found.append(f"With {name} the best rate goes as r to the {power:.2f} ± {error:.2f}.\n")
     return "".join(found)
-
-
-def _has_fixed_scale(setting: Setting) -> bool:
-    return setting.scale == SCALE
 
 
 def markdown(table: Sequence[Row], experiment: str) -> str:
@@ -161,37 +159,35 @@ def label(row: Row) -> str:
 
 # ---- the pictures -------------------------------------------------------------------------------
 
-AXES = {  # of x, whether it is a logarithm; of y, whether it is
-    "first": ("step", "linear", "training loss", "linear"),
-    "capacity": ("bits in the strings", "log", "bits learned", "log"),
-    "rates": ("learning rate", "log", "validation loss", "linear"),
-    "layers": ("learning rate", "log", "validation loss", "linear"),
-    "batches": ("batch, at equally many examples", "log", "accuracy, %", "linear"),
+AXES = {
+    "first": ("step", "training loss"),
+    "capacity": ("bits in the strings", "bits learned"),
+    "rates": ("learning rate", "validation loss"),
+    "layers": ("learning rate", "validation loss"),
+    "batches": ("batch, at equally many examples", "accuracy, %"),
 }
-Panels = dict[str, dict[str, dict[float, list[float]]]]  # of lines of x to the seeds' y
+Panels = dict[str, dict[str, dict[float, list[float]]]]  # of lines of x to the y of each seed
 
 
 def collect(experiment: str, rows: Sequence[Row]) -> Panels:
     """What the picture of an experiment shows."""
-    found = collections.defaultdict(lambda: collections.defaultdict(dict))
+    found: Panels = collections.defaultdict(lambda: collections.defaultdict(dict))
     for setting, runs in group(rows).items():
         if setting.experiment != experiment:
             continue
-        best = tables.best(runs, "score", 1)[0]["rate"]
         line, panels = label(setting._asdict()), [""]
         if experiment in ("first", "rates"):
-            rules = setting.scale * setting.rank == ALPHA, _has_fixed_scale(setting)
-            names = ("s = 32 / r", "s = 2")
-            panels = [n for n, x in zip(names, rules, strict=True) if x or not setting.rank]
+            panels = [name for name, has in SCALES.items() if has(setting) or not setting.rank]
         elif experiment == "layers":
             line, panels = setting.layers, [setting.task]
+        best = tables.best(runs, "score", 1)[0]["rate"]
         for row in runs:
             points = {row["rate"]: row["validation"]}
             if experiment == "first":
                 points = {i: row[f"loss_{i}"] for i in range(1, FIRST + 1)}
             elif experiment in ("batches", "capacity"):
-                x, y = (setting.batch, row["score"]) if experiment == "batches" else bits(row)
-                points = {x: y} if row["rate"] == best else {}
+                x = setting.batch if experiment == "batches" else bits(row)[0]
+                points = {x: row["score"]} if row["rate"] == best else {}
             for panel in panels:
                 for x, y in points.items():
                     found[panel][line].setdefault(x, []).append(y)
@@ -200,28 +196,26 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
 
 def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
     """Panels below each other, as wide as a phone; full fine-tuning is dashed."""
-    xlabel, xscale, ylabel, yscale = AXES[experiment]
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(4, 0.3 + 2.8 * len(panels)), squeeze=False, layout="constrained"
-    )
+    size = 4, 0.3 + 2.8 * len(panels)
+    figure, axes = plt.subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, lines) in zip(axes[:, 0], panels.items(), strict=True):
-        names = sorted(lines, key=lambda name: (name == "full", len(name), name))
-        for i, name in enumerate(names):
-            x = np.array(sorted(lines[name]))
-            seeds = [np.array(lines[name][at]) for at in x]
-            y = np.array([each.mean() for each in seeds])
+        for i, name in enumerate(sorted(lines, key=lambda x: (x == "full", len(x), x))):
+            seeds = [np.array(each) for _, each in sorted(lines[name].items())]
+            x, y = np.array(sorted(lines[name])), np.array([each.mean() for each in seeds])
             error = np.array([each.std() / max(len(each) - 1, 1) ** 0.5 for each in seeds])
-            color, style = plt.get_cmap("viridis")(0.9 * i / len(names)), "-"
-            if name == "full":
-                color, style = "black", "--"
-            axis.plot(x, y, style, marker="os^DvX"[i], markersize=4, color=color, label=name)
+            is_full = name == "full"
+            color = "black" if is_full else plt.get_cmap("viridis")(0.9 * i / len(lines))
+            style = f"{'os^DvX'[i]}{'--' if is_full else '-'}"
+            axis.plot(x, y, style, color=color, markersize=4, label=name)
             axis.fill_between(x, y - error, y + error, color=color, alpha=0.2, linewidth=0)
         if experiment in ("rates", "layers"):  # what diverges is not shown
             low = min(np.nanmin(line.get_ydata()) for line in axis.lines)
             axis.set_ylim(low - 0.05, low + 0.8)
-        axis.set(title=title, ylabel=ylabel, xscale=xscale, yscale=yscale)
+        axis.set(title=title, ylabel=AXES[experiment][1])
+        axis.set_xscale("linear" if experiment == "first" else "log")
+        axis.set_yscale("log" if experiment == "capacity" else "linear")
         axis.legend(fontsize=8)
-    axes[-1, 0].set(xlabel=xlabel)
+    axes[-1, 0].set(xlabel=AXES[experiment][0])
     figure.savefig(path, dpi=200)
     plt.close(figure)
 

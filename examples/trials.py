@@ -239,7 +239,7 @@ class Runner:
         self.curve = np.zeros(0)  # the losses of the last run's steps
 
     def __call__(self, rate: float, seed: int) -> dict[str, Any]:
-        """Trains and evaluates; `seconds` are the processor's."""
+        """Trains and evaluates, to six digits; `seconds` are the processor's."""
         start, task, losses = time.process_time(), self.task, []
         example = task.inputs(take(task.train, slice(task.batch)))
         base, trained = self.init(jax.random.key(seed), task.params, *example)
@@ -255,7 +255,8 @@ class Runner:
         for name in ("validation", "held_out"):
             nll, right = self.evaluate(trained, base, getattr(task, name))
             found |= {name: nll, f"{name}_right": right}
-        return found | {"seconds": round(time.process_time() - start, 1)}
+        found["seconds"] = round(time.process_time() - start, 1)
+        return {k: x if isinstance(x, int) else float(f"{x:.6g}") for k, x in found.items()}
 
     def evaluate(self, trained: Any, base: Any, rows: Batch) -> tuple[float, float]:
         """The mean negative log-likelihood and the share of what is right, each at its width."""
