@@ -112,7 +112,7 @@ def _interval(name: str, error: float, *each: np.ndarray) -> Row:
     """Ten to the mean of the first, less that of the second, with its interval."""
     names = name, f"{name}_low", f"{name}_high"
     if not all(map(len, each)):
-        return dict.fromkeys(names, "")
+        return dict.fromkeys(names, np.nan)
     place = each[0].mean() - sum(x.mean() for x in each[1:])
     error *= sum(1 / len(x) for x in each) ** 0.5
     powers = (float(f"{10**x:.3g}") for x in (place, place - error, place + error))
@@ -130,7 +130,7 @@ def exponents(rows: Sequence[Row]) -> str:
             power = np.polyfit(x, [at[setting].mean() for setting in ranked], 1)[0]
             error = find_error(at.values()) / min(len(at[setting]) for setting in ranked) ** 0.5
             error /= len(x) ** 0.5 * x.std()
-            found.append(f"With {name} the best rate goes as r to the {power:.2f} ± {error:.2f}.\n")
+            found.append(f"With {name} the best rate goes as r^({power:.2f} ± {error:.2f}).\n")
     return "".join(found)
 
 
@@ -143,13 +143,16 @@ def markdown(table: Sequence[Row], experiment: str) -> str:
             numbers = [f"{row['scale']:g}" if row["rank"] else "", str(row["batch"])]
             cells = [_cell(row, "best_rate"), _cell(row, "of_full")]
             cells.append(f"{row['score']:g} ± {row['standard_error']:g}")
+            if experiment == "capacity":
+                cells[-1] += f" bits, {row['score'] / row['trained']:.2f} a parameter"
             lines.append([", ".join(filter(None, what)), *numbers, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _cell(row: Row, name: str) -> str:
-    names = name, f"{name}_low", f"{name}_high"
-    return "{:.2g} ({:.2g} to {:.2g})".format(*map(row.get, names)) if row[name] != "" else ""
+    found, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    interval = "" if np.isnan(low) else f" ({low:.2g} to {high:.2g})"
+    return "" if np.isnan(found) else f"{found:.2g}{interval}"
 
 
 def label(row: Row) -> str:

@@ -212,7 +212,7 @@ def test_ratio_and_exponent(tmp_path):
         if own:
             assert 8 < row["of_full_low"] < 10 < row["of_full_high"] < 12.5
         assert row["best_rate_low"] < row["best_rate"] < row["best_rate_high"]
-    found = re.findall(r"to the (\S+) ± (\S+)\.\n", regret_figures.exponents(rows))
+    found = re.findall(r"r\^\((\S+) ± (\S+)\)", regret_figures.exponents(rows))
     (zero, error), (one, _) = [[float(x) for x in pair] for pair in found]
     assert abs(zero) < error < 0.1 and abs(one + 1) < 0.1
 
@@ -222,8 +222,10 @@ def test_without_enough_runs_there_is_no_interval():
     rows = runs(np.random.default_rng(0), -3, 1, 0, **setting._asdict(), trained=1)
     for chosen in (rows, [row for row in rows if row["rate"] >= 1e-3]):
         (row,) = regret_figures.summary(chosen)
-        assert row["of_full"] == "" and row["rate"] == 1e-3
-    assert row["best_rate"] == "" and row["rates"] == 3
+        assert np.isnan(row["of_full"]) and np.isnan(row["best_rate_low"]) and row["rate"] == 1e-3
+        cells = regret_figures.markdown([row], "rates").splitlines()[-1].split(" | ")
+        assert cells[3:5] == ["0.001" if chosen is rows else "", ""]
+    assert np.isnan(row["best_rate"]) and row["rates"] == 3
     assert regret_figures.exponents(rows) == ""
 
 
@@ -235,7 +237,7 @@ def test_without_runs_there_is_no_table(tmp_path):
         regret_figures.write(tmp_path)
 
 
-@pytest.mark.parametrize("name", some(PLANS, "rates", "capacity"))
+@pytest.mark.parametrize("name", some(PLANS, "rates"))
 def test_every_experiment_has_a_picture_and_a_table(tmp_path, name, asked):
     regret.main(["--experiments", name, "--seeds", "2", "--out", str(tmp_path)])
     text = regret_figures.write(tmp_path)
@@ -281,10 +283,14 @@ def test_the_guides_have_the_tables_and_the_pictures(guide):
 
 
 def test_a_wrong_figure_in_a_guide_is_found(tmp_path, asked):
-    regret.main(["--experiments", "rates", "first", "--out", str(tmp_path)])
-    text = f"![rates](pictures/regret_rates.png)\n\n{regret_figures.write(tmp_path)}"
+    regret.main(["--experiments", "rates", "--seeds", "2", "--out", str(tmp_path)])
+    rows = tables.read(tmp_path / "regret_runs.csv")
+    table = regret_figures.summary(rows)
+    tables.write(tmp_path / "regret.csv", table)
+    found = regret_figures.markdown(table, "rates"), regret_figures.exponents(rows)
+    text = "\n".join(["![rates](pictures/regret_rates.png)", *found])
     check_guide(text, tmp_path)
-    for old, new in (("0.001 (", "0.002 ("), ("r to the 0.00", "r to the 0.10")):
+    for old, new in (("0.001 (", "0.002 ("), ("r^(0.00", "r^(0.10")):
         assert old in text
         with pytest.raises(AssertionError):
             check_guide(text.replace(old, new, 1), tmp_path)
