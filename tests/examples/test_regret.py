@@ -216,10 +216,10 @@ def test_ratio_and_exponent(tmp_path):
         rows += runs(rng, best, 3, 0.02, **setting._asdict(), trained=1)
     table = regret_figures.summary(rows)
     for row in table:
-        own = row["scale"] * row["rank"] == 32
-        if own:
+        if row["scale"] * row["rank"] == 32:
             assert 8 < row["of_full_low"] < 10 < row["of_full_high"] < 12.5
         assert row["best_rate_low"] < row["best_rate"] < row["best_rate_high"]
+        assert np.isnan(row["of_full"]) == (row["rank"] == 0)
     found = re.findall(r"r\^\((\S+) ± (\S+)\)", regret_figures.exponents(rows))
     (zero, error), (one, _) = [[float(x) for x in pair] for pair in found]
     assert abs(zero) < error < 0.1 and abs(one + 1) < 0.1
