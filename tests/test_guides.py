@@ -30,7 +30,11 @@ GUIDES = pathlib.Path(__file__).parents[1] / "notebooks"
 LINES, WIDTH = 25, 100  # the most of a block of the loops
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\n(?:\n```output\n(.*?)^```\n)?", re.M | re.S)
 # Those of them that have tests of their own.
-OWN = {"index", *(f"loops/{page}" for page in ("hosts", "orbax", "sharding", "tunix", "maxtext"))}
+OWN = {
+    "index",
+    "start",
+    *(f"loops/{page}" for page in ("hosts", "orbax", "sharding", "tunix", "maxtext")),
+}
 
 
 def blocks(page: str) -> list[tuple[str, str | None]]:
@@ -85,8 +89,8 @@ def test_blocks_run_and_print_what_is_shown(page, capsys):
         losses = names.pop("losses", None)
         exec(compile(code, str(GUIDES / f"{page}.md"), "exec"), names)
         printed = capsys.readouterr().out
-        if shown is not None:  # the lines of a reader's own file
-            assert re.sub(r"\S+\.md:\d+", "model.py:2", printed) == shown
+        if shown is not None:  # in lines that fit; the line of a reader's own file
+            assert re.sub(r"\S+\.md:\d+", "model.py:2", printed).split() == shown.split()
         if "losses" in names:
             check_learned(names["losses"])
         names.setdefault("losses", losses)
