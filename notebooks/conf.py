@@ -7,23 +7,37 @@ from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx import addnodes
 
-# The pages below each page. Their titles are their labels.
+# The pages below each page, by caption. Their titles are their labels.
 TREE = {
-    "index": """start concepts loops/index files_and_serving
-        reference/index""",
-    "start": "quickstart versions migration errors changelog",
-    "concepts": "rules variants internals costs paper section7 methods",
-    "loops/index": """loops/plain loops/linen loops/nnx loops/equinox
-        loops/haiku loops/keras loops/tunix loops/maxtext
-        loops/tokens loops/accumulation loops/precision loops/remat
-        quantized loops/sharding loops/hosts pods loops/dpo loops/grpo
-        loops/evaluation loops/stopping loops/orbax adapters""",
-    "files_and_serving": "loops/checkpoints files untrusted serve",
-    "reference/index": """reference/transform reference/training
-        reference/initializers reference/sketches reference/quantized
-        reference/files reference/tables reference/meshes
-        reference/many reference/arithmetic reference/analysis
-        reference/nnx reference/keras reference/methods genindex""",
+    "index": {
+        "": """start concepts loops/index files_and_serving
+            reference/index"""
+    },
+    "start": {"": "quickstart versions migration errors changelog"},
+    "concepts": {
+        "Choose": "rules variants costs",
+        "Understand": "internals paper section7 methods",
+    },
+    "loops/index": {
+        "By framework": """loops/plain loops/linen loops/nnx
+            loops/equinox loops/haiku loops/keras loops/tunix
+            loops/maxtext""",
+        "By task": """loops/tokens loops/dpo loops/grpo
+            loops/evaluation loops/stopping loops/orbax adapters""",
+        "By size": """loops/accumulation loops/precision quantized
+            loops/remat loops/sharding loops/hosts pods""",
+    },
+    "files_and_serving": {
+        "": "loops/checkpoints files untrusted serve"
+    },
+    "reference/index": {
+        "": """reference/transform reference/training
+            reference/initializers reference/sketches
+            reference/quantized reference/files reference/tables
+            reference/meshes reference/many reference/arithmetic
+            reference/analysis reference/nnx reference/keras
+            reference/methods genindex"""
+    },
 }
 
 project = "jlora"
@@ -45,7 +59,6 @@ autodoc_member_order = "bysource"
 autodoc_mock_imports = ["keras"]
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
 python_maximum_signature_line_length = 68
 python_use_unqualified_type_names = True
 
@@ -87,9 +100,11 @@ notfound_urls_prefix = (
 
 def add_tree(app, name, source):
     """Adds the pages below this one: on GitHub they would be noise."""
-    if name in TREE:
-        pages = "".join(f"\n/{page}" for page in TREE[name].split())
-        source[0] += f"\n\n```{{toctree}}\n:hidden:\n{pages}\n```\n"
+    for caption, pages in TREE.get(name, {}).items():
+        pages = "".join(f"\n/{page}" for page in pages.split())
+        caption = caption and f"\n:caption: {caption}"
+        tree = f"```{{toctree}}\n:hidden:{caption}\n{pages}\n```"
+        source[0] += f"\n\n{tree}\n"
 
 
 def make_rst(app, what, name, obj, options, lines):
@@ -113,6 +128,7 @@ def make_rst(app, what, name, obj, options, lines):
         return f"{m[1][:-1]}\\ {m[2]}" if m[2] else m[0]
 
     text = "\n".join(lines)
+    text = re.sub(r"^Returns:\n +", ":returns: ", text, flags=re.M)
     text = re.sub(
         r"^( *)\$\$(.+?)\$\$", display, text, flags=re.M | re.S
     )
