@@ -550,8 +550,8 @@ ADD = ("`adapters` cannot be combined", "weights must add up to 1 or to 0; got "
 SCALE = ("`adapter` cannot be scaled", ADD[1])
 TAKE = ("`other` cannot be subtracted from `adapter`", "and one adapter has no such site")
 MERGE = ("`adapters` cannot be combined", "so that a ΔW of 0 is not the model")
-FREE = ("a table cannot hold what is", "so that a slot without it would not be the model")
-ROUTE = ("a table that is routed cannot hold what is", "so that -1 would not be the model")
+FREE = ("a table cannot contain the leaves", "so a slot without it would not be the model")
+ROUTE = ("`route` cannot use the leaves of `table`", "so -1 would not be the model")
 X = jnp.ones((12, 10))
 UNSAID: dict[str, Any] = {
     "add": (lambda t: arithmetic.add([t, t]), ADD, "2"),
