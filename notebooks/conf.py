@@ -65,7 +65,7 @@ python_use_unqualified_type_names = True
 myst_heading_anchors = 4
 nb_execution_mode = "cache"  # in build/.jupyter_cache
 nb_execution_raise_on_error = True
-nb_execution_timeout = 600
+nb_execution_timeout = 3600  # for a cell, on a busy machine
 nb_merge_streams = True
 
 html_theme = "pydata_sphinx_theme"
