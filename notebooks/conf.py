@@ -89,6 +89,7 @@ html_theme_options = {
         "reference/*": ["page-toc"],
         "loops/*": [],
         "index": [],
+        "paper": [],
         "start": [],
         "genindex": [],
     },
