@@ -149,11 +149,11 @@ def fold_members(app, tree, name):
         content = whole[-1]
         members = [n for n in content if isinstance(n, addnodes.desc)]
         if members:
-            names = ", ".join(n[0]["_toc_name"] for n in members)
-            head = f"<details><summary>Members: {names}</summary>"
+            names = [n[0]["fullname"].split(".")[-1] for n in members]
+            head = f"<summary>Members: {', '.join(names)}</summary>"
             for member in members:
                 content.remove(member)
-            content += nodes.raw("", head, format="html")
+            content += nodes.raw("", f"<details>{head}", format="html")
             content += members
             content += nodes.raw("", "</details>", format="html")
 
