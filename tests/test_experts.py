@@ -103,7 +103,7 @@ def test_files(tmp_path: Folder) -> None:
 @pytest.mark.parametrize("share", ["inputs", "outputs"])
 @pytest.mark.parametrize(
     "init",
-    [initializers.pissa, initializers.olora, initializers.milora, initializers.miss],
+    [getattr(initializers, x) for x in ("pissa", "olora", "milora", "miss", "paca")],
     ids=lambda init: init.__name__,
 )
 def test_starts(init: Callable[..., Any], share: str) -> None:
