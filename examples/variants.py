@@ -132,6 +132,7 @@ VARIANTS = {
     ),
     "pissa": Variant("PiSSA", simple(lambda t: lora(None, RANK, init=starts.pissa_niter(16))), -1),
     "miss": Variant("MiSS", simple(lambda t: lora(None, 2 * RANK, 1.0, init=starts.miss)), -1),
+    "paca": Variant("PaCA", simple(lambda t: lora(None, 2 * RANK, init=starts.paca))),
     "eva": Variant("EVA", simple(eva), -1),
     "lora_ga": Variant("LoRA-GA", simple(lora_ga), -1),
     "allocated": Variant("ranks by the gradient", allocate_ranks),
