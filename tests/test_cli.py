@@ -674,14 +674,14 @@ ERRORS = {
     "check deep --for vllm": "^jlora: DIR .*deep: adapter_config.json is nested too deeply.$",
     "check hf --for vllm": "^jlora: DIR: .*hf is a model; expected an adapter of PEFT.$",
     "check o --for vllm": "write it as PEFT with jlora convert",
-    "check p --for tgi": "^jlora: --for: there is no engine 'tgi'; expected one of sglang, ",
+    "check p --for tgi": "^jlora: --for must be one of sglang, vllm, tpu-inference; got 'tgi'",
     "check p --for vllm --base folders": "^jlora: --base: .*folders has more than 32 nested",
     "combine p deep x": "^jlora: ADAPTERS .*deep: adapter_config.json is nested too deeply.$",
     "combine o lost x": "^jlora: ADAPTERS: the arrays of .*lost cannot be read",
     "merge model o x --names rows.py:OTHER": "^jlora: ADAPTER .*o cannot be written with --names: ",
     "merge model p x": "^jlora: ADAPTER .*p cannot be merged into the checkpoint of BASE .*model; "
     "nothing was written. ",
-    "merge linked p x": "^jlora: BASE: .* is a link to .*, or --follow-links.$",
+    "merge linked p x": "^jlora: BASE: .* is a link out of .*, or --follow-links.$",
     "merge folders p x": "^jlora: BASE: .*folders has more than 32 nested folders",
     "merge bits3 p x": "^jlora: BASE .*bits3: `bits` of the quantization: expected 4 or 8, got 3.$",
     "merge base deep x --names llama": "^jlora: ADAPTER .*deep: adapter_config.json is nested",
@@ -779,7 +779,7 @@ def test_usage_errors(line: str) -> None:
 def test_help() -> None:
     """It names the commands, the exit codes, and every table that ships."""
     text = " ".join(run("--help").stdout.split())
-    assert "Exit codes: 0 done, equal, or it fits; 1 the adapters differ, or it does not" in text
+    assert "Exit codes: 0 done, equal, or it fits; 1 the adapters differ, it does not" in text
     assert all(name in text for name in ("inspect", "merge", "convert", "diff"))
     for name in ("inspect", "merge", "convert", "diff"):
         text = " ".join(run(name, "--help").stdout.split())

@@ -100,12 +100,12 @@ def test_files(tmp_path: Folder) -> None:
 
 
 SHARES = ("inputs", "outputs")
-STARTS = ("pissa", "olora", "milora", "miss")
+STARTS = ("pissa", "olora", "milora", "miss", "paca")
 FIELDS = ({"slots": Slots(2, (1,))}, {"dropout": 0.5}, {"frozen": ("a",)})
 
 
 @pytest.mark.parametrize(
-    ("init", "share"), every(STARTS, SHARES, daily=zip(STARTS, SHARES * 2, strict=True))
+    ("init", "share"), every(STARTS, SHARES, daily=zip(STARTS, SHARES * 3, strict=False))
 )
 def test_starts(init: str, share: str) -> None:
     """The adapted model is the base at first, as with an A and a B for each expert."""

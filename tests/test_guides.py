@@ -234,14 +234,13 @@ def _dpo(names: Names) -> None:
     assert names["losses"][0] == pytest.approx(np.log(2), abs=1e-5)  # policy and reference alike
 
 
-@of("grpo")
+@of("grpo", 1)
 def _grpo(names: Names) -> None:
     rewards = names["rewards"]
     assert np.mean(rewards[-5:]) > 0.3 > 5 * np.mean(rewards[:5])
     base, prompts, key = names["base"], names["prompts"], jax.random.key(99)
-    before, after = (names["sample"](x, base, prompts, key) for x in ({}, names["adapter"]))
-    assert (after[:, 1:] == 7).mean() > 5 * (before[:, 1:] == 7).mean()
-    assert (after[:, 0] == prompts[:, 0]).all()
+    before, after = (names["rollout"](x, base, prompts, key) for x in ({}, names["adapter"]))
+    assert (after == 7).mean() > 5 * (before == 7).mean()
 
 
 @of("evaluation")

@@ -185,9 +185,9 @@ def test_a_base_that_follows_from_the_weights_alone_is_shared() -> None:
 
 
 SHARED = (
-    "an initializer gives each {} another base, so that the adapters cannot share one, at fused, "
-    "layer/kernel. Use an initializer that leaves the weights as they are, such as "
-    "jlora.initializers.kaiming_uniform, or train these one by one."
+    "an initializer changes the base differently for each {}, so that adapters cannot share it, at "
+    "fused, layer/kernel. Use an initializer that does not change weights, such as "
+    "jlora.initializers.kaiming_uniform, or train one by one."
 )
 
 

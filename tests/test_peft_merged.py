@@ -809,7 +809,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "index-leads-out": (
         index(lambda where: where.update(x="../x.safetensors")),
-        f"{INDEX} names '../x.safetensors'; expected a safetensors file beside it",
+        f"{INDEX} names '../x.safetensors'; expected a safetensors file in the same folder",
     ),
     "index-lacks": (
         index(lambda where: where.pop(f"{Q}.weight")),

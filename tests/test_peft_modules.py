@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
         {"h.1.k_proj.weight": np.ones((6, 4), "f4"), "h.1.k_proj.bias": np.ones(6, "f4")},
         {"target_modules": HALVES, "modules_to_save": ["h.1.k_proj"]},
         "1/kv/w: its modules are one leaf, but only 1 of 2 are adapted, not h.1.v_proj; adapt "
-        "them alike",
+        "all of them equally",
     ),
 }
 

@@ -455,7 +455,7 @@ def test_an_adapter_that_is_taken(tmp_path: Folder) -> None:
         f"vllm serve {base} --enable-lora --max-lora-rank 16 --lora-modules "
         f"""NAME='{tmp_path}/it'"'"'s'"""
     )
-    assert str(answer) == f"{place}: vLLM 0.33.0 takes it: {start}"
+    assert str(answer) == f"{place}: vLLM 0.33.0 supports it: {start}"
     alone = str(peft.check(place, "tpu-inference", max_lora_rank=64))
     assert "MODEL_IMPL_TYPE=vllm vllm serve BASE --enable-lora --max-lora-rank 64" in alone
     assert alone.endswith("; without a base, names and shapes are not compared")
@@ -577,7 +577,7 @@ def test_command(tmp_path: Folder) -> None:
     place, base = write_both(tmp_path)
     for engine in ENGINES:
         text = run("check", place, "--for", engine, "--base", base).stdout
-        assert text.count("\n") == 1 and " takes it: " in text
+        assert text.count("\n") == 1 and " supports it: " in text
     bad = write(tmp_path / "b", *of(use_rslora=True, use_dora=True)(*good()))
     lines = run("check", bad, "--for", "sglang", "--base", base, code=1).stdout.splitlines()
     found = [line.split(":")[:2] for line in lines]

@@ -25,14 +25,15 @@ from ._inputs import format_of_adapter
 )
 @click.option("--max-lora-rank", type=int, help="The server's option, if you set it there.")
 def check(folder: Arg, engine: str, base: Arg | None, max_lora_rank: int | None) -> Answer:
-    """Show what ENGINE refuses of the PEFT adapter in DIR, and what it drops silently.
+    """Check whether an engine supports an adapter.
 
-    Prints a remedy for each, with exit code 1. If there is nothing, prints a command that starts
-    the engine, with exit code 0.
+    Shows what ENGINE refuses of the PEFT adapter in DIR, and what it drops silently, with a remedy
+    for each, and exit code 1. If there is nothing, shows a command that starts the engine, with
+    exit code 0.
     """
     if engine not in jlora.peft.ENGINES:
         known = ", ".join(jlora.peft.ENGINES)
-        raise ValueError(f"--for: there is no engine {engine!r}; expected one of {known}.")
+        raise ValueError(f"--for must be one of {known}; got {engine!r}.")
     if format_of_adapter(folder, "PEFT") == "orbax":
         raise ValueError(f"DIR: {folder} is an Orbax adapter; write it as PEFT with jlora convert.")
     found = call(jlora.peft.check, folder, engine, base=base, max_lora_rank=max_lora_rank)

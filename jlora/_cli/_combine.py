@@ -27,7 +27,13 @@ Merge = Callable[[list[PyTree]], PyTree]
 @click.argument("adapters", type=FOLDER, nargs=-1, required=True)
 @click.argument("out", type=FOLDER)
 @click.option("--weights", metavar="W,W,…", help="A weight for each adapter; 1 by default.")
-@click.option("--method", type=click.Choice([*METHODS]), default="add", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice([*METHODS]),
+    default="add",
+    show_default=True,
+    help="The weighted sum, or a function of jlora.arithmetic.",
+)
 @click.option(
     "--density",
     type=SHARE,
@@ -45,11 +51,12 @@ def combine(
     energy: float | None,
     **options: Any,
 ) -> Answer:
-    """Write the weighted sum of ADAPTERS, or a combination by another method, to OUT.
+    """Combine several adapters into one.
 
-    OUT has the format of all ADAPTERS, PEFT or Orbax. The model is not needed. The sum is that of
-    the ΔW = s·A·B, not of A and B. It is exact, and its rank is the sum of the ranks, unless it is
-    truncated. Values are computed and written in float32, or float64 if the adapters are.
+    Writes the weighted sum of ADAPTERS, or a combination by another method, to OUT, in their
+    format, PEFT or Orbax. The model is not needed. The sum is that of the ΔW = s·A·B, not of A and
+    B. It is exact, and its rank is the sum of the ranks, unless it is truncated. Values are
+    computed and written in float32, or float64 if the adapters are.
     """
     check_vacant(out.value, "OUT")
     kind = _format(adapters)

@@ -120,7 +120,7 @@ class Command(click.Command):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Adds two options to those of `click.Command`."""
+        """Adds the options `--json` and `--debug`."""
         super().__init__(*args, **kwargs)
         as_json = click.Option(["--json"], is_flag=True, help="Print JSON, for programs.")
         debug = click.Option(["--debug"], is_flag=True, help="Print the traceback of an error.")

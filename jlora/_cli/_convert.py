@@ -28,10 +28,11 @@ from ._inputs import NAMES, format_of_adapter, table
 )
 @click.option("--config", type=FOLDER, help="A PEFT adapter whose configuration to keep.")
 def convert(source: Arg, out: Arg, profile: str | None, **options: Any) -> Answer:
-    """Convert the adapter IN from Orbax to PEFT, or from PEFT to Orbax, and write it to OUT.
+    """Convert an adapter from Orbax to PEFT, or from PEFT to Orbax.
 
-    With --profile vllm, OUT is PEFT's format with one rank for all modules, and the scales
-    multiplied into B. Otherwise all values are kept bit for bit.
+    Writes the adapter IN to OUT in the other format. All values are kept bit for bit. With
+    --profile vllm, OUT has PEFT's format, one rank for all modules, and the scales multiplied into
+    B.
     """
     check_vacant(out.value, "OUT")
     kind, written = format_of_adapter(source), "peft"

@@ -27,9 +27,10 @@ from ._inspect import widen
     help="Treat sites as equal if ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖ is at most this, also for other ranks.",
 )
 def diff(a: Arg, b: Arg, names: str | None, tolerance: float | None) -> Answer:
-    """Compare the adapters A and B: exit code 0 if they are bit for bit equal, 1 if not.
+    """Compare two adapters, A and B.
 
-    Prints ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖ for each site that differs, and what differs.
+    Shows ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖ for each site that differs, and what differs. The exit code is 0 if
+    they are bit for bit equal, and otherwise 1.
     """
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"--tolerance must be a number of at least 0; got {tolerance}.")

@@ -29,7 +29,7 @@ Fields = dict[str, Any]  # of JSON
 @click.argument("folder", type=FOLDER, metavar="DIR")
 @click.option("--all", "every", is_flag=True, help="Print a row for each matrix of a stack.")
 def inspect(folder: Arg, every: bool) -> Answer:
-    """Show the sites of the adapter in DIR, and how much each changes its weight.
+    """Show the sites of an adapter, and how much each changes its weight.
 
     The columns are inputs × outputs, rank r, scale s, the Frobenius norm of ΔW = s·A·B, its stable
     and effective rank, and its largest singular values, computed from A and B. For stacked layers

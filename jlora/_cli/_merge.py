@@ -19,11 +19,12 @@ from ._inputs import NAMES, format_of, table
 @click.option("--names", metavar="TABLE", help=NAMES)
 @click.option("--follow-links", is_flag=True, help="Follow links out of BASE, and copy the files.")
 def merge(base: Arg, adapter: Arg, out: Arg, names: str | None, follow_links: bool) -> Answer:
-    """Merge ADAPTER into the weights of the model BASE, and write the model to OUT.
+    """Merge an adapter into a model.
 
-    BASE is a Hugging Face checkpoint (safetensors), or an Orbax checkpoint of parameters. OUT has
-    the same files, names and dtypes; a quantized BASE gives floats. ADAPTER is in PEFT's format or
-    Orbax. --names is needed to merge Orbax into Hugging Face, or PEFT into Orbax.
+    Adds ADAPTER to the weights of BASE, and writes the model to OUT. BASE is a Hugging Face
+    checkpoint (safetensors), or an Orbax checkpoint of parameters. OUT has the same files, names
+    and dtypes; a quantized BASE gives floats. ADAPTER is in PEFT's format or Orbax. --names is
+    needed to merge Orbax into Hugging Face, or PEFT into Orbax.
     """
     check_vacant(out.value, "OUT")
     kind, adapter_kind = format_of(base, model=True), format_of(adapter)

@@ -30,12 +30,12 @@ WITHOUT = 'activations are unknown without the compiler for TPUs: pip install "j
 )
 @click.option("--arithmetic", is_flag=True, help="Do not compile, even if libtpu is installed.")
 def plan(job: str, topology: str, mesh: str, fast: bool, arithmetic: bool) -> Answer:
-    """Show the memory of a training step on each device of a TPU slice, without the slice.
+    """Show the memory of a training step on a TPU slice.
 
-    JOB is module:FUNCTION or file.py:FUNCTION. The function gets the mesh, and returns the
-    arguments of jlora.plan: (loss, base, adapter, args) or (loss, base, adapter, args, tx), as
-    shapes with shardings on the mesh. With libtpu installed, the step is compiled for the slice.
-    Without it, everything but the activations is known.
+    Shows what each device needs, without the slice. JOB is module:FUNCTION or file.py:FUNCTION. The
+    function gets the mesh, and returns the arguments of jlora.plan: (loss, base, adapter, args) or
+    (loss, base, adapter, args, tx), as shapes with shardings on the mesh. With libtpu installed,
+    the step is compiled for the slice. Without it, everything but the activations is known.
     """
     chip, _ = call(parse_topology, topology)
     where = call(mesh_of, topology, _axes(mesh))
@@ -45,7 +45,7 @@ def plan(job: str, topology: str, mesh: str, fast: bool, arithmetic: bool) -> An
         if not isinstance(returned, tuple) or not 4 <= len(returned) <= 5:
             raise ValueError(
                 f"JOB: {job} must return (loss, base, adapter, args) or (loss, base, adapter, "
-                f"args, tx), as jlora.plan takes them; got {type(returned).__name__}."
+                f"args, tx), the arguments of jlora.plan; got {type(returned).__name__}."
             )
         if mesh_of_leaves(returned[1:4]) is None:
             raise ValueError(

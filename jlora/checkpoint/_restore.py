@@ -74,7 +74,7 @@ def read(path: Where) -> Saved:
 
 
 def _explain(folder: Any) -> str:
-    """Explains what a folder contains that is no checkpoint of an adapter."""
+    """Explains why a folder is not a checkpoint of an adapter."""
     names = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
     if steps := sorted(filter(str.isdigit, names), key=int):
         return (
@@ -145,7 +145,7 @@ def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
     template = nest({p: _template(x) for p, x in wanted.items()})
     args = ocp.args.Composite(**{ADAPTER: ocp.args.StandardRestore(template)})
     with (
-        damage(f"the arrays of {folder} cannot be read, as it is cut off or damaged"),
+        damage(f"the arrays of {folder} cannot be read, as it is truncated or damaged"),
         ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
     ):
         tree = in_step(lambda: checkpointer.restore(folder, args=args)[ADAPTER])

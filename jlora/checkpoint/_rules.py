@@ -94,7 +94,7 @@ def _decode_field(value: Any) -> Any:
         case {"function": name, "options": options}:
             made = _function(name)(**{key: _decode_field(x) for key, x in options.items()})
             if not isinstance(made, Initializer):
-                raise TypeError(f"{name} takes no options")
+                raise TypeError(f"{name} has no options")
             return made
         case {"function": name}:
             return _function(name)

@@ -175,7 +175,7 @@ def _check_merged(merged: PyTree) -> None:
 
 
 def _check_arrays(flat: dict[Path, Any], argument: str) -> None:
-    """Raises for leaves that are no arrays, and for paths that Orbax would confuse."""
+    """Raises for leaves that are not arrays, and for paths that Orbax would confuse."""
     wrong = [
         f"{name_of(path)}: {type(x).__name__}"
         for path, x in flat.items()

@@ -149,8 +149,8 @@ def open_checkpoint(
     kept, left_out, odd = _others(source, {*files, INDEX} if mapped else set(files))
     if odd := [name for name in odd if copied or name == "config.json"]:
         raise ValueError(
-            f"`{argument}`: {source.folder} has entries with names of files that are no files. "
-            "Replace them with the files, or remove them. "
+            f"`{argument}`: in {source.folder}, these entries are not files, but have names of "
+            "files. Replace them with the files, or remove them. "
             + itemize([_describe(source, name) for name in odd])
         )
     for name in kept if not follow_links else ():
@@ -218,7 +218,7 @@ def explain_shorter(source: Source, name: str) -> Iterator[None]:
 
 
 def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
-    """Lists the safetensors files; returns with it the index, or None if there is no index."""
+    """Returns the list of safetensors files, and the index or None."""
     one, index = ((source.folder / name).exists() for name in (ONE, INDEX))
     if not index:
         if not one and source.folder.is_dir():
@@ -238,7 +238,7 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.\-]*\.safetensors", file):
             raise ValueError(
                 f"`{source.argument}`: {INDEX} names {shorten(file)}; expected a safetensors file "
-                "beside it."
+                "in the same folder."
             )
     if one and ONE not in mapped.values():
         raise ValueError(

@@ -38,8 +38,8 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
     Returns:
         An adapter for `apply` and `merge`, with $\Delta W = s \cdot A B$. A and B have the dtype of
         the file. The layers of a scan are stacked. `modules_to_save` and biases are leaves in full.
-        With `use_dora` the nodes are those of `DoRA`. With `trainable_token_indices` the node of an
-        embedding is that of `Rows`. MiSS becomes LoRA with a frozen A.
+        With `use_dora`, modules have the node of `DoRA`. With `trainable_token_indices`, embeddings
+        have the node of `Rows`. MiSS becomes LoRA with a frozen A.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.

@@ -13,7 +13,7 @@ from .._progress import progress
 from ._checkpoint import Checkpoint, read_pieces
 from ._file import COUNTS, DTYPES, TensorInfo
 
-THREADS = min(os.cpu_count() or 1, 4)  # each of them holds a block
+THREADS = min(os.cpu_count() or 1, 4)  # each keeps a block in memory
 
 
 class Edit(Protocol):

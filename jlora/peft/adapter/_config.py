@@ -64,7 +64,7 @@ DEFAULTS = _PLAIN | _READ | _UNREAD
 METHODS = tuple(_READ)
 MISS, ROWS_ALONE = "MISS", "TRAINABLE_TOKENS"  # other methods
 ROWS_DEFAULTS = COMMON | {"init_weights": True, "peft_type": ROWS_ALONE, "token_indices": []}
-# Initial values of A and B that leave the base as it is.
+# Initializations of A and B that do not change the base.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 

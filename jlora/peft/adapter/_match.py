@@ -196,7 +196,7 @@ def _gather(
             leaf = leaf.with_slots(tuple(there))
         what, advice = "layers", "load into a tree without a scan"
         if leaf.layout.slots:
-            what, advice = "modules", "adapt them alike"
+            what, advice = "modules", "adapt all of them equally"
         path, start = name_of(leaf.path), f"its {what} are one leaf"
         left = [name.rpartition(".")[0] for name in leaf.parameters if name not in own]
         forms = dict.fromkeys((x.rank, x.scale) for x in parts)

@@ -22,7 +22,7 @@ Fields = dict[str, Any]
 BLOCK = ".miss_block"
 OWN = {"init_weights": True, "mini_r": 1, "miss_dropout": 0.0}  # fields that LoRA does not have
 # Fields that both have, with the same names and meanings.
-CHOICE = ("exclude_modules", "layers_pattern", "layers_to_transform")  # beside target_modules
+CHOICE = ("exclude_modules", "layers_pattern", "layers_to_transform")  # and target_modules
 _SELECTION = dict.fromkeys((*CHOICE, "modules_to_save"))
 SHARED = (COMMON.keys() - {"inference_mode", "peft_version"}) | _SELECTION.keys()
 MISS_DEFAULTS: Fields = COMMON | _SELECTION | OWN | {"bias": "none", "peft_type": MISS, "r": 64}

@@ -60,7 +60,7 @@ def assign_parameters(
     problems.unused += _list_idle_names(adapter)
     problems.unused += selection.unused([part.key for part in found])
     if not (found or adapter.others.full or adapter.others.tokens or problems.found):
-        problems.found.append(f"{TENSORS} holds neither A and B nor a parameter in full")
+        problems.found.append(f"{TENSORS} has neither A and B nor a parameter in full")
     return adapter.others._replace(parts=found)
 
 

@@ -45,7 +45,7 @@ def answer(kind, pattern):
     found = map(pattern.match, names)
     return [match and match["idx"] and int(match["idx"]) for match in found]
 
-for job in jobs:  # each by itself, for the sake of memory
+for job in jobs:  # one at a time, to save memory
     print(json.dumps(answer(*job)))
 print(time.process_time())
 """

@@ -199,7 +199,7 @@ def _why_unwritable(path: Path, x: Any, leaves: Mapping[Path, NamedLeaf]) -> str
     if not is_node(x):
         return "is in full, but is only a part of PyTorch's parameter" if leaf.name.part else None
     if leaf.name.kind is None:
-        return f"is adapted, but is no matrix by `names`, with axes {leaf.name.axes!r}"
+        return f"is adapted, but is not a matrix under `names`, with axes {leaf.name.axes!r}"
     ours, wanted = x.layout, leaf.name.layout
     if isinstance(x, Replaced):
         is_one = leaf.name.kind == "embedding" and ours == wanted

@@ -34,7 +34,7 @@ class Checked(NamedTuple):
         if self.findings:
             return "\n".join(map(str, self.findings))
         unknown = "" if self.compared else "; without a base, names and shapes are not compared"
-        return f"{self.path}: {self.engine} takes it: {self.start}{unknown}"
+        return f"{self.path}: {self.engine} supports it: {self.start}{unknown}"
 
 
 def check(

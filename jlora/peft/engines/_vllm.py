@@ -20,7 +20,7 @@ EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 # Frozen values, which it skips, and the heads of classifiers.
 _SKIPPED = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _HEAD = re.compile(rf"(.*\.)?({'|'.join(HEADS)})\.(weight|bias)")
-# The other models beside a language model.
+# Models of images and sounds, next to a language model.
 _TOWER = re.compile(r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector)\.")
 Shapes = dict[int, dict[str, tuple[int, ...]]]  # of A and B, by depth
 _OLD = "is not read before vLLM 0.32, where all modules have `r` and `lora_alpha`"

@@ -13,12 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._folders import fresh
-from .._checkpoint import (
-    INDEX,
-    Checkpoint,
-    explain_shorter,
-    open_checkpoint,
-)
+from .._checkpoint import INDEX, Checkpoint, explain_shorter, open_checkpoint
 from .._file import DTYPES, Header, TensorInfo, itemize, make_header, shorten
 from .._vocabulary import find_vocabulary
 from .._write import write_tensors
@@ -102,7 +97,7 @@ def dequantize_checkpoint(
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if not checkpoint.quantization:
         raise ValueError(
-            f"`src_dir`: {checkpoint.source.folder} is not quantized; use it as it is."
+            f"`src_dir`: {checkpoint.source.folder} is not quantized. Use it directly."
         )
     dense = open_dequantized(checkpoint)
     with fresh(out, "`out`") as folder:

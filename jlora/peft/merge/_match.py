@@ -119,7 +119,7 @@ def _check(checkpoint: Checkpoint, model: Model, found: Contents, problems: Prob
     """Adds the parameters whose shape or dtype in the checkpoint does not fit."""
     for name, x in found.tokens.items():
         if (view := model.get(name)) is None or len(view.shape) != 2:
-            problems.add(name, "has rows in the adapter, but is no embedding in the checkpoint")
+            problems.add(name, "has rows in the adapter, but is not an embedding in the checkpoint")
         else:
             problems.found += list_misfits(x, view.shape)
     for part in found.parts:

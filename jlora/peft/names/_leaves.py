@@ -170,14 +170,11 @@ def row_of(
 ) -> tuple[Name, re.Match[str]] | None:
     """Finds the row that names a leaf, with the match of its pattern."""
     for row in rows:
-        matched = re.fullmatch(row.path, path_in_names(path))
-        if matched and len(row.axes) == len(shape) and _holds_all(row, shape):
+        if len(row.axes) != len(shape) or any(shape[d] != len(row.modules) for d in row.where("s")):
+            continue
+        if matched := re.fullmatch(row.path, path_in_names(path)):
             return row, matched
     return None
-
-
-def _holds_all(row: Name, shape: tuple[int, ...]) -> bool:
-    return all(shape[d] == len(row.modules) for d in row.where("s"))
 
 
 def _modules(row: Name, shape: tuple[int, ...], templates: Sequence[str]) -> Iterator[str]:
