@@ -1,7 +1,9 @@
 """The guides as a site. CONTRIBUTING.md has the command."""
 
 import importlib.metadata
+import os
 import re
+import sys
 
 from docutils import nodes
 from latex2mathml.converter import convert
@@ -39,6 +41,10 @@ TREE = {
             reference/methods genindex"""
     },
 }
+
+# So that cells in bash find the command line.
+scripts = os.path.dirname(sys.executable)
+os.environ["PATH"] = scripts + os.pathsep + os.environ["PATH"]
 
 project = "jlora"
 author = "The jlora authors"
