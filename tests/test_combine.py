@@ -280,8 +280,8 @@ ERRORS = {
     r"\S+lora_magnitude_vector: missing",
     "x dora out": r"\S+dora: \S+down_proj.*: of DoRA, whose change is no s·A·B and has no sum",
     "x tokens out": r"\S+tokens: model.embed_tokens: rows that are replaced, whose change is known",
-    "x wide out": r"`adapters` cannot be combined at these paths: m.q: is for weights of \(shape, "
-    r"stack, inputs, outputs\) \[.*\]; Adapters that are combined must be of one base.",
+    "x wide out": r"`adapters` cannot be combined at these paths: m.q: adapts weights of \(shape, "
+    r"stack, inputs, outputs\) \[.*\]; All adapters must belong to one base.",
     "tied untied out": "model.embed_tokens: has A and B of lm_head, which shares its weight, in "
     "one adapter alone",
     "tied trained out": "model.embed_tokens.weight: frozen with other values in .*tied than in "
