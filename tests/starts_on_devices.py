@@ -16,11 +16,17 @@ from meshes import assert_lies, compiled, lines, moved, normal, on
 from small import some
 
 import jlora
-from jlora.initializers import loftq, miss, olora, pissa, pissa_niter
+from jlora.initializers import loftq, miss, olora, paca, pissa, pissa_niter
 
 LAYERS, INPUTS, OUTPUTS, RANK = 4, 64, 128, 2
 SPECS = {"inputs": P(None, "d"), "outputs": P(None, None, "d"), "stack": P("d")}
-STARTS = {"pissa": pissa, "pissa_niter": pissa_niter(40), "olora": olora, "miss": miss}
+STARTS = {
+    "pissa": pissa,
+    "pissa_niter": pissa_niter(40),
+    "olora": olora,
+    "miss": miss,
+    "paca": paca,
+}
 LINES = lines()
 AUTO, EXPLICIT = LINES
 X = jax.ShapeDtypeStruct((LAYERS, 1, INPUTS), "f4")

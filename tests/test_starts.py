@@ -23,11 +23,12 @@ from small import KEY, array, dense, each_refusal, every, exactly, some
 import jlora
 from jlora import DoRA, LoRA, Slots, analysis, arithmetic, checkpoint, initializers, many, peft
 from jlora.checkpoint._meta import digest
-from jlora.initializers import loftq, milora, miss, olora, pissa, pissa_niter
+from jlora.initializers import loftq, milora, miss, olora, paca, pissa, pissa_niter
 
 CHANGING = {"pissa": pissa, "pissa_niter": pissa_niter(3), "milora": milora, "olora": olora}
 QUANTIZING = {"loftq": loftq(Pairs(), iterations=2)}
-STARTS = {**CHANGING, **QUANTIZING, "miss": miss}
+FREEZING = {"miss": miss, "paca": paca}
+STARTS = {**CHANGING, **QUANTIZING, **FREEZING}
 slow = pytest.mark.slow
 
 
@@ -50,7 +51,7 @@ def test_laws(case: Case, name: str) -> None:
     case = dataclasses.replace(case, rules=rules, exact_at_zero=False, leaks=leaks)
     with laws.precision(case, jnp.float32) as tolerance:
         # W is the sum of a rest and a product that may be larger; statistics of batches amplify it.
-        tolerance = tolerance if name == "miss" else max(tolerance, 5e-5)
+        tolerance = tolerance if name in FREEZING else max(tolerance, 5e-5)
         laws.hold(laws.make(case, jnp.float32), tolerance, name != "loftq")
 
 
@@ -238,7 +239,7 @@ def test_however_init_is_called(kind: str, way: str) -> None:
     assert form(found) == form(expected)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     if kind in (*STARTS, "DoRA"):  # marked as for a base that is not the parameters
-        assert found[1]["w"].residual == (kind != "miss")
+        assert found[1]["w"].residual == (kind not in FREEZING)
     if "eval_shape" not in way:
         merged = [
             jlora.merge(base, many.take(x, 0) if kind == "many" else x)["w"]
@@ -359,7 +360,7 @@ def test_an_initializer_of_a_scheme_of_ones_own_is_foreign(tmp_path: Any) -> Non
         rule.init()
 
 
-# --------------------------------------------------------------------------------------------- MiSS
+# ------------------------------------------------------------------------------------ MiSS and PaCA
 
 
 @pytest.mark.parametrize("form", some(FORMS, "stack", "slots"))
@@ -375,6 +376,28 @@ def test_miss_repeats_rows(form: str) -> None:
     for matrix, block in zip(each, blocks, strict=True):
         i = np.arange(len(matrix)) % RANK
         np.testing.assert_allclose(matrix, ALPHA / RANK * block[i], rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", some(FORMS, "stack", "slots"))
+def test_paca_trains_some_rows(form: str) -> None:
+    """ΔW is s·B in r different rows of each matrix, and 0 in the others; each key picks its own."""
+    _, params, base, adapter, _ = made(form, paca)
+    assert base["w"] is params["w"]
+    node = adapter["w"]
+    b = array(*node.b.shape)
+    delta = jlora.merge({"w": jnp.zeros_like(params["w"])}, {"w": node._replace(b=b)})["w"]
+    each = FORMS[form][-1](np.asarray(delta))
+    picked = []
+    for matrix, block in zip(each, b.reshape(len(each), RANK, -1), strict=True):
+        rows = [np.flatnonzero(np.isclose(matrix, ALPHA / RANK * x).all(1)) for x in block]
+        picked.append(np.ravel(rows).tolist())
+        assert len({*picked[-1]}) == RANK
+        assert not np.delete(matrix, picked[-1], 0).any()
+    assert len(each) == 1 or len({*map(tuple, picked)}) > 1
+    lora, *_, x = made(form, paca)
+    found = [lora.init(jax.random.key(i), params, x)[1]["w"].a for i in range(20)]
+    chosen = np.sum(found, axis=0).reshape(len(each), -1, RANK).sum((0, 2))
+    assert chosen.all()  # every input is picked by some key
 
 
 def swapped(key: Any, w: Any, site: Any, rule: Any) -> Any:
@@ -471,10 +494,10 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
     adapter, other = {"w": initial["w"]._replace(b=initial["w"].b + 1)}, made("dense", None)[3]
     names = [peft.Name("w", "model.w", "io")]
     refusal = re.escape(
-        "`adapter` is for a base that an initializer changed, and not for the parameters that PEFT "
-        "and engines have, at these paths:\n  w\nGive jlora.arithmetic.difference(adapter, initial)"
-        ", where `initial` is what init returned, or merge it with its base. If that base is saved "
-        "in the place of the parameters, give nodes that say so: node._replace(residual=False)."
+        "`adapter` needs the base that an initializer changed, which PEFT and engines do not have, "
+        "at these paths:\n  w\nGive jlora.arithmetic.difference(adapter, initial), where `initial` "
+        "is the adapter from init, or merge the adapter into its base. If you publish the changed "
+        "base, mark the nodes: node._replace(residual=False)."
     )
     (tmp_path / "model").mkdir()
     save_file({"model.w.weight": np.zeros((10, 12), "f")}, tmp_path / "model/model.safetensors")
@@ -550,8 +573,8 @@ ADD = ("`adapters` cannot be combined", "so `weights` must add up to 1 or to 0; 
 SCALE = ("`adapter` cannot be scaled", ADD[1])
 TAKE = ("`other` cannot be subtracted from `adapter`", "but one adapter lacks the site")
 MERGE = ("`adapters` cannot be combined", "so ΔW = 0 is not the original model")
-FREE = ("a table cannot hold what is", "so that a slot without it would not be the model")
-ROUTE = ("a table that is routed cannot hold what is", "so that -1 would not be the model")
+FREE = ("a table cannot contain the leaves", "so a slot without it would not be the model")
+ROUTE = ("`route` cannot use the leaves of `table`", "so -1 would not be the model")
 X = jnp.ones((12, 10))
 UNSAID: dict[str, Any] = {
     "add": (lambda t: arithmetic.add([t, t]), ADD, "2"),

@@ -20,5 +20,6 @@ from ._lora_ga import lora_ga as lora_ga
 from ._milora import milora as milora
 from ._miss import miss as miss
 from ._olora import olora as olora
+from ._paca import paca as paca
 from ._pissa import pissa as pissa
 from ._pissa import pissa_niter as pissa_niter
