@@ -210,8 +210,8 @@ def test_what_does_not_fit_is_exit_code_1():
         ((f"{JOBS}:wrong", *SLICE), "must return (loss, base, adapter, args) or"),
         (
             (f"{JOBS}:nowhere", *SLICE),
-            f"JOB: nothing that {JOBS}:nowhere returned is on the mesh that it was given. Give "
-            "each leaf of the base and of the arguments its place, jax.ShapeDtypeStruct(",
+            f"JOB: no leaf that {JOBS}:nowhere returned is on the mesh that it got. Give "
+            "each leaf of the base and of the arguments a sharding: jax.ShapeDtypeStruct(",
         ),
         ((f"{JOBS}:lost", *SLICE), "jlora: `base` has shapes without `sharding`, on a mesh of"),
         ((f"{JOBS}:missing", *SLICE), "plan_jobs.py has no missing"),
@@ -246,7 +246,7 @@ def test_without_libtpu_it_says_so(monkeypatch):
     text = run(f"{JOBS}:job", *SLICE[:-1]).stdout
     assert text.endswith(
         "GiB of 95.7 GiB for activations\n"
-        "activations need the compiler for TPUs, which is not installed: "
+        "activations are unknown without the compiler for TPUs: "
         'pip install "jax[tpu]"\n'
     )
 

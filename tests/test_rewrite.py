@@ -213,7 +213,7 @@ def test_what_is_left_unread_is_refused(method, name, way, tmp_path):
         assert f"{name}: unexpected" in said
     else:
         assert "but these tensors were not read. Give the checkpoint" in said
-        assert f"1 problems: {name}: {dtype} {x.shape}" in " ".join(said.split())
+        assert f"1 problem: {name}: {dtype} {x.shape}" in " ".join(said.split())
     assert not (tmp_path / "out").exists()
 
 

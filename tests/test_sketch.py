@@ -280,10 +280,11 @@ def test_lora_ga(name: str) -> None:
     shapes = jax.eval_shape(lambda: model.params)  # of which there is nothing to subtract from
     form = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype))
     assert form(lora.init(jax.random.key(0), shapes, batch)) == form((base, adapter))
-    close(lora.apply(base, adapter, batch), model.apply(model.params, batch))
+    apply = jax.jit(lora.apply)
+    close(apply(base, adapter, batch), jax.jit(model.apply)(model.params, batch))
     trained = laws.randomize(adapter)
     whole = jlora.arithmetic.difference(trained, adapter)  # that of the parameters
-    close(lora.apply(model.params, whole, batch), lora.apply(base, trained, batch), 1e-8)
+    close(apply(model.params, whole, batch), apply(base, trained, batch), 1e-8)
     for path, node in adapter.items():
         assert np.any(np.asarray(base[path]) != np.asarray(model.params[path]))
         s = found.sites[path]

@@ -494,10 +494,10 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
     adapter, other = {"w": initial["w"]._replace(b=initial["w"].b + 1)}, made("dense", None)[3]
     names = [peft.Name("w", "model.w", "io")]
     refusal = re.escape(
-        "`adapter` is for a base that an initializer changed, and not for the parameters that PEFT "
-        "and engines have, at these paths:\n  w\nGive jlora.arithmetic.difference(adapter, initial)"
-        ", where `initial` is what init returned, or merge it with its base. If that base is saved "
-        "in the place of the parameters, give nodes that say so: node._replace(residual=False)."
+        "`adapter` needs the base that an initializer changed, which PEFT and engines do not have, "
+        "at these paths:\n  w\nGive jlora.arithmetic.difference(adapter, initial), where `initial` "
+        "is the adapter from init, or merge the adapter into its base. If you publish the changed "
+        "base, mark the nodes: node._replace(residual=False)."
     )
     (tmp_path / "model").mkdir()
     save_file({"model.w.weight": np.zeros((10, 12), "f")}, tmp_path / "model/model.safetensors")
@@ -573,8 +573,8 @@ ADD = ("`adapters` cannot be combined", "weights must add up to 1 or to 0; got "
 SCALE = ("`adapter` cannot be scaled", ADD[1])
 TAKE = ("`other` cannot be subtracted from `adapter`", "and one adapter has no such site")
 MERGE = ("`adapters` cannot be combined", "so that a ΔW of 0 is not the model")
-FREE = ("a table cannot hold what is", "so that a slot without it would not be the model")
-ROUTE = ("a table that is routed cannot hold what is", "so that -1 would not be the model")
+FREE = ("a table cannot contain the leaves", "so a slot without it would not be the model")
+ROUTE = ("`route` cannot use the leaves of `table`", "so -1 would not be the model")
 X = jnp.ones((12, 10))
 UNSAID: dict[str, Any] = {
     "add": (lambda t: arithmetic.add([t, t]), ADD, "2"),

@@ -246,9 +246,9 @@ TAKERS: dict[type[Exception], dict[str, Any]] = {
         ),
     },
     TypeError: {
-        "`merged` must hold plain arrays; quantized are head, layer/kernel. Give "
-        "jlora.dequantize(merged), or what jlora.merge returns without requantize=True.": lambda: (
-            checkpoint.export("/nowhere/merged", adapted()[0])
+        "`merged` must have plain arrays; got quantized leaves at head, layer/kernel. Give "
+        "jlora.dequantize(merged), or merge without requantize=True.": lambda: checkpoint.export(
+            "/nowhere/merged", adapted()[0]
         ),
     },
 }
