@@ -24,7 +24,6 @@ import tables
 from regret import ALPHA, ALPHABET, FIRST, LENGTH, OUT, PLANS, SCALE, Setting
 from scipy import stats
 from tables import Row
-from variants_table import MEASURES
 
 SCALES = {  # ways to choose s
     "s = 32/r": lambda setting: setting.scale * setting.rank == ALPHA,
@@ -78,22 +77,17 @@ def bits(row: Row) -> tuple[float, float]:
     return every, every - letters * row["held_out"] / np.log(2)
 
 
-def score(row: Row) -> float:
-    """What a run is judged by, beside its loss."""
-    measure = MEASURES.get(row["task"])
-    return measure.factor * row[measure.column] if measure else bits(row)[1]
-
-
 def group(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
-    """The runs of each setting, in the order of the plans."""
+    """The runs of each setting, in the order of the plans, with their bits or held-out loss."""
     found = collections.defaultdict(list)
     for row in rows:
-        found[Setting(*(row[name] for name in Setting._fields))].append(row | {"score": score(row)})
+        score = bits(row)[1] if row["experiment"] == "capacity" else row["held_out"]
+        found[Setting(*(row[name] for name in Setting._fields))].append(row | {"score": score})
     return {x: found[x] for settings, _ in PLANS.values() for x in settings if x in found}
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """A row for each setting: its best rate, that over full fine-tuning's, and its score."""
+    """A row for each setting: its best rate, also over full fine-tuning's, and its score."""
     groups, table = group(rows), []
     at = {setting: find_vertices(runs) for setting, runs in groups.items()}
     for setting, runs in groups.items():
@@ -136,7 +130,7 @@ def exponents(rows: Sequence[Row]) -> str:
 
 def markdown(table: Sequence[Row], experiment: str) -> str:
     """The table of an experiment as the guide has it."""
-    lines = [["", "s", "batch", "best rate", "÷ full's", "score"], 6 * ["---"]]
+    lines = [["", "s", "batch", "best rate", "÷ full's", "held-out loss"], 6 * ["---"]]
     for row in table:
         if row["experiment"] == experiment:
             what = [row["task"], label(row), "" if row["layers"] == "all" else row["layers"]]
@@ -167,7 +161,7 @@ AXES = {
     "capacity": ("bits in the strings", "bits learned"),
     "rates": ("learning rate", "validation loss"),
     "layers": ("learning rate", "validation loss"),
-    "batches": ("batch, at equally many examples", "accuracy, %"),
+    "batches": ("batch, at equally many examples", "held-out loss"),
 }
 Panels = dict[str, dict[str, dict[float, list[float]]]]  # of lines of x to the y of each seed
 

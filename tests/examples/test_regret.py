@@ -178,6 +178,14 @@ def test_vertices_of_parabolas():
     assert np.isnan(regret_figures.vertices(-losses)).all()
 
 
+def test_the_mean_of_the_seeds_chooses_among_rates_that_have_all():
+    rows = [(0.1, 0, 1.0), (0.1, 1, 3.0), (0.2, 0, 1.5), (0.2, 1, 1.5), (0.3, 0, 0.5)]
+    rows = [dict(zip(("rate", "seed", "validation"), row, strict=True)) for row in rows]
+    about, mean, error = tables.best(rows, "validation", 1)
+    assert (about, mean, error) == ({"rate": 0.2, "rates": 3, "seeds": 2}, 1.5, 0)
+    assert tables.best(rows, "validation", -1)[0]["rate"] == 0.1
+
+
 def runs(rng, best, seeds, noise, **fields):
     """Runs at five rates, whose loss is a parabola around `best`, and whose seeds differ."""
     shift = noise * rng.standard_normal(seeds)
