@@ -127,6 +127,7 @@ VARIANTS = {
     ),
     "pissa": Variant("PiSSA", simple(lambda t: lora(None, RANK, init=starts.pissa_niter(16))), -1),
     "miss": Variant("MiSS", simple(lambda t: lora(None, 2 * RANK, 1.0, init=starts.miss)), -1),
+    "paca": Variant("PaCA", simple(lambda t: lora(None, 2 * RANK, init=starts.paca))),
     "eva": Variant("EVA", simple(lambda t: sketched(t, starts.eva, "inputs", RANK)), -1),
     "lora_ga": Variant(  # PEFT takes 2·r components
         "LoRA-GA", simple(lambda t: sketched(t, starts.lora_ga, "gradient", 2 * RANK)), -1

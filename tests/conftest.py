@@ -1,5 +1,6 @@
 """Settings of the test run: the examples' folder, and a compiler in a hurry."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -8,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-# With PyTorch, which the default tests do without.
-collect_ignore = ["fixtures", "peft_families.py", "tables/pytorch.py"]
+# With PyTorch, which the default tests do without; what CI's part `benchmarks` runs.
+collect_ignore = ["fixtures", "peft_families.py", "tables/pytorch.py", "bench"]
 # Run by `test_eight_devices.py`; imported, for their doctests, only where there are devices.
 collect_ignore_glob = (
     [] if "device_count" in os.environ.get("XLA_FLAGS", "") else ["*_on_devices.py"]
@@ -27,6 +28,7 @@ FLAGS = [
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+gc.set_threshold(20_000, 50, 100)  # what JAX traces would be searched again and again
 # NumPy's matrices are small here: a second thread would only wait.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is imported

@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
+from small import some
 
 import jlora
 
@@ -30,7 +31,7 @@ class Words(nnx.Module):
         return self.up(self.table(ids))
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantized", some([False, True], True))
 def test_rows_and_codes_on_a_mesh(quantized: bool) -> None:
     """A step on eight devices is one on a device; V lies as the table's columns do."""
     ids, found = jnp.arange(8), []
@@ -60,7 +61,7 @@ def test_rows_and_codes_on_a_mesh(quantized: bool) -> None:
     assert adapted.adapter["table"]["embedding"].v.sharding.spec == PartitionSpec(None, "fsdp")
 
 
-@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("names", some(NAMES, "logical"))
 def test_an_adapter_lies_like_its_base(names: str) -> None:
     """By metadata of logical axes or of the mesh's; the step leaves A and B where they were."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_files import Folder, come_back
-from small import randomize
+from small import array, every, randomize
 
 import jlora
 from jlora import DoRA, LoRA, Slots, checkpoint, initializers, peft
@@ -75,11 +75,9 @@ def test_counts_of_qwen3(rules: list[LoRA], each: int, rank: int) -> None:
 
 
 def make(*rules: LoRA) -> tuple[Any, Any, jlora.types.Transformed, jax.Array]:
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, MIXTURE.items(), strict=False)}
-    x = jax.random.normal(keys[2], (3, 4, 6))
+    params, x = {name: array(*shape) for name, shape in MIXTURE.items()}, array(3, 4, 6)
     lora = jlora.transform(mixture, *rules)
-    return *lora.init(jax.random.key(1), params, x), lora, x
+    return *jax.jit(lora.init)(jax.random.key(1), params, x), lora, x
 
 
 OUTER = [LoRA("up", rank=2, share="inputs"), LoRA("down", rank=2, share="outputs")]
@@ -92,7 +90,8 @@ def test_files(tmp_path: Folder) -> None:
     read = come_back(tmp_path / "peft", base, adapter, NAMES)
     assert read["up"].a.shape == (3, 6, 2)
     assert (np.asarray(read["up"].a) == np.asarray(adapter["up"].a)).all()
-    actual, expected = lora.apply(base, read, x), lora.apply(base, adapter, x)
+    apply = jax.jit(lora.apply)
+    actual, expected = apply(base, read, x), apply(base, adapter, x)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
     checkpoint.save(tmp_path / "own", adapter, OUTER)
     again = checkpoint.restore(tmp_path / "own", like=adapter)
@@ -100,39 +99,44 @@ def test_files(tmp_path: Folder) -> None:
     assert checkpoint.read(tmp_path / "own").rules == tuple(OUTER)
 
 
-@pytest.mark.parametrize("share", ["inputs", "outputs"])
+SHARES = ("inputs", "outputs")
+STARTS = ("pissa", "olora", "milora", "miss", "paca")
+FIELDS = ({"slots": Slots(2, (1,))}, {"dropout": 0.5}, {"frozen": ("a",)})
+
+
 @pytest.mark.parametrize(
-    "init",
-    [initializers.pissa, initializers.olora, initializers.milora, initializers.miss],
-    ids=lambda init: init.__name__,
+    ("init", "share"), every(STARTS, SHARES, daily=zip(STARTS, SHARES * 3, strict=False))
 )
-def test_starts(init: Callable[..., Any], share: str) -> None:
+def test_starts(init: str, share: str) -> None:
     """The adapted model is the base at first, as with an A and a B for each expert."""
-    params = make(LoRA(rank=2))[0]
-    base, adapter, lora, x = make(LoRA(rank=2, share=share, init=init))
-    actual, expected = lora.apply(base, adapter, x), mixture(params, x)
+    params = {name: array(*shape) for name, shape in MIXTURE.items()}
+    base, adapter, lora, x = make(LoRA(rank=2, share=share, init=getattr(initializers, init)))
+    given = (base, adapter), params
+    actual, expected = jax.jit(lambda own, p: (lora.apply(*own, x), mixture(p, x)))(*given)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("share", ["inputs", "outputs"])
 @pytest.mark.parametrize(
-    "more", [{"slots": Slots(2, (1,))}, {"dropout": 0.5}, {"frozen": ("a",)}], ids=str
+    ("more", "share"), every(FIELDS, SHARES, daily=zip(FIELDS, SHARES * 2, strict=False)), ids=str
 )
 def test_with_other_fields(more: dict[str, Any], share: str) -> None:
     """Adapted is merged; dropout changes the values while it is active."""
-    params = {"w": jnp.cos(jnp.arange(180.0)).reshape(3, 6, 10)}
-    x = jnp.sin(jnp.arange(72.0)).reshape(3, 4, 6)
+    params, x = {"w": array(3, 6, 10)}, array(3, 4, 6)
 
     def apply(p: Any, x: jax.Array) -> jax.Array:
         return jnp.einsum("ebi,eio->ebo", x, p["w"])
 
     lora = jlora.transform(apply, LoRA("w", rank=2, share=share, **more))
-    base, adapter = lora.init(jax.random.key(0), params, x)
+    base, adapter = jax.jit(lora.init)(jax.random.key(0), params, x)
     adapter = randomize(adapter)
-    expected = apply(jlora.merge(base, adapter), x)
-    actual = jax.jit(lora.apply)(base, adapter, x)
+
+    @jax.jit
+    def each(adapter: Any) -> tuple[jax.Array, ...]:
+        dropped = lora.apply(base, jlora.dropout(adapter, jax.random.key(1)), x)
+        return lora.apply(base, adapter, x), apply(jlora.merge(base, adapter), x), dropped
+
+    actual, expected, dropped = each(adapter)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
-    dropped = lora.apply(base, jlora.dropout(adapter, jax.random.key(1)), x)
     assert ("dropout" in more) == (not np.allclose(dropped, expected, atol=1e-3))
 
 
@@ -141,7 +145,7 @@ def test_a_start_is_of_one_experts_inputs() -> None:
     for share in (None, "inputs", "outputs"):
         adapter = make(LoRA(rank=2, share=share))[1]
         largest = {
-            name: float(jnp.abs(x.a).max() * np.sqrt(MIXTURE[name][1]))
+            name: np.abs(np.asarray(x.a)).max() * np.sqrt(MIXTURE[name][1])
             for name, x in adapter.items()
         }
         assert all(0.6 < x <= 1 for x in largest.values()), largest
@@ -152,8 +156,8 @@ def test_dora() -> None:
     base, adapter, lora, x = make(DoRA(rank=2, share="inputs"))
     adapter = randomize(adapter)
     assert adapter["up"].m.shape == (3, 5)
-    expected = mixture(jlora.merge(base, adapter), x)
-    np.testing.assert_allclose(lora.apply(base, adapter, x), expected, rtol=1e-5, atol=1e-5)
+    both = jax.jit(lambda a: (lora.apply(base, a, x), mixture(jlora.merge(base, a), x)))
+    np.testing.assert_allclose(*both(adapter), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -167,20 +171,20 @@ def test_dora() -> None:
         (
             lambda: DoRA("w", share="outputs"),
             (),
-            "`share` of DoRA('w') must be None or 'inputs', as each expert has norms of its own; "
-            "got 'outputs'. Use jlora.LoRA.",
+            "`share` of DoRA('w') must be None or 'inputs', as each expert has its own norms: use "
+            "jlora.LoRA; got 'outputs'.",
         ),
         (
             lambda: LoRA("w", share="inputs"),
             (4, 3),
-            "`share` of LoRA('w') needs a weight with one stacked axis, that of its experts; 'w' "
-            "with shape (4, 3) has 0. Leave `share` out.",
+            "`share` of LoRA('w') needs a weight with one stacked axis, the experts; 'w' with "
+            "shape (4, 3) has 0 stacked axes. Leave `share` out.",
         ),
         (
             lambda: LoRA("w", share="inputs"),
             (2, 2, 4, 3),
-            "`share` of LoRA('w') needs a weight with one stacked axis, that of its experts; 'w' "
-            "with shape (2, 2, 4, 3) has 2. Leave `share` out.",
+            "`share` of LoRA('w') needs a weight with one stacked axis, the experts; 'w' with "
+            "shape (2, 2, 4, 3) has 2 stacked axes. Leave `share` out.",
         ),
     ],
 )

@@ -35,6 +35,7 @@ __all__ = [
     *("ALIKE", "GEMMA2", "GEMMA3", "GEMMA4", "GEMMA4_EXPERTS", "PARAMETERS", "PER_LAYER"),
     *("TIED", "TOKENS", "Case", "Made", "Model"),
     *("each_adapter", "made_of", "our_logits", "pytestmark", "test_base", "test_base_comes_back"),
+    *("sizes", "sizes_of_gemma2", "sizes_of_gemma4"),
     *("stack_experts", "test_files_come_back", "test_logits", "test_merged", "test_own_adapter"),
 ]
 # What the libraries warn of is theirs.
@@ -173,6 +174,45 @@ GEMMA4_EXPERTS = GEMMA4 | {
 }
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
 PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def sizes(config: Any, vocabulary: str = "num_embed") -> dict[str, Any]:
+    """Fields of a configuration of gemma or tunix."""
+    return {
+        vocabulary: config.vocab_size,
+        "embed_dim": config.hidden_size,
+        "hidden_dim": config.intermediate_size,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+    }
+
+
+def sizes_of_gemma2(config: Any) -> dict[str, Any]:
+    """Those of Gemma 2 and 3."""
+    return sizes(config) | {
+        "final_logit_softcap": config.final_logit_softcapping,
+        "attn_logits_soft_cap": config.attn_logit_softcapping,
+        "use_post_attn_norm": True,
+        "use_post_ffw_norm": True,
+        "sliding_window_size": config.sliding_window,
+    }
+
+
+def sizes_of_gemma4(config: Any) -> dict[str, Any]:
+    """Those of Gemma 4, with experts or without."""
+    return sizes(config) | {
+        "sliding_window_size": config.sliding_window,
+        "final_logit_softcap": config.final_logit_softcapping,
+        "per_layer_input_dim": config.hidden_size_per_layer_input,
+        "num_global_kv_heads": config.per_layer_config[-1].num_key_value_heads,
+        "global_key_size": config.per_layer_config[-1].head_dim,
+        "k_eq_v_global": config.attention_k_eq_v,
+        "enable_moe": config.enable_moe_block,
+        "num_experts": config.num_experts or 0,
+        "expert_dim": config.moe_intermediate_size or 0,
+        "moe_dense_hidden_dim": config.intermediate_size,
+    }
 
 
 def pytorch(call: str, *arguments: Any) -> Any:

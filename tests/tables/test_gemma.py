@@ -24,62 +24,36 @@ from jlora import LoRA, Slots
 from jlora.peft import tables
 
 
-def build(config: Any, **more: Any) -> Model:
-    local, everywhere = AttentionType.LOCAL_SLIDING, AttentionType.GLOBAL
-    types = [local if kind == "sliding_attention" else everywhere for kind in config.layer_types]
-    own = TransformerConfig(
-        num_embed=config.vocab_size,
-        embed_dim=config.hidden_size,
-        hidden_dim=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        use_post_attn_norm=True,
-        use_post_ffw_norm=True,
-        attention_types=tuple(types),
-        sliding_window_size=config.sliding_window,
-        final_logit_softcap=config.final_logit_softcapping,
-        attn_logits_soft_cap=config.attn_logit_softcapping,
-        **more,
-    )
-    module = Transformer(config=own, dtype=jnp.float32)
+def model(module: Any) -> Model:
     like = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))
     return Model(like, lambda params, tokens: module.apply(params, tokens).logits)
 
 
+def types(config: Any, kinds: Any) -> tuple[Any, ...]:
+    """What each layer sees."""
+    local, everywhere = kinds.LOCAL_SLIDING, kinds.GLOBAL
+    return tuple(local if x == "sliding_attention" else everywhere for x in config.layer_types)
+
+
+def build(config: Any, **more: Any) -> Model:
+    more |= {"attention_types": types(config, AttentionType)}
+    own = TransformerConfig(**sizes_of_gemma2(config), **more)
+    return model(Transformer(config=own, dtype=jnp.float32))
+
+
 def build_gemma4(config: Any) -> Model:
-    types = {"sliding_attention": _modules.AttentionType.LOCAL_SLIDING}
     own = _config.TransformerConfig(
-        num_embed=config.vocab_size,
-        embed_dim=config.hidden_size,
-        hidden_dim=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        global_key_size=config.per_layer_config[-1].head_dim,
-        num_global_kv_heads=config.per_layer_config[-1].num_key_value_heads,
-        k_eq_v_global=config.attention_k_eq_v,
+        **sizes_of_gemma4(config),
         use_post_attn_norm=True,
         use_post_ffw_norm=True,
-        attention_types=tuple(
-            types.get(x, _modules.AttentionType.GLOBAL) for x in config.layer_types
-        ),
-        sliding_window_size=config.sliding_window,
-        final_logit_softcap=config.final_logit_softcapping,
+        attention_types=types(config, _modules.AttentionType),
         local_base_frequency=10_000,
         global_base_frequency=1_000_000,
         local_rope_proportion=1.0,
         global_rope_proportion=0.25,
-        per_layer_input_dim=config.hidden_size_per_layer_input,
-        enable_moe=config.enable_moe_block,
-        num_experts=config.num_experts or 0,
-        expert_dim=config.moe_intermediate_size or 0,
         top_k_experts=config.top_k_experts or 0,
-        moe_dense_hidden_dim=config.intermediate_size,
     )
-    module = _transformer.Transformer(config=own, dtype=jnp.float32)
-    like = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))
-    return Model(like, lambda params, tokens: module.apply(params, tokens).logits)
+    return model(_transformer.Transformer(config=own, dtype=jnp.float32))
 
 
 build_9b = functools.partial(build, transpose_gating_einsum=True)

@@ -5,6 +5,7 @@ MaxText needs Python 3.12 and JAX 0.11.
 
 import pathlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ PLAIN = {
 }
 
 
-def settings(config: Any, **more: Any) -> Any:
+def settings(config: Any, more: dict[str, Any]) -> Any:
     """MaxText's configuration from that of `transformers`."""
     own = {
         "vocab_size": config.vocab_size,
@@ -58,11 +59,13 @@ def settings(config: Any, **more: Any) -> Any:
     return pyconfig.initialize(["", str(SETTINGS), *given])
 
 
-def decoder(mapping: str | None, **more: Any) -> Any:
+def decoder(own: Callable[[Any], dict[str, Any]], scan: bool, mapping: str | None = None) -> Any:
+    """From a configuration to the model with its `own` settings too."""
+
     def build(config: Any) -> Model:
-        own = settings(config, **more)
-        made = lambda: model_creation_utils.from_config(own, rngs=nnx.Rngs(0))  # noqa: E731
-        graph, params, rest = nnx.split(made(), nnx.Param, ...)
+        made = settings(config, own(config) | {"scan_layers": scan})
+        model = model_creation_utils.from_config(made, rngs=nnx.Rngs(0))
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
 
         def apply(params: Any, tokens: jax.Array) -> jax.Array:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -70,7 +73,7 @@ def decoder(mapping: str | None, **more: Any) -> Any:
             return model(tokens, positions, enable_dropout=False)
 
         def load(folder: pathlib.Path) -> Any:
-            return converted(mapping, config, own.scan_layers, params, folder)
+            return converted(mapping, config, scan, params, folder)
 
         return Model(params, apply, load if mapping else None)
 
@@ -114,132 +117,112 @@ def test_base_comes_back(made: Made) -> None:
         np.testing.assert_allclose(tensors[name], x, rtol=off, atol=0, err_msg=name)
 
 
-def llama(**more: Any) -> Any:
-    own = {"decoder_block": "llama2", "rope_type": "llama3.1", "rope_max_timescale": 500_000}
-    return decoder("LLAMA31_MAXTEXT_TO_HF", **own | more)
+def llama(config: Any) -> dict[str, Any]:
+    return {"decoder_block": "llama2", "rope_type": "llama3.1", "rope_max_timescale": 500_000}
 
 
-def qwen3(**more: Any) -> Any:
-    own = {"decoder_block": "qwen3", "use_qk_norm": True, "rope_max_timescale": 1_000_000}
-    return decoder("QWEN_MAXTEXT_TO_HF", **own | more)
+def qwen3(config: Any) -> dict[str, Any]:
+    return {"decoder_block": "qwen3", "use_qk_norm": True, "rope_max_timescale": 1_000_000}
 
 
-def gpt_oss(**more: Any) -> Any:
-    def build(config: Any) -> Model:
-        own = (
-            YARN
-            | EXPERTS
-            | {
-                "decoder_block": "gpt_oss",
-                "base_moe_mlp_dim": config.intermediate_size,
-                "num_experts": config.num_local_experts,
-                "attention_bias": True,
-                "attention_sink": True,
-                "mlp_activations": "['sigmoid','linear']",
-                "mlp_activations_limit": 7.0,
-                "routed_bias": True,
-                "mlp_bias": True,
-                "sliding_window_size": config.sliding_window,
-                "inhomogeneous_layer_cycle_interval": 2,
-                "rope_interleave": False,
-                "rope_truncate": False,
-                "rope_attention_scaling": True,
-            }
-        )
-        return decoder(None, **own | more)(config)
-
-    return build
+def gpt_oss(config: Any) -> dict[str, Any]:
+    return {
+        **YARN,
+        **EXPERTS,
+        "decoder_block": "gpt_oss",
+        "base_moe_mlp_dim": config.intermediate_size,
+        "num_experts": config.num_local_experts,
+        "attention_bias": True,
+        "attention_sink": True,
+        "mlp_activations": "['sigmoid','linear']",
+        "mlp_activations_limit": 7.0,
+        "routed_bias": True,
+        "mlp_bias": True,
+        "sliding_window_size": config.sliding_window,
+        "inhomogeneous_layer_cycle_interval": 2,
+        "rope_interleave": False,
+        "rope_truncate": False,
+        "rope_attention_scaling": True,
+    }
 
 
-def deepseek(**more: Any) -> Any:
-    def build(config: Any) -> Model:
-        own = (
-            YARN
-            | EXPERTS
-            | {
-                "decoder_block": "deepseek",
-                "first_num_dense_layers": config.first_k_dense_replace,
-                "base_moe_mlp_dim": config.moe_intermediate_size,
-                "num_experts": config.n_routed_experts,
-                "shared_experts": config.n_shared_experts,
-                "routed_scaling_factor": config.routed_scaling_factor,
-                "routed_score_func": "sigmoid",
-                "routed_bias": True,
-                "attention_type": "mla",
-                "q_lora_rank": config.q_lora_rank,
-                "kv_lora_rank": config.kv_lora_rank,
-                "qk_nope_head_dim": config.qk_nope_head_dim,
-                "qk_rope_head_dim": config.qk_rope_head_dim,
-                "v_head_dim": config.v_head_dim,
-                "rope_max_timescale": 10_000,
-                "max_position_embeddings": config.max_position_embeddings,
-                "rope_factor": 40,
-                "rope_interleave": True,
-                "rope_truncate": True,
-                "rope_attention_scaling": False,
-                "mscale": 1.0,
-            }
-        )
-        return decoder(None, **own | more)(config)
-
-    return build
+def deepseek(config: Any) -> dict[str, Any]:
+    return {
+        **YARN,
+        **EXPERTS,
+        "decoder_block": "deepseek",
+        "first_num_dense_layers": config.first_k_dense_replace,
+        "base_moe_mlp_dim": config.moe_intermediate_size,
+        "num_experts": config.n_routed_experts,
+        "shared_experts": config.n_shared_experts,
+        "routed_scaling_factor": config.routed_scaling_factor,
+        "routed_score_func": "sigmoid",
+        "routed_bias": True,
+        "attention_type": "mla",
+        "q_lora_rank": config.q_lora_rank,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+        "rope_max_timescale": 10_000,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_factor": 40,
+        "rope_interleave": True,
+        "rope_truncate": True,
+        "rope_attention_scaling": False,
+        "mscale": 1.0,
+    }
 
 
-def llama4(**more: Any) -> Any:
-    def build(config: Any) -> Model:
-        own = EXPERTS | {
-            "decoder_block": "llama4",
-            "base_moe_mlp_dim": config.intermediate_size,
-            "base_mlp_dim": config.intermediate_size_mlp,
-            "num_experts": config.num_local_experts,
+def llama4(config: Any) -> dict[str, Any]:
+    return {
+        **EXPERTS,
+        "decoder_block": "llama4",
+        "base_moe_mlp_dim": config.intermediate_size,
+        "base_mlp_dim": config.intermediate_size_mlp,
+        "num_experts": config.num_local_experts,
+        "shared_experts": 1,
+        "num_experts_per_tok": 1,
+        "rope_max_timescale": 500_000,
+        "rope_type": "llama3.1",
+        "rope_use_scale": False,
+        "use_qk_norm": False,
+        "nope_layer_interval": 4,
+        "interleave_moe_layer_step": 2,
+        "inhomogeneous_layer_cycle_interval": 4,
+        "temperature_tuning": True,
+        "chunk_attn_window_size": config.attention_chunk_size,
+    }
+
+
+def gemma4(config: Any) -> dict[str, Any]:
+    own = {
+        "model_name": "gemma4-26b" if config.enable_moe_block else "gemma4-31b",
+        "override_model_config": True,
+        "normalize_embedding_logits": True,
+        "mlp_activations": "['gelu','linear']",
+        "global_head_dim": config.per_layer_config[-1].head_dim,
+        "sliding_window_size": config.sliding_window,
+        "use_post_attn_norm": True,
+        "use_post_ffw_norm": True,
+        "share_kv_projections": config.attention_k_eq_v,
+        "global_num_kv_heads": config.per_layer_config[-1].num_key_value_heads,
+        "local_rope_max_timescale": 10_000,
+        "global_rope_max_timescale": 1_000_000,
+        "rope_max_timescale": 1_000_000,
+        "global_rope_proportion": 0.25,
+        "local_rope_proportion": 1.0,
+        "v_norm_with_scale": False,
+        "final_logits_soft_cap": config.final_logit_softcapping or 0.0,
+    }
+    if config.enable_moe_block:
+        own |= EXPERTS | {
+            "base_moe_mlp_dim": config.moe_intermediate_size,
+            "num_experts": config.num_experts,
             "shared_experts": 1,
-            "num_experts_per_tok": 1,
-            "rope_max_timescale": 500_000,
-            "rope_type": "llama3.1",
-            "rope_use_scale": False,
-            "use_qk_norm": False,
-            "nope_layer_interval": 4,
-            "interleave_moe_layer_step": 2,
-            "inhomogeneous_layer_cycle_interval": 4,
-            "temperature_tuning": True,
-            "chunk_attn_window_size": config.attention_chunk_size,
+            "norm_topk_prob": True,
         }
-        return decoder(None, **own | more)(config)
-
-    return build
-
-
-def gemma4(**more: Any) -> Any:
-    def build(config: Any) -> Model:
-        own = {
-            "model_name": "gemma4-26b" if config.enable_moe_block else "gemma4-31b",
-            "override_model_config": True,
-            "normalize_embedding_logits": True,
-            "mlp_activations": "['gelu','linear']",
-            "global_head_dim": config.per_layer_config[-1].head_dim,
-            "sliding_window_size": config.sliding_window,
-            "use_post_attn_norm": True,
-            "use_post_ffw_norm": True,
-            "share_kv_projections": config.attention_k_eq_v,
-            "global_num_kv_heads": config.per_layer_config[-1].num_key_value_heads,
-            "local_rope_max_timescale": 10_000,
-            "global_rope_max_timescale": 1_000_000,
-            "rope_max_timescale": 1_000_000,
-            "global_rope_proportion": 0.25,
-            "local_rope_proportion": 1.0,
-            "v_norm_with_scale": False,
-            "final_logits_soft_cap": config.final_logit_softcapping or 0.0,
-        }
-        if config.enable_moe_block:
-            own |= EXPERTS | {
-                "base_moe_mlp_dim": config.moe_intermediate_size,
-                "num_experts": config.num_experts,
-                "shared_experts": 1,
-                "norm_topk_prob": True,
-            }
-        return decoder(None, **own | more)(config)
-
-    return build
+    return own
 
 
 EXPERTS = {"megablox": False, "sparse_matmul": False, "num_experts_per_tok": 2}
@@ -266,15 +249,6 @@ SCALED = {
 }
 PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 LINEAR = (LoRA(r"(self_attention|mlp)/\w+/kernel", rank=4),)
-LLAMA, QWEN3 = tables.maxtext.LLAMA, tables.maxtext.QWEN3
-
-CASES = {
-    "llama": Case(LLAMA, ("LlamaConfig", SCALED), llama(scan_layers=False), LINEAR),
-    "llama-scanned": Case(LLAMA, ("LlamaConfig", SCALED), llama(scan_layers=True), LINEAR),
-    "qwen3": Case(QWEN3, ("Qwen3Config", PLAIN_ROPE), qwen3(scan_layers=False), LINEAR),
-    "qwen3-scanned": Case(QWEN3, ("Qwen3Config", PLAIN_ROPE), qwen3(scan_layers=True), LINEAR),
-    "qwen3-tied": Case(QWEN3, ("Qwen3Config", PLAIN_ROPE | TIED), qwen3(scan_layers=True), LINEAR),
-}
 ALL = (LoRA(r"\w*([aA]ttention|mlp|shared_experts)/\w+/kernel|(wi_0|wi_1|wo)$", rank=4),)
 GPT_OSS = {
     "num_hidden_layers": 4,
@@ -325,43 +299,59 @@ BLOCKS = {
     "num_hidden_layers": 12,
     "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2,
 }
-for scan in (False, True):
-    CASES[f"gpt-oss{'-scanned' * scan}"] = Case(
+LLAMA31, QWEN = "LLAMA31_MAXTEXT_TO_HF", "QWEN_MAXTEXT_TO_HF"
+MAPPINGS = {"llama": LLAMA31, "qwen3": QWEN, "qwen3-tied": QWEN}  # of MaxText's own converter
+LLAMA, QWEN3 = tables.maxtext.LLAMA, tables.maxtext.QWEN3
+
+MODELS = {
+    "llama": Case(LLAMA, ("LlamaConfig", SCALED), llama, LINEAR),
+    "qwen3": Case(QWEN3, ("Qwen3Config", PLAIN_ROPE), qwen3, LINEAR),
+    "qwen3-tied": Case(QWEN3, ("Qwen3Config", PLAIN_ROPE | TIED), qwen3, LINEAR),
+    "gpt-oss": Case(
         tables.maxtext.GPT_OSS,
         ("GptOssConfig", GPT_OSS),
-        gpt_oss(scan_layers=scan),
+        gpt_oss,
         ALL,
         some=("q_proj", "v_proj"),
         experts=PARAMETERS,
-    )
-    CASES[f"deepseek{'-scanned' * scan}"] = Case(
+    ),
+    "deepseek": Case(
         tables.maxtext.DEEPSEEK_V3,
         ("DeepseekV3Config", DEEPSEEK),
-        deepseek(scan_layers=scan),
+        deepseek,
         # PEFT takes the MLP of dense layers and of shared experts for experts, and adapts none.
         (LoRA(r"self_attention/\w+/kernel|(wi_0|wi_1|wo)$", rank=4),),
         some=("q_a_proj", "kv_b_proj"),
         left="mlp.gate",
         experts=PARAMETERS,
-    )
-    CASES[f"llama4{'-scanned' * scan}"] = Case(
+    ),
+    "llama4": Case(
         tables.maxtext.LLAMA4,
         ("Llama4TextConfig", LLAMA4),
-        llama4(scan_layers=scan),
+        llama4,
         ALL,
         some=("q_proj", "v_proj"),
         experts=PARAMETERS,
         every=r".*_proj",  # all but the router, whose outputs PEFT takes for one
+    ),
+}
+for name, config, experts in (
+    ("gemma4", GEMMA4, ()),
+    ("gemma4-experts", GEMMA4_EXPERTS, PARAMETERS),
+):
+    MODELS[name] = Case(
+        tables.maxtext.GEMMA4,
+        ("Gemma4TextConfig", config | BLOCKS),
+        gemma4,
+        ALL,
+        some=("q_proj", "o_proj"),
+        experts=experts,
+        left="router.proj",
     )
-    for experts in (False, True):
-        CASES[f"gemma4{'-experts' * experts}{'-scanned' * scan}"] = Case(
-            tables.maxtext.GEMMA4,
-            ("Gemma4TextConfig", (GEMMA4_EXPERTS if experts else GEMMA4) | BLOCKS),
-            gemma4(scan_layers=scan),
-            ALL,
-            some=("q_proj", "o_proj"),
-            experts=PARAMETERS if experts else (),
-            left="router.proj",
-        )
+CASES = {
+    name + "-scanned" * scan: case._replace(build=decoder(case.build, scan, MAPPINGS.get(name)))
+    for name, case in MODELS.items()
+    for scan in (False, True)
+}
 
 made = made_of(CASES, "llama-scanned", "gpt-oss-scanned")

@@ -29,19 +29,6 @@ from jlora import LoRA, Slots
 from jlora.peft import tables
 
 
-def sizes(config: Any, vocabulary: str) -> dict[str, Any]:
-    """What all configurations of tunix have."""
-    return {
-        "num_layers": config.num_hidden_layers,
-        vocabulary: config.vocab_size,
-        "embed_dim": config.hidden_size,
-        "hidden_dim": config.intermediate_size,
-        "num_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-    }
-
-
 def model(kind: Any, files: Any, config: Any) -> Model:
     """The model, which takes positions and a mask beside the tokens."""
 
@@ -63,6 +50,7 @@ def decoder(library: Any, kind: str, files: Any, tied: str) -> Any:
 
     def build(config: Any) -> Model:
         own = sizes(config, "vocab_size") | {
+            "num_layers": config.num_hidden_layers,
             "rope_theta": config.rope_parameters["rope_theta"],
             "norm_eps": config.rms_norm_eps,
             tied: config.tie_word_embeddings,
@@ -75,6 +63,7 @@ def decoder(library: Any, kind: str, files: Any, tied: str) -> Any:
 def build_experts(config: Any) -> Model:
     own = qwen3.ModelConfig(
         **sizes(config, "vocab_size") | {"hidden_dim": config.moe_intermediate_size},
+        num_layers=config.num_hidden_layers,
         rope_theta=config.rope_parameters["rope_theta"],
         norm_eps=config.rms_norm_eps,
         num_experts=config.num_experts,
@@ -86,20 +75,17 @@ def build_experts(config: Any) -> Model:
 def build_gemma2(config: Any) -> Model:
     local, everywhere = gemma2.AttentionType.LOCAL_SLIDING, gemma2.AttentionType.GLOBAL
     own = gemma2.ModelConfig(
-        **sizes(config, "num_embed"),
-        final_logit_softcap=config.final_logit_softcapping,
-        attn_logits_soft_cap=config.attn_logit_softcapping,
-        use_post_attn_norm=True,
-        use_post_ffw_norm=True,
+        **sizes_of_gemma2(config),
+        num_layers=config.num_hidden_layers,
         attention_types=(local, everywhere),
-        sliding_window_size=config.sliding_window,
     )
     return model(gemma2.Gemma, gemma2_files, own)
 
 
 def build_gemma3(config: Any) -> Model:
     own = gemma3.ModelConfig(
-        **sizes(config, "num_embed"),
+        **sizes(config),
+        num_layers=config.num_hidden_layers,
         sliding_window_size=config.sliding_window,
         local_base_frequency=10_000,
         global_base_frequency=1_000_000,
@@ -111,19 +97,10 @@ def build_gemma3(config: Any) -> Model:
 def build_gemma4(config: Any) -> Model:
     local, everywhere = gemma4.AttentionType.LOCAL_SLIDING, gemma4.AttentionType.GLOBAL
     own = gemma4.ModelConfig(
-        **sizes(config, "num_embed"),
-        sliding_window_size=config.sliding_window,
-        final_logit_softcap=config.final_logit_softcapping,
-        per_layer_input_dim=config.hidden_size_per_layer_input,
-        num_global_kv_heads=config.per_layer_config[-1].num_key_value_heads,
-        global_key_size=config.per_layer_config[-1].head_dim,
-        k_eq_v_global=config.attention_k_eq_v,
+        **sizes_of_gemma4(config),
+        num_layers=config.num_hidden_layers,
         attention_pattern=(local, everywhere),
-        enable_moe=config.enable_moe_block,
-        num_experts=config.num_experts,
         num_experts_per_tok=config.top_k_experts,
-        expert_dim=config.moe_intermediate_size,
-        moe_dense_hidden_dim=config.intermediate_size,
     )
     return model(gemma4.Gemma4, None, own)  # its loader wants the names of a model with vision
 
