@@ -138,7 +138,7 @@ def markdown(table: Sequence[Row], experiment: str) -> str:
             what = [row["task"], label(row), "" if row["layers"] == "all" else row["layers"]]
             numbers = [f"{row['scale']:g}" if row["rank"] else "", str(row["batch"])]
             cells = [_cell(row, "best_rate"), _cell(row, "of_full")]
-            cells.append(f"{row['score']:g} ± {row['standard_error']:g}")
+            cells.append(f"{row['score']:g} ± {row['standard_error']:g}".removesuffix(" ± nan"))
             if experiment == "capacity":
                 cells[-1] += f" bits, {row['score'] / row['trained']:.2f} a parameter"
             lines.append([", ".join(filter(None, what)), *numbers, *cells])
@@ -193,17 +193,23 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
     return found
 
 
+def _place(name: str) -> tuple[bool, int, str]:
+    return name == "full", len(name), name
+
+
 def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
     """Panels below each other, as wide as a phone; full fine-tuning is dashed."""
     size = 4, 0.3 + 2.8 * len(panels)
     figure, axes = plt.subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
+    names = sorted({name for lines in panels.values() for name in lines}, key=_place)
     for axis, (title, lines) in zip(axes[:, 0], panels.items(), strict=True):
-        for i, name in enumerate(sorted(lines, key=lambda x: (x == "full", len(x), x))):
+        for name in sorted(lines, key=_place):
             seeds = [np.array(each) for _, each in sorted(lines[name].items())]
             x, y = np.array(sorted(lines[name])), np.array([each.mean() for each in seeds])
             error = np.array([each.std() / max(len(each) - 1, 1) ** 0.5 for each in seeds])
             is_full = name == "full"
-            color = "black" if is_full else plt.get_cmap("viridis")(0.9 * i / len(lines))
+            i = names.index(name)
+            color = "black" if is_full else plt.get_cmap("viridis")(0.9 * i / len(names))
             style = f"{'os^DvX'[i]}{'--' if is_full else '-'}"
             axis.plot(x, y, style, color=color, markersize=4, label=name)
             axis.fill_between(x, y - error, y + error, color=color, alpha=0.2, linewidth=0)
