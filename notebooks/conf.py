@@ -1,7 +1,9 @@
 """The guides as a site. CONTRIBUTING.md has the command."""
 
 import importlib.metadata
+import os
 import re
+import sys
 
 from docutils import nodes
 from latex2mathml.converter import convert
@@ -39,6 +41,10 @@ TREE = {
             reference/methods genindex"""
     },
 }
+
+# So that cells in bash find the command line.
+scripts = os.path.dirname(sys.executable)
+os.environ["PATH"] = scripts + os.pathsep + os.environ["PATH"]
 
 project = "jlora"
 author = "The jlora authors"
@@ -149,11 +155,11 @@ def fold_members(app, tree, name):
         content = whole[-1]
         members = [n for n in content if isinstance(n, addnodes.desc)]
         if members:
-            names = ", ".join(n[0]["_toc_name"] for n in members)
-            head = f"<details><summary>Members: {names}</summary>"
+            names = [n[0]["fullname"].split(".")[-1] for n in members]
+            head = f"<summary>Members: {', '.join(names)}</summary>"
             for member in members:
                 content.remove(member)
-            content += nodes.raw("", head, format="html")
+            content += nodes.raw("", f"<details>{head}", format="html")
             content += members
             content += nodes.raw("", "</details>", format="html")
 

@@ -289,7 +289,7 @@ def test_a_node_is_a_named_tuple(made: Made) -> None:
 def test_pefts_files_have_no_place_for_methods_of_your_own(tmp_path: Any) -> None:
     names = [peft.Name("layers", r"layers.{}", "lio")]
     base, adapter = jlora.transform(model, Gain("layers")).init(jax.random.key(0), PARAMS, IDS)
-    with pytest.raises(ValueError, match="  layers: PEFT's files have no place for a GainNode"):
+    with pytest.raises(ValueError, match="  layers: PEFT has no form for a GainNode"):
         peft.save(tmp_path / "p", base, adapter, names)
 
 

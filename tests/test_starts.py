@@ -458,7 +458,7 @@ def test_miss_among_adapters() -> None:
         lambda: many.insert(table, 0, other),
         lambda: many.insert(many.stack([other]), 0, one),
     ):
-        with pytest.raises(ValueError, match=r"w: trains other factors in one than in another: `f"):
+        with pytest.raises(ValueError, match=r"w: has different trainable factors: `f"):
             refused()
     assert many.stack([{"w": one["w"]._replace(frozen=())}, other])["w"].frozen == ()
 
