@@ -282,7 +282,7 @@ def test_an_example_of_another_call() -> None:
             ),
         },
         AttributeError: {
-            "'up' is a part of the model, .* or read adapted.base.up": lambda: (
+            "calls of 'up', a part of the model, .* or read adapted.base.up": lambda: (
                 trained(LoRA("up/kernel", rank=2)).up
             )
         },

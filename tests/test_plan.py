@@ -91,10 +91,10 @@ LOST = {
         "jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)); with "
         "PartitionSpec() every device holds all of it.",
     ),
-    "one": ((LOSS, BASE | {"extra": BARE}, ADAPTER, (X,)), "at 1 of 3 paths: extra. jax.eval_sha"),
+    "one": ((LOSS, BASE | {"extra": BARE}, ADAPTER, (X,)), "at 1 of 3 paths: extra. Give the"),
     "quantized": (
         (LOSS, jlora.quantize(BASE, jlora.NF4(".*")), ADAPTER, (X,)),
-        "at 2 of 2 paths: down, up. jax.eval_shape",
+        "at 2 of 2 paths: down, up. Give the parameters that you gave to `init`",
     ),
     "args": (
         (LOSS, BASE, ADAPTER, ({"ids": BARE},)),

@@ -207,7 +207,7 @@ class Scheme:
             return
         legal = ", ".join(map(str, self.legal))
         check_field(self, name, is_int(n) and n in self.legal, f"be one of {legal}")
-        if type(n) is not int:
+        if n is not None and type(n) is not int:
             object.__setattr__(self, name, int(n))
 
     def form(
