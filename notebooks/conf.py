@@ -100,9 +100,13 @@ html_theme_options = {
         "genindex": [],
     },
 }
-notfound_urls_prefix = (
-    "/jlora/"  # where a page that is not there is served
-)
+notfound_urls_prefix = "/jlora/"  # of the links of 404.html
+notfound_context = {
+    "title": "Page not found",
+    "body": """<h1>Page not found</h1>
+        <p>It may have moved. <a href="/jlora/">Start again</a>, or
+        search.</p>""",
+}
 
 
 def add_tree(app, name, source):
@@ -170,7 +174,8 @@ def draw(display):
     def visit(self, node):
         math = convert(node.astext(), display=display)
         block = display == "block"
-        self.body.append(f"<div>{math}</div>" if block else math)
+        shown = f'<div class="formula">{math}</div>' if block else math
+        self.body.append(shown)
         raise nodes.SkipNode
 
     return visit, None
