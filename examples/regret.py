@@ -5,16 +5,18 @@
     python examples/regret.py --experiments first     # this one only
     python examples/regret_figures.py                 # table and pictures
 
-    first      the first 20 steps of SmolLM2-135M at all ranks, with s = 32/r and s = 2
-    capacity   how many bits a tiny GPT learns by heart, by rank
-    rates      the best rate of full fine-tuning, and of LoRA at all ranks and both scales
-    layers     all layers, attention alone or feed-forward alone, with equally many parameters
-    batches    batches of 4 to 256 at equally many examples
+    first      0.4 hours   the first 20 steps of SmolLM2-135M at all ranks, with s = 32/r and s = 2
+    capacity   2.3         how many bits a tiny GPT learns by heart, by rank
+    rates      2.9         the best rate of full fine-tuning, and of LoRA, by rank and scale
+    layers     2.3         all layers, attention or feed-forward alone, with as many parameters
+    batches    3.1         batches of 4 to 256 at equally many examples
 
 The first seed's rates are half decades from the middle outward, as long as the loss falls, so that
 the best one has a worse one on either side; further seeds run at these three. All settings have the
 first seed before any has the second. A run adds a row to OUT/regret_runs.csv and is not repeated.
-Several processes share the work: what one of them has taken, the others leave alone.
+Several processes share the work: what one of them has taken, the others leave alone; at the end run
+it once more. Runs that train together in one step took longer here than one after another: one is
+large enough for a core.
 """
 
 import argparse
@@ -103,7 +105,7 @@ def batches() -> dict[Setting, int]:
 
 def capacity() -> dict[Setting, int]:
     """Ranks and full fine-tuning, with few strings and with many."""
-    middles = (1, -5), (4, -5), (16, -5), (0, -6), (2, -5), (8, -5)
+    middles = (1, -3), (4, -3), (16, -3), (0, -5), (2, -3), (8, -3)
     return {
         scaled("capacity", f"strings-{n}", rank, min(n, 64), "blocks"): middle
         for n in (64, 256, 1024, 16, 128, 512)
@@ -116,7 +118,7 @@ PLANS = {  # the settings of an experiment, each with the middle of its rates, a
     "capacity": (capacity(), 2),
     "rates": (rates("rates"), 3),
     "layers": (layers(), 5),
-    "batches": (batches(), 3),
+    "batches": (batches(), 2),
 }
 
 

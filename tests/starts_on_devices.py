@@ -101,6 +101,6 @@ def test_nothing_of_the_size_of_a_matrix_moves(name, spec):
 def test_init_of_a_part_is_refused():
     part = lambda w: init(pissa, {"w": w})[1]  # noqa: E731
     f = jax.shard_map(part, mesh=LINES[AxisType.Auto], in_specs=P("d"), out_specs=P("d"))
-    expected = r"the start of LoRA\('w'\) factors the whole of 'w', of which a shard_map"
+    expected = r"the `init` of LoRA\('w'\) factors the whole of 'w', but the shard_map"
     with pytest.raises(NotImplementedError, match=expected):
         f(PARAMS["w"])

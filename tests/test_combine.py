@@ -280,8 +280,8 @@ ERRORS = {
     r"\S+lora_magnitude_vector: missing",
     "x dora out": r"\S+dora: \S+down_proj.*: DoRA, whose changes cannot be added",
     "x tokens out": r"\S+tokens: model.embed_tokens: its rows are replaced, so that the change",
-    "x wide out": r"`adapters` cannot be combined at these paths: m.q: is for weights of \(shape, "
-    r"stack, inputs, outputs\) \[.*\]; Adapters that are combined must be of one base.",
+    "x wide out": r"`adapters` cannot be combined at these paths: m.q: adapts weights of \(shape, "
+    r"stack, inputs, outputs\) \[.*\]; All adapters must belong to one base.",
     "tied untied out": "model.embed_tokens: only one adapter has the same A and B for lm_head",
     "tied trained out": "model.embed_tokens.weight: its frozen values differ in .*tied and "
     ".*trained",

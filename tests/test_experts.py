@@ -171,20 +171,20 @@ def test_dora() -> None:
         (
             lambda: DoRA("w", share="outputs"),
             (),
-            "`share` of DoRA('w') must be None or 'inputs', as each expert has norms of its own; "
-            "got 'outputs'. Use jlora.LoRA.",
+            "`share` of DoRA('w') must be None or 'inputs', as each expert has its own norms: use "
+            "jlora.LoRA; got 'outputs'.",
         ),
         (
             lambda: LoRA("w", share="inputs"),
             (4, 3),
-            "`share` of LoRA('w') needs a weight with one stacked axis, that of its experts; 'w' "
-            "with shape (4, 3) has 0. Leave `share` out.",
+            "`share` of LoRA('w') needs a weight with one stacked axis, the experts; 'w' with "
+            "shape (4, 3) has 0 stacked axes. Leave `share` out.",
         ),
         (
             lambda: LoRA("w", share="inputs"),
             (2, 2, 4, 3),
-            "`share` of LoRA('w') needs a weight with one stacked axis, that of its experts; 'w' "
-            "with shape (2, 2, 4, 3) has 2. Leave `share` out.",
+            "`share` of LoRA('w') needs a weight with one stacked axis, the experts; 'w' with "
+            "shape (2, 2, 4, 3) has 2 stacked axes. Leave `share` out.",
         ),
     ],
 )

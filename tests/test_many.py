@@ -412,7 +412,7 @@ def call(apply: Any, base: Any, table: Any, ids: Any = IDS, **how: Any) -> Any:
 WRONG: list[tuple[str, Callable[[Any], Any]]] = [
     (r"`adapters` must be a list of adapters.*got an empty", lambda _: many.stack([])),
     (
-        r"`adapter` is a table from jlora\.many\.prepare, of",  # and so an adapter to nobody else
+        r"is a table of several adapters from jlora\.many",  # and so an adapter to nobody else
         lambda t: t.apply(t.base, t.prepared | {"c": t.base["c"]}, X),
     ),
     (NO_TABLE, lambda t: many.take(t.adapters[0], 0)),
@@ -431,7 +431,7 @@ WRONG: list[tuple[str, Callable[[Any], Any]]] = [
     (ANOTHER, lambda t: many.prepare(t.doras, form="gathered")),
     (ANOTHER, lambda t: many.insert(t.doras, 0, {})),
     (
-        r"  w: is for weights of \(shape, stack, inputs, outputs\) \[.*\(6, 4\).*\(6, 5\).*\]\n",
+        r"  w: adapts weights of \(shape, stack, inputs, outputs\) \[.*\(6, 4\).*\(6, 5\).*\]\n",
         lambda t: many.insert(t.two, 0, {"w": node(1, (6, 5))}),
     ),
     (
@@ -443,7 +443,7 @@ WRONG: list[tuple[str, Callable[[Any], Any]]] = [
         lambda t: many.insert(t.two, 0, {"w": node(3)}),
     ),
     (
-        r"  w: is of low rank in one and trained in full in an",
+        r"  w: has low rank in one and is trained in full in an",
         lambda t: many.insert(t.two, 0, {"w": jnp.ones((6, 4))}),
     ),
     (

@@ -126,7 +126,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
         pair("h.1.k_proj", 2, 4, 6) | pair("h.1.v_proj", 3, 4, 6),
         {"target_modules": ["k_proj", "v_proj"], "rank_pattern": {"h.1.v_proj": 3}},
         "1/kv/w: its modules are one leaf but differ: rank 2 and scale 1.5, rank 3 and scale 1; "
-        "adapt them alike",
+        "adapt all of them equally",
     ),
     "one of two": (
         {"h.1.k_proj.weight": np.ones((6, 4), "f4"), "h.1.k_proj.bias": np.ones(6, "f4")},
@@ -364,7 +364,7 @@ def test_parts_of_weights(table: Any, alternating: bool) -> None:
 def test_lone_parts_of_weights() -> None:
     """A checkpoint has all of a parameter, or nothing."""
     base = zeros(nodes("gate", "down"))
-    with pytest.raises(ValueError, match="These leaves of `params` are parts of parameters by"):
+    with pytest.raises(ValueError, match="By `names`, these leaves of `params` are parts of"):
         peft.to_tensors(base, PARTS)
 
 

@@ -261,19 +261,19 @@ def init_of(init: Any, params: Any) -> Any:
 
 
 REFUSED: dict[type[Exception], dict[str, Any]] = {
-    TypeError: {r"`scheme` of loftq must be one such as jlora\.NF4": lambda: loftq("nf4")},  # pyright: ignore
+    TypeError: {r"`scheme` of loftq must be a scheme such as j": lambda: loftq("nf4")},  # pyright: ignore
     ValueError: {
-        r"`params` has a shape at 'w', but the start of LoRA\('w'\) factors its values. Give "
-        r"arrays, or call init under jax.eval_shape\.": lambda: init_of(
+        r"`params` has only a shape at 'w', but the `init` of LoRA\('w'\) factors its values\. "
+        r"Give arrays, or call init under jax.eval_shape\.": lambda: init_of(
             pissa, {"w": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
         ),
-        r"'w' of `params` is quantized already, as NF4\(block=64, double=True\), and loftq, the "
-        r"start of LoRA\('w'\), quantizes it itself\.": lambda: init_of(
+        r"'w' of `params` is quantized already, as NF4\(block=64, double=True\), but loftq, the "
+        r"`init` of LoRA\('w'\), quantizes it itself\.": lambda: init_of(
             loftq(jlora.NF4()), jlora.quantize({"w": array(64, 32)}, jlora.NF4("w"))
         ),
         "`iterations` of pissa_niter must be an integer of at least 0": lambda: pissa_niter(-1),
         "`iterations` of loftq must be an integer of at least 1": lambda: loftq(jlora.NF4(), 0),
-        "`scheme` of loftq has the pattern 'w', but the rule": lambda: loftq(jlora.NF4("w")),
+        "`scheme` of loftq must have no pattern, .*; got 'w'": lambda: loftq(jlora.NF4("w")),
         "loftq cannot quantize 'w'. `block` of MXFP": lambda: made("dense", loftq(jlora.MXFP4())),
         r"`frozen` of DoRA\('w'\) must be \(\), as DoRA tr": lambda: DoRA("w", init=miss),
         r"\('b',\); got \('m',\)\.$": lambda: LoRA("w", frozen=("m",)),
@@ -458,7 +458,7 @@ def test_miss_among_adapters() -> None:
         lambda: many.insert(table, 0, other),
         lambda: many.insert(many.stack([other]), 0, one),
     ):
-        with pytest.raises(ValueError, match=r"w: trains other factors in one than in another: `f"):
+        with pytest.raises(ValueError, match=r"w: has different trainable factors: `f"):
             refused()
     assert many.stack([{"w": one["w"]._replace(frozen=())}, other])["w"].frozen == ()
 
@@ -520,7 +520,7 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
     assert jax.tree.structure(own) != jax.tree.structure(adapter)
     peft.tensors(params, own, names)
 
-    mixed = "w: is for the parameters in one, and in another for a base that its start changed"
+    mixed = "w: belongs to the original parameters in one, but in another belongs to a base that"
     for combine in (
         arithmetic.add,
         many.stack,
@@ -529,7 +529,7 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
     ):
         with pytest.raises(ValueError, match=mixed):
             combine([adapter, other])
-    with pytest.raises(ValueError, match=r"`node` and `other` must be for one base, but one of"):
+    with pytest.raises(ValueError, match=r"`node` and `other` must belong to one base, but only"):
         analysis.distance(initial["w"], other["w"])
     assert float(analysis.distance(initial["w"], initial["w"])) < 1e-4
     assert many.init(lora, jax.random.split(KEY, 2), params, x)[1]["w"].residual
@@ -569,10 +569,10 @@ def test_what_is_made_of_adapters_of_a_changed_base(start: str) -> None:
         laws.assert_close(actual, expected(*weights, params["w"]), 1e-5)
 
 
-ADD = ("`adapters` cannot be combined", "weights must add up to 1 or to 0; got ")
+ADD = ("`adapters` cannot be combined", "so `weights` must add up to 1 or to 0; got ")
 SCALE = ("`adapter` cannot be scaled", ADD[1])
-TAKE = ("`other` cannot be subtracted from `adapter`", "and one adapter has no such site")
-MERGE = ("`adapters` cannot be combined", "so that a ΔW of 0 is not the model")
+TAKE = ("`other` cannot be subtracted from `adapter`", "but one adapter lacks the site")
+MERGE = ("`adapters` cannot be combined", "so ΔW = 0 is not the original model")
 FREE = ("a table cannot contain the leaves", "so a slot without it would not be the model")
 ROUTE = ("`route` cannot use the leaves of `table`", "so -1 would not be the model")
 X = jnp.ones((12, 10))
@@ -595,11 +595,10 @@ UNSAID: dict[str, Any] = {
 @pytest.mark.parametrize("case", UNSAID)
 def test_a_changed_base_without_its_adapter_is_not_the_model(case: str) -> None:
     f, (refusal, why), got = UNSAID[case]
-    why = f"so that {why}{got}" if got else why
     expected = (
-        f"{refusal} at these paths:\n  w: is for a base that its start changed, {why}\nGive "
-        "jlora.arithmetic.difference(adapter, initial) in its place, where `initial` is what init "
-        "returned: that is for the parameters."
+        f"{refusal} at these paths:\n  w: belongs to a base that its initializer changed, {why}"
+        f"{got}\nGive jlora.arithmetic.difference(adapter, initial) instead, where `initial` is "
+        "the adapter that init returned: the difference belongs to the original parameters."
     )
     with pytest.raises(ValueError, match=exactly(expected)):
         f(made("dense", pissa)[3])

@@ -13,13 +13,13 @@ def paca(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, 
     r"""Picks r inputs of each matrix at random: A has their rows of the identity; B is zero.
 
     $W'_{c_k, :} = W_{c_k, :} + s \, B_{k, :}$ for the r inputs $c_k$, all of them different; the
-    other rows of W stay. So r rows of W are trained, or r columns as PyTorch keeps W. It has half
-    of LoRA's parameters at the same rank. Several input axes count as one. Matrices of a stack
-    pick on their own.
+    other rows of W stay. So r rows of W are trained, or r columns as PyTorch keeps W. Where W is
+    square, these are half of LoRA's parameters at the same rank. Several input axes count as one.
+    Matrices of a stack pick on their own.
 
-    A is frozen and an ordinary array: PEFT's files, merges and sums have it as LoRA's. The backward
-    pass needs no x, only x·A, which is r of the inputs. x·A stays a product: see
-    [Choose rules](../rules.md#initialize-a-and-b).
+    A is an ordinary array, which PEFT's files hold as LoRA's. It has no gradient, so the backward
+    pass needs x·A, r of the inputs, and not the rest of x. Under `jlora.optimizer` it has no
+    moments and no updates.
 
     Args:
         key: a PRNG key.

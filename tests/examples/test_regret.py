@@ -178,6 +178,14 @@ def test_vertices_of_parabolas():
     assert np.isnan(regret_figures.vertices(-losses)).all()
 
 
+def test_the_mean_of_the_seeds_chooses_among_rates_that_have_all():
+    rows = [(0.1, 0, 1.0), (0.1, 1, 3.0), (0.2, 0, 1.5), (0.2, 1, 1.5), (0.3, 0, 0.5)]
+    rows = [dict(zip(("rate", "seed", "validation"), row, strict=True)) for row in rows]
+    about, mean, error = tables.best(rows, "validation", 1)
+    assert (about, mean, error) == ({"rate": 0.2, "rates": 3, "seeds": 2}, 1.5, 0)
+    assert tables.best(rows, "validation", -1)[0]["rate"] == 0.1
+
+
 def runs(rng, best, seeds, noise, **fields):
     """Runs at five rates, whose loss is a parabola around `best`, and whose seeds differ."""
     shift = noise * rng.standard_normal(seeds)
@@ -208,10 +216,10 @@ def test_ratio_and_exponent(tmp_path):
         rows += runs(rng, best, 3, 0.02, **setting._asdict(), trained=1)
     table = regret_figures.summary(rows)
     for row in table:
-        own = row["scale"] * row["rank"] == 32
-        if own:
+        if row["scale"] * row["rank"] == 32:
             assert 8 < row["of_full_low"] < 10 < row["of_full_high"] < 12.5
         assert row["best_rate_low"] < row["best_rate"] < row["best_rate_high"]
+        assert np.isnan(row["of_full"]) == (row["rank"] == 0)
     found = re.findall(r"r\^\((\S+) ± (\S+)\)", regret_figures.exponents(rows))
     (zero, error), (one, _) = [[float(x) for x in pair] for pair in found]
     assert abs(zero) < error < 0.1 and abs(one + 1) < 0.1

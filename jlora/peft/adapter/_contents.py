@@ -23,7 +23,7 @@ SHARED = re.compile(
     r"|lm_head|lm_head\.decoder|cls\.predictions\.decoder|embed_out|proj_out|output_projection"
     r"|generator_lm_head|lm_loss|pred_layer\.proj|output)$"
 )
-# PEFT lists both for every sequence classifier, although a model has only one of them.
+# PEFT lists both names for every sequence classifier, whatever its head is called.
 HEADS = ("classifier", "score")
 FACTOR = re.compile(
     r"(?P<module>.+?)(?P<depth>(?:\.base_layer)*)"

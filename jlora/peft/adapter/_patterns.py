@@ -75,7 +75,7 @@ def wrap_key(pattern: str) -> str:
 
 
 def wrap_layer(pattern: str | None) -> str:
-    """Returns PEFT's regular expression for the number of a layer, by a `layers_pattern`."""
+    """Returns PEFT's regular expression for a layer's number, by a `layers_pattern` or None."""
     start, pattern = (r".*?\.", r"[^.]*") if pattern is None else (r"(?:^|.*?\.)", pattern)
     return rf"{start}{pattern}\.(?P<idx>\d{{1,9}})\."
 

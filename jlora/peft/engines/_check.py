@@ -3,12 +3,13 @@
 import os
 import shlex
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .._checkpoint import open_checkpoint
-from .._file import CONFIG, DTYPES, PREFIX, Header, Source, read_header, read_json
-from ..adapter._config import LIMIT, list_misformed
+from .._file import DTYPES, PREFIX, Source
+from ..adapter._config import list_misformed
 from ..adapter._contents import FACTOR
+from ..adapter._files import Files, open_files
 from . import ENGINES, Base, Engine, Finding, Served, Side
 from ._rules import AGAIN
 
@@ -85,16 +86,15 @@ def check(
         raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}; got {engine!r}.")
     server = ENGINES[engine]
     rank = _rank(server, max_lora_rank)
-    source = Source(Path(path))
-    fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
-    if wrong := list_misformed(fields):
+    files = open_files(source := Source(Path(path)))
+    if wrong := list_misformed(files.fields):
         parts = (problem.partition(": ") for problem in wrong)
         findings = [Finding(what, why, AGAIN, False) for what, _, why in parts]
     else:
-        served = _served(source, fields, header, None if base is None else _base(base), rank)
+        served = _served(source, files, None if base is None else _base(base), rank)
         findings = [found for rule in server.rules for found in rule(served)]
     folder, model = (shlex.quote(os.fspath(x)) for x in (path, base or "BASE"))
-    largest = fields.get("r") if rank is None else rank
+    largest = files.fields.get("r") if rank is None else rank
     start = server.start.format(dir=folder, base=model, rank=largest)
     title = f"{server.title} {server.version}"
     return Checked(os.fspath(path), title, findings, start, base is not None)
@@ -109,22 +109,16 @@ def _rank(engine: Engine, given: int | None) -> int | None:
     return engine.rank if given is None else given
 
 
-def _served(
-    source: Source,
-    fields: dict[str, Any],
-    header: Header,
-    base: Base | None,
-    max_lora_rank: int | None,
-) -> Served:
+def _served(source: Source, files: Files, base: Base | None, max_lora_rank: int | None) -> Served:
     factors, others = list[Side](), list[str]()
-    for key, entry in header.entries.items():
-        if found := FACTOR.fullmatch(key.removeprefix(PREFIX)):
+    for x in files.tensors:
+        if found := FACTOR.fullmatch(x.key.removeprefix(PREFIX)):
             module, depth, side, table = found.group("module", "depth", "side", "table")
-            one = (module, depth.count("."), side or table, bool(table), entry.shape)
-            factors.append(Side(key, *one))
+            one = (module, depth.count("."), side or table, bool(table), x.shape)
+            factors.append(Side(x.key, *one))
         else:
-            others.append(key)
-    return Served(source, fields, factors, others, base, max_lora_rank)
+            others.append(x.key)
+    return Served(source, files.fields, factors, others, base, max_lora_rank)
 
 
 def _base(path: str | os.PathLike[str]) -> Base:

@@ -74,8 +74,8 @@ def dequantize_checkpoint(
 ) -> list[Matrix]:
     """Writes a quantized Hugging Face checkpoint with its weights in floats, exactly.
 
-    Weights get the `dtype` of `config.json`, bfloat16 by default. One weight at a time is in
-    memory. The new `config.json` has no `quantization_config`.
+    Weights get the `dtype` of `config.json`, bfloat16 by default, and are dequantized one at a
+    time. The new `config.json` has no `quantization_config`.
 
     Args:
         src_dir: a folder in a format that `load_base` reads.
@@ -91,8 +91,20 @@ def dequantize_checkpoint(
         ValueError: if the checkpoint is damaged, or not quantized.
 
     Examples:
+        >>> import json, pathlib, tempfile, numpy as np
         >>> from jlora import peft
-        >>> peft.dequantize_checkpoint("model-gptq", "model")  # doctest: +SKIP
+        >>> from safetensors.numpy import load_file, save_file
+        >>> codes = {"up.weight": np.full((3, 4), 127, np.int8), "up.SCB": np.ones(3, np.float32)}
+        >>> config = {"quantization_config": {"quant_method": "bitsandbytes"}, "dtype": "float32"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     base = pathlib.Path(folder, "base")
+        ...     base.mkdir()
+        ...     _ = (base / "config.json").write_text(json.dumps(config))
+        ...     save_file(codes, base / "model.safetensors")
+        ...     [matrix] = peft.dequantize_checkpoint(base, f"{folder}/floats")
+        ...     weights = load_file(f"{folder}/floats/model.safetensors")
+        >>> matrix.name, matrix.shape, weights["up.weight"].dtype, weights["up.weight"].max()
+        ('up.weight', (3, 4), dtype('float32'), np.float32(1.0))
     """
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if not checkpoint.quantization:

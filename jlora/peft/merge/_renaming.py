@@ -62,7 +62,7 @@ def find_models(wanted: Collection[str], shapes: Shapes) -> list[Model]:
     """Finds the parameters of the model, under the names that match most of `wanted`.
 
     Returns:
-        Several models if the names of several versions of `transformers` match equally many.
+        One model, or several if names of several versions of `transformers` match equally many.
 
     Raises:
         ValueError: if several prefixes match equally many.
