@@ -73,6 +73,7 @@ nb_execution_mode = "cache"  # in build/.jupyter_cache
 nb_execution_raise_on_error = True
 nb_execution_timeout = 3600  # for a cell, on a busy machine
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"jlora {release}"
