@@ -64,6 +64,7 @@ highlight_language = "none"
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["keras"]
 autodoc_preserve_defaults = True
+napoleon_attr_annotations = False
 napoleon_numpy_docstring = False
 python_maximum_signature_line_length = 68
 python_use_unqualified_type_names = True
