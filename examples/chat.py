@@ -17,6 +17,7 @@ them; those of an earlier run are replaced.
 """
 
 import argparse
+import functools
 import pathlib
 import random
 import shutil
@@ -36,13 +37,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 from models import beam, llama, smollm2
 from models.parts import RULES, shardings
-from pod import State, restore, with_shardings
+from pod import State, restore, save, with_shardings
 from progress import progress
 from quickstart import draw, take
 from transformers import AutoTokenizer
 
 import jlora
-from jlora import checkpoint, peft, sharding
+from jlora import peft, sharding
 
 WARMUP = 5
 SHOWN = 3  # of the held-out conversations, answered before and after
@@ -175,17 +176,9 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
     options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.save_every)
     with ocp.CheckpointManager(args.out.absolute() / "checkpoints", options=options) as manager:
         start, state = restore(manager, State(adapter, tx.init(adapter)), base, settings)
-
-        def save(step, state):
-            items = ocp.args.Composite(
-                **checkpoint.items(state.adapter, rules, step=step, base=base),
-                optimizer=ocp.args.StandardSave(state.optimizer),
-                run=ocp.args.JsonSave(settings),
-            )
-            manager.save(step, args=items)
-
         plan = draw(len(rows.ids), args.steps, args.batch, args.seed)
-        state, losses = train(state, base, rows, make_step(apply, tx), plan, start, save)
+        keep = functools.partial(save, manager, rules=rules, base=base, run=settings)
+        state, losses = train(state, base, rows, make_step(apply, tx), plan, start, keep)
 
     saved, merged = args.out / "adapter", args.out / "merged"
     for earlier in (saved, merged):

@@ -314,6 +314,24 @@ def restore(
     return step, State(adapter, manager.restore(step, args=args).optimizer)
 
 
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: State,
+    rules: Any,
+    base: Any,
+    run: Any,
+    force: bool = False,
+) -> None:
+    """Writes what `restore` reads, if `step` is one of the manager's, or with `force`."""
+    items = ocp.args.Composite(
+        **checkpoint.items(state.adapter, rules, step=step, base=base),
+        optimizer=ocp.args.StandardSave(state.optimizer),
+        run=ocp.args.JsonSave(run),
+    )
+    manager.save(step, args=items, force=force)
+
+
 def train(args: argparse.Namespace) -> None:
     """Trains from the last checkpoint, if any, and writes the merged model."""
     connect(args)
@@ -360,12 +378,7 @@ def loop(args: argparse.Namespace, job: Job, base: Any, state: State) -> tuple[i
             say(f"step {done}: loss {float(loss):.7f}")
         stop = manager.reached_preemption(done)  # SIGTERM: the machine is taken
         if stop or done == args.steps or manager.should_save(done):
-            items = ocp.args.Composite(
-                **checkpoint.items(state.adapter, job.rules, step=done, base=base),
-                optimizer=ocp.args.StandardSave(state.optimizer),
-                run=ocp.args.JsonSave(run),
-            )
-            manager.save(done, args=items, force=True)
+            save(manager, done, state, job.rules, base, run, force=True)
         if stop:
             break
     manager.close()

@@ -37,7 +37,6 @@ from jlora import checkpoint, many
 
 HELD_OUT = 256  # rows by which runs are judged, at most
 SCALE = 2.0  # s of every rank: alpha is s·r
-WARMUP = 0.1  # of the steps
 WEIGHT_DECAY = 0.01
 CLIP = 1.0  # the norm of a run's gradient
 RUNGS = (0.25, 0.5)  # of the steps: where the worse half stops
@@ -121,7 +120,7 @@ def sweep(grid: Grid, task: Task, runs: Sequence[Run], together: int = TOGETHER)
     base, table = many.init(lora, keys, task.params, *example, ranks=ranks)
     print(f"{len(runs)} runs, {jlora.count(table):,} parameters; {jlora.count(base):,} frozen")
 
-    schedule = optax.warmup_cosine_decay_schedule(0, 1, int(WARMUP * task.steps), task.steps)
+    schedule = task.schedule(task.steps)
 
     def make(learning_rate: jax.Array) -> optax.GradientTransformation:
         rate = lambda step: learning_rate * schedule(step)  # noqa: E731

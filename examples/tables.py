@@ -1,6 +1,9 @@
 """Tables of results: CSV files that are written at once, or grow by a row at a time; their best."""
 
+import collections
 import csv
+import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,22 +14,39 @@ Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """The rows in their order, none where there is no file; what looks like a number is one."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    """The rows in their order, none where there is no file; what looks like a number is one.
+
+    A last line without its end, of a process that was stopped, is none.
+    """
+    return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(_whole_lines(path))]
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds a row; the first makes the file, and gives the header."""
+    """Adds a row in one piece, as other processes may; the first makes the file, with the header.
+
+    It takes the place of a last line without its end.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    lines, text = _whole_lines(path), io.StringIO()
+    names = next(csv.reader(lines), list(row))
+    if set(names) != set(row):
+        raise ValueError(f"`{path}` has the columns {names}, and the row {list(row)}: give others.")
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    if lines:
+        os.truncate(path, len("".join(lines).encode()))
+    else:
+        writer.writeheader()
+    writer.writerow(row)
+    with path.open("a") as file:
+        file.write(text.getvalue())
+
+
+def _whole_lines(path: Path) -> list[str]:
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -46,7 +66,9 @@ def _number(text: str) -> Any:
 
 
 def best(runs: Sequence[Row], column: str, sign: int) -> tuple[Row, float, float]:
-    """The runs at the rate whose run with seed 0 has the best `validation`, of equals the smallest.
+    """The runs at the rate with the best mean `validation`, of equals the smallest.
+
+    Rates that have fewer seeds than another are not chosen.
 
     Args:
         runs: with columns `rate`, `seed` and `validation`.
@@ -57,9 +79,12 @@ def best(runs: Sequence[Row], column: str, sign: int) -> tuple[Row, float, float
         The rate, how many were tried, and the number of seeds; the mean of the score; its standard
         error, NaN of one seed.
     """
-    first = [r for r in runs if r["seed"] == 0]
-    rate = min((np.nan_to_num(sign * r["validation"], nan=np.inf), r["rate"]) for r in first)[1]
-    scores = np.array([r[column] for r in runs if r["rate"] == rate])
+    at = collections.defaultdict(list)
+    for row in runs:
+        at[row["rate"]].append(row)
+    most = max(map(len, at.values()))
+    means = {x: np.mean([r["validation"] for r in at[x]]) for x in at if len(at[x]) == most}
+    rate = min(means, key=lambda x: (np.nan_to_num(sign * means[x], nan=np.inf), x))
+    scores = np.array([r[column] for r in at[rate]])
     error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else np.nan
-    about = {"rate": rate, "rates": len({r["rate"] for r in first}), "seeds": len(scores)}
-    return about, float(scores.mean()), float(error)
+    return {"rate": rate, "rates": len(at), "seeds": most}, float(scores.mean()), float(error)

@@ -33,6 +33,11 @@ VALIDATION = 1000  # of the training sentences
 MOST_RATES = 5
 
 
+def warm_up(steps: int) -> optax.Schedule:
+    """A warm-up to 1, and half a cosine to 0."""
+    return optax.warmup_cosine_decay_schedule(0, 1, int(WARMUP * steps), steps)
+
+
 class Task(NamedTuple):
     """A model and what it learns.
 
@@ -51,6 +56,7 @@ class Task(NamedTuple):
         validation: rows by which a rate is chosen.
         held_out: rows by which nothing is chosen.
         widths: tokens that batches are padded to.
+        schedule: of so many steps, by which the learning rate is multiplied.
     """
 
     apply: Callable[..., jax.Array]
@@ -66,6 +72,7 @@ class Task(NamedTuple):
     validation: Batch
     held_out: Batch
     widths: Sequence[int] = WIDTHS
+    schedule: Callable[[int], optax.Schedule] = warm_up
 
 
 # ---- tasks --------------------------------------------------------------------------------------
@@ -229,25 +236,27 @@ class Runner:
             return optax.apply_updates(trained, updates), state, value
 
         self.step, self.score = step, jax.jit(score)
+        self.curve = np.zeros(0)  # the losses of the last run's steps
 
     def __call__(self, rate: float, seed: int) -> dict[str, Any]:
-        """Trains and evaluates."""
-        start, task, losses = time.monotonic(), self.task, []
+        """Trains and evaluates, to six digits; `seconds` are the processor's."""
+        start, task, losses = time.process_time(), self.task, []
         example = task.inputs(take(task.train, slice(task.batch)))
         base, trained = self.init(jax.random.key(seed), task.params, *example)
         found = {"trained": jlora.count(trained)}
         state = self.tx.init(trained)
-        schedule = optax.warmup_cosine_decay_schedule(0, rate, int(WARMUP * task.steps), task.steps)
-        rates = np.asarray(jax.jit(schedule)(np.arange(task.steps)))
+        shape = np.asarray(jax.jit(jax.vmap(task.schedule(task.steps)))(np.arange(task.steps)))
         batches = draw_batches(task, task.steps, seed)
         for i, rows in enumerate(progress(batches, leave=False)):
-            trained, state, loss = self.step(trained, state, base, rows, rates[i])
+            trained, state, loss = self.step(trained, state, base, rows, rate * shape[i])
             losses.append(loss)
-        found["loss"] = float(np.mean(losses[-20:]))
+        self.curve = np.array(jax.device_get(losses))
+        found["loss"] = float(self.curve[-20:].mean())
         for name in ("validation", "held_out"):
             nll, right = self.evaluate(trained, base, getattr(task, name))
             found |= {name: nll, f"{name}_right": right}
-        return found | {"seconds": round(time.monotonic() - start, 1)}
+        found["seconds"] = round(time.process_time() - start, 1)
+        return {k: x if isinstance(x, int) else float(f"{x:.6g}") for k, x in found.items()}
 
     def evaluate(self, trained: Any, base: Any, rows: Batch) -> tuple[float, float]:
         """The mean negative log-likelihood and the share of what is right, each at its width."""
@@ -293,12 +302,12 @@ def run_once(
     return row["validation"]
 
 
-def best_rate(loss: Callable[[int, int], float], middle: int) -> int:
+def best_rate(loss: Callable[[int, int], float], middle: int, most: int = MOST_RATES) -> int:
     """The best rate in half decades with seed 0: of three, and of further ones beside the best."""
     found = {rate: loss(rate, 0) for rate in (middle, middle - 1, middle + 1)}
     while True:
         best = min(found, key=lambda rate: (np.nan_to_num(found[rate], nan=np.inf), rate))
         further = {min(found): best - 1, max(found): best + 1}.get(best)
-        if further is None or len(found) == MOST_RATES:
+        if further is None or len(found) == most:
             return best
         found[further] = loss(further, 0)

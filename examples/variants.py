@@ -96,14 +96,9 @@ def make_sketch(task: Task, kind: str, components: int) -> jlora.types.Sketch:
     return jlora.sketch(loss, params, rules, batches, kind=kind, components=components)
 
 
-def eva(task: Task) -> jlora.LoRA:
-    """A from the principal components of the inputs."""
-    return lora(None, RANK, init=starts.eva(make_sketch(task, "inputs", RANK)))
-
-
-def lora_ga(task: Task) -> jlora.LoRA:
-    """A and B from the gradient, which PEFT takes 2·r components of."""
-    return lora(None, RANK, init=starts.lora_ga(make_sketch(task, "gradient", 2 * RANK)))
+def sketched(task: Task, init: Callable[[Any], Any], *args: Any) -> jlora.LoRA:
+    """A, or A and B, from what batches tell."""
+    return lora(None, RANK, init=init(make_sketch(task, *args)))
 
 
 def allocate_ranks(task: Task) -> Setup:
@@ -132,8 +127,11 @@ VARIANTS = {
     ),
     "pissa": Variant("PiSSA", simple(lambda t: lora(None, RANK, init=starts.pissa_niter(16))), -1),
     "miss": Variant("MiSS", simple(lambda t: lora(None, 2 * RANK, 1.0, init=starts.miss)), -1),
-    "eva": Variant("EVA", simple(eva), -1),
-    "lora_ga": Variant("LoRA-GA", simple(lora_ga), -1),
+    "paca": Variant("PaCA", simple(lambda t: lora(None, 2 * RANK, init=starts.paca))),
+    "eva": Variant("EVA", simple(lambda t: sketched(t, starts.eva, "inputs", RANK)), -1),
+    "lora_ga": Variant(  # PEFT takes 2·r components
+        "LoRA-GA", simple(lambda t: sketched(t, starts.lora_ga, "gradient", 2 * RANK)), -1
+    ),
     "allocated": Variant("ranks by the gradient", allocate_ranks),
     "nf4": Variant(
         "LoRA on NF4", simple(lambda t: lora(None, RANK), schemes=(jlora.NF4(KERNELS),))
@@ -172,11 +170,6 @@ def decays(tree: Any) -> Any:
     return jax.tree.map(lambda label: label != "m", jlora.labels(tree))
 
 
-def round_results(train: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
-    """`train` with results of six digits."""
-    return lambda *args: {k: float(f"{v:.6g}") for k, v in train(*args).items()}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what has not been run; `argv` are the arguments of the command line."""
     parser = argparse.ArgumentParser(
@@ -193,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for variant in args.variants:
             if variant == "head" and not task.head:
                 continue
-            train = round_results(make_runner(task, VARIANTS[variant]))
+            train = make_runner(task, VARIANTS[variant])
             columns = {"task": name, "variant": variant}
             loss = functools.partial(trials.run_once, path, train, columns)
             best = trials.best_rate(loss, task.rate + VARIANTS[variant].shift)

@@ -8,6 +8,7 @@ errors over the seeds.
 """
 
 import collections
+import itertools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -49,12 +50,8 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     groups = collections.defaultdict(list)
     for row in rows:
         groups[row["task"], row["variant"]].append(row)
-    table = (_row(*key, group) for key, group in groups.items())
-    return sorted((row for row in table if row["seeds"] > 1), key=_place)
-
-
-def _place(row: Row) -> tuple[int, int]:
-    return list(MEASURES).index(row["task"]), list(VARIANTS).index(row["variant"])
+    keys = [key for key in itertools.product(MEASURES, VARIANTS) if key in groups]
+    return [row for row in (_row(*key, groups[key]) for key in keys) if row["seeds"] > 1]
 
 
 def _row(task: str, variant: str, rows: Sequence[Row]) -> Row:

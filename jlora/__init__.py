@@ -5,7 +5,7 @@ base, adapter = lora.init(key, variables, tokens)
 logits = lora.apply(base, adapter, tokens)
 params = jlora.merge(base, adapter)
 
-`jlora.analysis`, `checkpoint`, `keras`, `many`, `nnx` and `peft` are loaded at their first use.
+`jlora.analysis`, `checkpoint`, `keras`, `many`, `nnx` and `peft` are imported at their first use.
 """
 
 import typing as _typing
@@ -71,7 +71,7 @@ def __getattr__(name: str) -> _typing.Any:
         try:
             return metadata.version(__name__)
         except metadata.PackageNotFoundError as e:
-            raise AttributeError("jlora has no `__version__`, as it is not installed") from e
+            raise AttributeError("jlora has no `__version__`: it is not installed") from e
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,7 +4,7 @@ Differences between JAX 0.10 and 0.12 that matter here:
 
 * 0.11 merged `Jaxpr` and `ClosedJaxpr`. Both have `eqns`, `invars`, `outvars` and `constvars`;
   `consts` is missing only on 0.10's open `Jaxpr`, which has none.
-* what tells XLA to compile in a hurry has another name since 0.11.
+* the option that makes XLA compile in a hurry has another name since 0.11.
 * `scan` counts its constants and carries in `num_consts`, `num_carry` (0.10) or `ft_in` (0.11).
 """
 
@@ -22,7 +22,7 @@ from jax.extend.core import (
     Literal,
 )
 
-Jaxpr = ClosedJaxpr  # on 0.10 some primitives hold an open one: it reads alike but for `consts`
+Jaxpr = ClosedJaxpr  # on 0.10 some primitives hold an open one, which only lacks `consts`
 
 
 HURRIED: dict[str, Any] = (
@@ -38,12 +38,12 @@ def consts(jaxpr: Any) -> Sequence[Any]:
 
 
 def is_literal(atom: Any) -> bool:
-    """Whether `atom` is a literal, whose value is `atom.val`, rather than a variable."""
+    """Whether `atom` is a literal with the value `atom.val`, rather than a variable."""
     return isinstance(atom, Literal)
 
 
 def scopes(eqn: JaxprEqn) -> tuple[Any, ...]:
-    """Lists the name scopes around `eqn`, the outermost first."""
+    """Returns the name scopes around `eqn`, the outermost first."""
     return eqn.source_info.name_stack.stack
 
 
@@ -78,7 +78,7 @@ def bind(eqn: JaxprEqn, *args: Any) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
-# Frames below these folders are a library's, not the user's.
+# Frames in these folders belong to a library, not to the user.
 _LIBRARIES = tuple(
     os.path.realpath(p) + os.sep
     for p in {
@@ -91,7 +91,7 @@ _LIBRARIES = tuple(
 
 
 def source_line(eqn: JaxprEqn) -> str | None:
-    """Finds `file:line (function)` of the innermost frame of `eqn` outside of any library."""
+    """Returns `file:line (function)` of the innermost frame of `eqn` outside of libraries."""
     traceback = eqn.source_info.traceback
     for frame in [] if traceback is None else traceback.frames:
         if not os.path.realpath(frame.file_name).startswith(_LIBRARIES):
@@ -100,12 +100,12 @@ def source_line(eqn: JaxprEqn) -> str | None:
 
 
 def varying(x: jax.Array) -> frozenset[Any]:
-    """Returns the mesh axes of an enclosing `shard_map` that `x` varies over."""
+    """Returns the mesh axes of an enclosing `shard_map` over which `x` varies."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def abstract(shape: Any, dtype: Any, sharding: Any, like: Any) -> jax.ShapeDtypeStruct:
-    """Makes the type of an array that varies, and is weakly typed, as `like` does and is."""
+    """Makes the type of an array that varies over mesh axes like `like`, and is as weakly typed."""
     fields = {"sharding": sharding, "weak_type": bool(getattr(like, "weak_type", False))}
     if isinstance(like, jax.Array) and varying(like):
         aval = jax.typeof(like)
@@ -114,14 +114,14 @@ def abstract(shape: Any, dtype: Any, sharding: Any, like: Any) -> jax.ShapeDtype
 
 
 def unchecked_axes() -> frozenset[Any]:
-    """Finds the mesh axes of an enclosing `shard_map` that does not check what varies."""
+    """Returns the mesh axes of an enclosing `shard_map` that does not check what varies."""
     axes = jax.sharding.get_abstract_mesh().manual_axes
     checked = not axes or varying(jax.lax.axis_index(axes[0]))
     return frozenset() if checked else frozenset(axes)
 
 
 def may_be_cut_over(tree: Any) -> frozenset[Any]:
-    """Finds the mesh axes over which an enclosing `shard_map` may have cut `tree`'s arrays."""
+    """Returns the mesh axes over which an enclosing `shard_map` may have sharded `tree`."""
     return unchecked_axes().union(*map(varying, jax.tree.leaves(tree)))
 
 
@@ -132,7 +132,7 @@ def vary_with(x: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
 
 
 def is_concrete(x: Any) -> bool:
-    """Whether `x` has a value: it is neither being traced nor a shape."""
+    """Whether `x` has a value: it is neither a tracer nor a shape."""
     return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)  # pyright: ignore
 
 
@@ -142,10 +142,9 @@ def is_staged() -> bool:
 
 
 def evaluate_now(f: Callable[..., Any], *args: Any) -> Any:
-    """Returns `f(*args)`, one array, if its value can be known now, else None.
+    """Returns the array `f(*args)` if its value can be computed now, else None.
 
-    It can while a function is traced that closes over `args`, which are arrays with values then:
-    operations on them would be traced all the same.
+    Arrays that a traced function closes over have values, though operations on them are traced.
     """
     if not all(map(is_concrete, jax.tree.leaves(args))):
         return None

@@ -1,9 +1,10 @@
-"""Finds the sites of a model, by tracing it on shapes.
+"""Finds the sites of a model by tracing it on shapes.
 
-The interpreter of `apply` evaluates the model once, with a `Weight` without a change for each
-parameter, and records how each weight is used. So what is found is what `apply` can compute.
+The interpreter of `apply` evaluates the model once, with each parameter as a `Weight` without a
+change, and records how each weight is used. So it finds exactly the sites that `apply` can adapt.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ Call = tuple[PyTree, tuple[Any, ...], dict[str, Any]]  # the parameters, and the
 
 
 class Traced(NamedTuple):
-    """The model's jaxpr as a function of some of its parameters and of abstract arguments.
+    """The jaxpr of the model, a function of some of its parameters and of abstract arguments.
 
     Attributes:
         jaxpr: the jaxpr.
@@ -71,7 +72,7 @@ class Traced(NamedTuple):
 
     @property
     def used(self) -> dict[Path, bool]:
-        """For each of the parameters whether an output or another operation reads it."""
+        """Whether an output or an operation reads each of the parameters, by path."""
         read = {id(v) for eqn in self.jaxpr.eqns for v in eqn.invars}
         read |= {id(v) for v in self.jaxpr.outvars}
         return {path: id(v) in read for path, v in zip(self.paths, self.jaxpr.invars, strict=False)}
@@ -82,25 +83,23 @@ def find_sites(
 ) -> tuple[Sites, Traced]:
     """Traces a call of `apply_fn` on shapes, and finds how it uses each leaf of the parameters.
 
-    If Python code of `apply_fn` reads the value of a leaf, only leaves that a method of `rules` may
-    take are traced, and the other leaves are not listed as sites.
+    If Python code of `apply_fn` reads the value of a leaf, only the leaves that a rule with A and B
+    may match are traced; the other leaves are not listed as sites.
     """
     leaves = leaves_by_path(call[0])
     types = {path: _type(x, path) for path, x in leaves}
     matrices = {
         path for path, x in types.items() if x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating)
     }
-
-    def taker(path: Path) -> Rule | None:
-        mine = (r for r in rules if r.pattern is None or matches(r, "/".join(path)))
-        return next(mine, None)
-
-    takers = {path: taker(path) for path in types}
-    full = {path for path, rule in takers.items() if isinstance(rule, Full)}
+    taken: dict[Path, Rule] = {}
+    for rule, path in itertools.product(rules, types):
+        if rule.pattern is None or matches(rule, "/".join(path)):
+            taken.setdefault(path, rule)
+    full = {path for path, rule in taken.items() if isinstance(rule, Full)}
     try:
         traced = _trace(apply_fn, call, matrices | full)
     except ValueReadError:
-        matrices = {path for path in matrices - full if takers[path] is not None}
+        matrices = (matrices - full).intersection(taken)
         traced = _trace(apply_fn, call, matrices)
     uses, used = traced.uses(matrices), traced.used
     sites = (_site(path, x, types[path], uses, used.get(path)) for path, x in leaves)
@@ -138,16 +137,16 @@ def _type(x: Any, path: Path) -> jax.ShapeDtypeStruct:
 
 
 def _site(path: Path, leaf: Any, x: jax.ShapeDtypeStruct, uses: Uses, used: bool | None) -> Site:
-    """Says what the model does with a leaf of the type `x`."""
+    """Makes the site of a leaf of the type `x` from its uses."""
     name, scheme = "/".join(path), leaf.scheme if is_quantized(leaf) else None
     products, unsupported = uses.products[name], uses.unsupported[name]
     kinds = {u.kind for u in products}
     kind = next((k for k in ("embed", "conv", "dense") if k in kinds), None)
-    # The layout of a tied embedding is that of its lookup: A has the rows.
+    # A tied embedding has the layout of its lookup: A has its rows.
     first = next((u for u in products if u.kind == kind), None)
     layout = first and _layout(first.inputs, first.outputs, x.shape)
     if first and not layout:
-        lost = "a product that leaves it no inputs or no outputs"
+        lost = "products that leave it no inputs or no outputs"
         unsupported = [*unsupported, Unsupported(lost, ())]
     stack = layout.stack if first and layout else ()
     experts = [d for d in stack if first and d in first.batch] or stack
@@ -166,15 +165,15 @@ def _site(path: Path, leaf: Any, x: jax.ShapeDtypeStruct, uses: Uses, used: bool
 def _layout(
     contracted: frozenset[int], kept: frozenset[int], shape: tuple[int, ...]
 ) -> Layout | None:
-    """Makes contracted axes inputs, kept axes outputs, and all others the stack."""
+    """Makes contracted axes the inputs, kept axes the outputs, and all others the stack."""
     inputs = [d for d in range(len(shape)) if d in contracted]
     outputs = [d for d in range(len(shape)) if d in kept - contracted]
     stack = [d for d in range(len(shape)) if d not in contracted | kept]
-    # A reshape may lose track of an axis of length 1: it can take any role.
+    # A reshape may lose track of an axis of length 1, which can have any role.
     for role in (inputs, outputs):
         if not role and (one := next((d for d in stack if shape[d] == 1), None)) is not None:
             stack.remove(one)
             role.append(one)
-    if not outputs and not kept:  # the model contracts single vectors of it: a stack of outputs
+    if not outputs and not kept:  # the model contracts single vectors: their stack is the outputs
         stack, outputs = [], stack
     return Layout(tuple(stack), tuple(inputs), tuple(outputs)) if inputs and outputs else None

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: each is written next to its place, then renamed."""
+"""Folders that appear whole or not at all: each is written beside its final path, then renamed."""
 
 import contextlib
 import errno
@@ -13,17 +13,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-PATIENCE = 10.0  # seconds for threads that still write when everything else has stopped
+PATIENCE = 10.0  # seconds to wait for threads that still write
 Where = str | os.PathLike[str]
 
 
 @contextlib.contextmanager
 def fresh(path: Where, what: str) -> Iterator[Path]:
-    """Yields a folder to write into, which becomes `path` at the end, or is removed on failure.
+    """Yields a folder to write into; it becomes `path` at the end, or is removed on failure.
+
+    Args:
+        path: the final path.
+        what: the name of the argument, for errors.
 
     Raises:
-        FileExistsError: if `path`, which errors call `what`, exists and is not an empty folder, or
-            is a mount point.
+        FileExistsError: if `path` exists and is not an empty folder, or is a mount point.
         OSError: if there is no room or no permission to write it.
     """
     final = Path(os.path.abspath(path))
@@ -46,8 +49,8 @@ def scratch(path: Where, what: str) -> Iterator[Path]:
         if isinstance(e, FileExistsError) or (number := _error_number(e, stage)) is None:
             raise
         error = (type(e) if isinstance(e, OSError) else OSError)(
-            f"{what}: could not write {final}: {os.strerror(number)}. Nothing is left of it, and "
-            "nothing else was touched. Make room or permission there, or give another path."
+            f"{what}: could not write {final}: {os.strerror(number)}. What was written is removed, "
+            "and nothing else was touched. Make room or permission there, or give another path."
         )
         error.errno = number
         raise error from e
@@ -55,7 +58,7 @@ def scratch(path: Where, what: str) -> Iterator[Path]:
         discard(stage)
 
 
-# What only writing can fail with.
+# Errors that only writing can cause.
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -67,7 +70,7 @@ def _error_number(error: Exception, stage: Path) -> int | None:
         return number if number in _WRITING or (number and about) else None
     if type(error).__name__ != "SafetensorError":
         return None
-    # As the writer of safetensors, which is no Python, says it.
+    # The words of safetensors' writer, which is not written in Python.
     found = re.search(r"I/O error: .*\(os error (\d+)\)", str(error))
     return None if found is None else int(found[1])
 
@@ -87,7 +90,7 @@ def token() -> str:
 
 
 def beside(final: Path, token: str) -> Path:
-    """Returns the path where `final` is made; a long name is cut, as it has at most 255 bytes."""
+    """Returns the path at which `final` is made; names are cut, as they have at most 255 bytes."""
     name = final.name
     while len(os.fsencode(name)) > 100:
         name = name[:-1]
@@ -108,7 +111,7 @@ def commit(stage: Path, final: Path, what: str) -> None:
 
 
 def discard(stage: Path) -> None:
-    """Removes a folder, and those whose names begin with its name, as Orbax makes them."""
+    """Removes a folder, and Orbax's folders beside it, whose names begin with its name."""
     deadline = time.monotonic() + PATIENCE
     while left := list(stage.parent.glob(f"{glob.escape(stage.name)}*")):
         for path in left:
@@ -120,8 +123,8 @@ def discard(stage: Path) -> None:
 
 
 def remove_leftovers(final: Path) -> None:
-    """Removes what killed processes of this machine left while they made `final`."""
-    if os.name != "posix":  # elsewhere a process cannot be asked for without harm
+    """Removes what killed processes of this machine left when they made `final`."""
+    if os.name != "posix":  # elsewhere asking for a process may end it
         return
     name = re.escape(beside(final, "").name)
     ours = re.compile(rf"{name}{_machine()}-(?P<process>\d+)-[0-9a-f]{{16}}(\..*)?")
@@ -157,6 +160,6 @@ def _occupied(final: os.PathLike[str], what: str) -> FileExistsError:
 
 
 def _sync(path: Path) -> None:
-    # On disk before the rename, so that after a crash the folder is not there or whole.
+    # On disk before the rename, so that a crash leaves no folder or a whole one.
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Errors for objects of other libraries, given in the place of a function or an array."""
+"""Errors for objects of other libraries that were given instead of a function or an array."""
 
 import contextlib
 import functools
@@ -16,9 +16,9 @@ from ._types import Path, PyTree
 _ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
 _SPLIT = (
-    "split it, graph, params, rest = nnx.split(model, nnx.Param, ...), and give a function of "
-    "params and rest that merges them, nnx.merge(graph, params, rest, copy=True), and returns the "
-    "new rest beside its outputs."
+    "split it by graph, params, rest = nnx.split(model, nnx.Param, ...). Then give a function of "
+    "params and rest that merges them by nnx.merge(graph, params, rest, copy=True), and returns "
+    "the new rest beside its outputs."
 )
 _NAMED = (
     "{v.path: v.value for v in model.trainable_variables} as the parameters, and lambda params, "
@@ -26,20 +26,20 @@ _NAMED = (
     "as the function"
 )
 
-# What to give in the place of a module that holds its parameters, by package and class.
+# What to give instead of a module that holds its parameters, by package and class.
 _MODULES = {
     ("flax.linen", "Module"): "Give its apply: jlora.transform(model.apply, ...), with the "
     "variables of model.init as the parameters.",
     ("flax.nnx", "Module"): "Give a function of a module, lambda model, x: model(x), and the "
     "module itself as the parameters. If it has state (batch statistics, dropout), " + _SPLIT,
-    ("equinox", "Module"): "Split it, params, static = eqx.partition(model, eqx.is_array), and "
+    ("equinox", "Module"): "Split it by params, static = eqx.partition(model, eqx.is_array), and "
     "give lambda params, x: eqx.combine(params, static)(x).",
     ("keras", "Layer"): f"Give {_NAMED}.",
 }
 
 
 def check_apply_fn(apply_fn: Any) -> None:
-    """Raises a `TypeError` if `apply_fn` is a module that holds its parameters, or no function."""
+    """Raises `TypeError` if `apply_fn` is a module that holds its parameters, or not callable."""
     for (package, name), remedy in _MODULES.items():
         if _is_a(package, name, apply_fn):
             raise TypeError(
@@ -48,14 +48,15 @@ def check_apply_fn(apply_fn: Any) -> None:
             )
     if not callable(apply_fn):
         raise TypeError(
-            "`apply_fn` must be a function of parameters; got one of type "
-            f"{type(apply_fn).__name__}. Give it first: transform(model.apply, LoRA(...))."
+            "`apply_fn` must be a function of parameters; got an object of type "
+            f"{type(apply_fn).__name__}. The function comes first: "
+            "transform(model.apply, LoRA(...))."
         )
 
 
 @contextlib.contextmanager
 def note_advice(apply_fn: Callable[..., Any], params: PyTree) -> Iterator[None]:
-    """Adds a note to errors of `apply_fn` if `params` may not be its first argument."""
+    """Adds a note to errors of `apply_fn` if its first argument may not be the parameters."""
     try:
         yield
     except Exception as e:
@@ -65,11 +66,11 @@ def note_advice(apply_fn: Callable[..., Any], params: PyTree) -> Iterator[None]:
 
 
 PARAMETERS = ("params", "parameters", "variables")
-FIRST = (*PARAMETERS, "weights", "p")  # what else the first argument is called, and others are too
+FIRST = (*PARAMETERS, "weights", "p")  # the last two also name other arguments
 
 
 def _advise_on_order(apply_fn: Callable[..., Any]) -> str | None:
-    """Advises what to do if, by its name, a later argument is the parameters."""
+    """Advises what to do if a later argument has a name for parameters."""
     try:
         names = list(inspect.signature(apply_fn).parameters)
     except (TypeError, ValueError):
@@ -78,14 +79,14 @@ def _advise_on_order(apply_fn: Callable[..., Any]) -> str | None:
     if not later or names[0] in FIRST:
         return None
     return (
-        f"`apply_fn` is called with the parameters first, as its `{names[0]}`. If they are its "
-        f"`{later[0]}`, give jlora.transform a function that takes them first, such as "
-        f"lambda {later[0]}, {names[0]}: apply_fn({names[0]}, {later[0]})."
+        f"jlora passes the parameters as the first argument of `apply_fn`, which is `{names[0]}`. "
+        f"If the parameters are `{later[0]}`, give jlora.transform a function that has them first, "
+        f"such as lambda {later[0]}, {names[0]}: apply_fn({names[0]}, {later[0]})."
     )
 
 
 def _advise_on_variables(apply_fn: Callable[..., Any], params: PyTree) -> str | None:
-    """Advises what to do if a linen module gets a collection in the place of its variables."""
+    """Advises what to do if a linen module gets one collection instead of its variables."""
     while not inspect.ismethod(apply_fn) and (inner := _unwrap(apply_fn)) is not None:
         apply_fn = inner
     module = getattr(apply_fn, "__self__", None)
@@ -94,7 +95,7 @@ def _advise_on_variables(apply_fn: Callable[..., Any], params: PyTree) -> str | 
     if "params" in params:
         return None
     return (
-        f"{type(module).__name__}.apply takes the variables of model.init, a dict with the key "
+        f"{type(module).__name__}.apply needs the variables of model.init, a dict with the key "
         f"'params'; got the keys {', '.join(map(repr, params))}. Give variables, not "
         "variables['params']."
     )
@@ -106,7 +107,7 @@ def _unwrap(fn: Any) -> Any:
 
 
 def check_leaf(x: Any, path: Path) -> None:
-    """Raises a `TypeError` if a leaf of the parameters is neither an array nor a number."""
+    """Raises `TypeError` if a leaf of the parameters is neither an array nor a number."""
     if isinstance(x, _ARRAYS | int | float | complex):
         return
     raise TypeError(
@@ -116,13 +117,13 @@ def check_leaf(x: Any, path: Path) -> None:
 
 
 def check_kept(params: PyTree, before: Mapping[Path, Any]) -> None:
-    """Raises a `ValueError` if the function changed variables of an NNX module.
+    """Raises `ValueError` if the function changed variables of an NNX module.
 
     The function gets a new module at each call, so its changes would be lost.
 
     Args:
-        params: the parameters that it was called with.
-        before: the leaves that they had then, by path.
+        params: the parameters after the call.
+        before: their leaves before the call, by path.
     """
     is_variable = functools.partial(_is_a, "flax.nnx", "Variable")
     if not any(map(is_variable, jax.tree.leaves(params, is_leaf=is_variable))):
@@ -130,9 +131,9 @@ def check_kept(params: PyTree, before: Mapping[Path, Any]) -> None:
     after = leaves_by_path(params)
     if changed := [name_of(path) for path, x in after if before.get(path, x) is not x]:
         raise ValueError(
-            f"`apply_fn` changes variables of its parameters, a module of flax.nnx, at "
-            f"{', '.join(changed)}. The change is lost, so that each step would begin with the "
-            f"same statistics and the same keys of dropout. Call model.eval() before, or {_SPLIT}"
+            f"`apply_fn` changes variables of the module of flax.nnx that it gets, at "
+            f"{', '.join(changed)}. The change would be lost: each step would start with the same "
+            f"statistics and dropout keys. Call model.eval() before, or {_SPLIT}"
         )
 
 
@@ -141,8 +142,8 @@ def _remedy_for(x: Any) -> str:
         return f" Give {_NAMED}."
     if callable(x):
         return (
-            " Split what is no array off, as params, static = eqx.partition(model, eqx.is_array) "
-            "does in Equinox, and combine both in the function: "
+            " Separate the arrays from the rest and combine both in the function. In Equinox: "
+            "params, static = eqx.partition(model, eqx.is_array), and "
             "lambda params, x: eqx.combine(params, static)(x)."
         )
     return " Convert it with jnp.asarray." if hasattr(x, "shape") else ""

@@ -20,14 +20,14 @@ def check_key(key: Any) -> None:
 
 
 def refuse_rngs(expected: str, key: Any) -> None:
-    """Raises `TypeError` if `key` is NNX's `Rngs`, which has attributes of any name."""
+    """Raises `TypeError` if `key` is NNX's `Rngs`, which would answer for any attribute."""
     is_of_nnx = any(c.__module__.startswith("flax.nnx") for c in type(key).__mro__)
     if is_of_nnx and callable(key):
         raise TypeError(f"{expected}; got {type(key).__name__} of flax.nnx. Give rngs.params().")
 
 
 def fold(key: jax.Array, parts: Path) -> jax.Array:
-    """Folds a path into a key: the result depends on this path alone."""
+    """Folds a path into a key; the result does not depend on other paths."""
     # So that the one part `a/b` is not the two parts `a` and `b`.
     name = "/".join(part.replace("/", "\0") for part in parts)
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

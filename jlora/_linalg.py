@@ -24,39 +24,35 @@ def svd_of(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Returns ‖x‖ over some axes, also where squares of its entries would under- or overflow."""
+    """Returns ‖x‖ over some axes, also if the squares of its entries would under- or overflow."""
     largest = jnp.abs(x).max(axes, keepdims=True, initial=0)
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     return jnp.squeeze(unit, axes) * jnp.sqrt(jnp.square(x / unit).sum(axes))
 
 
 def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns Q and R of matrices (…, n, r), of tall ones by blocks of rows.
+    """Returns Q and R of matrices (…, n, r); tall matrices are factored in blocks of rows.
 
-    Each block has Householder's QR; then the stacked R of the blocks have one, and so on. This is
-    as stable as the QR of the whole. Sharded rows stay where they are; only R's are gathered.
+    Each block has its own Householder QR. The R's of the blocks are stacked and factored in turn,
+    and so on. This is as stable as the QR of the whole matrix. Sharded rows stay on their devices;
+    only the R's are gathered.
 
     Source: Demmel et al., arXiv 0808.2664 (TSQR).
     """
     *stack, n, r = x.shape
     blocks = _blocks(n, r)
     if blocks == 1:
-        return _factor(_qr, x)
-    q, below = _factor(_qr, x.reshape(*stack, blocks, n // blocks, r))
+        return _factor(lambda x: tuple(jnp.linalg.qr(x)), x)
+    q, below = qr(x.reshape(*stack, blocks, n // blocks, r))
     top, whole = qr(below.reshape(*stack, blocks * r, r))
     return times(q, top.reshape(*stack, blocks, r, r)).reshape(x.shape), whole
 
 
-def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    q, r = jnp.linalg.qr(x)
-    return q, r
-
-
 def _factor(f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
-    """Applies `f` to all matrices at once where they may be sharded, else as `map_matrices` does.
+    """Applies `f` to all matrices at once if they may be sharded, else by `map_matrices`.
 
-    Only programs for CPUs differ: a map over a sharded stack would gather it, and whether `x` is
-    sharded along automatic mesh axes is not known while it is traced.
+    The choice only matters on CPUs. A map over a sharded stack would gather the stack, and tracing
+    cannot tell whether `x` is sharded along automatic mesh axes.
     """
     return f(x) if jax.device_count() > 1 else map_matrices(f, x)
 
@@ -70,10 +66,10 @@ def _blocks(n: int, r: int) -> int:
 
 
 def map_matrices(f: Callable[[jax.Array], Any], x: jax.Array, on_cpu: Any = None) -> Any:
-    """Applies `f` to matrices (…, m, n); on CPUs to one at a time, or `on_cpu` if it is given.
+    """Applies `f` to matrices (…, m, n); on CPUs it applies `on_cpu`, or `f`, to one at a time.
 
-    On CPUs, JAX factors a stack's matrices on a pool of threads, and blocks one of them meanwhile:
-    a program that factors as many stacks at once as there are threads would wait for ever.
+    On CPUs JAX factors the matrices of a stack on a pool of threads, and blocks one of the threads
+    meanwhile. So a program that factors as many stacks as there are threads would wait forever.
     """
     one = f if on_cpu is None else on_cpu
 
@@ -94,7 +90,7 @@ def times(a: jax.Array, b: jax.Array) -> jax.Array:
 def inverse(x: jax.Array) -> jax.Array:
     """Inverts symmetric positive definite matrices (…, r, r) by Gauss-Jordan elimination in place.
 
-    It does without LAPACK, so that on CPUs any number may be inverted at once: see `each`.
+    It does not use LAPACK, so on CPUs it can invert many at once: see `map_matrices`.
     """
     places = jnp.arange(x.shape[-1])
 

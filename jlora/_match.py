@@ -14,8 +14,8 @@ T = TypeVar("T")
 
 
 def match(sites: Sites, rules: Sequence[Rule]) -> Sites:
-    """Gives each leaf the first rule that it matches; raises if a rule is left without any."""
-    first = first_takers(rules, sites.leaves, _takes, "rules")
+    """Gives each leaf the first rule that matches it; raises if a rule gets no leaf."""
+    first = first_matches(rules, sites.leaves, _is_match, "rules")
     for i, rule in enumerate(rules):
         if i not in first:
             _raise_idle(rule, sites)
@@ -23,33 +23,33 @@ def match(sites: Sites, rules: Sequence[Rule]) -> Sites:
     return Sites(tuple(s if i is None else _fit(s, rules[i], sites) for s, i in pairs))
 
 
-def first_takers(
-    takers: Sequence[Any], things: Sequence[T], takes: Callable[[Any, T], bool], what: str
+def first_matches(
+    rules: Sequence[Any], leaves: Sequence[T], is_match: Callable[[Any, T], bool], what: str
 ) -> list[int | None]:
-    """Finds for each of `things` the number of its first taker; None if it has none.
+    """Finds for each leaf the index of the first rule that matches it, or None.
 
-    Raises `ValueError` for a taker that others leave nothing; errors call the takers `what`.
+    Raises `ValueError` if earlier rules match all leaves of a rule; errors call the rules `what`.
     """
-    first = [next((i for i, t in enumerate(takers) if takes(t, x)), None) for x in things]
-    pairs = list(zip(first, things, strict=True))
-    for taker in (t for i, t in enumerate(takers) if i not in first):
-        if lost := [takers[i] for i, x in pairs if i is not None and takes(taker, x)]:
+    first = [next((i for i, r in enumerate(rules) if is_match(r, x)), None) for x in leaves]
+    pairs = list(zip(first, leaves, strict=True))
+    for rule in (r for i, r in enumerate(rules) if i not in first):
+        if lost := [rules[i] for i, x in pairs if i is not None and is_match(rule, x)]:
             raise ValueError(
-                f"{rule_name(taker)} is left with no leaf: earlier {what} take all {len(lost)} "
+                f"{rule_name(rule)} gets no leaf: earlier {what} match all {len(lost)} leaves "
                 f"that it matches ({', '.join(dict.fromkeys(map(rule_name, lost)))}). The first "
                 f"match wins; reorder the {what} or drop this one."
             )
     return first
 
 
-def _takes(rule: Rule, site: Site) -> bool:
+def _is_match(rule: Rule, site: Site) -> bool:
     if rule.pattern is None:
         return site.kind in ("dense", "conv")
     return matches(rule, site.path)
 
 
 def _fit(site: Site, rule: Rule, sites: Sites) -> Site:
-    """Gives the site its rule, fitted to its shape; raises if the rule cannot apply."""
+    """Gives a site its rule, fitted to the shape; raises if the rule cannot adapt the site."""
     if isinstance(rule, Full):
         _check_full(rule, site)
         return dataclasses.replace(site, rule=rule)
@@ -61,7 +61,7 @@ def _fit(site: Site, rule: Rule, sites: Sites) -> Site:
         raise NotImplementedError(
             f"{rule_name(rule)} matches {site.name}, which the model also uses where W + s·A·B "
             f"has no factored form: {'; '.join(site.unsupported_uses)}. Leave it out of the rules, "
-            "or let W + ΔW be formed there with LoRA(..., materialize=True): exact, but at full "
+            "or give LoRA(..., materialize=True), which forms W + ΔW there: exact, but at full "
             "memory and time."
         )
     fitted, layout = rule.fit(site)
@@ -80,43 +80,36 @@ def _check_full(rule: Full, site: Site) -> None:
         raise ValueError(
             f"{rule_name(rule)} matches {site.name}, which is quantized: trained leaves must not "
             f"be quantized. Give {type(site.scheme).__name__} a pattern that leaves it out, or "
-            "narrow that of Full."
+            "narrow the pattern of Full."
         )
     if site.used is False:
         raise ValueError(
             f"{rule_name(rule)} matches {site.name} of shape {site.shape}, which the traced call "
-            "does not use, so that it would get no gradient. Narrow the pattern, or give `init` "
-            "the arguments of a call that uses it."
+            "does not use, so it would get no gradient. Narrow the pattern, or give `init` the "
+            "arguments of a call that uses it."
         )
 
 
 def _explain_not_linear(rule: Rule, site: Site, sites: Sites) -> str:
-    remedy = "Narrow the pattern, or train the leaf in full with jlora.Full."
+    narrow, remedy = "Narrow the pattern", ", or train the leaf in full with jlora.Full"
     if not jnp.issubdtype(site.dtype, jnp.floating):
-        why, remedy = f"is not floating-point ({site.dtype})", "Narrow the pattern."
+        why, remedy = f"of dtype {site.dtype}, which is not floating-point", ""
     elif len(site.shape) < 2:
-        why = f"is no matrix (shape {site.shape})"
+        why = f"of shape {site.shape}, which is not a matrix"
         if better := _suggest_pattern(rule, site, sites):
-            remedy = (
-                f"Narrow the pattern (did you mean {better!r}?), or train the leaf in full with "
-                "jlora.Full."
-            )
+            narrow += f" (did you mean {better!r}?)"
     elif site.unsupported_uses:
-        why = "is used only by " + "; ".join(site.unsupported_uses)
-        remedy = (
-            "Narrow the pattern, train the leaf in full with jlora.Full, or let W + ΔW be formed "
-            "with LoRA(..., materialize=True)."
-        )
+        why = f"of shape {site.shape}, which the model uses only in "
+        why += "; ".join(site.unsupported_uses)
+        remedy = ", train the leaf in full with jlora.Full"
+        remedy += ", or give LoRA(..., materialize=True), which forms W + ΔW"
     else:
-        why = "is not used by the traced call"
-    return (
-        f"{rule_name(rule)} matches {site.name} of shape {site.shape}, which is used by nothing "
-        f"linear: it {why}. {remedy}"
-    )
+        why = f"of shape {site.shape}, which the traced call does not use"
+    return f"{rule_name(rule)} matches {site.name} {why}. {narrow}{remedy}."
 
 
 def _suggest_pattern(rule: Rule, site: Site, sites: Sites) -> str | None:
-    """Finds a pattern like that of `rule` that matches only sites, such as siblings of `site`."""
+    """Finds a pattern similar to the rule's that matches only sites, such as siblings of `site`."""
     if rule.pattern is None or not site.parts:
         return None
     beside = [s for s in sites if s.parts[:-1] == site.parts[:-1] or matches(rule, s.path)]
@@ -159,7 +152,7 @@ def _raise_idle(rule: Rule, sites: Sites) -> None:
     if [s.parts for s in sites.leaves] == [()]:
         raise ValueError(
             f"{rule_name(rule)} matches no leaf of `params`, which is one array of shape "
-            f"{sites.leaves[0].shape}. Are the arguments in another order? The parameters come "
+            f"{sites.leaves[0].shape}. Are the arguments in the wrong order? The parameters come "
             "first: init(key, params, *args), and apply_fn(params, *args)."
         )
     leaves = ([] if isinstance(rule, Full) else list(sites)) or sites.leaves

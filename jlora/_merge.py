@@ -1,4 +1,4 @@
-"""`merge` adds ΔW to W, for export and serving; `unmerge` takes it away again."""
+"""`merge` adds ΔW to W, for export and serving; `unmerge` subtracts it again."""
 
 import dataclasses
 from typing import Any
@@ -20,34 +20,34 @@ def merge(
 ) -> PyTree:
     r"""Merges an adapter into its base: $W' = W + s \cdot A B$.
 
-    The sum is in float32 (float64 over float64) and rounded once to W's dtype. Leaves trained in
-    full replace the base's; all others are the base's own arrays. Quantized weights become plain
-    arrays: the sum is with their values in float32.
+    The sum is computed in float32 (in float64 if W is float64) and rounded once to W's dtype.
+    Leaves trained in full replace those of the base. All other leaves are the arrays of the base.
+    Quantized weights become plain arrays.
 
-    Called eagerly, it holds one ΔW at a time, and none at ranks up to 16. To update the base in
-    place, call `jax.jit(jlora.merge, donate_argnums=0)`. XLA's CPU compiler then forms all ΔW of
-    higher ranks at once, unless the environment variable `XLA_FLAGS` has
+    Call it eagerly if memory is short: it then forms one ΔW at a time, and none at ranks up to 16.
+    To update the base in place, call `jax.jit(jlora.merge, donate_argnums=0)`. On CPUs XLA then
+    forms every ΔW of a higher rank at once, unless the environment variable `XLA_FLAGS` has
     `--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED`.
 
-    Give merged parameters to the model itself, or to `apply` with the adapter `{}`. They are plain
-    arrays and cannot be told from a base: `apply(merge(base, adapter), adapter, ...)` would count
-    ΔW twice.
+    Give merged parameters to the model itself, or to `apply` with the adapter `{}`. jlora cannot
+    tell them from a base: `apply(merge(base, adapter), adapter, ...)` would count ΔW twice.
 
     Args:
         base: the frozen tree.
-        adapter: the adapter; dropout keys in it are ignored. `{}` gives `base`.
-        check: raise if a merged leaf is not finite. Needs concrete values, so not under `jit`.
-        requantize: quantize adapted weights again, in their own schemes, and leave the others as
-            they are. This rounds ΔW to what a few bits can hold, which may undo the training:
+        adapter: the adapter. Its dropout keys are ignored. With `{}` the result is `base`.
+        check: whether to raise if a merged leaf is not finite. This needs concrete values, so it
+            does not work under `jit`.
+        requantize: whether to quantize adapted weights again, each in its own scheme, and keep the
+            other quantized weights. This rounds ΔW to a few bits, which may undo the training;
             `print(jlora.summary(merged))` lists the error of each leaf.
 
     Returns:
         A tree with the structure, shapes, dtypes and shardings of `base`.
 
     Raises:
-        TypeError: if `adapter` is no adapter.
-        ValueError: if `adapter` does not fit `base`; with `check`, if values are not finite,
-            naming the paths.
+        TypeError: if `adapter` is not an adapter.
+        ValueError: if `adapter` does not fit `base`; with `check`, if values are not finite. The
+            error names the paths.
 
     Source: Hu et al., arXiv 2106.09685, section 4.1 (no additional inference latency).
 
@@ -63,8 +63,8 @@ def merge(
     if check:
         if not all(map(is_concrete, jax.tree.leaves(merged))):
             raise ValueError(
-                "`check` of merge needs concrete values; under jit, grad or vmap there are none. "
-                "Merge without it there, and check the result outside."
+                "`check` of merge needs concrete values, which jit, grad and vmap do not have. "
+                "Merge without `check` there, and check the result outside."
             )
         _check_finite(merged)
     return merged
@@ -73,7 +73,7 @@ def merge(
 def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
     r"""Recovers the base of merged parameters: $W = W' - s \cdot A B$, up to rounding.
 
-    Leaves trained in full stay as they are in `params`: `apply` takes those from the adapter.
+    Leaves trained in full keep the values of `params`: `apply` reads them from the adapter anyway.
 
     Args:
         params: merged parameters.
@@ -83,9 +83,9 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
         A tree with the structure, shapes, dtypes and shardings of `params`.
 
     Raises:
-        TypeError: if `adapter` is no adapter.
-        ValueError: if `adapter` does not fit `params`, a weight that it adapts is quantized, or W
-            does not follow from W', as with DoRA and Rows.
+        TypeError: if `adapter` is not an adapter.
+        ValueError: if `adapter` does not fit `params`, an adapted weight is quantized, or W cannot
+            be computed from W', as with `DoRA` and `Rows`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -126,10 +126,10 @@ def _quantize_like(w: Any, old: Quantized) -> Quantized:
 def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
     if sign < 0 and is_quantized(leaf.base):
         raise ValueError(
-            f"`unmerge` cannot take ΔW back at {path!r}, which is quantized: its codes hold the "
+            f"`unmerge` cannot subtract ΔW at {path!r}, which is quantized: its codes hold the "
             "sum only roughly. Keep the base."
         )
-    # As one program, so that a sharded W is added to where it lies; one for all leaves of a form.
+    # One program, so that a sharded W stays on its devices. Leaves of one form share it.
     program = jax.jit(_change, static_argnums=2, out_shardings=_sharding_of(leaf.base))
     keys = arrays(leaf.delta).keys() - state(leaf.delta).keys()
     node = leaf.delta._replace(**dict.fromkeys(keys))
@@ -139,7 +139,7 @@ def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
         raise e.at(path) from None
     except NotInvertibleError as e:
         raise ValueError(
-            f"`unmerge` cannot take {type(node).__name__} back at {path!r}: {e}. Keep the base."
+            f"`unmerge` cannot undo {type(node).__name__} at {path!r}: {e}. Keep the base."
         ) from None
 
 
@@ -173,7 +173,7 @@ def _check_finite(params: PyTree) -> None:
     ]
     if bad:
         raise ValueError(
-            "`merge` gave values that are not finite at:\n  "
+            "`merge` computed values that are not finite at:\n  "
             + "\n  ".join(bad)
             + "\nThe adapter or the base holds NaN or infinity there; use an earlier checkpoint."
         )

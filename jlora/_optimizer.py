@@ -1,4 +1,4 @@
-"""What each leaf of an adapter is, and an optimizer that trains the adapter alone."""
+"""Labels for the leaves of an adapter, and an optimizer that trains only the adapter."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ def labels(tree: PyTree) -> PyTree:
         tree: an adapter, or `Params(base, adapter)`.
 
     Returns:
-        `"a"` and `"b"` for the factors, `"m"` for the magnitudes of DoRA, `"rows"` for the values
-        of `Rows`, `"full"` for leaves trained in full, `"base"` for frozen ones, among which are
-        dropout keys and what a rule freezes.
+        A tree of labels with the structure of `tree`. The labels are `"a"` and `"b"` for the
+        factors, `"m"` for the magnitudes of DoRA, `"rows"` for the values of `Rows`, `"full"` for
+        leaves trained in full, and `"base"` for everything frozen: the base, dropout keys, and the
+        factors that a rule freezes.
 
     Raises:
-        TypeError: if an array is where an adapter has none, as in a tuple of base and adapter;
-            if the tree has arrays alone, as parameters have; or if it is a dict of base and
-            adapter. An adapter of `Full` leaves alone looks like parameters: give it as
+        TypeError: if `tree` is a tuple or dict of base and adapter, or holds only arrays, like
+            parameters. An adapter of `Full` leaves only looks like parameters too: give it as
             `Params({}, adapter)`.
 
     Examples:
@@ -44,16 +44,15 @@ def labels(tree: PyTree) -> PyTree:
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: _is_labeled(x) or is_masked(x))
     if leaves and not any(_is_labeled(x) or is_masked(x) for x in leaves):
         raise TypeError(
-            "`tree` must be an adapter or jlora.Params(base, adapter), but has arrays alone, as a "
-            "model's parameters have, all of which would be trained. Give the adapter that `init` "
-            "returned. If it is one, of jlora.Full leaves alone, give `tx` itself, or "
-            "jlora.Params({}, adapter)."
+            "`tree` must be an adapter or jlora.Params(base, adapter), but it has only arrays, "
+            "like a model's parameters: all of them would be trained. Give the adapter that `init` "
+            "returned. If it is an adapter of jlora.Full leaves only, use `tx` without "
+            "jlora.optimizer, or give jlora.Params({}, adapter)."
         )
     if name := _base_beside_adapter(tree):
         raise TypeError(
-            "`tree` must be an adapter or jlora.Params(base, adapter), but is a dict of both: at "
-            f"{name!r} are arrays alone, which would be trained, at the paths of the adapter "
-            "beside them. Give jlora.Params(base, adapter)."
+            "`tree` must be an adapter or jlora.Params(base, adapter), but it is a dict of both: "
+            f"the base at {name!r} would be trained too. Give jlora.Params(base, adapter)."
         )
     return found
 
@@ -70,20 +69,20 @@ def _base_beside_adapter(tree: PyTree) -> str | None:
 
 
 def _labeled_by_path(tree: PyTree) -> dict[str, bool]:
-    """Says for each leaf, by its path, whether it has labels of its own."""
+    """Returns for each leaf, by its path, whether it brings its labels."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_labeled)
     return {jax.tree_util.keystr(path): _is_labeled(x) for path, x in flat}
 
 
 def is_masked(x: Any) -> bool:
-    """Whether `x` stands in for a leaf that a mask hides."""
+    """Whether `x` is a placeholder of optax for a masked leaf."""
     import optax
 
     return isinstance(x, optax.MaskedNode)
 
 
 def _is_labeled(x: Any) -> bool:
-    """Whether `x` has labels of its own: a node, a bound leaf or `Params`."""
+    """Whether `x` brings its labels: a node, a bound leaf or `Params`."""
     return is_node(x) or isinstance(x, Params | Adapted)
 
 
@@ -110,19 +109,19 @@ def _labels(tree: PyTree) -> PyTree:
 def _remedy(path: tuple[Any, ...]) -> str:
     if path and path[-1] == GetAttrKey("value"):  # a variable of NNX
         return (
-            "For nnx.Optimizer(model, tx, wrt=nnx.LoRAParam), whose tree is the adapter alone, "
-            "give `tx` itself."
+            "nnx.Optimizer(model, tx, wrt=nnx.LoRAParam) trains only the adapter anyway: give it "
+            "`tx` without jlora.optimizer."
         )
     return "Put base and adapter into Params, so that the base stays frozen."
 
 
 def mask(tree: PyTree) -> PyTree:
-    """Says of each leaf whether it is trained, as the masks of optax do.
+    """Returns for each leaf whether it is trained, as a mask for optax.
 
-    Use it where a mask says what a transformation acts on, as in `optax.add_decayed_weights`.
-    It freezes nothing: `optax.masked(tx, jlora.mask)` passes the gradients of the base on as its
+    Use it as the mask of a transformation such as `optax.add_decayed_weights`. Do not use it to
+    freeze the base: `optax.masked(tx, jlora.mask)` passes the gradients of the base through as
     updates, and `optax.apply_updates` adds them to the base. `jlora.optimizer(tx)` freezes the
-    base. Spelled out, it does
+    base. It is short for
 
         words = {True: "trained", False: "frozen"}
         group = lambda params: jax.tree.map(words.get, jlora.mask(params))
@@ -132,7 +131,7 @@ def mask(tree: PyTree) -> PyTree:
         tree: an adapter, or `Params(base, adapter)`.
 
     Returns:
-        Booleans in the structure of `tree`.
+        Booleans in the structure of `tree`: True for the adapter, except what a rule freezes.
 
     Raises:
         TypeError: as in `labels`.
@@ -154,19 +153,19 @@ def mask(tree: PyTree) -> PyTree:
 def optimizer(tx: "optax.GradientTransformation") -> "optax.GradientTransformationExtraArgs":
     r"""Lets `tx` train the adapter and nothing else.
 
-    For a tree of the adapter alone it is `tx`. Give one of `Full` leaves alone, which looks like
-    parameters, as `Params({}, adapter)`. For `Params(base, adapter)`, as in Flax's `TrainState`,
-    base leaves get no moments and zero updates, whatever their gradients; norms, clipping and
-    weight decay inside `tx` see the adapter only. The same holds for frozen factors, as those of
-    `LoRA(..., frozen=("a",))`. Weight decay should leave the magnitudes of `DoRA` out, by a mask of
-    their label: see `Decomposed`.
+    It accepts two trees. For an adapter it is `tx` itself. For `Params(base, adapter)`, as in
+    Flax's `TrainState`, it freezes the base: base leaves have no moments and get zero updates, and
+    `tx` computes norms, clips and decays weights for the adapter only. Factors that a rule freezes,
+    as `LoRA(..., frozen=("a",))` does, are frozen in the same way. Give an adapter of `Full` leaves
+    only, which looks like parameters, as `Params({}, adapter)`.
 
-    LoRA+ and preconditioning are transformations to chain in `tx`, in this order:
+    Do not decay the magnitudes of `DoRA`: mask them by their label, as `Decomposed` shows. LoRA+
+    and preconditioning are transformations to chain in `tx`, in this order:
     `optax.chain(jlora.precondition(1e-6), optax.adamw(2e-4), jlora.lora_plus(16))`.
 
-    Wrappers belong inside: `jlora.optimizer(optax.MultiSteps(tx, 4))` accumulates the gradients of
-    the adapter, while `optax.MultiSteps(jlora.optimizer(tx), 4)` also accumulates those of the
-    base, at the base's size, and drops them.
+    Put wrappers inside: `jlora.optimizer(optax.MultiSteps(tx, 4))` accumulates the gradients of
+    the adapter. `optax.MultiSteps(jlora.optimizer(tx), 4)` would also accumulate the gradients of
+    the base, in arrays of the base's size, and drop them.
 
     Args:
         tx: any optax transformation. If factors are frozen, its `update` gets all parameters as the
@@ -176,9 +175,8 @@ def optimizer(tx: "optax.GradientTransformation") -> "optax.GradientTransformati
         An optax transformation.
 
     Raises:
-        TypeError: if `tx` is no optax transformation, or it is given a tree that is neither form,
-            as the parameters are, or a base with PRNG keys, to which `optax.apply_updates` can add
-            nothing.
+        TypeError: if `tx` is not an optax transformation. In `init` and `update`: if the tree is
+            neither an adapter nor `Params`, or if its base has PRNG keys, which cannot be updated.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora, optax
@@ -216,7 +214,7 @@ def optimizer(tx: "optax.GradientTransformation") -> "optax.GradientTransformati
 
 
 def is_transformation(tx: Any) -> bool:
-    """Whether `tx` acts as an optax transformation; `optax.MultiSteps` does without being one."""
+    """Whether `tx` has the methods of an optax transformation, as `optax.MultiSteps` has too."""
     return all(callable(getattr(tx, name, None)) for name in ("init", "update"))
 
 
@@ -236,7 +234,7 @@ def _check_no_keys(params: PyTree) -> None:
     ]
     if keys:
         raise TypeError(
-            f"`params` of jlora.optimizer has PRNG keys, to which no update can be added, at "
+            f"`params` of jlora.optimizer has PRNG keys, which cannot be updated, at "
             f"{', '.join(keys)}. Pass them to the model beside the parameters (in NNX: graph, "
             "params, rest = nnx.split(model, nnx.Param, ...)), or train the adapter alone."
         )
@@ -246,8 +244,8 @@ def _set_to_zero() -> "optax.GradientTransformation":
     import optax
 
     def zero(update: jax.Array, param: jax.Array) -> jax.Array:
-        # -0.0 is the zero that leaves every float as it was: -0.0 + 0.0 would be 0.0. An integer
-        # leaf has a gradient of no dtype to speak of, so the leaf's own counts.
+        # Adding -0.0 changes no float, while adding 0.0 would change -0.0. The dtype is that of
+        # the leaf, as the gradient of an integer leaf has the dtype float0.
         del update
         floating = jnp.issubdtype(param.dtype, jnp.inexact)
         return jnp.full_like(param, -0.0 if floating else 0)

@@ -13,7 +13,7 @@ SECONDS = 10.0
 
 
 class progress(tqdm):  # noqa: N801  used as tqdm is
-    """`tqdm` that writes lines where standard error is no terminal, also within a long step."""
+    """`tqdm` that writes lines if standard error is not a terminal, also within a long step."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         """Takes the arguments of `tqdm`."""

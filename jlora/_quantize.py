@@ -1,4 +1,4 @@
-"""`quantize`: a base in 4 or 8 bits."""
+"""`quantize`: stores weights of a base in 4 or 8 bits."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from . import sharding
 from ._compat import evaluate_now, is_concrete, place_of
-from ._match import first_takers
+from ._match import first_matches
 from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spell
 from ._rules import Full, explain_no_match, matches, name_mistake, rule_name
 from ._sites import Site, Sites
@@ -22,22 +22,22 @@ from ._types import Layout, Path, PyTree
 def quantize(
     params: PyTree, *schemes: Scheme, sites: Sites | None = None, donate: bool = False
 ) -> PyTree:
-    r"""Quantizes the parameters that `schemes` take to 4 or 8 bits.
+    r"""Quantizes weights to 4 or 8 bits.
 
-    The result is a base: give it to `init`, `apply`, `merge` and the rest in the place of `params`.
-    Weights are quantized one after the other, each on its own devices. `quantize` also works under
-    `jax.jit`, and on `jax.ShapeDtypeStruct`s, for which it gives shapes.
+    The result is a base: give it to `init`, `apply`, `merge` and the other functions instead of
+    `params`. Weights are quantized one after the other, each on its own devices. `quantize` also
+    works under `jax.jit`, and turns `jax.ShapeDtypeStruct`s into shapes of codes and scales.
 
     Args:
-        params: a tree of arrays.
-        *schemes: `NF4`, `FP4`, `Int8`, `Int4`, `FP8`, `MXFP4`; the first whose pattern matches the
-            path of a leaf takes it. One without a pattern takes every dense site that is neither an
-            embedding nor the head (as many outputs as the largest embedding has rows), nor trained
-            in full.
+        params: a tree of floating-point arrays.
+        *schemes: `NF4`, `FP4`, `Int8`, `Int4`, `FP8` or `MXFP4`. Each leaf gets the first scheme
+            whose pattern matches its path. A scheme without a pattern matches every dense site
+            except embeddings, the head, and leaves trained in full. (The head is the site with as
+            many outputs as the largest embedding has rows.)
         sites: how the model uses each leaf, from `lora.sites(params, ...)`, so that blocks run
-            along inputs. Without it the last axis of a leaf counts as outputs, the one before as
-            inputs, and the axes before as a stack.
-        donate: whether to delete each array of `params` as soon as it is quantized, so that memory
+            along inputs. By default the last axis of a leaf counts as outputs, the axis before as
+            inputs, and all others as a stack.
+        donate: whether to delete each array of `params` as soon as it is quantized. Then memory
             holds one more weight, not one more tree.
 
     Returns:
@@ -45,10 +45,11 @@ def quantize(
         bytes and errors.
 
     Raises:
-        TypeError: if one of `schemes` is no scheme.
-        ValueError: if a scheme takes nothing, has no pattern although `sites` is not given, or
-            cannot take a leaf: a leaf must have two axes or more, be floating-point, not quantized
-            yet, finite (where that can be seen), and have axes that blocks divide.
+        TypeError: if one of `schemes` is not a scheme.
+        ValueError: if a scheme matches nothing, or has no pattern while `sites` is missing; if a
+            leaf has fewer than two axes, is not floating-point, is quantized already, has a length
+            that blocks must divide and do not, or has values that are not finite (this is not
+            checked under `jit`).
 
     Source: Dettmers et al., QLoRA, arXiv 2305.14314.
 
@@ -73,11 +74,11 @@ def quantize(
             )
     leaves, tree = flatten(params)
     paths = [path for path, _ in leaves_by_path(params)]
-    taken = _find_forms(dict(zip(paths, leaves, strict=True)), schemes, sites)
+    forms = _find_forms(dict(zip(paths, leaves, strict=True)), schemes, sites)
     is_traced = not all(map(is_concrete, jax.tree.leaves(leaves)))
     for i, path in enumerate(progress(paths, "quantize", unit="leaf", disable=is_traced)):
-        if path in taken:
-            old, leaves[i] = leaves[i], _quantize_leaf(leaves[i], path, *taken[path])
+        if path in forms:
+            old, leaves[i] = leaves[i], _quantize_leaf(leaves[i], path, *forms[path])
             gone = isinstance(old, jax.Array) and is_concrete(leaves[i].data)
             if donate and gone and not any(x is old for x in leaves):
                 old.delete()
@@ -95,20 +96,20 @@ def _find_forms(
     if sites is not None and found.keys() != leaves.keys():
         [first, *_] = sorted(found.keys() ^ leaves.keys())
         raise ValueError(
-            f"`sites` is not of `params`: {name_of(first)} is in one of them only. Give "
+            f"`sites` does not belong to `params`: only one of them has {name_of(first)}. Give "
             "lora.sites(params, ...) of the same tree."
         )
     rows = max((s.inputs for s in found.values() if s.kind == "embed"), default=0)
-    takes = lambda scheme, path: _takes(scheme, path, found.get(path), rows)  # noqa: E731
-    first = dict(zip(leaves, first_takers(schemes, list(leaves), takes, "schemes"), strict=True))
+    is_match = lambda scheme, path: _is_match(scheme, path, found.get(path), rows)  # noqa: E731
+    first = first_matches(schemes, list(leaves), is_match, "schemes")
     for i, scheme in enumerate(schemes):
-        if i not in first.values():
+        if i not in first:
             _raise_idle(scheme, leaves, sites)
-    taken = {path: schemes[i] for path, i in first.items() if i is not None}
-    return {p: (scheme, _form(scheme, p, leaves[p], found.get(p))) for p, scheme in taken.items()}
+    pairs = [(p, schemes[i]) for p, i in zip(leaves, first, strict=True) if i is not None]
+    return {p: (scheme, _form(scheme, p, leaves[p], found.get(p))) for p, scheme in pairs}
 
 
-def _takes(scheme: Scheme, path: Path, site: Site | None, rows: int) -> bool:
+def _is_match(scheme: Scheme, path: Path, site: Site | None, rows: int) -> bool:
     if scheme.pattern is not None:
         return matches(scheme, "/".join(path))
     if site is None or site.kind != "dense" or site.layout is None:
@@ -125,12 +126,12 @@ def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) ->
         )
     if sites is None:
         raise ValueError(
-            f"{name} has no pattern, which means every dense site but the head: give "
-            "`sites=lora.sites(params, ...)`, which says what those are, or a pattern."
+            f"{name} has no pattern, so it matches every dense site except the head. Give "
+            "`sites=lora.sites(params, ...)`, which lists the dense sites, or a pattern."
         )
     raise ValueError(
-        f"{name} takes every dense site but the head, and leaves that are trained in full, but "
-        "`sites` has none. Name leaves by a pattern."
+        f"{name} matches every dense site except the head and leaves trained in full, but `sites` "
+        "has no such site. Name leaves by a pattern."
     )
 
 
@@ -148,7 +149,7 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
         )
     shape = tuple(jnp.shape(x))
     if len(shape) < 2 or 0 in shape:
-        raise ValueError(f"{name} of shape {shape}, which is no matrix. Narrow the pattern.")
+        raise ValueError(f"{name} of shape {shape}, which is not a matrix. Narrow the pattern.")
     if site is not None and isinstance(site.rule, Full):
         raise ValueError(
             f"{name}, which {rule_name(site.rule)} trains in full: trained leaves must not be "

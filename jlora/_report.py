@@ -1,4 +1,4 @@
-"""Reports for people: tables of text, and the parameters and bytes of a base and its adapter."""
+"""Tables of text, and a report of the parameters and bytes of a base and its adapter."""
 
 import math
 import re
@@ -35,7 +35,7 @@ def align_columns(
 def fold_numbers(
     paths: Sequence[str], rows: Sequence[tuple[str, ...]]
 ) -> list[tuple[str, list[int]]]:
-    """Folds three or more paths with equal rows that differ in one number, which counts up.
+    """Folds three or more paths that have equal rows and differ in one number, which counts up.
 
     Returns each path with the indices of its rows.
 
@@ -75,7 +75,7 @@ def format_bytes(n: float) -> str:
 
 
 class QuantizedLeaf(NamedTuple):
-    """What a `Summary` says of one quantized leaf.
+    r"""One quantized leaf in a `Summary`.
 
     Attributes:
         path: its path.
@@ -83,8 +83,8 @@ class QuantizedLeaf(NamedTuple):
         scheme: the scheme of its codes.
         before: bytes of the weight in its own dtype.
         after: bytes of the codes and scales.
-        error: ‖W - Q‖ / ‖W‖, the largest of a stack; None if the leaf was read from a file or has
-            no value.
+        error: $\lVert W - Q \rVert / \lVert W \rVert$ with Q the dequantized weight; the largest of
+            a stack. None if the leaf was read from a file or has no values.
     """
 
     path: Path
@@ -102,7 +102,7 @@ class Summary(NamedTuple):
         base: number of parameters of the base.
         trainable: number of parameters of the adapter.
         base_bytes: bytes of the base.
-        trainable_bytes: bytes of the adapter; a checkpoint of it has as many.
+        trainable_bytes: bytes of the adapter, in memory and in a checkpoint.
         quantized: a `QuantizedLeaf` for each quantized leaf of the base.
     """
 
@@ -114,7 +114,7 @@ class Summary(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Trainable parameters as a share of the base's."""
+        """Trainable parameters ÷ parameters of the base."""
         return self.trainable / max(self.base, 1)
 
     def __str__(self) -> str:
@@ -158,14 +158,14 @@ class Summary(NamedTuple):
 def summary(base: PyTree, adapter: PyTree = None) -> Summary:
     r"""Counts the parameters and bytes of a base and its adapter.
 
-    For each quantized leaf of the base it also has the bits of a parameter and the error.
+    It also lists each quantized leaf of the base, with its bits per parameter and its error.
 
     Args:
-        base: the frozen tree, arrays or `jax.ShapeDtypeStruct`s.
-        adapter: the trainable tree, likewise; None if there is none yet.
+        base: the frozen tree, of arrays or `jax.ShapeDtypeStruct`s.
+        adapter: the trainable tree, of the same; None if there is no adapter yet.
 
     Returns:
-        A `Summary`; printed, a table.
+        A `Summary`, which `print` shows as a table.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora

@@ -1,4 +1,4 @@
-"""What the user writes: which leaves are adapted, and how."""
+"""Rules, by which the user says which leaves are adapted, and how."""
 
 import dataclasses
 import difflib
@@ -14,16 +14,16 @@ import jax.numpy as jnp
 
 
 class Rule:
-    """What a user writes: which leaves are adapted, and how. The base of every rule.
+    """The base class of rules, by which the user says which leaves are adapted, and how.
 
-    A subclass is a frozen dataclass with a field `pattern`. It names its `node`, the class of what
-    it puts into the adapter, and defines `start`; the rest has defaults, which a field may replace.
+    A subclass is a frozen dataclass with a field `pattern`. It sets `node`, the class of its nodes,
+    and defines `start`. All else has defaults, which a field of the same name may replace.
 
     Attributes:
-        pattern: a regular expression for whole components of a leaf's path. None means
-            *all-linear*: every dense and convolutional site, no embeddings.
+        pattern: a regular expression that matches whole components of a leaf's path. None is
+            *all-linear*: it matches every dense and convolutional site, but no embedding.
         node: a subclass of `jlora.extend.Node`.
-        materialize: whether W + ΔW may be formed where the model leaves no other way.
+        materialize: whether jlora may form W + ΔW where it has no factored form.
         frozen: names of arrays of the node that are not trained.
     """
 
@@ -34,23 +34,23 @@ class Rule:
 
     @property
     def all_frozen(self) -> tuple[str, ...]:
-        """The arrays that are not trained, by `frozen` or by what the rule has besides."""
+        """All arrays that are not trained: those of `frozen`, and others that the rule freezes."""
         return self.frozen
 
     def fit(self, site: Any) -> tuple["Rule", Any]:
-        """Returns the rule and the layout for a `Site`; `ValueError` if the rule cannot apply."""
+        """Returns the rule and the layout for a `Site`; `ValueError` if they do not fit."""
         return self, site.layout
 
     def sizes(self, layout: Any) -> dict[str, int]:
-        """Returns the lengths of the axes of the node's arrays that W has not: `{"rank": 8}`."""
+        """Returns the lengths of the node's axes that W does not have, such as `{"rank": 8}`."""
         del layout
         return {}
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
-        """Returns W and the node for it, drawn with `key`.
+        """Returns W and its node, drawn with `key`.
 
-        `w` is W: an array, a `jax.ShapeDtypeStruct` or a `jlora.Quantized`. A rule that does
-        not change the base returns the same object.
+        `w` is W: an array, a `jax.ShapeDtypeStruct` or a `jlora.Quantized`. A rule that does not
+        change the base returns the object `w` itself.
         """
         raise NotImplementedError
 
@@ -67,23 +67,23 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Chosen parts of a fused output axis, such as q and v of a fused qkv kernel.
+    """Parts (*slots*) of a fused output axis to adapt, such as q and v of a fused qkv kernel.
 
-    The output axis is cut into `count` equal parts. Each chosen part gets an A and a B of its own;
-    the others stay as they are. Within a `shard_map` around `apply` or `merge` the fused axis must
-    be whole, and its type must say so: gather it with `to="invarying"`.
+    The output axis is split into `count` equal parts. Each chosen part has its own A and B; the
+    other parts do not change. Do not shard the fused axis in a `shard_map` around `apply` or
+    `merge`: gather it with `to="invarying"`.
 
     Attributes:
         count: number of equal parts, at least 1.
         chosen: indices of the adapted parts, distinct, in [0, count).
-        axis: which of the site's output axes is fused; the first unless told.
+        axis: which of the site's output axes is fused; by default the first.
 
     Raises:
-        TypeError: if a field is of a wrong type.
+        TypeError: if a field has the wrong type.
         ValueError: if a field is out of range.
 
     Examples:
-        GPT-2's `c_attn` produces q, k and v in one product; the paper adapts q and v.
+        GPT-2's `c_attn` computes q, k and v in one product. The paper adapts q and v.
 
         >>> import jlora
         >>> jlora.LoRA(r"c_attn/kernel", rank=4, alpha=32, slots=jlora.Slots(3, (0, 2))).rank
@@ -103,7 +103,7 @@ class Slots:
         are_distinct = 0 < len(set(chosen)) == len(chosen)
         check_field(self, "chosen", are_distinct, "name distinct slots, at least one")
         are_slots = all(0 <= c < count for c in chosen)
-        check_field(self, "chosen", are_slots, f"lie in [0, {count}), the slots")
+        check_field(self, "chosen", are_slots, f"be in [0, {count})")
         check_field(self, "axis", is_int(self.axis), "be an integer", TypeError)
 
 
@@ -111,12 +111,12 @@ class Slots:
 class Full(Rule):
     """Trains the leaves whose path matches `pattern` in full: heads, norms, biases.
 
-    It takes any floating-point leaf, also one that is no weight: a pattern such as `BatchNorm_0`
-    matches running statistics in `batch_stats` too, so name the collection, `params/BatchNorm_0`.
+    It trains every floating-point leaf that it matches. `BatchNorm_0` also matches the running
+    statistics in `batch_stats`, so name the collection too: `params/BatchNorm_0`.
 
     Attributes:
-        pattern: a regular expression for whole components of a leaf's path: `head` matches
-            `lm/head/kernel`, but not `multi_head/kernel`, as `.*head` does.
+        pattern: a regular expression that matches whole components of a leaf's path: `head` matches
+            `lm/head/kernel` but not `multi_head/kernel`; `.*head` matches both.
 
     Raises:
         TypeError: if `pattern` is not a string.
@@ -134,7 +134,7 @@ class Full(Rule):
         check_pattern(self, self.pattern)
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
-        """Returns W and a copy, so that a step that donates the adapter keeps the base."""
+        """Returns W and a copy of it, so that a step that donates the adapter keeps the base."""
         del key, site
         return w, w if isinstance(w, jax.ShapeDtypeStruct) else jnp.array(w)
 
@@ -144,12 +144,12 @@ class Full(Rule):
         return math.prod(shape)
 
 
-FLAGS = re.compile(r"\A(?:\(\?[aimsux]+\))+")  # which Python takes only at a pattern's start
+FLAGS = re.compile(r"\A(?:\(\?[aimsux]+\))+")  # Python accepts them only at a pattern's start
 
 
 @functools.lru_cache(4096)
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    r"""Returns the expression by which `pattern` matches whole components of a path.
+    r"""Compiles `pattern` so that it matches whole components of a path only.
 
     >>> head = compile_pattern("head")
     >>> [bool(head.search(path)) for path in ("head", "lm/head/kernel", "multi_head", "heads/0")]
@@ -160,13 +160,13 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _group(pattern: str) -> str:
-    """Makes `pattern` a group of another pattern, without the flags at its start."""
+    """Makes `pattern` a group for use in another pattern, without the flags at its start."""
     end = "\n" if re.compile(pattern).flags & re.X else ""  # a comment takes the rest of its line
     return f"(?:{FLAGS.sub('', pattern)}{end})"
 
 
 def pattern_anywhere(pattern: str) -> str:
-    """Returns the pattern that matches wherever `pattern` is found, also within a component.
+    """Returns a pattern that also matches where `pattern` is found within a component.
 
     >>> pattern_anywhere("head"), pattern_anywhere("(?i)head|norm")
     ('.*head.*', '(?i).*(?:head|norm).*')
@@ -185,7 +185,7 @@ def matches(rule: Any, path: str) -> bool:
 
 
 def rule_name(rule: Any) -> str:
-    """Names a rule for errors and tables: its type and pattern."""
+    """Returns the name of a rule for errors and tables: its type and pattern."""
     pattern = rule.pattern
     return type(rule).__name__ + ("()" if pattern is None else f"({pattern!r})")
 
@@ -210,8 +210,8 @@ def explain_no_match(pattern: str, paths: Sequence[str]) -> str:
     """Says what to write instead of a pattern that matches whole components of no path.
 
     >>> explain_no_match("head", ["multi_head/w", "norm/w"])
-    "A pattern matches whole components of a path, and this one is found only inside of multi_head.\
- Did you mean 'multi_head'?"
+    "A pattern must match whole components of a path, but this one matches only parts of multi_head\
+. Did you mean 'multi_head'?"
     """
     found = [path for path in paths if compile_pattern(pattern).search(path)]
     hits = [] if found else [(path, m) for path in paths if (m := re.search(pattern, path))]
@@ -221,7 +221,7 @@ def explain_no_match(pattern: str, paths: Sequence[str]) -> str:
     few = len(names) <= 3 and all(m[0] for _, m in hits)
     better = "|".join(map(re.escape, names)) if few else pattern_anywhere(pattern)
     return (
-        "A pattern matches whole components of a path, and this one is found only inside of "
+        "A pattern must match whole components of a path, but this one matches only parts of "
         f"{', '.join(names[:3])}{', …' if names[3:] else ''}. Did you mean {better!r}?"
     )
 
@@ -234,7 +234,7 @@ def _components(path: str, found: re.Match[str]) -> str:
 
 
 def check_pattern(rule: Any, pattern: Any) -> None:
-    """Raises if `pattern` is no regular expression for components of a path."""
+    """Raises unless `pattern` is a regular expression for components of a path."""
     if not isinstance(pattern, str):
         raise TypeError(
             f"`pattern` of {type(rule).__name__} must be a regular expression as a string; "
@@ -242,7 +242,7 @@ def check_pattern(rule: Any, pattern: Any) -> None:
         )
     if (components := pattern.strip("/")) != pattern:
         raise ValueError(
-            f"`pattern` {pattern!r} of {type(rule).__name__} starts or ends with `/`, but a "
+            f"`pattern` {pattern!r} of {type(rule).__name__} must not start or end with `/`: a "
             f"pattern matches whole components of a path: write {components or '.*'!r}."
         )
     try:
@@ -254,25 +254,25 @@ def check_pattern(rule: Any, pattern: Any) -> None:
 def check_field(
     rule: Any, name: str, holds: bool, must: str, error: type[Exception] = ValueError
 ) -> None:
-    """Raises `error`, which says what the field `name` of a rule must be, unless that `holds`."""
+    """Raises `error` unless `holds`; it says what the field `name` of a rule `must` be or do."""
     if not holds:
         owner = rule_name(rule) if hasattr(rule, "pattern") else type(rule).__name__
         raise error(f"`{name}` of {owner} must {must}; got {getattr(rule, name)!r}.")
 
 
 def is_int(x: Any) -> bool:
-    """Whether `x` is an integer, not a boolean."""
+    """Whether `x` is an integer but not a boolean."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
 def check_int(what: str, n: Any, least: int) -> None:
-    """Raises unless `n`, which the error calls `what`, is an integer of at least `least`."""
+    """Raises unless `n` is an integer of at least `least`; the error calls it `what`."""
     if not is_int(n) or n < least:
         raise ValueError(f"{what} must be an integer of at least {least}; got {n!r}.")
 
 
 def is_finite(x: Any) -> bool:
-    """Whether `x` is a real number, not a boolean, that a float can hold."""
+    """Whether `x` is a real number, but not a boolean, that a float can hold."""
     try:
         return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
     except OverflowError:
@@ -280,7 +280,7 @@ def is_finite(x: Any) -> bool:
 
 
 def check_rules(rules: Any, unpacked: str | None = None) -> tuple[Rule, ...]:
-    """Returns one rule, or several, as a tuple; raises `TypeError` for anything else in it."""
+    """Returns one or several rules as a tuple; raises `TypeError` for anything else."""
     if isinstance(rules, Rule | str | Mapping) or not isinstance(rules, Iterable):
         rules = (rules,)
     rules = tuple(rules)
@@ -292,7 +292,7 @@ def check_rules(rules: Any, unpacked: str | None = None) -> tuple[Rule, ...]:
 
 
 def name_mistake(x: Any, unpacked: str | None = None) -> str:
-    """Names what was given in the place of a rule; `unpacked` is a call that takes a `*list`."""
+    """Describes what was given instead of a rule; `unpacked` is a call that unpacks a list."""
     if isinstance(x, type) and dataclasses.is_dataclass(x):
         return f"the class {x.__name__}; call it, {x.__name__}(...)"
     if unpacked is not None and isinstance(x, Sequence) and not isinstance(x, str):

@@ -23,17 +23,17 @@ RANK, OTHER = "rank", "other rank"  # its two axes in an r × r matrix
 def lora_plus(ratio: float | jax.Array) -> "optax.GradientTransformationExtraArgs":
     r"""Multiplies the updates of B by λ, so that B learns λ times as fast as A.
 
-    Chain it after the optimizer, `optax.chain(optax.adamw(2e-4), jlora.lora_plus(16))`. Before Adam
-    it would do nothing, as Adam divides by the size of the gradients.
+    Chain it after the optimizer: `optax.chain(optax.adamw(2e-4), jlora.lora_plus(16))`. Before Adam
+    it would have no effect, because Adam divides by the size of the gradients.
 
     Args:
-        ratio: λ, positive. Hayou et al. find about 16 to be good. It may be traced.
+        ratio: λ, a positive number, which may be traced. Hayou et al. recommend about 16.
 
     Returns:
         An optax transformation, for an adapter or `Params(base, adapter)`.
 
     Raises:
-        TypeError: if the tree has no adapter in it.
+        TypeError: in `init` and `update`, if the tree holds no adapter.
         ValueError: if `ratio` is not a positive finite number.
 
     Source: Hayou et al., LoRA+, arXiv 2402.12354.
@@ -63,28 +63,29 @@ def lora_plus(ratio: float | jax.Array) -> "optax.GradientTransformationExtraArg
 
 
 def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExtraArgs":
-    r"""Multiplies the gradients of A and of B by the inverse r × r matrix of the other factor.
+    r"""Multiplies the gradients of A and B, each by an r × r matrix made of the other factor.
 
     $$\bar A \leftarrow \bar A\,(B B^\top + \delta I)^{-1},\qquad
     \bar B \leftarrow (A^\top A + \delta I)^{-1} \bar B$$
 
-    for each matrix of a stack and each slot by itself, in float32 or better. Then the step of ΔW
-    does not depend on how ΔW is split into A and B. Gradients are of another size: find the
-    learning rate anew.
+    Each matrix of a stack and each slot has its own inverse, in float32 or better. With it the step
+    of ΔW does not depend on how ΔW is split into A and B. The gradients change in size, so tune the
+    learning rate again.
 
-    Chain it before the optimizer, `optax.chain(jlora.precondition(1e-6), optax.adamw(2e-4))`: the
-    formula is for gradients, and the steps of Adam are none.
+    Chain it before the optimizer: `optax.chain(jlora.precondition(1e-6), optax.adamw(2e-4))`. The
+    formula is for gradients, not for the steps of Adam.
 
     Args:
-        damping: δ, positive, 1e-6 in the paper. It may be traced.
+        damping: δ, a positive number, which may be traced; the paper has 1e-6.
 
     Returns:
         An optax transformation, for an adapter or `Params(base, adapter)`. Its `update` needs the
         parameters.
 
     Raises:
-        TypeError: if the tree has no adapter in it.
-        ValueError: if `damping` is not a positive finite number; in `update`, without parameters.
+        TypeError: in `init` and `update`, if the tree holds no adapter.
+        ValueError: if `damping` is not a positive finite number; in `update`, if it gets no
+            parameters.
 
     Source: Zhang and Pilanci, arXiv 2402.02347, algorithm 1.
 
@@ -106,7 +107,7 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
         return _precondition(damping, update, param) if is_trained else update
 
     def update(updates: PyTree, params: PyTree | None, **extra: Any) -> PyTree:
-        # Within jlora.optimizer `params` lack what is frozen, which may be one of the factors.
+        # Within jlora.optimizer `params` lacks frozen leaves, and one factor may be frozen.
         params = extra.get("all_params", params)
         if params is None:
             raise ValueError(
@@ -122,13 +123,14 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
 def _precondition(damping: Any, update: Any, param: Any) -> Any:
     if is_masked(param.a) or is_masked(param.b):
         raise ValueError(
-            "jlora.precondition needs A and B, and what is around it hides one that is frozen. "
-            "Chain it before that: optax.chain(jlora.precondition(1e-6), optax.MultiSteps(tx, 4))."
+            "jlora.precondition needs A and B, but the transformation around it hides the frozen "
+            "one. Chain jlora.precondition before that transformation: "
+            "optax.chain(jlora.precondition(1e-6), optax.MultiSteps(tx, 4))."
         )
     wide = promote(param.a.dtype, param.b.dtype, jnp.float32)
     values = {"a": param.a.astype(wide), "b": param.b.astype(wide)}
     named = param.axes(param.layout)
-    slots = tuple(range(-1, len(named["a"]) - param.a.ndim - 1, -1))  # in front, of a table
+    slots = tuple(range(-1, len(named["a"]) - param.a.ndim - 1, -1))  # first axes of a table
     axes = {name: (*slots, *named[name]) for name in values}
     stack = tuple(d for d in axes["a"] if d in axes["b"] and d != RANK)
     how = {"precision": "highest", "dtype": wide}
@@ -139,7 +141,7 @@ def _precondition(damping: Any, update: Any, param: Any) -> Any:
         return tuple(OTHER if d == RANK else d for d in axes[name])
 
     def times_inverse(name: str, other: str) -> Any:
-        """Multiplies the update of one factor by the inverse of xᵀx + δI, where x is the other."""
+        """Multiplies the update of one factor by the inverse of xᵀx + δI, with x the other one."""
         old, x = getattr(update, name), values[other]
         if is_masked(old):
             return old
@@ -156,7 +158,7 @@ def _precondition(damping: Any, update: Any, param: Any) -> Any:
 
 
 def _stateless(name: str, f: Any) -> "optax.GradientTransformationExtraArgs":
-    """Makes a transformation of `f`, a function of updates, parameters and extra arguments."""
+    """Makes a transformation without state from `f(updates, params, **extra)`."""
     import optax
 
     def check(tree: PyTree) -> None:

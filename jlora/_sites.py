@@ -1,4 +1,4 @@
-"""Sites: the parameter leaves of a model, with how the model uses each, and their table."""
+"""Sites: parameter leaves, together with how the model uses them, and their table."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ class ProductUse(NamedTuple):
     Attributes:
         kind: `"dense"`, `"conv"` or `"embed"`.
         inputs: the axes that are contracted, or looked up.
-        outputs: the axes that are kept; none where the leaf was cut down to a vector.
+        outputs: the axes that are kept; none if the leaf was sliced to a vector.
         batch: the axes that are batched with the activation.
     """
 
@@ -38,8 +38,9 @@ class Unsupported(NamedTuple):
 
     Attributes:
         reason: primitive and source line.
-        axes: the axes of the leaf in each axis that the weight has there of a length above 1.
-        added: whether it is an activation: added to one, concatenated with one, or returned.
+        axes: for each axis of the weight that is longer than 1 there, the axes of the leaf in it.
+        added: whether it is used as an activation: added to one, concatenated with one, or
+            returned.
     """
 
     reason: str
@@ -48,7 +49,7 @@ class Unsupported(NamedTuple):
 
 
 class Uses:
-    """What each leaf is used for, by path, in program order."""
+    """Records the uses of each leaf, by path, in program order."""
 
     def __init__(self) -> None:
         """Starts without uses."""
@@ -64,7 +65,7 @@ class Uses:
             return
         vector = not roles.outputs and all(lengths[a] == 1 for a in roles.stack)
         if not roles.inputs or not (roles.outputs or vector):
-            self.no_product(w, "a product that is no matrix product")
+            self.no_product(w, "a product that is not a matrix product")
             return
         for path in w.origin.paths:
             batch, inputs, outputs = (_of(path, axes) for axes in roles)
@@ -74,7 +75,7 @@ class Uses:
             self.products[path].append(ProductUse(kind, inputs, outputs, batch))
 
     def no_product(self, w: Any, reason: str, added: bool = False) -> None:
-        """Records a use of the weight `w` that is no product; a row that was looked up is one."""
+        """Records a use of the weight `w` that is not a product; a looked-up row counts as one."""
         for path in w.origin.paths:
             axes = tuple(_of(path, [a]) for a, n in zip(w.axes, w.shape, strict=True) if n > 1)
             picked = frozenset(d for p, d in w.picked if p == path)
@@ -86,7 +87,7 @@ class Uses:
 
 
 def _of(path: str, axes: Any) -> frozenset[int]:
-    """Finds the axes of the leaf at `path` that lie in `axes`."""
+    """Finds the axes of the leaf at `path` within `axes`."""
     return frozenset(d for a in axes for p, d in a.leaf if p == path)
 
 
@@ -95,24 +96,25 @@ def _of(path: str, axes: Any) -> frozenset[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A parameter leaf, together with how the model uses it.
+    """A parameter leaf, together with how the model uses it. It is a site if it has a `kind`.
 
     Attributes:
         parts: the components of its path.
         shape: the shape of the leaf.
         dtype: the dtype of the leaf.
-        kind: `"dense"`, `"embed"` (rows are looked up) or `"conv"`; None if nothing linear uses
-            it, or `"materialized"` if a rule then lets W + ΔW be formed.
-        layout: which of its axes are stacked, contracted and produced; None without a kind. The
-            last axis of a materialized site counts as produced.
-        experts: the stacked axis of its experts, or of its layers if it has no other; None without
-            one or with several.
+        kind: how the model uses it: `"dense"`, `"embed"` (rows are looked up) or `"conv"`. If no
+            use has a factored form, it is `"materialized"` under a rule that may form W + ΔW, else
+            None.
+        layout: the axes that are stacked, inputs and outputs; None without a kind. The output of a
+            materialized site is its last axis.
+        experts: the stacked axis of its experts, or of its layers if it has no experts; None if
+            there is no such axis, or more than one.
         unsupported: its uses that have no factored form.
         materialized: the layout that it would have as a materialized site.
         used: whether the traced call depends on it; None if it was not traced.
         scheme: the scheme in which it is quantized, or None.
-        rule: the rule that takes it, or None.
-        asked_rank: the rank that the rule was written with, if it is too large for the site.
+        rule: its rule, or None.
+        asked_rank: the rank in the rule, if the site is too small for it; else None.
     """
 
     parts: Path
@@ -162,17 +164,17 @@ class Site:
 
     @property
     def unsupported_uses(self) -> tuple[str, ...]:
-        """Primitive and source line of each use that has no factored form."""
+        """The primitive and the source line of each use that has no factored form."""
         return tuple(dict.fromkeys(u.reason for u in self.unsupported))
 
     @property
     def is_listed(self) -> bool:
-        """Whether the table shows it: a site, or a matrix that is used in another way."""
+        """Whether the table shows it: it is a site, or a matrix that is used in another way."""
         return self.kind is not None or any(len(u.axes) >= 2 for u in self.unsupported)
 
     @property
     def is_missed(self) -> bool:
-        """Whether it looks like a site that no rule can take."""
+        """Whether it is a matrix that cannot be adapted, has no rule, and is not an activation."""
         meant = any(len(u.axes) >= 2 and not u.added for u in self.unsupported)
         return meant and self.kind is None and self.rule is None
 
@@ -184,13 +186,13 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Sites:
-    """The sites of a model; iteration gives each `Site`.
+    """The sites of a model: the weights that can be adapted. Iteration yields each `Site`.
 
-    `str()` is a table in which three or more equal layers are one row, such as
+    `print` shows a table, in which three or more equal layers share a row: it reads
     `layer_0…11/query/kernel` with the shape `12 × 768×768` and the parameters of all twelve.
 
     Attributes:
-        leaves: every parameter leaf in tree order, including those that are no sites.
+        leaves: every parameter leaf in tree order, also those that are not sites.
     """
 
     leaves: tuple[Site, ...]
@@ -219,11 +221,11 @@ class Sites:
 
     @property
     def missed(self) -> list[Site]:
-        """Matrices without a rule that the model uses only in ways without a factored form."""
+        """Matrices without a rule that the model uses only where they have no factored form."""
         return [s for s in self.leaves if s.is_missed]
 
     def table(self) -> str:
-        """Returns the table with a row for each leaf."""
+        """Returns the table without folding equal layers."""
         return self._table(fold=False)
 
     def __str__(self) -> str:
@@ -257,7 +259,7 @@ class Sites:
 
 
 def _reason(site: Site) -> str:
-    """Says why it is no site."""
+    """Says why a leaf is not a site."""
     no_site = site.kind is None and site.rule is None and site.unsupported_uses
     return f"used in {site.unsupported_uses[0]}" if no_site else "-"
 
@@ -281,7 +283,7 @@ def _axes(site: Site) -> str:
     return (f"{lengths[0]} | " if stack else "") + f"{lengths[1]} → {lengths[2]}"
 
 
-_COLUMNS = {  # of the table, and what each has for n equal sites
+_COLUMNS = {  # functions of a site and of the number of equal sites in its row
     "shape": _shape,
     "kind": lambda s, n: s.kind or "-",
     "axes": lambda s, n: _axes(s),

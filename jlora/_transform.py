@@ -34,32 +34,34 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
 
     $$\mathrm{apply}(base, adapter, \ldots) = \mathrm{apply\_fn}(W + s \cdot A B, \ldots)$$
 
-    Each use of W is traced, and replaced by its factored form x·W + s·(x·A)·B. W + s·A·B is not
-    formed.
+    jlora traces `apply_fn` and replaces each product x·W by its factored form x·W + s·(x·A)·B. It
+    does not form W + s·A·B.
 
     Args:
-        apply_fn: a function of parameters and anything else that JAX can trace, such as the
-            `apply` of a Flax module. It is called with the parameters' own tree and container.
-        *rules: `LoRA`, `DoRA`, `Rows` and `Full`; the first rule whose pattern matches the path of
-            a leaf takes it.
+        apply_fn: a function that JAX can trace, such as the `apply` of a Flax module. Its first
+            argument is the parameters, which it gets in their own containers.
+        *rules: `LoRA`, `DoRA`, `Rows` or `Full`. Each leaf of the parameters gets the first rule
+            whose pattern matches its path.
 
     Returns:
         Three pure functions:
 
-        - `init(key, params, *args, **kwargs) -> (base, adapter)`. Arguments after `params` are
-          `apply_fn`'s own, arrays or `jax.ShapeDtypeStruct`s, and only traced. `base` is `params`,
-          leaf for leaf the same arrays, unless an initializer changes it; `adapter` is a nested
-          dict pruned to the adapted paths, with `LowRank` nodes or, for `Full`, copies. Keys are
-          folded per path.
-        - `apply(base, adapter, *args, **kwargs)`: what `apply_fn` returns, adapted; with `{}` for
-          the adapter, the base model.
-        - `sites(params, *args, **kwargs) -> Sites`: what can be adapted, and what the rules take.
+        - `init(key, params, *args, **kwargs) -> (base, adapter)`. The arguments after `params` are
+          those of `apply_fn`, as arrays or `jax.ShapeDtypeStruct`s; they are only traced. `base`
+          holds the arrays of `params` themselves, unless an initializer changes them. `adapter` is
+          a nested dict with the adapted paths only. Its leaves are `LowRank` nodes or, for `Full`,
+          copies of the arrays. Each path has its own key, folded from `key`.
+        - `apply(base, adapter, *args, **kwargs)` returns what `apply_fn` returns with adapted
+          weights. With `{}` as the adapter it is the base model.
+        - `sites(params, *args, **kwargs) -> Sites` lists the weights that can be adapted (*sites*),
+          with the rule of each.
 
     Raises:
-        TypeError: if one of `rules` is no rule, or a tree is of a wrong type.
-        ValueError: in `init` and `sites`, if a rule takes no leaf or cannot apply to one; in
-            `apply`, if the adapter does not fit the base.
-        NotImplementedError: if an adapted weight is used in a way that has no factored form.
+        TypeError: if one of `rules` is not a rule, or a tree has the wrong type.
+        ValueError: in `init` and `sites`, if a rule matches no leaf, or one that it cannot adapt;
+            in `apply`, if the adapter does not fit the base.
+        NotImplementedError: if the model uses an adapted weight where W + s·A·B has no factored
+            form.
 
     Source: Hu et al., LoRA, arXiv 2106.09685, section 4.
 
@@ -84,8 +86,8 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     for rule in check_rules(rules, "transform(apply_fn, *rules)"):
         if not is_registered(rule):
             raise TypeError(
-                f"`rules` has {rule_name(rule)}, whose class is not registered, so that no "
-                "checkpoint could name it: put @jlora.extend.register above the class."
+                f"`rules` has {rule_name(rule)}, but its class is not registered, so checkpoints "
+                "could not name it: put @jlora.extend.register above the class."
             )
     # Partial applications of this module's functions, so that what is returned can be pickled.
     return Transformed(
@@ -129,18 +131,18 @@ def _init(
     check_key(key)
     if not rules:
         raise ValueError(
-            "`rules` is empty, so that nothing would be trained. "
+            "`rules` is empty, so nothing would be trained. "
             "Give transform(apply_fn, ...) a jlora.LoRA() or a jlora.Full(pattern)."
         )
     sites, traced = _find(apply_fn, rules, (params, args, kwargs))
     all_linear = [rule_name(rule) for rule in rules if rule.pattern is None]
     if all_linear and (missed := sites.missed):
         warnings.warn(
-            f"{all_linear[0]} leaves {len(missed)} weights as they are, as the model uses them "
+            f"{all_linear[0]} does not adapt {len(missed)} weights, because the model uses them "
             "where W + s·A·B has no factored form: "
             + "; ".join(f"{s.path} ({s.unsupported_uses[0]})" for s in missed[:3])
             + ("; …" if len(missed) > 3 else "")
-            + ". Name them in a rule with materialize=True or in jlora.Full, or leave them.",
+            + ". To train them, name them in a rule with materialize=True or in jlora.Full.",
             stacklevel=2,
         )
     flat, tree = flatten(params)
@@ -156,23 +158,24 @@ def _init(
 
 
 def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
-    r"""Makes `fn` accept, in any argument, trees from `jlora.bind`.
+    r"""Makes `fn` accept trees from `jlora.bind` in any argument.
 
-    The new function computes what `fn` computes with W + s·A·B at the adapted leaves, in factored
-    form: it traces `fn` to a jaxpr with W, and evaluates the jaxpr with the factors beside W.
+    The new function computes what `fn` computes with W + s·A·B at the adapted leaves. It traces
+    `fn` with W to a jaxpr, and evaluates the jaxpr with A and B beside W, in factored form.
 
     Args:
-        fn: any function that JAX can trace with respect to the adapted leaves. Other arguments
-            stay as they are: Python values remain Python values, concrete arrays concrete.
+        fn: any function that JAX can trace with respect to the adapted leaves. Its other arguments
+            are not traced: Python values and concrete arrays reach `fn` as they are.
 
     Returns:
-        A function with `fn`'s arguments and outputs. It can be differentiated to any order, in
-        forward and in reverse mode. Call it under `jax.jit`: it traces `fn` at each call, and
-        outside of `jit` loops in `fn` are compiled at each call.
+        A function with the arguments and outputs of `fn`. It can be differentiated to any order, in
+        forward and in reverse mode. Call it under `jax.jit`: otherwise each call traces `fn` again,
+        and compiles its loops again.
 
     Raises:
-        NotImplementedError: where `fn` uses an adapted weight in a way that has no factored form,
-            naming path, primitive and source line. See `LoRA(materialize=True)`.
+        NotImplementedError: if `fn` uses an adapted weight where W + s·A·B has no factored form.
+            The error names the path, the primitive and the source line. See
+            `LoRA(materialize=True)`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -215,17 +218,20 @@ def _weight(leaf: Any, path: str) -> Weight:
 
 
 def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
-    r"""Makes an adapter whose low-rank paths drop inputs: $y = x W + s\,(\mathrm{drop}(x) A) B$.
+    r"""Turns dropout on: returns an adapter with keys, $y = x W + s\,(\mathrm{drop}(x) A) B$.
 
-    Each input of A is set to zero with the rule's probability p, and divided by 1 - p otherwise, so
-    that the expectation does not change. Each site, layer of a stack and key has a mask of its own.
+    Each input of A becomes zero with the rule's probability p; otherwise it is divided by 1 - p, so
+    the expectation does not change. Each site, layer of a stack and key has its own mask.
 
     Args:
-        adapter: an adapter from `init`; sites whose rule has `dropout=0` stay as they are.
-        key: a PRNG key, folded with each site's path and split over its stack.
+        adapter: an adapter from `init`. Sites whose rule has `dropout=0` do not change.
+        key: a PRNG key. It is folded with each site's path and split over its stack.
 
     Returns:
         An adapter with keys, for `apply`. Differentiate with respect to the adapter without keys.
+
+    Raises:
+        TypeError: if `key` is not one PRNG key, or `adapter` is not an adapter.
 
     Source: Hu et al., arXiv 2106.09685, appendix D.
 

@@ -1,4 +1,4 @@
-"""Paths of leaves, and what the trees of a base and an adapter must be."""
+"""Paths of leaves, and checks of the trees that users give as base and adapter."""
 
 import collections
 import math
@@ -21,7 +21,7 @@ def leaves_by_path(
 ) -> list[tuple[Path, Any]]:
     """Returns the leaves in tree order with their paths; `ValueError` if two paths are equal.
 
-    An NNX variable is its own path without the trailing `value`. A quantized weight is a leaf.
+    The path of an NNX variable lacks the trailing `value`. A quantized weight is one leaf.
     """
 
     def stop(x: Any) -> bool:
@@ -33,14 +33,14 @@ def leaves_by_path(
     twice = ["/".join(p) for p, n in collections.Counter(paths).items() if n > 1]
     if twice:
         raise ValueError(
-            f"two leaves have the path {', '.join(twice)}, as keys that differ only in type do. "
-            "Rename one of them."
+            f"two leaves have the path {', '.join(twice)}: keys that differ only in type are "
+            "equal in a path. Rename one of them."
         )
     return list(zip(paths, (x for _, x in flat), strict=True))
 
 
 def flatten(tree: PyTree) -> tuple[list[Any], Any]:
-    """Returns the leaves of a base and its structure; a quantized weight is one leaf."""
+    """Flattens a base, in which a quantized weight is one leaf."""
     return jax.tree.flatten(tree, is_leaf=is_quantized)
 
 
@@ -51,12 +51,17 @@ def _strings(path: tuple[Any, ...], only: bool) -> Path:
 
 
 def name_of(path: Path) -> str:
-    """Names a path in errors."""
+    """Returns the name of a path for errors."""
     return printable("/".join(path)).replace("\n", r"\n") or "the root"
 
 
+def list_reasons(reasons: Mapping[Path, str]) -> str:
+    """Lists for errors a line for each path, with what is wrong there."""
+    return "\n".join(f"  {name_of(path)}: {why}" for path, why in reasons.items())
+
+
 def nest(leaves: dict[Path, Any]) -> PyTree:
-    """Makes a nested dict of leaves by path; a leaf at the root is itself the tree."""
+    """Makes a nested dict of leaves by path; a leaf at the root is the tree itself."""
     if () in leaves:
         return leaves[()]
     tree: dict[str, Any] = {}
@@ -74,17 +79,17 @@ def is_abstract(x: Any) -> bool:
 
 
 def is_adapted(x: Any) -> bool:
-    """Whether `x` is a leaf of a bound tree with its adapter."""
+    """Whether `x` is a weight of a bound tree, with its adapter."""
     return isinstance(x, Adapted)
 
 
 def is_empty(adapter: PyTree) -> bool:
-    """Whether `adapter` is `{}`, which means the base model; None is a missing adapter."""
+    """Whether `adapter` is `{}`, which is the base model; None is a missing adapter."""
     return isinstance(adapter, Mapping) and not adapter
 
 
 def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
-    """Returns the nodes and arrays of an adapter by path; `TypeError` if it is none."""
+    """Returns the nodes and arrays of an adapter by path; `TypeError` if it is not an adapter."""
     expected = "`adapter` must be a nested dict of LowRank nodes and arrays"
     if pair := _describe_pair(adapter):
         raise TypeError(f"{expected}; got {pair}")
@@ -102,7 +107,7 @@ def _is_array(x: Any) -> bool:
 
 
 def check_base(base: PyTree) -> None:
-    """Raises `TypeError` if what is given as the base has an adapter in it."""
+    """Raises `TypeError` if `base` has an adapter in it."""
     if pair := _describe_pair(base):
         raise TypeError(f"`base` must be the frozen tree alone; got {pair}")
     if _has_nodes(base):
@@ -113,9 +118,9 @@ def check_base(base: PyTree) -> None:
 
 
 def _describe_pair(x: Any) -> str | None:
-    """Says, for an error, how `x` is base and adapter in one; None if it is not."""
+    """Says for an error in which form `x` holds both base and adapter; None if it does not."""
     if isinstance(x, Params):
-        return "Params. Give its `base` and `adapter` one by one."
+        return "Params. Give its `base` and its `adapter` as two arguments."
     if type(x) is tuple and _has_nodes(x):
         return "the pair that `init` returns. Unpack it: base, adapter = lora.init(...)."
     return None
@@ -131,12 +136,12 @@ def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
     shapes = {path: tuple(jnp.shape(x)) for path, x in leaves_by_path(base)}
     _check_not_forgotten(found, shapes)
     _check_collection(found, shapes)
-    wrong = [f"  {name_of(p)}: {e}" for p, x in found.items() if (e := _misfit(x, shapes.get(p)))]
+    wrong = {p: why for p, x in found.items() if (why := _misfit(x, shapes.get(p)))}
     if wrong:
         raise ValueError(
             f"`adapter` does not fit `base` at {len(wrong)} of {len(found)} paths:\n"
-            + "\n".join(wrong)
-            + "\nUse the adapter with the parameters that it was made for, or make one with `init`."
+            f"{list_reasons(wrong)}\n"
+            "Use the adapter with the parameters that it was made for, or make one with `init`."
         )
 
 
@@ -147,8 +152,8 @@ def _check_not_forgotten(found: dict[Path, Any], shapes: dict[Path, tuple[int, .
     listed = ", ".join(f"{name_of(path)}: {short(x)}" for path, x in found.items())
     raise TypeError(
         "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it, with "
-        f"paths of `base`; got {listed}. Was it forgotten, as in apply(base, x) for "
-        "apply(base, adapter, x)? For the base model alone it is {}."
+        f"paths of `base`; got {listed}. Was it forgotten, as in apply(base, x) instead of "
+        "apply(base, adapter, x)? For the base model, give {}."
     )
 
 
@@ -164,9 +169,9 @@ def _check_collection(found: dict[Path, Any], shapes: dict[Path, tuple[int, ...]
         else:
             continue
         raise ValueError(
-            f"`adapter` does not fit `base`: the paths of `{outer}` begin with {name + '/'!r}, "
-            f"those of `{inner}` do not. Give both with it, as variables has it, or both without, "
-            f"as variables[{name!r}]."
+            f"`adapter` does not fit `base`: the paths of `{outer}` begin with {name + '/'!r}, but "
+            f"the paths of `{inner}` do not. Give both with it, like `variables`, or both without "
+            f"it, like variables[{name!r}]."
         )
 
 
@@ -187,22 +192,23 @@ def _misfit(leaf: Any, shape: tuple[int, ...] | None) -> str | None:
 
 
 def bind(base: PyTree, adapter: PyTree) -> PyTree:
-    r"""Puts an adapter into its base: a tree of `base`'s structure with adapted leaves.
+    r"""Puts an adapter into its base; the result has the structure of `base`.
 
-    A leaf that `adapter` holds as a `LowRank` becomes the pair of W and $s \cdot A B$, not their
-    sum; a leaf that it holds as an array (`Full`) is replaced by it. No array is copied.
+    Where `adapter` has a `LowRank` node, the leaf becomes a pair of W and the node, for
+    $W + s \cdot A B$; the sum is not computed. Where `adapter` has an array (`Full`), the array
+    replaces W. No array is copied.
 
     Args:
         base: the frozen tree.
-        adapter: a nested dict pruned to the adapted paths, from `init`. `{}` is the adapter of
-            nothing: the tree is `base` then.
+        adapter: a nested dict with the adapted paths only, from `init`. With `{}` the result is
+            `base`.
 
     Returns:
         A tree for functions under `jlora.wrap`.
 
     Raises:
-        TypeError: if `adapter` is no such tree.
-        ValueError: if `adapter` does not fit `base`; every differing path is named.
+        TypeError: if `adapter` is not such a tree.
+        ValueError: if `adapter` does not fit `base`. The error names every path that differs.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -229,8 +235,8 @@ def count(tree: PyTree) -> int:
     """Counts the parameters in a tree of arrays or `jax.ShapeDtypeStruct`s.
 
     Args:
-        tree: a base, an adapter or any other pytree; dropout keys and factors that are frozen are
-            not parameters, and a quantized weight has as many as it has entries.
+        tree: a base, an adapter or any other pytree. Dropout keys and frozen factors do not count.
+            A quantized weight counts its entries.
 
     Returns:
         The sum of the sizes of its numeric leaves.

@@ -21,8 +21,15 @@ class Layout(NamedTuple):
         stack: axes over which W is a stack of independent matrices (scanned layers, experts).
         inputs: axes that the model contracts with its activations.
         outputs: axes that the product keeps.
-        slots: `(count, chosen, axis)` where only the slots `chosen` of the `count` equal parts of
-            W's axis `axis` are adapted, each with its own A and B; else None.
+        slots: None, or `(count, chosen, axis)`: W's axis `axis` has `count` equal parts, of which
+            the parts `chosen` are adapted, each with its own A and B.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> attention = lambda params, x: jnp.einsum("bi,ihd->bhd", x, params["query"])
+        >>> params = {"query": jnp.ones((4, 2, 3))}
+        >>> jlora.transform(attention).sites(params, jnp.ones((1, 4)))["query"].layout
+        Layout(stack=(), inputs=(0,), outputs=(1, 2), slots=None)
     """
 
     stack: tuple[int, ...]
@@ -32,21 +39,21 @@ class Layout(NamedTuple):
 
 
 def short(x: Any) -> str:
-    """Writes an array, or a stand-in, as its dtype and shape, as JAX's messages do."""
+    """Writes an array as its dtype and shape, as JAX's messages do; other objects as `repr`."""
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         return repr(x)
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
 class NotAnArray:
-    """Stands in for a weight, and is no array: code that takes it for one gets an error."""
+    """Stands in for a weight but is not an array: code that uses it as one gets an error."""
 
     _remedy: ClassVar[str]  # what errors say
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(self._remedy)
 
-    # Where JAX, NumPy, Flax and models first take it for an array.
+    # What JAX, NumPy, Flax and models first do with an array.
     __jax_array__ = __array__ = __getitem__ = __neg__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __truediv__ = __matmul__ = __rmatmul__ = astype = reshape = _refuse
@@ -58,7 +65,7 @@ class NotAnArray:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapted(NotAnArray):
-    """A leaf of a bound tree: the frozen weight beside its adapter. It is no array.
+    """A leaf of a bound tree: the frozen weight and its adapter. It is not an array.
 
     Attributes:
         base: W.
@@ -69,8 +76,8 @@ class Adapted(NotAnArray):
     delta: Any
 
     _remedy: ClassVar = (
-        "`params` is a tree from jlora.bind, with adapters beside its weights, which only a "
-        "function under jlora.wrap takes: call jlora.wrap(model.apply)(params, ...) in the place "
+        "`params` is a tree from jlora.bind, which holds adapters beside its weights. Only "
+        "functions under jlora.wrap accept it: call jlora.wrap(model.apply)(params, ...) instead "
         "of model.apply(params, ...), or lora.apply(base, adapter, ...)."
     )
 
@@ -79,11 +86,16 @@ class Adapted(NotAnArray):
 
 
 class Params(NamedTuple):
-    """Base and adapter in one tree, for code that holds one, as Flax's `TrainState` does.
+    """Base and adapter in one tree, for code that holds one tree, such as Flax's `TrainState`.
 
     Attributes:
         base: the frozen tree.
         adapter: the trainable tree.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> jlora.labels(jlora.Params(base={"w": jnp.ones((4, 3))}, adapter={}))
+        Params(base={'w': 'base'}, adapter={})
     """
 
     base: PyTree
@@ -96,8 +108,7 @@ class Transformed(NamedTuple):
     Attributes:
         init: `(key, params, *args, **kwargs) -> (base, adapter)`.
         apply: `(base, adapter, *args, **kwargs) -> outputs of the apply function`.
-        sites: `(params, *args, **kwargs) -> Sites`. Where it is a `functools.partial` that begins
-            with the apply function and the rules, `print` names those.
+        sites: `(params, *args, **kwargs) -> Sites`.
     """
 
     init: Callable[..., tuple[PyTree, PyTree]]
@@ -113,7 +124,7 @@ class Transformed(NamedTuple):
 
 
 def function_name(fn: Any) -> str:
-    """Names a function for a message; a method with its type."""
+    """Returns the name of a function for messages; a method has the name of its type before it."""
     if isinstance(fn, functools.partial):
         return f"partial({function_name(fn.func)})"
     if inspect.ismethod(fn):

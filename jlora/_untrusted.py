@@ -1,9 +1,9 @@
-"""Content of untrusted files: how much of it is read, and how messages quote it."""
+"""Content of untrusted files: bounds it, and quotes it in messages."""
 
 import reprlib
 from typing import Any
 
-VALUES = 4_000_000  # of a JSON file; each takes memory of its own
+VALUES = 4_000_000  # in a JSON file; parsing allocates memory for each
 
 
 def check_values(data: bytes, what: str) -> None:
@@ -14,7 +14,7 @@ def check_values(data: bytes, what: str) -> None:
         what: the file, for the error.
 
     Raises:
-        ValueError: if there may be more.
+        ValueError: if the JSON may have more.
     """
     if sum(map(data.count, (b"{", b"[", b","))) > VALUES:
         raise ValueError(f"{what} holds more than {VALUES:,} values.")
@@ -23,7 +23,7 @@ def check_values(data: bytes, what: str) -> None:
 def printable(text: str) -> str:
     r"""Escapes what would garble a message: control characters and bidirectional marks.
 
-    Lines stay lines.
+    Line breaks stay.
 
     Examples:
         >>> print(printable("a\0b\u202ec"))
@@ -35,12 +35,12 @@ def printable(text: str) -> str:
 
 
 def show(name: str) -> str:
-    """Returns a name as it is, unless it is long or would garble the message."""
+    """Returns a name as it is, or shortened and escaped if it is long or would garble a message."""
     return name if name.isprintable() and len(name) <= 300 else shorten(name)
 
 
 def shorten(value: Any) -> str:
-    """Writes a value of a file in few characters and on one line, however it is nested."""
+    """Writes a value of a file in few characters on one line, however deeply it is nested."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 100
     return short.repr(value)

@@ -1,8 +1,9 @@
-'''The one door for methods, schemes, primitives and engines of your own.
+'''Adds methods, quantization schemes, primitives and serving engines of your own.
 
-A method is two classes. A node is what the adapter has for a weight: its arrays, what their axes
-follow, and the `Change` that they make. A rule is what the user writes, and starts nodes. This is
-IA³ (Liu et al., arXiv 2205.05638) whole, which multiplies each output with a gain:
+A method is two classes. A *node* is what the adapter holds for one weight: its arrays, the axes of
+W that they follow, and the `Change` that they make to W. A *rule* is what the user writes; it makes
+the nodes. This is all of IA³ (Liu et al., arXiv 2205.05638), which multiplies each output by a
+gain:
 
 >>> import dataclasses
 >>> from typing import ClassVar
@@ -25,7 +26,7 @@ IA³ (Liu et al., arXiv 2205.05638) whole, which multiplies each output with a g
 >>> @register
 ... @dataclasses.dataclass(frozen=True)
 ... class IA3(Rule):
-...     """Adapts the weights whose path matches `pattern` by a gain for each output."""
+...     """Multiplies each output of the weights whose path matches `pattern` by a gain."""
 ...
 ...     pattern: str | None = None
 ...     node: ClassVar = Gain
@@ -34,8 +35,8 @@ IA³ (Liu et al., arXiv 2205.05638) whole, which multiplies each output with a g
 ...         shape = self.shapes(site.layout, site.shape)["gain"]
 ...         return w, Gain(jnp.ones(shape), site.layout)
 
-The shapes, shardings and checkpoints of the arrays follow from `axes`, all that is computed from
-`lower`, and from `labels` what the optimizer trains.
+`axes` determines the shapes, shardings and checkpoints of the arrays, `lower` all computations, and
+`labels` what the optimizer trains.
 
 >>> ia3 = jlora.transform(lambda p, x: x @ p["w"], IA3("w"))
 >>> base, adapter = ia3.init(jax.random.key(0), {"w": jnp.eye(4, 3)}, jnp.ones((1, 4)))
@@ -44,14 +45,15 @@ The shapes, shardings and checkpoints of the arrays follow from `axes`, all that
 >>> jlora.merge(base, {"w": adapter["w"]._replace(gain=jnp.array([1.0, 2.0, 3.0]))})["w"].tolist()
 [[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 3.0], [0.0, 0.0, 0.0]]
 
-A method with A and B gives `Change((Delta(self.factor("a"), self.factor("b"), scale),))`. Its
-`axes` call the axis of the rank by a name, as `"rank"`, of which `Rule.sizes` has the length.
+For a method with A and B, `lower` returns
+`Change((Delta(self.factor("a"), self.factor("b"), scale),))`. Its `axes` give the axis of the rank
+a name, such as `"rank"`, and `Rule.sizes` returns its length.
 
-A scheme of quantization is a frozen dataclass, a `Scheme` with `encode`. It defines `form` and
-`decode` too where blocks are not along the last axis, or a code is not multiplied by its scale.
-What a primitive does to weights is a function under `@primitive(name)`: it takes an `Equation` and
-its operands, and returns a `Weight` or raises `Unfactorable`. An `Engine` has functions that yield
-a `Finding` each, and is added by `register_engine`. CONTRIBUTING.md has one of each.
+A quantization scheme is a frozen dataclass, a subclass of `Scheme` with `encode`. It also defines
+`form` if blocks are not along the last axis, and `decode` if a weight is not code × scale. For a
+primitive that moves weights, write a function under `@primitive(name)`: it gets an `Equation` and
+its operands, and returns a `Weight` or raises `Unfactorable`. For an engine, give an `Engine` to
+`register_engine`; its functions each yield a `Finding`. CONTRIBUTING.md has an example of each.
 '''
 
 from typing import TYPE_CHECKING, Any
@@ -86,6 +88,6 @@ _ENGINES = {"Engine": "Engine", "Finding": "Finding", "register_engine": "regist
 def __getattr__(name: str) -> Any:
     if name not in _ENGINES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .peft import engines  # loaded when it is first used, as `jlora.peft` is
+    from .peft import engines  # imported at its first use, like `jlora.peft`
 
     return getattr(engines, _ENGINES[name])

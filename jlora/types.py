@@ -1,4 +1,4 @@
-"""The types of what jlora's functions return, for annotations and `isinstance`."""
+"""The types that jlora's functions return, for annotations and `isinstance`."""
 
 from ._adapters import Decomposed as Decomposed
 from ._adapters import LowRank as LowRank

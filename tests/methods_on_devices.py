@@ -178,7 +178,7 @@ WAYS = {
 }
 # What a rule needs whole, and how it says so.
 NORMS = {"inputs": "DoRA takes norms over all inputs of W"}
-PARTS = {"outputs": "its slots are parts of a whole axis of W"}
+PARTS = {"outputs": "slots are parts of a whole axis of W"}
 NEEDS = {
     "LoRA": {},
     "DoRA": NORMS,
@@ -240,9 +240,9 @@ DAILY = [
 def refusal(under, how, way):
     """What is said of a way that does not show that W is whole where the rule needs it so."""
     if not HOW[how]:
-        return "check_vma=False, and jax.pmap, hide both" if NEEDS[under] else None
+        return "(jax.pmap and check_vma=False hide it)" if NEEDS[under] else None
     needs = [need for of, need in NEEDS[under].items() if of in way.refused]
-    around = "and the shard_map around it may have cut W over the mesh axes 'd'."
+    around = "but the shard_map around it may have sharded W over the mesh axes 'd'."
     return f"'w' cannot be adapted here: {needs[0]}, {around}" if needs else None
 
 
@@ -291,11 +291,13 @@ def test_a_part_of_w_is_refused(check):
     _, base, adapter, ids = made("Rows")
     few = jlora.transform(tied, jlora.Rows("w", [3]))  # within the part of each
     of_few = {"w": jax.tree.map(lambda v: v[:1], adapter)["w"]._replace(rows=(3,))}
-    message = "'w' cannot be adapted here: Rows counts the rows of the whole table, and the"
+    message = "'w' cannot be adapted here: Rows indexes the whole table, but the"
     refused(f"{message} .* over the mesh axes 'd'", few.apply, VOCABULARY, base, of_few, ids)
     refused(message, lambda b, a, _: jlora.merge(b, a), VOCABULARY, base, of_few, ids)
     start = lambda b, _, ids: few.init(KEY, b, ids)[1]  # noqa: E731
-    refused(r"\('w'\) takes .*Call init outside of it", start, VOCABULARY, base, of_few, ids)
+    refused(
+        r"\('w'\) takes .*Call init outside of the shard_map", start, VOCABULARY, base, of_few, ids
+    )
     dora, base, adapter, x = made("DoRA")
     start = lambda b, _, x: dora.init(KEY, b, x[..., :4])[1]  # noqa: E731
     refused(r"DoRA\('w'\) takes norms of the whole of 'w'", start, ROWS, base, adapter, x)
@@ -312,7 +314,7 @@ def test_a_gathered_table(to):
     ids, specs = jnp.arange(8).reshape(4, 2), ({"w": VOCABULARY}, P(), P("d"))
     f = jax.shard_map(own, mesh=AUTO, in_specs=specs, out_specs=P("d"))
     if to == "varying":
-        with pytest.raises(NotImplementedError, match="may have cut W over the mesh axes 'd'"):
+        with pytest.raises(NotImplementedError, match="may have sharded W over the mesh axes 'd'"):
             jax.eval_shape(f, base, adapter, ids)
         return
     actual = value_and_slope(lambda a: f(base, a, ids), adapter)

@@ -55,7 +55,7 @@ def test_weights_gathered_by_the_model(fields, rows, varies, checked):
     base, x = {"w": normal(0, rows[0], 8)}, normal(1, 3, rows[1])
     lora = jlora.transform(model, LORA)
     if varies:
-        message = "A or B may vary over the mesh axis of the gather"
+        message = "A or B lacks the gathered axis but may vary over the mesh axis of the gather"
         with pytest.raises(NotImplementedError, match=message):
             adapter_of(lora, base, x)
         return

@@ -104,16 +104,16 @@ def each_refusal(table: Mapping[Any, Mapping[str, Any]]) -> Any:
 
 
 REMEDY = (
-    "Narrow the pattern, train the leaf in full with jlora.Full, or let W + ΔW be formed with "
-    "LoRA(..., materialize=True)."
+    "Narrow the pattern, train the leaf in full with jlora.Full, or give LoRA(..., "
+    "materialize=True), which forms W + ΔW."
 )
 
 
 # Of a quantized leaf that a model takes for an array.
 NO_ARRAY = (
-    "a weight is a jlora.Quantized, which only lora.apply and a function under jlora.wrap "
-    "take: call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
-    "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain arrays."
+    "a weight is a jlora.Quantized. Only lora.apply and functions under jlora.wrap accept it: "
+    "call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
+    "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) returns plain arrays."
 )
 
 

@@ -16,11 +16,17 @@ from meshes import assert_lies, compiled, lines, moved, normal, on
 from small import some
 
 import jlora
-from jlora.initializers import loftq, miss, olora, pissa, pissa_niter
+from jlora.initializers import loftq, miss, olora, paca, pissa, pissa_niter
 
 LAYERS, INPUTS, OUTPUTS, RANK = 4, 64, 128, 2
 SPECS = {"inputs": P(None, "d"), "outputs": P(None, None, "d"), "stack": P("d")}
-STARTS = {"pissa": pissa, "pissa_niter": pissa_niter(40), "olora": olora, "miss": miss}
+STARTS = {
+    "pissa": pissa,
+    "pissa_niter": pissa_niter(40),
+    "olora": olora,
+    "miss": miss,
+    "paca": paca,
+}
 LINES = lines()
 AUTO, EXPLICIT = LINES
 X = jax.ShapeDtypeStruct((LAYERS, 1, INPUTS), "f4")
@@ -95,6 +101,6 @@ def test_nothing_of_the_size_of_a_matrix_moves(name, spec):
 def test_init_of_a_part_is_refused():
     part = lambda w: init(pissa, {"w": w})[1]  # noqa: E731
     f = jax.shard_map(part, mesh=LINES[AxisType.Auto], in_specs=P("d"), out_specs=P("d"))
-    expected = r"the start of LoRA\('w'\) factors the whole of 'w', of which a shard_map"
+    expected = r"the `init` of LoRA\('w'\) factors the whole of 'w', but the shard_map"
     with pytest.raises(NotImplementedError, match=expected):
         f(PARAMS["w"])

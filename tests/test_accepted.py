@@ -130,5 +130,5 @@ def test_tracers_do_not_leak() -> None:
     with jax.checking_leaks():
         base, adapter = init(*ONE, apply=dense, params=SQUARE)
         jlora.transform(dense).apply(base, adapter, X)
-        with pytest.raises(ValueError, match="used only by `sin`"):
+        with pytest.raises(ValueError, match="uses only in `sin`"):
             init(*ONE, apply=use_sin, params=SQUARE)

@@ -233,36 +233,36 @@ def read(text: str | None = None, rules: Any = LoRA(".*"), **changed: Any) -> An
 
 REFUSED: dict[type[Exception], dict[str, Any]] = {
     ValueError: {
-        "`budget` is 7; the first rank takes 8 parameters": refused(budget=7),
-        "`min_rank` 1 takes 16 parameters": refused(budget=9, min_rank=1),
+        "`budget` must be at least 8, .* the first rank; got 7": refused(budget=7),
+        "at least 16, the parameters of `min_rank` 1; got 9": refused(budget=9, min_rank=1),
         r"`max_rank` must .* at least 2": refused(min_rank=2, max_rank=1),
-        r"LoRA\('b'\) takes no site of `sketch`. Near misses: ": refused(LoRA("b")),
-        r"'head' has rank 0, which would leave it to Full\('head'\). Narrow": refused(
+        r"LoRA\('b'\) matches no site of `sketch`. Near misses: ": refused(LoRA("b")),
+        r"'head' has rank 0, so Full\('head'\) would match it. Narrow": refused(
             (LoRA(".*", rank=1), Full("head")), budget=8
         ),
-        r"has other slots than 'a' had in the sketch: \(0,\) of 2, not \(0,\) of 1": refused(
+        r"has the slots \(0,\) of 2, but the sketch of 'a' has \(0,\) of 1": refused(
             LoRA(".*", slots=Slots(2, (0,)))
         ),
-        r"`ranks` has 'b'. Near misses: ": edited(b=1),
+        r"`ranks` has 'b', which is not a site. Near misses: ": edited(b=1),
         r"the rank of 'a' must be an integer in \[0, 4\]; got 5": edited(a=5),
-        r"`text` is no valid JSON: maximum recursion": read("[" * 10**5),
-        r"`text` is no valid JSON: Exceeds the limit": read("9" * 10**5),
+        r"`text` is not valid JSON: maximum recursion": read("[" * 10**5),
+        r"`text` is not valid JSON: Exceeds the limit": read("9" * 10**5),
         "must be a JSON object whose `format` is 1": read("{}"),
         "`sites` of `text` must be a list": read('{"format": 1, "sites": {}}'),
         "site 0 of `text` must be an object with path, rank": read('{"format": 1, "sites": [3]}'),
         "has 16777217 characters; at most 16777216 are read": read(" " * (2**24 + 1)),
         "site 0 of `text` must be an object with path": read(more=1),
-        "`path` of site 0 of `text` is 3": read(path=3),
-        "`rank` of site 0 of `text` is True": read(rank=True),
-        "`score` of site 0 of `text` is nan": read(score=float("nan")),
-        r"`shape` of site 0 of `text` is \[1, 4, 118": read(shape=[1, 4, 2**70]),
+        "`path` of site 0 of `text` must be a string; got 3": read(path=3),
+        "`rank` of site 0 of `text` must be an integer; got True": read(rank=True),
+        "`score` of site 0 of `text` must be a finite .* got nan": read(score=float("nan")),
+        r"`shape` of .* must be a list of lengths; got \[1, 4, 118": read(shape=[1, 4, 2**70]),
         "outputs` of site 0 of `text` must have each axis once": read(shape=[4, 4]),
         "of site 0 of `text` must have each axis once": read(inputs=[0]),
-        r"`slots` of site 0 of `text` is \[3, \[0\], 2\]": read(slots=[3, [0], 2]),
-        r"`slots` of site 0 of `text` is \[2, \[0\], 1\]": read(slots=[2, [0], 1]),
-        "`chosen` of Slots must lie in": read(slots=[2, [2], 2]),
-        "`shares` has a site twice": read(path="head"),
-        "no LoRA or DoRA of `rules` takes 'head'": read(rules=LoRA("^a")),
+        r"`slots` of .* that `count` divides; got \[3, \[0\], 2\]": read(slots=[3, [0], 2]),
+        r"`slots` of .* that `count` divides; got \[2, \[0\], 1\]": read(slots=[2, [0], 1]),
+        "`chosen` of Slots must be in": read(slots=[2, [2], 2]),
+        "`shares` must have each site once": read(path="head"),
+        "no LoRA or DoRA of `rules` matches 'head'": read(rules=LoRA("^a")),
     },
     TypeError: {
         r"`rules` must be rules, such as jlora.LoRA\(\); got 3\.": refused(3),

@@ -285,7 +285,7 @@ def test_one_leaf_in_full() -> None:
     dropped = arithmetic.dare([one], key=KEY, density=0.5, base=base)["head"]
     assert set(dropped.tolist()) == {0.0, 2.0}
     for merge in (arithmetic.ties, lambda t: arithmetic.dare(t, key=KEY)):
-        with pytest.raises(ValueError, match="is trained in full, so that its change is known"):
+        with pytest.raises(ValueError, match="is trained in full, so its change depends on the"):
             merge([one])
 
 
@@ -294,27 +294,30 @@ def test_one_leaf_in_full() -> None:
 
 NODE = draw(0, (12, 9), PLAIN, 2, 1.0)
 GAIN = GainNode(jnp.ones(9), PLAIN)
-OTHERS = " at these paths:\n  deep/w: is a GainNode\n  v: is a GainNode\nMerge these with the base."
+OTHERS = (
+    " at these paths:\n  deep/w: is a GainNode\n  v: is a GainNode\n"
+    "Merge these sites into the base."
+)
 FULL = (
-    " at these paths:\n  b: is trained in full, so that its change is known from the base alone\n"
-    "Give `base`, the parameters that they are for."
+    " at these paths:\n  b: is trained in full, so its change depends on the base\n"
+    "Give `base`, the parameters that were trained."
 )
 KEYED = {"w": NODE._replace(dropout=0.5, key=KEY)}
 KEYS = (
-    "adapters must have no dropout keys, and there are some at these paths:\n  w: has a "
-    "key\nGive jlora.dropout what comes out."
+    "adapters must not have dropout keys, but they have some at these paths:\n  w: has a "
+    "key\nGive adapters without keys, and give the result to jlora.dropout."
 )
 REFUSED: dict[type[Exception], dict[str, Any]] = {
     ValueError: {
-        "`weights` must be one for each of the 1 adapters; got 2.": lambda: arithmetic.add(
+        "`weights` must have one number for each of the 1 adapters; got 2.": lambda: arithmetic.add(
             [{"w": NODE}], [1, 2]
         ),
         "`weights` must be finite; got nan.": lambda: arithmetic.add(
             [{"w": NODE}], jnp.array([jnp.nan])
         ),
-        "`adapters` cannot be combined at these paths:\n  w: is for weights of (shape, stack, "
+        "`adapters` cannot be combined at these paths:\n  w: adapts weights of (shape, stack, "
         "inputs, outputs) [((12, 9), (), (0,), (1,)), ((12, 8), (), (0,), (1,))]\n"
-        "Adapters that are combined must be of one base.": lambda: arithmetic.add(
+        "All adapters must belong to one base.": lambda: arithmetic.add(
             [{"w": NODE}, {"w": draw(0, (12, 8), PLAIN, 2, 1.0)}]
         ),
         "`adapters` cannot be combined" + FULL: lambda: arithmetic.add(
@@ -330,23 +333,25 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
             {"v": GAIN, "w": NODE, "deep": {"w": GAIN}}, 1
         ),
         "`factor` must be finite; got inf.": lambda: arithmetic.scale({"w": NODE}, float("inf")),
-        "`adapters` cannot be combined at these paths:\n  b: has the shapes [(3,), (2,)]\n  w: is "
-        "of low rank in one and trained in full in another\nAdapters that are combined must be of "
-        "one base.": lambda: arithmetic.add(
+        "`adapters` cannot be combined at these paths:\n  b: has the shapes [(3,), (2,)]\n  w: has "
+        "low rank in one and is trained in full in another\nAll adapters must belong to one "
+        "base.": lambda: arithmetic.add(
             [{"w": NODE, "b": jnp.ones(3)}, {"w": jnp.ones((12, 9)), "b": jnp.ones(2)}]
         ),
-        "truncate takes one of `rank` and `energy`.": lambda: arithmetic.truncate(
-            {"w": NODE}, rank=1, energy=0.5
+        "truncate needs one of `rank` and `energy`; got `rank` 1, `energy` 0.5.": lambda: (
+            arithmetic.truncate({"w": NODE}, rank=1, energy=0.5)
         ),
         "`rank` must be an integer of at least 1; got 0.": lambda: arithmetic.truncate(
             {"w": NODE}, rank=0
         ),
-        "`energy` must lie in (0, 1]; got 0.0.": lambda: arithmetic.truncate(
+        "`energy` must be in (0, 1]; got 0.0.": lambda: arithmetic.truncate(
             {"w": NODE}, energy=0.0
         ),
-        "`energy` of truncate needs values, which jit and explicit axes of a mesh do not have; "
-        "give `rank`.": lambda: jax.jit(lambda t: arithmetic.truncate(t, energy=0.5))({"w": NODE}),
-        "`density` must lie in (0, 1]; got 2.": lambda: arithmetic.ties([{"w": NODE}], density=2),
+        "`energy` of truncate needs concrete values, which there are neither under jit nor along "
+        "explicit mesh axes. Give `rank`.": lambda: jax.jit(
+            lambda t: arithmetic.truncate(t, energy=0.5)
+        )({"w": NODE}),
+        "`density` must be in (0, 1]; got 2.": lambda: arithmetic.ties([{"w": NODE}], density=2),
     },
     TypeError: {
         "`adapters` must be a list of adapters, as `init` returns them; got dict.": lambda: (

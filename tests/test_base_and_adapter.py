@@ -81,8 +81,8 @@ def test_forgotten_adapter(case: str, jit: bool) -> None:
     given, got = FORGOTTEN[case]
     message = (
         "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it, with "
-        f"paths of `base`; got {got}. Was it forgotten, as in apply(base, x) for "
-        "apply(base, adapter, x)? For the base model alone it is {}."
+        f"paths of `base`; got {got}. Was it forgotten, as in apply(base, x) instead of "
+        "apply(base, adapter, x)? For the base model, give {}."
     )
     with pytest.raises(TypeError, match=re.escape(message)):
         (jax.jit(LORA.apply) if jit else LORA.apply)(PARAMS, given)

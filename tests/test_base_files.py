@@ -449,20 +449,20 @@ def nan(x):
 
 # A format, its tensor, what becomes of it (None: it is taken away), and what is said.
 LIES = [
-    ("nf4", STATE, None, "up.weight: is of 4 bits, but has no up.weight.quant_state.bitsandbytes_"),
-    ("nf4", STATE, state(quant_type="nf5"), f"{STATE}: `quant_type` is 'nf5'"),
+    ("nf4", STATE, None, "up.weight: has 4-bit codes, but no up.weight.quant_state.bitsandbytes_"),
+    ("nf4", STATE, state(quant_type="nf5"), f"{STATE}: invalid `quant_type` 'nf5'"),
     ("nf4", STATE, state(shape=[COLUMNS, 8, 8]), "up.weight: expected shape (64, 128), got (128, "),
-    ("nf4", STATE, state(shape=[256, 4, 8]), "up.weight: blocks of 64 run from one expert of (25"),
-    ("nf4", STATE, state(blocksize=63), f"{STATE}: `blocksize` is 63"),
-    ("nf4", STATE, state(blocksize=True), f"{STATE}: `blocksize` is True"),
-    ("nf4", STATE, state(blocksize=10**30), f"{STATE}: `blocksize` is 1000000000"),
-    ("nf4", STATE, state(shape=[ROWS]), f"{STATE}: `shape` is [64]"),
+    ("nf4", STATE, state(shape=[256, 4, 8]), "up.weight: blocks of 64 cross experts of (25"),
+    ("nf4", STATE, state(blocksize=63), f"{STATE}: invalid `blocksize` 63"),
+    ("nf4", STATE, state(blocksize=True), f"{STATE}: invalid `blocksize` True"),
+    ("nf4", STATE, state(blocksize=10**30), f"{STATE}: invalid `blocksize` 1000000000"),
+    ("nf4", STATE, state(shape=[ROWS]), f"{STATE}: invalid `shape` [64]"),
     ("nf4", STATE, state(shape=[COLUMNS, ROWS]), "up.weight: expected shape (64, 128), got (128, "),
-    ("nf4", STATE, state(dtype="int8"), f"{STATE}: `dtype` is 'int8'"),
-    ("nf4", STATE, state(dtype=None), f"{STATE}: `dtype` is None"),
-    ("nf4", STATE, state(nested_offset="x"), f"{STATE}: `nested_offset` is 'x'"),
-    ("nf4", STATE, state(nested_dtype="float16"), f"{STATE}: `nested_dtype` is 'float16'"),
-    ("nf4", STATE, lambda x: x[:-1], f"{STATE} is no valid JSON"),
+    ("nf4", STATE, state(dtype="int8"), f"{STATE}: invalid `dtype` 'int8'"),
+    ("nf4", STATE, state(dtype=None), f"{STATE}: invalid `dtype` None"),
+    ("nf4", STATE, state(nested_offset="x"), f"{STATE}: invalid `nested_offset` 'x'"),
+    ("nf4", STATE, state(nested_dtype="float16"), f"{STATE}: invalid `nested_dtype` 'float16'"),
+    ("nf4", STATE, lambda x: x[:-1], f"{STATE} is not valid JSON"),
     ("nf4", STATE, lambda x: np.full(20_000, 32, np.uint8), f"{STATE}: expected at most 10000 byt"),
     ("nf4", "up.weight.absmax", None, "up.weight.absmax: missing"),
     ("bitsandbytes, 8 bits", "up.SCB", None, "up.SCB: missing"),
@@ -481,16 +481,16 @@ LIES = [
         "fp8",
         "up.weight_scale_inv",
         lambda x: x + np.float32(3e38),
-        "up.weight: its scales allow values of 1.34e+41, beyond what ",
+        "up.weight: its scales allow values up to 1.34e+41, beyond ",
     ),
-    ("gptq", "up.g_idx", lambda x: x + 1, "up: has inputs of other groups than the 4 with"),
+    ("gptq", "up.g_idx", lambda x: x + 1, "up: has inputs in groups other than the 4 with"),
     ("gptq", "up.g_idx", lambda x: x[:-1], "up.g_idx: expected I32 of shape (128,), got I32"),
     ("gptq, by activation", "up.g_idx", None, "up.g_idx: missing"),
     (
         "compressed-tensors, by activation",
         "up.weight_g_idx",
         lambda x: x + 1,
-        "up: has inputs of other groups than the 4 with",
+        "up: has inputs in groups other than the 4 with",
     ),
     (
         "compressed-tensors",
@@ -518,7 +518,7 @@ def test_lies(format, name, change, message, tmp_path):
     with pytest.raises(ValueError) as e:
         peft.load_base(folder, NAMES, like=ONE)
     assert message in str(e.value)
-    assert f"`path`: {tmp_path / 'base'} does not fit `like`. 1 problems:\n" in str(e.value)
+    assert f"`path`: {tmp_path / 'base'} does not fit `like`. 1 problem:\n" in str(e.value)
 
 
 def groups_of(*sizes):
@@ -550,11 +550,11 @@ CONFIGURATIONS = [
     (
         "compressed-tensors",
         {"transform_config": {"config_groups": {}}},
-        "`transform_config` of the quantization: turned weights are not supported",
+        "`transform_config` of the quantization: rotated weights are not supported",
     ),
     ("gptq", {"checkpoint_format": "marlin"}, "expected gptq or gptq_v2, got 'marlin'"),
     ("awq", {"version": "gemv"}, "`version` of the quantization: expected gemm or GEMM, got 'gemv"),
-    ("fp8", {"weight_block_size": [48, 48]}, "says, blocks of 48 × 48; got shape (2, 4)"),
+    ("fp8", {"weight_block_size": [48, 48]}, "configuration blocks of 48 × 48; got shape (2, 4)"),
     ("fp8", {"weight_block_size": [0, 48]}, "expected two numbers or null, got [0, 48]"),
     ("awq", {"group_size": 96}, "up: 2 groups of scales for 128 inputs contradict `group_size` of"),
     ("awq", {"group_size": 256}, "up: 2 groups of scales for 128 inputs contradict"),
@@ -565,8 +565,8 @@ CONFIGURATIONS = [
         "its shape (64, 16) is that of 4 bits, and `num_bits` of the quantization is 8",
     ),
     ("int8 by output", groups_of(64), "up: 1 groups of scales for 128 inputs contradict"),
-    ("gptq", {"quant_method": "hqq"}, "has the `quant_method` 'hqq'; known are awq, bitsandbytes"),
-    ("gptq", {"quant_method": 3}, "has the `quant_method` 3; known are"),
+    ("gptq", {"quant_method": "hqq"}, "unknown `quant_method` 'hqq'; known are awq, bitsandbytes"),
+    ("gptq", {"quant_method": 3}, "unknown `quant_method` 3; known are"),
 ]
 
 
@@ -635,7 +635,7 @@ def test_what_is_wrong_of_every_layer_is_said_once(tmp_path):
     folder = write(tmp_path / "base", {f"h.{i}.up": gptq() for i in range(3)}, bits=3)
     names = [peft.Name(r"h(\d)", r"h.\1.up", "io"), *NAMES]
     tree = {f"h{i}": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32) for i in range(3)}
-    message = r"does not fit `like`. 1 problems:\n  `bits` of the quantization: expected 4[^\n]*\Z"
+    message = r"does not fit `like`. 1 problem:\n  `bits` of the quantization: expected 4[^\n]*\Z"
     with pytest.raises(ValueError, match=message):
         peft.load_base(folder, names, like=tree | {"norm": ONE["norm"]})
 
@@ -775,14 +775,14 @@ def test_gguf_without_numbers(shape, tmp_path):
     path = tmp_path / "a.gguf"
     path.write_bytes(head + struct.pack("<IQ", TYPES.Q8_0, 0) + bytes(64))
     tree = {"up": {"kernel": jax.ShapeDtypeStruct((32, 4), jnp.float32)}}
-    message = f"1 problems:\n  up.weight: expected a matrix, got shape {shape}"
+    message = f"1 problem:\n  up.weight: expected a matrix, got shape {shape}"
     with pytest.raises(ValueError, match=re.escape(message)):
         peft.load_base(path, NAMES, like=tree)
 
 
 def test_gguf_that_is_none(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(20))
-    with pytest.raises(ValueError, match=r"`path`: .*a\.gguf is no sound GGUF file: "):
+    with pytest.raises(ValueError, match=r"`path`: .*a\.gguf is not a valid GGUF file: "):
         peft.load_base(tmp_path / "a.gguf", NAMES, like=like())
     with pytest.raises(FileNotFoundError, match=r"`path`: there is no file .*b\.gguf\."):
         peft.load_base(tmp_path / "b.gguf", NAMES, like=like())
@@ -791,8 +791,8 @@ def test_gguf_that_is_none(tmp_path):
 def test_codes_are_not_written(tmp_path):
     base = jlora.quantize({"up": {"kernel": jnp.ones((COLUMNS, ROWS))}}, jlora.Int4("kernel"))
     message = (
-        r"`base` must be in floats: write jlora.dequantize\(base\), and quantize that by "
-        r"`transformers` with bitsandbytes, or by llm-compressor. 1 problems:\n  up/kernel: "
+        r"`base` must be in floats. Save jlora.dequantize\(base\), and quantize that checkpoint "
+        r"with `transformers` and bitsandbytes, or with llm-compressor. 1 problem:\n  up/kernel: "
     )
     with pytest.raises(ValueError, match=message):
         peft.save_base(tmp_path / "base", base, NAMES)

@@ -100,7 +100,7 @@ WAYS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "combine": (
         combine,
         ("tied", "gpt2_tied", "patterns", "layers"),
-        ("`paths`: ", "`paths[", "`adapters` ", "`merge` gave"),
+        ("`paths`: ", "`paths[", "`adapters` ", "`merge` returned"),
     ),
 }
 MANY = pytest.param(10_000, marks=pytest.mark.slow)

@@ -190,10 +190,9 @@ def test_a_start_from_a_sketch_says_that_it_needs_one(kind, name, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "before")
     edit(tmp_path / "before", rules=[rule], format=1)
     message = re.escape(
-        f"`init` was jlora.initializers.{name} when the adapter was saved, which starts from a "
-        "sketch: a checkpoint holds none. Give the rule one of your own: dataclasses.replace(rule, "
-        f"init=jlora.initializers.{name}(sketch)), with the options that it had, where sketch is "
-        f"of jlora.sketch(..., kind={kind!r})."
+        f"`init` was jlora.initializers.{name} when the adapter was saved, which needs a sketch, "
+        f"and a checkpoint has none. Make one with jlora.sketch(..., kind={kind!r}), and give "
+        f"dataclasses.replace(rule, init=jlora.initializers.{name}(sketch)) with the same options."
     )
     for folder in ("a", "b", "before"):
         with pytest.raises(NotImplementedError, match=message):
@@ -205,7 +204,7 @@ def test_a_start_from_a_sketch_says_that_it_needs_one(kind, name, tmp_path):
     [
         ("my._foo.foo.<locals>.start", "is not a part of jlora"),
         ("my._eva.eva.<locals>.start", "is not a part of jlora"),
-        ("jlora.initializers._loftq.loftq.<locals>.start", "cannot be made again from its name"),
+        ("jlora.initializers._loftq.loftq.<locals>.start", "cannot be restored by its name"),
     ],
 )
 def test_other_functions_in_functions_keep_their_names(name, message, saved):
@@ -227,7 +226,7 @@ def test_items_join_a_managers_checkpoint(tmp_path):
             )
     assert checkpoint.read(tmp_path / "run" / "2").step == 2
     assert_equal(checkpoint.restore(tmp_path / "run" / "2", like=adapter, base=base), adapter)
-    with pytest.raises(ValueError, match=r"holds the steps 1, 2 of a CheckpointManager; give one"):
+    with pytest.raises(ValueError, match=r"has the steps 1, 2 of a CheckpointManager; give one"):
         checkpoint.read(tmp_path / "run")
 
 
@@ -312,9 +311,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     checkpoint.save(tmp_path / "a", adapter, RULES)
     with pytest.raises(ValueError, match=r"`base` cannot be checked: .* was saved without one"):
         checkpoint.restore(tmp_path / "a", base=base)
-    with pytest.raises(TypeError, match=r"`base` must hold arrays where .*DtypeStruct at down"):
+    with pytest.raises(
+        TypeError, match=r"`base` must be a tree of arrays to .*DtypeStruct at down"
+    ):
         checkpoint.fingerprint(abstract(base), values=True)
-    with pytest.raises(TypeError, match="`hash_values` needs the base whose values it hashes"):
+    with pytest.raises(TypeError, match="`hash_values` needs the base, whose values it hashes"):
         checkpoint.items(adapter, RULES, hash_values=True)
 
 
@@ -357,7 +358,7 @@ def test_another_form_is_refused_with_all_differences(saved):
         checkpoint.restore(path, like=like)
     scale = adapter["up"].scale
     assert str(error.value) == (
-        f"`like` is not of the form of the adapter in {path}:\n"
+        f"`like` does not have the form of the adapter in {path}:\n"
         f"  down: expected layout {adapter['down'].layout}, got {like['down'].layout}\n"
         "  more: unexpected\n"
         "  norm: missing\n"
@@ -368,7 +369,7 @@ def test_another_form_is_refused_with_all_differences(saved):
         "  qkv: unexpected\n"
         "  up/a: expected shape (4, 2), got (4, 3)\n"
         f"  up: expected scale {scale}, got 5.0\n"
-        "Make it with the rules that the checkpoint has, jlora.checkpoint.read(path).rules."
+        "Make it with the rules of the checkpoint, jlora.checkpoint.read(path).rules."
     )
 
 
@@ -377,15 +378,15 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     path = tmp_path / "a"
     with pytest.raises(TypeError, match="`adapter` must be a nested dict of LowRank nodes"):
         checkpoint.save(path, {"x": 1.0}, ())
-    with pytest.raises(TypeError, match=r"`adapter` must hold arrays to be saved; got .*up/a: S"):
+    with pytest.raises(TypeError, match=r"`adapter` must have arrays to be saved; got .*up/a: S"):
         checkpoint.save(path, abstract(adapter), RULES)
     with pytest.raises(TypeError, match=r"`rules` must be rules, such as jlora.LoRA\(\); got 'up'"):
         checkpoint.save(path, adapter, ("up",))
     with pytest.raises(ValueError, match="`adapter` does not fit `base` at 1 of"):
         checkpoint.save(path, adapter, RULES, base={**base, "norm": jnp.ones(3)})
-    with pytest.raises(ValueError, match=r"that Orbax cannot tell apart.*: a\.b\.full\. Rename"):
+    with pytest.raises(ValueError, match=r"that Orbax confuses.*: a\.b\.full\. Rename"):
         checkpoint.save(path, {"a.b": jnp.ones(1), "a": {"b": jnp.zeros(1)}}, ())
-    with pytest.raises(TypeError, match=r"`merged` must hold arrays to be saved; got x: float"):
+    with pytest.raises(TypeError, match=r"`merged` must have arrays to be saved; got x: float"):
         checkpoint.export(path, {"x": 1.0})
     with pytest.raises(TypeError, match=r"`merged` must be a tree of arrays; got {}"):
         checkpoint.export(path, {})
@@ -398,10 +399,12 @@ def test_what_is_no_checkpoint_is_refused(saved, tmp_path):
         checkpoint.restore(tmp_path / "nowhere")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "adapter_config.json").touch()
-    expected = r"is no checkpoint of an adapter: .*but it holds adapter_config.json\. Give a folder"
+    expected = (
+        r"is not a checkpoint of an adapter: .*but it has adapter_config.json\. Give a folder"
+    )
     with pytest.raises(ValueError, match=expected):
         checkpoint.read(tmp_path / "text")
-    with pytest.raises(ValueError, match="but it is no folder, or an empty one"):
+    with pytest.raises(ValueError, match="but it is an empty folder, or a file"):
         checkpoint.read(tmp_path / "text" / "adapter_config.json")
     edit(path, hashed=False, step=8)
     with pytest.raises(ValueError, match=r"metadata of .* are damaged \(ValueError: their hash"):
@@ -512,7 +515,7 @@ def test_unknown_names(name, saved):
     for kind, place in (("rule", "rules"), ("node", "adapter")):
         before = fields_of(saved[0])
         edit(saved[0], **{place: [before[place][0] | {kind: name}, *before[place][1:]]})
-        message = f"the checkpoint has the {kind} {name!r}, which no registered method has"
+        message = f"the checkpoint has the {kind} {name!r}, which is not registered"
         with pytest.raises(ValueError, match=re.escape(message)):
             checkpoint.restore(saved[0])
         edit(saved[0], **before)

@@ -277,11 +277,11 @@ ODD = {
     ),
     "depths": (
         [f"m{'.base_layer' * n}.lora_{x}.weight" for n in (1, 2) for x in "AB"],
-        r" 1 problems:\s+base_model.model.m: adapted more than once",
+        r" 1 problem:\s+base_model.model.m: adapted more than once",
     ),
     "alone": (["m.lora_A.weight"], "m.lora_B.weight: missing, though .*m.lora_A.weight is there"),
-    "escape": (["m\x1b[31m.lora_A.weight"], "names a tensor 'base_.*printable characters"),
-    "long": (["m" * 1001], "names a tensor 'base_model.*expected at most 1000 printable"),
+    "escape": (["m\x1b[31m.lora_A.weight"], "has a tensor named 'base_.*printable characters"),
+    "long": (["m" * 1001], "has a tensor named 'base_model.*expected at most 1000 printable"),
     "deep": ([".m" * 100], "with at most 100 dots"),
     "experts": (
         ["m.e.lora_A.weight", "m.e.lora_B.weight", "m.e.base_layer.lora_A.weight"],
@@ -633,14 +633,14 @@ def write_models(root: Folder) -> None:
 
 ERRORS = {
     "inspect nowhere": "DIR: there is no folder .*nowhere",
-    "inspect empty": "DIR: .*empty holds neither adapter_config.json, .* nor a checkpoint of Orbax",
-    "inspect hf": "DIR: .*hf holds a model; expected an adapter",
-    "inspect base": "base is no checkpoint of an adapter: expected 'adapter' and 'jlora' in it",
-    "inspect steps": "holds the steps 12 of a CheckpointManager; give one of them",
+    "inspect empty": "DIR: .*empty has neither PEFT's adapter_config.json, nor an Orbax checkpoint",
+    "inspect hf": "DIR: .*hf is a model; expected an adapter",
+    "inspect base": "base is not a checkpoint of an adapter: expected 'adapter' and 'jlora' in it",
+    "inspect steps": "has the steps 12 of a CheckpointManager; give one of them",
     "diff p nowhere": "B: there is no folder .*nowhere",
     "diff p o": "--names is needed .*: one of bert, roberta, gpt2, llama, llama-scanned, vit, ",
     "diff unknown p --names llama": "A: .*unknown was saved without its base, .* Save it again",
-    "convert hf x": "IN: .*hf holds a model; expected an adapter of PEFT or Orbax",
+    "convert hf x": "IN: .*hf is a model; expected an adapter of PEFT or Orbax",
     "convert o p --names llama": "OUT: .*p exists and is not an empty folder",
     "convert o x": "--names is needed",
     "convert o x --names bort": "--names: there is no table 'bort'; expected one of bert,",
@@ -651,11 +651,11 @@ ERRORS = {
     "convert o x --names raises.py:X": "raises.py cannot be imported .ZeroDivisionError: division",
     "convert o x --names vit:": "--names: expected module:NAME or file.py:NAME; got .vit:.",
     "convert unknown x --names llama": "IN: .*unknown was saved without its base, .* Give --base",
-    "convert p x --names llama": "--base is needed to read an adapter of PEFT",
+    "convert p x --names llama": "--base is needed to read a PEFT adapter",
     "convert p x --names llama --base small": "nothing was loaded. .* problems: ",
     "convert p x --names llama --base hf": "--base: .*hf cannot be read as parameters",
-    "convert p x --names llama --base base --config p": "--config is for what is written as PEFT",
-    "convert p x --profile vllm --names llama": "--names is not needed: IN is an adapter of PEFT",
+    "convert p x --names llama --base base --config p": "--config is for writing PEFT",
+    "convert p x --profile vllm --names llama": "--names is not needed: IN and OUT are PEFT",
     "merge p o x": "BASE must be a model and ADAPTER an adapter; got .*p .peft. and .*o .orbax.",
     "merge base p x": "--names is needed",
     "merge small o x": "BASE .*small is not the one that the adapter in .*o was trained on: ",
@@ -665,24 +665,24 @@ ERRORS = {
     # What functions call `path`, `src_dir`, `out`, `adapter`, `base` and `names`.
     "inspect deep": "^jlora: DIR .*deep: adapter_config.json is nested too deeply.$",
     "inspect lost": "^jlora: DIR: the arrays of .*lost cannot be read",
-    "inspect folders": "^jlora: DIR: .*folders has folders in each other, more than 32: d/d/",
+    "inspect folders": "^jlora: DIR: .*folders has more than 32 nested folders: d/d/",
     "inspect bits3": "^jlora: DIR .*bits3: `bits` of the quantization: expected 4 or 8, got 3.$",
     "diff p deep": "^jlora: B .*deep: adapter_config.json is nested too deeply.$",
     "diff lost o": "^jlora: A: the arrays of .*lost cannot be read",
     "diff p o --names rows.py:OTHER": "^jlora: A: the adapter in .*p cannot be loaded "
     "onto the base of B .*o with --names; nothing was loaded",
     "check deep --for vllm": "^jlora: DIR .*deep: adapter_config.json is nested too deeply.$",
-    "check hf --for vllm": "^jlora: DIR: .*hf holds a model; expected an adapter of PEFT.$",
-    "check o --for vllm": "write it as PEFT first, with jlora convert",
-    "check p --for tgi": "^jlora: --for: there is no engine 'tgi'; expected one of sglang, ",
-    "check p --for vllm --base folders": "^jlora: --base: .*folders has folders in each other",
+    "check hf --for vllm": "^jlora: DIR: .*hf is a model; expected an adapter of PEFT.$",
+    "check o --for vllm": "write it as PEFT with jlora convert",
+    "check p --for tgi": "^jlora: --for must be one of sglang, vllm, tpu-inference; got 'tgi'",
+    "check p --for vllm --base folders": "^jlora: --base: .*folders has more than 32 nested",
     "combine p deep x": "^jlora: ADAPTERS .*deep: adapter_config.json is nested too deeply.$",
     "combine o lost x": "^jlora: ADAPTERS: the arrays of .*lost cannot be read",
     "merge model o x --names rows.py:OTHER": "^jlora: ADAPTER .*o cannot be written with --names: ",
     "merge model p x": "^jlora: ADAPTER .*p cannot be merged into the checkpoint of BASE .*model; "
     "nothing was written. ",
-    "merge linked p x": "^jlora: BASE: .* is a link to .*, or --follow-links.$",
-    "merge folders p x": "^jlora: BASE: .*folders has folders in each other, more than 32",
+    "merge linked p x": "^jlora: BASE: .* is a link out of .*, or --follow-links.$",
+    "merge folders p x": "^jlora: BASE: .*folders has more than 32 nested folders",
     "merge bits3 p x": "^jlora: BASE .*bits3: `bits` of the quantization: expected 4 or 8, got 3.$",
     "merge base deep x --names llama": "^jlora: ADAPTER .*deep: adapter_config.json is nested",
     "merge gone o x": "^jlora: BASE: .*gone cannot be read as parameters .* .ValueError: its "
@@ -779,7 +779,7 @@ def test_usage_errors(line: str) -> None:
 def test_help() -> None:
     """It names the commands, the exit codes, and every table that ships."""
     text = " ".join(run("--help").stdout.split())
-    assert "Exit codes: 0 done, equal, or it fits; 1 the adapters differ, or it does not" in text
+    assert "Exit codes: 0 done, equal, or it fits; 1 the adapters differ, it does not" in text
     assert all(name in text for name in ("inspect", "merge", "convert", "diff"))
     for name in ("inspect", "merge", "convert", "diff"):
         text = " ".join(run(name, "--help").stdout.split())

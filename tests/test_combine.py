@@ -265,42 +265,41 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 ONE = "Only adapters of one model can be combined. "
 ERRORS = {
-    "x orbax out": r"ADAPTERS must be adapters of one format; got \S+x .peft., \S+orbax .orbax.. "
-    "`jlora convert` writes an adapter of PEFT as one of Orbax, and back.",
-    "x hf out": r"ADAPTERS must be adapters of one format; got .*hf .huggingface.",
+    "x orbax out": r"ADAPTERS must be adapters in one format; got \S+x .peft., \S+orbax .orbax.. "
+    "`jlora convert` converts adapters between PEFT and Orbax.",
+    "x hf out": r"ADAPTERS must be adapters in one format; got .*hf .huggingface.",
     "x nowhere out": r"ADAPTERS: there is no folder \S+nowhere",
-    "x y out": r"ADAPTERS: the adapters cannot be combined. 1 problems: base_model_name_or_path: "
+    "x y out": r"ADAPTERS: the adapters cannot be combined. 1 problem: base_model_name_or_path: "
     f"'one' in .*x, 'two' in .*y; if this is one model, give it one name in all files; {ONE}",
     "y z out": "revision: 'main' in .*y, 'other' in .*z; if this is one model",
     "x modules_to_save out": r"\S+modules_to_save: classifier.bias, classifier.weight: trained in "
-    f"full, so that the change is known from the base alone; {ONE}What needs the model is combined "
-    "by jlora.arithmetic once it is loaded onto it, by jlora.peft.load.",
-    "x experts out": r"\S+experts: experts: of several parameters, which the file does not tell",
-    "x norms out": "ADAPTERS: the adapter in .*norms cannot be read. 1 problems: "
+    f"full, so that its change depends on the base; {ONE}If the model is needed, load the adapters "
+    "onto it with jlora.peft.load, and combine them with jlora.arithmetic.",
+    "x experts out": r"\S+experts: experts: has several adapted parameters, which the file does",
+    "x norms out": "ADAPTERS: the adapter in .*norms cannot be read. 1 problem: "
     r"\S+lora_magnitude_vector: missing",
-    "x dora out": r"\S+dora: \S+down_proj.*: of DoRA, whose change is no s·A·B and has no sum",
-    "x tokens out": r"\S+tokens: model.embed_tokens: rows that are replaced, whose change is known",
-    "x wide out": r"`adapters` cannot be combined at these paths: m.q: is for weights of \(shape, "
-    r"stack, inputs, outputs\) \[.*\]; Adapters that are combined must be of one base.",
-    "tied untied out": "model.embed_tokens: has A and B of lm_head, which shares its weight, in "
-    "one adapter alone",
-    "tied trained out": "model.embed_tokens.weight: frozen with other values in .*tied than in "
+    "x dora out": r"\S+dora: \S+down_proj.*: DoRA, whose changes cannot be added",
+    "x tokens out": r"\S+tokens: model.embed_tokens: its rows are replaced, so that the change",
+    "x wide out": r"`adapters` cannot be combined at these paths: m.q: adapts weights of \(shape, "
+    r"stack, inputs, outputs\) \[.*\]; All adapters must belong to one base.",
+    "tied untied out": "model.embed_tokens: only one adapter has the same A and B for lm_head",
+    "tied trained out": "model.embed_tokens.weight: its frozen values differ in .*tied and "
     ".*trained",
     "x x patterns": "OUT: .*patterns exists and is not an empty folder",
     "x x out --weights 1": "--weights: expected a finite number for each of the 2 adapters, such "
     "as 0.5,0.5; got '1'.",
     "x x out --weights 1,one": "--weights: expected .*; got '1,one'.",
     "x x out --weights 1,nan": "--weights: expected .*; got '1,nan'.",
-    "x x out --rank 1 --energy 0.5": "--rank and --energy both say where to cut; give one of them.",
+    "x x out --rank 1 --energy 0.5": "--rank and --energy are alternatives; give one of them.",
     "x x out --density 0.5": "--density is for --method ties and dare; got --method add.",
     "x x out --method ties --seed 1": "--seed is for --method dare; got --method ties.",
-    "x x out --weights 1e39,1": "`merge` gave what has no form in PEFT. 1 problems: .*lora_B.weight"
+    "x x out --weights 1e39,1": "`merge` returned an invalid adapter. 1 problem: .*lora_B.weight"
     ": 1 of 2 values are not finite",
     "orbax foreign out": r"the base of \S+orbax is not the one that the adapter in \S+foreign was "
     "trained on: more: missing",
     "hashed other out": "the base of .*hashed is not the one .* u: other values",
-    "orbax full out": "ADAPTERS: .*full has leaves that are trained in full, whose change is known "
-    "from the base alone: head. Combine them by jlora.arithmetic, whose functions take `base`.",
+    "orbax full out": "ADAPTERS: .*full has leaves trained in full, whose change depends on the "
+    "base: head. Combine the adapters with jlora.arithmetic, whose functions accept `base`.",
 }
 
 
@@ -331,7 +330,7 @@ def test_a_function_that_gives_something_else(tmp_path: Folder) -> None:
         lambda trees: trees[0] | {"m.x": trees[0]["m.q"]},
         lambda trees: trees[0] | {"m.k": jnp.ones((1, 1))},
     ):
-        with pytest.raises(ValueError, match="`merge` must give a LowRank for the weight of each"):
+        with pytest.raises(ValueError, match="`merge` must return one LowRank for each module"):
             peft.combine([folder], tmp_path / "out", merge)
     assert not (tmp_path / "out").exists()
 
@@ -340,7 +339,7 @@ def test_a_function_that_gives_something_else(tmp_path: Folder) -> None:
 def test_float64_needs_x64(tmp_path: Folder) -> None:
     wide = {key: x.astype(np.float64) for key, x in pair("m.q").items()}
     folder = write(tmp_path / "a", wide)
-    with pytest.raises(ValueError, match=r"a: m\.q: of float64, which needs jax_enable_x64"):
+    with pytest.raises(ValueError, match=r"a: m\.q: float64 needs jax_enable_x64"):
         peft.combine([folder], tmp_path / "out", arithmetic.add)
     run("combine", folder, tmp_path / "out")
     assert {x.dtype for x in models.read(tmp_path / "out" / TENSORS).values()} == {np.dtype("f8")}

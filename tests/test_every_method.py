@@ -155,7 +155,7 @@ class Method(NamedTuple):
 
 AB = {"a": P("s", "i", None), "b": P("s", None, "o")}
 AB_OF_SLOTS = {"a": P("s", None, "i", None), "b": P("s", None, None, "o")}
-BEFORE = "it depends on the weight before"
+BEFORE = "its ΔW depends on the original weight"
 METHODS = {
     "gain": Method(Gain("layers"), 3 * 4, {"gain": P("s", "o")}, "", label="gain"),
     "diagonal": Method(Diagonal("layers"), 3 * 2, AB | {"d": P("s", None)}, label="d"),
@@ -210,7 +210,7 @@ def test_merged_and_back(made: Made) -> None:
         back = jlora.unmerge(merged, made.adapter)[path]
         np.testing.assert_allclose(back, made.base[path], atol=1e-6)
         return
-    message = f"`unmerge` cannot take {node} back at {path!r}: {made.method.unmerge}"
+    message = f"`unmerge` cannot undo {node} at {path!r}: {made.method.unmerge}"
     with pytest.raises(ValueError, match=message):
         jlora.unmerge(merged, made.adapter)
 
@@ -272,7 +272,8 @@ def test_on_shapes(made: Made) -> None:
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, made.adapter)
     if made.method.values:
         name = rf"{type(made.method.rule).__name__}\({made.method.path!r}"
-        with pytest.raises(ValueError, match=rf"has a shape at {made.method.path!r}, but {name}"):
+        at = rf"has only a shape at {made.method.path!r}"
+        with pytest.raises(ValueError, match=rf"{at}, but .*{name}"):
             made.lora.init(jax.random.key(0), shapes, IDS)
 
 
@@ -288,7 +289,7 @@ def test_a_node_is_a_named_tuple(made: Made) -> None:
 def test_pefts_files_have_no_place_for_methods_of_your_own(tmp_path: Any) -> None:
     names = [peft.Name("layers", r"layers.{}", "lio")]
     base, adapter = jlora.transform(model, Gain("layers")).init(jax.random.key(0), PARAMS, IDS)
-    with pytest.raises(ValueError, match="  layers: PEFT's files have no place for a GainNode"):
+    with pytest.raises(ValueError, match="  layers: PEFT has no form for a GainNode"):
         peft.save(tmp_path / "p", base, adapter, names)
 
 
@@ -328,5 +329,5 @@ def test_classes_are_checked() -> None:
     class Mine(LoRA):
         """A subclass without `register`."""
 
-    with pytest.raises(TypeError, match=r"`rules` has Mine\('w'\), whose class is not registered"):
+    with pytest.raises(TypeError, match=r"has Mine\('w'\), but its class is not registered"):
         jlora.transform(lambda p, x: x @ p["w"], Mine("w"))

@@ -100,12 +100,12 @@ def test_files(tmp_path: Folder) -> None:
 
 
 SHARES = ("inputs", "outputs")
-STARTS = ("pissa", "olora", "milora", "miss")
+STARTS = ("pissa", "olora", "milora", "miss", "paca")
 FIELDS = ({"slots": Slots(2, (1,))}, {"dropout": 0.5}, {"frozen": ("a",)})
 
 
 @pytest.mark.parametrize(
-    ("init", "share"), every(STARTS, SHARES, daily=zip(STARTS, SHARES * 2, strict=True))
+    ("init", "share"), every(STARTS, SHARES, daily=zip(STARTS, SHARES * 3, strict=False))
 )
 def test_starts(init: str, share: str) -> None:
     """The adapted model is the base at first, as with an A and a B for each expert."""
@@ -171,20 +171,20 @@ def test_dora() -> None:
         (
             lambda: DoRA("w", share="outputs"),
             (),
-            "`share` of DoRA('w') must be None or 'inputs', as each expert has norms of its own; "
-            "got 'outputs'. Use jlora.LoRA.",
+            "`share` of DoRA('w') must be None or 'inputs', as each expert has its own norms: use "
+            "jlora.LoRA; got 'outputs'.",
         ),
         (
             lambda: LoRA("w", share="inputs"),
             (4, 3),
-            "`share` of LoRA('w') needs a weight with one stacked axis, that of its experts; 'w' "
-            "with shape (4, 3) has 0. Leave `share` out.",
+            "`share` of LoRA('w') needs a weight with one stacked axis, the experts; 'w' with "
+            "shape (4, 3) has 0 stacked axes. Leave `share` out.",
         ),
         (
             lambda: LoRA("w", share="inputs"),
             (2, 2, 4, 3),
-            "`share` of LoRA('w') needs a weight with one stacked axis, that of its experts; 'w' "
-            "with shape (2, 2, 4, 3) has 2. Leave `share` out.",
+            "`share` of LoRA('w') needs a weight with one stacked axis, the experts; 'w' with "
+            "shape (2, 2, 4, 3) has 2 stacked axes. Leave `share` out.",
         ),
     ],
 )

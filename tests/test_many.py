@@ -242,7 +242,7 @@ def test_ids_may_be_integers_of_any_dtype(dtype: str, form: str) -> None:
         is_none = [not -1 <= int(i) < 200 for i in none]
         assert np.isnan(jax.jit(first)(none)).tolist() == is_none
         if any(is_none):
-            with pytest.raises(ValueError, match=r"`ids` must lie in \[-1, 200\)"):
+            with pytest.raises(ValueError, match=r"`ids` must be in \[-1, 200\)"):
                 first(none)
 
 
@@ -331,10 +331,10 @@ def test_what_a_traced_function_closes_over_is_known() -> None:
     for f, message in (
         (lambda: many.stack([broken], base=base), "is not finite"),
         (lambda: many.insert(table, 0, broken), "is not finite"),
-        (lambda: many.take(table, three), r"`slot` must lie in \[0, 3\)"),
-        (lambda: many.stop(state, [0, 3]), r"`slots` must lie in \[0, 3\)"),
-        (lambda: many.stop(state, three), r"`slots` must lie in \[0, 3\)"),
-        (lambda: many.route(lora.apply)(base, table, bad, X), r"`ids` must lie in \[-1, 3\)"),
+        (lambda: many.take(table, three), r"`slot` must be in \[0, 3\)"),
+        (lambda: many.stop(state, [0, 3]), r"`slots` must be in \[0, 3\)"),
+        (lambda: many.stop(state, three), r"`slots` must be in \[0, 3\)"),
+        (lambda: many.route(lora.apply)(base, table, bad, X), r"`ids` must be in \[-1, 3\)"),
     ):
         with pytest.raises(ValueError, match=message):
             jax.jit(f)()
@@ -373,12 +373,12 @@ def test_take_is_the_inverse_of_stack() -> None:
 # ---------------------------------------------------------------------------------- refusals
 
 NOT_FINITE = (
-    r"a table cannot hold what is at these paths:\n  c: is not finite\n  v: is not finite\n"
-    r"In one slot of a table it would reach the rows of others\."
+    r"a table cannot contain the leaves at these paths:\n  c: is not finite\n  v: is not finite\n"
+    r"In a table such values would reach rows of other slots\."
 )
 # Zeros in DoRA's magnitudes are no adapter of the base: neither -1 nor an empty slot.
-ANOTHER = r"a table cannot hold what is at these paths:\n  w: is a Decomposed\n"
-NO_TABLE = r"`table` must be an adapter with a leading"
+ANOTHER = r"a table cannot contain the leaves at these paths:\n  w: is a Decomposed\n"
+NO_TABLE = r"`table` must be an adapter whose arrays have a leading"
 
 
 @functools.cache
@@ -412,7 +412,7 @@ def call(apply: Any, base: Any, table: Any, ids: Any = IDS, **how: Any) -> Any:
 WRONG: list[tuple[str, Callable[[Any], Any]]] = [
     (r"`adapters` must be a list of adapters.*got an empty", lambda _: many.stack([])),
     (
-        r"`adapter` is a table from jlora\.many\.prepare, of",  # and so an adapter to nobody else
+        r"is a table of several adapters from jlora\.many",  # and so an adapter to nobody else
         lambda t: t.apply(t.base, t.prepared | {"c": t.base["c"]}, X),
     ),
     (NO_TABLE, lambda t: many.take(t.adapters[0], 0)),
@@ -431,48 +431,48 @@ WRONG: list[tuple[str, Callable[[Any], Any]]] = [
     (ANOTHER, lambda t: many.prepare(t.doras, form="gathered")),
     (ANOTHER, lambda t: many.insert(t.doras, 0, {})),
     (
-        r"  w: is for weights of \(shape, stack, inputs, outputs\) \[.*\(6, 4\).*\(6, 5\).*\]\n",
+        r"  w: adapts weights of \(shape, stack, inputs, outputs\) \[.*\(6, 4\).*\(6, 5\).*\]\n",
         lambda t: many.insert(t.two, 0, {"w": node(1, (6, 5))}),
     ),
     (
-        r"  v: is no site of the table\n",
+        r"  v: is not a site of the table\n",
         lambda t: many.insert(t.two, 0, {"w": node(1), "v": node(1)}),
     ),
     (
-        r"  w: has the rank 3, above the table's 2\n",
+        r"  w: has rank 3, above the table's 2\n",
         lambda t: many.insert(t.two, 0, {"w": node(3)}),
     ),
     (
-        r"  w: is of low rank in one and trained in full in an",
+        r"  w: has low rank in one and is trained in full in an",
         lambda t: many.insert(t.two, 0, {"w": jnp.ones((6, 4))}),
     ),
     (
-        r"  w: has the slots None, where the table has \(2, \(1,\), 1\)\n",
+        r"  w: has the slots None, but the table \(2, \(1,\), 1\)\n",
         lambda _: many.insert(many.stack([{"w": SLOTTED}]), 0, {"w": node(1)}),
     ),
     (
-        r"  w: is of float32, where the table has bfloat16",
+        r"  w: has dtype float32, which the table's bfloat16 cannot",
         lambda _: many.insert(many.stack([{"w": node(2, dtype="bfloat16")}]), 0, {"w": node(1)}),
     ),
     (r"`size` must be at least the 3 adapt", lambda t: many.stack(t.adapters, size=2)),
-    (r"  v: has the rank 3, above", lambda t: many.stack(t.adapters, rank=2, base=t.base)),
-    (r"  c: is trained in full, so that a", lambda t: many.stack([t.adapters[0], {}])),
-    (r"`slot` must lie in \[0, 3\).*got 3", lambda t: many.insert(t.table, 3, {})),
-    (r"`slot` must lie in \[0, 3\).*got -1", lambda t: many.take(t.table, -1)),
+    (r"  v: has rank 3, above", lambda t: many.stack(t.adapters, rank=2, base=t.base)),
+    (r"  c: is trained in full, so a", lambda t: many.stack([t.adapters[0], {}])),
+    (r"`slot` must be in \[0, 3\).*got 3", lambda t: many.insert(t.table, 3, {})),
+    (r"`slot` must be in \[0, 3\).*got -1", lambda t: many.take(t.table, -1)),
     (r"  c: is trained in full.*\nGive `base`", lambda t: many.remove(t.table, 0)),
     (
         r"  c: expected shape \(5,\) as in `base`, got \(4,\)",
         lambda t: many.remove(t.table, 0, base=t.base | {"c": jnp.ones(5)}),
     ),
     (
-        r"`form` is 'gathered', but `table` was prepared side by side: give the",
+        r"`form` is 'gathered', but `table` was prepared side by side. Give the",
         lambda t: call(t.apply, t.base, t.prepared, form="gathered"),
     ),
     (r"`form` must be one of 'side by s", lambda t: many.route(t.apply, form="x")),
     (r"argument \[0\]\[0\] after `ids` must", lambda t: call(t.apply, t.base, t.table, [0, 1])),
-    (r"`ids` must lie in \[-1, 3\)", lambda t: call(t.apply, t.base, t.table, [0] * 5 + [3])),
+    (r"`ids` must be in \[-1, 3\)", lambda t: call(t.apply, t.base, t.table, [0] * 5 + [3])),
     (
-        r"result of `apply` must have the rows along its axis 0, or no axis; got ",
+        r"result of `apply` must have rows along axis 0, or no axes; got ",
         lambda t: call(lambda *args: t.apply(*args)[0], t.base, t.table),
     ),
     (r"does not fit `base` at 3", lambda t: call(t.apply, {"w": X}, t.table)),
@@ -481,7 +481,7 @@ WRONG: list[tuple[str, Callable[[Any], Any]]] = [
 
 @pytest.mark.parametrize(("message", "provoke"), WRONG, ids=[m[:50] for m, _ in WRONG])
 def test_what_is_wrong_is_named(message: str, provoke: Callable[[Any], Any]) -> None:
-    is_type = re.match(r"`(adapters|table|ids|slot)` must be [ailo]|`adapter` is", message)
+    is_type = re.match(r"`(adapters|table|ids|slot)` must be (a|int|one)|`adapter` is", message)
     with pytest.raises(TypeError if is_type else ValueError, match=f"(?s){message}"):
         provoke(given())
 

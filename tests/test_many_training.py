@@ -70,7 +70,7 @@ def test_slots_are_the_single_runs(case: Case) -> None:
         lora = jlora.transform(problem.apply, *case.rules)
         given = (problem.params, *problem.args)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"\w+\(\) leaves \d+ weights as they are")
+            warnings.filterwarnings("ignore", r"\w+\(\) does not adapt \d+ weights")
             base, table = many.init(lora, KEYS, *given, **problem.kwargs)
             singles = [lora.init(key, *given, **problem.kwargs)[1] for key in KEYS]
         for x, y in zip(jax.tree.leaves(base), jax.tree.leaves(problem.params), strict=True):
@@ -184,9 +184,9 @@ def test_a_base_that_follows_from_the_weights_alone_is_shared() -> None:
 
 
 SHARED = (
-    "an initializer gives each {} another base, so that the adapters cannot share one, at fused, "
-    "layer/kernel. Use an initializer that leaves the weights as they are, such as "
-    "jlora.initializers.kaiming_uniform, or train these one by one."
+    "an initializer changes the base differently for each {}, so that adapters cannot share it, at "
+    "fused, layer/kernel. Use an initializer that does not change weights, such as "
+    "jlora.initializers.kaiming_uniform, or train one by one."
 )
 
 
@@ -429,8 +429,8 @@ TABLE = {"w": jnp.ones((3, 4))}
 STATE = many.optimizer(optax.sgd, learning_rate=0.1).init(TABLE)
 LORA = jlora.transform(small.dense, LoRA("w", rank=2))
 NOT_A_TABLE = (
-    "`table` must be an adapter with a leading axis of slots on each array, as jlora.many.stack "
-    "and jlora.many.init give it; got "
+    "`table` must be an adapter whose arrays have a leading axis of slots, from jlora.many.stack "
+    "or jlora.many.init; got "
 )
 
 
@@ -447,19 +447,19 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
     TypeError: {
         "`keys` must be one PRNG key for each adapter, such as "
         "jax.random.split(jax.random.key(0), 8); got key<fry>[].": lambda: init(KEYS[0]),
-        '`keys` must be of the implementation "threefry2x32", whose draws under vmap are those of '
+        '`keys` must have the implementation "threefry2x32", whose draws under vmap equal those of '
         "each key alone; got rbg. Make them with "
         'jax.random.key(seed, impl="threefry2x32").': lambda: init(
             jax.random.split(jax.random.key(0, impl="rbg"), 2)
         ),
         "`ranks` must be integers; got [1, 1.5, 2].": lambda: init(KEYS, ranks=[1, 1.5, 2]),
-        "`ranks` must be known when many.init is traced, as shapes follow from them. Give a list "
-        "or a NumPy array, by a closure rather than as an argument of the jitted function.": (
+        "`ranks` must be known when many.init is traced, as shapes depend on them. Give a list or "
+        "a NumPy array, closed over instead of passed to the jitted function.": (
             lambda: jax.jit(lambda r: init(KEYS, ranks=r))(jnp.array([1, 1, 2]))
         ),
-        "`learning_rate` is given beside a transformation that is made already. Give a function "
-        "of it, such as many.optimizer(optax.adamw, learning_rate=...).": lambda: many.optimizer(
-            optax.sgd(0.1), learning_rate=0.1
+        "`learning_rate` is given, but `tx` is a transformation. Give a function of "
+        "`learning_rate`, such as many.optimizer(optax.adamw, learning_rate=...).": lambda: (
+            many.optimizer(optax.sgd(0.1), learning_rate=0.1)
         ),
         "`tx` must be an optax transformation, such as optax.adamw(2e-4); got ": lambda: (
             many.optimizer(lambda rate: rate, rate=0.1).init(TABLE)
@@ -477,7 +477,7 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
             STATE, [True, False]
         ),
         "`slots` must be indices or a mask of shape (3,); got 0.5.": lambda: many.stop(STATE, 0.5),
-        "`momentum` is no hyperparameter of this optimizer; it has 'learning_rate'.": lambda: (
+        "`momentum` is not a hyperparameter of this optimizer; it has 'learning_rate'.": lambda: (
             many.restart(
                 many.optimizer(optax.sgd, learning_rate=0.1), STATE, TABLE, 0, momentum=0.9
             )
@@ -485,9 +485,9 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
     },
     ValueError: {
         "`ranks` must be one for each of the 3 keys; got 2.": lambda: init(KEYS, ranks=[1, 2]),
-        "`ranks` must lie in [1, 2], the rank of LoRA('w'); got 4. The rule's rank is that of the "
-        "table: raise it to the largest.": lambda: init(KEYS, ranks=[1, 4, 2]),
-        "`ranks` is given, but no rule of `lora` has a rank: leave it out.": lambda: init(
+        "`ranks` must be in [1, 2], the rank of LoRA('w'); got 4. The rule's rank is that of the "
+        "table. Raise it to the largest.": lambda: init(KEYS, ranks=[1, 4, 2]),
+        "`ranks` is given, but no rule of `lora` has a rank. Leave it out.": lambda: init(
             KEYS, lora=jlora.transform(small.dense, Full("w")), ranks=[1, 1, 1]
         ),
         "`learning_rate` must be a number, or have one value for each of the 3 runs; got shape "
@@ -495,7 +495,7 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
         "many.optimizer needs the table: call update(grads, state, table).": lambda: step(
             table=None
         ),
-        "`slots` must lie in [0, 3), the slots of the table; got 3.": lambda: many.stop(
+        "`slots` must be in [0, 3), the slots of the table; got 3.": lambda: many.stop(
             STATE, [0, 3]
         ),
     },

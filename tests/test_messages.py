@@ -35,8 +35,8 @@ W = {"w": jnp.arange(12.0).reshape(4, 3)}
 # ------------------------------------------------------------------- a bound tree without `wrap`
 
 BOUND = (
-    "`params` is a tree from jlora.bind, with adapters beside its weights, which only a function "
-    "under jlora.wrap takes: call jlora.wrap(model.apply)(params, ...) in the place of "
+    "`params` is a tree from jlora.bind, which holds adapters beside its weights. Only functions "
+    "under jlora.wrap accept it: call jlora.wrap(model.apply)(params, ...) instead of "
     "model.apply(params, ...), or lora.apply(base, adapter, ...)."
 )
 
@@ -160,9 +160,8 @@ def test_pattern_that_hits_a_vector(pattern: str) -> None:
     path, better = PATTERNS[pattern]
     hint = "" if better is None else f" (did you mean {better!r}?)"
     message = (
-        f"LoRA({pattern!r}) matches {path!r} of shape (4,), which is used by nothing linear: it is "
-        f"no matrix (shape (4,)). Narrow the pattern{hint}, or train the leaf in full with "
-        "jlora.Full."
+        f"LoRA({pattern!r}) matches {path!r} of shape (4,), which is not a matrix. Narrow the "
+        f"pattern{hint}, or train the leaf in full with jlora.Full."
     )
     with pytest.raises(ValueError, match=exactly(message)):
         jlora.transform(block, LoRA(pattern, rank=2)).init(KEY, BLOCK, X)
@@ -198,13 +197,13 @@ MODULES_GIVEN = {
         lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(0)),
         "the module Linear of flax.nnx. Give a function of a module, lambda model, x: model(x), "
         "and the module itself as the parameters. If it has state (batch statistics, dropout), "
-        "split it, graph, params, rest = nnx.split(model, nnx.Param, ...), and give a function of "
-        "params and rest that merges them, nnx.merge(graph, params, rest, copy=True), and returns "
-        "the new rest beside its outputs.",
+        "split it by graph, params, rest = nnx.split(model, nnx.Param, ...). Then give a function "
+        "of params and rest that merges them by nnx.merge(graph, params, rest, copy=True), and "
+        "returns the new rest beside its outputs.",
     ),
     "equinox": (
         lambda: stand_in("equinox._module._module", "Module", **CALLED),
-        "the module Mine of equinox. Split it, params, static = eqx.partition(model, "
+        "the module Mine of equinox. Split it by params, static = eqx.partition(model, "
         "eqx.is_array), and give lambda params, x: eqx.combine(params, static)(x).",
     ),
     "keras": (
@@ -215,7 +214,7 @@ MODULES_GIVEN = {
     ),
     "parameters": (
         lambda: {"kernel": jnp.ones((64, 64))},  # which are not printed
-        "one of type dict. Give it first: transform(model.apply, LoRA(...)).",
+        "an object of type dict. The function comes first: transform(model.apply, LoRA(...)).",
     ),
 }
 
@@ -241,8 +240,8 @@ def test_functions_of_modules_pass() -> None:
 LEAVES = {
     "function": (
         np.tanh,
-        "<ufunc 'tanh'> of type ufunc. Split what is no array off, as params, static = "
-        "eqx.partition(model, eqx.is_array) does in Equinox, and combine both in the function: "
+        "<ufunc 'tanh'> of type ufunc. Separate the arrays from the rest and combine both in the "
+        "function. In Equinox: params, static = eqx.partition(model, eqx.is_array), and "
         "lambda params, x: eqx.combine(params, static)(x).",
     ),
     "keras": (
@@ -286,12 +285,12 @@ def test_module_whose_state_would_be_lost() -> None:
     model = nnx.Sequential(*layers)
     lora = jlora.transform(lambda model, x: model(x), jlora.LoRA("kernel", rank=2))
     message = (
-        "`apply_fn` changes variables of its parameters, a module of flax.nnx, at layers/1/mean, "
-        "layers/1/var, layers/2/rngs/count. The change is lost, so that each step would begin with "
-        "the same statistics and the same keys of dropout. Call model.eval() before, or split it, "
-        "graph, params, rest = nnx.split(model, nnx.Param, ...), and give a function of params and "
-        "rest that merges them, nnx.merge(graph, params, rest, copy=True), and returns the new "
-        "rest beside its outputs."
+        "`apply_fn` changes variables of the module of flax.nnx that it gets, at layers/1/mean, "
+        "layers/1/var, layers/2/rngs/count. The change would be lost: each step would start with "
+        "the same statistics and dropout keys. Call model.eval() before, or split it by "
+        "graph, params, rest = nnx.split(model, nnx.Param, ...). Then give a function of params "
+        "and rest that merges them by nnx.merge(graph, params, rest, copy=True), and returns the "
+        "new rest beside its outputs."
     )
     for given in (model, nnx.eval_shape(lambda: nnx.clone(model))):
         with pytest.raises(ValueError, match=exactly(message)):

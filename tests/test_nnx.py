@@ -274,7 +274,7 @@ def test_an_example_of_another_call() -> None:
             r"LoRA\('kernol'\) matches no leaf of `params`. Near misses: ": lambda: adapt(
                 Layers(), LoRA("kernol"), rngs=nnx.Rngs(0), example=(inputs(),)
             ),
-            "`model` has nnx.LoRAParams itself, at lora/up/kernel/a": lambda: adapt(
+            "`model` must not have nnx.LoRAParams, .* at lora/up/kernel/a": lambda: adapt(
                 trained(LoRA("up/kernel", rank=2)), LoRA(), rngs=nnx.Rngs(0), example=(inputs(),)
             ),
             "other/kernel: not in `base`": lambda: Adapted(
@@ -282,7 +282,7 @@ def test_an_example_of_another_call() -> None:
             ),
         },
         AttributeError: {
-            "'up' is a part of the model, .* or read adapted.base.up": lambda: (
+            "calls of 'up', a part of the model, .* or read adapted.base.up": lambda: (
                 trained(LoRA("up/kernel", rank=2)).up
             )
         },

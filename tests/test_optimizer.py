@@ -452,7 +452,7 @@ def test_keys_in_the_base() -> None:
     """`optax.apply_updates` cannot add to a key, so `init` says it, also of shapes."""
     params, tx = beside(rngs={"key": KEY}), jlora.optimizer(optax.adam(1e-3))
     message = re.escape(
-        "`params` of jlora.optimizer has PRNG keys, to which no update can be added, at "
+        "`params` of jlora.optimizer has PRNG keys, which cannot be updated, at "
         "base/rngs/key. Pass them to the model beside the parameters (in NNX: graph, params, rest "
         "= nnx.split(model, nnx.Param, ...)), or train the adapter alone."
     )

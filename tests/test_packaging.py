@@ -55,12 +55,12 @@ def test_python_versions_agree() -> None:
 
 @pytest.mark.parametrize("name", ["ci", "release"])
 def test_workflows_have_no_more_rights_than_they_need(name: str) -> None:
-    """They read; only the job that publishes gets a token, in an environment of its own."""
+    """They read; only the jobs that publish get a token, in environments of their own."""
     found = workflow(name)
+    rights = {"publish": {"id-token": "write"}, "site": {"id-token": "write", "pages": "write"}}
     assert found["permissions"] == {"contents": "read"}
     for job_name, job in found["jobs"].items():
-        expected = {"id-token": "write"} if job_name == "publish" else None
-        assert job.get("permissions") == expected
+        assert job.get("permissions") == rights.get(job_name)
         assert (job.get("environment") == "release") == (job_name == "publish")
         for step in job["steps"]:
             assert re.fullmatch(

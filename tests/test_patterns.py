@@ -122,11 +122,11 @@ INSIDE = {  # a pattern, where it is found, and what is advised
 def test_a_pattern_inside_of_components(taker: str, pattern: str) -> None:
     """Where it is found, and a pattern that takes those leaves."""
     names, better = INSIDE[pattern]
-    kind = "takes no site of `sketch`" if taker == "allocate" else "matches no leaf of `params`"
+    kind = "site of `sketch`" if taker == "allocate" else "leaf of `params`"
     message = (
-        f"{'LoRA' if taker == 'allocate' else taker}({pattern!r}) {kind}. A pattern matches whole "
-        f"components of a path, and this one is found only inside of {names}. Did you mean "
-        f"{better!r}?"
+        f"{'LoRA' if taker == 'allocate' else taker}({pattern!r}) matches no {kind}. A pattern "
+        "must match whole components of a path, but this one matches only parts of "
+        f"{names}. Did you mean {better!r}?"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         TAKERS[taker](pattern)

@@ -116,7 +116,9 @@ def test_shapes_suffice_as_base(name: str, tmp_path: Folder) -> None:
     assert_equal(peft.load(case.folder, shapes, case.names), adapter)
     save = functools.partial(peft.save, tmp_path / "a", shapes, adapter, case.names)
     if name == "tied":
-        with pytest.raises(ValueError, match=r"`base` must hold arrays .* at params/embed/embed"):
+        with pytest.raises(
+            ValueError, match=r"`base` must hold floating-point arrays .* at params/embed/embed"
+        ):
             save(config=config)
         assert not list(tmp_path.iterdir())
     else:
@@ -364,9 +366,7 @@ def test_convert_names_what_vllm_would_read_otherwise(tmp_path: Folder) -> None:
     ab = np.ones((4, 1), "f"), np.full((1, 3), 1e30, "f")
     node = LowRank(*ab, 1e30, Layout((), (0,), (1,)))
     peft.save(tmp_path / "a", base, {"q": {"kernel": node}}, [peft.Name("q/kernel", "q", "io")])
-    message = (
-        r"`path`: the adapter in .*a has no form for vLLM that would be read as (?s:.*)not finite"
-    )
+    message = r"`path`: the adapter in .*a cannot be written for vLLM(?s:.*)not finite"
     with pytest.raises(ValueError, match=message), np.errstate(over="ignore"):
         peft.to_vllm(tmp_path / "a", tmp_path / "b")
 
@@ -399,20 +399,20 @@ def test_never_overwrites(tmp_path: Folder) -> None:
     ("options", "message"),
     [
         ({"path": "("}, "`path` is not a regular expression"),
-        ({"axes": "ix"}, "`axes` must be of the letters"),
-        ({"axes": "ee"}, "`axes` must be of the letters"),
+        ({"axes": "ix"}, "`axes` may have the letters"),
+        ({"axes": "ee"}, "`axes` may have the letters"),
         ({"module": "m.{}"}, "`module` needs one {} for each l"),
         ({"module": "m.{2*+1}"}, "`module` needs one {} for each l"),
         ({"axes": "lio", "module": "m.{1}"}, "or a sum with it such as {2*+1}"),
-        ({"tied": "lm_head"}, "only an embedding is `tied`"),
-        ({"axes": "ssio", "module": ("k", "v")}, "`axes` must be of the letters"),
-        ({"axes": "sio"}, "`module` is a tuple where `axes` has an s"),
-        ({"module": ("k", "v")}, "`module` is a tuple where `axes` has an s"),
-        ({"axes": "sio", "module": ()}, "`module` is a tuple where `axes` has an s"),
-        ({"axes": "seio", "module": ("k", "v")}, "an s goes with i, o and l"),
+        ({"tied": "lm_head"}, "only an embedding can be `tied`"),
+        ({"axes": "ssio", "module": ("k", "v")}, "`axes` may have the letters"),
+        ({"axes": "sio"}, "`module` must be a tuple if `axes` has an s"),
+        ({"module": ("k", "v")}, "`module` must be a tuple if `axes` has an s"),
+        ({"axes": "sio", "module": ()}, "`module` must be a tuple if `axes` has an s"),
+        ({"axes": "seio", "module": ("k", "v")}, "combined only with i, o and l"),
         ({"axes": "slio", "module": ("k.{}", "v")}, "`module` needs one {} for each l"),
         ({"part": (2, 2)}, "`part` must be (j, n) with 0 <= j < n"),
-        ({"part": (0, 2), "transposed": True}, "which is not transposed"),
+        ({"part": (0, 2), "transposed": True}, "that are not transposed"),
     ],
 )
 def test_names_are_checked(options: dict[str, Any], message: str) -> None:
@@ -499,8 +499,8 @@ BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
         UNTIED | {"embed": {"embedding": jnp.ones((9, 4))}},
         RESIZED,
         {},
-        r"embed_tokens.weight: has 11 rows in the adapter, .* and 9 in the base; resize that too, "
-        r"by resize_token_embeddings\(11\)",
+        r"embed_tokens.weight: has 11 rows in the adapter, .* but 9 in the base; call "
+        r"resize_token_embeddings\(11\)",
     ),
     "a frozen head": (
         UNTIED,
@@ -514,7 +514,7 @@ BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
         pair("lm_head", 2, 4, 11) | OTHER,
         OF_HEAD,
         r"lm_head.base_layer.bias: expected the values of `base`|"
-        "lm_head.bias: the adapter holds other values of it",
+        "lm_head.bias: has other values in the adapter",
     ),
     "a trained bias": (
         UNTIED,
@@ -593,9 +593,9 @@ def test_names_that_are_kept_whole_come_first(tmp_path: Folder) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target_modules": ["query", "value", "wq"]}, r"target_modules: 'wq' names no module"),
+        ({"target_modules": ["query", "value", "wq"]}, r"target_modules: 'wq' matches no module"),
         ({"rank_pattern": {"wq": 2}}, "rank_pattern: 'wq' matches no adapted module"),
-        ({"modules_to_save": ["head"]}, "modules_to_save: 'head' names none of the"),
+        ({"modules_to_save": ["head"]}, "modules_to_save: 'head' matches none of the"),
     ],
 )
 def test_what_names_nothing(fields: dict[str, Any], message: str, tmp_path: Folder) -> None:

@@ -332,15 +332,17 @@ def test_a_bias_of_b(tmp_path: Folder) -> None:
     np.testing.assert_allclose(merged["m.q.weight"], 1 + 1.5 * b @ a, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"m\.q\.bias: of dtype I32; expected one of F64"):
         merge(tmp_path, weights | {"m.q.bias": np.ones(4, np.int32)}, given, lora_bias=True)
-    with pytest.raises(ValueError, match=r"k\.lora_B\.bias: added to the bias of a module without"):
+    with pytest.raises(
+        ValueError, match=r"k\.lora_B\.bias: added to the bias of a module that has no"
+    ):
         merge(tmp_path, weights, given | {"m.k.lora_B.bias": ones(4)}, lora_bias=True)
     whole = given | {"m.q.bias": ones(4)}
-    with pytest.raises(ValueError, match=r"q\.lora_B\.bias: added to a bias that is replaced"):
+    with pytest.raises(ValueError, match=r"q\.lora_B\.bias: added to a bias that the adapter also"):
         merge(tmp_path, weights, whole, lora_bias=True, bias="all")
     del weights["m.q.bias"]
-    with pytest.raises(ValueError, match=r"q\.lora_B\.bias: of shape \(4,\), is to be .* has none"):
+    with pytest.raises(ValueError, match=r"q\.lora_B\.bias: has shape \(4,\), but .* has no bias"):
         merge(tmp_path, weights, given, lora_bias=True)
-    with pytest.raises(ValueError, match=r"lora_bias adds to a bias, for which an adapter here"):
+    with pytest.raises(ValueError, match=r"lora_bias is supported only when merging"):
         peft.read(tmp_path / "0" / "a")
 
 
@@ -390,7 +392,7 @@ def test_names_of_today(family: str, which: str, tmp_path: Folder) -> None:
 
 def test_names_of_no_known_family(tmp_path: Folder) -> None:
     """The error says how to save the base so that it is read."""
-    remedy = r"in `transformers` 5 by save_pretrained\(..., save_original_format=False\)"
+    remedy = r"in `transformers` 5 with save_pretrained\(..., save_original_format=False\)"
     weights, given = {"m.layers.0.qkv.weight": ones(4, 6)}, {"m.h.0.q_proj": low_rank((4, 6), 2)}
     for saved, why in ((None, "not in the ch"), (["qkv"], "in the adapter, but")):
         with pytest.raises(ValueError, match=f"0.q_proj.weight: {why}.* {remedy}"):
@@ -405,7 +407,9 @@ def test_rows_of_what_may_be_tied(tmp_path: Folder) -> None:
     given = {"q": low_rank((4, 6), 2)}
     given |= {"model.embed_tokens.token_adapter.trainable_tokens_delta": rows}
     fields = {"trainable_token_indices": {"embed_tokens": [3, 1]}}
-    with pytest.raises(ValueError, match=r"embed_tokens.weight: .* Set tie_word_embeddings there"):
+    with pytest.raises(
+        ValueError, match=r"embed_tokens.weight: .* Correct tie_word_embeddings there"
+    ):
         merge(tmp_path, weights, given, config=TIED, **fields)
     untied = TIED | {"tie_word_embeddings": False}
     merged = merge(tmp_path, weights, given, config=untied, **fields)
@@ -436,7 +440,7 @@ def test_square_weights_by_their_kin(tmp_path: Folder) -> None:
     np.testing.assert_allclose(merged["h.0.attn.c_proj.weight"], (b @ a).T, rtol=1e-5, atol=1e-6)
     lone = {k: x for k, x in weights.items() if "mlp" not in k}
     lone |= {"c_fc.weight": ones(8, 9), "c_fc.bias": ones(8)}
-    with pytest.raises(ValueError, match=r"c_proj.weight: is square, and nothing tells"):
+    with pytest.raises(ValueError, match=r"c_proj.weight: is square, and may be stored"):
         merge(tmp_path, lone, given, lora_alpha=2, fan_in_fan_out=True)
 
 
@@ -449,7 +453,7 @@ def test_square_experts(known: str, tmp_path: Folder) -> None:
     given: dict[str, Any] = {"m": (a, b)}
     fields = {"target_modules": [], "target_parameters": ["m.down"], "r": r, "lora_alpha": r}
     if known == "nothing":
-        with pytest.raises(ValueError, match=r"m.down: is square, and nothing tells"):
+        with pytest.raises(ValueError, match=r"m.down: is square, and may be stored"):
             merge(tmp_path, weights, given, **fields)
         return
     given = {"m.base_layer": low_rank((6, d), e * r), "m": (a, b)}
@@ -551,7 +555,7 @@ def test_a_shared_weight_in_full(tmp_path: Folder) -> None:
     full(same, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     with refused("lm_head.weight: not in the checkpoint"):
         full(given | {"lm_head.weight": new + 1}, modules_to_save=saved)
-    with refused("does not change both alike"):
+    with refused("does not change both equally"):
         full(given, modules_to_save=["embed_tokens"])
 
 
@@ -585,9 +589,9 @@ def test_other_files(tmp_path: Folder) -> None:
 
 # What is in the place of a file, and what that is called.
 ODD: dict[str, tuple[Callable[[Folder], Any], str]] = {
-    "link": (lambda path: path.symlink_to("nowhere"), "a link to nothing"),
-    "loop": (lambda path: path.symlink_to(path.name), "a link to nothing"),
-    "pipe": (lambda path: os.mkfifo(path), "no regular file"),
+    "link": (lambda path: path.symlink_to("nowhere"), "a broken link"),
+    "loop": (lambda path: path.symlink_to(path.name), "a broken link"),
+    "pipe": (lambda path: os.mkfifo(path), "not a regular file"),
     "folder": (lambda path: (path / "more").mkdir(parents=True), "a folder"),
 }
 PLACES = [(kind, "config.json") for kind in ODD]
@@ -613,7 +617,7 @@ def test_what_is_in_the_place_of_a_file(kind: str, name: str, tmp_path: Folder) 
             lambda _: peft.matrices(base),
         ]
     for way in ways:
-        with pytest.raises(ValueError, match=f"1 problems:\n  {name}: is {what}"):
+        with pytest.raises(ValueError, match=f"1 problem:\n  {name}: is {what}"):
             way(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -652,7 +656,7 @@ def test_links_out_of_the_folder(name: str, tmp_path: Folder) -> None:
     (base / name).rename(tmp_path / "outside")
     (base / name).symlink_to(tmp_path / "outside")
     with pytest.raises(
-        ValueError, match=rf"`src_dir`: .*{name} is a link to .*outside, out of the"
+        ValueError, match=rf"`src_dir`: .*{name} is a link out of the folder, to .*outside"
     ):
         peft.export_merged(base, given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -744,7 +748,7 @@ def index(change: Callable[[dict[str, str]], Any]) -> dict[str, Any]:
 DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "no-layer": (
         {"given": {Q: None}},
-        FITTING + f"1 problems:\n  {Q}.weight: selected by {CONFIG}, but missing in {TENSORS}",
+        FITTING + f"1 problem:\n  {Q}.weight: selected by {CONFIG}, but missing in {TENSORS}",
     ),
     "other-names": (
         {"given": NO_GIVEN | {k.replace("m.", "m.other."): x for k, x in GIVEN.items()}},
@@ -779,33 +783,33 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "embedding": (
         {"given": {f"{Q}.base_layer.weight": 2 * ones(4, 6)}},
-        f"{Q}.weight: the adapter holds other values of it",
+        f"{Q}.weight: has other values in the adapter",
     ),
     "experts": (
         {"weights": EXPERTS, "given": OF_EXPERTS, "target_parameters": list(EXPERTS)},
-        f"{PREFIX}e: A (4, 6) with B (4, 4), A (4, 6) with B (4, 4) may be those of either of "
+        f"{PREFIX}e: A (4, 6) with B (4, 4), A (4, 6) with B (4, 4) fit in several ways "
         "e.down (2, 6, 4), e.up (2, 4, 6)",
     ),
     "prefixes": (
         {"weights": NO_WEIGHTS | {p + k: x for k, x in WEIGHTS.items() for p in ("a.", "b.")}},
-        "`adapter` fits the checkpoint of `src_dir` with either of 'a.', 'b.' before its names",
+        "`adapter` fits the checkpoint of `src_dir` with several prefixes, 'a.', 'b.'",
     ),
     "two-checkpoints": (
         {"after": lambda base: (base / INDEX).write_text('{"weight_map": {"x": "m.safetensors"}}')},
-        f"holds {ONE}, and {INDEX} of other files, so two checkpoints. Remove one.",
+        f"has two checkpoints: {ONE}, and {INDEX} for other files. Remove one.",
     ),
     "pickle": (
         {"after": lambda base: (base / ONE).rename(base / "m.bin")},
-        f"holds neither {ONE} nor {INDEX}. Save the model as safetensors",
+        f"has neither {ONE} nor {INDEX}. Save the model as safetensors",
     ),
-    "cut": ({"after": lambda base: os.truncate(base / ONE, 1200)}, f"`src_dir`: {ONE} describes "),
+    "cut": ({"after": lambda base: os.truncate(base / ONE, 1200)}, f"`src_dir`: {ONE} has "),
     "index-without-map": (
         {"shards": 2, "after": lambda base: (base / INDEX).write_text('{"weight_map": []}')},
         f"{INDEX} has no `weight_map`; got []",
     ),
     "index-leads-out": (
         index(lambda where: where.update(x="../x.safetensors")),
-        f"{INDEX} names '../x.safetensors'; expected a safetensors file beside it",
+        f"{INDEX} names '../x.safetensors'; expected a safetensors file in the same folder",
     ),
     "index-lacks": (
         index(lambda where: where.pop(f"{Q}.weight")),
@@ -863,7 +867,7 @@ def test_arguments(tmp_path: Folder) -> None:
     }
     with pytest.raises(ValueError, match="`names` is for an adapter tree"):
         peft.export_merged(base, given, tmp_path / "out", names=peft.LLAMA)
-    with pytest.raises(ValueError, match=r"`names` must say what the leaves .* got None"):
+    with pytest.raises(ValueError, match=r"`names` must be a name table .* got None"):
         peft.export_merged(base, tree, tmp_path / "out")
     with pytest.raises(TypeError, match="`adapter` must be a nested dict"):
         peft.export_merged(base, {}, tmp_path / "out", names=peft.LLAMA)
@@ -877,6 +881,6 @@ def test_arguments(tmp_path: Folder) -> None:
     with pytest.raises(ValueError, match="q/kernel: no row of `names` fits"):
         peft.export_merged(base, tree, tmp_path / "out", names=[Name("v", "v", "io")])
     nan = jax.tree.map(lambda x: x * jnp.nan, tree)
-    with pytest.raises(ValueError, match="q/kernel: holds values that are not finite"):
+    with pytest.raises(ValueError, match="q/kernel: has values that are not finite"):
         peft.export_merged(base, nan, tmp_path / "out", names=[Name("(.*)/kernel", r"\1", "io")])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]

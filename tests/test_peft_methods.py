@@ -106,7 +106,7 @@ def test_dropout_of_a_file_is_told(tmp_path: Folder) -> None:
     """It is of training alone; the configuration keeps it."""
     base, adapter, names = form(STACK, (3, 8, 6))
     peft.save(tmp_path / "a", base, adapter, names, config={"lora_dropout": 0.1})
-    with pytest.warns(UserWarning, match="lora_dropout: 0.1 is of training alone"):
+    with pytest.warns(UserWarning, match="lora_dropout: 0.1 is ignored"):
         again = peft.load(tmp_path / "a", base, names)
     config = peft.read_config(tmp_path / "a")
     peft.save(tmp_path / "b", base, again, names, config=config)
@@ -200,5 +200,7 @@ def test_float64_is_written_as_it_is(config: Any, tmp_path: Folder) -> None:
 
 
 def test_miss_needs_its_base(tmp_path: Folder) -> None:
-    with pytest.raises(ValueError, match=r"got 'MISS'; load it onto its base by jlora\.peft\.load"):
+    with pytest.raises(
+        ValueError, match=r"got 'MISS'; load it onto its base with jlora\.peft\.load"
+    ):
         peft.read(written(tmp_path / "a", MISS))

@@ -126,13 +126,13 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
         pair("h.1.k_proj", 2, 4, 6) | pair("h.1.v_proj", 3, 4, 6),
         {"target_modules": ["k_proj", "v_proj"], "rank_pattern": {"h.1.v_proj": 3}},
         "1/kv/w: its modules are one leaf but differ: rank 2 and scale 1.5, rank 3 and scale 1; "
-        "adapt them alike",
+        "adapt all of them equally",
     ),
     "one of two": (
         {"h.1.k_proj.weight": np.ones((6, 4), "f4"), "h.1.k_proj.bias": np.ones(6, "f4")},
         {"target_modules": HALVES, "modules_to_save": ["h.1.k_proj"]},
-        "1/kv/w: its modules are one leaf, of which 1 of 2 are adapted, h.1.v_proj not; adapt them "
-        "alike",
+        "1/kv/w: its modules are one leaf, but only 1 of 2 are adapted, not h.1.v_proj; adapt "
+        "all of them equally",
     ),
 }
 
@@ -254,7 +254,7 @@ def test_a_table_refuses_other_models(table: str, tmp_path: Folder) -> None:
             peft.to_tensors(base, names)
         own = [Name(path, "m", "io")]
         peft.save(tmp_path / "own", base, adapter, own)
-        expected = rf"unexpected; names no leaf of `base` under `names`\n{said}"
+        expected = rf"unexpected; it matches no leaf of `base` under `names`\n{said}"
         with pytest.raises(ValueError, match=expected):
             peft.load(tmp_path / "own", base, names)
         shutil.rmtree(tmp_path / "own")
@@ -271,7 +271,7 @@ def test_a_table_refuses_the_models_of_others(table: str) -> None:
             assert theirs == path or {table, other} <= ALIKE
         else:
             said = advise(names, {parts: shape})
-            assert re.search(f"for paths such as {path}. These .* by .*'{other}'", said)
+            assert re.search(f"for paths such as {path}. For these .*'{other}'", said)
 
 
 # Whose layers are called the same.
@@ -364,7 +364,7 @@ def test_parts_of_weights(table: Any, alternating: bool) -> None:
 def test_lone_parts_of_weights() -> None:
     """A checkpoint has all of a parameter, or nothing."""
     base = zeros(nodes("gate", "down"))
-    with pytest.raises(ValueError, match="These leaves of `params` are parts of parameters by"):
+    with pytest.raises(ValueError, match="By `names`, these leaves of `params` are parts of"):
         peft.to_tensors(base, PARTS)
 
 

@@ -50,8 +50,9 @@ TABLE = {"t": np.ones((7, 4), np.float32)}
 ROWS = Replaced(np.ones((3, 4), np.float32), (6, 1, 3), Layout((), (0,), (1,)))
 VLLM, TO_MISS = {"profile": "vllm"}, {"config": {"peft_type": "MISS"}}
 FLOATS = (
-    "`base` must hold arrays of floats, of F64, F32, F16, BF16, where PEFT stores frozen values "
-    "with the adapter; got {} at q/bias. Give them, adapt another leaf, or export the merged model."
+    "`base` must hold floating-point arrays where PEFT stores frozen values with the adapter: "
+    "F64, F32, F16, BF16; got {} at q/bias. Give such arrays, adapt other leaves, or export the "
+    "merged model."
 )
 
 
@@ -91,7 +92,7 @@ NOT_WRITTEN: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "nan": (
         (BASE, {"w": LOW["w"]._replace(b=np.full((2, 6), np.nan, "f"))}, [W]), {},
-        "w: holds values that are not finite",
+        "w: has values that are not finite",
     ),
     "abstract": (
         (BASE, jax.eval_shape(lambda: LOW), [W]), {},
@@ -99,23 +100,23 @@ NOT_WRITTEN: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "one name twice": (
         (BASE | {"v": BASE["w"]}, LOW, [Name("[wv]", "m", "io")]), {},
-        "`names` gives two leaves one name:\n  m.weight: v, w\nNarrow its patterns.",
+        "`names` gives leaves the same name:\n  m.weight: v, w\nNarrow its patterns.",
     ),
     "inseparable": (
         (BASE | {"v": BASE["w"]}, LOW, [W, Name("v", "x.m", "io")]), {},
-        "as where its modules cannot be selected apart from others",
+        "Often no list of modules selects the adapted ones alone",
     ),
     "integers beside it": (with_bias(np.int32), {}, FLOATS.format("int32")),
     "eight bits beside it": (with_bias(jnp.float8_e4m3fn), {}, FLOATS.format("float8_e4m3fn")),
     "a part in full": (
         ({x: np.zeros((3, 4, 6), "f") for x in ("gate", "up", "down")},
          {"gate": np.ones((3, 4, 6), "f")}, PARTS), {},
-        "gate: in full, but is a part of a parameter",
+        "gate: is in full, but is only a part of PyTorch's",
     ),
     "dropout rates": (
         (BASE | {"v": BASE["w"]}, LOW | {"v": LOW["w"]._replace(dropout=0.1)},
          [Name("([vw])", r"m.\1", "io")]), {},
-        "`adapter` has the dropout rates [0.0, 0.1], but PEFT has one for all. Choose it by config",
+        "`adapter` has the dropout rates [0.0, 0.1], but PEFT has one for all sites",
     ),
     "another profile": (
         (BASE, LOW, [W]), {"profile": "tgi"}, "`profile` must be None or 'vllm'; got 'tgi'"
@@ -134,17 +135,17 @@ NOT_WRITTEN: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "DoRA for vLLM": (
         (STACKED, {"w": DORA}, [STACK]), VLLM,
-        "`profile` 'vllm' takes LoRA of linear and embedding sites alone; got\n  w.0: of DoRA",
+        "`profile` 'vllm' supports only LoRA of linear and embedding sites; got\n  w.0: DoRA",
     ),
     # Of DoRA.
     "some slots": (
         (STACKED, {"w": node(SLOTS, (3, 8, 6), cls=Decomposed)}, [STACK]), {},
-        "  w: has magnitudes for the slots (2, 0) alone, PEFT for all 3",
+        "  w: has magnitudes for slots (2, 0) only, PEFT for all 3",
     ),
     "some parts": (
         ({x: np.ones((8, 6), "f") for x in "vw"}, {"w": node(W, (8, 6), cls=Decomposed)},
          [Name(x, "m", "io", part=(i, 2)) for i, x in enumerate("vw")]), {},
-        "w: has magnitudes for 1 of the 2 parts of m.weight, PEFT for all",
+        "w: is DoRA, but only 1 of the 2 parts of m.weight are",
     ),
     "magnitudes of 0": (
         (STACKED, {"w": DORA._replace(m=0 * DORA.m)}, [STACK]), {},
@@ -152,54 +153,54 @@ NOT_WRITTEN: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "DoRA of experts": (
         (STACKED, {"w": DORA}, [Name("w", "e", "eio", "e")]), {},
-        "  w: is a Decomposed, and of a parameter of experts PEFT has LoRA alone",
+        "  w: is DoRA, but PEFT has only LoRA for parameters of experts",
     ),
     "other norms": (
         (STACKED, {"w": node(NORMS, (3, 8, 6), cls=Decomposed)}, [STACK]), {},
-        "  w: has norms over (0, 1), PEFT over (1,)",
+        "  w: has norms over axes (0, 1), PEFT over (1,)",
     ),
     "DoRA at some sites": (
         (STACKED | {"v": BASE["w"]}, {"w": DORA, "v": LOW["w"]}, [STACK, Name("v", "v", "io")]), {},
-        "`adapter` has DoRA at some sites and LoRA at others; PEFT has one of them for all "
+        "`adapter` has DoRA at some sites and LoRA at others, but PEFT has one method for all "
         "(`use_dora`):\n  LowRank: v\n  Decomposed: w\nMerge it into the model: "
         "jlora.peft.export_merged, or jlora merge.",
     ),
     "DoRA of what is tied": (  # its head is normed over its rows in PEFT, over its columns here
         (TABLE, {"t": node(ROWS.layout, (7, 4), cls=Decomposed)},
          [Name("t", "embed", "vo", tied="head")]), {},
-        "`adapter` has DoRA at an embedding that the head shares, where PEFT has norms of its own "
-        "for each of the two:\n  t: head\n",
+        "`adapter` has DoRA at an embedding that the head shares, but PEFT normalizes the two "
+        "separately:\n  t: head\n",
     ),
     # Of rows.
     "rows of no embedding": (
         (TABLE, {"t": ROWS}, [Name("t", "t", "io")]), {},
-        "  t: has rows of its own, but is no embedding by `names`",
+        "  t: has rows, but is not an embedding under `names`",
     ),
     "different rows alone": (
         (TABLE | {"u": TABLE["t"]}, {"t": ROWS, "u": ROWS._replace(rows=(1, 2, 3))},
          [Name("[tu]", r"m.\g<0>", "vo")]), {},
-        "`adapter` has nothing but rows, of which PEFT has one list for all embeddings; got "
-        "different ones at t, u. Save them one by one",
+        "`adapter` has only rows of embeddings, and PEFT has one list of rows for all of them; got "
+        "different rows at t, u. Save each embedding by itself",
     ),
     # As MiSS.
     "MiSS for vLLM": (
         (LAYERS, both(), NAMES), TO_MISS | VLLM,
-        "`profile` 'vllm' is of LoRA, and `config` asks for MISS. Leave peft_type out of it.",
+        "`profile` 'vllm' is for LoRA, but `config` asks for MISS. Leave peft_type out of",
     ),
     "any A": (
         (BASE, LOW, [W]), TO_MISS,
         "`adapter` cannot be written as MISS, which `config` asks for:\n"
-        "  m: its A does not repeat the identity, as that of initializers.miss does\n"
-        "Without that peft_type it is written as LoRA.",
+        "  m: its A does not repeat the identity, as the A of initializers.miss does\n"
+        "Leave peft_type out to write LoRA.",
     ),
     "two ranks": (
         (LAYERS, both((3, 2)), NAMES), TO_MISS,
-        "its sites have the ranks [2, 3], where MiSS has one for all",
+        "its sites have the ranks [2, 3], but MiSS has one for all",
     ),
-    "DoRA as MiSS": ((STACKED, {"w": DORA}, [STACK]), TO_MISS, "w.0: is of DoRA"),
+    "DoRA as MiSS": ((STACKED, {"w": DORA}, [STACK]), TO_MISS, "w.0: DoRA"),
     "another start": (
         (LAYERS, both(), NAMES), as_miss(init_weights="bat"),
-        "init_weights: 'bat' is another method, whose change is no s·A·B",
+        "init_weights: 'bat' is another method, whose change is not s·A·B",
     ),
     "a feature of MiSS": (
         (LAYERS, both(), NAMES), as_miss(use_dora=True),
@@ -212,11 +213,11 @@ NOT_WRITTEN: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "MiSS of weights that are turned": (
         (LAYERS, both(), [Name(r"(\w+)/kernel", r"\1", "io", transposed=True)]), TO_MISS,
-        "fan_in_fan_out: true, of weights that are stored as",
+        "fan_in_fan_out: MiSS has no weights stored as",
     ),
     "rows beside MiSS": (
         (LAYERS | TABLE, both() | {"t": ROWS}, [*NAMES, Name("t", "t", "vo")]), TO_MISS,
-        "trainable_token_indices: rows of an embedding, which",
+        "trainable_token_indices: MiSS has no rows of embeddings",
     ),
     "MiSS of an embedding": (
         (LAYERS, both(), [Name(r"(\w+)/kernel", r"\1", "vo")]), TO_MISS, "up: of kind embedding"
@@ -267,12 +268,12 @@ QV: dict[str, tuple[Damage, str]] = {
     ),
     "beside": (
         copy(Q, PREFIX + "x.query"),
-        f"  {PREFIX}x.query: unexpected; names no leaf of `base` under `names`",
+        f"  {PREFIX}x.query: unexpected; it matches no leaf of `base` under `names`",
     ),
     "kind": (
         change(lambda t: [t.update({f"{Q}.lora_embedding_{x}": t.pop(f"{Q}.lora_{x}.weight")})
                           for x in "AB"]),
-        f"  {Q}: expected A and B of linear, got those of embedding",
+        f"  {Q}: expected A and B of kind linear, got embedding",
     ),
     "beside A and B": (
         all_of(
@@ -280,7 +281,7 @@ QV: dict[str, tuple[Damage, str]] = {
             change(lambda t: t.clear() or t.update(pair(HEAD, 2, 8, 9))),
             put(HEAD + ".weight", np.zeros((9, 8), np.float32)),
         ),
-        f"  {HEAD}.weight: in full, beside A and B of lm_head",
+        f"  {HEAD}.weight: in full, but lm_head also has A and B",
     ),
     "two biases": (
         all_of(
@@ -288,7 +289,7 @@ QV: dict[str, tuple[Damage, str]] = {
             put(Q + ".bias", np.zeros(8, np.float32)),
             put(Q + ".base_layer.bias", np.zeros(8, np.float32)),
         ),
-        f"  {Q}.bias: there twice, with and without base_layer",
+        f"  {Q}.bias: duplicate, with and without base_layer",
     ),
     "prefix": (
         put("../../x", np.zeros(2)), f"  ../../x: unexpected; PEFT's keys start with {PREFIX!r}"
@@ -315,14 +316,14 @@ QV: dict[str, tuple[Damage, str]] = {
     ),
     "pissa": (
         say(init_lora_weights="pissa_niter_16"),
-        "  init_lora_weights: 'pissa_niter_16' changes the base model, so that the adapter alone "
-        "means nothing; convert it in PEFT (path_initial_model_for_weight_conversion)",
+        "  init_lora_weights: 'pissa_niter_16' changes the base model, which the adapter needs; "
+        "convert the adapter in PEFT (path_initial_model_for_weight_conversion)",
     ),
     "r": (say(r=True), "  r: expected an integer of at least 1, got True"),
     "alpha": (say(lora_alpha="1"), "  lora_alpha: expected a finite number, got '1'"),
     "pattern": (
         say(target_modules="query|(?=(a+)+$)" + "a" * 10_000),
-        "' is of 10016 characters; expected at most 10000",
+        "' has 10016 characters; expected at most 10000",
     ),
     "deep tensors": (
         change(lambda t: [t.update({f"{Q}.base_layer{x}": t.pop(Q + x)}) for x in ENDS]),
@@ -330,12 +331,12 @@ QV: dict[str, tuple[Damage, str]] = {
     ),
     "a group of ours": (
         say(layers_to_transform=[0], layers_pattern="(?P<idx>x)"),
-        "is no regular expression: redefinition of group name",
+        "is not a regular expression: redefinition of group name",
     ),
-    "no pattern": (say(rank_pattern={"(": 2}), "  rank_pattern: '(' is no regular expression"),
-    "cut header": (cut(900), "of 900 bytes claims a header of"),
-    "cut data": (cut(-4), "bytes of data but holds"),
-    "empty": (text(TENSORS, b""), "of 0 bytes claims a header of 0"),
+    "no pattern": (say(rank_pattern={"(": 2}), "  rank_pattern: '(' is not a regular expression"),
+    "cut header": (cut(900), "has 900 bytes, but claims a header of"),
+    "cut data": (cut(-4), "bytes of data; its header describes"),
+    "empty": (text(TENSORS, b""), "has 0 bytes, but claims a header of 0"),
     "lying length": (
         text(TENSORS, b"\xff" * 8 + b"{}"), "claims a header of 18446744073709551615"
     ),
@@ -343,22 +344,22 @@ QV: dict[str, tuple[Damage, str]] = {
         lambda f: f.header(
             json.dumps(f.split[0]).replace("{", '{"__metadata__":{},', 1), f.split[1]
         ),
-        f"the header of {TENSORS} is no valid JSON: the key '__metadata__' is there twice",
+        f"the header of {TENSORS} is not valid JSON: the key '__metadata__' is duplicate",
     ),
     "twice in the configuration": (
-        text(CONFIG, b'{"r": 1, "r": 2}'), f"{CONFIG} is no valid JSON: the key 'r' is there twice"
+        text(CONFIG, b'{"r": 1, "r": 2}'), f"{CONFIG} is not valid JSON: the key 'r' is duplicate"
     ),
     "deep": (text(CONFIG, b"[" * 100_000), f"{CONFIG} is"),
     "large": (
         text(CONFIG, b'{"r": 1}' + b" " * 2**23),
         f"{CONFIG} has 8388616 bytes; expected at most 4194304",
     ),
-    "infinite": (text(CONFIG, b'{"r": Infinity}'), "Infinity is no number of JSON"),
+    "infinite": (text(CONFIG, b'{"r": Infinity}'), "Infinity is not a JSON number"),
     "list": (text(CONFIG, b"[]"), "must be a JSON object; got list"),
-    "huge shape": (header("x", [2**40, 2**40]), "describes 'x' wrongly"),
-    "negative shape": (header("x", [-1]), "describes 'x' wrongly"),
-    "odd name": (header("a\nb", [1]), "names a tensor 'a\\nb'; expected at most"),
-    "overlap": (header("x", [1], "y"), "has 'y' at byte 0 of the data; expected byte 4"),
+    "huge shape": (header("x", [2**40, 2**40]), "has an invalid entry for 'x'"),
+    "negative shape": (header("x", [-1]), "has an invalid entry for 'x'"),
+    "odd name": (header("a\nb", [1]), "has a tensor named 'a\\nb'; expected at most"),
+    "overlap": (header("x", [1], "y"), "'y' starts at byte 0 of the data; expected byte 4"),
 }  # fmt: skip
 
 
@@ -375,7 +376,7 @@ OF_DORA: dict[str, tuple[Damage, str]] = {
     ),
     "extra": (
         put(AT_K + M, ONES),
-        f"{AT_K}{M}: unexpected; there is no A and B of model.layers.0.self_attn.k_proj",
+        f"{AT_K}{M}: unexpected; model.layers.0.self_attn.k_proj has no A and B",
     ),
     "longer": (
         put(AT_Q + M, np.ones(9, np.float32)),
@@ -383,22 +384,22 @@ OF_DORA: dict[str, tuple[Damage, str]] = {
     ),
     "zeros": (
         put(AT_Q + M, 0 * ONES),
-        f"  {AT_Q}{M}: all of its 8 values are 0, with which the module gives nothing",
+        f"  {AT_Q}{M}: all 8 values are 0, so that the module would return zeros",
     ),
     "flag": (say(use_dora="yes"), "  use_dora: expected true or false, got 'yes'"),
     "off": (say(use_dora=False), f"  {AT_Q}{M}: unexpected; adapter_config.json has no use_dora"),
     "beside biases": (
         say(lora_bias=True),
-        "  lora_bias: True is nothing that PEFT has beside use_dora",
+        "  lora_bias: True cannot be combined with use_dora in PEFT",
     ),
     "of parameters": (
         say(target_parameters=["experts.up"]),
-        "  target_parameters: ['experts.up'] is nothing that PEFT has beside use_dora",
+        "  target_parameters: ['experts.up'] cannot be combined with use_dora in PEFT",
     ),
 }
 
 ALL, AT = ".trainable_tokens_delta", f"  {EMBED}{DELTA}: "
-LISTED = "distinct rows, or rows by the names of at most 100 modules, or null"
+LISTED = "distinct rows, an object with the rows of at most 100 modules, or null"
 
 
 def listed(**rows: list[int]) -> Damage:
@@ -408,7 +409,7 @@ def listed(**rows: list[int]) -> Damage:
 
 OF_ROWS: dict[str, tuple[Damage, str]] = {
     "missing": (
-        drop(EMBED + DELTA), f"  {INDICES}: selects rows, missing in adapter_model.safetensors"
+        drop(EMBED + DELTA), f"  {INDICES}: selects rows, but adapter_model.safetensors has no"
     ),
     "not listed": (
         say(**{INDICES: None}), AT + f"unexpected; {INDICES} lists none of its rows"
@@ -418,7 +419,7 @@ OF_ROWS: dict[str, tuple[Damage, str]] = {
     ),
     "another head": (
         listed(q_proj=[9, 2, 3]),
-        f"  {INDICES}: selects q_proj, missing in adapter_model.safetensors",
+        f"  {INDICES}: selects q_proj, but adapter_model.safetensors has no",
     ),
     "two": (
         put(PREFIX + "other" + DELTA, np.ones((3, 8), np.float32)),
@@ -429,25 +430,25 @@ OF_ROWS: dict[str, tuple[Damage, str]] = {
     ),
     "beyond": (
         say(**{INDICES: [1, 2, 11]}),
-        f"  model.embed_tokens: {INDICES} lists row 11, of 11; grow the vocabulary first",
+        f"  model.embed_tokens: {INDICES} lists row 11, but there are 11 rows; resize",
     ),
     "of a linear module": (
         all_of(listed(k_proj=[1]), put(AT_K + DELTA, ONES[None])),
-        f"{AT_K}{DELTA}: rows of what is no embedding by `names`",
+        f"{AT_K}{DELTA}: has rows, but is not an embedding under `names`",
     ),
     "of the head alone": (
         all_of(listed(lm_head=[1]), put(HEAD + DELTA, ONES[None])),
-        f"{HEAD}{DELTA}: rows of a head whose weight is that of model.embed_tokens",
+        f"{HEAD}{DELTA}: has rows, but shares the weight of model.embed_tokens, which has",
     ),
     "beside A and B": (
         all_of(
             put(EMBED + ".lora_embedding_A", np.ones((2, 11), np.float32)),
             put(EMBED + ".lora_embedding_B", np.ones((8, 2), np.float32)),
         ),
-        AT + "rows of what is adapted as a whole too",
+        AT + "its module is also adapted or saved as a whole",
     ),
     "beside the whole": (
-        say(modules_to_save=["embed_tokens"]), AT + "rows of what is adapted as a whole too"
+        say(modules_to_save=["embed_tokens"]), AT + "its module is also adapted or saved as a whole"
     ),
     "another table": (
         put(EMBED + ".token_adapter.base_layer.weight", np.ones((11, 8), np.float32)),
@@ -490,21 +491,21 @@ def only(tensors: dict[str, np.ndarray]) -> Damage:
 OF_MISS: dict[str, tuple[Damage, str]] = {
     "another method": (
         say(peft_type="ADALORA"),
-        "got 'ADALORA'; write it as LoRA in PEFT, by peft.save_as_lora, or where",
+        "got 'ADALORA'; convert it to LoRA in PEFT with peft.save_as_lora; if PEFT",
     ),
-    "no method": (say(peft_type=["LORA"]), "the file names no method"),
+    "no method": (say(peft_type=["LORA"]), "set it to the method of the adapter"),
     "selected": (
         say(target_modules=["up", "down"]),
         "down.weight: selected by adapter_config.json, but",
     ),
     "another form": (say(init_weights="bat"), "init_weights: 'bat' is another method"),
-    "another rank": (say(r=4), "up: miss_block (3, 12) does not fit 8 inputs at the rank 4"),
+    "another rank": (say(r=4), "up: miss_block (3, 12) does not fit 8 inputs and rank 4"),
     "no rank": (say(r=None), "r: expected an integer of at least 1, got None"),
     "a feature": (say(use_dora=True), "use_dora: True is a feature that"),
     "a convolution": (put(UP, BLOCK[..., None]), "miss_block (3, 12, 1) does not"),
     "another base": (
         only({PREFIX + "left.miss_block": BLOCK}),
-        "left: is no matrix of the base, which MiSS needs",
+        "left: is not a matrix of the base, whose shape MiSS needs",
     ),
     "integers": (
         put(UP, BLOCK.astype(np.int32)),
@@ -513,15 +514,15 @@ OF_MISS: dict[str, tuple[Damage, str]] = {
     "a strange tensor": (put(PREFIX + "up.more", ONES), "up.more: unexpected"),
     "a factor beside a block": (
         change(lambda t: t.update(FACTORS)),
-        "down.lora_A.weight: unexpected in an adapter of MiSS",
+        "down.lora_A.weight: unexpected in a MiSS adapter",
     ),
     "a magnitude": (
         put(PREFIX + "up" + M, BLOCK[0]),
-        f"up{M}: unexpected in an adapter of MiSS",
+        f"up{M}: unexpected in a MiSS adapter",
     ),
     "no change": (
         all_of(say(modules_to_save=["down"]), only({PREFIX + "down.weight": BLOCK})),
-        "no module has a change",
+        "no module has a miss_block",
     ),
 }
 OF_TIED_DORA: dict[str, tuple[Damage, str]] = {
@@ -532,7 +533,7 @@ OF_TIED_DORA: dict[str, tuple[Damage, str]] = {
             put(EMBED + ".lora_embedding_B", np.ones((8, 2), np.float32)),
             put(EMBED + M, ONES),
         ),
-        "model.embed_tokens: of DoRA, which is not supported beside lm_head, a tied weight",
+        "model.embed_tokens: DoRA is not supported for a weight that lm_head shares",
     ),
 }
 GPT2_HEAD = PREFIX + "lm_head.lora_B.weight"
@@ -560,7 +561,7 @@ OF_LAYERS: dict[str, tuple[Damage, str]] = {
     ),
     "one of two": (
         say(target_modules=["0.mlp.up_proj", "down_proj"]),
-        "layers/mlp/up/kernel: its layers are one leaf, of which 1 of 2 are adapted",
+        "layers/mlp/up/kernel: its layers are one leaf, but only 1 of 2 are adapted",
     ),
 }
 
@@ -586,12 +587,12 @@ ODD_FILES: dict[str, tuple[Damage, str]] = {
     for said, make in {
         "has no {}": lambda path: None,
         "{} is a symbolic link": link,
-        "{} is no regular file": os.mkfifo,
+        "{} is not a regular file": os.mkfifo,
     }.items()
 }
 ODD_FILES["pickle"] = (
     instead(TENSORS, lambda path: (path.parent / "adapter_model.bin").write_bytes(b"code")),
-    "holds adapter_model.bin, a pickle",
+    "has adapter_model.bin, a pickle",
 )
 DAMAGES = {
     (name, damage): found
@@ -696,7 +697,7 @@ def test_many_rows_of_many_modules_take_no_time(form: str, tmp_path: Folder) -> 
         found.config(**{INDICES: rows if form == "list" else many})
     few = {f"{PREFIX}m{i}{end}": np.ones((1, 1), np.float32) for i in range(2_000)}
     found.tensors(lambda t: t.update(few))
-    with bounded(), pytest.raises(ValueError, match=r"expected (rows of|100 or fewer)"):
+    with bounded(), pytest.raises(ValueError, match=r"expected (rows of|at most 100)"):
         peft.read(found.folder)
 
 
@@ -706,5 +707,8 @@ def test_many_biases_without_a_and_b_take_no_time(tmp_path: Folder) -> None:
     found.config(lora_bias=True, alpha_pattern={"[q]+": 5})
     many = {f"{PREFIX}m{i}.lora_B.bias": np.ones(1, np.float32) for i in range(500)}
     found.tensors(lambda t: t.update(many))
-    with bounded(), pytest.raises(ValueError, match=r"m0\.lora_B\.bias: lora_bias adds to a bias"):
+    with (
+        bounded(),
+        pytest.raises(ValueError, match=r"m0\.lora_B\.bias: lora_bias is supported only"),
+    ):
         peft.read(found.folder)

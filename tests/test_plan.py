@@ -86,25 +86,25 @@ LOST = {
     "base": (
         (LOSS, WHOLE, ADAPTER, (X,)),  # as jax.eval_shape(lora.init, ...) gives it
         "`base` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 2 of 2 paths: "
-        "down, up. jax.eval_shape drops shardings along automatic mesh axes: in the place of the "
-        "`base` that it returns, give the parameters that `init` was given. A leaf takes one as "
+        "down, up. Give the parameters that you gave to `init`, not the `base` that jax.eval_shape "
+        "returns: jax.eval_shape drops shardings along automatic mesh axes. Write a leaf as "
         "jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)); with "
         "PartitionSpec() every device holds all of it.",
     ),
-    "one": ((LOSS, BASE | {"extra": BARE}, ADAPTER, (X,)), "at 1 of 3 paths: extra. jax.eval_sha"),
+    "one": ((LOSS, BASE | {"extra": BARE}, ADAPTER, (X,)), "at 1 of 3 paths: extra. Give the"),
     "quantized": (
         (LOSS, jlora.quantize(BASE, jlora.NF4(".*")), ADAPTER, (X,)),
-        "at 2 of 2 paths: down, up. jax.eval_shape",
+        "at 2 of 2 paths: down, up. Give the parameters that you gave to `init`",
     ),
     "args": (
         (LOSS, BASE, ADAPTER, ({"ids": BARE},)),
         "`args` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 1 of 1 paths: "
-        "0/ids. A leaf takes one",
+        "0/ids. Write a leaf as",
     ),
     "adapter": (
         (LOSS, BASE, PLACED | {"up": ADAPTER["up"]}, (X,)),
         "`adapter` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 2 of 4 paths: "
-        "up/a, up/b. jlora.sharding.specs(base, adapter) has those of an adapter.",
+        "up/a, up/b. jlora.sharding.specs(base, adapter) returns the shardings of an adapter.",
     ),
     "full": ((LOSS, {}, WHOLE, (X,)), "`adapter` has shapes without `sharding`, on a mesh of"),
 }
@@ -158,7 +158,7 @@ def test_numbers_need_no_sharding():
 
 
 def test_compiling_needs_devices():
-    with pytest.raises(ValueError, match="`compile` needs shardings of devices; those of `base`"):
+    with pytest.raises(ValueError, match="`compile` needs a mesh of devices, but `base` is"):
         jlora.plan(*JOB, compile=True)
 
 
@@ -210,8 +210,8 @@ def test_what_does_not_fit_is_exit_code_1():
         ((f"{JOBS}:wrong", *SLICE), "must return (loss, base, adapter, args) or"),
         (
             (f"{JOBS}:nowhere", *SLICE),
-            f"JOB: nothing that {JOBS}:nowhere returned is on the mesh that it was given. Give "
-            "each leaf of the base and of the arguments its place, jax.ShapeDtypeStruct(",
+            f"JOB: no leaf that {JOBS}:nowhere returned is on the mesh that it got. Give "
+            "each leaf of the base and of the arguments a sharding: jax.ShapeDtypeStruct(",
         ),
         ((f"{JOBS}:lost", *SLICE), "jlora: `base` has shapes without `sharding`, on a mesh of"),
         ((f"{JOBS}:missing", *SLICE), "plan_jobs.py has no missing"),
@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_exit_code_1():
         ),
         (
             (f"{JOBS}:job", "--topology", "v5p-8", "--mesh", "fsdp=4"),
-            "jlora: --topology must be a chip and the slice's shape, such as v5p:4x4x8, with one ",
+            "jlora: --topology must be a chip and the shape of the slice, such as v5p:4x4x8. The ",
         ),
         (
             (f"{JOBS}:job", "--topology", "tpu7x:2x2x1", "--mesh", "fsdp=4"),
@@ -246,7 +246,7 @@ def test_without_libtpu_it_says_so(monkeypatch):
     text = run(f"{JOBS}:job", *SLICE[:-1]).stdout
     assert text.endswith(
         "GiB of 95.7 GiB for activations\n"
-        "activations need the compiler for TPUs, which is not installed: "
+        "activations are unknown without the compiler for TPUs: "
         'pip install "jax[tpu]"\n'
     )
 

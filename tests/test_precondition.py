@@ -205,7 +205,7 @@ def test_a_factor_that_is_hidden_is_missed() -> None:
         return optax.MultiSteps(tx, 1).gradient_transformation()
 
     tx = jlora.optimizer(several(optax.chain(jlora.precondition(0.1), optax.sgd(1.0))))
-    with pytest.raises(ValueError, match="needs A and B, and what is around it hides one that is"):
+    with pytest.raises(ValueError, match="needs A and B, but the transformation around it hides"):
         tx.update(grads, tx.init(adapter), adapter)
     tx = chained(several(optax.sgd(1.0)), 0.1)
     updates, _ = tx.update(grads, tx.init(adapter), adapter)

@@ -32,7 +32,7 @@ def read_code() -> str:
 
 def test_the_first_code_is_the_example() -> None:
     """All of it in the guide, so that it can be pasted; in the README the lines about jlora."""
-    [shown, *_] = blocks(ROOT / "notebooks" / "index.md")
+    [shown, *_] = blocks(ROOT / "notebooks" / "start.md")
     assert shown.strip() == read_code()
     [excerpt, *_] = blocks(ROOT / "README.md")
     assert f"\n{excerpt}" in read_code()
@@ -58,7 +58,7 @@ def is_close(a: str, b: str) -> bool:
     return re.sub(number, "", a) == re.sub(number, "", b) and abs(x - y) <= 1
 
 
-@pytest.mark.parametrize("page", ["README.md", "notebooks/index.md"])
+@pytest.mark.parametrize("page", ["README.md", "notebooks/start.md"])
 def test_pages_show_what_the_example_prints(page: str, printed: list[str]) -> None:
     assert is_shown(page, printed)
 
@@ -108,5 +108,7 @@ def test_the_reference_has_every_public_name(module: str) -> None:
         if not name.startswith("_") and callable(value) and value.__module__.startswith("jlora")
     }
     pages = "".join(p.read_text() for p in (ROOT / "notebooks" / "reference").glob("*.md"))
-    said = set(re.findall(rf"^::: {re.escape(found.__name__)}\.(\w+)$", pages, re.MULTILINE))
+    said = set(
+        re.findall(rf"^\.\. auto\w+:: {re.escape(found.__name__)}\.(\w+)$", pages, re.MULTILINE)
+    )
     assert public - said == set()

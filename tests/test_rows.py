@@ -123,10 +123,10 @@ def test_rules_are_checked(provoke: Any, error: Any, message: str) -> None:
 
 
 SITES = {
-    "`rows` of Rows('table') must lie in [0, 7), the rows of 'table'; got 7, 9. Grow the table "
-    "first, to have rows for new tokens.": lambda: Rows("table", [6, 7, 9]),
-    "Rows('w') matches 'w', a dense site of shape (4, 4); it needs a table of which rows are "
-    "looked up. Narrow the pattern, or give the site a jlora.LoRA or a jlora.Full.": (
+    "`rows` of Rows('table') must be in [0, 7), the rows of 'table'; got 7, 9. For new tokens, "
+    "enlarge the table first.": lambda: Rows("table", [6, 7, 9]),
+    "Rows('w') needs an embedding, whose rows are looked up, but it matches 'w', a dense site of "
+    "shape (4, 4). Narrow the pattern, or give the site a jlora.LoRA or a jlora.Full.": (
         lambda: Rows("w", [1])
     ),
 }
@@ -140,15 +140,15 @@ def test_sites_are_checked(made: Any, provoke: Any, error: Any, message: str) ->
 
 
 MISFITS = {
-    "its `rows` must lie in [0, 7); got 7": lambda: {"rows": (6, 1, 7)},
-    "it has 2 `rows`, and values for 3": lambda: {"rows": (6, 1)},
+    "its `rows` must be in [0, 7); got 7": lambda: {"rows": (6, 1, 7)},
+    "it has 2 `rows` but values for 3": lambda: {"rows": (6, 1)},
     "its `rows` must be distinct; got 1 more than once": lambda: {"rows": (6, 1, 1)},
     "its `rows` must be a tuple of integers; got 'abc'": lambda: {"rows": "abc"},
     "its `rows` must be counted from 0; got -1": lambda: {"rows": (6, 1, -1)},
-    "it must have one axis of inputs, got (0, 1)": (
+    "it must have one input axis, got (0, 1)": (
         lambda: {"layout": jlora.types.Layout((), (0, 1), ())}
     ),
-    "it has 3 `rows`, and values for 0": lambda: {"v": jnp.ones(())},
+    "it has 3 `rows` but values for 0": lambda: {"v": jnp.ones(())},
     "a weight of shape (7, 4) needs V (3, 4), got (3, 5)": lambda: {"v": jnp.ones((3, 5))},
 }
 

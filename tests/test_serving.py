@@ -198,24 +198,24 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
         "s! peft_type: is not LORA",
     ),
     "a rank in words": (of(r="4"), "vts! r: expected an integer"),
-    "a bad pattern": (of(rank_pattern={"(": 3}), "vts! rank_pattern: is no regular expression"),
+    "a bad pattern": (of(rank_pattern={"(": 3}), "vts! rank_pattern: is not a regular expression"),
     "DoRA": (
         holding({f"{Q}.lora_magnitude_vector": (8,)}, use_dora=True),
         "vts! use_dora: True is not supported",
         "vt! .*magnitude_vector: neither A nor B",
-        "s! .*magnitude_vector: is taken for a B",
+        "s! .*magnitude_vector: read as a B",
     ),
     "biases": (
         holding({f"{Q}.base_layer.bias": (8,)}, bias="lora_only"),
         "vt! bias: 'lora_only' is not supported",
         "vt! .*base_layer.bias: neither A nor B",
-        "s! .*base_layer.bias: is taken for a B",
+        "s! .*base_layer.bias: read as a B",
     ),
     "bias of B": (
         holding({f"{Q}.lora_B.bias": (8,)}, lora_bias=True),
         "vt! lora_bias: True is not supported",
         "vt! .*q_proj.lora_B.bias: neither A nor B",
-        "s! .*q_proj.lora_B.bias: is taken for a B",
+        "s! .*q_proj.lora_B.bias: read as a B",
     ),
     "aLoRA": (
         of(alora_invocation_tokens=[1]),
@@ -243,19 +243,19 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
     ),
     "another rank": (
         holding(pair(Q, rank=3)),
-        rf"vt~ .*{Q}.lora_A.* and 1 more: of shape \(3, 8\), is taken to have rank 4",
-        f"s! .*{Q}.lora_A.* and 1 more: is taken to have rank 4",
+        rf"vt~ .*{Q}.lora_A.* and 1 more: has shape \(3, 8\), but is read with rank 4",
+        f"s! .*{Q}.lora_A.* and 1 more: is read with rank 4",
     ),
     "heads of none": (
         holding({"score.weight": (3, 8)}, modules_to_save=["score"]),
-        "vt! modules_to_save score: of classifiers alone",
-        "s~ .*score.weight: is left out",
+        "vt! modules_to_save score: only classifiers may",
+        "s~ .*score.weight: is ignored",
     ),
     "norms": (
         holding({"model.norm.weight": (8,)}, modules_to_save=["norm"]),
         "vt! modules_to_save norm: only classifier and score",
         "vt! .*model.norm.weight: neither A nor B",
-        "s~ .*model.norm.weight: is left out",
+        "s~ .*model.norm.weight: is ignored",
     ),
     "a pattern of targets": (of(target_modules=".*_proj"), "s! target_modules: must be a list"),
     "a word for all": (of(target_modules="all-linear"),),
@@ -273,12 +273,12 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
     ),
     "another prefix": (
         named(r"model\.layers", "decoder.layers"),
-        "vt~ decoder.layers.0.mlp.down_proj and 13 more: matches no module of the base, which has "
+        "vt~ decoder.layers.0.mlp.down_proj and 13 more: no module of the base; the nearest is "
         "model.layers.0.mlp.down_proj",
     ),
     "a prefix less": (
         named(r"\.model\.layers", ".layers"),
-        "vt~ layers.0.mlp.down_proj and 13 more: which has model.layers.0",
+        "vt~ layers.0.mlp.down_proj and 13 more: nearest is model.layers.0",
     ),
     "too many layers": (
         holding(
@@ -290,12 +290,12 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
     ),
     "smaller sizes": (
         holding({f"{Q}.lora_A.weight": (4, 6)}),
-        rf"vt~ {Q}: shape \(8, 6\), the base's is \(8, 8\)",
+        rf"vt~ {Q}: shape \(8, 6\), but the base's has shape \(8, 8\)",
         rf"s! {Q}: shape \(8, 6\)",
     ),
     "larger sizes": (
         holding({f"{Q}.lora_A.weight": (4, 9)}),
-        rf"vts! {Q}: shape \(8, 9\), the base's is \(8, 8\)",
+        rf"vts! {Q}: shape \(8, 9\), but the base's has shape \(8, 8\)",
     ),
     "a lone A": (
         holding(drop=r"0\.self_attn\.q_proj\.lora_B"),
@@ -303,8 +303,8 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
     ),
     "nothing": (
         holding(drop="."),
-        "vt! adapter_model.safetensors: holds no A and B",
-        "s~ adapter_model.safetensors: holds no A and B",
+        "vt! adapter_model.safetensors: has no A and B",
+        "s~ adapter_model.safetensors: has no A and B",
     ),
     "q alone": (holding(drop=r"\.[vk]_proj\."), f"s! {Q} and 1 more: packed with v_proj"),
     "no k": (holding(drop=r"\.k_proj\."),),
@@ -327,12 +327,12 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
             embedding("model.embed_tokens", 13),
             target_modules=[*good()[0]["target_modules"], "embed_tokens"],
         ),
-        "vt! .*embedding_A: of 13 tokens, the base's `vocab_size` is 11",
-        r"vts! model.embed_tokens: shape \(8, 13\), the base's is \(11, 8\)",
+        "vt! .*embedding_A: has 13 tokens, but the base's `vocab_size` is 11",
+        r"vts! model.embed_tokens: shape \(8, 13\), but the base's has shape \(11, 8\)",
     ),
     "a convolution": (
         holding({f"{DOWN}.lora_A.weight": (4, 12, 1), f"{DOWN}.lora_B.weight": (8, 4, 1)}),
-        f"vts! .*{DOWN}.lora_A.weight and 1 more: that are matrices",
+        f"vts! .*{DOWN}.lora_A.weight and 1 more: must be matrices",
     ),
 }
 # A change of the adapter and one of its base, and what engines find.
@@ -345,7 +345,7 @@ BASES: dict[str, tuple[Any, ...]] = {
     "heads": (
         holding({"score.weight": (3, 8)}, modules_to_save=["classifier", "score"]),
         adding({}, architectures=["LlamaForSequenceClassification"]),
-        "s~ .*score.weight: is left out",
+        "s~ .*score.weight: is ignored",
     ),
     "a model within another": (
         of(),
@@ -353,7 +353,7 @@ BASES: dict[str, tuple[Any, ...]] = {
             renamed(w, "^model", "model.language_model"),
             {"architectures": c["architectures"], "text_config": c},
         ),
-        "vt~ .* and 13 more: which has model.language_model.layers.0",
+        "vt~ .* and 13 more: nearest is model.language_model.layers.0",
     ),
     "both within another": (
         named(r"model\.model\.", "model.model.language_model."),
@@ -369,7 +369,7 @@ BASES: dict[str, tuple[Any, ...]] = {
     "two towers": (
         holding(pair("vision.layers.0.self_attn.q_proj")),
         adding({"vision.layers.0.self_attn.q_proj": (8, 8)}),
-        f"s~ {Q}: is taken for vision.layers.0",
+        f"s~ {Q}: is mistaken for vision.layers.0",
     ),
     "no layers": (
         holding(pair("model.h.0.q_proj") | pair("model.h.0.v_proj")),
@@ -379,46 +379,46 @@ BASES: dict[str, tuple[Any, ...]] = {
     "positions": (
         holding(embedding("model.positions", 5)),
         adding({"model.positions": (5, 8)}),
-        "vt! model.positions: only embed_tokens, lm_head, wte",
+        "vt! model.positions: only the embeddings embed_tokens, lm_head, wte",
         "s~ model.positions: is in no `layers.N`",
     ),
     "experts": (
         holding(experts(), target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
         moe,
-        f"t! {EXPERTS}: get no adapters on TPUs",
+        f"t! {EXPERTS}: have no adapters on TPUs",
         f"s! {EXPERTS}: no buffers",
     ),
     "experts of the other orientation": (
         holding(experts((8, 24), (12, 8))),
         moe,
         f"vt~ {EXPERTS}: A of gate_up_proj is read with 8 columns",
-        f"t! {EXPERTS}: get no adapters on TPUs",
+        f"t! {EXPERTS}: have no adapters on TPUs",
         f"s! {EXPERTS}: no buffers",
     ),
     "one of two": (
         holding(pair(EXPERTS, 24, 8, rank=8)),
         moe,
-        f"vt! {EXPERTS}: both are expected",
-        f"t! {EXPERTS}: get no adapters on TPUs",
+        f"vt! {EXPERTS}: expected both",
+        f"t! {EXPERTS}: have no adapters on TPUs",
         f"s! {EXPERTS}: no buffers",
     ),
     "experts one by one in the base": (
         holding(experts()),
         adding(EACH),
-        f"vt! {EXPERTS}: which are one by one in the base",
-        f"t! {EXPERTS}: get no adapters on TPUs",
+        f"vt! {EXPERTS}: the base has a module for each",
+        f"t! {EXPERTS}: have no adapters on TPUs",
         f"s! {EXPERTS}: no buffers",
     ),
     "experts one by one": (
         holding({key: x for m, shape in EACH.items() for key, x in pair(m, *shape).items()}),
         adding(EACH),
-        f"t! {EXPERTS}.0.down_proj and 5 more: get no adapters on TPUs",
+        f"t! {EXPERTS}.0.down_proj and 5 more: have no adapters on TPUs",
     ),
     "experts one by one in the adapter": (
         holding(pair(f"{EXPERTS}.0.down_proj", 8, 12)),
         moe,
-        f"vt! {EXPERTS}.0.down_proj: has no module of that name",
-        f"t! {EXPERTS}.0.down_proj: get no adapters on TPUs",
+        f"vt! {EXPERTS}.0.down_proj: has no module of this name",
+        f"t! {EXPERTS}.0.down_proj: have no adapters on TPUs",
         f"s~ {EXPERTS}.0.down_proj: no such module",
     ),
 }
@@ -455,7 +455,7 @@ def test_an_adapter_that_is_taken(tmp_path: Folder) -> None:
         f"vllm serve {base} --enable-lora --max-lora-rank 16 --lora-modules "
         f"""NAME='{tmp_path}/it'"'"'s'"""
     )
-    assert str(answer) == f"{place}: vLLM 0.33.0 takes it: {start}"
+    assert str(answer) == f"{place}: vLLM 0.33.0 supports it: {start}"
     alone = str(peft.check(place, "tpu-inference", max_lora_rank=64))
     assert "MODEL_IMPL_TYPE=vllm vllm serve BASE --enable-lora --max-lora-rank 64" in alone
     assert alone.endswith("; without a base, names and shapes are not compared")
@@ -480,7 +480,7 @@ def test_added_tokens(added: Any, count: int, tmp_path: Folder) -> None:
     assert found == ["added_tokens.json <a> and 1 more"] * count
     assert not peft.check(place, "vllm", base=base).findings
     (place / "added_tokens.json").write_text("[")
-    with pytest.raises(ValueError, match=r"`path`: added_tokens.json is no valid JSON"):
+    with pytest.raises(ValueError, match=r"`path`: added_tokens.json is not valid JSON"):
         peft.check(place, "sglang", base=base)
 
 
@@ -491,7 +491,7 @@ RANKS = {
     (TPU, 17, None): "17 is above --max-lora-rank 16. Start the server with --max-lora-rank 32",
     (VLLM, 17, 32): None,
     (VLLM, 9, 8): "9 is above --max-lora-rank 8. Start the server with --max-lora-rank 16",
-    (VLLM, 513, None): "513 is above 512, the largest rank it has. Lower it: jlora.arithmetic.",
+    (VLLM, 513, None): "513 is above 512, the largest rank. Lower it: jlora.arithmetic.",
     (SGLANG, 513, None): None,
     (SGLANG, 9, 8): "9 is above --max-lora-rank 8. Start the server with --max-lora-rank 9",
 }
@@ -528,7 +528,7 @@ def test_arguments(tmp_path: Folder) -> None:
         peft.check(place, "sglang", max_lora_rank=0)
     with pytest.raises(FileNotFoundError, match=r"`base`: there is no folder .*nowhere"):
         peft.check(place, "vllm", base=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"`base`: .* holds neither model.safetensors nor"):
+    with pytest.raises(ValueError, match=r"`base`: .* has neither model.safetensors nor"):
         peft.check(place, "vllm", base=place.parent)
 
 
@@ -577,7 +577,7 @@ def test_command(tmp_path: Folder) -> None:
     place, base = write_both(tmp_path)
     for engine in ENGINES:
         text = run("check", place, "--for", engine, "--base", base).stdout
-        assert text.count("\n") == 1 and " takes it: " in text
+        assert text.count("\n") == 1 and " supports it: " in text
     bad = write(tmp_path / "b", *of(use_rslora=True, use_dora=True)(*good()))
     lines = run("check", bad, "--for", "sglang", "--base", base, code=1).stdout.splitlines()
     found = [line.split(":")[:2] for line in lines]

@@ -210,7 +210,7 @@ def of_linen() -> Any:
 
 def misfit(up: str) -> str:
     return (
-        "`base` has partitions that do not fit at 1 of 7 paths of `adapter`:\n"
+        "`base` has shardings that do not fit at 1 of 7 paths of `adapter`:\n"
         f"  layers/0/up: {up}\nCorrect them in `base`: the adapter follows W."
     )
 
@@ -218,8 +218,8 @@ def misfit(up: str) -> str:
 def unknown(up: str) -> str:
     return (
         "`base` must be a tree of PartitionSpec or NamedSharding, of arrays or "
-        "jax.ShapeDtypeStructs that carry one, or of Flax's partitioned parameters; it says "
-        f"nothing of sharding at 1 of 7 paths of `adapter`:\n  layers/0/up: got {up}"
+        "jax.ShapeDtypeStructs that have one, or of Flax's partitioned parameters; it has no "
+        f"sharding at 1 of 7 paths of `adapter`:\n  layers/0/up: got {up}"
     )
 
 
@@ -245,12 +245,12 @@ REFUSALS: dict[type[Exception], dict[str, Callable[[], Any]]] = {
         "`base` lacks 1 of 7 paths of `adapter`:\n"
         "  layers/0/up: a container of 2 leaves instead of one; a tuple is a container, "
         "PartitionSpec(...) a leaf\n"
-        "Give the partitions of the tree that `init` was given, with the same paths.": (
+        "Give the shardings of the parameters that you gave to `init`, with the same paths.": (
             lambda: specs(up=("fsdp", "tensor"))
         ),
         "`base` lacks 6 of 6 paths of `adapter`:\n"
         "  params/blocks/down/kernel: not in `base`. Near misses: blocks/down/kernel": of_linen,
-        "`axes` has 'data', but the mesh of `specs` has fsdp, tensor.": (
+        "`axes` must be axes of the mesh of `specs`, which are fsdp, tensor; got 'data'.": (
             lambda: sharding.replicated(on(MESH, {"w": P("fsdp")}), "data")
         ),
     },
@@ -260,7 +260,7 @@ REFUSALS: dict[type[Exception], dict[str, Callable[[], Any]]] = {
         unknown("ShapeDtypeStruct without a sharding"): (
             lambda: specs(up=jax.ShapeDtypeStruct((16, 32), jnp.float32))
         ),
-        "whose mesh axes are not explicit, so that its sharding is unknown in jit": lambda: jax.jit(
+        "whose mesh axes are not explicit, so its sharding is unknown in jit": lambda: jax.jit(
             lambda base: sharding.specs(base, models.adapter_of(SCANNED))
         )(SCANNED.params),
         "are `base` and `adapter` swapped": (

@@ -354,13 +354,13 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "`components` must be an integer of at least 1; got 0": {"components": 0},
         "`passes` must be an integer of at least 2; got 1": {"passes": 1},
         "`batches` is empty": {"batches": []},
-        "`rules` take no site by jlora.LoRA or jlora.DoRA": {"rules": Full("w")},
-        "of 'w', its inputs, is not finite": {"batches": [np.nan * np.eye(4)]},
-        "nothing to sketch: of every site the inputs are all": {"batches": [np.ones((4, 4))]},
+        "`rules` must have a jlora.LoRA or jlora.DoRA that": {"rules": Full("w")},
+        "the sketch of the inputs of 'w' is not finite": {"batches": [np.nan * np.eye(4)]},
+        "nothing to sketch: the inputs of every site are all": {"batches": [np.ones((4, 4))]},
         "the loss depends on none": {"loss": nothing},
-        "nothing to sketch: of every site the gradient is": {"loss": nothing, "kind": "gradient"},
-        "and 'w' has none: its inputs are numbers of rows": {"loss": looked_up},
-        "and 'w' has none: W . ΔW is formed there": {"loss": formed, "rules": FORMING},
+        "nothing to sketch: the gradient of every site is": {"loss": nothing, "kind": "gradient"},
+        "but 'w' has no inputs: row numbers are looked up": {"loss": looked_up},
+        "but 'w' has no inputs: W . ΔW is formed there": {"loss": formed, "rules": FORMING},
     },
     TypeError: {
         "`batches` must be a list of batches; got 3": {"batches": 3},
@@ -400,9 +400,9 @@ def test_starts_refuse(start: Any, kind: str) -> None:
         lora = jlora.transform(lambda p, x: x @ next(iter(p.values())), rule)
         return lora.init(jax.random.key(0), params, np.eye(4))
 
-    with pytest.raises(ValueError, match=r"`sketch` has no site 'v', but w"):
+    with pytest.raises(ValueError, match=r"`sketch` lacks the site 'v'; it has w"):
         init({"v": np.eye(4)}, LoRA("v", rank=1))
-    with pytest.raises(ValueError, match=r"has 'w' with the shape \(4, 4\) .* got \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"has 'w' with the shape \(4, 4\) .* expected \(4, 5\)"):
         init({"w": np.eye(4, 5)}, LoRA("w", rank=1))
     needed = 3 if kind == "inputs" else 4  # all there are
     with pytest.raises(ValueError, match=f"2 components of 'w'; rank 3 needs {needed}. Sketch"):
@@ -439,7 +439,7 @@ def test_a_site_that_the_loss_does_not_see() -> None:
         assert str(found).splitlines()[2].endswith("0   0.0%")
         assert jlora.allocate(found, rule, budget=8).ranks == {"v": 0, "w": 1}
         lora = jlora.transform(model, dataclasses.replace(rule, init=start(found)))
-        with pytest.raises(ValueError, match="`sketch` has nothing of 'v', as the loss did not"):
+        with pytest.raises(ValueError, match="`sketch` is zero at 'v', because the loss did not"):
             lora.init(jax.random.key(0), params, np.eye(4))
 
 
@@ -448,7 +448,7 @@ def test_lora_ga_refuses_what_is_quantized() -> None:
     rule = LoRA("w", rank=1, init=lora_ga(found))
     base = jlora.quantize(LINEAR[0], jlora.Int8("w"))
     lora = jlora.transform(lambda p, x: x @ p["w"], rule)
-    with pytest.raises(ValueError, match=r"changes W of 'w', which is quantized. Call init with W"):
+    with pytest.raises(ValueError, match=r"cannot change W at 'w', which is quantized. Call init"):
         lora.init(jax.random.key(0), base, np.eye(4))
     with pytest.raises(ValueError, match="`gamma` of lora_ga must be positive; got 0"):
         lora_ga(found, gamma=0)

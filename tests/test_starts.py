@@ -23,11 +23,12 @@ from small import KEY, array, as_jax, dense, each_refusal, every, exactly, some
 import jlora
 from jlora import DoRA, LoRA, Slots, analysis, arithmetic, checkpoint, initializers, many, peft
 from jlora.checkpoint._meta import digest
-from jlora.initializers import loftq, milora, miss, olora, pissa, pissa_niter
+from jlora.initializers import loftq, milora, miss, olora, paca, pissa, pissa_niter
 
 CHANGING = {"pissa": pissa, "pissa_niter": pissa_niter(3), "milora": milora, "olora": olora}
 QUANTIZING = {"loftq": loftq(Pairs(), iterations=2)}
-STARTS = {**CHANGING, **QUANTIZING, "miss": miss}
+FREEZING = {"miss": miss, "paca": paca}
+STARTS = {**CHANGING, **QUANTIZING, **FREEZING}
 slow = pytest.mark.slow
 
 
@@ -50,7 +51,7 @@ def test_laws(case: Case, name: str) -> None:
     case = dataclasses.replace(case, rules=rules, exact_at_zero=False, leaks=leaks)
     with laws.precision(case, jnp.float32) as tolerance:
         # W is the sum of a rest and a product that may be larger; statistics of batches amplify it.
-        tolerance = tolerance if name == "miss" else max(tolerance, 5e-5)
+        tolerance = tolerance if name in FREEZING else max(tolerance, 5e-5)
         laws.hold(laws.make(case, jnp.float32), tolerance, name != "loftq")
 
 
@@ -238,7 +239,7 @@ def test_however_init_is_called(kind: str, way: str) -> None:
     assert form(found) == form(expected)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     if kind in (*STARTS, "DoRA"):  # marked as for a base that is not the parameters
-        assert found[1]["w"].residual == (kind != "miss")
+        assert found[1]["w"].residual == (kind not in FREEZING)
     if "eval_shape" not in way:
         merged = [
             jlora.merge(base, many.take(x, 0) if kind == "many" else x)["w"]
@@ -260,19 +261,19 @@ def init_of(init: Any, params: Any) -> Any:
 
 
 REFUSED: dict[type[Exception], dict[str, Any]] = {
-    TypeError: {r"`scheme` of loftq must be one such as jlora\.NF4": lambda: loftq("nf4")},  # pyright: ignore
+    TypeError: {r"`scheme` of loftq must be a scheme such as j": lambda: loftq("nf4")},  # pyright: ignore
     ValueError: {
-        r"`params` has a shape at 'w', but the start of LoRA\('w'\) factors its values. Give "
-        r"arrays, or call init under jax.eval_shape\.": lambda: init_of(
+        r"`params` has only a shape at 'w', but the `init` of LoRA\('w'\) factors its values\. "
+        r"Give arrays, or call init under jax.eval_shape\.": lambda: init_of(
             pissa, {"w": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
         ),
-        r"'w' of `params` is quantized already, as NF4\(block=64, double=True\), and loftq, the "
-        r"start of LoRA\('w'\), quantizes it itself\.": lambda: init_of(
+        r"'w' of `params` is quantized already, as NF4\(block=64, double=True\), but loftq, the "
+        r"`init` of LoRA\('w'\), quantizes it itself\.": lambda: init_of(
             loftq(jlora.NF4()), jlora.quantize({"w": array(64, 32)}, jlora.NF4("w"))
         ),
         "`iterations` of pissa_niter must be an integer of at least 0": lambda: pissa_niter(-1),
         "`iterations` of loftq must be an integer of at least 1": lambda: loftq(jlora.NF4(), 0),
-        "`scheme` of loftq has the pattern 'w', but the rule": lambda: loftq(jlora.NF4("w")),
+        "`scheme` of loftq must have no pattern, .*; got 'w'": lambda: loftq(jlora.NF4("w")),
         "loftq cannot quantize 'w'. `block` of MXFP": lambda: made("dense", loftq(jlora.MXFP4())),
         r"`frozen` of DoRA\('w'\) must be \(\), as DoRA tr": lambda: DoRA("w", init=miss),
         r"\('b',\); got \('m',\)\.$": lambda: LoRA("w", frozen=("m",)),
@@ -359,7 +360,7 @@ def test_an_initializer_of_a_scheme_of_ones_own_is_foreign(tmp_path: Any) -> Non
         rule.init()
 
 
-# --------------------------------------------------------------------------------------------- MiSS
+# ------------------------------------------------------------------------------------ MiSS and PaCA
 
 
 @pytest.mark.parametrize("form", some(FORMS, "stack", "slots"))
@@ -375,6 +376,28 @@ def test_miss_repeats_rows(form: str) -> None:
     for matrix, block in zip(each, blocks, strict=True):
         i = np.arange(len(matrix)) % RANK
         np.testing.assert_allclose(matrix, ALPHA / RANK * block[i], rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", some(FORMS, "stack", "slots"))
+def test_paca_trains_some_rows(form: str) -> None:
+    """ΔW is s·B in r different rows of each matrix, and 0 in the others; each key picks its own."""
+    _, params, base, adapter, _ = made(form, paca)
+    assert base["w"] is params["w"]
+    node = adapter["w"]
+    b = array(*node.b.shape)
+    delta = jlora.merge({"w": jnp.zeros_like(params["w"])}, {"w": node._replace(b=b)})["w"]
+    each = FORMS[form][-1](np.asarray(delta))
+    picked = []
+    for matrix, block in zip(each, b.reshape(len(each), RANK, -1), strict=True):
+        rows = [np.flatnonzero(np.isclose(matrix, ALPHA / RANK * x).all(1)) for x in block]
+        picked.append(np.ravel(rows).tolist())
+        assert len({*picked[-1]}) == RANK
+        assert not np.delete(matrix, picked[-1], 0).any()
+    assert len(each) == 1 or len({*map(tuple, picked)}) > 1
+    lora, *_, x = made(form, paca)
+    found = [lora.init(jax.random.key(i), params, x)[1]["w"].a for i in range(20)]
+    chosen = np.sum(found, axis=0).reshape(len(each), -1, RANK).sum((0, 2))
+    assert chosen.all()  # every input is picked by some key
 
 
 def swapped(key: Any, w: Any, site: Any, rule: Any) -> Any:
@@ -435,7 +458,7 @@ def test_miss_among_adapters() -> None:
         lambda: many.insert(table, 0, other),
         lambda: many.insert(many.stack([other]), 0, one),
     ):
-        with pytest.raises(ValueError, match=r"w: trains other factors in one than in another: `f"):
+        with pytest.raises(ValueError, match=r"w: has different trainable factors: `f"):
             refused()
     assert many.stack([{"w": one["w"]._replace(frozen=())}, other])["w"].frozen == ()
 
@@ -471,10 +494,10 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
     adapter, other = {"w": initial["w"]._replace(b=initial["w"].b + 1)}, made("dense", None)[3]
     names = [peft.Name("w", "model.w", "io")]
     refusal = re.escape(
-        "`adapter` is for a base that an initializer changed, and not for the parameters that PEFT "
-        "and engines have, at these paths:\n  w\nGive jlora.arithmetic.difference(adapter, initial)"
-        ", where `initial` is what init returned, or merge it with its base. If that base is saved "
-        "in the place of the parameters, give nodes that say so: node._replace(residual=False)."
+        "`adapter` needs the base that an initializer changed, which PEFT and engines do not have, "
+        "at these paths:\n  w\nGive jlora.arithmetic.difference(adapter, initial), where `initial` "
+        "is the adapter from init, or merge the adapter into its base. If you publish the changed "
+        "base, mark the nodes: node._replace(residual=False)."
     )
     (tmp_path / "model").mkdir()
     save_file({"model.w.weight": np.zeros((10, 12), "f")}, tmp_path / "model/model.safetensors")
@@ -497,7 +520,7 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
     assert jax.tree.structure(own) != jax.tree.structure(adapter)
     peft.tensors(params, own, names)
 
-    mixed = "w: is for the parameters in one, and in another for a base that its start changed"
+    mixed = "w: belongs to the original parameters in one, but in another belongs to a base that"
     for combine in (
         arithmetic.add,
         many.stack,
@@ -506,7 +529,7 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
     ):
         with pytest.raises(ValueError, match=mixed):
             combine([adapter, other])
-    with pytest.raises(ValueError, match=r"`node` and `other` must be for one base, but one of"):
+    with pytest.raises(ValueError, match=r"`node` and `other` must belong to one base, but only"):
         analysis.distance(initial["w"], other["w"])
     assert float(analysis.distance(initial["w"], initial["w"])) < 1e-4
     assert many.init(lora, jax.random.split(KEY, 2), params, x)[1]["w"].residual
@@ -546,12 +569,12 @@ def test_what_is_made_of_adapters_of_a_changed_base(start: str) -> None:
         laws.assert_close(actual, expected(*weights, params["w"]), 1e-5)
 
 
-ADD = ("`adapters` cannot be combined", "weights must add up to 1 or to 0; got ")
+ADD = ("`adapters` cannot be combined", "so `weights` must add up to 1 or to 0; got ")
 SCALE = ("`adapter` cannot be scaled", ADD[1])
-TAKE = ("`other` cannot be subtracted from `adapter`", "and one adapter has no such site")
-MERGE = ("`adapters` cannot be combined", "so that a ΔW of 0 is not the model")
-FREE = ("a table cannot hold what is", "so that a slot without it would not be the model")
-ROUTE = ("a table that is routed cannot hold what is", "so that -1 would not be the model")
+TAKE = ("`other` cannot be subtracted from `adapter`", "but one adapter lacks the site")
+MERGE = ("`adapters` cannot be combined", "so ΔW = 0 is not the original model")
+FREE = ("a table cannot contain the leaves", "so a slot without it would not be the model")
+ROUTE = ("`route` cannot use the leaves of `table`", "so -1 would not be the model")
 X = jnp.ones((12, 10))
 UNSAID: dict[str, Any] = {
     "add": (lambda t: arithmetic.add([t, t]), ADD, "2"),
@@ -572,11 +595,10 @@ UNSAID: dict[str, Any] = {
 @pytest.mark.parametrize("case", UNSAID)
 def test_a_changed_base_without_its_adapter_is_not_the_model(case: str) -> None:
     f, (refusal, why), got = UNSAID[case]
-    why = f"so that {why}{got}" if got else why
     expected = (
-        f"{refusal} at these paths:\n  w: is for a base that its start changed, {why}\nGive "
-        "jlora.arithmetic.difference(adapter, initial) in its place, where `initial` is what init "
-        "returned: that is for the parameters."
+        f"{refusal} at these paths:\n  w: belongs to a base that its initializer changed, {why}"
+        f"{got}\nGive jlora.arithmetic.difference(adapter, initial) instead, where `initial` is "
+        "the adapter that init returned: the difference belongs to the original parameters."
     )
     with pytest.raises(ValueError, match=exactly(expected)):
         f(made("dense", pissa)[3])

@@ -116,6 +116,24 @@ def test_miss(inputs: int, tmp_path: Any) -> None:
     close(array(model(torch.from_numpy(x))), array(y))
 
 
+def test_paca(tmp_path: Any) -> None:
+    """The gradient of B is that of some columns of PyTorch's W; PEFT has it as a LoRA."""
+    w, x = normal(INPUTS, OUTPUTS), normal(5, INPUTS)
+    rule = jlora.LoRA("w", rank=RANK, alpha=6, init=initializers.paca)
+    lora = jlora.transform(dense, rule)
+    base, adapter = lora.init(jax.random.key(0), {"w": jnp.asarray(w)}, x)
+    layer = layer_of(w)
+    torch.sin(layer(torch.from_numpy(x))).sum().backward()
+    columns = array(layer[0].weight.grad)[:, np.asarray(adapter["w"].a).argmax(0)]
+    grads = jax.grad(lambda a: jnp.sin(lora.apply(base, a, x)).sum())(adapter)
+    close(grads["w"].b, 6 / RANK * columns.T)
+
+    adapter = {"w": adapter["w"]._replace(b=jnp.asarray(normal(RANK, OUTPUTS)))}
+    peft.save(tmp_path / "p", base, adapter, NAMES)
+    model = hf_peft.PeftModel.from_pretrained(layer_of(w), tmp_path / "p")
+    close(array(model(torch.from_numpy(x))), np.asarray(lora.apply(base, adapter, x)))
+
+
 @pytest.mark.parametrize("iterations", [1, 4])
 def test_loftq(iterations: int) -> None:
     """PEFT's loop, which needs a GPU there, with bitsandbytes' codes."""

@@ -2,8 +2,8 @@
 
 Imports `_core`, `initializers`, `_quantized`, `_compat`, `_rules`, `_types`, `_whole`.
 
-A method is a rule, which the user writes, and a node, which the rule puts into the adapter: `_node`
-says what both are. Each is a class, and a method is a file.
+A method is a file with two classes: a rule, which the user writes, and a node, which the rule puts
+into the adapter. `_node` has the base class of nodes.
 """
 
 from ._dora import Decomposed as Decomposed

@@ -1,6 +1,6 @@
-r"""DoRA: a magnitude for each output, beside a direction that LoRA adapts.
+r"""DoRA: a magnitude for each output, and a direction that LoRA adapts.
 
-The norms of the columns of $W + s A B$ follow from A and B without that sum:
+The norms of the columns of $W + s A B$ are computed from A and B, without that sum:
 
 $$P = A^T W,\quad G = A^T A,\quad
 n_o^2 = \sum_i W_{io}^2 + 2 s \sum_r B_{ro} P_{ro} + s^2 \sum_r B_{ro} (G B)_{ro}$$
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._core import Axis, Change, Delta, Factor, einsum, leaf_weight, promote
-from .._rules import rule_name
+from .._rules import check_field, rule_name
 from .._types import Layout
 from .._whole import check_whole
 from ._lora import LoRA, refuse_keywords_of_peft
@@ -34,13 +34,13 @@ class Decomposed(Node):
         b: B, as in `LowRank`.
         m: m, shape (stack…, outputs…), or (stack…, slots, outputs…) with slots. Its label for the
             optimizer is `"m"`.
-        scale: s, a number without units.
+        scale: s.
         layout: which axes of W are which.
-        materialize: whether W' may be formed where the model leaves no other way.
+        materialize: whether jlora may form W' where it has no factored form.
         residual: as in `LowRank`.
 
     Examples:
-        Weight decay of m would shrink the layer. Decay the rest alone:
+        Weight decay of m would shrink the layer. Decay only A and B:
 
         >>> import jax, jax.numpy as jnp, jlora, optax
         >>> dora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=2))
@@ -63,16 +63,16 @@ class Decomposed(Node):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """Says what each axis of A, of B and of m follows."""
+        """Returns what each axis of A, B and m follows."""
         axes = LowRank.axes(layout)
         return {"a": axes["a"], "b": axes["b"], "m": (*stack_and_slots(layout), *layout.outputs)}
 
     def needs(self) -> dict[str, tuple[int, ...]]:
-        """Returns the axes of inputs too: norms are taken over all of them."""
+        """Returns the inputs too: norms are taken over all of them."""
         return super().needs() | {"DoRA takes norms over all inputs of W": self.layout.inputs}
 
     def lower(self, w: Any) -> Change:
-        """Returns the sum W + s·A·B, with the gain m / ‖W + s·A·B‖."""
+        """Returns the ΔW s·A·B, and the gain m / ‖W + s·A·B‖."""
         outputs = tuple(map(Axis, (*self.layout.stack, *self.layout.outputs)))
         whole = without_slots(self, w.shape)
         delta = Delta(whole.factor("a"), whole.factor("b"), self.scale)
@@ -85,42 +85,42 @@ class Decomposed(Node):
 class DoRA(LoRA):
     r"""Adapts W by $m \odot (W + s A B) / \lVert W + s A B \rVert$, a magnitude and a direction.
 
-    The norm is that of each output's column, over all inputs. No gradient passes through it, as
-    in the paper's section 4.3. It is computed once a call for each weight, in float32 or better,
-    from $A^T W$ and $A^T A$: W + s·A·B is not formed. m starts as the norm, so that the adapted
-    model is the base at first, up to rounding.
+    The norm of an output is the norm of its column, over all inputs. No gradient passes through it
+    (section 4.3 of the paper). Each call computes it once for each weight, in float32 or better,
+    from $A^T W$ and $A^T A$, without forming W + s·A·B. m starts as the norm, so the adapted model
+    starts as the base, up to rounding.
 
-    In an embedding an output is a column of the table: its norm is over the whole vocabulary, and a
-    tied head has its inputs scaled. A column of zeros stays zero.
+    The outputs of an embedding are the columns of its table: their norms are over the whole
+    vocabulary, and m scales the inputs of a tied head. A column of zeros stays zero.
 
-    Within a `shard_map` around `apply` or `merge`, a weight is refused if it and its A both vary
-    over a mesh axis, as its inputs may be sharded: gather it with `to="invarying"`, or put the
-    `shard_map` into the function that `transform` takes.
+    Do not shard the inputs in a `shard_map` around `apply` or `merge`: jlora raises if W and A both
+    vary over one mesh axis. Gather W with `to="invarying"`, or put the `shard_map` into the
+    function that `transform` adapts.
 
-    It has the fields of `LoRA`, but no dropout: PEFT's DoRA with dropout multiplies W a second
-    time, by the dropped input, which jlora does not.
+    It has the fields of `LoRA`, but `dropout` must be 0: with dropout, PEFT's DoRA multiplies the
+    dropped input with W in a second product, and jlora does not.
 
     Attributes:
-        pattern: a regular expression for whole components of a leaf's path. None means
-            *all-linear*: every dense and convolutional site, no embeddings.
-        rank: r, at least 1 and at most the smaller of the site's inputs and outputs. All-linear,
-            a site that has no room for it gets the largest rank that trains no more parameters
-            than the weight has, at least 1, with the same scale. `sites` shows both ranks.
+        pattern: a regular expression that matches whole components of a leaf's path. None is
+            *all-linear*: it matches every dense and convolutional site, but no embedding.
+        rank: r, from 1 to min(inputs, outputs) of the site. Without a pattern, a site that is too
+            small gets the largest rank that trains no more parameters than the weight has, with the
+            same scale. `sites` shows both ranks.
         alpha: the numerator of the scale s = alpha / r, positive.
-        slots: adapt only some parts of a fused output axis; the others keep their norms.
+        slots: the parts of a fused output axis to adapt; the others keep their norms.
         dropout: 0.
-        materialize: allow W' to be formed where the model leaves no other way.
-        rslora: scale by alpha / √r rather than alpha / r.
+        materialize: whether jlora may form W' where it has no factored form.
+        rslora: whether to scale by alpha / √r rather than alpha / r.
         init: an initializer, by default `jlora.initializers.kaiming_uniform`.
-        dtype: dtype of A and B; by default the weight's own, but at least float32. m is never
-            narrower than float32.
+        dtype: dtype of A and B; by default the dtype of the weight, but at least float32. m is
+            float32 or wider.
         frozen: ().
-        share: `"inputs"` where the experts of a weight share A, or None.
+        share: `"inputs"` if the experts of a weight share A, or None.
 
     Raises:
-        TypeError: if a field is of a wrong type.
-        ValueError: if `pattern` is not a regular expression, a number is out of range,
-            `dropout` is not 0, experts share B, or a factor is frozen, as by `init=miss`.
+        TypeError: if a field has the wrong type.
+        ValueError: if `pattern` is not a regular expression, a number is out of range, `dropout`
+            is not 0, experts share B, or a factor is frozen, as by `init=miss`.
 
     Source: Liu et al., DoRA, arXiv 2402.09353, equation 5 and section 4.3.
 
@@ -136,24 +136,18 @@ class DoRA(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dropout:
-            raise ValueError(
-                f"`dropout` of {rule_name(self)} must be 0, got {self.dropout}: PEFT's DoRA with "
-                "dropout multiplies W twice, which jlora does not. Leave it out, or use jlora.LoRA."
-            )
+        zero = "be 0 (PEFT's DoRA with dropout multiplies W twice, this one not): use jlora.LoRA"
+        check_field(self, "dropout", not self.dropout, zero)
+        own = "be None or 'inputs', as each expert has its own norms: use jlora.LoRA"
+        check_field(self, "share", self.share != "outputs", own)
         if self.all_frozen:
             raise ValueError(
                 f"`frozen` of {rule_name(self)} must be (), as DoRA trains A and B; got "
-                f"{self.all_frozen}, by the rule or by its `init`. Use jlora.LoRA."
-            )
-        if self.share == "outputs":
-            raise ValueError(
-                f"`share` of {rule_name(self)} must be None or 'inputs', as each expert has norms "
-                "of its own; got 'outputs'. Use jlora.LoRA."
+                f"{self.all_frozen}, from the rule or its `init`. Use jlora.LoRA."
             )
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
-        """Draws A and B, and starts m as the norms."""
+        """Returns W and its node: `init` draws A and B, and m is the norms."""
         base, a, b = self.draw(key, w, site)
         check_whole(f"{rule_name(self)} takes norms of", base, site.path)
         m = norms(base, LowRank(a, b, self.scale, site.layout))
@@ -170,7 +164,7 @@ class DoRA(LoRA):
 def norms(w: Any, direction: LowRank) -> jax.Array:
     r"""Computes $\lVert W + s A B \rVert$ of each column, in the shape of m.
 
-    A norm is 0 only where W and s·A·B both are 0. Where they cancel, it is at least their rounding
+    A norm is 0 only where W and s·A·B are both 0. Where they cancel, it is at least their rounding
     error.
     """
     weight, layout = leaf_weight(w, Change(), "", materialize=True), direction.layout
@@ -203,7 +197,7 @@ def _column_norms(w: jax.Array, direction: LowRank) -> jax.Array:
     layout, scale = direction.layout, direction.scale
     stack, inputs, outputs, _ = layout
     wide, narrow = promote(w.dtype, jnp.float32), promote(w.dtype)
-    # The rounded A and B are what the model multiplies with.
+    # The model multiplies with the rounded A and B.
     a, b = direction.a.astype(narrow), direction.b.astype(narrow)
 
     times = functools.partial(einsum, precision="highest", dtype=wide)

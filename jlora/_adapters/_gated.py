@@ -1,12 +1,12 @@
-r"""Nodes whose low-rank path has a gate: `Routed` of tables, and `Probe` of sketches.
+r"""Nodes whose low-rank path has a gate: `Routed` for tables, and `Probe` for sketches.
 
-The product adds 0, and its backward pass gives h itself as the cotangent of $h = x A$. The gradient
-of A is then
+The gate of `Probe` adds 0 to the product, and its backward pass returns h itself as the cotangent
+of $h = x A$. So the gradient of A is
 
 $$\bar A = x^T (x A),$$
 
-summed over all inputs that the model multiplies with W, as gradients come out of loops,
-rematerialized layers and meshes by themselves.
+and automatic differentiation sums it over all inputs that the model multiplies with W, also through
+loops, rematerialized layers and meshes.
 """
 
 from typing import Any, ClassVar
@@ -23,20 +23,22 @@ from ._node import Axes, Node, register
 
 @register
 class Routed(Node):
-    r"""$\Delta W = s \, A \, \mathrm{diag}(g) \, B$, with g = 1 for the columns that a call uses.
+    r"""Several adapters as one: $\Delta W = s \, A \, \mathrm{diag}(g) \, B$.
 
-    `jlora.many.route` gives it to the apply function. It is neither trained nor saved.
+    g is 1 for the columns of the adapter that a call uses, else 0. `jlora.many.route` gives this
+    node to the apply function. It is neither trained nor saved.
 
     Attributes:
-        a: the A of all slots of a table, concatenated to that of a `LowRank` of rank slots·r.
-        b: their B, likewise.
-        gate: g, shape (slots·r,). Where it is 0, x·A is taken for 0, whatever it is, as is x·Bᵀ in
-            a tied head. None until a call chooses its columns.
+        a: the A of all slots of a table, concatenated along the rank: a `LowRank`'s A of rank
+            slots·r.
+        b: the B of all slots, concatenated likewise.
+        gate: g, shape (slots·r,). Where it is 0, x·A counts as 0, even if it is not finite; so does
+            x·Bᵀ in a tied head. None until a call chooses its columns.
         slots: how many adapters there are.
         scale: as in `LowRank`.
         layout: which axes of W are which.
         dropout: probability of dropping an input of A.
-        materialize: whether W + ΔW may be formed.
+        materialize: whether jlora may form W + ΔW.
         key: keys while dropout is active, else None.
     """
 
@@ -54,15 +56,15 @@ class Routed(Node):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """Says what each axis of A, of B, of the gate and of the keys follows."""
+        """Returns what each axis of A, B, the gate and the keys follows."""
         return LowRank.axes(layout) | {"gate": ("rank",)}
 
     def lower(self, w: Any) -> Change:
         """Returns the change W + s·A·diag(g)·B."""
         if self.gate is None:
             raise TypeError(
-                "`adapter` is a table from jlora.many.prepare, of which a call uses one slot a "
-                "row: call jlora.many.route(lora.apply)(base, table, ids, ...)."
+                "`adapter` is a table of several adapters from jlora.many.prepare. Choose one for "
+                "each row: call jlora.many.route(lora.apply)(base, table, ids, ...)."
             )
         node = without_slots(self, w.shape)
         if self.layout.slots is not None:  # the rank is slots·r then
@@ -74,16 +76,16 @@ class Routed(Node):
 
 @register
 class Probe(Node):
-    r"""Observes the inputs x of a weight: its gradient has $x^T(x A)$, their sum and their number.
+    r"""Observes the inputs x of a weight: its gradients are $x^T(x A)$, their sum and their number.
 
-    An input counts only if its output has a gradient, so that padding does not.
+    An input counts only if its output has a gradient, so padding does not count.
 
     Attributes:
-        a: A, as in `LowRank`. Its last column stands for an h of ones: its gradient is the sum of
-            the inputs.
-        b: B, as in `LowRank`, of numbers that no gradient is orthogonal to.
-        gate: 0, but 1 in the last column, of shape (stack…, r), or (stack…, slots, r). Its
-            gradient is the sum of h: in the last column the number of inputs.
+        a: A, as in `LowRank`. The gradient of its last column is the sum of the inputs, as h counts
+            as 1 there.
+        b: B, as in `LowRank`, random, so that no gradient is orthogonal to it.
+        gate: 0, but 1 in the last column; shape (stack…, r), or (stack…, slots, r). Its gradient is
+            the sum of h, which is the number of inputs in the last column.
         layout: as in `LowRank`.
     """
 
@@ -96,7 +98,7 @@ class Probe(Node):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """Says what each axis of A, of B and of the gate follows."""
+        """Returns what each axis of A, B and the gate follows."""
         axes = LowRank.axes(layout)
         return {"a": axes["a"], "b": axes["b"], "gate": (*stack_and_slots(layout), "rank")}
 
@@ -110,7 +112,7 @@ class Probe(Node):
 
 
 def _observe(h: jax.Array, gate: jax.Array) -> jax.Array:
-    """Gives 0, with the statistics as the cotangents of `h` and `gate`."""
+    """Returns 0; the cotangents of `h` and `gate` are the statistics."""
     return _zero(h, _compat.vary_with(gate, [h]))
 
 

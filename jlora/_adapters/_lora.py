@@ -1,4 +1,4 @@
-"""LoRA: the rule, and how it starts a node."""
+"""LoRA: the rule, and how it makes a node."""
 
 import bisect
 import dataclasses
@@ -37,19 +37,19 @@ KEYWORDS_OF_PEFT = {
     "init_lora_weights": "`init`, one of jlora.initializers",
     "target_modules": "`pattern`, a regular expression for paths, such as '(query|value)/kernel'",
     "target_parameters": "`pattern`, a regular expression for paths",
-    "exclude_modules": "`pattern`, of what is not excluded",
-    "layers_to_transform": "`pattern`, with the layers' numbers",
-    "rank_pattern": "a rule of its own, before this one",
-    "alpha_pattern": "a rule of its own, before this one",
-    "modules_to_save": "a rule of its own, jlora.Full(pattern)",
-    "trainable_token_indices": "a rule of its own, jlora.Rows(pattern, rows)",
-    "bias": "a rule of its own, jlora.Full('bias')",
-    "use_dora": "jlora.DoRA in the place of LoRA",
+    "exclude_modules": "`pattern`, for what is not excluded",
+    "layers_to_transform": "`pattern`, with the numbers of the layers",
+    "rank_pattern": "a separate rule before this one",
+    "alpha_pattern": "a separate rule before this one",
+    "modules_to_save": "a separate rule, jlora.Full(pattern)",
+    "trainable_token_indices": "a separate rule, jlora.Rows(pattern, rows)",
+    "bias": "a separate rule, jlora.Full('bias')",
+    "use_dora": "jlora.DoRA instead of LoRA",
 }
 
 
 def refuse_keywords_of_peft(cls: type[T]) -> type[T]:
-    """Lets the `TypeError` of a dataclass for a keyword of PEFT say what to give instead."""
+    """Makes a dataclass raise a `TypeError` for PEFT's keywords that says what to give instead."""
     init = cls.__init__
     fields = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore
 
@@ -57,7 +57,7 @@ def refuse_keywords_of_peft(cls: type[T]) -> type[T]:
     def init_checked(self: Any, *args: Any, **kwargs: Any) -> None:
         if found := [name for name in kwargs if name in KEYWORDS_OF_PEFT and name not in fields]:
             listed = "; ".join(f"`{name}` is {KEYWORDS_OF_PEFT[name]}" for name in found)
-            raise TypeError(f"{cls.__name__} does not have the keywords of PEFT: {listed}.")
+            raise TypeError(f"{cls.__name__} does not have PEFT's keywords: {listed}.")
         init(self, *args, **kwargs)
 
     cls.__init__ = init_checked
@@ -71,28 +71,29 @@ class LoRA(Rule):
     r"""Adapts the weights whose path matches `pattern` by $W + s \cdot A B$.
 
     Attributes:
-        pattern: a regular expression for whole components of a leaf's path. None means
-            *all-linear*: every dense and convolutional site, no embeddings.
-        rank: r, at least 1 and at most the smaller of the site's inputs and outputs. All-linear,
-            a site that has no room for it gets the largest rank that trains no more parameters
-            than the weight has, at least 1, with the same scale. `sites` shows both ranks.
-        alpha: the numerator of the scale, positive.
-        slots: adapt only some parts of a fused output axis.
+        pattern: a regular expression that matches whole components of a leaf's path. None is
+            *all-linear*: it matches every dense and convolutional site, but no embedding.
+        rank: r, from 1 to min(inputs, outputs) of the site. Without a pattern, a site that is too
+            small gets the largest rank that trains no more parameters than the weight has, with the
+            same scale. `sites` shows both ranks.
+        alpha: the numerator of the scale s = alpha / r, positive.
+        slots: the parts of a fused output axis to adapt; by default all.
         dropout: probability of dropping an input of A, in [0, 1); active only under
             `jlora.dropout`.
-        materialize: allow W + ΔW to be formed where the model uses W in a way that has no
-            factored form. Values and gradients stay exact; memory and time do not stay small.
-        rslora: scale by alpha / √r (Kalajdzievski, arXiv 2312.03732) rather than alpha / r.
+        materialize: whether jlora may form W + ΔW where it has no factored form. Values and
+            gradients stay exact, at the memory and time of a full weight.
+        rslora: whether to scale by alpha / √r (Kalajdzievski, arXiv 2312.03732) rather than
+            alpha / r.
         init: how A and B start, one of `jlora.initializers`; by default `kaiming_uniform`.
-        dtype: dtype of A and B; by default the weight's own, but at least float32.
-        frozen: `("a",)` to train B alone, which takes half of the moments (LoRA-FA, arXiv
-            2308.03303), or `("b",)`. An initializer may demand it, as `miss` does.
-        share: what the experts of a weight share: `"inputs"` for one A and a B for each expert,
-            `"outputs"` for an A for each expert and one B. None gives each expert an A and a B.
-            Layers of a scan share them where the weight has no experts.
+        dtype: dtype of A and B; by default the dtype of the weight, but at least float32.
+        frozen: `("a",)` to train only B, which halves the moments (LoRA-FA, arXiv 2308.03303), or
+            `("b",)`. Some initializers freeze a factor themselves, as `miss` does.
+        share: what the experts of a weight share: `"inputs"` is one A for all and a B for each,
+            `"outputs"` an A for each and one B for all, None an A and a B for each. If the weight
+            has no experts but is a stack of scanned layers, the layers share.
 
     Raises:
-        TypeError: if a field is of a wrong type.
+        TypeError: if a field has the wrong type.
         ValueError: if `pattern` is not a regular expression or a number is out of range.
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
@@ -123,7 +124,7 @@ class LoRA(Rule):
         check = functools.partial(check_field, self)
         check("rank", is_int(self.rank) and self.rank >= 1, "be an integer of at least 1")
         check("alpha", is_finite(self.alpha) and self.alpha > 0, "be a positive finite number")
-        check("dropout", is_finite(self.dropout) and 0 <= self.dropout < 1, "lie in [0, 1)")
+        check("dropout", is_finite(self.dropout) and 0 <= self.dropout < 1, "be in [0, 1)")
         are_slots = self.slots is None or isinstance(self.slots, Slots)
         check("slots", are_slots, "be a jlora.Slots", TypeError)
         for flag in ("materialize", "rslora"):
@@ -131,7 +132,7 @@ class LoRA(Rule):
         starts = self.init is None or callable(self.init)
         check("init", starts, "be an initializer such as jlora.initializers.gaussian", TypeError)
         is_dtype = self.dtype is None or is_floating(self.dtype)
-        check("dtype", is_dtype, "be a floating-point one", TypeError)
+        check("dtype", is_dtype, "be a floating-point dtype", TypeError)
         given = self.frozen if isinstance(self.frozen, list | tuple) else (self.frozen,)
         object.__setattr__(self, "frozen", tuple(given))
         demanded = getattr(self.init, "frozen", ())
@@ -139,14 +140,14 @@ class LoRA(Rule):
         is_one = self.all_frozen in ((), ("a",), ("b",))
         check("frozen", is_one, f"be (), ('a',) or ('b',){also}")
         check("share", self.share in (None, *SHARED), "be 'inputs', 'outputs' or None")
-        # They are saved and compared: plain numbers, whatever a sweep gave.
+        # Plain numbers, whatever a sweep gave, because rules are saved and compared.
         object.__setattr__(self, "rank", int(self.rank))
         object.__setattr__(self, "alpha", float(self.alpha))
         object.__setattr__(self, "dropout", float(self.dropout))
 
     @property
     def all_frozen(self) -> tuple[str, ...]:
-        """The factors that the rule or its initializer freezes."""
+        """The factors that are frozen, by the rule or by its initializer."""
         return tuple(dict.fromkeys((*self.frozen, *getattr(self.init, "frozen", ()))))
 
     @property
@@ -165,7 +166,7 @@ class LoRA(Rule):
         return factor_shapes(site.layout, site.shape, self.rank)
 
     def fit(self, site: Any) -> tuple["LoRA", Layout]:
-        """Returns the rule with a rank that the site can have, and the layout with its slots."""
+        """Returns the rule with a rank that fits the site, and the layout with the rule's slots."""
         layout = site.layout if self.slots is None else _add_slots(site, self.slots)
         layout = layout if self.share is None else self._share(site, layout, SHARED[self.share])
         largest = min(matrix_lengths(layout, site.shape))
@@ -175,23 +176,23 @@ class LoRA(Rule):
             return self, layout
         raise ValueError(
             f"`rank` of {rule_name(self)} is {self.rank}, above min(inputs, outputs) = {largest} "
-            f"of {site.name} with shape {site.shape}. Lower the rank, or put a rule of its own "
-            f"for this leaf first, such as jlora.Full({re.escape(site.path)!r})."
+            f"of {site.name} with shape {site.shape}. Lower the rank, or put a separate rule for "
+            f"this leaf first, such as jlora.Full({re.escape(site.path)!r})."
         )
 
     def _share(self, site: Any, layout: Layout, role: str) -> Layout:
-        """Makes the axis of experts an input or an output, by `role`: the other factor lacks it."""
+        """Makes the axis of experts an input or an output, so that only one factor has it."""
         if site.experts is None:
             raise ValueError(
-                f"`share` of {rule_name(self)} needs a weight with one stacked axis, that of its "
-                f"experts; {site.name} with shape {site.shape} has {len(layout.stack)}. Leave "
+                f"`share` of {rule_name(self)} needs a weight with one stacked axis, the experts; "
+                f"{site.name} with shape {site.shape} has {len(layout.stack)} stacked axes. Leave "
                 "`share` out."
             )
         stack = tuple(d for d in layout.stack if d != site.experts)
         return layout._replace(stack=stack, **{role: (site.experts, *getattr(layout, role))})
 
     def _clip(self, site: Any, layout: Layout, largest: int) -> "LoRA":
-        """Lowers the rank to `largest` and to what trains no more than W has; keeps the scale."""
+        """Lowers the rank to `largest`, and until it trains no more than W has; keeps the scale."""
 
         def trained(rank: int) -> int:
             return dataclasses.replace(self, rank=rank).trainable(layout, site.shape)
@@ -205,7 +206,7 @@ class LoRA(Rule):
         return {"rank": self.rank}
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, LowRank]:
-        """Returns W and the node that `init` draws."""
+        """Returns W and its node, whose A and B `init` draws."""
         base, a, b = self.draw(key, w, site)
         fixed = {"dropout": self.dropout, "materialize": self.materialize}
         return base, LowRank(
@@ -220,8 +221,8 @@ class LoRA(Rule):
         expected = tuple((shape, "floating-point") for shape in expected_shapes)
         if got != expected or made[0].dtype != w.dtype:
             raise ValueError(
-                f"`init` of {rule_name(self)} must give W, A and B for {site.path!r}, "
-                f"floating-point, of shapes {expected_shapes} and with W's dtype {w.dtype}; got "
+                f"`init` of {rule_name(self)} must return floating-point W, A and B for "
+                f"{site.path!r}, of shapes {expected_shapes} and with W's dtype {w.dtype}; got "
                 f"{got}."
             )
         return made
@@ -239,14 +240,14 @@ def _add_slots(site: Any, slots: Slots) -> Layout:
     outputs = site.layout.outputs
     if not 0 <= slots.axis < len(outputs):
         raise ValueError(
-            f"`axis` of Slots is {slots.axis}, but {site.name} has {len(outputs)} output axes; "
-            f"it must lie in [0, {len(outputs)})."
+            f"`axis` of Slots must be in [0, {len(outputs)}), as {site.name} has {len(outputs)} "
+            f"output axes; got {slots.axis}."
         )
     axis = outputs[slots.axis]
     if site.shape[axis] % slots.count:
         raise ValueError(
-            f"`count` of Slots is {slots.count}, which does not divide the {site.shape[axis]} "
-            f"outputs of {site.name} with shape {site.shape}."
+            f"`count` of Slots must divide the {site.shape[axis]} outputs of {site.name} with "
+            f"shape {site.shape}; got {slots.count}."
         )
     return site.layout._replace(slots=(slots.count, slots.chosen, axis))
 
@@ -254,7 +255,7 @@ def _add_slots(site: Any, slots: Slots) -> Layout:
 def clip_rank(
     rank: int, layout: Layout, shape: tuple[int, ...], trained: Callable[[int], int]
 ) -> int:
-    """Finds the largest rank up to `rank`, and at least 1, that trains no more than W has."""
+    """Finds the largest rank up to `rank` that trains no more parameters than W has; at least 1."""
     count, chosen, _ = layout.slots or (1, (0,), None)
     size = math.prod(shape) // count * len(chosen)
     return max(1, bisect.bisect_right(range(1, rank + 1), size, key=trained))

@@ -1,4 +1,4 @@
-"""A and B beside a weight: the node of LoRA, what it means, and its matrices."""
+"""The node of LoRA, A and B of one weight, and its matrices."""
 
 import math
 from typing import Any, ClassVar, TypeVar
@@ -24,16 +24,16 @@ class LowRank(Node):
         a: A, shape (stack…, inputs…, r), or (stack…, slots, inputs…, r) with slots.
         b: B, shape (stack…, r, outputs…), or (stack…, slots, r, outputs…) with slots, where the
             slotted output axis has 1 / count of W's length.
-        scale: s, a number without units: alpha / r, or alpha / √r.
+        scale: s: alpha / r, or alpha / √r.
         layout: which axes of W are which.
         dropout: probability of dropping an input of A, in [0, 1).
-        materialize: whether W + ΔW may be formed where the model leaves no other way.
+        materialize: whether jlora may form W + ΔW where it has no factored form.
         key: keys of shape (stack…) while dropout is active, else None. See `jlora.dropout`.
-        frozen: `("a",)` or `("b",)` where that factor is not trained.
-        residual: whether it is for a base that its initializer changed, such as W - s·A·B, rather
-            than for the original parameters.
+        frozen: `("a",)` or `("b",)` if that factor is not trained.
+        residual: whether the node belongs to a base that its initializer changed, such as
+            W - s·A·B, rather than to the original parameters.
 
-    ΔW is a product: twice A and twice B is four times ΔW. To scale ΔW, scale B alone.
+    To scale ΔW, scale B alone: ΔW is a product, so doubling both A and B gives four times ΔW.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -59,7 +59,7 @@ class LowRank(Node):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """Says what each axis of A, of B and of the dropout keys follows."""
+        """Returns what each axis of A, B and the dropout keys follows."""
         stack = stack_and_slots(layout)
         return {
             "a": (*stack, *layout.inputs, "rank"),
@@ -75,7 +75,7 @@ class LowRank(Node):
 
 
 def stack_and_slots(layout: Layout) -> tuple[int | str, ...]:
-    """Returns the first axes of A and of B: they have one for each stacked matrix and each slot."""
+    """Returns the first axes of A and B, which have a matrix for each stack entry and each slot."""
     return (*layout.stack, *((SLOTS,) if layout.slots is not None else ()))
 
 
@@ -88,9 +88,9 @@ def factor_shapes(
 
 
 def without_slots(node: N, shape: tuple[int, ...]) -> N:
-    """Replaces the A and B of each slot by one A and one B with the same ΔW.
+    """Replaces the A and B of all slots by one A and one B with the same ΔW.
 
-    A has the rank slots·r, and the rows of B reach only their own slot of the outputs.
+    Their rank is slots·r, and each row of B is 0 outside of its slot of the outputs.
     """
     if node.layout.slots is None:
         return node
@@ -116,7 +116,7 @@ def stop_gradients(node: LowRank) -> LowRank:
 
 
 def leading_axes(node: LowRank) -> int:
-    """Counts the axes of A and B before those of a matrix: the stack's, and one of slots."""
+    """Counts the axes of A and B before those of a matrix: the stack, and one for slots."""
     return len(stack_and_slots(node.layout))
 
 
@@ -133,12 +133,12 @@ def matrices(node: LowRank) -> tuple[jax.Array, jax.Array]:
 
 
 def from_matrices(a: jax.Array, b: jax.Array, layout: Layout, shape: tuple[int, ...]) -> LowRank:
-    """Makes the node, of scale 1, for a weight of `shape`, whose `matrices` are A and B."""
+    """Makes the node of scale 1 whose `matrices` are A and B, for a weight of `shape`."""
     of_a, of_b = factor_shapes(layout, shape, a.shape[-1])
     return LowRank(a.reshape(of_a), b.reshape(of_b), 1.0, layout)
 
 
 def matrix_lengths(layout: Layout, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Counts the inputs and the outputs of each matrix of a weight, or of a slot if it has any."""
+    """Counts the inputs and outputs of each matrix of a weight, or of each slot if it has slots."""
     inputs, outputs = (math.prod(shape[d] for d in axes) for axes in layout[1:3])
     return inputs, outputs // (layout.slots[0] if layout.slots else 1)

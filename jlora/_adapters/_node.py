@@ -1,4 +1,4 @@
-"""The protocol of a node, the decorator that registers, and what follows from `Node.axes`."""
+"""The base class of nodes, the decorator that registers them, and what `Node.axes` determines."""
 
 import collections
 import inspect
@@ -15,27 +15,27 @@ from .._types import Layout, short
 
 Axes = dict[str, tuple[int | str, ...]]  # axes of W by their numbers, others by names
 SLOTS = "slots"  # the name of the axis of chosen slots
-SHOWN = 4  # numbers of a tuple that is printed
+SHOWN = 4  # how many numbers of a tuple are printed
 
 
 @typing.dataclass_transform(frozen_default=True)
 class Node(tuple[Any, ...]):
     """What an adapter holds for one weight: arrays, a layout and static fields.
 
-    A subclass declares its fields as a NamedTuple does, and `register` makes it one, and a pytree
-    whose children are the arrays that `labels` names. It defines `labels`, `axes` and `lower`; the
-    rest has defaults, which a field may replace.
+    A subclass declares its fields like a NamedTuple. `register` makes it a named tuple, and a
+    pytree whose children are the arrays that `labels` names. A subclass defines `labels`, `axes`
+    and `lower`. All else has defaults, which a field of the same name may replace.
 
     Attributes:
-        labels: for each array its label for the optimizer: `"a"`, `"b"`, any other word for what is
-            trained as it is, or `"base"` for what is not trained. None for what comes and goes
-            with a call, as dropout keys do, and is neither checked nor saved.
+        labels: the label of each array for the optimizer: `"a"`, `"b"` or any other word for an
+            array that is trained, `"base"` for one that is not. None is for arrays that only some
+            calls have, such as dropout keys; they are neither checked nor saved.
         layout: which axes of W are which.
-        materialize: whether W + ΔW may be formed where the model leaves no other way.
+        materialize: whether jlora may form W + ΔW where it has no factored form.
         dropout: probability of dropping an input of A, in [0, 1).
         key: keys while dropout is active, else None.
         frozen: names of arrays that are not trained, whatever `labels` says.
-        residual: whether the node is for a base that its initializer changed.
+        residual: whether the node belongs to a base that its initializer changed.
     """
 
     labels: ClassVar[Mapping[str, str | None]]
@@ -50,30 +50,30 @@ class Node(tuple[Any, ...]):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """Says what each axis of each array follows: an axis of W, or a name for another axis.
+        """Returns for each axis of each array the axis of W that it follows, or a name of its own.
 
-        Shapes, partitions and checkpoints follow from this. Where W's axis has slots, that of the
-        array is 1 / count as long.
+        This determines shapes, shardings and checkpoints. If the axis of W has slots, the axis of
+        the array is 1 / count as long.
         """
         raise NotImplementedError
 
     def lower(self, w: Any) -> Change:
         """Computes the change that the node makes to the weight `w`, an array or a quantized leaf.
 
-        It is written in terms of `factor`, and raises `PartialWeightError` where it needs more than
-        a shard of `w` and `needs` cannot say so.
+        Write it in terms of `factor`. Raise `PartialWeightError` if it needs more than a shard of
+        `w` and `needs` cannot express that.
         """
         raise NotImplementedError
 
     def needs(self) -> dict[str, tuple[int, ...]]:
-        """Returns axes of W that no `shard_map` may shard, by what an error says of each need."""
+        """Returns axes of W that no `shard_map` may shard, by the reason that an error gives."""
         slots = self.layout.slots
-        return {} if slots is None else {"its slots are parts of a whole axis of W": (slots[2],)}
+        return {} if slots is None else {"slots are parts of a whole axis of W": (slots[2],)}
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        """Says what, beyond `axes`, keeps the node from a weight of `shape`, or returns None.
+        """Says why the node does not fit a weight of `shape` although its axes do; None if it fits.
 
-        A weight that is known by its adapter alone has a length of 0 where no array follows.
+        If only the adapter of a weight is known, axes that no array follows have length 0.
         """
         del shape
         return None
@@ -88,7 +88,7 @@ class Node(tuple[Any, ...]):
     def shapes(
         cls, layout: Layout, shape: tuple[int, ...], sizes: Mapping[str, int]
     ) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of each array for a weight of `shape`; `sizes` has other axes."""
+        """Returns the shape of each array for a weight of `shape`; `sizes` has its other axes."""
         lengths: dict[int | str, int] = dict(enumerate(shape)) | dict(sizes)
         if layout.slots is not None:
             count, chosen, axis = layout.slots
@@ -97,7 +97,7 @@ class Node(tuple[Any, ...]):
         return {n: tuple(lengths.get(d, 0) for d in dims) for n, dims in cls.axes(layout).items()}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        raise TypeError(f"{cls.__name__} is no node yet: put @jlora.extend.register above it.")
+        raise TypeError(f"{cls.__name__} is not registered: put @jlora.extend.register above it.")
 
     def _replace(self, **fields: Any) -> Self:
         """Returns a copy with other values of some fields."""
@@ -105,7 +105,7 @@ class Node(tuple[Any, ...]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         del value
-        raise AttributeError(f"{type(self).__name__} is immutable: node._replace({name}=...).")
+        raise AttributeError(f"{type(self).__name__} is immutable: use _replace({name}=...).")
 
     def __repr__(self) -> str:
         shown = {}
@@ -128,23 +128,25 @@ def _short(x: Any) -> str:
 
 
 C = TypeVar("C", bound=type)
-RULES: dict[str, type[Rule]] = {"Full": Full}  # by name, as checkpoints have it
+RULES: dict[str, type[Rule]] = {"Full": Full}  # by the name in checkpoints
 
 
 def register(cls: C) -> C:
-    """Adds a method's class: a decorator of its `Node` and of its rule.
+    """Registers a method's class; decorate its `Node` and its `Rule` with it.
 
-    A node becomes a named tuple and a pytree; checkpoints know a rule, and its node, by its name.
+    A node becomes a named tuple and a pytree. Checkpoints refer to a rule by its name.
 
     Args:
-        cls: a subclass of `Node`, or a frozen dataclass that is a subclass of `Rule` and names its
-            `node`.
+        cls: a subclass of `Node`; or a frozen dataclass, subclass of `Rule`, that sets `node`.
 
     Returns:
         The same class.
 
     Raises:
-        TypeError: if it is neither.
+        TypeError: if `cls` is neither, or fields of a node without a default come after others.
+
+    Examples:
+        The module's docstring registers a whole method.
     """
     found: Any = cls
     if is_node_type(found):
@@ -152,7 +154,7 @@ def register(cls: C) -> C:
     elif isinstance(found, type) and issubclass(found, Rule) and is_node_type(found.node):
         RULES[found.__name__] = found
     else:
-        raise TypeError(f"register takes a Node, or a Rule that names its `node`; got {cls!r}.")
+        raise TypeError(f"`cls` must be a Node, or a Rule that sets `node`; got {cls!r}.")
     return cls
 
 
@@ -163,12 +165,12 @@ def _make_node(cls: type[Node]) -> None:
     optional = [name for name in names if name in vars(cls)]
     if optional != names[len(names) - len(optional) :]:
         raise TypeError(
-            f"fields of {cls.__name__} with a default must come after those without one; got "
+            f"fields of {cls.__name__} with a default must come after those without; got "
             f"{', '.join(names)}, with defaults for {', '.join(optional)}."
         )
     defaults = [vars(cls)[name] for name in optional]
-    # A tuple with `_fields`, which `flax.serialization` saves without an import of Flax here.
-    # A name holds its class: what `vars` gives is emptied once the class is collected.
+    # `flax.serialization` saves any tuple with `_fields`, so Flax is not imported here.
+    # `made` keeps the class alive: otherwise `vars` of it would become empty.
     made = collections.namedtuple(cls.__name__, names, defaults=defaults)
     for name in vars(made).keys() - {"__doc__", "__module__", "__repr__", "__slots__"}:
         setattr(cls, name, vars(made)[name])
@@ -192,21 +194,20 @@ def is_node(x: Any) -> bool:
 
 
 class PartialWeightError(Exception):
-    """A method needs the whole of a weight, of which an enclosing `shard_map` may have a part."""
+    """A method needs a whole weight, but an enclosing `shard_map` may have sharded it."""
 
     def __init__(self, need: str, mesh_axes: Collection[Any]) -> None:
         names = ", ".join(sorted(map(repr, mesh_axes)))
         super().__init__(
-            f"{need}, and the shard_map around it may have cut W over the mesh axes {names}. "
-            "What varies over a mesh axis may be a part or whole; check_vma=False, and jax.pmap, "
-            "hide both. "
-            "Gather what is whole by jax.lax.all_gather(..., to='invarying') with check_vma=True. "
-            "For weights that are cut, put the shard_map into the function that jlora.transform "
-            "takes, or leave the mesh to jax.jit."
+            f"{need}, but the shard_map around it may have sharded W over the mesh axes {names}. "
+            "If W is whole, gather it by jax.lax.all_gather(..., to='invarying') with "
+            "check_vma=True, so that its type says so (jax.pmap and check_vma=False hide it). If W "
+            "is sharded, put the shard_map into the function that jlora.transform adapts, or leave "
+            "the mesh to jax.jit."
         )
 
     def at(self, path: str) -> NotImplementedError:
-        """Returns the error that says which weight it is."""
+        """Returns the error with the path of the weight."""
         return NotImplementedError(f"{path!r} cannot be adapted here: {self}")
 
 
@@ -228,7 +229,7 @@ def lower(node: Node, w: Any) -> Change:
     return node.lower(w)
 
 
-# ------------------------------------------------------------------- what follows from `Node.axes`
+# ---------------------------------------------------------------------- what `Node.axes` determines
 
 
 def arrays(node: Node) -> dict[str, Any]:
@@ -243,12 +244,12 @@ def static(node: Node) -> dict[str, Any]:
 
 
 def state(node: Node) -> dict[str, Any]:
-    """Returns the arrays of a node by name, without those that come and go with a call."""
+    """Returns the arrays of a node by name, without those that only some calls have."""
     return {name: getattr(node, name) for name, label in node.labels.items() if label is not None}
 
 
 def lengths(node: Node) -> dict[int | str, int]:
-    """Returns the length of each axis, of W or another, that an array of `node` has."""
+    """Returns the length of each axis of the arrays of `node`."""
     axes = node.axes(node.layout)
     return {
         d: n
@@ -258,7 +259,7 @@ def lengths(node: Node) -> dict[int | str, int]:
 
 
 def weight_shape(node: Node) -> tuple[int, ...]:
-    """Returns the shape of the weight that a node adapts; 0 along an axis that no array follows."""
+    """Returns the shape of the weight that a node adapts; axes that no array follows have 0."""
     layout, found = node.layout, lengths(node)
     if layout.slots is not None:
         count, _, axis = layout.slots

@@ -2,8 +2,8 @@ r"""Chosen rows of an embedding, trained in full.
 
 $$W' = W + E\,(V - W_{rows})$$
 
-where E has the columns of the identity that `rows` names. It is a change of rank k, in lookups and
-in a tied head; the other rows are added to 0.
+where the columns of E are the columns `rows` of the identity. It is a change of rank k, in lookups
+and in a tied head. It adds 0 to all other rows.
 """
 
 import collections
@@ -43,7 +43,7 @@ class Replaced(Node):
 
     Attributes:
         v: V, shape (stack…, k, outputs…). Its label for the optimizer is `"rows"`.
-        rows: the number of each row, along the one axis of inputs of W.
+        rows: the indices of the rows, along the only input axis of W.
         layout: which axes of W are which.
 
     Examples:
@@ -62,29 +62,29 @@ class Replaced(Node):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """Says what each axis of V follows."""
+        """Returns what each axis of V follows."""
         return {"v": (*layout.stack, "rows", *layout.outputs)}
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         """Says why a table of `shape` cannot have these rows, or returns None."""
         if len(self.layout.inputs) != 1:
-            return f"it must have one axis of inputs, got {self.layout.inputs}"
+            return f"it must have one input axis, got {self.layout.inputs}"
         if wrong := _problem(self.rows):
             return f"its `rows` must be {wrong}"
         [axis], k = self.layout.inputs, lengths(self).get("rows", 0)
         if len(self.rows) != k:
-            return f"it has {len(self.rows)} `rows`, and values for {k}"
-        # The length is 0 where only the adapter of the weight is known.
+            return f"it has {len(self.rows)} `rows` but values for {k}"
+        # The length is 0 if only the adapter of the weight is known.
         if shape[axis] and (beyond := [i for i in self.rows if i >= shape[axis]]):
-            return f"its `rows` must lie in [0, {shape[axis]}); got {_list_few(beyond)}"
+            return f"its `rows` must be in [0, {shape[axis]}); got {_list_few(beyond)}"
         return None
 
     def needs(self) -> dict[str, tuple[int, ...]]:
-        """Returns the axes of rows: they are counted over the whole table."""
-        return {"Rows counts the rows of the whole table": self.layout.inputs}
+        """Returns the axis of rows, whose indices are those of the whole table."""
+        return {"Rows indexes the whole table": self.layout.inputs}
 
     def lower(self, w: Any) -> Change:
-        """Returns the change that puts V in the place of the rows."""
+        """Returns the change that replaces the rows by V."""
         old, dtype = _take_rows(w, self.layout, self.rows), promote(w.dtype, self.v.dtype)
         b = self._replace(v=self.v.astype(dtype) - old.astype(dtype)).factor("v")
         return Change((Delta(_one_hot(self, w), b, 1.0),), invertible=False)
@@ -93,19 +93,20 @@ class Replaced(Node):
 @register
 @dataclasses.dataclass(frozen=True)
 class Rows(Rule):
-    r"""Trains chosen rows of an embedding in full, such as those of new tokens.
+    r"""Trains chosen rows of an embedding in full, such as the rows of new tokens.
 
-    V replaces these rows wherever the model uses the table: in lookups and, if it is tied, in the
-    head. V starts as the rows themselves; all other rows stay. Further rules adapt the rest of the
-    model: `Rows("embed", new), LoRA()`.
+    Their values V, shape (k, outputs…), replace the rows wherever the model uses the table: in
+    lookups and in a tied head. V starts as the rows themselves, in float32 or wider; no other row
+    changes. Add rules for the rest of the model: `Rows("embed", new), LoRA()`.
 
     Attributes:
-        pattern: a regular expression for whole components of a leaf's path.
-        rows: the numbers of the rows, distinct, in any order: `range(49152, 49160)`.
+        pattern: a regular expression that matches whole components of a leaf's path.
+        rows: the k indices of the rows, distinct, in any order: `range(49152, 49160)`.
 
     Raises:
-        TypeError: if a field is of a wrong type.
-        ValueError: if `pattern` is not a regular expression, or a row is negative or there twice.
+        TypeError: if a field has the wrong type.
+        ValueError: if `pattern` is not a regular expression, or an index is negative or there
+            twice; in `init`, if the leaf is not an embedding or does not have the rows.
 
     Source: PEFT's `trainable_token_indices`.
 
@@ -136,19 +137,18 @@ class Rows(Rule):
         object.__setattr__(self, "rows", rows)
 
     def fit(self, site: Any) -> tuple["Rows", Layout]:
-        """Returns the rule if the site is a table that has its rows."""
+        """Returns the rule; raises unless the site is an embedding that has the rows."""
         if site.kind != "embed" or len(site.layout.inputs) != 1:
             raise ValueError(
-                f"{rule_name(self)} matches {site.name}, a {site.kind} site of shape {site.shape}; "
-                "it needs a table of which rows are looked up. Narrow the pattern, or give the "
-                "site a jlora.LoRA or a jlora.Full."
+                f"{rule_name(self)} needs an embedding, whose rows are looked up, but it matches "
+                f"{site.name}, a {site.kind} site of shape {site.shape}. Narrow the pattern, or "
+                "give the site a jlora.LoRA or a jlora.Full."
             )
         [axis] = site.layout.inputs
         if beyond := [i for i in self.rows if i >= site.shape[axis]]:
             raise ValueError(
-                f"`rows` of {rule_name(self)} must lie in [0, {site.shape[axis]}), the rows of "
-                f"{site.name}; got {_list_few(beyond)}. Grow the table first, to have rows for "
-                "new tokens."
+                f"`rows` of {rule_name(self)} must be in [0, {site.shape[axis]}), the rows of "
+                f"{site.name}; got {_list_few(beyond)}. For new tokens, enlarge the table first."
             )
         return self, site.layout
 
@@ -158,7 +158,7 @@ class Rows(Rule):
         return {"rows": len(self.rows)}
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Replaced]:
-        """Returns W, and its rows as V."""
+        """Returns W and its node, with the rows of W as V."""
         del key
         check_whole(f"{rule_name(self)} takes rows of", w, site.path)
         rows = tuple(self.rows)
@@ -167,7 +167,7 @@ class Rows(Rule):
 
 
 def _problem(rows: Any) -> str | None:
-    """Says what rows must be if these are not, or returns None."""
+    """Says what `rows` must be, and what they are instead; None if they are right."""
     if not isinstance(rows, tuple) or not all(map(is_int, rows)):
         return f"a tuple of integers; got {repr(rows)[:80]}"
     if not rows:
@@ -196,7 +196,7 @@ def _one_hot(node: Replaced, w: Any) -> Factor:
 
 
 def _take_rows(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
-    """Takes rows of W, with the axes of V. If its blocks allow it, no other rows are unpacked."""
+    """Takes rows of W, with the axes of V; of a quantized W it unpacks no other rows if it can."""
     stack, [axis], outputs, _ = layout
     at = (*[slice(None)] * axis, jnp.asarray(rows, jnp.int32))
     place = None
@@ -218,5 +218,5 @@ def _take_rows(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
 
 
 def _sharding(w: Any) -> NamedSharding | None:
-    """Returns the sharding of W over explicit mesh axes, if it has one."""
+    """Returns the sharding of W over explicit mesh axes, or None."""
     return None if is_quantized(w) else explicit(w)

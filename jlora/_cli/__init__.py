@@ -1,3 +1,3 @@
-"""The command line: what `jlora --help` lists. Imports all of jlora."""
+"""The command line, `jlora`. Imports all of jlora."""
 
 from ._app import main as main

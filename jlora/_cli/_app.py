@@ -1,4 +1,4 @@
-"""The commands as the shell sees them; each is a module of its own."""
+"""The group of commands; each command is a module."""
 
 import logging
 import os
@@ -21,16 +21,16 @@ from ._plan import plan
     "jlora",
     commands=[inspect, merge, convert, combine, diff, check, plan],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done, equal, or it fits; 1 the adapters differ, or it does not fit, or "
-    "an engine would not take it; 2 an error; 130 interrupted.",
+    epilog="Exit codes: 0 done, equal, or it fits; 1 the adapters differ, it does not fit, or an "
+    "engine refuses or drops a part of it; 2 an error; 130 interrupted.",
 )
 @click.version_option(package_name="jlora", prog_name="jlora")
 def cli() -> None:
-    """Look at, compare, combine, convert, merge and check LoRA adapters; plan training.
+    """Inspect, compare, combine, convert, merge and check LoRA adapters; plan training.
 
-    Nothing is ever overwritten, and what is written appears complete or not at all.
+    Nothing is ever overwritten. Output appears complete or not at all.
     """
-    # An error says what matters of what Orbax logs.
+    # Errors contain the useful part of Orbax's logs.
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
@@ -43,6 +43,6 @@ def main() -> None:
 
 
 def _report_unraisable(x: Any) -> None:
-    """Reports errors as Python does, but hides that of Orbax's thread after a refused load."""
+    """Reports errors as Python does, except the one of Orbax's thread after a refused load."""
     if not isinstance(x.exc_value, RuntimeError) or str(x.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(x)

@@ -1,4 +1,4 @@
-"""`jlora check`: whether an engine takes an adapter."""
+"""`jlora check`: which parts of an adapter an engine refuses or drops."""
 
 import click
 
@@ -20,20 +20,22 @@ from ._inputs import format_of_adapter
 @click.option(
     "--base",
     type=FOLDER,
-    help="The model that is served, a checkpoint of Hugging Face, with which names and shapes are "
-    "compared. Only its configuration and headers are read.",
+    help="The served model, a Hugging Face checkpoint, to compare names and shapes. Only its "
+    "configuration and headers are read.",
 )
-@click.option("--max-lora-rank", type=int, help="The server's option, if it is given one.")
+@click.option("--max-lora-rank", type=int, help="The server's option, if you set it there.")
 def check(folder: Arg, engine: str, base: Arg | None, max_lora_rank: int | None) -> Answer:
-    """Show what ENGINE refuses of the adapter of PEFT in DIR, and what it drops silently.
+    """Check whether an engine supports an adapter.
 
-    Exit code 1 with a remedy for each, or 0 and how to start the engine.
+    Shows what ENGINE refuses of the PEFT adapter in DIR, and what it drops silently, with a remedy
+    for each, and exit code 1. If there is nothing, shows a command that starts the engine, with
+    exit code 0.
     """
     if engine not in jlora.peft.ENGINES:
         known = ", ".join(jlora.peft.ENGINES)
-        raise ValueError(f"--for: there is no engine {engine!r}; expected one of {known}.")
+        raise ValueError(f"--for must be one of {known}; got {engine!r}.")
     if format_of_adapter(folder, "PEFT") == "orbax":
-        raise ValueError(f"DIR: {folder} is of Orbax; write it as PEFT first, with jlora convert.")
+        raise ValueError(f"DIR: {folder} is an Orbax adapter; write it as PEFT with jlora convert.")
     found = call(jlora.peft.check, folder, engine, base=base, max_lora_rank=max_lora_rank)
     findings = [finding._asdict() for finding in found.findings]
     return Answer(str(found), found._asdict() | {"findings": findings}, int(bool(findings)))

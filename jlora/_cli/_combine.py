@@ -1,4 +1,4 @@
-"""`jlora combine`: adapters of PEFT or of Orbax to one of the same."""
+"""`jlora combine`: several adapters to one, in PEFT's format or Orbax."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,15 +26,21 @@ Merge = Callable[[list[PyTree]], PyTree]
 @click.command(cls=Command)
 @click.argument("adapters", type=FOLDER, nargs=-1, required=True)
 @click.argument("out", type=FOLDER)
-@click.option("--weights", metavar="W,W,…", help="A number for each adapter; 1 by default.")
-@click.option("--method", type=click.Choice([*METHODS]), default="add", show_default=True)
+@click.option("--weights", metavar="W,W,…", help="A weight for each adapter; 1 by default.")
+@click.option(
+    "--method",
+    type=click.Choice([*METHODS]),
+    default="add",
+    show_default=True,
+    help="The weighted sum, or a function of jlora.arithmetic.",
+)
 @click.option(
     "--density",
     type=SHARE,
-    help="The share of entries that ties keeps (0.2 by default), or dare (0.5).",
+    help="The share of entries to keep, for ties (0.2 by default) and dare (0.5).",
 )
-@click.option("--seed", type=click.IntRange(0), help="What dare draws by; 0 by default.")
-@click.option("--rank", type=click.IntRange(1), help="Cut each site to this rank, if it has more.")
+@click.option("--seed", type=click.IntRange(0), help="The seed of dare; 0 by default.")
+@click.option("--rank", type=click.IntRange(1), help="Truncate each site to at most this rank.")
 @click.option("--energy", type=SHARE, help="Or to the least rank that keeps this share of ‖ΔW‖².")
 def combine(
     adapters: tuple[Arg, ...],
@@ -45,11 +51,12 @@ def combine(
     energy: float | None,
     **options: Any,
 ) -> Answer:
-    """Write the weighted sum of ADAPTERS, or their merge by another method, to OUT.
+    """Combine several adapters into one.
 
-    All are PEFT's, and so is OUT, or all are of Orbax. The model is not needed. What is added are
-    the ΔW = s·A·B, not A and B: the sum is exact, and of the sum of the ranks unless it is cut.
-    Values are computed and written in float32, or float64 where the adapters are.
+    Writes the weighted sum of ADAPTERS, or a combination by another method, to OUT, in their
+    format, PEFT or Orbax. The model is not needed. The sum is that of the ΔW = s·A·B, not of A and
+    B. It is exact, and its rank is the sum of the ranks, unless it is truncated. Values are
+    computed and written in float32, or float64 if the adapters are.
     """
     check_vacant(out.value, "OUT")
     kind = _format(adapters)
@@ -59,7 +66,7 @@ def combine(
         others = " and ".join(other for other, known in METHODS.items() if name in known)
         raise ValueError(f"--{name} is for --method {others}; got --method {method}.")
     if rank is not None and energy is not None:
-        raise ValueError("--rank and --energy both say where to cut; give one of them.")
+        raise ValueError("--rank and --energy are alternatives; give one of them.")
     if method == "dare":
         options["key"] = jax.random.key(options.pop("seed", 0))
 
@@ -91,7 +98,7 @@ def combine(
 
 
 def _combine_orbax(adapters: tuple[Arg, ...], out: Arg, merge: Merge) -> PyTree:
-    """Combines adapters of one base, as far as they know theirs."""
+    """Combines Orbax adapters. All that were saved with a base must have the same base."""
     bases = [call(jlora.checkpoint.read, x).base for x in adapters]
     known = [(x, base) for x, base in zip(adapters, bases, strict=True) if base is not None]
     base = known[0][1] if known else None
@@ -101,9 +108,9 @@ def _combine_orbax(adapters: tuple[Arg, ...], out: Arg, merge: Merge) -> PyTree:
         tree = call(jlora.checkpoint.restore, adapter, base=same)
         if full := [name for name, x in by_name(tree).items() if not is_node(x)]:
             raise ValueError(
-                f"ADAPTERS: {adapter} has leaves that are trained in full, whose change is known "
-                f"from the base alone: {', '.join(full)}. Combine them by jlora.arithmetic, whose "
-                "functions take `base`."
+                f"ADAPTERS: {adapter} has leaves trained in full, whose change depends on the "
+                f"base: {', '.join(full)}. Combine the adapters with jlora.arithmetic, whose "
+                "functions accept `base`."
             )
         trees.append(tree)
     found = merge(trees)
@@ -122,8 +129,8 @@ def _format(adapters: tuple[Arg, ...]) -> str:
     if kind == "huggingface" or others:
         listed = ", ".join(f"{folder} ({kind})" for folder, kind in formats.items())
         raise ValueError(
-            f"ADAPTERS must be adapters of one format; got {listed}. `jlora convert` writes an "
-            "adapter of PEFT as one of Orbax, and back."
+            f"ADAPTERS must be adapters in one format; got {listed}. `jlora convert` converts "
+            "adapters between PEFT and Orbax."
         )
     return kind
 

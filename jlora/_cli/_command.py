@@ -1,4 +1,4 @@
-"""What all commands share: arguments, `--json`, `--debug`, and errors in the usage line's words."""
+"""The parts that all commands share: arguments, `--json`, `--debug`, and errors."""
 
 import dataclasses
 import inspect
@@ -25,9 +25,9 @@ class Arg:
     """An argument of a command; its `str` is the path.
 
     Attributes:
-        what: what the usage line calls it.
+        what: its name in the usage line.
         path: the folder that the user gave, or None.
-        value: what a function gets: the path, or what was read from there.
+        value: the value for a function: the path, or what was read from it.
     """
 
     what: str
@@ -38,7 +38,7 @@ class Arg:
         return str(self.path)
 
     def with_value(self, value: Any) -> "Arg":
-        """Returns the same argument with what was read from its folder."""
+        """Returns the same argument with another value, which was read from its folder."""
         return dataclasses.replace(self, value=value)
 
 
@@ -54,9 +54,9 @@ FOLDER = _Folder()
 
 
 def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
-    """Calls a function with the values of what the user gave.
+    """Calls a function with the values of the user's arguments.
 
-    Its errors then have the words of the usage line, with the paths.
+    Its errors then have the names in the usage line, with the paths.
     """
     bound = inspect.signature(function).bind(*args, **options)
     given = {name: x for name, x in bound.arguments.items() if isinstance(x, Arg)}
@@ -91,15 +91,15 @@ def _has_path(path: Path, text: str) -> bool:
 ERROR, INTERRUPTED = 2, 130
 # ----------------------------------------------------------------------------- answers and failures
 
-LINES = 12  # of an error's list that are shown without --debug
+LINES = 12  # lines of an error that are shown without --debug
 
 
 class Answer(NamedTuple):
-    """What a command found or did.
+    """The answer of a command.
 
     Attributes:
-        text: for people.
-        fields: for `--json`, where a float that is not finite becomes null.
+        text: the text to print.
+        fields: the fields for `--json`.
         exit_code: 1 for "no", such as adapters that differ.
     """
 
@@ -116,11 +116,11 @@ class Answer(NamedTuple):
 class Command(click.Command):
     """A command whose function returns an `Answer`.
 
-    Any exception becomes one line on stderr and the exit code 2.
+    An exception becomes one line on stderr, with exit code 2.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Adds two options to those of `click.Command`."""
+        """Adds the options `--json` and `--debug`."""
         super().__init__(*args, **kwargs)
         as_json = click.Option(["--json"], is_flag=True, help="Print JSON, for programs.")
         debug = click.Option(["--debug"], is_flag=True, help="Print the traceback of an error.")
@@ -130,7 +130,7 @@ class Command(click.Command):
         """Runs the function and prints its answer."""
         as_json, debug = ctx.params.pop("json"), ctx.params.pop("debug")
         try:
-            # Without it JAX would narrow float64 and int64 that a file holds.
+            # Without x64, JAX would narrow float64 and int64 from files.
             with jax.enable_x64(True), warnings.catch_warnings():
                 warnings.showwarning = _print_warning
                 answer: Answer = super().invoke(ctx)
@@ -138,7 +138,7 @@ class Command(click.Command):
         except KeyboardInterrupt:
             click.echo("jlora: interrupted; nothing is half written.", err=True)
             sys.stderr.flush()
-            # At once: Orbax would complain of its unfinished work on the way out.
+            # Immediately, as otherwise Orbax reports its unfinished work.
             os._exit(INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
@@ -155,7 +155,7 @@ def _print_warning(message: Any, *_: Any) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    """Writes the message of an error in one line, and cuts a long list."""
+    """Returns the message of an error as one line; a long list is cut."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

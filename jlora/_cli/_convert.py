@@ -1,4 +1,4 @@
-"""`jlora convert`: an adapter of PEFT as one of Orbax, and back."""
+"""`jlora convert`: converts adapters between PEFT and Orbax."""
 
 from typing import Any
 
@@ -17,21 +17,22 @@ from ._inputs import NAMES, format_of_adapter, table
 @click.argument("source", type=FOLDER, metavar="IN")
 @click.argument("out", type=FOLDER)
 @click.option(
-    "--profile", type=click.Choice(["vllm"]), help="Write PEFT's format as vLLM takes it."
+    "--profile", type=click.Choice(["vllm"]), help="Write PEFT's format in the form for vLLM."
 )
 @click.option("--names", metavar="TABLE", help=NAMES)
 @click.option(
     "--base",
     type=FOLDER,
-    help="The base's parameters in Orbax, or an adapter in Orbax that was saved with its base. "
-    "Needed to write Orbax; only shapes are read then.",
+    help="An Orbax checkpoint of the base's parameters, or of an adapter that was saved with its "
+    "base. Needed to write Orbax; then only shapes are read.",
 )
-@click.option("--config", type=FOLDER, help="An adapter of PEFT whose configuration is kept.")
+@click.option("--config", type=FOLDER, help="A PEFT adapter whose configuration to keep.")
 def convert(source: Arg, out: Arg, profile: str | None, **options: Any) -> Answer:
-    """Write the adapter IN, of Orbax or PEFT, to OUT in the other format.
+    """Convert an adapter from Orbax to PEFT, or from PEFT to Orbax.
 
-    With --profile vllm OUT is always PEFT's: one rank for all modules and the scales in B. All
-    values are kept bit for bit, but for that scaling.
+    Writes the adapter IN to OUT in the other format. All values are kept bit for bit. With
+    --profile vllm, OUT has PEFT's format, one rank for all modules, and the scales multiplied into
+    B.
     """
     check_vacant(out.value, "OUT")
     kind, written = format_of_adapter(source), "peft"
@@ -71,8 +72,8 @@ def _to_peft(
         params = base.with_value(call(jlora.checkpoint.base_values, base))
     elif call(jlora.checkpoint.read, source).base is None:
         raise ValueError(
-            f"IN: {source} was saved without its base, so that the base's shapes are not known. "
-            "Give --base, an Orbax checkpoint of the base's parameters."
+            f"IN: {source} was saved without its base, so the base's shapes are not known. Give "
+            "--base, an Orbax checkpoint of the base's parameters."
         )
     else:
         params = Arg("the base", None, call(jlora.checkpoint.base_shapes, source))
@@ -89,12 +90,12 @@ def _to_orbax(
     config: Arg | None,
 ) -> PyTree:
     if config is not None:
-        raise ValueError("--config is for what is written as PEFT; OUT is an Orbax checkpoint.")
+        raise ValueError("--config is for writing PEFT, but OUT is an Orbax checkpoint.")
     rows = table(names)
     if base is None:
         raise ValueError(
-            "--base is needed to read an adapter of PEFT: an Orbax checkpoint of the base's "
-            "parameters, of which only the shapes are read, or of an adapter that knows its base."
+            "--base is needed to read a PEFT adapter: an Orbax checkpoint of the base's parameters "
+            "(only shapes are read), or of an adapter that was saved with its base."
         )
     shapes = call(jlora.checkpoint.base_shapes, base)
     adapter = call(jlora.peft.load, source, base.with_value(shapes), rows)
@@ -105,6 +106,6 @@ def _to_orbax(
 def _to_profile(source: Arg, out: Arg, **options: Any) -> PyTree:
     for name, value in options.items():
         if value is not None:
-            raise ValueError(f"--{name} is not needed: IN is an adapter of PEFT, and so is OUT.")
+            raise ValueError(f"--{name} is not needed: IN and OUT are PEFT adapters. Leave it out.")
     call(jlora.peft.to_vllm, source, out)
     return call(jlora.peft.read, source)

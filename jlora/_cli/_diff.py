@@ -24,12 +24,13 @@ from ._inspect import widen
 @click.option(
     "--tolerance",
     type=float,
-    help="Take sites as equal whose ΔW differ by no more, relative to A's, whatever their rank.",
+    help="Treat sites as equal if ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖ is at most this, also for other ranks.",
 )
 def diff(a: Arg, b: Arg, names: str | None, tolerance: float | None) -> Answer:
-    """Compare the adapters A and B: exit code 0 if they are equal in every bit, 1 if not.
+    """Compare two adapters, A and B.
 
-    For each site that differs: ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖, and what differs.
+    Shows ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖ for each site that differs, and what differs. The exit code is 0 if
+    they are bit for bit equal, and otherwise 1.
     """
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"--tolerance must be a number of at least 0; got {tolerance}.")
@@ -66,7 +67,7 @@ def diff(a: Arg, b: Arg, names: str | None, tolerance: float | None) -> Answer:
 
 
 def _open_alike(a: Arg, b: Arg, names: str | None) -> list[OpenAdapter]:
-    """Opens two adapters by the same names: PEFT's beside one of Orbax by those of its base."""
+    """Opens two adapters with the same names. A PEFT adapter gets those of the Orbax adapter."""
     formats = {format_of(x): x for x in (a, b)}
     if formats.keys() != {"peft", "orbax"}:
         return [open_adapter(a), open_adapter(b)]
@@ -81,7 +82,7 @@ def _open_alike(a: Arg, b: Arg, names: str | None) -> list[OpenAdapter]:
 
 
 def _compare(x: Any, y: Any) -> dict[str, Any]:
-    """Says whether two leaves have the same bits, by how much their ΔW differ, and where."""
+    """Compares two leaves: whether all bits are equal, how much ΔW differs, and what differs."""
     if type(x) is not type(y) and (is_node(x) or is_node(y)):
         return {"equal": False, "relative": None, "changes": [f"{_kind(x)} → {_kind(y)}"]}
     if isinstance(x, Replaced):
@@ -103,7 +104,7 @@ def _kind(x: Any) -> str:
 
 
 def _facts(x: Any) -> dict[str, Any]:
-    """Lists what is compared beside the values."""
+    """Returns the properties that are compared besides the values."""
     if not is_node(x):
         return {"shape": x.shape, "dtype": str(x.dtype)}
     return {
@@ -135,9 +136,9 @@ def _measure(x: LowRank, y: LowRank) -> tuple[jax.Array, jax.Array]:
 
 
 def _relative(x: Any, y: Any, changes: Any) -> float | None:
-    """Computes ‖ΔW_x - ΔW_y‖ / ‖ΔW_x‖ over all matrices; None where it is not known.
+    """Computes ‖ΔW_x - ΔW_y‖ / ‖ΔW_x‖ over all matrices; None if it is not known.
 
-    For DoRA only whether W' is the same is known: what it is depends on W.
+    For DoRA it is known only if nothing differs, because W' depends on W.
     """
     if isinstance(x, Decomposed):
         return None if changes else 0.0
@@ -147,7 +148,7 @@ def _relative(x: Any, y: Any, changes: Any) -> float | None:
         size, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         change = size - y
     elif {"weight", "residual"} & changes.keys() or x.layout[:3] != y.layout[:3]:
-        return None  # of two weights or two bases
+        return None  # for two weights or two bases
     elif changes.keys() <= {"dropout", "frozen"}:
         return 0.0
     else:

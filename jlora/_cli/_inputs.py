@@ -1,4 +1,4 @@
-"""What the user names: folders and what they hold, name tables, functions in modules and files."""
+"""Opens the user's folders, name tables, and functions in modules and files."""
 
 import importlib
 import importlib.util
@@ -13,18 +13,14 @@ from .._tree import adapter_leaves, name_of
 from .._types import PyTree
 from ._command import Arg, call
 
-NAMES = """Name table between JAX's paths and PyTorch's modules: bert, roberta, gpt2, llama,
-llama-scanned, vit, gpt-oss, llama4, tunix-llama3, tunix-qwen2, tunix-qwen3,
-tunix-qwen3-experts, tunix-gemma, tunix-gemma4, gemma3, gemma4, gemma4-experts, gemma2-2b,
-keras-hub-llama3, keras-hub-qwen3, keras-hub-gemma3, maxtext-llama, maxtext-qwen3,
-maxtext-deepseek-v3, maxtext-gemma4, maxtext-gpt-oss, maxtext-llama4, easydel, module:ATTRIBUTE
-or file.py:ATTRIBUTE."""
-# Files of Orbax: the first is in every checkpoint, the second in those of one tree.
+TABLES = f"{', '.join(jlora.peft.TABLES)}, module:ATTRIBUTE or file.py:ATTRIBUTE"
+NAMES = f"Name table between JAX's paths and PyTorch's modules: {TABLES}."
+# Orbax's files: the first is in every checkpoint, the second in checkpoints of one tree.
 ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")
 
 
 class OpenAdapter(NamedTuple):
-    """An adapter: its leaves by PyTorch's names of modules (PEFT) or by paths (Orbax)."""
+    """An adapter, with its leaves by PyTorch's names (PEFT) or by paths (Orbax)."""
 
     format: str
     leaves: dict[str, Any]
@@ -32,7 +28,7 @@ class OpenAdapter(NamedTuple):
 
 
 def open_adapter(given: Arg) -> OpenAdapter:
-    """Opens an adapter of PEFT or of Orbax."""
+    """Opens an adapter in PEFT's format or Orbax."""
     if format_of_adapter(given) == "peft":
         base = call(jlora.peft.read_config, given).get("base_model_name_or_path")
         return OpenAdapter("peft", call(jlora.peft.read, given), {"base_model": base})
@@ -49,14 +45,14 @@ def by_name(adapter: PyTree) -> dict[str, Any]:
 def format_of_adapter(given: Arg, expected: str = "PEFT or Orbax") -> str:
     """Returns `peft` or `orbax`; raises for a model."""
     if (kind := format_of(given)) == "huggingface":
-        raise ValueError(f"{given.what}: {given} holds a model; expected an adapter of {expected}.")
+        raise ValueError(f"{given.what}: {given} is a model; expected an adapter of {expected}.")
     return kind
 
 
 def format_of(given: Arg, *, model: bool = False) -> str:
     """Returns `peft`, `orbax` or `huggingface`.
 
-    A folder with an adapter and a model is an adapter, or with `model=True` a model.
+    A folder with both is an adapter, or with `model=True` a model.
     """
     folder = given.value
     if not folder.is_dir():
@@ -71,12 +67,12 @@ def format_of(given: Arg, *, model: bool = False) -> str:
         return "orbax"
     if "model" in held:
         return "huggingface"
-    # The steps of a CheckpointManager, about which Orbax's reader says what to do.
+    # Steps of a CheckpointManager; jlora.checkpoint.read then says what to give.
     if any(name.isdigit() for name in names):
         return "orbax"
     raise ValueError(
-        f"{given.what}: {folder} holds neither adapter_config.json, as PEFT writes it, nor a "
-        "checkpoint of Orbax, nor a model of Hugging Face."
+        f"{given.what}: {folder} has neither PEFT's adapter_config.json, nor an Orbax checkpoint, "
+        "nor a Hugging Face model."
     )
 
 
@@ -85,14 +81,12 @@ def format_of(given: Arg, *, model: bool = False) -> str:
 
 def table(text: str | None) -> tuple[Any, ...]:
     """Finds the table of `--names`: one of jlora's, `module:ATTRIBUTE` or `file.py:ATTRIBUTE`."""
-    tables = jlora.peft.TABLES
-    choice = f"one of {', '.join(tables)}, module:ATTRIBUTE or file.py:ATTRIBUTE"
     if text is None:
-        raise ValueError(f"--names is needed to match PyTorch's modules to paths: {choice}.")
-    if text.lower() in tables:
-        return tables[text.lower()]
+        raise ValueError(f"--names is needed to match paths to PyTorch's modules: one of {TABLES}.")
+    if text.lower() in jlora.peft.TABLES:
+        return jlora.peft.TABLES[text.lower()]
     if ":" not in text:
-        raise ValueError(f"--names: there is no table {text!r}; expected {choice}.")
+        raise ValueError(f"--names: there is no table {text!r}; expected one of {TABLES}.")
     found, row = attribute(text, "--names"), jlora.peft.Name
     if not isinstance(found, list | tuple) or not all(isinstance(x, row) for x in found):
         raise ValueError(
@@ -102,7 +96,7 @@ def table(text: str | None) -> tuple[Any, ...]:
 
 
 def attribute(text: str, what: str) -> Any:
-    """Imports what the user gave as `what`: `module:NAME` or `file.py:NAME`."""
+    """Imports `module:NAME` or `file.py:NAME`; errors call the argument `what`."""
     source, _, name = text.rpartition(":")
     if not source or not name:
         raise ValueError(f"{what}: expected module:NAME or file.py:NAME; got {text!r}.")
@@ -116,7 +110,7 @@ def attribute(text: str, what: str) -> Any:
 
 
 def _run(file: str) -> ModuleType:
-    """Imports a file, as a module that its classes and annotations are found in."""
+    """Imports a file as a module, in which its classes and annotations are found."""
     name = f"jlora_user_{Path(file).stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None

@@ -1,4 +1,4 @@
-"""`jlora inspect`: what an adapter holds and how much it changes."""
+"""`jlora inspect`: the contents of an adapter, and how much it changes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,15 +27,15 @@ Fields = dict[str, Any]  # of JSON
 
 @click.command(cls=Command)
 @click.argument("folder", type=FOLDER, metavar="DIR")
-@click.option("--all", "every", is_flag=True, help="A row for each matrix of a stack.")
+@click.option("--all", "every", is_flag=True, help="Print a row for each matrix of a stack.")
 def inspect(folder: Arg, every: bool) -> Answer:
-    """Show the sites of the adapter in DIR, and how much each changes its weight.
+    """Show the sites of an adapter, and how much each changes its weight.
 
-    Of a quantized model: its matrices and what they take.
+    The columns are inputs × outputs, rank r, scale s, the Frobenius norm of ΔW = s·A·B, its stable
+    and effective rank, and its largest singular values, computed from A and B. For stacked layers
+    and experts, a row has the median (least…largest).
 
-    For each site: inputs × outputs, rank r, scale s, the Frobenius norm of ΔW = s·A·B, its stable
-    and effective rank, and its largest singular values, computed from A and B alone. Of stacked
-    layers and experts: the median (least…largest).
+    If DIR is a quantized model, show its quantized matrices and their sizes.
     """
     is_model = format_of(folder) == "huggingface" and "weights" in jlora.peft.holds(folder.value)
     if is_model and (found := call(jlora.peft.matrices, folder)):
@@ -61,7 +61,7 @@ def inspect(folder: Arg, every: bool) -> Answer:
 
 
 def _list_quantized(folder: Arg, found: Sequence[Any]) -> Answer:
-    """Lists the matrices of a quantized model with their sizes."""
+    """Lists the quantized matrices of a model with their sizes."""
     rows = []
     for x in found:
         bits = f"{8 * x.size / math.prod(x.shape):.3f}"
@@ -102,7 +102,7 @@ def _measure(x: LowRank) -> dict[str, jax.Array]:
 
 
 def _site(name: str, x: LowRank | Decomposed) -> Fields:
-    """Measures a node and each of its ΔW; the ΔW of DoRA is s·A·B, before it is given norms."""
+    """Measures the ΔW of a node, a matrix each. For DoRA this is s·A·B, before normalization."""
     shape, measured = weight_shape(x), {k: np.asarray(v) for k, v in _measure(widen(x)).items()}
     inputs, outputs = (math.prod(shape[d] for d in axes) for axes in x.layout[1:3])
     return {
@@ -131,7 +131,7 @@ def _lines(fields: Fields, about: Fields, every: bool) -> list[str]:
     measured = [row for site in sites for row in _rows(site, every)]
     lines = align_columns(HEADER, measured, HEADER[1:-1]) if measured else []
     if any(site["method"] == "DoRA" for site in sites):
-        lines.append("DoRA: ΔW is s·A·B, and W + ΔW is given norms")
+        lines.append("DoRA: ΔW is s·A·B, before normalization")
     for what, leaves in (("in full", full), ("rows of", rows)):
         own = [(x["name"], _times(x["shape"]), x["dtype"]) for x in leaves]
         lines += [""] * bool(lines and own)
@@ -145,7 +145,7 @@ def _lines(fields: Fields, about: Fields, every: bool) -> list[str]:
 
 
 def _rows(site: Fields, every: bool) -> list[tuple[str, ...]]:
-    """Makes the rows of a site: one for each matrix, or one for all of a stack."""
+    """Makes the rows of a site: one for each matrix, or one for a stack."""
     name, matrices = site["name"], site["matrices"]
     start = (f"{site['inputs']} × {site['outputs']}", str(site["rank"]), f"{site['scale']:.4g}")
     if not every and len(matrices) > 1:
@@ -164,7 +164,7 @@ def _rows(site: Fields, every: bool) -> list[tuple[str, ...]]:
 
 
 def _range(values: Sequence[float]) -> str:
-    """Writes the median, the smallest and the largest."""
+    """Formats the median, the smallest and the largest value."""
     return f"{np.median(values):.4g} ({min(values):.4g}…{max(values):.4g})"
 
 

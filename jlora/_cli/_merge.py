@@ -1,4 +1,4 @@
-"""`jlora merge`: a model with an adapter in its weights."""
+"""`jlora merge`: merges an adapter into the weights of a model."""
 
 from typing import Any
 
@@ -17,13 +17,14 @@ from ._inputs import NAMES, format_of, table
 @click.argument("adapter", type=FOLDER)
 @click.argument("out", type=FOLDER)
 @click.option("--names", metavar="TABLE", help=NAMES)
-@click.option("--follow-links", is_flag=True, help="Copy what links out of BASE point to.")
+@click.option("--follow-links", is_flag=True, help="Follow links out of BASE, and copy the files.")
 def merge(base: Arg, adapter: Arg, out: Arg, names: str | None, follow_links: bool) -> Answer:
-    """Write the model BASE with ADAPTER merged into its weights to OUT.
+    """Merge an adapter into a model.
 
-    BASE is a checkpoint of Hugging Face (safetensors), or the parameters in Orbax, and OUT is
-    like it: same files, names and dtypes; of a quantized one plain floats. ADAPTER is one of
-    PEFT or of Orbax. --names is needed where one of them is of PyTorch and the other of JAX.
+    Adds ADAPTER to the weights of BASE, and writes the model to OUT. BASE is a Hugging Face
+    checkpoint (safetensors), or an Orbax checkpoint of parameters. OUT has the same files, names
+    and dtypes; a quantized BASE gives floats. ADAPTER is in PEFT's format or Orbax. --names is
+    needed to merge Orbax into Hugging Face, or PEFT into Orbax.
     """
     check_vacant(out.value, "OUT")
     kind, adapter_kind = format_of(base, model=True), format_of(adapter)
@@ -51,7 +52,7 @@ def merge(base: Arg, adapter: Arg, out: Arg, names: str | None, follow_links: bo
 
 
 def _load(adapter: Arg, kind: str, params: Arg, names: str | None) -> PyTree:
-    """Reads an adapter onto the parameters, which it must fit as far as it knows its base."""
+    """Reads an adapter onto the parameters. It must fit them if it was saved with its base."""
     if kind == "peft":
         return call(jlora.peft.load, adapter, params, table(names))
     known = call(jlora.checkpoint.read, adapter).base is not None

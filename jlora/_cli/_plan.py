@@ -1,4 +1,4 @@
-"""`jlora plan`: what a job needs on a slice that is not there."""
+"""`jlora plan`: the memory of a job on a TPU slice, without the slice."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from .._planning import has_compiler, mesh_of, mesh_of_leaves, parse_topology
 from ._command import Answer, Command, call
 from ._inputs import attribute
 
-WITHOUT = 'activations need the compiler for TPUs, which is not installed: pip install "jax[tpu]"'
+WITHOUT = 'activations are unknown without the compiler for TPUs: pip install "jax[tpu]"'
 
 
 @click.command(cls=Command)
@@ -30,12 +30,12 @@ WITHOUT = 'activations need the compiler for TPUs, which is not installed: pip i
 )
 @click.option("--arithmetic", is_flag=True, help="Do not compile, even if libtpu is installed.")
 def plan(job: str, topology: str, mesh: str, fast: bool, arithmetic: bool) -> Answer:
-    """Show what a training step needs on each device of a TPU slice, without the slice.
+    """Show the memory of a training step on a TPU slice.
 
-    JOB is module:FUNCTION or file.py:FUNCTION. The function takes the mesh and returns the
-    arguments of jlora.plan: (loss, base, adapter, args) or (loss, base, adapter, args, tx), as
-    shapes with shardings on the mesh. With libtpu installed the step is compiled for the slice;
-    without it, all but the activations is known.
+    Shows what each device needs, without the slice. JOB is module:FUNCTION or file.py:FUNCTION. The
+    function gets the mesh, and returns the arguments of jlora.plan: (loss, base, adapter, args) or
+    (loss, base, adapter, args, tx), as shapes with shardings on the mesh. With libtpu installed,
+    the step is compiled for the slice. Without it, everything but the activations is known.
     """
     chip, _ = call(parse_topology, topology)
     where = call(mesh_of, topology, _axes(mesh))
@@ -45,13 +45,13 @@ def plan(job: str, topology: str, mesh: str, fast: bool, arithmetic: bool) -> An
         if not isinstance(returned, tuple) or not 4 <= len(returned) <= 5:
             raise ValueError(
                 f"JOB: {job} must return (loss, base, adapter, args) or (loss, base, adapter, "
-                f"args, tx), as jlora.plan takes them; got {type(returned).__name__}."
+                f"args, tx), the arguments of jlora.plan; got {type(returned).__name__}."
             )
         if mesh_of_leaves(returned[1:4]) is None:
             raise ValueError(
-                f"JOB: nothing that {job} returned is on the mesh that it was given. Give each "
-                "leaf of the base and of the arguments its place, jax.ShapeDtypeStruct(shape, "
-                "dtype, sharding=NamedSharding(mesh, spec))."
+                f"JOB: no leaf that {job} returned is on the mesh that it got. Give each leaf of "
+                "the base and of the arguments a sharding: jax.ShapeDtypeStruct(shape, dtype, "
+                "sharding=NamedSharding(mesh, spec))."
             )
         found = jlora.plan(
             *returned,

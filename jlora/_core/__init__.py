@@ -1,8 +1,8 @@
 """The interpreter and its product. Imports `_compat`.
 
-It evaluates a traced function in which some parameters are a `Weight`: W and the change that is
-made to it. Of a method it knows only this `Change`. Read the modules in this order: `_axes`,
-`_change`, `_weight`, `_interpret`, `_moves`, `_product`, `_contractions`, `_low_rank`, `_control`.
+It evaluates a traced function in which some parameters are a `Weight`: W with its `Change`, which
+is all that the interpreter knows of a method. Read the modules in this order: `_axes`, `_change`,
+`_weight`, `_interpret`, `_moves`, `_product`, `_contractions`, `_low_rank`, `_control`.
 """
 
 from . import _contractions, _control, _joins, _lookup, _moves  # noqa: F401
@@ -12,6 +12,7 @@ from ._arrays import explicit as explicit
 from ._arrays import fit_spec as fit_spec
 from ._arrays import is_floating as is_floating
 from ._arrays import mesh_axes as mesh_axes
+from ._arrays import pick as pick
 from ._arrays import promote as promote
 from ._axes import RANK as RANK
 from ._axes import REPEATED as REPEATED
@@ -26,7 +27,6 @@ from ._interpret import Equation as Equation
 from ._interpret import ValueReadError as ValueReadError
 from ._interpret import as_array as as_array
 from ._interpret import evaluate as evaluate
-from ._interpret import pick as pick
 from ._interpret import rule as rule
 from ._interpret import trace as trace
 from ._packed import Packed as Packed

@@ -1,8 +1,8 @@
-"""Arrays under any promotion rules, and along explicit mesh axes, where JAX wants shardings."""
+"""Operations on arrays under any promotion rules and along explicit mesh axes; leaves of trees."""
 
 import math
 import string
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def explicit(x: Any) -> NamedSharding | None:
-    """Gives the sharding of an array or a type, or None if no axis of its mesh is explicit."""
+    """Returns the sharding of an array or a type, or None if no axis of its mesh is explicit."""
     aval = jax.typeof(x) if isinstance(x, jax.Array) else x
     found = getattr(aval, "sharding", None)
     if not isinstance(found, NamedSharding) or AxisType.Explicit not in found.mesh.axis_types:
@@ -22,7 +22,7 @@ def explicit(x: Any) -> NamedSharding | None:
 def _join_shardings(
     x: Sequence[Hashable], y: Sequence[Hashable], out: Sequence[Hashable], *values: jax.Array
 ) -> NamedSharding | None:
-    """Shards each axis of `out` as in x, or else as in y, and uses no mesh axis twice."""
+    """Shards each axis of `out` as in x, or else as in y, but uses no mesh axis twice."""
     entries: dict[Hashable, Any] = {}
     of_x, of_y = map(explicit, values)
     for axes, sharding in ((y, of_y), (x, of_x)):
@@ -50,7 +50,7 @@ def count_pieces(entry: Any, mesh: Any) -> int:
 
 
 def fit_spec(entries: Sequence[Any], shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """Makes a partition of the entries that split their axes into equal pieces."""
+    """Makes a PartitionSpec of those entries that split their axes into equal pieces."""
     pairs = zip(entries, shape, strict=True)
     return PartitionSpec(*(e if n % count_pieces(e, mesh) == 0 else None for e, n in pairs))
 
@@ -68,9 +68,9 @@ def einsum(
 ) -> jax.Array:
     """Computes the Einstein sum of two arrays in `dtype`, by default float32 or better.
 
-    `x`, `y` and `out` name the axes of the arrays and of the result by any values.
-    Along explicit mesh axes the result has `sharding`; by default each of its axes is sharded as in
-    x, or else as in y, and what is contracted is summed over the mesh.
+    `x`, `y` and `out` name the axes of the arrays and of the result by any hashable values. Along
+    explicit mesh axes the result has `sharding`; by default each of its axes is sharded as in x, or
+    else as in y, and contracted axes are summed over the mesh.
     """
     of_x, of_y, of_out = spell(x, y, out)
     return jnp.einsum(
@@ -84,22 +84,22 @@ def einsum(
 
 
 def spell(*each: Sequence[Hashable]) -> list[str]:
-    """Replaces names by letters, as `jnp.einsum` wants them."""
+    """Replaces names by letters, for `jnp.einsum`."""
     names = dict.fromkeys(name for names in each for name in names)
     letters = dict(zip(names, string.ascii_letters, strict=False))
     return ["".join(letters[name] for name in names) for names in each]
 
 
 def promote(*dtypes: Any) -> Any:
-    """Finds the dtype that holds all `dtypes`, also where implicit promotion is an error."""
-    # Nothing is promoted to or from float8, which JAX leaves to the user.
+    """Returns the dtype that holds all `dtypes`, also where implicit promotion is an error."""
+    # JAX promotes nothing to or from float8.
     wide = [jnp.bfloat16 if _is_float8(dtype) else dtype for dtype in dtypes]
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*wide)
 
 
 def is_floating(dtype: Any) -> bool:
-    """Whether `dtype` is that of real floating-point numbers."""
+    """Whether `dtype` is a dtype of real floating-point numbers."""
     try:
         return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:
@@ -108,3 +108,20 @@ def is_floating(dtype: Any) -> bool:
 
 def _is_float8(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+
+
+def pick(
+    tree: Any, is_picked: Callable[[Any], bool], is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """Picks leaves of a tree; returns them, and a function that puts others in their places."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
+    at = [i for i, x in enumerate(leaves) if is_picked(x)]
+    picked = [leaves[i] for i in at]
+    for i in at:  # so that `put` keeps nothing alive
+        leaves[i] = None
+
+    def put(values: Sequence[Any]) -> Any:
+        full = dict(enumerate(leaves)) | dict(zip(at, values, strict=True))
+        return jax.tree.unflatten(structure, list(full.values()))
+
+    return picked, put

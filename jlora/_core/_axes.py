@@ -1,9 +1,9 @@
 """Named axes of a weight, and factors: arrays whose axes have these names.
 
 The model transposes, reshapes, slices and scans its weights before it multiplies with them. Each
-axis of a weight keeps its name through all of that, and each axis of A and of B has the name of the
-axis of the weight that it follows. So a transpose of W touches neither A nor B, and a slice of W's
-columns slices B alone. W itself is the factor that has every axis.
+axis of a weight keeps its name through all of that. Each axis of A and B has the name of the axis
+of W that it follows. So a transpose of W changes neither A nor B, and a slice of W's columns slices
+only B. W itself is the factor that has every axis.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class Axis(NamedTuple):
     Attributes:
         name: distinguishes it from the other axes of the weight. It depends only on what the model
             does with the weight, so it is the same in each trace.
-        leaf: the axes of parameter leaves that lie in it, each as path and number, and `REPEATED`
-            where the weight was repeated.
+        leaf: the axes of parameter leaves that it consists of, as pairs of path and number; with
+            `REPEATED` if the weight was repeated.
     """
 
     name: int
@@ -45,7 +45,7 @@ def axes_of_leaf(path: str, ndim: int) -> tuple[Axis, ...]:
 class Unfactorable(Exception):  # noqa: N818 - a signal to the interpreter, never the user's error
     """The result of an operation on W has no factored form.
 
-    `added` says that the result is an activation: W is added to one, or concatenated with one.
+    `added` means that W acts as an activation: it is added to one, or concatenated with one.
     """
 
     def __init__(self, *reason: str, added: bool = False) -> None:
@@ -59,12 +59,17 @@ Along = Mapping[Axis, Callable[[jax.Array, int], jax.Array]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """An array with named axes; along the weight's other axes it is constant.
+    """An array with named axes; it is constant along the other axes of the weight.
 
     Attributes:
         value: the array.
-        axes: the names of its axes, one of them `RANK` in A and B.
+        axes: the names of its axes; A and B have `RANK`.
         varying: mesh axes over which it may vary within a `shard_map` that does not check this.
+
+    Examples:
+        >>> a = Factor(jnp.ones((4, 2)), (Axis(0), RANK))
+        >>> a.length(RANK)
+        2
     """
 
     value: Any
@@ -75,7 +80,7 @@ class Factor:
         """Returns a copy with another array and, optionally, other axes."""
         return Factor(value, self.axes if axes is None else tuple(axes), self.varying)
 
-    # ------------------------------------------------------ what W has in common with a `Packed` W
+    # ---------------------------------------------------------------- what `Packed` implements too
 
     @property
     def array(self) -> jax.Array:
@@ -102,7 +107,7 @@ class Factor:
         return self.replace(f(self.value))
 
     def along(self, functions: Along) -> "Factor":
-        """Applies each function to the array and the number of the axis that it is given for."""
+        """Applies each function to the array and the number of its axis."""
         value = self.value
         for i, axis in enumerate(self.axes):
             if axis in functions:
@@ -110,7 +115,7 @@ class Factor:
         return self.replace(value)
 
     def without(self, axes: Collection[Axis]) -> "Factor":
-        """Removes those of `axes` that have length 1."""
+        """Removes `axes`, as far as they have length 1."""
         at = [i for i, a in enumerate(self.axes) if a in axes and self.shape[i] == 1]
         if not at:
             return self
@@ -120,7 +125,7 @@ class Factor:
     def transpose(
         self, axes: Sequence[Axis], shape: Sequence[int], sharding: Any = None
     ) -> "Factor":
-        """Transposes it to the order of `axes`, and repeats it along those that it lacks."""
+        """Transposes to the order of `axes`, and repeats along the axes that are missing."""
         value = lax.transpose(self.value, [self.axis(a) for a in axes if a in self.axes])
         if len(axes) > len(self.axes):
             at = [i for i, a in enumerate(axes) if a in self.axes]
@@ -130,7 +135,7 @@ class Factor:
     def reshape(
         self, groups: Sequence["Group"], others: Sequence["Factor"] = (), sharding: Any = None
     ) -> "Factor":
-        """Reshapes it as W is reshaped; `others` are the factors that it is multiplied with."""
+        """Reshapes like W; `others` are the factors that it is multiplied with."""
         if self.axes == tuple(a for group in groups for a in group.old):
             new = {a: length for group in groups for a, length in group.new.items()}
             value = lax.reshape(self.value, tuple(new.values()), out_sharding=sharding)
@@ -153,12 +158,12 @@ class Factor:
         return f.replace(value, (*new, *f.axes[len(old) :]))
 
     def with_pieces(self, pieces: Mapping[Axis, int]) -> "Factor":
-        """Returns itself: an array can be split into pieces along all axes."""
+        """Returns itself, because an array can be split into pieces along all axes."""
         del pieces
         return self
 
     def with_axes(self, axes: Sequence[Axis], shape: Sequence[int]) -> "Factor":
-        """Sets the axes; the array has the shape `shape` already."""
+        """Renames all axes; the array has the shape `shape` already."""
         del shape
         return self.replace(self.value, axes)
 
@@ -166,20 +171,20 @@ class Factor:
         """Computes `f(W, *xs)`, which is linear in the first of `xs`."""
         return f(self.value, *xs)
 
-    # ---------------------------------------------------------------------- what A, B and gains do
+    # ------------------------------------------------------------------------- for A, B and gains
 
     @property
     def is_key(self) -> bool:
-        """Whether it holds keys of a dropout."""
+        """Whether it holds keys of dropout."""
         return jnp.issubdtype(self.dtype, jax.dtypes.prng_key)
 
     @property
     def is_row(self) -> bool:
-        """Whether it has one entry for each of the rank."""
+        """Whether it is a vector along the rank."""
         return all(a == RANK or n == 1 for a, n in zip(self.axes, self.shape, strict=True))
 
     def axis(self, axis: Axis) -> int:
-        """Returns the number of an axis."""
+        """Returns the position of an axis."""
         return self.axes.index(axis)
 
     @property
@@ -196,15 +201,15 @@ class Factor:
         return Factor(self.value, self.axes, self.varying.union(mesh_axes))
 
     def specs(self, of_weight: Mapping[Axis, Any]) -> "Factor":
-        """Puts its PartitionSpec in the place of its array; `of_weight` has that of W, by axis."""
+        """Replaces the array by its PartitionSpec; `of_weight` has the entries of W's, by axis."""
         return self.replace(PartitionSpec(*(of_weight.get(a) for a in self.axes)))
 
     def rename(self, names: Mapping[Axis, Axis]) -> "Factor":
-        """Gives axes other names."""
+        """Renames axes."""
         return self.replace(self.value, [names.get(a, a) for a in self.axes])
 
     def repeat(self, lengths: Mapping[Axis, int]) -> "Factor":
-        """Repeats it to `lengths` along new first axes, those that it does not have."""
+        """Repeats along the axes of `lengths` that are missing, which become the first axes."""
         new = {a: n for a, n in lengths.items() if a not in self.axes}
         value = jnp.broadcast_to(self.value, (*new.values(), *self.shape)) if new else self.value
         return self.replace(value, (*new, *self.axes))
@@ -215,7 +220,7 @@ class Factor:
         return self.replace(self.expand_to([*axes, *rest]), [*axes, *rest])
 
     def expand_to(self, axes: Sequence[Any]) -> jax.Array:
-        """Gives the array with the axes `axes`, of length 1 along those that it lacks."""
+        """Returns the array with the axes `axes`; missing axes have length 1."""
         order = [self.axis(a) for a in axes if a in self.axes]
         value = lax.transpose(self.value, order)
         return lax.expand_dims(value, [i for i, a in enumerate(axes) if a not in self.axes])
@@ -227,7 +232,7 @@ def map_factors(f: Callable[..., Any], *trees: Any) -> Any:
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """Gives the type of an array: its shape, its dtype in JAX, how it is sharded and varies."""
+    """Returns the type of an array: its shape, its dtype in JAX, how it is sharded and varies."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
     return _compat.abstract(x.shape, dtype, explicit(x), like=x)
 

@@ -2,8 +2,8 @@ r"""The change that an adapter makes to a weight.
 
 $$W' = g \odot \Big(W + \sum_i s_i A_i B_i\Big)$$
 
-where each $A_i B_i$ is summed over the rank, and the gain g is constant along some axes of W. That
-is all that the interpreter knows of any method.
+where each $A_i B_i$ is summed over the rank, and the gain g is constant along some axes of W. The
+interpreter knows nothing else of a method.
 """
 
 import dataclasses
@@ -23,24 +23,24 @@ FUSED = 16  # the largest rank at which a sum of outer products is faster than a
 
 
 def multiply_gate(h: jax.Array, gate: jax.Array) -> jax.Array:
-    """Multiplies `h` by a gate of as many axes; where that is 0 it gives 0, whatever `h` is."""
+    """Multiplies `h` by a gate with as many axes; where the gate is 0, it returns 0 for any `h`."""
     return jnp.where(gate == 0, jnp.zeros((), h.dtype), h * gate.astype(h.dtype))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """ΔW = scale · A·diag(gate)·B, or what takes its place where activations are multiplied.
+    """ΔW = scale · A·diag(gate)·B, or an operation on activations of the same form.
 
     Attributes:
         a: A.
         b: B.
         scale: a number.
-        key: keys of a dropout of the inputs of A, or None.
-        dropout: the probability of that.
-        gate: a factor along the rank, or None. Where it is 0, x·A may be anything.
-        gating: computes what x·A becomes from x·A and the gate. If it is not `multiply_gate`, there
-            is no ΔW, and the delta only acts on activations.
+        key: keys for dropout of the inputs of A, or None.
+        dropout: the probability of dropping an input.
+        gate: a factor along the rank, or None. Where it is 0, x·A may have any value.
+        gating: a function of x·A and the gate, whose result replaces x·A. If it is not
+            `multiply_gate`, there is no ΔW, and the delta only acts on activations.
     """
 
     a: Factor
@@ -54,38 +54,38 @@ class Delta:
     )
 
     def form(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
-        """Forms ΔW, of length 1 along axes of W that neither A nor B has."""
+        """Forms ΔW; it has length 1 along axes of W that neither A nor B has."""
         wide = promote(dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
         a, b = (f.replace(f.value.astype(wide)) for f in (self.a, self.b))
         a = a.replace(self.scale * self.drop(jnp.ones((), wide)) * a.value)
         return _sum_over_rank(tuple(axes), self.factor_with_gate(a), b)
 
     def apply_gate(self, h: jax.Array, axes: Sequence[Any]) -> jax.Array:
-        """Applies the gate to the activation `h`, which has the axes `axes`."""
+        """Applies the gate to the activation `h` with the axes `axes`."""
         return h if self.gate is None else self.gating(h, self.gate.expand_to(axes))
 
     def factor_with_gate(self, f: Factor) -> Factor:
-        """Multiplies A, or B, by diag(gate); raises `Unfactorable` if there is no ΔW."""
+        """Multiplies A or B by diag(gate); raises `Unfactorable` if there is no ΔW."""
         if not self.is_matrix:
-            raise Unfactorable("it would be multiplied with what is no activation")
+            raise Unfactorable("it would be multiplied with something other than an activation")
         return f.replace(self.apply_gate(f.value, f.axes))
 
     def by_order(self, contracted: Sequence[Axis]) -> tuple[Factor, Factor]:
-        """Orders A and B: the one that has more of the axes `contracted` comes first."""
+        """Returns A and B, first the one that has more of the axes `contracted`."""
         in_a, in_b = (sum(axis in f.axes for axis in contracted) for f in (self.a, self.b))
         return (self.a, self.b) if in_a >= in_b else (self.b, self.a)
 
     def drop(self, x: jax.Array) -> jax.Array:
-        """Drops entries of the input `x` of A with probability `dropout`, and rescales the rest.
+        """Drops entries of the input `x` of A with probability `dropout`, and rescales the others.
 
-        Without a ΔW, no gradient passes to `x`.
+        If there is no ΔW, no gradient passes to `x`.
         """
         if not self.is_matrix:
             return lax.stop_gradient(x)
         if self.key is None:
             return x
         key = self.key.value if self.key.value.ndim == 0 else self.key.value.ravel()[0]
-        # Inside the model's own shard_map, each shard of x has inputs of its own.
+        # In a shard_map of the model, the shards of x are different inputs.
         for axis in sorted(_compat.varying(x) - _compat.varying(key), key=str):
             key = jax.random.fold_in(key, lax.axis_index(axis))
         keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
@@ -93,28 +93,35 @@ class Delta:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether there is a ΔW, rather than a map of activations alone."""
+        """Whether there is a ΔW, rather than only an operation on activations."""
         return self.gating is multiply_gate
 
     @property
     def is_row(self) -> bool:
-        """Whether ΔW costs no more than an activation: A or B has an entry for each of the rank."""
+        """Whether ΔW costs no more than an activation: A or B is a vector along the rank."""
         return self.is_matrix and (self.a.is_row or self.b.is_row)
 
 
 class NotInvertibleError(ValueError):
-    """The weight before a change does not follow from that after it."""
+    """The weight before a change cannot be computed from the weight after it."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What an adapter makes of W: gain · (W + the sum of the deltas).
+    """The change that an adapter makes to W: gain · (W + the sum of the deltas).
 
     Attributes:
         deltas: the ΔW.
         gain: the gain, or None.
-        invertible: whether the deltas do not depend on W, so that they can be taken back.
+        invertible: whether the deltas can be subtracted again, as they do not depend on W.
+
+    Examples:
+        >>> a = Factor(jnp.ones((4, 2)), (Axis(0), RANK))
+        >>> b = Factor(jnp.ones((2, 3)), (RANK, Axis(1)))
+        >>> change = Change((Delta(a, b, scale=0.5),))
+        >>> change.of(jnp.zeros((4, 3)), [Axis(0), Axis(1)])[0].tolist()
+        [1.0, 1.0, 1.0]
     """
 
     deltas: tuple[Delta, ...] = ()
@@ -124,12 +131,12 @@ class Change:
     def of(self, w: jax.Array, axes: Sequence[Axis], sign: int = 1) -> jax.Array:
         """Changes `w`, in float32 or better, and rounds once to its dtype.
 
-        With `sign` -1 it takes the change back: `w` is the changed weight.
+        With `sign` -1 it undoes the change: `w` is the changed weight.
         """
         if self.gain is not None and sign < 0:
-            raise NotInvertibleError("its gain may depend on the weight before")
+            raise NotInvertibleError("its gain may depend on the original weight")
         if not self.invertible and sign < 0:
-            raise NotInvertibleError("it depends on the weight before")
+            raise NotInvertibleError("its ΔW depends on the original weight")
         wide = promote(w.dtype, jnp.float32)
         delta = sum((d.form(axes, w.dtype) for d in self.deltas), start=jnp.zeros((), wide))
         if self.deltas:
@@ -142,7 +149,7 @@ class Change:
 @jax.custom_jvp
 def plus(w: jax.Array, change: jax.Array) -> jax.Array:
     """Adds ΔW to W in float32 or better, and rounds once."""
-    # A change of zero leaves every bit, also of -0.0 and of subnormals; the derivative is a sum's.
+    # A change of zero keeps every bit, also of -0.0 and of subnormals.
     wide = promote(w.dtype, jnp.float32)
     old = w.astype(wide)
     new = old + change.astype(wide)
@@ -160,8 +167,8 @@ def _plus_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 def _sum_over_rank(axes: tuple[Axis, ...], a: Factor, b: Factor) -> jax.Array:
     """Computes A·B with the axes `axes`, of length 1 where neither factor has the axis.
 
-    At low rank it is a sum of outer products, which XLA fuses with the sum with W: no array of the
-    size of W is written for it. Its derivative is matrix products.
+    At low rank it is a sum of outer products, which XLA fuses with the addition to W, so that it
+    writes no array of W's size for A·B. Its derivative is computed by matrix products.
     """
     rank = a.length(RANK)
     return _outer_products(axes, a, b) if rank <= FUSED else _matrix_product(axes, a, b)

@@ -22,11 +22,11 @@ from ._weight import Weight, value_of
 
 @dataclasses.dataclass(frozen=True)
 class Contraction(Product):
-    """A contraction of x with W. Axes that are contracted or batched have the names of W's.
+    """A contraction of x with W. Contracted and batched axes of x have the names of W's axes.
 
     Attributes:
-        x: the activation; W where that is a weight too.
-        at: the number of the operand that is W.
+        x: the activation; if it is a weight too, its W.
+        at: the index of the operand that is W.
         x_axes: the axes of x.
         y_axes: the axes of y.
     """
@@ -48,7 +48,7 @@ class Contraction(Product):
         return gain.expand_to(self.x_axes if on_x else self.y_axes)
 
     def term(self, delta: Delta) -> Term:
-        """Says what a delta adds to y."""
+        """Returns what a delta adds to y."""
         y, precision = self.eqn.outputs[0], self.eqn.params["precision"]
         what = (*self.factors(delta), delta.gate, self.x_axes, self.y_axes)
         return Term(*what, delta.scale, y.dtype, precision, explicit(y), delta.gating)
@@ -72,7 +72,7 @@ def _contraction(eqn: Equation, at: int) -> Contraction:
 
 
 def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
-    """Multiplies an activation with several weights; what the deltas add is computed first."""
+    """Multiplies an activation with several weights; it computes what the deltas add first."""
     each = [_contraction(eqn, i) for eqn in eqns for i in _weights(eqn)]
     adapted = [c for c in each if c.w.change.deltas]
     if len(each) != len(eqns) or len(adapted) < 2:
@@ -89,7 +89,7 @@ def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
 def _dot_general(eqn: Equation, *_: Any) -> jax.Array:
     both = [_contraction(eqn, i) for i in _weights(eqn)]
     changed = [c for c in both if c.w.is_changed] or both[:1]
-    if len(changed) == 1:  # the other weight, if any, has only to be unpacked
+    if len(changed) == 1:  # the other weight, if there is one, is only unpacked
         return changed[0].result()
     first, second = both
     if first.w.change.gain is not None or second.w.change.gain is not None:
@@ -100,12 +100,12 @@ def _dot_general(eqn: Equation, *_: Any) -> jax.Array:
 
 
 def _weights(eqn: Equation) -> list[int]:
-    """Lists the numbers of the operands that are weights."""
+    """Returns the indices of the operands that are weights."""
     return [i for i, x in enumerate(eqn.operands) if isinstance(x, Weight)]
 
 
 def _plus_both(y: jax.Array, first: Contraction, second: Contraction) -> jax.Array:
-    """Adds the product of the deltas of two adapted weights that are multiplied."""
+    """Adds the products of the deltas of two adapted weights that are multiplied."""
     of_second = dict(zip(second.w.axes, first.x_axes, strict=True))
     of_second[RANK] = Axis(RANK.name - 1 - len(first.x_axes))
     for s in first.w.change.deltas:
@@ -129,7 +129,7 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
     if isinstance(x, Weight) or len(w.shape) != 3 or (rows, tuple(x_contracted)) != ((0,), (1,)):
         raise Unfactorable("the groups are not rows of a matrix")
     if len(groups) != 1 or len(contracted) != 1 or tuple(batch) != ((), ()):
-        raise Unfactorable("the weight is not one matrix a group")
+        raise Unfactorable("the weight is not one matrix for each group")
     [outer] = {0, 1, 2} - {groups[0], contracted[0]}
     roles = Roles(*((w.axes[d],) for d in (groups[0], contracted[0], outer)))
     return _Ragged(eqn, w, x, roles, group_sizes).result()
@@ -137,7 +137,7 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
 
 @dataclasses.dataclass(frozen=True)
 class _Ragged(Product):
-    """Rows x, of which each group is multiplied with its own matrix of W."""
+    """A product of groups of rows x, each with its own matrix of W."""
 
     group_sizes: jax.Array
 
@@ -169,7 +169,7 @@ class _Ragged(Product):
         return lax.ragged_dot(x, value, self.group_sizes, **how)
 
     def _by_row(self, f: Factor, axis: Axis) -> jax.Array:
-        """Gives `f` along rows and `axis`."""
+        """Returns `f` along rows and `axis`."""
         [group] = self.roles.stack
         value = f.expand_to((group, axis))
         if group not in f.axes:
@@ -201,7 +201,7 @@ class _Convolution(Product):
         a, b = self.factors(delta)
         if outer in a.axes or set(axes) & set(b.axes):
             raise Unfactorable("its inputs and outputs are mixed")
-        # A is a kernel with r outputs, the same for every group; B is a product over them.
+        # A is a kernel with r outputs, the same for every group; B contracts them.
         kernel = a.expand_to([RANK if axis == outer else axis for axis in self.w.axes])
         kernel = jnp.concatenate([kernel] * groups, numbers.rhs_spec[0])
         window = (p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"])

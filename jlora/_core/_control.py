@@ -64,7 +64,7 @@ def _cond(eqn: Equation, index: Any, *operands: Any) -> list[Any]:
 
 
 def _put_back(xs: Sequence[Any], kept: Mapping[int, Any]) -> list[Any]:
-    """Puts what was kept back into its place among `xs`."""
+    """Replaces the entries of `xs` whose index is in `kept`."""
     return [kept.get(i, x) for i, x in enumerate(xs)]
 
 
@@ -94,8 +94,8 @@ def _while(eqn: Equation, *operands: Any) -> list[Any]:
 def _scan(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     jaxpr, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
-    first = n_consts + n_carry  # of what the loop slices
-    # A weight that each turn returns as it came is no part of the state, and not stacked again.
+    first = n_consts + n_carry  # the first operand that the loop slices
+    # A weight that each iteration returns unchanged is neither carried nor stacked again.
     kept = {
         i: operands[source]
         for i, source in _forwarded(jaxpr).items()
@@ -129,7 +129,7 @@ def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
         if not isinstance(x, Weight):
             return x
         x = x.replace(x.w.with_pieces(pieces(x, spec, p["mesh"])))
-        # Along explicit mesh axes, A and B must lie as `shard_map` takes them.
+        # Along explicit mesh axes, A and B must be sharded as the specs of `shard_map` say.
         return place(x, p["mesh"], spec) if explicit(x.type) else x
 
     def inner(*xs: Any) -> tuple[Any, ...]:
@@ -153,7 +153,7 @@ def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
 
 
 def _forwarded(jaxpr: Any) -> dict[int, int]:
-    """Finds outputs that are inputs as they came, also through inner calls: output to input."""
+    """Returns by output the input that it returns unchanged, also through inner calls."""
     source = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("jit", "remat2"):

@@ -1,8 +1,8 @@
 """The loop that evaluates a jaxpr with weights in it, and the registry of its rules.
 
-No primitive is named here. Equations that no `Weight` reaches are bound as they are; the others
-go to the rule of their primitive. Where there is none, or the rule finds no factored form, W + ΔW
-is formed if the user allowed it, and else it is an error.
+No primitive is named here. Equations without a `Weight` are bound as they are. The others go to the
+rule of their primitive. If there is no rule, or the rule finds no factored form, W + ΔW is formed
+if the user allowed it; otherwise it is an error.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from .. import _compat
+from ._arrays import pick
 from ._axes import Unfactorable
 from ._repeated import Call, Functions
 from ._shared import steps
@@ -21,17 +22,17 @@ from ._weight import Weight
 
 
 class ValueReadError(TypeError):
-    """Python code of the user's function asks for the value of a traced array."""
+    """Python code of the user's function reads the value of a traced array."""
 
 
 def trace(
     f: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct], paths: Sequence[str]
 ) -> tuple[_compat.Jaxpr, Callable[..., Any]]:
-    """Traces `f` at `specs`; gives the jaxpr, and what turns the list of its outputs into `f`'s.
+    """Traces `f` at `specs`; returns the jaxpr, and a function from its outputs to those of `f`.
 
-    `f`'s outputs may be any pytree; leaves that are no arrays come back as they are. What `f`
-    closes over stays concrete if it was: should Python code of `f` ask for the value of something
-    that its arguments do not reach, `f` is traced again with such values computed at once.
+    The outputs of `f` may be any pytree; leaves that are not arrays are returned as they are. If
+    Python code of `f` reads a value that does not depend on its arguments, `f` is traced again, and
+    such values are computed at once.
     """
     finish: list[Callable[..., Any]] = []
 
@@ -52,9 +53,9 @@ def trace(
         except _READS as e:
             names = ", ".join(map(repr, paths[:3])) + (", …" if len(paths) > 3 else "")
             raise ValueReadError(
-                "the function asks in Python for the value of an array that depends on the weights "
-                f"{names}, or on arguments that are traced themselves ({type(e).__name__}). Use "
-                "jax.lax.cond or jnp.where there, or leave the weight out of the rules."
+                "Python code of the function reads the value of an array that depends on the "
+                f"weights {names}, or on traced arguments ({type(e).__name__}). Use jax.lax.cond "
+                "or jnp.where there, or leave the weights out of the rules."
             ) from e
     return jaxpr, finish[-1]
 
@@ -66,23 +67,6 @@ _READS = (
 )
 
 
-def pick(
-    tree: Any, is_picked: Callable[[Any], bool], is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """Picks leaves of a tree; gives them, and what builds the tree from others in their places."""
-    leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
-    at = [i for i, x in enumerate(leaves) if is_picked(x)]
-    picked = [leaves[i] for i in at]
-    for i in at:  # so that `put` keeps nothing alive
-        leaves[i] = None
-
-    def put(values: Sequence[Any]) -> Any:
-        full = dict(enumerate(leaves)) | dict(zip(at, values, strict=True))
-        return jax.tree.unflatten(structure, list(full.values()))
-
-    return picked, put
-
-
 # ------------------------------------------------------------------------ the registry and the loop
 
 
@@ -92,8 +76,8 @@ class Rule(NamedTuple):
     Attributes:
         function: `(equation, *operands) -> outputs`.
         is_move: whether its outputs are weights again, unless it raises.
-        together: a function of several equations, each with one result, that multiply the same
-            activation; `Unfactorable` where each should be evaluated on its own.
+        together: evaluates several equations, each with one result, that multiply the same
+            activation; raises `Unfactorable` if each should be evaluated on its own.
     """
 
     function: Callable[..., Any]
@@ -107,8 +91,14 @@ RULES: dict[str, Rule] = {}
 def rule(*primitives: str, **fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers `f(eqn: Equation, *operands) -> outputs` for primitives, given by name.
 
-    At least one operand is a `Weight`. Outputs are a list, or one value for a primitive of one
-    result. A rule raises `Unfactorable` where the result has no factored form.
+    Args:
+        *primitives: names of JAX primitives.
+        **fields: other fields of `Rule`.
+
+    Returns:
+        A decorator for `f`, which returns `f`. At least one operand of `f` is a `Weight`. Its
+        outputs are a list, or one value if the primitive has one result. `f` raises `Unfactorable`
+        if the result has no factored form. CONTRIBUTING.md has an example.
     """
 
     def register(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,8 +115,8 @@ class Equation:
         traced: the equation as JAX traced it.
         params: the parameters of its primitive.
         operands: arrays and weights.
-        within: the equation whose jaxpr this one belongs to, if any.
-        functions: what calls of one form share, or None where each is evaluated in its place.
+        within: the equation whose jaxpr contains this one, or None.
+        functions: the functions that equal calls share, or None if each call is evaluated in place.
     """
 
     def __init__(
@@ -152,7 +142,7 @@ class Equation:
 
     @functools.cached_property
     def where(self) -> str:
-        """Its primitive, and the user's line of it or of the equation around it."""
+        """Its primitive, and the line of the user's code that made it."""
         around, line = self, None
         while around is not None and line is None:
             line, around = _compat.source_line(around.traced), around.within
@@ -168,25 +158,23 @@ class Equation:
         return _evaluate(jaxpr, operands, self._without_operands(), self.functions)
 
     def share(self, f: Callable[..., list[Any]]) -> list[Any]:
-        """Computes `f(equation, *operands)`; for equal equations and operands it is traced once.
+        """Computes `f(equation, *operands)`, and traces it once for equal equations and operands.
 
-        `f` depends on nothing else. The equation that it gets has no operands.
+        `f` must depend on nothing else. The equation that it gets has no operands.
         """
         f, operands = functools.partial(f, self._without_operands()), self.operands
         weights = [x for x in operands if isinstance(x, Weight)]
         if self.functions is None or not all(w.is_shareable for w in weights):
             return f(*operands)
-        structure = jax.tree.structure(
-            [x.without_origin() if isinstance(x, Weight) else x for x in operands]
-        )
-        return self.functions.call(self.traced, f, operands, structure)
+        bare = [x.without_origin() if isinstance(x, Weight) else x for x in operands]
+        return self.functions.call(self.traced, f, operands, jax.tree.structure(bare))
 
     def _without_operands(self) -> "Equation":
-        # What is shared outlives the trace that the operands belong to.
+        # A shared function outlives the trace of the operands.
         return Equation(self.traced, (), self.within, self.functions)
 
     def arrays(self, xs: Sequence[Any], kept: Collection[int] = ()) -> list[Any]:
-        """Turns weights that leave an inner jaxpr into arrays; gives None in the places `kept`."""
+        """Turns weights that leave an inner jaxpr into arrays; the outputs `kept` become None."""
 
         def reason() -> str:
             return f"an output of {self.where}"
@@ -197,7 +185,7 @@ class Equation:
 def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
     """Evaluates `jaxpr` at `args`, each an array or a `Weight`."""
     is_search = any(isinstance(x, Weight) and x.origin.uses is not None for x in args)
-    # Each use is recorded in its place; and eagerly, shared functions would be compiled each time.
+    # A search records each use in place. Eagerly, shared functions would be compiled at each call.
     if is_search or not _compat.is_staged():
         return _evaluate(jaxpr, args, None, None)
     functions = Functions()
@@ -263,14 +251,14 @@ def _reason(eqn: Equation, e: Unfactorable) -> str:
 
 
 def as_array(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
-    """Forms W + ΔW of a `Weight` whose rule allows that, or of a row; returns arrays as they are.
+    """Returns an array as it is, and forms W + ΔW of a `Weight` if its rule allows it.
 
-    While sites are searched it is W, and the use is recorded.
+    A looked-up row is always formed. While sites are searched, the use is recorded, and W returned.
 
     Args:
         x: a weight or an array.
-        reason: gives what stands in the way.
-        added: whether it is an activation: added to one, concatenated with one, or returned.
+        reason: returns the operation that has no factored form, for the error.
+        added: whether x acts as an activation: added to one, concatenated with one, or returned.
     """
     if not isinstance(x, Weight):
         return x
@@ -279,8 +267,8 @@ def as_array(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
         return x.array
     if not x.origin.materialize and not x.is_row:
         raise NotImplementedError(
-            f"the weight {' + '.join(x.origin.paths)!r} reaches {reason()}, for which there is no "
-            "factored form of W + s·A·B. Leave the weight out of the rules, or let W + ΔW be "
-            "formed there with LoRA(..., materialize=True): exact, but at full memory and time."
+            f"the weight {' + '.join(x.origin.paths)!r} reaches {reason()}, where W + s·A·B has no "
+            "factored form. Leave the weight out of the rules, or give LoRA(..., "
+            "materialize=True), which forms W + ΔW there: exact, but at full memory and time."
         )
     return x.form(reason())

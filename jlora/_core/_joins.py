@@ -1,4 +1,4 @@
-"""Primitives that pad weights, and that concatenate or stack them."""
+"""Primitives that pad, concatenate or stack weights."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def _pad(eqn: Equation, w: Weight, fill: Any) -> Weight:
 
 
 def _padded(w: Weight, config: dict[Axis, Padding]) -> Change:
-    """Pads the change of a weight: ΔW with 0, a gain with 1."""
+    """Pads the change of a weight: ΔW with 0, the gain with 1."""
     pads = {a: c for a, c in config.items() if tuple(c) != (0, 0, 0)}
 
     def pad(f: Factor, fill: int) -> Factor:
@@ -70,12 +70,12 @@ def _join(eqn: Equation, parts: Sequence[Any], dim: int) -> Weight:
     weights = [p for p in parts if isinstance(p, Weight)]
     origin, [out] = weights[0].origin, eqn.outputs
     if len(weights) < len(parts) and origin.uses is not None:
-        # With an activation it is one itself; in `apply` the other may be a leaf without a rule.
+        # Beside an activation it acts as one. In `apply` the other may be a leaf without a rule.
         raise Unfactorable("it is concatenated with an activation", added=True)
     axes = tuple(
         Axis(i, frozenset().union(*(w.axes[i].leaf for w in weights))) for i in range(out.ndim)
     )
-    # What is not packed may have a derivative, which a product with a packed weight has not.
+    # An array may need a derivative, and a product with a packed weight has none for it.
     if all(isinstance(p, Weight) and isinstance(p.w, Packed) for p in parts):
         w = _packed_join(eqn, axes)
     else:
@@ -91,7 +91,7 @@ def _join(eqn: Equation, parts: Sequence[Any], dim: int) -> Weight:
 
 
 def _packed_join(eqn: Equation, axes: tuple[Axis, ...]) -> Packed:
-    """Joins operands that are all packed, when they are unpacked."""
+    """Joins operands that are all packed; they are joined when they are unpacked."""
 
     def unpack(parts: Sequence[Packed]) -> Factor:
         return Factor(eqn.bind(*(x.array for x in parts)), axes)
@@ -101,14 +101,14 @@ def _packed_join(eqn: Equation, axes: tuple[Axis, ...]) -> Packed:
 
 
 def _rename(w: Weight, axes: tuple[Axis, ...]) -> Weight:
-    """Renames the axes of a weight to `axes`; the parts of a packed one keep their names."""
+    """Renames the axes of a weight to `axes`; the parts of a packed weight keep their names."""
     names = dict(zip(w.axes, axes, strict=True))
     change = map_factors(lambda f: f.rename(names), w.change)
     return w.replace(w.w.with_axes(axes, w.shape), change)
 
 
 def _side_by_side(shape: tuple[int, ...], parts: Sequence[Any], dim: int) -> Change:
-    """Pads all deltas with 0 and all gains with 1, so that they act on their part alone."""
+    """Pads all deltas with 0 and all gains with 1, so that they act only on their own part."""
     start, total, deltas, gain = 0, shape[dim], [], None
     for part in parts:
         size = part.shape[dim]
@@ -128,9 +128,9 @@ def _product_of_gains(x: Factor | None, y: Factor | None, axes: Sequence[Axis]) 
 
 
 def _one_change(parts: Sequence[Any], axis: Axis) -> Change | None:
-    """Joins A with A and B with B, if `axis` counts independent matrices of one form.
+    """Joins A with A and B with B if `axis` is a stack of matrices of one form, else returns None.
 
-    A gain need not have that axis, and the gains of the parts differ.
+    Gains are not joined: they may lack the axis while the gains of the parts differ.
     """
     if not all(isinstance(p, Weight) for p in parts):
         return None

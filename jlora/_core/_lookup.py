@@ -1,4 +1,4 @@
-"""Rows of a weight that are looked up."""
+"""Lookups of rows of a weight."""
 
 import dataclasses
 from typing import Any
@@ -20,7 +20,7 @@ from ._weight import Weight
 def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if not isinstance(w, Weight) or numbers.operand_batching_dims:
-        raise Unfactorable("an index is a weight, or rows of several arrays are looked up")
+        raise Unfactorable("the indices are a weight, or rows of a batch of arrays are looked up")
     size_of = dict(zip(w.axes, sizes, strict=True))
     indexed = {w.axes[d] for d in numbers.start_index_map}
     collapsed = {w.axes[d] for d in numbers.collapsed_slice_dims}
@@ -54,9 +54,9 @@ class _Lookup(Product):
 
     Attributes:
         x: the indices.
-        roles: axes along which one place is picked, as inputs, and axes taken whole, as outputs.
+        roles: axes along which one entry is picked, as inputs, and whole axes, as outputs.
         axes: the axes of the result.
-        batch: those of them that are axes of the indices.
+        batch: the axes of the result that are axes of the indices.
     """
 
     axes: tuple[Axis, ...]
@@ -72,7 +72,7 @@ class _Lookup(Product):
         rows = map_factors(self.take, dataclasses.replace(delta, key=None))
         value = rows.form(self.axes, self.w.dtype)
         if delta.key is not None:
-            # A row that is looked up is an input of A that is 1: dropout keeps it or not.
+            # A lookup is an input of 1 at its row: dropout keeps or drops it.
             keep = Factor(delta.drop(jnp.ones(x.shape[:-1], value.dtype)), self.batch)
             value = value * keep.expand_to(self.axes)
         return self._within_bounds(value, 0, delta.a, delta.b)
@@ -85,7 +85,7 @@ class _Lookup(Product):
 
     @property
     def is_weight(self) -> bool:
-        """Whether the result is a weight again: a row of a stack is a matrix, of a matrix none."""
+        """Whether the result is a weight again: a row of a stack is, a row of a matrix is not."""
         w, kept = self.w, {*self.roles.outputs}
         if not w.change.deltas:  # a gain is applied to the rows at once
             stays = w.origin.uses is not None or isinstance(w.w, Packed)
@@ -104,7 +104,7 @@ class _Lookup(Product):
         return w.replace(rows, change).mark_picked(self.roles.inputs).mark_varying()
 
     def take(self, f: Factor) -> Factor:
-        """Takes the rows of a factor; where W's are filled, it gives 0, or 1 for a gain."""
+        """Takes the rows of a factor; where W's rows are filled, they are 0, or 1 for a gain."""
         picked = [a for a in self.roles.inputs if a in f.axes]
         if not picked:
             return f
@@ -118,10 +118,10 @@ class _Lookup(Product):
         return f.replace(value, (*self.batch, *f.axes[len(picked) :]))
 
     def _within_bounds(self, x: jax.Array, filled: int, *taken: Factor) -> jax.Array:
-        """Lets the gradient of `x`, made of rows `taken`, pass where indices are within bounds.
+        """Lets the gradient of `x`, made of rows `taken`, pass only where indices are in bounds.
 
-        JAX does so for the gradient of W, unless the mode clips the indices. Where rows are filled
-        and no factor has the axis, nothing has been filled yet.
+        JAX does so for the gradient of W, unless the mode clips the indices. It also fills the rows
+        if the mode demands it and no factor has the axis, as nothing has filled them yet.
         """
         if self.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
             return x
@@ -135,7 +135,7 @@ class _Lookup(Product):
         return self.eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
 
     def _is_row(self) -> Factor:
-        """Whether the indices are within bounds."""
+        """Whether each index is in bounds."""
         i, sizes = self.x, self.eqn.params["slice_sizes"]
         dims = self.eqn.params["dimension_numbers"].start_index_map
         last = [min(self.w.shape[d] - sizes[d], jnp.iinfo(i.dtype).max) for d in dims]

@@ -1,4 +1,4 @@
-r"""What ΔW adds to a product with W.
+r"""The product with ΔW, which is added to the product with W.
 
 $$h = s\,x A,\quad y = h B;\qquad \bar B = h^T \bar y,\quad \bar h = s\,\bar y B^T,\quad
 \bar A = x^T \bar h,\quad \bar x = \bar h A^T.$$
@@ -27,19 +27,19 @@ KEPT = 16  # h is kept for the backward pass where it is this many times smaller
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """s·(x·p)·q, where axes that are contracted or batched have one name.
+    """s·(x·p)·q, in which contracted and batched axes have the same name.
 
     Attributes:
         p: the factor that is contracted with the activation first.
         q: the other factor.
-        gate: what x·p is multiplied by, or None.
+        gate: the gate of x·p, or None.
         x: axes of the activation.
         y: axes of the result.
         scale: s.
         dtype: dtype of the result.
         precision: as for `jax.lax.dot_general`.
-        sharding: that of the result along explicit mesh axes, if there are any.
-        gating: computes what s·x·p becomes from it and the gate.
+        sharding: the sharding of the result along explicit mesh axes, or None.
+        gating: a function of s·x·p and the gate, whose result replaces s·x·p.
     """
 
     p: Factor
@@ -55,19 +55,19 @@ class Term:
 
     @property
     def h(self) -> tuple[Axis, ...]:
-        """Axes of s·x·p: those of x and p that y or q still needs."""
+        """Axes of s·x·p: the axes of x and p that y or q has too."""
         known = dict.fromkeys(self.x + self.p.axes)
         return tuple(a for a in known if a in self.y + self.q.axes)
 
     def with_small_names(self) -> "Term":
-        """Gives the axes names that are the same for all products of one form."""
+        """Renames the axes so that all products of one form have the same names."""
         known = dict.fromkeys(self.x + self.p.axes + self.q.axes + self.y)
         names = {a: Axis(i) for i, a in enumerate(known)} | {RANK: RANK}
         x, y = (tuple(names[a] for a in axes) for axes in (self.x, self.y))
         return dataclasses.replace(map_factors(lambda f: f.rename(names), self), x=x, y=y)
 
     def is_kept(self, x: jax.Array) -> bool:
-        """Whether h is so small beside the activation `x` that the backward pass keeps it."""
+        """Whether the backward pass keeps h: it is much smaller than the activation `x`."""
         sizes = dict(zip(self.x + self.p.axes, x.shape + self.p.shape, strict=True))
         return KEPT * math.prod(sizes[a] for a in self.h) <= x.size
 
@@ -75,24 +75,24 @@ class Term:
 def low_rank(terms: Sequence[Term], x: jax.Array) -> list[jax.Array]:
     """Computes s·(x·p)·q for each term.
 
-    The activation is read once for all p, which are concatenated, forward and backward, and what
-    they add to its gradient is written once.
+    All p are concatenated. So x is read once for all of them, forward and backward, and their
+    contributions to its gradient are written once.
 
     Args:
-        terms: factors in the dtype of `x`. Where there are several, each p has the contracted axes
-            in the order of x, then the rank.
+        terms: factors in the dtype of `x`. If there are several, each p has the contracted axes in
+            the order of x, then the rank.
         x: activation, of any floating dtype; sums are in float32 or better.
 
     Returns:
-        Arrays with the axes and the dtype that each term tells.
+        Arrays with the axes and the dtype of each term.
     """
     return _low_rank([term.with_small_names() for term in terms], x)
 
 
-@jax.jit  # one program for all products of one form: traced once, however many layers there are
+@jax.jit  # traced once for all products of one form, however many layers there are
 def _low_rank(terms: list[Term], x: jax.Array) -> list[jax.Array]:
     def products(x: jax.Array, terms: list[Term]) -> list[jax.Array]:
-        # The backward pass keeps x, p, h and q, and not what becomes of them in either half.
+        # The backward pass keeps x, p, h and q, but nothing else of either half.
         return _recompute(_expand)(_recompute(_reduce)(x, terms), terms)
 
     return (products if terms[0].is_kept(x) else _recompute(products))(x, terms)
@@ -106,23 +106,23 @@ def _recompute(f: Callable[..., Any]) -> Callable[..., Any]:
 def _reduce(x: jax.Array, terms: list[Term]) -> jax.Array:
     """Computes s·x·p for all p, concatenated along the rank."""
     first = terms[0]
-    # float16 would overflow, or round to 0, before the scale is applied.
+    # In float16, h could overflow or round to 0 before the scale is applied.
     late = jnp.finfo(x.dtype).minexp < -100
     ps = [t.p.value if late else t.p.value * jnp.asarray(t.scale, t.p.dtype) for t in terms]
     p = jnp.concatenate(ps, first.p.axis(RANK)) if len(ps) > 1 else ps[0]
-    # Where a mesh leaves h in parts, XLA adds these up along with the model's own activations, in
-    # one collective, if they have one dtype.
+    # If a mesh leaves h in partial sums, XLA adds them up in one collective with the activations
+    # of the model, provided that both have one dtype.
     how = {"dtype": x.dtype, "precision": first.precision}
     h = einsum(first.x, first.p.axes, first.h, x, p, **how)
     if not late:
         return h
-    # XLA for TPUs would write a scaled A to memory, and fuse less around the products.
+    # Scaling h, not A: on TPUs XLA would write a scaled A to memory, and fuse less.
     scales = np.concatenate([np.full(term.q.length(RANK), term.scale) for term in terms])
     return h * jnp.asarray(scales.reshape([-1 if a == RANK else 1 for a in first.h]), h.dtype)
 
 
 def _expand(h: jax.Array, terms: list[Term]) -> list[jax.Array]:
-    """Multiplies each q with its part of h, to which its gate is applied."""
+    """Applies each gate to its part of h, and multiplies the part with q."""
     parts = [h]
     if len(terms) > 1:
         ends = np.cumsum([term.q.length(RANK) for term in terms])
@@ -135,7 +135,7 @@ def _expand(h: jax.Array, terms: list[Term]) -> list[jax.Array]:
 
 
 def _expand_part(term: Term, h: jax.Array) -> jax.Array:
-    """Computes h·q; on a CPU as a product of matrices, because only their hᵀ·ȳ is fast there."""
+    """Computes h·q; on CPUs as a product of matrices, because hᵀ·ȳ is slow there for more axes."""
     how, of_q = {"precision": term.precision, "dtype": term.dtype}, term.q.axes
 
     def straight(h: jax.Array, q: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Primitives that move, scale or place a weight: the factors follow it."""
+"""Primitives that move, scale or reshard a weight; its factors follow."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from ._weight import Weight
 
 @rule("convert_element_type")
 def _convert_element_type(eqn: Equation, w: Weight) -> Weight:
-    # A and B keep their dtype until the product, which takes that of its operands.
+    # A and B keep their dtype until the product, which casts them.
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
         raise Unfactorable(f"it is converted to {eqn.params['new_dtype']}")
     return w.each(eqn.bind)
@@ -38,11 +38,11 @@ def _scale(eqn: Equation, x: Any, y: Any = -1) -> Weight:
     scalar, unchecked = jnp.reshape(other, ()), frozenset[Any]()
     scalar = 1 / scalar if eqn.name == "div" else scalar
     if not _compat.is_concrete(other):
-        # It may have a derivative, which a product with a packed weight has not.
+        # It may need a derivative, and a product with a packed weight has none for it.
         w, unchecked = w.replace(Factor(w.array, w.axes)), w.origin.unchecked
 
     def delta(d: Delta) -> Delta:
-        # The scalar may be complex, or beyond the range of B's dtype.
+        # The scalar may be complex, or out of the range of B's dtype.
         dtype = promote(d.b.dtype, jnp.result_type(scalar))
         b = d.b.each(lambda b: b.astype(dtype) * scalar.astype(dtype))
         return dataclasses.replace(d, b=b.may_vary(unchecked))
@@ -117,7 +117,7 @@ def _cut(start: int, stop: int, stride: int = 1) -> Callable[[jax.Array, int], j
 @rule("dynamic_slice")
 def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
     def along(start: jax.Array, size: int) -> Callable[[jax.Array, int], jax.Array]:
-        # The primitive clamps: what the user counts from the end is counted already.
+        # The primitive has no negative indices: JAX has converted them before.
         return lambda x, i: lax.dynamic_slice_in_dim(
             x, start, size, i, allow_negative_indices=False
         )
@@ -125,7 +125,7 @@ def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
     sizes = zip(w.axes, starts, eqn.params["slice_sizes"], w.shape, strict=True)
     cut = {axis: (start, size) for axis, start, size, length in sizes if size != length}
     functions = {a: along(*c) for a, c in cut.items()}
-    # Traced starts must act on arrays at once.
+    # Moves with traced starts cannot be remembered until W is unpacked.
     w = w.replace(w.w.with_pieces({a: w.lengths[a] for a in cut}))
     sliced = map_factors(lambda f: f.along(functions), w)
     sliced = sliced.replace(sliced.w.with_axes(w.axes, eqn.outputs[0].shape))
@@ -150,7 +150,7 @@ def _unstack(eqn: Equation, w: Weight) -> list[Weight]:
     return [w.along({axis: _cut(i, i + 1)}).transpose(rest) for i in range(w.lengths[axis])]
 
 
-# ------------------------------------------------------------------- where it lies on a mesh
+# ---------------------------------------------------------------------- how it is sharded
 
 
 @rule("copy", "device_put", "name")
@@ -165,7 +165,7 @@ def _optimization_barrier(eqn: Equation, *operands: Any) -> list[Any]:
 
 @rule("stop_gradient", "pvary")
 def _stop_gradient(eqn: Equation, w: Weight) -> Weight:
-    # A dropout key stays: where it does not vary, each shard draws a mask of its own.
+    # Not the dropout key: because it does not vary, each shard derives its own mask from it.
     return map_factors(lambda f: f if f.is_key else f.each(eqn.bind), w)
 
 
@@ -177,7 +177,7 @@ def _sharding_constraint(eqn: Equation, w: Weight) -> Weight:
 @rule("reshard")
 def _reshard(eqn: Equation, w: Weight) -> Weight:
     old, new = w.type.sharding, eqn.params["dst_sharding"]
-    # A and B stay where they are, unless W goes to a mesh on which other axes are explicit.
+    # A and B keep their shardings, unless other axes are explicit on the new mesh.
     stays = old is not None and old.mesh.axis_types == new.mesh.axis_types
     base = w.w.with_pieces(pieces(w, new.spec, new.mesh))
     placed = place(w.replace(base, Change() if stays else None), new.mesh, new.spec)
@@ -188,7 +188,7 @@ def _reshard(eqn: Equation, w: Weight) -> Weight:
 def _all_gather(eqn: Equation, w: Weight) -> Weight:
     p = eqn.params
     if not p["tiled"] or p["axis_index_groups"] is not None:
-        raise Unfactorable("it is gathered along a new axis or in groups")
+        raise Unfactorable("it is gathered along a new axis or in groups of devices")
     gathered = w.axes[p["all_gather_dimension"]]
     over = {p["axis_name"]} if isinstance(p["axis_name"], str) else set(p["axis_name"])
 
@@ -197,8 +197,8 @@ def _all_gather(eqn: Equation, w: Weight) -> Weight:
             return f.along({gathered: gather_along})
         if over & (f.varying | _compat.varying(f.value)):
             raise Unfactorable(
-                "A or B may vary over the mesh axis of the gather, but has not the axis that is "
-                "gathered; with shard_map(check_vma=True) it is known whether it does"
+                "A or B lacks the gathered axis but may vary over the mesh axis of the gather; "
+                "shard_map(check_vma=True) would tell whether it varies"
             )
         return f
 

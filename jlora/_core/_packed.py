@@ -1,9 +1,9 @@
-"""A quantized weight on its way through the model: it is unpacked next to its use.
+"""A quantized weight on its way through the model; it is unpacked next to its use.
 
-Its codes and scales are factors, with the axes of W that they follow. An axis of W is *free*
-if each entry along it has codes and scales of its own. What the model does along a free axis, such
-as slicing a layer out of a stack, is done to the codes and scales; all else is remembered, and done
-to W when it is unpacked.
+Its codes and scales are factors, with the axes of W that they follow. If each entry of W along an
+axis has its own codes and scales, operations along this axis, such as slicing a layer out of a
+stack, are applied to the codes and scales. All other operations are remembered, and applied to W
+when it is unpacked.
 """
 
 import dataclasses
@@ -26,19 +26,18 @@ Move = Callable[[Factor], Factor]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """W as the arrays from which it is computed; it moves as a `Factor` that has every axis.
+    """W as the arrays from which it is computed; it has the methods of a `Factor` with every axis.
 
     Attributes:
         parts: a pytree of `Factor`.
-        unpack: computes W from `parts`.
-        axes: the axes of W now.
-        shape: the shape of W now.
-        dtype: the dtype of W now.
+        unpack: computes W from `parts`, before `moves`.
+        axes: the current axes of W.
+        shape: the current shape of W.
+        dtype: the current dtype of W.
         even: axes along which W can be split into equal pieces by splitting each part.
-        loosen: computes larger parts of the same W that have more even axes; None if there are
-            none such.
-        loose: the even axes of those.
-        moves: what the model did with W along other axes, which `unpack` does not know of.
+        loosen: computes larger parts with more even axes from `parts`; None if there are none.
+        loose: the even axes of these larger parts.
+        moves: remembered operations, to apply to the unpacked W.
     """
 
     parts: Any
@@ -66,12 +65,12 @@ class Packed:
         return jnp.broadcast_to(self.factor().expand_to(self.axes), self.shape).astype(self.dtype)
 
     def factor(self) -> Factor:
-        """Unpacks W, with axes in any order, and without those along which it is constant."""
+        """Unpacks W; its axes may be in any order, and lack those along which it is constant."""
         return functools.reduce(lambda f, move: move(f), self.moves, self.unpack(self.parts))
 
     @property
     def type(self) -> jax.ShapeDtypeStruct:
-        """The type of W: its codes say how it is sharded and varies."""
+        """The type of W, which is sharded and varies as its codes do."""
         codes = max(self.factors, key=lambda f: len(f.axes))
         known = explicit(codes.value)
         if known is not None:
@@ -91,11 +90,11 @@ class Packed:
     # ------------------------------------------------------------------------------ how it moves
 
     def _move(self, move: Move, old: Collection[Axis], new: Collection[Axis] = ()) -> "Packed":
-        """Applies `move`, which turns `old` into `new`, to the parts, or else remembers it.
+        """Applies `move`, which turns the axes `old` into `new`, to the parts, or remembers it.
 
-        It is applied where each part has an entry for each of W's along `old`. Where a part lacks
-        an axis, as scales do, W is better moved where it is unpacked: moved codes would be kept for
-        the backward pass.
+        It applies the move if each part has an entry for each entry of W along `old`. If a part
+        lacks an axis, as scales do, it remembers the move: moved codes would be kept for the
+        backward pass.
         """
         lengths = {axis: self.lengths[axis] for axis in old}
         has_all = all(lengths.items() <= f.lengths.items() for f in self.factors)
@@ -114,7 +113,7 @@ class Packed:
         return self._remember(lambda w: w.each(f)).replace(dtype=dtype)
 
     def along(self, functions: Along) -> "Packed":
-        """Applies each function along the axis that it is given for."""
+        """Applies each function along its axis."""
         packed, lengths = self, self.lengths
         for axis, f in functions.items():
             packed = packed._move(lambda w, f={axis: f}: w.along(f), [axis])
@@ -133,7 +132,7 @@ class Packed:
     def transpose(
         self, axes: Sequence[Axis], shape: Sequence[int], sharding: Any = None
     ) -> "Packed":
-        """Puts all axes of W into the order of `axes`; W is repeated along the others."""
+        """Transposes W to the order of `axes`, and repeats it along new axes to `shape`."""
         del sharding
         return self.with_axes(axes, shape)
 
@@ -150,7 +149,7 @@ class Packed:
         return packed.with_axes(lengths, lengths.values())
 
     def with_pieces(self, pieces: Mapping[Axis, int]) -> "Packed | Factor":
-        """Returns W with parts that can be split into so many pieces along axes, or unpacks it."""
+        """Returns W such that its parts can be split into `pieces`, or unpacks it."""
         if self._can_split(pieces):
             return self
         if self.loosen is None:
@@ -159,7 +158,7 @@ class Packed:
         return loose.with_pieces(pieces)
 
     def _can_split(self, pieces: Mapping[Axis, int]) -> bool:
-        """Whether each part is constant along the axes, or can be split into so many pieces."""
+        """Whether each part is constant along the axes, or can be split into `pieces`."""
         return self.even.issuperset(pieces) and all(
             f.length(a) == n or (n > 0 and f.length(a) % n == 0)
             for f in self.factors
@@ -168,7 +167,7 @@ class Packed:
         )
 
     def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
-        """Computes `f(W, *xs)`, linear in the first of `xs`, and unpacks W in each pass."""
+        """Computes `f(W, *xs)`, which is linear in the first of `xs`; unpacks W in each pass."""
         return multiply_unpacked(lambda w, *xs: f(w.array, *xs), self, *xs)
 
 
@@ -178,8 +177,8 @@ def multiply_unpacked(
 ) -> jax.Array:
     """Computes `product(packed, x, *others)`, linear in x; the packed weight gets no gradient.
 
-    The backward pass keeps the packed weight and nothing else. In both passes the weight waits for
-    its activation: otherwise XLA would unpack the weights of many layers at once.
+    The backward pass keeps only the packed weight. In both passes the weight waits for its
+    activation; otherwise XLA would unpack the weights of many layers at once.
     """
     packed, _ = lax.optimization_barrier((packed, x))
     return product(packed, x, *others)
@@ -195,17 +194,17 @@ def _multiply_unpacked_jvp(
 
 
 def shard_part(f: Factor, sharding: Any, axes: Sequence[Axis]) -> Factor:
-    """Shards a part like the weight that has `axes`, along axes where the part can be split so.
+    """Shards a part like the weight with the axes `axes`, as far as it can be split evenly.
 
-    A PartitionSpec is along the axes of `jax.set_mesh`.
+    A PartitionSpec refers to the mesh of `jax.set_mesh`.
     """
     named = isinstance(sharding, NamedSharding)
     mesh = sharding.mesh if named else jax.sharding.get_abstract_mesh()
     spec = sharding.spec if named else sharding
     if unknown := {n for e in spec for n in mesh_axes(e)} - set(mesh.axis_names):
         raise ValueError(
-            f"{spec} names {', '.join(sorted(unknown))}, which no mesh in scope has. Give a "
-            "NamedSharding, or call it under jax.set_mesh(mesh)."
+            f"{spec} names the mesh axes {', '.join(sorted(unknown))}, which no mesh in scope has. "
+            "Give a NamedSharding, or call the function under jax.set_mesh(mesh)."
         )
     entries = f.specs(dict(zip(axes, spec, strict=False))).value
     cut = fit_spec(entries, f.shape, mesh)

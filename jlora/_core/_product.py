@@ -1,4 +1,4 @@
-"""A product of an activation with a changed weight: that with W, plus what the deltas add."""
+"""A product of an activation with a changed weight: x·W, plus what the deltas add."""
 
 import abc
 import dataclasses
@@ -15,7 +15,7 @@ from ._axes import Axis, Factor, Unfactorable
 from ._change import Delta
 from ._weight import Weight
 
-LEAST = 2.0**-60  # a gain
+LEAST = 2.0**-60  # the smallest gain
 
 
 class Roles(NamedTuple):
@@ -31,7 +31,7 @@ class Product(abc.ABC):
     """The product y = x·W' of an activation x with a changed weight.
 
     Attributes:
-        kind: `"dense"`, `"conv"` or `"embed"`, where rows are looked up.
+        kind: `"dense"`, `"conv"` or `"embed"` (rows are looked up).
         eqn: the equation.
         w: the weight.
         x: the activation.
@@ -54,20 +54,20 @@ class Product(abc.ABC):
 
     @abc.abstractmethod
     def spread(self, gain: Factor, on_x: bool) -> jax.Array:
-        """Gives the gain along the axes of x, or else of y."""
+        """Returns the gain with the axes of x if it is `on_x`, else with those of y."""
 
     def result(self) -> jax.Array:
         """Computes y."""
         return self.finish(*self.start())
 
     def start(self) -> tuple[jax.Array, list[jax.Array]]:
-        """Gives x, scaled if the gain is along inputs, and what each delta adds to y."""
+        """Returns x, scaled if the gain is along inputs, and what each delta adds to y."""
         gain = self._gains[0]
         x = self.x if gain is None else times(self.x, self.spread(gain, True))
         return x, self.terms(x)
 
     def finish(self, x: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
-        """Adds the terms that `start` computed to x·W, and scales the sum.
+        """Adds the terms of `start` to x·W, and scales the sum if the gain is along outputs.
 
         The terms are computed before x·W so that the backward pass adds their gradients last.
         """
@@ -76,16 +76,16 @@ class Product(abc.ABC):
 
     @property
     def _gains(self) -> tuple[Factor | None, Factor | None]:
-        """The gain that scales x, and the one that scales y: one of them is None."""
+        """The gain that scales x and the gain that scales y; at least one of them is None."""
         gain = self.w.change.gain
         if gain is None or self.kind == "embed" or {*gain.axes}.isdisjoint(self.roles.inputs):
             return None, gain
         if not {*gain.axes}.isdisjoint(self.roles.outputs):
-            raise Unfactorable("its gain has axes of the inputs and of the outputs")
+            raise Unfactorable("its gain has both inputs and outputs")
         return gain, None
 
     def terms(self, x: jax.Array) -> list[jax.Array]:
-        """Computes what each delta adds; while sites are searched, the use is recorded."""
+        """Computes what each delta adds; while sites are searched, records the use."""
         if self.w.origin.uses is not None:
             self.w.origin.uses.product(self.w, self.kind, self.roles)
         return [self.low_rank(delta, x) for delta in self.w.change.deltas]
@@ -100,7 +100,10 @@ class Product(abc.ABC):
         return promote(self.x.dtype, self.w.dtype)
 
     def factors(self, delta: Delta, dtype: Any = None) -> tuple[Factor, Factor]:
-        """Gives A and B in a dtype, first the one that x meets first; they have all axes of W."""
+        """Returns A and B in a dtype, first the one that x is multiplied with first.
+
+        Together they have all axes of W.
+        """
         dtype = dtype or self.dtype
         p, q = (f.each(lambda x: x.astype(dtype)) for f in delta.by_order(self.roles.inputs))
         rest = {a: n for a, n in self.w.lengths.items() if a not in (*p.axes, *q.axes)}
@@ -112,8 +115,7 @@ def times(x: jax.Array, gain: jax.Array) -> jax.Array:
     """Multiplies `x` by `gain`, in the dtype of `x`.
 
     For dtypes with float32's exponent range, the backward pass stores the result instead of `x`,
-    because the model most often stores the result too. There a gain is never 0, but at least
-    `LEAST`.
+    because the model usually stores the result too. Gains below `LEAST` are raised to it there.
     """
     return _scaled(x, gain) if jnp.finfo(x.dtype).minexp < math.log2(LEAST) else _product(x, gain)
 

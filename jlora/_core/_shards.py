@@ -14,7 +14,7 @@ from ._weight import Weight
 
 
 def constrain(w: Weight, sharding: Any) -> Weight:
-    """Asks XLA to shard W, or its codes and scales, as `sharding` says."""
+    """Constrains W, or its codes and scales, to `sharding`."""
     if not isinstance(w.w, Packed):
         return w.each(lambda x: lax.with_sharding_constraint(x, sharding))
     if not isinstance(sharding, NamedSharding):
@@ -23,13 +23,13 @@ def constrain(w: Weight, sharding: Any) -> Weight:
 
 
 def specs(w: Weight, spec: Any) -> Weight:
-    """Puts the PartitionSpec of each array in its place, where that of W is `spec`."""
+    """Replaces each array by its PartitionSpec, for a W with the PartitionSpec `spec`."""
     by_axis = dict(zip(w.axes, spec, strict=False))
     return map_factors(lambda f: f.specs(by_axis), w)
 
 
 def place(w: Weight, mesh: Any, spec: Any) -> Weight:
-    """Reshards each array to lie on `mesh`, where the partition of W is `spec`."""
+    """Reshards each array to `mesh`, for a W with the PartitionSpec `spec`."""
 
     def reshard(x: jax.Array, spec: Any) -> jax.Array:
         return jax.sharding.reshard(x, NamedSharding(mesh, spec))
@@ -38,13 +38,13 @@ def place(w: Weight, mesh: Any, spec: Any) -> Weight:
 
 
 def pieces(w: Weight, spec: Any, mesh: Any) -> dict[Axis, int]:
-    """Counts the pieces into which a partition splits each axis of W, also if it is one."""
+    """Counts the pieces into which a PartitionSpec splits each axis of W that it names."""
     entries = zip(w.axes, spec, strict=False)
     return {a: count_pieces(e, mesh) for a, e in entries if mesh_axes(e)}
 
 
 def shard_of(w: Weight, spec: Any, unchecked: frozenset[Any], aval: Any) -> Weight:
-    """Makes a shard of type `aval`; JAX does not check what varies over `unchecked` axes."""
+    """Makes the shard of type `aval`; JAX does not check what varies over `unchecked` axes."""
     by_axis = dict(zip(w.axes, spec, strict=False))
 
     def mark(f: Factor) -> Factor:
@@ -54,7 +54,7 @@ def shard_of(w: Weight, spec: Any, unchecked: frozenset[Any], aval: Any) -> Weig
     for d in w.change.deltas:
         apart = {*d.a.axes} ^ {*d.b.axes}
         if not d.is_matrix and (unchecked or any(map(by_axis.get, apart))):
-            raise Unfactorable("a device has a part of each matrix, or that is not checked")
+            raise Unfactorable("a device may have only a shard of each matrix")
     origin = w.origin._replace(unchecked=w.origin.unchecked | unchecked)
     shard = w.replace(w.w.with_axes(w.axes, aval.shape), map_factors(mark, w.change))
     return dataclasses.replace(shard, origin=origin)

@@ -1,7 +1,4 @@
-"""A weight on its way through the model, with the change that an adapter makes to it.
-
-ΔW is never formed on the way.
-"""
+"""A weight on its way through the model, with the change that an adapter makes to it."""
 
 import dataclasses
 import itertools
@@ -21,8 +18,8 @@ class Origin(NamedTuple):
 
     Attributes:
         paths: the paths of the leaves that it is made of.
-        materialize: whether W + ΔW may be formed where there is no other way.
-        uses: what records its products and other uses while sites are searched, else None.
+        materialize: whether W + ΔW may be formed where it has no factored form.
+        uses: records its products and other uses while sites are searched, else None.
         unchecked: mesh axes of the enclosing `shard_map`s that do not check what varies.
     """
 
@@ -38,11 +35,11 @@ class Weight:
     """W with the change that is made to it.
 
     Attributes:
-        w: W as it is now: the factor that has every axis.
+        w: the current W, the factor that has every axis.
         change: the change, whose factors have some of the axes of W.
         origin: the leaves that it comes from.
-        picked: axes of the leaves along which one place was looked up.
-        last: the highest name of an axis that W had before.
+        picked: axes of the leaves along which one entry was looked up.
+        last: the highest name of the former axes of W.
     """
 
     w: Factor | Packed
@@ -82,7 +79,7 @@ class Weight:
 
     @property
     def array(self) -> jax.Array:
-        """W without the change, unpacked."""
+        """W as an array, without the change."""
         return self.w.array
 
     @property
@@ -91,17 +88,17 @@ class Weight:
         return self.w.lengths
 
     def new_names(self) -> Iterator[int]:
-        """Counts up the names that no axis of W has or had."""
+        """Yields names that no axis of W has or had."""
         return itertools.count(max(self._names) + 1)
 
     @property
     def is_shareable(self) -> bool:
-        """Whether a function for weights of its form may be traced with this one."""
-        # Moves that are remembered are closures, each equal to itself alone.
+        """Whether weights of the same form can share a function."""
+        # Remembered moves are closures, which are never equal.
         return not getattr(self.w, "moves", ())
 
     def without_origin(self) -> "Weight":
-        """Forgets the leaves that it comes from, in which the layers of a model differ."""
+        """Forgets the leaves that it comes from, because they differ between equal layers."""
         return dataclasses.replace(self, origin=self.origin._replace(paths=()), picked=frozenset())
 
     @property
@@ -111,16 +108,16 @@ class Weight:
     # -------------------------------------------------------------------------------- how it moves
 
     def along(self, functions: Along) -> "Weight":
-        """Applies each function along the axis that it is given for."""
+        """Applies each function along its axis."""
         change = map_factors(lambda f: f.along(functions), self.change)
         return self.replace(self.w.along(functions), change)
 
     def transpose(
         self, axes: Sequence[Axis], shape: Sequence[int] | None = None, sharding: Any = None
     ) -> "Weight":
-        """Transposes W to `axes`: old ones, and new ones along which it is repeated to `shape`.
+        """Transposes W to `axes`, and repeats it along new axes to `shape`.
 
-        Old axes that are not among `axes` have length 1.
+        Old axes that are not among `axes` must have length 1; they are removed.
         """
         lost = [a for a in self.axes if a not in axes]
         shape = [self.lengths[a] for a in axes] if shape is None else shape
@@ -128,7 +125,7 @@ class Weight:
         return self.replace(self.w.without(lost).transpose(axes, shape, sharding), change)
 
     def reshape(self, shape: Sequence[int], sharding: Any = None) -> "Weight":
-        """Reshapes W to `shape`; `Unfactorable` if that merges axes of A with axes of B."""
+        """Reshapes W to `shape`; `Unfactorable` if this merges axes of A with axes of B."""
         groups = reshape_groups(self.axes, self.shape, shape, self.new_names())
         gain = self.change.gain and self.change.gain.reshape(groups)
         deltas = tuple(
@@ -144,23 +141,23 @@ class Weight:
     def mark_varying(self) -> "Weight":
         """Marks the factors as possibly varying over unchecked mesh axes.
 
-        That is so after a traced value was mixed in.
+        This is needed after a traced value was mixed in.
         """
         unchecked = self.origin.unchecked
         return self.replace(self.w, map_factors(lambda f: f.may_vary(unchecked), self.change))
 
     def mark_picked(self, axes: Sequence[Axis]) -> "Weight":
-        """Remembers that one place was looked up along each of `axes`."""
+        """Remembers that one entry was looked up along each of `axes`."""
         return dataclasses.replace(self, picked=self.picked.union(*(a.leaf for a in axes)))
 
     def as_stack(self) -> "Weight":
-        """Repeats every array along the first axis of W, so that `lax.scan` can take it."""
+        """Repeats every array along the first axis of W, so that `lax.scan` can slice it."""
         first, length = self.axes[0], self.shape[0]
         whole = self.replace(self.w.with_pieces({first: length}))
         return map_factors(lambda f: f.repeat({first: length}).to_front([first]), whole)
 
     def as_slice(self) -> "Weight":
-        """Drops the first axis, after a scan over an `as_stack` weight took one entry along it."""
+        """Drops the first axis, which a scan over an `as_stack` weight has sliced."""
         one = map_factors(lambda f: f.replace(f.value, f.axes[1:]), self)
         return one.replace(one.w.with_axes(self.axes[1:], self.shape[1:]))
 
@@ -180,12 +177,12 @@ class Weight:
         return all(d.is_row for d in self.change.deltas)
 
     def form(self, why: str) -> Any:
-        """Forms W', because of `why`; raises ValueError where a dropout has no input to drop."""
+        """Forms W' because of `why`; raises `ValueError` if dropout has no input to drop."""
         for d in self.change.deltas:
             if d.key is not None and not d.a.is_row:
                 raise ValueError(
-                    f"dropout cannot act where W + ΔW is formed ({why}): there is no input to "
-                    "drop. Give this site a rule with dropout=0."
+                    f"dropout has no input to drop where W + ΔW is formed ({why}). Give this site "
+                    "a rule with dropout=0."
                 )
         return self.change.of(self.array, self.axes)
 
@@ -193,20 +190,20 @@ class Weight:
 def leaf_weight(
     value: Any, change: Change, path: str, materialize: bool, uses: Any = None
 ) -> Weight:
-    """Makes the weight of the leaf at `path`: an array, or an object with a method `packed`."""
-    # Only what records uses reads the path in an axis, in which layers of one form differ.
+    """Makes the weight of the leaf at `path`, an array or an object with a method `packed`."""
+    # Only a search for sites needs the path in an axis, and the paths of equal layers differ.
     axes = axes_of_leaf("" if uses is None else path, value.ndim)
     unchecked = _compat.unchecked_axes()
     w = value.packed(axes) if hasattr(value, "packed") else Factor(value, axes)
     names = {Axis(d): axis for d, axis in enumerate(axes)}
     change = map_factors(lambda f: f.rename(names).may_vary(unchecked), change)
-    # The model must be traced with a weight that varies over a mesh as W' does.
+    # The model must be traced with a weight that varies over the mesh as W' does.
     w = jax.tree.map(lambda x: _compat.vary_with(x, jax.tree.leaves(change)), w)
     return Weight(w, change, Origin((path,), materialize, uses, unchecked))
 
 
 def value_of(x: Any) -> Any:
-    """Gives W of a `Weight`, and an array as it is."""
+    """Returns the W of a `Weight`, and an array as it is."""
     return x.array if isinstance(x, Weight) else x
 
 
@@ -218,7 +215,7 @@ def reshape_groups(
 ) -> list[Group]:
     """Finds the finest factorization of a reshape into independent reshapes.
 
-    An axis that is alone before and after stays as it is; the others get `names`.
+    An axis that stays alone keeps its name; the other new axes get `names`.
 
     >>> axes = axes_of_leaf("w", 3)
     >>> groups = reshape_groups(axes, (6, 4, 5), (2, 3, 20), itertools.count(3))
@@ -243,7 +240,7 @@ def reshape_groups(
 def _factorize(
     old: Sequence[int], new: Sequence[int]
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Yields ranges of `old` and of `new` whose products are equal, as short as can be."""
+    """Yields the shortest ranges of `old` and `new` that have equal products."""
     if 0 in old:
         raise Unfactorable("an axis is empty")
     i, j = 0, 0

@@ -1,4 +1,4 @@
-"""The memory that a training step needs, and a policy that saves some of it.
+"""Computes the memory that a training step needs; a checkpoint policy that saves some of it.
 
 Imports `sharding`, `_progress`, `_report`, `_tree`, `_types`.
 """

@@ -1,4 +1,4 @@
-"""Meshes: that of a plan, on which each leaf needs a sharding, and those of absent TPU slices."""
+"""The mesh of a plan, on which each leaf needs a sharding, and meshes of absent TPU slices."""
 
 import importlib.util
 import math
@@ -21,7 +21,7 @@ def mesh_of_leaves(*trees: PyTree) -> Any:
 
 
 def check_places(mesh: Any, base: PyTree, adapter: PyTree, args: Any) -> None:
-    """Raises if a shape has no sharding: it would be counted whole on every device."""
+    """Raises if a shape has no sharding, because every device would count all of it."""
     if mesh is None or mesh.size == 1:
         return
     trees = {"base": (base, OF_BASE), "args": (tuple(args), "")}
@@ -35,17 +35,17 @@ def check_places(mesh: Any, base: PyTree, adapter: PyTree, args: Any) -> None:
             raise ValueError(
                 f"`{name}` has shapes without `sharding`, on a mesh of {axes}, at {len(bare)} of "
                 f"{len(leaves)} paths: {', '.join(bare[:3])}{', …' if len(bare) > 3 else ''}. "
-                f"{remedy}A leaf takes one as jax.ShapeDtypeStruct(shape, dtype, "
+                f"{remedy}Write a leaf as jax.ShapeDtypeStruct(shape, dtype, "
                 "sharding=NamedSharding(mesh, spec)); with PartitionSpec() every device holds all "
                 "of it."
             )
 
 
 OF_BASE = (
-    "jax.eval_shape drops shardings along automatic mesh axes: in the place of the `base` that it "
-    "returns, give the parameters that `init` was given. "
+    "Give the parameters that you gave to `init`, not the `base` that jax.eval_shape returns: "
+    "jax.eval_shape drops shardings along automatic mesh axes. "
 )
-OF_ADAPTER = "jlora.sharding.specs(base, adapter) has those of an adapter. "
+OF_ADAPTER = "jlora.sharding.specs(base, adapter) returns the shardings of an adapter. "
 
 
 def _is_bare(x: Any) -> bool:
@@ -53,7 +53,7 @@ def _is_bare(x: Any) -> bool:
 
 
 def is_replicated(devices: int, base: PyTree) -> bool:
-    """Whether each of several devices holds all of `base`, whose leaves all have shardings."""
+    """Whether each of several devices holds all of `base`; all its leaves have shardings."""
     leaves = [x for x in jax.tree.leaves(base) if x.ndim]
     return devices > 1 and bool(leaves) and all(x.sharding.is_fully_replicated for x in leaves)
 
@@ -91,7 +91,7 @@ CHIPS = {
     "v6e": Chip("TPU v6 lite", _gib(31.24)),
     "tpu7x": Chip("TPU7x", _gib(94.74), devices=2),
 }
-# With these libtpu asks no metadata server, writes no logs and does not claim the host's TPUs.
+# These keep libtpu from asking a metadata server, writing logs and claiming the host's TPUs.
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -106,15 +106,15 @@ def parse_topology(name: str) -> tuple[Chip, int]:
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if found is None or found[1] not in CHIPS:
         raise ValueError(
-            f"`topology` must be a chip and the slice's shape, such as v5p:4x4x8, with one of "
-            f"{', '.join(CHIPS)}; got {name!r}."
+            f"`topology` must be a chip and the shape of the slice, such as v5p:4x4x8. The chip is "
+            f"one of {', '.join(CHIPS)}; got {name!r}."
         )
     chip = CHIPS[found[1]]
     return chip, math.prod(map(int, found[2].split("x"))) * chip.devices
 
 
 def mesh_of(name: str, axes: dict[str, int]) -> Mesh:
-    """Makes a mesh of the topology's devices, or an abstract one if libtpu is not installed."""
+    """Makes the mesh of a topology's devices, or an abstract one if libtpu is not installed."""
     chip, count = parse_topology(name)
     if math.prod(axes.values()) != count:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The bytes that a training step needs on each device, before a job is submitted."""
+"""`plan` computes the bytes that a training step needs on each device."""
 
 import math
 import re
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 
 class Plan(NamedTuple):
-    """Bytes that one device holds during a training step; `str()` is a table.
+    """Bytes on one device during a training step; `print` shows a table.
 
     Attributes:
-        devices: how many there are.
-        device: their kind, if known.
+        devices: the number of devices.
+        device: the kind of device, or None if it is not known.
         mesh: the axes of the mesh and their lengths.
-        base: the frozen parameters.
-        adapter: the trainable ones.
-        moments: the optimizer's state.
-        batch: the loss function's other arguments.
-        gradients: those of the adapter.
-        activations: all else that XLA allocates; None if the step was not compiled.
+        base: bytes of the frozen parameters.
+        adapter: bytes of the trainable parameters.
+        moments: bytes of the optimizer's state.
+        batch: bytes of the loss function's other arguments.
+        gradients: bytes of the adapter's gradients.
+        activations: all other bytes that XLA allocates; None if the step was not compiled.
         peak: the sum of all these; None if the step was not compiled.
-        capacity: what a device has, if known.
+        capacity: bytes that a device has, or None if it is not known.
         program: the compiled step `(adapter, state, base, args) -> (adapter, state, loss)`, with
-            its HLO, if it was compiled and fits.
-        replicated: whether every one of several devices holds the whole base.
+            its HLO, if it was compiled and fits, else None.
+        replicated: whether there are several devices and each holds the whole base.
     """
 
     devices: int
@@ -54,12 +54,12 @@ class Plan(NamedTuple):
 
     @property
     def exact(self) -> int:
-        """The sum of what follows from shapes: all but the activations."""
+        """The sum of everything but the activations, which follows from shapes."""
         return self.base + self.adapter + self.moments + self.batch + self.gradients
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak is within the capacity; None where that is unknown."""
+        """Whether the peak is within the capacity; None if that is not known."""
         if self.capacity is None:
             return None
         if self.peak is None:
@@ -109,32 +109,36 @@ def plan(
 ) -> Plan:
     r"""Computes the bytes that a training step needs on each device, without running it.
 
-    The step computes $g = \nabla_{adapter}\,\mathrm{loss}(adapter, base, \ldots)$, its update by
-    `tx` and the new adapter; the old adapter and the optimizer's state are donated. If the
-    shardings are on a mesh of devices, the step is compiled for them. They may be the devices of a
-    TPU slice from `jax.experimental.topologies.get_topology_desc`, which needs
-    `pip install "jax[tpu]"`. On an `AbstractMesh`, or with `compile=False`, you get what follows
-    from shapes: all but the activations.
+    The step computes the gradient $\nabla_{adapter}\,\mathrm{loss}(adapter, base, \ldots)$, its
+    update by `tx`, and the new adapter. It donates the old adapter and the optimizer's state.
+
+    If the arguments are sharded over a mesh of devices, the step is compiled for them. You can use
+    the devices of a TPU slice that you do not have, from
+    `jax.experimental.topologies.get_topology_desc`; this needs `pip install "jax[tpu]"`. On an
+    `AbstractMesh`, or with `compile=False`, the plan has everything but the activations.
 
     Args:
-        loss: a function `(adapter, base, *args)` to a scalar.
-        base: the frozen tree, as arrays or `jax.ShapeDtypeStruct`s with shardings. Give the
-            parameters that `init` was given: along automatic mesh axes `jax.eval_shape` drops the
-            shardings of the `base` that it returns. Arrays that are on no mesh are replicated, as
-            `jax.jit` does with them.
-        adapter: the trainable tree, likewise. Without shardings it is sharded as `sharding.specs`
-            says. For full fine-tuning give the parameters here and an empty tree as `base`.
+        loss: a function `(adapter, base, *args)` that returns a scalar.
+        base: the frozen tree, of arrays or `jax.ShapeDtypeStruct`s with shardings. Give the
+            parameters that you gave to `init`, not the `base` that `jax.eval_shape` returns: it
+            drops shardings along automatic mesh axes. Arrays on no mesh are replicated, as by
+            `jax.jit`.
+        adapter: the trainable tree, likewise. If it has no shardings, it gets those of
+            `sharding.specs`. For full fine-tuning give the parameters here, and an empty tree as
+            `base`.
         args: the loss function's other arguments, likewise.
-        tx: an optax transformation; AdamW by default.
-        capacity: bytes of a device; by default what JAX knows of it, or what TPUs of its kind have.
-        compile: True raises if the step cannot be compiled; False does not compile it.
+        tx: an optax transformation; by default AdamW.
+        capacity: bytes of a device; by default the number that JAX reports, or that TPUs of this
+            kind have.
+        compile: whether to compile the step; by default it is compiled if possible. True raises if
+            it is not possible.
         compiler_options: as for `jax.stages.Lowered.compile`.
 
     Returns:
-        A `Plan`. If the step does not fit, its peak is what the compiler says that it needs.
+        A `Plan`. If the step does not fit, its peak is the number in the compiler's error.
 
     Raises:
-        ValueError: if `compile` is True and the mesh is an `AbstractMesh`; or if a
+        ValueError: if `compile` is True and the mesh is an `AbstractMesh`, or a
             `jax.ShapeDtypeStruct` has no sharding on a mesh of several devices.
 
     Examples:
@@ -148,7 +152,7 @@ def plan(
         >>> _, adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
         >>> loss = lambda adapter, base, x: lora.apply(base, adapter, x).mean()
         >>> found = jlora.plan(loss, params, adapter, (x,))
-        >>> found.base, found.adapter, found.moments, found.gradients  # of A an eighth, B whole
+        >>> found.base, found.adapter, found.moments, found.gradients  # an eighth of A, all of B
         (32768, 2304, 4612, 2304)
         >>> print(found)
         8 × device, fsdp=8       a device
@@ -167,9 +171,9 @@ def plan(
     abstract = isinstance(mesh, AbstractMesh)
     if compile and abstract:
         raise ValueError(
-            "`compile` needs shardings of devices; those of `base` are of an AbstractMesh. Make "
-            "the mesh of devices, also of a TPU slice that is not there: "
-            "jax.experimental.topologies.get_topology_desc."
+            "`compile` needs a mesh of devices, but `base` is sharded over an AbstractMesh. Make a "
+            "mesh of devices; jax.experimental.topologies.get_topology_desc has those of TPU "
+            "slices that you do not have."
         )
     tx = optax.adamw(1e-4) if tx is None else tx
     operands = _operands(mesh, base, adapter, args, tx)
@@ -182,13 +186,13 @@ def plan(
     capacity = _capacity(device) if capacity is None else capacity
     peak, program, step = None, None, _step(loss, tx)
     if compile is False or abstract:
-        jax.eval_shape(step, *operands)  # an error of the loss is one of the plan
+        jax.eval_shape(step, *operands)  # so that errors of the loss are raised
     else:
         peak, capacity, program = _compile(step, operands, compiler_options, capacity)
     axes = {} if mesh is None else dict(mesh.shape)
     count = 1 if mesh is None else mesh.size
     kind = getattr(device, "device_kind", None)
-    # A compiled step need not hold all gradients at once.
+    # At least 0: a compiled step need not hold all gradients at once.
     activations = None if peak is None else max(0, peak - sum(exact))
     numbers = (*exact, activations, peak, capacity)
     return Plan(count, kind, axes, *numbers, program, is_replicated(count, base))

@@ -1,10 +1,10 @@
-"""A policy for `jax.checkpoint` that saves only what a training step with frozen weights needs."""
+"""A policy for `jax.checkpoint`, made for training steps whose weights are frozen."""
 
 import math
 from typing import Any
 
-# Elementwise operations and moves: XLA fuses them into whatever reads their result. Division and
-# roots are saved, as computing them takes longer than a read.
+# Elementwise operations and moves, which XLA fuses with the operations that read their results.
+# Division and roots are not among them, because computing them takes longer than reading.
 _NAMES = """
     abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy cos eq erf erfc
     exp exp2 expand_dims expm1 floor ge gt integer_pow iota is_finite le log1p logistic lt max
@@ -12,23 +12,24 @@ _NAMES = """
     stop_gradient sub tanh transpose xor
 """
 CHEAP = frozenset(_NAMES.split())
-THIN = 16  # a product is thin where it adds this many times fewer terms than either side has rows
+THIN = 16  # a product is thin if it sums this many times fewer terms than either side has rows
 
 
 def checkpoint_policy(prim: Any, *operands: Any, **params: Any) -> bool:
-    r"""Lets `jax.checkpoint` save all but results of elementwise operations and thin products.
+    r"""Makes `jax.checkpoint` save all but the results of elementwise operations and thin products.
 
-    With frozen weights, a step needs the input x of a product $x W$ only for $\bar A = s\, x^T
-    \bar h$. Where x is the output of a norm or of an activation function, it costs less to compute
-    it again from what is kept anyway than to keep it. So it does for $h B$, which is as large as
-    $x W$ and comes from a small h. Other products, convolutions, reductions, divisions and roots
-    are saved, so that none is computed twice. Give the policy to each layer rather than
-    to the whole model: `nn.remat(Block, policy=jlora.checkpoint_policy)`, under `nn.scan` with
-    `prevent_cse=False`.
+    Give it to each layer rather than to the whole model:
+    `nn.remat(Block, policy=jlora.checkpoint_policy)`, under `nn.scan` with `prevent_cse=False`.
+
+    With frozen weights, a step needs the input x of a product $x W$ only for
+    $\bar A = s\, x^T \bar h$. If x is the output of a norm or an activation function, computing it
+    again costs less than keeping it. The same is true of $h B$, which is as large as $x W$ and is
+    computed from a small h. All other products, convolutions, reductions, divisions and roots are
+    saved, so none is computed twice.
 
     Args:
         prim: a JAX primitive.
-        *operands: its operands, of which the shapes matter.
+        *operands: its operands; only their shapes matter.
         **params: its parameters.
 
     Returns:
@@ -49,7 +50,7 @@ def checkpoint_policy(prim: Any, *operands: Any, **params: Any) -> bool:
 
 
 def _is_thin(x: Any, y: Any, contracted: Any, batch: Any) -> bool:
-    """Whether a product of matrices adds few terms to each element of a large result."""
+    """Whether a product of matrices sums few terms for each element of a large result."""
     terms = math.prod(x[d] for d in contracted[0])
     rows = (math.prod(shape) // max(terms, 1) for shape in (x, y))
     return not batch[0] and terms * THIN <= min(rows)

@@ -1,6 +1,6 @@
 """Weights in 4 and 8 bits, a file for each scheme. Imports `_linalg`, `_rules`, `_types`, `_core`.
 
-In the order in which to read: `_scheme`, `_leaf`, `_encode`, `_nf4`.
+Read the modules in this order: `_scheme`, `_leaf`, `_encode`, `_nf4`.
 """
 
 from ._dynamic import DYNAMIC as DYNAMIC

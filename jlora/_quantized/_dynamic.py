@@ -1,7 +1,7 @@
-"""Scales in 8 bits, as bitsandbytes has them: double quantization.
+"""Scales in 8 bits, as in bitsandbytes: double quantization.
 
-The scales of 4-bit codes, less their mean, are codes of 8 bits of a floating-point type whose
-exponent takes as many bits as it needs, relative to the largest of each 256.
+The scales of 4-bit codes, minus their mean, are stored as 8-bit floating-point numbers relative to
+the largest of each 256. The exponent of this type has a varying number of bits.
 
 Source: Dettmers, arXiv 1511.04561, section 2.1, for the type; Dettmers et al., QLoRA,
 arXiv 2305.14314, section 3, for double quantization.
@@ -19,10 +19,10 @@ GROUP = 256  # scales that share one
 
 
 def _positive() -> np.ndarray:
-    """Computes the positive codes: middles of equal parts of [0.1, 1], times powers of 10.
+    """Computes the positive codes: midpoints of equal parts of [0.1, 1], times powers of 10.
 
-    Each is rounded as in files, to a bit: the ends of the parts are sums in float64 of a step in
-    float32, counted from the nearer end.
+    They equal those of files to the bit. For that, the ends of the parts are float64 sums of a
+    float32 step, counted from the nearer end.
     """
     found, low = [], np.float32(0.1)
     for i in range(7):
@@ -37,7 +37,7 @@ DYNAMIC = np.concatenate([-_positive()[::-1], [0], _positive(), [1]]).astype(np.
 
 
 def quantize_scales(scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Quantizes scales: returns codes, a scale for each group, and an offset.
+    """Quantizes scales; returns codes, a scale for each group, and an offset.
 
     Args:
         scale: float32, shape (…, n).
@@ -58,7 +58,7 @@ def quantize_scales(scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def dequantize_scales(codes: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
-    """Computes the scales of `quantize_scales` in float32: a product and a sum, each rounded."""
+    """Recovers scales in float32 by a product and a sum, each rounded."""
     n = codes.shape[-1]
     shape = (*scale.shape, GROUP)
     each = jnp.broadcast_to(scale[..., None], shape).reshape(*shape[:-2], math.prod(shape[-2:]))
@@ -66,5 +66,5 @@ def dequantize_scales(codes: jax.Array, scale: jax.Array, offset: jax.Array) -> 
 
 
 def round_product(product: jax.Array) -> jax.Array:
-    """Multiplies so that XLA's CPU compiler does not fuse a sum, which would round only once."""
+    """Keeps XLA's CPU compiler from fusing the product with a sum, which would round only once."""
     return jnp.where(jnp.isnan(product), jnp.zeros((), product.dtype), product)

@@ -43,7 +43,7 @@ def quantize_weight(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
 
 
 def _is_padded(form: Form, cut: Sequence[int]) -> jax.Array | None:
-    """Marks the last block of codes if it is not full, for arrays of shape `cut`."""
+    """Marks the last block of codes for arrays of shape `cut`; None if it is full."""
     axis = form.axis
     if form.shape[axis] % form.blocks[axis] == 0:
         return None
@@ -52,7 +52,7 @@ def _is_padded(form: Form, cut: Sequence[int]) -> jax.Array | None:
 
 
 def _nested(scale: jax.Array, form: Form) -> tuple[jax.Array, Nested]:
-    """Returns scales as codes of 8 bits, and the scales of these."""
+    """Returns scales as codes of 8 bits, and the scales of these codes."""
     at = [d for d in range(len(form.shape)) if not form.is_whole(d)]
     order = [*form.stack, *(d for d in form.order if d in at)]
     x = lax.transpose(scale, [at.index(d) for d in order])

@@ -1,4 +1,4 @@
-"""FP4: 4 bits, a floating-point number."""
+"""FP4: floating point in 4 bits."""
 
 import dataclasses
 from typing import ClassVar
@@ -12,22 +12,22 @@ _MAGNITUDES = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class FP4(Table):
-    r"""4-bit floating point of bitsandbytes: $w = c_q \cdot \max_{block} |w|$, to a bit.
+    r"""4-bit floating point: $w = c_q \cdot \max_{block} |w|$, equal to bitsandbytes to the bit.
 
-    The numbers $c$ are 0, 0.0625, 2, 3, 4, 6, 8, 12, over 12, of either sign. NF4 is the better
-    choice where there is one: its error on weights that are normally distributed is smaller.
+    Prefer `NF4` if you can choose: its error on normally distributed weights is smaller. The
+    numbers $c$ are ±0, 0.0625, 2, 3, 4, 6, 8 and 12, divided by 12.
 
     Attributes:
-        pattern: a regular expression for whole components of a leaf's path; None for every
-            dense site that is neither an embedding nor the head.
-        block: entries that share a scale: 32, 64, 128, 256, 512, 1,024, 2,048 or 4,096.
-        double: whether the scales are codes of 8 bits themselves.
+        pattern: a regular expression that matches whole components of a leaf's path. None matches
+            every dense site except embeddings, the head, and leaves trained in full.
+        block: entries that share a float32 scale: 32, 64, 128, 256, 512, 1,024, 2,048 or 4,096.
+        double: whether to store the scales in 8 bits (double quantization).
 
     Raises:
-        TypeError: if a field is of a wrong type.
-        ValueError: if `pattern` is no regular expression, or `block` none of these.
+        TypeError: if a field has the wrong type.
+        ValueError: if `pattern` is not a regular expression, or `block` is not one of these.
 
-    Source: bitsandbytes; Dettmers et al., QLoRA, arXiv 2305.14314, section 4, compares them.
+    Source: bitsandbytes. Dettmers et al., QLoRA, arXiv 2305.14314, section 4, compare FP4 with NF4.
 
     Examples:
         >>> import jlora
@@ -35,5 +35,5 @@ class FP4(Table):
         FP4(pattern='kernel', block=64, double=False)
     """
 
-    # -0.0 is 0.0 there too.
+    # bitsandbytes has 0.0 for -0.0 too.
     table: ClassVar[np.ndarray] = np.concatenate([_MAGNITUDES, 0 - _MAGNITUDES]) / np.float32(12)

@@ -1,4 +1,4 @@
-"""FP8: 8 bits, a floating-point number."""
+"""FP8: floating point in 8 bits."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,17 +14,18 @@ LARGEST = 448.0
 
 @dataclasses.dataclass(frozen=True)
 class FP8(Scheme):
-    r"""8-bit floating point, e4m3: $w = q\,s$ with $s = \max |w| / 448$, of squares or outputs.
+    r"""8-bit floating point (e4m3): $w = q\,s$ with $s = \max_{block} |w| / 448$ in float32.
 
     Attributes:
-        pattern: a regular expression for whole components of a leaf's path; None for every
-            dense site that is neither an embedding nor the head.
-        block: rows and columns that share a scale, 32 to 512, a power of 2, 128 × 128 as DeepSeek
-            and Qwen ship it; blocks at the ends may be smaller. None for all inputs of an output.
+        pattern: a regular expression that matches whole components of a leaf's path. None matches
+            every dense site except embeddings, the head, and leaves trained in full.
+        block: side of the squares that share a scale, a power of 2 from 32 to 512. DeepSeek and
+            Qwen publish 128 × 128. The last blocks may be smaller. With None, each output has one
+            scale.
 
     Raises:
-        TypeError: if a field is of a wrong type.
-        ValueError: if `pattern` is no regular expression, or `block` none of these.
+        TypeError: if a field has the wrong type.
+        ValueError: if `pattern` is not a regular expression, or `block` is not one of these.
 
     Source: Micikevicius et al., arXiv 2209.05433, for the type; DeepSeek-V3, arXiv 2412.19437,
     section 3.3, for the blocks.
@@ -45,7 +46,7 @@ class FP8(Scheme):
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
     ) -> Form:
-        """Blocks along the last input and the last output axis, or all inputs."""
+        """Makes squares of the last input axis and the last output axis, or one block an output."""
         if self.block is None or len(order) == inputs:
             return one_block(shape, stack, order, inputs)
         blocks = list(along(shape, stack, order, self.block).blocks)
@@ -53,7 +54,7 @@ class FP8(Scheme):
         return Form(shape, stack, order, tuple(blocks))
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
-        """Rounds w / s to the nearest number of the type."""
+        """Rounds w ÷ s to the nearest number of the type."""
         largest = jnp.abs(w).max(within, keepdims=True)
         scale = largest / LARGEST
         relative = w / jnp.where(scale > 0, scale, 1)

@@ -1,4 +1,4 @@
-"""Int4: 4 bits, affine."""
+"""Int4: integers in 4 bits with a zero point."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from ._scheme import Coded, Scheme
 class Int4(Scheme):
     r"""4-bit integers in groups: $w = (q - z)\,s$ with an integer zero point $z$ in [0, 15].
 
-    What GPTQ, AWQ, compressed-tensors and GGUF store is of this form, with the scales in 16 bits.
-    Where `zero` of a leaf is floating-point, as of GGUF's Q4_1, it is $w = q\,s + z$; without one,
-    z is 8. This scheme's own scales are bfloat16: 4.19 bits a parameter in groups of 128.
+    GPTQ, AWQ, compressed-tensors and GGUF store this form with 16-bit scales. If the `zero` of a
+    leaf is floating-point, as in GGUF's Q4_1, then $w = q\,s + z$; a leaf without `zero` has z = 8.
+    `jlora.quantize` makes bfloat16 scales: 4.19 bits per parameter in groups of 128.
 
     Attributes:
-        pattern: a regular expression for whole components of a leaf's path; None for every
-            dense site that is neither an embedding nor the head.
-        group: entries along the last input axis that share s and z, 16 to 1,024, a power of 2.
+        pattern: a regular expression that matches whole components of a leaf's path. None matches
+            every dense site except embeddings, the head, and leaves trained in full.
+        group: entries along the last input axis that share s and z, a power of 2 from 16 to 1,024.
 
     Raises:
-        TypeError: if a field is of a wrong type.
-        ValueError: if `pattern` is no regular expression, or `group` none of these.
+        TypeError: if a field has the wrong type.
+        ValueError: if `pattern` is not a regular expression, or `group` is not one of these.
 
     Source: Frantar et al., GPTQ, arXiv 2210.17323; Lin et al., AWQ, arXiv 2306.00978.
 
@@ -45,7 +45,7 @@ class Int4(Scheme):
     legal: ClassVar[tuple[int, ...]] = (16, 32, 64, 128, 256, 512, 1024)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
-        """Rounds to 16 numbers from the group's minimum to its maximum; 0 is one of them."""
+        """Rounds to 16 numbers between the group's minimum and maximum; 0 is one of them."""
         least = jnp.minimum(w.min(within, keepdims=True), 0)
         largest = jnp.maximum(w.max(within, keepdims=True), 0)
         scale = ((largest - least) / 15).astype(jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Int8: 8 bits."""
+"""Int8: integers in 8 bits."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,27 +10,28 @@ import numpy as np
 
 from ._scheme import Coded, Scheme
 
-STEP = np.float32(7.874015718698502e-3)  # 1 / 127 as bitsandbytes has it
+STEP = np.float32(7.874015718698502e-3)  # 1 / 127 as in bitsandbytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Int8(Scheme):
-    r"""8-bit integers: $w = q\,s$ with $s = \max |w| / 127$, of each output or of each block.
+    r"""8-bit integers: $w = q\,s$ with $s = \max |w| / 127$ of each output or of each block.
 
-    Without blocks the scale of an output is kept as $\max |w|$, and $w = (q \max |w|) / 127$, to a
-    bit as bitsandbytes stores weights in 8 bits. With blocks it is $s$, as in GGUF's Q8_0.
+    With blocks it stores $s$, as GGUF's Q8_0 does. Without blocks it stores $\max |w|$ of each
+    output and computes $w = (q \max |w|) / 127$, equal to bitsandbytes to the bit. Scales are
+    float32.
 
     Attributes:
-        pattern: a regular expression for whole components of a leaf's path; None for every
-            dense site that is neither an embedding nor the head.
-        block: entries along the last input axis that share a scale, 16 to 1,024, a power of 2; None
-            for all inputs of an output.
+        pattern: a regular expression that matches whole components of a leaf's path. None matches
+            every dense site except embeddings, the head, and leaves trained in full.
+        block: entries along the last input axis that share a scale, a power of 2 from 16 to 1,024.
+            With None, each output has one scale.
 
     Raises:
-        TypeError: if a field is of a wrong type.
-        ValueError: if `pattern` is no regular expression, or `block` none of these.
+        TypeError: if a field has the wrong type.
+        ValueError: if `pattern` is not a regular expression, or `block` is not one of these.
 
-    Source: Dettmers et al., LLM.int8(), arXiv 2208.07339, without its products in 8 bits.
+    Source: Dettmers et al., LLM.int8(), arXiv 2208.07339; its 8-bit products are not implemented.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -57,6 +58,6 @@ class Int8(Scheme):
         return Coded(jnp.round(w * inverse).astype(jnp.int8), scale)
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        """Multiplies the code by the scale, which is 127 times too large for all inputs."""
+        """Multiplies the code by the scale; without blocks, the stored scale is 127 times s."""
         w = super().decode(codes, scale, zero)
         return w * STEP if self.block is None else w

@@ -1,4 +1,4 @@
-"""The quantized leaf of a base, and how it becomes an array again."""
+"""The quantized leaf of a base, and how it is dequantized."""
 
 import dataclasses
 import functools
@@ -16,16 +16,16 @@ from .._types import short as short_name
 from ._dynamic import dequantize_scales
 from ._scheme import Form, Scheme, spell, spread, unpack
 
-OTHER = Axis(-3)  # follows no axis of W: that of a whole matrix, or of groups of scales
+OTHER = Axis(-3)  # an axis that follows no axis of W: a flat matrix, or groups of scales
 
 
 class Nested(NamedTuple):
-    """What scales are computed from if they are codes of 8 bits (double quantization).
+    """Scales of scales, if the scales are codes of 8 bits themselves (double quantization).
 
     Attributes:
         scale: the scale of each group of 256 scales, in the order of files; float32 of shape
             (stack…, groups).
-        offset: what is added to the scales; float32 of shape (stack…).
+        offset: the number that is added to all scales; float32 of shape (stack…).
     """
 
     scale: Any
@@ -37,24 +37,31 @@ class Nested(NamedTuple):
 class Quantized(NotAnArray):
     r"""A weight of a base in 4 or 8 bits: codes, and a scale for each block of them.
 
-    It is a pytree node with the children `data`, `scale`, `zero`, `nested` and `error`; the rest is
-    static. jlora treats it as one leaf with the shape and dtype of the weight, and computes the
-    weight next to each use. It is no array: functions of a tree with such leaves run under
-    `lora.apply` or `jlora.wrap`.
+    It is a pytree node with the children `data`, `scale`, `zero`, `nested` and `error`; the other
+    fields are static. jlora treats it as one leaf with the shape and dtype of the weight, and
+    dequantizes it next to each use. It is not an array: call functions of a tree with such leaves
+    through `lora.apply` or `jlora.wrap`.
 
     Attributes:
-        data: the codes, with W's axes. Codes of 4 bits are packed two a byte along the axis of the
-            blocks: entry j of a block in the high bits, entry j + block / 2 in the low ones.
+        data: the codes, with W's axes. A byte has two codes of 4 bits, packed along the axis of the
+            blocks: entry j of a block in the high bits, entry j + block / 2 in the low bits.
         scale: the scale of each block, with W's axes except those that one block covers.
-        zero: another number of each block, if the scheme has one, or None.
-        nested: what the scales are computed from if they are codes themselves, or None.
-        error: $\lVert W - Q \rVert / \lVert W \rVert$ of each matrix, float32 of shape (stack…);
-            None if W was not known.
+        zero: the zero point of each block, or None if the scheme has none.
+        nested: the scales of the scales if these are codes of 8 bits, else None.
+        error: $\lVert W - Q \rVert / \lVert W \rVert$ of each matrix, with Q the dequantized W;
+            float32 of shape (stack…). None if W was not known.
         scheme: the scheme.
-        form: how W is cut into blocks.
+        form: how W is divided into blocks.
         dtype: the dtype of the weight.
-        used: the sharding in which the weight is used, or None. The codes are resharded to it
-            before they are unpacked. See `jlora.sharding.gathered`.
+        used: the sharding in which the model uses the weight, or None. The codes are resharded to
+            it before they are dequantized. See `jlora.sharding.gathered`.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> scheme = jlora.NF4("w", block=64, double=False)
+        >>> w = jlora.quantize({"w": jnp.ones((128, 3), jnp.bfloat16)}, scheme)["w"]
+        >>> w.shape, w.data.shape, w.scale.shape, w.nbytes
+        ((128, 3), (64, 3), (2, 3), 216)
     """
 
     data: Any
@@ -68,10 +75,9 @@ class Quantized(NotAnArray):
     used: Any = dataclasses.field(default=None, metadata={"static": True})
 
     _remedy: ClassVar = (
-        "a weight is a jlora.Quantized, which only lora.apply and a function under "
-        "jlora.wrap take: call lora.apply(base, adapter, ...), with {} as the adapter for the base "
-        "model, or jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain "
-        "arrays."
+        "a weight is a jlora.Quantized. Only lora.apply and functions under jlora.wrap accept it: "
+        "call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
+        "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) returns plain arrays."
     )
 
     @property
@@ -96,9 +102,9 @@ class Quantized(NotAnArray):
         return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in parts)
 
     def map_arrays(self, f: Callable[[Any, Sequence[int | None]], Any]) -> "Quantized":
-        """Puts `f(x, axes)` in the place of each array x, whose axes follow `axes` of W.
+        """Replaces each array x by `f(x, axes)`; the axes of x follow the axes `axes` of W.
 
-        None stands for an axis that follows none.
+        None in `axes` is an axis that follows no axis of W.
         """
         stack, scaled = self.form.stack, self.form.scaled
         axes = {"data": self.form.coded, "scale": scaled, "zero": scaled, "error": stack}
@@ -110,7 +116,7 @@ class Quantized(NotAnArray):
         return dataclasses.replace(self, **new)
 
     def packed(self, axes: Sequence[Axis], dtype: Any = None) -> Packed:
-        """Packs W, with the axes `axes`, for the interpreter; by default in its own dtype."""
+        """Makes W for the interpreter, with the axes `axes`; by default in its own dtype."""
         self._check_dtypes()
         axes, dtype = tuple(axes), jnp.dtype(self.dtype if dtype is None else dtype)
         parts = dataclasses.replace(self, error=None).map_arrays(
@@ -124,27 +130,27 @@ class Quantized(NotAnArray):
         return packed.replace(even=free, loosen=loosen, loose=packed.even)
 
     def _even(self, axes: Sequence[Axis]) -> frozenset[Axis]:
-        """Finds the axes that can be split as codes and blocks are, if scales are numbers."""
+        """Finds the axes along which splitting codes and scales splits W, if scales are numbers."""
         form = self.form
         if form.flat:
             return frozenset(axes[d] for d in form.stack)
         lengths = zip(axes, form.shape, form.blocks, strict=True)
         even = {a for a, n, block in lengths if n % block == 0 or block > n}
-        if self.scheme.bits == 4 and form.is_whole(form.axis):  # two codes a byte from end to end
+        if self.scheme.bits == 4 and form.is_whole(form.axis):  # a byte has codes of both halves
             even.remove(axes[form.axis])
         return frozenset(even)
 
     def _check_dtypes(self) -> None:
-        """Raises if the arrays were cast, as by a map over all arrays of a tree."""
+        """Raises if the arrays were cast, for example by a map over all arrays of a tree."""
         legal = self.scheme.scales if self.nested is None else ("uint8",)
         nested = () if self.nested is None else self.nested
         if str(self.scale.dtype) in legal and all(str(x.dtype) == "float32" for x in nested):
             return
         found = ", ".join(str(x.dtype) for x in (self.scale, *nested))
         raise TypeError(
-            f"a quantized weight has scales of {found}; those of {spell(self.scheme)} are "
-            f"{' or '.join(legal)}, and what they are computed from is float32. Was the whole tree "
-            "cast? Leave quantized weights as they are: "
+            f"a quantized weight has scales of {found}; {spell(self.scheme)} needs "
+            f"{' or '.join(legal)}{', float32, float32' if nested else ''}. Was the whole tree "
+            "cast? Do not cast quantized weights: "
             "jax.tree.map(lambda x: x if isinstance(x, jlora.Quantized) else "
             "x.astype(dtype), params, is_leaf=lambda x: isinstance(x, jlora.Quantized))."
         )
@@ -165,11 +171,11 @@ def is_quantized(x: Any) -> bool:
 
 
 def dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
-    """Returns the tree with a plain array in the place of each `Quantized` leaf.
+    """Turns each `Quantized` leaf of a tree into a plain array.
 
     Args:
         tree: any tree.
-        dtype: the dtype of those arrays; by default that of each weight.
+        dtype: the dtype of these arrays; by default each weight has its own.
 
     Returns:
         A tree like the one given to `quantize`. Values are computed in float32 and rounded once.
@@ -197,7 +203,7 @@ _array = jax.jit(Quantized.array, static_argnums=1)
 
 
 class _With(NamedTuple):
-    """A function with its first arguments, equal to one with equal arguments."""
+    """A function with its first arguments; it is equal to another one with equal arguments."""
 
     f: Callable[..., Any]
     args: tuple[Any, ...]
@@ -209,9 +215,9 @@ class _With(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _unpack(axes: tuple[Axis, ...], dtype: Any, parts: Quantized) -> Factor:
-    """Unpacks W, whose axes are `axes`, or a piece of W, cut along axes that are free or even."""
+    """Unpacks W with the axes `axes`, or a piece of it if its arrays were split or sliced."""
     form, used = parts.form, parts.used
-    # Within the model's own shard_map the parts are those of a shard.
+    # In a shard_map of the model, the arrays are shards.
     if used is not None and not jax.sharding.get_abstract_mesh().manual_axes:
         parts = parts.map_arrays(lambda f, _: shard_part(f, used, axes))
     parts = _loosen(axes, parts)
@@ -236,7 +242,7 @@ def _unpack(axes: tuple[Axis, ...], dtype: Any, parts: Quantized) -> Factor:
 
 
 def _loosen(axes: tuple[Axis, ...], parts: Quantized) -> Quantized:
-    """Computes the scales if there are codes of them."""
+    """Computes the scales if they are codes."""
     if parts.nested is None:
         return parts
     form, codes, nested = parts.form, parts.scale, parts.nested

@@ -1,4 +1,4 @@
-"""MXFP4: 4 bits, a floating-point number, with a power of 2 for each 32."""
+"""MXFP4: floating point in 4 bits, with a power of 2 for each 32."""
 
 import dataclasses
 import itertools
@@ -19,18 +19,18 @@ BIAS = 127
 
 @dataclasses.dataclass(frozen=True)
 class MXFP4(Scheme):
-    r"""4-bit floating point, e2m1, in blocks of 32: $w = c_q \cdot 2^{s - 127}$.
+    r"""4-bit floating point (e2m1) in blocks of 32: $w = c_q \cdot 2^{s - 127}$.
 
-    The numbers c are 0, 0.5, 1, 1.5, 2, 3, 4, 6 of either sign; s is a byte. As gpt-oss ships its
-    experts: 4.25 bits a parameter.
+    The numbers $c$ are ±0, 0.5, 1, 1.5, 2, 3, 4 and 6; $s$ is a byte: 4.25 bits per parameter. The
+    experts of gpt-oss are published in this form.
 
     Attributes:
-        pattern: a regular expression for whole components of a leaf's path; None for every
-            dense site that is neither an embedding nor the head.
+        pattern: a regular expression that matches whole components of a leaf's path. None matches
+            every dense site except embeddings, the head, and leaves trained in full.
 
     Raises:
-        TypeError: if `pattern` is no string.
-        ValueError: if `pattern` is no regular expression.
+        TypeError: if `pattern` is not a string.
+        ValueError: if `pattern` is not a regular expression.
 
     Source: Open Compute Project, Microscaling Formats (MX) 1.0, sections 5.3 and 6.3.
 
@@ -47,9 +47,9 @@ class MXFP4(Scheme):
     legal: ClassVar[tuple[int, ...]] = (32,)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
-        """Rounds w ÷ the power to the nearest number; in a tie to the one whose last bit is 0."""
+        """Rounds w ÷ the power to the nearest number; a tie goes to the one whose last bit is 0."""
         largest = jnp.abs(w).max(within, keepdims=True)
-        exponent = jnp.frexp(largest)[1] - 1 - 2  # so that the largest is from 4 to 8
+        exponent = jnp.frexp(largest)[1] - 1 - 2  # so that the largest quotient is in [4, 8)
         exponent = jnp.clip(jnp.where(largest > 0, exponent, -BIAS), 1 - BIAS, BIAS)
         relative = jnp.abs(w) / _power(exponent + BIAS)
         above = [

@@ -1,4 +1,4 @@
-"""NF4: 4 bits, codes at the quantiles of a normal distribution."""
+"""NF4: 4 bits, numbers at the quantiles of the normal distribution."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._rules import rule_name
+from .._rules import check_field
 from ._scheme import Coded, Form, Scheme, along, lookup
 
 NORMAL = np.array(
@@ -25,7 +25,7 @@ NORMAL = np.array(
 
 @dataclasses.dataclass(frozen=True)
 class Table(Scheme):
-    """A scheme whose codes index a table of 16 numbers in [-1, 1], times the block's maximum."""
+    """A scheme whose codes index a table of 16 numbers in [-1, 1], relative to the maximum."""
 
     block: int = 64
     double: bool = False
@@ -37,24 +37,22 @@ class Table(Scheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.double, bool):
-            raise TypeError(
-                f"`double` of {rule_name(self)} must be True or False; got {self.double!r}."
-            )
+        is_flag = isinstance(self.double, bool)
+        check_field(self, "double", is_flag, "be True or False", TypeError)
 
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
     ) -> Form:
-        """Blocks along the last axis, or across the ends of rows if they do not divide it."""
+        """Makes blocks along the last axis; if they do not divide it, through the whole matrix."""
         form = along(shape, stack, order, self.block)
         return form._replace(flat=shape[order[-1]] % self.block != 0)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
-        """Picks the code nearest to each entry ÷ the block's maximum; in a tie the lower one."""
+        """Picks the number nearest to w ÷ the block's maximum; a tie goes to the lower number."""
         largest = jnp.abs(w).max(within, keepdims=True)
         nonzero = jnp.where(largest > 0, largest, 1)
         relative = w * (1 / nonzero)
-        if short is not None:  # bitsandbytes divides in a block that is not full
+        if short is not None:  # in a block that is not full, bitsandbytes divides
             relative = jnp.where(short, w / nonzero, relative)
         relative = jnp.clip(relative, -1, 1)
         order = np.argsort(self.table, kind="stable").astype(np.uint8)
@@ -70,21 +68,22 @@ class Table(Scheme):
 
 @dataclasses.dataclass(frozen=True)
 class NF4(Table):
-    r"""4-bit NormalFloat: $w = c_q \cdot \max_{block} |w|$, to a bit as in bitsandbytes.
+    r"""4-bit NormalFloat: $w = c_q \cdot \max_{block} |w|$, equal to bitsandbytes to the bit.
 
     The 16 numbers $c$ are quantiles of the normal distribution. Blocks run along the last input
-    axis; where they do not divide it, along the whole matrix as it is in a file, (outputs, inputs).
+    axis. If they do not divide it, they run through the whole matrix in the order of files,
+    (outputs, inputs).
 
     Attributes:
-        pattern: a regular expression for whole components of a leaf's path; None for every
-            dense site that is neither an embedding nor the head.
-        block: entries that share a scale: 32, 64, 128, 256, 512, 1,024, 2,048 or 4,096.
-        double: whether the scales are codes of 8 bits themselves: at blocks of 64, 4.127 bits a
-            parameter rather than 4.5.
+        pattern: a regular expression that matches whole components of a leaf's path. None matches
+            every dense site except embeddings, the head, and leaves trained in full.
+        block: entries that share a float32 scale: 32, 64, 128, 256, 512, 1,024, 2,048 or 4,096.
+        double: whether to store the scales in 8 bits (double quantization): with blocks of 64, this
+            takes 4.127 bits per parameter rather than 4.5.
 
     Raises:
-        TypeError: if a field is of a wrong type.
-        ValueError: if `pattern` is no regular expression, or `block` none of these.
+        TypeError: if a field has the wrong type.
+        ValueError: if `pattern` is not a regular expression, or `block` is not one of these.
 
     Source: Dettmers et al., QLoRA, arXiv 2305.14314, section 3.
 

@@ -1,4 +1,4 @@
-"""How a weight is cut into blocks, and the base class of schemes, which say what codes are."""
+"""How a weight is divided into blocks, and the base class of schemes, which define the codes."""
 
 import dataclasses
 import math
@@ -11,18 +11,18 @@ import numpy as np
 from jax import lax
 
 from .._core import explicit
-from .._rules import check_pattern, is_int, rule_name
+from .._rules import check_field, check_pattern, is_int, rule_name
 from .._types import Layout
 
 
 class Form(NamedTuple):
-    """How a weight is cut into blocks that share a scale.
+    """How a weight is divided into blocks that share a scale.
 
     Attributes:
         shape: the shape of W.
         stack: axes over which W is a stack of matrices; each matrix is quantized on its own.
-        order: the other axes of W in the order of files: outputs, then inputs. Codes run along the
-            last. An embedding has its axes in the order of a lookup.
+        order: the other axes of W in the order of files: outputs, then inputs; for an embedding,
+            inputs, then outputs. Codes run along the last axis.
         blocks: the length of a block along each axis of W.
         flat: whether blocks run through the whole matrix in the order of `order`, across the ends
             of its rows. Then codes and scales have the axes `stack` and one more.
@@ -46,7 +46,7 @@ class Form(NamedTuple):
 
     @property
     def of_codes(self) -> "Form":
-        """The form of the array that is cut: W, or its matrices as vectors if blocks are `flat`."""
+        """The form of the array that is divided: W, or its flattened matrices if it is `flat`."""
         if not self.flat:
             return self
         n, lead = len(self.stack), [self.shape[d] for d in self.stack]
@@ -55,9 +55,9 @@ class Form(NamedTuple):
 
     @property
     def scaled(self) -> tuple[int | None, ...]:
-        """The axis of W for each axis of the scales; None for the axis of a whole matrix.
+        """The axis of W for each axis of the scales; None for the axis of a flattened matrix.
 
-        An axis of W that one block covers is not among them.
+        Scales lack the axes of W that one block covers.
         """
         if self.flat:
             return (*self.stack, None)
@@ -65,7 +65,7 @@ class Form(NamedTuple):
 
     @property
     def coded(self) -> tuple[int | None, ...]:
-        """The axis of W for each axis of the codes; None for the axis of a whole matrix."""
+        """The axis of W for each axis of the codes; None for the axis of a flattened matrix."""
         return (*self.stack, None) if self.flat else tuple(range(len(self.shape)))
 
     @property
@@ -75,7 +75,7 @@ class Form(NamedTuple):
         return self._replace(shape=self.shape[1:], stack=stack, order=order, blocks=self.blocks[1:])
 
     def is_whole(self, d: int) -> bool:
-        """Whether one block is as long as axis `d`, which scales then lack; no flat form is so."""
+        """Whether one block covers axis `d`, so that scales lack it; never if it is `flat`."""
         return not self.flat and 1 < self.shape[d] <= self.blocks[d]
 
 
@@ -90,7 +90,12 @@ def along(
 def one_block(
     shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
 ) -> Form:
-    """Makes a form with one block for the last `inputs` axes of `order`."""
+    """Makes a form with one block for the last `inputs` axes of `order`; see `Form`.
+
+    Examples:
+        >>> one_block(shape=(64, 8), stack=(), order=(1, 0), inputs=1).blocks
+        (64, 1)
+    """
     blocks = tuple(n if d in order[-inputs:] else 1 for d, n in enumerate(shape))
     return Form(shape, stack, order, blocks)
 
@@ -99,7 +104,7 @@ def one_block(
 
 
 def split(w: jax.Array, blocks: Sequence[int]) -> tuple[jax.Array, tuple[int, ...]]:
-    """Cuts each axis of W into blocks, padded with 0; also returns the axes within a block."""
+    """Divides each axis of W into blocks, padded with 0; also returns the axes within a block."""
     counts = [-(-n // b) for n, b in zip(w.shape, blocks, strict=True)]
     ends = [c * b - n for c, b, n in zip(counts, blocks, w.shape, strict=True)]
     w = jnp.pad(w, [(0, end) for end in ends]) if any(ends) else w
@@ -108,7 +113,7 @@ def split(w: jax.Array, blocks: Sequence[int]) -> tuple[jax.Array, tuple[int, ..
 
 
 def join(x: jax.Array) -> jax.Array:
-    """Joins the blocks that `split` makes, with what they are padded with."""
+    """Joins the blocks of `split`, with their padding."""
     return x.reshape([c * b for c, b in zip(x.shape[::2], x.shape[1::2], strict=True)])
 
 
@@ -128,20 +133,20 @@ def spread(scale: jax.Array, blocks: Sequence[int], shape: Sequence[int]) -> jax
 
 
 def pack(codes: jax.Array, axis: int) -> jax.Array:
-    """Packs codes of 4 bits, in the blocks of `split`, two a byte along the blocks of `axis`.
+    """Packs two codes of 4 bits in a byte, along the blocks that `split` makes of `axis`.
 
-    Entry j of a block is in the high bits and entry j + block / 2 in the low ones, so that no two
-    neighbors are torn apart, which takes time on a TPU.
+    Entry j of a block is in the high bits, entry j + block / 2 in the low bits. So unpacking does
+    not interleave neighbors, which would be slow on a TPU.
     """
     first, second = jnp.split(codes, 2, 2 * axis + 1)
     return (first << 4 | second).astype(jnp.uint8)
 
 
 def unpack(data: jax.Array, axis: int, block: int) -> jax.Array:
-    """Unpacks the codes along an axis; its blocks are joined after `pack`."""
+    """Unpacks codes along an axis whose packed blocks are joined."""
     before, n, after = data.shape[:axis], data.shape[axis], data.shape[axis + 1 :]
     blocks = data.reshape(*before, 2 * n // block, 1, block // 2, *after)
-    # Shifts rather than two arrays joined: XLA computes them where they are read.
+    # Shifts rather than two joined arrays, because XLA fuses them with what reads the codes.
     one = [1] * blocks.ndim
     shifts = lax.broadcasted_iota(jnp.uint8, [*one[: axis + 1], 2, *one[axis + 2 :]], axis + 1)
     codes = (blocks >> (4 - 4 * shifts)) & jnp.uint8(15)
@@ -157,7 +162,7 @@ class Coded(NamedTuple):
     Attributes:
         codes: a code for each entry of W.
         scale: a number for each block.
-        zero: another for each block, or None.
+        zero: a second number for each block, or None.
     """
 
     codes: jax.Array
@@ -167,19 +172,32 @@ class Coded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """Quantizes the weights whose path matches `pattern`; the base of each scheme.
+    """The base class of schemes, each of which quantizes the weights whose path matches `pattern`.
 
     Attributes:
-        pattern: a regular expression for whole components of a leaf's path. None means
-            every dense site that is neither an embedding nor the head.
+        pattern: a regular expression that matches whole components of a leaf's path. None matches
+            every dense site except embeddings, the head, and leaves trained in full.
+
+    Examples:
+        >>> import dataclasses, jax.numpy as jnp, jlora
+        >>> from jlora.extend import Coded, Scheme
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Ternary(Scheme):
+        ...     bits = 8
+        ...     def encode(self, w, within, short):
+        ...         scale = jnp.abs(w).max(within, keepdims=True)
+        ...         return Coded(jnp.round(w / scale).astype(jnp.int8), scale)
+        >>> base = jlora.quantize({"w": jnp.array([[-2.0], [0.5], [1.5]])}, Ternary("w"))
+        >>> jlora.dequantize(base)["w"].tolist()
+        [[-2.0], [0.0], [2.0]]
     """
 
     pattern: str | None = None
 
     bits: ClassVar[int]  # of a code
-    legal: ClassVar[tuple[int, ...]] = ()  # lengths of blocks; a field `block` or `group` has one
+    legal: ClassVar[tuple[int, ...]] = ()  # values of the field `block` or `group`
     is_optional: ClassVar[bool] = False  # whether None is legal too
-    scales: ClassVar[tuple[str, ...]] = ("float32",)  # dtypes of scales, here or in a file
+    scales: ClassVar[tuple[str, ...]] = ("float32",)  # legal dtypes of scales, also from files
 
     def __post_init__(self) -> None:
         if self.pattern is not None:
@@ -187,27 +205,24 @@ class Scheme:
         name, n = block_of(self)
         if not self.legal or (n is None and self.is_optional):
             return
-        if not is_int(n) or n not in self.legal:
-            raise ValueError(
-                f"`{name}` of {rule_name(self)} must be one of "
-                f"{', '.join(map(str, self.legal))}; got {n!r}."
-            )
-        if type(n) is not int:
+        legal = ", ".join(map(str, self.legal))
+        check_field(self, name, is_int(n) and n in self.legal, f"be one of {legal}")
+        if n is not None and type(n) is not int:
             object.__setattr__(self, name, int(n))
 
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
     ) -> Form:
-        """Cuts a weight into blocks along its last axis, or into one for all inputs of an output.
+        """Divides a weight into blocks along its last axis, or into one block for each output.
 
         Args:
-            shape: of the weight.
+            shape: the shape of the weight.
             stack: as in `Form`.
             order: as in `Form`.
-            inputs: how many axes at the end of `order` each output is a sum over.
+            inputs: how many axes at the end of `order` are inputs.
 
         Raises:
-            ValueError: if the weight cannot be cut so, as if blocks do not divide the axis.
+            ValueError: if blocks do not divide the axis.
         """
         (name, block), n = block_of(self), shape[order[-1]]
         if block is None:
@@ -215,39 +230,35 @@ class Scheme:
         if n % block == 0:
             return along(shape, stack, order, block)
         fits = ", ".join(str(b) for b in self.legal if n % b == 0)
+        remedy = f"Give one of {fits}." if fits else "None does: leave it out of the pattern."
         raise ValueError(
-            f"`{name}` of {rule_name(self)} is {block}, which does not divide axis {order[-1]}, "
-            f"of length {n}, of a weight of shape {shape}. "
-            + (
-                f"Blocks of {fits} divide it."
-                if fits
-                else "No legal block divides it: leave it out of the pattern."
-            )
+            f"`{name}` of {rule_name(self)} must divide axis {order[-1]}, of length {n}, of a "
+            f"weight of shape {shape}; got {block}. {remedy}"
         )
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """Computes the codes of W.
 
         Args:
-            w: W in float32, its axes cut into blocks.
-            within: the axes within a block, of which scales have length 1.
-            short: True for blocks that are not full, if there are any.
+            w: W in float32, with each axis divided into blocks.
+            within: the axes within a block, along which the scales have length 1.
+            short: True for blocks that are not full; None if all are full.
         """
         raise NotImplementedError
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        """Computes W in float32 from codes and scales that broadcast to them: their product."""
+        """Computes W in float32, by default code × scale; the scales broadcast to the codes."""
         return codes.astype(jnp.float32) * scale.astype(jnp.float32)
 
 
 def spell(scheme: Scheme) -> str:
-    """Spells a scheme for a table: its name and fields without the pattern."""
+    """Returns the name and the fields of a scheme, without the pattern."""
     fields = (f.name for f in dataclasses.fields(scheme) if f.name != "pattern")
     return f"{type(scheme).__name__}({', '.join(f'{n}={getattr(scheme, n)!r}' for n in fields)})"
 
 
 def form_of(scheme: Scheme, shape: tuple[int, ...], layout: Layout, kind: str | None) -> Form:
-    """Says how a weight is cut into blocks: along inputs, or along rows that are looked up."""
+    """Divides a weight into blocks: along inputs, or along the rows of an embedding."""
     stack, inputs, outputs, _ = layout
     if kind == "embed":
         return scheme.form(shape, stack, (*inputs, *outputs), len(outputs))
@@ -255,7 +266,7 @@ def form_of(scheme: Scheme, shape: tuple[int, ...], layout: Layout, kind: str | 
 
 
 def block_of(scheme: Scheme) -> tuple[str, Any]:
-    """Returns the name and the value of the field with the length of blocks, None without."""
+    """Returns the name and the value of the field with the block length; None if there is none."""
     name = "group" if hasattr(scheme, "group") else "block"
     return name, getattr(scheme, name, None)
 
@@ -267,7 +278,7 @@ def lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
         numbers = jnp.asarray(table, jnp.float32)
         return numbers.at[codes].get(mode="promise_in_bounds", out_sharding=explicit(codes))
 
-    # A TPU gathers slowly from a small table.
+    # Gathers from a small table are slow on a TPU.
     def selected(codes: jax.Array) -> jax.Array:
         level: list[Any] = [jnp.float32(x) for x in table]
         for bit in range(4):

@@ -1,9 +1,9 @@
-"""Statistics of sites, and ranks by them.
+"""Statistics of sites, and ranks that are allocated by them.
 
 Imports `_keys`, `_linalg`, `_progress`, `_report`, `_rules`, `_sites`, `_transform`, `_tree`,
 `_types`, `_adapters`, `_core`.
 
-In the order in which to read: `_kinds`, `_sketch`, `_allocation`, `_allocate`.
+Read the modules in this order: `_kinds`, `_sketch`, `_allocation`, `_allocate`.
 """
 
 from ._allocate import allocate as allocate

@@ -1,4 +1,4 @@
-"""`allocate`: which sites, and which rank each, for a number of trained parameters."""
+"""`allocate` chooses sites and their ranks for a number of trained parameters."""
 
 import functools
 import heapq
@@ -23,24 +23,24 @@ def allocate(
 ) -> Allocation:
     r"""Chooses which sites are adapted, and their ranks, for a number of trained parameters.
 
-    Each component of a site in the sketch has a gain. For gradients it is $\sigma_i^2$, so that
-    rank r gains the part of $\lVert G \rVert_F^2$ that a ΔW of rank r can follow. For inputs it is
-    the explained variance $\sigma_i^2 / \sum_j \sigma_j^2$. Components are taken in the order of
-    their gain per parameter, until the next exceeds the budget. So no other ranks of LoRA with as
-    many parameters have more gain, and a larger budget lowers no rank.
+    Use it only if the budget is too small for rank 1 at all linear sites. Evidence that it helps is
+    weak: with as many parameters, one rank for all linear sites is hard to beat.
 
-    Each site keeps the scale s of its rule. The layers of a stack share a rank, as their A is one
-    array: their gains are summed. A leaf that is used several times is one site.
+    Each component of a site in the sketch has a gain. For gradients it is $\sigma_i^2$: rank r
+    gains the part of $\lVert G \rVert_F^2$ that a ΔW of rank r can follow. For inputs it is the
+    explained variance $\sigma_i^2 / \sum_j \sigma_j^2$. Components are chosen in the order of gain
+    per parameter, until the next one exceeds the budget. So no other ranks with as many parameters
+    have more gain, and a larger budget lowers no rank.
 
-    Evidence that this helps is weak: one rank for all linear sites is hard to beat with as many
-    parameters. Use it for budgets that are too small for that.
+    Each site keeps the scale s of its rule. The layers of a stack share one rank, because their A
+    is one array; their gains are summed. A leaf that is used several times is one site.
 
     Args:
         sketch: from `jlora.sketch`, with as many components as the largest rank.
-        rules: what `transform` would take, or one rule. Ranks are for the sites of the sketch that
-            `LoRA` and `DoRA` take; other rules stay as they are.
-        budget: the largest number of parameters that those sites train in all; by default that of
-            `rules`.
+        rules: one rule, or several as for `transform`. The sites of the sketch that match `LoRA`
+            and `DoRA` get ranks; other rules do not change.
+        budget: the largest number of parameters that these sites may train together; by default as
+            many as with `rules`.
         min_rank: the smallest rank of a site; with 0, sites may be left out.
         max_rank: the largest rank of a site; by default twice the rank of its rule. No rank exceeds
             the number of components.
@@ -49,9 +49,9 @@ def allocate(
         An `Allocation`, a sequence of rules: `jlora.transform(apply_fn, *allocation)`.
 
     Raises:
-        TypeError: if an argument is of a wrong type.
-        ValueError: if a rule takes no site of the sketch, the slots of a rule are not those of the
-            sketch, or the budget is below what `min_rank` takes, or below any rank of 1.
+        TypeError: if an argument has the wrong type.
+        ValueError: if a rule matches no site of the sketch, a rule has other slots than the sketch,
+            or the budget is too small for `min_rank`, or for any rank of 1.
 
     Source: Paischer et al., EVA, arXiv 2410.07170, which counts ranks and not parameters; He et
     al., GoRA, arXiv 2502.12171, for ranks by gradients.
@@ -80,7 +80,7 @@ def allocate(
         if isinstance(rule, LoRA) and i not in taken.values():
             advice = near_misses if rule.pattern is None else explain_no_match
             raise ValueError(
-                f"{rule_name(rule)} takes no site of `sketch`. "
+                f"{rule_name(rule)} matches no site of `sketch`. "
                 + advice(rule.pattern or "", list(sketch.sites))
             )
     rules_by_path = {p: given[i] for p, i in taken.items() if i is not None}
@@ -102,7 +102,7 @@ def _ranks(
     min_rank: int,
     max_rank: int | None,
 ) -> dict[str, int]:
-    """Takes components by gain per parameter, each after those before it at its site."""
+    """Chooses components by gain per parameter, at each site in their order."""
 
     def largest(share: Share) -> int:
         rule, cost = rules[share.path], costs[share.path]
@@ -110,7 +110,7 @@ def _ranks(
         return n if rule.pattern is not None else clip_rank(n, share.layout, share.shape, cost)
 
     def steps(path: str) -> Iterator[tuple[float, str, int]]:
-        """Yields the gain per parameter, and the parameters, of each further rank of a site."""
+        """Yields the negative gain per parameter, and the parameters, of each next rank."""
         for rank in range(ranks[path], most[path]):
             parameters = costs[path](rank + 1) - costs[path](rank)
             yield -gains[path][rank] / max(parameters, 1), path, parameters
@@ -122,12 +122,16 @@ def _ranks(
         budget = sum(costs[path](min(rules[path].rank, n)) for path, n in most.items())
     spent = sum(costs[path](rank) for path, rank in ranks.items())
     if spent > budget:
-        raise ValueError(f"`budget` is {budget}; `min_rank` {min_rank} takes {spent} parameters.")
+        raise ValueError(
+            f"`budget` must be at least {spent}, the parameters of `min_rank` {min_rank}; got "
+            f"{budget}."
+        )
     for _, path, parameters in heapq.merge(*map(steps, list(ranks))):
         if spent + parameters > budget:
             if not any(ranks.values()):
                 raise ValueError(
-                    f"`budget` is {budget}; the first rank takes {parameters} parameters."
+                    f"`budget` must be at least {parameters}, the parameters of the first rank; "
+                    f"got {budget}."
                 )
             break
         ranks[path], spent = ranks[path] + 1, spent + parameters

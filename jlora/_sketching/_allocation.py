@@ -1,4 +1,4 @@
-"""Rules with a rank for each site, and their JSON."""
+"""Rules with a rank for each site, and their JSON form."""
 
 import dataclasses
 import functools
@@ -22,8 +22,7 @@ class Share(NamedTuple):
 
     Attributes:
         path: the path of the site.
-        score: the sum over components, stack and slots of σ² of a gradient, or of the explained
-            variance of inputs.
+        score: the sum of the gains of all components, over stack and slots; see `allocate`.
         rank: its rank; 0 if it is left out.
         shape: the shape of W.
         layout: the layout of W, with the slots of the rule.
@@ -50,7 +49,7 @@ def encode(shares: Sequence[Share]) -> str:
 
 
 def decode(text: str) -> tuple[Share, ...]:
-    """Reads shares from JSON; raises `ValueError` if it is anything else."""
+    """Reads shares from JSON; raises `ValueError` for anything else."""
     if not isinstance(text, str):
         raise TypeError(f"`text` must be a string of JSON; got {short(text)}.")
     if len(text) > LIMIT:
@@ -58,7 +57,7 @@ def decode(text: str) -> tuple[Share, ...]:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"`text` is no valid JSON: {e}.") from None
+        raise ValueError(f"`text` is not valid JSON: {e}.") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise ValueError(f"`text` must be a JSON object whose `format` is {FORMAT}.")
     if not isinstance(fields.get("sites"), list):
@@ -70,21 +69,21 @@ def _are_lengths(x: Any) -> bool:
     return isinstance(x, list) and all(is_int(n) and 0 <= n < 2**63 for n in x)
 
 
-_FIELDS = {
-    "path": lambda x: isinstance(x, str),
-    "rank": is_int,
-    "score": is_finite,
-    **dict.fromkeys(("shape", "stack", "inputs", "outputs"), _are_lengths),
-    "slots": lambda x: x is None or isinstance(x, list),
+_FIELDS = {  # what each field must be, and whether it is
+    "path": ("a string", lambda x: isinstance(x, str)),
+    "rank": ("an integer", is_int),
+    "score": ("a finite number", is_finite),
+    **dict.fromkeys(("shape", "stack", "inputs", "outputs"), ("a list of lengths", _are_lengths)),
+    "slots": ("a list or null", lambda x: x is None or isinstance(x, list)),
 }
 
 
 def _share(where: str, item: Any) -> Share:
     if not isinstance(item, dict) or item.keys() != _FIELDS.keys():
         raise ValueError(f"{where} must be an object with {', '.join(_FIELDS)}.")
-    for name, is_right in _FIELDS.items():
-        if not is_right(item[name]):
-            raise ValueError(f"`{name}` of {where} is {reprlib.repr(item[name])}.")
+    for name, (expected, is_right) in _FIELDS.items():
+        if not is_right(x := item[name]):
+            raise ValueError(f"`{name}` of {where} must be {expected}; got {reprlib.repr(x)}.")
     shape, *axes = (tuple(item[name]) for name in ("shape", "stack", "inputs", "outputs"))
     if sorted(sum(axes, ())) != list(range(len(shape))):
         raise ValueError(f"`stack`, `inputs` and `outputs` of {where} must have each axis once.")
@@ -96,7 +95,10 @@ def _share(where: str, item: Any) -> Share:
         ):
             slots = count, Slots(count, tuple(chosen)).chosen, axis
         case wrong:
-            raise ValueError(f"`slots` of {where} is {reprlib.repr(wrong)}.")
+            raise ValueError(
+                f"`slots` of {where} must be null or [count, chosen, axis] of an output axis that "
+                f"`count` divides; got {reprlib.repr(wrong)}."
+            )
     stack, inputs, outputs = axes
     layout = Layout(stack, inputs, outputs, slots)
     return Share(item["path"], float(item["score"]), item["rank"], shape, layout)
@@ -104,18 +106,19 @@ def _share(where: str, item: Any) -> Share:
 
 @dataclasses.dataclass(frozen=True)
 class Allocation(Sequence[Rule]):
-    """A sequence of rules with a rank for each site; `str()` is a table.
+    """A sequence of rules with a rank for each site; `print` shows a table.
 
-    Each site of rank 1 or more has a rule: its pattern is the site's path, and its scale is that of
-    the rule from which it is made. Rules of other methods do not change.
+    Each site of rank 1 or more has its own rule, whose pattern is the path of the site. The rule
+    has the scale and the other fields of the given rule that matches the site. Given rules of other
+    methods do not change.
 
     Attributes:
         shares: the rank of each site.
-        given: the rules from which it is made.
+        given: the rules that were given to `allocate`.
 
     Raises:
-        ValueError: if a rank is out of range, a rule has other slots than the shares, or
-            another rule would take a site of rank 0.
+        ValueError: if a rank is out of range, a rule has other slots than the shares, or another
+            rule would match a site of rank 0.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -145,7 +148,7 @@ class Allocation(Sequence[Rule]):
         object.__setattr__(self, "shares", tuple(self.shares))
         object.__setattr__(self, "given", check_rules(self.given))
         if len(self.ranks) < len(self.shares):
-            raise ValueError("`shares` has a site twice.")
+            raise ValueError("`shares` must have each site once.")
         for share in self.shares:
             self._check(share)
 
@@ -160,19 +163,19 @@ class Allocation(Sequence[Rule]):
         mine = rule.slots or Slots(1, (0,))
         if (count, chosen) != (mine.count, mine.chosen):
             raise ValueError(
-                f"{rule_name(rule)} has other slots than {path!r} had in the sketch: {mine.chosen} "
-                f"of {mine.count}, not {chosen} of {count}. Sketch with these rules."
+                f"{rule_name(rule)} has the slots {mine.chosen} of {mine.count}, but the sketch of "
+                f"{path!r} has {chosen} of {count}. Sketch with these rules."
             )
         others = [r for r in self.given if not isinstance(r, LoRA) and _is_for(r, path)]
         if not share.rank and others:
             raise ValueError(
-                f"{path!r} has rank 0, which would leave it to {rule_name(others[0])}. Narrow the "
+                f"{path!r} has rank 0, so {rule_name(others[0])} would match it. Narrow the "
                 "pattern of that rule, or give `min_rank`."
             )
 
     @functools.cached_property
     def rules(self) -> tuple[Rule, ...]:
-        """The rules, in the order of those from which they are made."""
+        """The rules, in the order of the given ones."""
         found: list[Rule] = []
         for i, rule in enumerate(self.given):
             if not isinstance(rule, LoRA):
@@ -210,7 +213,8 @@ class Allocation(Sequence[Rule]):
         """Returns a copy with other ranks for the sites at some paths."""
         if unknown := [path for path in ranks if path not in self.ranks]:
             raise ValueError(
-                f"`ranks` has {unknown[0]!r}. {near_misses(unknown[0], list(self.ranks))}"
+                f"`ranks` has {unknown[0]!r}, which is not a site. "
+                + near_misses(unknown[0], list(self.ranks))
             )
         shares = (s._replace(rank=ranks.get(s.path, s.rank)) for s in self.shares)
         return dataclasses.replace(self, shares=tuple(shares))
@@ -229,15 +233,16 @@ class Allocation(Sequence[Rule]):
     # ---------------------------------------------------------------------------------- as JSON
 
     def to_json(self) -> str:
-        """Writes the sites, with scores and ranks to read and to edit, but not the rules."""
+        """Writes the sites with their scores and ranks, which you may edit, but not the rules."""
         return encode(self.shares)
 
     @staticmethod
     def from_json(text: str, rules: Rule | Sequence[Rule]) -> "Allocation":
-        """Reads what `to_json` wrote, with the rules from which the allocation was made.
+        """Reads what `to_json` wrote; `rules` are those that were given to `allocate`.
 
         Raises:
-            ValueError: if `text` is anything else, with what and where.
+            TypeError: if `text` is not a string.
+            ValueError: if `text` is anything else; the error names the place.
         """
         return Allocation(decode(text), check_rules(rules))
 
@@ -255,13 +260,13 @@ def _is_for(rule: Rule, path: str) -> bool:
 
 
 def index_of(path: str, given: Sequence[Rule]) -> int | None:
-    """Finds the index of the rule that takes the site at `path`, or None."""
+    """Finds the index of the first rule that matches the site at `path`, or None."""
     return next((i for i, rule in enumerate(given) if _is_for(rule, path)), None)
 
 
 def rule_of(path: str, given: Sequence[Rule]) -> LoRA:
-    """Finds the rule with a rank that takes the site at `path`."""
+    """Returns the LoRA or DoRA that matches the site at `path`; raises if there is none."""
     i = index_of(path, given)
     if i is None or not isinstance(rule := given[i], LoRA):
-        raise ValueError(f"no LoRA or DoRA of `rules` takes {path!r}.")
+        raise ValueError(f"no LoRA or DoRA of `rules` matches {path!r}.")
     return rule

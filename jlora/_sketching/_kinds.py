@@ -1,8 +1,9 @@
 r"""The two matrices that can be sketched, and how each is multiplied with a basis of few columns.
 
 In each pass a node at the site holds a basis, and the gradient of the node is the image of the
-basis. The leading left singular vectors of the image are the next basis. In the last pass some
-columns are random directions orthogonal to the rest: they measure what the basis leaves out.
+basis: the product of the matrix with it. The leading left singular vectors of the image are the
+next basis. In the last pass some columns are random directions orthogonal to the others: they
+estimate what the basis misses.
 """
 
 import dataclasses
@@ -33,17 +34,26 @@ from .._types import Layout, short
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The leading singular vectors at a site, of each matrix of a stack and of each slot.
+    """The leading singular vectors of a site, for each matrix of a stack and each slot.
 
     Attributes:
-        values: k singular values, descending: (stack…, k), or (stack…, slots, k).
-        total: the sum of the squares of all of them: (stack…), or (stack…, slots). The part beyond
-            the k values is estimated, without bias, from eight random directions.
-        inputs: the singular vectors along the inputs, as A has them: (stack…, inputs…, k), or
+        values: the k largest singular values, descending; shape (stack…, k), or (stack…, slots, k).
+        total: the sum of the squares of all singular values; shape (stack…), or (stack…, slots).
+            The part beyond the k values is estimated without bias from eight random directions.
+        inputs: the singular vectors along the inputs, in the layout of A: (stack…, inputs…, k), or
             (stack…, slots, inputs…, k).
-        outputs: the singular vectors of a gradient along the outputs, as B has them; else None.
+        outputs: the singular vectors along the outputs, in the layout of B; None if inputs were
+            sketched.
         shape: the shape of W.
         layout: the layout of W, with the slots of the rule.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> loss = lambda params, x: jnp.sum((x @ params["w"]) ** 2)
+        >>> params, batches = {"w": jnp.ones((4, 3))}, [jnp.eye(4)]
+        >>> found = jlora.sketch(loss, params, jlora.LoRA("w", rank=1), batches, kind="inputs")
+        >>> found.sites["w"].inputs.shape, found.sites["w"].values.shape
+        ((4, 2), (2,))
     """
 
     values: jax.Array
@@ -61,14 +71,14 @@ class Spectrum:
     def ratios(self) -> jax.Array:
         """The squares of `values` over the total; for inputs, the explained variance."""
         total = self.total[..., None]
-        is_normal = total >= jnp.finfo(total.dtype).tiny  # XLA takes smaller ones for 0
+        is_normal = total >= jnp.finfo(total.dtype).tiny  # XLA rounds smaller numbers to 0
         return jnp.where(is_normal, self.values**2 / jnp.where(is_normal, total, 1), 0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sketch:
-    """What `jlora.sketch` returns: a pytree of arrays, whose `str()` is a table.
+    """The result of `jlora.sketch`: a pytree of arrays, which `print` shows as a table.
 
     Attributes:
         sites: a `Spectrum` for each site, by path.
@@ -101,25 +111,25 @@ def _row(path: str, s: Spectrum) -> tuple[str, ...]:
 
 # --------------------------------------------------------------------------- the matrices of a site
 
-SPARE = 8  # columns beside those that are kept, twice
+SPARE = 8  # extra columns: as many for accuracy, and as many random ones in the last pass
 
-# Compiles a method, so that sites of one form share their programs.
+# Compiles a method; sites of one form share the program.
 _program: Any = functools.partial(jax.jit, static_argnums=(0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Matrices:
-    """The matrices of a site, one for each entry of a stack and slot, whose spectrum is wanted.
+    """The matrices of a site to sketch, one for each entry of a stack and each slot.
 
-    In its methods a matrix is (stack and slots…, n, columns); `side` is 0 if the basis lies along
-    the inputs in a pass, and 1 if it lies along the outputs.
+    In its methods a matrix has the shape (stack and slots…, n, columns). The `side` of a pass is 0
+    if the basis is along the inputs, and 1 if it is along the outputs.
 
     Attributes:
-        shape: of W.
-        layout: of W.
-        dtype: of the basis.
-        components: how many singular vectors are wanted, at most as many as there are.
-        materialize: whether the rule lets W + ΔW be formed.
+        shape: the shape of W.
+        layout: the layout of W.
+        dtype: the dtype of the basis.
+        components: how many singular vectors to compute, at most as many as there are.
+        materialize: whether the rule allows W + ΔW to be formed.
     """
 
     shape: tuple[int, ...]
@@ -154,14 +164,14 @@ class _Matrices:
 
     @property
     def spare(self) -> int:
-        """How many columns are random in the last pass: none if the basis is complete."""
+        """The number of random columns in the last pass: 0 if the basis is complete."""
         return 0 if self.columns == self.most else SPARE
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def basis(self, side: int, is_last: bool, image: Any, key: jax.Array) -> jax.Array:
-        """Computes the basis of a pass: random at first, then the leading vectors of the image.
+        """Computes the basis of a pass: a random one, or the leading vectors of the last image.
 
-        In the last pass it has random columns that are orthogonal to the others.
+        In the last pass some columns are random and orthogonal to the others.
         """
         basis = _svd(self.normal(key, 0, side, self.columns) if image is None else image)[0]
         if not is_last:
@@ -179,7 +189,7 @@ class _Matrices:
 
 
 class Gradient(_Matrices):
-    r"""G: $G^T Q$ is the gradient of B where A is Q, and $G Q$ that of A where B is Q."""
+    r"""G: if A is a basis Q, the gradient of B is $G^T Q$; if B is Q, that of A is $G Q$."""
 
     @staticmethod
     def side(turn: int) -> int:
@@ -265,5 +275,5 @@ def _svd(image: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _estimate_rest(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Estimates from random columns what the basis leaves out of the sum of squares."""
+    """Estimates from random columns the part of the sum of squares that the basis misses."""
     return jnp.sum(x * y, (-2, -1)) / max(x.shape[-1], 1)

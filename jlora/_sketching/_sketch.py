@@ -1,4 +1,4 @@
-"""`sketch`: the loop over batches."""
+"""`sketch`, and its loop over batches."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
@@ -29,38 +29,38 @@ def sketch(
     passes: int = 4,
     key: jax.Array | None = None,
 ) -> Sketch:
-    r"""Finds the leading singular vectors of the inputs of each site, or of its gradient.
+    r"""Computes the leading singular vectors of each site's inputs, or of its gradient.
 
-    With `kind="gradient"` they are those of $G = \partial L / \partial W$, where L is the mean loss
-    of the batches. With `kind="inputs"` they are the principal components of the inputs z of
-    the site: singular vectors of all $z - \bar z$. An input counts only if the loss depends on its
-    product with W, so that padding and masked inputs do not count.
+    With `kind="gradient"` they are the singular vectors of $G = \partial L / \partial W$, where L
+    is the mean loss over all batches. With `kind="inputs"` they are the principal components of the
+    inputs z of the site, the singular vectors of all $z - \bar z$. An input counts only if the loss
+    depends on its product with W, so padding and masked inputs do not count.
 
-    A batch costs the time and memory of a training step of a LoRA of rank `components` + 16. No
-    gradient of the size of W is formed. The base may be quantized, and sharded. All batches count
-    as one.
+    Each batch costs the time and memory of a training step of a LoRA of rank `components` + 16. No
+    gradient of W's size is formed. The parameters may be quantized and sharded.
 
     Args:
-        loss: a function of parameters and a batch: the loss of training, but without an adapter.
-        params: its parameters, as `init` takes them.
-        rules: what `transform` takes, or one rule. The sites of `LoRA` and `DoRA` are sketched.
-        batches: a list, or another iterable that can be iterated over several times. Batches of one
-            shape share a program.
+        loss: the training loss without an adapter, a function of parameters and a batch that
+            returns a scalar.
+        params: the parameters, as for `init`.
+        rules: one rule, or several as for `transform`. The sites of `LoRA` and `DoRA` are sketched.
+        batches: a list, or another iterable that can be read several times. Batches of one shape
+            share a program.
         kind: `"inputs"` or `"gradient"`.
-        components: the number of singular vectors; by default, twice the rule's rank. A site that
-            has fewer gets all of them.
-        passes: how often to go through the batches, at least twice; more passes are more exact.
+        components: the number of singular vectors; by default twice the rank of the rule. A site
+            that has fewer gets all of them.
+        passes: how often to read the batches, at least twice; more passes are more exact.
         key: a PRNG key for the random first basis; by default `jax.random.key(0)`.
 
     Returns:
         A `Sketch`, for `initializers.eva`, `initializers.lora_ga` and `allocate`.
 
     Raises:
-        TypeError: if an argument is of a wrong type, or `batches` can be iterated over only once.
-        ValueError: if a number is out of range, a rule cannot apply, a site has no inputs to
-            sketch, or what is sketched is not finite, or zero at every site.
-        NotImplementedError: if the inputs of a site cannot be had, as where the model's own
-            `shard_map` cuts its matrices.
+        TypeError: if an argument has the wrong type, or `batches` can be read only once.
+        ValueError: if a number is out of range, a rule does not fit the model, a site has no inputs
+            to sketch, or a result is not finite, or all results are zero.
+        NotImplementedError: if the inputs of a site cannot be observed, for example because a
+            `shard_map` of the model shards its matrices.
 
     Source: Paischer et al., EVA, arXiv 2410.07170; Wang et al., LoRA-GA, arXiv 2407.05000; Halko
     et al., arXiv 0909.4061, for the iteration.
@@ -83,7 +83,7 @@ def sketch(
     leaves = transform(loss, *check_rules(rules)).sites(params, first).leaves
     sites = [s for s in leaves if isinstance(s.rule, LoRA)]
     if not sites:
-        raise ValueError("`rules` take no site by jlora.LoRA or jlora.DoRA.")
+        raise ValueError("`rules` must have a jlora.LoRA or jlora.DoRA that matches a site.")
     if kind == "inputs":
         _check_inputs(sites)
     found = {s.parts: KINDS[kind].of(s, components) for s in sites}
@@ -101,7 +101,7 @@ def _iterate(
     sides: Sequence[int],
     key: jax.Array,
 ) -> dict[str, Spectrum]:
-    """Goes through the batches once for each side; returns the spectrum of each site by path."""
+    """Reads the batches once for each side; returns the spectrum of each site by path."""
     from .._progress import progress  # not at the import of jlora
 
     @jax.jit
@@ -146,8 +146,8 @@ def _replicate(x: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------------------------------- refusals
 
 _ONCE = (
-    "`batches` must be a list, or what can be iterated over several times, as there are several "
-    "passes; got an iterator, which ends after one. Give list(batches)."
+    "`batches` must be a list or another iterable that can be read several times, as there are "
+    "several passes; got an iterator, which ends after one. Give list(batches)."
 )
 
 
@@ -170,9 +170,9 @@ def _check(
 
 def _check_inputs(sites: Sequence[Site]) -> None:
     for site in (s for s in sites if s.kind not in ("dense", "conv")):
-        why = "its inputs are numbers of rows" if site.kind == "embed" else "W + ΔW is formed there"
+        why = "row numbers are looked up" if site.kind == "embed" else "W + ΔW is formed there"
         raise ValueError(
-            f"`kind` is 'inputs', and {site.name} has none: {why}. Leave it out of the rules, "
+            f"`kind` is 'inputs', but {site.name} has no inputs: {why}. Leave it out of the rules, "
             "or sketch its gradient."
         )
 
@@ -182,12 +182,12 @@ def _check_found(spectra: Mapping[str, Spectrum], kind: str) -> None:
     for path, total in totals.items():
         if not np.isfinite(total).all() or not np.isfinite(spectra[path].values).all():
             raise ValueError(
-                f"what is sketched of {path!r}, its {kind}, is not finite. Look for NaN and "
-                "infinity in `params` and `batches`, and in the loss."
+                f"the sketch of the {kind} of {path!r} is not finite. Look for NaN and infinity in "
+                "`params`, `batches` and the loss."
             )
     if not any(total.any() for total in totals.values()):
-        zero = "is zero" if kind == "gradient" else "are all alike, or the loss depends on none"
+        zero = "is zero" if kind == "gradient" else "are all equal, or the loss depends on none"
         raise ValueError(
-            f"there is nothing to sketch: of every site the {kind} {zero}. Give a loss and batches "
-            "as one trains with."
+            f"there is nothing to sketch: the {kind} of every site {zero}. Give the loss and the "
+            "batches of training."
         )

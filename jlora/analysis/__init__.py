@@ -1,10 +1,10 @@
-"""What an adapter changes. Imports `_linalg`, `_adapters`.
+"""Measures what an adapter changes. Imports `_linalg`, `_adapters`.
 
-Everything is computed from the factors: ΔW is formed only where a function says so. Each function
-works on one `LowRank` node, under `jit` and `vmap` too; counts of directions are static.
+Each function works on one `LowRank` node, also under `jit` and `vmap`, where numbers of directions
+must be static. It computes everything from A and B, and forms ΔW only if it says so.
 
-The ΔW of a `residual` node, as `pissa` makes it, includes what the initializer took from W. To see
-what training changed, give nodes of `arithmetic.difference(adapter, initial)`.
+The ΔW of a `residual` node, which `pissa` makes for example, includes what the initializer moved
+out of W. To see what training changed, give nodes of `arithmetic.difference(adapter, initial)`.
 """
 
 from ._directions import amplification as amplification

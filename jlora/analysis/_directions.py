@@ -12,28 +12,28 @@ from ._size import factors
 
 
 def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax.Array:
-    r"""Measures how much the leading directions of two adapters overlap, for all numbers of them.
+    r"""Measures how much the i and j leading directions of two adapters overlap, for all i and j.
 
-    $\phi(i, j) = {\lVert U_1^{i\top} U_2^{j} \rVert}_F^2 / \min(i, j)$, with $U^i$ the first i left
-    singular vectors: 1 where one space holds the other, 0 where they are orthogonal, and about
-    max(i, j) / inputs for random ones.
+    $\phi(i, j) = {\lVert U_1^{i\top} U_2^{j} \rVert}_F^2 / \min(i, j)$, where $U^i$ are the first i
+    left singular vectors. φ is 1 if one space contains the other, 0 if they are orthogonal, and
+    about max(i, j) / inputs for random spaces.
 
-    A singular value of zero (to rounding: below max(inputs, r)·ε of the largest) has no direction,
-    which overlaps with none: of a rank-2 matrix with itself, φ(3, 3) is 2/3, and with zeros all
-    of φ is 0.
+    Singular values of zero have no direction and overlap with nothing. (Zero means below
+    max(inputs, r)·ε of the largest.) So for a matrix of rank 2 and itself, φ(3, 3) is 2/3, and for
+    a matrix of zeros φ is 0.
 
     Args:
-        a1: directions as the columns of a matrix, shape (…, inputs, r₁): A, as the paper has it,
-            with its inputs on one axis, or the transpose of B. A `LowRank` node stands for its ΔW:
-            the directions among the inputs, in the order of the singular values of ΔW.
-        a2: directions of the other adapter, shape (…, inputs, r₂).
+        a1: a matrix whose columns span the directions, shape (…, inputs, r₁): A, as in the paper,
+            with its inputs on one axis, or the transpose of B. A `LowRank` node means the
+            directions of its ΔW among the inputs, in the order of the singular values of ΔW.
+        a2: the same for the other adapter, shape (…, inputs, r₂).
 
     Returns:
-        The grid, shape (…, r₁, r₂), or fewer where a matrix has fewer directions than r by its
-        shape; φ(i, j) is at [i - 1, j - 1].
+        φ(i, j) at [i - 1, j - 1]; shape (…, r₁, r₂), or smaller if a matrix has fewer inputs than
+        columns.
 
     Raises:
-        ValueError: if the two have other inputs or other leading axes.
+        ValueError: if the two differ in inputs or leading axes.
 
     Source: Hu et al., arXiv 2106.09685, section 7.2 (its A is the transpose of ours).
 
@@ -47,8 +47,8 @@ def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax
     x, y = _columns(a1), _columns(a2)
     if x.ndim < 2 or x.shape[:-1] != y.shape[:-1]:
         raise ValueError(
-            "`a1` and `a2` must have shapes (…, inputs, r) that differ in r alone; got "
-            f"{x.shape} and {y.shape}. Put several input axes of A on one, and transpose B."
+            "`a1` and `a2` must have shapes (…, inputs, r) that differ only in r; got "
+            f"{x.shape} and {y.shape}. Reshape several input axes of A to one, and transpose B."
         )
     squares = times(_directions(x).mT, _directions(y)) ** 2
     sums = squares.cumsum(-2).cumsum(-1)
@@ -60,17 +60,18 @@ def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax
 def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Array:
     r"""Measures how much ΔW amplifies W in the directions of ΔW.
 
-    ${\lVert \Delta W \rVert}_F / {\lVert U^\top W V \rVert}_F$, with U and V the first `rank`
-    singular vectors of ΔW among inputs and outputs. From a node, no ΔW is formed.
+    It is ${\lVert \Delta W \rVert}_F / {\lVert U^\top W V \rVert}_F$, where U and V are the first
+    `rank` singular vectors of ΔW among inputs and outputs. The ΔW of a node is not formed.
 
     Args:
-        w: the weight, of the shape that the node adapts, or (…, inputs, outputs).
+        w: the weight that the node adapts, or matrices (…, inputs, outputs).
         delta: a `LowRank` node, or ΔW itself as a dense array of W's shape.
-        rank: the number of directions of ΔW; those that ΔW lacks (see `subspace_similarity`) add
-            nothing.
+        rank: the number of directions of ΔW. Singular values of zero have none, as in
+            `subspace_similarity`.
 
     Returns:
-        Shape (stack…); 0 where ΔW is 0, infinite where W is 0 in all these directions.
+        Shape (stack…), in float32 or better: 0 where ΔW is 0, infinite where W is 0 in all these
+        directions.
 
     Raises:
         ValueError: if the shapes do not fit, or `rank` is below 1 or above what A and B allow.
@@ -98,19 +99,19 @@ def intruder_dimensions(
 ) -> jax.Array:
     r"""Finds the leading directions of W + ΔW that are unlike every direction of W.
 
-    $\max_i |\cos(v'_j, v_i)| < \epsilon$ for the first k singular vectors $v'_j$ of W + ΔW among
-    the outputs (left ones of PyTorch's outputs × inputs) and all min(inputs, outputs) of W. For
-    those among the inputs, give dense transposes.
+    A direction is an intruder if $\max_i |\cos(v'_j, v_i)| < \epsilon$. Here $v'_j$ are the first k
+    singular vectors of W + ΔW among the outputs (the left ones of PyTorch's outputs × inputs), and
+    $v_i$ all those of W. For the singular vectors among the inputs, give dense transposes.
 
-    W + ΔW is formed, in float32 at least, and decomposed, as W is: this needs memory for several
-    such matrices, and the time of two dense decompositions. A singular value of zero has no
-    direction: one of W + ΔW is no intruder, and one of W is not compared with. Where singular
-    values of W are equal, its vectors are arbitrary, and so is the answer.
+    The function forms W + ΔW in float32 or better, and computes the SVD of W and of W + ΔW. This
+    needs memory for several such matrices. Singular values of zero have no direction: they are
+    neither intruders nor compared with. If singular values of W are equal, their vectors are
+    arbitrary, and so is the result.
 
     Args:
-        w: the weight, of the shape that the node adapts, or (…, inputs, outputs).
+        w: the weight that the node adapts, or matrices (…, inputs, outputs).
         delta: a `LowRank` node, or ΔW itself as a dense array of W's shape.
-        k: the number of directions of W + ΔW to look at.
+        k: the number of directions of W + ΔW.
         threshold: ε.
 
     Returns:
@@ -140,7 +141,7 @@ def intruder_dimensions(
 
 
 def _columns(x: jax.Array | LowRank) -> jax.Array:
-    """Returns a matrix with the directions of `x`, in float32 or better."""
+    """Returns a matrix whose columns span the directions of `x`, in float32 or better."""
     if not isinstance(x, LowRank):
         return _widen(x)
     a, b = factors(x)
@@ -148,19 +149,19 @@ def _columns(x: jax.Array | LowRank) -> jax.Array:
 
 
 def _directions(x: jax.Array) -> jax.Array:
-    """Computes left singular vectors; zeros where the singular value is zero."""
+    """Computes left singular vectors; they are zeros if the singular value is zero."""
     u, values, _ = jnp.linalg.svd(x, full_matrices=False)
     return jnp.where(_is_nonzero(values, x.shape)[..., None, :], u, 0)
 
 
 def _is_nonzero(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Whether each singular value of matrices of `shape` is not zero, to rounding."""
+    """Whether each singular value of matrices of `shape` is above rounding errors."""
     least = max(shape[-2:]) * jnp.finfo(values.dtype).eps * values[..., :1]
     return values > least
 
 
 def _matrices(w: jax.Array, delta: jax.Array | LowRank) -> jax.Array:
-    """Returns W as (stack…, inputs, outputs), at least in float32; raises for another shape."""
+    """Returns W as (stack…, inputs, outputs) in float32 or better; raises for another shape."""
     if not isinstance(delta, LowRank):
         if jnp.ndim(w) < 2 or jnp.shape(w) != jnp.shape(delta):
             raise ValueError(

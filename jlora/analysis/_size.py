@@ -1,7 +1,7 @@
-r"""A and B of a whole weight as matrices, and what follows from them without ΔW.
+r"""Norms, ranks and singular values of ΔW, computed from A and B without ΔW.
 
 With $A = Q_1 R_1$ and $B^\top = Q_2 R_2$, ΔW has the singular values of the r × r matrix
-$s \cdot R_1 R_2^\top$, and the singular vectors of that, times $Q_1$ and $Q_2$.
+$s \cdot R_1 R_2^\top$. Its singular vectors are those of this matrix, times $Q_1$ and $Q_2$.
 """
 
 import jax
@@ -13,7 +13,7 @@ from .._linalg import times
 
 
 def factors(node: LowRank) -> tuple[jax.Array, jax.Array]:
-    """Returns s·A as (stack…, inputs, r) and B as (stack…, r, outputs), slots concatenated."""
+    """Returns s·A as (stack…, inputs, r) and B as (stack…, r, outputs); slots are concatenated."""
     if not isinstance(node, LowRank):
         raise TypeError(f"`node` must be a jlora.types.LowRank, whose ΔW is s·A·B; got {node!r}.")
     return matrices(without_slots(node, weight_shape(node)))
@@ -25,14 +25,17 @@ def core(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def delta_spectrum(node: LowRank) -> jax.Array:
-    r"""Computes the singular values of each ΔW of a node, a matrix of all inputs by all outputs.
+    r"""Computes the singular values of each ΔW of a node, as a matrix of inputs × outputs.
 
     Args:
-        node: a `LowRank` node of an adapter; dropout keys in it are ignored.
+        node: a `LowRank` node of an adapter; its dropout keys are ignored.
 
     Returns:
-        Shape (stack…, r), or (stack…, slots·r) with slots; descending, and zero beyond the
-        smaller side of the weight; of the factors' dtype, but at least float32.
+        Shape (stack…, r), or (stack…, slots·r) with slots, in float32 or better. Values descend;
+        those beyond min(inputs, outputs) are zero.
+
+    Raises:
+        TypeError: if `node` is not a `LowRank`.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -55,7 +58,10 @@ def norm(node: LowRank) -> jax.Array:
         node: a `LowRank` node of an adapter.
 
     Returns:
-        Shape (stack…).
+        Shape (stack…), in float32 or better.
+
+    Raises:
+        TypeError: if `node` is not a `LowRank`.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -70,19 +76,20 @@ def norm(node: LowRank) -> jax.Array:
 def distance(node: LowRank, other: LowRank) -> jax.Array:
     r"""Computes ${\lVert \Delta W_1 - \Delta W_2 \rVert}_F$ of two adapters at one weight.
 
-    The difference is itself of low rank: $[s_1 A_1, -s_2 A_2] [B_1; B_2]$.
+    The difference has low rank itself: $[s_1 A_1, -s_2 A_2] [B_1; B_2]$.
 
     Args:
         node: a `LowRank` node of one adapter.
-        other: a node of the other adapter, for a weight of the same shape and axes; rank, scale
+        other: a node of the other adapter, for a weight with the same shape and axes. Rank, scale
             and slots may differ.
 
     Returns:
-        Shape (stack…).
+        Shape (stack…), in float32 or better.
 
     Raises:
-        ValueError: if the two are for weights of different shapes or axes, or only one is for
-            a base that an initializer changed.
+        TypeError: if one of the two is not a `LowRank`.
+        ValueError: if the two adapt weights with different shapes or axes, or only one belongs to a
+            base that an initializer changed.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -94,14 +101,14 @@ def distance(node: LowRank, other: LowRank) -> jax.Array:
     """
     if (mine := _weight(node)) != (its := _weight(other)):
         raise ValueError(
-            "`node` and `other` must be for one weight; got weights with (shape, stack, inputs, "
-            f"outputs) of {mine} and {its}."
+            "`node` and `other` must adapt weights with equal (shape, stack, inputs, outputs); got "
+            f"{mine} and {its}."
         )
     if node.residual != other.residual:
         raise ValueError(
-            "`node` and `other` must be for one base, but one of them is `residual`, for a base "
-            "that its start changed. Give jlora.arithmetic.difference(adapter, initial) in its "
-            "place, where `initial` is what init returned."
+            "`node` and `other` must belong to one base, but only one is `residual`: its "
+            "initializer changed the base. Give its jlora.arithmetic.difference(adapter, initial), "
+            "where `initial` is the adapter that init returned."
         )
     (a, b), (c, d) = factors(node), factors(other)
     change = core(jnp.concatenate([a, -c], -1), jnp.concatenate([b, d], -2))

@@ -1,4 +1,4 @@
-"""Merges by entries: TIES takes the largest by the majority of signs, DARE drops some at random."""
+"""Merges by entries: TIES keeps large entries of the majority's sign, DARE drops random entries."""
 
 import math
 from collections.abc import Sequence
@@ -19,31 +19,30 @@ def ties(
     density: float = 0.2,
     base: PyTree = None,
 ) -> PyTree:
-    r"""Merges by TIES: keeps the largest entries of each adapter whose sign the majority has.
+    r"""Merges by TIES: keeps the largest entries of each adapter that have the majority's sign.
 
-    Of each weighted change $M_i = w_i \Delta W_i$, a share `density` of the entries is kept, those
-    of largest magnitude; the others become 0. The sign of an entry is that of $\sum_i M_i$. The
-    result is the mean over the adapters whose entry has that sign.
+    Of each weighted change $M_i = w_i \Delta W_i$, the share `density` of entries with the largest
+    magnitude is kept; the others become 0. The sign of an entry is the sign of the sum of these
+    $M_i$. The result is the mean over the adapters whose entry has this sign.
 
-    The entries are those in the *core space* of the adapters: coordinates along the singular
-    vectors of all ΔW, concatenated along inputs and along outputs, in which a ΔW is a matrix of at
-    most Σr × Σr. Nothing is lost, and the result has a rank of at most Σr; merging the entries of
-    ΔW themselves would give full rank, which is no adapter. Leaves trained in full are merged by
-    their own entries.
+    The entries are coordinates in the *core space* of the adapters: along the singular vectors of
+    all ΔW, concatenated along inputs and along outputs. There a ΔW is a matrix of at most Σr × Σr,
+    and no information is lost. The result has a rank of at most Σr, while a merge of the entries of
+    ΔW themselves would have full rank. Leaves trained in full are merged by their own entries.
 
     Args:
         adapters: adapters of one base.
-        weights: $w_i$, numbers or an array of shape (adapters,); 1 by default.
-        density: the share of entries to keep, in (0, 1]; of each matrix.
-        base: the parameters that the adapters are for, needed for leaves trained in full.
+        weights: $w_i$, numbers or an array of shape (adapters,); by default 1.
+        density: the share of entries to keep in each matrix, in (0, 1].
+        base: the parameters of the adapters, needed for leaves trained in full.
 
     Returns:
-        An adapter; see `truncate` for a smaller rank.
+        An adapter; `truncate` gives it a smaller rank.
 
     Raises:
-        TypeError: if `adapters` are none.
-        ValueError: if `density` is out of range, or sites do not fit one another or are for a base
-            that an initializer changed; the error names all paths.
+        TypeError: if `adapters` is not a list of adapters.
+        ValueError: if `density` is out of range, sites do not fit each other, or an initializer
+            changed the base. The error names all paths.
 
     Source: Yadav et al., arXiv 2306.01708; the core space: Panariello et al., arXiv 2509.17786.
 
@@ -71,12 +70,12 @@ def ties(
 
 
 def _keep_largest(x: jax.Array, density: float, matrix: int) -> jax.Array:
-    """Keeps the largest entries of each matrix of the last axes of `x`; others become 0."""
+    """Keeps the largest entries of each matrix, the last axes of `x`; the others become 0."""
     axes = tuple(range(-matrix, 0))
     count = max(1, round(density * math.prod(x.shape[-matrix:])))
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
-    # The smallest entry to keep, bit by bit: sorting would gather all entries on one device.
+    # Finds the smallest entry to keep bit by bit: sorting would gather all entries on one device.
     def with_bit(i: jax.Array, least: jax.Array) -> jax.Array:
         more = least | (jnp.ones_like(least) << (bits.dtype.itemsize * 8 - 1 - i))
         return jnp.where((bits >= more).sum(axes, keepdims=True) >= count, more, least)
@@ -96,24 +95,24 @@ def dare(
 ) -> PyTree:
     r"""Merges by DARE: drops entries of each change at random, rescales the others, and sums.
 
-    $\Delta W = \sum_i w_i \, m_i \odot \Delta W_i / p$ where an entry of the mask $m_i$ is 1 with
-    probability p, the `density`, and 0 otherwise. Its expectation is `add`. As in `ties`, the
-    entries are those in the core space.
+    $\Delta W = \sum_i w_i \, m_i \odot \Delta W_i / p$, where each entry of the mask $m_i$ is 1
+    with probability p, the `density`, and 0 otherwise. The expectation is `add`. As in `ties`, the
+    entries are coordinates in the core space.
 
     Args:
         adapters: adapters of one base.
-        weights: $w_i$, numbers or an array of shape (adapters,); 1 by default.
-        key: a PRNG key; it is folded with each path and adapter.
+        weights: $w_i$, numbers or an array of shape (adapters,); by default 1.
+        key: a PRNG key; it is folded with each path and split over the adapters.
         density: p, in (0, 1].
-        base: the parameters that the adapters are for, needed for leaves trained in full.
+        base: the parameters of the adapters, needed for leaves trained in full.
 
     Returns:
-        An adapter; see `truncate` for a smaller rank.
+        An adapter; `truncate` gives it a smaller rank.
 
     Raises:
-        TypeError: if `adapters` are none.
-        ValueError: if `density` is out of range, or sites do not fit one another or are for a base
-            that an initializer changed; the error names all paths.
+        TypeError: if `adapters` is not a list of adapters.
+        ValueError: if `density` is out of range, sites do not fit each other, or an initializer
+            changed the base. The error names all paths.
 
     Source: Yu et al., arXiv 2311.03099.
 

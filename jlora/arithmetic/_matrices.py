@@ -1,4 +1,4 @@
-"""Nodes from matrices: the core space of several ΔW, and the best approximation of a lower rank."""
+"""Nodes from matrices: the core space of several ΔW, and the best approximation of lower rank."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,9 +20,9 @@ from ._operands import MERGE, flatten_each, join, refuse_other_methods
 def build(
     make: Callable[..., tuple[jax.Array, jax.Array]], nodes: Sequence[LowRank], *operands: Any
 ) -> LowRank:
-    """Builds the node of the matrices that `make` returns, with scale 1, in the dtypes of `nodes`.
+    """Builds the node of scale 1 of the matrices that `make` returns, in the dtypes of `nodes`.
 
-    Along explicit axes of a mesh, its A and B are sharded like those of the first node.
+    Along explicit mesh axes, its A and B are sharded like those of the first node.
     """
     like = nodes[0]
 
@@ -48,8 +48,8 @@ def merge_in_core_space(
 ) -> LowRank:
     """Builds the node of `merge(coordinates of each weighted ΔW, *operands)`.
 
-    The coordinates are along the singular vectors of the concatenated ΔW, among inputs and among
-    outputs: bases that depend on the ΔW alone, however they are factored.
+    The coordinates are along the singular vectors of the ΔW, concatenated along inputs and along
+    outputs. These bases depend only on the ΔW, not on how they are factored.
     """
 
     def make(nodes: Sequence[LowRank], weights: Any, *operands: Any) -> Any:
@@ -63,7 +63,7 @@ def merge_in_core_space(
         u, v = svd_of(jnp.concatenate(cores, -1))[0], svd_of(jnp.concatenate(cores, -2))[2].mT
         core = merge([times(times(u.mT, m), v) for m in cores], *operands)
         a, b = times(q_a, u), times(q_b, v).mT
-        # The rank is that of the smaller side of the core.
+        # The rank is the smaller side of the core.
         return (times(a, core), b) if core.shape[-1] <= core.shape[-2] else (a, times(core, b))
 
     return build(make, nodes, weights, *operands)
@@ -73,28 +73,31 @@ def merge_in_core_space(
 
 
 def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None = None) -> PyTree:
-    r"""Approximates each ΔW best by one of a smaller rank (Eckart and Young, 1936).
+    r"""Computes the best approximation of each ΔW with a smaller rank.
 
-    With $A = Q_1 R_1$ and $B^\top = Q_2 R_2$, and the singular values of the small
+    With $A = Q_1 R_1$, $B^\top = Q_2 R_2$ and the SVD of the small matrix
     $R_1 R_2^\top = U \Sigma V^\top$, the result is $A' = Q_1 U \sqrt{\Sigma}$ and
-    $B' = \sqrt{\Sigma}\, V^\top Q_2^\top$, cut to the rank. ΔW is never formed. Each matrix of a
-    stack and each slot is approximated on its own, in float32 or better. On a mesh A and B stay
-    where they are; only triangles of blocks of their rows are gathered. An adapter of a base that
-    an initializer changed remains one of that base.
+    $B' = \sqrt{\Sigma}\, V^\top Q_2^\top$, truncated to the rank. ΔW is not formed. Each matrix of
+    a stack and each slot is approximated on its own, in float32 or better. On a mesh A and B keep
+    their shardings; only triangles of blocks of their rows are gathered. If an initializer changed
+    the base, the result belongs to the changed base too.
 
     Args:
-        adapter: an adapter. Leaves trained in full stay as they are.
-        rank: the rank, at least 1; a site of at most this rank stays as it is.
-        energy: instead of `rank`, the share of $\sum_i \sigma_i^2$ to keep, in (0, 1]: each site
-            gets the smallest rank that keeps it in all its matrices. Needs values, so not under
-            `jit` and not along explicit axes of a mesh.
+        adapter: an adapter. Leaves trained in full do not change.
+        rank: the rank, at least 1. Sites of this rank or less do not change.
+        energy: instead of `rank`, the share of $\sum_i \sigma_i^2$ to keep, in (0, 1]. Each site
+            gets the smallest rank that keeps this share in all its matrices. This needs concrete
+            values, so it works neither under `jit` nor along explicit mesh axes.
 
     Returns:
-        An adapter, whose scales are 1 where a rank was cut.
+        An adapter. Where the rank was reduced, the scale is 1.
 
     Raises:
-        TypeError: if `adapter` is none.
-        ValueError: if `rank` or `energy` is out of range, or a site is of another method.
+        TypeError: if `adapter` is not an adapter.
+        ValueError: unless exactly one of `rank` and `energy` is given and in range; if a site has
+            another method than LoRA.
+
+    Source: Eckart and Young, Psychometrika 1, 1936.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -109,11 +112,13 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
         (4, 2)
     """
     if (rank is None) == (energy is None):
-        raise ValueError("truncate takes one of `rank` and `energy`.")
+        raise ValueError(
+            f"truncate needs one of `rank` and `energy`; got `rank` {rank!r}, `energy` {energy!r}."
+        )
     if rank is not None:
         check_int("`rank`", rank, 1)
     elif not 0 < (energy or 0) <= 1:
-        raise ValueError(f"`energy` must lie in (0, 1]; got {energy!r}.")
+        raise ValueError(f"`energy` must be in (0, 1]; got {energy!r}.")
     [found] = flatten_each([adapter])
     refuse_other_methods("`adapter` cannot be truncated", found.items(), MERGE)
 
@@ -130,11 +135,11 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
 
 
 def _rank_for(values: jax.Array, energy: float | None) -> int:
-    """Finds the smallest rank that keeps this share of the squares in all matrices."""
+    """Finds the smallest rank that keeps the share `energy` of the squares in all matrices."""
     if not is_concrete(values):
         raise ValueError(
-            "`energy` of truncate needs values, which jit and explicit axes of a mesh do not have; "
-            "give `rank`."
+            "`energy` of truncate needs concrete values, which there are neither under jit nor "
+            "along explicit mesh axes. Give `rank`."
         )
     squares = np.asarray(values, np.float64) ** 2
     needed = (energy or 1) * squares.sum(-1, keepdims=True) * (1 - 1e-12)

@@ -1,4 +1,4 @@
-"""Exact sums: factors are concatenated."""
+"""Exact sums of adapters, by concatenating factors."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -23,32 +23,31 @@ from ._operands import (
     refuse,
 )
 
-ROUNDING = 1e-5  # of weights that add up to 1
+ROUNDING = 1e-5  # how far a sum of weights may be from 1 or 0
 
 
 def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = None) -> PyTree:
     r"""Computes the exact sum $\Delta W = \sum_i w_i \, \Delta W_i$.
 
     At each site A is $[A_1, A_2, \ldots]$ and B is $[w_1 B_1; w_2 B_2; \ldots]$. The rank is the
-    sum of the ranks; see `truncate` for a smaller one. Adapters may differ in ranks, scales, slots
-    and sites: where one has no site, its ΔW is 0.
+    sum of the ranks; `truncate` reduces it. Adapters may differ in ranks, scales, slots and sites;
+    an adapter without a site has ΔW = 0 there.
 
     Args:
-        adapters: adapters of one base, which may be `{}`.
-        weights: $w_i$, numbers or an array of shape (adapters,); 1 by default.
-        base: the parameters that the adapters are for. Needed for leaves trained in full, which
-            become $W + \sum_i w_i (W_i - W)$; not for one that a single adapter has, with weight 1,
-            which stays as it is.
+        adapters: adapters of one base; each may be `{}`.
+        weights: $w_i$, numbers or an array of shape (adapters,); by default 1.
+        base: the parameters of the adapters, needed for leaves trained in full. These become
+            $W + \sum_i w_i (W_i - W)$. A leaf that only one adapter has, with weight 1, does not
+            change and needs no base.
 
     Returns:
-        An adapter. Its dropout is that of the adapters if all agree, else 0; a factor is frozen if
-        it is frozen in all.
+        An adapter. Its dropout is that of the adapters if it is equal in all, else 0. A factor is
+        frozen if it is frozen in all.
 
     Raises:
-        TypeError: if `adapters` are none.
-        ValueError: if sites do not fit one another, cannot be added, or are for a base that an
-            initializer changed while the weights add up to neither 1 nor 0; the error names all
-            paths.
+        TypeError: if `adapters` is not a list of adapters.
+        ValueError: if sites do not fit each other or cannot be added; or if an initializer changed
+            the base and the weights add up to neither 1 nor 0. The error names all paths.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -62,20 +61,20 @@ def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = N
 
 
 def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) -> PyTree:
-    r"""Scales an adapter to $c \cdot \Delta W$: multiplies B by c, and keeps A; -1 negates it.
+    r"""Scales an adapter to $c \cdot \Delta W$: multiplies B by c, and keeps A.
 
     Args:
         adapter: an adapter.
-        factor: c.
-        base: the parameters that the adapter is for, needed for leaves trained in full.
+        factor: c; -1 negates the adapter.
+        base: the parameters of the adapter, needed for leaves trained in full.
 
     Returns:
-        An adapter of the same structure.
+        An adapter with the same structure.
 
     Raises:
-        TypeError: if `adapter` is none.
-        ValueError: if it cannot be scaled, as when an initializer changed its base; the error names
-            all paths.
+        TypeError: if `adapter` is not an adapter.
+        ValueError: if it cannot be scaled, for example because an initializer changed its base. The
+            error names all paths.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -92,20 +91,20 @@ def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) ->
 def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree:
     r"""Computes the exact difference $\Delta W = \Delta W_1 - \Delta W_2$; the ranks add up.
 
-    If an initializer changed the base to $W - \Delta W_2$, this is the adapter of W itself. Give it
-    in place of `adapter` to everything for which ΔW = 0 is the model.
+    If an initializer changed the base to $W - \Delta W_2$, the difference is the adapter of W
+    itself. Give it to every function that needs ΔW = 0 to be the original model.
 
     Args:
-        adapter: the first.
-        other: the adapter that is subtracted.
-        base: the parameters that both are for, needed for leaves trained in full.
+        adapter: the first adapter.
+        other: the adapter to subtract.
+        base: the parameters of both, needed for leaves trained in full.
 
     Returns:
         An adapter.
 
     Raises:
-        TypeError: if one is no adapter.
-        ValueError: if sites do not fit one another; the error names all paths.
+        TypeError: if one of the two is not an adapter.
+        ValueError: if sites do not fit each other. The error names all paths.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -134,9 +133,9 @@ def _sum(given: Operands) -> PyTree:
 
 
 def _residual(given: Operands) -> Collection[Path]:
-    """Finds the paths at which the sum is for a base that a start changed.
+    """Finds the paths at which the sum belongs to a base that an initializer changed.
 
-    There the weights of all adapters must add up to 1, or to 0: then the base cancels.
+    There the weights of all adapters must add up to 1, or to 0, so that the base cancels.
     """
     sites = {p: pairs for p, pairs in given.sites.items() if is_residual(pairs[0][0])}
     if not sites:
@@ -145,9 +144,9 @@ def _residual(given: Operands) -> Collection[Path]:
     near = [n for n in (0, 1) if total is not None and abs(float(total) - n) < ROUNDING]
     got = "traced ones" if total is None else f"{float(total):g}"
     wrong = {
-        path: f"{RESIDUAL}, and one adapter has no such site"
+        path: f"{RESIDUAL}, but one adapter lacks the site"
         if len(pairs) < len(given.weights)
-        else f"{RESIDUAL}, so that weights must add up to 1 or to 0; got {got}"
+        else f"{RESIDUAL}, so `weights` must add up to 1 or to 0; got {got}"
         for path, pairs in sites.items()
         if len(pairs) < len(given.weights) or not near
     }

@@ -1,9 +1,10 @@
-"""Orbax.
+"""Saves and restores adapters as Orbax checkpoints.
 
 Imports `_folders`, `_rules`, `_tree`, `_types`, `_untrusted`, `_adapters`, `_core`,
 `initializers`, `_quantized`.
 
-A checkpoint is the adapter alone, and all that it takes to rebuild it.
+A checkpoint contains the adapter, and the metadata to rebuild it without the training script. It
+does not contain the base.
 
 checkpoint.save("out/adapter", adapter, rules, base=base)
 adapter = checkpoint.restore("out/adapter", base=base)

@@ -1,4 +1,4 @@
-"""The parameters of a base model in an Orbax checkpoint: their shapes, or all of them."""
+"""Reads the shapes or the values of a base model from an Orbax checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,23 +17,24 @@ from ._store import Where, check_files, damage
 
 
 class _Variable(NamedTuple):
-    """A variable of Flax NNX: its path ends before `value`, which Orbax keeps as a key."""
+    """A variable of Flax NNX. Orbax keeps `value` as a key; the variable's path ends before it."""
 
     value: Any
 
 
 def base_shapes(path: Where) -> PyTree:
-    """Returns the shapes of parameters: those in a folder, or those an adapter was saved with.
+    """Reads the shapes and dtypes of a base model, but no values.
 
     Args:
         path: an Orbax checkpoint of parameters, or of an adapter that was saved with its base.
 
     Returns:
-        A tree of `jax.ShapeDtypeStruct`s, with the paths that the base has in `transform`: the
-        path of an NNX variable has no `value` at its end.
+        A tree of `jax.ShapeDtypeStruct`s with the paths of the base in `transform`. The path of an
+        NNX variable does not end with `value`.
 
     Raises:
-        ValueError: if there are no parameters, or the adapter was saved without its base.
+        ValueError: if the checkpoint has no parameters or is damaged, or if the adapter was saved
+            without its base.
 
     Examples:
         >>> import tempfile, jax.numpy as jnp
@@ -48,8 +49,8 @@ def base_shapes(path: Where) -> PyTree:
         saved = read(folder)
         if saved.base is None:
             raise ValueError(
-                f"`path`: {folder} was saved without its base, so that the base's shapes are not "
-                "known. Save it again with jlora.checkpoint.save(..., base=base)."
+                f"`path`: {folder} was saved without its base, so the base's shapes are not known. "
+                "Save it again with jlora.checkpoint.save(..., base=base)."
             )
         return shapes_of(saved.base)
     entries, values = _read(folder, lambda x: x.dtype == np.uint32)  # random keys among them
@@ -65,19 +66,27 @@ def base_values(path: Where) -> PyTree:
         path: a folder that `ocp.StandardCheckpointer` or `export` wrote.
 
     Returns:
-        A tree of NumPy arrays, with the paths of `base_shapes`.
+        A tree of NumPy arrays with the saved dtypes, and the paths of `base_shapes`.
 
     Raises:
-        ValueError: if there are no parameters.
+        ValueError: if the checkpoint has no parameters, or is damaged.
+
+    Examples:
+        >>> import tempfile, jax.numpy as jnp
+        >>> from jlora import checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.export(f"{folder}/base", {"w": jnp.ones((2, 3))})
+        ...     checkpoint.base_values(f"{folder}/base")["w"].sum()
+        np.float32(6.0)
     """
     _, values = _read(Path(path), lambda _: True)
     return _with_variables(jax.tree.map(lambda x: x if _is_key(x) else np.asarray(x), values))
 
 
 def _read(folder: Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree, PyTree]:
-    """Returns what Orbax says of each leaf, and the values of those that are wanted, on the host.
+    """Returns Orbax's metadata of each leaf, and the values of the wanted leaves on the host.
 
-    Random keys come as JAX's: Orbax calls them uint32 until it reads them.
+    Random keys are returned as JAX arrays. Orbax calls them uint32 until it reads them.
     """
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -97,9 +106,9 @@ def _read(folder: Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree, PyTre
         with ocp.StandardCheckpointer() as checkpointer:
             found = checkpointer.metadata(folder.absolute()).item_metadata
         if found is None or not jax.tree.leaves(found.tree):
-            raise ValueError("its metadata are missing or damaged, or it holds no parameters")
+            raise ValueError("its metadata are missing or damaged, or it has no parameters")
         item, restore_args = (jax.tree.map(f, found.tree) for f in (item_of, args_of))
-        if all(x is ocp.PLACEHOLDER for x in jax.tree.leaves(item)):  # which Orbax does not take
+        if all(x is ocp.PLACEHOLDER for x in jax.tree.leaves(item)):  # Orbax raises for these
             return found.tree, item
         with ocp.PyTreeCheckpointer() as checkpointer:
             args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
@@ -115,7 +124,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _with_variables(tree: PyTree) -> PyTree:
-    """Restores NNX's variables, if every leaf is one: Orbax keeps them as `{"value": array}`."""
+    """Restores NNX's variables, which Orbax keeps as `{"value": array}`, if every leaf is one."""
 
     def is_one(x: Any) -> bool:
         return isinstance(x, dict) and set(x) == {"value"} and not isinstance(x["value"], dict)

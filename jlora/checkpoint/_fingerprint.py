@@ -1,4 +1,4 @@
-"""Fingerprints of a base: paths, shapes, dtypes and, on request, hashes of the values."""
+"""Fingerprints of a base: paths, shapes, dtypes and, optionally, hashes of the values."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ class Leaf(NamedTuple):
     Attributes:
         shape: its shape.
         dtype: the name of its dtype in JAX.
-        hash: 64 bits in hexadecimal that depend on every bit of its values, or None.
+        hash: 64 bits, in hexadecimal, that depend on every bit of its values; or None.
     """
 
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Leaf(NamedTuple):
 
 
 Fingerprint = dict[Path, Leaf]
-KEYS = ("threefry2x32", "rbg", "unsafe_rbg")  # what JAX has
+KEYS = ("threefry2x32", "rbg", "unsafe_rbg")  # JAX's implementations
 
 
 def is_fingerprint(x: Any) -> TypeGuard[Fingerprint]:
@@ -46,7 +46,7 @@ def shapes_of(found: Fingerprint) -> PyTree:
 
 
 def struct_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
-    """Returns the shape and dtype of a leaf; raises for a dtype that JAX has not."""
+    """Returns the shape and dtype of a leaf; raises for a dtype that JAX does not have."""
     is_key = leaf.dtype.startswith("key<")
     return jax.ShapeDtypeStruct(leaf.shape, _key_dtypes().get(leaf.dtype) if is_key else leaf.dtype)
 
@@ -58,22 +58,22 @@ def _key_dtypes() -> dict[str, Any]:
 
 
 def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
-    """Returns the paths, shapes and dtypes of a tree, and hashes of the values if asked.
+    """Returns the paths, shapes and dtypes of a tree and, with `values`, hashes of its values.
 
     A hash is the same on every mesh and number of processes: each device mixes its values with
-    their positions, and the results are added modulo 2³². It finds mix-ups and damage, but is no
-    cryptographic hash. A quantized weight has the shape and dtype of the weight, so that an adapter
-    fits both.
+    their positions, and the results are added modulo 2³². It detects mix-ups and damage, but it is
+    not a cryptographic hash. A quantized weight has the shape and dtype of the dense weight, so
+    that the same adapter fits both.
 
     Args:
         base: a tree of arrays or, without `values`, of `jax.ShapeDtypeStruct`s.
-        values: whether to hash the values, which reads all of them once.
+        values: whether to hash the values. All values are then read once.
 
     Returns:
         A dict from path to `Leaf`.
 
     Raises:
-        TypeError: if `values` is asked of a leaf that has none.
+        TypeError: if `values` is given, and a leaf is a `jax.ShapeDtypeStruct`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -87,20 +87,20 @@ def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
     bare = [name_of(path) for path, x in leaves if any(map(is_abstract, jax.tree.leaves(x)))]
     if values and bare:
         raise TypeError(
-            "`base` must hold arrays where their values are hashed; got jax.ShapeDtypeStruct at "
-            f"{', '.join(bare)}. Give the arrays, or ask for no values."
+            "`base` must be a tree of arrays to hash their values; got jax.ShapeDtypeStruct at "
+            f"{', '.join(bare)}. Give the arrays, or values=False."
         )
     return {path: leaf_of(_narrow(x) if values else abstract(x), values) for path, x in leaves}
 
 
 def _narrow(x: Any) -> Any:
-    """Converts an array to the dtype that it has in JAX, which may have no 64 bits."""
+    """Converts an array to its dtype in JAX, which may have 32 bits instead of 64."""
     dtype = abstract(x).dtype
     return x if x.dtype == dtype else np.asarray(x).astype(dtype)
 
 
 def leaf_of(x: Any, values: bool) -> Leaf:
-    """Returns the leaf of an array with its own dtype, which JAX may have to narrow."""
+    """Returns the leaf of an array with its own dtype, even if JAX would narrow it."""
     return Leaf(tuple(x.shape), str(x.dtype), hash_of(x) if values else None)
 
 
@@ -112,7 +112,7 @@ def hash_of(x: Any) -> str:
     if is_quantized(x):
         parts = enumerate(jax.tree.leaves(dataclasses.replace(x, error=None)), 1)
         return f"{sum(i * int(hash_of(part), 16) for i, part in parts) % 2**64:016x}"
-    with jax.enable_x64(True):  # else float64 of NumPy would be narrowed first
+    with jax.enable_x64(True):  # otherwise NumPy's float64 would be narrowed first
         return "".join(f"{int(n):08x}" for n in _sums(x))
 
 
@@ -123,7 +123,7 @@ def _sums(x: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """Returns the bits of an array as uint32, with one more axis for elements of over 32 bits."""
+    """Returns the bits of an array as uint32; elements above 32 bits add an axis."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -143,17 +143,17 @@ def _places(shape: tuple[int, ...], seed: int) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """Permutes the 32-bit integers, so that every bit depends on every other."""
+    """Permutes 32-bit integers, so that every bit of the result depends on every bit of `x`."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
     return x ^ (x >> jnp.uint32(16))
 
 
 def differences(expected: Fingerprint, got: Fingerprint, any_width: bool = False) -> list[str]:
-    """Lists each path in which `got` is not what was `expected`.
+    """Lists the paths at which `got` differs from `expected`.
 
-    With `any_width`, dtypes count as equal that differ by x64 in one of two sessions; the values
-    of such a leaf may have been rounded, and are not compared.
+    With `any_width`, dtypes of 64 and of 32 bits count as equal. The values of such a leaf may have
+    been rounded, and are not compared.
     """
     lines = [f"  {name_of(p)}: missing" for p in expected if p not in got]
     lines += [f"  {name_of(p)}: unexpected" for p in got if p not in expected]

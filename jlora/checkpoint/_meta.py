@@ -1,4 +1,4 @@
-"""The metadata of a checkpoint as JSON and back: everything but the arrays."""
+"""Converts the metadata of a checkpoint, everything but the arrays, to JSON and back."""
 
 import hashlib
 import importlib.metadata
@@ -14,7 +14,7 @@ from .._types import Layout, Path, PyTree
 from ._fingerprint import Fingerprint, Leaf, leaf_of, struct_of
 from ._rules import Fields, decode_rule, encode_rule, registered
 
-FORMAT = 2  # up to 1, patterns matched inside of the components of a path too
+FORMAT = 2  # in format 1, patterns also matched within the components of a path
 LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")
 FULL = "full"
 
@@ -23,15 +23,14 @@ class Saved(NamedTuple):
     """The metadata of a checkpoint.
 
     Attributes:
-        adapter: the adapter as saved, a nested dict of `LowRank` nodes and leaves with
-            `jax.ShapeDtypeStruct` in place of each array. It can be the `like` of `restore`.
-        rules: the rules as saved. Patterns of format 1 are rewritten, as patterns match whole
-            components of a path since. An initializer that is not jlora's own, or that starts from
-            a sketch, is a `Foreign`.
+        adapter: the saved adapter, with a `jax.ShapeDtypeStruct` for each array. It can be the
+            `like` of `restore`.
+        rules: the saved rules. An initializer that is not jlora's own, or that needs a sketch, is a
+            `Foreign`. Patterns of format 1 are rewritten to match whole components of a path.
         step: the training step, or None.
         versions: the versions of jlora, JAX, jaxlib and Orbax that wrote it.
         base: the fingerprint of the base, or None.
-        hashes: 64 bits of the values of each array, by path and `"a"`, `"b"` or `"full"`.
+        hashes: 64 bits for the values of each array, by path and `"a"`, `"b"` or `"full"`.
     """
 
     adapter: PyTree
@@ -43,7 +42,7 @@ class Saved(NamedTuple):
 
 
 def flatten_leaves(found: Mapping[Path, Any]) -> dict[Path, Any]:
-    """Returns the arrays of an adapter by path, which ends in their names in the nodes."""
+    """Returns the arrays of an adapter by path; the path ends with the name in the node."""
     flat = {}
     for path, x in found.items():
         parts = state(x) if is_node(x) else {FULL: x}
@@ -67,13 +66,13 @@ def encode(
 
 
 def digest(fields: Fields) -> str:
-    """Returns the hash of metadata, which they hold under `sha256`."""
+    """Returns the hash of metadata, without their field `sha256`."""
     rest = {name: value for name, value in fields.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def decode(fields: Fields) -> Saved:
-    """Returns the metadata that JSON holds; raises any error for JSON of another form."""
+    """Returns the metadata from JSON; any error may be raised for invalid JSON."""
     leaves, hashes = {}, {}
     for item in fields["adapter"]:
         path = _strings(item["path"])
@@ -94,7 +93,7 @@ def decode(fields: Fields) -> Saved:
 
 
 def _match_anywhere(rule: Fields) -> Fields:
-    """Rewrites a rule of format 1, whose pattern also matched inside of components."""
+    """Rewrites a rule of format 1, whose pattern also matched within components."""
     pattern = rule.get("pattern")
     return rule | {"pattern": pattern_anywhere(pattern)} if isinstance(pattern, str) else rule
 
@@ -151,7 +150,7 @@ def _strings(path: Any) -> Path:
 
 
 def _to_tuples(x: Any) -> Any:
-    """Turns the lists of JSON into tuples, at any depth."""
+    """Converts the lists of JSON to tuples, at any depth."""
     if isinstance(x, dict):
         return {name: _to_tuples(value) for name, value in x.items()}
     return tuple(map(_to_tuples, x)) if isinstance(x, list) else x

@@ -26,7 +26,7 @@ from ._store import Where, by_all, check_files, damage, in_step, place
 
 
 def read(path: Where) -> Saved:
-    """Reads the metadata of a checkpoint, but no array.
+    """Reads the metadata of a checkpoint, but no arrays.
 
     Args:
         path: a folder that `save` wrote, or a step of a `CheckpointManager` that saved `items`.
@@ -35,8 +35,8 @@ def read(path: Where) -> Saved:
         Rules, step, versions, the base's fingerprint, and the adapter as shapes.
 
     Raises:
-        FileNotFoundError: if there is nothing at `path`.
-        ValueError: if it is not such a checkpoint, is damaged, or of a newer format.
+        FileNotFoundError: if `path` does not exist.
+        ValueError: if `path` is not such a checkpoint, is damaged, or has a newer format.
 
     Examples:
         >>> import tempfile, jax.numpy as jnp, jlora
@@ -66,7 +66,7 @@ def read(path: Where) -> Saved:
         )
     with damage(damaged):
         if fields.get("sha256") != digest(fields):
-            raise ValueError("their hash is another")
+            raise ValueError("their hash is wrong")
         saved = decode(fields)
         adapter_leaves(saved.adapter)  # raises unless it is an adapter
         shapes_of(saved.base or {})  # raises unless all dtypes are known
@@ -74,47 +74,48 @@ def read(path: Where) -> Saved:
 
 
 def _explain(folder: Any) -> str:
-    """Says what is in a folder that is no checkpoint of an adapter."""
+    """Explains why a folder is not a checkpoint of an adapter."""
     names = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
     if steps := sorted(filter(str.isdigit, names), key=int):
         return (
-            f"`path`: {folder} holds the steps {', '.join(steps)} of a CheckpointManager; give one "
+            f"`path`: {folder} has the steps {', '.join(steps)} of a CheckpointManager; give one "
             f"of them, such as {folder / steps[-1]}."
         )
-    held = f"holds {', '.join(map(show, names))}" if names else "is no folder, or an empty one"
+    held = f"has {', '.join(map(show, names))}" if names else "is an empty folder, or a file"
     return (
-        f"`path`: {folder} is no checkpoint of an adapter: expected {ADAPTER!r} and {METADATA!r} "
-        f"in it, but it {held}. Give a folder that jlora.checkpoint.save wrote."
+        f"`path`: {folder} is not a checkpoint of an adapter: expected {ADAPTER!r} and "
+        f"{METADATA!r} in it, but it {held}. Give a folder that jlora.checkpoint.save wrote."
     )
 
 
 def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = None) -> PyTree:
     """Reads an adapter that `save` wrote, on any mesh and number of processes.
 
-    Every array is checked against the hash that was saved with it. With several processes all of
-    them call it.
+    Each array is checked against the hash that was saved with it. With several processes, all of
+    them must call this function.
 
     Args:
         path: as in `read`.
-        like: an adapter of arrays or `jax.ShapeDtypeStruct`s. The result has its structure and
-            shardings, and its `dropout` and `materialize`; the checkpoint must agree with it in
-            paths, shapes, dtypes, layouts and scales. Without `like`, or where it has no sharding,
-            the result holds NumPy arrays on the host.
-        base: the base that the adapter will be used with: arrays, `jax.ShapeDtypeStruct`s, or the
-            fingerprint that another checkpoint has of it, `read(path).base`. It is compared with
-            the fingerprint that was saved; values are compared if they were hashed and `base` holds
-            arrays. Dtypes of 64 and of 32 bits count as equal if only one of the two sessions has
-            jax_enable_x64; the values of such a leaf are not compared.
+        like: an adapter of arrays or `jax.ShapeDtypeStruct`s, whose paths, shapes, dtypes, layouts
+            and scales must be those of the checkpoint. The result has its structure, shardings,
+            `dropout` and `materialize`. Without `like`, or where it has no sharding, the result has
+            NumPy arrays on the host.
+        base: the base that the adapter will be used with: arrays, `jax.ShapeDtypeStruct`s, or a
+            fingerprint from another checkpoint, `read(path).base`. It is compared with the saved
+            fingerprint. Values are compared if they were hashed and `base` has arrays. Dtypes of 64
+            and of 32 bits count as equal, as jax_enable_x64 may differ between sessions; the values
+            of such a leaf are not compared.
 
     Returns:
-        The adapter.
+        The adapter, with the saved values and dtypes.
 
     Raises:
-        FileNotFoundError: if there is nothing at `path`.
+        FileNotFoundError: if `path` does not exist.
         RuntimeError: with several processes, if another one raised; it says which, and why.
-        TypeError: if `like` is no adapter.
-        ValueError: if the checkpoint is not one of `save`'s or is damaged; if `like` or `base`
-            differs from it, with all differences; if `base` is given and no fingerprint was saved.
+        TypeError: if `like` is not an adapter.
+        ValueError: if `save` did not write the checkpoint, or it is damaged; if `like` or `base`
+            differs from it (all differences are listed); if `base` is given, but no fingerprint was
+            saved.
 
     Examples:
         See `save`.
@@ -144,7 +145,7 @@ def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
     template = nest({p: _template(x) for p, x in wanted.items()})
     args = ocp.args.Composite(**{ADAPTER: ocp.args.StandardRestore(template)})
     with (
-        damage(f"the arrays of {folder} cannot be read, as it is cut off or damaged"),
+        damage(f"the arrays of {folder} cannot be read, as it is truncated or damaged"),
         ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
     ):
         tree = in_step(lambda: checkpointer.restore(folder, args=args)[ADAPTER])
@@ -152,7 +153,7 @@ def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
 
 
 def _template(x: Any) -> Any:
-    """Returns what makes Orbax shard an array like `x`, or give a NumPy array without sharding."""
+    """Returns Orbax's template for an array: sharded like `x`, or NumPy's without a sharding."""
     sharding = getattr(x, "sharding", None)
     if sharding is None:
         return np.broadcast_to(np.zeros((), x.dtype), x.shape)
@@ -189,7 +190,7 @@ def _check_base(path: Where, saved: Saved, base: PyTree) -> None:
 
 
 def _check_like(path: Where, checkpoint: Saved, like: PyTree | None) -> dict[Path, Any]:
-    """Returns the leaves that are wanted by path: those of `like`, or else those of the file."""
+    """Returns the leaves to restore by path: those of `like`, or else those of the file."""
     saved = adapter_leaves(checkpoint.adapter)
     if like is None:
         return saved
@@ -203,9 +204,9 @@ def _check_like(path: Where, checkpoint: Saved, like: PyTree | None) -> dict[Pat
                     lines.append(f"  {name_of(p)}: expected {name} {a}, got {b}")
     if lines:
         raise ValueError(
-            f"`like` is not of the form of the adapter in {place(path)}:\n"
+            f"`like` does not have the form of the adapter in {place(path)}:\n"
             + "\n".join(sorted(lines))
-            + "\nMake it with the rules that the checkpoint has, jlora.checkpoint.read(path).rules."
+            + "\nMake it with the rules of the checkpoint, jlora.checkpoint.read(path).rules."
         )
     return like
 
@@ -215,5 +216,5 @@ def _forms(found: dict[Path, Any]) -> dict[Path, Leaf]:
 
 
 def _place_of(path: Path) -> Path:
-    """Returns the path by which the user knows an array: a leaf in full has that of its weight."""
+    """Returns the path of an array for the user; a leaf in full has the path of its weight."""
     return path[:-1] if path[-1] == FULL else path

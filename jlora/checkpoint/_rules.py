@@ -1,4 +1,4 @@
-"""Rules as JSON and back, and the functions that they name."""
+"""Converts rules to JSON and back, with the functions that they name."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from ..initializers import Initializer
 
 Fields = dict[str, Any]
 OWN = "jlora.initializers."
-SKETCHED = {"eva": "inputs", "lora_ga": "gradient"}  # initializers, and the kind of their sketch
+SKETCHED = {"eva": "inputs", "lora_ga": "gradient"}  # initializers, with the kind of their sketch
 SCHEMES = {
     name: x for name, x in vars(_quantized).items() if isinstance(x, type) and issubclass(x, Scheme)
 }
@@ -24,10 +24,10 @@ SCHEMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """Stands in a restored rule for an initializer that only the training script has.
+    """A placeholder, in a restored rule, for an initializer that only the training script has.
 
     Attributes:
-        name: its module and name.
+        name: the module and name of the initializer.
     """
 
     name: str
@@ -38,22 +38,22 @@ class Foreign:
         kind = SKETCHED.get(self.name.removeprefix(OWN))
         if kind is None:
             is_own = self.name.startswith("jlora.")
-            what = "cannot be made again from its name" if is_own else "is not a part of jlora"
+            what = "cannot be restored by its name" if is_own else "is not a part of jlora"
             raise NotImplementedError(
                 f"`init` was {why} {what}. Give the rule your own: "
                 "dataclasses.replace(rule, init=...)."
             )
         raise NotImplementedError(
-            f"`init` was {why} starts from a sketch: a checkpoint holds none. Give the rule one of "
-            f"your own: dataclasses.replace(rule, init={self.name}(sketch)), with the options that "
-            f"it had, where sketch is of jlora.sketch(..., kind={kind!r})."
+            f"`init` was {why} needs a sketch, and a checkpoint has none. Make one with "
+            f"jlora.sketch(..., kind={kind!r}), and give "
+            f"dataclasses.replace(rule, init={self.name}(sketch)) with the same options."
         )
 
 
 def encode_rule(rule: Any) -> Fields:
     fields = {f.name: _encode_field(getattr(rule, f.name)) for f in dataclasses.fields(rule)}
     if isinstance(rule, LoRA):
-        fields["scale"] = rule.scale  # for whoever reads the file; it follows from the others
+        fields["scale"] = rule.scale  # for readers of the file; it follows from the other fields
     return {"rule": type(rule).__name__, **fields}
 
 
@@ -94,7 +94,7 @@ def _decode_field(value: Any) -> Any:
         case {"function": name, "options": options}:
             made = _function(name)(**{key: _decode_field(x) for key, x in options.items()})
             if not isinstance(made, Initializer):
-                raise TypeError(f"{name} takes no options")
+                raise TypeError(f"{name} has no options")
             return made
         case {"function": name}:
             return _function(name)
@@ -104,7 +104,7 @@ def _decode_field(value: Any) -> Any:
 
 
 def _is_known(option: Any) -> bool:
-    """Whether the option of an initializer can be read again: a scheme must be jlora's own."""
+    """Whether the option of an initializer can be restored: a scheme must be jlora's own."""
     return not isinstance(option, Scheme) or SCHEMES.get(type(option).__name__) is type(option)
 
 
@@ -132,11 +132,11 @@ def _function(name: str) -> Callable[..., Any]:
     return function if callable(function) else Foreign(name)
 
 
-NOT_REGISTERED = "no registered method has; import the module that registers it"
+NOT_REGISTERED = "is not registered; import the module that registers it"
 
 
 def registered(kind: str, name: Any, types: Mapping[str, Any], why: str = NOT_REGISTERED) -> Any:
-    """Returns the class that `types` has by a name from a file."""
+    """Returns the class in `types` with a name from a file."""
     if not isinstance(name, str) or name not in types:
         raise ValueError(f"the checkpoint has the {kind} {shorten(name)}, which {why}")
     return types[name]

@@ -27,28 +27,28 @@ def save(
     base: PyTree | None = None,
     hash_values: bool = False,
 ) -> None:
-    """Writes an adapter, and nothing of the base, as an Orbax checkpoint.
+    """Writes an adapter, without the base, as an Orbax checkpoint.
 
-    The metadata holds what it takes to rebuild the adapter without the training script: rules,
-    layouts, scales, shapes, versions and, where `base` is given, the base's fingerprint. With
-    several processes all of them call it, and each writes its own shards; where one fails, all
-    raise.
+    The metadata suffice to rebuild the adapter without the training script: rules, layouts, scales,
+    shapes, versions and, with `base`, the base's fingerprint. Dtypes are kept. With several
+    processes, all of them must call this function, and each writes its own shards. If one fails,
+    all raise.
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at
             all. In an object store (`gs://…`) Orbax's own guarantee holds.
-        adapter: from `init`, training or `restore`; dropout keys in it are ignored.
-        rules: the `LoRA` and `Full` rules that made the adapter; `()` where there were none.
+        adapter: from `init`, training or `restore`. Dropout keys in it are ignored.
+        rules: the rules that made the adapter; `()` if there were none.
         step: the training step.
-        base: the frozen tree, arrays or `jax.ShapeDtypeStruct`s, so that `restore` can recognize
-            it; or the fingerprint that another checkpoint has of it, `read(path).base`.
+        base: the frozen tree, of arrays or `jax.ShapeDtypeStruct`s, so that `restore` can recognize
+            it; or a fingerprint from another checkpoint, `read(path).base`.
         hash_values: whether the fingerprint includes the base's values.
 
     Raises:
-        FileExistsError: if `path` is there and not an empty folder.
-        OSError: if it cannot be written, by whichever process; nothing is left of it then.
+        FileExistsError: if `path` exists and is not an empty folder.
+        OSError: if a process cannot write it. Nothing is left of it then.
         RuntimeError: with several processes, if another one raised; it says which, and why.
-        TypeError: if `adapter` is no adapter of arrays, or another argument is of a wrong type.
+        TypeError: if `adapter` is no adapter of arrays, or another argument has a wrong type.
         ValueError: if `adapter` does not fit `base`.
 
     Examples:
@@ -65,7 +65,7 @@ def save(
         (8.0, True)
     """
     saved = items(adapter, rules, step=step, base=base, hash_values=hash_values)
-    # Orbax would wait for folders that it makes in the background where their errors are lost.
+    # Orbax would make folders in the background, wait for them, and lose their errors.
     options = ocp.CompositeOptions(
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False)
     )
@@ -81,9 +81,9 @@ def items(
     base: PyTree | None = None,
     hash_values: bool = False,
 ) -> dict[str, ocp.args.CheckpointArgs]:
-    """Returns what `save` writes, for a `CheckpointManager` that saves it with other items.
+    """Returns the items that `save` writes, for a `CheckpointManager` with other items.
 
-    `read` and `restore` then take each step's folder, whatever else is in it.
+    `read` and `restore` then read the folder of a step, which may contain other items.
 
     Args:
         adapter: as in `save`.
@@ -93,7 +93,7 @@ def items(
         hash_values: as in `save`.
 
     Returns:
-        The arguments for Orbax by the names of the items, `"adapter"` and `"jlora"`.
+        Orbax's arguments for the items `"adapter"` and `"jlora"`.
 
     Raises:
         RuntimeError: as in `save`.
@@ -121,19 +121,19 @@ def items(
 
 
 def export(path: Where, merged: PyTree) -> None:
-    """Writes merged weights as a plain Orbax checkpoint, each shard from where it lies.
+    """Writes merged weights as a plain Orbax checkpoint. Each process writes its own shards.
 
     `ocp.StandardCheckpointer().restore(path, like)` reads it.
 
     Args:
         path: as in `save`.
-        merged: a tree of arrays, as `jlora.merge` returns it.
+        merged: a tree of arrays, as from `jlora.merge`. Shapes and dtypes are kept.
 
     Raises:
-        FileExistsError: if `path` is there and not an empty folder.
+        FileExistsError: if `path` exists and is not an empty folder.
         OSError: as in `save`.
         RuntimeError: as in `save`.
-        TypeError: if `merged` holds no array, or something else.
+        TypeError: if `merged` has no leaf, or a leaf that is not a plain array.
 
     Examples:
         >>> import tempfile, jax.numpy as jnp
@@ -158,34 +158,34 @@ def _check(
     if base is not None:
         check_fits(base, found)
     elif hash_values:
-        raise TypeError("`hash_values` needs the base whose values it hashes; give `base` too.")
+        raise TypeError("`hash_values` needs the base, whose values it hashes. Give `base` too.")
     return found, given
 
 
 def _check_merged(merged: PyTree) -> None:
     flat = dict(leaves_by_path(merged))
     if not flat:
-        raise TypeError(f"`merged` must be a tree of arrays; got {merged!r}, which holds none.")
+        raise TypeError(f"`merged` must be a tree of arrays; got {merged!r}, which has none.")
     _check_arrays(flat, "merged")
     if found := [name_of(path) for path, x in flat.items() if is_quantized(x)]:
         raise TypeError(
-            f"`merged` must hold plain arrays; quantized are {', '.join(found)}. Give "
-            "jlora.dequantize(merged), or what jlora.merge returns without requantize=True."
+            f"`merged` must have plain arrays; got quantized leaves at {', '.join(found)}. Give "
+            "jlora.dequantize(merged), or merge without requantize=True."
         )
 
 
 def _check_arrays(flat: dict[Path, Any], argument: str) -> None:
-    """Raises for what is no array, and for paths that Orbax would write to one place."""
+    """Raises for leaves that are not arrays, and for paths that Orbax would confuse."""
     wrong = [
         f"{name_of(path)}: {type(x).__name__}"
         for path, x in flat.items()
         if is_abstract(x) or not hasattr(x, "dtype")
     ]
     if wrong:
-        raise TypeError(f"`{argument}` must hold arrays to be saved; got {', '.join(wrong)}.")
+        raise TypeError(f"`{argument}` must have arrays to be saved; got {', '.join(wrong)}.")
     names = collections.Counter(".".join(path) for path in flat)
     if twice := [name for name, n in names.items() if n > 1]:
         raise ValueError(
-            f"`{argument}` has paths that Orbax cannot tell apart, as dots in keys are to it like "
-            f"levels of the tree: {', '.join(twice)}. Rename one of each."
+            f"`{argument}` has paths that Orbax confuses, as it treats a dot in a key as a level "
+            f"of the tree: {', '.join(twice)}. Rename one of each."
         )

@@ -1,4 +1,4 @@
-"""Orbax's files: checks before they are read, and one atomic write by all processes together."""
+"""Orbax's files: checks before reading, and one atomic write by all processes together."""
 
 import contextlib
 import os
@@ -16,20 +16,20 @@ from jax.experimental import multihost_utils
 from .. import _folders
 from .._untrusted import check_values, printable, show
 
-# --------------------------------------------------------------------- several processes act as one
-# If one fails, all raise, and none is waited for.
+# ------------------------------------------------------------------------------- several processes
+# If one process fails, all raise, and none waits for another.
 
-LENGTH = 1000  # bytes of a text that the other processes get
-MISMATCH = "sync_global_devices name mismatch"  # JAX's words
+LENGTH = 1000  # bytes of a text that is sent to the other processes
+MISMATCH = "sync_global_devices name mismatch"  # from JAX's error
 
 T = TypeVar("T")
 
 
 def by_all(work: Callable[[], T]) -> T:
-    """Does `work` on every process; if it raises on one, all raise before any goes on.
+    """Calls `work` on every process. If one raises, all raise before any continues.
 
     Raises:
-        RuntimeError: on the processes where it did not raise; it says which did, and why.
+        RuntimeError: on processes where `work` did not raise; it says which raised, and why.
     """
     result: Any = None
     error = None
@@ -47,15 +47,15 @@ def by_all(work: Callable[[], T]) -> T:
 
 
 def by_first(work: Callable[[], None]) -> None:
-    """Does `work` on process 0; if it raises there, all raise."""
+    """Calls `work` on process 0. If it raises, all processes raise."""
     by_all(work if jax.process_index() == 0 else lambda: None)
 
 
 def in_step(work: Callable[[], T]) -> T:
-    """Does `work` on every process, as `by_all`, where the processes wait for each other within it.
+    """Calls `work` on every process, like `by_all`; processes may wait for each other in it.
 
-    Orbax makes them wait for each other between its steps, by name. A process that fails joins the
-    others where they wait, under another name, and JAX then raises on all.
+    Between its steps, Orbax makes processes wait for each other at named barriers. A process that
+    fails joins the barrier under another name, so that JAX raises on all.
     """
 
     def meet() -> Any:
@@ -63,7 +63,7 @@ def in_step(work: Callable[[], T]) -> T:
             return work()
         except Exception as e:
             if MISMATCH in str(e):
-                return None  # another process failed; `by_all` brings its error
+                return None  # another process failed; `by_all` raises its error
             with contextlib.suppress(AssertionError):
                 multihost_utils.sync_global_devices("jlora: failed")
             raise
@@ -77,14 +77,14 @@ def from_first(text: str) -> str:
 
 
 def _gather(text: str) -> list[str]:
-    """Returns the texts of all processes, the same list on each, without what exceeds `LENGTH`."""
+    """Returns the texts of all processes, cut to `LENGTH`; each process gets the same list."""
     row = np.frombuffer(text.encode()[:LENGTH].ljust(LENGTH), np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(row)).reshape(-1, LENGTH)
     return [bytes(x).decode(errors="replace").rstrip() for x in rows]
 
 
 def one_line(error: Exception) -> str:
-    """Returns the message of an error in one line, without what TensorStore adds for developers."""
+    """Returns the message of an error in one line, without TensorStore's details."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.split(r" \[(?:tensorstore_spec|source locations)", text)[0].rstrip(".")
     return printable(text)
@@ -95,7 +95,7 @@ Where = str | os.PathLike[str]
 # ------------------------------------------------------------------------------------ Orbax's files
 
 SAVE_AGAIN = "Take another checkpoint, or save this one again."
-LIMIT = 64 * 2**20  # bytes of a file that describes arrays
+LIMIT = 64 * 2**20  # bytes of a file with metadata
 _DESCRIBING = {
     "metadata",
     "_METADATA",
@@ -106,31 +106,31 @@ _DESCRIBING = {
     ".zarray",
     "zarr.json",
 }
-_BY_PROCESS = "array_metadatas"  # a folder of them
+_BY_PROCESS = "array_metadatas"  # a folder of such files
 
 
 def place(path: Where) -> epath.Path:
-    """Returns `path` as Orbax wants it: absolute, or a URL such as `gs://…`."""
+    """Returns `path` in Orbax's form: absolute, or a URL such as `gs://…`."""
     name = os.fspath(path)
     return epath.Path(name if "://" in name else os.path.abspath(name))
 
 
 @contextlib.contextmanager
 def damage(what: str, remedy: str = SAVE_AGAIN) -> Iterator[None]:
-    """Turns any error into a `ValueError` that says `what`, the reason and a `remedy`."""
+    """Turns any error into a `ValueError` with `what`, the reason and a `remedy`."""
     try:
         yield
     except Exception as e:
         reason = one_line(e)
-        if len(reason) > 600:  # TensorStore gives the cause at the end
+        if len(reason) > 600:  # TensorStore puts the cause at the end
             reason = f"{reason[:300]} ... {reason[-300:]}"
         raise ValueError(f"`path`: {what} ({type(e).__name__}: {reason}). {remedy}") from e
 
 
 def check_files(folder: Where) -> None:
-    """Raises if reading might never end, or take more memory than a checkpoint needs.
+    """Raises if reading might never end, or need more memory than a checkpoint should.
 
-    Orbax reads whatever it finds, pipes and devices too, and all that describes the arrays.
+    Orbax reads all metadata, and any file that it finds, even pipes and devices.
 
     Raises:
         ValueError: for a local folder with such a file.
@@ -141,7 +141,7 @@ def check_files(folder: Where) -> None:
         for path in filter(Path.exists, (Path(parent, name) for name in names)):
             if not path.is_file():
                 raise ValueError(
-                    f"`path`: {show(str(path))} is no regular file. Take another checkpoint."
+                    f"`path`: {show(str(path))} is not a regular file. Take another checkpoint."
                 )
             if path.name not in _DESCRIBING and path.parent.name != _BY_PROCESS:
                 continue
@@ -156,9 +156,9 @@ def check_files(folder: Where) -> None:
 def write(path: Where, handler: Any, args: Any) -> None:
     """Writes a checkpoint to `path`, complete or not at all, with all processes together.
 
-    Orbax writes into a folder that no other writer uses, and process 0 renames it in the end. A
-    rename onto a folder that is there fails, so that one of two writers gets an error. Object
-    stores have no such rename; there Orbax's own protocol must do.
+    Orbax writes into a folder that no other writer uses. In the end, process 0 renames it. If two
+    writers have the same `path`, the second rename fails. Object stores have no such rename; there
+    Orbax's own protocol is used.
     """
     final = place(path)
     local = "://" not in os.fspath(path)

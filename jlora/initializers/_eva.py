@@ -11,20 +11,21 @@ from ._initializer import SketchInitializer, dtype_of
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class eva(SketchInitializer):
-    r"""Starts A at the leading principal components of the site's inputs, and B at zero.
+    r"""Sets A to the leading principal components of the site's inputs, and B to zero.
 
-    A has orthonormal columns, and no other A keeps more of the variance of the inputs. W does not
-    change.
+    A has orthonormal columns, and no other such A keeps more of the variance of the inputs. W does
+    not change.
 
     Args:
-        sketch: from `jlora.sketch` with `kind="inputs"`, of the same rules.
+        sketch: from `jlora.sketch` with `kind="inputs"` and the same rules.
 
     Raises:
-        ValueError: in `init`, for a site that the sketch lacks, or has with another
-            shape or fewer components than the rank.
+        TypeError: if `sketch` is not a sketch.
+        ValueError: if `sketch` is of another kind; in `init`, if it lacks a site, or has it with
+            another shape or fewer components than the rank.
 
-    Source: Paischer et al., arXiv 2410.07170. As in PEFT, the inputs are taken less their mean.
-    PEFT counts all that its labels do not mask; here an input counts where the loss depends on it.
+    Source: Paischer et al., arXiv 2410.07170. As in PEFT, the mean of the inputs is subtracted. An
+    input counts here if the loss depends on it; in PEFT, if its label is not masked.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora

@@ -1,4 +1,4 @@
-"""The paper's initializer."""
+"""The initializer of the LoRA paper."""
 
 import math
 from typing import Any
@@ -13,12 +13,12 @@ def gaussian(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, An
 
     Args:
         key: a PRNG key.
-        w: W, an array or a `jax.ShapeDtypeStruct`.
+        w: W, an array, a `jax.ShapeDtypeStruct` or a `jlora.Quantized`.
         site: the site, with its layout.
         rule: the rule, with its rank and dtype.
 
     Returns:
-        `(w, a, b)`: W as it came, A and B.
+        `(w, a, b)`: the same W, A and B.
 
     Source: Hu et al., arXiv 2106.09685, section 4.1.
 

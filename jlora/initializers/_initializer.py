@@ -1,4 +1,4 @@
-"""What initializers share: dtypes and random draws, and classes for options and for sketches."""
+"""Helpers and base classes of initializers."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from .._core import promote
 
 
 def dtype_of(site: Any, rule: Any) -> jnp.dtype:
-    """Returns the dtype of A and B: the rule's, or W's own, but at least float32."""
+    """Returns the dtype of A and B: that of the rule, or that of W but at least float32."""
     return jnp.dtype(promote(site.dtype, jnp.float32) if rule.dtype is None else rule.dtype)
 
 
@@ -25,14 +25,14 @@ def draw(w: Any, site: Any, rule: Any, sample: Callable[..., jax.Array]) -> tupl
 
 
 def fan_in(site: Any) -> int:
-    """Counts the inputs that a product sums: 1 for a lookup, and those of one expert."""
+    """Counts the inputs that a product sums: 1 for a lookup; for experts, those of one expert."""
     inputs = (site.shape[d] for d in site.layout.inputs if d != site.experts)
     return 1 if site.kind == "embed" else math.prod(inputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-    """A dataclass whose fields are the options of an initializer; it is named like a function."""
+    """The base class of initializers with options, which are its fields; named like functions."""
 
     def __call__(self, key: Any, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
         """Returns `(w, a, b)`."""
@@ -48,12 +48,12 @@ class Initializer:
         return f"{self.name}({', '.join(given)})"
 
 
-AGAIN = "Sketch with the rules and the parameters that `init` gets."
+AGAIN = "Sketch with the same rules and parameters as `init`."
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class SketchInitializer(Initializer):
-    """An initializer that starts from a sketch of the same rules; checkpoints do not hold sketches.
+    """The base class of initializers from a sketch of the same rules. Checkpoints omit the sketch.
 
     Attributes:
         sketch: from `jlora.sketch`.
@@ -77,15 +77,15 @@ class SketchInitializer(Initializer):
             )
 
     def spectrum_at(self, site: Any, rule: Any, components: int) -> Any:
-        """Returns the spectrum of a site, with enough components or all that there are."""
+        """Returns the spectrum of a site, which has at least `components`, or all that exist."""
         sites, path = self.sketch.sites, site.path
         found = sites.get(path)
         if found is None:
             listed = ", ".join(list(sites)[:3]) + (", …" if len(sites) > 3 else "")
-            raise ValueError(f"`sketch` has no site {path!r}, but {listed}. {AGAIN}")
+            raise ValueError(f"`sketch` lacks the site {path!r}; it has {listed}. {AGAIN}")
         if (found.shape, found.layout) != (site.shape, site.layout):
             raise ValueError(
-                f"`sketch` has {path!r} with the shape {found.shape} and {found.layout}; got "
+                f"`sketch` has {path!r} with the shape {found.shape} and {found.layout}; expected "
                 f"{site.shape} and {site.layout}. {AGAIN}"
             )
         slots = site.layout.slots
@@ -97,7 +97,7 @@ class SketchInitializer(Initializer):
             )
         if not np.asarray(found.total).any():
             raise ValueError(
-                f"`sketch` has nothing of {path!r}, as the loss did not depend on it. Sketch with "
-                "a loss and batches that use it, or give it a rule with another start."
+                f"`sketch` is zero at {path!r}, because the loss did not depend on it. Sketch with "
+                "a loss and batches that use it, or give it a rule with another `init`."
             )
         return found

@@ -11,17 +11,17 @@ from ._initializer import draw, fan_in
 def kaiming_uniform(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
     r"""Draws A uniformly from $\pm 1/\sqrt{inputs}$, and sets B to zero; this is the default.
 
-    It is He's uniform initializer with $a = \sqrt 5$, as PEFT and loralib draw A. Where the
-    model looks up rows of W, each input is one row, so that A is uniform in ±1.
+    It is He's uniform initializer with $a = \sqrt 5$, as in PEFT and loralib. For an embedding, A
+    is uniform in ±1, because each lookup has one input.
 
     Args:
         key: a PRNG key.
-        w: W, an array or a `jax.ShapeDtypeStruct`.
+        w: W, an array, a `jax.ShapeDtypeStruct` or a `jlora.Quantized`.
         site: the site, with its layout.
         rule: the rule, with its rank and dtype.
 
     Returns:
-        `(w, a, b)`: W as it came, A and B.
+        `(w, a, b)`: the same W, A and B.
 
     Source: He et al., arXiv 1502.01852; LoRA's reference implementation.
 

@@ -17,28 +17,32 @@ from ._split import Split, check_values, keep_sharding, map_stack, split_array, 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class loftq(Initializer):
-    r"""LoftQ: quantizes W, and starts A and B where they best correct the error.
+    r"""LoftQ: quantizes W, and sets A and B to the best correction of the error.
 
-    Two steps alternate, from $A B = 0$ on: $Q = q(W - s \cdot A B)$, and $s \cdot A B$ becomes the
-    r largest singular values of $W - Q$. The base is Q, a `jlora.Quantized`. `params` must
-    not be quantized at these leaves, and leaves that the rule does not take stay as they are.
-    QPiSSA, `jlora.quantize` of the base that `pissa` returns, takes the largest part of W itself
-    out of what is quantized: if singular values decay it loses less.
+    Starting at $A B = 0$, it alternates two steps: $Q = q(W - s \cdot A B)$, and $s \cdot A B$
+    becomes the part of $W - Q$ with the r largest singular values. The base is Q, a
+    `jlora.Quantized`. Give `init` parameters that are not quantized at these leaves. Leaves that
+    the rule does not match are not quantized.
 
-    Here $s \cdot A B$ is the correction for every scale; in PEFT it is $A B$, right where alpha is
-    the rank. The base differs from `params`: see the guide "Choose rules".
+    Compare it with QPiSSA, `jlora.quantize` of the base that `pissa` returns: it removes the
+    largest part of W before quantizing, and loses less if the singular values of W decay.
 
-    Each iteration takes a full SVD of each matrix, one after the other, and gathers what `pissa`
-    gathers.
+    The correction is $s \cdot A B$ at every scale s. PEFT's correction is $A B$, which is right
+    only if alpha is the rank. The base differs from `params`: see the guide "Choose rules".
+
+    Each iteration computes a full SVD of each matrix, one after the other. On a mesh it gathers
+    what `pissa` gathers.
 
     Args:
-        scheme: such as `jlora.NF4()`, without a pattern: the rule says which leaves.
-        iterations: how many times both steps are taken, at least 1.
+        scheme: a scheme without a pattern, such as `jlora.NF4()`; the rule selects the leaves.
+        iterations: how often both steps are done, at least 1.
 
     Raises:
-        TypeError: if `scheme` is none.
-        ValueError: if `scheme` has a pattern, or `iterations` is no integer of at least 1; in
-            `init`, as `pissa` does, and if W is quantized already or blocks do not divide it.
+        TypeError: if `scheme` is not a scheme.
+        ValueError: if `scheme` has a pattern, or `iterations` is not an integer of at least 1; in
+            `init`, if W has no values, is not finite, or is quantized already, or blocks do not
+            divide it.
+        NotImplementedError: in `init`, within a `shard_map`.
 
     Source: Li et al., LoftQ, arXiv 2310.08659, algorithm 1.
 
@@ -58,13 +62,13 @@ class loftq(Initializer):
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, Scheme):
             raise TypeError(
-                "`scheme` of loftq must be one such as jlora.NF4(); got "
+                "`scheme` of loftq must be a scheme such as jlora.NF4(); got "
                 f"{name_mistake(self.scheme)}."
             )
         if self.scheme.pattern is not None:
             raise ValueError(
-                f"`scheme` of loftq has the pattern {self.scheme.pattern!r}, but the rule says "
-                "which leaves it takes. Leave the pattern out."
+                f"`scheme` of loftq must have no pattern, as the rule selects the leaves; got "
+                f"{self.scheme.pattern!r}. Leave it out."
             )
         check_int("`iterations` of loftq", self.iterations, 1)
         object.__setattr__(self, "iterations", int(self.iterations))
@@ -77,8 +81,8 @@ class loftq(Initializer):
     def _form(self, w: Any, site: Any, rule: Any) -> Form:
         if is_quantized(w):
             raise ValueError(
-                f"{site.path!r} of `params` is quantized already, as {spell(w.scheme)}, and "
-                f"loftq, the start of {rule_name(rule)}, quantizes it itself. Give "
+                f"{site.path!r} of `params` is quantized already, as {spell(w.scheme)}, but loftq, "
+                f"the `init` of {rule_name(rule)}, quantizes it itself. Give "
                 "jlora.dequantize(params), or use jlora.initializers.pissa."
             )
         try:

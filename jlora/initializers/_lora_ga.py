@@ -1,4 +1,4 @@
-"""LoRA-GA: A and B along the gradient."""
+"""LoRA-GA: A and B from the gradient."""
 
 import dataclasses
 import math
@@ -14,28 +14,30 @@ from ._split import split_of, subtract
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class lora_ga(SketchInitializer):
-    r"""Starts A and B along the gradient, so that the first step is close to full fine-tuning's.
+    r"""Sets A and B to singular vectors of the gradient: the first step is like full fine-tuning's.
 
-    With the gradient $G = \sum_i \sigma_i u_i v_i^T$ of W, n outputs and the rank r,
+    For a W with gradient $G = \sum_i \sigma_i u_i v_i^T$ and n outputs, and the rank r,
 
     $$A = [u_1 \ldots u_r],\quad
     B = \frac{n^{1/4}}{\sqrt\gamma}\, [\sigma_{r+1} v_{r+1} \ldots \sigma_{2r} v_{2r}]^T,$$
 
-    and the base becomes $W - s A B$, so that the adapted model starts as the original.
-    Singular values that a small W lacks are zero. After training,
-    `arithmetic.difference(adapter, initial)` is the adapter of the parameters, of twice the rank,
-    as PEFT and engines need it.
+    and the base becomes $W - s A B$, so that the adapted model starts as the original. Singular
+    values that a small W lacks count as zero. For PEFT and serving, use
+    `arithmetic.difference(adapter, initial)` after training: it is the adapter of the original
+    parameters, with twice the rank.
 
     Args:
-        sketch: from `jlora.sketch` with `kind="gradient"`, of the same rules and 2·r components.
-        gamma: the number under the root, positive.
+        sketch: from `jlora.sketch` with `kind="gradient"`, the same rules, and 2·r components.
+        gamma: $\gamma$, positive.
 
     Raises:
-        ValueError: in `init`, for a site that the sketch lacks, or has with another
-            shape or fewer than 2·r components, and if W is quantized.
+        TypeError: if `sketch` is not a sketch.
+        ValueError: if `sketch` is of another kind, or `gamma` is not positive; in `init`, if the
+            sketch lacks a site, or has it with another shape or fewer than 2·r components, or W is
+            quantized.
 
-    Source: Wang et al., arXiv 2407.05000, in the form that PEFT has by default, `direction` ArB2r
-    and `scale` stable.
+    Source: Wang et al., arXiv 2407.05000, in PEFT's default form: `direction` ArB2r, `scale`
+    stable.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -61,8 +63,8 @@ class lora_ga(SketchInitializer):
     def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
         if is_quantized(w):
             raise ValueError(
-                f"lora_ga changes W of {site.path!r}, which is quantized. Call init with W as it "
-                "was, then jlora.quantize the base."
+                f"lora_ga cannot change W at {site.path!r}, which is quantized. Call init with the "
+                "original W, then jlora.quantize the base."
             )
         r, dtype = rule.rank, dtype_of(site, rule)
         found = self.spectrum_at(site, rule, 2 * r)
@@ -72,6 +74,6 @@ class lora_ga(SketchInitializer):
         b = rows * (values * (rows.shape[-1] ** 0.25 / math.sqrt(self.gamma)))
         b = jnp.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, r - b.shape[-2]), (0, 0)])
         b = b.reshape(rule.factor_shapes(site)[1]).astype(dtype)
-        if isinstance(w, jax.ShapeDtypeStruct):  # another than W, though it looks the same
+        if isinstance(w, jax.ShapeDtypeStruct):  # an equal object, but not the same one
             return w.update(shape=w.shape), a, b
         return subtract(split_of(w, site, rule), w, a, b), a, b

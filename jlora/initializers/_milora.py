@@ -11,11 +11,12 @@ from ._split import Factors, split, svd_part
 def milora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
     r"""Moves the r smallest singular values of W, with their vectors, into A and B.
 
-    It is `pissa` at the other end of the spectrum: the part that W needs least is trained. If W has
-    less than full rank, A and B are nearly zero, and their gradients too.
+    It is `pissa` at the other end of the spectrum: it trains the part of W that matters least. If W
+    has less than full rank, A and B are nearly zero, and so are their gradients.
 
-    As with `pissa`, the base differs from `params`; tune the learning rate again.
-    In reinforcement learning with verifiable rewards it was found to collapse (arXiv 2512.23165).
+    As with `pissa`, the base differs from `params`. Tune the learning rate again. Do not use it for
+    reinforcement learning with verifiable rewards, where it was found to collapse (arXiv
+    2512.23165).
 
     Args:
         key: a PRNG key, not used.
@@ -24,7 +25,7 @@ def milora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array
         rule: the rule, with its rank, scale and dtype.
 
     Returns:
-        `(w, a, b)`: the rest, A and B.
+        `(w, a, b)`: $W - s \cdot A B$, A and B.
 
     Raises:
         ValueError: if W is a `jax.ShapeDtypeStruct`, or has values that are not finite.

@@ -1,4 +1,4 @@
-"""MiSS: A sums inputs in groups, and is not trained."""
+"""MiSS: a frozen A that sums inputs in groups."""
 
 from typing import Any
 
@@ -10,24 +10,25 @@ from ._initializer import dtype_of
 
 
 def miss(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""Repeats the identity along the inputs in A, which is frozen; B starts at zero.
+    r"""Sets A to identities repeated along the inputs, and freezes it; sets B to zero.
 
-    $\Delta W_{io} = s \, B_{i \bmod r, o}$: rows of ΔW that are r apart are equal. It has half
-    of LoRA's parameters at the same rank, and nothing is random. Several input axes count as one.
+    So $\Delta W_{io} = s \, B_{i \bmod r, o}$: rows of ΔW that are r apart are equal. It trains
+    only B, about half of LoRA's parameters at the same rank, and nothing is random. Several input
+    axes count as one.
 
-    MiSS has no scale: give `alpha` = `rank` for s = 1. A has no gradient, and under
-    `jlora.optimizer` no moments and no updates; another optimizer that decays weights would shrink
-    it. The "bat" and "mini" forms of MiSS are not implemented. PEFT's files hold it as a LoRA, or
-    with `peft.save(..., config={"peft_type": "MISS"})` as MiSS.
+    The paper has no scale: give `alpha` = `rank` for s = 1. Use `jlora.optimizer`, under which A
+    has no moments and no updates; weight decay of another optimizer would shrink A. The "bat" and
+    "mini" forms of MiSS are not implemented. `peft.save` writes a LoRA, or with
+    `config={"peft_type": "MISS"}` a MiSS.
 
     Args:
         key: a PRNG key, not used.
-        w: W, an array or a `jax.ShapeDtypeStruct`.
+        w: W, an array, a `jax.ShapeDtypeStruct` or a `jlora.Quantized`.
         site: the site, with its layout.
         rule: the rule, with its rank and dtype.
 
     Returns:
-        `(w, a, b)`: W as it came, A and B.
+        `(w, a, b)`: the same W, A and B.
 
     Source: Kang and Yin, MiSS, arXiv 2409.15371, section 3.
 
@@ -47,4 +48,4 @@ def miss(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, 
     return w, jnp.broadcast_to(a.reshape(*lengths, rule.rank), a_shape), jnp.zeros(b_shape, dtype)
 
 
-vars(miss)["frozen"] = ("a",)  # what a rule freezes beside its own `frozen`
+vars(miss)["frozen"] = ("a",)  # rules with this `init` freeze A

@@ -1,4 +1,4 @@
-"""OLoRA: moves the first directions of the QR of W into A and B."""
+"""OLoRA: moves the first directions of a QR of W into A and B."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from ._split import Factors, factor_qr, split, widen
 
 
 def olora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""Moves the first r columns and rows of the QR of W into A and B.
+    r"""Moves the part of W along the first r vectors of a QR decomposition into A and B.
 
-    With $W^\top = Q R$, $B = Q_r^\top$ has factor_qr rows, $A = R_r^\top = W Q_r$, and the base
-    is $W - s \cdot A B$, in float32 and rounded once to W's dtype. Only the first r columns
-    of $W^\top$ are factored. If the base is quantized, the rest is quantized again in the same
-    scheme. At a scale s other than 1, more or less than $A B$ is taken, as in PEFT: give
-    `alpha` = `rank` to take $A B$ itself.
+    With $W^\top = Q R$ and the first r columns $Q_r$, $B = Q_r^\top$ has orthonormal rows,
+    $A = W Q_r$, and the base is $W - s \cdot A B$, in float32 and rounded once to W's dtype. Only
+    the first r columns of $W^\top$ are factored. If the base is quantized, the new base is
+    quantized again in the same scheme. As in PEFT, the base loses $s \cdot A B$ rather than $A B$:
+    give `alpha` = `rank` for s = 1.
 
     The base differs from `params`: see the guide "Choose rules" for resuming and for files. Tune
     the learning rate again.
@@ -27,7 +27,7 @@ def olora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
         rule: the rule, with its rank, scale and dtype.
 
     Returns:
-        `(w, a, b)`: the rest, A and B.
+        `(w, a, b)`: $W - s \cdot A B$, A and B.
 
     Raises:
         ValueError: if W is a `jax.ShapeDtypeStruct`, or has values that are not finite.

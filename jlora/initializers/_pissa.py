@@ -12,27 +12,29 @@ from .._rules import check_int
 from ._initializer import Initializer
 from ._split import Factors, factor_qr, split, svd_part, widen
 
-MORE = 8  # directions beyond the rank, with which the iteration converges sooner
+MORE = 8  # directions beyond the rank, so that the iteration converges faster
 
 
 def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
     r"""Moves the r largest singular values of W, with their vectors, into A and B.
 
     With $W = U \Sigma V^\top$, $A = U_r \sqrt{\Sigma_r / s}$, $B = \sqrt{\Sigma_r / s}\, V_r^\top$
-    and the base is $W - s \cdot A B$, in float32 and rounded once to W's dtype. In bfloat16 the
-    adapted model starts as the given model, up to that rounding.
-
-    `jlora.quantize` of that base is QPiSSA: it loses less than quantizing W. If `init`
-    gets a quantized base, the rest is quantized again in the same scheme, and the errors add up.
+    and the base is $W - s \cdot A B$, in float32 and rounded once to W's dtype. The adapted model
+    starts as the original model, up to this rounding.
 
     The base differs from `params`: see the guide "Choose rules" for resuming and for files.
-    Without the adapter, as in `apply(base, {}, ...)`, it is not the model; dropout drops parts of
-    W, and weight decay pulls away from W. Tune the learning rate again. In reinforcement learning
-    with verifiable rewards PiSSA and MiLoRA were found to collapse (arXiv 2512.23165).
+    Without the adapter, as in `apply(base, {}, ...)`, it is not the original model. Dropout drops
+    parts of W, and weight decay pulls the model away from W. Tune the learning rate again. Do not
+    use PiSSA or MiLoRA for reinforcement learning with verifiable rewards, where both were found to
+    collapse (arXiv 2512.23165).
 
-    It computes a full SVD of each matrix, one entry of the first axis of a stack at a time. It
-    gathers a sharded matrix, and at once a stack that is sharded along its first axis.
-    `pissa_niter` gathers nothing, and is faster on large matrices.
+    To quantize, give the new base to `jlora.quantize` (QPiSSA), which loses less than quantizing W.
+    If `init` gets quantized parameters, the new base is quantized again in the same scheme, and the
+    errors add up.
+
+    On large matrices `pissa_niter` is faster, and gathers nothing. `pissa` computes a full SVD of
+    each matrix, one entry of the first axis of a stack at a time. It gathers each sharded matrix,
+    and a whole stack at once if this is sharded along its first axis.
 
     Args:
         key: a PRNG key, not used.
@@ -41,7 +43,7 @@ def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
         rule: the rule, with its rank, scale and dtype.
 
     Returns:
-        `(w, a, b)`: the rest, A and B.
+        `(w, a, b)`: $W - s \cdot A B$, A and B.
 
     Raises:
         ValueError: if W is a `jax.ShapeDtypeStruct`, or has values that are not finite.
@@ -69,7 +71,7 @@ def factor_largest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> Fac
 
 
 def make_factors(u: jax.Array, values: jax.Array, vt: jax.Array, scale: float) -> Factors:
-    """Computes A and B of singular vectors; each gets the root of a value over the scale."""
+    """Computes A and B from singular vectors; each gets the root of value ÷ scale."""
     root = jnp.sqrt(values / scale)
     return u * root[..., None, :], root[..., :, None] * vt
 
@@ -78,18 +80,19 @@ def make_factors(u: jax.Array, values: jax.Array, vt: jax.Array, scale: float) -
 class pissa_niter(Initializer):
     r"""PiSSA by randomized subspace iteration, for large matrices.
 
-    It finds the r largest singular values within the span of $(W W^\top)^n W \Omega$, n the
-    iterations and Ω a Gaussian matrix of r + 8 columns. It takes 2·n + 2 products with W. All
-    matrices of a stack are factored at once. On a mesh W stays where it is: only products of
-    r + 8 columns are communicated.
+    It computes the r largest singular values of W within the span of $(W W^\top)^n W \Omega$, where
+    n is the number of iterations and Ω a Gaussian matrix of r + 8 columns. This needs 2·n + 2
+    products with W. All matrices of a stack are factored at once. On a mesh W keeps its sharding,
+    and only products of r + 8 columns are communicated.
 
-    The base depends on the key, though less with each iteration.
+    The base depends on the key, but less with each iteration.
 
     Args:
-        iterations: n. PEFT calls 16 of them `"pissa_niter_16"`.
+        iterations: n. PEFT's name for n = 16 is `"pissa_niter_16"`.
 
     Raises:
-        ValueError: if `iterations` is no integer of at least 0.
+        ValueError: if `iterations` is not an integer of at least 0; in `init`, as in `pissa`.
+        NotImplementedError: in `init`, within a `shard_map`.
 
     Source: Meng et al., arXiv 2404.02948, section 4; Halko et al., arXiv 0909.4061, section 4.5.
 
@@ -111,7 +114,7 @@ class pissa_niter(Initializer):
 
 @dataclasses.dataclass(frozen=True)
 class _Iterate:
-    """Computes A and B; equal ones share a compiled program, as bound methods would not."""
+    """Computes A and B; equal objects share a compiled program, which bound methods would not."""
 
     iterations: int
 

@@ -1,4 +1,4 @@
-"""Moves a part of W into A and B, and leaves the rest as the base."""
+"""Moves a part of W into A and B; the rest of W becomes the base."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from .._whole import check_whole
 from ._initializer import dtype_of
 
 Factors = tuple[jax.Array, jax.Array]  # A and B, or Q and R
-# `(key, w, rank, scale) -> (a, b)` of matrices (…, inputs, outputs): scale·A·B is taken from them.
+# `(key, w, rank, scale) -> (a, b)` for matrices w (…, inputs, outputs), which lose scale·A·B.
 Factored = Callable[[jax.Array, jax.Array, int, float], Factors]
 
 
@@ -32,8 +32,8 @@ class Split(NamedTuple):
         layout: which axes of W are which.
         rank: r.
         scale: s.
-        dtype: of A and B.
-        form: how W is cut into blocks, if the base is quantized.
+        dtype: the dtype of A and B.
+        form: how W is divided into blocks, if the base is quantized.
     """
 
     layout: Layout
@@ -44,7 +44,7 @@ class Split(NamedTuple):
 
     @property
     def is_stack(self) -> bool:
-        """Whether the first axis of W, and of its codes, is one of the stack."""
+        """Whether the first axis of W, and of its codes, is a stack."""
         return self.layout.stack[:1] == (0,) and (self.form is None or 0 in self.form.stack)
 
     @property
@@ -57,7 +57,7 @@ class Split(NamedTuple):
 
 
 def split_of(w: Any, site: Any, rule: Any, form: Form | None = None) -> Split:
-    """Says how a site is split under a rule."""
+    """Returns how a site is split under a rule."""
     form = w.form if is_quantized(w) else form
     return Split(site.layout, rule.rank, rule.scale, dtype_of(site, rule), form)
 
@@ -67,7 +67,8 @@ def split(
 ) -> tuple[Any, jax.Array, jax.Array]:
     """Returns W - s·A·B, rounded once, and A and B, which `factored` computes.
 
-    Each matrix of a stack and each slot is factored on its own. A quantized W is quantized again.
+    Each matrix of a stack and each slot is factored on its own. If W is quantized, W - s·A·B is
+    quantized again.
     """
     check_values(w, site, rule)
     return keep_sharding(split_of(w, site, rule), functools.partial(_split, factored), key, w)
@@ -88,7 +89,7 @@ def _split(factored: Factored, spec: Split, key: jax.Array, w: Any) -> tuple[Any
 
 
 def map_stack(f: Callable[..., Any], spec: Split, key: jax.Array, w: Any) -> tuple[Any, Any, Any]:
-    """Maps `f(spec, key, w)` over the leading axes of a stack, one entry after the other."""
+    """Maps `f(spec, key, w)` over the stacked axes at the front, one entry after the other."""
     if not spec.is_stack:
         return f(spec, key, w)
 
@@ -104,7 +105,7 @@ def map_stack(f: Callable[..., Any], spec: Split, key: jax.Array, w: Any) -> tup
 def split_array(
     factored: Factored, spec: Split, key: jax.Array, w: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns W - s·A·B, A and B; slots that are not chosen stay as they are."""
+    """Returns W - s·A·B, A and B; slots that are not chosen do not change."""
 
     def of(spec: Split, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         a, b = _factor_matrices(factored, spec, key, w)
@@ -153,8 +154,8 @@ def _subtract_product(spec: Split, w: jax.Array, a: jax.Array, b: jax.Array) -> 
 def svd_part(w: jax.Array, kept: slice) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes the part `kept` of U, Σ and Vᵀ of matrices (…, inputs, outputs).
 
-    A stack is decomposed one entry of its first axis at a time, so that one layer is in memory at
-    once, and the experts of a layer stay on their devices.
+    A stack is decomposed one entry of its first axis at a time, so that memory holds one layer, and
+    the experts of a layer stay on their devices.
     """
 
     def of(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -178,8 +179,8 @@ def widen(x: jax.Array) -> jax.Array:
 
 
 def check_values(w: Any, site: Any, rule: Any) -> None:
-    """Raises if W has no values, is not finite, or is only a part of the weight."""
-    name = f"the start of {rule_name(rule)}"
+    """Raises if W has no values, is not finite, or may be a shard."""
+    name = f"the `init` of {rule_name(rule)}"
     check_whole(f"{name} factors", w, site.path)
     if is_quantized(w):
         return

@@ -1,4 +1,4 @@
-"""Models of Keras with an adapter, as `compile` and `fit` take them.
+"""Models of Keras with an adapter, for `compile` and `fit`.
 
 Nothing else in jlora imports Keras. Imports `_adapters`, `_merge`, `_rules`, `_transform`, `_tree`,
 `_types`.

@@ -1,4 +1,4 @@
-r"""A model of Keras with an adapter, as `compile` and `fit` take it.
+r"""A model of Keras with an adapter, for `compile` and `fit`.
 
 $$\mathrm{adapted}(x) = \mathrm{model}_{W + s \cdot A B}(x)$$
 """
@@ -43,17 +43,17 @@ class _SetMask(keras.Layer):
 
 
 class Adapted(keras.Model):
-    r"""A model whose calls are those of another, with W + s·A·B in place of each adapted W.
+    r"""A model that computes what `model` computes with W + s·A·B instead of each adapted W.
 
-    `compile`, `fit`, `evaluate`, `predict`, callbacks and `save_weights` work as ever, and train
-    the adapter alone. To save the adapter without the base, or to serve it, use `adapter`.
+    `compile`, `fit`, `evaluate`, `predict`, callbacks and `save_weights` work as usual, and train
+    only the adapter. To save or serve the adapter without the base, use `adapter`.
 
     Args:
-        model: a built model. Its variables are held, not copied, and become untrainable. So its
-            batch normalizations use their moving statistics, as in any frozen layer of Keras.
+        model: a built model. Its variables are shared, not copied, and become untrainable. So batch
+            normalization uses its moving statistics, as in any frozen layer of Keras.
         adapter: an adapter of the model's weights by their paths, such as
-            `sequential/dense/kernel`; from `jlora.checkpoint.restore`, for example.
-        seed: seeds the dropout of the low-rank path, which acts in training.
+            `sequential/dense/kernel`; for example from `jlora.checkpoint.restore`.
+        seed: a seed for the dropout of the low-rank path, which is active in training.
 
     Attributes:
         base: the model.
@@ -61,9 +61,15 @@ class Adapted(keras.Model):
 
     Raises:
         RuntimeError: if Keras has another backend than JAX.
-        TypeError: if `model` is no model of Keras, or `adapter` no adapter.
-        ValueError: if `adapter` does not fit the model, or the model is not built or has two
-            weights of one path.
+        TypeError: if `model` is not a model of Keras, or `adapter` is not an adapter.
+        ValueError: if `adapter` does not fit the model, the model is not built, or two of its
+            weights have the same path.
+
+    Examples:
+        >>> import jlora.keras, keras, numpy as np
+        >>> model = keras.Sequential([keras.layers.Input([4]), keras.layers.Dense(3)])
+        >>> jlora.keras.Adapted(model, {}).predict(np.ones((2, 4)), verbose=0).shape
+        (2, 3)
     """
 
     def __init__(self, model: Any, adapter: PyTree, *, seed: int = 0) -> None:
@@ -72,7 +78,7 @@ class Adapted(keras.Model):
         self.base = model
         model.trainable = False
         leaves, self._structure = jax.tree.flatten(adapter)
-        # They are named by numbers, as a layout map may have patterns for the names of W.
+        # Named by numbers, because the patterns of a layout map may match the names of W.
         self._own = [
             self.add_weight(
                 name=f"lora_{i}",
@@ -96,7 +102,7 @@ class Adapted(keras.Model):
     def merge(self) -> Any:
         """Puts W + s·A·B into the variables of the base, and returns the base.
 
-        The adapted model is of no use afterward, as it would add s·A·B twice.
+        The adapted model cannot be used afterward, because it would add s·A·B twice.
 
         Raises:
             RuntimeError: if it was called before.
@@ -107,7 +113,7 @@ class Adapted(keras.Model):
             if v.path in self._adapted:
                 v.assign(merged[v.path])
         self._is_merged = True
-        # What Keras has compiled would not be refused.
+        # Functions that Keras has compiled would not raise.
         self.train_function = self.test_function = self.predict_function = None
         return self.base
 
@@ -147,19 +153,19 @@ def adapt(model: Any, *rules: Rule, example: Any, seed: int = 0) -> Adapted:
 
     Args:
         model: a built model.
-        *rules: as in `jlora.transform`; paths are those of Keras, such as
+        *rules: as for `jlora.transform`. They match the paths of Keras, such as
             `sequential/dense/kernel`.
-        example: inputs of the model, arrays or `jax.ShapeDtypeStruct`s, which are only traced.
-        seed: seeds A, and the dropout of the low-rank path.
+        example: inputs of the model, as arrays or `jax.ShapeDtypeStruct`s; they are only traced.
+        seed: a seed for A and for the dropout of the low-rank path.
 
     Returns:
-        The adapted model, to be compiled.
+        The adapted model, which you then compile.
 
     Raises:
         RuntimeError: if Keras has another backend than JAX.
-        TypeError: if `model` is no model of Keras.
-        ValueError: if a rule takes no weight or does not fit one, or the model is not built or
-            has two weights of one path.
+        TypeError: if `model` is not a model of Keras.
+        ValueError: if a rule matches no weight, or one that it cannot adapt; if the model is not
+            built, or two of its weights have the same path.
 
     Examples:
         >>> import jlora.keras, keras, numpy as np
@@ -186,7 +192,7 @@ def adapt(model: Any, *rules: Rule, example: Any, seed: int = 0) -> Adapted:
 
 
 def _weights(model: Any) -> dict[str, jax.Array]:
-    """The weights of a model by their paths."""
+    """Returns the weights of a model by their paths."""
     if keras.backend.backend() != "jax":
         raise RuntimeError(
             f"Keras has the backend {keras.backend.backend()!r}; expected 'jax'. Set "
@@ -196,15 +202,15 @@ def _weights(model: Any) -> dict[str, jax.Array]:
         raise TypeError(f"`model` must be a model of Keras; got {type(model).__name__}.")
     if not model.built:
         raise ValueError(
-            f"`model` {model.name!r} is not built, so it has no weights: call it once, or give it "
-            "an Input."
+            f"`model` {model.name!r} is not built, so it has no weights yet. Call it once, or give "
+            "it an Input."
         )
     found = {v.path: v.value for v in model.weights}
     if len(found) < len(model.weights):
         counts = collections.Counter(v.path for v in model.weights)
         [(path, n)] = counts.most_common(1)
         raise ValueError(
-            f"`model` has {n} weights at {path}, which an adapter could not tell apart: give "
-            "each layer a name of its own."
+            f"`model` has {n} weights with the path {path}, which an adapter could not tell apart. "
+            "Give each layer its own name."
         )
     return found

@@ -1,9 +1,9 @@
-"""Many adapters on one base.
+"""Serves and trains many adapters on one base.
 
 Imports `_compat`, `_keys`, `_optimizer`, `_rules`, `_transform`, `_tree`, `_types`, `_adapters`,
 `_core`, `arithmetic`.
 
-A table is an adapter with a leading axis of slots on each of its arrays.
+A table is an adapter whose arrays have a leading axis of slots: one adapter in each slot.
 """
 
 from ._route import prepare as prepare

@@ -1,4 +1,4 @@
-"""Converts an adapter to the contents of a slot, with the shapes and dtypes of the table."""
+"""Converts an adapter to the contents of a slot, with the table's shapes and dtypes."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ from ..arithmetic._operands import (
 )
 
 Leaves = dict[Path, Any]
-REFUSAL = "a table cannot hold what is"
+REFUSAL = "a table cannot contain the leaves"
 
 
 def check_adapters(adapters: Sequence[PyTree]) -> list[Leaves]:
@@ -35,37 +35,37 @@ def check_adapters(adapters: Sequence[PyTree]) -> list[Leaves]:
     refuse(
         REFUSAL,
         {p: "is not finite" for p, x in leaves if not _is_finite(x)},
-        "In one slot of a table it would reach the rows of others.",
+        "In a table such values would reach rows of other slots.",
     )
     return trees
 
 
 def check_methods(leaves: Iterable[tuple[Path, Any]]) -> None:
-    """Raises for nodes of other methods than LoRA: zeros in them are not ΔW = 0."""
-    remedy = "A table that is routed or changed holds LowRank nodes and leaves in full."
+    """Raises for nodes of methods other than LoRA, whose zeros are not ΔW = 0."""
+    remedy = "Only LoRA and leaves in full can be routed, inserted and removed; use jax.vmap."
     refuse_other_methods(REFUSAL, leaves, remedy)
 
 
 def _is_finite(leaf: Any) -> bool:
-    """Whether all values that are known are finite."""
+    """Whether all known values are finite."""
     values = jax.tree.leaves(state(leaf) if is_node(leaf) else leaf)
     found = [evaluate_now(lambda x: jnp.isfinite(x).all(), x) for x in values]
     return all(bool(x) for x in found if x is not None)
 
 
 def mismatch_in_table(leaves: Sequence[Any]) -> str | None:
-    """Says why leaves at one path cannot share a table: other weights, or other frozen factors."""
+    """Explains why leaves at one path cannot share a table; None if they can."""
     frozen = list(dict.fromkeys(x.frozen if is_node(x) else () for x in leaves))
     if (why := mismatch(leaves)) or not frozen[1:]:
         return why
     return (
-        f"trains other factors in one than in another: `frozen` is {frozen[0]} and {frozen[1]}; "
-        "node._replace(frozen=()) trains both"
+        f"has different trainable factors: `frozen` is {frozen[0]} and {frozen[1]}; "
+        "node._replace(frozen=()) makes both trainable"
     )
 
 
 def zeros_for(leaves: Sequence[Any], rank: int | None) -> Any:
-    """Returns zeros that any of `leaves` fits in, of their largest rank unless `rank` is given."""
+    """Returns zeros with room for each of `leaves`, of the largest rank unless `rank` is given."""
     if not is_node(leaves[0]):
         return jnp.zeros_like(leaves[0], promote(*(x.dtype for x in leaves)))
     nodes = with_equal_slots(leaves)
@@ -79,25 +79,25 @@ def zeros_for(leaves: Sequence[Any], rank: int | None) -> Any:
 
 
 def resize(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Pads an array with zeros to `shape`, or cuts zeros off."""
+    """Pads an array with zeros to `shape`, or cuts off its end."""
     pads = [(0, m - n, 0) for n, m in zip(x.shape, shape, strict=True)]
     return jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
 def fill(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
-    """Returns an adapter at all sites of a table, whose zeros `empty` holds."""
+    """Returns an adapter with all sites of a table; `empty` has zeros of the slot's shapes."""
     refuse(
         REFUSAL,
         {path: why for path, x in tree.items() if (why := _why_no_room(x, empty.get(path)))},
         "Make the table with jlora.many.stack(adapters, rank=...) of adapters that have all sites.",
     )
     residual = [path for path, x in empty.items() if is_residual(x) and path not in tree]
-    needed = f"{RESIDUAL}, so that a slot without it would not be the model"
+    needed = f"{RESIDUAL}, so a slot without it would not be the model"
     refuse(REFUSAL, dict.fromkeys(residual, needed), FROM_THE_START)
     missing = [path for path, x in empty.items() if not is_node(x) and path not in tree]
     if missing and base is None:
-        needed = "is trained in full, so that a slot without it holds the base's"
-        remedy = "Give `base`, the parameters that they are for."
+        needed = "is trained in full, so a slot without it needs the base's values"
+        remedy = "Give `base`, the parameters of the model."
         refuse(REFUSAL, dict.fromkeys(missing, needed), remedy)
     if missing:
         check_fits(base, {path: empty[path] for path in missing})
@@ -107,25 +107,25 @@ def fill(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
 
 
 def _why_no_room(leaf: Any, empty: Any) -> str | None:
-    """Says why a table has no room for a leaf where it has `empty`, or returns None."""
+    """Explains why a leaf does not fit the `empty` leaf of a table; None if it fits."""
     if empty is None:
-        return "is no site of the table"
+        return "is not a site of the table"
     if why := mismatch_in_table([empty, leaf]):
         return why
     for x, room in zip(jax.tree.leaves(leaf), jax.tree.leaves(empty), strict=True):
         if promote(x.dtype, room.dtype) != room.dtype:
-            return f"is of {x.dtype}, where the table has {room.dtype}"
+            return f"has dtype {x.dtype}, which the table's {room.dtype} cannot represent"
     if not is_node(leaf):
         return None
     room, node = with_equal_slots([empty, leaf])
     if room.layout != empty.layout:
-        return f"has the slots {leaf.layout.slots}, where the table has {empty.layout.slots}"
+        return f"has the slots {leaf.layout.slots}, but the table {empty.layout.slots}"
     rank, largest = node.a.shape[-1], empty.a.shape[-1]
-    return f"has the rank {rank}, above the table's {largest}" if rank > largest else None
+    return f"has rank {rank}, above the table's {largest}" if rank > largest else None
 
 
 def _convert(leaf: Any, empty: Any) -> Any:
-    """Gives a leaf the rank, scale, slots and dtypes of `empty`."""
+    """Converts a leaf to the rank, scale, slots and dtypes of `empty`."""
     if not is_node(leaf):
         return jnp.asarray(leaf, empty.dtype)
     node = with_equal_slots([empty, leaf])[1]

@@ -1,4 +1,4 @@
-"""Routes rows of one batch, each with its own adapter."""
+"""Routes the rows of a batch, each with its own adapter."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from ._fill import Leaves, check_methods
 from ._table import check_ids, table_leaves
 
 FORMS = ("side by side", "gathered")
-SHARE = 4  # A and B of all slots lie side by side where they are no more than this part of W
+SHARE = 4  # side by side if A and B of all slots have at most 1 / SHARE of W's entries
 
 
 def route(
@@ -29,49 +29,48 @@ def route(
     form: str | None = None,
     spmd_axis_name: Any = None,
 ) -> Callable[..., Any]:
-    r"""Makes `apply(base, adapter, *args)` take a table, and a slot of it for each row of a batch.
+    r"""Makes a function that applies a table of adapters to a batch, one adapter for each row.
 
     $$y_i = \mathrm{apply}(W, \Delta W_{\mathrm{ids}_i}, x_i)$$
 
-    Each row is computed as a batch of one row, by `jax.vmap`. A model in which rows depend on one
-    another, as in batch normalization, therefore gives other results. There are two forms; the
-    size of a site decides which one it gets:
+    Each row is computed as a batch of one, by `jax.vmap`. Do not use it for models in which rows
+    depend on one another, such as those with batch normalization. There are two forms. The size of
+    a site decides which one it gets:
 
-    - side by side: the A of all slots are concatenated into one matrix, and each row masks out the
-      columns of $x_i A$ that belong to other slots. This is one product of all rows, of rank
-      slots·r. A NaN or infinity in the A of one slot does not reach the outputs of other rows, but
-      it reaches gradients through the site; one in B reaches all rows. Where W is used transposed,
-      as in a tied head, A and B change places.
-    - gathered: each row takes its A and B out of the table. This costs the rank r only, but reads
-      A and B for each row, and multiplies one row at a time. Slots never reach one another's rows.
+    - side by side: the A's of all slots are concatenated into one matrix, and each row masks out
+      the columns of $x_i A$ for other slots. All rows are one product, of rank slots·r. A NaN or
+      infinity in one slot's A does not reach the outputs of other rows, but it reaches gradients
+      through the site. One in B reaches all rows. Where W is used transposed, as in a tied head, A
+      and B change roles.
+    - gathered: each row takes its A and B out of the table. The rank is r only, but A and B are
+      read for each row, and rows are multiplied one at a time. A slot never reaches other rows.
 
-    `stack` and `insert` refuse values that are not finite where they are known, so that both forms
-    are safe. Leaves trained in full are gathered.
+    `stack` and `insert` refuse known values that are not finite, so both forms are safe. Leaves
+    trained in full are gathered.
 
     Args:
-        apply: a function of a base, an adapter and more, such as `lora.apply` or a loss of it.
+        apply: a function of a base, an adapter and other arguments, such as `lora.apply` or a loss.
         in_axes: as in `jax.vmap`, for the arguments after `ids`: the axis of rows of each, or None
-            for an argument that all rows share. Keyword arguments have rows along axis 0; values
-            that are no arrays are shared.
+            for an argument that all rows share. Keyword arguments have rows along axis 0. Values
+            that are not arrays are shared.
         out_axes: the axis of rows of each result. A result without axes, such as a loss, becomes
             one value for each row.
-        form: `"side by side"` or `"gathered"`, at all sites; by default their sizes decide.
+        form: `"side by side"` or `"gathered"` for all sites; by default their sizes decide.
         spmd_axis_name: as in `jax.vmap`: the mesh axis over which rows are sharded, for models that
             constrain the sharding of activations.
 
     Returns:
-        `routed(base, table, ids, *args, **kwargs)`, where `ids`, integers of shape (rows,) and of
-        any dtype, names the slot of each row; -1 is the base model. A traced id that names no slot
-        gives NaN. If `ids` is a NumPy array of equally long runs, each run is one batch for its
-        adapter. It is differentiable with respect to the table, so that many adapters train in one
-        step.
+        `routed(base, table, ids, *args, **kwargs)`. `ids` has the slot of each row, as integers of
+        shape (rows,) and any dtype; -1 is the base model. A traced id that is out of range gives
+        NaN. If `ids` is a NumPy array of equally long runs, each run is computed as one batch. The
+        function is differentiable with respect to the table, so that one step can train many
+        adapters.
 
     Raises:
-        TypeError: if `table` is no table, or `ids` are no integers.
-        ValueError: if an argument or a result has no axis of rows, or `ids` names no slot; if the
-            table does not fit the base, is of a method other than LoRA, is for a base that an
-            initializer changed, as -1 would not be the original model, or was prepared in another
-            form.
+        TypeError: if `table` is not a table, or `ids` are not integers.
+        ValueError: if an argument or a result has no axis of rows, or an id is out of range; if the
+            table does not fit the base, has a method other than LoRA, or was prepared in another
+            form; if an initializer changed the base, as -1 would not be the original model.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -98,7 +97,7 @@ def route(
         batch = Batch((args, kwargs), (in_axes, 0), len(ids))
 
         def apply_in_runs(length: int) -> Any:
-            """Calls `apply` for each run of `length` rows, all of one slot."""
+            """Calls `apply` for each run of `length` rows of one slot."""
 
             def apply_run(i: jax.Array, own: Leaves, run: list[jax.Array]) -> Any:
                 chosen = {path: _with_gate(x, i) for path, x in beside.items()}
@@ -113,29 +112,30 @@ def route(
 
         try:
             return apply_in_runs(_length_of_runs(ids))
-        except NoRowsError:  # such as a loss, of which each row has one
+        except NoRowsError:  # such as a loss, which becomes one for each row
             return apply_in_runs(1)
 
     return routed
 
 
 def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
-    """Concatenates A and B at the sites that `route` computes side by side, ahead of its calls.
+    """Concatenates A and B for `route` in advance, at the sites that it computes side by side.
 
-    Otherwise `route` does so in each call, which copies A and B if layers are stacked, as under
-    `jax.lax.scan`. Prepare a table once for many calls, and again after an `insert` into the
-    original: shapes stay, so that nothing is compiled again.
+    Prepare a table once for many calls. Otherwise each call concatenates, which copies A and B if
+    layers are stacked, as under `jax.lax.scan`. Prepare again after an `insert` into the original
+    table. Shapes stay, so nothing is compiled again.
 
     Args:
         table: from `stack` or `init`.
         form: as in `route`.
 
     Returns:
-        A table for `route` alone, with as many parameters.
+        A table that only `route` accepts, with the same dtypes and number of parameters. The ranks
+        of all slots, at the sites side by side, are one axis.
 
     Raises:
-        TypeError: if `table` is no table.
-        ValueError: if it is of a method other than LoRA, or for a base that an initializer changed.
+        TypeError: if `table` is not a table.
+        ValueError: if it has a method other than LoRA, or an initializer changed its base.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -148,16 +148,16 @@ def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
 
 
 def _prepare(table: PyTree, form: str | None) -> tuple[Leaves, int]:
-    """Returns the leaves of a table, those that are concatenated as `Routed`, and its slots."""
+    """Returns the leaves of a table, concatenated ones as `Routed`, and the number of slots."""
     found, slots = table_leaves(table, is_prepared=True)
     others = {path: x for path, x in found.items() if not isinstance(x, Routed)}
     check_methods(others.items())
-    why = f"{RESIDUAL}, so that -1 would not be the model"
+    why = f"{RESIDUAL}, so -1 would not be the model"
     residual = {path: why for path, x in others.items() if is_residual(x)}
-    refuse("a table that is routed cannot hold what is", residual, FROM_THE_START)
+    refuse("`route` cannot use the leaves of `table`", residual, FROM_THE_START)
     if form == FORMS[1] and len(others) < len(found):
         raise ValueError(
-            f"`form` is {form!r}, but `table` was prepared side by side: give the table from stack."
+            f"`form` is {form!r}, but `table` was prepared side by side. Give the table from stack."
         )
     beside = {p: _concatenate(x, slots) for p, x in others.items() if _is_beside(x, form)}
     return found | beside, slots
@@ -171,7 +171,7 @@ def _type_of_slot(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _length_of_runs(ids: Any) -> int:
-    """Returns the largest length that divides all runs of one id; 1 if ids are traced."""
+    """Returns the largest length that divides all runs of equal ids; 1 if ids are traced."""
     if not isinstance(ids, np.ndarray):
         return 1
     return math.gcd(len(ids), *(int(i) + 1 for i in np.flatnonzero(np.diff(ids))))
@@ -186,7 +186,7 @@ def _is_beside(leaf: Any, form: str | None) -> bool:
 
 
 def _concatenate(node: LowRank, slots: int) -> Routed:
-    """Concatenates the A of all slots to one, and their B."""
+    """Concatenates the A's of all slots, and the B's."""
     n, node = leading_axes(node), stop_gradients(node)
     a, b = jnp.moveaxis(node.a, 0, -2), jnp.moveaxis(node.b, 0, n)
     a = a.reshape(*a.shape[:-2], -1)
@@ -196,14 +196,14 @@ def _concatenate(node: LowRank, slots: int) -> Routed:
 
 
 def _with_gate(node: Routed, i: jax.Array) -> Routed:
-    """Returns a node with the gate of slot `i`: NaN if there is no such slot."""
+    """Returns a node with the gate of slot `i`, or NaN if there is no such slot."""
     gate = (jnp.arange(node.slots) == i).astype(jnp.float32)
     gate = jnp.where(i < node.slots, gate, jnp.nan)
     return node._replace(gate=jnp.repeat(gate, node.a.shape[-1] // node.slots))
 
 
 def _gather(leaves: Leaves, ids: Any, base: PyTree) -> Leaves:
-    """Returns the leaves of each slot in `ids`: the base's for -1, NaN if there is no such slot."""
+    """Returns the leaves of each slot in `ids`; -1 gives the base, an id out of range NaN."""
     ids = jnp.asarray(ids)
     params = dict(leaves_by_path(base)) if leaves else {}
 
@@ -224,18 +224,18 @@ def _gather(leaves: Leaves, ids: Any, base: PyTree) -> Leaves:
 
 
 class NoRowsError(Exception):
-    """A result of several rows has no axis of rows."""
+    """A result for several rows has no axis of rows."""
 
 
 class Batch:
-    """The arguments of a call: some are cut into rows, the others are shared by all rows.
+    """The arguments of a call: some have an axis of rows, and all rows share the others.
 
     Attributes:
-        axes: for each leaf its axis of rows, or None if it is shared.
+        axes: the axis of rows of each leaf, or None if the leaf is shared.
     """
 
     def __init__(self, arguments: Any, in_axes: Any, count: int):
-        """Raises `ValueError` if an argument has not `count` rows along its axis."""
+        """Raises `ValueError` if an argument does not have `count` rows along its axis."""
         is_none = lambda x: x is None  # noqa: E731
         axes = jax.tree.leaves(jax.tree.broadcast(in_axes, arguments, is_none), is_leaf=is_none)
         flat, self._tree = jax.tree_util.tree_flatten_with_path(arguments, is_none)
@@ -247,20 +247,20 @@ class Batch:
             if not -x.ndim <= axis < x.ndim or x.shape[axis] != count:
                 raise ValueError(
                     f"argument {jax.tree_util.keystr(path)} after `ids` must have {count} rows "
-                    f"along its axis {axis}, as `ids` has; got {short(x)}. Name the axis in "
-                    "`in_axes` of route, or None for what all rows share."
+                    f"along axis {axis}, like `ids`; got {short(x)}. Give its axis of rows as "
+                    "`in_axes` of route, or None if all rows share it."
                 )
             self.axes.append(axis % x.ndim)
 
     def cut(self, length: int) -> list[Any]:
-        """Cuts the rows of each leaf into runs: a new axis of runs precedes that of rows."""
+        """Splits the rows of each leaf into runs: a new axis of runs precedes the axis of rows."""
         return [
             None if d is None else jnp.reshape(x, (*x.shape[:d], -1, length, *x.shape[d + 1 :]))
             for x, d in zip(self._leaves, self.axes, strict=True)
         ]
 
     def arguments(self, run: list[Any]) -> Any:
-        """Returns the arguments of one run, from its part of what `cut` returns."""
+        """Returns the arguments of one run, from its part of the result of `cut`."""
         pairs = zip(self._leaves, run, self.axes, strict=True)
         return jax.tree.unflatten(self._tree, (x if d is None else rows for x, rows, d in pairs))
 
@@ -275,9 +275,9 @@ def move_rows_first(out: Any, out_axes: Any, length: int) -> Any:
             return jnp.reshape(x, (1,))
         if not -x.ndim <= axis < x.ndim or x.shape[axis] != length:
             raise ValueError(
-                f"result {jax.tree_util.keystr(path) or 'of `apply`'} must have the rows along its "
-                f"axis {axis}, or no axis; got {short(x)} for a batch of {length}. Name the axis "
-                "in `out_axes` of route."
+                f"result {jax.tree_util.keystr(path) or 'of `apply`'} must have rows along axis "
+                f"{axis}, or no axes; got {short(x)} for {length} rows. Give its axis of rows as "
+                "`out_axes` of route."
             )
         return jnp.moveaxis(x, axis, 0)
 
@@ -285,7 +285,7 @@ def move_rows_first(out: Any, out_axes: Any, length: int) -> Any:
 
 
 def join_runs(out: Any, out_axes: Any) -> Any:
-    """Joins the rows of all runs, along the axis that `out_axes` says."""
+    """Concatenates the rows of all runs along the axis in `out_axes`."""
 
     def move(x: jax.Array, axis: int) -> jax.Array:
         x = x.reshape(-1, *x.shape[2:])

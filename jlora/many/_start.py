@@ -1,4 +1,4 @@
-"""How a table starts: one adapter for each key, of any ranks, on one base."""
+"""Initializes a table: one adapter for each key, of any ranks, on one base."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,34 +25,34 @@ def init(
     ranks: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[PyTree, PyTree]:
-    r"""Starts an adapter for each key, on one base: slot i is what `lora.init(keys[i], ...)` gives.
+    r"""Initializes an adapter for each key, on one base. Slot i equals `lora.init(keys[i], ...)`.
 
     Works under `jax.eval_shape`, and under `jax.jit` with `out_shardings`, such as those of
-    `jlora.sharding.specs` with one more axis in front.
+    `jlora.sharding.specs` with a leading axis.
 
     Args:
         lora: from `jlora.transform`.
-        keys: n PRNG keys, as `jax.random.split(key, n)` gives them. They must be threefry keys,
-            whose draws under `vmap` are those of each key.
-        params: as for `lora.init`.
-        *args: as for `lora.init`.
-        ranks: n ranks, known when traced. Slot i is that of rules with `rank=ranks[i]` and the
-            same scale s, so `alpha` is $s \cdot r_i$, or $s \sqrt{r_i}$ with `rslora`. The table
-            has the rules' own ranks, which must be the largest; further columns of A and rows of B
-            are 0, and so are their gradients. They stay 0, and slot i is that single run, under
-            optimizers whose steps depend on entries and norms, such as Adam, SGD and LAMB; not with
-            noise, or with means over the entries of a factor (adafactor).
-        **kwargs: as for `lora.init`.
+        keys: n PRNG keys, such as `jax.random.split(key, n)`. They must be threefry keys, whose
+            draws under `vmap` equal those of each key.
+        params: as in `lora.init`.
+        *args: as in `lora.init`.
+        ranks: n ranks, not traced. Slot i is initialized by rules with `rank=ranks[i]` and the same
+            scale s, so that `alpha` is $s \cdot r_i$, or $s \sqrt{r_i}$ with `rslora`. The table
+            has the rules' own ranks, which must be the largest. All other columns of A and rows of
+            B are 0, and so are their gradients. They stay 0 under optimizers that depend on entries
+            and norms, such as Adam, SGD and LAMB: slot i then trains as on its own. They do not
+            under noise, or under means over the entries of a factor (adafactor).
+        **kwargs: as in `lora.init`.
 
     Returns:
-        `(base, table)`. The base is that of `lora.init`: `params`, leaf for leaf the same arrays,
-        unless an initializer changes it; `route` refuses a table of such a base. The table is an
-        adapter each of whose arrays has a leading axis of n slots.
+        `(base, table)`. The base is that of `lora.init`: the arrays of `params`, unless an
+        initializer changes them. `route` refuses a table with a changed base. The table is an
+        adapter whose arrays have a leading axis of n slots, with the dtypes of `lora.init`.
 
     Raises:
-        TypeError: if `keys` are no such keys, or `ranks` are no known integers.
-        ValueError: if `ranks` are out of range or not n; or if an initializer gives each key, or
-            each rank, another base, so that none can be shared.
+        TypeError: if `keys` are not such keys, or `ranks` are not known integers.
+        ValueError: if `ranks` are out of range or not n; or if an initializer changes the base
+            differently for each key or rank, so that adapters cannot share it.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -83,7 +83,7 @@ def init(
 def _start(
     lora: Transformed, key: jax.Array, params: PyTree, args: Any, kwargs: Any
 ) -> tuple[dict[str, Any], PyTree]:
-    """Returns the leaves of the base that are not those of `params`, by name, and the adapter."""
+    """Returns the leaves of the base that differ from `params`, by name, and the adapter."""
     base, adapter = lora.init(key, params, *args, **kwargs)
     pairs = zip(leaves_by_path(base), flatten(params)[0], strict=True)
     changed = {name_of(path): w for (path, w), old in pairs if w is not old}
@@ -92,7 +92,7 @@ def _start(
 
 @jax.custom_batching.custom_vmap
 def _shared(changed: dict[str, Any]) -> dict[str, Any]:
-    """Returns the leaves as they are; raises if they depend on a key."""
+    """Returns the leaves unchanged; raises under `vmap` if they depend on a key."""
     return changed
 
 
@@ -105,9 +105,9 @@ def _refuse_batched(_: int, batched: list[Any], changed: dict[str, Any]) -> Any:
 def _refuse_changes(names: set[str], reason: str) -> None:
     if names:
         raise ValueError(
-            f"an initializer gives each {reason} another base, so that the adapters cannot share "
-            f"one, at {', '.join(sorted(names))}. Use an initializer that leaves the weights as "
-            "they are, such as jlora.initializers.kaiming_uniform, or train these one by one."
+            f"an initializer changes the base differently for each {reason}, so that adapters "
+            f"cannot share it, at {', '.join(sorted(names))}. Use an initializer that does not "
+            "change weights, such as jlora.initializers.kaiming_uniform, or train one by one."
         )
 
 
@@ -124,8 +124,8 @@ def _check_keys(keys: Any) -> None:
         )
     if typed and str(jax.random.key_impl(keys)) != "threefry2x32":
         raise TypeError(
-            '`keys` must be of the implementation "threefry2x32", whose draws under vmap are those '
-            f"of each key alone; got {jax.random.key_impl(keys)!s}. Make them with "
+            '`keys` must have the implementation "threefry2x32", whose draws under vmap equal '
+            f"those of each key alone; got {jax.random.key_impl(keys)!s}. Make them with "
             'jax.random.key(seed, impl="threefry2x32").'
         )
 
@@ -140,7 +140,7 @@ def _start_ranks(
     ranks: Any,
     like: PyTree,
 ) -> tuple[dict[str, Any], PyTree]:
-    """Joins what `starts` gives for the runs of each rank to one table of the adapter `like`."""
+    """Initializes the slots of each rank, and joins them to one table with the form of `like`."""
     each = _check_ranks(lora, ranks, len(keys))
     groups = [np.flatnonzero(each == r) for r in np.unique(each)]
     found = [starts(_with_rank(lora, int(each[at[0]])), keys[at]) for at in groups]
@@ -161,7 +161,7 @@ def _rules(lora: Transformed) -> Sequence[Any]:
 
 
 def _with_rank(lora: Transformed, rank: int) -> Transformed:
-    """Returns the transform whose rules have another rank and the same scales."""
+    """Returns the transform with another rank and the same scales in its rules."""
     rules = [x.of_rank(rank) if isinstance(x, LoRA) else x for x in _rules(lora)]
     return transform(lora.sites.args[0], *rules)  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -169,8 +169,8 @@ def _with_rank(lora: Transformed, rank: int) -> Transformed:
 def _check_ranks(lora: Transformed, ranks: Any, n: int) -> np.ndarray:
     if not is_concrete(ranks):
         raise TypeError(
-            "`ranks` must be known when many.init is traced, as shapes follow from them. Give a "
-            "list or a NumPy array, by a closure rather than as an argument of the jitted function."
+            "`ranks` must be known when many.init is traced, as shapes depend on them. Give a list "
+            "or a NumPy array, closed over instead of passed to the jitted function."
         )
     found = list(np.asarray(ranks).ravel())
     if not all(map(is_int, found)):
@@ -179,11 +179,11 @@ def _check_ranks(lora: Transformed, ranks: Any, n: int) -> np.ndarray:
         raise ValueError(f"`ranks` must be one for each of the {n} keys; got {len(found)}.")
     limits = {rule_name(x): x.rank for x in _rules(lora) if isinstance(x, LoRA)}
     if not limits:
-        raise ValueError("`ranks` is given, but no rule of `lora` has a rank: leave it out.")
+        raise ValueError("`ranks` is given, but no rule of `lora` has a rank. Leave it out.")
     for name, limit in limits.items():
         if wrong := [r for r in found if not 1 <= r <= limit]:
             raise ValueError(
-                f"`ranks` must lie in [1, {limit}], the rank of {name}; got {wrong[0]}. The rule's "
-                "rank is that of the table: raise it to the largest."
+                f"`ranks` must be in [1, {limit}], the rank of {name}; got {wrong[0]}. The rule's "
+                "rank is that of the table. Raise it to the largest."
             )
     return np.array(found)

@@ -1,4 +1,4 @@
-"""Makes and changes a table: one adapter tree, whose arrays have a leading axis of slots."""
+"""Makes and changes a table: an adapter whose arrays have a leading axis of slots."""
 
 from collections.abc import Container, Sequence
 from typing import Any
@@ -30,32 +30,31 @@ def stack(
     rank: int | None = None,
     base: PyTree = None,
 ) -> PyTree:
-    r"""Stacks the arrays of adapters of one base along a new first axis, which makes a table.
+    r"""Stacks the adapters of one base along a new first axis. The result is a table.
 
-    Slot k of the table has the ΔW of adapter k. Where its rank is smaller than the table's, A and B
-    are padded with zeros; where it lacks a site, ΔW = 0; where its scale differs, B is multiplied.
-    Dropout is that of the adapters if they agree, else 0.
+    Slot k has the ΔW of adapter k. If an adapter has a smaller rank than the table, its A and B are
+    padded with zeros. If it lacks a site, ΔW = 0 there. If its scale differs, its B is multiplied.
+    Dropout is that of the adapters if all have the same, and otherwise 0.
 
-    Adapters for a base that their initializer changed (`LowRank.residual`) must fill all slots, as
-    ΔW = 0 is not the original model there. Their table is for `jax.vmap`; `route` refuses it.
+    If an initializer changed the base (`LowRank.residual`), adapters must fill all slots, because
+    ΔW = 0 is not the original model. Use such a table with `jax.vmap`; `route` refuses it.
 
     Args:
-        adapters: at least one adapter; `{}` is the base model. None may hold NaN or infinity.
-        size: the number of slots, by default that of the adapters. Further slots hold the base
-            model.
+        adapters: at least one adapter; `{}` is the base model. None may have NaN or infinity.
+        size: the number of slots, by default that of the adapters. Other slots have the base model.
         rank: the rank of the table at each site, by default the largest of the adapters.
-        base: the parameters that the adapters are for. Needed if a leaf is trained in full by only
-            some of them, or if there are further slots.
+        base: the parameters of the model. Needed if only some adapters train a leaf in full, or if
+            there are more slots than adapters.
 
     Returns:
-        A table: a nested dict of `LowRank` nodes and arrays, all of whose arrays have a first axis
-        of `size` slots. `jax.vmap` over it is over the adapters.
+        A table: a nested dict of `LowRank` nodes and arrays. All arrays have a first axis of `size`
+        slots, and the dtypes of the adapters, promoted. `jax.vmap` over it runs over adapters.
 
     Raises:
-        TypeError: if `adapters` is no list of adapters.
-        ValueError: if sites do not fit one another, are of a method other than LoRA, or train other
-            factors (`LowRank.frozen`); if a rank exceeds `rank`, a slot lacks a site of a changed
-            base, an adapter has dropout keys, or a value is not finite. It names all paths.
+        TypeError: if `adapters` is not a list of adapters.
+        ValueError: if sites do not fit one another, have a method other than LoRA, or have other
+            frozen factors (`LowRank.frozen`); if a rank exceeds `rank`, a slot lacks a site of a
+            changed base, an adapter has dropout keys, or a value is not finite. It names all paths.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -76,7 +75,7 @@ def stack(
     refuse(
         REFUSAL,
         {path: why for path, leaves in sites.items() if (why := mismatch_in_table(leaves))},
-        "The adapters of a table must be of one base.",
+        "The adapters of a table must be for one base.",
     )
     empty = {path: zeros_for(leaves, rank) for path, leaves in sites.items()}
     rows = [fill(tree, empty, base) for tree in [*trees, *[{}] * (count - len(trees))]]
@@ -84,24 +83,25 @@ def stack(
 
 
 def insert(table: PyTree, slot: int | jax.Array, adapter: PyTree, *, base: PyTree = None) -> PyTree:
-    """Puts an adapter into a slot of a table, and keeps all shapes and types.
+    """Puts an adapter into a slot of a table.
 
-    A function that was compiled for the table is therefore not compiled again.
+    Shapes and dtypes stay, so functions that were compiled for the table are not compiled again.
 
     Args:
         table: from `stack` or `init`.
-        slot: an integer from 0 on; a traced one is not checked.
-        adapter: an adapter of at most the table's ranks, at some of its sites. Its values must be
-            finite, which is checked unless they are traced. It gets the table's dropout.
-        base: the parameters. Needed if the table has leaves in full that `adapter` lacks.
+        slot: an integer from 0 on. A traced integer is not checked.
+        adapter: an adapter with at most the table's ranks, at some of its sites. Its values must be
+            finite; traced values are not checked. It gets the table's dropout.
+        base: the parameters of the model. Needed if the table has leaves in full that `adapter`
+            lacks.
 
     Returns:
         A new table.
 
     Raises:
-        TypeError: if `table` is no table, `adapter` no adapter, or `slot` no integer.
-        ValueError: if `slot` is out of range, or the adapter does not fit the table, as in `stack`,
-            or is not finite; all paths are named.
+        TypeError: if `table` is not a table, `adapter` not an adapter, or `slot` not an integer.
+        ValueError: if `slot` is out of range, or if the adapter does not fit the table, as in
+            `stack`, or is not finite. All paths are named.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -126,16 +126,15 @@ def remove(table: PyTree, slot: int | jax.Array, *, base: PyTree = None) -> PyTr
 
     Args:
         table: from `stack` or `init`.
-        slot: an integer from 0 on; a traced one is not checked.
-        base: the parameters. Needed if the table has leaves in full.
+        slot: an integer from 0 on. A traced integer is not checked.
+        base: the parameters of the model. Needed if the table has leaves in full.
 
     Returns:
-        A new table of the same shapes and types.
+        A new table with the same shapes and dtypes.
 
     Raises:
-        TypeError: if `table` is no table, or `slot` no integer.
-        ValueError: if `slot` is out of range, or the table is for a base that an initializer
-            changed.
+        TypeError: if `table` is not a table, or `slot` not an integer.
+        ValueError: if `slot` is out of range, or an initializer changed the table's base.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -148,18 +147,18 @@ def remove(table: PyTree, slot: int | jax.Array, *, base: PyTree = None) -> PyTr
 
 
 def take(table: PyTree, slot: int | jax.Array) -> PyTree:
-    """Takes the adapter out of a slot of a table, with the table's ranks.
+    """Returns the adapter in a slot of a table.
 
     Args:
         table: from `stack` or `init`.
-        slot: an integer from 0 on; a traced one is not checked.
+        slot: an integer from 0 on. A traced integer is not checked.
 
     Returns:
-        An adapter for `apply`, `merge` and files. `arithmetic.truncate(adapter, energy=1.0)`
-        removes the columns of A and rows of B that are 0.
+        An adapter for `apply`, `merge` and files, with the table's ranks and dtypes. To remove
+        columns of A and rows of B that are 0, use `arithmetic.truncate(adapter, energy=1.0)`.
 
     Raises:
-        TypeError: if `table` is no table, or `slot` no integer.
+        TypeError: if `table` is not a table, or `slot` not an integer.
         ValueError: if `slot` is out of range.
 
     Examples:
@@ -175,7 +174,7 @@ def take(table: PyTree, slot: int | jax.Array) -> PyTree:
 
 
 def table_leaves(table: PyTree, is_prepared: bool = False) -> tuple[Leaves, int]:
-    """Returns the leaves of a table by path, which may be prepared, and the number of slots."""
+    """Returns the leaves of a table, which may be prepared, by path, and the number of slots."""
     found = adapter_leaves(table)
     is_routed = lambda x: is_prepared and isinstance(x, Routed)  # noqa: E731
     counts = {x.slots if is_routed(x) else _slots(x) for x in found.values()}
@@ -185,14 +184,14 @@ def table_leaves(table: PyTree, is_prepared: bool = False) -> tuple[Leaves, int]
             f"{name_of(p)}: {x if is_node(x) else short(x)}" for p, x in found.items()
         )
         raise TypeError(
-            "`table` must be an adapter with a leading axis of slots on each array, as "
-            f"jlora.many.stack and jlora.many.init give it; got {listed}."
+            "`table` must be an adapter whose arrays have a leading axis of slots, from "
+            f"jlora.many.stack or jlora.many.init; got {listed}."
         )
     return found, count
 
 
 def _slots(leaf: Any) -> int | None:
-    """Returns the length of the first axis of a leaf, or None if that is not one of slots."""
+    """Returns the length of the axis of slots of a leaf; None if it has no such axis."""
     if not is_node(leaf):
         return leaf.shape[0] if leaf.shape else None
     axes, found = leaf.axes(leaf.layout), arrays(leaf)
@@ -200,26 +199,26 @@ def _slots(leaf: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-# --------------------------------------------------------------------- slots as the user names them
+# ----------------------------------------------------------------------- the user's slots and masks
 
 
 def check_slot(slot: Any, count: int) -> Any:
-    """Returns one slot as an index of arrays of `count` slots."""
+    """Returns a slot as an index into arrays with `count` slots."""
     x = _check(slot, "slot", "one integer, from 0 on", [0], count)
     return slot if isinstance(slot, int) else x
 
 
 def check_ids(ids: Any, count: int) -> Any:
-    """Returns the slot of each row in int32: -1 for the base, `count` for no slot.
+    """Returns the slot of each row in int32: -1 is the base, `count` is out of range.
 
-    The array is NumPy's if `ids` were not JAX's.
+    The result is a NumPy array unless `ids` has JAX arrays.
     """
     expected = "integers of shape (rows,), one slot of the table for each row"
     return _check(ids, "ids", expected, [1], count, least=-1)
 
 
 def mask_of(slots: Any, count: int) -> jax.Array:
-    """Returns the mask of chosen slots, which are given by indices or as a mask."""
+    """Returns a mask of slots from indices or a mask."""
     if (x := _as_array(slots)).dtype == bool:
         return check_mask("slots", x, count)
     x = _check(slots, "slots", f"indices or a mask of shape ({count},)", [0, 1], count)
@@ -227,7 +226,7 @@ def mask_of(slots: Any, count: int) -> jax.Array:
 
 
 def check_mask(name: str, mask: Any, count: int) -> jax.Array:
-    """Returns a mask of all slots as an array."""
+    """Returns a mask of all slots as an array; raises for anything else."""
     x = jnp.asarray(mask)
     if x.dtype != bool or x.shape != (count,):
         raise TypeError(f"`{name}` must be a mask of shape ({count},) and bool; got {short(x)}.")
@@ -237,9 +236,9 @@ def check_mask(name: str, mask: Any, count: int) -> jax.Array:
 def _check(
     ids: Any, name: str, expected: str, ndims: Container[int], count: int, least: int = 0
 ) -> Any:
-    """Returns integers of any dtype as int32, those outside [least, count) as `count`.
+    """Returns integers of any dtype as int32, with `count` for values outside [least, count).
 
-    Raises `ValueError` for one outside whose value is known.
+    Raises `ValueError` for a known value outside.
     """
     x = _as_array(ids)
     if (
@@ -251,15 +250,15 @@ def _check(
     found = map(int, np.asarray(x).flat) if is_concrete(x) else ()
     if wrong := [i for i in found if not least <= i < count]:
         slots = "the slots of the table" + (" or -1 for the base alone" if least < 0 else "")
-        raise ValueError(f"`{name}` must lie in [{least}, {count}), {slots}; got {wrong[0]}.")
-    limits = jnp.iinfo(x.dtype)  # `count` itself may be none of the dtype's numbers
+        raise ValueError(f"`{name}` must be in [{least}, {count}), {slots}; got {wrong[0]}.")
+    limits = jnp.iinfo(x.dtype)  # the dtype may not have the number `count`
     inside = (x >= max(least, int(limits.min))) & (x <= min(count - 1, int(limits.max)))
     numpy: Any = jnp if isinstance(x, jax.Array) else np
     return numpy.where(inside, x.astype(np.int32), np.int32(count))
 
 
 def _as_array(x: Any) -> Any:
-    """Returns `x`, or an array of the numbers in it: NumPy's where none is JAX's."""
+    """Returns `x` as an array: NumPy's unless it is or has a JAX array."""
     if hasattr(x, "dtype"):
         return x
     numpy: Any = jnp if any(isinstance(v, jax.Array) for v in jax.tree.leaves(x)) else np

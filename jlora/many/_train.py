@@ -1,6 +1,6 @@
 """The optimizer of a table, with a state for each run.
 
-A run is a slot of the table with its optimizer's state. Runs share the base and nothing else.
+A run is a slot of the table with its optimizer state. Runs share only the base.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,16 +19,16 @@ Make = Callable[..., optax.GradientTransformation]
 
 
 class OptimizerState(NamedTuple):
-    """The state of `many.optimizer`: every array has a leading axis of n runs.
+    """The state of `many.optimizer`. All arrays have a leading axis of n runs.
 
-    `jax.tree.map(lambda x: x[chosen], (table, state))` is therefore a smaller table with its state.
+    Therefore `jax.tree.map(lambda x: x[chosen], (table, state))` is a smaller table with its state.
 
     Attributes:
-        inner: each run's own state of the transformation, with its own count.
-        hyperparams: values of shape (n,) by name. You may replace them between steps by others of
+        inner: the state of the transformation for each run, with its own count.
+        hyperparams: values of shape (n,) by name. You may replace them between steps by values of
             the same shape and dtype.
-        running: (n,) bool: False for runs that were stopped, or that diverged.
-        steps: (n,) int32: the updates that each run has taken.
+        running: (n,) bool: False for runs that were stopped or diverged.
+        steps: (n,) int32: the number of updates of each run.
     """
 
     inner: PyTree
@@ -38,11 +38,11 @@ class OptimizerState(NamedTuple):
 
 
 class Optimizer(optax.GradientTransformationExtraArgs):
-    """The optax transformation that `many.optimizer` gives.
+    """The optax transformation from `many.optimizer`.
 
     Attributes:
-        init: `(table, **hyperparams) -> OptimizerState`. Hyperparameters have the values that the
-            optimizer was made with unless others are given.
+        init: `(table, **hyperparams) -> OptimizerState`. Hyperparameters default to the values
+            that were given to `many.optimizer`.
         update: `(grads, state, table, active=None, **extra) -> (updates, state)`.
     """
 
@@ -51,33 +51,33 @@ class Optimizer(optax.GradientTransformationExtraArgs):
 
 
 def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Optimizer:
-    r"""Makes an optimizer of a table, which applies `tx` to each run separately.
+    r"""Makes an optimizer for a table, which applies `tx` to each run separately.
 
-    Each run has its own moments, step count, schedule and clipping by norm; the state is as large
-    as n single ones. A run whose step would write NaN or infinity into its parameters or its state
-    does not take that step: it keeps what it had, and stops. The other runs are the same, bit for
-    bit, as if it had not diverged. A stopped run is still computed; its updates are dropped.
+    Each run has its own moments, step count, schedule and clipping by norm. The state is as large
+    as n single states. If a step would put NaN or infinity into the parameters or the state of a
+    run, that run keeps its values and stops. All other runs are bit for bit the same as without the
+    divergence. Stopped runs are still computed, but their updates are dropped.
 
-    `update(grads, state, table, active=mask, **extra)` takes a mask, (n,) bool, of the runs that
-    take part in a step. The others do not change at all: no update, no decay of weights or moments,
+    `update(grads, state, table, active=mask, **extra)` accepts a mask, (n,) bool, of the runs that
+    take part in a step. All other runs stay unchanged: no update, no decay of weights or moments,
     no count. Other extra arguments, such as `value`, have one entry for each run.
 
     Args:
-        tx: an optax transformation, `jlora.optimizer` among them; or a function of hyperparameters
+        tx: an optax transformation, such as `jlora.optimizer`; or a function of hyperparameters
             that returns one.
-        **hyperparams: the arguments of that function, each a number or an array of shape (n,), one
-            value for each run. They are traced, and kept in the state, so that other values need
-            no compilation. The function must not look at their values: write a schedule as
+        **hyperparams: the arguments of that function: each a number, or an array of shape (n,) with
+            one value for each run. They are traced and kept in the state, so that new values need
+            no compilation. The function must not depend on concrete values: write a schedule as
             `lambda step: learning_rate * shape(step)`.
 
     Returns:
         An optax transformation.
 
     Raises:
-        TypeError: if `tx` is neither, or there are hyperparameters and no function that takes them;
-            in `init` and `update`, if the tree is no table, or `active` no mask.
-        ValueError: in `init`, if a hyperparameter has not one value for each run; in `update`, if
-            the table is not given.
+        TypeError: if `tx` is neither, or hyperparameters are given without a function; in `init`
+            and `update`, if the tree is not a table, or `active` not a mask.
+        ValueError: in `init`, if a hyperparameter does not have one value for each run; in
+            `update`, without the table.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora, optax
@@ -110,7 +110,7 @@ def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Op
         updates, inner = make(p, state.hyperparams).update(grads, state.inner, p, **extra)
         finite = _stays_finite((p, state.inner), (optax.apply_updates(p, updates), inner))
         steps = joins & finite
-        # -0.0 is the zero that leaves every float as it was.
+        # Adding -0.0 changes no float.
         zeros = jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates)
         return _choose(steps, updates, zeros), state._replace(
             inner=_choose(steps, inner, state.inner),
@@ -137,21 +137,21 @@ def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Op
 
 
 def stop(state: OptimizerState, slots: Any) -> OptimizerState:
-    """Stops runs: their adapters and states do not change any more.
+    """Stops runs: their adapters and states no longer change.
 
-    Their steps are still computed. To save that, make a smaller table of the running ones, as
-    `OptimizerState` says, once enough have stopped to be worth a compilation.
+    Their steps are still computed. When many have stopped, make a smaller table of the running ones
+    as in `OptimizerState`; it is compiled once more.
 
     Args:
-        state: of `many.optimizer`.
-        slots: an index, a list or array of indices, or a mask of shape (n,). Indices that are
-            traced are not checked.
+        state: the state of `many.optimizer`.
+        slots: an index, a list or array of indices, or a mask of shape (n,). Traced indices are not
+            checked.
 
     Returns:
-        The new state, of the same shapes and types.
+        The new state, with the same shapes and dtypes.
 
     Raises:
-        TypeError: if `slots` are neither indices nor a mask.
+        TypeError: if `slots` is neither indices nor a mask.
         ValueError: if an index is out of range.
 
     Examples:
@@ -171,25 +171,25 @@ def restart(
     slots: Any,
     **hyperparams: Any,
 ) -> OptimizerState:
-    """Starts new runs in slots whose adapters were replaced; nothing is compiled again.
+    """Starts new runs in slots whose adapters were replaced. Nothing is compiled again.
 
-    After `table = many.insert(table, slot, adapter)`, this gives the new adapter an initial state,
-    a step count of 0, and its hyperparameters.
+    Call it after `table = many.insert(table, slot, adapter)`. The new adapter gets an initial
+    state, a step count of 0, and its hyperparameters.
 
     Args:
-        tx: of `many.optimizer`.
+        tx: from `many.optimizer`.
         state: its state.
-        table: the table with the new adapters in place.
-        slots: an index, a list or array of indices, or a mask of shape (n,). Indices that are
-            traced are not checked.
-        **hyperparams: new values for these runs, each a number or an array of shape (n,), of which
-            only those at `slots` are used. The state keeps its values of the others.
+        table: the table with the new adapters.
+        slots: an index, a list or array of indices, or a mask of shape (n,). Traced indices are not
+            checked.
+        **hyperparams: new values for these runs: each a number, or an array of shape (n,) of which
+            only the entries at `slots` are used. All other runs keep their values.
 
     Returns:
-        The new state, of the same shapes and types.
+        The new state, with the same shapes and dtypes.
 
     Raises:
-        TypeError: if `slots` are neither indices nor a mask, or the state has no such
+        TypeError: if `slots` is neither indices nor a mask, or if the optimizer has no such
             hyperparameter.
         ValueError: if an index is out of range, or a value has a wrong shape.
 
@@ -204,7 +204,7 @@ def restart(
     """
     if unknown := hyperparams.keys() - state.hyperparams.keys():
         raise TypeError(
-            f"`{min(unknown)}` is no hyperparameter of this optimizer; it has "
+            f"`{min(unknown)}` is not a hyperparameter of this optimizer; it has "
             f"{', '.join(map(repr, state.hyperparams)) or 'none'}."
         )
     n = len(state.running)
@@ -215,15 +215,15 @@ def restart(
     return jax.vmap(_choose)(mask, tx.init(table, **values), state)
 
 
-# ---------------------------------------------------------------------------------- what they share
+# ----------------------------------------------------------------------------------------- helpers
 
 
 def _make_with(tx: Any, names: Iterable[str]) -> Callable[[PyTree, dict[str, Any]], Any]:
-    """Returns what makes a transformation from one adapter and its hyperparameters."""
+    """Returns a function that makes a transformation from one adapter and its hyperparameters."""
     if is_transformation(tx) and (given := sorted(names)):
         raise TypeError(
-            f"`{given[0]}` is given beside a transformation that is made already. Give a function "
-            "of it, such as many.optimizer(optax.adamw, learning_rate=...)."
+            f"`{given[0]}` is given, but `tx` is a transformation. Give a function of "
+            f"`{given[0]}`, such as many.optimizer(optax.adamw, learning_rate=...)."
         )
     if not callable(tx):
         check_transformation(tx)
@@ -240,7 +240,7 @@ def _make_with(tx: Any, names: Iterable[str]) -> Callable[[PyTree, dict[str, Any
 
 
 def _per_run(name: str, value: Any, n: int) -> jax.Array:
-    """Returns a value for each of the n runs, never weakly typed, so that all steps look alike."""
+    """Returns one value for each of n runs, not weakly typed, so that all steps are one program."""
     x = jnp.asarray(value)
     if x.shape not in ((), (n,)):
         raise ValueError(
@@ -255,7 +255,7 @@ def _choose(first: jax.Array, a: PyTree, b: PyTree) -> PyTree:
 
 
 def _stays_finite(old: PyTree, new: PyTree) -> jax.Array:
-    """Whether no finite number becomes NaN or infinite; some states start at infinity."""
+    """Whether all finite numbers stay finite. Some states start at infinity."""
 
     def stays(x: jax.Array, y: jax.Array) -> Any:
         if not jnp.issubdtype(y.dtype, jnp.inexact):

@@ -1,4 +1,4 @@
-"""Modules of NNX with an adapter, as the optimizers and trainers of NNX take them.
+"""Modules of NNX with an adapter, for NNX's optimizers and trainers.
 
 Nothing else in jlora imports Flax. Imports `_adapters`, `_compat`, `_core`, `_merge`, `_rules`,
 `_transform`, `_tree`, `_types`, `sharding`.

@@ -1,4 +1,4 @@
-r"""A module of NNX with an adapter, as the optimizers and trainers of NNX take it.
+r"""A module of NNX with an adapter, for NNX's optimizers and trainers.
 
 $$\mathrm{adapted}(x) = \mathrm{model}_{W + s \cdot A B}(x)$$
 """
@@ -23,32 +23,32 @@ from ..sharding import specs
 
 
 class Adapted(nnx.Module):
-    r"""A module whose calls are those of `model`, with W + s·A·B in place of each adapted W.
+    r"""A module that computes what `model` computes with W + s·A·B instead of each adapted W.
 
-    `nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)` trains the adapter, with optax's own `tx`:
-    there is no base for `jlora.optimizer` to freeze. Differentiate with respect to the adapter
-    alone too, by `argnums=nnx.DiffState(0, nnx.LoRAParam)`. Do not write `nnx.Param`, of which
-    `nnx.LoRAParam` is a subclass: it trains the base too. Methods of the model are adapted as
-    its call is, and its attributes can be read.
+    Train it with `nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)`. `tx` is any optax transformation;
+    `jlora.optimizer` is not needed. Differentiate only with respect to the adapter, by
+    `argnums=nnx.DiffState(0, nnx.LoRAParam)`. Do not write `nnx.Param`, which includes
+    `nnx.LoRAParam` but also trains the base. The model's methods are adapted like its call, and its
+    attributes can be read.
 
     Args:
-        model: the module. Its arrays are held, not copied.
-        adapter: an adapter of the model's `nnx.Param`s, such as `jlora.peft.load` and
-            `jlora.checkpoint.restore` give.
-        rngs: gives keys for the dropout of the low-rank path. Without it that dropout is off.
+        model: the module. Its arrays are shared, not copied.
+        adapter: an adapter of the model's `nnx.Param`s, for example from `jlora.peft.load` or
+            `jlora.checkpoint.restore`.
+        rngs: a source of keys for the dropout of the low-rank path. Without it this dropout is off.
 
     Attributes:
-        base: the frozen module. What its calls change, such as batch statistics and the counts of
-            dropout's keys, is changed there.
-        lora: the adapter's tree, with an `nnx.LoRAParam` in the place of each array, partitioned
-            like the axes of W that it has.
+        base: the frozen module. Its calls update its other state there, such as batch statistics
+            and dropout counts.
+        lora: the tree of the adapter, with each array as an `nnx.LoRAParam`, which is sharded like
+            the axes of W that it has.
         adapter: the adapter as a tree of arrays, for all other functions of jlora.
-        deterministic: whether the dropout of the low-rank path is off: `adapted.eval()` sets it,
-            and `adapted.train()` unsets it, here and in the base.
+        deterministic: whether the dropout of the low-rank path is off. `adapted.eval()` sets it to
+            True and `adapted.train()` to False, here and in the base.
 
     Raises:
-        TypeError: if `model` is no module, or `adapter` no adapter.
-        ValueError: if `adapter` does not fit the model, or the model has `nnx.LoRAParam`s itself.
+        TypeError: if `model` is not a module, or `adapter` is not an adapter.
+        ValueError: if `adapter` does not fit the model, or the model already has `nnx.LoRAParam`s.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, jlora
@@ -83,7 +83,7 @@ class Adapted(nnx.Module):
 
     @property
     def __call__(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The model's call, adapted. Trainers look at its signature, which is the model's."""
+        """The adapted call of the model, with its signature, which trainers read."""
         return self._adapt("__call__")
 
     def _adapt(self, method: str) -> Callable[..., Any]:
@@ -96,8 +96,8 @@ class Adapted(nnx.Module):
     def run(self, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Computes `f(model, *args, **kwargs)` with the adapted model.
 
-        What `f` changes in the model, in the modules and in the variables that it is given, is
-        changed in the base and in those.
+        Changes that `f` makes to the model are made to the base. Changes to other modules and
+        variables among the arguments are made to these.
         """
         given, put = pick((args, kwargs), _has_state, _has_state)
         held = [self.base, *given]
@@ -125,7 +125,7 @@ class Adapted(nnx.Module):
             return self._adapt(name)
         if _has_state(found):
             raise AttributeError(
-                f"{name!r} is a part of the model, whose calls would not be adapted: use it in "
+                f"calls of {name!r}, a part of the model, would not be adapted: use it in "
                 f"adapted.run(lambda model, *args: ..., *args), or read adapted.base.{name}."
             )
         return found
@@ -140,21 +140,29 @@ def adapt(
     """Adapts a module by rules.
 
     Args:
-        model: the module. It stays as it is; the arrays are shared, not copied.
-        *rules: as in `jlora.transform`, for the model's `nnx.Param`s, whose paths are those of its
-            attributes, such as `layers/0/kernel`.
-        rngs: gives the key for A, and the keys for dropout. Its `params` and `dropout` streams are
-            used.
-        example: the arguments of a call, arrays or `jax.ShapeDtypeStruct`s, which is traced to find
-            out what the model does with its weights; or a function of the model that calls it, for
-            other calls than this.
+        model: the module. It does not change; its arrays are shared, not copied.
+        *rules: as for `jlora.transform`. They match the model's `nnx.Param`s, whose paths are paths
+            of attributes, such as `layers/0/kernel`.
+        rngs: a source of keys: its `params` stream for A, its `dropout` stream for dropout.
+        example: the arguments of a call, as a tuple of arrays or `jax.ShapeDtypeStruct`s. The call
+            is only traced, to find how the model uses its weights. For other calls, give a function
+            of the model.
 
     Returns:
-        The adapted module. If the model's arrays lie on a mesh, A and B lie there like W.
+        The adapted module. If the model's arrays are on a mesh, A and B are sharded like W.
 
     Raises:
-        TypeError: if `model` is no module, or `rngs` or `example` are of another type.
-        ValueError: if a rule takes no leaf or does not fit one, or the model has `nnx.LoRAParam`s.
+        TypeError: if `model` is not a module, or `rngs` or `example` has the wrong type.
+        ValueError: if a rule matches no leaf, or one that it cannot adapt; or the model already has
+            `nnx.LoRAParam`s.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> from flax import nnx
+        >>> model, x = nnx.Linear(16, 8, rngs=nnx.Rngs(0)), jnp.ones((2, 16))
+        >>> adapted = jlora.nnx.adapt(model, jlora.LoRA(rank=2), rngs=nnx.Rngs(1), example=(x,))
+        >>> jlora.count(adapted.adapter)
+        48
     """
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(
@@ -187,14 +195,14 @@ def _split(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
     if own:
         path = name_of(tuple(map(str, own[0][0])))
         raise ValueError(
-            f"`model` has nnx.LoRAParams itself, at {path}, which would be taken for the adapter: "
-            "give the model without them, such as adapted.merged()."
+            f"`model` must not have nnx.LoRAParams, which jlora would take for the adapter, but "
+            f"has some at {path}. Give the model without them, such as adapted.merged()."
         )
     return graph, params, rest
 
 
 def _variables(params: nnx.State, adapter: PyTree) -> PyTree:
-    """Makes a variable of each array, with the metadata that says how it is partitioned."""
+    """Makes a variable of each array, with its sharding as metadata."""
     own = {tuple(map(str, path)): x.get_metadata() for path, x in nnx.to_flat_state(params)}
     names = {path: PartitionSpec(*(x.get("out_sharding") or ())) for path, x in own.items()}
 
@@ -208,7 +216,7 @@ def _variables(params: nnx.State, adapter: PyTree) -> PyTree:
 
 
 def _place(base: nnx.State, adapter: PyTree) -> PyTree:
-    """Puts an adapter where its base is, if that has values on a mesh."""
+    """Shards an adapter like its base if the base has arrays on a mesh."""
     is_on_mesh = any(isinstance(place_of(x), NamedSharding) for x in jax.tree.leaves(base))
     return jax.device_put(adapter, specs(base, adapter)) if is_on_mesh else adapter
 

@@ -1,4 +1,4 @@
-"""PEFT's files.
+"""Reads and writes PEFT's files.
 
 Imports `_adapters`, `_folders`, `_progress`, `_quantized`, `_rules`, `_tree`, `_types`,
 `_untrusted`, `sharding`.

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint: which file holds which tensor, and what other files there are."""
+"""A Hugging Face checkpoint: the file of each tensor, and the other files."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ QUANTIZATION = "quantization_config"  # of `config.json`
 PIECE = 4 * 2**20  # bytes
 DEEPEST = 32  # nested folders
 LIMIT = 64 * 2**20  # bytes of an index, which may list 400,000 tensors
-# Weights in other formats, which would stay unmerged, and pickles, which hold weights or code.
+# Weights in other formats, which would stay unmerged, and pickles, which may hold weights or code.
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|pkl|pickle|ckpt|h5|keras|msgpack|npz|npy|ot|onnx|onnx_data"
     r"|tflite|gguf|ggml|mlmodel|mlpackage|pb|nemo|dduf|index\.json|data-\d+-of-\d+)$",
@@ -41,17 +41,17 @@ _WEIGHTS = re.compile(
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint whose files are whole and sound.
+    """A checkpoint whose headers and index were checked.
 
     Attributes:
         source: its folder.
         headers: the header of each safetensors file.
         where: the file of each tensor.
-        kept: the other files that are copied, as paths in the folder.
+        kept: the other files to copy, as paths in the folder.
         left_out: the files and folders that are not copied.
-        vocabulary: the lengths that the input embedding may have if the output head shares it;
-            empty if it does not.
-        config: the configuration of the model; empty if there is none.
+        vocabulary: the possible numbers of rows of the input embedding if the output head shares
+            it; empty if it does not.
+        config: the configuration of the model; empty without a `config.json`.
     """
 
     source: Source
@@ -69,7 +69,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """The quantization by the configuration, wherever in it; empty for weights in floats."""
+        """The `quantization_config`, at any level; empty for weights in floats."""
         found = (part.get(QUANTIZATION) for part in walk_objects(self.config))
         return next((x for x in found if isinstance(x, dict)), {})
 
@@ -78,34 +78,34 @@ class Checkpoint(NamedTuple):
         return self.headers[self.where[name]].entries[name]
 
     def head(self, file: str) -> bytes:
-        """Returns the first bytes of a safetensors file, up to its tensors."""
+        """Returns the bytes of a safetensors file before its tensors."""
         with open_file(self.source, file) as (data, _), explain_shorter(self.source, file):
             return read_exactly(data, self.headers[file].data)
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
-        """Yields a file whose next bytes are those of a tensor."""
+        """Yields a file whose next bytes are the values of a tensor."""
         file = self.where[name]
         with open_file(self.source, file) as (data, _), explain_shorter(self.source, name):
             data.seek(self.headers[file].data + self.entry(name).start)
             yield data
 
     def pieces(self, name: str, size: int = PIECE) -> Iterator[bytes]:
-        """Reads the bytes of a tensor, in pieces of a size."""
+        """Reads the bytes of a tensor in pieces of at most `size`."""
         entry = self.entry(name)
         with self.open(name) as data:
             yield from read_pieces(data, entry.stop - entry.start, size)
 
     @property
     def config_of_floats(self) -> dict[str, Any]:
-        """A copy of the configuration that says nothing of a quantization."""
+        """A copy of the configuration without `quantization_config`."""
         config = json.loads(json.dumps(self.config))
         for part in walk_objects(config):
             part.pop(QUANTIZATION, None)
         return config
 
     def copy_others(self, folder: Path) -> None:
-        """Copies the files that are kept beside the weights."""
+        """Copies the other files of the checkpoint."""
         for name in self.kept:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.source.folder / name, folder / name)
@@ -118,17 +118,17 @@ def open_checkpoint(
     follow_links: bool = False,
     copied: bool = False,
 ) -> Checkpoint:
-    """Reads headers, index and configuration of a folder.
+    """Reads the headers, the index and the configuration in a folder.
 
     Args:
         path: the folder.
-        argument: the user's argument that named it, for errors.
-        follow_links: whether its files may be links to anywhere, or else to within the folder.
+        argument: the user's argument with the folder, for errors.
+        follow_links: whether its files may be links to anywhere, or only to files within it.
         copied: whether its other files will be copied, so that none of them may be missing.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or a shard is missing.
-        ValueError: if the folder holds no safetensors checkpoint, or a damaged one.
+        FileNotFoundError: if the folder or a shard is missing.
+        ValueError: if the folder has no safetensors checkpoint, or a damaged one.
     """
     source = Source(Path(path), argument, "all" if follow_links else "within")
     files, mapped = _files(source)
@@ -149,8 +149,9 @@ def open_checkpoint(
     kept, left_out, odd = _others(source, {*files, INDEX} if mapped else set(files))
     if odd := [name for name in odd if copied or name == "config.json"]:
         raise ValueError(
-            f"`{argument}`: {source.folder} has other things in the places of files. Put the files "
-            f"there, or remove these. {itemize([_describe(source, name) for name in odd])}"
+            f"`{argument}`: in {source.folder}, these entries are not files, but have names of "
+            "files. Replace them with the files, or remove them. "
+            + itemize([_describe(source, name) for name in odd])
         )
     for name in kept if not follow_links else ():
         check_within(source, source.folder / name)
@@ -162,14 +163,17 @@ def open_checkpoint(
 
 
 def holds(path: str | os.PathLike[str]) -> set[str]:
-    """Finds out what is in a folder, by the names of its files.
+    """Finds out what a folder contains, by the names of its files. No file is opened.
 
     Args:
         path: the folder.
 
     Returns:
-        Those of `"adapter"` (PEFT's files), `"model"` (a model of Hugging Face) and `"weights"`
-        (that model's safetensors) that are there.
+        A subset of `"adapter"` (PEFT's files), `"model"` (a Hugging Face model) and `"weights"`
+        (the model's safetensors).
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
 
     Examples:
         >>> import pathlib, tempfile
@@ -189,13 +193,13 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
 
 
 def read_pieces(data: BinaryIO, count: int, size: int = PIECE) -> Iterator[bytes]:
-    """Reads the next `count` bytes of a file, in pieces of a size."""
+    """Reads the next `count` bytes of a file in pieces of at most `size`."""
     for start in range(0, count, size):
         yield read_exactly(data, min(size, count - start))
 
 
 def read_exactly(data: BinaryIO, size: int) -> bytes:
-    """Reads the next `size` bytes of a file; `EOFError` if it has become shorter."""
+    """Reads the next `size` bytes of a file; raises `EOFError` if the file became shorter."""
     found = data.read(size)
     if len(found) != size:
         raise EOFError
@@ -204,7 +208,7 @@ def read_exactly(data: BinaryIO, size: int) -> bytes:
 
 @contextlib.contextmanager
 def explain_shorter(source: Source, name: str) -> Iterator[None]:
-    """Names the tensor or the file, `name`, during whose reading a file became shorter."""
+    """Turns an `EOFError` into an error about `name`, a tensor or a file."""
     try:
         yield
     except EOFError:
@@ -214,13 +218,13 @@ def explain_shorter(source: Source, name: str) -> Iterator[None]:
 
 
 def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
-    """Lists the safetensors files, and maps tensors to them by the index; None without one."""
+    """Returns the list of safetensors files, and the index or None."""
     one, index = ((source.folder / name).exists() for name in (ONE, INDEX))
     if not index:
         if not one and source.folder.is_dir():
             raise ValueError(
-                f"`{source.argument}`: {source.folder} holds neither {ONE} nor {INDEX}. Save the "
-                "model as safetensors, in transformers by "
+                f"`{source.argument}`: {source.folder} has neither {ONE} nor {INDEX}. Save the "
+                "model as safetensors, in transformers with "
                 "save_pretrained(..., safe_serialization=True)."
             )
         return [ONE], None
@@ -230,34 +234,34 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
             f"`{source.argument}`: {INDEX} has no `weight_map`; got {shorten(mapped)}."
         )
     for file in mapped.values():
-        # A name that leads out of the folder would be written there too.
+        # With a name that leads out of the folder, the copy would be written there too.
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.\-]*\.safetensors", file):
             raise ValueError(
                 f"`{source.argument}`: {INDEX} names {shorten(file)}; expected a safetensors file "
-                "beside it."
+                "in the same folder."
             )
     if one and ONE not in mapped.values():
         raise ValueError(
-            f"`{source.argument}`: {source.folder} holds {ONE}, and {INDEX} of other files, so two "
-            "checkpoints. Remove one."
+            f"`{source.argument}`: {source.folder} has two checkpoints: {ONE}, and {INDEX} for "
+            "other files. Remove one."
         )
     return sorted(set(mapped.values())), mapped
 
 
 def _describe(source: Source, name: str) -> str:
     path = source.folder / name
-    what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
+    what = "a broken link" if path.is_symlink() and not path.exists() else "not a regular file"
     return f"{show(name)}: is {'a folder' if path.is_dir() else what}"
 
 
 def _others(source: Source, read: set[str]) -> tuple[list[str], list[str], list[str]]:
-    """Lists the other paths: files to copy, those to leave out, and what is no file."""
+    """Lists the other paths: files to copy, paths to leave out, and paths that are no files."""
     kept, left_out, odd = [], [], []
     for path in _walk(source, source.folder, DEEPEST):
         name = path.relative_to(source.folder).as_posix()
         if name in read:
             continue
-        # An adapter_config.json would have transformers apply the adapter once more.
+        # With an adapter_config.json, transformers would apply the adapter a second time.
         is_folder = path.is_dir() and not _has_name_of_file(source, path)
         if is_folder or _WEIGHTS.search(path.name) or name in (CONFIG, TENSORS):
             left_out.append(name)
@@ -267,14 +271,14 @@ def _others(source: Source, read: set[str]) -> tuple[list[str], list[str], list[
 
 
 def _has_name_of_file(source: Source, path: Path) -> bool:
-    """Whether a path has the name of a file that a model needs beside its weights."""
+    """Whether a path is named like a file that a model needs with its weights."""
     return path.parent == source.folder and path.suffix in (".json", ".jinja", ".model", ".txt")
 
 
 def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
     if not depth:
         raise ValueError(
-            f"`{source.argument}`: {source.folder} has folders in each other, more than {DEEPEST}: "
+            f"`{source.argument}`: {source.folder} has more than {DEEPEST} nested folders: "
             f"{show(folder.relative_to(source.folder).as_posix())}. Move them out."
         )
     for path in folder.iterdir():

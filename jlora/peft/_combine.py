@@ -1,4 +1,4 @@
-"""Combines several of PEFT's adapters into one, without their model."""
+"""Combines several PEFT adapters into one, without their model."""
 
 import itertools
 import os
@@ -30,41 +30,41 @@ SELECTION = (
     "layers_pattern",
     "ensure_weight_tying",
 )
-BASES = ("base_model_name_or_path", "revision")  # where one has it
-KEPT = ("auto_mapping", "fan_in_fan_out", "lora_dropout", "task_type")  # where all have the same
-SHAPES = 1000  # each compiles programs of its own; real adapters have ten
+BASES = ("base_model_name_or_path", "revision")  # from the first adapter that has them
+KEPT = ("auto_mapping", "fan_in_fan_out", "lora_dropout", "task_type")  # if all have the same
+SHAPES = 1000  # a program is compiled for each; real adapters have ten
 REMEDY = (
-    "Only adapters of one model can be combined. What needs the model is combined by "
-    "jlora.arithmetic once it is loaded onto it, by jlora.peft.load."
+    "Only adapters of one model can be combined. If the model is needed, load the adapters onto it "
+    "with jlora.peft.load, and combine them with jlora.arithmetic."
 )
 
 
 def combine(
     paths: Sequence[Where], out: Where, merge: Callable[[list[PyTree]], PyTree]
 ) -> dict[str, LowRank]:
-    r"""Combines several of PEFT's adapters by a function, and writes the result as one.
+    r"""Combines several PEFT adapters with a function, and writes the result as one adapter.
 
-    The model is not needed. Each adapter is given to `merge` as a dict from module to `LowRank`, as
-    by `read`, with the scale that PEFT applies, rsLoRA's too. What is written has ranks and scales
-    by `rank_pattern` and `alpha_pattern`, alpha / r, and selects the modules of all adapters.
+    The model is not needed. `merge` gets each adapter as a dict from module to `LowRank`, as `read`
+    returns it, with the scale that PEFT applies (rsLoRA's too). The new adapter selects the modules
+    of all adapters. Its ranks and scales (alpha / r) are in `rank_pattern` and `alpha_pattern`.
 
     Args:
-        paths: their folders.
+        paths: the folders of the adapters.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
-        merge: a function of a list of adapters that gives one with the modules of all, such as
-            those of `jlora.arithmetic`.
+        merge: a function that takes a list of adapters and returns one, with the modules of all;
+            for example a function of `jlora.arithmetic`.
 
     Returns:
-        What `merge` gave.
+        The adapter that `merge` returned.
 
     Raises:
-        FileExistsError: if `out` is there and not an empty folder.
+        FileExistsError: if `out` exists and is not an empty folder.
         FileNotFoundError: if a folder or a file is missing.
-        ValueError: if files are damaged; if the adapters are of different models, or hold what has
-            no meaning without the model: DoRA, leaves in full, rows of embeddings, several
-            parameters of one module; if `merge` gives other modules, or values that are not
-            finite. All of it is listed.
+        ValueError: if files are damaged; if the adapters are for different models; if one cannot be
+            combined without its model (DoRA, leaves in full, rows of embeddings, several parameters
+            of one module); if `merge` returns other modules, or values that are not finite. All
+            problems are listed.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -89,7 +89,7 @@ def combine(
         raise ValueError(f"`paths`: the adapters cannot be combined. {itemize(wrong)}\n{REMEDY}")
     made = merge([alone.nodes for alone in each])
     parts = _parts(made, {part.key: part for alone in each for part in alone.contents.parts})
-    fields, problems = _fields(each, parts), Problems("`merge` gave what has no form in PEFT")
+    fields, problems = _fields(each, parts), Problems("`merge` returned an invalid adapter")
     write_alone(out, fields, parts, each, problems, "paths")
     return made
 
@@ -98,7 +98,7 @@ def combine(
 
 
 def _find_contradictions(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
-    """Finds what shows that the adapters are for different models."""
+    """Finds signs that the adapters are for different models."""
     wrong = []
     for field in BASES:
         values = [(x.adapter.fields.get(field), name) for x, name in zip(each, names, strict=True)]
@@ -111,7 +111,7 @@ def _find_contradictions(names: Sequence[str], each: Sequence[Alone]) -> list[st
         for key, x in alone.contents.frozen.items():
             other, y = first.setdefault(key, (name, x))
             if not np.array_equal(x, y):
-                wrong.append(f"{show(key)}: frozen with other values in {other} than in {name}")
+                wrong.append(f"{show(key)}: its frozen values differ in {other} and {name}")
     return wrong
 
 
@@ -120,21 +120,21 @@ def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
     wrong = []
     for (adapter, own, _), name in zip(each, names, strict=True):
         for why, found in (
-            ("trained in full, so that the change is known from the base alone", [*own.full]),
+            ("trained in full, so that its change depends on the base", [*own.full]),
             (
-                "rows that are replaced, whose change is known from the base alone",
+                "its rows are replaced, so that the change depends on the base",
                 [x.module for x in own.tokens.values()],
             ),
             (
-                "of DoRA, whose change is no s·A·B and has no sum",
+                "DoRA, whose changes cannot be added",
                 [x.key for x in own.parts if x.m is not None],
             ),
             (
-                "of several parameters, which the file does not tell apart",
+                "has several adapted parameters, which the file does not distinguish",
                 [m for m in adapter.modules if len(adapter.selection.parameters(m)) > 1],
             ),
             (
-                "of float64, which needs jax_enable_x64",
+                "float64 needs jax_enable_x64",
                 [x.key for x in own.parts if any(explain_narrowing(y.dtype) for y in x.arrays)],
             ),
         ):
@@ -142,7 +142,7 @@ def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
             wrong += [f"{name}: {listed}: {why}"] if found else []
     heads = {(x.key, alone.tied.get(x.key)) for alone in each for x in alone.contents.parts}
     wrong += [
-        f"{show(key)}: has A and B of {show(head)}, which shares its weight, in one adapter alone"
+        f"{show(key)}: only one adapter has the same A and B for {show(head)}, its tied head"
         for key, head in heads
         if head is not None and {(key, None), (head, None)} & heads
     ]
@@ -153,13 +153,13 @@ def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
 
 
 def _parts(made: PyTree, known: Mapping[str, Part]) -> list[Part]:
-    """Makes A and B of the result, in PEFT's layout."""
+    """Returns A and B of the result in PEFT's layout."""
     found = {"/".join(path): x for path, x in adapter_leaves(made).items()}
     keys = dict.fromkeys((*known, *found))
     if odd := [key for key in keys if not _fits(found.get(key), known.get(key))]:
         raise ValueError(
-            "`merge` must give a LowRank for the weight of each module of the adapters, and for no "
-            f"other. {itemize([*map(show, odd)])}"
+            "`merge` must return one LowRank for each module of the adapters, of the shape of its "
+            f"weight, and no other. {itemize([*map(show, odd)])}"
         )
     return [
         known[key]._replace(a=a, b=b, scale=node.scale)
@@ -179,7 +179,7 @@ def _fits(node: Any, part: Part | None) -> bool:
 
 
 def _fields(each: Sequence[Alone], parts: Sequence[Part]) -> Fields:
-    """Makes a configuration that selects `parts` and their tied heads, with their scales."""
+    """Makes a configuration that selects `parts` and their tied heads, with ranks and scales."""
     given = [DEFAULTS | alone.adapter.fields for alone in each]
     tied = {key: head for alone in each for key, head in alone.tied.items()}
     kept = {key: given[0][key] for key in KEPT if all(x[key] == given[0][key] for x in given)}
@@ -192,7 +192,7 @@ def _fields(each: Sequence[Alone], parts: Sequence[Part]) -> Fields:
 def _selection(
     each: Sequence[Fields], parts: Sequence[Part], tied: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Makes the fields that select the modules of all adapters, and no other module."""
+    """Makes the fields that select the modules of all adapters and no others."""
     rows = [{key: _or_none(fields[key]) for key in SELECTION} for fields in each]
     targets = [row.pop("target_modules") for row in rows]
     common = {key: each[0][key] for key in SELECTION}
@@ -212,5 +212,5 @@ def _selection(
 
 
 def _or_none(value: Any) -> Any:
-    """Maps every value that PEFT treats as nothing to None; 0 is a layer."""
+    """Maps each value that means "none" to PEFT to None; 0 is the number of a layer."""
     return None if value is False or value in ([], "") else value

@@ -1,8 +1,7 @@
-"""Reads untrusted files, JSON and safetensors, within bounds.
+"""Reads untrusted JSON and safetensors files within bounds.
 
-The header of a safetensors file is checked as a whole before a byte of data is read, so that a
-file can make the reader allocate no more than what it is long itself, and only for tensors of the
-expected shapes.
+The whole header of a safetensors file is checked before any data is read. A file can therefore make
+the reader allocate at most as many bytes as the file has, and only for tensors of expected shapes.
 """
 
 import contextlib
@@ -32,9 +31,9 @@ class Source(NamedTuple):
 
     Attributes:
         folder: the folder.
-        argument: the user's argument that named it, for errors.
-        links: which symbolic links its files may be: `none`, those `within` the folder or the
-            download cache around it, or `all`.
+        argument: the user's argument with the folder, for errors.
+        links: the symbolic links that its files may be: `none`, only those `within` the folder or
+            the download cache around it, or `all`.
     """
 
     folder: Path
@@ -44,7 +43,7 @@ class Source(NamedTuple):
 
 @contextlib.contextmanager
 def open_file(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
-    """Opens a regular file of `source`, and yields it with its size in bytes."""
+    """Opens a regular file of `source`; yields the file and its size in bytes."""
     path = source.folder / name
     if source.links == "within":
         check_within(source, path)
@@ -59,19 +58,19 @@ def open_file(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"`{source.argument}`: {path} is no regular file.")
+            raise ValueError(f"`{source.argument}`: {path} is not a regular file.")
         yield file, status.st_size
 
 
 def check_within(source: Source, path: Path) -> None:
-    """Raises for a link that leads out of the folder, or out of the download cache it is in."""
+    """Raises for a link that leads out of the folder and of the download cache around it."""
     folder, real = (Path(os.path.realpath(x)) for x in (source.folder, path))
     cache = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
     if not any(real.is_relative_to(root) for root in (folder, *cache)):
         raise ValueError(
-            f"`{source.argument}`: {show(str(path))} is a link to {show(str(real))}, out of the "
-            "folder; what it holds would come to be in the output. Give a copy with links followed "
-            "(cp -rL), or follow_links=True."
+            f"`{source.argument}`: {show(str(path))} is a link out of the folder, to "
+            f"{show(str(real))}, whose content would be in the output. Give a copy with links "
+            "followed (cp -rL), or follow_links=True."
         )
 
 
@@ -80,16 +79,16 @@ def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
     path = folder / name
     if path.is_symlink() and links == "none":
         return ValueError(
-            f"`{argument}`: {path} is a symbolic link, which could lead anywhere. Copy the adapter "
-            "with its links followed (cp -L) and load the copy."
+            f"`{argument}`: {path} is a symbolic link, which may lead anywhere. Copy the adapter "
+            "with links followed (cp -rL), and load the copy."
         )
     if not folder.is_dir():
         return FileNotFoundError(f"`{argument}`: there is no folder {folder}.")
     pickles = [p for p in PICKLES if (folder / p).exists()]
     if name == TENSORS and pickles:
         return ValueError(
-            f"`{argument}`: {folder} holds {pickles[0]}, a pickle, and no {TENSORS}. Reading a "
-            "pickle runs the code in it, so it is refused; save the adapter from PEFT with "
+            f"`{argument}`: {folder} has {pickles[0]}, a pickle, but no {TENSORS}. jlora reads no "
+            "pickles, as reading one runs the code in it. Save the adapter in PEFT with "
             "safe_serialization=True."
         )
     if isinstance(error, FileNotFoundError):
@@ -108,10 +107,10 @@ def read_json(source: Source, name: str, limit: int) -> dict[str, Any]:
 
 
 def parse(data: bytes, what: str) -> dict[str, Any]:
-    """Parses a JSON object without duplicate keys and without numbers that are not finite.
+    """Parses a JSON object; errors call it `what`.
 
     Raises:
-        ValueError: for anything else, or too many values.
+        ValueError: for other JSON, duplicate keys, numbers that are not finite, or too many values.
     """
     check_values(data, what)
     try:
@@ -119,36 +118,36 @@ def parse(data: bytes, what: str) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{what} is nested too deeply.") from None
     except ValueError as e:
-        raise ValueError(f"{what} is no valid JSON: {e}.") from None
+        raise ValueError(f"{what} is not valid JSON: {e}.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{what} must be a JSON object; got {type(value).__name__}.")
     return value
 
 
 def itemize(found: Sequence[str]) -> str:
-    """Counts problems and lists the first hundred of them."""
+    """Counts problems, and lists the first hundred."""
     shown = [f"  {p}" for p in found[:100]]
     shown += [f"  … and {len(found) - 100} more"] * (len(found) > 100)
-    return f"{len(found)} problems:\n" + "\n".join(shown)
+    return f"{len(found)} problem{'s' * (len(found) > 1)}:\n" + "\n".join(shown)
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {shorten(key)} is there twice")
+            raise ValueError(f"the key {shorten(key)} is duplicate")
         found[key] = value
     return found
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 # --------------------------------------------------------------------------------- safetensors
 
 HEADER_LIMIT, TENSORS_LIMIT = 32 * 2**20, 200_000  # bytes and tensors of a file
-NAME_LIMIT, DEPTH_LIMIT = 1000, 100  # characters and dots of a name; real ones have a tenth
+NAME_LIMIT, DEPTH_LIMIT = 1000, 100  # characters and dots of a name; real names have a tenth
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -156,7 +155,7 @@ DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
 }
 COUNT, COUNTS = ".num_batches_tracked", {"I64": np.dtype(np.int64)}  # of a BatchNorm
-# Known so that their place in the file can be checked; of them only counts are loaded.
+# Other dtypes, with their bytes, to check the offsets of such tensors.
 OTHERS = {
     **dict.fromkeys(("I64", "U64", "C64"), 8),
     **dict.fromkeys(("I32", "U32"), 4),
@@ -171,10 +170,10 @@ class TensorInfo(NamedTuple):
 
     Attributes:
         key: its name in the file.
-        dtype: its dtype, as safetensors call it.
+        dtype: its dtype, as safetensors calls it.
         shape: its shape.
-        start: where its bytes start, counted from the end of the header.
-        stop: where they end.
+        start: the offset of its first byte from the end of the header.
+        stop: the offset after its last byte.
     """
 
     key: str
@@ -185,7 +184,7 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """The tensors of a file by name, where their data starts, and where it ends."""
+    """The header of a file: tensors by name, the offset of their data, and the file's size."""
 
     entries: dict[str, TensorInfo]
     data: int
@@ -199,14 +198,14 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
         count = int.from_bytes(file.read(8), "little")
         if not 2 <= count <= min(size - 8, HEADER_LIMIT):
             raise ValueError(
-                f"{what} of {size} bytes claims a header of {count}; the file is cut off "
-                "or is no safetensors file. Save it again."
+                f"{what} has {size} bytes, but claims a header of {count}: it is truncated, or not "
+                "a safetensors file. Save it again."
             )
         raw = parse(file.read(count), f"`{source.argument}`: the header of {name}")
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError(
-            f"{what} has the `__metadata__` {shorten(metadata)}; expected an object of strings."
+            f"{what}: `__metadata__` must be an object of strings; got {shorten(metadata)}."
         )
     if len(raw) > TENSORS_LIMIT:
         raise ValueError(
@@ -216,19 +215,21 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
     for key, fields in raw.items():
         if len(key) > NAME_LIMIT or key.count(".") > DEPTH_LIMIT or not key.isprintable():
             raise ValueError(
-                f"{what} names a tensor {shorten(key)}; expected at most {NAME_LIMIT} printable "
-                f"characters, with at most {DEPTH_LIMIT} dots."
+                f"{what} has a tensor named {shorten(key)}; expected at most {NAME_LIMIT} "
+                f"printable characters, with at most {DEPTH_LIMIT} dots."
             )
         entry = _parse_tensor(key, fields)
         if entry is None:
-            raise ValueError(f"{what} describes {shorten(key)} wrongly: {shorten(fields)}.")
+            raise ValueError(
+                f"{what}: the header has an invalid entry for {shorten(key)}: {shorten(fields)}."
+            )
         entries[key] = entry
     _check_extents(entries, size - 8 - count, what)
     return Header(entries, 8 + count, size)
 
 
 def make_header(tensors: Iterable[TensorInfo]) -> tuple[Header, bytes]:
-    """Makes the header of a file with tensors, and its bytes, as the library writes them."""
+    """Makes the header of a file, and its bytes, as the safetensors library writes them."""
     sizes = {name: x.itemsize for name, x in DTYPES.items()} | OTHERS
     entries, fields, at = dict[str, TensorInfo](), dict[str, Any](), 0
     fields["__metadata__"] = {"format": "pt"}
@@ -261,26 +262,26 @@ def _are_naturals(values: Any) -> bool:
 
 
 def _check_extents(entries: dict[str, TensorInfo], size: int, what: str) -> None:
-    """Raises unless the tensors fill the data without a hole and without an overlap."""
+    """Raises unless the tensors fill the data without gap or overlap."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1][3:]):
         if entry.start != end:
             raise ValueError(
-                f"{what} has {shorten(name)} at byte {entry.start} of the data; "
-                f"expected byte {end}. The file is damaged; save it again."
+                f"{what}: {shorten(name)} starts at byte {entry.start} of the data; expected byte "
+                f"{end}. The file is damaged; save it again."
             )
         end = entry.stop
     if end != size:
         raise ValueError(
-            f"{what} describes {end} bytes of data but holds {size}; the file is cut off "
-            "or damaged. Save it again."
+            f"{what} has {size} bytes of data; its header describes {end}. The file is truncated "
+            "or damaged; save it again."
         )
 
 
 def read_tensors(
     source: Source, header: Header, tensors: Iterable[TensorInfo]
 ) -> dict[str, np.ndarray]:
-    """Reads some tensors of an adapter by their names."""
+    """Reads tensors of an adapter by their names."""
     found = {}
     with open_file(source, TENSORS) as (file, _):
         for x in tensors:

@@ -1,4 +1,4 @@
-"""Loads PEFT's files as an adapter tree. Everything is checked before a value is read."""
+"""Loads PEFT's files as an adapter tree. All headers are checked before any value is read."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -30,24 +30,24 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
     r"""Reads an adapter that PEFT or `save` wrote.
 
     Args:
-        path: its folder, with `adapter_config.json` and `adapter_model.safetensors`; nothing else
-            in it is read. MiSS is loaded as LoRA whose A is frozen.
-        base: the frozen tree that it adapts, arrays or `jax.ShapeDtypeStruct`s.
+        path: the adapter's folder. Only its `adapter_config.json` and `adapter_model.safetensors`
+            are read.
+        base: the frozen tree that the adapter is for: arrays or `jax.ShapeDtypeStruct`s.
         names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
 
     Returns:
-        An adapter for `apply` and `merge`: $\Delta W = s \cdot A B$ with A, B of the file's dtype,
-        the layers of a scan stacked, `modules_to_save` and biases as leaves in full. With
-        `use_dora` its nodes are those of `DoRA`; with `trainable_token_indices` an embedding has
-        the node of `Rows`.
+        An adapter for `apply` and `merge`, with $\Delta W = s \cdot A B$. A and B have the dtype of
+        the file. The layers of a scan are stacked. `modules_to_save` and biases are leaves in full.
+        With `use_dora`, modules have the node of `DoRA`. With `trainable_token_indices`, embeddings
+        have the node of `Rows`. MiSS becomes LoRA with a frozen A.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
-        ValueError: if anything is missing, unexpected, misshapen, of a wrong dtype, not finite,
-            there twice or not supported; all of it is listed, and nothing is loaded.
+        ValueError: if a tensor or field is missing, unexpected, misshapen, of a wrong dtype, not
+            finite, duplicate or not supported. The error lists all problems. Nothing is loaded.
 
     Warns:
-        UserWarning: about what its configuration names and nothing has, which PEFT accepts.
+        UserWarning: if a name in the configuration matches nothing. PEFT accepts such names.
 
     Source: PEFT 0.21, `peft.utils.save_and_load`.
 
@@ -80,13 +80,13 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
     if is_miss(files.fields):
         static["frozen"] = ("a",)
     if fields.get("use_dora") and (rate := static["dropout"]):
-        problems.unused.append(f"lora_dropout: {rate} is of training alone, and DoRA here has none")
+        problems.unused.append(f"lora_dropout: {rate} is ignored, as DoRA has no dropout in jlora")
     problems.warn()
     return nest({leaf.path: _value(leaf, own, static) for leaf, own in each})
 
 
 def _value(leaf: NamedLeaf, own: Any, static: Mapping[str, Any]) -> Any:
-    """Makes a leaf of the adapter tree from what its modules have."""
+    """Makes a leaf of the adapter tree from the values of its modules."""
     if isinstance(own, Tokens):
         return join_rows(leaf, own.rows, own.v)
     if not isinstance(own[0], Part):
@@ -101,7 +101,7 @@ def fit(
     """Matches an adapter to the `leaves` of a tree and reads it; raises all problems together.
 
     Returns:
-        Its configuration, and each leaf with the `Part`s, the arrays or the `Tokens` for it.
+        The configuration, and each adapted leaf with its `Part`s, arrays or `Tokens`.
     """
     shapes = {name: leaf.weight_shape for leaf in leaves for name in leaf.parameters}
     if is_miss(files.fields):

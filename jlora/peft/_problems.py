@@ -1,4 +1,4 @@
-"""Problems with a user's files are collected and raised together."""
+"""Collects all problems with a user's files, and raises them together."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,37 +11,37 @@ class Problems:
     """Collects problems until `stop` raises all of them in one error.
 
     Attributes:
-        found: what is wrong.
-        unused: names in a configuration that match nothing; PEFT accepts them, and so does jlora.
+        found: the problems.
+        unused: names in the configuration that match nothing. PEFT accepts them, as does jlora.
     """
 
     def __init__(self, title: str, advice: Callable[[Sequence[str]], str] = lambda found: ""):
-        """The error begins with `title` and ends with the `advice` for what was found."""
+        """Takes the start of the error, and a function that makes its end from the problems."""
         self.title, self.advice = title, advice
         self.found: list[str] = []
         self.unused: list[str] = []
 
     def add(self, where: str, why: str) -> Literal[False]:
-        """Adds what is wrong with a tensor, module or field, which the files may call anything.
+        """Adds a problem with a tensor, module or field; `where` may be any text of a file.
 
         Returns:
-            False, for the caller that answers whether it is right.
+            False, so that a predicate can return it.
         """
         self.found.append(f"{show(where)}: {why}")
         return False
 
     def add_not_floating(self, tensor: TensorInfo) -> None:
-        """Adds a tensor of integers or the like, where numbers are expected."""
+        """Adds a tensor whose dtype is not floating-point."""
         self.add(tensor.key, f"expected a floating-point dtype, got {tensor.dtype}")
 
     def stop(self, *more: str) -> None:
-        """Raises if anything is wrong, the problems that are passed included."""
+        """Raises if there are problems, including those passed here."""
         self.found += more
         if self.found:
             raise ValueError(f"{self.title}. {itemize(self.found)}{self.advice(self.found)}")
 
     def warn(self) -> None:
-        """Warns about what is unused, on behalf of the function that the user called."""
+        """Warns about unused names. The warning points at the caller of the public function."""
         if self.unused:
             text = "; ".join(self.unused[:9])
             warnings.warn(f"{CONFIG} of the adapter: {text}.", stacklevel=3)

@@ -40,32 +40,31 @@ def save(
 ) -> None:
     r"""Writes an adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
-    The layers of a scan become a module each, axes are flattened to PyTorch's, slots of a fused
-    kernel become one A of rank slots·r and one B with zeros outside of each slot. The ΔW in the
-    files is that of the adapter, bit for bit of A and B. DoRA is one flag for all sites; rows of an
-    embedding are `trainable_token_indices`, or, if there is nothing else, `TRAINABLE_TOKENS`. What
-    PEFT saves only as a whole, such as both parameters of a module, is written whole, with the
-    base's values for what is not trained.
+    The values of A and B are written bit for bit. Each layer of a scan becomes a module. Axes are
+    flattened to PyTorch's. The slots of a fused kernel become one A of rank slots·r, and one B with
+    zeros outside each slot. PEFT has one DoRA flag for all sites. Rows of an embedding become
+    `trainable_token_indices`; an adapter of rows alone becomes `TRAINABLE_TOKENS`. PEFT saves some
+    modules only as a whole: then frozen parameters are written too, with the values in `base`.
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
-        base: the frozen tree; `jax.ShapeDtypeStruct`s will do for what is not written.
-        adapter: from `init`, training or `load`; dropout keys in it are ignored.
+        base: the frozen tree. `jax.ShapeDtypeStruct`s suffice where no value is written.
+        adapter: from `init`, training or `load`. Dropout keys in it are ignored.
         names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
-        base_model: the name of the base model, for PEFT's `base_model_name_or_path`; or its folder
-            as a `pathlib.Path`, which is named by `_name_or_path` of its `config.json`, if that has
-            one, else by its path.
-        profile: `"vllm"` for an adapter that vLLM takes: one rank for all modules, from those that
-            it has kernels for, with zeros in A and B, and the scales folded into B (alpha = r).
-        config: fields of `adapter_config.json` to keep, such as those of `read_config`. Selection,
-            ranks and alphas among them are kept where they describe the adapter, else replaced.
-            With `{"peft_type": "MISS"}` what `initializers.miss` started is written as MiSS.
+        base_model: the name of the base model, for PEFT's `base_model_name_or_path`; or the model's
+            folder as a `pathlib.Path`. The name is then `_name_or_path` in its `config.json`, or
+            else its path.
+        profile: `"vllm"` for vLLM: all modules get one rank, which vLLM has kernels for. A and B
+            are padded with zeros, and the scales are multiplied into B (alpha = r).
+        config: fields of `adapter_config.json` to keep, such as those of `read_config`. Fields for
+            modules, ranks and alphas are replaced unless they describe the adapter. With
+            `{"peft_type": "MISS"}` an adapter from `initializers.miss` is written as MiSS.
 
     Raises:
-        FileExistsError: if `path` is there and not an empty folder.
+        FileExistsError: if `path` exists and is not an empty folder.
         FileNotFoundError: if `base_model` is a folder without `config.json`.
         TypeError: if `adapter` is no adapter of arrays.
-        ValueError: if a part of the adapter has no name or no form in PEFT; all are listed.
+        ValueError: if a leaf of the adapter has no name or no form in PEFT. All are listed.
 
     Source: PEFT 0.21, `peft.PeftModel.save_pretrained`.
 
@@ -95,11 +94,11 @@ def tensors(
     profile: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
-    r"""Gives the tensors that `save` writes, for an engine that takes weights without files.
+    r"""Returns the tensors that `save` writes, for an engine that takes weights without files.
 
-    Keys, shapes, dtypes and bits are those of `adapter_model.safetensors`. Only what has another
-    order of axes in PyTorch is copied; the rest shares memory with `adapter` where that lies on a
-    CPU. What is on other devices is fetched from them.
+    Keys, shapes, dtypes and bits are those of `adapter_model.safetensors`. A tensor is copied if
+    PyTorch orders its axes differently, or if it is not on a CPU. All others share memory with
+    `adapter`.
 
     Args:
         base: as `save`.
@@ -154,15 +153,15 @@ def _files(
     )
     fields, found = write(tree, given, profile)
     title = (
-        "`adapter` has no form in PEFT that `load` would read as the same, as where its modules "
-        "cannot be selected apart from others"
+        "`adapter` cannot be written so that `load` reads the same adapter. Often no list of "
+        "modules selects the adapted ones alone"
     )
     fit(as_files(fields, found, "config"), tree.leaves, Problems(title))
     return fields, found
 
 
 def _name_model(given: str | os.PathLike[str]) -> str:
-    """Returns the name of a model, which the configuration in its folder may have."""
+    """Returns a name, or the name of the model in a folder."""
     if isinstance(given, str):
         return given
     config = read_json(Source(Path(given), "base_model"), "config.json", LIMIT)
@@ -199,15 +198,15 @@ def _as_miss(tree: Tree, given: Fields, profile: str | None) -> Written:
     _refuse_config(list_miss_problems(MISS_DEFAULTS | given))
     if profile is not None:
         raise ValueError(
-            f"`profile` {profile!r} is of LoRA, and `config` asks for {MISS}. "
-            "Leave peft_type out of it."
+            f"`profile` {profile!r} is for LoRA, but `config` asks for {MISS}. "
+            "Leave peft_type out of `config`."
         )
     fields, found = _as_lora(tree, translate_fields(given), None)
     return from_lora(given, fields, tree.parts, found)
 
 
 def _rows_alone(tree: Tree, given: Fields, profile: str | None) -> Written:
-    """Writes an adapter that has nothing but rows."""
+    """Makes the files of an adapter of rows alone."""
     fields, tokens = describe_rows_alone(ROWS_DEFAULTS | given, tree), tree.tokens
     _refuse_config(problems_of(fields))
     if profile is not None:
@@ -228,7 +227,7 @@ def _check_values(leaves: Sequence[NamedLeaf]) -> None:
     }
     if odd := [f"{kind} at {name}" for name, kind in kinds.items() if kind not in DTYPES.values()]:
         raise ValueError(
-            f"`base` must hold arrays of floats, of {', '.join(DTYPES)}, where PEFT stores frozen "
-            f"values with the adapter; got {', '.join(odd)}. Give them, adapt another leaf, or "
-            "export the merged model."
+            "`base` must hold floating-point arrays where PEFT stores frozen values with the "
+            f"adapter: {', '.join(DTYPES)}; got {', '.join(odd)}. Give such arrays, adapt other "
+            "leaves, or export the merged model."
         )

@@ -1,4 +1,4 @@
-"""What the configuration of a checkpoint says of its embedding."""
+"""Finds out whether a checkpoint shares its embedding with the output head."""
 
 import collections
 import re
@@ -11,7 +11,7 @@ _HEADS = re.compile(r"LM|ForConditionalGeneration|ForPreTraining")
 
 
 def walk_objects(config: Mapping[str, Any]) -> Iterator[Any]:
-    """Yields a configuration and all objects within it, as models of models have them."""
+    """Yields a configuration and all objects in it, such as those of submodels."""
     left: list[Any] = [config]
     while left:
         part = left.pop()
@@ -20,20 +20,20 @@ def walk_objects(config: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def find_vocabulary(config: Mapping[str, Any], headers: Mapping[str, Header]) -> frozenset[int]:
-    """Finds the lengths that a shared embedding may have."""
+    """Finds the possible numbers of rows of an embedding that the head shares; empty if none."""
     shapes = (e.shape for header in headers.values() for e in header.entries.values())
     rows = collections.Counter(shape[0] for shape in shapes if len(shape) == 2)
     each = list(walk_objects(config))
     ties = [part["tie_word_embeddings"] for part in each if "tie_word_embeddings" in part]
     names = config.get("architectures")
     names = names if isinstance(names, list) else []
-    # By default `transformers` ties; without a head there is nothing to tie.
+    # `transformers` ties by default. Without a head there is nothing to tie.
     has_head = any(_HEADS.search(str(name)) for name in names) if names else True in ties
     is_denied = [x is False for x in ties]
     if not has_head or not rows or (ties and all(is_denied)):
         return frozenset()
     sizes = {n for part in each if isinstance(n := part.get("vocab_size"), int)} & rows.keys()
     sizes = sizes or {max(rows)}
-    if any(is_denied):  # a model of models, and no file tells which part decides
+    if any(is_denied):  # submodels differ, and no file says which of them decides
         sizes = {size for size in sizes if rows[size] < 2}
     return frozenset(sizes)

@@ -1,4 +1,4 @@
-"""Writes a checkpoint whose tensors are like another's: in threads, each tensor in its place."""
+"""Writes a checkpoint with the tensors of another, edited, in several threads."""
 
 import functools
 import os
@@ -13,24 +13,24 @@ from .._progress import progress
 from ._checkpoint import Checkpoint, read_pieces
 from ._file import COUNTS, DTYPES, TensorInfo
 
-THREADS = min(os.cpu_count() or 1, 4)  # each of them holds a block
+THREADS = min(os.cpu_count() or 1, 4)  # each keeps a block in memory
 
 
 class Edit(Protocol):
     """Computes the new values of a tensor from the old ones."""
 
     def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
-        """Yields the new values of a tensor in any dtype; its old bytes are next in `data`."""
+        """Yields the new values in any dtype. The next bytes of `data` are the old values."""
         ...
 
 
 def write_tensors(
     checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], title: str
 ) -> dict[str, int]:
-    """Writes the tensors of a checkpoint, edited, and its other files to `folder`.
+    """Writes the edited tensors of a checkpoint, and its other files, to `folder`.
 
     Returns:
-        How many values of each edited tensor are not finite, where there are any.
+        The number of values that are not finite, for each edited tensor with such values.
     """
     for file in checkpoint.headers:
         (folder / file).write_bytes(checkpoint.head(file))
@@ -58,7 +58,7 @@ def _write(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], name
 
 
 def _copy(data: BinaryIO, target: BinaryIO, count: int) -> None:
-    """Copies the next `count` bytes of a file to another, within the kernel where it can."""
+    """Copies the next `count` bytes of a file to another, within the kernel if possible."""
     begin = at = data.tell()
     start, stop = target.tell(), begin + count
     try:
@@ -74,7 +74,7 @@ def _copy(data: BinaryIO, target: BinaryIO, count: int) -> None:
 
 
 def encode(x: np.ndarray, dtype: np.dtype) -> tuple[memoryview, int]:
-    """Returns the bytes of numbers in a dtype, and how many of them are not finite."""
+    """Returns numbers as bytes of a dtype, and how many of them are not finite."""
     x = np.ascontiguousarray(x, dtype).reshape(-1)
     bad = 0
     if dtype.kind != "i":  # all exponent bits are 1

@@ -1,4 +1,4 @@
-"""How trees are sharded.
+"""Shardings of adapters, of their optimizer state, and of quantized bases.
 
 Imports `_adapters`, `_compat`, `_core`, `_quantized`, `_rules`, `_tree`, `_types`.
 """

@@ -1,4 +1,4 @@
-"""How a base is sharded: from arrays, shardings, specs or Flax's metadata; codes like weights."""
+"""How a base is sharded, read from arrays, shardings, specs or Flax's metadata."""
 
 import dataclasses
 import sys
@@ -19,14 +19,14 @@ Place = PartitionSpec | Sharding
 
 
 class Unknown:
-    """Stands for a leaf of the base whose sharding is unknown, and says why."""
+    """A leaf of the base whose sharding is unknown, with the reason."""
 
     def __init__(self, leaf: Any, why: str = "") -> None:
         self.got = type(leaf).__name__ + (f" {leaf!r}" if isinstance(leaf, str) else why)
 
 
 def places_of(base: PyTree) -> dict[Path, Any]:
-    """Returns a PartitionSpec, a sharding or an `Unknown` by path."""
+    """Returns the PartitionSpec or the sharding of each leaf by path, or an `Unknown`."""
 
     def is_leaf(x: Any) -> bool:
         return x is None or is_node(x) or is_quantized(x) or _is_annotated(x)
@@ -37,7 +37,7 @@ def places_of(base: PyTree) -> dict[Path, Any]:
     has_metadata, rest = any(map(_is_annotated, leaves)), everywhere(own)
 
     def place(x: Any, found: Any) -> Any:
-        # As Flax takes it: beside leaves with metadata, those without are replicated.
+        # As in Flax: beside leaves with metadata, leaves without it are replicated.
         is_bare = has_metadata and not _is_annotated(x) and hasattr(x, "shape")
         return rest if x is None or (is_bare and not isinstance(found, NamedSharding)) else found
 
@@ -46,19 +46,19 @@ def places_of(base: PyTree) -> dict[Path, Any]:
 
 
 def everywhere(places: list[Any]) -> Place:
-    """Returns the replicated place, on the mesh of `places` if they have one."""
+    """Returns a replicated place, on the mesh of `places` if they have one."""
     on_mesh = (with_spec(x, PartitionSpec()) for x in places if isinstance(x, NamedSharding))
     return next(on_mesh, PartitionSpec())
 
 
 def _is_annotated(x: Any) -> bool:
-    """Whether `x` is a leaf with metadata: a box of linen, or a variable of NNX that has some."""
+    """Whether `x` is a leaf with metadata: a box of linen, or a variable of NNX that has it."""
     is_box = hasattr(x, "get_partition_spec")
     return is_box or (_is_variable(x) and bool(x.get_metadata().get("out_sharding")))
 
 
 def _is_variable(x: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")  # without it there are no variables
+    nnx = sys.modules.get("flax.nnx")  # if it is not imported, there are no variables
     return nnx is not None and isinstance(x, nnx.Variable)
 
 
@@ -98,11 +98,11 @@ def _of_tracer(x: Any) -> Any:
     found = jax.typeof(x).sharding
     if AxisType.Explicit in found.mesh.axis_types:
         return found
-    return Unknown(x, " whose mesh axes are not explicit, so that its sharding is unknown in jit")
+    return Unknown(x, " whose mesh axes are not explicit, so its sharding is unknown in jit")
 
 
 def with_spec(place: Place, spec: PartitionSpec) -> Place:
-    """Returns `spec` in the form of `place`: a spec, or a sharding of its mesh and memory."""
+    """Returns `spec` in the form of `place`: a spec, or a sharding with its mesh and memory."""
     if not isinstance(place, NamedSharding):
         return spec if isinstance(place, PartitionSpec) else place
     return NamedSharding(place.mesh, spec, memory_kind=place.memory_kind)
@@ -115,22 +115,23 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 class Misfit(Exception):  # noqa: N818 - collected into one ValueError
-    """A partition cannot be that of its weight."""
+    """A weight cannot have this sharding."""
 
 
 def gathered(base: PyTree, specs: PyTree) -> PyTree:
-    """Returns a base whose quantized weights are resharded as codes, before they are unpacked.
+    """Makes quantized weights be all-gathered as codes, before they are dequantized.
 
-    Where FSDP shards weights that each device needs whole, XLA would unpack the shards first and
-    all-gather the result: four times the bytes. Within `jax.jit` nothing tells which axes of the
-    mesh these are, so name them inside the loss function:
+    Use it if FSDP shards quantized weights that each device needs whole: otherwise XLA dequantizes
+    the shards first and all-gathers four times the bytes. Within `jax.jit` jlora cannot know the
+    FSDP axes of the mesh, so name them inside the loss function:
 
         base = sharding.gathered(base, sharding.replicated(specs, "fsdp"))
 
     Args:
         base: the frozen tree.
-        specs: a tree with the paths of `base`: for each quantized weight a PartitionSpec, along the
-            axes of `jax.set_mesh`, or a NamedSharding. Other leaves are ignored.
+        specs: a tree with the paths of `base` that has, for each quantized weight, the sharding in
+            which the model uses it: a NamedSharding, or a PartitionSpec for the mesh of
+            `jax.set_mesh`. Other leaves are ignored.
 
     Returns:
         A tree of the same arrays.
@@ -153,7 +154,7 @@ def gathered(base: PyTree, specs: PyTree) -> PyTree:
     if missing:
         raise ValueError(
             f"`specs` of gathered lacks {len(missing)} quantized weights of `base`: "
-            f"{', '.join(missing)}. Give the partition of each."
+            f"{', '.join(missing)}. Give the sharding of each."
         )
     found = [
         dataclasses.replace(x, used=places[path]) if is_quantized(x) else x for path, x in leaves
@@ -162,12 +163,12 @@ def gathered(base: PyTree, specs: PyTree) -> PyTree:
 
 
 def describe(entry: Any, mesh: Mesh) -> str:
-    """Names the axes of the mesh over which an entry divides an axis, with their sizes."""
+    """Returns the mesh axes of an entry of a PartitionSpec, with their sizes, as text."""
     return " × ".join(f"{name}={mesh.shape[name]}" for name in mesh_axes(entry))
 
 
 def check_blocks(entries: Mapping[int, Any], leaf: Quantized, mesh: Mesh) -> None:
-    """Raises `Misfit` if a device would get a part of a block."""
+    """Raises `Misfit` if a device would get only a part of a block."""
     form, name = leaf.form, spell(leaf.scheme)
     for d, entry in entries.items():
         n = count_pieces(entry, mesh)
@@ -177,15 +178,15 @@ def check_blocks(entries: Mapping[int, Any], leaf: Quantized, mesh: Mesh) -> Non
         length = leaf.shape[d]
         if form.flat:
             raise Misfit(
-                f"axis {d} of length {length} is divided over {over}, but blocks of {name} run "
-                "over the ends of its rows; quantize it with a block that divides its inputs"
+                f"axis {d} of length {length} is divided over {over}, but blocks of {name} cross "
+                "the ends of its rows; quantize it with a block that divides its inputs"
             )
-        # Of 4 bits, a block has two codes a byte from end to end.
+        # In 4 bits, each byte has a code of the first half of a block and one of the second.
         whole = form.is_whole(d) and not (leaf.scheme.bits == 4 and d == form.axis)
         if not whole and (length // n) % form.blocks[d]:
             fits = [b for b in leaf.scheme.legal if (length // n) % b == 0]
             raise Misfit(
                 f"axis {d} of length {length} over {over} gives each device {length // n}, which "
-                f"is no multiple of the block {form.blocks[d]} of {name}; "
+                f"is not a multiple of the block {form.blocks[d]} of {name}; "
                 + (f"blocks of {', '.join(map(str, fits))} would fit" if fits else "none would fit")
             )

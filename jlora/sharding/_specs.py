@@ -2,7 +2,8 @@ r"""How an adapter is sharded: each factor like the axes of W that it has.
 
 $$W: (s, i, o) \quad\Rightarrow\quad A: (s, i, \varnothing), \quad B: (s, \varnothing, o)$$
 
-for the partitions s, i and o of W's stack, input and output axes; the rank is replicated.
+where s, i and o are the entries of W's PartitionSpec for stack, inputs and outputs. The rank is
+replicated.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,7 +16,7 @@ from .._adapters import arrays, is_node, weight_shape
 from .._core import count_pieces, mesh_axes
 from .._quantized import is_quantized
 from .._rules import near_misses
-from .._tree import adapter_leaves, leaves_by_path, name_of
+from .._tree import adapter_leaves, leaves_by_path, list_reasons, name_of
 from .._types import Path, PyTree
 from ._places import (
     Mesh,
@@ -31,41 +32,43 @@ from ._places import (
 
 
 def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
-    r"""Returns the sharding of an adapter, from that of its base.
+    r"""Returns the shardings of an adapter, which follow those of its base.
 
-    A is partitioned as W's stack and input axes are, B as W's stack and output axes; their rank
-    and slots axes are replicated. Leaves trained in full are partitioned as W is. So every device
-    holds the rows of A and the columns of B that belong to its shard of W.
+    A is sharded like W's stack and inputs, B like W's stack and outputs; ranks and slots are
+    replicated. Leaves trained in full are sharded like W. So each device holds the rows of A and
+    the columns of B that belong to its shard of W.
 
-    If W's fused output axis is divided over devices that one slot of it cannot be divided over, B
-    is replicated along it; that part of B is small.
+    If W's fused output axis is sharded over more devices than a slot can be divided over, B is
+    replicated along this axis.
 
     Args:
-        base: a tree with the base's paths, whose leaves are one of
+        base: a tree with the paths of the base. Its leaves are one of these:
 
-            - `PartitionSpec`, of mesh axes or of Flax's logical ones, or None for replicated;
-            - `NamedSharding`, or any sharding of one device;
-            - arrays or `jax.ShapeDtypeStruct`s that carry one. Under `jit`, arrays carry theirs
-              along explicit mesh axes only;
+            - `PartitionSpec`, with mesh axes or Flax's logical axes, or None for replicated;
+            - `NamedSharding`, or any sharding on one device;
+            - arrays or `jax.ShapeDtypeStruct`s with a sharding. Under `jit`, arrays have one only
+              along explicit mesh axes;
             - Flax's boxes (`nn.with_partitioning`, `nn.with_logical_partitioning`) and NNX
-              variables with `out_sharding`. Where such a leaf's array lies on a mesh, that counts.
-              Beside them, leaves without are replicated, as `get_partition_spec` takes them.
-        adapter: from `init`, arrays or `jax.ShapeDtypeStruct`s; or a base with quantized weights,
-            whose codes and scales take W's own partition.
-        mesh: turns PartitionSpecs into NamedShardings of this mesh.
+              variables with `out_sharding`. If their array is on a mesh, its sharding counts
+              instead. Leaves beside them that have no sharding are replicated, as by
+              `get_partition_spec`.
+        adapter: an adapter from `init`, of arrays or `jax.ShapeDtypeStruct`s; or a base with
+            quantized weights, whose codes and scales are sharded like W.
+        mesh: a mesh, to get NamedShardings on it instead of PartitionSpecs.
 
     Returns:
-        A tree of `adapter`'s structure, LowRank nodes included: PartitionSpecs where `base` has
-        them, NamedShardings of the same mesh and memory where it has those. For `device_put`, the
-        `out_shardings` of `jax.jit`, `jax.ShapeDtypeStruct` and `jax.shard_map`.
+        A tree with the structure of `adapter`, with its LowRank nodes. It has PartitionSpecs where
+        `base` has them, and NamedShardings with the same mesh and memory where `base` has those.
+        Give it to `device_put`, `jax.shard_map`, `jax.ShapeDtypeStruct`, or `jax.jit` as
+        `out_shardings`.
 
     Raises:
-        TypeError: if `base` has a leaf that says nothing of sharding, or `adapter` is no adapter.
-        ValueError: if `base` lacks a path of the adapter, or its partition does not fit the weight
-            there: more entries than axes, an axis that the mesh has not or that is used twice, or
-            a length that cannot be divided. The last three need a mesh: that of a NamedSharding,
-            `mesh`, or that of `jax.set_mesh` if it has all axes that a spec names. Or if a device
-            would get a part of a block of a quantized weight.
+        TypeError: if a leaf of `base` has no sharding, or `adapter` is not an adapter.
+        ValueError: if `base` lacks a path of the adapter; if a PartitionSpec has more entries than
+            the weight has axes; if a device would get only a part of a block of a quantized weight.
+            With a mesh also if it lacks an axis, if an axis is used twice, or if a length cannot be
+            divided. The mesh is that of a NamedSharding, `mesh`, or that of `jax.set_mesh` if it
+            has all axes that a PartitionSpec names.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -89,8 +92,8 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
             wrong[path] = str(e)
     if wrong:
         raise ValueError(
-            f"`base` has partitions that do not fit at {len(wrong)} of {len(found)} paths of "
-            f"`adapter`:\n{_listed(wrong)}\nCorrect them in `base`: the adapter follows W."
+            f"`base` has shardings that do not fit at {len(wrong)} of {len(found)} paths of "
+            f"`adapter`:\n{list_reasons(wrong)}\nCorrect them in `base`: the adapter follows W."
         )
     structure = jax.tree.structure(adapter, is_leaf=lambda x: is_node(x) or is_quantized(x))
     return jax.tree.unflatten(structure, own)
@@ -105,13 +108,14 @@ def _leaves(adapter: PyTree) -> dict[Path, Any]:
 def replicated(specs: PyTree, *axes: str) -> PyTree:
     """Returns the same shardings, but replicated over some axes of the mesh.
 
-    FSDP-sharded A and B would be all-gathered in every layer. To gather them once a step, keep A, B
-    and their moments along `specs`, and use them along `whole = replicated(specs, "fsdp")`: write
-    `adapter = jax.lax.with_sharding_constraint(adapter, whole)` within the loss function.
+    FSDP-sharded A and B would be all-gathered in every layer. Gather them once a step: keep A, B
+    and their moments sharded as `specs`, and write
+    `adapter = jax.lax.with_sharding_constraint(adapter, replicated(specs, "fsdp"))` in the loss
+    function.
 
     Args:
-        specs: a tree of PartitionSpecs or NamedShardings, such as that of `specs`.
-        *axes: names of mesh axes; the result is sharded over none of them.
+        specs: a tree of PartitionSpecs or NamedShardings, such as the result of `specs`.
+        *axes: names of mesh axes; the result is not sharded over them.
 
     Returns:
         A tree of the same structure.
@@ -135,8 +139,8 @@ def replicated(specs: PyTree, *axes: str) -> PyTree:
     def place(x: Any) -> Any:
         if isinstance(x, NamedSharding) and (unknown := set(axes) - set(x.mesh.axis_names)):
             raise ValueError(
-                f"`axes` has {', '.join(map(repr, sorted(unknown)))}, but the mesh of `specs` has "
-                f"{', '.join(x.mesh.axis_names)}."
+                f"`axes` must be axes of the mesh of `specs`, which are "
+                f"{', '.join(x.mesh.axis_names)}; got {', '.join(map(repr, sorted(unknown)))}."
             )
         spec = x if isinstance(x, PartitionSpec) else getattr(x, "spec", None)
         return x if spec is None else with_spec(x, PartitionSpec(*map(keep, spec)))
@@ -145,19 +149,21 @@ def replicated(specs: PyTree, *axes: str) -> PyTree:
 
 
 def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
-    """Returns the sharding of an optimizer's state, from that of the adapter.
+    """Returns the shardings of an optimizer's state, which follow those of the adapter.
 
-    Under `jax.jit`, `tx.init` makes zeros that depend on nothing, so that XLA puts all of them on
-    one device unless `out_shardings` says where. Outside of `jax.jit`, `tx.init` needs no help.
+    Use it as `out_shardings` of `jax.jit(tx.init)`. Under `jax.jit`, `tx.init` makes zeros that
+    depend on nothing, so XLA would put all of them on one device. Outside of `jax.jit` you do not
+    need it.
 
     Args:
         state: from `jax.eval_shape(tx.init, adapter)`, for any optax transformation.
-        adapter: the adapter, arrays or `jax.ShapeDtypeStruct`s.
-        specs: from `specs`.
+        adapter: the adapter, of arrays or `jax.ShapeDtypeStruct`s.
+        specs: its shardings, from `specs`.
 
     Returns:
-        A tree of `state`'s structure: an array whose path ends in that of a leaf of `adapter`, and
-        which has its shape, gets its sharding; all else, such as a step count, is replicated.
+        A tree with the structure of `state`. An array gets the sharding of a leaf of `adapter` if
+        it has the shape of the leaf, and its path ends in the path of the leaf. Everything else,
+        such as a step count, is replicated.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora, optax
@@ -187,19 +193,20 @@ def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
 
 
 def _check_known(places: Mapping[Path, Any], found: Mapping[Path, Any]) -> None:
-    """Raises for the paths at which `base` has no leaf, or one that says nothing of sharding."""
+    """Raises for the paths at which `base` has no leaf, or a leaf without a sharding."""
     if missing := {path: _explain(path, places) for path in found if path not in places}:
         raise ValueError(
-            f"`base` lacks {len(missing)} of {len(found)} paths of `adapter`:\n{_listed(missing)}\n"
-            "Give the partitions of the tree that `init` was given, with the same paths."
+            f"`base` lacks {len(missing)} of {len(found)} paths of `adapter`:\n"
+            f"{list_reasons(missing)}\n"
+            "Give the shardings of the parameters that you gave to `init`, with the same paths."
         )
     unknown = {p: f"got {places[p].got}" for p in found if isinstance(places[p], Unknown)}
     if unknown:
         raise TypeError(
             "`base` must be a tree of PartitionSpec or NamedSharding, of arrays or "
-            "jax.ShapeDtypeStructs that carry one, or of Flax's partitioned parameters; it says "
-            f"nothing of sharding at {len(unknown)} of {len(found)} paths of `adapter`:\n"
-            f"{_listed(unknown)}"
+            "jax.ShapeDtypeStructs that have one, or of Flax's partitioned parameters; it has no "
+            f"sharding at {len(unknown)} of {len(found)} paths of `adapter`:\n"
+            + list_reasons(unknown)
         )
 
 
@@ -213,15 +220,11 @@ def _explain(path: Path, places: Mapping[Path, Any]) -> str:
     return f"not in `base`. {near_misses(name_of(path), [name_of(p) for p in places])}".rstrip()
 
 
-def _listed(reasons: Mapping[Path, str]) -> str:
-    return "\n".join(f"  {name_of(path)}: {why}" for path, why in reasons.items())
-
-
 # ----------------------------------------------------------------------------- how a leaf follows
 
 
 def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
-    """Returns the places of a leaf of the adapter where W is at `place`."""
+    """Returns the places of the arrays of a leaf of the adapter, for a W at `place`."""
     if not isinstance(place, PartitionSpec | NamedSharding):
         if len(place.device_set) == 1:
             return _each(leaf, (), lambda _: place)
@@ -239,7 +242,7 @@ def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
         if is_node(leaf) and leaf.layout.slots is not None:
             count, _, axis = leaf.layout.slots
             if shape[axis] // count % count_pieces(entries[axis], known):
-                del entries[axis]  # each device has all of a slot that cannot be divided
+                del entries[axis]  # a slot that cannot be divided is replicated
     if isinstance(place, PartitionSpec) and mesh is not None:
         place = NamedSharding(mesh, spec)
 
@@ -250,7 +253,7 @@ def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
 
 
 def _each(leaf: Any, dims: Sequence[int], place: Callable[[Sequence[Any]], Place]) -> Any:
-    """Returns `leaf` with the places of its arrays: `place` of what each of their axes follows."""
+    """Replaces each array of `leaf` by `place` of the axes of W that its axes follow."""
     if is_quantized(leaf):
         return leaf.map_arrays(lambda _, dims: place(dims))
     if not is_node(leaf):
@@ -260,7 +263,7 @@ def _each(leaf: Any, dims: Sequence[int], place: Callable[[Sequence[Any]], Place
 
 
 def _mesh_of(place: Any, entries: Collection[Any], given: Mesh | None) -> Mesh | None:
-    """Returns the mesh that `entries` are of; names that the mesh in scope has not are logical."""
+    """Returns the mesh of `entries`; None if they have names that the mesh in scope lacks."""
     if isinstance(place, NamedSharding) or given is not None:
         return place.mesh if isinstance(place, NamedSharding) else given
     scope = jax.sharding.get_abstract_mesh()

@@ -1,10 +1,11 @@
-"""The floor's ratios on real models, weights and batches: those of the two examples."""
+"""The floor's ratios on the models, weights and batches of two examples, and on a Llama."""
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import data
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,7 +18,9 @@ from . import floor, report, steps
 
 def run(quick: bool) -> None:
     """A row for each model, choice of sites and rank; quick: MiniLM on few sentences."""
-    works = [minilm(sentences=4)] if quick else [minilm(sentences=32), definitions(pairs=8)]
+    works = [minilm(sentences=4)]
+    if not quick:
+        works = [minilm(sentences=32), definitions(pairs=8), *map(grouped, floor.MODES)]
     ranks, rounds = ((8,), 2) if quick else ((8, 64), 9)
     rows = [row for work in works for row in measure(work, ranks, rounds)]
     report.table("real: ratios to the frozen step", rows)
@@ -79,6 +82,16 @@ def definitions(pairs: int) -> Work:
         return tuple(x[:, :-1] for x in (rows.ids, rows.segments, rows.positions))
 
     return Work(name, llama.Llama(config).apply, variables, batch, loss, inputs)
+
+
+def grouped(mode: str) -> Work:
+    """A Llama whose heads of queries share keys and values, with random weights."""
+    config = llama.Config(vocab=1024, layers=5, dim=640, hidden=1728, heads=10, kv_heads=2)
+    lm = llama.Llama(config, **{"scan": False} | floor.MODES[mode])
+    ids = jax.random.randint(jax.random.key(1), (4, 129), 0, config.vocab)
+    variables = nn.unbox(jax.jit(lm.init)(jax.random.key(0), ids))
+    name = f"Llama, 5 layers, d = 640, 4 × 128 tokens, {mode}"
+    return Work(name, lm.apply, variables, ids, steps.next_token, lambda ids: (ids[:, :-1],))
 
 
 def measure(work: Work, ranks: Sequence[int], rounds: int) -> list[dict]:

@@ -70,8 +70,8 @@ MISFITS = {
     at(1, "fused: `a` must be an array, got NoneType"): (
         adapter_with("fused", lambda a: a["fused"]._replace(a=None))
     ),
-    "`adapter` does not fit `base`: the paths of `adapter` begin with 'adapter/', those of "
-    "`base` do not. Give both with it, as variables has it, or both without, as "
+    "`adapter` does not fit `base`: the paths of `adapter` begin with 'adapter/', but the paths of "
+    "`base` do not. Give both with it, like `variables`, or both without it, like "
     "variables['adapter'].": lambda base, adapter: (base, {"adapter": adapter}),
     at(
         3,
@@ -149,14 +149,13 @@ HELD = {
     f"{ARRAY_AT}\"[0]['bucket']\". Put base and adapter into Params, so that the base stays "
     "frozen.": lambda: made(),
     # In the state of a module no node says which arrays are A and B.
-    f"{ARRAY_AT}\"['w'].value\". For nnx.Optimizer(model, tx, wrt=nnx.LoRAParam), whose tree is "
-    "the adapter alone, give `tx` itself.": (
+    f"{ARRAY_AT}\"['w'].value\". nnx.Optimizer(model, tx, wrt=nnx.LoRAParam) trains only the "
+    "adapter anyway: give it `tx` without jlora.optimizer.": (
         lambda: nnx.state(nnx.Dict(w=nnx.LoRAParam(X)), nnx.LoRAParam)
     ),
     **{
-        "`tree` must be an adapter or jlora.Params(base, adapter), but is a dict of both: at "
-        f"{name!r} are arrays alone, which would be trained, at the paths of the adapter beside "
-        "them. Give jlora.Params(base, adapter).": (
+        "`tree` must be an adapter or jlora.Params(base, adapter), but it is a dict of both: the "
+        f"base at {name!r} would be trained too. Give jlora.Params(base, adapter).": (
             lambda name=name: {name: made()[0], "adapter": made()[1]}
         )
         for name in ("base", "params")
@@ -209,9 +208,9 @@ LABELING: dict[str, Callable[[Any], Any]] = {
 def test_parameters_are_no_adapter(call: str, tree: str) -> None:
     """All of them would be trained, as if they were an adapter of `Full` leaves alone."""
     message = (
-        "`tree` must be an adapter or jlora.Params(base, adapter), but has arrays alone, as a "
-        "model's parameters have, all of which would be trained. Give the adapter that `init` "
-        "returned. If it is one, of jlora.Full leaves alone, give `tx` itself, or "
+        "`tree` must be an adapter or jlora.Params(base, adapter), but it has only arrays, like a "
+        "model's parameters: all of them would be trained. Give the adapter that `init` returned. "
+        "If it is an adapter of jlora.Full leaves only, use `tx` without jlora.optimizer, or give "
         "jlora.Params({}, adapter)."
     )
     with pytest.raises(TypeError, match=exactly(message)):
@@ -250,7 +249,7 @@ def test_merge_check_names_paths() -> None:
     broken = swap(broken, "fused", adapter["fused"]._replace(b=jnp.asarray(fused)))
     assert jax.tree.structure(jlora.merge(base, broken)) == jax.tree.structure(base)
     message = (
-        "`merge` gave values that are not finite at:\n"
+        "`merge` computed values that are not finite at:\n"
         "  fused: 6 of 36 values\n"
         "  layer/bias: 1 of 6 values\n"
         "The adapter or the base holds NaN or infinity there; use an earlier checkpoint."
@@ -271,13 +270,13 @@ ARRAY = "an array of float32 and shape (4, 6)"
 KEYS_OF_SEVERAL = "an array of key<fry> and shape (2,)"
 KEY_IS = "`key` must be one PRNG key, such as jax.random.key(0); got "
 CHECK = (
-    "`check` of merge needs concrete values; under jit, grad or vmap there are none. Merge without "
-    "it there, and check the result outside."
+    "`check` of merge needs concrete values, which jit, grad and vmap do not have. Merge without "
+    "`check` there, and check the result outside."
 )
 FORGOTTEN = (
     "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it, with paths "
-    "of `base`; got the root: float32[2,4]. Was it forgotten, as in apply(base, x) for "
-    "apply(base, adapter, x)? For the base model alone it is {}."
+    "of `base`; got the root: float32[2,4]. Was it forgotten, as in apply(base, x) instead of "
+    "apply(base, adapter, x)? For the base model, give {}."
 )
 WRONG: dict[type[Exception], dict[str, Any]] = {
     TypeError: {
@@ -292,7 +291,7 @@ WRONG: dict[type[Exception], dict[str, Any]] = {
     ValueError: {
         CHECK: lambda: jax.jit(lambda a: jlora.merge(PARAMS, a, check=True))(made()[1]),
         "`rank` of LoRA('') is 9, above min(inputs, outputs) = 4 of the root with shape (4, 6). "
-        "Lower the rank, or put a rule of its own for this leaf first, such as jlora.Full('').": (
+        "Lower the rank, or put a separate rule for this leaf first, such as jlora.Full('').": (
             lambda: init(LoRA("", rank=9), apply=lambda w, x: x @ w, params=W["w"])
         ),
     },
@@ -326,7 +325,7 @@ PAIRS = {
     "peft-adapter": (lambda x: jlora.peft.save("nowhere", PARAMS, x, ROWS), ADAPTER),
 }
 UNPACK = "the pair that `init` returns. Unpack it: base, adapter = lora.init(...)."
-APART = "Params. Give its `base` and `adapter` one by one."
+APART = "Params. Give its `base` and its `adapter` as two arguments."
 
 
 @pytest.mark.parametrize("case", list(PAIRS))
@@ -379,13 +378,14 @@ def test_a_collection_of_linen_variables() -> None:
             with pytest.raises(FlaxError, match="collection") as caught:
                 call()
             assert caught.value.__notes__[-1] == (
-                "jlora: Dense.apply takes the variables of model.init, a dict with the key "
+                "jlora: Dense.apply needs the variables of model.init, a dict with the key "
                 "'params'; got the keys 'kernel', 'bias'. Give variables, not variables['params']."
             )
     adapter = lora.init(KEY, variables, X)[1]
     message = (
-        "`adapter` does not fit `base`: the paths of `{}` begin with 'params/', those of `{}` do "
-        "not. Give both with it, as variables has it, or both without, as variables['params']."
+        "`adapter` does not fit `base`: the paths of `{}` begin with 'params/', but the paths of "
+        "`{}` do not. Give both with it, like `variables`, or both without it, like "
+        "variables['params']."
     )
     for f, *args in ((lora.apply, X), (jlora.merge,)):
         with pytest.raises(ValueError, match=exactly(message.format("adapter", "base"))):
@@ -401,13 +401,13 @@ def test_parameters_that_are_not_the_first_argument() -> None:
         with pytest.raises(TypeError, match="string index") as caught:
             call()
         assert caught.value.__notes__[-1] == (
-            "jlora: `apply_fn` is called with the parameters first, as its `x`. If they are its "
-            "`params`, give jlora.transform a function that takes them first, such as "
-            "lambda params, x: apply_fn(x, params)."
+            "jlora: jlora passes the parameters as the first argument of `apply_fn`, which is `x`. "
+            "If the parameters are `params`, give jlora.transform a function that has them first, "
+            "such as lambda params, x: apply_fn(x, params)."
         )
     message = (
         "LoRA('w') matches no leaf of `params`, which is one array of shape (2, 4). Are the "
-        "arguments in another order? The parameters come first: init(key, params, *args), and "
+        "arguments in the wrong order? The parameters come first: init(key, params, *args), and "
         "apply_fn(params, *args)."
     )
     with pytest.raises(ValueError, match=exactly(message)):

@@ -101,56 +101,55 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "NF4('w') matches no leaf of `params`. There is no leaf to match.": lambda: quantize(
             NF4("w"), params={}
         ),
-        "NF4('kernel$|head') is left with no leaf: earlier schemes take all 2 that it matches "
+        "NF4('kernel$|head') gets no leaf: earlier schemes match all 2 leaves that it matches "
         "(Int8('kernel|head')). The "
         "first match wins; reorder the schemes or drop this one.": lambda: quantize(
             Int8("kernel|head"), NF4("kernel$|head")
         ),
-        "NF4() has no pattern, which means every dense site but the head: give "
-        "`sites=lora.sites(params, ...)`, which says what those are, or a pattern.": lambda: (
+        "NF4() has no pattern, so it matches every dense site except the head. Give "
+        "`sites=lora.sites(params, ...)`, which lists the dense sites, or a pattern.": lambda: (
             quantize(NF4())
         ),
-        "NF4() takes every dense site but the head, and leaves that are trained in full, but "
-        "`sites` has none. Name leaves by a pattern.": (
+        "NF4() matches every dense site except the head and leaves trained in full, but `sites` "
+        "has no such site. Name leaves by a pattern.": (
             lambda: quantize(Int8("kernel"), NF4(), sites=True)
         ),
-        "`sites` is not of `params`: head is in one of them only. Give lora.sites(params, ...) of "
-        "the same tree.": lambda: quantize(
+        "`sites` does not belong to `params`: only one of them has head. Give "
+        "lora.sites(params, ...) of the same tree.": lambda: quantize(
             NF4("kernel"), params=swap(PARAMS, "head", None), sites=True
         ),
         "FP8('bucket') matches 'bucket' of dtype int32, which is not floating-point. Narrow the "
         "pattern.": lambda: quantize(FP8("bucket")),
-        "`sites` is not of `params`: arm is in one of them only. Give lora.sites(params, ...) of "
-        "the same tree.": lambda: quantize(
+        "`sites` does not belong to `params`: only one of them has arm. Give "
+        "lora.sites(params, ...) of the same tree.": lambda: quantize(
             NF4("kernel"), params={**PARAMS, "arm": array(64, 64)}, sites=True
         ),
         "NF4('odd|kernel') matches 'odd', which Full('odd') trains in full: trained leaves must "
         "not be quantized. Give NF4 a pattern that leaves it out.": lambda: quantize(
             NF4("odd|kernel"), sites=True
         ),
-        "NF4('kernel|bias') matches 'layer/bias' of shape (96,), which is no matrix. Narrow the "
+        "NF4('kernel|bias') matches 'layer/bias' of shape (96,), which is not a matrix. Narrow the "
         "pattern.": lambda: quantize(NF4("kernel|bias")),
-        "MXFP4('w') matches 'w' of shape (0, 64), which is no matrix. Narrow the pattern.": (
+        "MXFP4('w') matches 'w' of shape (0, 64), which is not a matrix. Narrow the pattern.": (
             lambda: quantize(MXFP4("w"), params={"w": jnp.ones((0, 64))})
         ),
-        "NF4('') matches 'the root' of shape (64,), which is no matrix. Narrow the pattern.": (
+        "NF4('') matches 'the root' of shape (64,), which is not a matrix. Narrow the pattern.": (
             lambda: quantize(NF4(""), params=array(64))
         ),
         "NF4('kernel') matches 'layer/kernel', which is quantized already, as Int8(block=32). "
         "Narrow the pattern, or give jlora.dequantize(params).": lambda: quantize(
             NF4("kernel"), params=quantize(Int8("kernel", block=32))
         ),
-        "Int4('odd') matches 'odd'. `group` of Int4('odd') is 128, which does not divide axis 0, "
-        "of length 96, of a weight of shape (96, 40). Blocks of 16, 32 divide it.": lambda: (
-            quantize(Int4("odd"))
+        "Int4('odd') matches 'odd'. `group` of Int4('odd') must divide axis 0, of length 96, of a "
+        "weight of shape (96, 40); got 128. Give one of 16, 32.": lambda: quantize(Int4("odd")),
+        "Int8('w') matches 'w'. `block` of Int8('w') must divide axis 1, of length 64, of a weight "
+        "of shape (3, 64, 64); got 128. Give one of 16, 32, 64.": lambda: quantize(
+            Int8("w", block=128), params=STACK
         ),
-        "Int8('w') matches 'w'. `block` of Int8('w') is 128, which does not divide axis 1, of "
-        "length 64, of a weight of shape (3, 64, 64). Blocks of 16, 32, 64 divide it.": lambda: (
-            quantize(Int8("w", block=128), params=STACK)
+        "MXFP4('head') matches 'head'. `block` of MXFP4('head') must divide axis 0, of length 40, "
+        "of a weight of shape (40, 96); got 32. None does: leave it out of the pattern.": lambda: (
+            quantize(MXFP4("head"))
         ),
-        "MXFP4('head') matches 'head'. `block` of MXFP4('head') is 32, which does not divide axis "
-        "0, of length 40, of a weight of shape (40, 96). No legal block divides it: leave it out "
-        "of the pattern.": lambda: quantize(MXFP4("head")),
         "'layer/kernel' of `params` has 3 values that are NaN or infinite, for which Int8 has no "
         "codes. Use a checkpoint whose values are finite.": lambda: quantize(
             Int8("kernel"),
@@ -174,7 +173,7 @@ def test_quantize(provoke: Callable[[], Any], error: type[Exception], message: s
 def test_refused_before_anything_is_deleted() -> None:
     """A mistake in the second scheme costs no weight of the first."""
     params = jax.tree.map(jnp.copy, PARAMS)
-    with pytest.raises(ValueError, match="is no matrix"):
+    with pytest.raises(ValueError, match="is not a matrix"):
         quantize(NF4("kernel"), Int8("bias"), params=params, donate=True)
     assert not any(x.is_deleted() for x in jax.tree.leaves(params))
 
@@ -192,8 +191,8 @@ def test_a_scan_and_methods_of_arrays():
 
 
 CAST = (
-    "a quantized weight has scales of {0}; those of {1} are {2}, and what they are computed from "
-    "is float32. Was the whole tree cast? Leave quantized weights as they are: "
+    "a quantized weight has scales of {0}; {1} needs {2}. Was the whole tree cast? Do not cast "
+    "quantized weights: "
     "jax.tree.map(lambda x: x if isinstance(x, jlora.Quantized) else x.astype(dtype), "
     "params, is_leaf=lambda x: isinstance(x, jlora.Quantized))."
 )
@@ -202,7 +201,10 @@ CAST = (
 @pytest.mark.parametrize(
     ("scheme", "words"),
     [
-        (NF4("w"), ("uint8, bfloat16, bfloat16", "NF4(block=64, double=True)", "uint8")),
+        (
+            NF4("w"),
+            ("uint8, bfloat16, bfloat16", "NF4(block=64, double=True)", "uint8, float32, float32"),
+        ),
         (Int8("w"), ("bfloat16", "Int8(block=None)", "float32 or float16")),
     ],
 )
@@ -231,24 +233,24 @@ SPEC = P(None, "tensor")
 TAKERS: dict[type[Exception], dict[str, Any]] = {
     ValueError: {
         "Full('kernel') matches 'layer/kernel', which is quantized: trained leaves must not be "
-        "quantized. Give NF4 a pattern that leaves it out, or narrow that of Full.": lambda: (
-            jlora.transform(model, Full("kernel")).init(KEY, adapted()[0], IDS)
+        "quantized. Give NF4 a pattern that leaves it out, or narrow the pattern of Full.": (
+            lambda: jlora.transform(model, Full("kernel")).init(KEY, adapted()[0], IDS)
         ),
-        "`unmerge` cannot take ΔW back at 'layer/kernel', which is quantized: its codes hold the "
+        "`unmerge` cannot subtract ΔW at 'layer/kernel', which is quantized: its codes hold the "
         "sum only roughly. Keep the base.": lambda: jlora.unmerge(*adapted()),
         "`specs` of gathered lacks 2 quantized weights of `base`: head, layer/kernel. Give the "
-        "partition of each.": lambda: sharding.gathered(
+        "sharding of each.": lambda: sharding.gathered(
             adapted()[0], {"embed": P(), "layer": {"bias": P()}}
         ),
-        f"{SPEC} names tensor, which no mesh in scope has. Give a NamedSharding, or call it under "
-        "jax.set_mesh(mesh).": lambda: jlora.wrap(lambda p: p["w"] @ p["w"])(
-            sharding.gathered(quantize(NF4("w"), params={"w": array(64, 64)}), {"w": SPEC})
-        ),
+        f"{SPEC} names the mesh axes tensor, which no mesh in scope has. Give a NamedSharding, or "
+        "call the function under jax.set_mesh(mesh).": lambda: jlora.wrap(
+            lambda p: p["w"] @ p["w"]
+        )(sharding.gathered(quantize(NF4("w"), params={"w": array(64, 64)}), {"w": SPEC})),
     },
     TypeError: {
-        "`merged` must hold plain arrays; quantized are head, layer/kernel. Give "
-        "jlora.dequantize(merged), or what jlora.merge returns without requantize=True.": lambda: (
-            checkpoint.export("/nowhere/merged", adapted()[0])
+        "`merged` must have plain arrays; got quantized leaves at head, layer/kernel. Give "
+        "jlora.dequantize(merged), or merge without requantize=True.": lambda: checkpoint.export(
+            "/nowhere/merged", adapted()[0]
         ),
     },
 }
@@ -271,24 +273,24 @@ def places(scheme: Any, spec: P, *shape: int) -> Any:
 
 
 MISFITS = {
-    "axis 0 of length 256 over tensor=4 gives each device 64, which is no multiple of the "
+    "axis 0 of length 256 over tensor=4 gives each device 64, which is not a multiple of the "
     "block 128 of Int4(group=128); blocks of 16, 32, 64 would fit": lambda: places(
         Int4("w"), P("tensor"), 256, 64
     ),
-    "axis 1 of length 256 over fsdp=2 × tensor=4 gives each device 32, which is no multiple of "
+    "axis 1 of length 256 over fsdp=2 × tensor=4 gives each device 32, which is not a multiple of "
     "the block 64 of Int8(block=64); blocks of 16, 32 would fit": lambda: places(
         Int8("w", block=64), P(None, ("fsdp", "tensor")), 3, 256, 64
     ),
-    "axis 0 of length 160 over tensor=4 gives each device 40, which is no multiple of the "
+    "axis 0 of length 160 over tensor=4 gives each device 40, which is not a multiple of the "
     "block 32 of NF4(block=32, double=True); none would fit": lambda: places(
         NF4("w", block=32), P("tensor"), 160, 64
     ),
     "axis 1 of length 64 is divided over tensor=4, but blocks of NF4(block=64, double=True) "
-    "run over the ends of its rows; quantize it with a block that divides its inputs": lambda: (
-        places(NF4("w"), P(None, "tensor"), 40, 64)
+    "cross the ends of its rows; quantize it with a block that divides its inputs": lambda: places(
+        NF4("w"), P(None, "tensor"), 40, 64
     ),
-    "axis 1 of length 40 is divided over fsdp=2, but blocks of FP4(block=64, double=False) run "
-    "over the ends of its rows; quantize it with a block that divides its inputs": lambda: places(
+    "axis 1 of length 40 is divided over fsdp=2, but blocks of FP4(block=64, double=False) cross "
+    "the ends of its rows; quantize it with a block that divides its inputs": lambda: places(
         FP4("w"), P(None, "fsdp"), 3, 40, 64
     ),
     "axis 0 of length 126 cannot be divided over tensor=4": lambda: places(
@@ -307,7 +309,7 @@ MISFITS = {
 def test_partition(provoke: Callable[[], Any], error: Any, message: str) -> None:
     """Where a device would get a part of a block."""
     whole = (
-        "`base` has partitions that do not fit at 1 of 1 paths of `adapter`:\n"
+        "`base` has shardings that do not fit at 1 of 1 paths of `adapter`:\n"
         f"  w: {message}\nCorrect them in `base`: the adapter follows W."
     )
     with refused(error, whole):

@@ -23,8 +23,8 @@ INITIALIZER = "must be an initializer such as jlora.initializers.gaussian"
 FIELDS: list[tuple[str, type[Exception], str, tuple[Any, ...]]] = [
     ("rank", ValueError, "must be an integer of at least 1", (0, -3, 8.0, math.inf, True, "8")),
     ("alpha", ValueError, NUMBERS, (math.nan, -math.inf, None, True, 0, -16.0, 10**400)),
-    ("dropout", ValueError, "must lie in [0, 1)", (1.0, -0.1, math.nan)),
-    ("dtype", TypeError, "must be a floating-point one", (jnp.int32, "float33")),
+    ("dropout", ValueError, "must be in [0, 1)", (1.0, -0.1, math.nan)),
+    ("dtype", TypeError, "must be a floating-point dtype", (jnp.int32, "float33")),
     ("slots", TypeError, "must be a jlora.Slots", (3,)),
     ("init", TypeError, INITIALIZER, ("gaussian",)),
     # `"false"` from a configuration file is not False.
@@ -58,7 +58,7 @@ SCHEMES = (
 )
 COUNT = "`count` of Slots must be an integer of at least 1; got "
 DISTINCT = "`chosen` of Slots must name distinct slots, at least one; got "
-ENDS = "starts or ends with `/`, but a pattern matches whole components of a path: write "
+ENDS = "must not start or end with `/`: a pattern matches whole components of a path: write "
 TX = "`tx` must be an optax transformation, such as optax.adamw(2e-4); got "
 NO_PATTERN = "is not a regular expression: "
 MALFORMED: dict[type[Exception], dict[str, Callable[[], Any]]] = {
@@ -77,7 +77,7 @@ MALFORMED: dict[type[Exception], dict[str, Callable[[], Any]]] = {
         ),
         f"{COUNT}0.": lambda: Slots(0, (0,)),
         f"{DISTINCT}(0, 2, 0).": lambda: Slots(3, (0, 2, 0)),
-        "`chosen` of Slots must lie in [0, 3), the slots; got (-1, 1).": lambda: Slots(3, (-1, 1)),
+        "`chosen` of Slots must be in [0, 3); got (-1, 1).": lambda: Slots(3, (-1, 1)),
         **{
             f"`{name}` {NUMBERS}; got {x!r}.": (lambda f=f, x=x: f(x))
             for name, f in {"ratio": jlora.lora_plus, "damping": jlora.precondition}.items()
@@ -89,8 +89,10 @@ MALFORMED: dict[type[Exception], dict[str, Callable[[], Any]]] = {
         "`chosen` of Slots must be a tuple of integers; got 0.": lambda: Slots(3, 0),
         "`axis` of Slots must be an integer; got 0.5.": lambda: Slots(3, (0,), axis=0.5),
         f"{TX}{optax.adamw!r}.": lambda: jlora.optimizer(optax.adamw),
-        "`apply_fn` must be a function of parameters; got one of type LoRA. Give it first: "
-        "transform(model.apply, LoRA(...)).": lambda: jlora.transform(LoRA("w"), LoRA("w")),
+        "`apply_fn` must be a function of parameters; got an object of type LoRA. The function "
+        "comes first: transform(model.apply, LoRA(...)).": lambda: jlora.transform(
+            LoRA("w"), LoRA("w")
+        ),
         f"{RULES}a list; unpack it with `*`, transform(apply_fn, *rules).": (
             lambda: jlora.transform(model, [LoRA("w", rank=2)])
         ),
@@ -100,7 +102,7 @@ MALFORMED: dict[type[Exception], dict[str, Callable[[], Any]]] = {
         f"{SCHEMES}a list; unpack it with `*`, quantize(params, *schemes).": (
             lambda: jlora.quantize({}, [jlora.NF4()])
         ),
-        "`scheme` of loftq must be one such as jlora.NF4(); got the class Int8; call it, "
+        "`scheme` of loftq must be a scheme such as jlora.NF4(); got the class Int8; call it, "
         "Int8(...).": lambda: jlora.initializers.loftq(jlora.Int8),
         f"{RULES}the class Full; call it, Full(...).": (
             lambda: checkpoint.save("nowhere", {"w": jnp.ones((2, 2))}, [Full])
@@ -121,12 +123,12 @@ def test_malformed_rule(provoke: Callable[[], Any], error: type[Exception], mess
 def test_keywords_of_peft(rule: type) -> None:
     """Each says what to give; another keyword is Python's own error, and the signature stays."""
     for name, remedy in KEYWORDS_OF_PEFT.items():
-        message = f"{rule.__name__} does not have the keywords of PEFT: `{name}` is {remedy}."
+        message = f"{rule.__name__} does not have PEFT's keywords: `{name}` is {remedy}."
         with pytest.raises(TypeError, match=exactly(message)):
             rule("w", **{name: 1})
     with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
         rule("w", ranks=1)
-    several = "LoRA does not have the keywords of PEFT: `r` is `rank`; `lora_alpha` is `alpha`."
+    several = "LoRA does not have PEFT's keywords: `r` is `rank`; `lora_alpha` is `alpha`."
     with pytest.raises(TypeError, match=exactly(several.replace("LoRA", rule.__name__))):
         rule(r=8, lora_alpha=16)
     fields = [field.name for field in dataclasses.fields(rule)]
@@ -140,7 +142,7 @@ IN_FULL = "Narrow the pattern, or train the leaf in full with jlora.Full."
 
 def bad_start(*given: str) -> str:
     return (
-        "`init` of LoRA('kernel') must give W, A and B for 'layer/kernel', floating-point, of "
+        "`init` of LoRA('kernel') must return floating-point W, A and B for 'layer/kernel', of "
         "shapes ((4, 6), (4, 2), (2, 6)) and with W's dtype float32; got "
         f"({', '.join(given)})."
     )
@@ -159,14 +161,14 @@ def started(change: Callable[..., Any]) -> Callable[[], Any]:
 
 
 UNFIT = {
-    "`rules` is empty, so that nothing would be trained. "
+    "`rules` is empty, so nothing would be trained. "
     "Give transform(apply_fn, ...) a jlora.LoRA() or a jlora.Full(pattern).": lambda: init(),
     "LoRA('layer/kernal') matches no leaf of `params`. "
     "Near misses: layer/kernel, vocabulary, fused.": lambda: init(LoRA("layer/kernal", rank=2)),
     "LoRA('w') matches no leaf of `params`. There is no leaf to match.": lambda: init(
         LoRA("w", rank=2), apply=lambda p, x: x, params={}
     ),
-    "Full('kernel|fused') is left with no leaf: earlier rules take all 2 that it matches "
+    "Full('kernel|fused') gets no leaf: earlier rules match all 2 leaves that it matches "
     "(LoRA('fused'), Full('layer')). The first match wins; reorder the rules or drop this one.": (
         lambda: init(LoRA("fused", rank=2), Full("layer"), Full("kernel|fused"))
     ),
@@ -174,25 +176,26 @@ UNFIT = {
     "Name leaves by a pattern; print(transform(apply_fn).sites(...)) lists the sites.": lambda: (
         init(LoRA(rank=2), apply=lambda p, x: p["table"][jnp.array([0, 1])], params={"table": X})
     ),
-    "LoRA('layer') matches 'layer/bias' of shape (6,), which is used by nothing linear: it is "
-    "no matrix (shape (6,)). Narrow the pattern (did you mean 'layer/kernel'?), or train the "
-    "leaf in full with jlora.Full.": lambda: init(LoRA("layer", rank=2)),
-    "LoRA('unused') matches 'unused' of shape (3, 5), which is used by nothing linear: "
-    f"it is not used by the traced call. {IN_FULL}": lambda: init(LoRA("unused", rank=2)),
-    "LoRA('bucket') matches 'bucket' of shape (3, 3), which is used by nothing linear: "
-    "it is not floating-point (int32). Narrow the pattern.": lambda: init(LoRA("bucket", rank=2)),
+    "LoRA('layer') matches 'layer/bias' of shape (6,), which is not a matrix. Narrow the pattern "
+    "(did you mean 'layer/kernel'?), or train the leaf in full with jlora.Full.": lambda: init(
+        LoRA("layer", rank=2)
+    ),
+    "LoRA('unused') matches 'unused' of shape (3, 5), which the traced call does not use. "
+    f"{IN_FULL}": lambda: init(LoRA("unused", rank=2)),
+    "LoRA('bucket') matches 'bucket' of dtype int32, which is not floating-point. Narrow the "
+    "pattern.": lambda: init(LoRA("bucket", rank=2)),
     "Full('bucket') matches 'bucket' of dtype int32, which cannot be trained. "
     "Narrow the pattern to floating-point leaves.": lambda: init(Full("bucket")),
     "`rank` of LoRA('kernel') is 5, above min(inputs, outputs) = 4 of 'layer/kernel' with "
-    "shape (4, 6). Lower the rank, or put a rule of its own for this leaf first, such as "
+    "shape (4, 6). Lower the rank, or put a separate rule for this leaf first, such as "
     "jlora.Full('layer/kernel').": lambda: init(LoRA("kernel", rank=5)),
     "`rank` of LoRA('fused') is 3, above min(inputs, outputs) = 2 of 'fused' with shape "
-    "(6, 6). Lower the rank, or put a rule of its own for this leaf first, such as "
+    "(6, 6). Lower the rank, or put a separate rule for this leaf first, such as "
     "jlora.Full('fused').": lambda: init(LoRA("fused", rank=3, slots=Slots(3, (0, 2)))),
-    "`count` of Slots is 4, which does not divide the 6 outputs of 'fused' with shape (6, 6).": (
+    "`count` of Slots must divide the 6 outputs of 'fused' with shape (6, 6); got 4.": (
         lambda: init(LoRA("fused", rank=1, slots=Slots(4, (0,))))
     ),
-    "`axis` of Slots is 1, but 'fused' has 1 output axes; it must lie in [0, 1).": lambda: init(
+    "`axis` of Slots must be in [0, 1), as 'fused' has 1 output axes; got 1.": lambda: init(
         LoRA("fused", rank=1, slots=Slots(3, (0,), axis=1))
     ),
     bad_start(W, "((2, 4), 'floating-point')", B): started(lambda w, a, b: (w, a.T, b)),
@@ -215,8 +218,8 @@ def test_added_position() -> None:
     """A position embedding that is added is no site; the line that adds it is named."""
     line = line_of(model, 'params["position"]')
     message = (
-        "LoRA('position') matches 'position' of shape (2, 6), which is used by nothing linear: "
-        f"it is used only by `add` at {line} (model). {REMEDY}"
+        "LoRA('position') matches 'position' of shape (2, 6), which the model uses only in "
+        f"`add` at {line} (model). {REMEDY}"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         init(LoRA("position", rank=2))

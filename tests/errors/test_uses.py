@@ -33,7 +33,9 @@ import jlora
 from jlora import LoRA
 
 RULE, FORMED = LoRA("w", rank=2), LoRA("w", rank=2, materialize=True)
-AT_COST = "LoRA(..., materialize=True): exact, but at full memory and time."
+AT_COST = (
+    "LoRA(..., materialize=True), which forms W + ΔW there: exact, but at full memory and time."
+)
 
 
 @jax.custom_vjp
@@ -188,14 +190,14 @@ def test_outside_is_refused(outside: Outside) -> None:
     """
     if outside.only:
         error: Any = ValueError
-        start = "LoRA('w') matches 'w' of shape (4, 4), which is used by nothing linear: "
-        start += f"it is used only by {outside.first_use}"
+        start = "LoRA('w') matches 'w' of shape (4, 4), which the model uses only in "
+        start += outside.first_use
         end = REMEDY
     else:
         error = NotImplementedError
         start = "LoRA('w') matches 'w', which the model also uses where W + s·A·B has no "
         start += f"factored form: {outside.first_use}"
-        end = f"Leave it out of the rules, or let W + ΔW be formed there with {AT_COST}"
+        end = f"Leave it out of the rules, or give {AT_COST}"
     with pytest.raises(error) as caught:
         init(RULE, apply=outside.apply, params=SQUARE)
     others = r"(; .* at .*)*\. "
@@ -204,9 +206,8 @@ def test_outside_is_refused(outside: Outside) -> None:
         return
     base, adapter = init(RULE, apply=dense, params=SQUARE)  # for a call that `init` did not see
     message = (
-        f"the weight 'w' reaches {outside.first_use}, for which there is no factored form of "
-        "W + s·A·B. Leave the weight out of the rules, or let W + ΔW be formed there with "
-        f"{AT_COST}"
+        f"the weight 'w' reaches {outside.first_use}, where W + s·A·B has no factored form. Leave "
+        f"the weight out of the rules, or give {AT_COST}"
     )
     lora = jlora.transform(outside.apply, RULE)
     for apply in (lora.apply, jax.jit(lora.apply)):
@@ -230,7 +231,7 @@ def test_what_all_linear_misses_is_listed_with_the_reason(outside: Outside) -> N
     *_, [line], _, last = [[x] if x.startswith("w ") else x for x in str(sites).split("\n")]
     assert re.fullmatch("1 of 1 sites adapted; .*; 1 more weights have no factored form", last)
     assert re.search(f"  used in {used}", line)
-    with pytest.warns(UserWarning, match=rf"^LoRA\(\) leaves 1 weights as they are.*w \({used}"):
+    with pytest.warns(UserWarning, match=rf"^LoRA\(\) does not adapt 1 weights.*w \({used}"):
         _, adapter = lora.init(KEY, params, X)
     assert set(adapter) == {"v"}
     with pytest.raises(ValueError, match=r"the model has none.*\n.*\n  w: used in .*`"):
@@ -302,7 +303,7 @@ def test_every_use_is_named() -> None:
     where = "test_every_use_is_named.<locals>.twice"
     assert f"`sin` at {first} ({where}); `tanh` at {second} ({where})." in text
     assert text.count("`sin`") == 1
-    assert "not used by the traced call" not in message_of(
+    assert "the traced call does not use" not in message_of(
         lambda: init(RULE, apply=use_one_output, params=SQUARE)
     )
 
@@ -310,8 +311,8 @@ def test_every_use_is_named() -> None:
 def test_dropout_where_formed() -> None:
     """Dropout has no input to act on where W + ΔW is formed, and `init` says so."""
     message = (
-        f"dropout cannot act where W + ΔW is formed (`sin` at {line_of(use_sin, '# here')} "
-        "(use_sin)): there is no input to drop. Give this site a rule with dropout=0."
+        f"dropout has no input to drop where W + ΔW is formed (`sin` at "
+        f"{line_of(use_sin, '# here')} (use_sin)). Give this site a rule with dropout=0."
     )
     with pytest.raises(ValueError, match=exactly(message)):
         init(LoRA("w", rank=2, dropout=0.5, materialize=True), apply=use_sin, params=SQUARE)
@@ -360,8 +361,8 @@ def test_python_reads_an_adapted_weight(case: str) -> None:
     """Python code that asks for the value of an adapted weight is refused, by both."""
     apply = BRANCHES[case]
     text = message_of(lambda: init(RULE, apply=apply, params=SQUARE))
-    assert "asks in Python for the value" in text and "'w'" in text
+    assert "reads the value of an array" in text and "'w'" in text
     assert os.path.dirname(jlora.__file__) not in text  # no line of jlora
     base, adapter = init(RULE, apply=dense, params=SQUARE)
-    with pytest.raises(TypeError, match="asks in Python for the value"):
+    with pytest.raises(TypeError, match="reads the value of an array"):
         jlora.transform(apply).apply(base, adapter, X)

@@ -277,7 +277,7 @@ def test_learns_and_writes_what_is_served(whole, base):
     result, folder, printed, speeds, _ = whole
     assert len(result.losses) == 6
     assert result.after < result.before
-    assert f"vLLM 0.33.0 takes it: vllm serve {base} --enable-lora" in printed
+    assert f"vLLM 0.33.0 supports it: vllm serve {base} --enable-lora" in printed
     assert f"merged: vllm serve {folder / 'merged'}" in printed
     assert printed.count("  before: ") == printed.count("  after:  ") == chat.SHOWN
     assert "4 more steps take" in printed

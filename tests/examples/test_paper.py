@@ -229,7 +229,7 @@ def test_mnli_and_what_starts_from_it(checkpoints, tmp_path):
 
     other = [*args, *still, "--start", start, "--rank", 4, "--out", tmp_path / "c"]
     said = stopped(*other)
-    assert said.startswith(f"`like` is not of the form of the adapter in {start}:\n")
+    assert said.startswith(f"`like` does not have the form of the adapter in {start}:\n")
     assert "query/kernel/a: expected shape (2, 32, 8)" in said
 
 

@@ -121,7 +121,7 @@ def test_runs_are_done_once_and_become_a_table(tmp_path):
     each = [(name, *x) for name in ("dora", "lora_all") for x in ((-4, 0), (-2, 0), (-4, 1))]
     for name, half_decades, seed in 2 * each:
         columns = {"task": "movies", "variant": name}
-        loss = trials.run_once(path, variants.round_results(runner), columns, half_decades, seed)
+        loss = trials.run_once(path, runner, columns, half_decades, seed)
         assert loss == 10 ** (half_decades / 2)
     assert len(calls) == len(each)
     variants_table.write(tmp_path)

@@ -1,4 +1,4 @@
-"""An adapter in PEFT's files: its configuration, what it selects, reading and writing.
+"""The files of a PEFT adapter: their configuration, the modules it selects, reading and writing.
 
 Imports `_adapters`, `_folders`, `_rules`, `_tree`, `_types`, `peft._file`, `peft._problems`,
 `peft.names`.

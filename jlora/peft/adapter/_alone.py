@@ -22,25 +22,24 @@ from ._tree import make_frozen_tensors, make_tensors
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, LowRank | Decomposed | Replaced | np.ndarray]:
-    r"""Reads an adapter without its model, to look at it.
+    r"""Reads an adapter without its model, for inspection.
 
-    The checks are those of `load`; only whether it fits its model, and whether all that its
-    configuration names is there, cannot be known. Where several parameters of one module of experts
-    are adapted, the file does not say which is which: they are taken in the order of
-    `target_parameters` in which their ranks and numbers of experts agree.
+    The file is checked as in `load`, but not against a model. If several parameters of a module of
+    experts are adapted, the file does not distinguish them. They are then assigned in the order of
+    `target_parameters` for which ranks and numbers of experts agree.
 
     Args:
         path: the adapter's folder.
 
     Returns:
-        The leaves by PyTorch's names: a `LowRank` node for a module, or for a parameter of
-        experts, whose axes are those of PyTorch's weight, or a `Decomposed` where it is of DoRA; a
-        `Replaced` for rows of an embedding; an array for a parameter in full. A head that is tied
-        to an embedding has no A and B of its own.
+        The leaves by PyTorch's names, with the axes of PyTorch's weights: a `LowRank` node for each
+        module or parameter of experts (with DoRA a `Decomposed`), a `Replaced` for rows of an
+        embedding, and an array for a parameter in full. A head that is tied to an embedding has no
+        entry.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
-        ValueError: as `load`.
+        ValueError: as in `load`.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -64,9 +63,9 @@ class Alone(NamedTuple):
     """An adapter with its values.
 
     Attributes:
-        adapter: what its tensors are.
-        contents: their values, without A and B of the heads that are in `tied`.
-        tied: by the key of an embedding, the key of the head that has its A and B.
+        adapter: its tensors, sorted.
+        contents: their values, without A and B of the heads in `tied`.
+        tied: a dict from the key of an embedding to the key of the head with the same A and B.
     """
 
     adapter: Adapter
@@ -75,7 +74,7 @@ class Alone(NamedTuple):
 
     @property
     def rows(self) -> dict[str, Replaced]:
-        """The node of each embedding with rows by its module."""
+        """The node of each embedding with replaced rows, by module."""
         layout, tokens = Layout((), (0,), (1,)), self.contents.tokens.values()
         return {x.module: Replaced(jnp.asarray(x.v), x.rows, layout) for x in tokens}
 
@@ -115,13 +114,13 @@ def write_alone(
     problems: Problems,
     argument: str,
 ) -> None:
-    """Writes `parts`, and what is tied and frozen in each of the adapters that they come from.
+    """Writes `parts`, with the tied heads and frozen parameters of the adapters they come from.
 
-    The caller has refused those with parameters in full or rows of embeddings.
+    The caller has refused adapters with parameters in full or rows of embeddings.
 
     Raises:
-        FileExistsError: if `out` is there and not an empty folder.
-        ValueError: with the title of `problems`, if what would be written could not be read.
+        FileExistsError: if `out` exists and is not an empty folder.
+        ValueError: with the title of `problems`, if `read` would refuse the new files.
     """
     tied = {key: head for alone in each for key, head in alone.tied.items()}
     frozen = {name: x for alone in each for name, x in alone.contents.frozen.items()}

@@ -1,4 +1,4 @@
-"""`adapter_config.json`: its fields, which values are refused, and how it is written."""
+"""`adapter_config.json`: its fields, the values that are refused, and its format."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from .._file import CONFIG, Source, read_json, shorten, show
 from ._patterns import PLAIN, explain_refused, wrap_key, wrap_layer
 
 LIMIT = 4 * 2**20  # bytes
-PARAMETERS = 100  # names of which each is looked for in every module
-# What PEFT 0.21 writes for every method.
+PARAMETERS = 100  # names; each is searched in all modules
+# The fields that PEFT 0.21 writes for every method.
 COMMON: dict[str, Any] = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -22,7 +22,7 @@ COMMON: dict[str, Any] = {
     "target_modules": [],
     "task_type": None,
 }
-# What goes beyond plain LoRA, as does every key that is not among the defaults.
+# Features beyond plain LoRA, as is every unknown field: those that jlora supports, and the others.
 _READ = {"trainable_token_indices": None, "use_dora": False}
 _UNREAD = {
     "alora_invocation_tokens": None,
@@ -64,30 +64,35 @@ DEFAULTS = _PLAIN | _READ | _UNREAD
 METHODS = tuple(_READ)
 MISS, ROWS_ALONE = "MISS", "TRAINABLE_TOKENS"  # other methods
 ROWS_DEFAULTS = COMMON | {"init_weights": True, "peft_type": ROWS_ALONE, "token_indices": []}
-# Initial values of A and B that leave the base as it is.
+# Initializations of A and B that do not change the base.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the fields of an adapter's `adapter_config.json`, for `save(..., config=...)`.
 
-    They carry what an adapter tree has no place for: task type, revision, the name of the base
-    model, how the modules are selected. With them, load and save give back PEFT's own bytes.
+    An adapter tree does not store these: task type, revision, the name of the base model, how the
+    modules are selected. With `config`, an adapter that is loaded and saved again has PEFT's bytes.
 
     Args:
         path: the adapter's folder.
 
     Returns:
-        The JSON object as it is in the file.
+        The JSON object of the file, as a dict.
 
     Raises:
-        FileNotFoundError: if the folder has none.
-        ValueError: if the file is too large, a link, or no JSON object.
+        FileNotFoundError: if the folder or the file is missing.
+        ValueError: if the file is too large, a link, or not a JSON object.
 
     Examples:
+        >>> import pathlib, tempfile
         >>> from jlora import peft
-        >>> config = peft.read_config("adapter")  # doctest: +SKIP
-        >>> peft.save("copy", base, adapter, peft.LLAMA, config=config)  # doctest: +SKIP
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "adapter_config.json")
+        ...     _ = file.write_text('{"peft_type": "LORA", "task_type": "CAUSAL_LM"}')
+        ...     config = peft.read_config(folder)
+        >>> config["task_type"]
+        'CAUSAL_LM'
     """
     return read_json(Source(Path(path)), CONFIG, LIMIT)
 
@@ -101,11 +106,11 @@ def dumps(fields: Mapping[str, Any]) -> str:
 
 
 def problems_of(fields: Mapping[str, Any], remedy: str | None = None) -> list[str]:
-    """Lists why the fields cannot be read as an adapter; nothing if they can.
+    """Lists the problems with a configuration.
 
     Args:
         fields: the configuration.
-        remedy: what to do about another method; by default what helps with files.
+        remedy: what to do about another method; the default is for files.
     """
     method = fields.get("peft_type", "LORA")
     if method == ROWS_ALONE:
@@ -124,16 +129,16 @@ def problems_of(fields: Mapping[str, Any], remedy: str | None = None) -> list[st
     return found + list_misformed(fields)
 
 
-_LOAD_MISS = "load it onto its base by jlora.peft.load"
-_NAME = "the file names no method; write the name of the one that it is of"
+_LOAD_MISS = "load it onto its base with jlora.peft.load"
+_NAME = "set it to the method of the adapter"
 _CONVERT = (
-    "write it as LoRA in PEFT, by peft.save_as_lora, or where that does not take it, as AdaLoRA, "
-    "merge it there, by merge_and_unload"
+    "convert it to LoRA in PEFT with peft.save_as_lora; if PEFT cannot (AdaLoRA), merge it there "
+    "with merge_and_unload"
 )
 
 
 def list_unsupported(fields: Mapping[str, Any]) -> list[str]:
-    """Lists the fields as features that are not supported."""
+    """Lists `fields` as features that are not supported."""
     return [
         f"{show(key)}: {shorten(value)} is a feature that jlora does not support"
         for key, value in fields.items()
@@ -141,34 +146,33 @@ def list_unsupported(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _list_contradictions(fields: Mapping[str, Any]) -> list[str]:
-    """Lists combinations that PEFT's files do not have, or that need a changed base."""
+    """Lists values that PEFT's files do not have together, or that need a changed base."""
     found = [
-        f"{key}: {shorten(fields[key])} is nothing that PEFT has beside use_dora"
+        f"{key}: {shorten(fields[key])} cannot be combined with use_dora in PEFT"
         for key in ("lora_bias", "target_parameters")
         if fields.get("use_dora") and fields.get(key)
     ]
     start = fields.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in STARTS:
         found.append(
-            f"init_lora_weights: {shorten(start)} changes the base model, so that the adapter "
-            "alone means nothing; convert it in PEFT (path_initial_model_for_weight_conversion)"
+            f"init_lora_weights: {shorten(start)} changes the base model, which the adapter needs; "
+            "convert the adapter in PEFT (path_initial_model_for_weight_conversion)"
         )
     if fields.get("target_modules") == "all-linear":
         found.append(
-            "target_modules: 'all-linear' is a word of PEFT's constructor; its own files list the "
-            "modules"
+            "target_modules: 'all-linear' is for PEFT's constructor; a file must list the modules"
         )
     return found
 
 
 def find_features(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Finds the fields by which a configuration goes beyond plain LoRA."""
+    """Finds the fields with features beyond plain LoRA."""
     each = ((key, x) for key, x in fields.items() if key not in _PLAIN)
     return {key: x for key, x in each if x and x != DEFAULTS.get(key)}
 
 
 def list_misformed(fields: Mapping[str, Any]) -> list[str]:
-    """Lists the fields whose values are not of the kind that PEFT writes."""
+    """Lists the fields with values that PEFT would not write."""
     wrong = [
         f"{key}: expected {what}, got {shorten(fields[key])}"
         for key, (what, fits) in _KINDS.items()
@@ -190,7 +194,7 @@ def _list_refused_patterns(fields: Mapping[str, Any]) -> list[str]:
 
 
 _Fits = Callable[[Any], bool]
-_SHORT = 10_000  # entries, so that matching all of them stays quick
+_SHORT = 10_000  # entries, so that all of them are matched quickly
 
 
 def _is_text(x: Any) -> bool:
@@ -245,7 +249,7 @@ _KINDS: dict[str, tuple[str, _Fits]] = {
     "lora_dropout": ("a number in [0, 1)", lambda x: is_finite(x) and 0 <= x < 1),
     "token_indices": ("distinct rows", _is_rows),
     "trainable_token_indices": (
-        f"distinct rows, or rows by the names of at most {PARAMETERS} modules, or null",
+        f"distinct rows, an object with the rows of at most {PARAMETERS} modules, or null",
         _or_null(_is_rows, _is_rows_by_name),
     ),
     "use_dora": _FLAG,

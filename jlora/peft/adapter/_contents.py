@@ -1,4 +1,4 @@
-"""Sorts the tensors of an adapter by their keys and its configuration."""
+"""Sorts the tensors of an adapter by key and configuration."""
 
 import collections
 import math
@@ -13,17 +13,17 @@ from ._files import MAGNITUDE, Files
 from ._select import Selection
 from ._tokens import DELTA, DELTA_ALONE, WRAPPED, Tokens, find_rows
 
-BASE = ".base_layer"  # what is wrapped by an adapter
+BASE = ".base_layer"  # the module that an adapter wraps
 B_BIAS = ".lora_B.bias"
-# PEFT saves the weights of an embedding that is targeted by one of these names beside its A and B.
+# If one of these names is targeted, PEFT saves the weight too, with A and B.
 SAVED_BY_NAME = ("embed_tokens", "lm_head")
-# What the modules are called whose weight a model's head may share: of embeddings, then of heads.
+# Names of embeddings, and of heads, that may share one weight.
 SHARED = re.compile(
     r"(^|[._])(embed_tokens|embed_in|wte|word_embeddings?|tokens?_embed|tok_embeddings|shared"
     r"|lm_head|lm_head\.decoder|cls\.predictions\.decoder|embed_out|proj_out|output_projection"
     r"|generator_lm_head|lm_loss|pred_layer\.proj|output)$"
 )
-# PEFT lists these for every sequence classifier, whatever its head is called.
+# PEFT lists both names for every sequence classifier, whatever its head is called.
 HEADS = ("classifier", "score")
 FACTOR = re.compile(
     r"(?P<module>.+?)(?P<depth>(?:\.base_layer)*)"
@@ -37,13 +37,13 @@ class Part(NamedTuple):
     Attributes:
         name: PyTorch's parameter.
         kind: `linear`, `embedding`, `conv` or `experts`.
-        key: what patterns match: the module, or the parameter where it is chosen by its name.
+        key: the name that patterns match: the module, or the parameter if it is targeted by name.
         a: PEFT's A, an array or a `TensorInfo` of the file.
         b: PEFT's B.
         scale: s.
-        transposed: whether PyTorch keeps the weight as (inputs, outputs); None if not known.
+        transposed: whether PyTorch stores the weight as (inputs, outputs); None if not known.
         m: PEFT's magnitudes of DoRA, or None.
-        experts: how many experts share A and B.
+        experts: how many experts A and B are for.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Part(NamedTuple):
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        """A and B, and the magnitudes if there are any."""
+        """A, B, and the magnitudes if there are any."""
         return (self.a, self.b) if self.m is None else (self.a, self.b, self.m)
 
     @property
@@ -73,22 +73,22 @@ class Part(NamedTuple):
 
     @property
     def magnitude_shape(self) -> tuple[int, ...]:
-        """The shape of PEFT's magnitudes, one for each output."""
+        """The shape of PEFT's magnitudes: one for each output."""
         n = self.b.shape[0]
         return (1, n, *[1] * (len(self.a.shape) - 2)) if self.kind == "conv" else (n,)
 
 
 class Contents(NamedTuple):
-    """What an adapter has for the parameters of a model, by PyTorch's names.
+    """The tensors of an adapter by PyTorch's parameters.
 
-    Its arrays are values, or the `TensorInfo`s of a file whose values are not read yet.
+    A tensor is an array, or a `TensorInfo` if its values are not read yet.
 
     Attributes:
         parts: A and B.
-        full: what replaces a parameter.
-        frozen: what a parameter must be.
-        tokens: what replaces rows of an embedding.
-        biases: what `lora_bias` adds to the bias of a module, and its scale.
+        full: tensors that replace a parameter.
+        frozen: tensors that must equal the base's parameter.
+        tokens: rows that replace those of an embedding.
+        biases: tensors that `lora_bias` adds to the bias of a module, with their scale.
     """
 
     parts: list[Part]
@@ -99,15 +99,15 @@ class Contents(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """The tensors of an adapter, sorted by what they are.
+    """The tensors of an adapter, sorted by kind.
 
     Attributes:
         fields: its configuration.
-        selection: the modules that this selects.
-        modules: A and B by module. Where several parameters of a module are adapted, the file does
-            not say which is which: they are in the order in which PEFT wraps them.
-        others: all else that the adapter has.
-        heads: names of tied heads, for which the configuration lists an embedding's rows once more.
+        selection: the modules that the configuration selects.
+        modules: A and B by module. If several parameters of a module are adapted, the file does not
+            distinguish them: they are in the order in which PEFT wraps them.
+        others: all other tensors.
+        heads: tied heads, for which the configuration repeats the rows of the embedding.
     """
 
     fields: dict[str, Any]
@@ -125,7 +125,7 @@ class Adapter(NamedTuple):
 
 
 def sort_tensors(files: Files, problems: Problems) -> Adapter:
-    """Sorts tensors by what they are; raises for a configuration that is not supported."""
+    """Sorts tensors by kind; raises if the configuration is not supported."""
     fields = files.fields
     problems.stop(*problems_of(fields))
     selection = Selection(fields, f"`{files.argument}`")
@@ -157,7 +157,7 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
     rows, heads = find_rows(fields, deltas, problems)
     for module in rows:
         if module in adapted or selection.saves(module):
-            problems.add(deltas[module].key, "rows of what is adapted as a whole too")
+            problems.add(deltas[module].key, "its module is also adapted or saved as a whole")
     tokens = {f"{module}.weight": Tokens(module, rows[module], deltas[module]) for module in rows}
     added = {f"{module}.bias": (x, selection.scale(module)) for module, x in biases.items()}
     others = Contents([], full, frozen, tokens, added)
@@ -167,18 +167,18 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
 def _rows_alone(
     selection: Selection, tensors: Iterable[TensorInfo], problems: Problems
 ) -> dict[str, Tokens]:
-    """Sorts the tensors of an adapter that has nothing but rows."""
+    """Sorts the tensors of an adapter of rows alone."""
     rows, found = tuple(selection.fields["token_indices"]), dict[str, Tokens]()
     by_module = {x.key.removeprefix(PREFIX).removesuffix(DELTA_ALONE): x for x in tensors}
     if len(by_module) > PARAMETERS:
         problems.found.append(
-            f"{TENSORS} has rows of {len(by_module)} modules; expected {PARAMETERS} or fewer"
+            f"{TENSORS} has rows of {len(by_module)} modules; expected at most {PARAMETERS}"
         )
         return {}
     selection.prepare(by_module)
     selected = list(filter(selection.adapts, by_module))
     for module, x in by_module.items():
-        # PEFT stores a head that is tied to an embedding beside that, selected or not.
+        # PEFT stores a tied head with its embedding, even if it is not selected.
         is_taken = module in selected or (selected and SHARED.search(module))
         if x.key != f"{PREFIX}{module}{DELTA_ALONE}" or not is_taken:
             problems.add(x.key, f"unexpected; {CONFIG} does not select it")
@@ -199,7 +199,7 @@ def _others(
     with_rows: Collection[str],
     problems: Problems,
 ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """Separates the parameters that are replaced from those that must be the base's."""
+    """Separates parameters that are replaced from those that must equal the base's."""
     full, frozen = dict[str, TensorInfo](), dict[str, TensorInfo]()
     for key, x in tensors.items():
         wrapped, _, parameter = key.rpartition(".")
@@ -211,41 +211,41 @@ def _others(
         is_frozen = parameter == "weight" or (parameter == "bias" and not is_full)
         is_resized = _is_of_vocabulary(module, parameter) and not (is_wrapped or is_adapted)
         if "modules_to_save" in key or "original_module" in key:
-            why = "unexpected; bias 'all' beside modules_to_save is not supported"
+            why = "unexpected; bias 'all' together with modules_to_save is not supported"
             problems.add(x.key, why)
         elif name in full or name in frozen:
-            problems.add(x.key, f"there twice, with and without {BASE[1:]}")
+            problems.add(x.key, f"duplicate, with and without {BASE[1:]}")
         elif is_frozen and is_wrapped and (is_adapted or module in with_rows):
             frozen[name] = x
         elif is_resized or (is_full and (parameter == "bias" or not is_adapted)):
             full[name] = x
         else:
             problems.add(
-                x.key, f"in full, beside A and B of {show(module)}" if is_full else "unexpected"
+                x.key, f"in full, but {show(module)} also has A and B" if is_full else "unexpected"
             )
     return full, frozen
 
 
 def _is_of_vocabulary(module: str, parameter: str) -> bool:
-    """Whether PEFT saves a parameter by itself, once the vocabulary has been resized."""
+    """Whether PEFT saves a parameter automatically after the vocabulary was resized."""
     return parameter in ("weight", "bias") and bool(SHARED.search(module))
 
 
 def may_tie(fields: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT may have changed `module` because it shares its weight with another."""
+    """Whether PEFT may have changed `module` because it shares a weight."""
     return bool(fields.get("ensure_weight_tying")) and bool(SHARED.search(module))
 
 
 def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
-    """Explains why a parameter does not fit if its vocabulary has another size."""
+    """Explains a misfit that comes from a vocabulary of another size, if it does."""
     module, _, parameter = name.rpartition(".")
     if shape == wanted or shape[1:] != wanted[1:] or not _is_of_vocabulary(module, parameter):
         return None
     n = shape[0]
     return (
-        f"{show(name)}: has {n} rows in the adapter, which was saved with a resized vocabulary, "
-        f"and {wanted[0]} in the base; resize that too, by resize_token_embeddings({n}) in "
-        "`transformers`, and save it. The values of all rows are in the adapter"
+        f"{show(name)}: has {n} rows in the adapter, whose vocabulary was resized, but {wanted[0]} "
+        f"in the base; call resize_token_embeddings({n}) on the base in `transformers`, and save "
+        "it. The adapter has the values of all rows"
     )
 
 
@@ -258,7 +258,7 @@ def _parts(
     magnitudes: Mapping[str, TensorInfo],
     problems: Problems,
 ) -> dict[str, list[Part]]:
-    """Pairs A and B of each module, the deepest first, with their magnitudes."""
+    """Pairs A and B of each module with their magnitudes, the innermost first."""
     found: dict[str, list[Part]] = {module: [] for module, *_ in sides}
     shallowest: dict[str, int] = {}
     is_dora = bool(selection.fields.get("use_dora"))
@@ -285,7 +285,7 @@ def _parts(
         if not is_dora:
             problems.add(x.key, f"unexpected; {CONFIG} has no use_dora")
         elif module not in found:
-            problems.add(x.key, f"unexpected; there is no A and B of {show(module)}")
+            problems.add(x.key, f"unexpected; {show(module)} has no A and B")
     return found
 
 

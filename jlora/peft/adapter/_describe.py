@@ -1,4 +1,4 @@
-"""Makes the configuration that describes an adapter tree; keeps what fits of a given one."""
+"""Makes the configuration that describes an adapter tree; keeps given fields that fit."""
 
 import bisect
 import collections
@@ -20,11 +20,11 @@ from ._tree import Tree
 
 Fields = dict[str, Any]
 
-NO_MODULE = "dummy-target-modules"  # PEFT's word where nothing has A and B
+NO_MODULE = "dummy-target-modules"  # PEFT's word for "no module"
 
 
 def describe(fields: Fields, given: Mapping[str, Any], tree: Tree, parts: Iterable[Part]) -> Fields:
-    """Replaces the `fields` that do not describe an adapter; the user gave those in `given`."""
+    """Replaces the `fields` that do not describe an adapter; `given` has the user's own."""
     fields = _set_targets(fields, tree)
     fields = _set_full(set_scales(fields, find_scales(parts, tree.tied)), tree)
     return _set_tokens(_set_training(fields, given, tree), tree)
@@ -34,11 +34,12 @@ def describe(fields: Fields, given: Mapping[str, Any], tree: Tree, parts: Iterab
 
 
 def _set_targets(fields: Fields, tree: Tree) -> Fields:
-    """Selects what has A and B, and the heads that are tied to it, and nothing else."""
+    """Selects the leaves with A and B, and the heads tied to them, and nothing else."""
     selection, adapted = Selection(fields), {name for leaf in tree.low for name in leaf.parameters}
     tied = {m: head for m, head in tree.tied.items() if f"{m}.weight" in adapted}
     selection.prepare([*tree.modules, *tied.values()])
-    keys: dict[bool, dict[str, bool]] = {False: {}, True: {}}  # of experts: whether it is adapted
+    # By whether a key is of experts: whether it is adapted.
+    keys: dict[bool, dict[str, bool]] = {False: {}, True: {}}
     is_described = all(_ties(fields, m) or selection.adapts(head) for m, head in tied.items())
     for leaf in tree.leaves:
         for module, name in zip(leaf.modules, leaf.parameters, strict=True):
@@ -49,9 +50,9 @@ def _set_targets(fields: Fields, tree: Tree) -> Fields:
         selects = adapted or fields["target_modules"] or fields["target_parameters"]
         return fields if selects else fields | {"target_modules": NO_MODULE}
     is_tied = any(_ties({"ensure_weight_tying": True}, module) for module in tied)
-    if not is_tied:  # what PEFT does not tie itself is selected by name
+    if not is_tied:  # PEFT does not tie this head by itself, so it is selected by name
         keys[False] |= dict.fromkeys(tied.values(), True)
-    # By a bare name of these, PEFT would store the frozen weights too.
+    # If it were selected by its last name alone, PEFT would store its frozen weight too.
     whole = [m for m in keys[False] if m.rpartition(".")[2] in SAVED_BY_NAME]
     return fields | {
         "target_modules": _select(keys[False], whole),
@@ -73,8 +74,8 @@ def _adapts(selection: Selection, leaf: NamedLeaf, module: str) -> bool:
 
 
 def _ties(fields: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT gives the head that is tied to the embedding `module` the same A and B."""
-    # It knows embeddings by these names alone.
+    """Whether PEFT gives a tied head the same A and B as its embedding `module`."""
+    # PEFT recognizes embeddings by these names alone.
     return bool(fields.get("ensure_weight_tying")) and module.rpartition(".")[2] in SAVED_BY_NAME
 
 
@@ -82,7 +83,7 @@ def _ties(fields: Mapping[str, Any], module: str) -> bool:
 
 
 def _set_full(fields: Fields, tree: Tree) -> Fields:
-    """Saves leaves in full, and the heads tied to them, by `bias` or by `modules_to_save`."""
+    """Saves leaves in full, and heads tied to them, by `bias` or `modules_to_save`."""
     wanted = {leaf.path for leaf in tree.full}
     heads = [h for leaf in tree.full if (h := tree.tied.get(leaf.modules[0]))]
 
@@ -95,20 +96,20 @@ def _set_full(fields: Fields, tree: Tree) -> Fields:
     every, of_lora = (
         saved(fields | {"modules_to_save": None, "bias": bias}) for bias in ("all", "lora_only")
     )
-    # Beside "all", PEFT would store the biases of `modules_to_save` three times.
+    # With "all", PEFT would store the biases of `modules_to_save` three times.
     bias = "all" if wanted == every else "lora_only" if wanted & of_lora else "none"
     rest = {"all": set(), "lora_only": wanted - of_lora, "none": wanted}[bias]
     modules = [m for leaf in tree.leaves if leaf.path in rest for m in leaf.modules]
     return fields | {
         "bias": bias,
         "modules_to_save": list(dict.fromkeys(modules + heads)) or None,
-        # PEFT keeps a head and its embedding one weight by this alone.
+        # Without this, PEFT would separate a head from its embedding.
         "ensure_weight_tying": bool(heads) or fields["ensure_weight_tying"],
     }
 
 
 def find_full(fields: Fields, tree: Tree) -> list[tuple[NamedLeaf, list[str]]]:
-    """Finds the leaves that are saved in full, with a key for each of their modules."""
+    """Finds the leaves saved in full, with a key for each of their modules."""
     selection = Selection(fields)
     adapted = {module for leaf in tree.low for module in leaf.modules}
 
@@ -125,8 +126,8 @@ def find_full(fields: Fields, tree: Tree) -> list[tuple[NamedLeaf, list[str]]]:
 
 
 def find_frozen(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:
-    """Finds the frozen embeddings and heads that PEFT stores beside A and B, by their names."""
-    if fields.get(INDICES) is not None:  # PEFT then stores none
+    """Finds the frozen embeddings and heads that PEFT stores with A and B, by parameter."""
+    if fields.get(INDICES) is not None:  # then PEFT stores none
         return {}
     target = fields["target_modules"]
     lasts = [module.rpartition(".")[2] for leaf in tree.low for module in leaf.modules]
@@ -145,12 +146,12 @@ def find_frozen(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:
 
 
 def _set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields:
-    """Sets dropout and orientation."""
+    """Sets dropout and `fan_in_fan_out`."""
     dropouts = {tree.found[leaf.path].dropout for leaf in tree.low}
     if "lora_dropout" not in given and len(dropouts) > 1:
         raise ValueError(
-            f"`adapter` has the dropout rates {sorted(dropouts)}, but PEFT has one for all. "
-            "Choose it by config={'lora_dropout': 0.1}."
+            f"`adapter` has the dropout rates {sorted(dropouts)}, but PEFT has one for all sites. "
+            "Choose it with config={'lora_dropout': 0.1}."
         )
     new: Fields = {}
     if "lora_dropout" not in given:
@@ -168,7 +169,7 @@ def _set_tokens(fields: Fields, tree: Tree) -> Fields:
     listed, alone = find_rows(fields, wanted, problems := Problems(""))
     if listed == wanted and not (problems.found or list_lone_heads(alone, others)):
         return fields
-    # PEFT also looks for these within a part of a name.
+    # PEFT compares the ends of names, also within a component.
     named = {
         next((t for t in _endings(m) if not any(x.endswith(t) for x in others)), m): list(rows)
         for m, rows in wanted.items()
@@ -177,12 +178,12 @@ def _set_tokens(fields: Fields, tree: Tree) -> Fields:
 
 
 def describe_rows_alone(fields: Fields, tree: Tree) -> Fields:
-    """Describes an adapter that has nothing but rows, for which PEFT has one list."""
+    """Describes an adapter of rows alone; PEFT has one list of rows for all embeddings."""
     lists = {tree.found[leaf.path].rows: name_of(leaf.path) for leaf in tree.rows}
     if len(lists) > 1:
         raise ValueError(
-            "`adapter` has nothing but rows, of which PEFT has one list for all embeddings; got "
-            f"different ones at {', '.join(lists.values())}. Save them one by one."
+            "`adapter` has only rows of embeddings, and PEFT has one list of rows for all of them; "
+            f"got different rows at {', '.join(lists.values())}. Save each embedding by itself."
         )
     wanted = [leaf.modules[0] for leaf in tree.rows]
     others = tree.modules - set(wanted)
@@ -200,8 +201,8 @@ def describe_rows_alone(fields: Fields, tree: Tree) -> Fields:
 
 
 def _find_short_names(values: Mapping[str, Any]) -> dict[str, str]:
-    """Maps each name to its shortest ending that only names of the same value have."""
-    # Names that end alike lie side by side: where do those of one value stop?
+    """Maps each name to its shortest ending that only names with the same value have."""
+    # Sorted backwards, names that end alike are neighbors. `stop` is where a run of one value ends.
     order = sorted((("." + name)[::-1], value) for name, value in values.items())
     stop = [len(order)] * len(order)
     for i in range(len(order) - 2, -1, -1):
@@ -216,13 +217,13 @@ def _find_short_names(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _select(chosen: Mapping[str, bool], kept: Collection[str] = ()) -> list[str]:
-    """Lists short endings that only the chosen names have, after those that are `kept` whole."""
+    """Lists the names `kept` whole, then short endings that only the chosen names have."""
     short = _find_short_names(chosen) | {name: name for name in kept}
     return list(dict.fromkeys(short[name] for name in (*kept, *chosen) if chosen[name]))
 
 
 def _endings(name: str) -> Iterator[str]:
-    """Lists the endings of `name` at its dots, the shortest first, and the whole."""
+    """Lists the endings of `name` that start after a dot, the shortest first, then `name`."""
     return reversed([*list_tails(name)])
 
 
@@ -230,7 +231,7 @@ def _endings(name: str) -> Iterator[str]:
 
 
 def find_scales(parts: Iterable[Part], tied: Mapping[str, str]) -> dict[str, tuple[int, float]]:
-    """Maps keys of parts, and of the heads `tied` to them, to their ranks and scales."""
+    """Maps the keys of parts, and of the heads tied to them, to rank and scale."""
     scales = {part.key: (part.rank, part.scale) for part in parts}
     return scales | {head: scales[key] for key, head in tied.items() if key in scales}
 
@@ -239,7 +240,7 @@ def set_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) 
     """Sets rank, alpha and patterns so that each key gets its rank and scale."""
     selection = Selection(fields)
     selection.prepare(scales)
-    # A scale that a row of `names` multiplied, and that was divided again, may be off by a bit.
+    # The factor of a row of `names` may have changed the last bit of a scale.
     same = (
         selection.rank(k) == rank and math.isclose(selection.scale(k), scale, rel_tol=1e-15)
         for k, (rank, scale) in scales.items()

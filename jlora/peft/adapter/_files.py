@@ -1,4 +1,4 @@
-"""The two files of an adapter, in a folder or about to be written."""
+"""The two files of an adapter: in a folder, or in memory before they are written."""
 
 import functools
 import os
@@ -31,9 +31,9 @@ class Files(NamedTuple):
 
     Attributes:
         fields: the configuration.
-        tensors: what tensors there are.
-        read: reads the values of some of them, by their keys.
-        argument: the user's argument that named them, for errors.
+        tensors: the tensors.
+        read: a function that reads the values of some tensors, by key.
+        argument: the user's argument with the files, for errors.
         is_own: whether this process made them, so that they can be trusted.
     """
 
@@ -46,7 +46,7 @@ class Files(NamedTuple):
     def values(self, tree: Any, problems: Problems) -> dict[str, np.ndarray]:
         """Reads the tensors of a tree; raises first if there are problems.
 
-        Values that are not finite are problems.
+        Adds a problem for each tensor with values that are not finite.
         """
         problems.stop()
         found = self.read({x.key: x for x in list_tensors(tree)}.values())
@@ -54,7 +54,7 @@ class Files(NamedTuple):
             if n := x.size - np.count_nonzero(np.isfinite(x)):
                 problems.add(key, f"{n} of {x.size} values are not finite")
             elif key.endswith(MAGNITUDE) and not x.any():
-                why = f"all of its {x.size} values are 0, with which the module gives nothing"
+                why = f"all {x.size} values are 0, so that the module would return zeros"
                 problems.add(key, why)
         return found
 
@@ -65,7 +65,7 @@ def list_tensors(tree: Any) -> list[TensorInfo]:
 
 
 def fill(tree: Any, values: Mapping[str, np.ndarray]) -> Any:
-    """Replaces each `TensorInfo` of a tree by its values."""
+    """Replaces each `TensorInfo` in a tree with its values."""
     return jax.tree.map(lambda x: values[x.key] if _is_tensor(x) else x, tree, is_leaf=_is_tensor)
 
 
@@ -74,7 +74,7 @@ def _is_tensor(x: Any) -> bool:
 
 
 def open_files(source: Source) -> Files:
-    """Reads configuration and header of a folder.
+    """Reads the configuration and the header in a folder.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
@@ -86,7 +86,7 @@ def open_files(source: Source) -> Files:
 
 
 def as_files(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argument: str) -> Files:
-    """Presents what is about to be written as files."""
+    """Presents a configuration and tensors in memory as files."""
     types = {dtype: name for name, dtype in DTYPES.items()}
     found = [TensorInfo(key, types[x.dtype], x.shape) for key, x in tensors.items()]
     read = lambda wanted: {x.key: tensors[x.key] for x in wanted}  # noqa: E731
@@ -99,8 +99,8 @@ def write(
     fields: Mapping[str, Any],
     tensors: dict[str, np.ndarray],
 ) -> None:
-    """Writes both files into a new folder `path`, or nothing."""
+    """Writes both files to a new folder `path`, which errors call `what`."""
     with fresh(path, what) as folder:
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        # As bytes: text would get other line ends on Windows.
+        # As bytes, as text would get other line ends on Windows.
         (folder / CONFIG).write_bytes(dumps(fields).encode())

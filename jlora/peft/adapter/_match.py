@@ -17,17 +17,17 @@ from ._contents import SHARED, Contents, Part, explain_resized
 from ._files import fill
 from ._tokens import Tokens, find_table, list_lone_heads, list_misfits, list_unequal
 
-# A tensor of a head, that of its embedding, and whether it is the transpose.
+# The tensor of a head, the tensor of its embedding, and whether one is the other's transpose.
 Pair = tuple[TensorInfo, TensorInfo, bool]
-LOST = "unexpected; names no leaf of `base` under `names`"
+LOST = "unexpected; it matches no leaf of `base` under `names`"
 
 
 class Match(NamedTuple):
-    """What an adapter has for each leaf, and which values must agree.
+    """The tensors of an adapter for each leaf, and the tensors whose values must agree.
 
     Attributes:
-        leaves: leaves, each with the `Part`s or the `TensorInfo`s of its modules, or with `Tokens`.
-        same: the tensors of heads and of the embeddings that are the same weights.
+        leaves: leaves, each with the `Part`s or `TensorInfo`s of its modules, or with `Tokens`.
+        same: pairs of a head and the embedding that shares its weight.
         frozen: a tensor, the leaf of the base, and the parameter whose values it must have.
     """
 
@@ -36,14 +36,14 @@ class Match(NamedTuple):
     frozen: list[tuple[TensorInfo, NamedLeaf, str]]
 
     def read(self, values: Mapping[str, np.ndarray], problems: Problems) -> list[Any]:
-        """Fills in values; adds the tensors whose values differ from what they must be."""
+        """Fills in values; adds a problem for each tensor with wrong values."""
         problems.found += list_unequal(self.same, values)
         for x, leaf, name in self.frozen:
             if not _is_of_base(values[x.key], leaf, name):
                 problems.add(
                     x.key,
-                    f"expected the values of `base` at {name_of(leaf.path)}, got others; a "
-                    "trained or resized embedding under an adapter is not supported",
+                    f"expected the values of `base` at {name_of(leaf.path)}, got others; an "
+                    "adapter on a trained or resized embedding is not supported",
                 )
         return [(leaf, fill(own, values)) for leaf, own in self.leaves]
 
@@ -59,9 +59,9 @@ def _is_of_base(x: np.ndarray, leaf: NamedLeaf, name: str) -> bool:
 def match_to_tree(
     adapter: Contents, heads: Iterable[str], leaves: Sequence[NamedLeaf], problems: Problems
 ) -> Match:
-    """Finds the leaf of everything in an adapter; adds what has none, or does not fit.
+    """Finds the leaf for each tensor of an adapter; adds problems for tensors that do not fit.
 
-    The configuration lists the rows of an embedding once more for each of the `heads`.
+    For each of the `heads`, the configuration repeats the rows of an embedding.
     """
     tied = {f"{head}.weight": leaf for head, leaf in find_tied_heads(leaves).items()}
     homes = tied | {name: leaf for leaf in leaves for name in leaf.parameters}
@@ -83,17 +83,17 @@ def match_to_tree(
     return Match(found, same, frozen)
 
 
-# -------------------------------------------------------------------------------- does it fit?
+# --------------------------------------------------------------------------------- shape and kind
 
 
 def _fits(part: Part, leaf: NamedLeaf | None, is_head: bool, problems: Problems) -> bool:
-    """Whether A and B fit a leaf, or the head that shares its weight; if not, adds the reason."""
+    """Whether A and B fit a leaf, or a head that shares its weight; adds the reason if not."""
     key = PREFIX + part.name.rpartition(".")[0]
     if leaf is None:
         return problems.add(key, LOST)
     kind = "linear" if is_head else leaf.name.kind
     if kind != part.kind or (part.transposed is False and leaf.name.transposed):
-        why = f"expected A and B of {kind or 'nothing'}, got those of {part.kind}"
+        why = f"expected A and B of kind {kind or 'none'}, got {part.kind}"
         return problems.add(key, why)
     a, b = leaf.shapes(part.a.shape[0] // leaf.experts)
     a, b = (b[::-1], a[::-1]) if is_head else (a, b)
@@ -104,7 +104,7 @@ def _fits_in_full(name: str, x: TensorInfo, leaf: NamedLeaf | None, problems: Pr
     if leaf is None:
         return problems.add(x.key, LOST)
     if leaf.name.part:
-        return problems.add(x.key, "saved in full, but its parts are leaves of `base`")
+        return problems.add(x.key, "saved in full, but `base` has a leaf for each part of it")
     if why := explain_resized(name, x.shape, leaf.weight_shape):
         problems.found.append(why)
         return False
@@ -116,7 +116,7 @@ def _has_shape(x: TensorInfo, shape: tuple[int, ...], problems: Problems) -> boo
 
 
 def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
-    """Adds the tensors of 64 bits where JAX, as it is configured, has no such arrays."""
+    """Adds tensors of 64 bits, unless JAX is configured for them."""
     for x in tensors:
         if x.dtype in DTYPES and explain_narrowing(DTYPES[x.dtype]):
             problems.add(x.key, f"dtype {x.dtype} needs jax_enable_x64")
@@ -126,13 +126,13 @@ def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
 
 
 def _match_head(head: Any, table: Any, leaf: NamedLeaf, problems: Problems) -> list[Pair]:
-    """Requires the same A and B, or the same values, of a tied head and its embedding."""
-    others = leaf.modules[0], leaf.name.tied  # what is missing where there is one alone
+    """Requires a tied head and its embedding to have the same A and B, or the same values."""
+    others = leaf.modules[0], leaf.name.tied
     lone = [(x, other) for x, other in zip((head, table), others, strict=True) if x]
     dora = [(x, other) for x, other in lone if isinstance(x, Part) and x.m is not None]
     if dora:
         part, other = dora[0]
-        problems.add(part.key, f"of DoRA, which is not supported beside {other}, a tied weight")
+        problems.add(part.key, f"DoRA is not supported for a weight that {other} shares")
     elif len(lone) == 1:
         [(x, other)] = lone
         how = "adapted" if isinstance(x, Part) else "saved in full"
@@ -142,7 +142,7 @@ def _match_head(head: Any, table: Any, leaf: NamedLeaf, problems: Problems) -> l
     elif lone and (head.scale, head.rank) == (table.scale, table.rank):
         return [(head.a, table.b, True), (head.b, table.a, True)]
     elif lone:
-        problems.add(head.key, f"shares its weight with {table.key}, but not rank and scale")
+        problems.add(head.key, f"shares its weight with {table.key}, which has other rank or scale")
     return []
 
 
@@ -152,19 +152,19 @@ def _match_rows(
     tied: Collection[str],
     problems: Problems,
 ) -> tuple[list[tuple[NamedLeaf, Tokens]], list[Pair]]:
-    """Finds the embeddings that have rows, and the tables whose rows tied heads must have."""
+    """Finds the embeddings with rows, and the pairs of tied heads and embeddings with rows."""
     rows, same = [], list[Pair]()
     for name, x in tokens.items():
         leaf, table = homes.get(name), None
         if leaf is None:
-            # Of T5, of which `base` has the shared table alone.
+            # T5: `base` has only the shared embedding.
             table = find_table(name, tokens, homes) if SHARED.search(x.module) else None
             why = LOST
         elif name in tied:
             table = find_table(name, tokens, leaf.parameters)
-            why = f"rows of a head whose weight is that of {leaf.modules[0]}"
+            why = f"has rows, but shares the weight of {leaf.modules[0]}, which has no such rows"
         elif leaf.name.kind != "embedding":
-            why = "rows of what is no embedding by `names`"
+            why = "has rows, but is not an embedding under `names`"
         else:
             problems.found += list_misfits(x, leaf.weight_shape)
             rows.append((leaf, x))
@@ -182,7 +182,7 @@ def _match_rows(
 def _gather(
     found: Mapping[str, Any], leaves: Sequence[NamedLeaf], problems: Problems
 ) -> Iterator[tuple[NamedLeaf, list[Any]]]:
-    """Collects what the modules of a leaf have, which must be all of them, or some of its slots."""
+    """Collects the tensors of the modules of each leaf. All modules or slots must be adapted."""
     for leaf in leaves:
         own = {name: found[name] for name in leaf.parameters if name in found}
         if not own:
@@ -196,13 +196,13 @@ def _gather(
             leaf = leaf.with_slots(tuple(there))
         what, advice = "layers", "load into a tree without a scan"
         if leaf.layout.slots:
-            what, advice = "modules", "adapt them alike"
+            what, advice = "modules", "adapt all of them equally"
         path, start = name_of(leaf.path), f"its {what} are one leaf"
         left = [name.rpartition(".")[0] for name in leaf.parameters if name not in own]
         forms = dict.fromkeys((x.rank, x.scale) for x in parts)
         if left:
             count = f"{len(own)} of {len(leaf.modules)}"
-            problems.add(path, f"{start}, of which {count} are adapted, {left[0]} not; {advice}")
+            problems.add(path, f"{start}, but only {count} are adapted, not {left[0]}; {advice}")
         elif len(forms) > 1:
             listed = ", ".join(f"rank {r} and scale {s:g}" for r, s in forms)
             problems.add(path, f"{start} but differ: {listed}; {advice}")

@@ -1,4 +1,4 @@
-"""MiSS, which is LoRA with an A that repeats the identity and is not trained.
+"""MiSS: LoRA with a frozen A that repeats the identity.
 
 In PEFT's layout ΔW is Dᵀ·A with D, the `miss_block`, of shape (r, outputs), and A of (r, inputs).
 Source: Kang and Yin, MiSS, arXiv 2409.15371; PEFT 0.21.
@@ -20,13 +20,13 @@ from ._tree import AB
 Fields = dict[str, Any]
 
 BLOCK = ".miss_block"
-OWN = {"init_weights": True, "mini_r": 1, "miss_dropout": 0.0}  # fields that LoRA has not
-# What both have by the same name and with the same meaning.
-CHOICE = ("exclude_modules", "layers_pattern", "layers_to_transform")  # beside target_modules
+OWN = {"init_weights": True, "mini_r": 1, "miss_dropout": 0.0}  # fields that LoRA does not have
+# Fields that both have, with the same names and meanings.
+CHOICE = ("exclude_modules", "layers_pattern", "layers_to_transform")  # and target_modules
 _SELECTION = dict.fromkeys((*CHOICE, "modules_to_save"))
 SHARED = (COMMON.keys() - {"inference_mode", "peft_version"}) | _SELECTION.keys()
 MISS_DEFAULTS: Fields = COMMON | _SELECTION | OWN | {"bias": "none", "peft_type": MISS, "r": 64}
-# The name of LoRA's dropout, and of its bias "lora_only".
+# MiSS's names for LoRA's dropout, and for the bias "lora_only".
 DROPOUT, BIAS = "miss_dropout", "MiSS_only"
 
 
@@ -39,12 +39,12 @@ def list_miss_problems(fields: Fields) -> list[str]:
     """Lists why a configuration of MiSS cannot be read as LoRA."""
     wrong = list_unsupported({key: x for key, x in find_features(fields).items() if key not in OWN})
     if (start := fields.get("init_weights", True)) not in (True, False):
-        wrong.append(f"init_weights: {shorten(start)} is another method, whose change is no s·A·B")
+        wrong.append(f"init_weights: {shorten(start)} is another method, whose change is not s·A·B")
     return wrong + list_misformed({"r": fields.get("r")})
 
 
 def translate_fields(fields: Fields) -> Fields:
-    """Translates those fields of MiSS that LoRA has too."""
+    """Translates the fields of MiSS that LoRA has too."""
     found = {key: fields[key] for key in SHARED if key in fields}
     found |= {"lora_dropout": fields[DROPOUT]} if DROPOUT in fields else {}
     bias = fields.get("bias", "none")
@@ -52,7 +52,7 @@ def translate_fields(fields: Fields) -> Fields:
 
 
 def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> Files:
-    """Presents an adapter of MiSS as one of LoRA; `shapes` has those of the base's parameters."""
+    """Presents a MiSS adapter as LoRA; `shapes` are the shapes of the base's parameters."""
     problems.stop(*list_miss_problems(files.fields))
     fields, rank = files.fields, files.fields["r"]
     blocks, others = dict[str, TensorInfo](), list[TensorInfo]()
@@ -61,7 +61,7 @@ def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Probl
         if not (x.key.startswith(PREFIX) and x.key.endswith(BLOCK)):
             others.append(x)
             if FACTOR.fullmatch(x.key.removeprefix(PREFIX)) or x.key.endswith(MAGNITUDE):
-                problems.add(x.key, "unexpected in an adapter of MiSS")
+                problems.add(x.key, "unexpected in a MiSS adapter")
             continue
         module = x.key.removeprefix(PREFIX).removesuffix(BLOCK)
         weight = shapes.get(f"{module}.weight", ())
@@ -69,17 +69,17 @@ def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Probl
         if x.dtype not in DTYPES:
             problems.add_not_floating(x)
         elif not n:
-            problems.add(module, "is no matrix of the base, which MiSS needs to know")
+            problems.add(module, "is not a matrix of the base, whose shape MiSS needs")
         elif len(x.shape) != 2 or x.shape[0] != rank or rank > min(n, x.shape[1]):
-            problems.add(module, f"miss_block {x.shape} does not fit {n} inputs at the rank {rank}")
+            problems.add(module, f"miss_block {x.shape} does not fit {n} inputs and rank {rank}")
         else:
             blocks[module], inputs[module] = x, n
     if not (blocks or problems.found):
-        problems.found.append("no module has a change")
+        problems.found.append("no module has a miss_block")
     problems.stop()
 
     def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
-        """Reads all tensors of MiSS, and returns the wanted ones of LoRA."""
+        """Reads all MiSS tensors, and returns the wanted LoRA tensors."""
         found = files.read(files.tensors)
         for module, x in blocks.items():
             a, b = (f"{PREFIX}{module}{end}" for end in AB)
@@ -108,36 +108,36 @@ def repeat_identity(rank: int, inputs: int) -> np.ndarray:
 def from_lora(
     given: Fields, fields: Fields, parts: Sequence[Part], tensors: Mapping[str, np.ndarray]
 ) -> tuple[Fields, dict[str, np.ndarray]]:
-    """Writes an adapter of LoRA as one of MiSS.
+    """Converts a LoRA adapter to MiSS.
 
     Args:
-        given: the fields of MiSS that the user gave.
-        fields: the configuration of LoRA.
+        given: the user's MiSS fields.
+        fields: the LoRA configuration.
         parts: A and B of each module.
         tensors: all tensors of the adapter.
 
     Raises:
-        ValueError: if it has no such form.
+        ValueError: if the adapter cannot be written as MiSS.
     """
     wrong = [f"{x.key}: of kind {x.kind}, not linear" for x in parts if x.kind != "linear"]
-    wrong += [f"{x.key}: is of DoRA" for x in parts if x.m is not None]
+    wrong += [f"{x.key}: DoRA" for x in parts if x.m is not None]
     if fields["trainable_token_indices"] is not None:
-        wrong.append("trainable_token_indices: rows of an embedding, which only LoRA has beside it")
+        wrong.append("trainable_token_indices: MiSS has no rows of embeddings")
     if fields["fan_in_fan_out"]:
-        wrong.append("fan_in_fan_out: true, of weights that are stored as (inputs, outputs)")
+        wrong.append("fan_in_fan_out: MiSS has no weights stored as (inputs, outputs)")
     wrong = wrong or [
-        f"{x.key}: its A does not repeat the identity, as that of initializers.miss does"
+        f"{x.key}: its A does not repeat the identity, as the A of initializers.miss does"
         for x in parts
         if not np.array_equal(x.a, repeat_identity(*x.a.shape))
     ]
     ranks = sorted({len(x.a) for x in parts})
     if not wrong and len(ranks) != 1:
-        wrong.append(f"its sites have the ranks {ranks}, where MiSS has one for all")
+        wrong.append(f"its sites have the ranks {ranks}, but MiSS has one for all")
     if wrong:
         raise ValueError(
             f"`adapter` cannot be written as {MISS}, which `config` asks for:\n  "
             + "\n  ".join(wrong)
-            + "\nWithout that peft_type it is written as LoRA."
+            + "\nLeave peft_type out to write LoRA."
         )
     kept = {key: fields[key] for key in SHARED} | {DROPOUT: fields["lora_dropout"], "r": ranks[0]}
     kept["bias"] = BIAS if fields["bias"] == "lora_only" else fields["bias"]

@@ -1,8 +1,4 @@
-"""Assigns each A and B to a parameter.
-
-Whoever has a model, a tree or a checkpoint, passes the shapes of its parameters by PyTorch's names,
-and gets A and B of each.
-"""
+"""Assigns each A and B to a parameter, by the shapes of a tree's or a checkpoint's parameters."""
 
 import hashlib
 import itertools
@@ -20,10 +16,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def refuse_biases(adapter: Adapter, problems: Problems) -> None:
-    """Adds the biases that only a merge into a checkpoint has a place for."""
+    """Adds a problem for each tensor of `lora_bias`, which only `export_merged` supports."""
     for x, _ in adapter.others.biases.values():
-        why = "lora_bias adds to a bias, for which an adapter here has no place"
-        problems.add(x.key, f"{why}; merge it by jlora.peft.export_merged")
+        why = "lora_bias is supported only when merging; use jlora.peft.export_merged"
+        problems.add(x.key, why)
 
 
 def assign_parameters(
@@ -34,15 +30,15 @@ def assign_parameters(
     *,
     ordered: bool = False,
 ) -> Contents:
-    """Finds the parameter of each A and B, and returns all that the adapter has.
+    """Finds the parameter of each A and B, and returns the contents of the adapter.
 
     Args:
-        adapter: what its tensors are.
-        shapes: all parameters of the model, by the names of the adapter; None if not known.
-        where: what to call the model in errors.
-        problems: gets what does not fit.
-        ordered: whether the parameters of a module come in the order in which PEFT wraps them,
-            which tells apart those of one shape.
+        adapter: its tensors, sorted.
+        shapes: the shapes of all parameters of the model, by the adapter's names; None if unknown.
+        where: what errors call the model.
+        problems: collects problems.
+        ordered: whether `shapes` has the parameters of a module in the order in which PEFT wraps
+            them. The order then distinguishes parameters of one shape.
     """
     selection = adapter.selection
     order = {name: i for i, name in enumerate(shapes or ())}
@@ -64,7 +60,7 @@ def assign_parameters(
     problems.unused += _list_idle_names(adapter)
     problems.unused += selection.unused([part.key for part in found])
     if not (found or adapter.others.full or adapter.others.tokens or problems.found):
-        problems.found.append(f"{TENSORS} holds neither A and B nor a parameter in full")
+        problems.found.append(f"{TENSORS} has neither A and B nor a parameter in full")
     return adapter.others._replace(parts=found)
 
 
@@ -96,8 +92,8 @@ def _assign_by_shape(
     ordered: bool,
     problems: Problems,
 ) -> list[Part]:
-    """Assigns parameters that the keys do not name, by their shapes and ranks."""
-    # As there are n! ways. Of a model that is not at hand there may be fewer than are named.
+    """Assigns A and B to parameters that the keys do not name, by shapes and ranks."""
+    # There are n! ways. Without the model, some of the names may be of no parameter.
     few = len(parts) <= 6 and (shapes is None or len(parts) == len(names))
     tried = names[:6] if few else []
     each = [{name: _try_parameter(selection, name, x, shapes) for name in tried} for x in parts]
@@ -114,7 +110,7 @@ def _assign_by_shape(
         return fitting[0]
     listed = ", ".join(f"{n} {shapes[n]}" if shapes else f"{n} {selection.rank(n)}" for n in names)
     got = ", ".join(f"A {x.a.shape} with B {x.b.shape}" for x in parts)
-    what = "may be those of either of" if fitting else "are not those of"
+    what = "fit in several ways" if fitting else "do not fit"
     problems.add(PREFIX + module, f"{got} {what} {'' if shapes else 'the ranks of '}{listed}")
     return []
 
@@ -122,7 +118,7 @@ def _assign_by_shape(
 def _try_parameter(
     selection: Selection, name: str, part: Part, shapes: Shapes | None
 ) -> Part | None:
-    """Returns A and B as those of a parameter; None if they do not fit."""
+    """Returns A and B as a part of the parameter `name`; None if they do not fit."""
     rank, wide = selection.rank(name), part.a.shape[0]
     part = part._replace(name=name, key=name, scale=selection.scale(name))
     if shapes is None:
@@ -137,7 +133,7 @@ def _try_parameter(
 
 
 def list_orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
-    """Lists by shape whether a weight may be transposed B·A; empty if it is not B·A at all."""
+    """Lists whether a weight of a shape may be B·A (False) or its transpose (True)."""
     rank, rows, columns = part.a.shape[0], part.b.shape[0], part.a.shape[1:]
     experts = shape[:1] if part.kind == "experts" else ()
     is_conv = len(columns) > 1
@@ -151,7 +147,7 @@ def list_orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
 
 
 def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
-    """Lists the parameters of the model that are selected and missing in the file."""
+    """Lists the parameters of the model that are selected but missing in the file."""
     selection, modules = adapter.selection, adapter.modules.keys()
     alone = adapter.others.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
     selection.prepare(name.rpartition(".")[0] for name in shapes)
@@ -170,20 +166,20 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
 
 
 def _list_idle_names(adapter: Adapter) -> list[str]:
-    """Lists the entries of `modules_to_save` that name no tensor."""
+    """Lists the entries of `modules_to_save` that match no tensor."""
     modules = {name.rpartition(".")[0] for name in adapter.others.full}
     holders = Names({parent for module in modules for parent in list_parents(module)})
     return [
-        f"modules_to_save: {shorten(name)} names none of the adapter's tensors"
+        f"modules_to_save: {shorten(name)} matches none of the adapter's tensors"
         for name in adapter.fields.get("modules_to_save") or []
         if name not in HEADS and not holders.end_in(name)
     ]
 
 
 def identify(x: Any, is_table: bool = False) -> tuple[Any, ...]:
-    """Returns what equal tensors share: shape, dtype, and a hash of the values if they are read.
+    """Returns a key for equal tensors: shape, dtype, and a hash of the values if they are read.
 
-    Those of a table, which is an embedding, are transposed.
+    The tensors of an embedding (`is_table`) are transposed first.
     """
     shape = x.shape[::-1] if is_table else x.shape
     if isinstance(x, TensorInfo):
@@ -193,7 +189,7 @@ def identify(x: Any, is_table: bool = False) -> tuple[Any, ...]:
 
 
 def find_twins(parts: Iterable[Part]) -> dict[str, Part]:
-    """Maps the names of two parts that change one shared weight alike to each other's part."""
+    """Maps each of two parts that change one shared weight equally to the other part."""
     groups: dict[Any, dict[str, Part]] = {}
     for part in parts:
         if part.kind in ("embedding", "linear") and part.m is None:

@@ -1,4 +1,4 @@
-"""Matches untrusted patterns with a bounded amount of work."""
+"""Matches untrusted patterns in bounded time and memory."""
 
 import functools
 import importlib.util
@@ -13,13 +13,13 @@ from typing import Any
 from .._file import shorten
 
 SECONDS = 5.0  # of CPU time, for all patterns of an adapter
-_NO_PATTERN = "is no regular expression"
+_NO_PATTERN = "is not a regular expression"
 STEPS = 20_000_000  # comparisons of a pattern or a name with a module
 LENGTH = 10_000  # characters of a pattern
-# A pattern that is a name; dots may be escaped, or any character. It matches without backtracking.
+# A pattern that is a name, whose dots may be escaped. It matches without backtracking.
 PLAIN = re.compile(r"(?:\w|\\?[.-])+", re.ASCII)
-# A search of Python's cannot be stopped, but a process can. It answers each pattern by its error or
-# by what each name gives: null, true, or the number of the layer, on a line; then its seconds.
+# Python's `re` cannot be interrupted, but a process can. The process prints a line of JSON for each
+# pattern: an error, or for each name null, true or the number of a layer. Then it prints its time.
 _CHILD = """
 import json, re, sys, time
 jobs, names, seconds = json.load(sys.stdin)
@@ -45,7 +45,7 @@ def answer(kind, pattern):
     found = map(pattern.match, names)
     return [match and match["idx"] and int(match["idx"]) for match in found]
 
-for job in jobs:  # each by itself, for the sake of memory
+for job in jobs:  # one at a time, to save memory
     print(json.dumps(answer(*job)))
 print(time.process_time())
 """
@@ -53,9 +53,9 @@ _HAS_LIMITS = importlib.util.find_spec("resource") is not None
 
 
 def explain_refused(patterns: Collection[str]) -> dict[str, str]:
-    """Maps the patterns that are refused to the reason."""
+    """Maps each refused pattern to the reason."""
     wrong = {
-        p: f"is of {len(p)} characters; expected at most {LENGTH}"
+        p: f"has {len(p)} characters; expected at most {LENGTH}"
         for p in patterns
         if len(p) > LENGTH
     }
@@ -70,41 +70,41 @@ def explain_refused(patterns: Collection[str]) -> dict[str, str]:
 
 
 def wrap_key(pattern: str) -> str:
-    """Returns the regular expression by which PEFT matches a key of `rank_pattern`."""
+    """Returns the regular expression that PEFT makes of a key of `rank_pattern`."""
     return rf"(.*\.)?({pattern})$"
 
 
 def wrap_layer(pattern: str | None) -> str:
-    """Returns the regular expression by which PEFT finds a layer; None is no `layers_pattern`."""
+    """Returns PEFT's regular expression for a layer's number, by a `layers_pattern` or None."""
     start, pattern = (r".*?\.", r"[^.]*") if pattern is None else (r"(?:^|.*?\.)", pattern)
     return rf"{start}{pattern}\.(?P<idx>\d{{1,9}})\."
 
 
 def unescape(pattern: str) -> tuple[str, tuple[int, ...]]:
-    """Returns the name that a plain pattern is, and the places at which it takes any character."""
+    """Returns a plain pattern as a name, and the positions of dots that match any character."""
     characters = re.findall(r"\\?.", pattern)
     places = tuple(at for at, c in enumerate(characters) if c == ".")
     return "".join(c[-1] for c in characters), places
 
 
 class Patterns:
-    """The patterns of an adapter, with what they find in names.
+    """The patterns of an adapter, and their results for names.
 
-    Python matches them, as it does for PEFT, in a process whose CPU time and memory are limited.
+    Python's `re` matches them, as in PEFT, in a process with limited CPU time and memory.
     """
 
     def __init__(self, what: str) -> None:
-        """`what` is the user's argument that has the adapter."""
+        """Takes the user's argument with the adapter, for errors."""
         self.what, self.seconds, self.steps = what, SECONDS, STEPS
         self.found: dict[tuple[str, str], list[Any]] = {}
-        self.at: dict[str, int] = {}  # of each name in these lists
+        self.at: dict[str, int] = {}  # the index of each name in these lists
 
     def add(self, pattern: str, kind: str, is_plain: bool = False) -> Callable[[str], Any]:
-        """Makes a function of names: None without a match, else True or a layer's number.
+        """Returns a function of a name: None without a match, else True or a layer's number.
 
         Args:
             pattern: the pattern.
-            kind: how it is matched: `fullmatch`, `match`, or `layer`, which gives a number.
+            kind: how it is matched: `fullmatch`, `match`, or `layer` for the number of a layer.
             is_plain: whether it can be matched in this process.
         """
         if is_plain:
@@ -118,13 +118,13 @@ class Patterns:
         return self.found[job][self.at[name]]
 
     def spend(self, steps: int) -> None:
-        """Counts comparisons; raises once an adapter takes more than `STEPS`."""
+        """Counts comparisons; raises after `STEPS` of them."""
         self.steps -= steps
         if self.steps < 0:
             raise ValueError(self._too_much(f"{STEPS:,} comparisons"))
 
     def prepare(self, names: Iterable[str]) -> None:
-        """Matches all patterns with the new ones of `names`, in one process."""
+        """Matches all patterns with all new `names`, in one process."""
         new = [name for name in dict.fromkeys(names) if name not in self.at]
         if not new or not self.found:
             return
@@ -134,20 +134,20 @@ class Patterns:
             raise ValueError(self._too_much(f"{SECONDS:g} seconds of CPU time or 512 MB"))
         self.seconds -= answers[1]
         for ((_, pattern), own), answer in zip(self.found.items(), answers[0], strict=True):
-            if not isinstance(answer, list):  # an error's words
+            if not isinstance(answer, list):  # an error
                 raise ValueError(f"{self.what}: {shorten(pattern)} {_NO_PATTERN}: {answer}")
             own += answer
         self.at |= {name: i for i, name in enumerate(new, len(self.at))}
 
     def _too_much(self, amount: str) -> str:
         return (
-            f"{self.what}: adapter_config.json takes more than {amount} to match with the modules "
-            "of the adapter and the model. List the modules by their names."
+            f"{self.what}: matching the patterns of adapter_config.json with the modules takes "
+            f"more than {amount}. List the modules by name."
         )
 
 
 def _find(pattern: re.Pattern[str], kind: str, name: str) -> Any:
-    """Matches in this process as `_CHILD` does."""
+    """Matches a pattern in this process, as `_CHILD` does."""
     match = pattern.match(name) if kind == "layer" else getattr(pattern, kind)(name)
     return match and (int(match["idx"]) if kind == "layer" else True)
 
@@ -155,7 +155,7 @@ def _find(pattern: re.Pattern[str], kind: str, name: str) -> Any:
 def _ask(
     jobs: Collection[tuple[str, str]], names: Collection[str], seconds: float
 ) -> tuple[list[Any], float] | None:
-    """Asks a new process what each pattern finds; None if it takes too much time or memory."""
+    """Matches patterns in a new process; None if it needs too much time or memory."""
     command = [sys.executable, "-I", "-S", "-c", _CHILD]
     text = json.dumps([list(jobs), list(names), math.ceil(seconds)])
     try:
@@ -164,7 +164,7 @@ def _ask(
             input=text,
             capture_output=True,
             text=True,
-            # A clock only where the system knows no other limit.
+            # A clock only if the system has no limit of CPU time.
             timeout=None if _HAS_LIMITS else 60,
         )
     except subprocess.TimeoutExpired:
@@ -181,6 +181,6 @@ def _ask(
 
 def _explain_start(why: Any) -> ValueError:
     return ValueError(
-        "patterns of adapter_config.json are matched in a process of their own, but Python could "
-        f"not be started for it ({why}). List the modules by their names."
+        "patterns of adapter_config.json are matched in a separate process, but Python could not "
+        f"be started ({why}). List the modules by name."
     )

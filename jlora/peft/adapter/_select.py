@@ -1,7 +1,7 @@
 """Selects modules by a configuration, and finds their ranks and scales.
 
-A file may list ten thousand patterns for a hundred thousand modules: names are looked up by their
-ends in sorted lists, and what must be tried one by one is counted.
+A file may have ten thousand patterns and a hundred thousand modules. Names are therefore searched
+by their ends in sorted lists. Other comparisons are counted.
 """
 
 import bisect
@@ -18,53 +18,53 @@ _LAYERS = 10  # patterns of layers that are plain and need no process
 
 
 class Ends:
-    """Many endings, in which a name finds whether it ends in one of them."""
+    """A set of endings: `name in ends` tells whether a name ends with one of them."""
 
     def __init__(self, tails: Iterable[str]):
-        """Leaves out tails that end in another one."""
+        """Leaves out endings that end with another one."""
         self.backwards: list[str] = []
         for tail in sorted(t[::-1] for t in tails):
             if not self.backwards or not tail.startswith(self.backwards[-1]):
                 self.backwards.append(tail)
 
     def __contains__(self, name: str) -> bool:
-        """Whether `name` ends in one of them."""
-        # As none begins with another, only the last one in order may begin `name`, backwards.
+        """Whether `name` ends with one of them."""
+        # Backwards, no ending begins with another: only the last one up to `name` can begin it.
         at = bisect.bisect_right(self.backwards, back := name[::-1])
         return at > 0 and back.startswith(self.backwards[at - 1])
 
 
 class Names:
-    """Many names, in which an ending finds whether one of them ends in it."""
+    """A set of names, to search by their ends."""
 
     def __init__(self, names: Iterable[str]):
         """Sorts the names backwards."""
         self.backwards = sorted({name[::-1] for name in names})
 
     def end_in(self, tail: str) -> bool:
-        """Whether one of them ends in `tail`."""
+        """Whether a name ends with `tail`."""
         at = bisect.bisect_left(self.backwards, back := tail[::-1])
         return at < len(self.backwards) and self.backwards[at].startswith(back)
 
 
 class Selection:
-    """What a checked configuration says about modules and parameters, by PyTorch's names."""
+    """The modules and parameters that a checked configuration selects, by PyTorch's names."""
 
     def __init__(self, fields: Mapping[str, Any], what: str = "`config`"):
-        """`what` is the user's argument that has the `fields`."""
+        """Takes the configuration, and the user's argument that has it, for errors."""
         self.fields, self.patterns = fields, Patterns(what)
         target, layers = fields["target_modules"], fields.get("layers_to_transform")
         self._is_target = self._matcher(target)
         self._is_excluded = self._matcher(fields.get("exclude_modules"))
         self._saved = Ends(fields.get("modules_to_save") or [])
-        # By their modules, or None for any; and all of them in the order in which they are listed.
+        # Parameters by module, None for any module; and all of them in the order of the list.
         self._parameters = collections.defaultdict[str | None, set[str]](set)
         self._order: dict[str, None] = {}
         for name in fields.get("target_parameters") or []:
             module, dot, parameter = name.rpartition(".")
             self._parameters[module if dot else None].add(parameter)
             self._order[parameter] = None
-        # PEFT asks for no layer where modules are given by a pattern or by their whole names.
+        # PEFT does not check the layer of modules that are given by a pattern or by whole names.
         is_any = isinstance(target, str) or layers in (None, [])
         self._layers = None if is_any else set(_as_list(layers))
         self._whole = set(_as_list(target))
@@ -80,7 +80,7 @@ class Selection:
         self._alphas = First(fields.get("alpha_pattern"), self.patterns)
 
     def _matcher(self, target: str | list[str] | None) -> Callable[[str], bool]:
-        """Makes a predicate: whether a module matches a pattern, or ends in one of the names."""
+        """Makes a predicate: whether a module matches a pattern, or ends with one of the names."""
         if isinstance(target, str):
             find = self.patterns.add(target, "fullmatch", bool(PLAIN.fullmatch(target)))
             return lambda module: find(module) is not None
@@ -101,7 +101,7 @@ class Selection:
         return next((n for n in numbers if n is not None), None) in self._layers
 
     def saves(self, module: str) -> bool:
-        """Whether `modules_to_save` names `module` or one that holds it, as PEFT matches it."""
+        """Whether `modules_to_save` names `module` or a module around it, as PEFT matches names."""
         return bool(self._saved.backwards) and any(p in self._saved for p in list_parents(module))
 
     def saves_whole(self, module: str, parameter: str, is_adapted: bool) -> bool:
@@ -111,7 +111,7 @@ class Selection:
         return (parameter == "bias" and by_bias) or self.saves(module)
 
     def parameters(self, module: str) -> list[str]:
-        """Lists the parameters of `module` in `target_parameters`, if it is not adapted whole."""
+        """Lists the `target_parameters` of `module`, unless the module itself is adapted."""
         if not self._parameters or self.adapts(module):
             return []
         found = {p for end in (*list_tails(module), None) for p in self._parameters.get(end, ())}
@@ -127,13 +127,13 @@ class Selection:
         return alpha / find_divisor(self.fields, self.rank(key))
 
     def idle(self, keys: Iterable[str], where: str) -> list[str]:
-        """Lists the targets that name none of the `keys` of a model; errors call it `where`.
+        """Lists the targets that match none of the `keys` of a model, which is called `where`.
 
-        PEFT also lists targets that it excludes, or that are in other layers.
+        Targets that are excluded, or in other layers, are not listed, as PEFT writes them too.
         """
         names = Names("." + key for key in keys)
         return [
-            f"{field}: {shorten(target)} names no module of {where}"
+            f"{field}: {shorten(target)} matches no module of {where}"
             for field in ("target_modules", "target_parameters")
             if isinstance(listed := self.fields.get(field), list)
             for target in listed
@@ -151,14 +151,14 @@ class Selection:
 
 
 def list_parents(module: str) -> Iterator[str]:
-    """Yields `module` and the modules that hold it."""
+    """Yields `module` and the modules around it."""
     yield module
     while module := module.rpartition(".")[0]:
         yield module
 
 
 def list_tails(module: str) -> Iterator[str]:
-    """Yields `module` and its last parts, the longest first."""
+    """Yields `module` and its endings after a dot, the longest first."""
     while module:
         yield module
         module = module.partition(".")[2]
@@ -169,19 +169,19 @@ def _as_list(values: Any) -> list[Any]:
 
 
 def find_divisor(fields: Mapping[str, Any], rank: int) -> float:
-    """Returns what alpha is divided by: r, or √r."""
+    """Returns the divisor of alpha: r, or √r for rsLoRA."""
     return math.sqrt(rank) if fields.get("use_rslora") else rank
 
 
 class First:
-    r"""The value of the first pattern that matches, as PEFT looks up `rank_pattern`.
+    r"""Finds the value of the first matching pattern, as PEFT does for `rank_pattern`.
 
-    PEFT matches `(.*\.)?(pattern)$`. Most patterns are names, which are looked up in a table for
-    each length and each set of places at which any character may stand.
+    PEFT matches `(.*\.)?(pattern)$`. Most patterns are names. Names are looked up in tables: one
+    for each length and each set of positions where any character may be.
     """
 
     def __init__(self, values: Mapping[str, Any] | None, patterns: Patterns):
-        """`patterns` matches those that are no names."""
+        """Takes values by pattern. Patterns that are not names are added to `patterns`."""
         self.names, self.values = list(values or ()), list((values or {}).values())
         self.patterns = patterns
         self.tables: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}
@@ -201,7 +201,7 @@ class First:
         return default if first is None else self.values[first]
 
     def _matching(self, key: str) -> list[list[int]]:
-        """Lists the numbers of the patterns that match; equal patterns are one entry."""
+        """Lists the indices of the matching patterns; equal patterns form one entry."""
         if key not in self.found:
             self.found[key] = list(self._look_up(key))
         return self.found[key]
@@ -222,7 +222,7 @@ class First:
 
 
 def _with_dots(name: str, places: tuple[int, ...]) -> str:
-    """Puts dots into a name at the places at which a pattern takes any character."""
+    """Puts dots into a name at the positions where a pattern matches any character."""
     parts: list[str] = []
     start = 0
     for at in places:

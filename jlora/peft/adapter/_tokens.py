@@ -1,4 +1,4 @@
-"""Rows of embeddings that PEFT trains, and the heads that are tied to them."""
+"""Rows of embeddings that PEFT trains, and the heads tied to these embeddings."""
 
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -22,8 +22,8 @@ class Tokens(NamedTuple):
 
     Attributes:
         module: PyTorch's module.
-        rows: their numbers.
-        v: their new values, (k, dim), an array or a `TensorInfo`.
+        rows: the numbers of the k rows.
+        v: the new values, (k, dim): an array or a `TensorInfo`.
     """
 
     module: str
@@ -34,9 +34,9 @@ class Tokens(NamedTuple):
 def find_rows(
     fields: Mapping[str, Any], modules: Iterable[str], problems: Problems
 ) -> tuple[dict[str, RowNumbers], list[str]]:
-    """Finds the rows of each module that has values, and the listed names without values.
+    """Finds the rows of each module with values, and the listed names without values.
 
-    A name without values may be a head that is tied to an embedding with the same rows; else it
+    A name without values may be a head that is tied to an embedding with the same rows. Any other
     is a problem.
     """
     listed, modules = fields.get(INDICES), list(modules)
@@ -49,7 +49,7 @@ def find_rows(
         return {}, []
     found = dict[str, RowNumbers]()
     for module in modules:
-        # As PEFT finds it: also within a part of a name.
+        # As in PEFT: the ends of names are compared, also within a component.
         each = {rows for key, rows in listed.items() if module.endswith(key)}
         if len(each) == 1:
             found[module] = each.pop()
@@ -63,7 +63,7 @@ def find_rows(
 
 
 def _explain_no_values(key: str) -> str:
-    return f"{INDICES}: selects {show(key) or 'rows'}, missing in {TENSORS}"
+    return f"{INDICES}: selects {show(key) or 'rows'}, but {TENSORS} has no values for it"
 
 
 def list_misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[str]:
@@ -72,19 +72,19 @@ def list_misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[str]:
     wanted = (len(rows), *shape[1:])
     found = [f"{key}: expected shape {wanted}, got {tokens.v.shape}"] * (tokens.v.shape != wanted)
     if max(rows) >= shape[0]:
-        why = f"{INDICES} lists row {max(rows)}, of {shape[0]}"
-        found.append(f"{show(tokens.module)}: {why}; grow the vocabulary first, as it was trained")
+        why = f"{INDICES} lists row {max(rows)}, but there are {shape[0]} rows"
+        found.append(f"{show(tokens.module)}: {why}; resize the vocabulary as in training")
     return found
 
 
 def list_lone_heads(heads: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """Lists problems with `heads` that name modules of their own."""
+    """Lists problems with `heads` that are modules with a weight of their own."""
     modules = list(modules)
     return [_explain_no_values(k) for k in heads if any(module.endswith(k) for module in modules)]
 
 
 def find_table(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) -> Tokens | None:
-    """Finds the rows of that one of the `tables` to which `name` may be tied."""
+    """Finds the rows of the embedding, one of the `tables`, to which `name` may be tied."""
     others = (x for other, x in tokens.items() if other != name and other in tables)
     return next((x for x in others if x.rows == tokens[name].rows), None)
 
@@ -92,7 +92,7 @@ def find_table(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) 
 def list_unequal(
     pairs: Iterable[tuple[Any, Any, bool]], values: Mapping[str, np.ndarray]
 ) -> list[str]:
-    """Lists heads whose values differ from those of the embedding, or their transpose."""
+    """Lists heads whose values are not those of the embedding, or their transpose."""
     return [
         f"{show(head.key)}: expected the {'transpose' if is_transposed else 'values'} of "
         f"{show(table.key)}, got other values"

@@ -1,4 +1,4 @@
-"""Turns an adapter tree into A and B of PyTorch's parameters, and these into PEFT's tensors."""
+"""Converts an adapter tree to A and B of PyTorch's parameters, and these to PEFT's tensors."""
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +28,11 @@ class Tree(NamedTuple):
 
     Attributes:
         leaves: the leaves of the base, in the order in which PEFT wraps them.
-        found: what the adapter has, by paths.
-        low: those with A and B, with their adapted modules alone.
-        full: those in full.
-        rows: those with rows.
-        tied: by the module of an embedding, the head that shares its weight.
+        found: the leaves of the adapter by path.
+        low: the leaves with A and B; they have only their adapted modules.
+        full: the leaves in full.
+        rows: the leaves with rows.
+        tied: a dict from the module of an embedding to the head that shares its weight.
     """
 
     leaves: list[NamedLeaf]
@@ -49,7 +49,7 @@ class Tree(NamedTuple):
 
     @property
     def tokens(self) -> list[Tokens]:
-        """The rows of embeddings, as PyTorch has them."""
+        """The rows of embeddings in PyTorch's layout."""
         each = ((leaf, self.found[leaf.path]) for leaf in self.rows)
         return [Tokens(leaf.modules[0], x.rows, split_rows(leaf, x)) for leaf, x in each]
 
@@ -59,7 +59,7 @@ class Tree(NamedTuple):
         pieces = collections.defaultdict[str, list[tuple[NamedLeaf, Part]]](list)
         for leaf in self.low:
             x, name = self.found[leaf.path], leaf.name
-            # What is swapped has PEFT's B·A in the order of PyTorch's axes.
+            # Where A and B are swapped, PEFT's B·A has PyTorch's axes.
             transposed = name.transposed
             if name.kind == "experts":
                 transposed = False if name.is_swapped else name.is_transposed or None
@@ -71,7 +71,7 @@ class Tree(NamedTuple):
 
 
 def arrange(base: PyTree, adapter: PyTree, names: Sequence[Name]) -> Tree:
-    """Names the leaves of an adapter tree; raises for what has no form in PEFT."""
+    """Names the leaves of an adapter tree; raises for leaves that PEFT cannot represent."""
     found = adapter_leaves(adapter)
     check_fits(base, found)
     leaves = sort_by_row(resolve(base, names), names)
@@ -90,8 +90,8 @@ def arrange(base: PyTree, adapter: PyTree, names: Sequence[Name]) -> Tree:
 def _join_parts(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:
     """Joins the parts of a parameter.
 
-    It has one A if all parts have the same. Otherwise it has all of them, and a B with zeros
-    outside of each part's own outputs.
+    If all parts have the same A, the result has it once. Otherwise the A's are concatenated, and B
+    has zeros outside the outputs of each part.
     """
     leaf, first = pieces[0]
     if leaf.name.part is None:
@@ -117,7 +117,7 @@ def _join_parts(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:
 
 
 def _swap(leaf: NamedLeaf, part: Part) -> Part:
-    """Gives PEFT's A and B of what it has swapped."""
+    """Returns a part with PEFT's A and B, which may be swapped."""
     if not leaf.name.is_swapped:
         return part
     a, b = map(np.ascontiguousarray, swap(part.a, part.b, leaf.experts))
@@ -125,9 +125,9 @@ def _swap(leaf: NamedLeaf, part: Part) -> Part:
 
 
 def make_tensors(parts: Sequence[Part], tied: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Makes the tensors of parts, and of the heads `tied` to some of them, by PEFT's keys.
+    """Makes the tensors of parts, and of the heads `tied` to them, by PEFT's keys.
 
-    Each parameter of a module wraps those before it.
+    In PEFT each adapted parameter of a module wraps the parameters before it.
     """
     parts = [*parts, *(_make_head(x, tied[x.key]) for x in parts if x.key in tied)]
     left = collections.Counter(part.name.rpartition(".")[0] for part in parts)
@@ -149,7 +149,7 @@ def _make_head(table: Part, head: str) -> Part:
 
 
 def make_frozen_tensors(frozen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Makes the tensors of parameters that an adapter wraps and leaves as they are."""
+    """Returns frozen parameters, which an adapter wraps, by PEFT's keys."""
     names = {name: name.rpartition(".") for name in frozen}
     return {f"{PREFIX}{m}{BASE}.{p}": frozen[name] for name, (m, _, p) in names.items()}
 
@@ -164,12 +164,12 @@ def _check_writable(
     residual = [name_of(path) for path, x in found.items() if is_node(x) and x.residual]
     if residual:
         raise ValueError(
-            "`adapter` is for a base that an initializer changed, and not for the parameters that "
-            "PEFT and engines have, at these paths:\n"
+            "`adapter` needs the base that an initializer changed, which PEFT and engines do not "
+            "have, at these paths:\n"
             + "\n".join(f"  {name}" for name in residual)
-            + "\nGive jlora.arithmetic.difference(adapter, initial), where `initial` is what init "
-            "returned, or merge it with its base. If that base is saved in the place of the "
-            "parameters, give nodes that say so: node._replace(residual=False)."
+            + "\nGive jlora.arithmetic.difference(adapter, initial), where `initial` is the "
+            "adapter from init, or merge the adapter into its base. If you publish the changed "
+            "base, mark the nodes: node._replace(residual=False)."
         )
     wrong = {path: why for path, x in found.items() if (why := _why_unwritable(path, x, leaves))}
     wrong |= {path: why for path, why in _find_lone_parts(found, leaves) if path not in wrong}
@@ -188,64 +188,62 @@ def _why_unwritable(path: Path, x: Any, leaves: Mapping[Path, NamedLeaf]) -> str
         axes = len(weight_shape(x) if is_node(x) else x.shape)
         return f"no row of `names` fits {path_in_names(path)!r} with {axes} axes"
     if is_node(x) and not isinstance(x, (*_FACTORED, Replaced)):
-        return f"PEFT's files have no place for a {type(x).__name__}"
+        return f"PEFT has no form for a {type(x).__name__}"
     arrays: list[Any] = list(state(x).values()) if is_node(x) else [x]
     if any(isinstance(y, jax.ShapeDtypeStruct) for y in arrays):
         return "expected arrays, got jax.ShapeDtypeStruct"
     if odd := [y.dtype for y in arrays if y.dtype not in DTYPES.values()]:
         return f"expected a dtype of {', '.join(DTYPES)}, got {odd[0]}"
     if any(not np.isfinite(np.asarray(y)).all() for y in arrays):
-        return "holds values that are not finite"
+        return "has values that are not finite"
     if not is_node(x):
-        return "in full, but is a part of a parameter of PyTorch" if leaf.name.part else None
+        return "is in full, but is only a part of PyTorch's parameter" if leaf.name.part else None
     if leaf.name.kind is None:
-        return (
-            f"is adapted, but its row of `names` has axes {leaf.name.axes!r}, which are no matrix"
-        )
+        return f"is adapted, but is not a matrix under `names`, with axes {leaf.name.axes!r}"
     ours, wanted = x.layout, leaf.name.layout
     if isinstance(x, Replaced):
         is_one = leaf.name.kind == "embedding" and ours == wanted
-        return None if is_one else "has rows of its own, but is no embedding by `names`"
+        return None if is_one else "has rows, but is not an embedding under `names`"
     if not (set(wanted.inputs) <= set(ours.inputs) and set(wanted.outputs) <= set(ours.outputs)):
         return f"expected {wanted} by `names`, got {ours}"
     return _why_no_magnitudes(x, leaf) if isinstance(x, Decomposed) else None
 
 
 def _why_no_magnitudes(x: Decomposed, leaf: NamedLeaf) -> str | None:
-    """Explains why PEFT has no such magnitudes."""
+    """Explains why PEFT cannot represent magnitudes, if it cannot."""
     if leaf.name.kind == "experts":
-        return "is a Decomposed, and of a parameter of experts PEFT has LoRA alone"
+        return "is DoRA, but PEFT has only LoRA for parameters of experts"
     if set(x.layout.inputs) != set(leaf.name.layout.inputs):
-        return f"has norms over {x.layout.inputs}, PEFT over {leaf.name.layout.inputs}"
+        return f"has norms over axes {x.layout.inputs}, PEFT over {leaf.name.layout.inputs}"
     if not np.asarray(x.m).any():
         return "has magnitudes that are all 0"
     slots = x.layout.slots
     if slots is not None and len(slots[1]) < slots[0] and keep_adapted(leaf, x) is leaf:
-        return f"has magnitudes for the slots {slots[1]} alone, PEFT for all {slots[0]}"
+        return f"has magnitudes for slots {slots[1]} only, PEFT for all {slots[0]}"
     return None
 
 
 def _find_lone_parts(
     found: Mapping[Path, Any], leaves: Mapping[Path, NamedLeaf]
 ) -> Iterator[tuple[Path, str]]:
-    """Finds parts of parameters with magnitudes where other parts have none."""
+    """Finds parts with magnitudes whose parameter has other parts without."""
     parts = {p: leaves[p] for p, x in found.items() if isinstance(x, Decomposed) and p in leaves}
     parts = {path: leaf for path, leaf in parts.items() if leaf.name.part}
     there = collections.Counter(leaf.parameters[0] for leaf in parts.values())
     for path, leaf in parts.items():
         name, (_, n) = leaf.parameters[0], leaf.name.part or (0, 1)
         if there[name] < n:
-            yield path, f"has magnitudes for {there[name]} of the {n} parts of {name}, PEFT for all"
+            yield path, f"is DoRA, but only {there[name]} of the {n} parts of {name} are"
 
 
 def check_one_method(tree: Tree) -> None:
-    """Raises where sites have different methods, as PEFT has one for all."""
+    """Raises if sites have different methods, as PEFT has one for all."""
     paths = {
         kind: [name_of(leaf.path) for leaf in tree.low if isinstance(tree.found[leaf.path], kind)]
         for kind in _FACTORED
     }
     if all(paths.values()):
-        why = "some sites and LoRA at others; PEFT has one of them for all (`use_dora`)"
+        why = "some sites and LoRA at others, but PEFT has one method for all (`use_dora`)"
         _refuse_dora(why, [f"{kind.__name__}: {', '.join(x)}" for kind, x in paths.items()])
     heads = [
         f"{name_of(leaf.path)}: {tree.tied[leaf.modules[0]]}"
@@ -253,9 +251,7 @@ def check_one_method(tree: Tree) -> None:
         if name_of(leaf.path) in paths[Decomposed] and leaf.modules[0] in tree.tied
     ]
     if heads:
-        why = (
-            "an embedding that the head shares, where PEFT has norms of its own for each of the two"
-        )
+        why = "an embedding that the head shares, but PEFT normalizes the two separately"
         _refuse_dora(why, heads)
 
 

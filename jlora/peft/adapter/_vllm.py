@@ -1,4 +1,4 @@
-"""Writes adapters as vLLM takes them: one rank, no patterns, nothing but A and B."""
+"""Writes adapters for vLLM: one rank, no patterns, only A and B."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -15,50 +15,68 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Rewrites one of PEFT's adapters for vLLM, as `save` writes it with `profile="vllm"`.
+    r"""Rewrites a PEFT adapter for vLLM, as `save` writes it with `profile="vllm"`.
+
+    All modules get one rank: A, (r, inputs), and B, (outputs, r), are padded with zeros, and the
+    scales are multiplied into B. Dtypes do not change.
 
     Args:
-        path: its folder.
-        out: a folder that does not exist yet, or an empty one.
+        path: the adapter's folder.
+        out: a folder that does not exist yet, or an empty one. It appears complete or not at all.
 
     Raises:
-        FileExistsError: if `out` is there and not an empty folder.
+        FileExistsError: if `out` exists and is not an empty folder.
         FileNotFoundError: if the folder or a file is missing.
-        ValueError: if the files are damaged, or hold what vLLM does not support.
+        ValueError: if the files are damaged, or the adapter has something other than LoRA of linear
+            and embedding modules.
 
     Examples:
+        >>> import tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
-        >>> peft.to_vllm("adapter", "for_vllm")  # doctest: +SKIP
+        >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
+        >>> names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
+        >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
+        >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=2, alpha=4))
+        >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     peft.save(f"{folder}/adapter", base, adapter, names)
+        ...     peft.to_vllm(f"{folder}/adapter", f"{folder}/served")
+        ...     fields = peft.read_config(f"{folder}/served")
+        >>> fields["r"], fields["lora_alpha"]
+        (8, 8)
     """
     alone = read_alone(path)
     fields, found = DEFAULTS | alone.adapter.fields, alone.contents
     fields, parts = flatten_for_vllm(fields, found.parts, list(found.full), list(alone.rows))
-    title = f"`path`: the adapter in {path} has no form for vLLM that would be read as the same"
+    title = f"`path`: the adapter in {path} cannot be written for vLLM"
     write_alone(out, fields, parts, [alone], Problems(title), "path")
 
 
 def flatten_for_vllm(
     fields: Mapping[str, Any], parts: Sequence[Part], full: Sequence[str], rows: Sequence[str]
 ) -> tuple[dict[str, Any], list[Part]]:
-    """Gives all parts one rank, and folds their scales into B.
+    """Pads all parts to one rank, and multiplies their scales into B.
 
     Raises:
-        ValueError: if vLLM has no such part, or if anything is in `full` or has `rows`.
+        ValueError: if vLLM does not support a part, or if there are keys in `full` or `rows`.
     """
     wrong = [f"{key}: trained in full" for key in full]
-    wrong += [f"{key}: with rows of its own" for key in rows]
-    wrong += [f"{x.key}: of DoRA" for x in parts if x.m is not None]
+    wrong += [f"{key}: rows of an embedding" for key in rows]
+    wrong += [f"{x.key}: DoRA" for x in parts if x.m is not None]
     wrong += [f"{x.key}: of kind {x.kind}" for x in parts if x.kind not in ("linear", "embedding")]
     if wrong:
         raise ValueError(
-            "`profile` 'vllm' takes LoRA of linear and embedding sites alone; got\n  "
+            "`profile` 'vllm' supports only LoRA of linear and embedding sites; got\n  "
             + "\n  ".join(wrong)
             + "\nLeave these out of the rules, or merge the adapter and serve the merged model."
         )
     largest = max(x.a.shape[0] for x in parts)
     rank = next((r for r in RANKS if r >= largest), None)
     if rank is None:
-        raise ValueError(f"`profile` 'vllm' takes ranks up to {RANKS[-1]}; got {largest}.")
+        raise ValueError(
+            f"`profile` 'vllm' supports ranks up to {RANKS[-1]}; got {largest}. Lower it with "
+            "jlora.arithmetic.truncate."
+        )
     new = [
         x._replace(
             a=np.pad(x.a, ((0, rank - len(x.a)), (0, 0))),

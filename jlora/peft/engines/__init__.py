@@ -1,4 +1,4 @@
-"""Engines that serve adapters: what each refuses, and what it drops silently; a file for each.
+"""Engines that serve adapters: what each refuses, and what it drops silently. A file each.
 
 Imports `peft._checkpoint`, `peft._file`, `peft.adapter`.
 """

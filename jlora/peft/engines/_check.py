@@ -1,27 +1,28 @@
-"""Checks whether an engine takes an adapter as it is meant, by its headers and its base's."""
+"""Checks whether an engine serves an adapter as PEFT would, by the headers of adapter and base."""
 
 import os
 import shlex
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .._checkpoint import open_checkpoint
-from .._file import CONFIG, DTYPES, PREFIX, Header, Source, read_header, read_json
-from ..adapter._config import LIMIT, list_misformed
+from .._file import DTYPES, PREFIX, Source
+from ..adapter._config import list_misformed
 from ..adapter._contents import FACTOR
+from ..adapter._files import Files, open_files
 from . import ENGINES, Base, Engine, Finding, Served, Side
 from ._rules import AGAIN
 
 
 class Checked(NamedTuple):
-    """What `check` found; its `str` is for people.
+    """The result of `check`; `print` shows it.
 
     Attributes:
         path: the adapter's folder.
         engine: the engine and its version.
-        findings: what it refuses or drops; empty if it takes the adapter as it is meant.
-        start: how to start it with the adapter.
-        compared: whether names and shapes were compared with those of a base.
+        findings: what the engine refuses or drops; empty if it serves the adapter as PEFT would.
+        start: a command that starts the engine with the adapter.
+        compared: whether names and shapes were compared with a base.
     """
 
     path: str
@@ -34,7 +35,7 @@ class Checked(NamedTuple):
         if self.findings:
             return "\n".join(map(str, self.findings))
         unknown = "" if self.compared else "; without a base, names and shapes are not compared"
-        return f"{self.path}: {self.engine} takes it: {self.start}{unknown}"
+        return f"{self.path}: {self.engine} supports it: {self.start}{unknown}"
 
 
 def check(
@@ -44,24 +45,24 @@ def check(
     base: str | os.PathLike[str] | None = None,
     max_lora_rank: int | None = None,
 ) -> Checked:
-    r"""Finds out what an engine refuses of an adapter, and what of it the engine drops silently.
+    r"""Finds out which parts of an adapter an engine refuses, and which it drops silently.
 
-    It reads configurations and headers of both folders, and no weights. The rules are about
-    adapters: the engine's list of models says which models take one, and for which embeddings.
+    Only configurations and headers are read, no weights. The rules are about adapters. Whether an
+    engine supports adapters for a model at all, or for its embeddings, is in its list of models.
 
     Args:
         path: the adapter's folder, as PEFT or `save` wrote it.
         engine: `"vllm"`, `"tpu-inference"` (vLLM on TPUs) or `"sglang"`.
-        base: the folder of the model that is served, a checkpoint of Hugging Face. Without it names
-            and shapes are not compared.
-        max_lora_rank: the option of the server; None for its default.
+        base: the folder of the served model, a Hugging Face checkpoint. Without it, names and
+            shapes are not compared.
+        max_lora_rank: the server's option; None for its default.
 
     Returns:
         The findings, each with a remedy.
 
     Raises:
         FileNotFoundError: if a folder or a file is missing.
-        ValueError: if there is no such engine or rank, or the files are damaged.
+        ValueError: if `engine` or `max_lora_rank` is not known, or the files are damaged.
 
     Source: vLLM 0.33.0, tpu-inference 0.32.0 and SGLang 0.5.23.
 
@@ -79,29 +80,28 @@ def check(
         >>> [finding] = checked.findings
         >>> print(finding.why, finding.remedy, sep="\n")
         20 is above --max-lora-rank 16
-        Start the server with --max-lora-rank 32, and say so here
+        Start the server with --max-lora-rank 32, and check again with the same option
     """
     if engine not in ENGINES:
         raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}; got {engine!r}.")
     server = ENGINES[engine]
     rank = _rank(server, max_lora_rank)
-    source = Source(Path(path))
-    fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
-    if wrong := list_misformed(fields):
+    files = open_files(source := Source(Path(path)))
+    if wrong := list_misformed(files.fields):
         parts = (problem.partition(": ") for problem in wrong)
         findings = [Finding(what, why, AGAIN, False) for what, _, why in parts]
     else:
-        served = _served(source, fields, header, None if base is None else _base(base), rank)
+        served = _served(source, files, None if base is None else _base(base), rank)
         findings = [found for rule in server.rules for found in rule(served)]
     folder, model = (shlex.quote(os.fspath(x)) for x in (path, base or "BASE"))
-    largest = fields.get("r") if rank is None else rank
+    largest = files.fields.get("r") if rank is None else rank
     start = server.start.format(dir=folder, base=model, rank=largest)
     title = f"{server.title} {server.version}"
     return Checked(os.fspath(path), title, findings, start, base is not None)
 
 
 def _rank(engine: Engine, given: int | None) -> int | None:
-    """Returns the largest rank that the server takes; None for any."""
+    """Returns the largest rank that the server supports; None for any."""
     fits = given in engine.ranks if engine.ranks else isinstance(given, int) and given > 0
     if given is not None and not fits:
         wanted = f"one of {engine.ranks}" if engine.ranks else "at least 1"
@@ -109,27 +109,21 @@ def _rank(engine: Engine, given: int | None) -> int | None:
     return engine.rank if given is None else given
 
 
-def _served(
-    source: Source,
-    fields: dict[str, Any],
-    header: Header,
-    base: Base | None,
-    max_lora_rank: int | None,
-) -> Served:
+def _served(source: Source, files: Files, base: Base | None, max_lora_rank: int | None) -> Served:
     factors, others = list[Side](), list[str]()
-    for key, entry in header.entries.items():
-        if found := FACTOR.fullmatch(key.removeprefix(PREFIX)):
+    for x in files.tensors:
+        if found := FACTOR.fullmatch(x.key.removeprefix(PREFIX)):
             module, depth, side, table = found.group("module", "depth", "side", "table")
-            one = (module, depth.count("."), side or table, bool(table), entry.shape)
-            factors.append(Side(key, *one))
+            one = (module, depth.count("."), side or table, bool(table), x.shape)
+            factors.append(Side(x.key, *one))
         else:
-            others.append(key)
-    return Served(source, fields, factors, others, base, max_lora_rank)
+            others.append(x.key)
+    return Served(source, files.fields, factors, others, base, max_lora_rank)
 
 
 def _base(path: str | os.PathLike[str]) -> Base:
     checkpoint = open_checkpoint(path, "base", follow_links=True)
     entries = {name: checkpoint.entry(name) for name in checkpoint.where}
-    # The shape of packed codes is not that of the weight.
+    # Packed codes do not have the shape of the weight.
     shapes = {name: x.shape if x.dtype in DTYPES else () for name, x in entries.items()}
     return Base(checkpoint.config, shapes)

@@ -1,4 +1,4 @@
-"""An engine: the rules by which it takes an adapter. They read only headers."""
+"""An engine, and the adapter that its rules check. Rules read only headers."""
 
 import dataclasses
 import functools
@@ -11,13 +11,13 @@ from ..adapter._select import Selection, list_parents
 
 
 class Finding(NamedTuple):
-    """Something that an engine does not take as PEFT does.
+    """A part of an adapter that an engine does not serve as PEFT would.
 
     Attributes:
-        what: the field of the configuration, or the tensors or modules.
-        why: what the engine does with it.
+        what: the field of the configuration, the tensors or the modules.
+        why: the reason.
         remedy: what to do.
-        silent: whether the engine says nothing, and computes without it or something else.
+        silent: whether the engine drops it without an error, instead of refusing the adapter.
     """
 
     what: str
@@ -36,7 +36,7 @@ class Side(NamedTuple):
     Attributes:
         key: its key in the file.
         module: the module, without `base_model.model.`.
-        depth: how many other parameters of the module are wrapped around it.
+        depth: the number of adapted parameters that PEFT wrapped around it.
         side: `A` or `B`.
         table: whether the module is an embedding.
         shape: its shape.
@@ -51,28 +51,28 @@ class Side(NamedTuple):
 
     @property
     def last(self) -> str:
-        """The last part of the module's name."""
+        """The last component of the module's name."""
         return self.module.rpartition(".")[2]
 
 
 class Base:
-    """The model that is served, by the headers and the configuration of its checkpoint."""
+    """The served model, from the headers and the configuration of its checkpoint."""
 
     def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]):
-        """Takes `config.json` and the shapes of all tensors, () where it is no weight's."""
+        """Takes `config.json` and the shapes of all tensors, with () for codes."""
         self.config, self.shapes = config, shapes
         own = {name.rpartition(".")[0] for name in shapes}
         self.modules = {parent for module in own for parent in list_parents(module)}
         self.lasts = {module.rpartition(".")[2] for module in self.modules}
 
     def number(self, key: str) -> int | None:
-        """Returns a number of the configuration, of the language model in a model of models."""
+        """Returns a number of the configuration, preferably that of the language model."""
         text = self.config.get("text_config")
         found = [part.get(key) for part in (text, self.config) if isinstance(part, dict)]
         return next((n for n in found if type(n) is int), None)
 
     def called(self, module: str) -> str | None:
-        """Returns what the checkpoint calls a module; None if an engine finds none for it.
+        """Returns the checkpoint's name for a module; None if an engine finds no such module.
 
         A language model within another model has two names. A checkpoint of a model without its
         head may leave out the first `model.`. A tied head has the weight of the embedding.
@@ -89,7 +89,7 @@ class Base:
         return () if name is None else self.shapes.get(f"{name}.weight", ())
 
     def nearest(self, module: str) -> str:
-        """Returns the module of the base that shares the longest end with `module`."""
+        """Returns the module of the base that has the longest ending in common with `module`."""
         tail = module
         while tail := tail.partition(".")[2]:
             if found := [m for m in self.modules if m.endswith("." + tail)]:
@@ -114,8 +114,8 @@ class Served:
         fields: its configuration.
         factors: each A and B.
         others: the keys of all other tensors.
-        base: the model that is served, or None.
-        max_lora_rank: the largest rank that the server takes; None for any.
+        base: the served model, or None.
+        max_lora_rank: the largest rank that the server supports; None for any.
     """
 
     source: Source
@@ -127,12 +127,12 @@ class Served:
 
     @property
     def rank(self) -> int:
-        """The rank of modules for which no other is given."""
+        """The default rank of modules."""
         return self.fields.get("r", DEFAULTS["r"])
 
     @functools.cached_property
     def ranks(self) -> dict[str, int]:
-        """The rank of each module by the configuration, matched in bounded time."""
+        """The rank of each module by the configuration; patterns are matched in bounded time."""
         fields = {"r": self.rank, "rank_pattern": self.fields.get("rank_pattern")}
         selection = Selection(fields | {"target_modules": None}, "`path`")
         modules = {side.module for side in self.factors}
@@ -152,16 +152,16 @@ Rule = Callable[[Served], Iterable[Finding]]
 
 
 class Engine(NamedTuple):
-    """An engine.
+    """An engine that serves adapters.
 
     Attributes:
-        name: what it is called on the command line.
-        title: what it calls itself.
+        name: its name on the command line.
+        title: its name in texts.
         version: the version whose source the rules follow.
         rules: the checks of an adapter.
-        start: how it is started, with `{base}`, `{dir}` and the largest `{rank}`.
-        ranks: the values that its option `--max-lora-rank` has; empty for any.
-        rank: the value that it has by default; None for that of the adapter.
+        start: a command that starts it, with `{base}`, `{dir}` and the largest `{rank}`.
+        ranks: the allowed values of its option `--max-lora-rank`; empty for any.
+        rank: the default of this option; None for the adapter's rank.
     """
 
     name: str
@@ -177,6 +177,6 @@ ENGINES: dict[str, Engine] = {}
 
 
 def register(engine: Engine) -> Engine:
-    """Adds an engine to those that `check` knows."""
+    """Registers an engine for `check`."""
     ENGINES[engine.name] = engine
     return engine

@@ -1,4 +1,4 @@
-"""What several engines demand of an adapter, as lists of findings; and remedies."""
+"""Rules that several engines need; each returns findings. And remedies."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,24 +14,24 @@ PROFILE = (
 MERGED = "serve the merged model (jlora merge BASE DIR OUT)"
 MERGE = MERGED.capitalize()
 LEAVE_OUT = f"Leave it out of the rules and train again, or {MERGED}"
-RENAME = f"Name the modules as the base does, in jlora by the rows of `names`, or {MERGED}"
+RENAME = f"Name the modules as in the base (in jlora by the rows of `names`), or {MERGED}"
 MIXED = (
     "Start the server with --enable-mixed-moe-lora-format and request the adapter with "
     f"is_3d_lora_weight=True, or {MERGED}"
 )
 TOWERS = f"Start the server with --enable-tower-connector-lora, which some models have, or {MERGED}"
-WITHOUT = "Train without it, or serve what PEFT merges (merge_and_unload)"
+WITHOUT = "Train without it, or merge it in PEFT (merge_and_unload) and serve the merged model"
 CONVERT = "Convert it in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
 OTHER_BASE = "Give the base that the adapter was trained on"
 AGAIN = "Save the adapter again"
-# What matters in training alone, and settings of starts.
+# Fields that matter only in training.
 _TRAINING = ("velora_config", "corda_config", "loftq_config", "lora_ga_config")
 
 
 def report(
     names: Iterable[str], why: str, remedy: str, *, of: str = "", silent: bool = False
 ) -> list[Finding]:
-    """Reports all of `names` as one finding, if there are any; `of` is the field or the file."""
+    """Reports all `names` as one finding, if there are any; `of` is a field or a file."""
     if not (first := list(dict.fromkeys(names))):
         return []
     more = f" and {len(first) - 1} more" if len(first) > 1 else ""
@@ -39,7 +39,7 @@ def report(
 
 
 def is_fused(side: Side) -> bool:
-    """Whether a factor adapts all experts of a module together, by `target_parameters`."""
+    """Whether a factor is for all experts of a module together, by `target_parameters`."""
     return side.depth > 0 or side.last == "experts"
 
 
@@ -47,7 +47,7 @@ def is_fused(side: Side) -> bool:
 
 
 def require_fields(x: Served, *keys: str) -> list[Finding]:
-    """Demands that these fields are there."""
+    """Requires fields to be present."""
     why = "is missing in adapter_config.json"
     return [Finding(key, why, AGAIN, False) for key in keys if key not in x.fields]
 
@@ -55,20 +55,20 @@ def require_fields(x: Served, *keys: str) -> list[Finding]:
 def check_field(
     x: Served, key: str, values: Callable[[Any], bool], why: str, remedy: str, silent: bool = False
 ) -> list[Finding]:
-    """Demands that `values` is true of a field, where it is there and not null."""
+    """Requires `values` to be true for a field, if it is present and not null."""
     value = x.fields.get(key)
     is_fine = value is None or values(value)
     return [] if is_fine else [Finding(key, f"{shorten(value)} {why}", remedy, silent)]
 
 
 def require_lora(x: Served, silent: bool = False) -> list[Finding]:
-    """Demands LoRA, and not another method of PEFT's."""
+    """Requires the method to be LoRA."""
     return check_field(x, "peft_type", lambda kind: kind == "LORA", "is not LORA", WITHOUT, silent)
 
 
 def check_start(x: Served, *known: str, silent: bool = False) -> list[Finding]:
-    """Demands that A and B started in a way that left the base as it was."""
-    why = "changes the base model, which is served as it was"
+    """Requires an initialization of A and B that does not change the base."""
+    why = "changes the base model, but the original is served"
     leaves = lambda start: not isinstance(start, str) or start.lower() in known  # noqa: E731
     return check_field(x, "init_lora_weights", leaves, why, CONVERT, silent)
 
@@ -76,13 +76,13 @@ def check_start(x: Served, *known: str, silent: bool = False) -> list[Finding]:
 def forbid(
     x: Served, *keys: str, why: str = "is not supported", remedy: str = "", silent: bool = False
 ) -> list[Finding]:
-    """Demands that these features of PEFT are not used."""
+    """Forbids features of PEFT."""
     used = [key for key in keys if x.fields.get(key)]
     return [_feature(x, key, why, remedy or _without(key), silent) for key in used]
 
 
 def forbid_unread(x: Served, *known: str) -> list[Finding]:
-    """Demands that no other features are used, nor those of later versions of PEFT."""
+    """Forbids all other features, including those of later versions of PEFT."""
     used = [key for key in find_features(x.fields) if key not in (*known, *_TRAINING)]
     return [_feature(x, key, "is not read", _without(key), True) for key in used]
 
@@ -92,13 +92,13 @@ def _feature(x: Served, key: str, why: str, remedy: str, silent: bool) -> Findin
 
 
 def _without(key: str) -> str:
-    """Advises what to do about a feature, by whether jlora can merge it."""
+    """Returns the remedy for a feature, which depends on whether jlora can merge it."""
     return f"Train without it, or {MERGED}" if key in METHODS else WITHOUT
 
 
 def report_rank(rank: int, limit: int, least: int) -> Finding:
-    """Reports a rank above the server's option, which should be `least`."""
-    remedy = f"Start the server with --max-lora-rank {least}, and say so here"
+    """Reports a rank above the server's option, which must be at least `least`."""
+    remedy = f"Start the server with --max-lora-rank {least}, and check again with the same option"
     return Finding("r", f"{rank} is above --max-lora-rank {limit}", remedy, False)
 
 
@@ -106,32 +106,29 @@ def report_rank(rank: int, limit: int, least: int) -> Finding:
 
 
 def check_pairs(x: Served, silent: bool = False) -> list[Finding]:
-    """Demands that there are A and B, a B for each A, and that both are matrices.
-
-    That there are none may be `silent`.
-    """
+    """Requires matrices A and B in pairs. An adapter without any may be dropped silently."""
     if not x.factors:
-        return [Finding("adapter_model.safetensors", "holds no A and B", AGAIN, silent)]
+        return [Finding("adapter_model.safetensors", "has no A and B", AGAIN, silent)]
     lone = (s.key for pair in x.pairs.values() if len(pair) == 1 for s in pair.values())
     odd = (s.key for s in x.factors if len(s.shape) != 2)
     return [
-        *report(lone, "is there without its A or B", AGAIN),
-        *report(odd, "only A and B that are matrices are supported", LEAVE_OUT),
+        *report(lone, "is without its A or B", AGAIN),
+        *report(odd, "A and B must be matrices", LEAVE_OUT),
     ]
 
 
 def check_ranks(
     x: Served, rank: Callable[[str], int], remedy: str, silent: bool = False
 ) -> list[Finding]:
-    """Demands that A and B have the `rank` that the engine takes a module to have."""
+    """Requires A and B to have the `rank` with which the engine reads a module."""
     plain = (s for s in x.factors if len(s.shape) == 2 and not is_fused(s))
     odd = [s for s in plain if s.shape[s.side == "B"] != rank(s.module)]
-    why = f"of shape {odd[0].shape}, is taken to have rank {rank(odd[0].module)}" if odd else ""
+    why = f"has shape {odd[0].shape}, but is read with rank {rank(odd[0].module)}" if odd else ""
     return report((s.key for s in odd), why, remedy, silent=silent)
 
 
 def check_shapes(x: Served, silent: bool = False) -> list[Finding]:
-    """Demands that B·A has the shape of the base's weight; a smaller one may be `silent`."""
+    """Requires B·A to have the shape of the base's weight. A smaller one may be `silent`."""
     wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for (module, _), pair in x.pairs.items():
         if x.base is None or len(pair) < 2 or any(len(s.shape) != 2 for s in pair.values()):
@@ -140,6 +137,6 @@ def check_shapes(x: Served, silent: bool = False) -> list[Finding]:
         if len(theirs) == 2 and ours not in (theirs, theirs[::-1]):
             wrong[module] = ours, theirs
     ours, theirs = next(iter(wrong.values()), ((0, 0), (0, 0)))
-    why = f"A and B are of a weight of shape {ours}, the base's is {theirs}"
+    why = f"A and B are for a weight of shape {ours}, but the base's has shape {theirs}"
     is_smaller = ours[0] <= theirs[0] and ours[1] <= theirs[1]
     return report(wrong, why, OTHER_BASE, silent=silent and is_smaller)

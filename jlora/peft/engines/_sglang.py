@@ -1,4 +1,4 @@
-"""SGLang, by `sglang.srt.lora`: tensors go by the number of their layer and the end of a name."""
+"""SGLang, by `sglang.srt.lora`: it reads tensors by the layer's number and the end of the name."""
 
 import collections
 import itertools
@@ -13,7 +13,7 @@ from ._engine import Engine, Finding, Served, register
 from ._rules import is_fused, report
 
 SILENT = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
-# The modules that it has buffers for, by the ends of their names.
+# The modules that it has buffers for, by their last components.
 TARGETS = {
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj"),
     *("gate_proj", "up_proj", "gate_up_proj", "down_proj", "fc1_latent_proj", "fc2_latent_proj"),
@@ -22,7 +22,7 @@ TARGETS = {
 }
 EMBEDDINGS = ("embed_tokens", "lm_head")
 _FROZEN = tuple(f"{name}.base_layer.weight" for name in EMBEDDINGS)
-# What it packs into one, and what of that a layer must have beside a module.
+# The modules that it packs into one, and the module that a layer must also adapt.
 _PACKED = (
     {"q_proj", "k_proj", "v_proj", "qkv_proj"},
     {"gate_proj", "up_proj", "gate_up_proj"},
@@ -34,7 +34,7 @@ _LAYER = re.compile(r"layers\.(\d{1,9})\.")
 _EXPERT = re.compile(r"experts\.\d+\.")
 _SCALE = "is not read: the scale is lora_alpha / r everywhere"
 _RANK = "is not read: the rank is `r` everywhere"
-_UNKNOWN = "it has no buffers for a module of that name"
+_UNKNOWN = "SGLang has no buffers for a module of this name"
 
 
 def _layer(name: str) -> int | None:
@@ -59,21 +59,21 @@ def _configuration(x: Served) -> Iterator[Finding]:
         odd = (name for name in listed if name.rpartition(".")[2] not in TARGETS)
         yield from report(odd, _UNKNOWN, rules.LEAVE_OUT, of="target_modules")
     elif listed not in ("all", "all-linear"):
-        remedy = "List the modules by the ends of their names, as jlora.peft.save does"
+        remedy = "List the modules by the last components of their names, as jlora.peft.save does"
         yield Finding("target_modules", "must be a list of names", remedy, False)
     size = x.base.number("vocab_size") if x.base else None
     if size is not None and (x.source.folder / _ADDED).exists():
         added = read_json(x.source, _ADDED, LIMIT)
         new = (token for token, i in added.items() if type(i) is int and i >= size)
-        remedy = f"Remove {_ADDED}, if the adapter does without them, or {rules.MERGED}"
+        remedy = f"Remove {_ADDED} if the adapter does not use these tokens, or {rules.MERGED}"
         yield from report(new, f"adds tokens to the {size} of the base", remedy, of=_ADDED)
 
 
 def _tensors(x: Served) -> Iterator[Finding]:
     taken = (key for key in x.others if _layer(key) is not None)
-    yield from report(taken, "neither A nor B, is taken for a B", rules.LEAVE_OUT)
+    yield from report(taken, "is neither A nor B, but read as a B", rules.LEAVE_OUT)
     lost = (key for key in x.others if _layer(key) is None and not key.endswith(_FROZEN))
-    yield from report(lost, "neither A nor B, is left out", rules.LEAVE_OUT, silent=True)
+    yield from report(lost, "is neither A nor B, and is ignored", rules.LEAVE_OUT, silent=True)
     yield from rules.check_pairs(x, silent=True)
     yield from rules.check_ranks(x, lambda _: x.rank, rules.PROFILE)
 
@@ -90,7 +90,7 @@ def _modules(x: Served) -> Iterator[Finding]:
         return
     named = {name.rpartition(".")[2] for name in listed}
     named |= {name for pack in _PACKED if pack & named for name in pack}
-    why, remedy = "is not listed in `target_modules`", "Add the last part of its name to the list"
+    why, remedy = "is not listed in `target_modules`", "Add its last component to the list"
     unlisted = (s.module for s in inside if s.last in TARGETS - named)
     yield from report(unlisted, why, remedy)
     unlisted = (s.module for s in outside if s.last in set(EMBEDDINGS) - named)
@@ -105,12 +105,12 @@ def _together(x: Served) -> Iterator[Finding]:
             groups[_layer(s.module), (expert[0] if expert else "") + s.last].append(s.module)
     for name, other in _WITH.items():
         alone = (own for (i, n), own in groups.items() if n == name and (i, other) not in groups)
-        why = f"is packed with {other}, which its layer has no A and B for"
+        why = f"is packed with {other}, which is not adapted in its layer"
         remedy = f"Adapt both and train again, or {rules.MERGED}"
         yield from report(itertools.chain(*alone), why, remedy)
-    # By layer, expert, and the end of a name it takes them for one module's.
+    # Modules of one layer, expert and last component are the same module to it.
     if twice := [own for own in groups.values() if len(own) > 1]:
-        why = f"is taken for {show(twice[0][1])}, of the same layer and name"
+        why = f"is mistaken for {show(twice[0][1])}, which has the same layer and last component"
         yield from report((own[0] for own in twice), why, rules.MERGE, silent=True)
 
 

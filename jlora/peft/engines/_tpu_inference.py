@@ -1,4 +1,4 @@
-"""vLLM on TPUs: tpu-inference, which reads adapters by vLLM's loader for models in PyTorch."""
+"""vLLM on TPUs (tpu-inference), which reads adapters with vLLM's loader for PyTorch models."""
 
 from ..adapter._vllm import RANKS
 from . import _rules as rules
@@ -9,7 +9,7 @@ from ._vllm import START as VLLM
 
 def _experts(x: Served) -> list[Finding]:
     found = (s.module for s in x.factors if ".experts." in f".{s.module}.")
-    return rules.report(found, "experts get no adapters on TPUs", rules.LEAVE_OUT)
+    return rules.report(found, "experts have no adapters on TPUs", rules.LEAVE_OUT)
 
 
 START = f"MODEL_IMPL_TYPE=vllm {VLLM}"

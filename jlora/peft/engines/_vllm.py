@@ -11,16 +11,16 @@ from . import _rules as rules
 from ._engine import Engine, Finding, Served, register
 from ._rules import is_fused, report
 
-# Those that it knows by name.
+# Features that it refuses by name.
 FEATURES = (
     *("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication"),
     *("use_bdlora", "use_qalora"),
 )
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
-# Frozen values, which it skips; and the heads of classifiers.
+# Frozen values, which it skips, and the heads of classifiers.
 _SKIPPED = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _HEAD = re.compile(rf"(.*\.)?({'|'.join(HEADS)})\.(weight|bias)")
-# What a model of models has beside its language model.
+# Models of images and sounds, next to a language model.
 _TOWER = re.compile(r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector)\.")
 Shapes = dict[int, dict[str, tuple[int, ...]]]  # of A and B, by depth
 _OLD = "is not read before vLLM 0.32, where all modules have `r` and `lora_alpha`"
@@ -40,15 +40,15 @@ def _configuration(x: Served) -> Iterator[Finding]:
     rank = max([x.rank, *(x.fields.get("rank_pattern") or {}).values()])
     if rank > RANKS[-1]:
         remedy = f"Lower it: jlora.arithmetic.truncate(adapter, {RANKS[-1]})"
-        yield Finding("r", f"{rank} is above {RANKS[-1]}, the largest rank it has", remedy, False)
+        yield Finding("r", f"{rank} is above {RANKS[-1]}, the largest rank", remedy, False)
     elif x.max_lora_rank is not None and rank > x.max_lora_rank:
         yield rules.report_rank(rank, x.max_lora_rank, next(r for r in RANKS if r >= rank))
     saved, of = x.fields.get("modules_to_save") or [], "modules_to_save"
     if others := [name for name in saved if name not in HEADS]:
-        why = f"only {' and '.join(HEADS)} are taken in full"
+        why = f"only {' and '.join(HEADS)} may be saved in full"
         yield from report(others, why, rules.LEAVE_OUT, of=of)
     elif not _classifies(x):
-        why = "a head in full is taken of classifiers alone"
+        why = "only classifiers may have a head in full"
         yield from report(saved, why, rules.LEAVE_OUT, of=of)
 
 
@@ -61,41 +61,41 @@ def _classifies(x: Served) -> bool:
 def _tensors(x: Served) -> Iterator[Finding]:
     saves = bool(x.fields.get("modules_to_save"))
     odd = (k for k in x.others if not k.endswith(_SKIPPED) and not (saves and _HEAD.fullmatch(k)))
-    yield from report(odd, "neither A nor B, nor a classifier's head", rules.LEAVE_OUT)
+    yield from report(odd, "is neither A nor B, nor a classifier's head", rules.LEAVE_OUT)
     yield from rules.check_pairs(x)
     yield from rules.check_ranks(x, x.ranks.__getitem__, rules.AGAIN, silent=True)
     tables = [s for s in x.factors if s.table]
     odd = (s.module for s in tables if s.last not in EMBEDDINGS)
-    why = f"of embeddings, only {', '.join(EMBEDDINGS)} are adapted"
+    why = f"only the embeddings {', '.join(EMBEDDINGS)} may be adapted"
     yield from report(odd, why, rules.LEAVE_OUT)
     size = x.base.number("vocab_size") if x.base else None
     for s in tables:
         if size is not None and s.side == "A" and s.last in EMBEDDINGS and s.shape[-1] != size:
-            why = f"is of {s.shape[-1]} tokens, the base's `vocab_size` is {size}"
+            why = f"has {s.shape[-1]} tokens, but the base's `vocab_size` is {size}"
             yield from report([s.key], why, rules.LEAVE_OUT)
 
 
 def _experts(x: Served) -> Iterator[Finding]:
-    """Checks experts that are adapted together: down_proj wraps gate_up_proj, so its depth is 1."""
+    """Checks experts that are adapted together. down_proj wraps gate_up_proj, whose depth is 1."""
     found: dict[str, Shapes] = {}
     for s in filter(is_fused, x.factors):
         found.setdefault(s.module, {}).setdefault(s.depth, {})[s.side] = s.shape
     lone = (m for m, own in found.items() if own.keys() != {0, 1})
-    why = "one of gate_up_proj and down_proj is adapted; both are expected"
+    why = "only one of gate_up_proj and down_proj is adapted; expected both"
     yield from report(lone, why, rules.LEAVE_OUT)
     if (base := x.base) is None:
         return
     hidden = base.number("hidden_size")
     other = (m for m, own in found.items() if hidden and _is_transposed(own, hidden))
-    why = f"A of gate_up_proj is read with {hidden} columns, B of down_proj with so many rows"
+    why = f"A of gate_up_proj is read with {hidden} columns, B of down_proj with {hidden} rows"
     yield from report(other, why, rules.MERGE, silent=True)
     apart = (m for m in found if f"{base.called(m)}.0" in base.modules)
-    why = "is of all experts together, which are one by one in the base"
+    why = "adapts all experts together, but the base has a module for each"
     yield from report(apart, why, rules.MIXED)
 
 
 def _is_transposed(own: Shapes, hidden: int) -> bool:
-    """Whether A of gate_up_proj belongs to its outputs, or B of down_proj to its inputs."""
+    """Whether A of gate_up_proj has its outputs, or B of down_proj its inputs."""
     a, b = own.get(1, {}).get("A"), own.get(0, {}).get("B")
     return 1 in own and ((a is not None and a[-1] != hidden) or (b is not None and b[0] != hidden))
 
@@ -105,14 +105,15 @@ def _names(x: Served) -> Iterator[Finding]:
         return
     if {"vision_config", "audio_config"} & base.config.keys():
         found = (s.module for s in x.factors if _TOWER.search(s.module))
-        yield from report(found, "only the language model is adapted", rules.TOWERS, silent=True)
+        why = "only the language model is adapted"
+        yield from report(found, why, rules.TOWERS, silent=True)
     lost = [m for m in dict.fromkeys(s.module for s in x.factors) if not base.called(m)]
-    # It looks at the last part of a name, and then looks up each of its own names as a whole.
+    # vLLM checks the last component of a name, and then looks up its own names as a whole.
     quiet = [m for m in lost if m.rpartition(".")[2] in base.lasts and ".experts." not in m]
     loud = [m for m in lost if m not in quiet]
-    yield from report(loud, "the base has no module of that name", rules.OTHER_BASE)
+    yield from report(loud, "the base has no module of this name", rules.OTHER_BASE)
     if quiet:
-        why = f"matches no module of the base, which has {show(base.nearest(quiet[0]))}"
+        why = f"matches no module of the base; the nearest is {show(base.nearest(quiet[0]))}"
         yield from report(quiet, why, rules.RENAME, silent=True)
 
 

@@ -1,6 +1,6 @@
-"""How checkpoints store weights in few bits: a file for each format.
+"""Formats of quantized checkpoints, a file each.
 
-A format makes codes and scales of the tensors of a module; `_codes` makes leaves of those.
+A format reads the tensors of a module as codes and scales. `_codes` makes leaves from these.
 
 Imports `_folders`, `_progress`, `_quantized`, `_tree`, `_types`, `sharding`, `peft._checkpoint`,
 `peft._file`, `peft._vocabulary`, `peft._write`, `peft.names`.

@@ -1,4 +1,4 @@
-"""Integers in groups of inputs that share a scale and a zero point."""
+"""Integer codes: each group of inputs shares a scale and a zero point."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,9 +27,9 @@ def read_affine(
         bits: the bits of a code.
         codes: q, unsigned, (outputs, inputs).
         scale: s, (outputs, groups).
-        zero: z, unsigned, (outputs, groups); None for half of the codes.
-        order: the group of each input; None where a group is a run of neighboring inputs.
-        sizes: each `group_size` of the configuration; one that is not positive means all inputs.
+        zero: z, unsigned, (outputs, groups); None for half the number of codes.
+        order: the group of each input; None if groups are runs of neighboring inputs.
+        sizes: the values of `group_size` in the configuration; a value below 1 means all inputs.
     """
     if not np.isfinite(scale.astype(np.float32)).all():
         raise Unreadable(f"{module}: has scales that are not finite")
@@ -42,7 +42,7 @@ def read_affine(
             f"the quantization, {', '.join(map(shorten, sizes[:9]))}"
         )
     if order is not None and not 0 <= order.min(initial=0) <= order.max(initial=0) < groups:
-        raise Unreadable(f"{module}: has inputs of other groups than the {groups} with scales")
+        raise Unreadable(f"{module}: has inputs in groups other than the {groups} with scales")
     usual = np.arange(inputs) * groups // max(inputs, 1)
     order = usual if order is None else order
     group = inputs // groups
@@ -62,7 +62,7 @@ def read_affine(
 
 
 def _is_configured(inputs: int, groups: int, sizes: Sequence[Any]) -> bool:
-    """Whether groups of neighboring inputs have one of the configured sizes, if there are any."""
+    """Whether the groups have one of the configured sizes, if any are configured."""
     given = [n for n in sizes if isinstance(n, int) and n > 0]
     whole = groups == 1 and (len(given) < len(sizes) or max(given, default=0) > inputs)
     return whole or not given or inputs // groups in given

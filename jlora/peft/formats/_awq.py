@@ -1,4 +1,4 @@
-"""AWQ: integers of 4 bits in groups of inputs."""
+"""AWQ: 4-bit integers in groups of inputs."""
 
 from ._affine import read_affine
 from ._codes import Codes, Dense
@@ -6,7 +6,7 @@ from ._format import Format, register
 from ._tensors import FLOATS, unpack
 
 MARKS = {".qweight": ".weight"}
-ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which code of a word is that of each of 8 outputs
+ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the position in a word of the code of each of 8 outputs
 
 
 @register("awq")

@@ -1,4 +1,4 @@
-"""Loads a base from a checkpoint as it is shipped, and writes one in floats."""
+"""Loads a base from a checkpoint, quantized or not, and writes one in floats."""
 
 import json
 import os
@@ -31,32 +31,39 @@ from ._tensors import Unreadable
 
 
 def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTree) -> PyTree:
-    r"""Loads the base from a checkpoint, and keeps its quantized weights quantized.
+    r"""Loads the base from a checkpoint, and keeps quantized weights quantized.
 
-    A folder of Hugging Face may be in floats, or quantized by bitsandbytes (NF4 and FP4, with and
-    without double quantization, and 8 bits), GPTQ (4 and 8 bits), AWQ (4 bits), compressed-tensors
-    (4 and 8 bits, and FP8), FP8 (a scale for each tensor, output or block) or MXFP4 (experts). A
-    `.gguf` file may hold Q4_0, Q4_1, Q8_0 and MXFP4; its other types are dequantized.
+    A Hugging Face folder may be in floats, or in one of these formats:
 
-    A weight whose axes can be cut into the blocks of the file becomes a `jlora.Quantized`
-    leaf with the file's own codes. Any other is dequantized, exactly, and so are codes that no
-    scheme has: codes of inputs that are reordered by activation, and codes of 8 bits with zero
-    points. Scales of activations are left out. Experts of one parameter may be stored one by one.
+    - bitsandbytes: NF4 and FP4, with and without double quantization; 8 bits
+    - GPTQ: 4 and 8 bits
+    - AWQ: 4 bits
+    - compressed-tensors: 4 and 8 bits; FP8
+    - FP8: one scale for each tensor, output or block
+    - MXFP4: experts
+
+    In a `.gguf` file, Q4_0, Q4_1, Q8_0 and MXFP4 stay quantized. Other types are dequantized.
+
+    A weight becomes a `jlora.Quantized` leaf with the codes of the file, if its axes can be split
+    into the blocks of the file. All others are dequantized exactly. So are codes that no scheme of
+    jlora has: inputs that are reordered by activation, and 8 bits with zero points. Scales of
+    activations are ignored. Experts of one parameter may be stored one by one.
 
     Args:
         path: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.
-        names: the table that says what the leaves are called in PyTorch, or in the GGUF file.
-        like: the tree of parameters, arrays or `jax.ShapeDtypeStruct`s; shapes, dtypes and
-            shardings matter. The dtype of a quantized weight is that of its file if that says one.
+        names: the name table of the model; for a GGUF file, a table with its names.
+        like: the tree of parameters: arrays or `jax.ShapeDtypeStruct`s. Shapes, dtypes and
+            shardings matter. A quantized weight has this dtype unless the file has one for it.
 
     Returns:
         A tree like `like`. A float leaf has the dtype of the file.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or a file is missing.
+        FileNotFoundError: if the folder or a file is missing.
         ImportError: for a GGUF file if the package `gguf` is not installed.
-        ValueError: if tensors are missing, unexpected, misshapen, not finite, of 64 bits where JAX
-            has 32, or contradict the configuration; all of it is listed, and nothing is loaded.
+        ValueError: if tensors are missing, unexpected, misshapen, not finite, of 64 bits without
+            jax_enable_x64, or contradict the configuration. All problems are listed, and nothing is
+            loaded.
 
     Source: the files of bitsandbytes 0.50, GPTQModel, AutoAWQ, compressed-tensors 0.20 and
     `transformers` 5.
@@ -80,7 +87,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     quantized = set(format.find())
     leaves = name_all(like, names, "like", quantized.union(format.tensors))
     values, wrong = [], []
-    unread: tuple[str, ...] = ()  # modules of which not all tensors were asked for
+    unread: tuple[str, ...] = ()  # modules with tensors that were not read
     for leaf in progress(leaves, "load", unit="leaf"):
         try:
             values.append(_place(_read(leaf, format, quantized), leaf.value))
@@ -89,7 +96,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
             unread += leaf.modules
     prefixes, tensors = tuple(f"{module}." for module in unread), format.tensors
     left = [n for n in tensors if n not in tensors.taken and not n.startswith(prefixes)]
-    # A wrong configuration gives every leaf the same words.
+    # With a wrong configuration, all leaves have the same problem.
     wrong = list(dict.fromkeys(wrong)) + [f"{show(name)}: unexpected" for name in left]
     if wrong:
         raise ValueError(f"`path`: {path} does not fit `like`. {itemize(wrong)}")
@@ -112,7 +119,7 @@ def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str]) -> Any:
         )
     if len(coded) < len(keys):
         raise Unreadable(
-            f"{keys[0]}: {len(coded)} of {len(keys)} layers that are one leaf here are quantized"
+            f"{keys[0]}: only {len(coded)} of the {len(keys)} layers of this leaf are quantized"
         )
     shape = (*whole[:-2], *whole[-2:][::-1]) if name.transposed else whole
     read = (read_checked(format, key, leaf.value.dtype, shape) for key in keys)
@@ -147,17 +154,19 @@ def save_base(
 ) -> None:
     """Writes a float base as a Hugging Face checkpoint, with its weights in one safetensors file.
 
+    Dtypes stay. Axes are PyTorch's.
+
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
         base: the parameters, in floats.
-        names: the table that says what the leaves are called in PyTorch.
+        names: the name table of the model.
         config: the contents of `config.json`; or the folder of the checkpoint that the base comes
-            from, of which all that `export_merged` copies is copied: configurations, of which that
-            of a quantization is taken out, files of the tokenizer, code.
+            from. Then configurations, tokenizer files and code are copied, as by `export_merged`,
+            and `config.json` gets no `quantization_config`.
 
     Raises:
-        FileExistsError: if `path` is there and not an empty folder.
-        ValueError: if a leaf has no name, or is quantized, or the folder is no checkpoint.
+        FileExistsError: if `path` exists and is not an empty folder.
+        ValueError: if a leaf has no name or is quantized, or `config` is not a checkpoint.
 
     Examples:
         See `load_base`.
@@ -165,8 +174,8 @@ def save_base(
     packed = [f"{name_of(path)}: {x!r}" for path, x in leaves_by_path(base) if is_quantized(x)]
     if packed:
         raise ValueError(
-            "`base` must be in floats: write jlora.dequantize(base), and quantize that by "
-            f"`transformers` with bitsandbytes, or by llm-compressor. {itemize(packed)}"
+            "`base` must be in floats. Save jlora.dequantize(base), and quantize that checkpoint "
+            f"with `transformers` and bitsandbytes, or with llm-compressor. {itemize(packed)}"
         )
     tensors, source = split_all(name_all(base, names, "base")), None
     if isinstance(config, str | os.PathLike):

@@ -1,4 +1,4 @@
-"""bitsandbytes, as `transformers` writes it: NF4, FP4, and 8 bits by row."""
+"""bitsandbytes, as written by `transformers`: NF4, FP4, and 8 bits with a scale for each row."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -34,30 +34,30 @@ LEGAL_NESTED: dict[str, Callable[[Any], bool]] = {
 
 @register("bitsandbytes")
 class BitsAndBytes(Format):
-    """Codes of 4 bits have a state in JSON; codes of 8 bits have the maxima of their rows."""
+    """4-bit codes come with a state in JSON, 8-bit codes with the maximum of each row."""
 
     marks: ClassVar = {".SCB": ".weight", ".absmax": "", **{f".{STATE}{k}": "" for k in SCHEMES}}
     keeps_axes = True
 
     def find(self) -> Iterator[str]:
-        """Yields the parameters with a state or maxima, and the weights that should have them."""
+        """Yields the parameters with a state or maxima, and weights that should have them."""
         yield from super().find()
         weights = (name for name in self.tensors if name.endswith(".weight"))
         yield from (name for name in weights if self.tensors.dtype(name) in ("I8", "U8"))
 
     def read(self, name: str) -> Codes:
-        """Reads a parameter that has a state, or is in int8; refuses other codes of 4 bits."""
+        """Reads a parameter in 4 bits with a state, or in int8."""
         states = [kind for kind in SCHEMES if f"{name}.{STATE}{kind}" in self.tensors]
         if len(states) > 1:
             raise Unreadable(f"{name}: has the states of {' and '.join(states)}")
         if states:
             return self._four_bits(name, states[0])
         if f"{name}.absmax" in self.tensors or self.tensors.dtype(name) == "U8":
-            raise Unreadable(f"{name}: is of 4 bits, but has no {name}.{STATE}nf4 or fp4")
+            raise Unreadable(f"{name}: has 4-bit codes, but no {name}.{STATE}nf4 or fp4")
         module = name.removesuffix(".weight")
         order = f"{name}_format"
         if order in self.tensors and (got := int(self.tensors.read(order, ("U8",), ()).item())):
-            raise Unreadable(f"{order}: expected 0, rows as they are; got {got}")
+            raise Unreadable(f"{order}: expected 0 (rows in order), got {got}")
         codes = self.tensors.read_matrix(name, ("I8",))
         return Codes(Int8(), codes, self._finite(f"{module}.SCB", codes.shape[:1]))
 
@@ -74,7 +74,7 @@ class BitsAndBytes(Format):
         if not np.array_equal(table, scheme.table):
             raise Unreadable(f"{key}.quant_map: is not the table of {kind}")
         if len(shape) == 3 and size // shape[0] % block:
-            raise Unreadable(f"{key}: blocks of {block} run from one expert of {shape} to the next")
+            raise Unreadable(f"{key}: blocks of {block} cross experts of {shape}")
         blocks = -(-size // block)
         if "nested_blocksize" not in state:
             return Codes(scheme, codes, self._finite(f"{key}.absmax", (blocks,)), dtype=dtype)
@@ -82,7 +82,7 @@ class BitsAndBytes(Format):
         group, offset = state["nested_blocksize"], np.float32(state["nested_offset"])
         of_groups = self._finite(f"{key}.nested_absmax", (-(-blocks // group),))
         numbers = self._finite(f"{key}.nested_quant_map", (256,))
-        # A leaf has groups of scales and an offset for each expert, the file for all.
+        # A leaf has groups of scales and an offset for each expert; the file has them for all.
         if len(shape) == 2 and group == GROUP and np.array_equal(numbers, DYNAMIC):
             scheme = SCHEMES[kind](block=block, double=True)
             return Codes(scheme, codes, absmax, nested=(of_groups, offset), dtype=dtype)
@@ -108,5 +108,5 @@ class BitsAndBytes(Format):
             legal |= LEGAL_NESTED
         for field, is_legal in legal.items():
             if not is_legal(state.get(field)):
-                raise Unreadable(f"{name}: `{field}` is {shorten(state.get(field))}")
+                raise Unreadable(f"{name}: invalid `{field}` {shorten(state.get(field))}")
         return state

@@ -1,4 +1,4 @@
-"""A weight in the codes of a file, and the leaf that is made of it."""
+"""A weight in the codes of a file, and the leaf that is made from it."""
 
 import math
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ class Codes(NamedTuple):
         scheme: the scheme.
         codes: a code for each entry, (…, rows, columns), in PyTorch's order.
         scale: a number for each block, (…, blocks of rows, blocks of columns) or their product.
-        zero: the number that a scheme adds or subtracts in each block, or None.
-        nested: the scale and the offset of the scales where these are codes too, or None.
-        dtype: the dtype of the weight; None if that of the leaf counts.
+        zero: the number that the scheme adds or subtracts in each block, or None.
+        nested: if the scales are codes too, their own scale and offset; otherwise None.
+        dtype: the dtype of the weight; None for that of the leaf.
     """
 
     scheme: Any
@@ -48,7 +48,7 @@ class Codes(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """The bytes that codes and scales take."""
+        """The bytes of codes and scales."""
         parts = [x for x in (self.scale, self.zero, *(self.nested or ())) if x is not None]
         return self.codes.size * self.scheme.bits // 8 + sum(x.nbytes for x in parts)
 
@@ -60,7 +60,7 @@ class Codes(NamedTuple):
 
     @property
     def bound(self) -> float:
-        """A bound of the values' magnitudes, whatever the codes; NaN if a code of FP8 is."""
+        """A bound for the magnitudes of the values with any codes; NaN if an FP8 code is NaN."""
         if self.codes.dtype.kind not in "iu" and _has_nan(self.codes):
             return math.nan
         if self.scale.dtype == np.uint8 and self.nested is None:  # powers of 2
@@ -72,12 +72,12 @@ class Codes(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """A parameter whose codes no scheme has, dequantized.
+    """A dequantized parameter, whose codes no scheme of jlora has.
 
     Attributes:
         values: its values in float32.
         spelling: the scheme of its codes, in words.
-        bits: the bits that an entry had.
+        bits: the bits of each entry in the file.
     """
 
     values: np.ndarray
@@ -93,7 +93,7 @@ class Dense(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the codes took."""
+        """The bytes of the codes."""
         return self.values.size * self.bits // 8
 
     def array(self, dtype: Any) -> jax.Array:
@@ -102,7 +102,7 @@ class Dense(NamedTuple):
 
     @property
     def bound(self) -> float:
-        """The largest magnitude of a value; NaN if a value is."""
+        """The largest magnitude of the values; NaN if a value is NaN."""
         return _largest(self.values)
 
 
@@ -123,16 +123,16 @@ def _largest(x: np.ndarray) -> float:
 
 
 def _has_nan(codes: np.ndarray) -> bool:
-    """Whether floats of 8 bits include NaN; looking for its codes is quicker than converting."""
+    """Whether 8-bit floats include NaN; comparing codes is faster than converting them."""
     every = np.arange(256, dtype=np.uint8)
     nan = every[np.isnan(every.view(codes.dtype).astype(np.float32))]
     return any((codes.view(np.uint8) == x).any() for x in nan)
 
 
 def make_leaf(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
-    """Makes a leaf from its stack of modules.
+    """Makes a leaf from its modules.
 
-    It is quantized if its axes can be cut into the blocks of the file; else it is dequantized.
+    It is quantized if its axes can be split into the blocks of the file, and otherwise dequantized.
     """
     name, dtype = leaf.name, modules[0].dtype or leaf.value.dtype
     stack, first, last = name.where("les"), name.where("o"), name.where("i")
@@ -151,7 +151,7 @@ def make_leaf(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
 
 
 def _signature(m: Codes) -> Any:
-    """Returns what modules of one leaf must have in common."""
+    """Returns the properties that all modules of a quantized leaf must share."""
     arrays, tree = jax.tree.flatten((m.scale, m.zero, m.nested))
     return m.scheme, tree, *((x.shape, x.dtype) for x in arrays)
 
@@ -163,14 +163,14 @@ def _cut(
     order: tuple[int, ...],
     inputs: int,
 ) -> Form | None:
-    """Cuts a leaf as the rows and columns of its file are cut; None if that cannot be."""
+    """Splits a leaf into the blocks of its file; None if the axes do not allow it."""
     try:
         form = scheme.form(shape, stack, order, inputs)
     except ValueError:
         return None
     if form.flat:
         return form
-    # Where several axes are rows or columns, a block must not run from one to the next.
+    # If several axes are rows or columns, a block must not cross the outer ones.
     for dims in (order[:-inputs], order[-inputs:]):
         *outer, last = [d for d in dims if shape[d] > 1] or dims[-1:]
         if any(form.blocks[d] not in (1, shape[d]) for d in outer):
@@ -186,7 +186,7 @@ def _quantize(m: Codes, form: Form, dtype: Any) -> Quantized:
     axes, block = (*inner.stack, *inner.order), inner.blocks[inner.axis]
 
     def arrange(x: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-        """Moves numbers from the file's order to the axes of the codes, of the given lengths."""
+        """Reorders numbers of a file to the axes of the codes, of the given lengths."""
         return np.transpose(x.reshape([lengths[d] for d in axes]), np.argsort(axes))
 
     data = arrange(m.codes, inner.shape)
@@ -209,7 +209,7 @@ def _quantize(m: Codes, form: Form, dtype: Any) -> Quantized:
 
 
 def _pack(codes: np.ndarray, axis: int, block: int) -> np.ndarray:
-    """Packs two codes into a byte, as `Quantized.data` has them."""
+    """Packs two codes into each byte, in the order of `Quantized.data`."""
     before, n, after = codes.shape[:axis], codes.shape[axis], codes.shape[axis + 1 :]
     halves = codes.reshape(*before, n // block, 2, block // 2, *after)
     first, second = (np.take(halves, i, axis + 1) for i in (0, 1))

@@ -19,13 +19,13 @@ BITS = (4, 8)  # of packed codes
 
 @register("compressed-tensors")
 class CompressedTensors(Format):
-    """W = s·(q - z), where q is packed or in a byte each."""
+    """W = s·(q - z), with q packed or one in each byte."""
 
     marks: ClassVar = {".weight_packed": ".weight"}
     dtypes = ("I8", "F8_E4M3")
 
     def find(self) -> Iterator[str]:
-        """Yields the weights whose codes are packed, or in a byte each."""
+        """Yields the weights whose codes are packed, or one in each byte."""
         yield from (name for name in super().find() if name.endswith(".weight"))
 
     def read(self, name: str) -> Codes | Dense:
@@ -53,7 +53,7 @@ class CompressedTensors(Format):
         each = [weights.get("num_bits") for weights in self._weights()]
         known = each if each and None not in each else BITS
         found = [bits for bits in fits if bits in known]
-        if len(found) != 1:  # up to 4 inputs take one word of either
+        if len(found) != 1:  # up to 4 inputs fit one word in either
             raise Unreadable(
                 f"{name}_packed: its shape {words} is that of {' or '.join(map(str, fits))} bits, "
                 f"and `num_bits` of the quantization is {', '.join(map(shorten, each[:9])) or None}"
@@ -62,26 +62,25 @@ class CompressedTensors(Format):
         return self._integers(name, found[0], codes[:, :inputs])
 
     def _integers(self, name: str, bits: int, codes: np.ndarray) -> Codes | Dense:
-        """Reads scales, zero points and order of unsigned codes."""
+        """Reads the scales, zero points and order of unsigned codes."""
         rows, tensors = len(codes), self.tensors
         scale = tensors.read(f"{name}_scale", FLOATS)
-        if scale.size == 1 or scale.shape == (rows,):  # of the tensor, or of each output
+        if scale.size == 1 or scale.shape == (rows,):  # for the tensor, or for each output
             scale = np.broadcast_to(scale.reshape(-1, 1), (rows, 1))
         if scale.ndim != 2 or len(scale) != rows:
             raise Unreadable(
-                f"{name}_scale: expected scales of groups of each of {rows} outputs, "
-                f"got {scale.shape}"
+                f"{name}_scale: expected scales for groups of {rows} outputs, got {scale.shape}"
             )
         order = None
         if f"{name}_g_idx" in tensors:
             order = tensors.read(f"{name}_g_idx", ("I32", "I64"), codes.shape[1:])
-            order = None if (order == -1).any() else order  # as it was before it was known
+            order = None if (order == -1).any() else order  # -1 means not set
         zero = self._zero(f"{name}_zero_point", bits, scale.shape)
         sizes = [weights.get("group_size") for weights in self._weights()]
         return read_affine(name.removesuffix(".weight"), bits, codes, scale, zero, order, sizes)
 
     def _zero(self, name: str, bits: int, shape: tuple[int, ...]) -> np.ndarray | None:
-        """Reads the zero points of scales of a shape, unsigned as the codes are."""
+        """Reads the zero points for scales of `shape`, unsigned like the codes."""
         if name not in self.tensors:
             return None
         if self.tensors.dtype(name) == "I32":
@@ -89,14 +88,14 @@ class CompressedTensors(Format):
             return unpack(self.tensors.read(name, ("I32",), packed), 0, bits)[: shape[0]]
         signed = self.tensors.read(name, ("I8",))
         if signed.size not in (1, shape[0] * shape[1]):
-            raise Unreadable(f"{name}: expected one for each of {shape} scales, got {signed.shape}")
+            raise Unreadable(f"{name}: expected one for each scale {shape}, got {signed.shape}")
         signed = np.broadcast_to(signed.reshape((1, 1) if signed.size == 1 else shape), shape)
         return (signed.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
 
     # ----------------------------------------------------------------- what the configuration says
 
     def _check(self) -> None:
-        """Raises if tensors mean something else than they are read as."""
+        """Raises if the configuration gives the tensors a meaning that is not supported."""
         formats = [self.config.get("format"), *(group.get("format") for group in self._groups())]
         if odd := [x for x in formats if x is not None and x not in KNOWN]:
             raise Unreadable(
@@ -110,7 +109,7 @@ class CompressedTensors(Format):
             )
         if self.config.get("transform_config"):
             raise Unreadable(
-                "`transform_config` of the quantization: turned weights are not supported"
+                "`transform_config` of the quantization: rotated weights are not supported"
             )
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -122,7 +121,7 @@ class CompressedTensors(Format):
         return [weights for weights in found if isinstance(weights, dict)]
 
     def _blocks(self) -> list[Block]:
-        """Lists the sizes of blocks in the configuration."""
+        """Lists the block sizes in the configuration."""
         found = list[Block]()
         for weights in self._weights():
             given = weights.get("block_structure")

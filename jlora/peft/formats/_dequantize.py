@@ -1,4 +1,4 @@
-"""Converts a quantized checkpoint to one in floats."""
+"""Converts a quantized checkpoint to floats."""
 
 import contextlib
 import io
@@ -13,12 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._folders import fresh
-from .._checkpoint import (
-    INDEX,
-    Checkpoint,
-    explain_shorter,
-    open_checkpoint,
-)
+from .._checkpoint import INDEX, Checkpoint, explain_shorter, open_checkpoint
 from .._file import DTYPES, Header, TensorInfo, itemize, make_header, shorten
 from .._vocabulary import find_vocabulary
 from .._write import write_tensors
@@ -31,10 +26,10 @@ class Matrix(NamedTuple):
     """A quantized tensor of a checkpoint.
 
     Attributes:
-        name: the tensor.
-        shape: its shape.
-        scheme: what it is in, in words.
-        size: the bytes that it takes.
+        name: its name.
+        shape: the shape of the weight.
+        scheme: its scheme, in words.
+        size: the bytes of its codes and scales.
     """
 
     name: str
@@ -44,14 +39,26 @@ class Matrix(NamedTuple):
 
 
 def matrices(path: str | os.PathLike[str]) -> list[Matrix]:
-    """Lists the quantized tensors of a checkpoint; a checkpoint in floats has none.
+    r"""Lists the quantized tensors of a checkpoint.
 
     Args:
         path: a folder in a format that `load_base` reads.
 
+    Returns:
+        A `Matrix` for each quantized tensor; nothing for a checkpoint in floats.
+
     Raises:
-        FileNotFoundError: if there is no such folder, or a file is missing.
+        FileNotFoundError: if the folder or a file is missing.
         ValueError: if the checkpoint is damaged.
+
+    Examples:
+        >>> import tempfile, jax.numpy as jnp
+        >>> from jlora import peft
+        >>> names = [peft.Name(r"(\w+)/kernel", r"\1", "io")]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     peft.save_base(f"{folder}/base", {"up": {"kernel": jnp.ones((64, 32))}}, names)
+        ...     peft.matrices(f"{folder}/base")
+        []
     """
     format = open_format(open_checkpoint(path, "path", follow_links=True))
     with _errors_about("path"):
@@ -67,23 +74,42 @@ def dequantize_checkpoint(
 ) -> list[Matrix]:
     """Writes a quantized Hugging Face checkpoint with its weights in floats, exactly.
 
+    Weights get the `dtype` of `config.json`, bfloat16 by default, and are dequantized one at a
+    time. The new `config.json` has no `quantization_config`.
+
     Args:
         src_dir: a folder in a format that `load_base` reads.
-        out: a folder that does not exist yet, or an empty one. It appears complete or not at
-            all; its configuration no longer says that it is quantized.
-        follow_links: whether files of `src_dir` may be links out of it.
+        out: a folder that does not exist yet, or an empty one. It appears complete or not at all.
+        follow_links: whether files of `src_dir` may be links out of it. Their content is copied.
 
     Returns:
-        The tensors that were quantized.
+        A `Matrix` for each tensor that was quantized.
 
     Raises:
-        FileExistsError: if `out` is there and not an empty folder.
+        FileExistsError: if `out` exists and is not an empty folder.
+        FileNotFoundError: if the folder or a file is missing.
         ValueError: if the checkpoint is damaged, or not quantized.
+
+    Examples:
+        >>> import json, pathlib, tempfile, numpy as np
+        >>> from jlora import peft
+        >>> from safetensors.numpy import load_file, save_file
+        >>> codes = {"up.weight": np.full((3, 4), 127, np.int8), "up.SCB": np.ones(3, np.float32)}
+        >>> config = {"quantization_config": {"quant_method": "bitsandbytes"}, "dtype": "float32"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     base = pathlib.Path(folder, "base")
+        ...     base.mkdir()
+        ...     _ = (base / "config.json").write_text(json.dumps(config))
+        ...     save_file(codes, base / "model.safetensors")
+        ...     [matrix] = peft.dequantize_checkpoint(base, f"{folder}/floats")
+        ...     weights = load_file(f"{folder}/floats/model.safetensors")
+        >>> matrix.name, matrix.shape, weights["up.weight"].dtype, weights["up.weight"].max()
+        ('up.weight', (3, 4), dtype('float32'), np.float32(1.0))
     """
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if not checkpoint.quantization:
         raise ValueError(
-            f"`src_dir`: {checkpoint.source.folder} is not quantized; use it as it is."
+            f"`src_dir`: {checkpoint.source.folder} is not quantized. Use it directly."
         )
     dense = open_dequantized(checkpoint)
     with fresh(out, "`out`") as folder:
@@ -92,14 +118,14 @@ def dequantize_checkpoint(
 
 
 class Dequantized(Checkpoint):
-    """A quantized checkpoint as if it were in floats; each tensor is dequantized when it is read.
+    """A quantized checkpoint that appears to be in floats; a tensor is dequantized when it is read.
 
     Attributes:
-        heads: the first bytes of its files.
-        texts: the JSON of other files that change.
-        matrices: the tensors that are quantized.
-        stored: the checkpoint itself.
-        format: what reads its codes.
+        heads: the new headers of its files.
+        texts: the new JSON of other files.
+        matrices: the quantized tensors.
+        stored: the checkpoint on disk.
+        format: the reader of its codes.
         lock: held while a tensor is dequantized.
     """
 
@@ -111,23 +137,23 @@ class Dequantized(Checkpoint):
     lock: threading.Lock
 
     def copy_others(self, folder: Path) -> None:
-        """Copies the files that are kept beside the weights, and writes those that change."""
+        """Copies the other files of the checkpoint, and writes those that change."""
         super().copy_others(folder)
         for name, value in self.texts.items():
             (folder / name).write_bytes(json.dumps(value, indent=2).encode())
 
     def head(self, file: str) -> bytes:
-        """Returns the first bytes of a safetensors file, up to its tensors."""
+        """Returns the bytes of a safetensors file before its tensors."""
         return self.heads[file]
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
-        """Yields a file whose next bytes are those of a tensor."""
+        """Yields a file whose next bytes are the values of a tensor."""
         if name not in self.matrices:
             with self.stored.open(name) as data:
                 yield data
             return
-        with self.lock, _errors_about(self.source.argument):  # one at a time, for its memory
+        with self.lock, _errors_about(self.source.argument):  # one at a time, to save memory
             data = io.BytesIO(_values(self.format, name, DTYPES[self.entry(name).dtype]))
         with explain_shorter(self.source, name):
             yield data
@@ -143,14 +169,14 @@ def _errors_about(argument: str) -> Iterator[None]:
 
 @_errors_about("src_dir")
 def open_dequantized(checkpoint: Checkpoint) -> Dequantized:
-    """Checks all codes of a quantized checkpoint, and finds the header of each file in floats.
+    """Checks all codes of a quantized checkpoint, and makes the header of each file in floats.
 
     Raises:
-        ValueError: if the checkpoint is damaged, or holds codes that are not read.
+        ValueError: if the checkpoint is damaged, or has codes that the format does not read.
     """
     format, dtype = open_format(checkpoint), _float_dtype(checkpoint)
     matrices = dict[str, Matrix]()
-    # The weight in whose place a tensor is read, if any.
+    # Each tensor that is read, with the weight that is written for it, if any.
     places: dict[str, TensorInfo | None] = {}
     for name in dict.fromkeys(format.find()):
         x = read_checked(format, name, dtype)
@@ -164,11 +190,11 @@ def open_dequantized(checkpoint: Checkpoint) -> Dequantized:
     left = list_left(format.tensors, places)
     if left or not matrices:
         method = shorten(checkpoint.quantization.get("quant_method"))
-        what = "these tensors were not read" if left else "no weight of it is"
+        what = "these tensors are not in that format" if left else "no weight is"
         raise ValueError(
-            f"`src_dir`: {checkpoint.source.folder} is quantized by {method}, as its "
-            f"config.json says, but {what}. Give the checkpoint that it was made of, or take "
-            "out what is not of it." + (f" {itemize(left)}" if left else "")
+            f"`src_dir`: by its config.json, {checkpoint.source.folder} is quantized by {method}, "
+            f"but {what}. Give the original checkpoint, or correct this one."
+            + (f" {itemize(left)}" if left else "")
         )
     headers, heads, where = dict[str, Header](), dict[str, bytes](), dict[str, str]()
     for file, header in checkpoint.headers.items():
@@ -195,7 +221,7 @@ def _matrix(name: str, x: Codes | Dense) -> Matrix:
 
 
 def _float_dtype(checkpoint: Checkpoint) -> Any:
-    """Returns the dtype of floats by the configuration; bfloat16 if it names none."""
+    """Returns the dtype of floats by the configuration, bfloat16 by default."""
     config = checkpoint.config
     dtype = config.get("dtype", config.get("torch_dtype"))
     return jnp.dtype(dtype if dtype in ("float32", "float16") else "bfloat16")

@@ -1,4 +1,4 @@
-"""A format of quantized weights, and the set of formats."""
+"""The class of formats of quantized weights, and their registry."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,15 +13,15 @@ from ._tensors import Tensors, Unreadable
 
 
 class Format:
-    """Reads the weights that a checkpoint stores in one way; here in floats, so it finds none.
+    """Reads the quantized weights of a checkpoint. This base class finds none.
 
     Attributes:
         tensors: the tensors of the checkpoint.
         config: `quantization_config` of its `config.json`.
-        marks: how the names of tensors in codes end, and how those of their parameters end instead.
-        dtypes: the dtypes of tensors that are parameters in codes.
-        keeps_axes: whether codes of experts have the axes of their parameter in floats; else they
-            are (experts, outputs, inputs) where that is (experts, inputs, outputs).
+        marks: endings of the names of tensors in codes, with the endings of their parameters.
+        dtypes: dtypes of tensors that are parameters in codes.
+        keeps_axes: whether codes of experts have the same axes as their parameter in floats. If
+            not, codes are (experts, outputs, inputs), and floats (experts, inputs, outputs).
     """
 
     marks: ClassVar[Mapping[str, str]] = {}
@@ -44,7 +44,7 @@ class Format:
         """Reads a parameter that `find` yields, (…, outputs, inputs).
 
         Returns:
-            `Dense` where no scheme has such codes.
+            `Codes`, or `Dense` if no scheme has such codes.
 
         Raises:
             Unreadable: if its tensors contradict each other.
@@ -52,7 +52,7 @@ class Format:
         raise NotImplementedError
 
     def field(self, name: str, legal: Collection[Any], default: Any = None) -> Any:
-        """Returns a field of the configuration, which must be one of the `legal` values."""
+        """Returns a field of the configuration; raises unless it has one of the `legal` values."""
         value = self.config.get(name, default)
         if type(value) not in {type(x) for x in legal} or value not in legal:
             expected = " or ".join(map(str, legal))
@@ -67,7 +67,7 @@ F = TypeVar("F", bound=type[Format])
 
 
 def register(*methods: str) -> Callable[[F], F]:
-    """Registers a format for each of the `methods`, the `quant_method`s of configurations."""
+    """Registers a format for the `quant_method`s of configurations."""
 
     def add(format: F) -> F:
         FORMATS.update(dict.fromkeys(methods, format))
@@ -84,9 +84,9 @@ def open_format(checkpoint: Checkpoint) -> Format:
         return Format(tensors, config)
     if not isinstance(method, str) or method not in FORMATS:
         raise ValueError(
-            f"`{checkpoint.source.argument}`: its config.json has the `quant_method` "
-            f"{shorten(method)}; known are {', '.join(sorted(FORMATS))}. Give the checkpoint that "
-            "it was made of, and quantize that by jlora."
+            f"`{checkpoint.source.argument}`: its config.json has the unknown `quant_method` "
+            f"{shorten(method)}; known are {', '.join(sorted(FORMATS))}. Give the original "
+            "checkpoint, and quantize it with jlora.quantize."
         )
     return FORMATS[method](tensors, config)
 
@@ -94,9 +94,9 @@ def open_format(checkpoint: Checkpoint) -> Format:
 def read_checked(
     format: Format, name: str, dtype: Any, shape: tuple[int, ...] | None = None
 ) -> Codes | Dense:
-    """Reads a parameter; `Unreadable` for another shape than a given one, or too large values.
+    """Reads a parameter; raises `Unreadable` for another `shape`, or for values that overflow.
 
-    The `dtype` is that of its values where its file says none.
+    The values have this `dtype` unless the file has one for them.
     """
     found = format.read(name)
     if shape not in (None, found.shape):
@@ -106,7 +106,5 @@ def read_checked(
     if math.isnan(bound):
         raise Unreadable(f"{name}: has values that are NaN")
     if bound > float(jnp.finfo(dtype).max):
-        raise Unreadable(
-            f"{name}: its scales allow values of {bound:.3g}, beyond what {dtype} holds"
-        )
+        raise Unreadable(f"{name}: its scales allow values up to {bound:.3g}, beyond {dtype}")
     return found

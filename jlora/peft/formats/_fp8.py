@@ -1,4 +1,4 @@
-"""FP8 with scales of the tensor, of its outputs, or of blocks, as DeepSeek and Qwen ship it."""
+"""FP8 with a scale for each tensor, output or block, as in DeepSeek and Qwen."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ Block = tuple[int, int]
 
 @register("fp8", "fbgemm_fp8")
 class Fp8(Format):
-    """W = q·s, where `weight_scale_inv` is s in spite of its name."""
+    """W = q·s. In spite of its name, `weight_scale_inv` is s."""
 
     dtypes = ("F8_E4M3",)
 
@@ -32,10 +32,10 @@ class Fp8(Format):
 
 
 def read_float8(tensors: Tensors, key: str, name: str, blocks: Iterable[Block]) -> Codes | Dense:
-    """Reads W = q·s, where tensor `key` is q and tensor `name` is s.
+    """Reads W = q·s: tensor `key` is q, and tensor `name` is s.
 
-    The shape of s tells which entries share a scale: all of W, those of an output, those of a
-    block of one of the sizes `blocks`, or neighboring inputs of an output.
+    The shape of s tells which entries share a scale: all entries of W, of an output, of a block of
+    one of the sizes `blocks`, or of neighboring inputs of an output.
     """
     codes = tensors.read_matrix(key, ("F8_E4M3",))
     (rows, columns), scale, shape = codes.shape, _read_scale(tensors, name), tensors.shape(name)
@@ -48,7 +48,7 @@ def read_float8(tensors: Tensors, key: str, name: str, blocks: Iterable[Block]) 
         return _in_blocks(codes, scale, (1, columns // shape[1]))
     known = ", ".join(f"blocks of {a} × {b}" for a, b in blocks) or "no blocks"
     raise Unreadable(
-        f"{name}: expected one scale, one of each of {rows} outputs, or as the configuration says, "
+        f"{name}: expected one scale, one for each of {rows} outputs, or by the configuration "
         f"{known}; got shape {shape}"
     )
 

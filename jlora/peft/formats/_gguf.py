@@ -1,4 +1,4 @@
-"""GGUF, of llama.cpp: its blocks of 32 as they are, all else dequantized."""
+"""GGUF, the format of llama.cpp: types with blocks of 32 stay in codes, others are dequantized."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -29,14 +29,14 @@ class GgufTensors:
             import gguf
         except ImportError:
             raise ImportError(
-                "`path` is a GGUF file, for which gguf is needed: pip install gguf."
+                "`path` is a GGUF file, which needs the package gguf: pip install gguf."
             ) from None
         if not path.is_file():
             raise FileNotFoundError(f"`path`: there is no file {path}.")
         try:
             self._tensors = read_tensors(path, gguf)
         except (ValueError, KeyError) as e:
-            raise ValueError(f"`path`: {path} is no sound GGUF file: {e}.") from None
+            raise ValueError(f"`path`: {path} is not a valid GGUF file: {e}.") from None
         self._gguf, self.taken = gguf, set[str]()
 
     def __iter__(self) -> Iterator[str]:
@@ -48,7 +48,7 @@ class GgufTensors:
         return self._tensors[name].type.name
 
     def blocks(self, name: str) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Reads the bytes of a tensor in blocks of 32 numbers, and its shape."""
+        """Returns the bytes of a tensor in blocks of 32 numbers, and its shape."""
         tensor = self._tensors[name]
         if not tensor.shape or 0 in tensor.shape:
             raise Unreadable(f"{name}: expected a matrix, got shape {tensor.shape}")
@@ -57,7 +57,7 @@ class GgufTensors:
         return tensor.data.reshape(*rows, columns // BLOCK, -1), tensor.shape
 
     def read(self, name: str, dtypes: Collection[str], shape: tuple[int, ...]) -> np.ndarray:
-        """Reads a tensor of a shape in its own dtype if that is floating-point, else in float32."""
+        """Reads a tensor of `shape` in its own dtype if that is floating-point, else in float32."""
         del dtypes
         if name not in self._tensors:
             raise Unreadable(f"{name}: missing")
@@ -70,11 +70,11 @@ class GgufTensors:
         try:
             return self._gguf.dequantize(data, type_).reshape(shape)
         except NotImplementedError:
-            raise Unreadable(f"{name}: its type {type_.name} is not known to gguf") from None
+            raise Unreadable(f"{name}: gguf cannot dequantize its type {type_.name}") from None
 
 
 class Gguf(Format):
-    """Blocks of 32 whose codes 0 to 15 are in the low bits of a byte, 16 to 31 in the high ones."""
+    """Blocks of 32: codes 0 to 15 are in the low bits of bytes, codes 16 to 31 in the high bits."""
 
     dtypes = HEADS
 
@@ -86,7 +86,7 @@ class Gguf(Format):
             codes = data.view(np.int8).reshape(shape)
         else:
             codes = np.concatenate([data & 15, data >> 4], -1).reshape(shape)
-        if kind == "MXFP4":  # twice the numbers and half the power
+        if kind == "MXFP4":  # GGUF has twice the codes' values, and half the scale
             return Codes(MXFP4(), codes, head[..., 0])
         halves = np.ascontiguousarray(head).view(np.float16)
         if not np.isfinite(halves).all():

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read at a cost that follows from the size of the file."""
+"""Reads the header of a GGUF file, in time and memory proportional to the file's size."""
 
 import math
 import struct
@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 _VERSIONS = (2, 3)
-# Bytes of a value by its type; strings and arrays say their own lengths.
+# Bytes of a value by its type. Strings and arrays contain their lengths.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 
 
 class Tensor(NamedTuple):
-    """A tensor whose bytes are mapped into memory; `shape` ends with the axis of the blocks."""
+    """A tensor whose bytes are mapped into memory; blocks are along the last axis of `shape`."""
 
     type: Any
     shape: tuple[int, ...]
@@ -22,10 +22,10 @@ class Tensor(NamedTuple):
 
 
 def read_tensors(path: Path, gguf: Any) -> dict[str, Tensor]:
-    """Reads the tensors of a file by name; `gguf` is the package, which knows the types.
+    """Reads the tensors of a file by name; `gguf` is the package with the types.
 
     Raises:
-        ValueError: if the file is not whole and sound.
+        ValueError: if the file is truncated or damaged.
     """
     if path.stat().st_size < 24:
         raise ValueError("it has fewer than 24 bytes")
@@ -33,7 +33,8 @@ def read_tensors(path: Path, gguf: Any) -> dict[str, Tensor]:
     file = _File(memoryview(data))
     magic, version, count, fields = file.numbers("4sIQQ")
     if magic != b"GGUF" or version not in _VERSIONS:
-        raise ValueError(f"expected version {' or '.join(map(str, _VERSIONS))} of little endian")
+        versions = " or ".join(map(str, _VERSIONS))
+        raise ValueError(f"expected version {versions} in little-endian order")
     alignment = 32
     for _ in range(fields):
         key, (kind,) = file.string(), file.numbers("I")
@@ -52,7 +53,7 @@ def read_tensors(path: Path, gguf: Any) -> dict[str, Tensor]:
         type_ = gguf.GGMLQuantizationType(kind)
         block, size = gguf.GGML_QUANT_SIZES[type_]
         if shape and shape[-1] % block:
-            raise ValueError(f"{name!r} of shape {shape} is not of blocks of {block}")
+            raise ValueError(f"{name!r} of shape {shape} has no whole blocks of {block}")
         end = start + offset + math.prod(shape) // block * size
         if end > len(data):
             raise ValueError(f"{name!r} ends at byte {end} of {len(data)}")
@@ -72,7 +73,7 @@ def _info(file: "_File") -> tuple[str, tuple[int, ...], int, int]:
 
 
 class _File:
-    """Bytes, with the place up to which they have been read."""
+    """The bytes of a file, and the position up to which they were read."""
 
     def __init__(self, data: memoryview) -> None:
         self.data, self.at = data, 0
@@ -81,7 +82,7 @@ class _File:
         """Takes the next `count` bytes."""
         start, self.at = self.at, self.at + count
         if self.at > len(self.data):
-            raise ValueError(f"it ends at byte {len(self.data)}, but goes on to byte {self.at}")
+            raise ValueError(f"it ends at byte {len(self.data)}; expected byte {self.at}")
         return self.data[start : self.at]
 
     def numbers(self, form: str) -> Any:
@@ -99,4 +100,4 @@ class _File:
             for _ in range(count):
                 self.take(*self.numbers("Q"))
         else:
-            raise ValueError(f"it has values of type {kind}")
+            raise ValueError(f"it has values of type {kind}, which is not supported")

@@ -1,4 +1,4 @@
-"""GPTQ: integers of 4 or 8 bits in groups of inputs."""
+"""GPTQ: 4-bit or 8-bit integers in groups of inputs."""
 
 import numpy as np
 
@@ -13,10 +13,10 @@ ONES = {4: np.uint32(0x11111111), 8: np.uint32(0x01010101)}  # 1 in each code of
 
 @register("gptq")
 class Gptq(Format):
-    """W = s·(q - z), where 32-bit words of q hold neighboring inputs, and those of z outputs.
+    """W = s·(q - z). A 32-bit word of q has neighboring inputs, a word of z neighboring outputs.
 
     `checkpoint_format` "gptq" stores z - 1, "gptq_v2" z. With `desc_act` the inputs of a group are
-    no neighbors: `g_idx` has the group of each input.
+    not neighbors: `g_idx` has the group of each input.
     """
 
     marks = MARKS

@@ -1,4 +1,4 @@
-"""MXFP4, as gpt-oss ships its experts."""
+"""MXFP4, the format of gpt-oss's experts."""
 
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from ._tensors import Unreadable
 
 @register("mxfp4")
 class Mxfp4(Format):
-    """Blocks (experts, rows, blocks, 16) of two codes a byte, the first in the low bits."""
+    """Blocks (experts, rows, blocks, 16): two codes in each byte, the first in the low bits."""
 
     marks: ClassVar = {"_blocks": ""}
 

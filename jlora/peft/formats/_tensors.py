@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, each checked and read on demand."""
+"""The tensors of a quantized checkpoint; each is checked and read on demand."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -11,7 +11,7 @@ from .._checkpoint import Checkpoint
 from .._file import DTYPES, show
 
 FLOATS = ("F32", "F16", "BF16")
-# Scales of inputs and outputs of a module: here activations are not quantized.
+# Scales of a module's inputs and outputs, which are ignored: activations are not quantized here.
 OF_ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", "input_scale_ub")
 OF_ACTIVATIONS += ("input_zero_point", "output_zero_point", "input_global_scale")
 READ = DTYPES | {
@@ -23,7 +23,7 @@ READ = DTYPES | {
     "F8_E8M0": np.dtype(np.uint8),  # exponents of 2
 }
 
-# The last part of the names of floats that belong to codes.
+# Last components of the names of floats that belong to codes.
 _OF_CODES = re.compile(
     r"(nested_)?(absmax|quant_map)|SCB|scales"
     r"|(weight|\w*proj)_(scale|scale_inv|global_scale|zero_point)"
@@ -32,7 +32,7 @@ _BUFFERS = ("num_batches_tracked", "position_ids", "relative_position_index", "t
 
 
 class Unreadable(Exception):  # noqa: N818 - collected into one ValueError
-    """A tensor is missing, or is not what its format says."""
+    """A tensor is missing, or does not have the form of its format."""
 
 
 class Tensors:
@@ -43,7 +43,7 @@ class Tensors:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Reads nothing yet; the headers of the checkpoint are sound."""
+        """Reads nothing yet. The headers of the checkpoint were checked."""
         self._checkpoint, self.taken = checkpoint, set[str]()
 
     def __contains__(self, name: str) -> bool:
@@ -81,7 +81,7 @@ class Tensors:
     def read(
         self, name: str, dtypes: Collection[str], shape: tuple[int, ...] | None = None
     ) -> np.ndarray:
-        """Reads a tensor; `Unreadable` if it has none of the dtypes, or not the shape if given."""
+        """Reads a tensor; raises `Unreadable` for other dtypes, or for another `shape`."""
         entry = self._entry(name)
         shape = entry.shape if shape is None else shape
         if entry.dtype not in dtypes or entry.shape != shape:
@@ -92,13 +92,13 @@ class Tensors:
         return self.bytes(name).view(READ[entry.dtype]).reshape(shape)
 
     def check_copied(self, names: Iterable[str]) -> None:
-        """Raises if one of `names` has a dtype that is not copied."""
+        """Raises if one of `names` has a dtype that cannot be copied."""
         for name in names:
             if (dtype := self.dtype(name)) not in READ:
                 raise Unreadable(f"{name}: its dtype {dtype} cannot be copied")
 
     def skip_activations(self, parameter: str) -> None:
-        """Marks the scales of a module's activations as read, as they are of no use here."""
+        """Marks the scales of a module's activations as read, although they are ignored."""
         module = parameter.rpartition(".")[0]
         names = (f"{module}.{name}" for name in OF_ACTIVATIONS)
         self.taken.update(name for name in names if name in self)
@@ -112,7 +112,7 @@ class Tensors:
 
 
 def list_left(tensors: Tensors, read: Collection[str]) -> list[str]:
-    """Lists tensors not `read` that belong to codes, or are neither floats nor known buffers."""
+    """Lists tensors that were not `read`, and are neither plain floats nor known buffers."""
     left = (name for name in tensors if name not in read and _is_coded(tensors, name))
     return [f"{show(name)}: {tensors.dtype(name)} {tensors.shape(name)}" for name in left]
 
@@ -134,7 +134,7 @@ def is_pair(x: Any) -> bool:
 def unpack(
     words: np.ndarray, axis: int, bits: int = 4, order: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """Unpacks codes from int32 words, lowest bits first; code `order[k]` of a word comes k-th."""
+    """Unpacks codes from int32 words, lowest bits first; the k-th is at place `order[k]`."""
     words = np.moveaxis(words.view(np.uint32), axis, -1)
     places, mask = order or range(32 // bits), np.uint32(2**bits - 1)
     codes = np.stack([(words >> np.uint32(bits * k) & mask).astype(np.uint8) for k in places], -1)

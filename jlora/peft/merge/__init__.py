@@ -1,4 +1,4 @@
-"""A merged checkpoint from a checkpoint and an adapter.
+"""Merges an adapter into a checkpoint.
 
 Imports `_adapters`, `_folders`, `_tree`, `_types`, `peft._checkpoint`, `peft._file`,
 `peft._problems`, `peft._write`, `peft.adapter`, `peft.formats`, `peft.names`.

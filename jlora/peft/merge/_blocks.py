@@ -1,4 +1,4 @@
-"""The edits of a tensor of a checkpoint, in blocks of bounded size."""
+"""Computes new values of a checkpoint's tensor, in blocks of bounded size."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from .._write import Edit
 from ..adapter._tokens import Tokens
 
 BLOCK = 2**19  # numbers
-# Whose multiples XLA sums in the order of the rank, on CPUs with fused multiply-adds.
+# On CPUs with fused multiply-adds, XLA sums matrices with such sides in the order of the rank.
 _SIDE = 64
 
 
@@ -39,7 +39,7 @@ class NewRows(Edit):
     tokens: Tokens
 
     def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
-        """Yields the table with the other rows."""
+        """Yields the table with the new rows."""
         (count, columns), dtype = tensor.shape, DTYPES[tensor.dtype]
         rows, values = np.asarray(self.tokens.rows), self.tokens.v.astype(dtype)
         step = max(1, BLOCK // max(columns, 1))
@@ -58,7 +58,7 @@ class Sum(Edit):
         left: (stack, rows, r).
         right: (stack, r, columns).
         scale: s.
-        m: the norms that DoRA gives the rows of the sum, (rows,), or its columns; or None.
+        m: the norms of the rows (or columns) of DoRA's sum, (rows,); None for LoRA.
         by_rows: whether `m` belongs to the rows.
     """
 
@@ -70,7 +70,7 @@ class Sum(Edit):
 
     @property
     def transpose(self) -> "Sum":
-        """The sum for the transposed weight."""
+        """The sum for the transposed weights."""
         left, right = self.right.swapaxes(1, 2), self.left.swapaxes(1, 2)
         return Sum(left, right, self.scale, self.m, not self.by_rows)
 
@@ -80,7 +80,7 @@ class Sum(Edit):
         return Sum(left, self.right[expert : expert + 1], self.scale)
 
     def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
-        """Yields W + s·B·A in blocks of rows, with the norms of DoRA if it has them."""
+        """Yields W + s·B·A in blocks of rows, normalized for DoRA."""
         gains, dtype = None, DTYPES[tensor.dtype]
         wide = np.promote_types(dtype, np.float32)
         if self.m is not None and not self.by_rows:  # the norm of a column needs all of W
@@ -96,7 +96,7 @@ class Sum(Edit):
     def _sums(
         self, data: BinaryIO, dtype: np.dtype, to: np.dtype
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yields W + s·B·A, rounded once to the dtype `to`, in blocks, each with its rows."""
+        """Yields blocks of W + s·B·A with their rows, rounded once to the dtype `to`."""
         (count, rows, _), columns = self.left.shape, self.right.shape[2]
         step = max(1, min(rows, BLOCK // max(columns, 1)))
         for i in range(count):
@@ -112,21 +112,21 @@ def _squares(block: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _gain(m: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """Computes the factors of rows or columns: m over their norms, 0 where these are 0."""
+    """Computes m ÷ norm of each row or column; 0 where the norm is 0."""
     n = np.sqrt(squares)
     return np.divide(m.astype(np.float64), n, out=np.zeros_like(n), where=n > 0)
 
 
 def _adder(right: np.ndarray, scale: float, rows: int) -> Callable[..., np.ndarray]:
-    """Makes a function (W, B, dtype) that computes W + s·B·`right`, of up to `rows` rows."""
+    """Makes a function (W, B, dtype) that computes W + s·B·`right` for up to `rows` rows."""
     cpu = jax.local_devices(backend="cpu")[0]
     rank, columns = right.shape
     factor = _pad(right, (rank, _round_up(columns)), np.dtype(np.float32))
     rest = jax.device_put((factor, np.float32(scale), np.uint32(0)), cpu)
-    alone = jax.sharding.Mesh([cpu], ("cpu",))  # in the place of the caller's jax.set_mesh
+    alone = jax.sharding.Mesh([cpu], ("cpu",))  # instead of the caller's jax.set_mesh
 
     def add(w: np.ndarray, left: np.ndarray, to: Any) -> np.ndarray:
-        if w.dtype == np.float64:  # which JAX may not have; -0 + x is x
+        if w.dtype == np.float64:  # JAX may not have it; -0 + x is x
             return w + add(np.full(w.shape, -0.0, np.float32), left, np.dtype(np.float32))
         b = _pad(left, (_round_up(rows), rank), np.dtype(np.float32))
         x = _pad(w, (_round_up(rows), columns), w.dtype)
@@ -141,11 +141,11 @@ def _add(
     w: jax.Array, b: jax.Array, a: jax.Array, scale: jax.Array, zero: jax.Array, to: Any
 ) -> jax.Array:
     change = (jnp.matmul(b, a, precision=lax.Precision.HIGHEST) * scale)[:, : w.shape[1]]
-    # Through its bits, or else XLA would fuse multiplication and addition into one rounding.
+    # Through integers: otherwise XLA would fuse product and sum into one rounding.
     bits = lax.bitcast_convert_type(change, jnp.uint32) ^ zero
     wide = w.astype(jnp.float32)
     added = (wide + lax.bitcast_convert_type(bits, jnp.float32)).astype(to)
-    # XLA takes subnormal numbers for 0; where ΔW is 0, they are kept.
+    # XLA flushes subnormal numbers to 0. They are kept where ΔW is 0.
     size = lax.bitcast_convert_type(wide, jnp.uint32) << 1
     is_kept = (size - 1 < 2**24 - 1) & (bits << 1 < 2**24)
     return jnp.where(is_kept, w.astype(to), added)

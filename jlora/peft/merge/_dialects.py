@@ -1,7 +1,7 @@
-"""The modules that `transformers` renames.
+"""The modules that `transformers` 5 renames.
 
-`transformers` 5 renames modules when it reads a checkpoint, and back when it saves one. An adapter
-has the names of the modules in memory.
+It renames modules when it reads a checkpoint, and back when it saves one. An adapter has the names
+of the modules in memory.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 
 Dialect = tuple[tuple[str, str], ...]
 
-# Names in old checkpoints, which are replaced when these are loaded.
+# Names in old checkpoints, which are renamed on loading.
 OLD: Dialect = (
     (r"LayerNorm\.gamma$", "LayerNorm.weight"),
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
@@ -34,8 +34,8 @@ _LLAVA: Dialect = (
     (r"^(language|text)_model\.lm_head\.", "lm_head."),
     (r"^(?!model\.|lm_head\.)", "model."),
 )
-# Replacements from a checkpoint's names to the modules of `transformers` 5, in their order. The
-# first pattern of a dialect is found in every checkpoint of it.
+# Replacements, in order, from a checkpoint's names to the modules of `transformers` 5. Every
+# checkpoint of a dialect has a name that matches its first pattern.
 DIALECTS: tuple[Dialect, ...] = (
     ((r"\.block_sparse_moe\.", ".mlp."),),  # Mixtral, MiniMax
     ((r"\.block_sparse_moe\.gate\.", ".mlp.router."), (r"\.block_sparse_moe\.", ".mlp.")),  # PhiMoE
@@ -85,7 +85,7 @@ DIALECTS: tuple[Dialect, ...] = (
 
 
 def find_dialects(names: Collection[str]) -> Iterator[Dialect]:
-    """Yields the dialects that a checkpoint with `names` may use, first that of old names."""
+    """Yields the dialects that a checkpoint with `names` may use, the old names first."""
     yield OLD
     lines = "\n".join(names)
     for dialect in DIALECTS:

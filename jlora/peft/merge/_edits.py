@@ -1,4 +1,4 @@
-"""Finds the edits of tensors, and which weights are the transpose of B·A."""
+"""Finds the edit of each tensor, and whether it adds B·A or its transpose."""
 
 from collections.abc import Sequence
 
@@ -15,16 +15,16 @@ from ._renaming import Model
 def find_edits(
     model: Model, contents: Contents, is_transposed: bool, problems: Problems
 ) -> dict[str, Edit]:
-    """Finds the edit of each tensor that changes; `is_transposed` is the file's own word."""
+    """Finds the edit of each tensor that changes; `is_transposed` is `fan_in_fan_out`."""
     found: dict[str, Edit] = {
         model.tensor(n): NewValues(x) for n, x in contents.full.items() if n in model
     }
     transposed = _find_transposed(contents.parts, model.shapes, is_transposed)
     for part in contents.parts:
         if (view := model.get(part.name)) is None:
-            continue  # it is the same as one that is there
+            continue  # a tied weight, which another part changes
         if (flip := transposed[part.name]) is None:
-            why = "is square, and nothing tells whether it is (inputs, outputs) or"
+            why = "is square, and may be stored as (inputs, outputs) or"
             problems.add(part.name, f"{why} (outputs, inputs)")
             continue
         change = _make_sum(part, view.shape, flip)
@@ -39,7 +39,7 @@ def find_edits(
 
 
 def _make_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
-    """Makes the sum that adds `part` to a weight of a shape."""
+    """Makes the sum that adds `part` to a weight of `shape`."""
     count = shape[0] if part.kind == "experts" else 1
     rows, columns = part.matrix
     b = part.b.reshape(rows, -1, count).transpose(2, 0, 1)  # rank outside of experts
@@ -49,16 +49,16 @@ def _make_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
 
 
 def _find_transposed(parts: Sequence[Part], shapes: Shapes, flag: bool) -> dict[str, bool | None]:
-    """Finds out whether the weight of each part is transposed; None if nothing tells.
+    """Finds out whether the weight of each part is transposed; None if it is not known.
 
-    A square weight is as those of its name that are not square, or else as `fan_in_fan_out` says
-    of all, if no other contradicts that.
+    A square weight is like those with its last name that are not square. If there are none, `flag`
+    (`fan_in_fan_out`) decides, unless other weights contradict it.
     """
     fits = {part.name: list_orientations(part, shapes.get(part.name, ())) for part in parts}
     groups = {part.name: _group(part.kind, part.name) for part in parts}
     seen = {t: {groups[n] for n, found in fits.items() if found == [t]} for t in (False, True)}
-    # A bias has the length of the outputs. It tells nothing of experts: whether PEFT's A
-    # belongs to their inputs depends on the version of `transformers`.
+    # A bias has the length of the outputs. Biases of experts are not used: whether PEFT's A
+    # has their inputs depends on the version of `transformers`.
     for name, shape in shapes.items():
         (outputs,) = shapes.get(name.removesuffix("weight") + "bias", (0,))[:1] or (0,)
         if len(shape) == 2 and shape[0] != shape[1] and outputs in shape:
@@ -76,5 +76,5 @@ def _find_transposed(parts: Sequence[Part], shapes: Shapes, flag: bool) -> dict[
 
 
 def _group(kind: str, name: str) -> tuple[str, str]:
-    """Returns a key of the modules that have one orientation: those of one last name."""
+    """Returns a key for modules with the same orientation: kind and last name."""
     return kind, name.rpartition(".")[0].rpartition(".")[2]

@@ -25,49 +25,50 @@ def export_merged(
 ) -> list[str]:
     r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
 
-    The files, tensors, dtypes and metadata of the new checkpoint are those of the old one; only
-    values change. Up to four threads read, change and write weights in blocks, so that memory
-    beside the adapter's stays below a hundred megabytes for weights of any size.
+    The new checkpoint has the files, tensors, dtypes and metadata of the old one; only values
+    change. Up to four threads read, change and write weights in blocks. Besides the adapter, this
+    takes less than a hundred megabytes of memory for weights of any size.
 
-    Everything else in `src_dir` is copied: configuration, generation and tokenizer files, code,
-    folders. Left out are weights in other formats (`pytorch_model.bin`, `.h5`, `.msgpack`, `.onnx`,
-    `.gguf`, other safetensors files and the like), as they would stay unmerged; all pickles
-    (`.bin`, `.pt`, `.pkl`); an adapter; linked folders, `.git` and `.cache`.
+    All other files in `src_dir` are copied: configuration, generation and tokenizer files, code,
+    folders. Not copied are weights in other formats, as they would stay unmerged
+    (`pytorch_model.bin`, `.h5`, `.msgpack`, `.onnx`, `.gguf`, other safetensors files and the
+    like), pickles (`.bin`, `.pt`, `.pkl`), an adapter, linked folders, `.git` and `.cache`.
 
-    B·A is summed in float32 by fused multiply-adds in the order of the rank, times s, plus W in
-    float32 (float64 over float64), and rounded once to W's dtype. PEFT's `merge_and_unload` does
-    the same in float32, and has the same bits where PyTorch's matrix product sums in this order:
-    it does for ranks up to 192 and sides of at least 64. In other cases the two differ by the
-    rounding of the product. In bfloat16 and float16 PEFT rounds the ΔW of embeddings and of
-    experts before it adds. It keeps `modules_to_save` in their model dtype, here they get W's; to a
-    weight that embedding and head share it adds their common ΔW twice, here it is added once. The
-    norms of DoRA are of float32 values and are summed in float64; PEFT's are to a few roundings
-    the same in float32, and have those of W's dtype in narrower ones.
+    A quantized checkpoint is dequantized exactly, one weight at a time. The result and its
+    configuration are in floats. A tensor that is neither in floats nor in the format of the
+    quantization raises.
 
-    A quantized checkpoint is dequantized first, exactly and one weight at a time, and the result is
-    in floats, as its configuration then says. What of it is neither read nor in floats is an error.
+    B·A is computed in float32 by fused multiply-adds in the order of the rank. It is multiplied by
+    s, added to W in float32 (float64 if W is), and rounded once to W's dtype. In float32, PEFT's
+    `merge_and_unload` has the same bits for ranks up to 192 and sides of at least 64; otherwise
+    PyTorch's product sums in another order. There are four more differences:
+
+    - In bfloat16 and float16, PEFT rounds the ΔW of embeddings and experts before the sum.
+    - `modules_to_save` keep the model's dtype in PEFT. Here they get W's.
+    - To a weight that embedding and head share, PEFT adds ΔW twice, jlora once.
+    - jlora computes DoRA's norms in float64 from float32 values, PEFT in W's dtype.
 
     Args:
         src_dir: a folder with `model.safetensors`, or with shards and
-            `model.safetensors.index.json`. Files may be links within it, or within the download
-            cache around it.
-        adapter: a folder that PEFT or `save` wrote, whose modules are called as the checkpoint's
-            tensors, up to a first part such as `bert.`; or an adapter tree.
+            `model.safetensors.index.json`. Its files may be links to files within it, or within the
+            download cache around it.
+        adapter: a folder that PEFT or `save` wrote, or an adapter tree. The modules in a folder
+            have the names of the checkpoint's tensors; only a first component such as `bert.` may
+            differ.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
-        names: for a tree, the table of `Name` rows that says what its leaves are called in
-            PyTorch, such as `jlora.peft.LLAMA`.
-        follow_links: whether files of `src_dir` may be links out of it, whose contents are copied.
+        names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.LLAMA`.
+        follow_links: whether files of `src_dir` may be links out of it. Their content is copied.
 
     Returns:
-        The files of `src_dir` that were left out, as paths in it.
+        The files of `src_dir` that were not copied, as paths in it.
 
     Raises:
-        FileExistsError: if `out` is there and not an empty folder.
+        FileExistsError: if `out` exists and is not an empty folder.
         FileNotFoundError: if a folder or a file is missing.
         TypeError: if `adapter` is neither a path nor an adapter tree.
         ValueError: if the checkpoint is damaged, the adapter does not fit it, or merged values
-            are not finite; all of it is listed, and nothing is written.
+            are not finite. All problems are listed, and nothing is written.
 
     Source: PEFT 0.21, `peft.tuners.lora.layer.Linear.merge`.
 

@@ -36,24 +36,22 @@ def match_to_checkpoint(
     """Reads a PEFT folder, or a tree with `names`, and finds its parameters in the checkpoint.
 
     Returns:
-        The parameters of the model, what the adapter has for them, and `fan_in_fan_out`.
+        The parameters of the model, the contents of the adapter, and `fan_in_fan_out`.
 
     Raises:
-        ValueError: if the adapter does not fit the checkpoint, with all that is wrong.
+        ValueError: if the adapter does not fit the checkpoint, with all problems.
     """
     if isinstance(adapter, str | os.PathLike):
         if names is not None:
             raise ValueError(
-                "`names` is for an adapter tree; PEFT's files name the modules themselves. "
-                "Leave it out."
+                "`names` is for an adapter tree; PEFT's files have PyTorch's names. Leave it out."
             )
         files = open_files(Source(Path(adapter), "adapter"))
         model, found = _match_files(checkpoint, files, problems)
         is_transposed = bool(files.fields.get("fan_in_fan_out"))
     elif names is None:
         raise ValueError(
-            "`names` must say what the leaves of an adapter tree are called in PyTorch, by a "
-            "table such as jlora.peft.LLAMA; got None."
+            "`names` must be a name table for the adapter tree, such as jlora.peft.LLAMA; got None."
         )
     else:
         model, found = _match_tree(checkpoint, adapter, names, problems)
@@ -95,7 +93,7 @@ def _match_files(
         problems.found.insert(
             0,
             f"{show(strange[0])}: in the adapter, but not in the checkpoint, whose names differ; "
-            "save the base under the names that the model has in memory, in `transformers` 5 by "
+            "save the base with the names that the model has in memory, in `transformers` 5 with "
             "save_pretrained(..., save_original_format=False)",
         )
     problems.stop()
@@ -108,7 +106,7 @@ def _match_files(
 
 
 def _move_tied_biases(full: dict[str, T], model: Model) -> dict[str, T]:
-    """Moves the bias of BERT's decoder to the module whose tensor it shares."""
+    """Moves the bias of BERT's decoder to the module that shares it."""
     found = dict(full)
     for name in full.keys() - model.keys():
         home = name.removesuffix(".decoder.bias") + ".bias"
@@ -118,10 +116,10 @@ def _move_tied_biases(full: dict[str, T], model: Model) -> dict[str, T]:
 
 
 def _check(checkpoint: Checkpoint, model: Model, found: Contents, problems: Problems) -> None:
-    """Adds what the checkpoint has in another shape, or in a dtype that cannot be changed."""
+    """Adds the parameters whose shape or dtype in the checkpoint does not fit."""
     for name, x in found.tokens.items():
         if (view := model.get(name)) is None or len(view.shape) != 2:
-            problems.add(name, "has rows in the adapter, and is no table of the checkpoint")
+            problems.add(name, "has rows in the adapter, but is not an embedding in the checkpoint")
         else:
             problems.found += list_misfits(x, view.shape)
     for part in found.parts:
@@ -143,13 +141,14 @@ def _check(checkpoint: Checkpoint, model: Model, found: Contents, problems: Prob
     for name, (x, _) in found.biases.items():
         view = model.get(name)
         if name in found.full:
-            problems.add(x.key, "added to a bias that is replaced")
+            problems.add(x.key, "added to a bias that the adapter also replaces")
         elif name.removesuffix(".bias") not in adapted:
-            problems.add(x.key, "added to the bias of a module without A and B of its weight")
+            problems.add(x.key, "added to the bias of a module that has no A and B")
         elif view is None or view.shape != x.shape:
-            there = f"of shape {view.shape}" if view else "none"
-            why = "is to be added to the bias of an adapted module, of which the checkpoint has"
-            problems.add(x.key, f"of shape {x.shape}, {why} {there}")
+            there = f"a bias of shape {view.shape}" if view else "no bias"
+            problems.add(
+                x.key, f"has shape {x.shape}, but the module in the checkpoint has {there}"
+            )
     names = (part.name for part in found.parts)
     for name in dict.fromkeys([*found.tokens, *names, *whole, *found.biases]):
         pieces = model[name].pieces if name in model else ()
@@ -160,15 +159,15 @@ def _check(checkpoint: Checkpoint, model: Model, found: Contents, problems: Prob
 
 
 def check_frozen(checkpoint: Checkpoint, model: Model, found: Contents, problems: Problems) -> None:
-    """Adds the tensors that an adapter does not change but holds with other values."""
+    """Adds the frozen tensors of an adapter whose values differ from the checkpoint's."""
     for name, x in found.frozen.items():
         if name in model and not _holds(checkpoint, tensor := model.tensor(name), x):
-            why = "a trained embedding under an adapter is not supported"
-            problems.add(tensor, f"the adapter holds other values of it; {why}")
+            why = "an adapter on a trained embedding is not supported"
+            problems.add(tensor, f"has other values in the adapter; {why}")
 
 
 def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
-    """Whether a tensor has just these values."""
+    """Whether a tensor has exactly these values."""
     dtype, at = DTYPES[checkpoint.entry(name).dtype], 0
     for piece in checkpoint.pieces(name):
         own = np.frombuffer(piece, dtype)

@@ -1,8 +1,8 @@
-"""The parameters of a model and the tensors of its checkpoint, which may have other names.
+"""Finds the parameters of a model in its checkpoint, which may have other names.
 
-A model with a head and the same model without one differ in the first part of their names.
-`transformers` 5 renames modules of checkpoints, and makes one parameter of experts that are stored
-one by one. The names in an adapter decide which of this applies.
+The names of a model with a head have a first component that those of a model without one lack.
+`transformers` 5 renames modules of checkpoints, and joins single experts to one parameter. The
+names in the adapter decide which of this applies.
 """
 
 import collections
@@ -17,13 +17,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Piece(NamedTuple):
-    """A tensor of the checkpoint that is a parameter, or rows of one of its experts.
+    """A tensor of the checkpoint that is a parameter, or some rows of one expert in it.
 
     Attributes:
         tensor: its name.
-        expert: which expert; None where the tensor is the parameter.
-        start: its first row in the parameter.
-        rows: how many it has.
+        expert: the expert; None if the tensor is the whole parameter.
+        start: the first row of the expert that it has.
+        rows: the number of its rows.
     """
 
     tensor: str
@@ -33,14 +33,14 @@ class Piece(NamedTuple):
 
 
 class View(NamedTuple):
-    """A parameter of the model: its shape and what it is made of."""
+    """A parameter of the model: its shape, and the tensors that it consists of."""
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
 
 class Model(dict[str, View]):
-    """The parameters that a checkpoint holds, under the names that an adapter has for them."""
+    """The parameters in a checkpoint, under the names that the adapter uses."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -48,23 +48,24 @@ class Model(dict[str, View]):
         return {name: view.shape for name, view in self.items()}
 
     def tensor(self, name: str) -> str:
-        """Returns the first tensor of a parameter; its own name if the checkpoint has none."""
+        """Returns the first tensor of a parameter, or `name` if the checkpoint has none."""
         return self[name].pieces[0].tensor if name in self else name
 
 
 Experts = Mapping[str, re.Match[str]]
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight")
-_FIRSTS = 100  # first parts of names that are tried
+_FIRSTS = 100  # first components of names that are tried
 
 
 def find_models(wanted: Collection[str], shapes: Shapes) -> list[Model]:
-    """Finds the parameters of the model, under the names that match the most of `wanted`.
+    """Finds the parameters of the model, under the names that match most of `wanted`.
 
-    There are several answers where the names of several versions match equally many.
+    Returns:
+        One model, or several if names of several versions of `transformers` match equally many.
 
     Raises:
-        ValueError: if names with either of two first parts match equally many.
+        ValueError: if several prefixes match equally many.
     """
     best, most = list[tuple[dict[str, str], list[tuple[str, str]]]](), -1
     tried = list[dict[str, str]]()
@@ -77,7 +78,7 @@ def find_models(wanted: Collection[str], shapes: Shapes) -> list[Model]:
         tried.append(named)
         fused = _fuse(named, shapes, experts)
         fused = named.keys() | fused.keys() if fused else named.keys()
-        # A part of a model may have the names of the checkpoint.
+        # A model may partly have the names of the checkpoint.
         known = {name for name in wanted if name in fused or name in shapes}
         ways = [("", ""), *((p, "") for p in _firsts(named)), *(("", p) for p in _firsts(wanted))]
         counts = _count(ways, wanted, fused, known)
@@ -89,8 +90,8 @@ def find_models(wanted: Collection[str], shapes: Shapes) -> list[Model]:
     if not unique:
         parts = ", ".join(repr(add or strip) for add, strip in best[0][1])
         raise ValueError(
-            f"`adapter` fits the checkpoint of `src_dir` with either of {parts} before its names. "
-            "Rename its modules as they are in the checkpoint."
+            f"`adapter` fits the checkpoint of `src_dir` with several prefixes, {parts}. Rename "
+            "the modules of the adapter as in the checkpoint."
         )
     return [_make_model(wanted, named, *way, shapes, experts) for named, way in unique]
 
@@ -104,13 +105,13 @@ def _make_model(
     experts: Experts,
 ) -> Model:
     own = {n: named.get(n, n) for n in wanted if n in named or n in shapes}
-    as_stored = own.keys() - named.keys()  # these have the checkpoint's names, and no others
+    as_stored = own.keys() - named.keys()  # these have only the checkpoint's names
     if as_stored or add or strip:
         rest = (n for n, x in named.items() if n.startswith(add) and x not in as_stored)
         named = {strip + n.removeprefix(add): named[n] for n in rest} | own
     plain = {name: View(shapes[x], (Piece(x),)) for name, x in named.items()}
     fused = _fuse(named, shapes, experts)
-    # A model has modules of single experts only where the adapter adapts one by itself.
+    # The model has modules of single experts only if the adapter adapts such a module.
     pieces = {piece.tensor for view in fused.values() for piece in view.pieces}
     single = {name for name, x in named.items() if x in pieces}
     if not {_module(name) for name in wanted} & {_module(name) for name in single}:
@@ -123,14 +124,14 @@ def _module(name: str) -> str:
 
 
 def _make_finder(rules: Iterable[tuple[str, str]]) -> Callable[[str], Any]:
-    """Makes a function that tells whether any of the rules changes a name."""
+    """Makes a predicate: whether any of the rules changes a name."""
     return re.compile("|".join(f"(?:{old})" for old, _ in dict.fromkeys(rules))).search
 
 
 def _rename(
     dialect: Sequence[tuple[str, str]], names: Iterable[str], old: Iterable[str]
 ) -> dict[str, str]:
-    """Maps renamed names to the checkpoint's `names`; a dialect renames only the `old` ones."""
+    """Maps new names to the checkpoint's `names`; only `old` names are renamed."""
     renamed, rules = {}, [(re.compile(pattern), modern) for pattern, modern in dialect]
     for name in filter(_make_finder(dialect), old):
         new = name
@@ -153,7 +154,7 @@ def _count(
     named: Collection[str],
     known: Collection[str],
 ) -> list[int]:
-    """Counts the `wanted` names that each way finds by adding or removing a first part."""
+    """Counts the `wanted` names that each way finds; it adds or removes a first component."""
     lost, same = {n for n in wanted if n not in known}, sum(n in known for n in wanted)
     named = named if lost else ()
     longer = (name.partition(".") for name in named)
@@ -164,12 +165,12 @@ def _count(
 
 
 def _find_experts(names: Iterable[str]) -> Experts:
-    """Finds the weights of single experts, with the parts of their names."""
+    """Finds the weights of single experts, with the components of their names."""
     return {name: found for name in names if (found := _EXPERT.fullmatch(name))}
 
 
 def _fuse(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> dict[str, View]:
-    """Makes the parameters that hold all experts of a module: (experts, rows, columns)."""
+    """Makes the parameters of all experts of each module: (experts, rows, columns)."""
     modules: dict[str, dict[str, dict[int, str]]] = {}
     new = {name: _EXPERT.fullmatch(name) for name in named if name not in shapes}
     both = {**experts, **new} if new else experts
@@ -188,7 +189,7 @@ def _fuse(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> dict[st
 
 
 def _join(parts: list[dict[int, str]], shapes: Shapes) -> View | None:
-    """Concatenates the rows of `parts` for each expert; None if they do not fit together."""
+    """Concatenates the rows of `parts` for each expert; None if their shapes do not fit."""
     count = len(parts[0])
     sizes = [{shapes[tensor] for tensor in part.values()} for part in parts]
     if not count or any(set(part) != set(range(count)) for part in parts):

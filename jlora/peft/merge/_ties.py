@@ -1,4 +1,4 @@
-"""A weight that the input embedding and the output head of a checkpoint share."""
+"""Handles a weight that the input embedding and the output head of a checkpoint share."""
 
 import collections
 import hashlib
@@ -17,7 +17,7 @@ from ._renaming import Model
 
 
 def is_shared(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor is the weight that the input embedding and the output head share."""
+    """Whether a tensor is the weight shared by the input embedding and the output head."""
     module, _, parameter = name.rpartition(".")
     if name not in checkpoint.where or parameter != "weight" or not SHARED.search(module):
         return False
@@ -26,9 +26,10 @@ def is_shared(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[str]:
-    """Lists what the checkpoint has no tensor for, unless a parameter there has the same values.
+    """Lists the parameters of an adapter that the checkpoint does not have.
 
-    Values that are not read yet are compared by their shapes.
+    A tied parameter is not listed if the one in the checkpoint gets the same values. Values that
+    are not read yet are compared by shape.
     """
     lost, whole = [x.name for x in found.parts if x.name not in model], found.full | found.frozen
     if lost:
@@ -43,17 +44,17 @@ def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[s
 def _reason(name: str, checkpoint: Checkpoint) -> str:
     if checkpoint.vocabulary and name.endswith((".weight", ".bias")):
         return (
-            "; if it shares the input embedding's weight, the adapter must change both alike, or "
+            "; if it shares the input embedding's weight, the adapter must change both equally, or "
             "the checkpoint must be saved untied"
         )
     return (
-        "; save the base model as it was adapted, with its head, and in `transformers` 5 by "
+        "; save the base model as it was adapted, with its head, and in `transformers` 5 with "
         "save_pretrained(..., save_original_format=False)"
     )
 
 
 def list_untied(checkpoint: Checkpoint, model: Model, found: Contents) -> list[str]:
-    """Lists changes of a shared weight that PEFT would apply in only one of its places."""
+    """Lists changes of a shared weight for only one of the embedding and the head."""
     names, full = (x.name for x in found.parts), found.full
     alone = [name for name in names if is_shared(checkpoint, model.tensor(name))]
     if alone:
@@ -64,7 +65,7 @@ def list_untied(checkpoint: Checkpoint, model: Model, found: Contents) -> list[s
         alone += [name for name in both if counts[identify(full[name])] == 1]
     return [
         f"{show(model.tensor(name))}: the input embedding and the output head share this "
-        "weight (config.json: tie_word_embeddings), but the adapter does not change both alike; "
+        "weight (config.json: tie_word_embeddings), but the adapter does not change both equally; "
         "save the base model untied first"
         for name in alone
     ]
@@ -76,7 +77,7 @@ def list_untied(checkpoint: Checkpoint, model: Model, found: Contents) -> list[s
 def separate_heads(
     checkpoint: Checkpoint, model: Model, tokens: Mapping[str, Tokens]
 ) -> tuple[dict[str, Tokens], list[tuple[Tokens, Tokens]]]:
-    """Separates the rows of the checkpoint's tables, and pairs tied heads with their tables."""
+    """Returns the rows of embeddings in the checkpoint, and pairs of tied heads and embeddings."""
     heads, there = [], dict(tokens)
     for name, x in tokens.items():
         table = find_table(name, tokens, model) if SHARED.search(x.module) else None
@@ -90,7 +91,7 @@ def separate_heads(
 
 
 def list_untied_heads(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
-    """Lists problems with rows that are listed for a head which is not tied to their embedding."""
+    """Lists problems with rows that are listed for a head that is not tied."""
     apart = (name for name in checkpoint.where if not is_shared(checkpoint, name))
     return list_lone_heads(adapter.heads, [n.removesuffix(".weight") for n in apart])
 
@@ -101,7 +102,7 @@ def list_untied_heads(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
 def with_copies(
     checkpoint: Checkpoint, edits: Mapping[str, Edit], problems: Problems
 ) -> dict[str, Edit]:
-    """Adds the edits of the other copies of shared weights that are stored twice."""
+    """Adds edits for the second copy of a shared weight that is stored twice."""
     groups = collections.defaultdict[Any, tuple[list[str], list[str]]](lambda: ([], []))
     for name in checkpoint.where:
         if is_shared(checkpoint, name):
@@ -115,9 +116,9 @@ def with_copies(
                 found[other] = edits[copied]
             elif rows := [name for name in own if isinstance(edits[name], NewRows)]:
                 problems.stop(
-                    f"{show(rows[0])}: has rows in the adapter, which PEFT gives {show(other)} "
-                    "too where the two are tied; by config.json they are, but the checkpoint has "
-                    "other values of it. Set tie_word_embeddings there"
+                    f"{show(rows[0])}: has rows in the adapter, which PEFT also gives to a tied "
+                    f"head; config.json ties it to {show(other)}, but their values differ in the "
+                    "checkpoint. Correct tie_word_embeddings there"
                 )
     return found
 

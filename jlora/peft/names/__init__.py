@@ -1,4 +1,4 @@
-"""What leaves and weights are called in PyTorch, and how their axes correspond.
+"""Name tables: the names of leaves in PyTorch, and how their axes correspond.
 
 Imports `_adapters`, `_tree`, `_types`, `peft._file`.
 """

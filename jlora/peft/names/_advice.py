@@ -1,4 +1,4 @@
-"""Advises what to do about leaves that a name table has no row for."""
+"""Advises which name table to use for leaves that a table does not name."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,15 +9,15 @@ from .tables import TABLES, WITH_PATHS
 
 
 def advise(names: Sequence[Name], lost: Mapping[Path, tuple[int, ...]]) -> str:
-    """Explains what `names` is for, and which table has rows for the `lost` leaves."""
+    """Explains which model `names` is for, and which table has rows for the `lost` leaves."""
     fit = [
         repr(other)
         for other, rows in TABLES.items()
         if all(row_of(path, shape, rows) is not None for path, shape in lost.items())
     ]
     if lost and fit:
-        which = " and ".join(f"jlora.peft.TABLES[{name}]" for name in fit)
-        return f"{_purpose(names)} These leaves are named by {which}."
+        which = " or ".join(f"jlora.peft.TABLES[{name}]" for name in fit)
+        return f"{_purpose(names)} For these leaves use {which}."
     row = r"jlora.peft.Name(r'(.*)/kernel', r'\1', 'io')"
     return (
         f"{_purpose(names)} Give the table of this model, or add rows of your own, such as {row}."

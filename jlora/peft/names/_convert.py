@@ -1,7 +1,7 @@
-"""Converts the arrays of a leaf to those of PyTorch's modules and back, by its row.
+"""Converts the arrays of a leaf to those of PyTorch's modules, and back, by its row.
 
-Axes are permuted and flattened. Values of A and B never change, nor do those of magnitudes and of
-weights unless their row says so.
+Axes are permuted and flattened. The values of A and B never change. Those of weights and magnitudes
+change only if the row has a factor.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from ..._types import Layout
 from ._leaves import NamedLeaf
 from ._names import RANK, Axes, Groups, Name, multiply_lengths
 
-Arrays = tuple[np.ndarray, ...]  # PEFT's A and B of a module, and its magnitudes where it has some
+Arrays = tuple[np.ndarray, ...]  # PEFT's A and B of a module, and its magnitudes if it has any
 
 
 # --------------------------------------------------------------------------------------- weights
@@ -29,12 +29,12 @@ def split_weight(leaf: NamedLeaf, value: Any) -> dict[str, np.ndarray]:
 
 
 def join_weight(leaf: NamedLeaf, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Inverts `split_weight`, up to rounding where values change."""
+    """Inverts `split_weight`, up to rounding if values change."""
     return _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
 
 
 def take_part(x: np.ndarray, name: Name, axis: int | None = None) -> np.ndarray:
-    """Takes the part of a parameter that a row names; its outputs are on `axis`."""
+    """Takes the part of a parameter that a row names, along the axis of outputs."""
     if name.part is None:
         return x
     axis = name.weight_groups.index(name.where("o")) if axis is None else axis
@@ -42,7 +42,7 @@ def take_part(x: np.ndarray, name: Name, axis: int | None = None) -> np.ndarray:
 
 
 def join_parts(parts: Sequence[np.ndarray], name: Name) -> np.ndarray:
-    """Joins the parts of a parameter, in their order."""
+    """Joins the parts of a parameter in their order."""
     axis = name.weight_groups.index(name.where("o"))
     whole = join_outputs(np.stack([np.moveaxis(x, axis, 0) for x in parts]), name)
     return np.ascontiguousarray(np.moveaxis(whole, 0, axis))
@@ -63,7 +63,7 @@ def join_outputs(x: np.ndarray, name: Name) -> np.ndarray:
 
 
 def split_rows(leaf: NamedLeaf, node: Replaced) -> np.ndarray:
-    """Returns the rows of `node` as PyTorch has them, (k, dim)."""
+    """Returns the rows of `node` in PyTorch's layout, (k, dim)."""
     axes = leaf.name.where("v") + leaf.name.where("o")
     [found] = _pack(node.v, axes, leaf.name.weight_groups, leaf)
     return found
@@ -92,10 +92,10 @@ def _slots_are_modules(leaf: NamedLeaf, node: LowRank | Decomposed) -> bool:
 
 
 def split_factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[Arrays]:
-    """Splits `node` into PEFT's A, B and magnitudes, for each module of `leaf`; not swapped.
+    """Splits `node` into PEFT's A, B and magnitudes for each module of `leaf`; not yet swapped.
 
-    PEFT has no slots within a module: they become one A of rank slots·r and one B with zeros
-    outside of each slot's own outputs, which is exactly the same ΔW.
+    PEFT has no slots within a module. They become one A of rank slots·r, and one B with zeros
+    outside the outputs of each slot: ΔW is exactly the same.
     """
     low = LowRank(node.a, node.b, node.scale, node.layout)
     m = np.asarray(node.m) if isinstance(node, Decomposed) else None
@@ -120,7 +120,7 @@ def _join_slots(m: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def join_factors(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> LowRank | Decomposed:
-    """Makes the node of `leaf` from what each of its modules has; inverts `split_factors`."""
+    """Makes the node of `leaf` from the arrays of its modules; inverts `split_factors`."""
     if leaf.name.is_swapped:
         modules = [swap(a, b, leaf.experts) for a, b in modules]
     modules, found = _take_part(leaf, modules), dict[str, Any]()
@@ -135,17 +135,17 @@ def join_factors(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> L
 
 
 def swap(a: np.ndarray, b: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Makes A and B of experts from those of the transposed weights; inverts itself."""
+    """Converts A and B of experts to those of the transposed weights; its own inverse."""
     new_a = b.reshape(len(b), -1, experts).transpose(2, 1, 0).reshape(-1, len(b))
     new_b = a.reshape(experts, -1, a.shape[1]).transpose(2, 1, 0).reshape(a.shape[1], -1)
     return new_a, new_b
 
 
 def _take_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
-    """Takes the part of each parameter that `leaf` is, if it is one of several.
+    """Takes A and B of the part that `leaf` is, if it is one of several of a parameter.
 
-    It takes the rows of B that are the leaf's outputs. Where `save` wrote an A for each part, the
-    ranks of all parts are concatenated, with zeros around each in B: it takes the leaf's own.
+    The part has the rows of B for its outputs. If `save` wrote one A for each part, the ranks of
+    all parts are concatenated, with zeros in B: the part then has its own ranks alone.
     """
     if leaf.name.part is None:
         return modules
@@ -170,7 +170,7 @@ def _take_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
 
 
 def _axes(layout: Layout, name: str) -> Axes:
-    """Returns the axes of A, B or m; an axis of slots that are modules is the weight's own."""
+    """Returns the axes of A, B or m. If slots are modules, their axis is that of the weight."""
     found = Decomposed.axes(layout)[name]
     if layout.slots is None:
         return found
@@ -179,7 +179,7 @@ def _axes(layout: Layout, name: str) -> Axes:
 
 
 def _ones(layout: Layout, name: str) -> tuple[int, ...]:
-    """Returns the position of a slot's own outputs in B and m, whose length beside slots is 1."""
+    """Returns the axis of B and m for the outputs of one slot, which has length 1, if any."""
     found = Decomposed.axes(layout)[name]
     return () if layout.slots is None or name == "a" else (found.index(layout.slots[2]),)
 
@@ -188,11 +188,11 @@ def _ones(layout: Layout, name: str) -> tuple[int, ...]:
 
 
 def _pack(x: Any, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.ndarray]:
-    """Splits an array of the leaf into its modules, and flattens each of the `groups` of axes."""
+    """Splits an array of the leaf into its modules, and flattens each group of axes."""
     x = _rescale(np.asarray(x), axes, leaf, np.divide)
     stacked = leaf.name.where("ls")
     order = [*stacked, *itertools.chain(*groups)]
-    # Modules or experts that share a factor here get a copy each.
+    # Modules or experts that share a factor get a copy each.
     shared = [d for d in order if isinstance(d, int) and d not in axes]
     axes = (*shared, *axes)
     x = np.broadcast_to(x, (*(leaf.shape[d] for d in shared), *x.shape))
@@ -200,7 +200,7 @@ def _pack(x: Any, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.ndarra
     x = _reorder(x, axes, leaf, lambda pairs: pairs.T)
     x = np.transpose(x, [axes.index(d) for d in order])
     x = x.reshape(multiply_lengths([stacked, *groups], sizes))
-    # Contiguous: the writer of safetensors takes the memory as it lies.
+    # Contiguous, as the safetensors library writes memory in its order.
     return [np.ascontiguousarray(part) for part in x]
 
 
@@ -211,7 +211,7 @@ def _unpack(
     leaf: NamedLeaf,
     sizes: Mapping[int | str, int] = {},
 ) -> np.ndarray:
-    """Inverts `_pack`; `sizes` are those of axes that are not as long as the leaf's."""
+    """Inverts `_pack`; `sizes` are the lengths of axes that differ from the leaf's."""
     sizes = {**dict(enumerate(leaf.shape)), **sizes}
     order = [*leaf.name.where("ls"), *itertools.chain(*groups)]
     x = np.stack(parts).reshape([sizes[d] for d in order])
@@ -223,7 +223,7 @@ def _unpack(
 def _rescale(
     x: np.ndarray, axes: Axes, leaf: NamedLeaf, operation: Callable[..., np.ndarray]
 ) -> np.ndarray:
-    """Multiplies or divides all but A and B by the factor of a row, rounded once."""
+    """Multiplies or divides an array by the factor of a row, rounded once; A and B stay."""
     if leaf.name.times is None or RANK in axes:
         return x
     wide = x.astype(np.promote_types(x.dtype, np.float32))
@@ -233,7 +233,7 @@ def _rescale(
 def _reorder(
     x: np.ndarray, axes: Axes, leaf: NamedLeaf, order: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Puts the entries of an interleaved axis into `order`, a function of their pairs."""
+    """Reorders the entries of an interleaved axis; `order` is a function of their pairs."""
     last = leaf.name.where("o")[-1]
     if not leaf.name.interleaved or last not in axes:
         return x

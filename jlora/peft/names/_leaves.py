@@ -1,4 +1,4 @@
-"""The leaves of a JAX tree with the rows that name them in PyTorch."""
+"""The leaves of a JAX tree with their rows of a name table."""
 
 import collections
 import itertools
@@ -24,7 +24,7 @@ class NamedLeaf(NamedTuple):
         shape: its shape.
         name: the row that names it.
         modules: PyTorch's module for each index along the axes `l` and `s`, in C order.
-        slots: which modules of a tuple these are, if not all.
+        slots: the indices of `modules` in the row's tuple; None for all.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class NamedLeaf(NamedTuple):
         return [f"{module}.{self.name.parameter}" for module in self.modules]
 
     def key(self, module: str) -> str:
-        """Returns what patterns match: the module, or the parameter of experts."""
+        """Returns the name that patterns match: the module, or the parameter of experts."""
         return f"{module}.{self.name.parameter}" if self.name.kind == "experts" else module
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -68,7 +68,7 @@ class NamedLeaf(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """What PyTorch's parameter is multiplied with."""
+        """The factor from PyTorch's parameter to the leaf."""
         return 1.0 if self.name.times is None else self.name.times(self.shape)
 
     @property
@@ -81,7 +81,7 @@ class NamedLeaf(NamedTuple):
 
     @property
     def experts(self) -> int:
-        """How many experts share a parameter."""
+        """The number of experts in a parameter."""
         return math.prod(self.shape[d] for d in self.name.where("e"))
 
     @property
@@ -91,11 +91,11 @@ class NamedLeaf(NamedTuple):
 
 
 def resolve(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
-    """Finds the leaves of `base` that `names` name, in tree order.
+    """Finds the leaves of `base` that `names` has rows for, in tree order.
 
     Raises:
-        TypeError: if `names` is no table.
-        ValueError: if two leaves have one name.
+        TypeError: if `names` is not a table.
+        ValueError: if two leaves have the same name.
     """
     rows = list(names)
     if not rows or not all(isinstance(row, Name) for row in rows):
@@ -116,7 +116,7 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
     ]
     if twice:
         raise ValueError(
-            "`names` gives two leaves one name:\n" + "\n".join(twice) + "\nNarrow its patterns."
+            "`names` gives leaves the same name:\n" + "\n".join(twice) + "\nNarrow its patterns."
         )
     return leaves
 
@@ -127,7 +127,7 @@ def _are_parts(leaves: Sequence[NamedLeaf]) -> bool:
     return None not in parts and len(set(parts)) == len(parts)
 
 
-# The parameters of all experts together, and the modules of each that they are made of.
+# Parameters of all experts, with the modules of single experts that they may be made of.
 FUSED = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
@@ -135,7 +135,7 @@ FUSED = {
 
 
 def split_experts(leaf: NamedLeaf, there: Container[str]) -> NamedLeaf:
-    """Returns a leaf of experts with a module for each, if a checkpoint has those alone."""
+    """Returns a leaf of experts with a module for each expert, if only those are `there`."""
     name, parameter = leaf.name, leaf.name.parameter
     j, n = name.part or (0, 1)
     if name.kind != "experts" or leaf.parameters[0] in there:
@@ -152,7 +152,7 @@ def split_experts(leaf: NamedLeaf, there: Container[str]) -> NamedLeaf:
 
 
 def path_in_names(path: Path) -> str:
-    """Returns a path as the rows of a table have it."""
+    """Returns a path in the form that rows match."""
     return "/".join(path).removeprefix("params/")
 
 
@@ -168,16 +168,13 @@ def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> NamedLeaf | None:
 def row_of(
     path: Path, shape: tuple[int, ...], rows: Sequence[Name]
 ) -> tuple[Name, re.Match[str]] | None:
-    """Finds the row that names a leaf, and how its pattern matches."""
+    """Finds the row that names a leaf, with the match of its pattern."""
     for row in rows:
-        matched = re.fullmatch(row.path, path_in_names(path))
-        if matched and len(row.axes) == len(shape) and _holds_all(row, shape):
+        if len(row.axes) != len(shape) or any(shape[d] != len(row.modules) for d in row.where("s")):
+            continue
+        if matched := re.fullmatch(row.path, path_in_names(path)):
             return row, matched
     return None
-
-
-def _holds_all(row: Name, shape: tuple[int, ...]) -> bool:
-    return all(shape[d] == len(row.modules) for d in row.where("s"))
 
 
 def _modules(row: Name, shape: tuple[int, ...], templates: Sequence[str]) -> Iterator[str]:
@@ -189,13 +186,13 @@ def _modules(row: Name, shape: tuple[int, ...], templates: Sequence[str]) -> Ite
 
 
 def sort_by_row(leaves: Sequence[NamedLeaf], names: Sequence[Name]) -> list[NamedLeaf]:
-    """Sorts leaves by the rows that name them, the order in which PEFT wraps parameters."""
+    """Sorts leaves by their rows, which is the order in which PEFT wraps parameters."""
     order = {name: i for i, name in reversed(list(enumerate(names)))}
     return sorted(leaves, key=lambda leaf: order[leaf.name])
 
 
 def find_tied_heads(leaves: Sequence[NamedLeaf]) -> dict[str, NamedLeaf]:
-    """Maps each head that shares the weight of an embedding of this tree to the embedding."""
+    """Maps each tied head to the embedding in this tree whose weight it shares."""
     modules = {m for leaf in leaves for m in leaf.modules}
 
     def is_tied(head: str) -> bool:

@@ -1,4 +1,4 @@
-"""A row of a name table: what leaves are called in PyTorch, and how their axes lie there."""
+"""A row of a name table: the names of leaves in PyTorch, and the order of their axes."""
 
 import collections
 import dataclasses
@@ -8,46 +8,46 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..._types import Layout
 
-RANK = "rank"  # what nodes call the axis that the weight has not
+RANK = "rank"  # the axis of A and B that the weight does not have
 Axes = tuple[int | str, ...]  # axes of the weight, and the rank
-Groups = list[Axes]  # for each axis of an array of PyTorch, the axes that it flattens
+Groups = list[Axes]  # for each axis of a PyTorch array, the axes that are flattened into it
 
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    r"""One row of a name table: the leaves at `path` are `module`'s `parameter` in PyTorch.
+    r"""One row of a name table: the leaves at `path` are `parameter` of `module` in PyTorch.
 
-    The first row of a table whose `path` and number of axes fit a leaf names it.
+    The first row that fits the path and the number of axes of a leaf names it.
 
     Attributes:
-        path: a regular expression for the whole `/`-joined path, a leading `params/` left out.
-        module: PyTorch's module. `\1` stands for a group of `path`, in which `/` becomes `.`, and
-            each `{}` for the index along a stacked axis. Where layers are scanned in blocks, a sum
-            stands between the braces: `{6*+1*+2}` is 6·i + j + 2 for the indices i and j along two
-            stacked axes, `{\1+3}` is a group + 3. A tuple for a leaf that holds several modules.
-        axes: a letter for each axis of the leaf. `i`: inputs; `o`: outputs; `v`: rows that are
-            looked up, of an embedding; `k`: an axis of a convolution's window; `l`: stacked, one
-            module for each index; `e`: experts of one PyTorch parameter; `s`: the outputs of the
-            modules of a tuple, one for each index, such as k and v (2, heads, d, head_dim): `soio`.
-            Several `i` or `o` are flattened in order, as the kernels of `DenseGeneral`
-            (d, heads, head_dim) are: `ioo`.
+        path: a regular expression that matches the whole `/`-joined path, without a leading
+            `params/`.
+        module: PyTorch's module. `\1` is a group of `path`, with `.` for `/`. Each `{}` is the
+            index along a stacked axis. For layers that are scanned in blocks, braces contain a sum:
+            `{6*+1*+2}` is 6·i + j + 2 for the indices i and j along two stacked axes, and `{\1+3}`
+            is a group plus 3. For a leaf that holds several modules, a tuple of modules.
+        axes: a letter for each axis of the leaf. `i`: inputs. `o`: outputs. `v`: the rows of an
+            embedding. `k`: an axis of a convolution's window. `l`: stacked, one module for each
+            index. `e`: the experts of one PyTorch parameter. `s`: the modules of a tuple, such as k
+            and v in a leaf (2, heads, d, head_dim): `soio`. Several `i` or `o` are flattened in
+            order, such as `ioo` for the kernel (d, heads, head_dim) of a `DenseGeneral`.
         parameter: the name of the parameter in the module.
-        transposed: whether PyTorch keeps the weight as (inputs, outputs), as GPT-2's `Conv1D`
-            does, and Llama 4's experts (experts, inputs, outputs).
-        is_transposed: whether a module of `transposed` experts says so, as that of gpt-oss does by
-            an attribute of this name. PEFT's A then belongs to the inputs, else to the outputs.
-        tied: the module that shares an embedding as its weight. It counts as tied where no other
-            leaf of the tree is that weight and the module that holds it is there.
-        part: (j, n) for what is the j-th of n equal parts of the parameter's outputs, as gate and
-            up are of the experts' `gate_up_proj`. PEFT has one A for all of them: it is loaded for
-            each, and written once if it is still the same; else their ranks add up.
-        alternating: whether the outputs of the parts alternate, as gpt-oss's do.
-        interleaved: whether the last `o` alternates between what PyTorch keeps in two halves, as
-            the queries and keys of some rotary embeddings do.
-        times: a function of the leaf's shape that gives the factor by which the leaf exceeds
-            PyTorch's parameter. It multiplies the scale of an adapter's ΔW, not A and B.
+        transposed: whether PyTorch stores the weight as (inputs, outputs), as in GPT-2's `Conv1D`,
+            or as (experts, inputs, outputs), as in Llama 4.
+        is_transposed: whether the PyTorch module of `transposed` experts has an attribute
+            `is_transposed`, as in gpt-oss. PEFT's A then has the inputs, otherwise the outputs.
+        tied: the module, usually a head, that shares the embedding. It counts as tied if the tree
+            has its parent module, but no leaf for its weight.
+        part: (j, n) for the j-th of n equal parts of the parameter's outputs, such as gate and up
+            of the experts' `gate_up_proj`. PEFT has one A for all parts. It is loaded for each part
+            and written once if all parts still have the same; otherwise their ranks add up.
+        alternating: whether the outputs of the parts alternate, as in gpt-oss.
+        interleaved: whether the last `o` alternates between entries that PyTorch keeps in two
+            halves, as queries and keys of some rotary embeddings do.
+        times: a function of the leaf's shape that returns leaf ÷ parameter of PyTorch. The scale of
+            an adapter's ΔW is multiplied by it; A and B are not.
 
-    Each module of a tuple has an A and a B of its own, as by `LoRA(..., slots=Slots(2, (0, 1)))`.
+    Each module of a tuple has its own A and B, as with `LoRA(..., slots=Slots(2, (0, 1)))`.
 
     Raises:
         ValueError: if the fields contradict each other.
@@ -74,7 +74,7 @@ class Name:
 
     def __post_init__(self) -> None:
         if wrong := self._wrong():
-            raise ValueError(f"{self!r}: {wrong}.")
+            raise ValueError(f"Name({self.path!r}, {self.module!r}, {self.axes!r}): {wrong}.")
 
     def _wrong(self) -> str | None:
         try:
@@ -84,23 +84,23 @@ class Name:
         counts = collections.Counter(self.axes)
         if counts.keys() - set("iovkles") or max(counts["e"], counts["s"]) > 1 or not counts["o"]:
             return (
-                "`axes` must be of the letters i, o, v, k, l, one e and one s, with at least one o"
+                "`axes` may have the letters i, o, v, k, l, at most one e and one s, and needs an o"
             )
         if isinstance(self.module, tuple) != ("s" in counts) or not self.modules:
-            return "`module` is a tuple where `axes` has an s"
+            return "`module` must be a tuple if `axes` has an s, and otherwise a string"
         if "s" in counts and counts.keys() - set("iols"):
-            return "an s goes with i, o and l"
+            return "an s in `axes` can be combined only with i, o and l"
         if any(_count_indices(module) != counts["l"] for module in self.modules):
             return "`module` needs one {} for each l of `axes`, or a sum with it such as {2*+1}"
         if (self.tied or "v" in self.axes) and set(self.axes) != {"v", "o"}:
-            return "an embedding has the axes v and o, and only an embedding is `tied`"
+            return "an embedding has only the axes v and o, and only an embedding can be `tied`"
         if self.part is not None:
             j, n = self.part
             if not 0 <= j < n:
                 return "`part` must be (j, n) with 0 <= j < n"
             is_odd = self.transposed and self.kind != "experts"
             if is_odd or self.kind in ("embedding", "conv") or "s" in counts:
-                return "a `part` is of experts, or of a linear weight which is not transposed"
+                return "only experts, and linear weights that are not transposed, have a `part`"
         return None
 
     @property
@@ -110,7 +110,7 @@ class Name:
 
     @property
     def kind(self) -> str | None:
-        """`linear`, `embedding`, `conv`, `experts`, or None for what is no matrix."""
+        """`linear`, `embedding`, `conv` or `experts`; None for a parameter that is no matrix."""
         if not set("ivk") & set(self.axes):
             return None
         kinds = {"e": "experts", "v": "embedding", "k": "conv", "i": "linear"}
@@ -122,7 +122,7 @@ class Name:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the leaf differs from PyTorch's parameter in its axes alone."""
+        """Whether the leaf differs from PyTorch's parameter only in its axes."""
         return self.times is None and not self.interleaved
 
     @property
@@ -134,14 +134,14 @@ class Name:
 
     @property
     def is_swapped(self) -> bool:
-        """Whether PEFT's A is our B."""
+        """Whether PEFT's A is jlora's B."""
         return self.transposed and self.kind == "experts" and not self.is_transposed
 
     @property
     def factor_groups(self) -> dict[str, Groups]:
-        """PEFT's A, B and magnitudes in this order, for each axis those of the weight it flattens.
+        """For PEFT's A, B and magnitudes: the axes of the weight that each axis flattens.
 
-        Where they are swapped, PEFT's own are those of `swap`.
+        If A and B are swapped, `swap` makes PEFT's.
         """
         i, o, e = self.where("ikv"), self.where("o"), self.where("e")
         if self.kind == "conv":
@@ -170,7 +170,7 @@ def _count_indices(module: str) -> int:
 
 
 def fill_indices(module: str, indices: Sequence[int]) -> str:
-    """Replaces each `{}`, and each sum between braces, by a number."""
+    """Replaces each `{}`, and each sum in braces, with a number."""
     left = iter(indices)
 
     def compute(found: re.Match[str]) -> str:
@@ -181,5 +181,5 @@ def fill_indices(module: str, indices: Sequence[int]) -> str:
 
 
 def multiply_lengths(groups: Sequence[Axes], sizes: Mapping[int | str, int]) -> tuple[int, ...]:
-    """Returns the length of each group of axes."""
+    """Returns the length of each group of axes, flattened."""
     return tuple(math.prod(sizes[d] for d in group) for group in groups)

@@ -18,21 +18,21 @@ from ._names import Name
 
 
 def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]) -> PyTree:
-    r"""Converts the tensors of a PyTorch checkpoint to parameters: axes in JAX's order.
+    r"""Converts the tensors of a PyTorch checkpoint to a tree of parameters, with JAX's axes.
 
     Args:
-        tensors: arrays by PyTorch's names, as `safetensors.numpy.load_file` returns them.
-        like: the tree of parameters, arrays or `jax.ShapeDtypeStruct`s; only its shapes matter.
-        names: the table that says what its leaves are called in PyTorch.
+        tensors: arrays by PyTorch's names, as from `safetensors.numpy.load_file`. Experts of one
+            parameter may be separate tensors.
+        like: the tree of parameters: arrays or `jax.ShapeDtypeStruct`s. Only the shapes matter.
+        names: the name table of the model.
 
     Returns:
-        A tree like `like` with the values and dtypes of `tensors`. Experts of one parameter may be
-        one by one in these.
+        A tree like `like`, with the values and dtypes of `tensors`.
 
     Raises:
-        TypeError: if `names` is no table.
+        TypeError: if `names` is not a table.
         ValueError: if a leaf has no name, or tensors are missing, unexpected, misshapen, or of 64
-            bits where JAX has 32; all of them are listed.
+            bits without jax_enable_x64. All are listed.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -69,15 +69,15 @@ def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
 
     Args:
         params: the tree of parameters.
-        names: the table that says what its leaves are called in PyTorch.
+        names: the name table of the model.
 
     Returns:
-        Arrays by PyTorch's names, in the dtypes of `params`, as `safetensors.numpy.save_file`
-        takes them.
+        Arrays by PyTorch's names, with PyTorch's axes and the dtypes of `params`, for
+        `safetensors.numpy.save_file`.
 
     Raises:
-        TypeError: if `names` is no table.
-        ValueError: if a leaf has no name, or two have one.
+        TypeError: if `names` is not a table.
+        ValueError: if a leaf has no name, or two leaves have the same name.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -105,7 +105,7 @@ def split_all(leaves: Iterable[NamedLeaf]) -> dict[str, np.ndarray]:
 
 
 def explain_narrowing(dtype: np.dtype) -> str | None:
-    """Explains why JAX, as it is configured, has no arrays of a dtype."""
+    """Explains why JAX, as configured, has no arrays of a dtype; None if it has."""
     is_narrowed = jax.dtypes.canonicalize_dtype(dtype) != dtype
     return f"its dtype {dtype} needs jax_enable_x64" if is_narrowed else None
 
@@ -113,9 +113,9 @@ def explain_narrowing(dtype: np.dtype) -> str | None:
 def name_all(
     tree: PyTree, names: Sequence[Name], argument: str, there: Container[str] = ()
 ) -> list[NamedLeaf]:
-    """Names all leaves; `ValueError` if one has no name.
+    """Names all leaves; raises `ValueError` if one has no name.
 
-    Of experts it takes the names of each, where these and not their parameter are `there`.
+    Experts are named one by one if `there` has those names, and not that of their parameter.
     """
     leaves = [split_experts(leaf, there) for leaf in resolve(tree, names)]
     named = {leaf.path for leaf in leaves}
@@ -129,8 +129,8 @@ def name_all(
     ]
     if lone:
         raise ValueError(
-            f"These leaves of `{argument}` are parts of parameters by `names`, and it names none "
-            "for the other parts. Add rows for them. " + itemize(lone)
+            f"By `names`, these leaves of `{argument}` are parts of parameters whose other parts "
+            "have no leaf. Add rows for the other parts. " + itemize(lone)
         )
     lost = {path: tuple(x.shape) for path, x in leaves_by_path(tree) if path not in named}
     if lost:

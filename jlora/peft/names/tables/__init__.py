@@ -1,4 +1,4 @@
-"""Name tables, a module for each library, and all by the names that the command line takes."""
+"""Name tables: a module for each library, and `TABLES` with all by name."""
 
 from . import easydel as easydel
 from . import gemma as gemma
@@ -11,7 +11,7 @@ _LAYER = "layers/0/attn/q_proj/w"
 _GEMMA = "layer_0/attn/q_einsum/w"
 _KERAS = "transformer_layer_0/self_attention/query/kernel"
 _MAXTEXT = "decoder/layers/self_attention/query/kernel"
-# Each table with one of its paths, for errors.
+# Each table with an example of its paths, for errors.
 WITH_PATHS = {
     "bert": (transformers.BERT, "bert/encoder/layer/0/attention/self/query/kernel"),
     "roberta": (transformers.ROBERTA, "roberta/encoder/layer/0/attention/self/query/kernel"),

@@ -1,21 +1,26 @@
 """Name tables for the package `gemma` of Google DeepMind.
 
-`GEMMA3` is that of Gemma 3's text models (`Gemma3ForCausalLM` of `transformers`), and of Gemma 2 in
-9B and 27B (`Gemma2ForCausalLM`); `GEMMA2_2B` is that of Gemma 2 in 2B, whose `gating_einsum` lies
-otherwise. `GEMMA4` and `GEMMA4_EXPERTS` are those of Gemma 4's text models (`Gemma4ForCausalLM`).
+| table | text models | of `transformers` |
+|---|---|---|
+| `GEMMA2_2B` | Gemma 2 2B, whose `gating_einsum` has other axes | `Gemma2ForCausalLM` |
+| `GEMMA3` | Gemma 2 9B and 27B | `Gemma2ForCausalLM` |
+| `GEMMA3` | Gemma 3 | `Gemma3ForCausalLM` |
+| `GEMMA4`, `GEMMA4_EXPERTS` | Gemma 4 | `Gemma4ForCausalLM` |
+
 Tested with gemma 4.0.1, transformers 5.24 and PEFT 0.21.
 
-gemma 4.0.1 chooses experts after `pre_ffw_norm`, `transformers` before that norm. So the outputs of
-a model with experts differ, with an adapter or without, unless the scale of this norm is constant.
-
-Keys and values are one leaf here, as are gate and up; and q, k and v where there are as many heads
-of each. PEFT adapts each by an A and a B of its own, as do the rules
+Keys and values are one leaf, as are gate and up. If q, k and v have the same number of heads, they
+are one leaf instead. PEFT adapts each of them with its own A and B. So do these rules; a model has
+a leaf for one of the two:
 
     LoRA(r"kv_einsum/w|gating_einsum", slots=Slots(2, (0, 1)))
     LoRA(r"qkv_einsum/w", slots=Slots(3, (0, 1, 2)))
 
-of which a model has a leaf for one or the other. An A that they share, as without `slots`, is
-written for each. Norms need no change: both libraries multiply by 1 + scale.
+Without `slots` they share an A, which is written for each. Norms need no change: both libraries
+multiply by 1 + scale.
+
+gemma 4.0.1 routes to experts after `pre_ffw_norm`, `transformers` before it. The outputs of a model
+with experts therefore differ, with or without an adapter, unless the norm's scale is constant.
 """
 
 from collections.abc import Mapping
@@ -24,7 +29,7 @@ from .._names import Name
 
 
 def decoder(layer: str) -> tuple[Name, ...]:
-    """Makes all rows but those of the MLP, for layers by the pattern `layer`."""
+    """Makes all rows except those of the MLP; `layer` is the pattern of layers."""
     kv, qkv = (
         tuple(rf"model.layers.\1.self_attn.{part}_proj" for part in parts)
         for parts in ("kv", "qkv")
@@ -50,13 +55,13 @@ def decoder(layer: str) -> tuple[Name, ...]:
 
 
 def scales(layer: str, names: Mapping[str, str]) -> tuple[Name, ...]:
-    """Makes the rows of norms in layers."""
+    """Makes the rows of the norms in layers."""
     each = names.items()
     return tuple(Name(f"{layer}/{ours}/scale", rf"model.layers.\1.{it}", "o") for ours, it in each)
 
 
 def experts(layer: str, moe: str, end: str = "") -> tuple[Name, ...]:
-    """Makes the rows of what Gemma 4 has more than Gemma 3: experts, and inputs of each layer."""
+    """Makes the rows that Gemma 4 adds to Gemma 3: experts, and inputs for each layer."""
     module, per_layer = r"model.layers.\1.", "embedder/per_layer_"
     return (
         *scales(layer, {"post_per_layer_input_norm": "post_per_layer_input_norm"}),
@@ -85,7 +90,7 @@ GEMMA3 = (*decoder(r"layer_(\d+)"), *_mlp("soi"))
 
 GEMMA4 = (*GEMMA3, *experts(r"layer_(\d+)", "mlp", "/w"))
 
-# `mlp` has the experts, and `mlp2` what is `mlp` in models without them.
+# `mlp` has the experts, and `mlp2` is the `mlp` of models without experts.
 _NORMS = {
     "pre_ffw_norm": "pre_feedforward_layernorm_2",
     "pre_ffw2_norm": "pre_feedforward_layernorm",

@@ -6,8 +6,8 @@
 | `QWEN3` | `Qwen3CausalLM` | `Qwen3ForCausalLM` |
 | `GEMMA3` | `Gemma3CausalLM` for text | `Gemma3ForCausalLM` |
 
-Tested with keras-hub 0.32, Keras 3.15 on JAX, transformers 5.24 and PEFT 0.21. The parameters are a
-dict by `Variable.path`, which `stateless_call` takes as two lists:
+Tested with keras-hub 0.32, Keras 3.15 on JAX, transformers 5.24 and PEFT 0.21. Make the parameters
+a dict by `Variable.path`, and pass them to `stateless_call` as two lists:
 
     params = {v.path: v.value for v in model.variables}
 
@@ -16,13 +16,13 @@ dict by `Variable.path`, which `stateless_call` takes as two lists:
         others = [params[v.path] for v in model.non_trainable_variables]
         return model.stateless_call(trained, others, inputs)[0]
 
-keras-hub 0.32 finds the scaled rotary embeddings of Llama 3.1 in files of transformers 4 alone
-(`rope_scaling`); with those of transformers 5 give `rope_frequency_adjustment_factor` and the like.
+For Llama 3.1 with files of transformers 5, give `rope_frequency_adjustment_factor` and the like:
+keras-hub 0.32 reads scaled rotary embeddings only from files of transformers 4 (`rope_scaling`).
 """
 
 from .._names import Name
 
-# The attention of `keras_hub` keeps the heads apart: (d, heads, head_dim), (heads, head_dim, d).
+# Kernels of attention have an axis of heads: (d, heads, head_dim), (heads, head_dim, d).
 _LAYER = r"transformer_layer_(\d+)/"
 _ATTENTION = _LAYER + "self_attention/"
 
@@ -48,7 +48,7 @@ QWEN3 = (
     Name(_ATTENTION + "key_dense_layernorm/scale", r"model.layers.\1.self_attn.k_norm", "o"),
 )
 
-# The heads come first: (heads, d, head_dim).
+# Gemma's axis of heads is the first: (heads, d, head_dim).
 _BLOCK = r"decoder_block_(\d+)/"
 
 GEMMA3 = (

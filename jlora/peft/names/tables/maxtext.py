@@ -1,4 +1,4 @@
-"""Name tables for the decoders of MaxText, with `scan_layers` and without.
+"""Name tables for the decoders of MaxText, with and without `scan_layers`.
 
 | table | `decoder_block` | of `transformers` |
 |---|---|---|
@@ -9,18 +9,19 @@
 | `GPT_OSS` | `gpt_oss` | `GptOssForCausalLM` |
 | `LLAMA4` | `llama4` | `Llama4ForCausalLM` |
 
-Tested with MaxText 0.2.5 on JAX 0.12 and its NNX `Transformer`, on files of transformers 5.24 and
-PEFT 0.21. Scanned layers lie on axis 1, the default `param_scan_axis`, and so do scanned blocks: of
-2 layers in gpt-oss, 4 in Llama 4, 6 in Gemma 4, which must have a multiple of 6 layers there. The
-first three layers of DeepSeek V3 have no experts; `deepseek` makes the table for other numbers.
+Tested with MaxText 0.2.5 on JAX 0.12 and its NNX `Transformer`, with files of transformers 5.24 and
+PEFT 0.21.
 
-Llama's queries are divided by √head_dim there, and its queries and keys are interleaved, as they
-are by MaxText's own conversion; Gemma 4's embedding is multiplied by √d. A and B are those of PEFT
-all the same; the scale of ΔW is divided as W is. An embedding that is the head too is rounded to
-bfloat16 in the head, whatever its `dtype`.
+Scanned layers are on axis 1, the default `param_scan_axis`. So are scanned blocks of layers: 2 in
+gpt-oss, 4 in Llama 4, 6 in Gemma 4. A scanned Gemma 4 must have a multiple of 6 layers. The first
+three layers of DeepSeek V3 have no experts; `deepseek` makes the table for other numbers.
 
-There is no table for Qwen 3.5, of which MaxText has the outputs of two of PyTorch's modules in one
-leaf, in turn.
+MaxText, and its own conversion, divides Llama's queries by √head_dim, interleaves its queries and
+keys, and multiplies Gemma 4's embedding by √d. A and B are still PEFT's; the scale of ΔW changes as
+W does. A tied head is computed with the embedding in bfloat16, whatever its `dtype`.
+
+There is no table for Qwen 3.5: a leaf of MaxText alternates between the outputs of two PyTorch
+modules.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ def root_of_width(shape: tuple[int, ...]) -> float:
     return math.sqrt(shape[-1])
 
 
-# Where layers are: the path, their number in PyTorch, and along how many axes they are stacked.
+# Where layers are: their path, their number in PyTorch, and the number of axes of the stack.
 _Where = tuple[tuple[str, str, int], ...]
 _UNSCANNED = (r"layers_(\d+)", r"\1", 0)
 _LAYERS = (_UNSCANNED, ("layers", "{}", 1))
@@ -58,9 +59,9 @@ _SIXES = (
 def _rows(
     where: _Where, lines: str, more: Mapping[str, Mapping[str, Any]] = {}
 ) -> tuple[Name, ...]:
-    """Makes the rows of `lines`: a path, PyTorch's parameter without `.weight`, axes.
+    """Makes rows from lines: a path, PyTorch's parameter without `.weight`, and axes.
 
-    Scanned layers are next to the first axis. There is `more` to say of some modules.
+    Scanned layers are after the first axis. `more` has other fields of rows, by module.
     """
     found = []
     for line, (layers, number, stacked) in itertools.product(lines.split("\n"), where):
@@ -145,7 +146,7 @@ GPT_OSS = (
 
 
 def _shared(path: str, module: str) -> str:
-    """Makes the lines of shared experts."""
+    """Makes the lines for shared experts."""
     return _MLP.replace("mlp/", f"{path}/").replace(" mlp.", f" {module}.")
 
 

@@ -2,21 +2,22 @@
 
 | table | models |
 |---|---|
-| `BERT`, `GPT2`, `VIT` | those of these names, with any head |
+| `BERT`, `GPT2`, `VIT` | the models with these names, with any head |
 | `ROBERTA` | RoBERTa, XLM-RoBERTa |
 | `LLAMA` | Llama to 3, Mistral, Gemma to 4, Qwen 2 to 3.5, DeepSeek V3, with experts or without |
-| `LLAMA_SCANNED` | the same trees with their layers stacked on axis 0 by a scan, without experts |
-| `GPT_OSS`, `LLAMA4` | those of these names |
+| `LLAMA_SCANNED` | the same trees, without experts, with layers stacked on axis 0 by a scan |
+| `GPT_OSS`, `LLAMA4` | the models with these names |
 
-Those with experts are tested with `transformers` 5.24 and PEFT 0.21.2. Experts are leaves (experts,
-inputs, outputs), with gate and up as one, `gate_up_proj`, or as two, `gate_proj` and `up_proj`. A
-checkpoint may have them as one parameter, and, if the leaves are two, as a module for each expert.
+A table names only the modules of its models. For a module of your own, such as a new head, add a
+row: `(*peft.BERT, peft.Name("head/kernel", "head", "io"))`.
 
-PEFT 0.21.2 takes the MLP of DeepSeek V3's dense layers and shared experts for experts, which are
-modules in `transformers` 4. It loads an adapter of these on none.
+Experts are leaves (experts, inputs, outputs). Gate and up are one leaf, `gate_up_proj`, or two,
+`gate_proj` and `up_proj`. In a checkpoint, experts may be one parameter; if gate and up are two
+leaves, they may also be one module for each expert. Models with experts are tested with
+`transformers` 5.24 and PEFT 0.21.2.
 
-A table names the modules of its models and no others. A tree with modules of its own, such as a new
-head, takes a row for each: `(*peft.BERT, peft.Name("head/kernel", "head", "io"))`.
+In `transformers` 4, dense layers and shared experts of DeepSeek V3 have modules with the names of
+experts. PEFT 0.21.2 confuses the two, and loads no adapter for the MLPs of such layers.
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ from .._names import Name
 
 
 def same(modules: str) -> tuple[Name, ...]:
-    """Makes the rows of modules that Flax and PyTorch call the same."""
+    """Makes the rows of modules with the same names in Flax and PyTorch."""
     return (
         Name(f"({modules})/kernel", r"\1", "io"),
         Name(f"({modules})/embedding", r"\1", "vo"),
@@ -34,7 +35,7 @@ def same(modules: str) -> tuple[Name, ...]:
     )
 
 
-# A model without a head has no first part.
+# The names of a model without a head lack the first component.
 _BERT_ENCODER = (
     r"embeddings/(?:(?:word|position|token_type)_embeddings|LayerNorm)"
     r"|encoder/layer/\d+/(?:cross)?attention/(?:self/(?:query|key|value)|output/(?:dense|LayerNorm))"
@@ -68,7 +69,7 @@ _CONV1D = rf"{_GPT2_LAYER}/(?:(?:attn|crossattention)/(?:[cq]_attn|c_proj)|mlp/c
 
 GPT2 = (
     Name(r"(transformer/wte)/embedding", r"\1", "vo", tied="lm_head"),
-    # Flax keeps these kernels as (outputs, inputs), PyTorch's Conv1D as (inputs, outputs).
+    # These kernels are (outputs, inputs) in Flax, and (inputs, outputs) in PyTorch's Conv1D.
     Name(rf"({_CONV1D})/kernel", r"\1", "oi", transposed=True),
     *same(
         rf"{_CONV1D}|{_GPT2_LAYER}/ln_(?:1|2|cross_attn)|(?:transformer/)?(?:wte|wpe|ln_f)|lm_head"
@@ -97,7 +98,7 @@ def experts(
     alternating: bool = False,
     **how: Any,
 ) -> tuple[Name, ...]:
-    """Makes the rows of the `leaves` at `path` that are parameters of experts, and their biases.
+    """Makes the rows of experts and their biases, for the `leaves` gate, up and down at `path`.
 
     Gate and up are halves of one parameter, or alternate in it.
     """
@@ -120,7 +121,7 @@ def experts(
 
 
 def _decoder(*, alternating: bool = False, **how: Any) -> tuple[Name, ...]:
-    """Makes the table of decoders with experts, whose parameters are as `how` says."""
+    """Makes the table of decoders; `how` has fields for the rows of experts."""
     at = rf"({_LAYERS}/(?:(?:mlp|feed_forward)/)?experts)/"
     last = "embed_tokens(?:_per_layer)?|per_layer_model_projection|per_layer_projection_norm|norm"
     odd = {

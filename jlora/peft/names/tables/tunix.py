@@ -1,30 +1,33 @@
 """Name tables for the models of tunix.
 
-`LLAMA3` is that of `Llama3`, `QWEN2` of `Qwen2`, `QWEN3` of `Qwen3`, with experts or without,
-`GEMMA` of Gemma 2 (`gemma.Gemma`) and of Gemma 3's text models (`Gemma3`), `GEMMA4` of `Gemma4`,
-with experts or without. In `transformers` these are `LlamaForCausalLM`, `Qwen2ForCausalLM`,
-`Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`, `Gemma2ForCausalLM`, `Gemma3ForCausalLM` and
-`Gemma4ForCausalLM`. Tested with google-tunix 0.1.7, transformers 5.24 and PEFT 0.21.
+| table | classes of tunix | of `transformers` |
+|---|---|---|
+| `LLAMA3` | `Llama3` | `LlamaForCausalLM` |
+| `QWEN2` | `Qwen2` | `Qwen2ForCausalLM` |
+| `QWEN3`, `QWEN3_EXPERTS` | `Qwen3` | `Qwen3ForCausalLM`, `Qwen3MoeForCausalLM` |
+| `GEMMA` | `gemma.Gemma` (Gemma 2); `Gemma3` for text | `Gemma2ForCausalLM`, `Gemma3ForCausalLM` |
+| `GEMMA4` | `Gemma4`, with experts or without | `Gemma4ForCausalLM` |
 
-Of experts, checkpoints and adapters of `transformers` 4 (tested with 4.57) have each as a module:
-`QWEN3`. Adapters of `transformers` 5 have them together, and gate and up as one parameter:
-`QWEN3_EXPERTS`. In PEFT these two share an A; here each has its own, which the file has beside one
-another once they are trained.
+Tested with google-tunix 0.1.7, transformers 5.24 and PEFT 0.21.
 
-In tunix 0.1.7 the rotary embeddings of `Llama3` and `Qwen3` have the base 1,000,000, whatever its
-configuration says, and none is scaled. Outputs on a checkpoint with others differ from those of
-`transformers`, with an adapter or without.
+For Qwen 3 with experts, use `QWEN3` with checkpoints and adapters of `transformers` 4 (tested with
+4.57), which have a module for each expert. Use `QWEN3_EXPERTS` with adapters of `transformers` 5,
+in which all experts, and gate and up, are one parameter. PEFT has one A for gate and up, jlora one
+for each. Once they are trained, the file has both A's, concatenated.
 
-tunix 0.1.7 chooses Gemma 4's experts after `moe_pre_ffw_norm`, `transformers` before that norm: the
-outputs of a model with experts differ unless the scale of this norm is constant.
-
-Gemma's keys and values are one leaf, as are q, k and v where there are as many heads of each. PEFT
-adapts each by an A and a B of its own, as do the rules
+Gemma's keys and values are one leaf. If q, k and v have the same number of heads, they are one leaf
+instead. PEFT adapts each of them with its own A and B. So do these rules; a model has a leaf for
+one of the two:
 
     LoRA(r"kv_einsum/w", slots=Slots(2, (0, 1)))
     LoRA(r"qkv_einsum/w", slots=Slots(3, (0, 1, 2)))
 
-of which a model has a leaf for one or the other.
+In two cases outputs of tunix 0.1.7 differ from those of `transformers`, with or without an adapter:
+
+- Rotary embeddings of `Llama3` and `Qwen3` always have the base 1,000,000 and no scaling, whatever
+  the configuration says.
+- Gemma 4's experts are chosen after `moe_pre_ffw_norm`, in `transformers` before it. Outputs agree
+  only if the scale of this norm is constant.
 """
 
 from .._names import Name
@@ -52,7 +55,7 @@ QWEN3 = (
     *_DECODER,
 )
 
-# As PEFT adapts the experts of `transformers` 5.
+# For PEFT's adapters of the experts of `transformers` 5.
 QWEN3_EXPERTS = (
     *experts(r"(layers/\d+/mlp)/", r"model/\1/experts"),
     *QWEN3,

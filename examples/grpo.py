@@ -1,0 +1,200 @@
+"""GRPO with a reward that can be checked: SmolLM2-135M-Instruct learns to add, from right or wrong.
+
+    python examples/grpo.py                      # TIME on two CPU cores
+    python examples/grpo.py --resume             # go on after Ctrl-C, kill -9, a full disk
+    python examples/grpo.py --full --rate 1e-5   # all weights, for comparison
+    for rank in 1 8 128; do python examples/grpo.py --rank $rank --out out/grpo-$rank; done
+
+A step samples a group of answers to each of some sums, from the model with its adapter. An answer
+ends with the first token that is no digit. Its reward is 1 if it is the sum, else 0. Its advantage
+is the reward less the mean of its group, divided by the standard deviation (arXiv 2402.03300,
+section 4.1). Each answer is used for one step, so that its ratio of probabilities is 1, and none is
+clipped. The reference of the KL term is the base without the adapter, not a copy of the model.
+
+START. OUT/steps.csv has a row for each step, and OUT/result.csv the mean reward of sums that are
+never trained on, before and after. B counts answers; P and T, tokens of a prompt and an answer.
+"""
+
+import argparse
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tables
+from models import llama, smollm2
+from pod import State, restore, save
+from progress import progress
+from resume import rewind
+
+import jlora
+
+SHOTS, PROMPT = "14+5=19\n62+8=70\n", "{}+{}="
+PAIRS = np.random.default_rng(0).permutation([(a, b) for a in range(10, 100) for b in range(1, 10)])
+HELD_OUT, TRAIN = PAIRS[:128], PAIRS[128:]
+TOKENS = 4  # T: three digits, and what is none
+
+
+def reward(pair: Sequence[int], answer: str) -> float:
+    """1 if the answer is the sum of the pair and then no digit, else 0."""
+    total = str(sum(pair))
+    return float(answer.startswith(total) and not answer[len(total) :][:1].isdigit())
+
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    """Of rewards (groups, size), whose rows are groups; 0 in a group whose answers are alike."""
+    centered = rewards - rewards.mean(1, keepdims=True)
+    return centered / (rewards.std(1, keepdims=True) + 1e-4)
+
+
+# ---- what is compiled ---------------------------------------------------------------------------
+
+
+def make_programs(
+    apply: Callable[..., Any], config: Any, tokenizer: Any, tx: Any, beta: float
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Rollouts and steps, compiled.
+
+    A rollout takes (base, adapter, prompts (B, P), key, temperature). It gives ids (B, P + T), and
+    counts (B, T): 1 up to the end of the answer, then 0. A step takes (state, base, ids, counts,
+    advantages (B,)), and gives the next state and the KL divergence per token.
+    """
+    shots = np.array(tokenizer([SHOTS])["input_ids"])
+    is_digit = jnp.array([tokenizer.decode([i]).isdigit() for i in range(config.vocab)])
+
+    def start(base, adapter, ids):  # the shots are read once for all rows
+        cache = config.cache(1, shots.size + ids.shape[1])
+        return apply(base, adapter, shots, cache=cache)[1].rows(jnp.zeros(len(ids), int))
+
+    @jax.jit
+    def rollout(base, adapter, prompts, key, temperature):
+        cache = start(base, adapter, jnp.pad(prompts, ((0, 0), (0, TOKENS))))
+        _, cache = apply(base, adapter, prompts[:, :-1], cache=cache)
+
+        def write(carry, key):
+            token, goes_on, cache = carry
+            logits, cache = apply(base, adapter, token[:, None], cache=cache)
+            token = jax.random.categorical(key, logits[:, 0] / temperature)  # (B,)
+            return (token, goes_on & is_digit[token], cache), (token, goes_on)
+
+        carry = prompts[:, -1], jnp.ones(len(prompts), bool), cache
+        _, (tokens, counts) = jax.lax.scan(write, carry, jax.random.split(key, TOKENS))
+        return jnp.concatenate([prompts, tokens.T], 1), counts.T.astype(jnp.float32)
+
+    def loss_fn(adapter, base, ids, counts, gains):
+        def log_probs(adapter):  # of the answers' tokens, (B, T)
+            logits, _ = apply(base, adapter, ids[:, :-1], cache=start(base, adapter, ids))
+            nats = optax.softmax_cross_entropy_with_integer_labels
+            return -nats(logits[:, -TOKENS:], ids[:, -TOKENS:])
+
+        own, reference = log_probs(adapter), log_probs({})
+        kl = jnp.exp(reference - own) - (reference - own) - 1  # at least 0; its mean is the KL
+        weights = counts / counts.sum(1, keepdims=True) / len(counts)  # a mean over each answer
+        kl = (weights * kl).sum()
+        return beta * kl - (weights * gains[:, None] * own).sum(), kl
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, base, *answers):
+        grads, kl = jax.grad(loss_fn, has_aux=True)(state.adapter, base, *answers)
+        updates, optimizer = tx.update(grads, state.optimizer, state.adapter)
+        return State(optax.apply_updates(state.adapter, updates), optimizer), kl
+
+    return rollout, step
+
+
+# ---- the whole run ------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace, apply: Any, config: Any, params: Any, tokenizer: Any) -> State:
+    """Trains from the last checkpoint, if any, to the last step."""
+    rules = (jlora.Full(".*") if args.full else jlora.LoRA(rank=args.rank, alpha=args.alpha),)
+    lora, key = jlora.transform(apply, *rules), jax.random.key(args.seed)
+    base, adapter = lora.init(key, params, np.zeros((1, 2), np.int32))
+    adam = optax.adam(args.rate)
+    tx = adam if args.full else jlora.optimizer(adam)
+    rollout, step_fn = make_programs(lora.apply, config, tokenizer, tx, args.beta)
+
+    def answer(adapter, pairs, key, temperature=1.0):
+        prompts = np.array(tokenizer([PROMPT.format(*pair) for pair in pairs])["input_ids"])
+        ids, counts = rollout(base, adapter, prompts, key, temperature)
+        texts = tokenizer.batch_decode(np.asarray(ids[:, -TOKENS:]))
+        return ids, counts, np.array([reward(*x) for x in zip(pairs, texts, strict=True)])
+
+    def measure(adapter, when):
+        rows, found = args.groups * args.size, {}
+        for name, temperature in (("sampled", 1.0), ("greedy", 1e-4)):
+            parts = np.split(HELD_OUT, range(rows, len(HELD_OUT), rows))
+            parts = progress(parts, f"held out, {name}", leave=False)
+            rewards = [answer(adapter, x, jax.random.key(0), temperature)[2] for x in parts]
+            found[f"{name}_{when}"] = np.concatenate(rewards).mean()
+        progress.write(", ".join(f"{name} {x:.3f}" for name, x in found.items()))
+        return found
+
+    names, log = "rank alpha full rate beta groups size seed", args.out / "steps.csv"
+    settings = {name: getattr(args, name) for name in names.split()}
+    progress.write(f"{jlora.count(adapter):,} parameters train")
+    state = State(jax.tree.map(jnp.copy, adapter), tx.init(adapter))  # a step takes its arrays
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=1, save_interval_steps=args.save_every, enable_async_checkpointing=False
+    )
+    with ocp.CheckpointManager(args.out.absolute() / "checkpoints", options=options) as manager:
+        done, state = restore(manager, state, base, settings)
+        result, rewards = measure(adapter, "before"), []
+        rewind(log, done + 1)  # with the header
+        with progress(range(done + 1, args.steps + 1), initial=done, total=args.steps) as bar:
+            for step in bar:
+                began, now = time.perf_counter(), jax.random.fold_in(key, step)
+                rng = np.random.default_rng((args.seed, step))
+                pairs = rng.choice(TRAIN, args.groups, replace=False).repeat(args.size, axis=0)
+                ids, counts, found = answer(state.adapter, pairs, now)
+                gains = advantages(found.reshape(args.groups, args.size)).ravel()
+                state, kl = step_fn(state, base, ids, counts, gains)
+                rewards.append(found.mean())
+                row = settings | {"step": step, "reward": rewards[-1], "kl": float(kl)}
+                seconds, left = time.perf_counter() - began, args.steps - step
+                speed = float(counts.sum()) / seconds
+                tables.append(log, row | {"tokens_per_second": round(speed, 1)})
+                if len(rewards) == 2:  # the first has the time to compile
+                    progress.write(f"{left} more steps take {left * seconds:.0f} s")
+                shown = f"reward {np.mean(rewards[-10:]):.3f}, {speed:.0f} tokens/s"
+                bar.set_postfix_str(shown, refresh=False)
+                save(manager, step, state, rules, base, settings, force=step == args.steps)
+    result |= measure(state.adapter, "after")
+    tables.write(args.out / "result.csv", [settings | {"steps": args.steps} | result])
+    return state
+
+
+def main(argv: Sequence[str] | None = None) -> State:
+    """Runs the example; `argv` are the arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--rank", type=int, default=8)
+    add("--alpha", type=float, default=32.0, help="the adapter is scaled by alpha / rank")
+    add("--full", action="store_true", help="train all weights instead")
+    add("--rate", type=float, default=1e-4, help="of Adam")
+    add("--beta", type=float, default=0.02, help="weight of the KL term")
+    add("--groups", type=int, default=8, help="sums a step")
+    add("--size", type=int, default=8, help="answers to each")
+    add("--steps", type=int, default=100)
+    add("--save-every", type=int, default=20, help="steps from checkpoint to checkpoint")
+    add("--seed", type=int, default=0, help="of the adapter, the sums and the answers")
+    add("--out", type=pathlib.Path, default=pathlib.Path("out/grpo"))
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    args = parser.parse_args(argv)
+    if not args.resume and (args.out / "checkpoints").exists():
+        parser.error(f"{args.out} has a run: pass --resume to go on, or another --out")
+    config, params, tokenizer = smollm2.load(data.smollm2())
+    return run(args, llama.Llama(config).apply, config, params, tokenizer)
+
+
+if __name__ == "__main__":
+    main()

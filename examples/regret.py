@@ -1,0 +1,232 @@
+"""Which rate, scale, rank, layers and batch? "LoRA Without Regret", measured on small models.
+
+    export JAX_COMPILATION_CACHE_DIR=/tmp/compiled    # what one process compiles, others take
+    taskset -c 0 python examples/regret.py            # hours of a core; goes on where it ended
+    python examples/regret.py --experiments first     # this one only
+    python examples/regret_figures.py                 # table and pictures
+
+    first      0.4 hours   the first 20 steps of SmolLM2-135M at all ranks, with s = 32/r and s = 2
+    capacity   2.3         how many bits a tiny GPT learns by heart, by rank
+    rates      2.9         the best rate of full fine-tuning, and of LoRA, by rank and scale
+    layers     2.3         all layers, attention or feed-forward alone, with as many parameters
+    batches    3.1         batches of 4 to 256 at equally many examples
+
+The first seed's rates are half decades from the middle outward, as long as the loss falls, so that
+the best one has a worse one on either side; further seeds run at these three. All settings have the
+first seed before any has the second. A run adds a row to OUT/regret_runs.csv and is not repeated.
+Several processes share the work: what one of them has taken, the others leave alone; at the end run
+it once more. Runs that train together in one step took longer here than one after another: one is
+large enough for a core.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import hashlib
+import pathlib
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import trials
+import variants
+from models import gpt
+from quickstart import Batch
+from trials import Task
+
+import jlora
+
+ALPHA, SCALE = 32.0, 2.0  # s is ALPHA / r, or SCALE
+RATES = 7  # that are tried at most
+EXAMPLES = 4096  # that a run with any batch sees
+FIRST = 20  # steps
+SHORT = 24  # tokens of its sentences, so that all batches are alike
+ALPHABET, LENGTH = 64, 16  # of random strings
+LAYERS = {
+    "all": None,
+    "attention": r"(encoder|layers)/.*(query|key|value|out)/kernel",
+    "feed-forward": r"(encoder|layers)/.*(gate|up|down)/kernel",
+    "blocks": "h/.*kernel",  # of the tiny GPT, also for full fine-tuning
+}
+OUT = variants.OUT
+
+
+class Setting(NamedTuple):
+    """What the runs of a setting have in common; rank 0 is full fine-tuning."""
+
+    experiment: str
+    task: str
+    rank: int
+    layers: str
+    scale: float
+    batch: int
+
+
+# ---- the experiments ----------------------------------------------------------------------------
+
+
+def scaled(experiment: str, task: str, rank: int, batch: int, layers: str = "all") -> Setting:
+    """A setting with s = 32/r."""
+    return Setting(experiment, task, rank, layers, round(ALPHA / (rank or ALPHA), 6), batch)
+
+
+def rates(experiment: str) -> dict[Setting, int]:
+    """All ranks with both scales, and full fine-tuning, on definitions."""
+    found = {}
+    for rank in (16, 1, 256, 4, 64):
+        own = scaled(experiment, "definitions", rank, 4)
+        middle = round(-6 - 2 * np.log10(SCALE * rank / ALPHA))  # Adam's first ΔW: s·r·rate
+        found |= {own: -6, own._replace(scale=SCALE): middle}
+    return found | {scaled(experiment, "definitions", 0, 4): -8}
+
+
+def layers() -> dict[Setting, int]:
+    """All layers, and parts of them with ranks of equally many parameters."""
+    ranks = ("definitions", 4, (8, 21, 13)), ("order", 16, (9, 20, 16))
+    return {
+        scaled("layers", task, rank, batch, name): -6
+        for task, batch, each in ranks
+        for name, rank in zip(LAYERS, each, strict=False)
+    }
+
+
+def batches() -> dict[Setting, int]:
+    """Two ranks and full fine-tuning, with batches of all sizes; larger ones take larger steps."""
+    middles = (4, -7), (64, -7), (0, -9)
+    sizes = enumerate((4, 16, 64, 256))
+    return {scaled("batches", "movies", r, n): m + i for i, n in sizes for r, m in middles}
+
+
+def capacity() -> dict[Setting, int]:
+    """Ranks and full fine-tuning, with few strings and with many."""
+    middles = (1, -3), (4, -3), (16, -3), (0, -5), (2, -3), (8, -3)
+    return {
+        scaled("capacity", f"strings-{n}", rank, min(n, 64), "blocks"): middle
+        for n in (64, 256, 1024, 16, 128, 512)
+        for rank, middle in middles
+    }
+
+
+PLANS = {  # the settings of an experiment, each with the middle of its rates, and the seeds
+    "first": ({x: -6 if x.rank else -8 for x in rates("first")}, 3),
+    "capacity": (capacity(), 2),
+    "rates": (rates("rates"), 3),
+    "layers": (layers(), 5),
+    "batches": (batches(), 2),
+}
+
+
+def strings(count: int, batch: int) -> Task:
+    """Random strings of `LENGTH` letters to learn by heart, each after two that number it."""
+    numbers = np.stack(np.divmod(np.arange(count), ALPHABET), 1)
+    letters = np.random.default_rng(count).integers(ALPHABET, size=(count, LENGTH))
+    ids = np.concatenate([numbers, letters], 1).astype(np.int32)
+    marks = np.broadcast_to(np.arange(ids.shape[1]) > 1, ids.shape).astype(np.float32)
+    rows, size = Batch(ids, np.ones_like(ids), marks), ids.shape[1]
+    model = gpt.GPT(gpt.Config(ALPHABET, size, layers=2, dim=32, heads=2))
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), ids[:1]))
+    return Task(
+        model.apply, params, lambda rows: (rows.ids,), trials.score_tokens, (), rank=4, rate=-5,
+        steps=2000, batch=batch, train=rows, validation=rows, held_out=rows, widths=(size,),
+    )  # fmt: skip
+
+
+@functools.lru_cache(1)
+def make_task(setting: Setting) -> Task:
+    """What a setting learns, in the steps and batches that it does."""
+    batch = setting.batch
+    if setting.task == "movies":
+        return trials.movies(SHORT, EXAMPLES // batch, batch, widths=(SHORT,))
+    if setting.task.startswith("strings"):
+        return strings(int(setting.task.partition("-")[2]), batch)
+    task = trials.TASKS[setting.task]()
+    if setting.experiment == "first":
+        task = task._replace(steps=FIRST, schedule=lambda steps: optax.constant_schedule(1.0))
+    return task
+
+
+def make_rule(setting: Setting) -> Any:
+    """What a setting trains beside the head."""
+    pattern, rank = LAYERS[setting.layers], setting.rank
+    return variants.lora(pattern, rank, setting.scale) if rank else jlora.Full(pattern or "params")
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def processor() -> str:
+    """The widest instructions of the processor."""
+    path = pathlib.Path("/proc/cpuinfo")
+    flags = path.read_text().split() if path.exists() else []
+    return next((x for x in ("amx_tile", "avx512f", "avx2") if x in flags), platform.machine())
+
+
+@functools.lru_cache(1)
+def make_train(setting: Setting) -> Callable[[float, int], dict[str, Any]]:
+    """Runs of a setting, a function of rate and seed to columns of the table."""
+    task = make_task(setting._replace(rank=0, layers="all", scale=1.0))
+    variant = variants.Variant("", variants.simple(lambda task: make_rule(setting)))
+    runner = variants.make_runner(task, variant)
+
+    def train(rate: float, seed: int) -> dict[str, Any]:
+        found = {"steps": task.steps, **runner(rate, seed), "processor": processor()}
+        curve = runner.curve if setting.experiment == "first" else ()
+        return found | {f"loss_{i}": round(float(x), 5) for i, x in enumerate(curve, 1)}
+
+    return train
+
+
+def run(path: pathlib.Path, setting: Setting, middle: int, seed: int) -> None:
+    """Runs what has not been run of a setting with a seed; see the module."""
+    train = lambda *args: make_train(setting)(*args)  # noqa: E731
+    loss = functools.partial(trials.run_once, path, train, setting._asdict())
+    if setting.experiment == "first":
+        loss(middle, seed)
+        return
+    best = trials.best_rate(loss, middle, RATES)
+    for rate in (best, best - 1, best + 1):
+        loss(rate, seed)
+
+
+@contextlib.contextmanager
+def claim(path: pathlib.Path, setting: Setting) -> Iterator[bool]:
+    """Whether no other process of this machine has a setting of a table; then this one has it."""
+    name = hashlib.sha256(f"{path.resolve()} {setting}".encode()).hexdigest()
+    folder = pathlib.Path(tempfile.gettempdir()) / "jlora-regret"
+    folder.mkdir(exist_ok=True)
+    with (folder / name).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what has not been run; `argv` are the arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--experiments", nargs="+", choices=PLANS, default=list(PLANS))
+    parser.add_argument("--seeds", type=int, default=5, help="at most")
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
+    args = parser.parse_args(argv)
+    for name in args.experiments:
+        path = args.out / f"regret_{'first' if name == 'first' else 'runs'}.csv"
+        settings, seeds = PLANS[name]
+        for seed in range(min(args.seeds, seeds)):
+            for setting, middle in settings.items():
+                with claim(path, setting) as is_free:
+                    if is_free:
+                        run(path, setting, middle, seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The guides as a site. CONTRIBUTING.md has the command."""
+
+import importlib.metadata
+import os
+import re
+import sys
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx import addnodes
+
+# The pages below each page, by caption. Their titles are their labels.
+TREE = {
+    "index": {
+        "": """start concepts loops/index files_and_serving
+            reference/index"""
+    },
+    "start": {"": "quickstart versions migration errors changelog"},
+    "concepts": {
+        "Choose": "rules variants costs",
+        "Understand": "internals paper section7 methods",
+    },
+    "loops/index": {
+        "By framework": """loops/plain loops/linen loops/nnx
+            loops/equinox loops/haiku loops/keras loops/tunix
+            loops/maxtext""",
+        "By task": """loops/tokens loops/dpo loops/grpo
+            loops/evaluation loops/stopping loops/orbax adapters""",
+        "By size": """loops/accumulation loops/precision quantized
+            loops/remat loops/sharding loops/hosts pods""",
+    },
+    "files_and_serving": {
+        "": "loops/checkpoints files untrusted serve"
+    },
+    "reference/index": {
+        "": """reference/transform reference/training
+            reference/initializers reference/sketches
+            reference/quantized reference/files reference/tables
+            reference/meshes reference/many reference/arithmetic
+            reference/analysis reference/nnx reference/keras
+            reference/methods genindex"""
+    },
+}
+
+# So that cells in bash find the command line.
+scripts = os.path.dirname(sys.executable)
+os.environ["PATH"] = scripts + os.pathsep + os.environ["PATH"]
+
+project = "jlora"
+author = "The jlora authors"
+copyright = author
+release = version = importlib.metadata.version("jlora")
+extensions = [
+    "myst_nb",
+    "notfound.extension",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["*.py", "pictures/*.py"]
+default_role = "py:obj"  # what docstrings have in single backticks
+highlight_language = "none"
+
+autodoc_member_order = "bysource"
+autodoc_mock_imports = ["keras"]
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+python_maximum_signature_line_length = 68
+python_use_unqualified_type_names = True
+
+myst_heading_anchors = 4
+nb_execution_mode = "cache"  # in build/.jupyter_cache
+nb_execution_raise_on_error = True
+nb_execution_timeout = 3600  # for a cell, on a busy machine
+nb_merge_streams = True
+
+html_theme = "pydata_sphinx_theme"
+html_title = f"jlora {release}"
+html_logo = html_favicon = "static/logo.svg"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+html_copy_source = html_show_sourcelink = False
+html_domain_indices = False
+html_theme_options = {
+    "collapse_navigation": True,
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "github_url": "https://github.com/jlora/jlora",
+    "logo": {"text": f"jlora {release}"},
+    "search_as_you_type": True,
+    # Contents at the right, except on pages whose programs are wide.
+    "secondary_sidebar_items": {
+        "*": ["page-toc"],
+        "reference/*": ["page-toc"],
+        "loops/*": [],
+        "index": [],
+        "paper": [],
+        "start": [],
+        "genindex": [],
+    },
+}
+notfound_urls_prefix = (
+    "/jlora/"  # where a page that is not there is served
+)
+
+
+def add_tree(app, name, source):
+    """Adds the pages below this one: on GitHub they would be noise."""
+    for caption, pages in TREE.get(name, {}).items():
+        pages = "".join(f"\n/{page}" for page in pages.split())
+        caption = caption and f"\n:caption: {caption}"
+        tree = f"```{{toctree}}\n:hidden:{caption}\n{pages}\n```"
+        source[0] += f"\n\n{tree}\n"
+
+
+def make_rst(app, what, name, obj, options, lines):
+    """Makes formulas and tables of a docstring directives."""
+
+    def display(m):
+        formula = m[2].replace("\n", f"\n{m[1]}   ")
+        return f"\n{m[1]}.. math:: {formula}\n"
+
+    def table(m):
+        lines = m[0].strip().split("\n")
+        rows = [line.strip("| ").split(" | ") for line in lines]
+        del rows[1]
+        cells = ["   * - " + "\n     - ".join(r) for r in rows]
+        head = "\n.. list-table::\n   :header-rows: 1\n\n"
+        return head + "\n".join(cells) + "\n"
+
+    def span(m):
+        if m[3]:
+            return f":math:`{' '.join(m[3].split())}`"
+        return f"{m[1][:-1]}\\ {m[2]}" if m[2] else m[0]
+
+    text = "\n".join(lines)
+    text = re.sub(r"^Returns:\n +", ":returns: ", text, flags=re.M)
+    text = re.sub(
+        r"^( *)\$\$(.+?)\$\$", display, text, flags=re.M | re.S
+    )
+    text = re.sub(r"(?:^\|.*\|\n?)+", table, text, flags=re.M)
+    inline = r"(`+[^`]+`+(\w?)|^ *(?:>>>|\.\.\.).*$)|\$([^$]+)\$"
+    lines[:] = re.sub(inline, span, text, flags=re.M).split("\n")
+
+
+def skip_fields(app, what, name, obj, skip, options):
+    """Leaves out the fields of named tuples: the docstring has them."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+def fold_members(app, tree, name):
+    """Folds what a class has: readers come for the class."""
+    for whole in tree.findall(addnodes.desc):
+        content = whole[-1]
+        members = [n for n in content if isinstance(n, addnodes.desc)]
+        if members:
+            names = [n[0]["fullname"].split(".")[-1] for n in members]
+            head = f"<summary>Members: {', '.join(names)}</summary>"
+            for member in members:
+                content.remove(member)
+            content += nodes.raw("", f"<details>{head}", format="html")
+            content += members
+            content += nodes.raw("", "</details>", format="html")
+
+
+def draw(display):
+    """Formulas as MathML, which browsers draw themselves."""
+
+    def visit(self, node):
+        math = convert(node.astext(), display=display)
+        block = display == "block"
+        self.body.append(f"<div>{math}</div>" if block else math)
+        raise nodes.SkipNode
+
+    return visit, None
+
+
+def setup(app):
+    """Connects the functions above."""
+    app.connect("source-read", add_tree)
+    app.connect("autodoc-process-docstring", make_rst, priority=400)
+    app.connect("autodoc-skip-member", skip_fields)
+    app.connect("doctree-resolved", fold_members)
+    app.add_html_math_renderer("mathml", draw("inline"), draw("block"))
