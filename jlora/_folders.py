@@ -49,8 +49,8 @@ def scratch(path: Where, what: str) -> Iterator[Path]:
         if isinstance(e, FileExistsError) or (number := _error_number(e, stage)) is None:
             raise
         error = (type(e) if isinstance(e, OSError) else OSError)(
-            f"{what}: could not write {final}: {os.strerror(number)}. What was written is removed, "
-            "and nothing else was touched. Make room or permission there, or give another path."
+            f"{what}: could not write {final}: {os.strerror(number)}. Nothing is left of it, and "
+            "nothing else was touched. Make room or permission there, or give another path."
         )
         error.errno = number
         raise error from e
