@@ -6,7 +6,7 @@
     python examples/regret_figures.py                 # table and pictures
 
     first      0.4 hours   the first 20 steps of SmolLM2-135M at all ranks, with s = 32/r and s = 2
-    capacity   2.0         how many bits a tiny GPT learns by heart, by rank
+    capacity   2.1         how many bits a tiny GPT learns by heart, by rank
     rates      2.9         the best rate of full fine-tuning, and of LoRA, by rank and scale
     layers     2.3         all layers, attention or feed-forward alone, with as many parameters
     batches    3.1         batches of 4 to 256 at equally many examples
@@ -105,7 +105,7 @@ def batches() -> dict[Setting, int]:
 
 def capacity() -> dict[Setting, int]:
     """Ranks and full fine-tuning, with few strings and with many."""
-    middles = (1, -3), (4, -3), (16, -3), (0, -5), (2, -3), (8, -3)
+    middles = (1, -3), (4, -3), (16, -3), (0, -3), (2, -3), (8, -3)
     return {
         scaled("capacity", f"strings-{n}", rank, min(n, 64), "blocks"): middle
         for n in (64, 256, 1024, 16, 128, 512)

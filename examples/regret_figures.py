@@ -176,21 +176,26 @@ Panels = dict[str, dict[str, dict[float, list[float]]]]  # of lines of x to the 
 
 
 def collect(experiment: str, rows: Sequence[Row]) -> Panels:
-    """What the picture of an experiment shows."""
+    """What the picture of an experiment shows.
+
+    The first steps are those of the seeds that all settings have. What a seed has more than others
+    at the rates that all have is taken from its losses.
+    """
     found: Panels = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for setting, runs in group(rows).items():
-        if setting.experiment != experiment:
-            continue
+    groups = {x: runs for x, runs in group(rows).items() if x.experiment == experiment}
+    each = [{row["seed"] for row in runs} for runs in groups.values()]
+    for setting, runs in groups.items():
         line, panels = label(setting._asdict()), [""]
         if experiment in ("first", "rates"):
             panels = [name for name, has in SCALES.items() if has(setting) or not setting.rank]
         elif experiment == "layers":
             line, panels = setting.layers, [setting.task]
-        best = tables.best(runs, "score", 1)[0]["rate"]
+        best, more = tables.best(runs, "score", 1)[0]["rate"], _levels(runs)
         for row in runs:
-            points = {row["rate"]: row["validation"]}
+            points = {row["rate"]: row["validation"] - more[row["seed"]]}
             if experiment == "first":
-                points = {i: row[f"loss_{i}"] for i in range(1, FIRST + 1)}
+                is_shared = row["seed"] in set.intersection(*each)
+                points = {i: row[f"loss_{i}"] for i in range(1, FIRST + 1) if is_shared}
             elif experiment in ("batches", "capacity"):
                 x = setting.batch if experiment == "batches" else bits(row)[0]
                 points = {x: row["score"]} if row["rate"] == best else {}
@@ -198,6 +203,17 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
                 for x, y in points.items():
                     found[panel][line].setdefault(x, []).append(y)
     return found
+
+
+def _levels(runs: Sequence[Row]) -> dict[int, float]:
+    """How much more loss each seed has than their mean, at the rates that most seeds have."""
+    count = collections.Counter(row["rate"] for row in runs)
+    losses = collections.defaultdict(list)
+    for row in runs:
+        if count[row["rate"]] == max(count.values()):
+            losses[row["seed"]].append(row["validation"])
+    means = {seed: np.nanmean(each) for seed, each in losses.items()}
+    return {seed: float(x - np.mean(list(means.values()))) for seed, x in means.items()}
 
 
 def _place(name: str) -> tuple[bool, int, str]:

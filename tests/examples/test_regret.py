@@ -232,6 +232,25 @@ def test_ratio_and_exponent(tmp_path):
     assert abs(zero) < error < 0.1 and abs(one + 1) < 0.1
 
 
+def test_in_pictures_seeds_are_on_one_level_and_the_same_for_all():
+    """Of rates that the first seed alone has, too."""
+    setting, other, *_ = PLANS["rates"][0]
+    rows = runs(np.random.default_rng(0), -3, 3, 0, **setting._asdict())
+    rows = [row for row in rows if row["seed"] == 0 or 2e-4 < row["rate"] < 4e-3]
+    (line,) = regret_figures.collect("rates", rows)["s = 2"].values()
+    for rate, losses in line.items():
+        expected = (round(2 * np.log10(rate)) / 2 + 3) ** 2 + 0.1
+        np.testing.assert_allclose(losses, expected)
+    assert sorted(map(len, line.values())) == [1, 1, 3, 3, 3]
+    losses = {f"loss_{i}": 1.0 for i in range(1, 21)}
+    first = [
+        rows[0] | losses | x._asdict() | {"experiment": "first", "seed": seed}
+        for x, seed in ((setting, 0), (setting, 1), (other, 0))
+    ]
+    found = regret_figures.collect("first", first)["s = 2"]["r = 16"]
+    assert found == {i: [1.0] for i in range(1, 21)}
+
+
 def test_without_enough_runs_there_is_no_interval():
     setting = next(iter(PLANS["rates"][0]))
     rows = runs(np.random.default_rng(0), -3, 1, 0, **setting._asdict(), trained=1)
