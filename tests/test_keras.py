@@ -195,8 +195,8 @@ def twins() -> Any:
             r"LoRA\('kernol'\) matches no leaf of `params`": lambda: adapt(
                 network(), LoRA("kernol"), example=X
             ),
-            "`model` has 2 weights at twins/d/kernel, which an adapter could not tell": lambda: (
-                adapt(twins(), LoRA(), example=X)
+            "`model` has 2 weights with the path twins/d/kernel, which an adapter": lambda: adapt(
+                twins(), LoRA(), example=X
             ),
             "`seed` must be an integer of at least 0; got -1": lambda: adapt(
                 network(), LoRA(), example=X, seed=-1
