@@ -412,7 +412,7 @@ def call(apply: Any, base: Any, table: Any, ids: Any = IDS, **how: Any) -> Any:
 WRONG: list[tuple[str, Callable[[Any], Any]]] = [
     (r"`adapters` must be a list of adapters.*got an empty", lambda _: many.stack([])),
     (
-        r"is a table of several adapters from jlora\.many",  # and so an adapter to nobody else
+        r"`adapter` is a table of several adapters from",  # and so an adapter to nobody else
         lambda t: t.apply(t.base, t.prepared | {"c": t.base["c"]}, X),
     ),
     (NO_TABLE, lambda t: many.take(t.adapters[0], 0)),
