@@ -131,6 +131,7 @@ def strings(count: int, batch: int) -> Task:
     rows, size = Batch(ids, np.ones_like(ids), marks), ids.shape[1]
     model = gpt.GPT(gpt.Config(ALPHABET, size, layers=2, dim=32, heads=2))
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), ids[:1]))
+    params["params"]["ln_f"]["scale"] *= 4  # else no logit, of a frozen table, is large enough
     return Task(
         model.apply, params, lambda rows: (rows.ids,), trials.score_tokens, (), rank=4, rate=-5,
         steps=2000, batch=batch, train=rows, validation=rows, held_out=rows, widths=(size,),

@@ -49,8 +49,15 @@ def vertices(losses: np.ndarray) -> np.ndarray:
 
 
 def find_vertices(runs: Sequence[Row]) -> np.ndarray:
-    """The decimal logarithm of the best rate by each seed that ran at all three rates."""
-    center = round(2 * np.log10(tables.best(runs, "validation", 1)[0]["rate"]))
+    """The decimal logarithm of the best rate by each seed that ran at all three rates.
+
+    These are the three that all seeds ran at, whichever is the best by their mean; of one seed, the
+    best and those beside it.
+    """
+    seeds = collections.Counter(row["rate"] for row in runs)
+    shared = sorted(rate for rate, n in seeds.items() if n == max(2, *seeds.values()))
+    middle = shared[1] if len(shared) == 3 else tables.best(runs, "validation", 1)[0]["rate"]
+    center = round(2 * np.log10(middle))
     losses = collections.defaultdict(lambda: np.full(3, np.nan))
     for row in runs:
         i = round(2 * np.log10(row["rate"])) - center

@@ -40,13 +40,13 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
     else:
         writer.writeheader()
     writer.writerow(row)
-    with path.open("a") as file:
-        file.write(text.getvalue())
+    with path.open("ab") as file:
+        file.write(text.getvalue().encode())
 
 
 def _whole_lines(path: Path) -> list[str]:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [line.decode() for line in lines if line.endswith(b"\n")]
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

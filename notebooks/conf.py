@@ -64,6 +64,7 @@ highlight_language = "none"
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["keras"]
 autodoc_preserve_defaults = True
+napoleon_attr_annotations = False
 napoleon_numpy_docstring = False
 python_maximum_signature_line_length = 68
 python_use_unqualified_type_names = True
@@ -73,6 +74,7 @@ nb_execution_mode = "cache"  # in build/.jupyter_cache
 nb_execution_raise_on_error = True
 nb_execution_timeout = 3600  # for a cell, on a busy machine
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"jlora {release}"
@@ -100,9 +102,13 @@ html_theme_options = {
         "genindex": [],
     },
 }
-notfound_urls_prefix = (
-    "/jlora/"  # where a page that is not there is served
-)
+notfound_urls_prefix = "/jlora/"  # of the links of 404.html
+notfound_context = {
+    "title": "Page not found",
+    "body": """<h1>Page not found</h1>
+        <p>It may have moved. <a href="/jlora/">Start again</a>, or
+        search.</p>""",
+}
 
 
 def add_tree(app, name, source):
@@ -170,7 +176,8 @@ def draw(display):
     def visit(self, node):
         math = convert(node.astext(), display=display)
         block = display == "block"
-        self.body.append(f"<div>{math}</div>" if block else math)
+        shown = f'<div class="formula">{math}</div>' if block else math
+        self.body.append(shown)
         raise nodes.SkipNode
 
     return visit, None

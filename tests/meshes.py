@@ -10,6 +10,7 @@ import numpy as np
 from collectives import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small import as_jax
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
 
@@ -31,7 +32,7 @@ def lines() -> dict[AxisType, jax.sharding.Mesh]:
 
 def normal(seed: int, *shape: int) -> jax.Array:
     """Normal values."""
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+    return as_jax(np.random.default_rng(seed).standard_normal(shape))
 
 
 def adapter_of(lora: Any, params: Any, *args: Any) -> Any:

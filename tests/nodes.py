@@ -1,8 +1,8 @@
 """Nodes of low rank at sites of all kinds, and their ΔW in float64."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from small import as_jax
 
 import jlora
 from jlora._adapters import factor_shapes
@@ -28,7 +28,7 @@ def draw(
     """Random factors in float32."""
     rng = np.random.default_rng(seed)
     a, b = (np.float32(rng.standard_normal(x)) for x in factor_shapes(layout, shape, rank))
-    return LowRank(jnp.asarray(a), jnp.asarray(b), scale, layout)
+    return LowRank(as_jax(a), as_jax(b), scale, layout)
 
 
 merge = jax.jit(jlora.merge)

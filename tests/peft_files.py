@@ -34,7 +34,8 @@ ENDS = (".lora_A.weight", ".lora_B.weight")
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     """Standard normal numbers."""
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    draw = np.random.default_rng(seed).standard_normal(shape)
+    return jax.device_put(np.asarray(draw, dtype))  # nothing is compiled
 
 
 def node(

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import deserialize
+from small import as_jax
 
 from jlora import peft
 
@@ -109,13 +110,13 @@ def from_torch(path: str, weights: dict[str, np.ndarray]) -> jax.Array:
     module, _, leaf = path.rpartition("/")
     dotted = module.replace("/", ".")
     if leaf == "bias" or f"{dotted}.weight" not in weights:
-        return jnp.asarray(weights[path.replace("/", ".")])
+        return as_jax(weights[path.replace("/", ".")])
     x = weights[f"{dotted}.weight"]
     if x.ndim == 4:
         x = x.transpose(2, 3, 1, 0)
     elif leaf == "kernel":  # GPT-2's are (inputs, outputs) in PyTorch and the reverse in Flax
         x = x.T
-    return jnp.asarray(x)
+    return as_jax(x)
 
 
 def llama_names() -> tuple[peft.Name, ...]:
@@ -155,17 +156,17 @@ def llama_from(weights: dict[str, np.ndarray], layers: int) -> Any:
         tree[f"layers/attention/{ours}/kernel"] = stack(f"self_attn.{theirs}.weight").swapaxes(1, 2)
     for ours in ("gate", "up", "down"):
         tree[f"layers/mlp/{ours}/kernel"] = stack(f"mlp.{ours}_proj.weight").swapaxes(1, 2)
-    return unflatten_dict({k: jnp.asarray(x) for k, x in tree.items()}, sep="/")
+    return unflatten_dict({k: as_jax(x) for k, x in tree.items()}, sep="/")
 
 
 def experts_from(weights: dict[str, np.ndarray]) -> Any:
     """The tree of `experts`."""
-    swap = lambda name: jnp.asarray(weights[name].swapaxes(1, 2))  # noqa: E731
+    swap = lambda name: as_jax(weights[name].swapaxes(1, 2))  # noqa: E731
     return {
         "experts": {"gate_up": swap("experts.gate_up_proj"), "down": swap("experts.down_proj")},
         "head": {
-            "kernel": jnp.asarray(weights["head.weight"].T),
-            "bias": jnp.asarray(weights["head.bias"]),
+            "kernel": as_jax(weights["head.weight"].T),
+            "bias": as_jax(weights["head.bias"]),
         },
     }
 

@@ -184,7 +184,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", some(MODELS, "constraint", "explicit", "shard_map"))
+@pytest.mark.parametrize("name", some(MODELS, "explicit", "shard_map"))
 @each(SCHEMES, ("stacked", [True, False]))
 def test_a_step(scheme, stacked, name):
     model, mesh, gather = MODELS[name]

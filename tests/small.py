@@ -22,10 +22,14 @@ def without_progress(stderr: str) -> str:
     return re.sub(r"^\w+: +\d+% .*\[\d\d:.*\]\n", "", stderr, flags=re.M)
 
 
+def as_jax(x: Any, dtype: Any = None) -> jax.Array:
+    """The array on the device; `jnp.asarray` would compile a program for each shape."""
+    return jax.device_put(np.asarray(x, dtype))
+
+
 def array(*shape: int) -> jax.Array:
     """Normal values, the same for the same shape."""
-    draw = np.random.default_rng(shape).standard_normal(shape)
-    return jnp.asarray(np.float32(draw), jnp.float32)  # nothing is compiled
+    return as_jax(np.random.default_rng(shape).standard_normal(shape), np.float32)
 
 
 X = array(2, 4)
@@ -66,7 +70,7 @@ def randomize(adapter: Any) -> Any:
 
     def noisy(x: Any) -> jax.Array:
         sums = np.asarray(x) + 0.3 * rng.standard_normal(x.shape)
-        return jnp.asarray(np.asarray(sums, x.dtype), x.dtype)  # nothing is compiled
+        return as_jax(sums, x.dtype)
 
     return jax.tree.map(noisy, adapter)
 

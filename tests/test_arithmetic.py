@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from nodes import PLAIN, delta, draw, matrices
 from own_methods import GainNode
-from small import each_refusal, exactly, some
+from small import as_jax, each_refusal, exactly, some
 
 import jlora
 from jlora import _linalg, arithmetic
@@ -42,7 +42,7 @@ def regauged(node: LowRank, seed: int = 0) -> LowRank:
     g = np.random.default_rng(seed).standard_normal((r, r)) + 2 * np.eye(r)
     n = len(node.layout.stack) + (node.layout.slots is not None)
     b = np.moveaxis(np.tensordot(np.linalg.inv(g), np.asarray(node.b), ([1], [n])), 0, n)
-    return node._replace(a=jnp.asarray(node.a @ g, jnp.float32), b=jnp.asarray(b, jnp.float32))
+    return node._replace(a=as_jax(node.a @ g, np.float32), b=as_jax(b, np.float32))
 
 
 DAILY = ("experts", "slots of two kinds")

@@ -515,7 +515,7 @@ def test_merge_of_numbers(tmp_path: Folder) -> None:
     assert int(found["id"][0]) == int(found["k"]) == 2**40
 
 
-@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("is_known", some([True, False], True))
 def test_random_keys_stay_keys(is_known: bool, tmp_path: Folder) -> None:
     """Orbax has them as integers until they are read."""
     base = {

@@ -13,7 +13,7 @@ import peft_models as models
 import pytest
 from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, pair, write
 from safetensors.numpy import save_file
-from small import some
+from small import as_jax, some
 from test_cli import fails, run
 from test_peft_hostile import adapter as plain
 from test_peft_hostile import bounded, many
@@ -201,7 +201,7 @@ def test_sums_of_16_bits_are_written_in_32(tmp_path: Folder) -> None:
 def saved(folder: Folder, seed: int, **options: Any) -> tuple[Folder, Any]:
     """An adapter in Orbax, of two sites."""
     rng, layout = np.random.default_rng(seed), jlora.types.Layout((), (0,), (1,))
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    normal = lambda *shape: as_jax(rng.standard_normal(shape), np.float32)  # noqa: E731
     tree = {
         name: jlora.types.LowRank(normal(6, seed), normal(seed, 4), 0.5 * seed, layout)
         for name in "uv"

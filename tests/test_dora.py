@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from small import some
+from small import as_jax, some
 
 import jlora
 from jlora import DoRA, Slots
@@ -38,8 +38,8 @@ def scanned(p: Any, x: jax.Array) -> jax.Array:
 def made(request: Any) -> tuple[Any, ...]:
     """Transform, base, random adapter and input of three matrices in a stack."""
     rng = np.random.default_rng(0)
-    params = {"w": jnp.asarray(rng.standard_normal((3, 8, 6)), jnp.float32)}
-    x = jnp.asarray(rng.standard_normal((3, 5, 8)), jnp.float32)
+    params = {"w": as_jax(rng.standard_normal((3, 8, 6)), np.float32)}
+    x = as_jax(rng.standard_normal((3, 5, 8)), np.float32)
     dora = jlora.transform(scanned, DoRA("w", rank=2, slots=request.param))
     base, adapter = dora.init(jax.random.key(0), params, x)
     return dora, base, laws.randomize(adapter), x

@@ -17,7 +17,7 @@ import optax
 import pytest
 from jax import lax
 from laws import assert_close
-from small import raw, some
+from small import as_jax, raw, some
 
 import jlora
 
@@ -28,7 +28,7 @@ def draw(seed: int, *shape: int) -> jax.Array:
     """Numbers between 1/2 and 3/2 of either sign: none so small that it could look like zero."""
     rng = np.random.default_rng(seed)
     signs = rng.choice([-1.0, 1.0], shape)
-    return jnp.asarray(signs * rng.uniform(0.5, 1.5, shape), jnp.float32)
+    return as_jax(signs * rng.uniform(0.5, 1.5, shape), np.float32)
 
 
 random = functools.partial(laws.start, of_b=0.5)  # a B that is not zero
@@ -188,7 +188,7 @@ def model(axis: int = 0, pattern: str | None = None, layer: Any = layer) -> tupl
         layers = jax.tree.map(lambda w: jnp.moveaxis(w, axis, 0), params["layers"])
         return lax.scan(layer, x, layers)[0] @ params["head"]
 
-    layers = {name: jnp.asarray(np.moveaxis(w, 0, axis)) for name, w in LAYERS.items()}
+    layers = {name: as_jax(np.moveaxis(w, 0, axis)) for name, w in LAYERS.items()}
     params = {"layers": layers, "head": draw(7, 64, 5)}
     return adapt(apply, params, ONE, pattern=pattern, dropout=0.5)
 

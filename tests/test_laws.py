@@ -8,7 +8,7 @@ import pytest
 from cases import CASES, EVERY_DAY, Case
 
 # All laws every day.
-DAILY = ("conv_nchw", "scan_layers")
+DAILY = ("scan_layers",)
 
 
 def entries() -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, Case
-from small import some
+from small import as_jax, some
 
 import jlora
 from jlora import many
@@ -89,7 +89,7 @@ def made(*ranks: int) -> tuple[Any, Any, list[Any]]:
     """The transform, its base and random adapters; their scales differ as their ranks do."""
     shapes = {"w": (64, 48), "v": (48, 4), "c": (4,)}
     rng = np.random.default_rng(0)
-    params = {name: jnp.asarray(normal(rng, *shape) / 8) for name, shape in shapes.items()}
+    params = {name: as_jax(normal(rng, *shape) / 8) for name, shape in shapes.items()}
     adapters = []
     for r in ranks or (2, 1, 3):
         rules = jlora.LoRA("w|v", rank=r, init=laws.start), jlora.Full("c")
@@ -107,7 +107,7 @@ def table_of_all() -> Any:
     return jax.jit(lambda adapters: many.stack(adapters, base=base))(adapters)
 
 
-X = jnp.asarray(normal(np.random.default_rng(5), 6, 5, 64))
+X = as_jax(normal(np.random.default_rng(5), 6, 5, 64))
 IDS = (2, 0, -1, 1, 0, 2)
 
 
@@ -412,7 +412,7 @@ def call(apply: Any, base: Any, table: Any, ids: Any = IDS, **how: Any) -> Any:
 WRONG: list[tuple[str, Callable[[Any], Any]]] = [
     (r"`adapters` must be a list of adapters.*got an empty", lambda _: many.stack([])),
     (
-        r"`adapter` is a table of several adapters from",  # and so an adapter to nobody else
+        r"`adapter` is a table of several adapters from jlora\.many",  # no adapter to others
         lambda t: t.apply(t.base, t.prepared | {"c": t.base["c"]}, X),
     ),
     (NO_TABLE, lambda t: many.take(t.adapters[0], 0)),

@@ -54,9 +54,8 @@ def fits(case: Case) -> bool:
     return case.vmap and case.grad and case.jit and case.sites > 0 and not case.leaks
 
 
-DAILY = ("nnx_linear", "scan_layers")
 ENTRIES = [
-    pytest.param(case, id=case.name, marks=[] if case.name in DAILY else pytest.mark.slow)
+    pytest.param(case, id=case.name, marks=[] if case.name == "scan_layers" else pytest.mark.slow)
     for case in filter(fits, CASES)
 ]
 
@@ -242,7 +241,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adafactor": (optax.adafactor(1e-2), {}),
     "preconditioned": (preconditioned, {"damping": jnp.array([1e-3, 1e-2, 1.0])}),
 }
-EACH = pytest.mark.parametrize("name", some(OPTIMIZERS, "adamw", "lora_plus"))
+EACH = pytest.mark.parametrize("name", some(OPTIMIZERS, "lora_plus"))
 ROUNDS, BAD = 4, 1
 
 
@@ -307,7 +306,7 @@ def close(actual: Any, expected: Any) -> None:
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-@EACH
+@pytest.mark.parametrize("name", some(OPTIMIZERS, "adamw", "lora_plus"))
 def test_each_run_is_its_own(name: str) -> None:
     """Parameters and states of each slot are those of a single run; the state is no larger."""
     table, grads = table_and_grads()

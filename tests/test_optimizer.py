@@ -18,7 +18,7 @@ import optax
 import pytest
 from flax import serialization
 from flax.training.train_state import TrainState
-from small import raw, some, some_rows
+from small import as_jax, raw, some, some_rows
 
 import jlora
 
@@ -61,7 +61,7 @@ def setup(kind: str = "scan", width: int = 8, depth: int = 3, dtype: Any = jnp.f
     def draw(shape: tuple[int, ...]) -> jax.Array:
         values = rng.standard_normal(shape) / width**0.5
         values[..., 0], values[..., 1] = -0.0, 0.0
-        return jnp.asarray(values, dtype)
+        return as_jax(values, dtype)
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
         return chain.FORMS[kind](params["layers"], x) @ params["head"]["w"] + params["head"]["bias"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from small import each_refusal, exactly, some
+from small import as_jax, each_refusal, exactly, some
 
 import jlora
 from jlora import LoRA, Rows, arithmetic
@@ -23,7 +23,7 @@ def model(p: Any, ids: jax.Array) -> jax.Array:
 
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    return as_jax(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 @pytest.fixture(scope="module")

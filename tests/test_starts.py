@@ -18,7 +18,7 @@ from cases import CASES, Case
 from jax.sharding import PartitionSpec as P
 from own_schemes import Pairs
 from safetensors.numpy import save_file
-from small import KEY, array, dense, each_refusal, every, exactly, some
+from small import KEY, array, as_jax, dense, each_refusal, every, exactly, some
 
 import jlora
 from jlora import DoRA, LoRA, Slots, analysis, arithmetic, checkpoint, initializers, many, peft
@@ -109,8 +109,8 @@ def made(form: str, init: Any, kind: Any = jnp.float32, rule: Any = LoRA, **opti
     """Transform, parameters, base, adapter and x of one of `FORMS`."""
     apply, shape, of_x, slots, _ = FORMS[form]
     rule = rule("w", rank=RANK, alpha=ALPHA, slots=slots, init=init, **options)
-    lora, params = jlora.transform(apply, rule), {"w": jnp.asarray(array(*shape), kind)}
-    x = jnp.asarray(array(*of_x), kind)
+    lora, params = jlora.transform(apply, rule), {"w": as_jax(array(*shape), kind)}
+    x = as_jax(array(*of_x), kind)
     return lora, params, *lora.init(KEY, params, x), x
 
 
@@ -475,7 +475,7 @@ def test_miss_among_adapters() -> None:
 def test_equal_starts_share_a_program(name: str, caplog: Any) -> None:
     """A sweep makes its rules anew for each run."""
     apply, shape, of_x, *_ = FORMS["dense"]
-    params, x = {"w": jnp.asarray(array(*shape))}, jnp.asarray(array(*of_x))
+    params, x = {"w": as_jax(array(*shape))}, as_jax(array(*of_x))
     jax.clear_caches()
     with jax.log_compiles():
         for is_compiled in (True, False):

@@ -24,7 +24,7 @@ import pytest
 from cases.trees import CONTAINERS, two_products
 from jax import lax
 from laws import assert_close
-from small import X, every, raw
+from small import X, as_jax, every, raw
 
 import jlora
 
@@ -34,7 +34,7 @@ Struct = jax.ShapeDtypeStruct
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     """Standard normal numbers."""
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    return as_jax(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 random = functools.partial(laws.start, of_b=0.3)  # a B that is not zero, and no program

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from small import as_jax
 
 from jlora import LoRA
 
@@ -124,7 +125,7 @@ def model(cases: list[Case], **defaults: Any) -> Callable[..., Any]:
 def normal(name: str, shape: tuple[int, ...], dtype: DTypeLike, scale: float = 0.5) -> jax.Array:
     """Draws scale · N(0, 1), the same for the same name and shape in every version of JAX."""
     draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-    return jnp.asarray(np.asarray(scale * draw, dtype), dtype)  # nothing is compiled
+    return as_jax(scale * draw, dtype)
 
 
 def normals(dtype: DTypeLike, **shapes: tuple[int, ...]) -> dict[str, jax.Array]:
@@ -141,12 +142,12 @@ def fill(tree: Any, dtype: DTypeLike, scale: float = 0.5) -> Any:
 
     def leaf(path: tuple[Any, ...], x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+            return as_jax(np.zeros(x.shape, x.dtype)) if isinstance(x, jax.ShapeDtypeStruct) else x
         name = jax.tree_util.keystr(path)
-        draw = normal(name, x.shape, dtype, scale)
+        draw = np.asarray(normal(name, x.shape, dtype, scale))
         last = name.lower().rsplit("[", 1)[-1]
         if "var" in last:
-            return draw**2 + 0.5
-        return draw + 1 if "scale" in last else draw
+            draw = draw**2 + 0.5
+        return as_jax(draw + 1 if "scale" in last else draw, dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)

@@ -197,6 +197,13 @@ def runs(rng, best, seeds, noise, **fields):
     ]
 
 
+def test_vertices_where_further_seeds_are_best_at_the_last_of_their_rates():
+    """The three rates are those around the first seed's best."""
+    rows = runs(np.random.default_rng(0), -2.7, 2, 0)
+    rows = [row for row in rows if row["seed"] == 0 or 2e-4 < row["rate"] < 4e-3]
+    np.testing.assert_allclose(regret_figures.find_vertices(rows), [-2.7, -2.7], atol=0.02)
+
+
 def test_the_interval_has_the_best_rate_in_95_of_100_cases():
     """Of ten settings with two seeds each."""
     rng, hits = np.random.default_rng(0), []
