@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import keras
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_a_call_is_that_of_the_transform(rule: Any, policy: str) -> None:
 
     params = {v.path: v.value for v in model.weights}
     within = 1e-5 if policy == "float32" else 0.05
-    expected = jlora.transform(call, rule).apply(params, adapted.adapter, X)
+    expected = jax.jit(jlora.transform(call, rule).apply)(params, adapted.adapter, X)
     np.testing.assert_allclose(adapted(X), expected, within, within)
     found = adapted.predict(X, verbose=0)
     np.testing.assert_allclose(found, expected, within, within)
