@@ -6,7 +6,7 @@
     python examples/regret_figures.py                 # table and pictures
 
     first      0.4 hours   the first 20 steps of SmolLM2-135M at all ranks, with s = 32/r and s = 2
-    capacity   2.3         how many bits a tiny GPT learns by heart, by rank
+    capacity   2.0         how many bits a tiny GPT learns by heart, by rank
     rates      2.9         the best rate of full fine-tuning, and of LoRA, by rank and scale
     layers     2.3         all layers, attention or feed-forward alone, with as many parameters
     batches    3.1         batches of 4 to 256 at equally many examples
