@@ -12,7 +12,7 @@ section 4.1). Each answer is used for one step, so that its ratio of probabiliti
 clipped. The reference of the KL term is the base without the adapter, not a copy of the model.
 
 Of sums that are never trained on, 16% are right at first, 62% after 16 steps and 57% after 40, as
-OUT/result.csv says. OUT/steps.csv has all steps. B counts answers; P and T, tokens of both parts.
+OUT/result.csv says. OUT/steps.csv has all steps. Shapes: B answers, P tokens a prompt, T an answer.
 """
 
 import argparse
