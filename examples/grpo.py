@@ -1,6 +1,6 @@
 """GRPO with a reward that can be checked: SmolLM2-135M-Instruct learns to add, from right or wrong.
 
-    python examples/grpo.py                      # TIME on two CPU cores
+    python examples/grpo.py                      # two minutes of one CPU core
     python examples/grpo.py --resume             # go on after Ctrl-C, kill -9, a full disk
     python examples/grpo.py --full --rate 1e-5   # all weights, for comparison
     for rank in 1 8 128; do python examples/grpo.py --rank $rank --out out/grpo-$rank; done
@@ -11,8 +11,8 @@ is the reward less the mean of its group, divided by the standard deviation (arX
 section 4.1). Each answer is used for one step, so that its ratio of probabilities is 1, and none is
 clipped. The reference of the KL term is the base without the adapter, not a copy of the model.
 
-START. OUT/steps.csv has a row for each step, and OUT/result.csv the mean reward of sums that are
-never trained on, before and after. B counts answers; P and T, tokens of a prompt and an answer.
+Of sums that are never trained on, 16% are right at first, 62% after 16 steps and 57% after 40, as
+OUT/result.csv says. OUT/steps.csv has all steps. Shapes: B answers, P tokens a prompt, T an answer.
 """
 
 import argparse
@@ -184,8 +184,8 @@ def main(argv: Sequence[str] | None = None) -> State:
     add("--beta", type=float, default=0.02, help="weight of the KL term")
     add("--groups", type=int, default=4, help="sums a step")
     add("--size", type=int, default=8, help="answers to each")
-    add("--steps", type=int, default=40)
-    add("--save-every", type=int, default=10, help="steps from checkpoint to checkpoint")
+    add("--steps", type=int, default=16)
+    add("--save-every", type=int, default=4, help="steps from checkpoint to checkpoint")
     add("--seed", type=int, default=0, help="of the adapter, the sums and the answers")
     add("--out", type=pathlib.Path, default=pathlib.Path("out/grpo"))
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")

@@ -120,8 +120,8 @@ def mask(tree: PyTree) -> PyTree:
 
     Use it as the mask of a transformation such as `optax.add_decayed_weights`. Do not use it to
     freeze the base: `optax.masked(tx, jlora.mask)` passes the gradients of the base through as
-    updates, and `optax.apply_updates` adds them to the base. `jlora.optimizer(tx)` freezes the
-    base. It is short for
+    updates, and `optax.apply_updates` adds them to the base. To freeze the base, use
+    `jlora.optimizer(tx)`, which is short for
 
         words = {True: "trained", False: "frozen"}
         group = lambda params: jax.tree.map(words.get, jlora.mask(params))
@@ -153,11 +153,11 @@ def mask(tree: PyTree) -> PyTree:
 def optimizer(tx: "optax.GradientTransformation") -> "optax.GradientTransformationExtraArgs":
     r"""Lets `tx` train the adapter and nothing else.
 
-    It accepts two trees. For an adapter it is `tx` itself. For `Params(base, adapter)`, as in
-    Flax's `TrainState`, it freezes the base: base leaves have no moments and get zero updates, and
-    `tx` computes norms, clips and decays weights for the adapter only. Factors that a rule freezes,
-    as `LoRA(..., frozen=("a",))` does, are frozen in the same way. Give an adapter of `Full` leaves
-    only, which looks like parameters, as `Params({}, adapter)`.
+    The result accepts two kinds of trees. On an adapter it acts like `tx`. On
+    `Params(base, adapter)`, as in Flax's `TrainState`, it freezes the base: base leaves have no
+    moments and get zero updates, and `tx` computes norms, clips and decays weights for the adapter
+    only. Factors that a rule freezes, as `LoRA(..., frozen=("a",))` does, are frozen in the same
+    way. An adapter of `Full` leaves only looks like parameters: give it as `Params({}, adapter)`.
 
     Do not decay the magnitudes of `DoRA`: mask them by their label, as `Decomposed` shows. LoRA+
     and preconditioning are transformations to chain in `tx`, in this order:

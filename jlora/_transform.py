@@ -58,8 +58,8 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
 
     Raises:
         TypeError: if one of `rules` is not a rule, or a tree has the wrong type.
-        ValueError: in `init` and `sites`, if a rule matches no leaf, or one that it cannot adapt;
-            in `apply`, if the adapter does not fit the base.
+        ValueError: in `init` and `sites`, if a rule matches no leaf, or a leaf that it cannot
+            adapt; in `apply`, if the adapter does not fit the base.
         NotImplementedError: if the model uses an adapted weight where W + s·A·B has no factored
             form.
 

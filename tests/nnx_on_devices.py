@@ -39,7 +39,7 @@ def test_rows_and_codes_on_a_mesh(quantized: bool) -> None:
         places = jax.devices()[: shape[0] * shape[1]]
         kinds = (AxisType.Auto,) * 2
         with jax.set_mesh(jax.make_mesh(shape, ("fsdp", "tensor"), kinds, devices=places)):
-            model = Words()
+            model = nnx.jit(Words)()
             if quantized:
                 graph, params, rest = nnx.split(model, nnx.Param, ...)
                 params = jlora.quantize(params, jlora.NF4("up/kernel", block=32))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from laws import leaks_checked
 from small import (
     KEY,
     PARAMS,
@@ -127,7 +128,7 @@ def test_weakly_typed_weight() -> None:
 
 def test_tracers_do_not_leak() -> None:
     """Nothing that is traced outlives its trace, whether the call succeeds or is refused."""
-    with jax.checking_leaks():
+    with leaks_checked():
         base, adapter = init(*ONE, apply=dense, params=SQUARE)
         jlora.transform(dense).apply(base, adapter, X)
         with pytest.raises(ValueError, match="uses only in `sin`"):

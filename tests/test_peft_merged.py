@@ -221,7 +221,7 @@ def test_memory_is_bounded(shape: tuple[int, int], tmp_path: Folder) -> None:
 
 def test_memory_of_quantized_weights(tmp_path: Folder) -> None:
     """One matrix at a time is dequantized: less than three in float32 are held."""
-    shape, grid, weights = (2048, 8192), (16, 64), dict[str, np.ndarray]()
+    shape, grid, weights = (4096, 8192), (32, 64), dict[str, np.ndarray]()
     for i in range(3):
         weights[f"h.{i}.q.weight"] = np.ones(shape, ml_dtypes.float8_e4m3fn)
         weights[f"h.{i}.q.weight_scale_inv"] = np.ones(grid, np.float32)

@@ -67,7 +67,7 @@ def read_index(folder: str | Path) -> dict[str, str]:
         return json.loads((folder / INDEX).read_text())["weight_map"]
     if not (folder / ONE).exists():
         raise FileNotFoundError(
-            f"{folder} holds neither {ONE} nor {INDEX}. Put the checkpoint there; from another "
+            f"{folder} has neither {ONE} nor {INDEX}. Put the checkpoint there; from another "
             "format, `transformers` writes it by save_pretrained(..., safe_serialization=True)."
         )
     with safe_open(folder / ONE, "np") as file:

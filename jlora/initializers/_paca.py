@@ -1,4 +1,4 @@
-"""PaCA: A picks inputs at random, and is not trained."""
+"""PaCA: a frozen A that picks inputs at random."""
 
 from typing import Any
 
@@ -10,28 +10,28 @@ from ._initializer import dtype_of
 
 
 def paca(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""Picks r inputs of each matrix at random: A has their rows of the identity; B is zero.
+    r"""Sets A to r random columns of the identity, and freezes it; sets B to zero.
 
-    $W'_{c_k, :} = W_{c_k, :} + s \, B_{k, :}$ for the r inputs $c_k$, all of them different; the
-    other rows of W stay. So r rows of W are trained, or r columns as PyTorch keeps W. Where W is
-    square, these are half of LoRA's parameters at the same rank. Several input axes count as one.
-    Matrices of a stack pick on their own.
+    So it trains r rows of W (r columns in PyTorch's order): with the r different inputs $c_k$ that
+    A picks, $W'_{c_k, :} = W_{c_k, :} + s \, B_{k, :}$, and no other row changes. If W is square,
+    these are half of LoRA's parameters at the same rank. Several input axes count as one. Each
+    matrix of a stack picks its own inputs.
 
-    A is an ordinary array, which PEFT's files hold as LoRA's. It has no gradient, so the backward
-    pass needs x·A, r of the inputs, and not the rest of x. Under `jlora.optimizer` it has no
-    moments and no updates.
+    A has no gradient, so the backward pass needs only x·A, r of the inputs, instead of x. Use
+    `jlora.optimizer`, under which A has no moments and no updates. PEFT's files store A as the A of
+    a LoRA.
 
     Args:
         key: a PRNG key.
-        w: W, an array or a `jax.ShapeDtypeStruct`.
+        w: W, an array, a `jax.ShapeDtypeStruct` or a `jlora.Quantized`.
         site: the site, with its layout.
         rule: the rule, with its rank and dtype.
 
     Returns:
-        `(w, a, b)`: W as it came, A and B.
+        `(w, a, b)`: the same W, A and B.
 
-    Source: Woo et al., PaCA, arXiv 2503.01905, section 3. There W itself is trained, as $s$ times
-    what is stored, so that the steps of its optimizer are those of s·B.
+    Source: Woo et al., PaCA, arXiv 2503.01905, section 3. The paper trains W itself, with steps
+    like those of s·B.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -52,4 +52,4 @@ def paca(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, 
     return w, a.reshape(a_shape), jnp.zeros(b_shape, dtype)
 
 
-vars(paca)["frozen"] = ("a",)  # what a rule freezes beside its own `frozen`
+vars(paca)["frozen"] = ("a",)  # rules with this `init` freeze A

@@ -164,8 +164,8 @@ def adapt(model: Any, *rules: Rule, example: Any, seed: int = 0) -> Adapted:
     Raises:
         RuntimeError: if Keras has another backend than JAX.
         TypeError: if `model` is not a model of Keras.
-        ValueError: if a rule matches no weight, or one that it cannot adapt; if the model is not
-            built, or two of its weights have the same path.
+        ValueError: if a rule matches no weight, or a weight that it cannot adapt; if the model is
+            not built, or two of its weights have the same path.
 
     Examples:
         >>> import jlora.keras, keras, numpy as np

@@ -153,8 +153,8 @@ def adapt(
 
     Raises:
         TypeError: if `model` is not a module, or `rngs` or `example` has the wrong type.
-        ValueError: if a rule matches no leaf, or one that it cannot adapt; or the model already has
-            `nnx.LoRAParam`s.
+        ValueError: if a rule matches no leaf, or a leaf that it cannot adapt; if the model already
+            has `nnx.LoRAParam`s.
 
     Examples:
         >>> import jax.numpy as jnp, jlora

@@ -355,7 +355,7 @@ MISTAKES = {
     r"`.*config.json` lacks hidden_size, .*vocab_size": {
         "base": {"config_json": {"model_type": "llama"}}
     },
-    r"base holds neither model.safetensors nor .*index.json. Put the checkpoint there": {
+    r"base has neither model.safetensors nor .*index.json. Put the checkpoint there": {
         "base": {"config_json": {"model_type": "llama", **SIZES}}
     },
     "--batch 3 and hidden_size 32 must be multiples of the 2 devices": {"batch": 3},

@@ -343,7 +343,7 @@ def test_missing_files(small):
     (folder / "SST-2" / "dev.tsv").unlink()
     assert stopped(*args).startswith(f"`{folder}/SST-2` holds ['train.tsv']: expected dev.tsv or")
     for name, said in {
-        "model.safetensors": f"{weights} holds neither model.safetensors nor model.safetensors.in",
+        "model.safetensors": f"{weights} has neither model.safetensors nor model.safetensors.in",
         "tokenizer.json": f"`{weights}/tokenizer.json` is missing. Put the checkpoint's",
         "config.json": f"`{weights}/config.json` is missing. Put the checkpoint of roberta-base",
     }.items():
