@@ -149,6 +149,31 @@ def test_losses_and_masks_are_those_of_the_model() -> None:
     assert found[0] == pytest.approx(found[1])  # over two positions of the three
 
 
+def test_each_loss_counts_once() -> None:
+    """Keras knows a loss by its id, which Python gives to another one when the first has gone."""
+
+    class Many(layers.Layer):
+        """Adds many losses."""
+
+        def call(self, x: Any) -> Any:
+            """Returns its input."""
+            for _ in range(100):
+                self.add_loss(keras.ops.mean(x**2))
+            return x
+
+    model = keras.Sequential([layers.Input([16]), Many(), layers.Dense(2)])
+    adapted = adapt(model, LoRA("kernel", rank=2), example=X)
+
+    def count(x: Any) -> Any:
+        with keras.StatelessScope([], collect_losses=True):
+            adapted(x)
+            assert len(adapted.losses) == 100
+        return x
+
+    for _ in range(8):
+        jax.eval_shape(lambda x: count(x), X)  # traced each time
+
+
 def test_a_base_that_a_start_changes() -> None:
     model = network()
     expected = model.predict(X, verbose=0)

@@ -126,12 +126,15 @@ class Adapted(keras.Model):
         self._refuse_merged()
         weights = [v for v in self.base.variables if v.path in self._adapted]
         others = [v for v in self.base.variables if v.path not in self._adapted]
+        # Keras knows a loss by its id, so those of the trace must live until this model has its own.
+        scopes = []
 
         def pure(params: Any, values: Any) -> Any:
             pairs = [*((v, params[v.path]) for v in weights), *zip(others, values, strict=True)]
             with keras.StatelessScope(pairs, collect_losses=True) as scope:
                 outputs = self.base(inputs, training=training)
                 masks = jax.tree.map(_GetMask(), outputs)
+            scopes.append(scope)
             return outputs, masks, [scope.get_current_value(v) for v in others], scope.losses
 
         adapter = self.adapter
