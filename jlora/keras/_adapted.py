@@ -126,7 +126,7 @@ class Adapted(keras.Model):
         self._refuse_merged()
         weights = [v for v in self.base.variables if v.path in self._adapted]
         others = [v for v in self.base.variables if v.path not in self._adapted]
-        # Keras knows a loss by its id, so those of the trace must live until this model has its own.
+        # Keras knows a loss by its id: those of the trace live until this model has its own.
         scopes = []
 
         def pure(params: Any, values: Any) -> Any:
