@@ -799,7 +799,10 @@ HELD = """
 import time
 from jlora import _folders
 from jlora._cli import main
-_folders.commit = lambda *arguments: time.sleep(300)
+def wait(stage, *rest):
+    (stage / "whole").touch()
+    time.sleep(300)
+_folders.commit = wait
 main()
 """
 
@@ -882,7 +885,7 @@ def written_models(root: Folder) -> dict[str, Folder]:
 
 @pytest.mark.parametrize("base", some(["model", "base"], "model"))
 def test_interrupt(base: str, files: Folder, tmp_path: Folder) -> None:
-    """Ctrl-C while it writes: exit code 130, one line, and nothing is left."""
+    """Ctrl-C before the folder has its name: exit code 130, one line, and nothing is left."""
     out = tmp_path / "out"
     out.mkdir()
     folder = (written_models(tmp_path) | {"base": files / "base"})[base]
@@ -893,9 +896,9 @@ def test_interrupt(base: str, files: Folder, tmp_path: Folder) -> None:
     process = subprocess.Popen([*command, "--names", "llama"], stdout=pipe, stderr=pipe, text=True)
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 300
-    while not list(out.iterdir()) and process.poll() is None:
+    while not list(out.glob("*/whole")) and process.poll() is None:
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=300)
     assert (process.returncode, stdout) == (130, "")
