@@ -83,8 +83,8 @@ def find_sites(
 ) -> tuple[Sites, Traced]:
     """Traces a call of `apply_fn` on shapes, and finds how it uses each leaf of the parameters.
 
-    If Python code of `apply_fn` reads the value of a leaf, only the leaves that a rule with A and B
-    may match are traced; the other leaves are not listed as sites.
+    If Python code of `apply_fn` reads the value of a leaf, only the leaves that a rule other than
+    `Full` may match are traced; the other leaves are not listed as sites.
     """
     leaves = leaves_by_path(call[0])
     types = {path: _type(x, path) for path, x in leaves}

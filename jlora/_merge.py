@@ -22,7 +22,7 @@ def merge(
 
     The sum is computed in float32 (in float64 if W is float64) and rounded once to W's dtype.
     Leaves trained in full replace those of the base. All other leaves are the arrays of the base.
-    Quantized weights become plain arrays.
+    Quantized weights become plain arrays: ΔW is added to their values in float32.
 
     Call it eagerly if memory is short: it then forms one ΔW at a time, and none at ranks up to 16.
     To update the base in place, call `jax.jit(jlora.merge, donate_argnums=0)`. On CPUs XLA then
@@ -34,7 +34,7 @@ def merge(
 
     Args:
         base: the frozen tree.
-        adapter: the adapter. Its dropout keys are ignored. With `{}` the result is `base`.
+        adapter: the adapter. Its dropout keys are ignored. With `{}` it changes no value.
         check: whether to raise if a merged leaf is not finite. This needs concrete values, so it
             does not work under `jit`.
         requantize: whether to quantize adapted weights again, each in its own scheme, and keep the

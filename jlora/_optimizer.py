@@ -29,9 +29,9 @@ def labels(tree: PyTree) -> PyTree:
         factors that a rule freezes.
 
     Raises:
-        TypeError: if `tree` is a tuple or dict of base and adapter, or holds only arrays, like
-            parameters. An adapter of `Full` leaves only looks like parameters too: give it as
-            `Params({}, adapter)`.
+        TypeError: if `tree` is neither form, such as a tuple or dict of base and adapter, or holds
+            only arrays, like parameters. An adapter of `Full` leaves only looks like parameters
+            too: give it as `Params({}, adapter)`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -176,7 +176,8 @@ def optimizer(tx: "optax.GradientTransformation") -> "optax.GradientTransformati
 
     Raises:
         TypeError: if `tx` is not an optax transformation. In `init` and `update`: if the tree is
-            neither an adapter nor `Params`, or if its base has PRNG keys, which cannot be updated.
+            neither an adapter nor `Params`. In `init`: if its base has PRNG keys, which cannot be
+            updated.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora, optax

@@ -29,7 +29,7 @@ def quantize(
     works under `jax.jit`, and turns `jax.ShapeDtypeStruct`s into shapes of codes and scales.
 
     Args:
-        params: a tree of floating-point arrays.
+        params: a tree of arrays; those to be quantized must be floating-point.
         *schemes: `NF4`, `FP4`, `Int8`, `Int4`, `FP8` or `MXFP4`. Each leaf gets the first scheme
             whose pattern matches its path. A scheme without a pattern matches every dense site
             except embeddings, the head, and leaves trained in full. (The head is the site with as
@@ -47,9 +47,9 @@ def quantize(
     Raises:
         TypeError: if one of `schemes` is not a scheme.
         ValueError: if a scheme matches nothing, or has no pattern while `sites` is missing; if a
-            leaf has fewer than two axes, is not floating-point, is quantized already, has a length
-            that blocks must divide and do not, or has values that are not finite (this is not
-            checked under `jit`).
+            leaf has fewer than two axes, is not floating-point, is quantized already, has an axis
+            that the blocks of the scheme must divide but do not, or has values that are not finite
+            (this is not checked under `jit`).
 
     Source: Dettmers et al., QLoRA, arXiv 2305.14314.
 

@@ -38,7 +38,7 @@ class Rule:
         return self.frozen
 
     def fit(self, site: Any) -> tuple["Rule", Any]:
-        """Returns the rule and the layout for a `Site`; `ValueError` if they do not fit."""
+        """Returns rule and layout for a `Site`; `ValueError` if the rule does not fit the site."""
         return self, site.layout
 
     def sizes(self, layout: Any) -> dict[str, int]:
@@ -70,8 +70,8 @@ class Slots:
     """Parts (*slots*) of a fused output axis to adapt, such as q and v of a fused qkv kernel.
 
     The output axis is split into `count` equal parts. Each chosen part has its own A and B; the
-    other parts do not change. Do not shard the fused axis in a `shard_map` around `apply` or
-    `merge`: gather it with `to="invarying"`.
+    other parts do not change. In a `shard_map` around `apply` or `merge` the fused axis must be
+    whole, and its type must say so: gather it with `to="invarying"`.
 
     Attributes:
         count: number of equal parts, at least 1.
@@ -111,8 +111,8 @@ class Slots:
 class Full(Rule):
     """Trains the leaves whose path matches `pattern` in full: heads, norms, biases.
 
-    It trains every floating-point leaf that it matches. `BatchNorm_0` also matches the running
-    statistics in `batch_stats`, so name the collection too: `params/BatchNorm_0`.
+    It trains any floating-point leaf, also one that is not a weight; others raise `ValueError`.
+    `BatchNorm_0` also matches the running statistics in `batch_stats`: write `params/BatchNorm_0`.
 
     Attributes:
         pattern: a regular expression that matches whole components of a leaf's path: `head` matches
@@ -242,8 +242,8 @@ def check_pattern(rule: Any, pattern: Any) -> None:
         )
     if (components := pattern.strip("/")) != pattern:
         raise ValueError(
-            f"`pattern` {pattern!r} of {type(rule).__name__} must not start or end with `/`: a "
-            f"pattern matches whole components of a path: write {components or '.*'!r}."
+            f"`pattern` {pattern!r} of {type(rule).__name__} must not start or end with `/`, "
+            f"because a pattern matches whole components of a path. Write {components or '.*'!r}."
         )
     try:
         compile_pattern(pattern)

@@ -105,8 +105,8 @@ class Site:
         kind: how the model uses it: `"dense"`, `"embed"` (rows are looked up) or `"conv"`. If no
             use has a factored form, it is `"materialized"` under a rule that may form W + ΔW, else
             None.
-        layout: the axes that are stacked, inputs and outputs; None without a kind. The output of a
-            materialized site is its last axis.
+        layout: which of its axes are the stack, the inputs and the outputs; None without a kind.
+            The output of a materialized site is its last axis.
         experts: the stacked axis of its experts, or of its layers if it has no experts; None if
             there is no such axis, or more than one.
         unsupported: its uses that have no factored form.
@@ -174,7 +174,7 @@ class Site:
 
     @property
     def is_missed(self) -> bool:
-        """Whether it is a matrix that cannot be adapted, has no rule, and is not an activation."""
+        """Whether it is a matrix with neither kind nor rule, not only used as an activation."""
         meant = any(len(u.axes) >= 2 and not u.added for u in self.unsupported)
         return meant and self.kind is None and self.rule is None
 

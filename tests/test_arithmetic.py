@@ -300,7 +300,7 @@ OTHERS = (
 )
 FULL = (
     " at these paths:\n  b: is trained in full, so its change depends on the base\n"
-    "Give `base`, the parameters that were trained."
+    "Give `base`, the parameters from which they were trained."
 )
 KEYED = {"w": NODE._replace(dropout=0.5, key=KEY)}
 KEYS = (
@@ -338,7 +338,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "base.": lambda: arithmetic.add(
             [{"w": NODE, "b": jnp.ones(3)}, {"w": jnp.ones((12, 9)), "b": jnp.ones(2)}]
         ),
-        "truncate needs one of `rank` and `energy`; got `rank` 1, `energy` 0.5.": lambda: (
+        "truncate needs exactly one of `rank` and `energy`; got `rank` 1, `energy` 0.5.": lambda: (
             arithmetic.truncate({"w": NODE}, rank=1, energy=0.5)
         ),
         "`rank` must be an integer of at least 1; got 0.": lambda: arithmetic.truncate(

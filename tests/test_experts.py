@@ -171,8 +171,8 @@ def test_dora() -> None:
         (
             lambda: DoRA("w", share="outputs"),
             (),
-            "`share` of DoRA('w') must be None or 'inputs', as each expert has its own norms: use "
-            "jlora.LoRA; got 'outputs'.",
+            "`share` of DoRA('w') must be None or 'inputs', as each expert has its own norms "
+            "(jlora.LoRA accepts 'outputs'); got 'outputs'.",
         ),
         (
             lambda: LoRA("w", share="inputs"),

@@ -158,7 +158,7 @@ def test_numbers_need_no_sharding():
 
 
 def test_compiling_needs_devices():
-    with pytest.raises(ValueError, match="`compile` needs a mesh of devices, but `base` is"):
+    with pytest.raises(ValueError, match="`compile` needs a mesh of devices, but the shard"):
         jlora.plan(*JOB, compile=True)
 
 

@@ -40,7 +40,7 @@ class Decomposed(Node):
         residual: as in `LowRank`.
 
     Examples:
-        Weight decay of m would shrink the layer. Decay only A and B:
+        Weight decay of m would shrink the layer. Decay everything else:
 
         >>> import jax, jax.numpy as jnp, jlora, optax
         >>> dora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=2))
@@ -91,7 +91,8 @@ class DoRA(LoRA):
     starts as the base, up to rounding.
 
     The outputs of an embedding are the columns of its table: their norms are over the whole
-    vocabulary, and m scales the inputs of a tied head. A column of zeros stays zero.
+    vocabulary, and the gain $m / \lVert W + s A B \rVert$ scales the inputs of a tied head. A
+    column of zeros stays zero.
 
     Do not shard the inputs in a `shard_map` around `apply` or `merge`: jlora raises if W and A both
     vary over one mesh axis. Gather W with `to="invarying"`, or put the `shard_map` into the
@@ -104,10 +105,11 @@ class DoRA(LoRA):
         pattern: a regular expression that matches whole components of a leaf's path. None is
             *all-linear*: it matches every dense and convolutional site, but no embedding.
         rank: r, from 1 to min(inputs, outputs) of the site. Without a pattern, a site that is too
-            small gets the largest rank that trains no more parameters than the weight has, with the
-            same scale. `sites` shows both ranks.
+            small gets the largest rank, at least 1, that trains no more parameters than the weight
+            has, with the same scale. `sites` shows both ranks.
         alpha: the numerator of the scale s = alpha / r, positive.
-        slots: the parts of a fused output axis to adapt; the others keep their norms.
+        slots: a `Slots`, to adapt only some parts of a fused output axis; the others keep their
+            norms.
         dropout: 0.
         materialize: whether jlora may form W' where it has no factored form.
         rslora: whether to scale by alpha / √r rather than alpha / r.
@@ -136,9 +138,12 @@ class DoRA(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        zero = "be 0 (PEFT's DoRA with dropout multiplies W twice, this one not): use jlora.LoRA"
+        zero = (
+            "be 0, as PEFT's DoRA with dropout multiplies W twice and jlora's does not (jlora.LoRA "
+            "accepts dropout)"
+        )
         check_field(self, "dropout", not self.dropout, zero)
-        own = "be None or 'inputs', as each expert has its own norms: use jlora.LoRA"
+        own = "be None or 'inputs', as each expert has its own norms (jlora.LoRA accepts 'outputs')"
         check_field(self, "share", self.share != "outputs", own)
         if self.all_frozen:
             raise ValueError(

@@ -74,10 +74,11 @@ class LoRA(Rule):
         pattern: a regular expression that matches whole components of a leaf's path. None is
             *all-linear*: it matches every dense and convolutional site, but no embedding.
         rank: r, from 1 to min(inputs, outputs) of the site. Without a pattern, a site that is too
-            small gets the largest rank that trains no more parameters than the weight has, with the
-            same scale. `sites` shows both ranks.
+            small gets the largest rank, at least 1, that trains no more parameters than the weight
+            has, with the same scale. `sites` shows both ranks.
         alpha: the numerator of the scale s = alpha / r, positive.
-        slots: the parts of a fused output axis to adapt; by default all.
+        slots: a `Slots`, to adapt only some parts of a fused output axis; by default None: one A
+            and one B for the whole axis.
         dropout: probability of dropping an input of A, in [0, 1); active only under
             `jlora.dropout`.
         materialize: whether jlora may form W + ΔW where it has no factored form. Values and

@@ -50,10 +50,11 @@ class Node(tuple[Any, ...]):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """Returns for each axis of each array the axis of W that it follows, or a name of its own.
+        """Returns what each axis of each array follows.
 
-        This determines shapes, shardings and checkpoints. If the axis of W has slots, the axis of
-        the array is 1 / count as long.
+        It is an axis of W, or the name of an axis that W does not have. This determines shapes,
+        shardings and checkpoints. If the axis of W has slots, the axis of the array is 1 / count as
+        long.
         """
         raise NotImplementedError
 

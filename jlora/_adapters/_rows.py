@@ -95,9 +95,9 @@ class Replaced(Node):
 class Rows(Rule):
     r"""Trains chosen rows of an embedding in full, such as the rows of new tokens.
 
-    Their values V, shape (k, outputs…), replace the rows wherever the model uses the table: in
-    lookups and in a tied head. V starts as the rows themselves, in float32 or wider; no other row
-    changes. Add rules for the rest of the model: `Rows("embed", new), LoRA()`.
+    Their values V, shape (stack…, k, outputs…), replace the rows wherever the model uses the table:
+    in lookups and in a tied head. V starts as the rows themselves, in float32 or wider; no other
+    row changes. Add rules for the rest of the model: `Rows("embed", new), LoRA()`.
 
     Attributes:
         pattern: a regular expression that matches whole components of a leaf's path.

@@ -115,7 +115,7 @@ class Factor:
         return self.replace(value)
 
     def without(self, axes: Collection[Axis]) -> "Factor":
-        """Removes `axes`, as far as they have length 1."""
+        """Removes those of `axes` that have length 1."""
         at = [i for i, a in enumerate(self.axes) if a in axes and self.shape[i] == 1]
         if not at:
             return self

@@ -15,7 +15,7 @@ from ._axes import Axis, Factor, Unfactorable
 from ._change import Delta
 from ._weight import Weight
 
-LEAST = 2.0**-60  # the smallest gain
+LEAST = 2.0**-60  # the smallest magnitude of a gain
 
 
 class Roles(NamedTuple):
@@ -81,7 +81,7 @@ class Product(abc.ABC):
         if gain is None or self.kind == "embed" or {*gain.axes}.isdisjoint(self.roles.inputs):
             return None, gain
         if not {*gain.axes}.isdisjoint(self.roles.outputs):
-            raise Unfactorable("its gain has both inputs and outputs")
+            raise Unfactorable("its gain varies along both inputs and outputs")
         return gain, None
 
     def terms(self, x: jax.Array) -> list[jax.Array]:
@@ -115,7 +115,8 @@ def times(x: jax.Array, gain: jax.Array) -> jax.Array:
     """Multiplies `x` by `gain`, in the dtype of `x`.
 
     For dtypes with float32's exponent range, the backward pass stores the result instead of `x`,
-    because the model usually stores the result too. Gains below `LEAST` are raised to it there.
+    because the model usually stores the result too. Gains of a magnitude below `LEAST` become
+    `LEAST` there.
     """
     return _scaled(x, gain) if jnp.finfo(x.dtype).minexp < math.log2(LEAST) else _product(x, gain)
 

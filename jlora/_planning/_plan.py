@@ -128,8 +128,8 @@ def plan(
             `base`.
         args: the loss function's other arguments, likewise.
         tx: an optax transformation; by default AdamW.
-        capacity: bytes of a device; by default the number that JAX reports, or that TPUs of this
-            kind have.
+        capacity: bytes of a device; by default the number that TPUs of its kind have, or that JAX
+            reports.
         compile: whether to compile the step; by default it is compiled if possible. True raises if
             it is not possible.
         compiler_options: as for `jax.stages.Lowered.compile`.
@@ -171,7 +171,7 @@ def plan(
     abstract = isinstance(mesh, AbstractMesh)
     if compile and abstract:
         raise ValueError(
-            "`compile` needs a mesh of devices, but `base` is sharded over an AbstractMesh. Make a "
+            "`compile` needs a mesh of devices, but the shardings are on an AbstractMesh. Make a "
             "mesh of devices; jax.experimental.topologies.get_topology_desc has those of TPU "
             "slices that you do not have."
         )

@@ -15,13 +15,13 @@ class FP4(Table):
     r"""4-bit floating point: $w = c_q \cdot \max_{block} |w|$, equal to bitsandbytes to the bit.
 
     Prefer `NF4` if you can choose: its error on normally distributed weights is smaller. The
-    numbers $c$ are ±0, 0.0625, 2, 3, 4, 6, 8 and 12, divided by 12.
+    numbers $c$ are 0, 0.0625, 2, 3, 4, 6, 8 and 12 of either sign, divided by 12.
 
     Attributes:
         pattern: a regular expression that matches whole components of a leaf's path. None matches
             every dense site except embeddings, the head, and leaves trained in full.
-        block: entries that share a float32 scale: 32, 64, 128, 256, 512, 1,024, 2,048 or 4,096.
-        double: whether to store the scales in 8 bits (double quantization).
+        block: entries that share a scale: 32, 64, 128, 256, 512, 1,024, 2,048 or 4,096.
+        double: whether to store the scales in 8 bits (double quantization) rather than in float32.
 
     Raises:
         TypeError: if a field has the wrong type.

@@ -18,8 +18,8 @@ class Int8(Scheme):
     r"""8-bit integers: $w = q\,s$ with $s = \max |w| / 127$ of each output or of each block.
 
     With blocks it stores $s$, as GGUF's Q8_0 does. Without blocks it stores $\max |w|$ of each
-    output and computes $w = (q \max |w|) / 127$, equal to bitsandbytes to the bit. Scales are
-    float32.
+    output and computes $w = (q \max |w|) / 127$, equal to bitsandbytes to the bit.
+    `jlora.quantize` makes float32 scales.
 
     Attributes:
         pattern: a regular expression that matches whole components of a leaf's path. None matches

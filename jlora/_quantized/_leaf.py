@@ -46,7 +46,7 @@ class Quantized(NotAnArray):
         data: the codes, with W's axes. A byte has two codes of 4 bits, packed along the axis of the
             blocks: entry j of a block in the high bits, entry j + block / 2 in the low bits.
         scale: the scale of each block, with W's axes except those that one block covers.
-        zero: the zero point of each block, or None if the scheme has none.
+        zero: a second number for each block, such as the zero point of Int4, or None.
         nested: the scales of the scales if these are codes of 8 bits, else None.
         error: $\lVert W - Q \rVert / \lVert W \rVert$ of each matrix, with Q the dequantized W;
             float32 of shape (stack…). None if W was not known.

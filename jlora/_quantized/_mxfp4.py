@@ -21,8 +21,8 @@ BIAS = 127
 class MXFP4(Scheme):
     r"""4-bit floating point (e2m1) in blocks of 32: $w = c_q \cdot 2^{s - 127}$.
 
-    The numbers $c$ are ±0, 0.5, 1, 1.5, 2, 3, 4 and 6; $s$ is a byte: 4.25 bits per parameter. The
-    experts of gpt-oss are published in this form.
+    The numbers $c$ are 0, 0.5, 1, 1.5, 2, 3, 4 and 6 of either sign; $s$ is a byte: 4.25 bits per
+    parameter. The experts of gpt-oss are published in this form.
 
     Attributes:
         pattern: a regular expression that matches whole components of a leaf's path. None matches

@@ -37,8 +37,8 @@ def allocate(
 
     Args:
         sketch: from `jlora.sketch`, with as many components as the largest rank.
-        rules: one rule, or several as for `transform`. The sites of the sketch that match `LoRA`
-            and `DoRA` get ranks; other rules do not change.
+        rules: one rule, or several as for `transform`. The sites of the sketch that `LoRA` and
+            `DoRA` match get ranks; other rules do not change.
         budget: the largest number of parameters that these sites may train together; by default as
             many as with `rules`.
         min_rank: the smallest rank of a site; with 0, sites may be left out.

@@ -111,7 +111,7 @@ def _row(path: str, s: Spectrum) -> tuple[str, ...]:
 
 # --------------------------------------------------------------------------- the matrices of a site
 
-SPARE = 8  # extra columns: as many for accuracy, and as many random ones in the last pass
+SPARE = 8  # extra columns for accuracy; in the last pass as many random ones too
 
 # Compiles a method; sites of one form share the program.
 _program: Any = functools.partial(jax.jit, static_argnums=(0, 1))

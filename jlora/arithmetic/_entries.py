@@ -34,7 +34,7 @@ def ties(
         adapters: adapters of one base.
         weights: $w_i$, numbers or an array of shape (adapters,); by default 1.
         density: the share of entries to keep in each matrix, in (0, 1].
-        base: the parameters of the adapters, needed for leaves trained in full.
+        base: the parameters that `init` got, needed for leaves trained in full.
 
     Returns:
         An adapter; `truncate` gives it a smaller rank.
@@ -104,7 +104,7 @@ def dare(
         weights: $w_i$, numbers or an array of shape (adapters,); by default 1.
         key: a PRNG key; it is folded with each path and split over the adapters.
         density: p, in (0, 1].
-        base: the parameters of the adapters, needed for leaves trained in full.
+        base: the parameters that `init` got, needed for leaves trained in full.
 
     Returns:
         An adapter; `truncate` gives it a smaller rank.

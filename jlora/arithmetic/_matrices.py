@@ -113,7 +113,8 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
     """
     if (rank is None) == (energy is None):
         raise ValueError(
-            f"truncate needs one of `rank` and `energy`; got `rank` {rank!r}, `energy` {energy!r}."
+            f"truncate needs exactly one of `rank` and `energy`; got `rank` {rank!r}, `energy` "
+            f"{energy!r}."
         )
     if rank is not None:
         check_int("`rank`", rank, 1)

@@ -155,7 +155,7 @@ def check_merge(
 
 
 def _entries(weights: Sequence[Any] | jax.Array) -> list[Any]:
-    """Lists the weights; if they are an array with values, they keep these under a trace."""
+    """Lists the weights; those of a concrete array stay concrete under a trace."""
     has_values = isinstance(weights, jax.Array) and is_concrete(weights)
     return list(np.asarray(weights) if has_values else weights)
 
@@ -184,7 +184,7 @@ def combine_leaves(
     changed = [path for path, pairs in in_full.items() if not is_kept(pairs)]
     if given.base is None:
         needed = "is trained in full, so its change depends on the base"
-        remedy = "Give `base`, the parameters that were trained."
+        remedy = "Give `base`, the parameters from which they were trained."
         refuse(given.refusal, dict.fromkeys(changed, needed), remedy)
     params = dict(leaves_by_path(given.base)) if changed else {}
 

@@ -36,7 +36,7 @@ def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = N
     Args:
         adapters: adapters of one base; each may be `{}`.
         weights: $w_i$, numbers or an array of shape (adapters,); by default 1.
-        base: the parameters of the adapters, needed for leaves trained in full. These become
+        base: the parameters that `init` got, needed for leaves trained in full. These become
             $W + \sum_i w_i (W_i - W)$. A leaf that only one adapter has, with weight 1, does not
             change and needs no base.
 
@@ -66,7 +66,7 @@ def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) ->
     Args:
         adapter: an adapter.
         factor: c; -1 negates the adapter.
-        base: the parameters of the adapter, needed for leaves trained in full.
+        base: the parameters that `init` got, needed for leaves trained in full.
 
     Returns:
         An adapter with the same structure.
@@ -97,7 +97,7 @@ def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree
     Args:
         adapter: the first adapter.
         other: the adapter to subtract.
-        base: the parameters of both, needed for leaves trained in full.
+        base: the parameters that `init` got, needed for leaves trained in full.
 
     Returns:
         An adapter.

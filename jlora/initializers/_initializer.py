@@ -96,8 +96,9 @@ class SketchInitializer(Initializer):
                 f"needs {components}. Sketch with `components={components}`, or lower the rank."
             )
         if not np.asarray(found.total).any():
+            equal = ", or its inputs were all equal" if self.kind == "inputs" else ""
             raise ValueError(
-                f"`sketch` is zero at {path!r}, because the loss did not depend on it. Sketch with "
-                "a loss and batches that use it, or give it a rule with another `init`."
+                f"`sketch` is zero at {path!r}, because the loss did not depend on it{equal}. "
+                "Sketch with a loss and batches that use it, or give it a rule with another `init`."
             )
         return found

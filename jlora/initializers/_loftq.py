@@ -24,8 +24,8 @@ class loftq(Initializer):
     `jlora.Quantized`. Give `init` parameters that are not quantized at these leaves. Leaves that
     the rule does not match are not quantized.
 
-    Compare it with QPiSSA, `jlora.quantize` of the base that `pissa` returns: it removes the
-    largest part of W before quantizing, and loses less if the singular values of W decay.
+    Compare it with QPiSSA: `jlora.quantize` of the base that `pissa` returns. QPiSSA removes the
+    largest part of W before quantizing; it loses less if the singular values of W decay.
 
     The correction is $s \cdot A B$ at every scale s. PEFT's correction is $A B$, which is right
     only if alpha is the rank. The base differs from `params`: see the guide "Choose rules".
@@ -42,7 +42,7 @@ class loftq(Initializer):
         ValueError: if `scheme` has a pattern, or `iterations` is not an integer of at least 1; in
             `init`, if W has no values, is not finite, or is quantized already, or blocks do not
             divide it.
-        NotImplementedError: in `init`, within a `shard_map`.
+        NotImplementedError: in `init`, within a `shard_map` that may shard W.
 
     Source: Li et al., LoftQ, arXiv 2310.08659, algorithm 1.
 

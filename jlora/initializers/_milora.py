@@ -29,7 +29,7 @@ def milora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array
 
     Raises:
         ValueError: if W is a `jax.ShapeDtypeStruct`, or has values that are not finite.
-        NotImplementedError: within a `shard_map`.
+        NotImplementedError: within a `shard_map` that may shard W.
 
     Source: Wang et al., MiLoRA, arXiv 2406.09044, section 3.
 

@@ -31,7 +31,7 @@ def olora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
 
     Raises:
         ValueError: if W is a `jax.ShapeDtypeStruct`, or has values that are not finite.
-        NotImplementedError: within a `shard_map`.
+        NotImplementedError: within a `shard_map` that may shard W.
 
     Source: Büyükakyüz, OLoRA, arXiv 2406.01775, section 3.
 

@@ -47,7 +47,7 @@ def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
 
     Raises:
         ValueError: if W is a `jax.ShapeDtypeStruct`, or has values that are not finite.
-        NotImplementedError: within a `shard_map`.
+        NotImplementedError: within a `shard_map` that may shard W.
 
     Source: Meng et al., PiSSA, arXiv 2404.02948, section 3.
 
@@ -92,7 +92,7 @@ class pissa_niter(Initializer):
 
     Raises:
         ValueError: if `iterations` is not an integer of at least 0; in `init`, as in `pissa`.
-        NotImplementedError: in `init`, within a `shard_map`.
+        NotImplementedError: in `init`, within a `shard_map` that may shard W.
 
     Source: Meng et al., arXiv 2404.02948, section 4; Halko et al., arXiv 0909.4061, section 4.5.
 

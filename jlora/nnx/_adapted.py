@@ -25,8 +25,9 @@ from ..sharding import specs
 class Adapted(nnx.Module):
     r"""A module that computes what `model` computes with W + s·A·B instead of each adapted W.
 
-    Train it with `nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)`. `tx` is any optax transformation;
-    `jlora.optimizer` is not needed. Differentiate only with respect to the adapter, by
+    Train it with `nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)`. `tx` is a transformation of optax
+    itself: `jlora.optimizer`, `lora_plus` and `precondition` raise here, and there is no base to
+    freeze. Differentiate only with respect to the adapter, by
     `argnums=nnx.DiffState(0, nnx.LoRAParam)`. Do not write `nnx.Param`, which includes
     `nnx.LoRAParam` but also trains the base. The model's methods are adapted like its call, and its
     attributes can be read.
@@ -38,8 +39,8 @@ class Adapted(nnx.Module):
         rngs: a source of keys for the dropout of the low-rank path. Without it this dropout is off.
 
     Attributes:
-        base: the frozen module. Its calls update its other state there, such as batch statistics
-            and dropout counts.
+        base: the frozen module. Calls update its state that is not trained, such as batch
+            statistics and dropout counts.
         lora: the tree of the adapter, with each array as an `nnx.LoRAParam`, which is sharded like
             the axes of W that it has.
         adapter: the adapter as a tree of arrays, for all other functions of jlora.
@@ -146,7 +147,7 @@ def adapt(
         rngs: a source of keys: its `params` stream for A, its `dropout` stream for dropout.
         example: the arguments of a call, as a tuple of arrays or `jax.ShapeDtypeStruct`s. The call
             is only traced, to find how the model uses its weights. For other calls, give a function
-            of the model.
+            that gets the model and calls it.
 
     Returns:
         The adapted module. If the model's arrays are on a mesh, A and B are sharded like W.

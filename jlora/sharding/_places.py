@@ -119,7 +119,7 @@ class Misfit(Exception):  # noqa: N818 - collected into one ValueError
 
 
 def gathered(base: PyTree, specs: PyTree) -> PyTree:
-    """Makes quantized weights be all-gathered as codes, before they are dequantized.
+    """Returns a base whose quantized weights are all-gathered as codes, before dequantization.
 
     Use it if FSDP shards quantized weights that each device needs whole: otherwise XLA dequantizes
     the shards first and all-gathers four times the bytes. Within `jax.jit` jlora cannot know the

@@ -38,8 +38,8 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
     replicated. Leaves trained in full are sharded like W. So each device holds the rows of A and
     the columns of B that belong to its shard of W.
 
-    If W's fused output axis is sharded over more devices than a slot can be divided over, B is
-    replicated along this axis.
+    If the number of devices over which W's fused output axis is sharded does not divide the length
+    of a slot, B is replicated along this axis.
 
     Args:
         base: a tree with the paths of the base. Its leaves are one of these:
@@ -64,11 +64,11 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
 
     Raises:
         TypeError: if a leaf of `base` has no sharding, or `adapter` is not an adapter.
-        ValueError: if `base` lacks a path of the adapter; if a PartitionSpec has more entries than
-            the weight has axes; if a device would get only a part of a block of a quantized weight.
-            With a mesh also if it lacks an axis, if an axis is used twice, or if a length cannot be
-            divided. The mesh is that of a NamedSharding, `mesh`, or that of `jax.set_mesh` if it
-            has all axes that a PartitionSpec names.
+        ValueError: if `base` lacks a path of the adapter, or a PartitionSpec has more entries than
+            the weight has axes. With a mesh also if it lacks an axis, an axis is used twice, a
+            length cannot be divided, or a device would get only a part of a block of a quantized
+            weight. The mesh is that of a NamedSharding, `mesh`, or that of `jax.set_mesh` if it has
+            all axes that a PartitionSpec names.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora

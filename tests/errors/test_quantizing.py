@@ -1,6 +1,7 @@
 """Quantized bases: what is refused, and what is said of it."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +74,18 @@ def test_block(scheme: Any, field: str, legal: str, value: Any) -> None:
     with contextlib.nullcontext() if optional else refused(ValueError, message):
         assert scheme(**{field: None}).block is None
     assert getattr(scheme(**{field: np.int64(64)}), field) == 64
+
+
+def test_a_scheme_lacks_the_field_of_its_legal_blocks() -> None:
+    """A scheme of a user may define `legal`, but neither `block` nor `group`."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Own(jlora.extend.Scheme):
+        bits = 8
+        legal = (32, 64)
+
+    with refused(ValueError, "`block` of Own('w') must be one of 32, 64; got None."):
+        Own("w")
 
 
 # ---------------------------------------------------------------------------------------- quantize

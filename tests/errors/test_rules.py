@@ -58,7 +58,9 @@ SCHEMES = (
 )
 COUNT = "`count` of Slots must be an integer of at least 1; got "
 DISTINCT = "`chosen` of Slots must name distinct slots, at least one; got "
-ENDS = "must not start or end with `/`: a pattern matches whole components of a path: write "
+ENDS = (
+    "must not start or end with `/`, because a pattern matches whole components of a path. Write "
+)
 TX = "`tx` must be an optax transformation, such as optax.adamw(2e-4); got "
 NO_PATTERN = "is not a regular expression: "
 MALFORMED: dict[type[Exception], dict[str, Callable[[], Any]]] = {
