@@ -73,7 +73,7 @@ def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
         A dict from path to `Leaf`.
 
     Raises:
-        TypeError: if `values` is given, and a leaf is a `jax.ShapeDtypeStruct`.
+        TypeError: if `values` is True, and a leaf is a `jax.ShapeDtypeStruct`.
 
     Examples:
         >>> import jax.numpy as jnp
