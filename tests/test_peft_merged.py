@@ -787,8 +787,8 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "experts": (
         {"weights": EXPERTS, "given": OF_EXPERTS, "target_parameters": list(EXPERTS)},
-        f"{PREFIX}e: A (4, 6) with B (4, 4), A (4, 6) with B (4, 4) fit in several ways "
-        "e.down (2, 6, 4), e.up (2, 4, 6)",
+        f"{PREFIX}e: A (4, 6) with B (4, 4), A (4, 6) with B (4, 4) can be assigned in several "
+        "ways to e.down (2, 6, 4), e.up (2, 4, 6)",
     ),
     "prefixes": (
         {"weights": NO_WEIGHTS | {p + k: x for k, x in WEIGHTS.items() for p in ("a.", "b.")}},

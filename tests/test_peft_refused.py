@@ -104,7 +104,7 @@ NOT_WRITTEN: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "inseparable": (
         (BASE | {"v": BASE["w"]}, LOW, [W, Name("v", "x.m", "io")]), {},
-        "Often no list of modules selects the adapted ones alone",
+        "A common reason is that its modules cannot be selected apart from others",
     ),
     "integers beside it": (with_bias(np.int32), {}, FLOATS.format("int32")),
     "eight bits beside it": (with_bias(jnp.float8_e4m3fn), {}, FLOATS.format("float8_e4m3fn")),
@@ -344,10 +344,10 @@ QV: dict[str, tuple[Damage, str]] = {
         lambda f: f.header(
             json.dumps(f.split[0]).replace("{", '{"__metadata__":{},', 1), f.split[1]
         ),
-        f"the header of {TENSORS} is not valid JSON: the key '__metadata__' is duplicate",
+        f"the header of {TENSORS} is not valid JSON: the key '__metadata__' is duplicated",
     ),
     "twice in the configuration": (
-        text(CONFIG, b'{"r": 1, "r": 2}'), f"{CONFIG} is not valid JSON: the key 'r' is duplicate"
+        text(CONFIG, b'{"r": 1, "r": 2}'), f"{CONFIG} is not valid JSON: the key 'r' is duplicated"
     ),
     "deep": (text(CONFIG, b"[" * 100_000), f"{CONFIG} is"),
     "large": (

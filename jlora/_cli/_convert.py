@@ -30,9 +30,9 @@ from ._inputs import NAMES, format_of_adapter, table
 def convert(source: Arg, out: Arg, profile: str | None, **options: Any) -> Answer:
     """Convert an adapter from Orbax to PEFT, or from PEFT to Orbax.
 
-    Writes the adapter IN to OUT in the other format. All values are kept bit for bit. With
-    --profile vllm, OUT has PEFT's format, one rank for all modules, and the scales multiplied into
-    B.
+    Writes the adapter IN to OUT in the other format. Without --profile, A and B are kept bit for
+    bit. With --profile vllm, OUT has PEFT's format, one rank for all modules, and the scales
+    multiplied into B.
     """
     check_vacant(out.value, "OUT")
     kind, written = format_of_adapter(source), "peft"

@@ -24,13 +24,14 @@ from ._inspect import widen
 @click.option(
     "--tolerance",
     type=float,
-    help="Treat sites as equal if ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖ is at most this, also for other ranks.",
+    help="Treat sites as equal if ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖ is at most this, even if their ranks "
+    "differ.",
 )
 def diff(a: Arg, b: Arg, names: str | None, tolerance: float | None) -> Answer:
     """Compare two adapters, A and B.
 
     Shows ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖ for each site that differs, and what differs. The exit code is 0 if
-    they are bit for bit equal, and otherwise 1.
+    they are bit for bit equal, or equal within --tolerance, and otherwise 1.
     """
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"--tolerance must be a number of at least 0; got {tolerance}.")

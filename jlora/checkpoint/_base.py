@@ -66,7 +66,8 @@ def base_values(path: Where) -> PyTree:
         path: a folder that `ocp.StandardCheckpointer` or `export` wrote.
 
     Returns:
-        A tree of NumPy arrays with the saved dtypes, and the paths of `base_shapes`.
+        A tree of NumPy arrays (random keys are JAX arrays), with the saved dtypes and the paths of
+        `base_shapes`.
 
     Raises:
         ValueError: if the checkpoint has no parameters, or is damaged.

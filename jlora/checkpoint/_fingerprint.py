@@ -73,7 +73,7 @@ def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
         A dict from path to `Leaf`.
 
     Raises:
-        TypeError: if `values` is given, and a leaf is a `jax.ShapeDtypeStruct`.
+        TypeError: if `values` is True, and a leaf is a `jax.ShapeDtypeStruct`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -113,7 +113,7 @@ def hash_of(x: Any) -> str:
         parts = enumerate(jax.tree.leaves(dataclasses.replace(x, error=None)), 1)
         return f"{sum(i * int(hash_of(part), 16) for i, part in parts) % 2**64:016x}"
     with jax.enable_x64(True):  # otherwise NumPy's float64 would be narrowed first
-        return "".join(f"{int(n):08x}" for n in _sums(x))
+        return "".join(f"{int(n):08x}" for n in _sums(jnp.asarray(x)))
 
 
 @jax.jit

@@ -42,7 +42,10 @@ def check_adapters(adapters: Sequence[PyTree]) -> list[Leaves]:
 
 def check_methods(leaves: Iterable[tuple[Path, Any]]) -> None:
     """Raises for nodes of methods other than LoRA, whose zeros are not ΔW = 0."""
-    remedy = "Only LoRA and leaves in full can be routed, inserted and removed; use jax.vmap."
+    remedy = (
+        "Only LoRA and leaves in full can be stacked, inserted, removed and routed. For other "
+        "methods use jax.vmap with a table from jlora.many.init."
+    )
     refuse_other_methods(REFUSAL, leaves, remedy)
 
 

@@ -43,8 +43,8 @@ def stack(
         adapters: at least one adapter; `{}` is the base model. None may have NaN or infinity.
         size: the number of slots, by default that of the adapters. Other slots have the base model.
         rank: the rank of the table at each site, by default the largest of the adapters.
-        base: the parameters of the model. Needed if only some adapters train a leaf in full, or if
-            there are more slots than adapters.
+        base: the parameters of the model. Needed if a leaf is trained in full, and an adapter lacks
+            it or there are more slots than adapters.
 
     Returns:
         A table: a nested dict of `LowRank` nodes and arrays. All arrays have a first axis of `size`

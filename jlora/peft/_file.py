@@ -135,7 +135,7 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {shorten(key)} is duplicate")
+            raise ValueError(f"the key {shorten(key)} is duplicated")
         found[key] = value
     return found
 

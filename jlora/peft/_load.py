@@ -47,7 +47,8 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
             finite, duplicate or not supported. The error lists all problems. Nothing is loaded.
 
     Warns:
-        UserWarning: if a name in the configuration matches nothing. PEFT accepts such names.
+        UserWarning: if a name in the configuration matches nothing, which PEFT accepts; or if
+            `lora_dropout` is ignored, as jlora's DoRA has none.
 
     Source: PEFT 0.21, `peft.utils.save_and_load`.
 

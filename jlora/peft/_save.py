@@ -96,9 +96,9 @@ def tensors(
 ) -> dict[str, np.ndarray]:
     r"""Returns the tensors that `save` writes, for an engine that takes weights without files.
 
-    Keys, shapes, dtypes and bits are those of `adapter_model.safetensors`. A tensor is copied if
-    PyTorch orders its axes differently, or if it is not on a CPU. All others share memory with
-    `adapter`.
+    Keys, shapes, dtypes and bits are those of `adapter_model.safetensors`. A tensor may
+    share memory with `adapter`, or with `base` if it is frozen. It is copied if it is reordered (as
+    A and B of a rank above 1 are), rescaled, padded, joined, or not on a CPU.
 
     Args:
         base: as `save`.
@@ -153,8 +153,8 @@ def _files(
     )
     fields, found = write(tree, given, profile)
     title = (
-        "`adapter` cannot be written so that `load` reads the same adapter. Often no list of "
-        "modules selects the adapted ones alone"
+        "`adapter` cannot be written so that `load` reads the same adapter. A common reason is "
+        "that its modules cannot be selected apart from others"
     )
     fit(as_files(fields, found, "config"), tree.leaves, Problems(title))
     return fields, found

@@ -35,7 +35,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, LowRank | Decomposed | Repla
         The leaves by PyTorch's names, with the axes of PyTorch's weights: a `LowRank` node for each
         module or parameter of experts (with DoRA a `Decomposed`), a `Replaced` for rows of an
         embedding, and an array for a parameter in full. A head that is tied to an embedding has no
-        entry.
+        `LowRank` node of its own.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.

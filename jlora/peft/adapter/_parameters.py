@@ -110,7 +110,7 @@ def _assign_by_shape(
         return fitting[0]
     listed = ", ".join(f"{n} {shapes[n]}" if shapes else f"{n} {selection.rank(n)}" for n in names)
     got = ", ".join(f"A {x.a.shape} with B {x.b.shape}" for x in parts)
-    what = "fit in several ways" if fitting else "do not fit"
+    what = "can be assigned in several ways to" if fitting else "do not fit"
     problems.add(PREFIX + module, f"{got} {what} {'' if shapes else 'the ranks of '}{listed}")
     return []
 

@@ -27,8 +27,8 @@ def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     Raises:
         FileExistsError: if `out` exists and is not an empty folder.
         FileNotFoundError: if the folder or a file is missing.
-        ValueError: if the files are damaged, or the adapter has something other than LoRA of linear
-            and embedding modules.
+        ValueError: if the files are damaged, or the adapter has a rank above 512, or anything other
+            than LoRA of linear and embedding modules.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora

@@ -62,7 +62,8 @@ def check(
 
     Raises:
         FileNotFoundError: if a folder or a file is missing.
-        ValueError: if `engine` or `max_lora_rank` is not known, or the files are damaged.
+        ValueError: if there is no such `engine`, the engine does not allow `max_lora_rank`, or the
+            files are damaged.
 
     Source: vLLM 0.33.0, tpu-inference 0.32.0 and SGLang 0.5.23.
 

@@ -17,7 +17,7 @@ class Finding(NamedTuple):
         what: the field of the configuration, the tensors or the modules.
         why: the reason.
         remedy: what to do.
-        silent: whether the engine drops it without an error, instead of refusing the adapter.
+        silent: whether the engine gives no error, but ignores it or computes something else.
     """
 
     what: str

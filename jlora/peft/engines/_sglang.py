@@ -59,7 +59,7 @@ def _configuration(x: Served) -> Iterator[Finding]:
         odd = (name for name in listed if name.rpartition(".")[2] not in TARGETS)
         yield from report(odd, _UNKNOWN, rules.LEAVE_OUT, of="target_modules")
     elif listed not in ("all", "all-linear"):
-        remedy = "List the modules by the last components of their names, as jlora.peft.save does"
+        remedy = "List the modules by the ends of their names, as jlora.peft.save does"
         yield Finding("target_modules", "must be a list of names", remedy, False)
     size = x.base.number("vocab_size") if x.base else None
     if size is not None and (x.source.folder / _ADDED).exists():

@@ -45,7 +45,7 @@ def matrices(path: str | os.PathLike[str]) -> list[Matrix]:
         path: a folder in a format that `load_base` reads.
 
     Returns:
-        A `Matrix` for each quantized tensor; nothing for a checkpoint in floats.
+        A `Matrix` for each quantized tensor; an empty list for a checkpoint in floats.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
@@ -74,7 +74,8 @@ def dequantize_checkpoint(
 ) -> list[Matrix]:
     """Writes a quantized Hugging Face checkpoint with its weights in floats, exactly.
 
-    Weights get the `dtype` of `config.json`, bfloat16 by default, and are dequantized one at a
+    Quantized weights get the dtype that their file stores (4-bit bitsandbytes), or else the `dtype`
+    of `config.json` if it is float32 or float16, or else bfloat16. They are dequantized one at a
     time. The new `config.json` has no `quantization_config`.
 
     Args:

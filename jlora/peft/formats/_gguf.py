@@ -1,4 +1,4 @@
-"""GGUF, the format of llama.cpp: types with blocks of 32 stay in codes, others are dequantized."""
+"""GGUF of llama.cpp: Q4_0, Q4_1, Q8_0 and MXFP4 stay in codes, other types are dequantized."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path

@@ -53,7 +53,7 @@ def read_tensors(path: Path, gguf: Any) -> dict[str, Tensor]:
         type_ = gguf.GGMLQuantizationType(kind)
         block, size = gguf.GGML_QUANT_SIZES[type_]
         if shape and shape[-1] % block:
-            raise ValueError(f"{name!r} of shape {shape} has no whole blocks of {block}")
+            raise ValueError(f"{name!r} of shape {shape} does not divide into blocks of {block}")
         end = start + offset + math.prod(shape) // block * size
         if end > len(data):
             raise ValueError(f"{name!r} ends at byte {end} of {len(data)}")

@@ -53,8 +53,8 @@ def export_merged(
             `model.safetensors.index.json`. Its files may be links to files within it, or within the
             download cache around it.
         adapter: a folder that PEFT or `save` wrote, or an adapter tree. The modules in a folder
-            have the names of the checkpoint's tensors; only a first component such as `bert.` may
-            differ.
+            have the names of the checkpoint's tensors, or those of `transformers` 5 in memory; a
+            first component such as `bert.` may differ.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
         names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.LLAMA`.

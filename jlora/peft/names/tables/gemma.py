@@ -10,8 +10,8 @@
 Tested with gemma 4.0.1, transformers 5.24 and PEFT 0.21.
 
 Keys and values are one leaf, as are gate and up. If q, k and v have the same number of heads, they
-are one leaf instead. PEFT adapts each of them with its own A and B. So do these rules; a model has
-a leaf for one of the two:
+are one leaf instead. PEFT adapts each of them with its own A and B. So do these rules. Give the
+second only to a model with `qkv_einsum`, as a rule raises if it matches nothing:
 
     LoRA(r"kv_einsum/w|gating_einsum", slots=Slots(2, (0, 1)))
     LoRA(r"qkv_einsum/w", slots=Slots(3, (0, 1, 2)))

@@ -16,9 +16,9 @@ Scanned layers are on axis 1, the default `param_scan_axis`. So are scanned bloc
 gpt-oss, 4 in Llama 4, 6 in Gemma 4. A scanned Gemma 4 must have a multiple of 6 layers. The first
 three layers of DeepSeek V3 have no experts; `deepseek` makes the table for other numbers.
 
-MaxText, and its own conversion, divides Llama's queries by √head_dim, interleaves its queries and
-keys, and multiplies Gemma 4's embedding by √d. A and B are still PEFT's; the scale of ΔW changes as
-W does. A tied head is computed with the embedding in bfloat16, whatever its `dtype`.
+MaxText divides Llama's queries by √head_dim and interleaves its queries and keys, as does its own
+conversion. MaxText multiplies Gemma 4's embedding by √d. A and B are still PEFT's; the scale of ΔW
+changes as W does. A tied head is computed with the embedding in bfloat16, whatever its `dtype`.
 
 There is no table for Qwen 3.5: a leaf of MaxText alternates between the outputs of two PyTorch
 modules.

@@ -16,8 +16,9 @@ Experts are leaves (experts, inputs, outputs). Gate and up are one leaf, `gate_u
 leaves, they may also be one module for each expert. Models with experts are tested with
 `transformers` 5.24 and PEFT 0.21.2.
 
-In `transformers` 4, dense layers and shared experts of DeepSeek V3 have modules with the names of
-experts. PEFT 0.21.2 confuses the two, and loads no adapter for the MLPs of such layers.
+With `transformers` 5, PEFT 0.21.2 mistakes the MLPs of DeepSeek V3's dense layers and shared
+experts for experts, which were modules of the same names in `transformers` 4. It loads no adapter
+for these MLPs.
 """
 
 from typing import Any
