@@ -126,6 +126,6 @@ def test_an_m_of_another_shape_and_dropout_are_refused(made: Any) -> None:
     node = adapter["w"]
     with pytest.raises(ValueError, match=r"w: a weight of shape \(3, 8, 6\) needs A .* and M \(3,"):
         dora.apply(base, {"w": node._replace(m=node.m[..., :1])}, x)
-    expected = r"`dropout` of DoRA\('w'\) must be 0 \(PEFT's DoRA .*: use jlora.LoRA; got 0.1\."
+    expected = r"`dropout` of DoRA\('w'\) must be 0, as PEFT's DoRA .* accepts dropout\); got 0.1\."
     with pytest.raises(ValueError, match=expected):
         DoRA("w", dropout=0.1)
