@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 REFUSED = (
     "layer_replication",
     "the input embedding and the output head share this weight",
-    "if it shares the input embedding's weight, the adapter must change both alike",
+    "if it shares the input embedding's weight, the adapter must change both equally",
     "has rows in the adapter, which PEFT gives",
 )
 NAMES = list(families.CONFIGURATIONS)
