@@ -18,7 +18,7 @@ REFUSED = (
     "layer_replication",
     "the input embedding and the output head share this weight",
     "if it shares the input embedding's weight, the adapter must change both equally",
-    "has rows in the adapter, which PEFT gives",
+    "has rows in the adapter, which PEFT also gives",
 )
 NAMES = list(families.CONFIGURATIONS)
 SLICE = [
