@@ -363,17 +363,21 @@ def test_an_initializer_of_a_scheme_of_ones_own_is_foreign(tmp_path: Any) -> Non
 # ------------------------------------------------------------------------------------ MiSS and PaCA
 
 
-@pytest.mark.parametrize("form", some(FORMS, "stack", "slots"))
-def test_miss_repeats_rows(form: str) -> None:
-    """ΔW[i, o] = s·B[i mod r, o]; where r does not divide the inputs too."""
-    _, params, base, adapter, _ = made(form, miss)
+def changes(form: str, init: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """ΔW of each matrix of a weight, and its B, drawn anew; the base is that of the parameters."""
+    _, params, base, adapter, _ = made(form, init)
     assert base["w"] is params["w"]
     node = adapter["w"]
     b = array(*node.b.shape)
     delta = jlora.merge({"w": jnp.zeros_like(params["w"])}, {"w": node._replace(b=b)})["w"]
     each = FORMS[form][-1](np.asarray(delta))
-    blocks = np.asarray(b).reshape(len(each), RANK, -1)
-    for matrix, block in zip(each, blocks, strict=True):
+    return list(zip(each, np.asarray(b).reshape(len(each), RANK, -1), strict=True))
+
+
+@pytest.mark.parametrize("form", some(FORMS, "stack", "slots"))
+def test_miss_repeats_rows(form: str) -> None:
+    """ΔW[i, o] = s·B[i mod r, o]; where r does not divide the inputs too."""
+    for matrix, block in changes(form, miss):
         i = np.arange(len(matrix)) % RANK
         np.testing.assert_allclose(matrix, ALPHA / RANK * block[i], rtol=1e-6)
 
@@ -381,20 +385,14 @@ def test_miss_repeats_rows(form: str) -> None:
 @pytest.mark.parametrize("form", some(FORMS, "stack", "slots"))
 def test_paca_trains_some_rows(form: str) -> None:
     """ΔW is s·B in r different rows of each matrix, and 0 in the others; each key picks its own."""
-    _, params, base, adapter, _ = made(form, paca)
-    assert base["w"] is params["w"]
-    node = adapter["w"]
-    b = array(*node.b.shape)
-    delta = jlora.merge({"w": jnp.zeros_like(params["w"])}, {"w": node._replace(b=b)})["w"]
-    each = FORMS[form][-1](np.asarray(delta))
-    picked = []
-    for matrix, block in zip(each, b.reshape(len(each), RANK, -1), strict=True):
+    each, picked = changes(form, paca), []
+    for matrix, block in each:
         rows = [np.flatnonzero(np.isclose(matrix, ALPHA / RANK * x).all(1)) for x in block]
         picked.append(np.ravel(rows).tolist())
         assert len({*picked[-1]}) == RANK
         assert not np.delete(matrix, picked[-1], 0).any()
     assert len(each) == 1 or len({*map(tuple, picked)}) > 1
-    lora, *_, x = made(form, paca)
+    lora, params, *_, x = made(form, paca)
     found = [lora.init(jax.random.key(i), params, x)[1]["w"].a for i in range(20)]
     chosen = np.sum(found, axis=0).reshape(len(each), -1, RANK).sum((0, 2))
     assert chosen.all()  # every input is picked by some key
