@@ -163,12 +163,16 @@ def write(path: Where, handler: Any, args: Any) -> None:
     final = place(path)
     local = "://" not in os.fspath(path)
     stage = final
+
+    def save() -> None:
+        with ocp.Checkpointer(handler) as checkpointer:
+            in_step(lambda: checkpointer.save(stage, args=args))
+
     try:
         by_first(lambda: _check(final, local))
         if local:
             stage = epath.Path(_folders.beside(Path(final), from_first(_folders.token())))
-        with ocp.Checkpointer(handler) as checkpointer:
-            in_step(lambda: checkpointer.save(stage, args=args))
+        by_all(save)  # closed on all before process 0 removes what a failure leaves
         if local:
             by_first(lambda: _folders.commit(Path(stage), Path(final), "`path`"))
     except FileExistsError:
