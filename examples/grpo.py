@@ -112,12 +112,13 @@ def make_programs(
 # ---- the whole run ------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace, apply: Any, config: Any, params: Any, tokenizer: Any) -> State:
+def run(args: argparse.Namespace, model: Any, before: dict[str, float] | None) -> State:
     """Trains from the last checkpoint, if any, to the last step."""
     rules = (jlora.Full(".*") if args.full else jlora.LoRA(rank=args.rank, alpha=args.alpha),)
-    lora, key = jlora.transform(apply, *rules), jax.random.key(args.seed)
+    config, params, tokenizer = model
+    lora, key = jlora.transform(llama.Llama(config).apply, *rules), jax.random.key(args.seed)
     base, adapter = lora.init(key, params, np.zeros((1, 2), np.int32))
-    adam = optax.adam(args.rate)
+    adam = optax.inject_hyperparams(optax.adam)(args.rate)  # one program for all rates
     tx = adam if args.full else jlora.optimizer(adam)
     rollout, step_fn = make_programs(lora.apply, config, tokenizer, tx, args.beta)
 
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace, apply: Any, config: Any, params: Any, tokenize
     )
     with ocp.CheckpointManager(args.out.absolute() / "checkpoints", options=options) as manager:
         done, state = restore(manager, state, base, settings)
-        result, rewards = measure(adapter, "before"), []
+        result, rewards = before or measure(adapter, "before"), []
         rewind(log, done + 1)  # with the header
         with progress(range(done + 1, args.steps + 1), initial=done, total=args.steps) as bar:
             for step in bar:
@@ -166,13 +167,13 @@ def run(args: argparse.Namespace, apply: Any, config: Any, params: Any, tokenize
                 shown = f"reward {np.mean(rewards[-10:]):.3f}, {speed:.0f} tokens/s"
                 bar.set_postfix_str(shown, refresh=False)
                 save(manager, step, state, rules, base, settings, force=step == args.steps)
-    result |= measure(state.adapter, "after")
-    tables.write(args.out / "result.csv", [settings | {"steps": args.steps} | result])
+    row = settings | {"steps": args.steps} | result | measure(state.adapter, "after")
+    tables.write(args.out / "result.csv", [row])
     return state
 
 
-def main(argv: Sequence[str] | None = None) -> State:
-    """Runs the example; `argv` are the arguments of the command line."""
+def main(argv: Sequence[str] | None = None, model: Any = None, before: Any = None) -> State:
+    """Runs the example: `argv` of the command line; the model and its score, if already known."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -192,8 +193,7 @@ def main(argv: Sequence[str] | None = None) -> State:
     args = parser.parse_args(argv)
     if not args.resume and (args.out / "checkpoints").exists():
         parser.error(f"{args.out} has a run: pass --resume to go on, or another --out")
-    config, params, tokenizer = smollm2.load(data.smollm2())
-    return run(args, llama.Llama(config).apply, config, params, tokenizer)
+    return run(args, model or smollm2.load(data.smollm2()), before)
 
 
 if __name__ == "__main__":

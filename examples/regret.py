@@ -6,14 +6,17 @@
     python examples/regret_figures.py                 # table and pictures
 
     first      0.4 hours   the first 20 steps of SmolLM2-135M at all ranks, with s = 32/r and s = 2
-    capacity   2.1         how many bits a tiny GPT learns by heart, by rank
-    rates      2.9         the best rate of full fine-tuning, and of LoRA, by rank and scale
-    layers     2.3         all layers, attention or feed-forward alone, with as many parameters
-    batches    3.1         batches of 4 to 256 at equally many examples
+    capacity   2.1 hours   how many bits a tiny GPT learns by heart, by rank
+    rates      2.9 hours   the best rate of full fine-tuning, and of LoRA, by rank and scale
+    layers     2.3 hours   all layers, attention or feed-forward alone, with as many parameters
+    batches    3.1 hours   batches of 4 to 256 at equally many examples
+    reinforce  2.2 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
 
 The first seed's rates are half decades from the middle outward, as long as the loss falls, so that
-the best one has a worse one on either side; further seeds run at these three. All settings have the
-first seed before any has the second. A run adds a row to OUT/regret_runs.csv and is not repeated.
+the best one has a worse one on either side; further seeds run at these three, those of `reinforce`
+at the best and the one above. There the loss is the share of wrong answers in the last ten steps,
+so that no held-out sum chooses a rate. All settings have the first seed before any has the second.
+A run adds a row to OUT/regret_runs.csv, or to its experiment's own table, and is not repeated.
 Several processes share the work: what one of them has taken, the others leave alone; at the end run
 it once more. Runs that train together in one step took longer here than one after another: one is
 large enough for a core.
@@ -26,17 +29,23 @@ import functools
 import hashlib
 import pathlib
 import platform
+import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import data
 import flax.linen as nn
+import grpo
 import jax
 import numpy as np
 import optax
+import tables
 import trials
 import variants
-from models import gpt
+from models import gpt, smollm2
+from progress import progress
 from quickstart import Batch
 from trials import Task
 
@@ -45,7 +54,7 @@ import jlora
 ALPHA, SCALE = 32.0, 2.0  # s is ALPHA / r, or SCALE
 RATES = 7  # that are tried at most
 EXAMPLES = 4096  # that a run with any batch sees
-FIRST = 20  # steps
+FIRST, REWARDED = 20, 32  # steps of `first`, and of `reinforce`
 SHORT = 24  # tokens of its sentences, so that all batches are alike
 ALPHABET, LENGTH = 64, 16  # of random strings
 LAYERS = {
@@ -55,6 +64,7 @@ LAYERS = {
     "blocks": "h/.*kernel",  # of the tiny GPT, also for full fine-tuning
 }
 OUT = variants.OUT
+OWN = "first", "reinforce"  # whose tables have other columns
 
 
 class Setting(NamedTuple):
@@ -120,6 +130,10 @@ PLANS = {  # the settings of an experiment, each with the middle of its rates, a
     "rates": (rates("rates"), 3),
     "layers": (layers(), 5),
     "batches": (batches(), 2),
+    "reinforce": (
+        {scaled("reinforce", "sums", r, 32): -8 if r else -10 for r in (8, 1, 128, 0)},
+        3,
+    ),
 }
 
 
@@ -172,16 +186,53 @@ def processor() -> str:
 @functools.lru_cache(1)
 def make_train(setting: Setting) -> Callable[[float, int], dict[str, Any]]:
     """Runs of a setting, a function of rate and seed to columns of the table."""
+    if setting.experiment == "reinforce":
+        return functools.partial(reinforce, setting)
     task = make_task(setting._replace(rank=0, layers="all", scale=1.0))
     variant = variants.Variant("", variants.simple(lambda task: make_rule(setting)))
     runner = variants.make_runner(task, variant)
 
     def train(rate: float, seed: int) -> dict[str, Any]:
         found = {"steps": task.steps, **runner(rate, seed), "processor": processor()}
-        curve = runner.curve if setting.experiment == "first" else ()
-        return found | {f"loss_{i}": round(float(x), 5) for i, x in enumerate(curve, 1)}
+        return found | numbered("loss", runner.curve if setting.experiment == "first" else ())
 
     return train
+
+
+def numbered(name: str, curve: Any) -> dict[str, float]:
+    """A column for each step."""
+    return {f"{name}_{i}": round(float(x), 5) for i, x in enumerate(curve, 1)}
+
+
+def rewarded(options: Sequence[str], *known: Any) -> tuple[int, tables.Row, list[tables.Row]]:
+    """A run of `grpo.py`: how many parameters train, its result and its steps."""
+    with tempfile.TemporaryDirectory() as out:
+        state = grpo.main([f"--out={out}", *options], *known)
+        result, steps = (tables.read(pathlib.Path(out) / f"{x}.csv") for x in ("result", "steps"))
+    return jlora.count(state.adapter), result[0], steps
+
+
+@functools.cache
+def untrained() -> tuple[Any, dict[str, float]]:
+    """The model, and its score before training, which is that of all ranks."""
+    model = smollm2.load(data.smollm2())
+    _, result, _ = rewarded(["--steps=0"], model)
+    return model, {name: x for name, x in result.items() if name.endswith("_before")}
+
+
+def reinforce(setting: Setting, rate: float, seed: int) -> dict[str, Any]:
+    """Columns of a run on rewards; `validation` is the share of wrong answers at its end."""
+    (model, before), start = untrained(), time.process_time()
+    rank = f"--rank={setting.rank}" if setting.rank else "--full"
+    sizes = f"--groups={setting.batch // 8}", f"--steps={REWARDED}"
+    options = rank, f"--rate={rate}", f"--seed={seed}", *sizes, f"--save-every={REWARDED + 1}"
+    trained, result, steps = rewarded(options, model, before)
+    rewards, kl = np.array([(row["reward"], row["kl"]) for row in steps]).T
+    found = {"steps": REWARDED, "trained": trained, "validation": 1 - rewards[-10:].mean()}
+    found |= {k: x for k, x in result.items() if k.endswith(("_before", "_after"))}
+    found |= {"kl": kl.max(), "seconds": round(time.process_time() - start, 1)}
+    found = {name: round(x, 6) for name, x in found.items()}
+    return found | {"processor": processor()} | numbered("reward", rewards)
 
 
 def run(path: pathlib.Path, setting: Setting, middle: int, seed: int) -> None:
@@ -192,7 +243,7 @@ def run(path: pathlib.Path, setting: Setting, middle: int, seed: int) -> None:
         loss(middle, seed)
         return
     best = trials.best_rate(loss, middle, RATES)
-    for rate in (best, best - 1, best + 1):
+    for rate in (best, best + 1, best - 1)[: 2 if setting.experiment == "reinforce" else 3]:
         loss(rate, seed)
 
 
@@ -221,8 +272,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     args = parser.parse_args(argv)
     for name in args.experiments:
-        path = args.out / f"regret_{'first' if name == 'first' else 'runs'}.csv"
+        path = args.out / f"regret_{name if name in OWN else 'runs'}.csv"
         settings, seeds = PLANS[name]
+        progress.write("\n".join(re.findall(rf"^ +({name} .*)", __doc__ or "", re.M)))
         for seed in range(min(args.seeds, seeds)):
             for setting, middle in settings.items():
                 with claim(path, setting) as is_free:

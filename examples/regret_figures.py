@@ -2,9 +2,9 @@
 
     python examples/regret_figures.py       # of examples/results, as far as the runs are
 
-Read OUT/regret_runs.csv and OUT/regret_first.csv; write OUT/regret.csv, a row for each setting, and
-OUT/regret_NAME.png for each experiment, of which the guides have copies; print the tables of the
-guides. Errors and bands are standard errors over the seeds.
+Read OUT/regret_runs.csv and the tables of single experiments; write OUT/regret.csv, a row for each
+setting, and OUT/regret_NAME.png for each experiment, of which the guides have copies; print the
+tables of the guides. Errors and bands are standard errors over the seeds.
 
 The best rate is where a parabola through the losses at three rates, half a decade apart and the
 middle one the best, is lowest. The parabolas of all seeds of a setting are equally curved. How far
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import tables
-from regret import ALPHA, ALPHABET, FIRST, LENGTH, OUT, PLANS, SCALE, Setting
+from regret import ALPHA, ALPHABET, LENGTH, OUT, OWN, PLANS, SCALE, Setting
 from scipy import stats
 from tables import Row
 
@@ -86,10 +86,14 @@ def bits(row: Row) -> tuple[float, float]:
 
 
 def group(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
-    """The runs of each setting, in the order of the plans, with their bits or held-out loss."""
-    found = collections.defaultdict(list)
+    """The runs of each setting, in the order of the plans, with their score.
+
+    It is how many bits are learned, the share of held-out sums that are right, or a held-out loss.
+    """
+    found, scores = collections.defaultdict(list), {"reinforce": "sampled_after"}
     for row in rows:
-        score = bits(row)[1] if row["experiment"] == "capacity" else row["held_out"]
+        name = row["experiment"]
+        score = bits(row)[1] if name == "capacity" else row[scores.get(name, "held_out")]
         found[Setting(*(row[name] for name in Setting._fields))].append(row | {"score": score})
     return {x: found[x] for settings, _ in PLANS.values() for x in settings if x in found}
 
@@ -137,19 +141,49 @@ def exponents(rows: Sequence[Row]) -> str:
     return "".join(found)
 
 
-def markdown(table: Sequence[Row], experiment: str) -> str:
+def markdown(rows: Sequence[Row], experiment: str) -> str:
     """The table of an experiment as the guide has it."""
+    make = reward_lines if experiment == "reinforce" else loss_lines
+    rows = [row for row in rows if row["experiment"] == experiment]
+    return "".join(f"| {' | '.join(line)} |\n" for line in make(rows))
+
+
+def loss_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """Cells: the best rates, and the losses there."""
     lines = [["", "s", "batch", "best rate", "÷ full's", "held-out loss"], 6 * ["---"]]
-    for row in table:
-        if row["experiment"] == experiment:
-            what = [row["task"], label(row), "" if row["layers"] == "all" else row["layers"]]
-            numbers = [f"{row['scale']:g}" if row["rank"] else "", str(row["batch"])]
-            cells = [_cell(row, "best_rate"), _cell(row, "of_full")]
-            cells.append(f"{row['score']:g} ± {row['standard_error']:g}".removesuffix(" ± nan"))
-            if experiment == "capacity":
-                cells[-1] += f" bits, {row['score'] / row['trained']:.2f} a parameter"
-            lines.append([", ".join(filter(None, what)), *numbers, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    for row in summary(rows):
+        what = [row["task"], label(row), "" if row["layers"] == "all" else row["layers"]]
+        numbers = [f"{row['scale']:g}" if row["rank"] else "", str(row["batch"])]
+        cells = [_cell(row, "best_rate"), _cell(row, "of_full")]
+        cells.append(f"{row['score']:g} ± {row['standard_error']:g}".removesuffix(" ± nan"))
+        if row["experiment"] == "capacity":
+            cells[-1] += f" bits, {row['score'] / row['trained']:.2f} a parameter"
+        lines.append([", ".join(filter(None, what)), *numbers, *cells])
+    return lines
+
+
+def reward_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """Cells: how many held-out sums are right, and what becomes of rewards at the next rate."""
+    names, kinds = ("at the next rate: right", "reward"), ("sampled", "greedy")
+    lines = [["", "best rate", *(f"right, {x}" for x in kinds), *names], 6 * ["---"]]
+    for row in rows[:1]:
+        lines.append(["before", "", *(f"{row[f'{x}_before']:.0%}" for x in kinds), "", ""])
+    for setting, runs in group(rows).items():
+        rate = tables.best(runs, "score", 1)[0]["rate"]
+        each = (tables.best(runs, f"{x}_after", 1)[1:] for x in kinds)
+        cells = [f"{x:.0%} ± {error:.0%}".removesuffix(" ± nan%") for x, error in each]
+        above = [row for row in runs if round(2 * np.log10(row["rate"] / rate)) == 1]
+        falls = [(x.max(), x[x.argmax() :].min()) for x in map(rewards, above)]
+        for high, low in [max(falls, key=lambda x: x[0] - x[1])] if falls else []:
+            cells += [f"{np.mean([row['score'] for row in above]):.0%}", f"{high:.2f} to {low:.2f}"]
+        lines.append([label(setting._asdict()), f"{rate:g}", *cells, *(4 - len(cells)) * [""]])
+    return lines
+
+
+def rewards(row: Row) -> np.ndarray:
+    """After each step of a run the mean reward of the last eight, or of fewer at first."""
+    each = list(curve(row).values())
+    return np.array([np.mean(each[max(i - 8, 0) : i]) for i in range(1, len(each) + 1)])
 
 
 def _cell(row: Row, name: str) -> str:
@@ -171,6 +205,8 @@ AXES = {
     "rates": ("learning rate", "validation loss"),
     "layers": ("learning rate", "validation loss"),
     "batches": ("batch, at equally many examples", "held-out loss"),
+    "at the best rate": ("step", "reward, mean of 8 steps"),  # a panel of its own
+    "held-out sums": ("learning rate", "share right"),
 }
 Panels = dict[str, dict[str, dict[float, list[float]]]]  # of lines of x to the y of each seed
 
@@ -192,17 +228,29 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
             line, panels = setting.layers, [setting.task]
         best, more = tables.best(runs, "score", 1)[0]["rate"], _levels(runs)
         for row in runs:
-            points = {row["rate"]: row["validation"] - more[row["seed"]]}
+            is_best, points = (
+                row["rate"] == best,
+                {row["rate"]: row["validation"] - more[row["seed"]]},
+            )
             if experiment == "first":
-                is_shared = row["seed"] in set.intersection(*each)
-                points = {i: row[f"loss_{i}"] for i in range(1, FIRST + 1) if is_shared}
+                points = curve(row) if row["seed"] in set.intersection(*each) else {}
             elif experiment in ("batches", "capacity"):
                 x = setting.batch if experiment == "batches" else bits(row)[0]
-                points = {x: row["score"]} if row["rate"] == best else {}
-            for panel in panels:
+                points = {x: row["score"]} if is_best else {}
+            shown = dict.fromkeys(panels, points)
+            if experiment == "reinforce":
+                points = dict(enumerate(rewards(row), 1)) if is_best else {}
+                shown = {"at the best rate": points, "held-out sums": {row["rate"]: row["score"]}}
+            for panel, points in shown.items():
                 for x, y in points.items():
                     found[panel][line].setdefault(x, []).append(y)
     return found
+
+
+def curve(row: Row) -> dict[int, float]:
+    """The loss or reward of each step."""
+    found = {k.partition("_")[::2]: x for k, x in row.items()}
+    return {int(i): x for (name, i), x in found.items() if name in ("loss", "reward") and i}
 
 
 def _levels(runs: Sequence[Row]) -> dict[int, float]:
@@ -239,13 +287,18 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
         if experiment in ("rates", "layers"):  # what diverges is not shown
             low = min(np.nanmin(line.get_ydata()) for line in axis.lines)
             axis.set_ylim(low - 0.05, low + 0.8)
-        axis.set(title=title, ylabel=AXES[experiment][1])
-        axis.set_xscale("linear" if experiment == "first" else "log")
+        xlabel, ylabel = AXES[title if title in AXES else experiment]
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axis.set_xscale("linear" if xlabel == "step" else "log")
         axis.set_yscale("log" if experiment == "capacity" else "linear")
         axis.legend(fontsize=8)
-    axes[-1, 0].set(xlabel=AXES[experiment][0])
     figure.savefig(path, dpi=200)
     plt.close(figure)
+
+
+def read(out: pathlib.Path) -> list[Row]:
+    """All runs, as far as they are."""
+    return [row for name in ("runs", *OWN) for row in tables.read(out / f"regret_{name}.csv")]
 
 
 def write(out: pathlib.Path) -> str:
@@ -254,15 +307,13 @@ def write(out: pathlib.Path) -> str:
     Raises:
         ValueError: nothing has run.
     """
-    rows = [row for name in ("runs", "first") for row in tables.read(out / f"regret_{name}.csv")]
-    if not rows:
+    if not (rows := read(out)):
         raise ValueError(f"`{out}` has no regret_runs.csv. Run regret.py first.")
-    table = summary(rows)
-    tables.write(out / "regret.csv", table)
+    tables.write(out / "regret.csv", summary(rows))
     for name in PLANS:
         if panels := collect(name, rows):
             draw(out / f"regret_{name}.png", name, panels)
-    return "\n".join([*(markdown(table, name) for name in PLANS), exponents(rows)])
+    return "\n".join([*(markdown(rows, name) for name in PLANS), exponents(rows)])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """`examples/regret.py` and `regret_figures.py`: what runs when, the best rate, what is written."""
 
+import functools
 import pathlib
 import re
 import shutil
 
+import grpo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +18,14 @@ from models import bert, llama, parts
 from regret import PLANS, Setting
 from scipy import stats
 from small import some
+from test_grpo import CONFIG, PARAMS, Tokenizer, once
 
 import jlora
 
 GUIDES = pathlib.Path(__file__).parents[2] / "notebooks"
-RESULTS = [f"regret_{name}.csv" for name in ("runs", "first")]
+RESULTS = [f"regret_{name}.csv" for name in ("runs", *regret.OWN)]
+CURVES = {"first": ("loss", regret.FIRST), "reinforce": ("reward", regret.REWARDED)}
+RIGHT = [f"{x}_{when}" for x in ("sampled", "greedy") for when in ("before", "after")]
 
 # ---- runs ---------------------------------------------------------------------------------------
 
@@ -37,9 +42,9 @@ def asked(monkeypatch):
             found.append((setting, rate, seed))
             loss = (np.log10(rate) - best) ** 2 + 0.01 * seed
             scores = dict.fromkeys(("validation", "held_out", "loss"), loss)
-            scores |= {"held_out_right": 1 - loss, "trained": 10}
-            is_first = setting.experiment == "first"
-            return scores | {f"loss_{i}": loss for i in range(1, regret.FIRST + 1) if is_first}
+            scores |= dict.fromkeys(("held_out_right", *RIGHT), 1 - loss) | {"trained": 10}
+            name, steps = CURVES.get(setting.experiment, ("", 0))
+            return scores | regret.numbered(name, steps * [loss])
 
         return train
 
@@ -64,13 +69,16 @@ def test_a_run_is_not_repeated_and_one_seed_of_all_settings_comes_first(tmp_path
     assert path.read_text() == "".join(lines)
 
 
-def test_rates_from_the_middle_outward_and_three_for_further_seeds(tmp_path, asked):
-    setting = next(iter(PLANS["rates"][0]))
+@pytest.mark.parametrize(("experiment", "further"), [("rates", 3), ("reinforce", 2)])
+def test_rates_from_the_middle_outward_and_few_for_further_seeds(
+    tmp_path, asked, experiment, further
+):
+    setting = next(iter(PLANS[experiment][0]))
     for seed in (0, 1):
         regret.run(tmp_path / "runs.csv", setting, -8, seed)
     rates = [[rate for _, rate, at in asked if at == seed] for seed in (0, 1)]
     assert rates[0] == [1e-4, 3e-5, 3e-4, 1e-3, 3e-3]  # one worse than the best, and no further
-    assert rates[1] == [1e-3, 3e-4, 3e-3]
+    assert rates[1] == [1e-3, 3e-3, 3e-4][:further]
 
 
 def test_a_setting_that_another_process_runs_is_left_alone(tmp_path, asked):
@@ -166,6 +174,32 @@ def test_the_first_steps_are_in_the_table(monkeypatch):
     assert row["steps"] == 20 and "loss_21" not in row
 
 
+@pytest.mark.parametrize("rank", some([8, 0], 8))
+def test_a_run_on_rewards_is_in_the_table(monkeypatch, tmp_path, rank):
+    """As `grpo.py` makes it; the model is loaded, and measured before training, once."""
+    loads = []
+    monkeypatch.setattr(grpo, "HELD_OUT", grpo.HELD_OUT[:8])
+    monkeypatch.setattr(grpo, "reward", lambda _, answer: float("7" in answer))
+    load = lambda _: loads.append(1) or (CONFIG, PARAMS, Tokenizer())  # noqa: E731
+    monkeypatch.setattr(regret.smollm2, "load", load)
+    monkeypatch.setattr(regret.data, "smollm2", lambda: None)
+    monkeypatch.setattr(regret, "untrained", functools.cache(regret.untrained.__wrapped__))
+    monkeypatch.setattr(regret, "REWARDED", 3)
+    if rank:  # that of the run before training
+        monkeypatch.setattr(grpo, "make_programs", once(grpo.make_programs))
+    setting = regret.scaled("reinforce", "sums", rank, 8)
+    row, _ = (regret.make_train(setting)(1e-2, seed) for seed in (2, 3))
+    assert len(loads) == 1
+    options = f"--groups=1 --rate=0.01 --seed=2 --steps=3 --out={tmp_path}".split()
+    state = grpo.main([*options, f"--rank={rank}" if rank else "--full"])
+    [result], steps = (tables.read(tmp_path / f"{x}.csv") for x in ("result", "steps"))
+    assert {name: row[name] for name in RIGHT} == {name: result[name] for name in RIGHT}
+    assert list(regret_figures.curve(row).values()) == [step["reward"] for step in steps]
+    assert row["validation"] == pytest.approx(1 - np.mean([x["reward"] for x in steps]), abs=1e-6)
+    assert row["kl"] == pytest.approx(max(step["kl"] for step in steps), abs=1e-6)
+    assert row["trained"] == jlora.count(state.adapter) and row["steps"] == 3
+
+
 # ---- the best rate ------------------------------------------------------------------------------
 
 
@@ -257,7 +291,7 @@ def test_without_enough_runs_there_is_no_interval():
     for chosen in (rows, [row for row in rows if row["rate"] >= 1e-3]):
         (row,) = regret_figures.summary(chosen)
         assert np.isnan(row["of_full"]) and np.isnan(row["best_rate_low"]) and row["rate"] == 1e-3
-        cells = regret_figures.markdown([row], "rates").splitlines()[-1].split(" | ")
+        cells = regret_figures.markdown(chosen, "rates").splitlines()[-1].split(" | ")
         assert cells[3:5] == ["0.001" if chosen is rows else "", ""]
     assert np.isnan(row["best_rate"]) and row["rates"] == 3
     assert regret_figures.exponents(rows) == ""
@@ -276,19 +310,44 @@ def test_every_experiment_has_a_picture_and_a_table(tmp_path, name, asked):
     regret.main(["--experiments", name, "--seeds", "2", "--out", str(tmp_path)])
     text = regret_figures.write(tmp_path)
     assert (tmp_path / f"regret_{name}.png").stat().st_size > 5000
-    table = regret_figures.markdown(tables.read(tmp_path / "regret.csv"), name)
-    assert table in text and len(table.splitlines()) == 2 + len(PLANS[name][0])
-    panels = regret_figures.collect(name, tables.read(tmp_path / RESULTS[name == "first"]))
+    rows = regret_figures.read(tmp_path)
+    table, before = regret_figures.markdown(rows, name), name == "reinforce"
+    assert table in text and len(table.splitlines()) == 2 + before + len(PLANS[name][0])
+    panels = regret_figures.collect(name, rows)
     lines = {"r = 16", "r = 1", "r = 256", "r = 4", "r = 64", "full"}
     if name in ("rates", "first"):
         found = {title: set(each) for title, each in panels.items()}
         assert found == {"s = 32/r": lines, "s = 2": lines}
 
 
+def test_rewards_at_the_best_rate_and_above():
+    """The rate is chosen by training; a fall is that of the worst seed, from its height."""
+    setting, rows = regret.scaled("reinforce", "sums", 1, 32), []
+    for seed, rate, wrong, right, rewards in [
+        (0, 3e-5, 0.5, 0.9, [0.5] * 32),
+        (0, 1e-4, 0.3, 0.6, [0.0] * 8 + [0.75] * 24),
+        (1, 1e-4, 0.3, 0.8, [0.25] * 8 + [0.5] * 24),
+        (0, 3e-4, 0.9, 0.1, [0.25] * 16 + [0.0] * 16),
+        (1, 3e-4, 0.9, 0.3, [0.5] * 16 + [0.125] * 16),
+    ]:
+        row = setting._asdict() | {"rate": rate, "seed": seed, "validation": wrong}
+        rows.append(row | dict.fromkeys(RIGHT, right) | regret.numbered("reward", rewards))
+    table = regret_figures.markdown(rows, "reinforce").splitlines()
+    assert table[2:] == [
+        "| before |  | 90% | 90% |  |  |",
+        "| r = 1 | 0.0001 | 70% ± 10% | 70% ± 10% | 20% | 0.50 to 0.12 |",
+    ]
+    assert regret_figures.markdown(rows[:2], "reinforce").endswith("| 60% | 60% |  |  |\n")
+    panels = regret_figures.collect("reinforce", rows)
+    steps = panels["at the best rate"]["r = 1"]
+    assert steps[1] == [0, 0.25] and steps[12] == [0.375, 0.375] and steps[32] == [0.75, 0.5]
+    assert panels["held-out sums"]["r = 1"] == {3e-5: [0.9], 1e-4: [0.6, 0.8], 3e-4: [0.1, 0.3]}
+
+
 def test_the_committed_table_is_that_of_the_committed_runs(tmp_path):
-    for name in RESULTS:
+    for name in filter(lambda name: (regret.OUT / name).exists(), RESULTS):
         shutil.copy(regret.OUT / name, tmp_path)
-    rows = [row for name in RESULTS for row in tables.read(tmp_path / name)]
+    rows = regret_figures.read(tmp_path)
     keys = [tuple(row[name] for name in (*Setting._fields, "rate", "seed")) for row in rows]
     assert len(keys) == len(set(keys))
     planned = {x for settings, _ in PLANS.values() for x in settings}
@@ -300,10 +359,9 @@ def test_the_committed_table_is_that_of_the_committed_runs(tmp_path):
 
 def check_guide(text: str, folder: pathlib.Path) -> None:
     """A guide that shows the picture of an experiment has its table, as the runs say."""
-    table = tables.read(folder / "regret.csv")
+    rows = regret_figures.read(folder)
     for name in re.findall(r"pictures/regret_(\w+)\.png", text):
-        assert regret_figures.markdown(table, name) in text, name
-    rows = tables.read(folder / "regret_runs.csv")
+        assert regret_figures.markdown(rows, name) in text, name
     for sentence in re.findall(r"With s = \S+ the best rate goes .*\n", text):
         assert sentence in regret_figures.exponents(rows)
 
@@ -318,10 +376,8 @@ def test_the_guides_have_the_tables_and_the_pictures(guide):
 
 def test_a_wrong_figure_in_a_guide_is_found(tmp_path, asked):
     regret.main(["--experiments", "rates", "--seeds", "2", "--out", str(tmp_path)])
-    rows = tables.read(tmp_path / "regret_runs.csv")
-    table = regret_figures.summary(rows)
-    tables.write(tmp_path / "regret.csv", table)
-    found = regret_figures.markdown(table, "rates"), regret_figures.exponents(rows)
+    rows = regret_figures.read(tmp_path)
+    found = regret_figures.markdown(rows, "rates"), regret_figures.exponents(rows)
     text = "\n".join(["![rates](pictures/regret_rates.png)", *found])
     check_guide(text, tmp_path)
     for old, new in (("0.001 (", "0.002 ("), ("r^(0.00", "r^(0.10")):
