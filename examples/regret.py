@@ -10,7 +10,7 @@
     rates      2.9 hours   the best rate of full fine-tuning, and of LoRA, by rank and scale
     layers     2.3 hours   all layers, attention or feed-forward alone, with as many parameters
     batches    3.1 hours   batches of 4 to 256 at equally many examples
-    reinforce  2.2 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
+    reinforce  2.0 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
 
 The first seed's rates are half decades from the middle outward, as long as the loss falls, so that
 the best one has a worse one on either side; further seeds run at these three, those of `reinforce`

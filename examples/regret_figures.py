@@ -164,7 +164,7 @@ def loss_lines(rows: Sequence[Row]) -> list[list[str]]:
 
 def reward_lines(rows: Sequence[Row]) -> list[list[str]]:
     """Cells: how many held-out sums are right, and what becomes of rewards at the next rate."""
-    names, kinds = ("at the next rate: right", "reward"), ("sampled", "greedy")
+    names, kinds = ("at the next rate", "reward there, highest to lowest"), ("sampled", "greedy")
     lines = [["", "best rate", *(f"right, {x}" for x in kinds), *names], 6 * ["---"]]
     for row in rows[:1]:
         lines.append(["before", "", *(f"{row[f'{x}_before']:.0%}" for x in kinds), "", ""])
@@ -173,17 +173,18 @@ def reward_lines(rows: Sequence[Row]) -> list[list[str]]:
         each = (tables.best(runs, f"{x}_after", 1)[1:] for x in kinds)
         cells = [f"{x:.0%} ± {error:.0%}".removesuffix(" ± nan%") for x, error in each]
         above = [row for row in runs if round(2 * np.log10(row["rate"] / rate)) == 1]
-        falls = [(x.max(), x[x.argmax() :].min()) for x in map(rewards, above)]
+        each = (np.array([*rewards(row).values()]) for row in above)
+        falls = [(x.max(), x[x.argmax() :].min()) for x in each]
         for high, low in [max(falls, key=lambda x: x[0] - x[1])] if falls else []:
             cells += [f"{np.mean([row['score'] for row in above]):.0%}", f"{high:.2f} to {low:.2f}"]
         lines.append([label(setting._asdict()), f"{rate:g}", *cells, *(4 - len(cells)) * [""]])
     return lines
 
 
-def rewards(row: Row) -> np.ndarray:
-    """After each step of a run the mean reward of the last eight, or of fewer at first."""
+def rewards(row: Row) -> dict[int, float]:
+    """From the fourth step of a run on, the mean reward of the last eight, or of all so far."""
     each = list(curve(row).values())
-    return np.array([np.mean(each[max(i - 8, 0) : i]) for i in range(1, len(each) + 1)])
+    return {i: float(np.mean(each[max(i - 8, 0) : i])) for i in range(4, len(each) + 1)}
 
 
 def _cell(row: Row, name: str) -> str:
@@ -239,11 +240,12 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
                 points = {x: row["score"]} if is_best else {}
             shown = dict.fromkeys(panels, points)
             if experiment == "reinforce":
-                points = dict(enumerate(rewards(row), 1)) if is_best else {}
+                points = rewards(row) if is_best else {}
                 shown = {"at the best rate": points, "held-out sums": {row["rate"]: row["score"]}}
             for panel, points in shown.items():
+                lines = found[panel]
                 for x, y in points.items():
-                    found[panel][line].setdefault(x, []).append(y)
+                    lines[line].setdefault(x, []).append(y)
     return found
 
 
@@ -282,7 +284,8 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
             i = names.index(name)
             color = "black" if is_full else plt.get_cmap("viridis")(0.9 * i / len(names))
             style = f"{'os^DvX'[i]}{'--' if is_full else '-'}"
-            axis.plot(x, y, style, color=color, markersize=4, label=name)
+            every = 1 + len(x) // 12
+            axis.plot(x, y, style, color=color, markersize=4, markevery=every, label=name)
             axis.fill_between(x, y - error, y + error, color=color, alpha=0.2, linewidth=0)
         if experiment in ("rates", "layers"):  # what diverges is not shown
             low = min(np.nanmin(line.get_ydata()) for line in axis.lines)
