@@ -86,10 +86,7 @@ def bits(row: Row) -> tuple[float, float]:
 
 
 def group(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
-    """The runs of each setting, in the order of the plans, with their score.
-
-    It is how many bits are learned, the share of held-out sums that are right, or a held-out loss.
-    """
+    """The runs of each setting, in the order of the plans, with bits, right sums or a loss."""
     found, scores = collections.defaultdict(list), {"reinforce": "sampled_after"}
     for row in rows:
         name = row["experiment"]
@@ -173,9 +170,10 @@ def reward_lines(rows: Sequence[Row]) -> list[list[str]]:
         each = (tables.best(runs, f"{x}_after", 1)[1:] for x in kinds)
         cells = [f"{x:.0%} ± {error:.0%}".removesuffix(" ± nan%") for x, error in each]
         above = [row for row in runs if round(2 * np.log10(row["rate"] / rate)) == 1]
-        each = (np.array([*rewards(row).values()]) for row in above)
-        falls = [(x.max(), x[x.argmax() :].min()) for x in each]
-        for high, low in [max(falls, key=lambda x: x[0] - x[1])] if falls else []:
+        if above:
+            each = (np.array([*rewards(row).values()]) for row in above)
+            falls = ((x.max(), x[x.argmax() :].min()) for x in each)
+            high, low = max(falls, key=lambda x: x[0] - x[1])
             cells += [f"{np.mean([row['score'] for row in above]):.0%}", f"{high:.2f} to {low:.2f}"]
         lines.append([label(setting._asdict()), f"{rate:g}", *cells, *(4 - len(cells)) * [""]])
     return lines
@@ -229,10 +227,8 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
             line, panels = setting.layers, [setting.task]
         best, more = tables.best(runs, "score", 1)[0]["rate"], _levels(runs)
         for row in runs:
-            is_best, points = (
-                row["rate"] == best,
-                {row["rate"]: row["validation"] - more[row["seed"]]},
-            )
+            is_best = row["rate"] == best
+            points = {row["rate"]: row["validation"] - more[row["seed"]]}
             if experiment == "first":
                 points = curve(row) if row["seed"] in set.intersection(*each) else {}
             elif experiment in ("batches", "capacity"):

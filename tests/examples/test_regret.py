@@ -306,8 +306,9 @@ def test_without_runs_there_is_no_table(tmp_path):
 
 
 @pytest.mark.parametrize("name", some(PLANS, "rates"))
-def test_every_experiment_has_a_picture_and_a_table(tmp_path, name, asked):
+def test_every_experiment_has_a_picture_and_a_table(tmp_path, name, asked, capsys):
     regret.main(["--experiments", name, "--seeds", "2", "--out", str(tmp_path)])
+    assert re.match(rf"{name} +\d\.\d hours ", "".join(capsys.readouterr()))
     text = regret_figures.write(tmp_path)
     assert (tmp_path / f"regret_{name}.png").stat().st_size > 5000
     rows = regret_figures.read(tmp_path)
