@@ -178,7 +178,7 @@ def close(a: Any, b: Any, atol: float = 1e-4) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 0, atol), a, b)
 
 
-@of("tokens")
+@of("tokens", 1)
 def _tokens(names: Names) -> None:
     base, adapter, ids = names["base"], names["adapter"], names["ids"]
     merged = jlora.merge(base, adapter)
@@ -196,10 +196,10 @@ def _linen(names: Names) -> None:
     state = names["state"]
     assert int(state.step) == 50
     assert jlora.count(state.opt_state) == 2 * jlora.count(state.params) + 1  # moments, a count
-    assert names["adapter"]["params"]["head"]["kernel"].is_deleted()
+    assert names["adapter"]["params"]["layers_2"]["kernel"].is_deleted()
 
 
-@of("nnx")
+@of("nnx", 1)
 def _nnx(names: Names) -> None:
     """The adapter alone is trained, with moments of its own, and with statistics."""
     adapted, merged, x = (names[name] for name in ("adapted", "merged", "x"))
@@ -224,17 +224,17 @@ def _precision(names: Names) -> None:
     base, adapter, x = names["base"], names["adapter"], names["x"]
     assert {w.dtype for w in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
     assert {a.dtype for a in jax.tree.leaves(adapter)} == {jnp.dtype("float32")}
-    text = str(jax.make_jaxpr(jax.grad(names["loss_fn"]))(adapter, base, x, x[:, :4].argmax(-1)))
+    text = str(jax.make_jaxpr(jax.grad(names["loss_fn"]))(adapter, base, x, x))
     products = re.findall(r"(\w+)\[[\d,]+\] = dot_general", text)
     assert len(products) > 6 and set(products) == {"bf16"}
 
 
-@of("dpo")
+@of("dpo", 1)
 def _dpo(names: Names) -> None:
     assert names["losses"][0] == pytest.approx(np.log(2), abs=1e-5)  # policy and reference alike
 
 
-@of("grpo", 1)
+@of("grpo", 2)
 def _grpo(names: Names) -> None:
     rewards = names["rewards"]
     assert np.mean(rewards[-5:]) > 0.3 > 5 * np.mean(rewards[:5])
@@ -243,11 +243,13 @@ def _grpo(names: Names) -> None:
     assert (after == 7).mean() > 5 * (before == 7).mean()
 
 
-@of("evaluation")
+@of("evaluation", 1)
 def _evaluation(names: Names) -> None:
-    assert names["served"] == pytest.approx(names["losses"][1], abs=1e-5)
+    before, after, merged = (float(names[name]) for name in ("before", "after", "merged"))
+    check_learned([before, after])
+    assert merged == pytest.approx(after, abs=1e-5)
     model, base, x = names["model"], names["base"], names["held_out"]
-    assert ((model(base, x) - x[:, ::-1]) ** 2).mean() == pytest.approx(names["losses"][0])
+    assert ((model(base, x) - x[:, ::-1]) ** 2).mean() == pytest.approx(before)
 
 
 @of("stopping")
