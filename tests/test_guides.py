@@ -345,7 +345,7 @@ def test_orbax_goes_on(tmp_path, monkeypatch):
     """To the losses of a run that was not stopped, bit for bit."""
     whole = run("loops/orbax")
     monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(tmp_path / "stopped"))
-    first = run("loops/orbax", lambda code: code.replace("0, 50)", "0, 25)"))
+    first = run("loops/orbax", lambda code: code.replace("last, 50)", "last, 25)"))
     second = run("loops/orbax")
     check_learned(whole["losses"])
     assert len(first["losses"]) == 25 and len(second["losses"]) == 30  # from step 20
