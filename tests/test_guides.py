@@ -142,13 +142,11 @@ def test_loops_are_short():
             assert len(code.lstrip("\n").splitlines()) <= LINES, page
 
 
-def test_code_fits_its_page():
-    """The pages of whole programs have no contents beside them."""
+def test_code_fits_a_page():
     fence = re.compile(r"^```(?:python|py|bash|yaml)\n(.*?)^```", re.M | re.S)
-    for path in GUIDES.rglob("*.md"):
-        wide = path.parent.name == "loops" or path.stem == "start"
+    for path in [*GUIDES.rglob("*.md"), GUIDES.parent / "README.md"]:
         lines = "".join(fence.findall(path.read_text(encoding="utf-8"))).splitlines()
-        assert max(map(len, lines), default=0) <= (100 if wide else 72), path
+        assert max(map(len, lines), default=0) <= 72, path
 
 
 def test_the_table_leads_to_every_loop():
@@ -260,7 +258,7 @@ def _stopping(names: Names) -> None:
     assert found == pytest.approx(min(losses), abs=1e-6)
 
 
-@of("maxtext", 1)
+@of("maxtext", 3)
 def _maxtext(names: Names) -> None:
     """A and B are labeled like W, a new trainer goes on, and PEFT's files come back."""
     adapted, folder = names["adapted"], names["folder"]
@@ -271,7 +269,7 @@ def _maxtext(names: Names) -> None:
     with jax.set_mesh(names["mesh"]), axes:
         rule, call, rngs = names["rule"], names["call"], nnx.Rngs(1)
         other = jlora.nnx.adapt(adapted.base, rule, rngs=rngs, example=call)
-        again = names["MaxTextPeftTrainer"](other, optax.adamw(1e-2), names["plan"])
+        again = names["train_sft"].MaxTextPeftTrainer(other, optax.adamw(1e-2), names["plan"])
     assert again.train_steps == 20
     close(nnx.state(other, nnx.LoRAParam), nnx.state(adapted, nnx.LoRAParam), 0)
     again.close()
@@ -280,20 +278,20 @@ def _maxtext(names: Names) -> None:
     jax.tree.map(np.testing.assert_array_equal, loaded, adapted.adapter)
 
 
-@of("maxtext", 2)
+@of("maxtext", 5)
 def _maxtext_pre_training(names: Names) -> None:
     """The step trains the adapter alone, once in two batches, by the schedule."""
-    adapted, losses, make = names["adapted"], names["losses"], names["model_creation_utils"]
+    adapted, losses = names["adapted"], names["losses"]
     assert float(names["found"]) == pytest.approx(losses[-1], rel=0.1)
     assert losses[0] == losses[1] and losses[2] == losses[3]
     axes = nnx.logical_axis_rules(names["config"].logical_axis_rules)
     with jax.set_mesh(names["mesh"]), axes:
-        before = make.from_config(names["config"], mesh=names["mesh"], rngs=nnx.Rngs(0))
+        before = names["from_config"](names["config"], mesh=names["mesh"], rngs=nnx.Rngs(0))
     weights = (nnx.state(x, nnx.Param) for x in (adapted.base, before))
     jax.tree.map(np.testing.assert_array_equal, *weights)
 
 
-@of("tunix", 2)
+@of("tunix", 4)
 def _tunix_stops(names: Names) -> None:
     """Where the loss on other data grows; the steps are updates of two batches."""
     trainer, history = names["trainer"], names["patience"].history
@@ -305,7 +303,7 @@ def _tunix_stops(names: Names) -> None:
     assert "remat" in text or "checkpoint" in text
 
 
-@of("tunix", 6)
+@of("tunix", 9)
 def _tunix_grpo(names: Names) -> None:
     """The policy learns, and actor, rollouts and reference hold one copy of the base."""
     cluster, rewards = names["cluster"], names["rewards"]
@@ -318,11 +316,10 @@ def _tunix_grpo(names: Names) -> None:
     assert held[0] == held[1] == held[2]
 
 
-@of("tunix")
+@of("tunix", 1)
 def _tunix(names: Names) -> None:
     """Metrics are there, the adapter alone is saved, and a new trainer goes on from it."""
     trainer, adapted = names["trainer"], names["adapted"]
-    check_learned(list(trainer.metrics_logger.get_metric_history("", "loss", "train")))
     before = names["Llama3"](adapted.base.config, rngs=nnx.Rngs(0))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted.base), nnx.state(before))
     close(adapted(*names["call"])[0], adapted.merged()(*names["call"])[0], 1e-3)
