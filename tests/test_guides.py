@@ -243,9 +243,9 @@ def _grpo(names: Names) -> None:
 
 @of("evaluation", 1)
 def _evaluation(names: Names) -> None:
-    before, after, merged = (float(names[name]) for name in ("before", "after", "merged"))
+    before, after, served = (float(names[name]) for name in ("before", "after", "served"))
     check_learned([before, after])
-    assert merged == pytest.approx(after, abs=1e-5)
+    assert served == pytest.approx(after, abs=1e-5)
     model, base, x = names["model"], names["base"], names["held_out"]
     assert ((model(base, x) - x[:, ::-1]) ** 2).mean() == pytest.approx(before)
 
