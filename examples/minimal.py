@@ -6,17 +6,17 @@ import optax
 
 import jlora
 
-model = nn.Sequential([nn.Dense(256), nn.relu, nn.Dense(256), nn.relu, nn.Dense(2)])
+layers = [nn.Dense(256), nn.relu, nn.Dense(256), nn.relu, nn.Dense(1)]
+model = nn.Sequential(layers)
 key = jax.random.key(0)
 x = jax.random.normal(key, (4096, 16))
-labels = (x[:, 0] * x[:, 1] > 0).astype(int)
-train, test = slice(2048), slice(2048, None)
+labels = x[:, [0]] * x[:, [1]] > 0
+train, test = (x[:2048], labels[:2048]), (x[2048:], labels[2048:])
 variables = model.init(key, x)  # in practice, those of a checkpoint
 
-lora = jlora.transform(
-    model.apply, jlora.LoRA(r"layers_[02]/kernel", rank=4, alpha=8), jlora.Full("layers_4")
-)
-base, adapter = lora.init(key, variables, x)  # the frozen weights; what is trained
+rules = jlora.LoRA("layers_[02]/kernel", rank=4), jlora.Full("layers_4")
+lora = jlora.transform(model.apply, *rules)
+base, adapter = lora.init(key, variables, x)  # frozen; trained
 print(lora.sites(variables, x))
 tx = jlora.optimizer(optax.adamw(1e-2))
 state = tx.init(adapter)
@@ -26,7 +26,7 @@ state = tx.init(adapter)
 def step(adapter, state, base, x, labels):
     def loss_fn(adapter):
         logits = lora.apply(base, adapter, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
 
     loss, grads = jax.value_and_grad(loss_fn)(adapter)
     updates, state = tx.update(grads, state, adapter)
@@ -34,9 +34,10 @@ def step(adapter, state, base, x, labels):
 
 
 for _ in range(100):
-    adapter, state, loss = step(adapter, state, base, x[train], labels[train])
+    adapter, state, loss = step(adapter, state, base, *train)
 merged = jlora.merge(base, adapter)  # `variables` again, trained
 
+x, labels = test
 for name, trained in {"before": variables, "after": merged}.items():
-    right = model.apply(trained, x[test]).argmax(-1) == labels[test]
+    right = (model.apply(trained, x) > 0) == labels
     print(f"{name}: {right.mean():.1%} of the rows held out are right")

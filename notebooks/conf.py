@@ -91,11 +91,9 @@ html_theme_options = {
     "github_url": "https://github.com/jlora/jlora",
     "logo": {"text": f"jlora {release}"},
     "search_as_you_type": True,
-    # Contents at the right, except on pages whose programs are wide.
+    # Contents at the right, except where there is no room or no use.
     "secondary_sidebar_items": {
-        "*": ["page-toc"],
-        "reference/*": ["page-toc"],
-        "loops/*": [],
+        "**": ["page-toc"],
         "index": [],
         "paper": [],
         "start": [],

@@ -142,13 +142,11 @@ def test_loops_are_short():
             assert len(code.lstrip("\n").splitlines()) <= LINES, page
 
 
-def test_code_fits_its_page():
-    """The pages of whole programs have no contents beside them."""
+def test_code_fits_a_page():
     fence = re.compile(r"^```(?:python|py|bash|yaml)\n(.*?)^```", re.M | re.S)
-    for path in GUIDES.rglob("*.md"):
-        wide = path.parent.name == "loops" or path.stem == "start"
+    for path in [*GUIDES.rglob("*.md"), GUIDES.parent / "README.md"]:
         lines = "".join(fence.findall(path.read_text(encoding="utf-8"))).splitlines()
-        assert max(map(len, lines), default=0) <= (100 if wide else 72), path
+        assert max(map(len, lines), default=0) <= 72, path
 
 
 def test_the_table_leads_to_every_loop():
@@ -178,7 +176,7 @@ def close(a: Any, b: Any, atol: float = 1e-4) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 0, atol), a, b)
 
 
-@of("tokens")
+@of("tokens", 1)
 def _tokens(names: Names) -> None:
     base, adapter, ids = names["base"], names["adapter"], names["ids"]
     merged = jlora.merge(base, adapter)
@@ -196,10 +194,10 @@ def _linen(names: Names) -> None:
     state = names["state"]
     assert int(state.step) == 50
     assert jlora.count(state.opt_state) == 2 * jlora.count(state.params) + 1  # moments, a count
-    assert names["adapter"]["params"]["head"]["kernel"].is_deleted()
+    assert names["adapter"]["params"]["layers_2"]["kernel"].is_deleted()
 
 
-@of("nnx")
+@of("nnx", 1)
 def _nnx(names: Names) -> None:
     """The adapter alone is trained, with moments of its own, and with statistics."""
     adapted, merged, x = (names[name] for name in ("adapted", "merged", "x"))
@@ -224,17 +222,17 @@ def _precision(names: Names) -> None:
     base, adapter, x = names["base"], names["adapter"], names["x"]
     assert {w.dtype for w in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
     assert {a.dtype for a in jax.tree.leaves(adapter)} == {jnp.dtype("float32")}
-    text = str(jax.make_jaxpr(jax.grad(names["loss_fn"]))(adapter, base, x, x[:, :4].argmax(-1)))
+    text = str(jax.make_jaxpr(jax.grad(names["loss_fn"]))(adapter, base, x, x))
     products = re.findall(r"(\w+)\[[\d,]+\] = dot_general", text)
     assert len(products) > 6 and set(products) == {"bf16"}
 
 
-@of("dpo")
+@of("dpo", 1)
 def _dpo(names: Names) -> None:
     assert names["losses"][0] == pytest.approx(np.log(2), abs=1e-5)  # policy and reference alike
 
 
-@of("grpo", 1)
+@of("grpo", 2)
 def _grpo(names: Names) -> None:
     rewards = names["rewards"]
     assert np.mean(rewards[-5:]) > 0.3 > 5 * np.mean(rewards[:5])
@@ -243,11 +241,13 @@ def _grpo(names: Names) -> None:
     assert (after == 7).mean() > 5 * (before == 7).mean()
 
 
-@of("evaluation")
+@of("evaluation", 1)
 def _evaluation(names: Names) -> None:
-    assert names["served"] == pytest.approx(names["losses"][1], abs=1e-5)
+    before, after, served = (float(names[name]) for name in ("before", "after", "served"))
+    check_learned([before, after])
+    assert served == pytest.approx(after, abs=1e-5)
     model, base, x = names["model"], names["base"], names["held_out"]
-    assert ((model(base, x) - x[:, ::-1]) ** 2).mean() == pytest.approx(names["losses"][0])
+    assert ((model(base, x) - x[:, ::-1]) ** 2).mean() == pytest.approx(before)
 
 
 @of("stopping")
@@ -258,7 +258,7 @@ def _stopping(names: Names) -> None:
     assert found == pytest.approx(min(losses), abs=1e-6)
 
 
-@of("maxtext", 1)
+@of("maxtext", 3)
 def _maxtext(names: Names) -> None:
     """A and B are labeled like W, a new trainer goes on, and PEFT's files come back."""
     adapted, folder = names["adapted"], names["folder"]
@@ -269,7 +269,7 @@ def _maxtext(names: Names) -> None:
     with jax.set_mesh(names["mesh"]), axes:
         rule, call, rngs = names["rule"], names["call"], nnx.Rngs(1)
         other = jlora.nnx.adapt(adapted.base, rule, rngs=rngs, example=call)
-        again = names["MaxTextPeftTrainer"](other, optax.adamw(1e-2), names["plan"])
+        again = names["train_sft"].MaxTextPeftTrainer(other, optax.adamw(1e-2), names["plan"])
     assert again.train_steps == 20
     close(nnx.state(other, nnx.LoRAParam), nnx.state(adapted, nnx.LoRAParam), 0)
     again.close()
@@ -278,20 +278,20 @@ def _maxtext(names: Names) -> None:
     jax.tree.map(np.testing.assert_array_equal, loaded, adapted.adapter)
 
 
-@of("maxtext", 2)
+@of("maxtext", 5)
 def _maxtext_pre_training(names: Names) -> None:
     """The step trains the adapter alone, once in two batches, by the schedule."""
-    adapted, losses, make = names["adapted"], names["losses"], names["model_creation_utils"]
+    adapted, losses = names["adapted"], names["losses"]
     assert float(names["found"]) == pytest.approx(losses[-1], rel=0.1)
     assert losses[0] == losses[1] and losses[2] == losses[3]
     axes = nnx.logical_axis_rules(names["config"].logical_axis_rules)
     with jax.set_mesh(names["mesh"]), axes:
-        before = make.from_config(names["config"], mesh=names["mesh"], rngs=nnx.Rngs(0))
+        before = names["from_config"](names["config"], mesh=names["mesh"], rngs=nnx.Rngs(0))
     weights = (nnx.state(x, nnx.Param) for x in (adapted.base, before))
     jax.tree.map(np.testing.assert_array_equal, *weights)
 
 
-@of("tunix", 2)
+@of("tunix", 4)
 def _tunix_stops(names: Names) -> None:
     """Where the loss on other data grows; the steps are updates of two batches."""
     trainer, history = names["trainer"], names["patience"].history
@@ -303,7 +303,7 @@ def _tunix_stops(names: Names) -> None:
     assert "remat" in text or "checkpoint" in text
 
 
-@of("tunix", 6)
+@of("tunix", 9)
 def _tunix_grpo(names: Names) -> None:
     """The policy learns, and actor, rollouts and reference hold one copy of the base."""
     cluster, rewards = names["cluster"], names["rewards"]
@@ -316,11 +316,10 @@ def _tunix_grpo(names: Names) -> None:
     assert held[0] == held[1] == held[2]
 
 
-@of("tunix")
+@of("tunix", 1)
 def _tunix(names: Names) -> None:
     """Metrics are there, the adapter alone is saved, and a new trainer goes on from it."""
     trainer, adapted = names["trainer"], names["adapted"]
-    check_learned(list(trainer.metrics_logger.get_metric_history("", "loss", "train")))
     before = names["Llama3"](adapted.base.config, rngs=nnx.Rngs(0))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted.base), nnx.state(before))
     close(adapted(*names["call"])[0], adapted.merged()(*names["call"])[0], 1e-3)
@@ -343,7 +342,7 @@ def test_orbax_goes_on(tmp_path, monkeypatch):
     """To the losses of a run that was not stopped, bit for bit."""
     whole = run("loops/orbax")
     monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(tmp_path / "stopped"))
-    first = run("loops/orbax", lambda code: code.replace("0, 50)", "0, 25)"))
+    first = run("loops/orbax", lambda code: code.replace("last, 50)", "last, 25)"))
     second = run("loops/orbax")
     check_learned(whole["losses"])
     assert len(first["losses"]) == 25 and len(second["losses"]) == 30  # from step 20

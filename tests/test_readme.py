@@ -36,8 +36,8 @@ def test_the_first_code_is_the_example() -> None:
     assert shown.strip() == read_code()
     [excerpt, *_] = blocks(ROOT / "README.md")
     assert f"\n{excerpt}" in read_code()
-    assert excerpt.startswith("lora = jlora.transform(") and "jlora.merge(" in excerpt
-    assert len(read_code().splitlines()) <= 44 and len(excerpt.splitlines()) <= 24
+    assert excerpt.startswith("rules =") and "jlora.merge(" in excerpt
+    assert len(read_code().splitlines()) <= 45 and len(excerpt.splitlines()) <= 24
 
 
 def is_shown(page: str, printed: list[str]) -> bool:
