@@ -19,7 +19,7 @@ import pod
 import pod_plan
 from models import gpt, llama
 from models.parts import RULES, SEQUENCE_RULES
-from small import some, some_rows
+from small import some_rows
 
 from jlora import _compat
 
@@ -68,7 +68,8 @@ def test_collectives(model, topology, axes, sequence, method, monkeypatch):
     assert size <= 1.01 * smallest + 1.5 * adapter
 
 
-@pytest.mark.parametrize("method", some(["qv", "all"], "all"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["qv", "all"])
 def test_memory(method):
     """Of the real Llama 7B, compiled."""
     floor = row("7b", V5P, (4, 2), False, "floor")
