@@ -166,13 +166,13 @@ def write(path: Where, handler: Any, args: Any) -> None:
 
     def save() -> None:
         with ocp.Checkpointer(handler) as checkpointer:
-            in_step(lambda: checkpointer.save(stage, args=args))
+            checkpointer.save(stage, args=args)
 
     try:
         by_first(lambda: _check(final, local))
         if local:
             stage = epath.Path(_folders.beside(Path(final), from_first(_folders.token())))
-        by_all(save)  # closed on all before process 0 removes what a failure leaves
+        in_step(save)  # closed on all before process 0 removes what a failure leaves
         if local:
             by_first(lambda: _folders.commit(Path(stage), Path(final), "`path`"))
     except FileExistsError:
