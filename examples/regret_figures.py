@@ -134,7 +134,7 @@ def exponents(rows: Sequence[Row]) -> str:
             power = np.polyfit(x, [at[setting].mean() for setting in ranked], 1)[0]
             error = find_error(at.values()) / min(len(at[setting]) for setting in ranked) ** 0.5
             error /= len(x) ** 0.5 * x.std()
-            found.append(f"With {name} the best rate goes as r^({power:.2f} ± {error:.2f}).\n")
+            found.append(f"With {name} the best rate goes as r^({power:z.2f} ± {error:.2f}).\n")
     return "".join(found)
 
 

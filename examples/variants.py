@@ -114,7 +114,9 @@ VARIANTS = {
     "lora_qv": Variant("LoRA, q and v", simple(lambda t: lora(QV, t.rank))),
     "head": Variant("the head alone", lambda t: Setup(t.head)),
     "full": Variant("full fine-tuning", simple(lambda t: jlora.Full("params")), -3),
-    "rslora": Variant("rsLoRA, all linear", simple(lambda t: jlora.LoRA(rank=RANK, rslora=True))),
+    "rslora": Variant(
+        "rsLoRA, all linear", simple(lambda t: jlora.LoRA(rank=RANK, alpha=16, rslora=True))
+    ),
     "lora_plus": Variant(
         "LoRA+, λ = 16", simple(lambda t: lora(None, RANK), after=(jlora.lora_plus(16.0),)), -1
     ),

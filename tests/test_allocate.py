@@ -175,7 +175,7 @@ def test_other_rules_keep_their_places() -> None:
     allocation = jlora.allocate(of(sites), given, budget=24)
     assert list(allocation) == [
         Full("norm"),
-        LoRA(r"^a\[0\]/kernel$", rank=2, alpha=32),
+        LoRA(r"^a\[0\]/kernel$", rank=2, alpha=64),
         Full("bias"),
         LoRA("^b/kernel$", rank=1, alpha=1),
     ]

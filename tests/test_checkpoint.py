@@ -463,7 +463,8 @@ def heads(p: Any, x: jax.Array) -> jax.Array:
 
 def test_a_checkpoint_of_before_is_read():
     rules = checkpoint.read(BEFORE).rules
-    anywhere = LoRA(".*quer.*", rank=2), LoRA(".*(?:out/w).*", rank=1), Full(".*head.*")
+    quer, out = LoRA(".*quer.*", rank=2, alpha=16), LoRA(".*(?:out/w).*", rank=1, alpha=16)
+    anywhere = quer, out, Full(".*head.*")
     assert rules == anywhere
     params = {"query": {"w": jnp.ones((4, 6))}, "out": {"w": jnp.ones((6, 4))}}
     params = {"multi_head": params, "head": {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}}

@@ -464,7 +464,7 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
         "`tx` must be an optax transformation, such as optax.adamw(2e-4); got ": lambda: (
             many.optimizer(lambda rate: rate, rate=0.1).init(TABLE)
         ),
-        NOT_A_TABLE + "w: LowRank(a=float32[4,2], b=float32[2,6], scale=8.0).": lambda: (
+        NOT_A_TABLE + "w: LowRank(a=float32[4,2], b=float32[2,6], scale=16.0).": lambda: (
             many.optimizer(optax.sgd(0.1)).init(LORA.init(KEYS[0], small.W, X)[1])
         ),
         NOT_A_TABLE + "b: float32[], w: float32[3,4].": lambda: many.optimizer(optax.sgd(0.1)).init(

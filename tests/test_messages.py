@@ -331,7 +331,7 @@ ROWS = jlora.types.Replaced(jnp.ones((9, 2, 4)), (2, 3), jlora.types.Layout((0,)
 RULES = "LoRA('(query|value)/kernel'), Full('classifier'))"
 PRINTED: list[tuple[Callable[[], Any], str]] = [
     # A node is a line of shapes, with what is not as it is by default.
-    (lambda: adapter_of(PLAIN), f"{{'w': {NODE.format(8.0)}}}"),
+    (lambda: adapter_of(PLAIN), f"{{'w': {NODE.format(16.0)}}}"),
     (
         lambda: adapter_of(MANY),
         f"{{'w': {NODE.format('1.5, dropout=0.5, materialize=True')}}}",
@@ -342,7 +342,7 @@ PRINTED: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: adapter_of(SLOTS, jnp.ones((5, 4, 12)))["w"],
-        "LowRank(a=float32[5,2,4,2], b=float32[5,2,2,4], scale=8.0, stack=(0,), "
+        "LowRank(a=float32[5,2,4,2], b=float32[5,2,2,4], scale=16.0, stack=(0,), "
         "slots=(3, (0, 2), 2))",
     ),
     (lambda: ROWS, "Replaced(v=float32[9,2,4], rows=(2, 3), stack=(0,))"),
@@ -353,12 +353,12 @@ PRINTED: list[tuple[Callable[[], Any], str]] = [
     # Labels, tracers and bound leaves.
     (
         lambda: jlora.labels(adapter_of(PLAIN)),
-        "{'w': LowRank(a='a', b='b', scale=8.0)}",
+        "{'w': LowRank(a='a', b='b', scale=16.0)}",
     ),
-    (lambda: traced(adapter_of(PLAIN)), f"{{'w': {NODE.format(8.0)}}}"),
+    (lambda: traced(adapter_of(PLAIN)), f"{{'w': {NODE.format(16.0)}}}"),
     (
         lambda: jlora.bind(W, adapter_of(PLAIN))["w"],
-        f"Adapted(base=float32[4,3], delta={NODE.format(8.0)})",
+        f"Adapted(base=float32[4,3], delta={NODE.format(16.0)})",
     ),
     # The function and the rules of a transform.
     (lambda: transformed(nn.Dense(3).apply), f"Transformed(Dense.apply, {RULES}"),

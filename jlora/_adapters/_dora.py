@@ -46,7 +46,7 @@ class Decomposed(Node):
         >>> dora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=2))
         >>> _, adapter = dora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
         >>> print(adapter)
-        {'w': Decomposed(a=float32[4,2], b=float32[2,3], m=float32[3], scale=8.0)}
+        {'w': Decomposed(a=float32[4,2], b=float32[2,3], m=float32[3], scale=16.0)}
         >>> decayed = lambda tree: jax.tree.map(lambda x: x != "m", jlora.labels(tree))
         >>> tx = jlora.optimizer(optax.adamw(2e-4, weight_decay=0.1, mask=decayed))
     """

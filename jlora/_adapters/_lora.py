@@ -107,7 +107,7 @@ class LoRA(Rule):
 
     pattern: str | None = None
     rank: int = 8
-    alpha: float = 16.0
+    alpha: float = 32.0
     slots: Slots | None = None
     dropout: float = 0.0
     materialize: bool = False

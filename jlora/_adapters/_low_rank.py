@@ -40,7 +40,7 @@ class LowRank(Node):
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
         >>> _, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
         >>> print(adapter)
-        {'w': LowRank(a=float32[4,2], b=float32[2,3], scale=8.0)}
+        {'w': LowRank(a=float32[4,2], b=float32[2,3], scale=16.0)}
         >>> halve = lambda x, label: x / 2 if label == "b" else x
         >>> half = jax.tree.map(halve, adapter, jlora.labels(adapter))
     """

@@ -66,7 +66,7 @@ def allocate(
         >>> lora = jlora.transform(model, *jlora.allocate(found, rule, budget=16))
         >>> base, adapter = jax.jit(lora.init)(jax.random.key(0), params, jnp.eye(4))
         >>> adapter
-        {'b': LowRank(a=float32[4,2], b=float32[2,4], scale=16.0)}
+        {'b': LowRank(a=float32[4,2], b=float32[2,4], scale=32.0)}
     """
     given = check_rules(rules)
     if not isinstance(sketch, Sketch):

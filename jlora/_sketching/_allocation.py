@@ -135,7 +135,7 @@ class Allocation(Sequence[Rule]):
         ─────────────────────────────
         1 of 2 sites; 16 parameters
         >>> allocation[0].pattern, allocation[0].rank, allocation[0].alpha
-        ('^b$', 2, 32.0)
+        ('^b$', 2, 64.0)
         >>> edited = allocation.with_ranks({"a": 1})
         >>> jlora.types.Allocation.from_json(edited.to_json(), rule) == edited
         True

@@ -62,7 +62,7 @@ def save(
         ...     checkpoint.save(f"{folder}/adapter", adapter, rules, base=base)
         ...     restored = checkpoint.restore(f"{folder}/adapter", base=base)
         >>> restored["up"].scale, bool((restored["up"].a == adapter["up"].a).all())
-        (8.0, True)
+        (16.0, True)
     """
     saved = items(adapter, rules, step=step, base=base, hash_values=hash_values)
     # Orbax would make folders in the background, wait for them, and lose their errors.
