@@ -18,6 +18,7 @@ import collections
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -146,17 +147,30 @@ def markdown(rows: Sequence[Row], experiment: str) -> str:
 
 
 def loss_lines(rows: Sequence[Row]) -> list[list[str]]:
-    """Cells: the best rates, and the losses there."""
-    lines = [["", "s", "batch", "best rate", "÷ full's", "held-out loss"], 6 * ["---"]]
-    for row in summary(rows):
-        what = [row["task"], label(row), "" if row["layers"] == "all" else row["layers"]]
-        numbers = [f"{row['scale']:g}" if row["rank"] else "", str(row["batch"])]
-        cells = [_cell(row, "best_rate"), _cell(row, "of_full")]
-        cells.append(f"{row['score']:g} ± {row['standard_error']:g}".removesuffix(" ± nan"))
+    """Cells: the best rates, and the losses there; of what varies, and of what is known."""
+    table, lines = sorted(summary(rows), key=_order), []
+    varies = {name for name in ("task", "layers", "batch") if len({row[name] for row in table}) > 1}
+    for row in table:
+        names = {"task": row["task"], "rank": label(row), "layers": row["layers"]}
+        cells = {"": ", ".join(x for name, x in names.items() if name in varies | {"rank"})}
+        cells["s"] = f"{row['scale']:g}" if row["rank"] else ""
+        cells["batch"] = str(row["batch"]) if "batch" in varies else ""
+        cells |= {"best rate": _cell(row, "best_rate"), "÷ full's": _cell(row, "of_full")}
+        score = f"{row['score']:g} ± {row['standard_error']:g}".removesuffix(" ± nan")
         if row["experiment"] == "capacity":
-            cells[-1] += f" bits, {row['score'] / row['trained']:.2f} a parameter"
-        lines.append([", ".join(filter(None, what)), *numbers, *cells])
-    return lines
+            each = {"batch": "", "bits learned": score}
+            cells |= each | {"bits a parameter": f"{row['score'] / row['trained']:.2f}"}
+        else:
+            cells["held-out loss"] = score
+        lines.append(cells)
+    names = [name for name in lines[0] if any(cells[name] for cells in lines)] if lines else []
+    return [names, len(names) * ["---"], *([cells[name] for name in names] for cells in lines)]
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """By task and batch; s = 32/r before s = 2; by rank, and full fine-tuning last."""
+    is_fixed = row["rank"] > 0 and not SCALES["s = 32/r"](Setting(*map(row.get, Setting._fields)))
+    return len(row["task"]), row["task"], row["batch"], is_fixed, row["rank"] or np.inf
 
 
 def reward_lines(rows: Sequence[Row]) -> list[list[str]]:
@@ -269,7 +283,9 @@ def _place(name: str) -> tuple[bool, int, str]:
 def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
     """Panels below each other, as wide as a phone; full fine-tuning is dashed."""
     size = 4, 0.3 + 2.8 * len(panels)
-    figure, axes = plt.subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
+    shared = experiment in ("first", "rates")  # axes, as these panels are to be compared
+    how = {"squeeze": False, "sharex": shared, "sharey": shared, "layout": "constrained"}
+    figure, axes = plt.subplots(len(panels), figsize=size, **how)
     names = sorted({name for lines in panels.values() for name in lines}, key=_place)
     for axis, (title, lines) in zip(axes[:, 0], panels.items(), strict=True):
         for name in sorted(lines, key=_place):
