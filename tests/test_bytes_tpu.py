@@ -42,7 +42,7 @@ def hurried(chip, *form, fused=False):
 
 @pytest.mark.parametrize(
     ("chip", "trained", "alone", "fused"),
-    some_rows(HURRIED_LIMITS, HURRIED_LIMITS[1], HURRIED_LIMITS[3], HURRIED_LIMITS[5]),
+    some_rows(HURRIED_LIMITS, HURRIED_LIMITS[3], HURRIED_LIMITS[5]),
 )
 def test_bytes_over_the_floor(chip, trained, alone, fused):
     """The option fuses sums with h·B into the products with W, at no operation more."""
@@ -53,7 +53,8 @@ def test_bytes_over_the_floor(chip, trained, alone, fused):
     assert with_option.flops <= ours.flops
 
 
-@pytest.mark.parametrize(("layer", "limit"), some_rows(LIMITS, LIMITS[2]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("layer", "limit"), LIMITS)
 def test_all_linear(layer, limit):
     floor, plain, ours = (step(layer, "v5e", form, 8) for form in ("floor", "plain", "jlora"))
     assert ours.size <= limit * floor.size
