@@ -291,6 +291,8 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
         for name in sorted(lines, key=_place):
             seeds = [np.array(each) for _, each in sorted(lines[name].items())]
             x, y = np.array(sorted(lines[name])), np.array([each.mean() for each in seeds])
+            if experiment == "capacity":  # fewer than none have no place on this axis
+                y = np.where(y > 0, y, np.nan)
             error = np.array([each.std() / max(len(each) - 1, 1) ** 0.5 for each in seeds])
             is_full = name == "full"
             i = names.index(name)
@@ -305,6 +307,9 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
         xlabel, ylabel = AXES[title if title in AXES else experiment]
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.set_xscale("linear" if xlabel == "step" else "log")
+        if experiment == "batches":
+            axis.set_xticks(x, x)
+            axis.minorticks_off()
         axis.set_yscale("log" if experiment == "capacity" else "linear")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=200)
