@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import every
 
 import jlora
 
@@ -51,10 +52,13 @@ def codes_of(leaf):
     return np.concatenate([pairs >> 4, pairs & 15], -1).ravel()
 
 
-@pytest.mark.parametrize("under", [lambda f: f, jax.jit])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", SCHEMES)
+UNDER = {"eager": lambda f: f, "jit": jax.jit}
+DAILY = ("nf4", "float32", "eager"), ("nf4", "bfloat16", "jit"), ("fp4", "float16", "jit")
+
+
+@pytest.mark.parametrize(("kind", "dtype", "under"), every(SCHEMES, DTYPES, UNDER, daily=DAILY))
 def test_codes_scales_and_values(kind, dtype, under):
+    under = UNDER[under]
     for shape in SHAPES:
         for block in (32, 64, 128, 256):
             ours, theirs = weight(shape, dtype)
@@ -74,7 +78,7 @@ def test_codes_scales_and_values(kind, dtype, under):
             )
 
 
-@pytest.mark.parametrize("under", [lambda f: f, jax.jit])
+@pytest.mark.parametrize("under", UNDER.values(), ids=UNDER)
 @pytest.mark.parametrize("shape", [(512, 640), (33, 50)])
 def test_scales_of_scales(shape, under):
     """What its codes mean, to a bit; its own choice of codes is off by one where it is close."""
@@ -97,7 +101,7 @@ def test_scales_of_scales(shape, under):
     np.testing.assert_array_equal(np.asarray(values).T, expected.numpy())
 
 
-@pytest.mark.parametrize("under", [lambda f: f, jax.jit])
+@pytest.mark.parametrize("under", UNDER.values(), ids=UNDER)
 def test_int8(under):
     ours, theirs = weight((96, 160), "float32")
     codes, absmax, _ = functional.int8_vectorwise_quant(theirs.half())
