@@ -23,12 +23,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import tables
+from matplotlib.ticker import NullFormatter
 from regret import ALPHA, ALPHABET, LENGTH, OUT, OWN, PLANS, SCALE, Setting
 from scipy import stats
 from tables import Row
 
 SCALES = {  # ways to choose s
-    "s = 32/r": lambda setting: setting.scale * setting.rank == ALPHA,
+    "s = 32/r": lambda setting: np.isclose(setting.scale * setting.rank, ALPHA),
     "s = 2": lambda setting: setting.scale == SCALE,
 }
 
@@ -141,7 +142,7 @@ def exponents(rows: Sequence[Row]) -> str:
 
 def markdown(rows: Sequence[Row], experiment: str) -> str:
     """The table of an experiment as the guide has it."""
-    make = reward_lines if experiment == "reinforce" else loss_lines
+    make = {"reinforce": reward_lines, "capacity": bit_lines}.get(experiment, loss_lines)
     rows = [row for row in rows if row["experiment"] == experiment]
     return "".join(f"| {' | '.join(line)} |\n" for line in make(rows))
 
@@ -153,24 +154,34 @@ def loss_lines(rows: Sequence[Row]) -> list[list[str]]:
     for row in table:
         names = {"task": row["task"], "rank": label(row), "layers": row["layers"]}
         cells = {"": ", ".join(x for name, x in names.items() if name in varies | {"rank"})}
-        cells["s"] = f"{row['scale']:g}" if row["rank"] else ""
+        cells["s"] = f"{row['scale']:.3g}" if row["rank"] else ""
         cells["batch"] = str(row["batch"]) if "batch" in varies else ""
         cells |= {"best rate": _cell(row, "best_rate"), "÷ full's": _cell(row, "of_full")}
         score = f"{row['score']:g} ± {row['standard_error']:g}".removesuffix(" ± nan")
-        if row["experiment"] == "capacity":
-            each = {"batch": "", "bits learned": score}
-            cells |= each | {"bits a parameter": f"{row['score'] / row['trained']:.2f}"}
-        else:
-            cells["held-out loss"] = score
-        lines.append(cells)
+        lines.append(cells | {"held-out loss": score})
     names = [name for name in lines[0] if any(cells[name] for cells in lines)] if lines else []
     return [names, len(names) * ["---"], *([cells[name] for name in names] for cells in lines)]
 
 
+def bit_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """Cells: how many bits of how many strings are learned, and in parentheses by a parameter."""
+    table = sorted(summary(rows), key=_order)
+    tasks = list(dict.fromkeys(row["task"] for row in table))
+    names = ["", "parameters", *(f"{task.partition('-')[2]} strings" for task in tasks)]
+    lines = [names, len(names) * ["---"]]
+    for rank in sorted({row["rank"] for row in table}, key=lambda rank: rank or np.inf):
+        own = {row["task"]: row for row in table if row["rank"] == rank}
+        count = next(iter(own.values()))["trained"]
+        each = {x: f"{row['score']:,.0f} ({row['score'] / count:.2f})" for x, row in own.items()}
+        lines.append([label({"rank": rank}), f"{count:,}", *(each.get(task, "") for task in tasks)])
+    return lines
+
+
 def _order(row: Row) -> tuple[Any, ...]:
-    """By task and batch; s = 32/r before s = 2; by rank, and full fine-tuning last."""
+    """By task, batch and layers; s = 32/r before s = 2; by rank, and full fine-tuning last."""
     is_fixed = row["rank"] > 0 and not SCALES["s = 32/r"](Setting(*map(row.get, Setting._fields)))
-    return len(row["task"]), row["task"], row["batch"], is_fixed, row["rank"] or np.inf
+    size, layers = len(row["task"]), row["layers"]
+    return size, row["task"], row["batch"], layers, is_fixed, row["rank"] or np.inf
 
 
 def reward_lines(rows: Sequence[Row]) -> list[list[str]]:
@@ -179,7 +190,7 @@ def reward_lines(rows: Sequence[Row]) -> list[list[str]]:
     lines = [["", "best rate", *(f"right, {x}" for x in kinds), *names], 6 * ["---"]]
     for row in rows[:1]:
         lines.append(["before", "", *(f"{row[f'{x}_before']:.0%}" for x in kinds), "", ""])
-    for setting, runs in group(rows).items():
+    for setting, runs in sorted(group(rows).items(), key=lambda item: item[0].rank or np.inf):
         rate = tables.best(runs, "score", 1)[0]["rate"]
         each = (tables.best(runs, f"{x}_after", 1)[1:] for x in kinds)
         cells = [f"{x:.0%} ± {error:.0%}".removesuffix(" ± nan%") for x, error in each]
@@ -302,8 +313,10 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
             axis.plot(x, y, style, color=color, markersize=4, markevery=every, label=name)
             axis.fill_between(x, y - error, y + error, color=color, alpha=0.2, linewidth=0)
         if experiment in ("rates", "layers"):  # what diverges is not shown
-            low = min(np.nanmin(line.get_ydata()) for line in axis.lines)
-            axis.set_ylim(low - 0.05, low + 0.8)
+            each = np.concatenate([line.get_ydata() for line in axis.lines])
+            axis.set_ylim(
+                np.nanmin(each) - 0.05, min(np.nanmin(each) + 0.8, np.nanmax(each) + 0.05)
+            )
         xlabel, ylabel = AXES[title if title in AXES else experiment]
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.set_xscale("linear" if xlabel == "step" else "log")
@@ -311,6 +324,8 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
             axis.set_xticks(x, x)
             axis.minorticks_off()
         axis.set_yscale("log" if experiment == "capacity" else "linear")
+        for each in (axis.xaxis, axis.yaxis):  # labels between powers of ten would overlap
+            each.set_minor_formatter(NullFormatter())
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=200)
     plt.close(figure)
