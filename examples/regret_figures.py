@@ -80,11 +80,14 @@ def find_error(each: Iterable[np.ndarray]) -> float:
 # ---- the table ----------------------------------------------------------------------------------
 
 
-def bits(row: Row) -> tuple[float, float]:
-    """Of random strings: how many bits they have, and how many of them a run has learned."""
-    letters = int(row["task"].partition("-")[2]) * LENGTH
-    every = letters * np.log2(ALPHABET)
-    return every, every - letters * row["held_out"] / np.log(2)
+def bits(task: str) -> float:
+    """How many bits the random strings of a task have."""
+    return int(task.partition("-")[2]) * LENGTH * float(np.log2(ALPHABET))
+
+
+def learned(row: Row) -> float:
+    """How many bits of random strings a run has learned."""
+    return bits(row["task"]) * (1 - row["held_out"] / np.log(ALPHABET))
 
 
 def group(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
@@ -92,7 +95,7 @@ def group(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
     found, scores = collections.defaultdict(list), {"reinforce": "sampled_after"}
     for row in rows:
         name = row["experiment"]
-        score = bits(row)[1] if name == "capacity" else row[scores.get(name, "held_out")]
+        score = learned(row) if name == "capacity" else row[scores.get(name, "held_out")]
         found[Setting(*(row[name] for name in Setting._fields))].append(row | {"score": score})
     return {x: found[x] for settings, _ in PLANS.values() for x in settings if x in found}
 
@@ -157,7 +160,7 @@ def loss_lines(rows: Sequence[Row]) -> list[list[str]]:
         cells["s"] = f"{row['scale']:.3g}" if row["rank"] else ""
         cells["batch"] = str(row["batch"]) if "batch" in varies else ""
         cells |= {"best rate": _cell(row, "best_rate"), "÷ full's": _cell(row, "of_full")}
-        score = f"{row['score']:g} ± {row['standard_error']:g}".removesuffix(" ± nan")
+        score = f"{row['score']:.3f} ± {row['standard_error']:.3f}".removesuffix(" ± nan")
         lines.append(cells | {"held-out loss": score})
     names = [name for name in lines[0] if any(cells[name] for cells in lines)] if lines else []
     return [names, len(names) * ["---"], *([cells[name] for name in names] for cells in lines)]
@@ -167,7 +170,8 @@ def bit_lines(rows: Sequence[Row]) -> list[list[str]]:
     """Cells: how many bits of how many strings are learned, and in parentheses by a parameter."""
     table = sorted(summary(rows), key=_order)
     tasks = list(dict.fromkeys(row["task"] for row in table))
-    names = ["", "parameters", *(f"{task.partition('-')[2]} strings" for task in tasks)]
+    sizes = (f"{task.partition('-')[2]}: {bits(task):,.0f} bits" for task in tasks)
+    names = ["strings", "parameters", *sizes]
     lines = [names, len(names) * ["---"]]
     for rank in sorted({row["rank"] for row in table}, key=lambda rank: rank or np.inf):
         own = {row["task"]: row for row in table if row["rank"] == rank}
@@ -200,7 +204,9 @@ def reward_lines(rows: Sequence[Row]) -> list[list[str]]:
             falls = ((x.max(), x[x.argmax() :].min()) for x in each)
             high, low = max(falls, key=lambda x: x[0] - x[1])
             cells += [f"{np.mean([row['score'] for row in above]):.0%}", f"{high:.2f} to {low:.2f}"]
-        lines.append([label(setting._asdict()), f"{rate:g}", *cells, *(4 - len(cells)) * [""]])
+        lines.append(
+            [label(setting._asdict()), _scientific(rate), *cells, *(4 - len(cells)) * [""]]
+        )
     return lines
 
 
@@ -211,9 +217,15 @@ def rewards(row: Row) -> dict[int, float]:
 
 
 def _cell(row: Row, name: str) -> str:
-    found, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
-    interval = "" if np.isnan(low) else f" ({low:.2g} to {high:.2g})"
-    return "" if np.isnan(found) else f"{found:.2g}{interval}"
+    """A rate as 8.7e-4, or a ratio of rates; and its interval."""
+    found, *ends = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    form = _scientific if name == "best_rate" else "{:.2g}".format
+    interval = "" if np.isnan(ends).any() else f" ({' to '.join(map(form, ends))})"
+    return "" if np.isnan(found) else form(found) + interval
+
+
+def _scientific(x: float) -> str:
+    return f"{x:.1e}".replace("e-0", "e-")
 
 
 def label(row: Row) -> str:
@@ -257,7 +269,7 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
             if experiment == "first":
                 points = curve(row) if row["seed"] in set.intersection(*each) else {}
             elif experiment in ("batches", "capacity"):
-                x = setting.batch if experiment == "batches" else bits(row)[0]
+                x = setting.batch if experiment == "batches" else bits(setting.task)
                 points = {x: row["score"]} if is_best else {}
             shown = dict.fromkeys(panels, points)
             if experiment == "reinforce":

@@ -141,8 +141,8 @@ def test_random_strings_have_six_bits_a_letter():
     uniform = jnp.zeros((48, 18, 64))
     total, _, count = jax.jit(task.score)(uniform, task.train)
     row = {"task": "strings-48", "held_out": float(total / count)}
-    assert regret_figures.bits(row) == (48 * 16 * 6, pytest.approx(0, abs=0.1))
-    assert regret_figures.bits(row | {"held_out": 0.0})[1] == 48 * 16 * 6
+    assert regret_figures.learned(row) == pytest.approx(0, abs=0.1)
+    assert regret_figures.learned(row | {"held_out": 0.0}) == 48 * 16 * 6
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_strings_are_learned(monkeypatch):
     for rank in (0, 1):
         train = regret.make_train(regret.scaled("capacity", "strings-16", rank, 16, "blocks"))
         row = train(3e-3, 0) | {"task": "strings-16"}
-        learned[rank] = regret_figures.bits(row)[1]
+        learned[rank] = regret_figures.learned(row)
         assert row["held_out"] == row["validation"] and row["processor"]
     assert 100 < learned[1] < learned[0] < 16 * 16 * 6
 
@@ -293,7 +293,7 @@ def test_without_enough_runs_there_is_no_interval():
         assert np.isnan(row["of_full"]) and np.isnan(row["best_rate_low"]) and row["rate"] == 1e-3
         lines = regret_figures.markdown(chosen, "rates").splitlines()
         head, cells = ([x.strip() for x in lines[i].split("|")[1:-1]] for i in (0, -1))
-        known = {"": "r = 16", "s": "2", "best rate": "0.001", "held-out loss": "0"}
+        known = {"": "r = 16", "s": "2", "best rate": "1.0e-3", "held-out loss": "0.000"}
         if chosen is not rows:
             del known["best rate"]
         assert dict(zip(head, cells, strict=True)) == known
@@ -341,7 +341,7 @@ def test_rewards_at_the_best_rate_and_above():
     table = regret_figures.markdown(rows, "reinforce").splitlines()
     assert table[2:] == [
         "| before |  | 90% | 90% |  |  |",
-        "| r = 1 | 0.0001 | 70% ± 10% | 70% ± 10% | 20% | 0.50 to 0.12 |",
+        "| r = 1 | 1.0e-4 | 70% ± 10% | 70% ± 10% | 20% | 0.50 to 0.12 |",
     ]
     assert regret_figures.markdown(rows[:2], "reinforce").endswith("| 60% | 60% |  |  |\n")
     panels = regret_figures.collect("reinforce", rows)
@@ -388,7 +388,7 @@ def test_a_wrong_figure_in_a_guide_is_found(tmp_path, asked):
     found = regret_figures.markdown(rows, "rates"), regret_figures.exponents(rows)
     text = "\n".join(["![rates](pictures/regret_rates.png)", *found])
     check_guide(text, tmp_path)
-    for old, new in (("0.001 (", "0.002 ("), ("r^(0.00", "r^(0.10")):
+    for old, new in (("1.0e-3 (", "2.0e-3 ("), ("r^(0.00", "r^(0.10")):
         assert old in text
         with pytest.raises(AssertionError):
             check_guide(text.replace(old, new, 1), tmp_path)
