@@ -374,10 +374,27 @@ def check_guide(text: str, folder: pathlib.Path) -> None:
         assert sentence in regret_figures.exponents(rows)
 
 
+def claims(guide: str, folder: pathlib.Path) -> list[str]:
+    """What a guide says of the tables in words."""
+    table = regret_figures.summary(regret_figures.read(folder))
+    table = [row for row in table if np.isclose(row["rank"] * row["scale"], 32)]
+    by_name = {x: [row for row in table if row["experiment"] == x] for x in ("rates", "batches")}
+    ratios = {x: [round(row["of_full"]) for row in each] for x, each in by_name.items()}
+    losses = [row["score"] for row in by_name["rates"]]
+    found = [f"{min(each)} to {max(each)} times" for each in ratios.values()]
+    if guide == "variants.md":
+        every = [*ratios["rates"], *ratios["batches"]]
+        found[1] = f"{min(every)} to {max(every)} times"
+        found.append(f"within {np.ceil(100 * (max(losses) - min(losses))) / 100} nats")
+    return found
+
+
 @pytest.mark.parametrize("guide", ["variants.md", "rules.md"])
 def test_the_guides_have_the_tables_and_the_pictures(guide):
     text = (GUIDES / guide).read_text(encoding="utf-8")
     check_guide(text, regret.OUT)
+    for claim in claims(guide, regret.OUT):
+        assert claim in " ".join(text.split()), claim
     for name in re.findall(r"pictures/(regret_\w+\.png)", text):
         assert (GUIDES / "pictures" / name).read_bytes() == (regret.OUT / name).read_bytes()
 
