@@ -325,10 +325,9 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
             axis.plot(x, y, style, color=color, markersize=4, markevery=every, label=name)
             axis.fill_between(x, y - error, y + error, color=color, alpha=0.2, linewidth=0)
         if experiment in ("rates", "layers"):  # what diverges is not shown
-            each = np.concatenate([line.get_ydata() for line in axis.lines])
-            axis.set_ylim(
-                np.nanmin(each) - 0.05, min(np.nanmin(each) + 0.8, np.nanmax(each) + 0.05)
-            )
+            losses = np.concatenate([line.get_ydata() for line in axis.lines])
+            low, high = np.nanmin(losses), np.nanmax(losses)
+            axis.set_ylim(low - 0.05, min(low + 0.8, high + 0.05))
         xlabel, ylabel = AXES[title if title in AXES else experiment]
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.set_xscale("linear" if xlabel == "step" else "log")
@@ -336,8 +335,8 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
             axis.set_xticks(x, x)
             axis.minorticks_off()
         axis.set_yscale("log" if experiment == "capacity" else "linear")
-        for each in (axis.xaxis, axis.yaxis):  # labels between powers of ten would overlap
-            each.set_minor_formatter(NullFormatter())
+        for side in (axis.xaxis, axis.yaxis):  # labels between powers of ten would overlap
+            side.set_minor_formatter(NullFormatter())
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=200)
     plt.close(figure)
