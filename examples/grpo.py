@@ -11,9 +11,8 @@ is the reward less the mean of its group, divided by the standard deviation (arX
 section 4.1). Each answer is used for one step, so that its ratio of probabilities is 1, and none is
 clipped. The reference of the KL term is the base without the adapter, not a copy of the model.
 
-Of sums that are never trained on, 16% are right at first, 62% after 16 steps, as OUT/result.csv
-says, and 77% after 32. OUT/steps.csv has all steps. Shapes: B answers, P tokens a prompt, T an
-answer.
+Of sums that are never trained on, 16% are right at first, 62% after 16 steps and 77% after 32, as
+OUT/result.csv says. OUT/steps.csv has all steps. Shapes: B answers, P tokens a prompt, T an answer.
 """
 
 import argparse
