@@ -380,7 +380,7 @@ def claims(guide: str, folder: pathlib.Path) -> list[str]:
     table = [row for row in table if np.isclose(row["rank"] * row["scale"], 32)]
     by_name = {x: [row for row in table if row["experiment"] == x] for x in ("rates", "batches")}
     ratios = {x: [round(row["of_full"]) for row in each] for x, each in by_name.items()}
-    losses = [row["score"] for row in by_name["rates"]]
+    losses = [row["score"] for row in by_name["rates"] if row["rank"] > 1]
     found = [f"{min(each)} to {max(each)} times" for each in ratios.values()]
     if guide == "variants.md":
         every = [*ratios["rates"], *ratios["batches"]]
