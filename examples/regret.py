@@ -5,12 +5,12 @@
     python examples/regret.py --experiments first     # this one only
     python examples/regret_figures.py                 # table and pictures
 
-    first      0.4 hours   the first 20 steps of SmolLM2-135M at all ranks, with s = 32/r and s = 2
-    capacity   2.1 hours   how many bits a tiny GPT learns by heart, by rank
-    rates      2.9 hours   the best rate of full fine-tuning, and of LoRA, by rank and scale
-    layers     2.3 hours   all layers, attention or feed-forward alone, with as many parameters
-    batches    3.1 hours   batches of 4 to 256 at equally many examples
-    reinforce  2.0 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
+    first      0.5 hours   the first 20 steps of SmolLM2-135M at all ranks, with s = 32/r and s = 2
+    capacity   0.6 hours   how many bits a tiny GPT learns by heart, by rank
+    rates      1.3 hours   the best rate of full fine-tuning, and of LoRA, by rank and scale
+    layers     1.3 hours   all layers, attention or feed-forward alone, with as many parameters
+    batches    1.3 hours   batches of 4 to 256 at equally many examples
+    reinforce  1.0 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
 
 The first seed's rates are half decades from the middle outward, as long as the loss falls, so that
 the best one has a worse one on either side; further seeds run at these three, those of `reinforce`
