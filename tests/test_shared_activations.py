@@ -107,7 +107,7 @@ def of_a_product(p, x):
     return q + k + x @ (p["v"] * jnp.tanh(q.mean()))
 
 
-ALIKE = (jlora.LoRA("[qkv]", rank=4),)
+ALIKE = (jlora.LoRA("[qkv]", rank=4, alpha=16),)  # larger sums lose digits in the cosine
 MIXED = (jlora.LoRA("q", rank=2), jlora.LoRA("k", rank=4, alpha=3), jlora.LoRA("v", rank=1))
 WIDE = (jlora.LoRA("[qkv]", rank=DIM),)  # as wide as the activation
 # The model, the rules, and the columns of A by which the activation is multiplied.
