@@ -90,13 +90,18 @@ def learned(row: Row) -> float:
     return bits(row["task"]) * (1 - row["held_out"] / np.log(ALPHABET))
 
 
+def setting_of(row: Row) -> Setting:
+    """The setting of a run, or of a row of the table."""
+    return Setting(*(row[name] for name in Setting._fields))
+
+
 def group(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
     """The runs of each setting, in the order of the plans, with bits, right sums or a loss."""
     found, scores = collections.defaultdict(list), {"reinforce": "sampled_after"}
     for row in rows:
         name = row["experiment"]
         score = learned(row) if name == "capacity" else row[scores.get(name, "held_out")]
-        found[Setting(*(row[name] for name in Setting._fields))].append(row | {"score": score})
+        found[setting_of(row)].append(row | {"score": score})
     return {x: found[x] for settings, _ in PLANS.values() for x in settings if x in found}
 
 
@@ -152,7 +157,7 @@ def markdown(rows: Sequence[Row], experiment: str) -> str:
 
 def loss_lines(rows: Sequence[Row]) -> list[list[str]]:
     """Cells: the best rates, and the losses there; of what varies, and of what is known."""
-    table, lines = sorted(summary(rows), key=_order), []
+    table, lines = sorted(summary(rows), key=lambda row: _order(setting_of(row))), []
     varies = {name for name in ("task", "layers", "batch") if len({row[name] for row in table}) > 1}
     for row in table:
         names = {"task": row["task"], "rank": label(row), "layers": row["layers"]}
@@ -168,7 +173,7 @@ def loss_lines(rows: Sequence[Row]) -> list[list[str]]:
 
 def bit_lines(rows: Sequence[Row]) -> list[list[str]]:
     """Cells: how many bits of how many strings are learned, and in parentheses by a parameter."""
-    table = sorted(summary(rows), key=_order)
+    table = sorted(summary(rows), key=lambda row: _order(setting_of(row)))
     tasks = list(dict.fromkeys(row["task"] for row in table))
     sizes = (f"{task.partition('-')[2]}: {bits(task):,.0f} bits" for task in tasks)
     names = ["strings", "parameters", *sizes]
@@ -181,11 +186,10 @@ def bit_lines(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def _order(row: Row) -> tuple[Any, ...]:
+def _order(x: Setting) -> tuple[Any, ...]:
     """By task, batch and layers; s = 32/r before s = 2; by rank, and full fine-tuning last."""
-    is_fixed = row["rank"] > 0 and not SCALES["s = 32/r"](Setting(*map(row.get, Setting._fields)))
-    size, layers = len(row["task"]), row["layers"]
-    return size, row["task"], row["batch"], layers, is_fixed, row["rank"] or np.inf
+    is_fixed = x.rank > 0 and not SCALES["s = 32/r"](x)
+    return len(x.task), x.task, x.batch, x.layers, is_fixed, x.rank or np.inf
 
 
 def reward_lines(rows: Sequence[Row]) -> list[list[str]]:
@@ -194,7 +198,7 @@ def reward_lines(rows: Sequence[Row]) -> list[list[str]]:
     lines = [["", "best rate", *(f"right, {x}" for x in kinds), *names], 6 * ["---"]]
     for row in rows[:1]:
         lines.append(["before", "", *(f"{row[f'{x}_before']:.0%}" for x in kinds), "", ""])
-    for setting, runs in sorted(group(rows).items(), key=lambda item: item[0].rank or np.inf):
+    for setting, runs in sorted(group(rows).items(), key=lambda item: _order(item[0])):
         rate = tables.best(runs, "score", 1)[0]["rate"]
         each = (tables.best(runs, f"{x}_after", 1)[1:] for x in kinds)
         cells = [f"{x:.0%} ± {error:.0%}".removesuffix(" ± nan%") for x, error in each]

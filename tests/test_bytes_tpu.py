@@ -42,7 +42,7 @@ def hurried(chip, *form, fused=False):
 
 @pytest.mark.parametrize(
     ("chip", "trained", "alone", "fused"),
-    some_rows(HURRIED_LIMITS, HURRIED_LIMITS[3], HURRIED_LIMITS[5]),
+    some_rows(HURRIED_LIMITS, HURRIED_LIMITS[0], HURRIED_LIMITS[3], HURRIED_LIMITS[5]),
 )
 def test_bytes_over_the_floor(chip, trained, alone, fused):
     """The option fuses sums with h·B into the products with W, at no operation more."""

@@ -83,10 +83,7 @@ def test_one_weight_at_a_time(form):
 GATHERED = [("plain", 2, P("fsdp")), ("scan+remat", 4, P(None, "fsdp"))]
 
 
-@pytest.mark.parametrize(
-    ("form", "layers", "spec"),
-    some_rows(GATHERED, GATHERED[1]),
-)
+@pytest.mark.parametrize(("form", "layers", "spec"), some_rows(GATHERED, GATHERED[1]))
 def test_codes_are_gathered(form, layers, spec):
     """Over four devices, each weight once a pass or once for both."""
     mesh = tpu.mesh_of("v5e:2x2", {"fsdp": 4})

@@ -107,8 +107,7 @@ class DoRA(LoRA):
         rank: r, from 1 to min(inputs, outputs) of the site. Without a pattern, a site that is too
             small gets the largest rank, at least 1, that trains no more parameters than the weight
             has, with the same scale. `sites` shows both ranks.
-        alpha: the numerator of the scale s = alpha / r, positive. As long as it stays the same, the
-            best learning rate hardly depends on r: see the guide "Choose a method".
+        alpha: the numerator of the scale s = alpha / r, positive.
         slots: a `Slots`, to adapt only some parts of a fused output axis; the others keep their
             norms.
         dropout: 0.

@@ -377,7 +377,8 @@ def check_guide(text: str, folder: pathlib.Path) -> None:
 def claims(guide: str, folder: pathlib.Path) -> list[str]:
     """What a guide says of the tables in words."""
     table = regret_figures.summary(regret_figures.read(folder))
-    table = [row for row in table if np.isclose(row["rank"] * row["scale"], 32)]
+    has_scale = regret_figures.SCALES["s = 32/r"]
+    table = [row for row in table if has_scale(regret_figures.setting_of(row))]
     by_name = {x: [row for row in table if row["experiment"] == x] for x in ("rates", "batches")}
     ratios = {x: [round(row["of_full"]) for row in each] for x, each in by_name.items()}
     losses = [row["score"] for row in by_name["rates"] if row["rank"] > 1]
