@@ -3,8 +3,8 @@
     python examples/regret_figures.py       # of examples/results, as far as the runs are
 
 Read OUT/regret_runs.csv and the tables of single experiments; write OUT/regret.csv, a row for each
-setting, and OUT/regret_NAME.png for each experiment, of which the guides have copies; print the
-tables of the guides. Errors and bands are standard errors over the seeds.
+setting, and OUT/regret_NAME.png for each experiment; print the tables of the guides. Errors and
+bands are standard errors over the seeds.
 
 The best rate is where a parabola through the losses at three rates, half a decade apart and the
 middle one the best, is lowest. The parabolas of all seeds of a setting are equally curved. How far

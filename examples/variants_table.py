@@ -3,8 +3,7 @@
     python examples/variants_table.py       # of examples/results, as far as the runs are
 
 Read OUT/variants_runs.csv; write OUT/variants.csv, a row for each variant of each task, and
-OUT/variants.png, of which the guides have a copy; print the table of the guide. Errors are standard
-errors over the seeds.
+OUT/variants.png; print the table of the guide. Errors are standard errors over the seeds.
 """
 
 import collections
