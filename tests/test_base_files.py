@@ -483,6 +483,12 @@ LIES = [
         lambda x: x + np.float32(3e38),
         "up.weight: its scales allow values up to 1.34e+41, beyond ",
     ),
+    (
+        "bitsandbytes, 8 bits",
+        "up.SCB",
+        lambda x: x + np.float32(6e36),  # with which a code is multiplied before it is divided
+        "up.weight: its scales allow values up to inf, beyond ",
+    ),
     ("gptq", "up.g_idx", lambda x: x + 1, "up: has inputs in groups other than the 4 with"),
     ("gptq", "up.g_idx", lambda x: x[:-1], "up.g_idx: expected I32 of shape (128,), got I32"),
     ("gptq, by activation", "up.g_idx", None, "up.g_idx: missing"),

@@ -44,9 +44,9 @@ def slope(apply: Any, x: jax.Array) -> tuple[Any, list[Any], int]:
         return jnp.square(lora.apply(base, adapter, x)).mean()
 
     _, backward = jax.eval_shape(lambda a: jax.vjp(lambda a: loss(a, base, x), a), adapter)
-    program = jax.jit(jax.value_and_grad(loss)).lower(adapter, base, x)
-    products = program.as_text().count("dot_general")
-    return program.compile()(adapter, base, x), jax.tree.leaves(backward), products
+    program = jax.jit(jax.value_and_grad(loss)).lower(adapter, base, x).compile()
+    products = program.as_text().count(" dot(")
+    return program(adapter, base, x), jax.tree.leaves(backward), products
 
 
 @pytest.mark.parametrize("name", some(ACTIVATIONS, "gelu"))
@@ -61,7 +61,7 @@ def test_same_gradients_from_fewer_bytes_and_the_same_products(name: str, is_sca
     assert sum(v.size * v.dtype.itemsize for v in kept) < sum(
         v.size * v.dtype.itemsize for v in kept_by_plain
     )
-    assert same_products == products
+    assert same_products == products > 0
 
 
 @pytest.mark.parametrize("is_scanned", some([True, False], True))

@@ -67,8 +67,11 @@ class Codes(NamedTuple):
             return 6 * 2.0 ** (float(self.scale.max(initial=0)) - 127)
         zero = np.zeros(()) if self.zero is None or self.zero.dtype.kind in "iu" else self.zero
         scale, added = map(_largest, self.nested or (self.scale, zero))
-        by_row = type(self.scheme) is Int8 and self.scheme.block is None
-        return scale * (1 if by_row else _LARGEST[type(self.scheme)]) + added
+        largest = scale * _LARGEST[type(self.scheme)] + added
+        if type(self.scheme) is not Int8 or self.scheme.block is not None:
+            return largest
+        # Codes times scale are divided by 127; before that they must fit into float32.
+        return largest / 127 if largest <= float(np.finfo(np.float32).max) else math.inf
 
 
 class Dense(NamedTuple):
