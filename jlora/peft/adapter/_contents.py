@@ -121,7 +121,8 @@ class Adapter(NamedTuple):
         """The parameters that the adapter may change."""
         each = ((m, self.selection.parameters(m) or ["weight"]) for m in self.modules)
         adapted = (f"{module}.{name}" for module, names in each for name in names)
-        return [*self.others.full, *self.others.tokens, *adapted]
+        others = self.others
+        return [*others.full, *others.tokens, *others.biases, *adapted]
 
 
 def sort_tensors(files: Files, problems: Problems) -> Adapter:
