@@ -105,8 +105,9 @@ def test_laws(method: type, case: Case, every_law: bool) -> None:
         pytest.skip("no embedding")
     case = dataclasses.replace(case, exact_at_zero=case.exact_at_zero and method is not DoRA)
     # In float32 some second derivatives are what rounding leaves.
-    is_long = case.float64 and case.name not in DAILY[method]
-    dtype = jnp.float64 if is_long else jnp.float32
+    is_mixed = any(getattr(rule, "dtype", None) for rule in case.rules)
+    is_daily = case.name in DAILY[method]
+    dtype = jnp.float64 if case.float64 and not (is_daily or is_mixed) else jnp.float32
     with laws.precision(case, dtype) as tolerance:
         made = laws.make(case, dtype)
         laws.hold(made, tolerance, every_law)
