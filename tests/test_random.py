@@ -86,6 +86,13 @@ def product(seed: int) -> tuple[Any, jax.Array, jax.Array, list[int]]:
     )
 
 
+@pytest.fixture(autouse=True)
+def float64():
+    """As of many seeds, some magnify what float32 rounds."""
+    with jax.enable_x64(True):
+        yield
+
+
 FRESH = random.SystemRandom().randrange(10**9)
 SEEDS = [range(2), pytest.param(range(FRESH, FRESH + 500), marks=pytest.mark.slow)]
 
@@ -93,24 +100,19 @@ SEEDS = [range(2), pytest.param(range(FRESH, FRESH + 500), marks=pytest.mark.slo
 @pytest.mark.parametrize("seeds", SEEDS, ids=["daily", "fresh"])
 def test_random_products(seeds: range) -> None:
     """The layout is the expected one but for axes of length 1, and adapted is merged."""
-    # In float64: of many seeds, some magnify what float32 rounds.
-    with jax.enable_x64(True):
-        for seed in seeds:
-            apply, w, x, kinds = product(seed)
-            params, law = {"w": w}, f"seed {seed}: adapted is merged"
-            [layout] = [s.layout for s in jlora.transform(apply).sites(params, x)]
-            for kind, found in enumerate(layout[:3]):
-                expected = [d for d, k in enumerate(kinds) if k == kind]
-                assert {d for d in found if w.shape[d] > 1} == {
-                    d for d in expected if w.shape[d] > 1
-                }
-            rank = min(
-                1 + seed % 3,
-                *(math.prod(w.shape[d] for d in layout[kind]) for kind in (INPUT, OUTPUT)),
-            )
-            lora = jlora.transform(apply, jlora.LoRA("w", rank=rank, alpha=2, init=start))
-            base, adapter = lora.init(jax.random.key(0), params, x)
-            adapted = value_and_slope(lambda a: lora.apply(base, a, x))  # noqa: B023
-            merged = value_and_slope(lambda a: apply(jlora.merge(base, a), x))  # noqa: B023
-            both = jax.jit(lambda a: (adapted(a), merged(a)))  # noqa: B023
-            assert_close(*both(randomize(adapter)), 1e-10, law)
+    for seed in seeds:
+        apply, w, x, kinds = product(seed)
+        params, law = {"w": w}, f"seed {seed}: adapted is merged"
+        [layout] = [s.layout for s in jlora.transform(apply).sites(params, x)]
+        for kind, found in enumerate(layout[:3]):
+            expected = [d for d, k in enumerate(kinds) if k == kind]
+            assert {d for d in found if w.shape[d] > 1} == {d for d in expected if w.shape[d] > 1}
+        rank = min(
+            1 + seed % 3, *(math.prod(w.shape[d] for d in layout[kind]) for kind in (INPUT, OUTPUT))
+        )
+        lora = jlora.transform(apply, jlora.LoRA("w", rank=rank, alpha=2, init=start))
+        base, adapter = lora.init(jax.random.key(0), params, x)
+        adapted = value_and_slope(lambda a: lora.apply(base, a, x))  # noqa: B023
+        merged = value_and_slope(lambda a: apply(jlora.merge(base, a), x))  # noqa: B023
+        both = jax.jit(lambda a: (adapted(a), merged(a)))  # noqa: B023
+        assert_close(*both(randomize(adapter)), 1e-10, law)
