@@ -1,8 +1,8 @@
 """Labels for the leaves of an adapter, and an optimizer that trains only the adapter."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -168,8 +168,9 @@ def optimizer(tx: "optax.GradientTransformation") -> "optax.GradientTransformati
     the base, in arrays of the base's size, and drop them.
 
     Args:
-        tx: any optax transformation. If factors are frozen, its `update` gets all parameters as the
-            extra argument `all_params`.
+        tx: any optax transformation. It gets neither what is frozen nor its gradients. Extra
+            arguments of `update` that are functions of the parameters, such as the `value_fn` of
+            `optax.lbfgs`, are called with all of them.
 
     Returns:
         An optax transformation.
@@ -197,7 +198,8 @@ def optimizer(tx: "optax.GradientTransformation") -> "optax.GradientTransformati
     def group(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: "frozen" if x == "base" else "trained", labels(tree))
 
-    parts = optax.partition({"trained": tx, "frozen": _set_to_zero()}, group)
+    transformations = {"trained": tx, "frozen": _set_to_zero()}
+    parts = optax.partition(transformations, group, mask_compatible_extra_args=True)
 
     def init(params: PyTree) -> PyTree:
         _check_no_keys(params)
@@ -206,12 +208,45 @@ def optimizer(tx: "optax.GradientTransformation") -> "optax.GradientTransformati
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        nodes = jax.tree.leaves(params, is_leaf=is_node)
-        if any(is_node(x) and x.frozen for x in nodes):  # `tx` sees neither them nor their updates
-            extra = {"all_params": params} | extra
-        return parts.update(updates, state, params, **extra)
+        extra = {k: _of_all(f, params) if callable(f) else f for k, f in extra.items()}
+        updates, state = parts.update(updates, _give(state, params), params, **extra)
+        return updates, _give(state, None)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class AllParams(NamedTuple):
+    """The state of a transformation that needs frozen parameters too, in its `update`.
+
+    Attributes:
+        params: all parameters while `jlora.optimizer` updates, else None.
+    """
+
+    params: PyTree = None
+
+
+def _give(state: PyTree, params: PyTree) -> PyTree:
+    """Puts `params` into each `AllParams` of a state."""
+    is_asking = lambda x: isinstance(x, AllParams)  # noqa: E731
+    give = lambda x: AllParams(params) if is_asking(x) else x  # noqa: E731
+    return jax.tree.map(give, state, is_leaf=is_asking)
+
+
+def _of_all(f: Callable[..., Any], params: PyTree) -> Callable[..., Any]:
+    """Makes a function of all parameters one of the trained ones, as are the gradients it returns.
+
+    The others have the values in `params`.
+    """
+
+    def of_trained(trained: PyTree, *args: Any, **kwargs: Any) -> Any:
+        pick = lambda x, full: full if is_masked(x) else x  # noqa: E731
+        found = f(jax.tree.map(pick, trained, params, is_leaf=is_masked), *args, **kwargs)
+        if jax.tree.structure(found) != jax.tree.structure(params):
+            return found
+        hide = lambda x, full: x if is_masked(x) else full  # noqa: E731
+        return jax.tree.map(hide, trained, found, is_leaf=is_masked)
+
+    return of_trained
 
 
 def is_transformation(tx: Any) -> bool:

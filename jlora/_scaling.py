@@ -1,5 +1,6 @@
 """Transformations to chain with an optimizer: LoRA+ and Riemannian preconditioning."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,7 +11,7 @@ from ._adapters import is_node
 from ._compat import is_concrete
 from ._core import einsum, promote
 from ._linalg import inverse
-from ._optimizer import is_masked
+from ._optimizer import AllParams, is_masked
 from ._rules import is_finite
 from ._types import Params, PyTree
 
@@ -55,11 +56,11 @@ def lora_plus(ratio: float | jax.Array) -> "optax.GradientTransformationExtraArg
         chosen = {name: getattr(x, name) for name, label in x.labels.items() if label == "b"}
         return x._replace(**jax.tree.map(lambda u: jnp.asarray(ratio, u.dtype) * u, chosen))
 
-    def update(updates: PyTree, params: PyTree | None, **extra: Any) -> PyTree:
-        del params, extra
+    def update(updates: PyTree, params: PyTree | None) -> PyTree:
+        del params
         return jax.tree.map(scale, updates, is_leaf=is_node)
 
-    return _stateless("lora_plus", update)
+    return _make_transformation("lora_plus", update)
 
 
 def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExtraArgs":
@@ -106,9 +107,7 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
         is_trained = not (is_masked(update.a) and is_masked(update.b))
         return _precondition(damping, update, param) if is_trained else update
 
-    def update(updates: PyTree, params: PyTree | None, **extra: Any) -> PyTree:
-        # Within jlora.optimizer `params` lacks frozen leaves, and one factor may be frozen.
-        params = extra.get("all_params", params)
+    def update(updates: PyTree, params: PyTree | None) -> PyTree:
         if params is None:
             raise ValueError(
                 "The update of jlora.precondition needs the parameters: call "
@@ -117,7 +116,7 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
         stop = lambda x: is_node(x) or is_masked(x)  # noqa: E731
         return jax.tree.map(of_node, updates, params, is_leaf=stop)
 
-    return _stateless("precondition", update)
+    return _make_transformation("precondition", update)
 
 
 def _precondition(damping: Any, update: Any, param: Any) -> Any:
@@ -157,8 +156,10 @@ def _precondition(damping: Any, update: Any, param: Any) -> Any:
 # ---------------------------------------------------------------------------------- what they share
 
 
-def _stateless(name: str, f: Any) -> "optax.GradientTransformationExtraArgs":
-    """Makes a transformation without state from `f(updates, params, **extra)`."""
+def _make_transformation(
+    name: str, f: Callable[[PyTree, PyTree | None], PyTree]
+) -> "optax.GradientTransformationExtraArgs":
+    """Makes a transformation from `f(updates, params)`; `params` has frozen factors too."""
     import optax
 
     def check(tree: PyTree) -> None:
@@ -169,13 +170,15 @@ def _stateless(name: str, f: Any) -> "optax.GradientTransformationExtraArgs":
                 "adapter that `init` returned, or jlora.Params(base, adapter)."
             )
 
-    def init(params: PyTree) -> Any:
+    def init(params: PyTree) -> AllParams:
         check(params)
-        return optax.EmptyState()
+        return AllParams()
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> Any:
+    def update(
+        updates: PyTree, state: AllParams, params: PyTree | None = None, **_: Any
+    ) -> tuple[PyTree, AllParams]:
         check(updates)
-        return f(updates, params, **extra), state
+        return f(updates, params if state.params is None else state.params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

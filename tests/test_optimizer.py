@@ -371,6 +371,55 @@ def test_both_forms_agree_under(small: Setup, name: str, freeze_a: bool) -> None
     assert size(wide_state) == size(state)
 
 
+SEARCHES = {  # transformations that evaluate functions of the parameters, with their arguments
+    "lbfgs": (lambda: optax.lbfgs(), ("value", "grad", "value_fn")),
+    "sam": (lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), ()),
+    "sam opaque": (
+        lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True),
+        ("grad_fn",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", some([*SEARCHES], "lbfgs", "sam opaque"))
+@pytest.mark.parametrize("freeze_a", [False, True])
+def test_functions_of_the_parameters_get_all_of_them(name: str, freeze_a: bool) -> None:
+    """On either form the same step, and with A frozen that of B alone."""
+    frozen = ("a",) if freeze_a else ()
+    rule = jlora.LoRA("w", rank=2, alpha=2, init=random, frozen=frozen)
+    lora = jlora.transform(lambda p, x: x @ p["w"], rule)
+    base, adapter = lora.init(KEY, {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
+    make, wanted = SEARCHES[name]
+
+    def stepped(tree: Any, loss: Any, tx: Any) -> Any:
+        def step(tree: Any, state: Any) -> tuple[Any, Any]:
+            value, grad = jax.value_and_grad(loss)(tree)
+            slope = lambda tree, _: jax.grad(loss)(tree)  # noqa: E731
+            extra = {"value": value, "grad": grad, "value_fn": loss, "grad_fn": slope}
+            given = {k: extra[k] for k in wanted}
+            updates, state = tx.update(grad, state, tree, **given)
+            return optax.apply_updates(tree, updates), state
+
+        state = tx.init(tree)
+        for _ in range(2):
+            tree, state = step(tree, state)
+        return tree
+
+    def loss(base: Any, adapter: Any) -> jax.Array:
+        return jnp.square(lora.apply(base, adapter, jnp.eye(4)) - 2).sum()
+
+    tx = jlora.optimizer(make())
+    alone = stepped(adapter, lambda a: loss(base, a), tx)
+    both = stepped(jlora.Params(base, adapter), lambda p: loss(*p), tx)
+    laws.assert_close(both.adapter, alone, 1e-5)
+    assert raw(both.base) == raw(base)
+    if freeze_a:
+        node = adapter["w"]
+        of_b = stepped(node.b, lambda b: loss(base, {"w": node._replace(b=b)}), make())
+        laws.assert_close(alone["w"].b, of_b, 1e-5)
+    assert (raw(alone["w"].a) == raw(adapter["w"].a)) == freeze_a
+
+
 @FORMS
 def test_an_injected_rate_can_be_changed(small: Setup, form: str) -> None:
     """The rate that is written into the state is the one that is used, on all labels."""
