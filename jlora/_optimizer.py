@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, GetAttrKey
 
-from ._adapters import arrays, is_node
+from ._adapters import arrays, is_node, is_table
 from ._tree import leaves_by_path, name_of
 from ._types import Adapted, Params, PyTree
 
@@ -178,7 +178,7 @@ def optimizer(tx: "optax.GradientTransformation") -> "optax.GradientTransformati
     Raises:
         TypeError: if `tx` is not an optax transformation. In `init` and `update`: if the tree is
             neither an adapter nor `Params`. In `init`: if its base has PRNG keys, which cannot be
-            updated.
+            updated, or the adapter is a table, whose adapters `tx` would clip together.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora, optax
@@ -203,6 +203,7 @@ def optimizer(tx: "optax.GradientTransformation") -> "optax.GradientTransformati
 
     def init(params: PyTree) -> PyTree:
         _check_no_keys(params)
+        _refuse_table(params)
         return parts.init(params)
 
     def update(
@@ -273,6 +274,17 @@ def _check_no_keys(params: PyTree) -> None:
             f"`params` of jlora.optimizer has PRNG keys, which cannot be updated, at "
             f"{', '.join(keys)}. Pass them to the model beside the parameters (in NNX: graph, "
             "params, rest = nnx.split(model, nnx.Param, ...)), or train the adapter alone."
+        )
+
+
+def _refuse_table(params: PyTree) -> None:
+    """Raises for a table, of which `tx` would take norms over all adapters."""
+    nodes = [(path, x) for path, x in leaves_by_path(params, is_node) if is_node(x)]
+    if tables := [f"{name_of(path)}: {x!r}" for path, x in nodes if is_table(x)]:
+        raise TypeError(
+            "`params` of jlora.optimizer must be one adapter, but its arrays have a leading axis, "
+            f"like a table of jlora.many: {tables[0]}. Use jlora.many.optimizer(tx), in which "
+            "norms, clipping and step counts are those of each adapter."
         )
 
 

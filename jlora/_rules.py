@@ -179,15 +179,13 @@ def pattern_anywhere(pattern: str) -> str:
 
 def matches(rule: Any, path: str) -> bool:
     """Whether the pattern of `rule` matches components of `path`; never for a rule without one."""
-    if rule.pattern is None:
-        return False
-    return compile_pattern(rule.pattern).search(path) is not None
+    pattern = rule.pattern
+    return pattern is not None and compile_pattern(pattern).search(path) is not None
 
 
 def rule_name(rule: Any) -> str:
     """Returns the name of a rule for errors and tables: its type and pattern."""
-    pattern = rule.pattern
-    return type(rule).__name__ + ("()" if pattern is None else f"({pattern!r})")
+    return type(rule).__name__ + ("()" if rule.pattern is None else f"({rule.pattern!r})")
 
 
 def near_misses(pattern: str, paths: Sequence[str]) -> str:
@@ -288,6 +286,8 @@ def check_rules(rules: Any, unpacked: str | None = None) -> tuple[Rule, ...]:
         if not isinstance(rule, Rule):
             got = name_mistake(rule, unpacked)
             raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
+        if rule.pattern is not None:
+            check_pattern(rule, rule.pattern)
     return rules
 
 

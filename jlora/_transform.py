@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapters import is_node, is_registered, lengths, weight_of
+from ._adapters import explain_unregistered, is_node, is_registered, lengths, state, weight_of
 from ._core import Change, Weight, as_array, evaluate, leaf_weight, pick, trace
 from ._find_sites import Call, Traced, find_sites
 from ._foreign import check_apply_fn, note_advice
 from ._keys import check_key, fold
 from ._match import match
 from ._quantized import is_quantized
-from ._rules import Rule, check_rules, rule_name
-from ._sites import Sites
+from ._rules import Full, Rule, check_rules, rule_name
+from ._sites import Site, Sites
 from ._tree import (
     adapter_leaves,
     bind,
@@ -85,15 +85,14 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     check_apply_fn(apply_fn)
     for rule in check_rules(rules, "transform(apply_fn, *rules)"):
         if not is_registered(rule):
-            raise TypeError(
-                f"`rules` has {rule_name(rule)}, but its class is not registered, so checkpoints "
-                "could not name it: put @jlora.extend.register above the class."
-            )
+            raise TypeError(f"`rules` has {rule_name(rule)}, but {explain_unregistered(rule)}")
     # Partial applications of this module's functions, so that what is returned can be pickled.
     return Transformed(
         functools.partial(_init, apply_fn, rules),
         functools.partial(_apply, apply_fn),
         functools.partial(_sites, apply_fn, rules),
+        apply_fn,
+        rules,
     )
 
 
@@ -149,12 +148,39 @@ def _init(
     base, adapter = [], {}
     for site, w in zip(sites.leaves, flat, strict=True):
         if site.rule is not None:
-            w, adapter[site.parts] = site.rule.start(fold(key, site.parts), w, site)
+            w, adapter[site.parts] = _start(site, fold(key, site.parts), w)
         base.append(w)
     adapter = nest(adapter)
     found = leaves_by_path(dropout(adapter, key), is_node)
     traced.check({path: x for path, x in found if is_node(x)})
     return jax.tree.unflatten(tree, base), adapter
+
+
+def _start(site: Site, key: jax.Array, w: Any) -> tuple[Any, Any]:
+    """Returns what the rule of a site starts with; raises unless it is what the rule says."""
+    rule = site.rule
+    made = rule.start(key, w, site)
+    if not isinstance(made, tuple) or is_node(made) or len(made) != 2:
+        raise TypeError(
+            f"`start` of {rule_name(rule)} must return W and its node, as a tuple; got "
+            f"{type(made).__name__} for {site.name}."
+        )
+    if isinstance(rule, Full):
+        return made
+    if not isinstance(made[1], rule.node):
+        raise TypeError(
+            f"`start` of {rule_name(rule)} must return a {rule.node.__name__} for {site.name}; got "
+            f"{type(made[1]).__name__}."
+        )
+    found = {"W": (tuple(made[0].shape), made[0].dtype), "layout": made[1].layout}
+    expected = {"W": (site.shape, site.dtype), "layout": site.layout}
+    found |= {name: tuple(jnp.shape(x)) for name, x in state(made[1]).items()}
+    shapes = rule.shapes(site.layout, site.shape)
+    expected |= {name: shapes.get(name) for name in found.keys() - expected.keys()}
+    if wrong := [name for name in found if found[name] != expected[name]]:
+        listed = "; ".join(f"{x}: expected {expected[x]}, got {found[x]}" for x in wrong)
+        raise ValueError(f"`start` of {rule_name(rule)} does not fit {site.name}: {listed}.")
+    return made
 
 
 def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import jax
 
-from ._rules import rule_name
+from ._rules import Rule, rule_name
 
 PyTree = Any
 Path = tuple[str, ...]
@@ -102,25 +102,30 @@ class Params(NamedTuple):
     adapter: PyTree
 
 
-class Transformed(NamedTuple):
-    """What `jlora.transform` returns: three pure functions.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Transformed:
+    """What `jlora.transform` returns: three pure functions, which it unpacks to.
 
     Attributes:
         init: `(key, params, *args, **kwargs) -> (base, adapter)`.
         apply: `(base, adapter, *args, **kwargs) -> outputs of the apply function`.
         sites: `(params, *args, **kwargs) -> Sites`.
+        apply_fn: the function that was adapted.
+        rules: its rules.
     """
 
     init: Callable[..., tuple[PyTree, PyTree]]
     apply: Callable[..., Any]
     sites: Callable[..., Any]
+    apply_fn: Callable[..., Any]
+    rules: tuple[Rule, ...]
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        return iter((self.init, self.apply, self.sites))
 
     def __repr__(self) -> str:
-        if not isinstance(self.sites, functools.partial) or len(self.sites.args) < 2:
-            return f"Transformed(init={self.init}, apply={self.apply}, sites={self.sites})"
-        apply_fn, rules = self.sites.args[:2]
-        listed = "".join(f", {rule_name(rule)}" for rule in rules)
-        return f"Transformed({function_name(apply_fn)}{listed})"
+        listed = "".join(f", {rule_name(rule)}" for rule in self.rules)
+        return f"Transformed({function_name(self.apply_fn)}{listed})"
 
 
 def function_name(fn: Any) -> str:

@@ -7,8 +7,11 @@ import copy
 import dataclasses
 import gc
 import inspect
+import math
+import operator
 import re
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -19,7 +22,7 @@ import optax
 import pytest
 from cases import CASES, Case
 from jax.sharding import PartitionSpec as P
-from own_methods import Diagonal, Gain
+from own_methods import Diagonal, Gain, GainNode
 from small import array
 
 import jlora
@@ -296,6 +299,7 @@ def test_a_node_is_made_whole_whenever_garbage_is_collected() -> None:
         labels: ClassVar = {"a": "a"}
         a: Any
         layout: Any = None
+        axes, lower = GainLike.axes, GainLike.lower
 
     def collect(frame: Any, *_: Any) -> Any:  # before every line of the module
         if frame.f_code.co_filename == inspect.getfile(register):
@@ -313,15 +317,85 @@ def test_a_node_is_made_whole_whenever_garbage_is_collected() -> None:
     assert Mine(1)._replace(a=2) == (2, None)
 
 
-def test_classes_are_checked() -> None:
-    """A field without a default comes first; and a checkpoint must be able to name a rule."""
-    with pytest.raises(TypeError, match="fields of Late with a default must come after those"):
+class GainLike:
+    """The methods of a node with one array, `a`."""
 
-        @register
-        class Late(Node):  # pyright: ignore
-            labels: ClassVar = {"b": "b"}
-            a: Any = 7
-            b: Any  # pyright: ignore
+    @staticmethod
+    def axes(layout: jlora.types.Layout) -> Any:
+        """Those of the outputs."""
+        return {"a": layout.outputs}
+
+    def lower(self, w: Any) -> Any:
+        """Nothing."""
+
+
+def node(bases: tuple[type, ...] = (GainLike, Node), **attributes: Any) -> type:
+    """A class of nodes that is complete but for what is changed; None leaves it out."""
+    given = {"labels": {"a": "a"}, "__annotations__": {"a": Any, "layout": Any}} | attributes
+    return type("Mine", bases, {k: x for k, x in given.items() if x is not None})
+
+
+def rule(bases: tuple[type, ...] = (jlora.extend.Rule,), frozen: bool = True, **attributes: Any):
+    """A class of rules, likewise."""
+    given = {"node": adapters.LowRank, "__annotations__": {"pattern": Any}, "start": lambda: 0}
+    given = {k: x for k, x in (given | attributes).items() if x is not None}
+    return dataclasses.dataclass(frozen=frozen)(type("Mine", bases, given))
+
+
+INCOMPLETE: dict[str, Callable[[], Any]] = {
+    "fields of Mine with a default must come after those without; got a, layout, with defaults for "
+    "a.": lambda: node(a=7),
+    "Mine must define `labels`, the label of each array by its field, such as labels: ClassVar": (
+        lambda: node(labels=None)
+    ),
+    "Mine must have a field for each label, and `layout`; it lacks layout among a.": lambda: node(
+        __annotations__={"a": Any}
+    ),
+    "Mine must have a field for each label, and `layout`; it lacks gane among a, layout.": (
+        lambda: node(labels={"gane": "a"})
+    ),
+    "Mine must define `axes` and `lower`.": lambda: node((Node,)),
+    "`axes` of Mine must have the arrays that `labels` has, a; got b.": lambda: node(
+        axes=staticmethod(lambda layout: {"b": ()})
+    ),
+    "Mine must not extend LowRank, whose fields it would lose: registered nodes are named tuples. "
+    "Derive it from jlora.extend.Node": lambda: node((jlora.types.LowRank,)),
+    "Mine must define `start`.": lambda: rule(start=None),
+    "Mine must be a frozen dataclass": lambda: rule(frozen=False),
+    "Mine must have a field `pattern`.": lambda: rule(__annotations__={"other": Any}),
+    "`cls` must be a Node, or a Rule that sets `node`; got <class": lambda: rule(node=None),
+}
+
+
+@pytest.mark.parametrize("message", INCOMPLETE)
+def test_an_incomplete_class_is_refused(message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        register(INCOMPLETE[message]())
+
+
+def test_a_node_has_the_fields_of_a_class_that_is_not_registered() -> None:
+    mine = register(node((node(),), __annotations__={"more": Any}))
+    assert mine(1, 2, 3)._fields == ("a", "layout", "more")
+
+
+def test_a_name_that_is_taken() -> None:
+    """Of a rule and of a primitive; what is defined once more replaces itself."""
+
+    def define(name: str = "LoRA") -> type:
+        return type(name, (LoRA,), {"__dataclass_params__": LoRA.__dataclass_params__})
+
+    with pytest.raises(TypeError, match=r"LoRA cannot be registered as the rule 'LoRA', which is "):
+        register(define())
+    with pytest.raises(TypeError, match=r"jlora\._adapters\._lora\.LoRA is registered under its"):
+        jlora.transform(lambda p, x: x @ p["w"], define()("w"))
+    with pytest.raises(
+        TypeError, match=r"cannot be registered as the primitive 'dot_general', which is jlora\."
+    ):
+        jlora.extend.primitive("dot_general")(lambda eqn, *xs: xs)
+    assert jlora.transform(lambda p, x: x @ p["w"], LoRA("w"))
+    register(define("Again"))
+    again = register(define("Again"))
+    assert adapters.RULES.pop("Again") is again
 
     @dataclasses.dataclass(frozen=True)
     class Mine(LoRA):
@@ -329,3 +403,74 @@ def test_classes_are_checked() -> None:
 
     with pytest.raises(TypeError, match=r"has Mine\('w'\), but its class is not registered"):
         jlora.transform(lambda p, x: x @ p["w"], Mine("w"))
+
+
+STARTS: dict[str, tuple[type[Exception], Callable[[Any, Any, Any], Any]]] = {
+    "gain: expected (3,), got (4,)": (ValueError, lambda w, x, s: (w, GainNode(x[0], s.layout))),
+    "W: expected ((4, 3), dtype('float32')), got ((3, 4), dtype('float32'))": (
+        ValueError,
+        lambda w, x, s: (w.T, GainNode(x[:3, 0], s.layout)),
+    ),
+    "must return a GainNode for 'w'; got tuple": (TypeError, lambda w, x, s: (w, (x, s))),
+    "must return W and its node, as a tuple; got GainNode for 'w'": (
+        TypeError,
+        lambda w, x, s: GainNode(x[:3, 0], s.layout),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", STARTS)
+def test_what_a_rule_starts_with(message: str) -> None:
+    """`init` holds it to the shapes of the rule, and names rule and path."""
+    error, begin = STARTS[message]
+
+    class Wrong(Gain):
+        def start(self, key: Any, w: Any, site: Any) -> Any:
+            return begin(w, jnp.ones((4, 4)), site)
+
+    dataclass = dataclasses.dataclass(frozen=True)(Wrong)
+    lora = jlora.transform(lambda p, x: x @ p["w"], register(dataclass, override=True)("w"))
+    with pytest.raises(error, match=rf"`start` of Wrong\('w'\) .*{re.escape(message)}"):
+        lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
+    del adapters.RULES["Wrong"]
+
+
+@pytest.mark.parametrize(("pattern", "error"), [("(", ValueError), (3, TypeError)])
+def test_patterns_of_any_rule_are_checked(pattern: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"`pattern` .*regular expression"):
+        jlora.transform(lambda p, x: x @ p["w"], Gain(pattern))
+
+
+STATIC = {
+    "scale": (None, 1j, "2", math.nan, math.inf, True, np.float32(jnp.inf)),
+    "dropout": (None, "0"),
+    "materialize": (1, "false", None),
+    "layout": (np.ones(3),),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(k, x) for k, each in STATIC.items() for x in each])
+def test_a_static_field_is_a_value_of_python(field: str, value: Any) -> None:
+    """What is traced, or of another kind, is refused where it is given; later calls are right."""
+    lora = jlora.transform(lambda p, x: x @ p["w"], LoRA("w", rank=2))
+    x = jnp.ones((1, 4))
+    base, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, x)
+    replaced = adapter["w"]._replace
+    message = f"`{field}` of LowRank is a part of the program, so it must be .*multiply `b` by it"
+    for give in (
+        lambda: replaced(**{field: value}),
+        lambda: jax.jit(lambda s: replaced(**{field: s}))(1.0),
+    ):
+        with pytest.raises(TypeError, match=message):
+            give()
+    assert replaced(scale=np.float32(2)).scale == 2
+    jax.jit(lora.apply)(base, adapter, x)
+
+
+@pytest.mark.parametrize("other", [2, 2.0, np.float32(2), np.ones(2), "node"])
+def test_a_node_is_no_tuple_to_repeat(made: Made, other: Any) -> None:
+    other = made.node if isinstance(other, str) else other
+    for operate in (operator.add, operator.mul):
+        for pair in ((made.node, other), (other, made.node)):
+            with pytest.raises(TypeError, match="is a node of an adapter, not an array"):
+                operate(*pair)

@@ -470,6 +470,11 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
         NOT_A_TABLE + "b: float32[], w: float32[3,4].": lambda: many.optimizer(optax.sgd(0.1)).init(
             {"w": jnp.ones((3, 4)), "b": jnp.ones(())}
         ),
+        "`params` of jlora.optimizer must be one adapter, but its arrays have a leading axis, like "
+        "a table of jlora.many: w: LowRank(a=float32[3,4,2], b=float32[3,2,6], scale=16.0). Use "
+        "jlora.many.optimizer(tx), in which norms, clipping": lambda: jax.eval_shape(
+            jlora.optimizer(optax.sgd(0.1)).init, jax.eval_shape(init, KEYS)[1]
+        ),
         "`active` must be a mask of shape (3,) and bool; got int32[3].": lambda: step(
             active=[0, 1, 2]
         ),

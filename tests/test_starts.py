@@ -341,7 +341,7 @@ def test_resuming_needs_the_base_of_the_start(name: str, tmp_path: Any) -> None:
     """Made again by `init` with the same key; the parameters themselves are refused."""
     init = {**CHANGING, "loftq": loftq(jlora.Int8())}[name]
     lora, params, base, adapter, x = made("dense", init)
-    rules, trained = lora.sites.args[1], laws.randomize(adapter)
+    rules, trained = lora.rules, laws.randomize(adapter)
     prints = checkpoint.fingerprint(base, values=True)
     checkpoint.save(tmp_path / name, trained, rules, base=prints)
     assert checkpoint.read(tmp_path / name).rules == rules
@@ -354,7 +354,7 @@ def test_resuming_needs_the_base_of_the_start(name: str, tmp_path: Any) -> None:
 
 def test_an_initializer_of_a_scheme_of_ones_own_is_foreign(tmp_path: Any) -> None:
     lora, _, _, adapter, _ = made("dense", loftq(Pairs()))
-    checkpoint.save(tmp_path / "a", adapter, lora.sites.args[1])
+    checkpoint.save(tmp_path / "a", adapter, lora.rules)
     [rule] = checkpoint.read(tmp_path / "a").rules
     with pytest.raises(NotImplementedError, match=r"`init` was loftq\(scheme=Pairs\(.*"):
         rule.init()
@@ -421,7 +421,7 @@ def test_a_frozen_factor(init: Any, frozen: Any, trained: str, tmp_path: Any) ->
     found = jlora.sharding.specs({"w": P("s", "i", "o")}, adapter)["w"]
     assert (found.a, found.b) == (P("s", "i", None), P("s", None, "o"))
     if init is miss:
-        checkpoint.save(tmp_path / "a", adapter, lora.sites.args[1], base=base)
+        checkpoint.save(tmp_path / "a", adapter, lora.rules, base=base)
         restored = checkpoint.restore(tmp_path / "a", like=adapter, base=base)
         assert jax.tree.structure(restored) == jax.tree.structure(adapter)
         assert checkpoint.read(tmp_path / "a").rules[0].init is miss
@@ -432,7 +432,7 @@ def test_a_frozen_factor(init: Any, frozen: Any, trained: str, tmp_path: Any) ->
 @pytest.mark.parametrize("frozen", [3, ["c"], [["a"]]], ids=str)
 def test_a_checkpoint_that_freezes_nonsense_is_damaged(frozen: Any, tmp_path: Any) -> None:
     lora, _, _, adapter, _ = made("dense", miss)
-    checkpoint.save(tmp_path / "a", adapter, lora.sites.args[1])
+    checkpoint.save(tmp_path / "a", adapter, lora.rules)
     [file] = (tmp_path / "a").glob("*/metadata")
     fields = json.loads(file.read_text())
     fields["adapter"][0]["frozen"] = frozen
@@ -532,7 +532,7 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
     assert float(analysis.distance(initial["w"], initial["w"])) < 1e-4
     assert many.init(lora, jax.random.split(KEY, 2), params, x)[1]["w"].residual
 
-    checkpoint.save(tmp_path / "checkpoint", adapter, lora.sites.args[1])
+    checkpoint.save(tmp_path / "checkpoint", adapter, lora.rules)
     assert checkpoint.restore(tmp_path / "checkpoint")["w"].residual
     with pytest.raises(ValueError, match="w: expected residual True, got False"):
         checkpoint.restore(tmp_path / "checkpoint", like=other)

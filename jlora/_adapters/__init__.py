@@ -1,6 +1,6 @@
 """Methods.
 
-Imports `_core`, `initializers`, `_quantized`, `_compat`, `_rules`, `_types`, `_whole`.
+Imports `_core`, `initializers`, `_quantized`, `_compat`, `_registry`, `_rules`, `_types`, `_whole`.
 
 A method is a file with two classes: a rule, which the user writes, and a node, which the rule puts
 into the adapter. `_node` has the base class of nodes.
@@ -20,20 +20,22 @@ from ._low_rank import matrices as matrices
 from ._low_rank import matrix_lengths as matrix_lengths
 from ._low_rank import stop_gradients as stop_gradients
 from ._low_rank import without_slots as without_slots
-from ._node import RULES as RULES
 from ._node import SLOTS as SLOTS
 from ._node import Node as Node
 from ._node import PartialWeightError as PartialWeightError
 from ._node import arrays as arrays
 from ._node import is_node as is_node
-from ._node import is_registered as is_registered
+from ._node import is_table as is_table
 from ._node import lengths as lengths
 from ._node import lower as lower
 from ._node import misfit as misfit
-from ._node import register as register
 from ._node import state as state
 from ._node import static as static
 from ._node import weight_of as weight_of
 from ._node import weight_shape as weight_shape
+from ._register import RULES as RULES
+from ._register import explain_unregistered as explain_unregistered
+from ._register import is_registered as is_registered
+from ._register import register as register
 from ._rows import Replaced as Replaced
 from ._rows import Rows as Rows

@@ -20,7 +20,8 @@ from .._types import Layout
 from .._whole import check_whole
 from ._lora import LoRA, refuse_keywords_of_peft
 from ._low_rank import LowRank, stack_and_slots, without_slots
-from ._node import Axes, Node, register
+from ._node import Axes, Node
+from ._register import register
 
 
 @register

@@ -18,7 +18,8 @@ from .. import _compat
 from .._core import Change, Delta, promote
 from .._types import Layout
 from ._low_rank import LowRank, stack_and_slots, without_slots
-from ._node import Axes, Node, register
+from ._node import Axes, Node
+from ._register import register
 
 
 @register

@@ -24,7 +24,7 @@ from .._rules import (
 from .._types import Layout
 from ..initializers import kaiming_uniform
 from ._low_rank import LowRank, factor_shapes, matrix_lengths
-from ._node import register
+from ._register import register
 
 T = TypeVar("T")
 

@@ -9,9 +9,15 @@ from jax import lax
 
 from .._core import Change, Delta, promote
 from .._types import Layout
-from ._node import SLOTS, Axes, Node, register
+from ._node import SLOTS, Axes, Node
+from ._register import register
 
 N = TypeVar("N", bound=Any)
+
+
+def stack_and_slots(layout: Layout) -> tuple[int | str, ...]:
+    """Returns the first axes of A and B, which have a matrix for each stack entry and each slot."""
+    return (*layout.stack, *((SLOTS,) if layout.slots is not None else ()))
 
 
 @register
@@ -72,11 +78,6 @@ class LowRank(Node):
         node = without_slots(stop_gradients(self), w.shape)
         key = None if node.key is None else node.factor("key")
         return Change((Delta(node.factor("a"), node.factor("b"), node.scale, key, node.dropout),))
-
-
-def stack_and_slots(layout: Layout) -> tuple[int | str, ...]:
-    """Returns the first axes of A and B, which have a matrix for each stack entry and each slot."""
-    return (*layout.stack, *((SLOTS,) if layout.slots is not None else ()))
 
 
 def factor_shapes(

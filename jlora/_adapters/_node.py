@@ -1,16 +1,11 @@
-"""The base class of nodes, the decorator that registers them, and what `Node.axes` determines."""
+"""The base class of nodes, and what `Node.axes` determines."""
 
-import collections
-import inspect
 import typing
-from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Self, TypeGuard, TypeVar
-
-import jax
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, ClassVar, NoReturn, Self, TypeGuard
 
 from .. import _compat
 from .._core import RANK, Axis, Change, Factor, Weight, leaf_weight
-from .._rules import Full, Rule
 from .._types import Layout, short
 
 Axes = dict[str, tuple[int | str, ...]]  # axes of W by their numbers, others by names
@@ -47,6 +42,9 @@ class Node(tuple[Any, ...]):
     residual: bool = False
     _fields: ClassVar[tuple[str, ...]] = ()
     _field_defaults: ClassVar[Mapping[str, Any]]
+    _made: ClassVar[Any]  # the named tuple with the fields of the class
+    _expected: ClassVar[tuple[tuple[int, str, Callable[[Any], bool]], ...]]  # static fields
+    __array_ufunc__: ClassVar = None  # so that NumPy's numbers leave products to the node
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
@@ -97,12 +95,54 @@ class Node(tuple[Any, ...]):
             lengths[SLOTS] = len(chosen)
         return {n: tuple(lengths.get(d, 0) for d in dims) for n, dims in cls.axes(layout).items()}
 
+    def __init_subclass__(cls) -> None:
+        if parents := [x.__name__ for x in cls.__mro__[1:] if "_made" in vars(x)]:
+            raise TypeError(
+                f"{cls.__name__} must not extend {parents[0]}, whose fields it would lose: "
+                "registered nodes are named tuples. Derive it from jlora.extend.Node, declare all "
+                f"its fields, and call {parents[0]}.axes and {parents[0]}.lower where they help."
+            )
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        raise TypeError(f"{cls.__name__} is not registered: put @jlora.extend.register above it.")
+        if not cls._fields:
+            raise TypeError(
+                f"{cls.__name__} is not registered: put @jlora.extend.register above it."
+            )
+        self = tuple.__new__(cls, cls._made(*args, **kwargs))
+        for i, must, holds in cls._expected:
+            if not holds(self[i]):
+                raise TypeError(self._explain_static(self._fields[i], must))
+        return self
+
+    @classmethod
+    def _make(cls, values: Iterable[Any]) -> Self:
+        """Makes a node of the values of its fields, as a named tuple does."""
+        return tuple.__new__(cls, cls._made._make(values))
 
     def _replace(self, **fields: Any) -> Self:
         """Returns a copy with other values of some fields."""
-        raise NotImplementedError
+        return type(self)(**(dict(zip(self._fields, self, strict=True)) | fields))
+
+    __replace__ = _replace  # of copy.replace
+
+    def _explain_static(self, name: str, must: str) -> str:
+        """Says what a static field must be, and what to change instead."""
+        factors = [f"`{x}`" for x, label in self.labels.items() if label == "b"]
+        instead = f" To scale ΔW by such a number, multiply {factors[0]} by it." if factors else ""
+        return (
+            f"`{name}` of {type(self).__name__} is a part of the program, so it must be {must}; "
+            f"got {_short(getattr(self, name))}. Only arrays of the node can be traced or trained."
+            f"{instead}"
+        )
+
+    def _refuse(self, other: Any) -> NoReturn:
+        del other
+        raise TypeError(
+            f"{type(self).__name__} is a node of an adapter, not an array. To scale or add "
+            "adapters, use jlora.arithmetic.scale and add; to change its arrays, jax.tree.map."
+        )
+
+    __add__ = __radd__ = __mul__ = __rmul__ = _refuse  # a tuple would be repeated or joined
 
     def __setattr__(self, name: str, value: Any) -> None:
         del value
@@ -128,65 +168,9 @@ def _short(x: Any) -> str:
     return f"({', '.join(map(repr, x[:2]))}, …, {x[-1]!r})"
 
 
-C = TypeVar("C", bound=type)
-RULES: dict[str, type[Rule]] = {"Full": Full}  # by the name in checkpoints
-
-
-def register(cls: C) -> C:
-    """Registers a method's class; decorate its `Node` and its `Rule` with it.
-
-    A node becomes a named tuple and a pytree. Checkpoints refer to a rule by its name.
-
-    Args:
-        cls: a subclass of `Node`; or a frozen dataclass, subclass of `Rule`, that sets `node`.
-
-    Returns:
-        The same class.
-
-    Raises:
-        TypeError: if `cls` is neither, or fields of a node without a default come after others.
-
-    Examples:
-        The module's docstring registers a whole method.
-    """
-    found: Any = cls
-    if is_node_type(found):
-        _make_node(found)
-    elif isinstance(found, type) and issubclass(found, Rule) and is_node_type(found.node):
-        RULES[found.__name__] = found
-    else:
-        raise TypeError(f"`cls` must be a Node, or a Rule that sets `node`; got {cls!r}.")
-    return cls
-
-
-def _make_node(cls: type[Node]) -> None:
-    """Makes the class a named tuple of its annotations, and a pytree."""
-    hints = inspect.get_annotations(cls)
-    names = [name for name, hint in hints.items() if "ClassVar" not in str(hint)]
-    optional = [name for name in names if name in vars(cls)]
-    if optional != names[len(names) - len(optional) :]:
-        raise TypeError(
-            f"fields of {cls.__name__} with a default must come after those without; got "
-            f"{', '.join(names)}, with defaults for {', '.join(optional)}."
-        )
-    defaults = [vars(cls)[name] for name in optional]
-    # `flax.serialization` saves any tuple with `_fields`, so Flax is not imported here.
-    # `made` keeps the class alive: otherwise `vars` of it would become empty.
-    made = collections.namedtuple(cls.__name__, names, defaults=defaults)
-    for name in vars(made).keys() - {"__doc__", "__module__", "__repr__", "__slots__"}:
-        setattr(cls, name, vars(made)[name])
-    static = [name for name in names if name not in cls.labels]
-    jax.tree_util.register_dataclass(cls, list(cls.labels), static)
-
-
 def is_node_type(x: Any) -> TypeGuard[type[Node]]:
     """Whether `x` is a class of nodes."""
     return isinstance(x, type) and issubclass(x, Node)
-
-
-def is_registered(x: Any) -> bool:
-    """Whether `x` is a rule of a class that checkpoints know."""
-    return isinstance(x, Rule) and RULES.get(type(x).__name__) is type(x)
 
 
 def is_node(x: Any) -> bool:
@@ -237,6 +221,12 @@ def arrays(node: Node) -> dict[str, Any]:
     """Returns the arrays of a node by name, without those that are None."""
     found = {name: getattr(node, name) for name in node.labels}
     return {name: x for name, x in found.items() if x is not None}
+
+
+def is_table(node: Node) -> bool:
+    """Whether the arrays of a node have a leading axis more than those of one adapter."""
+    axes = node.axes(node.layout)
+    return any(getattr(x, "ndim", 0) > len(axes[name]) for name, x in arrays(node).items())
 
 
 def static(node: Node) -> dict[str, Any]:

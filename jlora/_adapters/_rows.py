@@ -32,7 +32,8 @@ from .._quantized import is_quantized
 from .._rules import Rule, check_field, check_pattern, is_int, rule_name
 from .._types import Layout
 from .._whole import check_whole
-from ._node import SHOWN, Axes, Node, lengths, register
+from ._node import SHOWN, Axes, Node, lengths
+from ._register import register
 
 
 @register

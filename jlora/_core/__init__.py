@@ -1,4 +1,4 @@
-"""The interpreter and its product. Imports `_compat`.
+"""The interpreter and its product. Imports `_compat`, `_registry`.
 
 It evaluates a traced function in which some parameters are a `Weight`: W with its `Change`, which
 is all that the interpreter knows of a method. Read the modules in this order: `_axes`, `_change`,

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from .. import _compat
+from .._registry import check_free
 from ._arrays import pick
 from ._axes import Unfactorable
 from ._repeated import Call, Functions
@@ -88,20 +89,29 @@ class Rule(NamedTuple):
 RULES: dict[str, Rule] = {}
 
 
-def rule(*primitives: str, **fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def rule(
+    *primitives: str, override: bool = False, **fields: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers `f(eqn: Equation, *operands) -> outputs` for primitives, given by name.
 
     Args:
         *primitives: names of JAX primitives.
+        override: whether `f` may replace the rule that a primitive has.
         **fields: other fields of `Rule`.
 
     Returns:
         A decorator for `f`, which returns `f`. At least one operand of `f` is a `Weight`. Its
         outputs are a list, or one value if the primitive has one result. `f` raises `Unfactorable`
         if the result has no factored form. CONTRIBUTING.md has an example.
+
+    Raises:
+        TypeError: if a primitive has a rule already.
     """
 
     def register(f: Callable[..., Any]) -> Callable[..., Any]:
+        for name in primitives:
+            old = RULES[name].function if name in RULES else None
+            check_free(f"the primitive {name!r}", old, f, override)
         RULES.update(dict.fromkeys(primitives, Rule(f, **fields)))
         return f
 

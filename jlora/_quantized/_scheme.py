@@ -183,7 +183,6 @@ class Scheme:
         >>> from jlora.extend import Coded, Scheme
         >>> @dataclasses.dataclass(frozen=True)
         ... class Ternary(Scheme):
-        ...     bits = 8
         ...     def encode(self, w, within, short):
         ...         scale = jnp.abs(w).max(within, keepdims=True)
         ...         return Coded(jnp.round(w / scale).astype(jnp.int8), scale)
@@ -194,7 +193,7 @@ class Scheme:
 
     pattern: str | None = None
 
-    bits: ClassVar[int]  # of a code
+    bits: ClassVar[int] = 8  # of a code
     legal: ClassVar[tuple[int, ...]] = ()  # values of the field `block` or `group`
     is_optional: ClassVar[bool] = False  # whether None is legal too
     scales: ClassVar[tuple[str, ...]] = ("float32",)  # legal dtypes of scales, also from files

@@ -156,14 +156,10 @@ def _start_ranks(
     return found[0][0], jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _rules(lora: Transformed) -> Sequence[Any]:
-    return getattr(lora.sites, "args", ((), ()))[1]
-
-
 def _with_rank(lora: Transformed, rank: int) -> Transformed:
     """Returns the transform with another rank and the same scales in its rules."""
-    rules = [x.of_rank(rank) if isinstance(x, LoRA) else x for x in _rules(lora)]
-    return transform(lora.sites.args[0], *rules)  # pyright: ignore[reportFunctionMemberAccess]
+    rules = [x.of_rank(rank) if isinstance(x, LoRA) else x for x in lora.rules]
+    return transform(lora.apply_fn, *rules)
 
 
 def _check_ranks(lora: Transformed, ranks: Any, n: int) -> np.ndarray:
@@ -177,7 +173,7 @@ def _check_ranks(lora: Transformed, ranks: Any, n: int) -> np.ndarray:
         raise TypeError(f"`ranks` must be integers; got {ranks!r}.")
     if len(found) != n:
         raise ValueError(f"`ranks` must be one for each of the {n} keys; got {len(found)}.")
-    limits = {rule_name(x): x.rank for x in _rules(lora) if isinstance(x, LoRA)}
+    limits = {rule_name(x): x.rank for x in lora.rules if isinstance(x, LoRA)}
     if not limits:
         raise ValueError("`ranks` is given, but no rule of `lora` has a rank. Leave it out.")
     for name, limit in limits.items():

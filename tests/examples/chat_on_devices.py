@@ -42,7 +42,7 @@ def test_eight_devices_are_one(argv, more, tmp_path, monkeypatch):
             bases.append(variables)
             return lora.init(key, variables, *args)
 
-        return lora._replace(init=init)
+        return dataclasses.replace(lora, init=init)
 
     monkeypatch.setattr(jlora, "transform", transform)
     with jax.enable_x64(False):
