@@ -9,6 +9,7 @@ Differences between JAX 0.10 and 0.12 that matter here:
 """
 
 import contextlib
+import functools
 import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -110,7 +111,14 @@ def abstract(shape: Any, dtype: Any, sharding: Any, like: Any) -> jax.ShapeDtype
     if isinstance(like, jax.Array) and varying(like):
         aval = jax.typeof(like)
         fields |= {"sharding": aval.sharding, "manual_axis_type": aval.manual_axis_type}
+    if fields["sharding"] is None and len(fields) == 2:
+        return _plain(tuple(shape), dtype, fields["weak_type"])
     return jax.ShapeDtypeStruct(shape, dtype, **fields)
+
+
+@functools.lru_cache(4096)
+def _plain(shape: tuple[int, ...], dtype: Any, weak_type: bool) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak_type)
 
 
 def unchecked_axes() -> frozenset[Any]:

@@ -4,9 +4,11 @@ The interpreter of `apply` evaluates the model once, with each parameter as a `W
 change, and records how each weight is used. So it finds exactly the sites that `apply` can adapt.
 """
 
+import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,8 @@ from ._types import Layout, Path, PyTree
 Call = tuple[PyTree, tuple[Any, ...], dict[str, Any]]  # the parameters, and the other arguments
 
 
-class Traced(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Traced:
     """The jaxpr of the model, a function of some of its parameters and of abstract arguments.
 
     Attributes:
@@ -62,15 +65,20 @@ class Traced(NamedTuple):
         self._evaluate(lambda p, x: weight_of(nodes[p], x, "/".join(p)) if p in nodes else x)
 
     def _evaluate(self, weight: Callable[[Path, Any], Any]) -> None:
+        """Evaluates the jaxpr on the parameters that it reads; the others cost nothing."""
+        read, n = self.used, len(self.paths)
+        taken = [i for i in range(len(self.types)) if i >= n or read[self.paths[i]]]
+
         def call(*values: Any) -> None:
-            n = len(self.paths)
-            weights = map(weight, self.paths, values[:n])
-            for x in evaluate(self.jaxpr, *weights, *values[n:]):
+            given: list[Any] = [None] * len(self.types)
+            for i, x in zip(taken, values, strict=True):
+                given[i] = weight(self.paths[i], x) if i < n else x
+            for x in evaluate(self.jaxpr, *given):
                 as_array(x, lambda: "the function's outputs", added=True)
 
-        jax.eval_shape(call, *self.types)
+        jax.eval_shape(call, *(self.types[i] for i in taken))
 
-    @property
+    @functools.cached_property
     def used(self) -> dict[Path, bool]:
         """Whether an output or an operation reads each of the parameters, by path."""
         read = {id(v) for eqn in self.jaxpr.eqns for v in eqn.invars}
@@ -97,36 +105,41 @@ def find_sites(
             taken.setdefault(path, rule)
     full = {path for path, rule in taken.items() if isinstance(rule, Full)}
     try:
-        traced = _trace(apply_fn, call, matrices | full)
+        traced = _trace(apply_fn, call, types, matrices | full)
     except ValueReadError:
         matrices = (matrices - full).intersection(taken)
-        traced = _trace(apply_fn, call, matrices)
+        traced = _trace(apply_fn, call, types, matrices)
     uses, used = traced.uses(matrices), traced.used
     sites = (_site(path, x, types[path], uses, used.get(path)) for path, x in leaves)
     return Sites(tuple(sites)), traced
 
 
-def _trace(apply_fn: Callable[..., Any], call: Call, paths: set[Path]) -> Traced:
+def _trace(
+    apply_fn: Callable[..., Any],
+    call: Call,
+    types: Mapping[Path, jax.ShapeDtypeStruct],
+    paths: set[Path],
+) -> Traced:
     """Traces the model as a function of the leaves at `paths` and of everything abstract."""
-
-    def is_traced(path: Path, x: Any) -> bool:
-        return path in paths or is_abstract(x) or is_quantized(x)
-
     params, *others = call
-    leaves = [(p, _type(x, p) if is_traced(p, x) else x) for p, x in leaves_by_path(params)]
-    tree = jax.tree.unflatten(flatten(params)[1], [x for _, x in leaves])
-    types, put = pick((tree, *others), is_abstract)
+    flat, tree = flatten(params)
+    leaves = [
+        t if path in paths or is_abstract(x) or is_quantized(x) else x
+        for (path, t), x in zip(types.items(), flat, strict=True)
+    ]
+    others = jax.tree.map(lambda x: abstract(x) if is_abstract(x) else x, others)
+    picked, put = pick((jax.tree.unflatten(tree, leaves), *others), is_abstract)
 
     def apply(*values: Any) -> Any:
-        tree, args, kwargs = put(values)
-        before = dict(leaves_by_path(tree))
-        outputs = apply_fn(tree, *args, **kwargs)
-        check_kept(tree, before)
+        params, args, kwargs = put(values)
+        check = check_kept(params)
+        outputs = apply_fn(params, *args, **kwargs)
+        check()
         return outputs
 
-    types = list(map(abstract, types))
-    jaxpr, _ = trace(apply, types, ["/".join(path) for path in paths])
-    return Traced(jaxpr, types, [path for path, x in leaves if is_abstract(x)])
+    jaxpr, _ = trace(apply, picked, ["/".join(path) for path in paths])
+    read = [path for path, x in zip(types, leaves, strict=True) if is_abstract(x)]
+    return Traced(jaxpr, picked, read)
 
 
 def _type(x: Any, path: Path) -> jax.ShapeDtypeStruct:

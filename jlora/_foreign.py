@@ -116,25 +116,26 @@ def check_leaf(x: Any, path: Path) -> None:
     )
 
 
-def check_kept(params: PyTree, before: Mapping[Path, Any]) -> None:
-    """Raises `ValueError` if the function changed variables of an NNX module.
+def check_kept(params: PyTree) -> Callable[[], None]:
+    """Returns a check that raises `ValueError` if variables of an NNX module in `params` changed.
 
     The function gets a new module at each call, so its changes would be lost.
-
-    Args:
-        params: the parameters after the call.
-        before: their leaves before the call, by path.
     """
     is_variable = functools.partial(_is_a, "flax.nnx", "Variable")
     if not any(map(is_variable, jax.tree.leaves(params, is_leaf=is_variable))):
-        return
-    after = leaves_by_path(params)
-    if changed := [name_of(path) for path, x in after if before.get(path, x) is not x]:
-        raise ValueError(
-            f"`apply_fn` changes variables of the module of flax.nnx that it gets, at "
-            f"{', '.join(changed)}. The change would be lost: each step would start with the same "
-            f"statistics and dropout keys. Call model.eval() before, or {_SPLIT}"
-        )
+        return lambda: None
+    before = dict(leaves_by_path(params))
+
+    def check() -> None:
+        after = leaves_by_path(params)
+        if changed := [name_of(path) for path, x in after if before.get(path, x) is not x]:
+            raise ValueError(
+                f"`apply_fn` changes variables of the module of flax.nnx that it gets, at "
+                f"{', '.join(changed)}. The change would be lost: each step would start with the "
+                f"same statistics and dropout keys. Call model.eval() before, or {_SPLIT}"
+            )
+
+    return check
 
 
 def _remedy_for(x: Any) -> str:
@@ -151,6 +152,11 @@ def _remedy_for(x: Any) -> str:
 
 def _is_a(package: str, name: str, x: Any) -> bool:
     """Whether `x` is an instance of `name` in `package`, which need not be installed."""
+    return _is_subclass(package, name, type(x))
+
+
+@functools.cache
+def _is_subclass(package: str, name: str, cls: type) -> bool:
     return any(
-        c.__name__ == name and f"{c.__module__}.".startswith(f"{package}.") for c in type(x).__mro__
+        c.__name__ == name and f"{c.__module__}.".startswith(f"{package}.") for c in cls.__mro__
     )

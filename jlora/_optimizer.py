@@ -198,7 +198,7 @@ def optimizer(tx: "optax.GradientTransformation") -> "optax.GradientTransformati
     def group(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: "frozen" if x == "base" else "trained", labels(tree))
 
-    transformations = {"trained": tx, "frozen": _set_to_zero()}
+    transformations: dict[Any, Any] = {"trained": tx, "frozen": _set_to_zero()}
     parts = optax.partition(transformations, group, mask_compatible_extra_args=True)
 
     def init(params: PyTree) -> PyTree:

@@ -100,9 +100,9 @@ class Summary(NamedTuple):
 
     Attributes:
         base: number of parameters of the base.
-        trainable: number of parameters of the adapter.
+        trainable: number of parameters that are trained; frozen factors do not count.
         base_bytes: bytes of the base.
-        trainable_bytes: bytes of the adapter, in memory and in a checkpoint.
+        trainable_bytes: bytes of these parameters.
         quantized: a `QuantizedLeaf` for each quantized leaf of the base.
     """
 

@@ -174,9 +174,7 @@ def _make_transformation(
         check(params)
         return AllParams()
 
-    def update(
-        updates: PyTree, state: AllParams, params: PyTree | None = None, **_: Any
-    ) -> tuple[PyTree, AllParams]:
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **_: Any) -> Any:
         check(updates)
         return f(updates, params if state.params is None else state.params), state
 

@@ -148,7 +148,7 @@ def _init(
     base, adapter = [], {}
     for site, w in zip(sites.leaves, flat, strict=True):
         if site.rule is not None:
-            w, adapter[site.parts] = _start(site, fold(key, site.parts), w)
+            w, adapter[site.parts] = _start(site.rule, site, fold(key, site.parts), w)
         base.append(w)
     adapter = nest(adapter)
     found = leaves_by_path(dropout(adapter, key), is_node)
@@ -156,9 +156,8 @@ def _init(
     return jax.tree.unflatten(tree, base), adapter
 
 
-def _start(site: Site, key: jax.Array, w: Any) -> tuple[Any, Any]:
-    """Returns what the rule of a site starts with; raises unless it is what the rule says."""
-    rule = site.rule
+def _start(rule: Rule, site: Site, key: jax.Array, w: Any) -> tuple[Any, Any]:
+    """Returns what a rule starts with at a site; raises unless it has the rule's shapes."""
     made = rule.start(key, w, site)
     if not isinstance(made, tuple) or is_node(made) or len(made) != 2:
         raise TypeError(

@@ -1,6 +1,7 @@
 """Paths of leaves, and checks of the trees that users give as base and adapter."""
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
 
-from ._adapters import is_node, misfit, state
+from ._adapters import is_node, misfit, state, trained
 from ._quantized import is_quantized
 from ._types import Adapted, Params, Path, PyTree, short
 from ._untrusted import printable
@@ -28,26 +29,31 @@ def leaves_by_path(
         return is_quantized(x) or (is_leaf is not None and is_leaf(x))
 
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
-    siblings = collections.Counter(path[:-1] for path, _ in flat)
-    paths = [_strings(path, only=siblings[path[:-1]] == 1) for path, _ in flat]
-    twice = ["/".join(p) for p, n in collections.Counter(paths).items() if n > 1]
-    if twice:
+    name = functools.cache(lambda key: jax.tree_util.keystr((key,), simple=True))
+    paths = [tuple(map(name, path)) for path, _ in flat]
+    for i in _variables([path for path, _ in flat]):
+        paths[i] = paths[i][:-1]
+    joined = list(map("/".join, paths))
+    if len(set(joined)) < len(joined):
+        twice = [path for path, n in collections.Counter(joined).items() if n > 1]
         raise ValueError(
-            f"two leaves have the path {', '.join(twice)}: keys that differ only in type are "
-            "equal in a path. Rename one of them."
+            f"two leaves have the path {', '.join(twice)}: keys that differ only in type, or in "
+            "where a `/` stands, are equal in a path. Rename one of them."
         )
     return list(zip(paths, (x for _, x in flat), strict=True))
+
+
+def _variables(paths: list[tuple[Any, ...]]) -> list[int]:
+    """Lists which paths end in the `value` of an NNX variable."""
+    value = GetAttrKey("value")
+    found = [i for i, path in enumerate(paths) if len(path) > 1 and path[-1] == value]
+    siblings = collections.Counter(path[:-1] for path in paths) if found else {}
+    return [i for i in found if siblings[paths[i][:-1]] == 1]
 
 
 def flatten(tree: PyTree) -> tuple[list[Any], Any]:
     """Flattens a base, in which a quantized weight is one leaf."""
     return jax.tree.flatten(tree, is_leaf=is_quantized)
-
-
-def _strings(path: tuple[Any, ...], only: bool) -> Path:
-    parts = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-    is_variable = len(path) > 1 and isinstance(path[-1], GetAttrKey) and path[-1].name == "value"
-    return parts[:-1] if is_variable and only else parts
 
 
 def name_of(path: Path) -> str:
@@ -235,8 +241,8 @@ def count(tree: PyTree) -> int:
     """Counts the parameters in a tree of arrays or `jax.ShapeDtypeStruct`s.
 
     Args:
-        tree: a base, an adapter or any other pytree. Dropout keys and frozen factors do not count.
-            A quantized weight counts its entries.
+        tree: a base, an adapter or any other pytree. Dropout keys and what a node does not train,
+            such as frozen factors, do not count. A quantized weight counts its entries.
 
     Returns:
         The sum of the sizes of its numeric leaves.
@@ -246,15 +252,12 @@ def count(tree: PyTree) -> int:
         >>> jlora.count({"w": jnp.ones((4, 3)), "b": jnp.ones(3)})
         15
     """
-    nodes = jax.tree.leaves(tree, is_leaf=is_node)
-    frozen = [getattr(x, name) for x in nodes if is_node(x) for name in x.frozen]
-    every, untrained = (sum(math.prod(x.shape) for x in _numeric(t)) for t in (tree, frozen))
-    return every - untrained
+    return sum(math.prod(x.shape) for x in _numeric(tree))
 
 
 def size_in_bytes(tree: PyTree) -> int:
-    """Counts the bytes of the numeric leaves of a tree."""
-    return sum(_bytes(x) for x in _numeric(tree))
+    """Counts the bytes of the leaves that `count` counts."""
+    return sum(map(_bytes, _numeric(tree)))
 
 
 def _bytes(x: Any) -> int:
@@ -262,5 +265,11 @@ def _bytes(x: Any) -> int:
 
 
 def _numeric(tree: PyTree) -> list[Any]:
-    leaves = [x if hasattr(x, "dtype") else np.asarray(x) for x in flatten(tree)[0]]
-    return [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    """Lists the numeric leaves of a tree, without what its nodes do not train."""
+
+    def is_leaf(x: Any) -> bool:
+        return is_node(x) or is_quantized(x)
+
+    each = (trained(x) if is_node(x) else x for x in jax.tree.leaves(tree, is_leaf=is_leaf))
+    found = (x if hasattr(x, "dtype") else np.asarray(x) for x in flatten(list(each))[0])
+    return [x for x in found if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]

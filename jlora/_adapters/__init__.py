@@ -31,6 +31,7 @@ from ._node import lower as lower
 from ._node import misfit as misfit
 from ._node import state as state
 from ._node import static as static
+from ._node import trained as trained
 from ._node import weight_of as weight_of
 from ._node import weight_shape as weight_shape
 from ._register import RULES as RULES

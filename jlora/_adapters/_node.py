@@ -239,6 +239,12 @@ def state(node: Node) -> dict[str, Any]:
     return {name: getattr(node, name) for name, label in node.labels.items() if label is not None}
 
 
+def trained(node: Node) -> dict[str, Any]:
+    """Returns the arrays of a node by name that are trained."""
+    found = state(node).items()
+    return {k: x for k, x in found if node.labels[k] != "base" and k not in node.frozen}
+
+
 def lengths(node: Node) -> dict[int | str, int]:
     """Returns the length of each axis of the arrays of `node`."""
     axes = node.axes(node.layout)

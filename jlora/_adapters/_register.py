@@ -58,7 +58,7 @@ def _check_rule(cls: type[Rule]) -> None:
             "below @register."
         )
     _check_complete(cls, Rule, ("start",))
-    if "pattern" not in cls.__dataclass_fields__:
+    if "pattern" not in vars(cls)["__dataclass_fields__"]:
         raise TypeError(f"{cls.__name__} must have a field `pattern`.")
 
 
