@@ -29,9 +29,8 @@ def printable(text: str) -> str:
         >>> print(printable("a\0b\u202ec"))
         a\x00b\u202ec
     """
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
-    )
+    odd = {c for c in set(text) - {"\n"} if not c.isprintable()}
+    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in odd})
 
 
 def show(name: str) -> str:

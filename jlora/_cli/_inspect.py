@@ -1,7 +1,7 @@
 """`jlora inspect`: the contents of an adapter, and how much it changes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -18,6 +18,7 @@ from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import format_of, open_adapter
 
 SHOWN = 4  # singular values in the table
+BLOCK = 2**18  # numbers of A and B that are measured together
 HEADER = ("site", "inputs × outputs", "r", "s", "‖ΔW‖", "stable", "effective", "singular values")
 NUMBERS = ("norm", "stable_rank", "effective_rank")
 TENSORS = ("tensor", "shape", "scheme", "bits", "size")
@@ -45,14 +46,13 @@ def inspect(folder: Arg, every: bool) -> Answer:
     rows = {name: x.v for name, x in leaves.items() if isinstance(x, Replaced)}
     full = {name: x for name, x in leaves.items() if not is_node(x)}
     low = [name for name in leaves if name not in rows and name not in full]
-    bar = progress(low, "sites", leave=False)
     fields = {
         "path": str(folder),
         "format": adapter.format,
         **adapter.about,
         "parameters": count(leaves),
         "bytes": size_in_bytes(leaves),
-        "sites": [_site(name, leaves[name]) for name in bar],
+        "sites": _sites({name: leaves[name] for name in low}),
         "full": _list_leaves(full),
         "rows": _list_leaves(rows),
     }
@@ -91,7 +91,9 @@ def widen(x: Any) -> LowRank:
 
 
 @jax.jit
+@jax.vmap
 def _measure(x: LowRank) -> dict[str, jax.Array]:
+    """Measures the ΔW of several nodes of one form."""
     spectrum = jlora.analysis.delta_spectrum(x)
     return {
         "norm": jlora.analysis.norm(x),
@@ -101,9 +103,34 @@ def _measure(x: LowRank) -> dict[str, jax.Array]:
     }
 
 
-def _site(name: str, x: LowRank | Decomposed) -> Fields:
-    """Measures the ΔW of a node, a matrix each. For DoRA this is s·A·B, before normalization."""
-    shape, measured = weight_shape(x), {k: np.asarray(v) for k, v in _measure(widen(x)).items()}
+def _sites(nodes: Mapping[str, Any]) -> list[Fields]:
+    """Measures nodes, some of one form at a time."""
+    forms: dict[Any, list[str]] = {}
+    for name, x in nodes.items():
+        form = (type(x), x.a.shape, x.b.shape, x.scale, x.layout)
+        forms.setdefault(form, []).append(name)
+    found = {}
+    for names in progress(_blocks(nodes, forms.values()), "sites", leave=False):
+        together = jax.tree.map(lambda *xs: np.stack(xs), *(widen(nodes[name]) for name in names))
+        measured = {k: np.asarray(v) for k, v in _measure(together).items()}
+        for i, name in enumerate(names):
+            found[name] = _site(name, nodes[name], {k: v[i] for k, v in measured.items()})
+    return [found[name] for name in nodes]
+
+
+def _blocks(nodes: Mapping[str, Any], groups: Iterable[list[str]]) -> list[list[str]]:
+    """Splits groups of nodes of one form so that A and B together have at most `BLOCK` numbers."""
+    found = []
+    for names in groups:
+        x = nodes[names[0]]
+        step = max(1, BLOCK // max(x.a.size + x.b.size, 1))
+        found += [names[i : i + step] for i in range(0, len(names), step)]
+    return found
+
+
+def _site(name: str, x: LowRank | Decomposed, measured: Mapping[str, np.ndarray]) -> Fields:
+    """Describes the ΔW of a node, a matrix each. For DoRA this is s·A·B, before normalization."""
+    shape = weight_shape(x)
     inputs, outputs = (math.prod(shape[d] for d in axes) for axes in x.layout[1:3])
     return {
         "name": name,
