@@ -7,6 +7,7 @@ gradient that are zero show the mask.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -248,6 +249,60 @@ def test_remat_computes_the_same_mask_again(policy: str | None) -> None:
     assert_close(actual, whole, 1e-5)
     pairs = zip(masks(actual).values(), masks(whole).values(), strict=True)
     assert all(np.array_equal(x, y) for x, y in pairs)
+
+
+def _twice(f: Any) -> Any:
+    """The outputs of two calls of `f` of one weight and one input."""
+    return lambda w, x: jnp.stack([f(w, x), f(w, x)])
+
+
+def _dot(w: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ w
+
+
+def _in_while(w: jax.Array, x: jax.Array) -> jax.Array:
+    def body(state: Any) -> Any:
+        i, ys = state
+        return i + 1, ys.at[i].set(x @ w)
+
+    return lax.while_loop(lambda s: s[0] < 3, body, (0, jnp.zeros((3, 1, 64))))[1]
+
+
+# Several uses of one weight, each with the same input.
+USES: dict[str, Any] = {
+    "twice": _twice(_dot),
+    "jit": _twice(jax.jit(_dot)),
+    "nested": _twice(jax.jit(_twice(jax.jit(_dot)))),
+    "checkpoint": _twice(jax.checkpoint(_dot)),
+    "casts": _twice(lambda w, x: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(x.dtype)),
+    "cast once": lambda w, x: _twice(_dot)(w.astype(jnp.bfloat16), x.astype(jnp.bfloat16)),
+    "tied": lambda w, x: jnp.stack([w[jnp.arange(64)].sum(0)[None], jnp.ones((1, 64)) @ w]),
+    "scan": lambda w, x: lax.scan(lambda _, i: (None, x @ w), None, jnp.arange(3))[1],
+    "carried": lambda w, x: lax.scan(lambda w, i: (w, x @ w), w, jnp.arange(3))[1],
+    "layers": lambda w, x: lax.scan(lambda _, i: (None, _twice(_dot)(w, x)), None, jnp.arange(2))[
+        1
+    ],
+    "while": _in_while,
+}
+
+
+@pytest.mark.parametrize("name", some([*USES], "nested", "tied", "carried", "while"))
+def test_each_use_has_its_own_mask(name: str) -> None:
+    """So says JAX's checker of keys too; without a key all uses are alike."""
+    x, w = draw(3, 1, 64), {"w": draw(4, 64, 64)}
+    lora, base, adapter = adapt(lambda p, x: USES[name](p["w"], x), w, x, dropout=0.5)
+    noisy = jlora.dropout(adapter, KEY)
+    plain, eager = lora.apply(base, adapter, x), lora.apply(base, noisy, x)
+    with jax.debug_key_reuse(True):
+        found = jax.jit(lora.apply)(base, noisy, x)
+    assert_close(found, eager, 1e-2 if "cast" in name else 1e-5)
+    delta = np.asarray(found - plain, np.float32).reshape(-1, 64)
+    same = [np.abs(a - b).max() < 1e-2 for a, b in itertools.combinations(delta, 2)]
+    assert len(delta) >= 2 and not any(same)
+    if name != "while":
+        f = lambda a: lora.apply(base, jlora.dropout(a, KEY), x).astype(jnp.float32)  # noqa: E731
+        slope, again = (jax.grad(lambda a, g=g: laws.scalar(g(a))) for g in (f, jax.checkpoint(f)))
+        assert_close(again(adapter), slope(adapter), 1e-2 if "cast" in name else 1e-5)
 
 
 # -------------------------------------------------------------------------------- keys and trees

@@ -12,7 +12,7 @@ from peft_files import Folder, come_back
 from small import array, every, randomize
 
 import jlora
-from jlora import DoRA, LoRA, Slots, checkpoint, initializers, peft
+from jlora import DoRA, LoRA, Slots, checkpoint, initializers, many, peft
 
 # Qwen3-30B-A3B: its layers, experts and widths.
 LAYERS, EXPERTS, WIDTH, HIDDEN, QUERIES, KEYS = 48, 128, 2048, 768, 32 * 128, 4 * 128
@@ -78,6 +78,27 @@ def make(*rules: LoRA) -> tuple[Any, Any, jlora.types.Transformed, jax.Array]:
     params, x = {name: array(*shape) for name, shape in MIXTURE.items()}, array(3, 4, 6)
     lora = jlora.transform(mixture, *rules)
     return *jax.jit(lora.init)(jax.random.key(1), params, x), lora, x
+
+
+def test_ragged_products_cannot_be_mapped() -> None:
+    """Over adapters or rows: JAX has no rule for them, and the error names the weight."""
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, 6)  # `route` gives a batch of one
+        return jax.lax.ragged_dot(rows, p["w"], jnp.array([1, 2])).reshape(*x.shape[:-1], 4)
+
+    params, x = {"w": array(2, 6, 4)}, array(3, 6)
+    base, adapter = (lora := jlora.transform(apply, LoRA("w", rank=2))).init(
+        jax.random.key(0), params, x
+    )
+    table = many.stack([adapter, adapter])
+    message = r"'w' reaches `ragged_dot_general` at .*, which JAX cannot map: .*Use jax\.lax\.map"
+    with pytest.raises(NotImplementedError, match=message):
+        jax.vmap(lora.apply, (None, 0, None))(base, table, x)
+    with pytest.raises(NotImplementedError, match=message):
+        many.route(lora.apply)(base, table, jnp.array([0, 1]), jnp.stack([x, x]))
+    y = jax.lax.map(lambda a: lora.apply(base, a, x), table)
+    np.testing.assert_allclose(y[1], lora.apply(base, adapter, x), rtol=1e-6)
 
 
 OUTER = [LoRA("up", rank=2, share="inputs"), LoRA("down", rank=2, share="outputs")]

@@ -170,6 +170,19 @@ def test_runs_of_known_ids_are_batches(ids: tuple[int, ...]) -> None:
     assert set(seen) == {{(1,) * 6: 6, IDS: 1}.get(ids, 2)}
 
 
+@pytest.mark.parametrize("ids", [np.zeros(0, int), jnp.zeros(0, jnp.int32)], ids=["known", "array"])
+@pytest.mark.parametrize("form", many._route.FORMS)
+def test_no_rows(ids: Any, form: str) -> None:
+    """An empty batch gives no rows, and gradients of zero."""
+    lora, base, _ = made()
+    routed = many.route(lora.apply, form=form)
+    f = lambda table: routed(base, table, ids, X[:0])  # noqa: E731
+    y, expected = jax.jit(f)(table_of_all()), jax.vmap(lambda x: lora.apply(base, {}, x))(X[:0])
+    assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
+    slope = jax.grad(lambda table: f(table).sum())(table_of_all())
+    assert not any(np.any(x) for x in jax.tree.leaves(slope))
+
+
 def test_form_follows_from_the_size() -> None:
     """Side by side are the sites of which A and B of all slots are a quarter of W, or less."""
     lora, base, [adapter] = made(1)

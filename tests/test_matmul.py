@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from small import array, some
+from small import array, some, some_rows
 
 import jlora
 
@@ -239,3 +239,36 @@ def test_float16_neither_overflows_nor_vanishes():
     expected = 0.0005 * np.asarray(x, np.float64).T @ np.asarray(c, np.float64) @ np.ones((3, 2))
     error = np.linalg.norm(gradient(x, c) - expected) / np.linalg.norm(expected)
     assert error < 3e-3
+
+
+def _experts(p, x):
+    return jax.lax.ragged_dot(x, p["w"][None], jnp.array([len(x)]))
+
+
+def _convolution(p, x):
+    return jax.lax.conv(x[:, :, None], p["w"].T[:, :, None], (1,), "VALID")[:, :, 0]
+
+
+@pytest.mark.parametrize("model", some([_product, _experts, _convolution], _product))
+@pytest.mark.parametrize(
+    ("scale", "of_a", "of_b"),
+    some_rows([(1e6, 1, 1e-6), (1, 1e5, 1e-5), (1, 1e-9, 1e9), (1e-7, 1e7, 1)], (1e6, 1, 1e-6)),
+)
+def test_float16_is_merged_whatever_the_sizes_of_s_a_and_b(model, scale, of_a, of_b):
+    """Values and gradients where s·A·B is like W, but s, A, B or s·A are not in float16."""
+    w = {"w": (array(64, 8) / 8).astype(jnp.float16)}
+    x = array(16, 64).astype(jnp.float16)
+    layout = jlora.types.Layout((), (0,), (1,))
+    node = jlora.types.LowRank(of_a * array(64, 2), of_b * array(2, 8), scale, layout)
+
+    def adapted(node):
+        return jlora.wrap(model)(jlora.bind(w, {"w": node}), x).astype(jnp.float32)
+
+    def merged(node):
+        dense = w["w"].astype(jnp.float32) + node.scale * node.a @ node.b
+        return model({"w": dense}, x.astype(jnp.float32))
+
+    def both(f):
+        return jax.jit(lambda node: (f(node), jax.grad(lambda n: laws.scalar(f(n)))(node)))(node)
+
+    laws.assert_close(both(adapted), both(merged), 5e-3, least=0)

@@ -24,6 +24,7 @@ import pytest
 from cases.trees import CONTAINERS, two_products
 from jax import lax
 from laws import assert_close
+from own_methods import Diagonal
 from small import X, as_jax, every, raw
 
 import jlora
@@ -152,11 +153,12 @@ def test_merging_a_fresh_adapter_gives_the_parameters(leaf: str) -> None:
     assert kinds(merged) == kinds(params)
 
 
-CHANGES, AT = (jlora.merge, jlora.unmerge), (1, 16, 17, 24)
+CHANGES, AT = (jlora.merge, jlora.unmerge), (0, 1, 16, 17, 24)
 
 
 @pytest.mark.parametrize(
-    ("change", "rank"), every(CHANGES, AT, daily={(jlora.merge, 16), (jlora.unmerge, 17)})
+    ("change", "rank"),
+    every(CHANGES, AT, daily={(jlora.merge, 0), (jlora.merge, 16), (jlora.unmerge, 17)}),
 )
 def test_merge_at_every_rank(change: Any, rank: int) -> None:
     """A stack of W with two input axes ± s·A·B, and its derivatives, forward and backward."""
@@ -406,6 +408,27 @@ def test_count_and_summary() -> None:
     found = jlora.summary(s.base, s.adapter)
     assert found == jlora.types.Summary(80, 2 * (6 + 8) + 2 * (8 + 4), 160, 4 * 52)
     assert found.share == 52 / 80
+
+
+@pytest.mark.parametrize("method", ["frozen", "diagonal"])
+def test_what_is_not_trained_does_not_count(method: str) -> None:
+    """Frozen factors of a rule, and arrays that a method labels as base: no moments, no bytes."""
+    rules = {"frozen": jlora.LoRA("w", rank=2, frozen=("a",)), "diagonal": Diagonal("w")}
+    lora = jlora.transform(lambda p, x: x @ p["w"], rules[method])
+    params, x = {"w": jnp.ones((64, 32))}, jnp.ones((1, 64))
+    adapter = lora.init(KEY, params, x)[1]
+    n = lora.sites(params, x).trainable
+    found = jlora.summary(params, adapter)
+    assert (jlora.count(adapter), found.trainable, found.trainable_bytes) == (n, n, 4 * n)
+
+
+def test_paths_that_join_alike_are_refused() -> None:
+    """Of two leaves with one name a rule could not tell which is an embedding."""
+    params = {"a/b": jnp.ones((9, 4)), "a": {"b": jnp.ones((4, 3))}}
+    lora = jlora.transform(lambda p, ids: p["a/b"][ids] @ p["a"]["b"], jlora.LoRA(rank=2))
+    for call in (lora.sites, functools.partial(lora.init, KEY)):
+        with pytest.raises(ValueError, match=r"two leaves have the path a/b: .*Rename one of them"):
+            call(params, jnp.array([0]))
 
 
 TABLE = """\

@@ -171,7 +171,8 @@ def _sum_over_rank(axes: tuple[Axis, ...], a: Factor, b: Factor) -> jax.Array:
     writes no array of W's size for A·B. Its derivative is computed by matrix products.
     """
     rank = a.length(RANK)
-    return _outer_products(axes, a, b) if rank <= FUSED else _matrix_product(axes, a, b)
+    form = _outer_products if 0 < rank <= FUSED else _matrix_product
+    return form(axes, a, b)
 
 
 @_sum_over_rank.defjvp

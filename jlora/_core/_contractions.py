@@ -50,8 +50,9 @@ class Contraction(Product):
     def term(self, delta: Delta) -> Term:
         """Returns what a delta adds to y."""
         y, precision = self.eqn.outputs[0], self.eqn.params["precision"]
-        what = (*self.factors(delta), delta.gate, self.x_axes, self.y_axes)
-        return Term(*what, delta.scale, y.dtype, precision, explicit(y), delta.gating)
+        p, q, scale = self.factors(delta)
+        what = (p, q, delta.gate, self.x_axes, self.y_axes)
+        return Term(*what, scale, y.dtype, precision, explicit(y), delta.gating)
 
 
 def _contraction(eqn: Equation, at: int) -> Contraction:
@@ -110,13 +111,13 @@ def _plus_both(y: jax.Array, first: Contraction, second: Contraction) -> jax.Arr
     of_second[RANK] = Axis(RANK.name - 1 - len(first.x_axes))
     for s in first.w.change.deltas:
         for t in second.w.change.deltas:
-            (a, b), (c, d) = first.factors(s, y.dtype), second.factors(t, y.dtype)
+            (a, b, u), (c, d, v) = first.factors(s, y.dtype), second.factors(t, y.dtype)
             c, d = (f.rename(of_second) for f in (t.factor_with_gate(c), d))
             factors = (s.factor_with_gate(a), b, c, d)
             *names, out = spell(*(f.axes for f in factors), first.y_axes)
             how = {"precision": first.eqn.params["precision"], "optimize": "optimal"}
             cross = jnp.einsum(f"{','.join(names)}->{out}", *(f.value for f in factors), **how)
-            y = y + jnp.asarray(s.scale * t.scale, y.dtype) * cross
+            y = y + jnp.asarray(u * v, y.dtype) * cross
     return y
 
 
@@ -132,7 +133,14 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
         raise Unfactorable("the weight is not one matrix for each group")
     [outer] = {0, 1, 2} - {groups[0], contracted[0]}
     roles = Roles(*((w.axes[d],) for d in (groups[0], contracted[0], outer)))
-    return _Ragged(eqn, w, x, roles, group_sizes).result()
+    try:
+        return _Ragged(eqn, w, x, roles, group_sizes).result()
+    except NotImplementedError as e:  # JAX's, within `vmap`
+        raise NotImplementedError(
+            f"the weight {' + '.join(w.origin.paths)!r} reaches {eqn.where}, which JAX cannot map: "
+            f"{e}. Use jax.lax.map instead of jax.vmap; instead of jlora.many.route, apply each "
+            "adapter to its rows; or multiply the experts by jnp.einsum."
+        ) from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +155,14 @@ class _Ragged(Product):
         )
 
     def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
-        p, q = self.factors(delta)
+        p, q, scale = self.factors(delta)
         [inner], [outer] = self.roles.inputs, self.roles.outputs
         if inner in q.axes or outer in p.axes:
             raise Unfactorable("its inputs and outputs are mixed")
         h = self._dot(delta.drop(x.astype(self.dtype)), p, inner, RANK)
         if delta.gate is not None:
             h = delta.gating(h, self._by_row(delta.gate, RANK))
-        return self._dot(delta.scale * h, q, RANK, outer)
+        return self._dot(scale * h, q, RANK, outer)
 
     def spread(self, gain: Factor, on_x: bool) -> jax.Array:
         [axis] = self.roles.inputs if on_x else self.roles.outputs
@@ -198,7 +206,7 @@ class _Convolution(Product):
     def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
         p, numbers, (axes, [outer]) = self.eqn.params, self._numbers, self.roles[1:]
         groups, batches = p["feature_group_count"], p["batch_group_count"]
-        a, b = self.factors(delta)
+        a, b, scale = self.factors(delta)
         if outer in a.axes or set(axes) & set(b.axes):
             raise Unfactorable("its inputs and outputs are mixed")
         # A is a kernel with r outputs, the same for every group; B contracts them.
@@ -211,7 +219,7 @@ class _Convolution(Product):
         order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
         h = h.transpose(order)  # (batch, *spatial, groups * r)
         h = h.reshape(*h.shape[:-1], groups, a.length(RANK))
-        h = delta.scale * delta.apply_gate(h, [*[None] * (h.ndim - 1), RANK])
+        h = scale * delta.apply_gate(h, [*[None] * (h.ndim - 1), RANK])
         b = b.expand_to((RANK, outer))
         rank, outputs = b.shape
         b = b.reshape(rank, batches, groups, outputs // (groups * batches))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from .. import _compat
@@ -81,13 +82,30 @@ def _while(eqn: Equation, *operands: Any) -> list[Any]:
     }
 
     def cond(state: Any) -> Any:
-        return eqn.arrays(eqn.evaluate(p["cond_jaxpr"], *of_cond, *_put_back(state, kept)))[0]
+        [*state, i] = state
+        inside = _fold_in(i, *of_cond, *_put_back(state, kept))
+        return eqn.arrays(eqn.evaluate(p["cond_jaxpr"], *inside))[0]
 
     def body(state: Any) -> Any:
-        outs = eqn.evaluate(p["body_jaxpr"], *of_body, *_put_back(state, kept))
-        return eqn.arrays(outs, kept)
+        [*state, i] = state
+        inside = _fold_in(i, *of_body, *_put_back(state, kept))
+        return [
+            *eqn.arrays(eqn.evaluate(p["body_jaxpr"], *inside), kept),
+            i if i is None else i + 1,
+        ]
 
-    return _put_back(lax.while_loop(cond, body, eqn.arrays(init, kept)), kept)
+    first = jnp.int32(0) if _have_keys(operands) else None
+    [*state, _] = lax.while_loop(cond, body, [*eqn.arrays(init, kept), first])
+    return _put_back(state, kept)
+
+
+def _have_keys(operands: Sequence[Any]) -> bool:
+    return any(isinstance(x, Weight) and x.has_keys for x in operands)
+
+
+def _fold_in(i: Any, *operands: Any) -> list[Any]:
+    """Folds the number of the iteration, if it is counted, into the keys of each weight."""
+    return [x.fold_in(i) if i is not None and isinstance(x, Weight) else x for x in operands]
 
 
 @rule("scan", is_move=False)
@@ -103,16 +121,21 @@ def _scan(eqn: Equation, *operands: Any) -> list[Any]:
         and (source == n_consts + i if i < n_carry else source >= first)
     }
 
-    def body(state: Any, slices: Any) -> tuple[list[Any], list[Any]]:
+    # Slices have keys of their own.
+    numbers = jnp.arange(p["length"]) if _have_keys(operands[:first]) else None
+
+    def body(state: Any, own: Any) -> tuple[list[Any], list[Any]]:
+        i, slices = own
+        whole = _fold_in(i, *operands[:n_consts], *_put_back(state, kept))
         inside = [x.as_slice() if isinstance(x, Weight) else x for x in slices]
-        outs = eqn.evaluate(jaxpr, *operands[:n_consts], *_put_back(state, kept), *inside)
+        outs = eqn.evaluate(jaxpr, *whole, *inside)
         outs = eqn.arrays(outs, kept)
         return outs[:n_carry], outs[n_carry:]
 
     state, ys = lax.scan(
         body,
         eqn.arrays(operands[n_consts:first], kept),
-        [x.as_stack() if isinstance(x, Weight) else x for x in operands[first:]],
+        (numbers, [x.as_stack() if isinstance(x, Weight) else x for x in operands[first:]]),
         p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],

@@ -5,9 +5,11 @@ rule of their primitive. If there is no rule, or the rule finds no factored form
 if the user allowed it; otherwise it is an error.
 """
 
+import collections
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +19,7 @@ from .. import _compat
 from .._registry import check_free
 from ._arrays import pick
 from ._axes import Unfactorable
-from ._repeated import Call, Functions
+from ._repeated import Call, Functions, variables
 from ._shared import steps
 from ._weight import Weight
 
@@ -219,8 +221,14 @@ def _evaluate(
     write(jaxpr.constvars, _compat.consts(jaxpr))
     write(jaxpr.invars, args)
     weights = [isinstance(x, Weight) and x.is_changed for x in args]
+    number = _number_uses(jaxpr) if any(isinstance(x, Weight) and x.has_keys for x in args) else {}
+
+    def use(atom: Any) -> Any:
+        x = read(atom)
+        return x.fold_in(next(number[atom])) if isinstance(x, Weight) and atom in number else x
+
     for eqns, last in steps(jaxpr, weights, RULES, functions is not None):
-        operands = [[read(atom) for atom in eqn.invars] for eqn in eqns]
+        operands = [[use(atom) for atom in eqn.invars] for eqn in eqns]
         pairs = zip(eqns, operands, strict=True)
         outputs = _apply([Equation(*pair, within, functions) for pair in pairs])
         for eqn, outs in zip(eqns, outputs, strict=True):
@@ -228,6 +236,12 @@ def _evaluate(
         for var in last:
             del env[var]
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _number_uses(jaxpr: Any) -> dict[Any, Iterator[int]]:
+    """Returns numbers for the uses of each variable that more than one operand reads."""
+    counts = collections.Counter(variables([v for eqn in jaxpr.eqns for v in eqn.invars]))
+    return {v: itertools.count() for v, n in counts.items() if n > 1}
 
 
 def _apply(eqns: Sequence[Equation]) -> list[Sequence[Any]]:

@@ -106,16 +106,12 @@ def _recompute(f: Callable[..., Any]) -> Callable[..., Any]:
 def _reduce(x: jax.Array, terms: list[Term]) -> jax.Array:
     """Computes s·x·p for all p, concatenated along the rank."""
     first = terms[0]
-    # In float16, h could overflow or round to 0 before the scale is applied.
-    late = jnp.finfo(x.dtype).minexp < -100
-    ps = [t.p.value if late else t.p.value * jnp.asarray(t.scale, t.p.dtype) for t in terms]
+    ps = [term.p.value for term in terms]
     p = jnp.concatenate(ps, first.p.axis(RANK)) if len(ps) > 1 else ps[0]
     # If a mesh leaves h in partial sums, XLA adds them up in one collective with the activations
     # of the model, provided that both have one dtype.
     how = {"dtype": x.dtype, "precision": first.precision}
     h = einsum(first.x, first.p.axes, first.h, x, p, **how)
-    if not late:
-        return h
     # Scaling h, not A: on TPUs XLA would write a scaled A to memory, and fuse less.
     scales = np.concatenate([np.full(term.q.length(RANK), term.scale) for term in terms])
     return h * jnp.asarray(scales.reshape([-1 if a == RANK else 1 for a in first.h]), h.dtype)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ._arrays import promote
-from ._axes import Axis, Factor, Unfactorable
+from ._axes import RANK, Axis, Factor, Unfactorable
 from ._change import Delta
 from ._weight import Weight
 
@@ -99,16 +100,38 @@ class Product(abc.ABC):
         """The dtype in which the factors are multiplied."""
         return promote(self.x.dtype, self.w.dtype)
 
-    def factors(self, delta: Delta, dtype: Any = None) -> tuple[Factor, Factor]:
-        """Returns A and B in a dtype, first the one that x is multiplied with first.
+    def factors(self, delta: Delta, dtype: Any = None) -> tuple[Factor, Factor, float]:
+        """Returns A and B in a dtype, first the one that x is multiplied with first, and s.
 
         Together they have all axes of W.
         """
-        dtype = dtype or self.dtype
-        p, q = (f.each(lambda x: x.astype(dtype)) for f in delta.by_order(self.roles.inputs))
+        dtype, scale = dtype or self.dtype, delta.scale
+        p, q = delta.by_order(self.roles.inputs)
+        if delta.is_matrix and jnp.finfo(dtype).minexp > -100:
+            p, q, scale = _balance(p, q, scale)
+        p, q = (f.each(lambda x: x.astype(dtype)) for f in (p, q))
         rest = {a: n for a, n in self.w.lengths.items() if a not in (*p.axes, *q.axes)}
         of_q = {a: n for a, n in rest.items() if a in self.roles.outputs}
-        return p.repeat({a: n for a, n in rest.items() if a not in of_q}), q.repeat(of_q)
+        return p.repeat({a: n for a, n in rest.items() if a not in of_q}), q.repeat(of_q), scale
+
+
+def _balance(p: Factor, q: Factor, scale: float) -> tuple[Factor, Factor, float]:
+    """Moves s and the norm of each column of p into q, for float16.
+
+    There x·p, s·p or s·x·p could be above 65,504, or round to 0, while s·p·q is neither. Columns
+    of p are divided by powers of two, so nothing else is rounded.
+    """
+    others = [i for i, a in enumerate(p.axes) if a != RANK]
+    wide = lax.stop_gradient(p.value).astype(promote(p.dtype, jnp.float32))
+    norm = jnp.sqrt(jnp.square(wide).sum(others)).astype(jnp.float32)
+    power = jnp.where((norm > 0) & jnp.isfinite(norm), jnp.frexp(norm)[1], 0)
+
+    def times_power(f: Factor, sign: int, scale: float = 1.0) -> Factor:
+        factor = jnp.ldexp(jnp.float32(scale), sign * power)
+        wide = promote(f.dtype, jnp.float32)
+        return f.replace(f.value.astype(wide) * f.replace(factor, [RANK]).expand_to(f.axes))
+
+    return times_power(p, -1), times_power(q, 1, scale), 1.0
 
 
 def times(x: jax.Array, gain: jax.Array) -> jax.Array:

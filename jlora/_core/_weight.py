@@ -146,6 +146,16 @@ class Weight:
         unchecked = self.origin.unchecked
         return self.replace(self.w, map_factors(lambda f: f.may_vary(unchecked), self.change))
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether dropout is active."""
+        return any(d.key is not None for d in self.change.deltas)
+
+    def fold_in(self, use: Any) -> "Weight":
+        """Folds the number of a use into the keys of dropout, so that each has its own mask."""
+        fold = lambda f: f.each(lambda x: _fold_in(x, use)) if f.is_key else f  # noqa: E731
+        return self.replace(self.w, map_factors(fold, self.change)) if self.has_keys else self
+
     def mark_picked(self, axes: Sequence[Axis]) -> "Weight":
         """Remembers that one entry was looked up along each of `axes`."""
         return dataclasses.replace(self, picked=self.picked.union(*(a.leaf for a in axes)))
@@ -200,6 +210,10 @@ def leaf_weight(
     # The model must be traced with a weight that varies over the mesh as W' does.
     w = jax.tree.map(lambda x: _compat.vary_with(x, jax.tree.leaves(change)), w)
     return Weight(w, change, Origin((path,), materialize, uses, unchecked))
+
+
+def _fold_in(keys: jax.Array, data: Any) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys.ravel(), data).reshape(keys.shape)
 
 
 def value_of(x: Any) -> Any:

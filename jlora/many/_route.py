@@ -172,7 +172,7 @@ def _type_of_slot(x: Any) -> jax.ShapeDtypeStruct:
 
 def _length_of_runs(ids: Any) -> int:
     """Returns the largest length that divides all runs of equal ids; 1 if ids are traced."""
-    if not isinstance(ids, np.ndarray):
+    if not isinstance(ids, np.ndarray) or not ids.size:
         return 1
     return math.gcd(len(ids), *(int(i) + 1 for i in np.flatnonzero(np.diff(ids))))
 

@@ -241,11 +241,7 @@ def _check(
     Raises `ValueError` for a known value outside.
     """
     x = _as_array(ids)
-    if (
-        not jnp.issubdtype(x.dtype, jnp.integer)
-        or x.ndim not in ndims
-        or (least < 0 and not x.size)
-    ):
+    if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim not in ndims:
         raise TypeError(f"`{name}` must be {expected}; got {short(ids)}.")
     found = map(int, np.asarray(x).flat) if is_concrete(x) else ()
     if wrong := [i for i in found if not least <= i < count]:
