@@ -128,6 +128,34 @@ def first(w: np.ndarray) -> np.ndarray:
     return ALPHA / RANK * (q[:, :RANK] @ r[:RANK]).T
 
 
+OF_JAX = {  # with the standard deviation for so many inputs
+    "normal": (jax.nn.initializers.normal(0.02), lambda n: 0.02),
+    "lecun": (jax.nn.initializers.lecun_normal(), lambda n: n**-0.5),
+    "orthogonal": (jax.nn.initializers.orthogonal(), lambda n: n**-0.5),
+    "constant": (jax.nn.initializers.constant(0.5), lambda n: 0.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), every(OF_JAX, FORMS, daily={("lecun", "stack of slots"), ("normal", "last")})
+)
+def test_initializers_of_jax_draw_each_matrix_of_a(name: str, form: str) -> None:
+    """B is zero; a variance is that of the inputs of one matrix, however many are stacked."""
+    init, deviation = OF_JAX[name]
+    node = made(form, init)[3]["w"]
+    own = FORMS[form][4](np.zeros(FORMS[form][1]))  # the matrices
+    a = np.asarray(node.a).reshape(len(own), len(own[0]), RANK)
+    assert not np.any(node.b)
+    expected = deviation(len(own[0]))
+    assert abs(a.std() / expected - 1) < 4 / a.size**0.5 if expected else np.all(a == 0.5)
+    if name != "constant":
+        assert len(np.unique(a)) == a.size
+    if name == "orthogonal":
+        np.testing.assert_allclose(
+            a.mT @ a, np.broadcast_to(np.eye(RANK), (len(a), 3, 3)), atol=1e-5
+        )
+
+
 PARTS = {"pissa": singular(slice(RANK)), "milora": singular(slice(-RANK, None)), "olora": first}
 DAILY_PARTS = {("milora", "convolution"), ("olora", "slots")}
 

@@ -23,6 +23,7 @@ from .._rules import (
 )
 from .._types import Layout
 from ..initializers import kaiming_uniform
+from ..initializers._initializer import draw_by, takes_shape
 from ._low_rank import LowRank, factor_shapes, matrix_lengths
 from ._register import register
 
@@ -86,7 +87,9 @@ class LoRA(Rule):
             gradients stay exact, at the memory and time of a full weight.
         rslora: whether to scale by alpha / √r (Kalajdzievski, arXiv 2312.03732) rather than
             alpha / r.
-        init: how A and B start, one of `jlora.initializers`; by default `kaiming_uniform`.
+        init: how A and B start, one of `jlora.initializers`; by default `kaiming_uniform`. Or an
+            initializer of `jax.nn.initializers`, called, such as `normal(0.02)`: it draws each
+            matrix of A, of shape (inputs, r), and B is zero.
         dtype: dtype of A and B; by default the dtype of the weight, but at least float32.
         frozen: `("a",)` to train only B, which halves the moments (LoRA-FA, arXiv 2308.03303), or
             `("b",)`. Some initializers freeze a factor themselves, as `miss` does.
@@ -131,8 +134,10 @@ class LoRA(Rule):
         check("slots", are_slots, "be a jlora.Slots", TypeError)
         for flag in ("materialize", "rslora"):
             check(flag, isinstance(getattr(self, flag), bool), "be True or False", TypeError)
-        starts = self.init is None or callable(self.init)
-        check("init", starts, "be an initializer such as jlora.initializers.gaussian", TypeError)
+        starts = self.init is None or takes_shape(self.init) is not None
+        example = "be an initializer such as jlora.initializers.gaussian"
+        is_uncalled = callable(self.init) and not starts
+        check("init", starts, example + ", called with its options" * is_uncalled, TypeError)
         is_dtype = self.dtype is None or is_floating(self.dtype)
         check("dtype", is_dtype, "be a floating-point dtype", TypeError)
         given = self.frozen if isinstance(self.frozen, list | tuple) else (self.frozen,)
@@ -217,7 +222,9 @@ class LoRA(Rule):
 
     def draw(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, jax.Array, jax.Array]:
         """Draws W, A and B by the initializer, and checks them."""
-        made = (self.init or kaiming_uniform)(key, w, site, self)
+        init = self.init or kaiming_uniform
+        init = functools.partial(draw_by, init) if takes_shape(init) else init
+        made = init(key, w, site, self)
         expected_shapes = (site.shape, *self.factor_shapes(site))
         got = tuple(map(_form, made)) if isinstance(made, tuple) else made
         expected = tuple((shape, "floating-point") for shape in expected_shapes)

@@ -1,6 +1,7 @@
 """Helpers and base classes of initializers."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -9,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._compat import evaluate_now
 from .._core import promote
+from .._rules import rule_name
 
 
 def dtype_of(site: Any, rule: Any) -> jnp.dtype:
@@ -22,6 +25,47 @@ def draw(w: Any, site: Any, rule: Any, sample: Callable[..., jax.Array]) -> tupl
     dtype = dtype_of(site, rule)
     a_shape, b_shape = rule.factor_shapes(site)
     return w, sample(a_shape, dtype), jnp.zeros(b_shape, dtype)
+
+
+def takes_shape(init: Any) -> bool | None:
+    """Whether an initializer takes `(key, shape, dtype)`, as those of JAX do, or what jlora's take.
+
+    None if it takes neither, such as a class or function that is to be called with options first.
+
+    >>> takes_shape(jax.nn.initializers.normal(0.02)), takes_shape(jax.nn.initializers.normal)
+    (True, None)
+    """
+    if isinstance(init, type) or not callable(init):
+        return None
+    found = inspect.signature(init)
+    if [*found.parameters][1:2] == ["shape"]:
+        return True
+    try:
+        found.bind(*"kwsr")
+    except TypeError:
+        return None
+    needs_some = any(p.default is p.empty for p in found.parameters.values())
+    return False if needs_some else None
+
+
+def draw_by(
+    init: Callable[..., jax.Array], key: jax.Array, w: Any, site: Any, rule: Any
+) -> tuple[Any, Any, Any]:
+    """Returns `(w, a, b)`; JAX's initializer `init` draws each matrix (inputs, r) of A."""
+
+    def sample(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        inputs = math.prod(site.shape[d] for d in site.layout.inputs if d != site.experts)
+        matrices = math.prod(shape) // (inputs * shape[-1])
+        keys = jax.random.split(key, matrices)
+        return jax.vmap(lambda k: init(k, (inputs, shape[-1]), dtype))(keys).reshape(shape)
+
+    w, a, b = draw(w, site, rule, sample)
+    if evaluate_now(jnp.any, a) == False:  # noqa: E712 - None if it is traced
+        raise ValueError(
+            f"`init` of {rule_name(rule)} makes A zero at {site.path!r}, where B is zero too: "
+            "neither would get a gradient. Give an initializer that draws A."
+        )
+    return w, a, b
 
 
 def fan_in(site: Any) -> int:

@@ -10,16 +10,18 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.nn.initializers import lecun_normal, normal, zeros
 from small import REMEDY, X, each_refusal, exactly, init, line_of, model
 
 import jlora
-from jlora import Full, LoRA, Slots, checkpoint
+from jlora import Full, LoRA, Slots, checkpoint, initializers
 from jlora._adapters._lora import KEYWORDS_OF_PEFT
 
 NUMBERS = "must be a positive finite number"
 PATTERN = "`pattern` of {} must be a regular expression as a string; got {!r} of type {}."
 # A field of LoRA and what it must be, and values that it must not be.
 INITIALIZER = "must be an initializer such as jlora.initializers.gaussian"
+UNCALLED = (initializers.loftq, initializers.eva, normal, lecun_normal)
 FIELDS: list[tuple[str, type[Exception], str, tuple[Any, ...]]] = [
     ("rank", ValueError, "must be an integer of at least 1", (0, -3, 8.0, math.inf, True, "8")),
     ("alpha", ValueError, NUMBERS, (math.nan, -math.inf, None, True, 0, -16.0, 10**400)),
@@ -27,6 +29,7 @@ FIELDS: list[tuple[str, type[Exception], str, tuple[Any, ...]]] = [
     ("dtype", TypeError, "must be a floating-point dtype", (jnp.int32, "float33")),
     ("slots", TypeError, "must be a jlora.Slots", (3,)),
     ("init", TypeError, INITIALIZER, ("gaussian",)),
+    ("init", TypeError, f"{INITIALIZER}, called with its options", UNCALLED),
     # `"false"` from a configuration file is not False.
     ("materialize", TypeError, "must be True or False", ("false",)),
     ("rslora", TypeError, "must be True or False", ("false",)),
@@ -200,6 +203,8 @@ UNFIT = {
     "`axis` of Slots must be in [0, 1), as 'fused' has 1 output axes; got 1.": lambda: init(
         LoRA("fused", rank=1, slots=Slots(3, (0,), axis=1))
     ),
+    "`init` of LoRA('fused') makes A zero at 'fused', where B is zero too: neither would get a "
+    "gradient. Give an initializer that draws A.": lambda: init(LoRA("fused", rank=2, init=zeros)),
     bad_start(W, "((2, 4), 'floating-point')", B): started(lambda w, a, b: (w, a.T, b)),
     bad_start(W, "((4, 2), 'int32')", B): started(lambda w, a, b: (w, a.astype(int), b)),
     bad_start("((3, 6), 'floating-point')", A, B): started(lambda w, a, b: (w[:3], a, b)),
