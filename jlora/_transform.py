@@ -226,7 +226,8 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
         jaxpr, finish = trace(plain, [w.type for w in weights], paths)
         outs = evaluate(jaxpr, *weights)
-        return finish([as_array(x, lambda: "the function's outputs") for x in outs])
+        # A literal is no array yet.
+        return finish([jnp.asarray(as_array(x, lambda: "the function's outputs")) for x in outs])
 
     return wrapped
 

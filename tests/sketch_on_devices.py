@@ -121,8 +121,8 @@ def test_within_the_models_own_shard_map(f, kind):
 @pytest.mark.parametrize(
     ("f", "message"),
     [
-        (CUT, "reaches `shard_map` at .*a device may have only a shard of each matrix"),
-        (UNCHECKED, "a device may have only a shard of each matrix"),
+        (CUT, "reaches `shard_map` at .*of whole matrices, of which a device may have shards"),
+        (UNCHECKED, "of whole matrices, of which a device may have shards"),
     ],
 )
 def test_inputs_that_a_shard_map_hides_are_refused(f, message):

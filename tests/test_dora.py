@@ -119,6 +119,12 @@ def test_a_gain_of_zero_has_a_gradient(dtype: Any) -> None:
     dora, adapter = one(w, m=jnp.zeros(3))
     f = lambda a: dora.apply({"w": w}, a, x).sum().astype(jnp.float32)  # noqa: E731
     np.testing.assert_allclose(jax.jit(jax.grad(f))(adapter)["w"].m, [1, 2, 3], rtol=1e-2)
+    for m in (0.0, -1e-30, 1e-10):  # one below 2⁻⁶⁰ counts as 2⁻⁶⁰, in either form
+        node = adapter["w"]._replace(m=jnp.full(3, m))
+        large = x * jnp.asarray(1e3, dtype)
+        y, expected = dora.apply({"w": w}, {"w": node}, large), jlora.merge({"w": w}, {"w": node})
+        np.testing.assert_allclose(y, large @ expected["w"], rtol=1e-2, atol=1e-7)
+        assert np.all(np.abs(np.asarray(y, np.float32)) <= 1.1e7 * max(abs(m), 2.0**-60))
 
 
 def test_an_m_of_another_shape_and_dropout_are_refused(made: Any) -> None:

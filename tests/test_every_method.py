@@ -23,7 +23,7 @@ import pytest
 from cases import CASES, Case
 from jax.sharding import PartitionSpec as P
 from own_methods import Diagonal, Gain, GainNode
-from small import array
+from small import array, some
 
 import jlora
 from jlora import DoRA, Full, LoRA, Rows, checkpoint, peft
@@ -382,7 +382,7 @@ def test_a_name_that_is_taken() -> None:
     """Of a rule and of a primitive; what is defined once more replaces itself."""
 
     def define(name: str = "LoRA") -> type:
-        return type(name, (LoRA,), {"__dataclass_params__": LoRA.__dataclass_params__})
+        return dataclasses.dataclass(frozen=True)(type(name, (LoRA,), {}))
 
     with pytest.raises(TypeError, match=r"LoRA cannot be registered as the rule 'LoRA', which is "):
         register(define())
@@ -474,3 +474,27 @@ def test_a_node_is_no_tuple_to_repeat(made: Made, other: Any) -> None:
         for pair in ((made.node, other), (other, made.node)):
             with pytest.raises(TypeError, match="is a node of an adapter, not an array"):
                 operate(*pair)
+
+
+GAINS = (0.0, -0.0, 1e-20, -1e-20, 1e-36, -1.0, 3.0)
+
+
+@pytest.mark.parametrize("dtype", some([jnp.float32, jnp.bfloat16, jnp.float16], jnp.bfloat16))
+@pytest.mark.parametrize("size", [1.0, 1e30])
+def test_a_gain_of_any_size_is_that_of_the_merged_weight(dtype: Any, size: float) -> None:
+    """Values and gradients where a gain is 0, tiny or negative, also for large inputs."""
+    if size > jnp.finfo(dtype).max:
+        size = 1e3
+    w = {"w": jnp.ones((4, len(GAINS)), dtype)}
+    x = jnp.asarray([[1.0, 2.0, -1.0, 2.0]], dtype) * jnp.asarray(size, dtype)
+    lora = jlora.transform(lambda p, x: x @ p["w"], Gain("w"))
+    base, adapter = lora.init(jax.random.key(0), w, x)
+    gain = jnp.asarray(GAINS, jnp.float32)
+
+    def adapted(gain: jax.Array) -> jax.Array:
+        return lora.apply(base, {"w": adapter["w"]._replace(gain=gain)}, x)[0].astype(jnp.float32)
+
+    expected = np.float32(4 * size) * np.asarray(GAINS, np.float32)
+    np.testing.assert_allclose(jax.jit(adapted)(gain), expected, rtol=1e-2, atol=1e-30)
+    slope = jax.jit(jax.grad(lambda g: adapted(g).sum()))(gain)
+    np.testing.assert_allclose(slope, np.full(len(GAINS), 4 * size), rtol=1e-2)

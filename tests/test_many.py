@@ -460,7 +460,7 @@ WRONG: list[tuple[str, Callable[[Any], Any]]] = [
         lambda t: many.insert(t.two, 0, {"w": jnp.ones((6, 4))}),
     ),
     (
-        r"  w: has the slots None, but the table \(2, \(1,\), 1\)\n",
+        r"  w: adapts all outputs at once, but the table the parts 1 of 2, Slots\(2, \(1,\)\)\n",
         lambda _: many.insert(many.stack([{"w": SLOTTED}]), 0, {"w": node(1)}),
     ),
     (

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._core import Axis, Change, Delta, Factor, einsum, leaf_weight, promote
+from .._core import LEAST, Axis, Change, Delta, Factor, einsum, leaf_weight, promote
 from .._rules import check_field, rule_name
 from .._types import Layout
 from .._whole import check_whole
@@ -77,7 +77,7 @@ class Decomposed(Node):
         outputs = tuple(map(Axis, (*self.layout.stack, *self.layout.outputs)))
         whole = without_slots(self, w.shape)
         delta = Delta(whole.factor("a"), whole.factor("b"), self.scale)
-        return Change((delta,), Factor(_compute_gain(self, w), outputs))
+        return Change((delta,), Factor(_compute_gain(self, w), outputs), least=LEAST)
 
 
 @register
@@ -93,7 +93,7 @@ class DoRA(LoRA):
 
     The outputs of an embedding are the columns of its table: their norms are over the whole
     vocabulary, and the gain $m / \lVert W + s A B \rVert$ scales the inputs of a tied head. A
-    column of zeros stays zero.
+    column of zeros stays zero. A gain below 2⁻⁶⁰ counts as 2⁻⁶⁰, less than rounding can tell.
 
     Do not shard the inputs in a `shard_map` around `apply` or `merge`: jlora raises if W and A both
     vary over one mesh axis. Gather W with `to="invarying"`, or put the `shard_map` into the
@@ -220,10 +220,17 @@ def _column_norms(w: jax.Array, direction: LowRank) -> jax.Array:
     return jnp.sqrt(jnp.maximum(squares + cross + square, least))
 
 
+def _away_from_zero(gain: jax.Array) -> jax.Array:
+    """Raises magnitudes below `LEAST` to it; the gradient passes as it is."""
+    value = lax.stop_gradient(gain)
+    return gain + jnp.where(jnp.abs(value) < LEAST, jnp.copysign(LEAST, value) - value, 0)
+
+
 def _compute_gain(node: Decomposed, w: Any) -> jax.Array:
-    """Computes the gain m / n of each output; it is 1 in slots that are not adapted."""
+    """Computes the gain m / n of each output, at least `LEAST`; it is 1 in slots not adapted."""
     n = norms(*lax.stop_gradient((w, LowRank(node.a, node.b, node.scale, node.layout))))
     gain = node.m.astype(promote(n.dtype, node.m.dtype)) / jnp.where(n > 0, n, jnp.inf)
+    gain = _away_from_zero(gain)
     if node.layout.slots is None:
         return gain
     count, chosen, axis = node.layout.slots

@@ -20,6 +20,7 @@ from ._axes import Axis as Axis
 from ._axes import Factor as Factor
 from ._axes import Unfactorable as Unfactorable
 from ._axes import abstract as abstract
+from ._change import LEAST as LEAST
 from ._change import Change as Change
 from ._change import Delta as Delta
 from ._change import NotInvertibleError as NotInvertibleError

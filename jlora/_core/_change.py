@@ -19,6 +19,7 @@ from .. import _compat
 from ._arrays import einsum, promote
 from ._axes import RANK, Axis, Factor, Unfactorable
 
+LEAST = 2.0**-60  # a gain that is at least this large can be divided out of a product again
 FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
 
 
@@ -114,6 +115,8 @@ class Change:
     Attributes:
         deltas: the ΔW.
         gain: the gain, or None.
+        least: a lower bound of the gain's magnitude. If it is at least `LEAST`, products need less
+            memory: see `times`.
         invertible: whether the deltas can be subtracted again, as they do not depend on W.
 
     Examples:
@@ -126,6 +129,7 @@ class Change:
 
     deltas: tuple[Delta, ...] = ()
     gain: Factor | None = None
+    least: float = dataclasses.field(default=0.0, metadata={"static": True})
     invertible: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def of(self, w: jax.Array, axes: Sequence[Axis], sign: int = 1) -> jax.Array:

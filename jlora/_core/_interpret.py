@@ -271,7 +271,7 @@ def _apply_one(eqn: Equation) -> Sequence[Any]:
 
 
 def _reason(eqn: Equation, e: Unfactorable) -> str:
-    return f"{eqn.where}, where {e}" if e.args else eqn.where
+    return f"{eqn.where}: {e}" if e.args else eqn.where
 
 
 def as_array(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
@@ -291,8 +291,8 @@ def as_array(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
         return x.array
     if not x.origin.materialize and not x.is_row:
         raise NotImplementedError(
-            f"the weight {' + '.join(x.origin.paths)!r} reaches {reason()}, where W + s·A·B has no "
-            "factored form. Leave the weight out of the rules, or give LoRA(..., "
+            f"the weight {' + '.join(x.origin.paths)!r} reaches {reason()}. W + s·A·B has no "
+            "factored form there. Leave the weight out of the rules, or give LoRA(..., "
             "materialize=True), which forms W + ΔW there: exact, but at full memory and time."
         )
     return x.form(reason())

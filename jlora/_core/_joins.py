@@ -43,7 +43,7 @@ def _padded(w: Weight, config: dict[Axis, Padding]) -> Change:
 
     lengths = {axis: w.lengths[axis] for axis in pads}
     gain = w.change.gain and pad(w.change.gain.repeat(lengths), 1)
-    return Change(tuple(map(delta, w.change.deltas)), gain)
+    return dataclasses.replace(w.change, deltas=tuple(map(delta, w.change.deltas)), gain=gain)
 
 
 @rule("concatenate")
@@ -109,15 +109,17 @@ def _rename(w: Weight, axes: tuple[Axis, ...]) -> Weight:
 
 def _side_by_side(shape: tuple[int, ...], parts: Sequence[Any], dim: int) -> Change:
     """Pads all deltas with 0 and all gains with 1, so that they act only on their own part."""
-    start, total, deltas, gain = 0, shape[dim], [], None
+    start, total, deltas, gain, least = 0, shape[dim], [], None, 1.0
     for part in parts:
         size = part.shape[dim]
         if isinstance(part, Weight):
             change = _padded(part, {part.axes[dim]: (start, total - start - size, 0)})
             deltas += change.deltas
-            gain = _product_of_gains(gain, change.gain, part.axes)
+            if change.gain is not None:
+                gain = _product_of_gains(gain, change.gain, part.axes)
+                least *= change.least
         start += size
-    return Change(tuple(deltas), gain)
+    return Change(tuple(deltas), gain, least)
 
 
 def _product_of_gains(x: Factor | None, y: Factor | None, axes: Sequence[Axis]) -> Factor | None:

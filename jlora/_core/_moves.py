@@ -50,7 +50,7 @@ def _scale(eqn: Equation, x: Any, y: Any = -1) -> Weight:
     def scale(value: jax.Array) -> jax.Array:
         return eqn.bind(*(value if isinstance(v, Weight) else v for v in eqn.operands))
 
-    change = Change(tuple(map(delta, w.change.deltas)), w.change.gain)
+    change = dataclasses.replace(w.change, deltas=tuple(map(delta, w.change.deltas)))
     return w.replace(w.w.each(scale), change)
 
 

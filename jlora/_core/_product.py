@@ -13,10 +13,8 @@ from jax import lax
 
 from ._arrays import promote
 from ._axes import RANK, Axis, Factor, Unfactorable
-from ._change import Delta
+from ._change import LEAST, Delta
 from ._weight import Weight
-
-LEAST = 2.0**-60  # the smallest magnitude of a gain
 
 
 class Roles(NamedTuple):
@@ -64,7 +62,7 @@ class Product(abc.ABC):
     def start(self) -> tuple[jax.Array, list[jax.Array]]:
         """Returns x, scaled if the gain is along inputs, and what each delta adds to y."""
         gain = self._gains[0]
-        x = self.x if gain is None else times(self.x, self.spread(gain, True))
+        x = self.x if gain is None else self._times(self.x, self.spread(gain, True))
         return x, self.terms(x)
 
     def finish(self, x: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
@@ -73,7 +71,10 @@ class Product(abc.ABC):
         The terms are computed before x·W so that the backward pass adds their gradients last.
         """
         gain, y = self._gains[1], functools.reduce(self.add, terms, self.base(x))
-        return y if gain is None else times(y, self.spread(gain, False))
+        return y if gain is None else self._times(y, self.spread(gain, False))
+
+    def _times(self, x: jax.Array, gain: jax.Array) -> jax.Array:
+        return times(x, gain, self.w.change.least)
 
     @property
     def _gains(self) -> tuple[Factor | None, Factor | None]:
@@ -134,14 +135,14 @@ def _balance(p: Factor, q: Factor, scale: float) -> tuple[Factor, Factor, float]
     return times_power(p, -1), times_power(q, 1, scale), 1.0
 
 
-def times(x: jax.Array, gain: jax.Array) -> jax.Array:
-    """Multiplies `x` by `gain`, in the dtype of `x`.
+def times(x: jax.Array, gain: jax.Array, least: float = 0.0) -> jax.Array:
+    """Multiplies `x` by `gain`, of a magnitude of at least `least`, in the dtype of `x`.
 
-    For dtypes with float32's exponent range, the backward pass stores the result instead of `x`,
-    because the model usually stores the result too. Gains of a magnitude below `LEAST` become
-    `LEAST` there.
+    If `least` is large enough, the backward pass keeps the result instead of `x`, because the model
+    usually keeps the result too, and divides the gain out of it. float16 has too few exponents.
     """
-    return _scaled(x, gain) if jnp.finfo(x.dtype).minexp < math.log2(LEAST) else _product(x, gain)
+    has_exponents = jnp.finfo(x.dtype).minexp < math.log2(LEAST)
+    return _scaled(x, gain) if least >= LEAST and has_exponents else _product(x, gain)
 
 
 def _product(x: jax.Array, gain: jax.Array) -> jax.Array:
@@ -149,20 +150,13 @@ def _product(x: jax.Array, gain: jax.Array) -> jax.Array:
     return (x.astype(wide) * gain.astype(wide)).astype(x.dtype)
 
 
-@jax.custom_jvp
-def _scaled(x: jax.Array, gain: jax.Array) -> jax.Array:
-    return _product(x, _not_zero(gain))
-
-
-def _not_zero(gain: jax.Array) -> jax.Array:
-    least = jnp.asarray(LEAST, gain.dtype)
-    return jnp.where(jnp.abs(gain) < least, least, gain)
+_scaled = jax.custom_jvp(_product)
 
 
 @_scaled.defjvp
 def _scaled_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (_, gain), (dx, dgain) = primals, tangents
-    y, gain = _scaled(*primals), _not_zero(gain)
+    y = _scaled(*primals)
     # Without the barrier XLA would compute y again, from x, and keep both.
     of_gain = jax.checkpoint(_product, prevent_cse=True)(y, dgain / gain)
     return y, _product(dx, gain) + of_gain

@@ -54,7 +54,9 @@ def shard_of(w: Weight, spec: Any, unchecked: frozenset[Any], aval: Any) -> Weig
     for d in w.change.deltas:
         apart = {*d.a.axes} ^ {*d.b.axes}
         if not d.is_matrix and (unchecked or any(map(by_axis.get, apart))):
-            raise Unfactorable("a device may have only a shard of each matrix")
+            raise Unfactorable(
+                "its statistics are of whole matrices, of which a device may have shards"
+            )
     origin = w.origin._replace(unchecked=w.origin.unchecked | unchecked)
     shard = w.replace(w.w.with_axes(w.axes, aval.shape), map_factors(mark, w.change))
     return dataclasses.replace(shard, origin=origin)

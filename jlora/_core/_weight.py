@@ -132,7 +132,8 @@ class Weight:
             map_factors(lambda f, d=d: f.reshape(groups, [x for x in (d.a, d.b) if x is not f]), d)
             for d in self.change.deltas
         )
-        return self.replace(self.w.reshape(groups, sharding=sharding), Change(deltas, gain))
+        change = dataclasses.replace(self.change, deltas=deltas, gain=gain)
+        return self.replace(self.w.reshape(groups, sharding=sharding), change)
 
     def each(self, f: Callable[[jax.Array], jax.Array]) -> "Weight":
         """Applies `f`, an operation on each element, to W alone."""

@@ -150,7 +150,7 @@ class Quantized(NotAnArray):
         raise TypeError(
             f"a quantized weight has scales of {found}; {spell(self.scheme)} needs "
             f"{' or '.join(legal)}{', float32, float32' if nested else ''}. Was the whole tree "
-            "cast? Do not cast quantized weights: "
+            "cast? Cast only the other leaves: "
             "jax.tree.map(lambda x: x if isinstance(x, jlora.Quantized) else "
             "x.astype(dtype), params, is_leaf=lambda x: isinstance(x, jlora.Quantized))."
         )

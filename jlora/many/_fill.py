@@ -10,7 +10,7 @@ from .._adapters import factor_shapes, is_node, state, weight_shape
 from .._compat import evaluate_now
 from .._core import promote
 from .._tree import check_fits, leaves_by_path
-from .._types import Path, PyTree
+from .._types import Layout, Path, PyTree
 from ..arithmetic._operands import (
     FROM_THE_START,
     RESIDUAL,
@@ -92,7 +92,8 @@ def fill(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
     refuse(
         REFUSAL,
         {path: why for path, x in tree.items() if (why := _why_no_room(x, empty.get(path)))},
-        "Make the table with jlora.many.stack(adapters, rank=...) of adapters that have all sites.",
+        "Make the table with jlora.many.stack(adapters, rank=...) of adapters that together "
+        "have all sites, and all slots of their rules.",
     )
     residual = [path for path, x in empty.items() if is_residual(x) and path not in tree]
     needed = f"{RESIDUAL}, so a slot without it would not be the model"
@@ -122,9 +123,17 @@ def _why_no_room(leaf: Any, empty: Any) -> str | None:
         return None
     room, node = with_equal_slots([empty, leaf])
     if room.layout != empty.layout:
-        return f"has the slots {leaf.layout.slots}, but the table {empty.layout.slots}"
+        return f"adapts {_spell(leaf.layout)}, but the table {_spell(empty.layout)}"
     rank, largest = node.a.shape[-1], empty.a.shape[-1]
     return f"has rank {rank}, above the table's {largest}" if rank > largest else None
+
+
+def _spell(layout: Layout) -> str:
+    """Says which parts of a fused axis are adapted."""
+    if layout.slots is None:
+        return "all outputs at once"
+    count, chosen, _ = layout.slots
+    return f"the parts {', '.join(map(str, chosen))} of {count}, Slots({count}, {chosen})"
 
 
 def _convert(leaf: Any, empty: Any) -> Any:

@@ -171,8 +171,8 @@ OUTSIDE = [
     Outside(use_stacked, "an output of `scan` at {here} ({name})", only=False),
     Outside(use_nested, "`sin` at {here} ({name}.<locals>.body.<locals>.<lambda>)"),
     Outside(use_divisor, "`add` at {here} ({name})"),
-    Outside(use_padding, "`pad` at {here} ({name}), where the weight is a padding value"),
-    Outside(use_mask, "`mul` at {here} ({name}), where it is scaled by more than a scalar"),
+    Outside(use_padding, "`pad` at {here} ({name}): the weight is a padding value"),
+    Outside(use_mask, "`mul` at {here} ({name}): it is scaled by more than a scalar"),
     Outside(use_output, "the function's outputs", only=False),
 ]
 
@@ -206,7 +206,7 @@ def test_outside_is_refused(outside: Outside) -> None:
         return
     base, adapter = init(RULE, apply=dense, params=SQUARE)  # for a call that `init` did not see
     message = (
-        f"the weight 'w' reaches {outside.first_use}, where W + s·A·B has no factored form. Leave "
+        f"the weight 'w' reaches {outside.first_use}. W + s·A·B has no factored form there. Leave "
         f"the weight out of the rules, or give {AT_COST}"
     )
     lora = jlora.transform(outside.apply, RULE)
