@@ -299,6 +299,39 @@ def test_what_is_set_acts(how: str) -> None:
     assert adapted.note == "mine" and not hasattr(adapted.base, "note")
 
 
+class Decoder(nnx.Module):
+    """Attention that keeps the keys and values of earlier tokens."""
+
+    def __init__(self) -> None:
+        """Makes the layer, in which None stands where the caches will be."""
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, 1, 8) to (batch, 1, 8)."""
+        return self.attention(x)
+
+    def start(self, batch: int) -> None:
+        """Makes the caches."""
+        self.attention.init_cache((batch, 4, 8))
+
+
+def test_a_cache_that_a_method_makes() -> None:
+    def example(model: Any) -> Any:
+        model.start(2)
+        return model(jnp.ones((2, 1, 8)))
+
+    adapted = adapt(Decoder(), LoRA(rank=2), rngs=nnx.Rngs(1), example=example)
+    adapted = Adapted(adapted.base, jax.tree.map(lambda x: x + 0.1, adapted.adapter))
+    models = adapted, adapted.merge()
+    for model in models:
+        model.start(2)
+    for x in array(3, 2, 1, 8):
+        np.testing.assert_allclose(*(model(x) for model in models), 1e-5, 1e-5)
+    states = [nnx.to_pure_dict(nnx.state(x, nnx.Cache)) for x in (adapted.base, models[1])]
+    assert_same(*states)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(states[0]))
+
+
 def test_generators() -> None:
     """Their steps run after the call: as methods of the adapted module, or not at all."""
     adapted, x = trained(LoRA(rank=2), model=Scaled()), inputs()

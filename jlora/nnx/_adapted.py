@@ -5,7 +5,6 @@ $$\mathrm{adapted}(x) = \mathrm{model}_{W + s \cdot A B}(x)$$
 
 import functools
 import inspect
-import operator
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +22,7 @@ from .._transform import dropout, transform
 from .._tree import bind, leaves_by_path, name_of, nest
 from .._types import Holder, PyTree
 from ..sharding import specs
+from ._changes import find_changes, make_changes
 
 OWN = ("base", "lora", "rngs", "deterministic")  # attributes of an `Adapted`, not of its model
 
@@ -130,14 +130,13 @@ class Adapted(Holder, nnx.Module):
                     f"`f` returned a {type(out).__name__}, whose steps would run when the adapted "
                     "weights are gone. Return a list of its values."
                 )
-            return out, _changes(rest, nnx.state(own, lambda *x: not _is_weight(*x)))
+            return out, find_changes(rest, nnx.state(own, lambda *x: not _is_weight(*x)))
 
         adapter = self.adapter
         if self.rngs is not None and not self.deterministic:
             adapter = dropout(adapter, self.rngs())
         out, changes = transform(pure).apply(params[0], adapter, rest)
-        nnx.update(held, changes)
-        _set_attributes(held, copies)
+        make_changes(held, copies, changes)
         return out
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -261,33 +260,6 @@ def _stream(rngs: nnx.Rngs, name: str) -> nnx.RngStream:
             f"Give nnx.Rngs(0), or add {name}=0."
         )
     return getattr(rngs, name)
-
-
-def _changes(before: nnx.State, after: nnx.State) -> nnx.State:
-    """Returns the variables of `after` that `before` lacks, or has with other arrays.
-
-    Only they are written back, because where a module is closed over NNX refuses any write.
-    """
-    old = {path: jax.tree.leaves(x) for path, x in nnx.to_flat_state(before)}
-
-    def is_same(path: tuple[Any, ...], x: Any) -> bool:
-        new = jax.tree.leaves(x)
-        same = path in old and len(old[path]) == len(new)
-        return same and all(map(operator.is_, old[path], new))
-
-    flat = nnx.to_flat_state(after)
-    return nnx.from_flat_state([(path, x) for path, x in flat if not is_same(path, x)])
-
-
-def _set_attributes(held: list[Any], copies: list[Any]) -> None:
-    """Sets attributes that are neither arrays nor parts as a call has left them in `copies`."""
-    modules = {path: x for path, x in nnx.iter_graph(copies) if isinstance(x, nnx.Module)}
-    for path, module in nnx.iter_graph(held):
-        after = vars(modules[path]) if path in modules else {}
-        for name, x in after.items():
-            is_changed = vars(module).get(name) is not x and not nnx.is_data(x)
-            if is_changed and not name.startswith("_pytree__"):  # which are NNX's own
-                setattr(module, name, x)
 
 
 def _has_state(x: Any) -> bool:
