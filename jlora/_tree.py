@@ -88,6 +88,12 @@ def adapter_of(x: PyTree) -> PyTree:
     return x.adapter if isinstance(x, Holder) else x
 
 
+def refuse_module(x: PyTree, argument: str) -> None:
+    """Raises `TypeError` for a module that holds an adapter: its leaves are those of both."""
+    if isinstance(x, Holder):
+        raise TypeError(f"`{argument}` must be a tree; got {_describe_other(x)}")
+
+
 def is_empty(adapter: PyTree) -> bool:
     """Whether `adapter` is `{}`, which is the base model; None is a missing adapter."""
     return isinstance(adapter, Mapping) and not adapter
@@ -132,8 +138,8 @@ def _describe_other(x: Any) -> str | None:
         return "Params. Give its `base` and its `adapter` as two arguments."
     if isinstance(x, Holder):
         return (
-            f"the module {type(x).__name__}, which holds both. Give its `adapter`; to merge it, "
-            "call its own `merge()`."
+            f"the module {type(x).__name__}, which holds both. Give its `base` or its `adapter`; "
+            "to merge it, call its own `merge()`."
         )
     if not isinstance(x, tuple) or is_node(x) or not _has_nodes(x):
         return None

@@ -434,6 +434,27 @@ def test_an_example_of_another_call() -> None:
     assert list(adapted.adapter) == ["up"]  # which alone is used by that
 
 
+@pytest.mark.parametrize("use", ["stack", "merge", "init", "summary", "plan", "apply", "dropout"])
+def test_a_tree_is_not_the_module(use: str) -> None:
+    """Its leaves are those of the base and of the adapter."""
+    adapted, x, key = trained(LoRA(rank=2), model=Scaled()), inputs(), jax.random.key(0)
+    lora = jlora.transform(lambda model, x: model(x), LoRA(rank=2))
+    uses = {
+        "stack": lambda: jlora.many.stack([adapted]),
+        "merge": lambda: jlora.merge(adapted, adapted.adapter),
+        "init": lambda: lora.init(key, adapted, x),
+        "summary": lambda: jlora.summary(adapted.base, adapted),
+        "plan": lambda: jlora.plan(lambda a, b, x: 0.0, adapted.base, adapted, (x,)),
+        "apply": lambda: lora.apply(adapted.base, adapted, x),
+        "dropout": lambda: jlora.dropout(adapted, key),
+    }
+    match = (
+        r"`(base|adapter|params)` must be .*; got the module Adapted, which holds both\. Give its"
+    )
+    with pytest.raises(TypeError, match=match):
+        uses[use]()
+
+
 @each_refusal(
     {
         TypeError: {
@@ -448,12 +469,6 @@ def test_an_example_of_another_call() -> None:
             ),
             "missing 1 required keyword-only argument: 'example'": lambda: adapt(
                 Layers(), LoRA(), rngs=nnx.Rngs(0)
-            ),
-            "`adapter` must be .*; got the module Adapted, which holds both. Give": lambda: (
-                jlora.many.stack([trained(LoRA(rank=2), model=Scaled())])
-            ),
-            r"`base` must be .*; to merge it, call its own `merge\(\)`": lambda: jlora.merge(
-                trained(LoRA(rank=2), model=Scaled()), {}
             ),
         },
         ValueError: {

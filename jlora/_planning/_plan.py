@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .. import sharding
 from .._report import align_columns, format_bytes
+from .._tree import refuse_module
 from .._types import PyTree, short
 from ._mesh import CHIPS, check_places, is_replicated, mesh_of_leaves
 
@@ -138,7 +139,7 @@ def plan(
         A `Plan`. If the step does not fit, its peak is the number in the compiler's error.
 
     Raises:
-        TypeError: if `args` is not a tuple.
+        TypeError: if `args` is not a tuple; if `base` or `adapter` is a module from `jlora.nnx`.
         ValueError: if `compile` is True and the mesh is an `AbstractMesh`, or a
             `jax.ShapeDtypeStruct` has no sharding on a mesh of several devices.
 
@@ -172,6 +173,8 @@ def plan(
             "`args` must be the tuple of the loss function's other arguments; got "
             f"{_describe(args)}. Write plan(loss, base, adapter, (x,))."
         )
+    for x, argument in ((base, "base"), (adapter, "adapter")):
+        refuse_module(x, argument)
     mesh = mesh_of_leaves(base, adapter, args)
     check_places(mesh, base, adapter, args)
     abstract = isinstance(mesh, AbstractMesh)
