@@ -106,9 +106,7 @@ def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
         raise TypeError(f"{expected}; got {other}")
     found = dict(leaves_by_path(adapter, lambda x: is_node(x) or is_adapted(x)))
     if any(map(is_adapted, found.values())):
-        raise TypeError(
-            f"{expected}; got a tree from `bind`. Give the adapter that it was made of."
-        )
+        raise TypeError(f"{expected}; got a tree from `bind`. Give the adapter in it.")
     wrong = {p: x for p, x in found.items() if not is_node(x) and not _is_array(x)}
     if wrong or not found:
         listed = ", ".join(f"{name_of(p)}: {type(x).__name__}" for p, x in wrong.items())

@@ -417,7 +417,7 @@ OTHERS = {
         "base": base,
         "adapter": adapter,
     },
-    "got a tree from `bind`. Give the adapter that it was made of": jlora.bind,
+    "got a tree from `bind`. Give the adapter in it": jlora.bind,
     "got the pair that `init` returns. Unpack it": lambda base, adapter: (base, adapter),
     "got Params. Give its `base` and its `adapter`": jlora.Params,
     "got the state of an optimizer. Give the adapter that it trains": lambda base, adapter: (

@@ -244,6 +244,12 @@ def test_it_goes_where_the_model_goes(kind: str, form: str, mode: str, is_closed
     assert_same(state, expected_state)
 
 
+def test_no_trace_outlives_the_call() -> None:
+    adapted = trained(LoRA("kernel", rank=2))
+    with jax.checking_leaks():
+        adapted(inputs())
+
+
 def test_methods_are_adapted_and_attributes_read() -> None:
     adapted, x = trained(LoRA("up/kernel", rank=2)), inputs()
     adapted.eval()

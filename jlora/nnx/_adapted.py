@@ -22,7 +22,7 @@ from .._transform import dropout, transform
 from .._tree import bind, leaves_by_path, name_of, nest
 from .._types import Holder, PyTree
 from ..sharding import specs
-from ._changes import find_changes, make_changes
+from ._changes import find_attributes, find_changes, make_changes
 
 OWN = ("base", "lora", "rngs", "deterministic")  # attributes of an `Adapted`, not of its model
 
@@ -118,13 +118,13 @@ class Adapted(Holder, nnx.Module):
         given, put = pick((args, kwargs), _has_state, _has_state)
         held = [self.base, *given]
         graph, params, rest = nnx.split(held, _is_weight, ...)
-        copies: list[Any] = []
+        attributes = []
 
         def pure(params: nnx.State, rest: nnx.State) -> tuple[Any, nnx.State]:
             own = nnx.merge(graph, nnx.State({0: params}), rest, copy=True)
             args, kwargs = put(own[1:])
             out = f(own[0], *args, **kwargs)
-            copies[:] = own
+            attributes[:] = find_attributes(held, own)
             if isinstance(out, Iterator):
                 raise TypeError(
                     f"`f` returned a {type(out).__name__}, whose steps would run when the adapted "
@@ -136,7 +136,7 @@ class Adapted(Holder, nnx.Module):
         if self.rngs is not None and not self.deterministic:
             adapter = dropout(adapter, self.rngs())
         out, changes = transform(pure).apply(params[0], adapter, rest)
-        make_changes(held, copies, changes)
+        make_changes(held, changes, attributes)
         return out
 
     def __setattr__(self, name: str, value: Any) -> None:

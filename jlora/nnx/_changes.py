@@ -1,4 +1,4 @@
-"""A call works with copies: what it changes there, and how that is made to the originals."""
+"""A call works with copies: finds what it changes there, and changes the originals."""
 
 import operator
 from typing import Any
@@ -24,27 +24,36 @@ def find_changes(before: nnx.State, after: nnx.State) -> nnx.State:
     return nnx.from_flat_state([(path, x) for path, x in flat if not is_same(path, x)])
 
 
-def make_changes(held: list[Any], copies: list[Any], changes: nnx.State) -> None:
-    """Changes what a call was given, as the call has changed its copies.
+Attributes = list[tuple[Any, str, Any]]
 
-    Args:
-        held: the modules and variables that it was given.
-        copies: what it worked with.
-        changes: the variables that it has made or changed.
+
+def find_attributes(held: list[Any], copies: list[Any]) -> Attributes:
+    """Lists the modules in `held` with each attribute that a call has set in the copy of one.
+
+    Variables and parts are not among them.
     """
-    before, after = (dict(nnx.iter_graph(x)) for x in (held, copies))
-    changes = jax.tree.map(_as_array, changes)
-    for (*path, key), x in nnx.to_flat_state(changes):
-        module, name = before.get(tuple(path)), str(key)
-        if isinstance(module, nnx.Module) and not isinstance(vars(module).get(name), nnx.Variable):
-            setattr(module, name, x)  # nnx.update refuses a variable in the place of a None
-    nnx.update(held, changes)
-    for path, module in before.items():
+    after = dict(nnx.iter_graph(copies))
+    found = []
+    for path, module in nnx.iter_graph(held):
         own = vars(after[path]) if isinstance(module, nnx.Module) and path in after else {}
         for name, x in own.items():
             is_changed = vars(module).get(name) is not x and not nnx.is_data(x)
             if is_changed and not name.startswith("_pytree__"):  # which are NNX's own
-                setattr(module, name, x)
+                found.append((module, name, x))
+    return found
+
+
+def make_changes(held: list[Any], changes: nnx.State, attributes: Attributes) -> None:
+    """Changes the modules and variables in `held` as a call has changed its copies."""
+    modules = dict(nnx.iter_graph(held))
+    changes = jax.tree.map(_as_array, changes)
+    for (*path, key), x in nnx.to_flat_state(changes):
+        module, name = modules.get(tuple(path)), str(key)
+        if isinstance(module, nnx.Module) and not isinstance(vars(module).get(name), nnx.Variable):
+            setattr(module, name, x)  # nnx.update refuses a variable in the place of a None
+    nnx.update(held, changes)
+    for module, name, x in attributes:
+        setattr(module, name, x)
 
 
 def _as_array(x: Any) -> Any:

@@ -92,7 +92,7 @@ WRONG_TREES = {
         swap(swap(adapter, "fused", 1.5), "layer/bias", 0),
     ),
     "`adapter` must be a nested dict of LowRank nodes and arrays; got a tree from `bind`. Give "
-    "the adapter that it was made of.": lambda base, adapter: (base, jlora.bind(base, adapter)),
+    "the adapter in it.": lambda base, adapter: (base, jlora.bind(base, adapter)),
 }
 
 
