@@ -104,7 +104,7 @@ class Adapted(Holder, keras.Model):
     @property
     def trainable(self) -> bool:
         """Whether the adapter is trainable; the base never is."""
-        return self._trainable
+        return super().trainable
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
@@ -150,9 +150,9 @@ class Adapted(Holder, keras.Model):
         """Returns `found`. Keras asks for them before it trains, and in a step it would be late."""
         if freed := [v.path for v in self.base.weights if v.trainable]:
             raise RuntimeError(
-                f"the base of this model has become trainable, at {', '.join(freed)}, but only the "
-                "adapter is trained. Set adapted.base.trainable = False. To train a weight too, "
-                "adapt it by jlora.Full(path)."
+                f"{len(freed)} weights of the base have become trainable, such as {freed[0]}, but "
+                "only the adapter is trained. Set adapted.base.trainable = False. To train a "
+                "weight too, adapt it by jlora.Full(path)."
             )
         return found
 
@@ -281,8 +281,8 @@ def _weights(model: Any) -> dict[str, jax.Array]:
         )
     if own := [v.path for v in model.weights if OWN.fullmatch(v.name)]:
         raise ValueError(
-            f"`model` must not have an adapter already, but has the variables {', '.join(own)}. "
-            "Give adapted.merge() or adapted.base."
+            "`model` must not have an adapter already, but has variables of one, such as "
+            f"{own[0]}. Give adapted.merge() or adapted.base."
         )
     found = {v.path: v.value for v in model.weights}
     if len(found) < len(model.weights):
