@@ -13,7 +13,7 @@ the weights and of the rows.
 
 Without arguments the run takes two minutes on two CPU cores, and the loss on held-out answers falls
 from 5.1 to 2.4 nats per token. It writes OUT/adapter for PEFT and OUT/merged, and says how to serve
-them; those of an earlier run are replaced.
+them; those of an earlier run are replaced. A run that has finished cannot be resumed.
 """
 
 import argparse
@@ -32,7 +32,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from conversations import DEFINITIONS, Rows, Text, answer_nll, lay, mean_nll, pack, read
+from conversations import (
+    DEFINITIONS,
+    Rows,
+    Text,
+    answer_nll,
+    lay,
+    load_tokenizer,
+    mean_nll,
+    pack,
+    read,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 from models import beam, llama, smollm2
@@ -40,7 +50,6 @@ from models.parts import RULES, shardings
 from pod import State, restore, save, with_shardings
 from progress import progress
 from quickstart import draw, take
-from transformers import AutoTokenizer
 
 import jlora
 from jlora import peft, sharding
@@ -59,9 +68,7 @@ def prepare(args: argparse.Namespace) -> tuple[pathlib.Path, llama.Config, Any, 
             f"--batch {args.batch} and hidden_size {config.dim} must be multiples of the {devices} "
             "devices: give another --batch, or let JAX see fewer devices"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not (tokenizer.is_fast and tokenizer.chat_template and tokenizer.eos_token):
-        raise ValueError(f"{folder} lacks tokenizer.json, a chat template or an eos_token")
+    tokenizer = load_tokenizer(folder)
     texts = read(args.data, tokenizer, args.length, more_than=args.held_out)
     random.Random(args.seed).shuffle(texts)
     return folder, config, tokenizer, texts
@@ -196,8 +203,22 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
     for engine in peft.ENGINES:  # as `jlora check` does
         progress.write(f"{peft.check(saved, engine, base=folder)}")
     progress.write(f"merged: vllm serve {merged}")
-    shutil.rmtree(args.out / "checkpoints")
+    delete(args.out / "checkpoints")
     return Result(before, after, losses)
+
+
+def delete(folder: pathlib.Path) -> None:
+    """Removes a folder; whenever it is stopped, the folder is whole or not there."""
+    gone = folder.with_name(f"{folder.name}.deleted")
+    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(folder.rename(gone))
+
+
+def count(text: str) -> int:
+    """A number of at least 1, of the command line."""
+    if (n := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {n}")
+    return n
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -213,19 +234,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="float32" if on_cpu else "bfloat16")
     add("--out", type=pathlib.Path, default=pathlib.Path("out/chat"))
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--length", type=int, default=256, help="tokens of a row")
-    add("--batch", type=int, default=2, help="rows a step")
-    add("--steps", type=int, default=40)
-    add("--save-every", type=int, default=20, help="steps from checkpoint to checkpoint")
-    add("--held-out", type=int, default=24, help="conversations to measure on")
-    add("--rank", type=int, default=8)
+    add("--length", type=count, default=256, help="tokens of a row")
+    add("--batch", type=count, default=2, help="rows a step")
+    add("--steps", type=count, default=40)
+    add("--save-every", type=count, default=20, help="steps from checkpoint to checkpoint")
+    add("--held-out", type=count, default=24, help="conversations to measure on")
+    add("--rank", type=count, default=8)
     add("--alpha", type=float, default=16.0, help="the adapter is scaled by alpha / rank")
     add("--learning-rate", type=float, default=1e-3, help="at the end of the warmup")
     add("--seed", type=int, default=0, help="of the adapter, the split and the order")
     add("--remat", action="store_true", help="recompute the layers in the backward pass")
     args = parser.parse_args(argv)
-    if not args.resume and (args.out / "checkpoints").exists():
+    unfinished = (args.out / "checkpoints").exists()
+    if unfinished and not args.resume:
         parser.error(f"{args.out} has an unfinished run: pass --resume to go on, or another --out")
+    if args.resume and not unfinished and (args.out / "adapter").exists():
+        parser.error(
+            f"{args.out} has a run that has finished: nothing is left to resume. Pass another "
+            "--out, or leave out --resume to train anew and replace it"
+        )
     return args
 
 

@@ -1,6 +1,6 @@
 """Conversations as rows of tokens: read, tokenized by the chat template, packed, and their loss.
 
-    texts = read("conversations.jsonl", tokenizer, 256)
+    texts = read("conversations.jsonl", load_tokenizer(folder), 256)
     rows = lay(pack(texts, 256))                  # several in a row, which do not see each other
     rows = lay([[text] for text in texts])        # one in a row
     total, count = answer_nll(Partial(model.apply, variables), rows)
@@ -19,8 +19,10 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 from quickstart import take
+from transformers import PreTrainedTokenizerFast
 
 DEFINITIONS = pathlib.Path(__file__).parent / "definitions.jsonl"
+TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")  # that templates may name
 OPEN = 64  # rows that another text may still go into
 
 Messages = list[dict[str, str]]
@@ -41,6 +43,31 @@ class Rows(NamedTuple):
     segments: np.ndarray  # (rows, length) int32: the conversation's number in its row, 0 is padding
     positions: np.ndarray  # (rows, length) int32: within the conversation
     counts: np.ndarray  # (rows, length) float32
+
+
+def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder, whichever version of `transformers` wrote it.
+
+    All of it but the chat template and the names of its tokens is in `tokenizer.json`. The class
+    that `tokenizer_config.json` names is not asked for: other versions may not have it.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: there is no `tokenizer.json`, no chat template or no `eos_token`.
+    """
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    file = folder / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    if not ((folder / "tokenizer.json").exists() and template and config.get("eos_token")):
+        raise ValueError(f"{folder} lacks tokenizer.json, a chat template or an eos_token")
+    given = {name: config[name] for name in TOKENS if config.get(name)}
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        chat_template=template,
+        clean_up_tokenization_spaces=config.get("clean_up_tokenization_spaces", False),
+        model_input_names=["input_ids", "attention_mask"],
+        **{name: x["content"] if isinstance(x, dict) else x for name, x in given.items()},
+    )
 
 
 def read_jsonl(path: pathlib.Path) -> list[Messages]:

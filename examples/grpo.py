@@ -147,6 +147,8 @@ def run(args: argparse.Namespace, model: Any, before: dict[str, float] | None) -
     )
     with ocp.CheckpointManager(args.out.absolute() / "checkpoints", options=options) as manager:
         done, state = restore(manager, state, base, settings)
+        if done > args.steps:
+            raise SystemExit(f"{args.out} has {done} steps: pass --steps {done} or more")
         result, rewards = before or measure(adapter, "before"), []
         rewind(log, done + 1)  # with the header
         with progress(range(done + 1, args.steps + 1), initial=done, total=args.steps) as bar:

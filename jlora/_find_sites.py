@@ -28,7 +28,7 @@ from ._foreign import check_kept, check_leaf
 from ._quantized import is_quantized
 from ._rules import Full, Rule, matches
 from ._sites import Site, Sites, Unsupported, Uses
-from ._tree import flatten, is_abstract, leaves_by_path
+from ._tree import flatten, is_abstract, leaves_by_path, refuse_module
 from ._types import Layout, Path, PyTree
 
 Call = tuple[PyTree, tuple[Any, ...], dict[str, Any]]  # the parameters, and the other arguments
@@ -94,6 +94,7 @@ def find_sites(
     If Python code of `apply_fn` reads the value of a leaf, only the leaves that a rule other than
     `Full` may match are traced; the other leaves are not listed as sites.
     """
+    refuse_module(call[0], "params")
     leaves = leaves_by_path(call[0])
     types = {path: _type(x, path) for path, x in leaves}
     matrices = {

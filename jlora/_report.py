@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ._compat import evaluate_now
 from ._quantized import Quantized, Scheme, is_quantized, spell
-from ._tree import count, leaves_by_path, name_of, size_in_bytes
+from ._tree import count, leaves_by_path, name_of, refuse_module, size_in_bytes
 from ._types import Path, PyTree
 
 
@@ -167,6 +167,9 @@ def summary(base: PyTree, adapter: PyTree = None) -> Summary:
     Returns:
         A `Summary`, which `print` shows as a table.
 
+    Raises:
+        TypeError: if one of them is a module with an adapter, from `jlora.nnx` or `jlora.keras`.
+
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
@@ -184,6 +187,8 @@ def summary(base: PyTree, adapter: PyTree = None) -> Summary:
         w     256×256  NF4(block=64, double=True)  4.127  256.0 KiB  33.0 KiB  0.092
         257.0 KiB before, 34.0 KiB after, of which 1.0 KiB are not quantized
     """
+    for x, argument in ((base, "base"), (adapter, "adapter")):
+        refuse_module(x, argument)
     leaves = [(path, x) for path, x in leaves_by_path(base) if is_quantized(x)]
     return Summary(
         count(base),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import GetAttrKey
 
 from ._adapters import is_node
 from ._compat import is_concrete
@@ -166,8 +167,8 @@ def _make_transformation(
         leaves = jax.tree.leaves(tree, is_leaf=is_node)
         if leaves and not isinstance(tree, Params) and not any(map(is_node, leaves)):
             raise TypeError(
-                f"jlora.{name} acts on the A and B of an adapter, but the tree has none. Give the "
-                "adapter that `init` returned, or jlora.Params(base, adapter)."
+                f"jlora.{name} acts on the A and B of an adapter, but the tree has none. "
+                f"{_remedy(name, tree)}"
             )
 
     def init(params: PyTree) -> AllParams:
@@ -179,6 +180,23 @@ def _make_transformation(
         return f(updates, params if state.params is None else state.params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _remedy(name: str, tree: PyTree) -> str:
+    """Says what to give instead of a tree without nodes."""
+    [(path, _), *_] = jax.tree_util.tree_leaves_with_path(tree)
+    if path[-1:] != (GetAttrKey("value"),):  # of a variable of NNX
+        return "Give the adapter that `init` returned, or jlora.Params(base, adapter)."
+    if name == "lora_plus":
+        return (
+            "nnx.Optimizer gives it variables instead. There, replace jlora.lora_plus(16) by "
+            "optax.masked(optax.scale(16), lambda state: nnx.map_state(lambda path, _: "
+            "path[-1] == 'b', state))."
+        )
+    return (
+        "nnx.Optimizer gives it variables instead. Adapt a function of the module, "
+        "jlora.transform(lambda model, x: model(x), ...), and train its adapter as a tree."
+    )
 
 
 def _check_positive(name: str, x: Any) -> None:

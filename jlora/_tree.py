@@ -13,7 +13,7 @@ from jax.tree_util import GetAttrKey
 
 from ._adapters import is_node, misfit, state, trained
 from ._quantized import is_quantized
-from ._types import Adapted, Params, Path, PyTree, short
+from ._types import Adapted, Holder, Params, Path, PyTree, short
 from ._untrusted import printable
 
 
@@ -89,6 +89,17 @@ def is_adapted(x: Any) -> bool:
     return isinstance(x, Adapted)
 
 
+def adapter_of(x: PyTree) -> PyTree:
+    """Returns the adapter of a module that holds one; any other object is returned as it is."""
+    return x.adapter if isinstance(x, Holder) else x
+
+
+def refuse_module(x: PyTree, argument: str) -> None:
+    """Raises `TypeError` for a module that holds an adapter: its leaves are those of both."""
+    if isinstance(x, Holder):
+        raise TypeError(f"`{argument}` must be a tree; got {_describe_other(x)}")
+
+
 def is_empty(adapter: PyTree) -> bool:
     """Whether `adapter` is `{}`, which is the base model; None is a missing adapter."""
     return isinstance(adapter, Mapping) and not adapter
@@ -97,9 +108,11 @@ def is_empty(adapter: PyTree) -> bool:
 def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
     """Returns the nodes and arrays of an adapter by path; `TypeError` if it is not an adapter."""
     expected = "`adapter` must be a nested dict of LowRank nodes and arrays"
-    if pair := _describe_pair(adapter):
-        raise TypeError(f"{expected}; got {pair}")
-    found = dict(leaves_by_path(adapter, lambda x: is_node(x) or isinstance(x, Adapted)))
+    if other := _describe_other(adapter):
+        raise TypeError(f"{expected}; got {other}")
+    found = dict(leaves_by_path(adapter, lambda x: is_node(x) or is_adapted(x)))
+    if any(map(is_adapted, found.values())):
+        raise TypeError(f"{expected}; got a tree from `bind`. Give the adapter in it.")
     wrong = {p: x for p, x in found.items() if not is_node(x) and not _is_array(x)}
     if wrong or not found:
         listed = ", ".join(f"{name_of(p)}: {type(x).__name__}" for p, x in wrong.items())
@@ -114,8 +127,8 @@ def _is_array(x: Any) -> bool:
 
 def check_base(base: PyTree) -> None:
     """Raises `TypeError` if `base` has an adapter in it."""
-    if pair := _describe_pair(base):
-        raise TypeError(f"`base` must be the frozen tree alone; got {pair}")
+    if other := _describe_other(base):
+        raise TypeError(f"`base` must be the frozen tree alone; got {other}")
     if _has_nodes(base):
         raise TypeError(
             "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
@@ -123,13 +136,24 @@ def check_base(base: PyTree) -> None:
         )
 
 
-def _describe_pair(x: Any) -> str | None:
-    """Says for an error in which form `x` holds both base and adapter; None if it does not."""
+def _describe_other(x: Any) -> str | None:
+    """Says for an error what `x` is, if it holds more than a base or an adapter; else None."""
     if isinstance(x, Params):
         return "Params. Give its `base` and its `adapter` as two arguments."
-    if type(x) is tuple and _has_nodes(x):
-        return "the pair that `init` returns. Unpack it: base, adapter = lora.init(...)."
-    return None
+    if isinstance(x, Holder):
+        return (
+            f"the module {type(x).__name__}, which holds both. Give its `base` or its `adapter`; "
+            "to merge it, call its own `merge()`."
+        )
+    if not isinstance(x, tuple) or is_node(x) or not _has_nodes(x):
+        return None
+    if any(map(_is_of_optax, jax.tree.leaves(x, is_leaf=_is_of_optax))):
+        return "the state of an optimizer. Give the adapter that it trains."
+    return "the pair that `init` returns. Unpack it: base, adapter = lora.init(...)."
+
+
+def _is_of_optax(x: Any) -> bool:
+    return type(x).__module__.partition(".")[0] == "optax"
 
 
 def _has_nodes(tree: PyTree) -> bool:

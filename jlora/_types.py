@@ -85,6 +85,15 @@ class Adapted(NotAnArray):
         return f"Adapted(base={short(self.base)}, delta={self.delta!r})"
 
 
+class Holder:
+    """A model that holds its adapter itself: the modules of `jlora.nnx` and `jlora.keras`."""
+
+    @property
+    def adapter(self) -> PyTree:
+        """The adapter as a tree of arrays, for all other functions of jlora."""
+        raise NotImplementedError
+
+
 class Params(NamedTuple):
     """Base and adapter in one tree, for code that holds one tree, such as Flax's `TrainState`.
 

@@ -71,7 +71,7 @@ def test_an_adapter_lies_like_its_base(names: str) -> None:
         model = nnx.Linear(16, 8, rngs=nnx.Rngs(0), kernel_init=start)
         adapted = jlora.nnx.adapt(model, jlora.LoRA(rank=2), rngs=nnx.Rngs(1), example=(x,))
         optimizer = nnx.Optimizer(adapted, optax.adam(0.1), wrt=nnx.LoRAParam)
-        merged = adapted.merged()
+        merged = adapted.merge()
 
         @nnx.jit(graph=False)
         def step(model: nnx.Module, optimizer: nnx.Optimizer) -> None:

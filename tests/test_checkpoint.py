@@ -17,9 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from cases import CASES
+from flax import nnx
 from laws import from_numpy, make
 from small import KEY, array, randomize, some
 
@@ -156,7 +158,7 @@ def test_any_tree_comes_back(form, tmp_path):
         "many": many,
         "scalar": {"temperature": jnp.float32(0.5)},
     }[form]
-    checkpoint.save(tmp_path / "a", tree, ())
+    checkpoint.save(tmp_path / "a", tree, Full(".*"))
     assert_equal(checkpoint.restore(tmp_path / "a", like=tree), tree)
     if form != "frozen":
         assert_equal(checkpoint.restore(tmp_path / "a"), tree)
@@ -182,8 +184,9 @@ def test_a_start_from_a_sketch_says_that_it_needs_one(kind, name, tmp_path):
     """Of this format, and of the one before, which had the name of a function in it."""
     sketch = jlora.types.Sketch({}, kind)
     rules = (LoRA("up", rank=1, init=getattr(jlora.initializers, name)(sketch)),)
-    checkpoint.save(tmp_path / "a", {"w": jnp.ones(3)}, rules)
-    checkpoint.save(tmp_path / "b", {"w": jnp.ones(3)}, checkpoint.read(tmp_path / "a").rules)
+    adapter = {"up": made()[1]["up"]}
+    checkpoint.save(tmp_path / "a", adapter, rules)
+    checkpoint.save(tmp_path / "b", adapter, checkpoint.read(tmp_path / "a").rules)
     rule = fields_of(tmp_path / "b")["rules"][0]
     assert rule["init"] == {"function": f"jlora.initializers.{name}"}
     rule["init"]["function"] = f"jlora.initializers._{name}.{name}.<locals>.start"
@@ -406,6 +409,65 @@ def test_another_form_is_refused_with_all_differences(saved):
     )
 
 
+OTHERS = {
+    "arrays at down, norm, out, qkv, up, as parameters have, but `rules` has no jlora.Full": (
+        lambda base, adapter: base
+    ),
+    "arrays at adapter/norm, base/down, .*, as parameters have": lambda base, adapter: {
+        "base": base,
+        "adapter": adapter,
+    },
+    "got a tree from `bind`. Give the adapter in it": jlora.bind,
+    "got the pair that `init` returns. Unpack it": lambda base, adapter: (base, adapter),
+    "got Params. Give its `base` and its `adapter`": jlora.Params,
+    "got the state of an optimizer. Give the adapter that it trains": lambda base, adapter: (
+        optax.adam(1.0).init(adapter)
+    ),
+    "got the state of an optimizer": lambda base, adapter: jlora.optimizer(
+        optax.chain(optax.clip(1.0), optax.trace(0.9))
+    ).init(adapter),
+}
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_a_tree_that_is_no_adapter_is_named(message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        checkpoint.save(tmp_path / "a", OTHERS[message](*made()), RULES[:3])
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_alone_need_their_rules(tmp_path):
+    """Those of an adapter from a file do not, as it has nodes too."""
+    base, adapter = made()
+    with pytest.raises(TypeError, match="arrays at down, norm, out, qkv, up, as parameters have"):
+        checkpoint.save(tmp_path / "a", base, ())
+    checkpoint.save(tmp_path / "a", adapter, ())
+
+
+def in_nnx() -> Any:
+    linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    rules = LoRA("kernel", rank=2), Full("bias")
+    return jlora.nnx.adapt(linear, *rules, rngs=nnx.Rngs(1), example=(jnp.ones((1, 4)),))
+
+
+def in_keras() -> Any:
+    import keras
+
+    import jlora.keras
+
+    model = keras.Sequential([keras.layers.Input([4]), keras.layers.Dense(3)], name="m")
+    return jlora.keras.adapt(model, LoRA("kernel", rank=2), Full("bias"), example=jnp.ones((1, 4)))
+
+
+@pytest.mark.parametrize("make", [in_nnx, in_keras])
+def test_a_module_is_saved_as_its_adapter(make, tmp_path):
+    """And stands for it in `like`."""
+    adapted, rules = make(), (LoRA("kernel", rank=2), Full("bias"))
+    checkpoint.save(tmp_path / "a", adapted, rules)
+    assert_equal(checkpoint.restore(tmp_path / "a", like=adapted), adapted.adapter)
+    assert_equal(checkpoint.restore(tmp_path / "a"), adapted.adapter)
+
+
 def test_what_cannot_be_saved_is_refused(tmp_path):
     base, adapter = made()
     path = tmp_path / "a"
@@ -521,7 +583,7 @@ def test_a_pattern_of_before_takes_the_same_leaves(before, tmp_path):
 def test_a_pattern_of_before_is_not_tried(tmp_path):
     """A file may have one that takes for ever: exponential in a path, or in its own length."""
     leaves = {"a" * 50: jnp.ones(3), "b": jnp.ones(3)}
-    checkpoint.save(tmp_path / "a", leaves, ())
+    checkpoint.save(tmp_path / "a", leaves, Full(".*"))
     hostile = ["(a+)+$", "(a|a)" * 40 + "c", "(a|aa)*$", ".*.*.*.*.*.*.*.*x", r"(a*)*\1$"]
     edit(tmp_path / "a", format=1, rules=[{"rule": "Full", "pattern": x} for x in hostile])
     read = checkpoint.read(tmp_path / "a").rules
@@ -536,11 +598,11 @@ def test_a_pattern_of_before_that_is_none(pattern, saved):
 
 
 @pytest.mark.parametrize(
-    "given", [LoRA("up"), iter([LoRA("up")]), {"first": LoRA("up")}.values()], ids=type
+    "given", [Full("w"), iter([Full("w")]), {"first": Full("w")}.values()], ids=type
 )
 def test_rules_are_one_or_several(given, tmp_path):
     checkpoint.save(tmp_path / "a", {"w": jnp.ones(3)}, given)
-    assert checkpoint.read(tmp_path / "a").rules == (LoRA("up"),)
+    assert checkpoint.read(tmp_path / "a").rules == (Full("w"),)
 
 
 @pytest.mark.parametrize("name", [[], {}, None, "Other"], ids=repr)
@@ -564,7 +626,7 @@ def test_unknown_names(name, saved):
 def test_an_error_of_arrays_keeps_its_end(tmp_path):
     """There is the cause, however long the paths before it."""
     folder = tmp_path.joinpath(*["a_long_name" * 9] * 3)
-    checkpoint.save(folder / "a", {"head": jnp.ones(3)}, ())
+    checkpoint.save(folder / "a", {"head": jnp.ones(3)}, Full("head"))
     shutil.rmtree(folder / "a" / "adapter" / "d")
     with pytest.raises(ValueError, match=r"\.\.\. .*/a/adapter/d/\w+\"\)\. Take another") as found:
         checkpoint.restore(folder / "a")

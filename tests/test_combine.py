@@ -257,7 +257,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     saved(root / "foreign", 1, base=BASE | {"more": np.ones(3, np.float32)})
     saved(root / "other", 1, base=BASE | {"u": 2 * BASE["u"]}, hash_values=True)
     saved(root / "hashed", 1, base=BASE, hash_values=True)
-    checkpoint.save(root / "full", {"head": jnp.ones(3)}, ())
+    checkpoint.save(root / "full", {"head": jnp.ones(3)}, jlora.Full("head"))
     (root / "hf").mkdir()
     (root / "hf" / "config.json").write_text("{}")
     return root

@@ -322,7 +322,7 @@ def _tunix(names: Names) -> None:
     trainer, adapted = names["trainer"], names["adapted"]
     before = names["Llama3"](adapted.base.config, rngs=nnx.Rngs(0))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted.base), nnx.state(before))
-    close(adapted(*names["call"])[0], adapted.merged()(*names["call"])[0], 1e-3)
+    close(adapted(*names["call"])[0], adapted.merge()(*names["call"])[0], 1e-3)
 
     rule, rngs = jlora.LoRA(rank=8), nnx.Rngs(1)
     other = jlora.nnx.adapt(before, rule, rngs=rngs, example=names["call"])

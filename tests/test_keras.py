@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
@@ -115,6 +116,17 @@ def test_weights_are_saved_and_loaded(tmp_path: Any) -> None:
     np.testing.assert_array_equal(other(X), adapted(X))
 
 
+def test_a_whole_model_is_not_saved(tmp_path: Any) -> None:
+    """And no part of a file is left."""
+    adapted = adapt(network(), LoRA("kernel", rank=2), example=X)
+    match = r"no configuration\. Save .* jlora\.checkpoint\.save\(path, adapted, rules\), its"
+    with pytest.raises(NotImplementedError, match=match):
+        adapted.save(tmp_path / "adapted.keras")
+    with pytest.raises(NotImplementedError, match=match):
+        keras.models.clone_model(keras.Sequential([layers.Input([16]), adapted]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tree_is_put_into_a_model() -> None:
     model = network()
     adapted = noisy(adapt(model, LoRA("kernel", rank=2), example=X))
@@ -174,12 +186,80 @@ def test_each_loss_counts_once() -> None:
         jax.eval_shape(lambda x: count(x), X)  # traced each time
 
 
-def test_a_base_that_a_start_changes() -> None:
+PISSA = LoRA("kernel", rank=2, init=jlora.initializers.pissa)
+
+
+def test_a_base_that_a_start_changes(tmp_path: Any) -> None:
+    """Stays as it is, beside what the start made of it, until the merge."""
     model = network()
+    before = [np.array(v.value) for v in model.weights]
     expected = model.predict(X, verbose=0)
-    rule = LoRA("kernel", rank=2, init=jlora.initializers.pissa)
-    adapted = adapt(model, rule, example=X)
+    adapted = adapt(model, PISSA, example=X)
     np.testing.assert_allclose(adapted(X), expected, atol=1e-5)
+    changed = noisy(adapted)(X)
+    assert not np.allclose(changed, expected, atol=1e-2)
+    for v, w in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(v.value, w)
+
+    adapted.save_weights(tmp_path / "own.weights.h5")
+    other = adapt(network(), PISSA, example=X, seed=3)
+    other.load_weights(tmp_path / "own.weights.h5")
+    np.testing.assert_array_equal(other(X), changed)
+    again = Adapted(model, adapted.adapter, params=adapted.params)
+    np.testing.assert_array_equal(again(X), changed)
+    with pytest.raises(
+        ValueError, match=r"changed the weights at network/dense_32/kernel, .*params=a"
+    ):
+        Adapted(model, adapted.adapter)
+    np.testing.assert_allclose(adapted.merged().predict(X, verbose=0), changed, atol=1e-5)
+
+
+def test_weights_are_not_copied() -> None:
+    adapted = adapt(network(), LoRA("kernel", rank=2), example=X)
+    assert len(adapted.weights) == len(adapted.base.weights) + 4
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_frozen_model_that_is_freed_trains_the_adapter_alone(outer: bool) -> None:
+    """As the discriminator of a GAN is, alone or as a part of a model."""
+    model = network()
+    before = [np.array(v.value) for v in model.weights]
+    adapted = adapt(model, LoRA("kernel", rank=2), example=X)
+    whole = keras.Sequential([layers.Input([16]), adapted]) if outer else adapted
+    own = [np.array(v.value) for v in adapted.trainable_variables]
+    for trainable in (False, True):
+        whole.trainable = trainable
+        assert adapted.trainable is trainable and model.trainable is False
+        assert len(whole.trainable_weights) == 4 * trainable
+        whole.compile(keras.optimizers.SGD(0.1), "mse")
+        whole.fit(X, X[:, :4], verbose=0)
+        moved = [
+            not np.array_equal(v.value, w) for v, w in zip(adapted.weights[:4], own, strict=True)
+        ]
+        assert any(moved) == trainable
+    for v, w in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(v.value, w)
+
+
+@pytest.mark.parametrize("part", ["model", "layer"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_base_that_is_freed_is_refused(part: str, compiled: bool) -> None:
+    """Also where Keras compiled its step before."""
+    model = network()
+    adapted = adapt(model, LoRA("kernel", rank=2), example=X)
+    adapted.compile("sgd", "mse")
+    if compiled:
+        adapted.fit(X, X[:, :4], verbose=0)
+    (model if part == "model" else model.layers[0]).trainable = True
+    before = [np.array(v.value) for v in model.weights]
+    with pytest.raises(
+        RuntimeError, match="weights of the base have become trainable, such as network/d"
+    ):
+        adapted.fit(X, X[:, :4], verbose=0)
+    for v, w in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(v.value, w)
+    adapted.base.trainable = False
+    adapted.fit(X, X[:, :4], verbose=0)
 
 
 @pytest.mark.parametrize("use", ["__call__", "predict", "merge"])
@@ -226,6 +306,25 @@ def twins() -> Any:
             ),
             "`seed` must be an integer of at least 0; got -1": lambda: adapt(
                 network(), LoRA(), example=X, seed=-1
+            ),
+            "`model` must not have an adapter already, .* network_adapted/lora_0": lambda: adapt(
+                adapt(network(), LoRA("kernel", rank=2), example=X), LoRA(), example=X
+            ),
+            "must not have an adapter already": lambda: Adapted(
+                keras.Sequential(
+                    [layers.Input([16]), adapt(network(), LoRA("kernel", rank=2), example=X)]
+                ),
+                {},
+            ),
+            r"arrays of their paths and shapes; got Quantized of shape \(16, 32\) at net": lambda: (
+                adapt(
+                    network(),
+                    LoRA("kernel", rank=2, init=jlora.initializers.loftq(jlora.Int8())),
+                    example=X,
+                )
+            ),
+            r"got Array\w* of shape \(3,\) at network/dense": lambda: Adapted(
+                network(), {}, params={"network/dense": jnp.ones(3)}
             ),
         },
     }

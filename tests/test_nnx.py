@@ -1,6 +1,7 @@
 """Modules of NNX with an adapter: what the transform computes, in NNX's own loop."""
 
 import inspect
+import re
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from own_methods import Diagonal, Gain
-from small import array, each_refusal, every
+from small import array, assert_same, each_refusal, every
 
 import jlora
 from jlora import DoRA, Full, LoRA, Rows
@@ -104,7 +105,7 @@ def test_a_call_is_that_of_the_transform(rule: Any, dtype: Any, compiled: bool) 
 
     apply = jax.jit(jlora.transform(call, rule).apply)
     expected, rest = apply(params, adapted.adapter, rest, x)
-    merged = adapted.merged()
+    merged = adapted.merge()
     run = nnx.jit(lambda model, x: model(x)) if compiled else lambda model, x: model(x)
     within = 1e-5 if dtype == jnp.float32 else 0.1
     for model in (adapted, merged):
@@ -144,6 +145,23 @@ def test_an_optimizer_trains_the_adapter_alone(options: dict[str, Any]) -> None:
         jax.tree.map(lambda x, y: pytest.fail("copied") if x is not y else None, now, held)
 
 
+def test_lora_plus_says_what_to_chain_instead() -> None:
+    """And that does what it does."""
+    adapted = trained(LoRA("up/kernel", rank=2))
+    with pytest.raises(
+        TypeError, match=r"jlora\.lora_plus acts on .* nnx.Optimizer gives"
+    ) as error:
+        nnx.Optimizer(adapted, jlora.lora_plus(16), wrt=nnx.LoRAParam)
+    remedy = eval(re.search(r"optax\.masked.*\)(?=\.$)", str(error.value))[0])
+    state = nnx.state(adapted, nnx.LoRAParam)
+    updates, _ = remedy.update(state, remedy.init(state))
+    before, after = adapted.adapter["up"]["kernel"], updates["lora"]["up"]["kernel"]
+    np.testing.assert_array_equal(after["a"][...], before.a)
+    np.testing.assert_array_equal(after["b"][...], 16 * before.b)
+    with pytest.raises(TypeError, match=r"jlora\.precondition .* Adapt a function of the module"):
+        nnx.Optimizer(adapted, jlora.precondition(1e-6), wrt=nnx.LoRAParam)
+
+
 def test_a_base_that_a_start_changes_is_another_module() -> None:
     model = Layers()
     kernel = model.up.kernel[...]
@@ -152,27 +170,192 @@ def test_a_base_that_a_start_changes_is_another_module() -> None:
     assert model.up.kernel.get_value() is kernel
     assert not np.array_equal(adapted.base.up.kernel[...], kernel)
     assert adapted.base.down.kernel.get_value() is model.down.kernel.get_value()
-    np.testing.assert_allclose(adapted.merged().up.kernel[...], kernel, atol=1e-5)
+    np.testing.assert_allclose(adapted.merge().up.kernel[...], kernel, atol=1e-5)
 
 
 def test_a_quantized_base() -> None:
     model = jlora.quantize(Layers(), jlora.Int8("kernel"))
     adapted = trained(LoRA("kernel", rank=2), model=model)
     adapted.eval()
-    merged = adapted.merged()
+    merged = adapted.merge()
     np.testing.assert_allclose(adapted(inputs()), merged(inputs()), atol=1e-5)
+
+
+FORMS = {
+    "jit": lambda f, m, x: jax.jit(f)(m, x),
+    "vmap": lambda f, m, x: jax.vmap(f, (None, 0))(m, x[:, None]),
+    "grad": lambda f, m, x: jax.grad(lambda x, m: f(m, x).sum())(x, m),
+    "checkpoint": lambda f, m, x: jax.checkpoint(f)(m, x),
+    "scan": lambda f, m, x: jax.lax.scan(lambda m, x: (m, f(m, x)), m, x[:, None])[1],
+    "nnx.jit": lambda f, m, x: nnx.jit(f)(m, x),
+    "nnx.grad": lambda f, m, x: nnx.grad(lambda x, m: f(m, x).sum())(x, m),
+}
+KINDS = {
+    "statistics": lambda rngs: nnx.Sequential(
+        nnx.Linear(8, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+    ),
+    "mask": lambda rngs: nnx.Sequential(nnx.Linear(8, 8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)),
+    "plain": lambda rngs: nnx.Linear(8, 8, rngs=rngs),
+}
+
+
+def result_of(call: Any) -> Any:
+    """What a call returns, or the class of its error."""
+    try:
+        return call()
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "mode", "is_closed"),
+    every(
+        KINDS,
+        FORMS,
+        ["train", "eval"],
+        [False, True],
+        daily=[
+            ("statistics", "jit", "eval", True),
+            ("statistics", "jit", "train", True),
+            ("statistics", "scan", "eval", True),
+            ("statistics", "nnx.grad", "train", False),
+            ("mask", "vmap", "eval", True),
+            ("mask", "grad", "eval", False),
+            ("mask", "nnx.jit", "train", True),
+            ("plain", "checkpoint", "train", True),
+        ],
+    ),
+)
+def test_it_goes_where_the_model_goes(kind: str, form: str, mode: str, is_closed: bool) -> None:
+    """Through JAX's and NNX's transformations: the results, the state after it and the errors."""
+    adapted = trained(LoRA(rank=2), model=KINDS[kind](nnx.Rngs(0)))
+    getattr(adapted, mode)()
+    found = []
+    for model in (adapted, adapted.merge()):
+        call = (lambda _, x, m=model: m(x)) if is_closed else (lambda m, x: m(x))
+        result = result_of(lambda: FORMS[form](call, None if is_closed else model, inputs()))  # noqa: B023
+        own = model.base if model is adapted else model
+        found.append((result, nnx.to_pure_dict(nnx.state(own, (nnx.BatchStat, nnx.RngCount)))))
+    (actual, state), (expected, expected_state) = found
+    if isinstance(expected, type):
+        assert actual is expected
+    else:
+        np.testing.assert_allclose(actual, expected, 1e-5, 1e-5)
+    assert_same(state, expected_state)
+
+
+def test_no_trace_outlives_the_call() -> None:
+    adapted = trained(LoRA("kernel", rank=2))
+    with jax.checking_leaks():
+        adapted(inputs())
 
 
 def test_methods_are_adapted_and_attributes_read() -> None:
     adapted, x = trained(LoRA("up/kernel", rank=2)), inputs()
     adapted.eval()
-    merged = adapted.merged()
+    merged = adapted.merge()
     np.testing.assert_allclose(adapted.encode(x), merged.encode(x), atol=1e-5)
     found = adapted.run(lambda model, x: model.up(x), x)
     np.testing.assert_allclose(found, merged.up(x), atol=1e-5)
     assert adapted.width == 16
+    np.testing.assert_array_equal(adapted.merged()(x), merged(x))  # another name
     assert inspect.signature(adapted.__call__) == inspect.signature(adapted.base.__call__)
     assert not hasattr(adapted, "layers")
+
+
+class Scaled(nnx.Module):
+    """A dense layer times a number, which a method sets."""
+
+    def __init__(self) -> None:
+        """Makes the layer, in a part of the model."""
+        self.part, self.scale = nnx.Linear(8, 8, rngs=nnx.Rngs(0)), 1.0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, 8) to (batch, 8)."""
+        return self.scale * self.part(x)
+
+    def set_scale(self, scale: float) -> None:
+        """Sets the number."""
+        self.scale = scale
+
+    def steps(self, x: jax.Array) -> Any:
+        """Yields what each of two calls in a row returns."""
+        for _ in range(2):
+            x = self(x)
+            yield x
+
+    def parts(self, x: jax.Array) -> Any:
+        """Returns an iterator, which calls a part."""
+        return map(self.part, [x])
+
+
+@pytest.mark.parametrize("how", ["attribute", "method"])
+def test_what_is_set_acts(how: str) -> None:
+    """On the model itself, as does what its methods set."""
+    adapted = trained(LoRA(rank=2), model=Scaled())
+    before = adapted(inputs())
+    if how == "method":
+        adapted.set_scale(4.0)
+    else:
+        adapted.scale = 4.0
+    assert adapted.scale == adapted.base.scale == adapted.merge().scale == 4.0
+    assert "scale" not in vars(adapted)
+    np.testing.assert_allclose(adapted(inputs()), 4 * before, 1e-5)
+    adapted.note = "mine"  # which the model does not have
+    assert adapted.note == "mine" and not hasattr(adapted.base, "note")
+
+
+class Decoder(nnx.Module):
+    """Attention that keeps the keys and values of earlier tokens."""
+
+    def __init__(self) -> None:
+        """Makes the layer, in which None stands where the caches will be."""
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, 1, 8) to (batch, 1, 8)."""
+        return self.attention(x)
+
+    def start(self, batch: int) -> None:
+        """Makes the caches."""
+        self.attention.init_cache((batch, 4, 8))
+
+
+def test_a_cache_that_a_method_makes() -> None:
+    def example(model: Any) -> Any:
+        model.start(2)
+        return model(jnp.ones((2, 1, 8)))
+
+    adapted = adapt(Decoder(), LoRA(rank=2), rngs=nnx.Rngs(1), example=example)
+    adapted = Adapted(adapted.base, jax.tree.map(lambda x: x + 0.1, adapted.adapter))
+    models = adapted, adapted.merge()
+    for model in models:
+        model.start(2)
+    for x in array(3, 2, 1, 8):
+        np.testing.assert_allclose(*(model(x) for model in models), 1e-5, 1e-5)
+    states = [nnx.to_pure_dict(nnx.state(x, nnx.Cache)) for x in (adapted.base, models[1])]
+    assert_same(*states)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(states[0]))
+
+
+def test_generators() -> None:
+    """Their steps run after the call: as methods of the adapted module, or not at all."""
+    adapted, x = trained(LoRA(rank=2), model=Scaled()), inputs()
+    for found, expected in zip(adapted.steps(x), adapted.merge().steps(x), strict=True):
+        np.testing.assert_allclose(found, expected, 1e-5, 1e-5)
+    with pytest.raises(TypeError, match="`f` returned a map, whose steps would run when the adap"):
+        adapted.parts(x)
+
+
+def test_routes_of_a_model_with_state() -> None:
+    model = KINDS["mask"](nnx.Rngs(0))
+    model.eval()
+    adapted, x = trained(LoRA(rank=2), model=model), inputs()[:3]
+    table = jlora.many.stack([adapted.adapter] * 2)
+    routed = jlora.many.route(lambda base, adapter, x: Adapted(base, adapter)(x))
+    found = routed(model, table, jnp.array([0, -1, 1]), x)
+    expected = jnp.stack([adapted(x)[0], model(x)[1], adapted(x)[2]])
+    np.testing.assert_allclose(found, expected, 1e-5, 1e-5)
 
 
 def test_state_among_the_arguments_changes_there() -> None:
@@ -194,7 +377,7 @@ def test_dropout_of_the_low_rank_path() -> None:
     """Each call has another mask; `eval` and a module without `rngs` have none."""
     model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
     adapted = trained(LoRA("kernel", rank=2, dropout=0.5), model=model)
-    x, merged = inputs(), adapted.merged()(inputs())
+    x, merged = inputs(), adapted.merge()(inputs())
     first, second = adapted(x), adapted(x)
     assert not np.allclose(first, second)
     assert int(adapted.rngs.count[...]) == 2
@@ -257,6 +440,27 @@ def test_an_example_of_another_call() -> None:
     assert list(adapted.adapter) == ["up"]  # which alone is used by that
 
 
+@pytest.mark.parametrize("use", ["stack", "merge", "init", "summary", "plan", "apply", "dropout"])
+def test_a_tree_is_not_the_module(use: str) -> None:
+    """Its leaves are those of the base and of the adapter."""
+    adapted, x, key = trained(LoRA(rank=2), model=Scaled()), inputs(), jax.random.key(0)
+    lora = jlora.transform(lambda model, x: model(x), LoRA(rank=2))
+    uses = {
+        "stack": lambda: jlora.many.stack([adapted]),
+        "merge": lambda: jlora.merge(adapted, adapted.adapter),
+        "init": lambda: lora.init(key, adapted, x),
+        "summary": lambda: jlora.summary(adapted.base, adapted),
+        "plan": lambda: jlora.plan(lambda a, b, x: 0.0, adapted.base, adapted, (x,)),
+        "apply": lambda: lora.apply(adapted.base, adapted, x),
+        "dropout": lambda: jlora.dropout(adapted, key),
+    }
+    match = (
+        r"`(base|adapter|params)` must be .*; got the module Adapted, which holds both\. Give its"
+    )
+    with pytest.raises(TypeError, match=match):
+        uses[use]()
+
+
 @each_refusal(
     {
         TypeError: {
@@ -269,6 +473,9 @@ def test_an_example_of_another_call() -> None:
             "`model` must be a module of flax.nnx; got function": lambda: adapt(
                 lambda x: x, LoRA(), rngs=nnx.Rngs(0), example=(inputs(),)
             ),
+            "missing 1 required keyword-only argument: 'example'": lambda: adapt(
+                Layers(), LoRA(), rngs=nnx.Rngs(0)
+            ),
         },
         ValueError: {
             r"LoRA\('kernol'\) matches no leaf of `params`. Near misses: ": lambda: adapt(
@@ -276,6 +483,12 @@ def test_an_example_of_another_call() -> None:
             ),
             "`model` must not have nnx.LoRAParams, .* at lora/up/kernel/a": lambda: adapt(
                 trained(LoRA("up/kernel", rank=2)), LoRA(), rngs=nnx.Rngs(0), example=(inputs(),)
+            ),
+            r"`rngs` must have the stream 'params' or 'default'; got dropout\. Give nnx": lambda: (
+                adapt(Layers(), LoRA(), rngs=nnx.Rngs(dropout=0), example=(inputs(),))
+            ),
+            "`rngs` must have the stream 'dropout' or .* or add dropout=0": lambda: adapt(
+                Layers(), LoRA(dropout=0.1), rngs=nnx.Rngs(params=0), example=(inputs(),)
             ),
             "other/kernel: not in `base`": lambda: Adapted(
                 Layers(), {"other": trained(LoRA("up/kernel", rank=2)).adapter["up"]}

@@ -162,6 +162,26 @@ def test_compiling_needs_devices():
         jlora.plan(*JOB, compile=True)
 
 
+@pytest.mark.parametrize(
+    ("args", "got"),
+    [
+        (jnp.ones((4, 16)), r"float32\[4,16\]"),
+        ({"x": jnp.ones(3)}, "an object of type dict"),
+        (None, "an object of type NoneType"),
+    ],
+    ids=["array", "dict", "None"],
+)
+def test_other_arguments_are_a_tuple(args, got):
+    """An array would be unpacked along its rows."""
+    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA(rank=2))
+    base, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((16, 4))}, jnp.ones((1, 16)))
+    message = (
+        rf"`args` must be the tuple of .*; got {got}\. Write plan\(loss, base, adapter, \(x,\)\)"
+    )
+    with pytest.raises(TypeError, match=message):
+        jlora.plan(lambda a, b, x: lora.apply(b, a, x).sum(), base, adapter, args)
+
+
 def test_what_the_step_refuses_is_refused():
     """Without a compiler too: the step is traced."""
     with pytest.raises(TypeError, match="scalar-output"):

@@ -11,7 +11,8 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .. import sharding
 from .._report import align_columns, format_bytes
-from .._types import PyTree
+from .._tree import refuse_module
+from .._types import PyTree, short
 from ._mesh import CHIPS, check_places, is_replicated, mesh_of_leaves
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def plan(
         adapter: the trainable tree, likewise. If it has no shardings, it gets those of
             `sharding.specs`. For full fine-tuning give the parameters here, and an empty tree as
             `base`.
-        args: the loss function's other arguments, likewise.
+        args: the loss function's other arguments, likewise, as a tuple.
         tx: an optax transformation; by default AdamW.
         capacity: bytes of a device; by default the number that TPUs of its kind have, or that JAX
             reports.
@@ -138,6 +139,7 @@ def plan(
         A `Plan`. If the step does not fit, its peak is the number in the compiler's error.
 
     Raises:
+        TypeError: if `args` is not a tuple; if `base` or `adapter` is a module from `jlora.nnx`.
         ValueError: if `compile` is True and the mesh is an `AbstractMesh`, or a
             `jax.ShapeDtypeStruct` has no sharding on a mesh of several devices.
 
@@ -166,6 +168,13 @@ def plan(
     """
     import optax
 
+    if not isinstance(args, tuple | list):
+        raise TypeError(
+            "`args` must be the tuple of the loss function's other arguments; got "
+            f"{_describe(args)}. Write plan(loss, base, adapter, (x,))."
+        )
+    for x, argument in ((base, "base"), (adapter, "adapter")):
+        refuse_module(x, argument)
     mesh = mesh_of_leaves(base, adapter, args)
     check_places(mesh, base, adapter, args)
     abstract = isinstance(mesh, AbstractMesh)
@@ -196,6 +205,10 @@ def plan(
     activations = None if peak is None else max(0, peak - sum(exact))
     numbers = (*exact, activations, peak, capacity)
     return Plan(count, kind, axes, *numbers, program, is_replicated(count, base))
+
+
+def _describe(x: Any) -> str:
+    return short(x) if hasattr(x, "dtype") else f"an object of type {type(x).__name__}"
 
 
 def _operands(mesh: Any, base: PyTree, adapter: PyTree, args: Any, tx: Any) -> tuple[Any, ...]:

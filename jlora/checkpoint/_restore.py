@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from .._adapters import arrays, is_node, state, static
-from .._tree import adapter_leaves, is_abstract, leaves_by_path, name_of, nest
+from .._tree import adapter_leaves, adapter_of, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from .._untrusted import show
 from ._fingerprint import (
@@ -97,9 +97,10 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
     Args:
         path: as in `read`.
         like: an adapter of arrays or `jax.ShapeDtypeStruct`s, whose paths, shapes, dtypes, layouts
-            and scales must be those of the checkpoint. The result has its structure, shardings,
-            `dropout` and `materialize`. Without `like`, or where it has no sharding, the result has
-            NumPy arrays on the host.
+            and scales must be those of the checkpoint; or a module that holds one, from
+            `jlora.nnx.adapt` or `jlora.keras.adapt`. The result has the adapter's structure,
+            shardings, `dropout` and `materialize`. Without `like`, or where it has no sharding, the
+            result has NumPy arrays on the host.
         base: the base that the adapter will be used with: arrays, `jax.ShapeDtypeStruct`s, or a
             fingerprint from another checkpoint, `read(path).base`. It is compared with the saved
             fingerprint. Values are compared if they were hashed and `base` has arrays. Dtypes of 64
@@ -121,6 +122,7 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
         See `save`.
     """
     saved = by_all(lambda: read(path))
+    like = adapter_of(like)
     if base is not None:
         by_all(lambda: _check_base(path, saved, base))
     wanted = by_all(lambda: _check_like(path, saved, like))

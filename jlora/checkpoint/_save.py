@@ -7,9 +7,18 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from .._adapters import is_node
 from .._quantized import is_quantized
-from .._rules import Rule, check_rules
-from .._tree import adapter_leaves, check_fits, is_abstract, leaves_by_path, name_of, nest
+from .._rules import Full, Rule, check_rules
+from .._tree import (
+    adapter_leaves,
+    adapter_of,
+    check_fits,
+    is_abstract,
+    leaves_by_path,
+    name_of,
+    nest,
+)
 from .._types import Path, PyTree
 from ._fingerprint import fingerprint, is_fingerprint, shapes_of
 from ._meta import encode, flatten_leaves
@@ -37,7 +46,8 @@ def save(
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at
             all. In an object store (`gs://…`) Orbax's own guarantee holds.
-        adapter: from `init`, training or `restore`. Dropout keys in it are ignored.
+        adapter: from `init`, training or `restore`. Dropout keys in it are ignored. A module from
+            `jlora.nnx.adapt` or `jlora.keras.adapt` is saved as its adapter.
         rules: the rules that made the adapter; `()` if there were none.
         step: the training step.
         base: the frozen tree, of arrays or `jax.ShapeDtypeStruct`s, so that `restore` can recognize
@@ -48,7 +58,8 @@ def save(
         FileExistsError: if `path` exists and is not an empty folder.
         OSError: if a process cannot write it. Nothing is left of it then.
         RuntimeError: with several processes, if another one raised; it says which, and why.
-        TypeError: if `adapter` is no adapter of arrays, or another argument has a wrong type.
+        TypeError: if `adapter` is no adapter of arrays, such as parameters, a bound tree or the
+            state of an optimizer; or if another argument has a wrong type.
         ValueError: if `adapter` does not fit `base`.
 
     Examples:
@@ -101,10 +112,10 @@ def items(
         ValueError: as in `save`.
 
     Examples:
-        >>> import jax.numpy as jnp
+        >>> import jax.numpy as jnp, jlora
         >>> import orbax.checkpoint as ocp
         >>> from jlora import checkpoint
-        >>> saved = checkpoint.items({"head": jnp.ones(3)}, (), step=7)
+        >>> saved = checkpoint.items({"head": jnp.ones(3)}, (jlora.Full("head"),), step=7)
         >>> args = ocp.args.Composite(**saved, data=ocp.args.JsonSave({"epoch": 1}))
         >>> sorted(args)
         ['adapter', 'data', 'jlora']
@@ -152,14 +163,31 @@ def _check(
     adapter: PyTree, rules: Sequence[Rule], base: PyTree | None, hash_values: bool
 ) -> tuple[dict[Path, Any], tuple[Rule, ...]]:
     """Returns the leaves of the adapter by path, and the rules; raises for what cannot be saved."""
-    found = adapter_leaves(adapter)
+    found = adapter_leaves(adapter_of(adapter))
     _check_arrays(flatten_leaves(found), "adapter")
     given = check_rules(rules)
+    _check_full(found, given)
     if base is not None:
         check_fits(base, found)
     elif hash_values:
         raise TypeError("`hash_values` needs the base, whose values it hashes. Give `base` too.")
     return found, given
+
+
+def _check_full(found: dict[Path, Any], rules: tuple[Rule, ...]) -> None:
+    """Raises if leaves are trained in full, but by no rule: parameters look like such an adapter.
+
+    An adapter that comes from a file has no rules, but some node.
+    """
+    full = [name_of(path) for path, x in found.items() if not is_node(x)]
+    if not full or any(isinstance(rule, Full) for rule in rules):
+        return
+    if rules or len(full) == len(found):
+        raise TypeError(
+            f"`adapter` has arrays at {', '.join(full)}, as parameters have, but `rules` has no "
+            "jlora.Full, which alone trains leaves as they are. Give the adapter that `init` "
+            "returned, or all rules that made it."
+        )
 
 
 def _check_merged(merged: PyTree) -> None:

@@ -4,6 +4,8 @@ $$\mathrm{adapted}(x) = \mathrm{model}_{W + s \cdot A B}(x)$$
 """
 
 import collections
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,56 +16,38 @@ from .._merge import merge
 from .._rules import Rule, check_int
 from .._transform import dropout, transform
 from .._tree import bind, leaves_by_path, name_of
-from .._types import PyTree
+from .._types import Holder, PyTree
+from ._masks import GetMask, SetMask
+
+OWN = re.compile(r"lora_\d+")  # names of an adapter's variables
 
 
-class _GetMask(keras.Layer):
-    """Returns the mask that Keras keeps for its input, or None."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.supports_masking = True
-
-    def call(self, x: Any, mask: Any = None) -> Any:
-        return mask
-
-
-class _SetMask(keras.Layer):
-    """Returns its input, for which Keras keeps a mask from then on."""
-
-    def __init__(self, mask: Any) -> None:
-        super().__init__()
-        self._mask = mask
-
-    def call(self, x: Any) -> Any:
-        return x
-
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
-        return self._mask
-
-
-class Adapted(keras.Model):
+class Adapted(Holder, keras.Model):
     r"""A model that computes what `model` computes with W + s·A·B instead of each adapted W.
 
     `compile`, `fit`, `evaluate`, `predict`, callbacks and `save_weights` work as usual, and train
-    only the adapter. To save or serve the adapter without the base, use `adapter`.
+    only the adapter. To save or serve the adapter without the base, use `adapter`. `trainable` is
+    that of the adapter. If the base is made trainable, the lists of variables raise.
 
     Args:
         model: a built model. Its variables are shared, not copied, and become untrainable. So batch
             normalization uses its moving statistics, as in any frozen layer of Keras.
         adapter: an adapter of the model's weights by their paths, such as
             `sequential/dense/kernel`; for example from `jlora.checkpoint.restore`.
+        params: weights by their paths that replace those of the model. Needed if an initializer
+            changed W (`LowRank.residual`).
         seed: a seed for the dropout of the low-rank path, which is active in training.
 
     Attributes:
         base: the model.
+        params: the weights by their paths: those of the model, or what replaces them.
         adapter: the adapter as a tree of arrays, for all other functions of jlora.
 
     Raises:
-        RuntimeError: if Keras has another backend than JAX.
+        RuntimeError: if Keras has another backend than JAX. Later, if the base is trainable.
         TypeError: if `model` is not a model of Keras, or `adapter` is not an adapter.
-        ValueError: if `adapter` does not fit the model, the model is not built, or two of its
-            weights have the same path.
+        ValueError: if `adapter` or `params` do not fit the model; if the model is not built, has an
+            adapter already, or has two weights with the same path.
 
     Examples:
         >>> import jlora.keras, keras, numpy as np
@@ -72,60 +56,124 @@ class Adapted(keras.Model):
         (2, 3)
     """
 
-    def __init__(self, model: Any, adapter: PyTree, *, seed: int = 0) -> None:
-        bind(_weights(model), adapter)  # raises unless it fits
+    def __init__(
+        self,
+        model: Any,
+        adapter: PyTree,
+        *,
+        params: Mapping[str, jax.Array] | None = None,
+        seed: int = 0,
+    ) -> None:
+        replaced = _check_params(_weights(model), {} if params is None else params, adapter)
         super().__init__(name=f"{model.name}_adapted", autocast=False)
         self.base = model
         model.trainable = False
         leaves, self._structure = jax.tree.flatten(adapter)
         # Named by numbers, because the patterns of a layout map may match the names of W.
-        self._own = [
-            self.add_weight(
-                name=f"lora_{i}",
-                shape=x.shape,
-                dtype=x.dtype,
-                initializer=lambda shape, dtype=None, x=x: x,
-                autocast=False,
-            )
-            for i, x in enumerate(leaves)
+        self._own = [self._add(f"lora_{i}", x, True) for i, x in enumerate(leaves)]
+        self._paths = tuple(replaced)
+        self._replaced = [
+            self._add(f"base_{i}", replaced[p], False) for i, p in enumerate(replaced)
         ]
         self._adapted = {name_of(path) for path in dict(leaves_by_path(adapter, is_node))}
         self._masks = keras.random.SeedGenerator(seed)
         self._is_merged = False
         self.built = True
 
+    def _add(self, name: str, x: jax.Array, trainable: bool) -> Any:
+        return self.add_weight(
+            name=name,
+            shape=x.shape,
+            dtype=x.dtype,
+            initializer=lambda shape, dtype=None: x,
+            trainable=trainable,
+            autocast=False,
+        )
+
     @property
     def adapter(self) -> PyTree:
         """The adapter as a tree of arrays."""
         return jax.tree.unflatten(self._structure, [v.value for v in self._own])
 
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """The weights by their paths: those of the model, or what replaces them."""
+        replaced = {path: v.value for path, v in zip(self._paths, self._replaced, strict=True)}
+        return {v.path: v.value for v in self.base.weights} | replaced
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the adapter is trainable; the base never is."""
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        keras.Model.trainable.__set__(self, value)  # which reaches all parts of a model
+        self.base.trainable = False
+
     def merge(self) -> Any:
         """Puts W + s·A·B into the variables of the base, and returns the base.
 
-        The adapted model cannot be used afterward, because it would add s·A·B twice.
+        The adapted model cannot be used afterward, because it would add s·A·B twice. `merged` is
+        another name of it.
 
         Raises:
             RuntimeError: if it was called before.
         """
         self._refuse_merged()
-        merged = merge(_weights(self.base), self.adapter)
+        merged = merge(self.params, self.adapter)
         for v in self.base.weights:
-            if v.path in self._adapted:
+            if v.path in self._adapted or v.path in self._paths:
                 v.assign(merged[v.path])
         self._is_merged = True
         # Functions that Keras has compiled would not raise.
         self.train_function = self.test_function = self.predict_function = None
         return self.base
 
+    merged = merge
+
     def _refuse_merged(self) -> None:
         if self._is_merged:
             raise RuntimeError("this model was merged into its base: call the base instead.")
 
+    @property
+    def variables(self) -> list[Any]:
+        """All variables, also of the base; raises if it has become trainable."""
+        return self._check_frozen(super().variables)
+
+    @property
+    def weights(self) -> list[Any]:
+        """All weights, also those of the base; raises if it has become trainable."""
+        return self._check_frozen(super().weights)
+
+    def _check_frozen(self, found: list[Any]) -> list[Any]:
+        """Returns `found`. Keras asks for them before it trains, and in a step it would be late."""
+        if freed := [v.path for v in self.base.weights if v.trainable]:
+            raise RuntimeError(
+                f"{len(freed)} weights of the base have become trainable, such as {freed[0]}, but "
+                "only the adapter is trained. Set adapted.base.trainable = False. To train a "
+                "weight too, adapt it by jlora.Full(path)."
+            )
+        return found
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Raises as `get_config` does, before Keras makes a file."""
+        self.get_config()
+
+    def get_config(self) -> dict[str, Any]:
+        """Raises `NotImplementedError`: adapters are saved without their base."""
+        raise NotImplementedError(
+            "an adapted model has no configuration. Save the adapter by "
+            "jlora.checkpoint.save(path, adapted, rules), its variables by adapted.save_weights, "
+            "or the merged model by adapted.merge().save(path)."
+        )
+
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Returns what the adapted model returns."""
         self._refuse_merged()
-        weights = [v for v in self.base.variables if v.path in self._adapted]
-        others = [v for v in self.base.variables if v.path not in self._adapted]
+        own = self._adapted.union(self._paths)
+        weights = [v for v in self.base.variables if v.path in own]
+        others = [v for v in self.base.variables if v.path not in own]
         # Keras knows a loss by its id: those of the trace live until this model has its own.
         scopes = []
 
@@ -133,7 +181,7 @@ class Adapted(keras.Model):
             pairs = [*((v, params[v.path]) for v in weights), *zip(others, values, strict=True)]
             with keras.StatelessScope(pairs, collect_losses=True) as scope:
                 outputs = self.base(inputs, training=training)
-                masks = jax.tree.map(_GetMask(), outputs)
+                masks = jax.tree.map(GetMask(), outputs)
             scopes.append(scope)
             return outputs, masks, [scope.get_current_value(v) for v in others], scope.losses
 
@@ -141,21 +189,24 @@ class Adapted(keras.Model):
         if training:
             adapter = dropout(adapter, self._masks.next())
         values = [v.value for v in others]
-        params = {v.path: v.value for v in weights}
+        params = {path: x for path, x in self.params.items() if path in own}
         outputs, masks, new, losses = transform(pure).apply(params, adapter, values)
         for v, old, x in zip(others, values, new, strict=True):
             if x is not old:
                 v.assign(x)
         for x in losses:
             self.add_loss(x)
-        return jax.tree.map(lambda x, mask: _SetMask(mask)(x), outputs, masks)
+        return jax.tree.map(lambda x, mask: SetMask(mask)(x), outputs, masks)
 
 
 def adapt(model: Any, *rules: Rule, example: Any, seed: int = 0) -> Adapted:
     """Adapts a model by rules.
 
+    If an initializer changes W, as `jlora.initializers.pissa` does, the adapted model keeps the
+    changed W beside the model's own, until `merge` puts W + s·A·B there.
+
     Args:
-        model: a built model.
+        model: a built model. Its values do not change.
         *rules: as for `jlora.transform`. They match the paths of Keras, such as
             `sequential/dense/kernel`.
         example: inputs of the model, as arrays or `jax.ShapeDtypeStruct`s; they are only traced.
@@ -167,8 +218,9 @@ def adapt(model: Any, *rules: Rule, example: Any, seed: int = 0) -> Adapted:
     Raises:
         RuntimeError: if Keras has another backend than JAX.
         TypeError: if `model` is not a model of Keras.
-        ValueError: if a rule matches no weight, or a weight that it cannot adapt; if the model is
-            not built, or two of its weights have the same path.
+        ValueError: if a rule matches no weight, or a weight that it cannot adapt; if an initializer
+            quantizes W; if the model is not built, has an adapter already, or has two weights with
+            the same path.
 
     Examples:
         >>> import jlora.keras, keras, numpy as np
@@ -188,10 +240,29 @@ def adapt(model: Any, *rules: Rule, example: Any, seed: int = 0) -> Adapted:
             return model(inputs)
 
     base, adapter = transform(pure, *rules).init(jax.random.key(seed), found, example)
-    for v in model.weights:
-        if v.path in found and base[v.path] is not found[v.path]:  # by an initializer
-            v.assign(base[v.path])
-    return Adapted(model, adapter, seed=seed)
+    return Adapted(model, adapter, params=base, seed=seed)
+
+
+def _check_params(
+    found: Mapping[str, jax.Array], params: Mapping[str, jax.Array], adapter: PyTree
+) -> dict[str, jax.Array]:
+    """Returns those of `params` that replace weights; raises unless the adapter fits them."""
+    replaced = {path: x for path, x in params.items() if x is not found.get(path)}
+    for path, x in replaced.items():
+        if not isinstance(x, jax.Array) or path not in found or x.shape != found[path].shape:
+            raise ValueError(
+                "weights that replace those of `model` must be arrays of their paths and shapes; "
+                f"got {type(x).__name__} of shape {x.shape} at {path}."
+            )
+    bind({**found, **replaced}, adapter)  # raises unless it fits
+    nodes = {name_of(path): x for path, x in leaves_by_path(adapter, is_node) if is_node(x)}
+    missing = [path for path, x in nodes.items() if x.residual and path not in replaced]
+    if missing:
+        raise ValueError(
+            f"an initializer changed the weights at {', '.join(missing)}, to which the adapter "
+            "belongs. Give them too, params=adapted.params of the model that `adapt` returned."
+        )
+    return replaced
 
 
 def _weights(model: Any) -> dict[str, jax.Array]:
@@ -207,6 +278,11 @@ def _weights(model: Any) -> dict[str, jax.Array]:
         raise ValueError(
             f"`model` {model.name!r} is not built, so it has no weights yet. Call it once, or give "
             "it an Input."
+        )
+    if own := [v.path for v in model.weights if OWN.fullmatch(v.name)]:
+        raise ValueError(
+            "`model` must not have an adapter already, but has variables of one, such as "
+            f"{own[0]}. Give adapted.merge() or adapted.base."
         )
     found = {v.path: v.value for v in model.weights}
     if len(found) < len(model.weights):

@@ -4,7 +4,9 @@ $$\mathrm{adapted}(x) = \mathrm{model}_{W + s \cdot A B}(x)$$
 """
 
 import functools
-from collections.abc import Callable
+import inspect
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,19 +20,22 @@ from .._merge import merge
 from .._rules import Rule
 from .._transform import dropout, transform
 from .._tree import bind, leaves_by_path, name_of, nest
-from .._types import PyTree
+from .._types import Holder, PyTree
 from ..sharding import specs
+from ._changes import find_attributes, find_changes, make_changes
+
+OWN = ("base", "lora", "rngs", "deterministic")  # attributes of an `Adapted`, not of its model
 
 
-class Adapted(nnx.Module):
+class Adapted(Holder, nnx.Module):
     r"""A module that computes what `model` computes with W + s·A·B instead of each adapted W.
 
     Train it with `nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)`. `tx` is a transformation of optax
-    itself: `jlora.optimizer`, `lora_plus` and `precondition` raise here, and there is no base to
-    freeze. Differentiate only with respect to the adapter, by
+    itself: `jlora.optimizer`, `lora_plus` and `precondition` raise here and say what to give
+    instead, and there is no base to freeze. Differentiate only with respect to the adapter, by
     `argnums=nnx.DiffState(0, nnx.LoRAParam)`. Do not write `nnx.Param`, which includes
-    `nnx.LoRAParam` but also trains the base. The model's methods are adapted like its call, and its
-    attributes can be read.
+    `nnx.LoRAParam` but also trains the base. The model's methods are adapted like its call. Its
+    other attributes are read and set there, but for its parts, whose calls would not be adapted.
 
     Args:
         model: the module. Its arrays are shared, not copied.
@@ -49,7 +54,8 @@ class Adapted(nnx.Module):
 
     Raises:
         TypeError: if `model` is not a module, or `adapter` is not an adapter.
-        ValueError: if `adapter` does not fit the model, or the model already has `nnx.LoRAParam`s.
+        ValueError: if `adapter` does not fit the model; if the model already has `nnx.LoRAParam`s;
+            if the adapter has dropout, and `rngs` neither a `dropout` nor a `default` stream.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, jlora
@@ -59,7 +65,7 @@ class Adapted(nnx.Module):
         >>> optimizer = nnx.Optimizer(adapted, optax.sgd(0.1), wrt=nnx.LoRAParam)
         >>> gradient = nnx.grad(lambda m: m(x).sum(), argnums=nnx.DiffState(0, nnx.LoRAParam))
         >>> _ = optimizer.update(adapted, gradient(adapted))
-        >>> bool(jnp.allclose(adapted(x), adapted.merged()(x), atol=1e-6))
+        >>> bool(jnp.allclose(adapted(x), adapted.merge()(x), atol=1e-6))
         True
     """
 
@@ -69,7 +75,7 @@ class Adapted(nnx.Module):
         self.base = model
         self.lora = nnx.data(_variables(params, adapter))
         drops = any(x.dropout for _, x in leaves_by_path(adapter, is_node) if is_node(x))
-        self.rngs = rngs["dropout"].fork() if rngs is not None and drops else None
+        self.rngs = _stream(rngs, "dropout").fork() if rngs is not None and drops else None
         self.deterministic = False
 
     @property
@@ -77,10 +83,15 @@ class Adapted(nnx.Module):
         """The adapter as a tree of arrays."""
         return nnx.as_pure(self.lora)
 
-    def merged(self) -> nnx.Module:
-        """Makes a module of the model's class with W + s·A·B, in W's dtype; see `jlora.merge`."""
+    def merge(self) -> nnx.Module:
+        """Makes a module of the model's class with W + s·A·B, in W's dtype; see `jlora.merge`.
+
+        `merged` is another name of it.
+        """
         graph, params, rest = _split(self.base)
         return nnx.merge(graph, merge(params, self.adapter), rest, copy=True)
+
+    merged = merge
 
     @property
     def __call__(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -88,34 +99,53 @@ class Adapted(nnx.Module):
         return self._adapt("__call__")
 
     def _adapt(self, method: str) -> Callable[..., Any]:
+        own = getattr(type(self.base), method)
+        if inspect.isgeneratorfunction(own):  # its body runs after the call, so each step is one
+            return types.MethodType(own, self)
+
         @functools.wraps(getattr(self.base, method))
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self.run(getattr(type(self.base), method), *args, **kwargs)
+            return self.run(own, *args, **kwargs)
 
         return call
 
     def run(self, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Computes `f(model, *args, **kwargs)` with the adapted model.
 
-        Changes that `f` makes to the model are made to the base. Changes to other modules and
-        variables among the arguments are made to these.
+        Changes that `f` makes to the model's variables and attributes are made to the base. Changes
+        to other modules and variables among the arguments are made to these.
         """
         given, put = pick((args, kwargs), _has_state, _has_state)
         held = [self.base, *given]
         graph, params, rest = nnx.split(held, _is_weight, ...)
+        attributes = []
 
         def pure(params: nnx.State, rest: nnx.State) -> tuple[Any, nnx.State]:
             own = nnx.merge(graph, nnx.State({0: params}), rest, copy=True)
             args, kwargs = put(own[1:])
             out = f(own[0], *args, **kwargs)
-            return out, nnx.state(own, lambda *x: not _is_weight(*x))
+            attributes[:] = find_attributes(held, own)
+            if isinstance(out, Iterator):
+                raise TypeError(
+                    f"`f` returned a {type(out).__name__}, whose steps would run when the adapted "
+                    "weights are gone. Return a list of its values."
+                )
+            return out, find_changes(rest, nnx.state(own, lambda *x: not _is_weight(*x)))
 
         adapter = self.adapter
         if self.rngs is not None and not self.deterministic:
             adapter = dropout(adapter, self.rngs())
-        out, rest = transform(pure).apply(params[0], adapter, rest)
-        nnx.update(held, rest)
+        out, changes = transform(pure).apply(params[0], adapter, rest)
+        make_changes(held, changes, attributes)
         return out
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = vars(self).get("base")
+        is_own = name in OWN or hasattr(type(self), name) or not hasattr(base, name)
+        if is_own:
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
 
     def __getattr__(self, name: str) -> Any:
         base = vars(self).get("base")
@@ -136,7 +166,7 @@ def adapt(
     model: nnx.Module,
     *rules: Rule,
     rngs: nnx.Rngs,
-    example: tuple[Any, ...] | Callable[[Any], Any] = (),
+    example: tuple[Any, ...] | Callable[[Any], Any],
 ) -> Adapted:
     """Adapts a module by rules.
 
@@ -155,7 +185,7 @@ def adapt(
     Raises:
         TypeError: if `model` is not a module, or `rngs` or `example` has the wrong type.
         ValueError: if a rule matches no leaf, or a leaf that it cannot adapt; if the model already
-            has `nnx.LoRAParam`s.
+            has `nnx.LoRAParam`s; if `rngs` lacks a stream, and has no `default` stream either.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -181,7 +211,7 @@ def adapt(
         return example(own) if callable(example) else own(*args)
 
     args = () if callable(example) else example
-    base, adapter = transform(pure, *rules).init(rngs.params(), params, rest, *args)
+    base, adapter = transform(pure, *rules).init(_stream(rngs, "params")(), params, rest, *args)
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(base), strict=True)
     if any(x is not y for x, y in pairs):  # an initializer has changed W
         model = nnx.merge(graph, base, rest, copy=True)
@@ -197,7 +227,7 @@ def _split(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
         path = name_of(tuple(map(str, own[0][0])))
         raise ValueError(
             f"`model` must not have nnx.LoRAParams, which jlora would take for the adapter, but "
-            f"has some at {path}. Give the model without them, such as adapted.merged()."
+            f"has some at {path}. Give the model without them, such as adapted.merge()."
         )
     return graph, params, rest
 
@@ -220,6 +250,16 @@ def _place(base: nnx.State, adapter: PyTree) -> PyTree:
     """Shards an adapter like its base if the base has arrays on a mesh."""
     is_on_mesh = any(isinstance(place_of(x), NamedSharding) for x in jax.tree.leaves(base))
     return jax.device_put(adapter, specs(base, adapter)) if is_on_mesh else adapter
+
+
+def _stream(rngs: nnx.Rngs, name: str) -> nnx.RngStream:
+    """Returns the stream `name`, or else the one named `default`."""
+    if name not in rngs and "default" not in rngs:
+        raise ValueError(
+            f"`rngs` must have the stream {name!r} or 'default'; got {', '.join(rngs) or 'none'}. "
+            f"Give nnx.Rngs(0), or add {name}=0."
+        )
+    return getattr(rngs, name)
 
 
 def _has_state(x: Any) -> bool:

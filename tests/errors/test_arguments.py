@@ -91,10 +91,8 @@ WRONG_TREES = {
         base,
         swap(swap(adapter, "fused", 1.5), "layer/bias", 0),
     ),
-    f"{EXPECTED}fused: Adapted, layer/kernel: Adapted.": lambda base, adapter: (
-        base,
-        jlora.bind(base, adapter),
-    ),
+    "`adapter` must be a nested dict of LowRank nodes and arrays; got a tree from `bind`. Give "
+    "the adapter in it.": lambda base, adapter: (base, jlora.bind(base, adapter)),
 }
 
 

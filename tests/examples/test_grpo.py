@@ -136,7 +136,11 @@ def test_a_stopped_run_goes_on(options, go, monkeypatch):
     assert first == second and [row["step"] for row in first] == [1, 2, 3, 4, 5]
     assert first[0]["kl"] == 0  # the reference is the base, and B is 0
     assert first[4]["kl"] > 0
-    assert (out / "result.csv").read_bytes() == (other / "result.csv").read_bytes()
+    result = (out / "result.csv").read_bytes()
+    assert result == (other / "result.csv").read_bytes()
+    with pytest.raises(SystemExit, match="has 5 steps: pass --steps 5 or more"):
+        go(*stopped, "--resume", "--steps=3")
+    assert (other / "result.csv").read_bytes() == result
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from cases._case import fill
 from conversations import lay
 from jax.tree_util import Partial
 from models import llama, smollm2
+from transformers import AutoTokenizer
 
 import jlora
 from jlora import peft
@@ -240,11 +241,45 @@ def test_folder_is_what_was_in_the_file(base, tiny):
     assert dataclasses.replace(config, head_size=None, norm_eps=1e-5) == TINY
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny)
     jax.tree.map(np.testing.assert_array_equal, variables, rounded)
-    tokenizer = chat.AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     assert set(tokenizer("Hi")) == {"input_ids", "attention_mask"}  # what a Llama takes
     assert (
         tokenizer.apply_chat_template(say("Hi"), tokenize=False)
         == "<|im_start|>user\nHi<|im_end|>\n"
+    )
+
+
+NOT_IN_4 = {"backend": "tokenizers", "tokenizer_class": "TokenizersBackend"}
+CONFIGS = {  # of the same tokenizer, as versions of `transformers` write them
+    "4": {},
+    "5": NOT_IN_4 | {"extra_special_tokens": ["<|im_start|>"]},
+    "before 4.57": {
+        "tokenizer_class": "GPT2Tokenizer",
+        "chat_template": CHATML,
+        "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True},
+    },
+}
+
+
+@pytest.mark.parametrize("version", CONFIGS)
+def test_a_tokenizer_of_any_version_of_transformers(version, base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    file, expected = folder / "tokenizer_config.json", AutoTokenizer.from_pretrained(base)
+    config = json.loads(file.read_text()) | CONFIGS[version]
+    file.write_text(json.dumps(config))
+    if "chat_template" in config:
+        (folder / "chat_template.jinja").unlink()
+    found, texts = conversations.load_tokenizer(folder), say("Hé 12", "Hello.")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "all_special_tokens"):
+        assert getattr(found, name) == getattr(expected, name)
+    for given in ({"tokenize": False}, {"return_dict": False}, {"add_generation_prompt": True}):
+        one, other = (x.apply_chat_template(texts, **given) for x in (found, expected))
+        assert one == other
+    assert found.decode(found("Hé 12 , no")["input_ids"]) == "Hé 12 , no"
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        conversations.encode(texts, found)[1:],
+        conversations.encode(texts, expected)[1:],
     )
 
 
@@ -314,6 +349,25 @@ def test_a_stopped_run_goes_on(argv, whole, monkeypatch):
     assert rest.after == whole[0].after
     files = [x / "adapter" / "adapter_model.safetensors" for x in (out, whole[1])]
     assert len({file.read_bytes() for file in files}) == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--rank=2"], ["--steps=9"]], ids=str)
+def test_a_finished_run_is_left_alone(more, argv, whole, capsys):
+    _, out, *_ = whole
+    before = {x: x.read_bytes() for x in out.rglob("*") if x.is_file()}
+    with pytest.raises(SystemExit):
+        chat.main([*argv, f"--out={out}", "--resume", *more])
+    assert (
+        f"{out} has a run that has finished: nothing is left to resume" in capsys.readouterr().err
+    )
+    assert {x: x.read_bytes() for x in out.rglob("*") if x.is_file()} == before
+
+
+@pytest.mark.parametrize("option", ["steps", "batch", "rank", "held-out"])
+def test_numbers_are_at_least_one(option, capsys):
+    with pytest.raises(SystemExit):
+        chat.main([f"--{option}=0"])
+    assert f"argument --{option}: must be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
