@@ -222,7 +222,7 @@ class LoRA(Rule):
 
     def draw(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, jax.Array, jax.Array]:
         """Draws W, A and B by the initializer, and checks them."""
-        init = self.init or kaiming_uniform
+        init: Callable[..., Any] = self.init or kaiming_uniform
         init = functools.partial(draw_by, init) if takes_shape(init) else init
         made = init(key, w, site, self)
         expected_shapes = (site.shape, *self.factor_shapes(site))
