@@ -4,7 +4,6 @@ import operator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 
@@ -46,7 +45,6 @@ def find_attributes(held: list[Any], copies: list[Any]) -> Attributes:
 def make_changes(held: list[Any], changes: nnx.State, attributes: Attributes) -> None:
     """Changes the modules and variables in `held` as a call has changed its copies."""
     modules = dict(nnx.iter_graph(held))
-    changes = jax.tree.map(_as_array, changes)
     for (*path, key), x in nnx.to_flat_state(changes):
         module, name = modules.get(tuple(path)), str(key)
         if isinstance(module, nnx.Module) and not isinstance(vars(module).get(name), nnx.Variable):
@@ -54,8 +52,3 @@ def make_changes(held: list[Any], changes: nnx.State, attributes: Attributes) ->
     nnx.update(held, changes)
     for module, name, x in attributes:
         setattr(module, name, x)
-
-
-def _as_array(x: Any) -> Any:
-    """Makes an array of what JAX returns for constants: some are numbers, and change in place."""
-    return jnp.asarray(x) if hasattr(x, "dtype") and not isinstance(x, jax.Array) else x

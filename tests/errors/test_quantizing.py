@@ -204,8 +204,8 @@ def test_a_scan_and_methods_of_arrays():
 
 
 CAST = (
-    "a quantized weight has scales of {0}; {1} needs {2}. Was the whole tree cast? Do not cast "
-    "quantized weights: "
+    "a quantized weight has scales of {0}; {1} needs {2}. Was the whole tree cast? Cast only the "
+    "other leaves: "
     "jax.tree.map(lambda x: x if isinstance(x, jlora.Quantized) else x.astype(dtype), "
     "params, is_leaf=lambda x: isinstance(x, jlora.Quantized))."
 )
