@@ -586,7 +586,7 @@ ODD_FILES: dict[str, tuple[Damage, str]] = {
     for file in (CONFIG, TENSORS)
     for said, make in {
         "has no {}": lambda path: None,
-        "{} is a symbolic link": link,
+        "{} is a link out of the folder, to": link,
         "{} is not a regular file": os.mkfifo,
     }.items()
 }

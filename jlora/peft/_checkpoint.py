@@ -16,11 +16,11 @@ from ._file import (
     Header,
     Source,
     TensorInfo,
-    check_within,
     itemize,
     open_file,
     read_header,
     read_json,
+    resolve,
     shorten,
     show,
 )
@@ -108,14 +108,15 @@ class Checkpoint(NamedTuple):
         """Copies the other files of the checkpoint."""
         for name in self.kept:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.source.folder / name, folder / name)
+            with open_file(self.source, name) as (data, _), open(folder / name, "wb") as copy:
+                shutil.copyfileobj(data, copy)
 
 
 def open_checkpoint(
     path: str | os.PathLike[str],
     argument: str = "src_dir",
     *,
-    follow_links: bool = False,
+    follow_links: bool | None = None,
     copied: bool = False,
 ) -> Checkpoint:
     """Reads the headers, the index and the configuration in a folder.
@@ -123,14 +124,14 @@ def open_checkpoint(
     Args:
         path: the folder.
         argument: the user's argument with the folder, for errors.
-        follow_links: whether its files may be links to anywhere, or only to files within it.
+        follow_links: whether its files may be links to anywhere; see `Source`.
         copied: whether its other files will be copied, so that none of them may be missing.
 
     Raises:
         FileNotFoundError: if the folder or a shard is missing.
         ValueError: if the folder has no safetensors checkpoint, or a damaged one.
     """
-    source = Source(Path(path), argument, "all" if follow_links else "within")
+    source = Source(Path(path), argument, follow_links)
     files, mapped = _files(source)
     headers = {file: read_header(source, file) for file in files}
     where: dict[str, str] = {}
@@ -154,7 +155,7 @@ def open_checkpoint(
             + itemize([_describe(source, name) for name in odd])
         )
     for name in kept if not follow_links else ():
-        check_within(source, source.folder / name)
+        resolve(source, source.folder / name)
     if mapped is not None:
         kept.append(INDEX)
     config = read_json(source, "config.json", LIMIT) if "config.json" in kept else {}

@@ -82,7 +82,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if the folder or the file is missing.
-        ValueError: if the file is too large, a link, or not a JSON object.
+        ValueError: if the file is too large, a link out of the folder, or not a JSON object.
 
     Examples:
         >>> import pathlib, tempfile

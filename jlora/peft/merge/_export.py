@@ -50,8 +50,8 @@ def export_merged(
 
     Args:
         src_dir: a folder with `model.safetensors`, or with shards and
-            `model.safetensors.index.json`. Its files may be links to files within it, or within the
-            download cache around it.
+            `model.safetensors.index.json`. Its files, and those of `adapter`, may be links within
+            the folder, or in the Hub's cache within the folder of their model (`models--…`).
         adapter: a folder that PEFT or `save` wrote, or an adapter tree. The modules in a folder
             have the names of the checkpoint's tensors, or those of `transformers` 5 in memory; a
             first component such as `bert.` may differ.
