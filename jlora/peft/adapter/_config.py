@@ -194,7 +194,7 @@ def _list_refused_patterns(fields: Mapping[str, Any]) -> list[str]:
 
 
 _Fits = Callable[[Any], bool]
-_SHORT = 10_000  # entries, so that all of them are matched quickly
+ENTRIES = 10_000  # of a list, so that all of them are matched quickly
 
 
 def _is_text(x: Any) -> bool:
@@ -219,11 +219,11 @@ def _is_rows(x: Any) -> bool:
 
 
 def _listing(fits: _Fits) -> _Fits:
-    return lambda x: isinstance(x, list) and len(x) <= _SHORT and all(map(fits, x))
+    return lambda x: isinstance(x, list) and len(x) <= ENTRIES and all(map(fits, x))
 
 
 def _by_name(fits: _Fits) -> _Fits:
-    return lambda x: isinstance(x, dict) and len(x) <= _SHORT and all(map(fits, x.values()))
+    return lambda x: isinstance(x, dict) and len(x) <= ENTRIES and all(map(fits, x.values()))
 
 
 def _or_null(*kinds: _Fits) -> _Fits:
