@@ -312,7 +312,8 @@ QV: dict[str, tuple[Damage, str]] = {
     ),
     "future": (
         say(use_tomorrow={"a": 1}),
-        "  use_tomorrow: {'a': 1} is a feature that jlora does not support",
+        "  use_tomorrow: {'a': 1} is not known to jlora, and may change what the adapter computes; "
+        "if it does not, name the field in `ignore`",
     ),
     "pissa": (
         say(init_lora_weights="pissa_niter_16"),

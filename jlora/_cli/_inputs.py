@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import click
+
 import jlora
 
 from .._tree import adapter_leaves, name_of
@@ -15,6 +17,13 @@ from ._command import Arg, call
 
 TABLES = f"{', '.join(jlora.peft.TABLES)}, module:ATTRIBUTE or file.py:ATTRIBUTE"
 NAMES = f"Name table between JAX's paths and PyTorch's modules: {TABLES}."
+IGNORE = click.option(
+    "--ignore",
+    metavar="NAME",
+    multiple=True,
+    help="A field of PEFT's adapter_config.json that jlora does not know, and that does not change "
+    "what the adapter computes. Can be given several times.",
+)
 # Orbax's files: the first is in every checkpoint, the second in checkpoints of one tree.
 ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")
 
@@ -27,11 +36,12 @@ class OpenAdapter(NamedTuple):
     about: dict[str, Any]
 
 
-def open_adapter(given: Arg) -> OpenAdapter:
+def open_adapter(given: Arg, ignore: tuple[str, ...]) -> OpenAdapter:
     """Opens an adapter in PEFT's format or Orbax."""
     if format_of_adapter(given) == "peft":
-        base = call(jlora.peft.read_config, given).get("base_model_name_or_path")
-        return OpenAdapter("peft", call(jlora.peft.read, given), {"base_model": base})
+        fields = call(jlora.peft.read_config, given, ignore=ignore)
+        about = {"base_model": fields.get("base_model_name_or_path")}
+        return OpenAdapter("peft", call(jlora.peft.read, given, ignore=ignore), about)
     saved = call(jlora.checkpoint.read, given)
     about = {"step": saved.step, "versions": saved.versions}
     return OpenAdapter("orbax", by_name(call(jlora.checkpoint.restore, given)), about)

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ def check(
     *,
     base: str | os.PathLike[str] | None = None,
     max_lora_rank: int | None = None,
+    ignore: Collection[str] = (),
 ) -> Checked:
     r"""Finds out which parts of an adapter an engine refuses, and which it drops silently.
 
@@ -56,6 +58,7 @@ def check(
         base: the folder of the served model, a Hugging Face checkpoint. Without it, names and
             shapes are not compared.
         max_lora_rank: the server's option; None for its default.
+        ignore: as in `load`. The engine is checked as if the file did not have these fields.
 
     Returns:
         The findings, each with a remedy.
@@ -87,7 +90,7 @@ def check(
         raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}; got {engine!r}.")
     server = ENGINES[engine]
     rank = _rank(server, max_lora_rank)
-    files = open_files(source := Source(Path(path)))
+    files = open_files(source := Source(Path(path)), ignore)
     if wrong := list_misformed(files.fields):
         parts = (problem.partition(": ") for problem in wrong)
         findings = [Finding(what, why, AGAIN, False) for what, _, why in parts]

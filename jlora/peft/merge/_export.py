@@ -1,7 +1,7 @@
 """Merges an adapter into a checkpoint, in blocks of bounded size."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ..._folders import fresh
 from ..._types import PyTree
@@ -22,6 +22,7 @@ def export_merged(
     *,
     names: Sequence[Name] | None = None,
     follow_links: bool = False,
+    ignore: Collection[str] = (),
 ) -> list[str]:
     r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
 
@@ -59,6 +60,7 @@ def export_merged(
             all.
         names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.LLAMA`.
         follow_links: whether files of `src_dir` may be links out of it. Their content is copied.
+        ignore: for an adapter in a folder, as in `load`.
 
     Returns:
         The files of `src_dir` that were not copied, as paths in it.
@@ -97,7 +99,9 @@ def export_merged(
     problems = Problems(
         "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
     )
-    model, contents, is_transposed = match_to_checkpoint(checkpoint, adapter, names, problems)
+    model, contents, is_transposed = match_to_checkpoint(
+        checkpoint, adapter, names, problems, ignore
+    )
     edits = find_edits(model, contents, is_transposed, problems)
     problems.stop()
     edits = with_copies(checkpoint, edits, problems)

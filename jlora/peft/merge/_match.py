@@ -1,7 +1,7 @@
 """Matches an adapter to the tensors of a checkpoint."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +32,7 @@ def match_to_checkpoint(
     adapter: str | os.PathLike[str] | PyTree,
     names: Sequence[Name] | None,
     problems: Problems,
+    ignore: Collection[str] = (),
 ) -> tuple[Model, Contents, bool]:
     """Reads a PEFT folder, or a tree with `names`, and finds its parameters in the checkpoint.
 
@@ -46,7 +47,7 @@ def match_to_checkpoint(
             raise ValueError(
                 "`names` is for an adapter tree; PEFT's files have PyTorch's names. Leave it out."
             )
-        files = open_files(Source(Path(adapter), "adapter"))
+        files = open_files(Source(Path(adapter), "adapter"), ignore)
         model, found = _match_files(checkpoint, files, problems)
         is_transposed = bool(files.fields.get("fan_in_fan_out"))
     elif names is None:
