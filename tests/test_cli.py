@@ -672,7 +672,7 @@ ERRORS = {
     "diff p o --names rows.py:OTHER": "^jlora: A: the adapter in .*p cannot be loaded "
     "onto the base of B .*o with --names; nothing was loaded",
     "check deep --for vllm": "^jlora: DIR .*deep: adapter_config.json is nested too deeply.$",
-    "check hf --for vllm": "^jlora: DIR: .*hf is a model; expected an adapter of PEFT.$",
+    "check hf --for vllm": "^jlora: DIR: .*hf is a model; expected an adapter of PEFT. Give the ",
     "check o --for vllm": "write it as PEFT with jlora convert",
     "check p --for tgi": "^jlora: --for must be one of sglang, vllm, tpu-inference; got 'tgi'",
     "check p --for vllm --base folders": "^jlora: --base: .*folders has more than 32 nested",

@@ -310,8 +310,23 @@ def test_experts_that_are_no_parameter(tmp_path: Folder) -> None:
     del weights["m.layers.0.mlp.experts.1.up_proj.weight"]
     given = {"m.layers.0.mlp.experts": low_rank((10, 8), 6)}
     fields = {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}
-    with refused("mlp.experts: unexpected; adapter_config.json does"):
+    with refused("target_parameters selects m.layers.0.mlp.experts.gate_up_proj, which is not in"):
         merge(tmp_path, weights, given, **fields)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (9, 6)])
+def test_what_helps_where_a_module_is_not_there(
+    is_tied: bool, shape: tuple[int, int], tmp_path: Folder
+) -> None:
+    """Other names, only if a tensor has its shape; an untied head, only if it may be one."""
+    advice = "save the base model as it was adapted, with its head"
+    if sorted(shape) == [4, 6]:
+        advice += ", and in `transformers` 5 with save_pretrained(..., save_original_format=False)"
+    weights = {"m.qkv.weight": ones(4, 6), "m.embed_tokens.weight": TABLE}
+    given, config = {"m.v_proj": low_rank(shape, 2)}, TIED if is_tied else {}
+    with pytest.raises(ValueError, match=rf"m.v_proj.weight: not in .*; {re.escape(advice)}$"):
+        merge(tmp_path, weights, given, config)
 
 
 def test_a_part_of_the_names_has_a_first_part(tmp_path: Folder) -> None:
@@ -394,8 +409,8 @@ def test_names_of_no_known_family(tmp_path: Folder) -> None:
     """The error says how to save the base so that it is read."""
     remedy = r"in `transformers` 5 with save_pretrained\(..., save_original_format=False\)"
     weights, given = {"m.layers.0.qkv.weight": ones(4, 6)}, {"m.h.0.q_proj": low_rank((4, 6), 2)}
-    for saved, why in ((None, "not in the ch"), (["qkv"], "in the adapter, but")):
-        with pytest.raises(ValueError, match=f"0.q_proj.weight: {why}.* {remedy}"):
+    for saved in (None, ["qkv"]):
+        with pytest.raises(ValueError, match=f"0.q_proj.weight: not in the checkpoint.* {remedy}"):
             merge(tmp_path, weights, given, modules_to_save=saved)
 
 
@@ -752,7 +767,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "other-names": (
         {"given": NO_GIVEN | {k.replace("m.", "m.other."): x for k, x in GIVEN.items()}},
-        "m.other.layers.0.q.weight: in the adapter, but not in the checkpoint, whose names",
+        "m.other.layers.0.q.weight: not in the checkpoint; save the base model as it was adapted",
     ),
     "one-weight-twice": (
         {"weights": NO_WEIGHTS | {"bert.q.weight": ones(4, 6)}}
@@ -788,7 +803,8 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "experts": (
         {"weights": EXPERTS, "given": OF_EXPERTS, "target_parameters": list(EXPERTS)},
         f"{PREFIX}e: A (4, 6) with B (4, 4), A (4, 6) with B (4, 4) can be assigned in several "
-        "ways to e.down (2, 6, 4), e.up (2, 4, 6)",
+        "ways to e.down (2, 6, 4), e.up (2, 4, 6); load the adapter with jlora.peft.load, where "
+        "the order of `names` decides, and merge what it returns",
     ),
     "prefixes": (
         {"weights": NO_WEIGHTS | {p + k: x for k, x in WEIGHTS.items() for p in ("a.", "b.")}},

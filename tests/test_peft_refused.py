@@ -239,6 +239,7 @@ def test_save_refuses(case: str, tmp_path: Folder) -> None:
 
 LAYER = PREFIX + "encoder.layer.0.attention.self."
 Q, V, HEAD = LAYER + "query", LAYER + "value", PREFIX + "lm_head"
+NORM = "encoder.layer.0.output.LayerNorm"
 
 
 def header(key: str, shape: list[int], *more: str) -> Damage:
@@ -273,7 +274,15 @@ QV: dict[str, tuple[Damage, str]] = {
     "kind": (
         change(lambda t: [t.update({f"{Q}.lora_embedding_{x}": t.pop(f"{Q}.lora_{x}.weight")})
                           for x in "AB"]),
-        f"  {Q}: expected A and B of kind linear, got embedding",
+        f"  {Q}: A and B are of kind embedding, but encoder/layer/0/attention/",
+    ),
+    "a norm": (
+        all_of(
+            say(target_modules=["query", "value", "output.LayerNorm"]),
+            change(lambda t: t.update({PREFIX + k: x for k, x in pair(NORM, 2, 16, 16).items()})),
+        ),
+        f"  {PREFIX}{NORM}: has A and B, but encoder/layer/0/output/LayerNorm/scale is a "
+        "parameter that LoRA cannot adapt",
     ),
     "beside A and B": (
         all_of(

@@ -24,10 +24,11 @@ from ._file import (
     shorten,
     show,
 )
+from ._foreign import WEIGHTS, recognize
+from ._source import explain_no_folder
 from ._vocabulary import find_vocabulary, walk_objects
 
-ONE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+ONE, INDEX = WEIGHTS
 QUANTIZATION = "quantization_config"  # of `config.json`
 PIECE = 4 * 2**20  # bytes
 DEEPEST = 32  # nested folders
@@ -175,6 +176,7 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
 
     Raises:
         FileNotFoundError: if there is no such folder.
+        ValueError: if it is a file.
 
     Examples:
         >>> import pathlib, tempfile
@@ -184,6 +186,8 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
         ...     peft.holds(folder)
         {'model'}
     """
+    if not os.path.isdir(path):
+        raise explain_no_folder("path", Path(path))
     names = set(os.listdir(path))
     found = {
         "adapter": names & {CONFIG, TENSORS, *PICKLES[:2]},
@@ -223,10 +227,12 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
     one, index = ((source.folder / name).exists() for name in (ONE, INDEX))
     if not index:
         if not one and source.folder.is_dir():
-            raise ValueError(
-                f"`{source.argument}`: {source.folder} has neither {ONE} nor {INDEX}. Save the "
-                "model as safetensors, in transformers with "
+            kind = recognize(source.folder, WEIGHTS) or (
+                "Save the model as safetensors, in transformers with "
                 "save_pretrained(..., safe_serialization=True)."
+            )
+            raise ValueError(
+                f"`{source.argument}`: {source.folder} has neither {ONE} nor {INDEX}. {kind}"
             )
         return [ONE], None
     mapped = read_json(source, INDEX, LIMIT).get("weight_map")

@@ -15,9 +15,9 @@ import numpy as np
 from .._untrusted import check_values
 from .._untrusted import shorten as shorten
 from .._untrusted import show as show
-from ._source import CONFIG as CONFIG
-from ._source import PICKLES as PICKLES
-from ._source import TENSORS as TENSORS
+from ._foreign import CONFIG as CONFIG
+from ._foreign import PICKLES as PICKLES
+from ._foreign import TENSORS as TENSORS
 from ._source import Source as Source
 from ._source import open_file as open_file
 from ._source import resolve as resolve

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from .._untrusted import show
-
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
+from ._foreign import CONFIG, PICKLES, TENSORS, recognize
 
 
 class Source(NamedTuple):
@@ -82,7 +79,7 @@ def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
             "copy the folder again."
         )
     if not folder.is_dir():
-        return FileNotFoundError(f"`{argument}`: there is no folder {folder}.")
+        return explain_no_folder(argument, folder)
     pickles = [p for p in PICKLES if (folder / p).exists()]
     if name == TENSORS and pickles:
         return ValueError(
@@ -91,5 +88,16 @@ def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
             "safe_serialization=True."
         )
     if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"`{argument}`: {folder} has no {name}.")
+        kind = recognize(folder) if name in (CONFIG, TENSORS) else None
+        return FileNotFoundError(
+            f"`{argument}`: {folder} has no {name}.{f' {kind}' if kind else ''}"
+        )
     return error
+
+
+def explain_no_folder(argument: str, path: Path) -> Exception:
+    """Makes the error about a `path` that is no folder."""
+    if not path.exists():
+        return FileNotFoundError(f"`{argument}`: there is no folder {path}.")
+    what, remedy = recognize(path) or ("a device", "Give a folder")
+    return ValueError(f"`{argument}`: {path} is {what}, not a folder. {remedy}.")

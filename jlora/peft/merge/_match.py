@@ -12,7 +12,7 @@ from ..._adapters import is_node, weight_shape
 from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
 from .._checkpoint import Checkpoint
-from .._file import COUNT, COUNTS, DTYPES, Source, show
+from .._file import COUNT, COUNTS, DTYPES, Source
 from .._problems import Problems
 from ..adapter._contents import Contents, explain_resized, sort_tensors
 from ..adapter._files import Files, fill, open_files
@@ -89,15 +89,8 @@ def _match_files(
     found = found._replace(tokens=tokens, full=_move_tied_biases(found.full, model))
     problems.found += list_untied_heads(checkpoint, adapter)
     _check(checkpoint, model, found, problems)
-    strange = [part.name for part in found.parts if part.name not in model]
-    if problems.found and strange:
-        problems.found.insert(
-            0,
-            f"{show(strange[0])}: in the adapter, but not in the checkpoint, whose names differ; "
-            "save the base with the names that the model has in memory, in `transformers` 5 with "
-            "save_pretrained(..., save_original_format=False)",
-        )
-    problems.stop()
+    if problems.found:  # of which other names may be the cause
+        problems.stop(*list_absent(checkpoint, model, found)[:1])
     problems.found += list_absent(checkpoint, model, found)
     values = files.values((found, heads), problems)
     problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
