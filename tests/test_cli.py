@@ -883,6 +883,30 @@ def written_models(root: Folder) -> dict[str, Folder]:
     return {name: root / name for name in ("model", "codes")}
 
 
+# Interrupts itself where a module is imported.
+AT_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == sys.argv[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+import jlora_command
+jlora_command.main()
+"""
+
+
+@pytest.mark.parametrize("module", some(["jax", "jaxlib._jax", "jlora", "jlora._cli._app"], "jax"))
+def test_interrupt_at_the_start(module: str) -> None:
+    """Nothing but the same line: no traceback of an import."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    command = [sys.executable, "-c", AT_IMPORT, "inspect", module]
+    done = subprocess.run(command, capture_output=True, text=True)
+    signal.signal(signal.SIGINT, before)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "jlora: interrupted; nothing is half written.\n"
+
+
 @pytest.mark.parametrize("base", some(["model", "base"], "model"))
 def test_interrupt(base: str, files: Folder, tmp_path: Folder) -> None:
     """Ctrl-C before the folder has its name: exit code 130, one line, and nothing is left."""
