@@ -24,6 +24,7 @@ class Checked(NamedTuple):
         findings: what the engine refuses or drops; empty if it serves the adapter as PEFT would.
         start: a command that starts the engine with the adapter.
         compared: whether names and shapes were compared with a base.
+        notes: what else to know, such as what older versions of the engine drop.
     """
 
     path: str
@@ -31,12 +32,13 @@ class Checked(NamedTuple):
     findings: list[Finding]
     start: str
     compared: bool
+    notes: list[str]
 
     def __str__(self) -> str:
-        if self.findings:
-            return "\n".join(map(str, self.findings))
         unknown = "" if self.compared else "; without a base, names and shapes are not compared"
-        return f"{self.path}: {self.engine} supports it: {self.start}{unknown}"
+        supported = f"{self.path}: {self.engine} supports it: {self.start}{unknown}"
+        lines = [*map(str, self.findings)] or [supported]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def check(
@@ -94,14 +96,16 @@ def check(
     if wrong := list_misformed(files.fields):
         parts = (problem.partition(": ") for problem in wrong)
         findings = [Finding(what, why, AGAIN, False) for what, _, why in parts]
+        notes = []
     else:
         served = _served(source, files, None if base is None else _base(base), rank)
         findings = [found for rule in server.rules for found in rule(served)]
+        notes = list(server.notes(served))
     folder, model = (shlex.quote(os.fspath(x)) for x in (path, base or "BASE"))
     largest = files.fields.get("r") if rank is None else rank
     start = server.start.format(dir=folder, base=model, rank=largest)
     title = f"{server.title} {server.version}"
-    return Checked(os.fspath(path), title, findings, start, base is not None)
+    return Checked(os.fspath(path), title, findings, start, base is not None, notes)
 
 
 def _rank(engine: Engine, given: int | None) -> int | None:
