@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -152,6 +154,35 @@ def test_sums_are_rounded_after_products(dtype: Any) -> None:
     wide = w.astype(np.promote_types(dtype, np.float32)) + change
     for to in {np.dtype(dtype), wide.dtype}:
         assert add(w, b, to).astype(to).tobytes() == wide.astype(to).tobytes()
+
+
+WITHOUT_CPU = """
+import sys
+from jlora import peft
+base, adapter, out = sys.argv[1:]
+peft.export_merged(base, adapter, out)
+"""
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_without_the_cpu_of_jax(use_dora: bool, tmp_path: Folder) -> None:
+    """`JAX_PLATFORMS` names other devices: NumPy merges to the same bits."""
+    draw, shapes = np.random.default_rng(3), {"large": (70, 90), "small": (5, 8)}
+    dtypes = {x.__name__: x for x in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
+    each = {f"{d}.{m}": (shape, dtypes[d]) for d in dtypes for m, shape in shapes.items()}
+    weights = {f"{m}.weight": draw.standard_normal(s).astype(d) for m, (s, d) in each.items()}
+    given: dict[str, Any] = {m: low_rank(shape, 17, 1) for m, (shape, _) in each.items()}
+    if use_dora:
+        given |= {f"{m}.lora_magnitude_vector": ones(shape[0]) for m, (shape, _) in each.items()}
+    base = checkpoint(tmp_path / "base", weights)
+    place = adapter(tmp_path / "a", given, use_dora=use_dora, r=17)
+    command = [sys.executable, "-c", WITHOUT_CPU, base, place, tmp_path / "out"]
+    # JAX has no device at all, and nothing asks it for one.
+    subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "another"})
+    peft.export_merged(base, place, tmp_path / "expected")
+    merged, expected = read(tmp_path / "out"), read(tmp_path / "expected")
+    for name, x in weights.items():
+        assert merged[name].tobytes() == expected[name].tobytes() != x.tobytes(), name
 
 
 def low_rank(shape: tuple[int, int], rank: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -42,7 +42,8 @@ def export_merged(
     B·A is computed in float32 by fused multiply-adds in the order of the rank. It is multiplied by
     s, added to W in float32 (float64 if W is), and rounded once to W's dtype. In float32, PEFT's
     `merge_and_unload` has the same bits for ranks up to 192 and sides of at least 64; otherwise
-    PyTorch's product sums in another order. There are four more differences:
+    PyTorch's product sums in another order. If `JAX_PLATFORMS` leaves out the CPU, NumPy computes
+    the same, but slower. There are four more differences:
 
     - In bfloat16 and float16, PEFT rounds the ΔW of embeddings and experts before the sum.
     - `modules_to_save` keep the model's dtype in PEFT. Here they get W's.
