@@ -133,12 +133,21 @@ def test_what_is_given_to_a_command(case: str, tmp_path: Folder) -> None:
     """In one line that names the argument."""
     folders(tmp_path)
     make, message = GIVEN[case]
-    found = CliRunner().invoke(cli, ["inspect", str(make(tmp_path))])
-    assert found.exit_code == 2
-    assert found.stderr.startswith("jlora: DIR")
+    given, base, out = str(make(tmp_path)), str(tmp_path / "base"), str(tmp_path / "out")
     what, _, remedy = message.removeprefix("It is ").partition(r"\. ")
-    for text in (what, remedy or what):
-        assert re.search(text.removesuffix("$"), found.stderr), found.stderr
+    for argument, *words in (
+        ("DIR", "inspect", given),
+        ("DIR", "check", given, "--for", "vllm"),
+        ("A", "diff", given, given),
+        ("IN", "convert", given, out, "--profile", "vllm"),
+        ("ADAPTER", "merge", base, given, out),
+        ("ADAPTERS", "combine", given, given, out),
+    ):
+        found = CliRunner().invoke(cli, words)
+        assert found.exit_code == 2
+        assert found.stderr.startswith(f"jlora: {argument}")
+        for text in (what, remedy or what):
+            assert re.search(text.removesuffix("$"), found.stderr), found.stderr
 
 
 def test_what_is_given_for_a_base(tmp_path: Folder) -> None:

@@ -15,7 +15,7 @@ from .._folders import check_vacant
 from .._tree import count
 from .._types import PyTree
 from ._command import FOLDER, Answer, Arg, Command, call
-from ._inputs import IGNORE, by_name, format_of
+from ._inputs import IGNORE, by_name, format_of_adapter
 
 # The options of each method.
 METHODS = {"add": (), "ties": ("density",), "dare": ("density", "seed")}
@@ -126,9 +126,9 @@ def _widen(trees: PyTree) -> PyTree:
 
 
 def _format(adapters: tuple[Arg, ...]) -> str:
-    formats = {str(x): format_of(x) for x in adapters}
+    formats = {str(x): format_of_adapter(x) for x in adapters}
     kind, *others = set(formats.values())
-    if kind == "huggingface" or others:
+    if others:
         listed = ", ".join(f"{folder} ({kind})" for folder, kind in formats.items())
         raise ValueError(
             f"ADAPTERS must be adapters in one format; got {listed}. `jlora convert` converts "

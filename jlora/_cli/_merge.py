@@ -9,7 +9,7 @@ import jlora
 from .._folders import check_vacant
 from .._types import PyTree
 from ._command import FOLDER, Answer, Arg, Command, call
-from ._inputs import IGNORE, NAMES, format_of, table
+from ._inputs import IGNORE, NAMES, format_of, format_of_adapter, table
 
 
 @click.command(cls=Command)
@@ -36,11 +36,12 @@ def merge(
     """
     check_vacant(out.value, "OUT")
     kind, adapter_kind = format_of(base, model=True), format_of(adapter)
-    if kind == "peft" or adapter_kind == "huggingface":
+    if kind == "peft":
         raise ValueError(
             f"BASE must be a model and ADAPTER an adapter; got {base} ({kind}) and "
             f"{adapter} ({adapter_kind})."
         )
+    format_of_adapter(adapter)
     left_out: list[str] = []
     if kind == "orbax":
         params = base.with_value(call(jlora.checkpoint.base_values, base))
