@@ -499,7 +499,7 @@ def test_what_is_no_checkpoint_is_refused(saved, tmp_path):
     )
     with pytest.raises(ValueError, match=expected):
         checkpoint.read(tmp_path / "text")
-    with pytest.raises(ValueError, match="but it is an empty folder, or a file"):
+    with pytest.raises(ValueError, match="but it is a file"):
         checkpoint.read(tmp_path / "text" / "adapter_config.json")
     edit(path, hashed=False, step=8)
     with pytest.raises(ValueError, match=r"metadata of .* are damaged \(ValueError: their hash"):

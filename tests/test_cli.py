@@ -672,7 +672,7 @@ ERRORS = {
     "diff p o --names rows.py:OTHER": "^jlora: A: the adapter in .*p cannot be loaded "
     "onto the base of B .*o with --names; nothing was loaded",
     "check deep --for vllm": "^jlora: DIR .*deep: adapter_config.json is nested too deeply.$",
-    "check hf --for vllm": "^jlora: DIR: .*hf is a model; expected an adapter of PEFT.$",
+    "check hf --for vllm": "^jlora: DIR: .*hf is a model; expected an adapter of PEFT. Give the ",
     "check o --for vllm": "write it as PEFT with jlora convert",
     "check p --for tgi": "^jlora: --for must be one of sglang, vllm, tpu-inference; got 'tgi'",
     "check p --for vllm --base folders": "^jlora: --base: .*folders has more than 32 nested",
@@ -881,6 +881,30 @@ def written_models(root: Folder) -> dict[str, Folder]:
     config = {"quantization_config": {"quant_method": "fp8"}}
     (root / "codes" / "config.json").write_text(json.dumps(config))
     return {name: root / name for name in ("model", "codes")}
+
+
+# Interrupts itself where a module is imported.
+AT_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == sys.argv[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+import jlora_command
+jlora_command.main()
+"""
+
+
+@pytest.mark.parametrize("module", some(["jax", "jaxlib._jax", "jlora", "jlora._cli._app"], "jax"))
+def test_interrupt_at_the_start(module: str) -> None:
+    """Nothing but the same line: no traceback of an import."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    command = [sys.executable, "-c", AT_IMPORT, "inspect", module]
+    done = subprocess.run(command, capture_output=True, text=True)
+    signal.signal(signal.SIGINT, before)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "jlora: interrupted; nothing is half written.\n"
 
 
 @pytest.mark.parametrize("base", some(["model", "base"], "model"))

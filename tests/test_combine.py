@@ -267,7 +267,7 @@ ONE = "Only adapters of one model can be combined. "
 ERRORS = {
     "x orbax out": r"ADAPTERS must be adapters in one format; got \S+x .peft., \S+orbax .orbax.. "
     "`jlora convert` converts adapters between PEFT and Orbax.",
-    "x hf out": r"ADAPTERS must be adapters in one format; got .*hf .huggingface.",
+    "x hf out": r"ADAPTERS: \S+hf is a model; expected an adapter of PEFT or Orbax. Give the",
     "x nowhere out": r"ADAPTERS: there is no folder \S+nowhere",
     "x y out": r"ADAPTERS: the adapters cannot be combined. 1 problem: base_model_name_or_path: "
     f"'one' in .*x, 'two' in .*y; if this is one model, give it one name in all files; {ONE}",

@@ -40,6 +40,7 @@ from test_peft_merged import read as read_all
 import jlora
 from jlora import DoRA, Full, LoRA, initializers, peft
 from jlora.peft import Name
+from jlora.peft.adapter._describe import _select
 from jlora.peft.names._leaves import resolve
 from jlora.types import Layout, LowRank
 
@@ -276,6 +277,54 @@ def test_patterns_of_many_ranks(tmp_path: Folder) -> None:
     nested = lambda leaves: jlora._tree.nest({tuple(k.split("/")): x for k, x in leaves.items()})  # noqa: E731
     base = nested({path: jnp.zeros((8, 8)) for path in (*paths, "layers/3/q/kernel")})
     assert raw(come_back(tmp_path / "a", base, nested(made), [name])) == raw(nested(made))
+
+
+# Linear modules, norms, the adapted modules, and the names by which PEFT finds these alone.
+SHORT: dict[str, tuple[str, str, str, list[str]]] = {
+    "all with a word": ("0.q 1.q 0.k", "0.norm", "0.q 1.q", ["q"]),
+    "some with a word": ("l.0.q l.1.q l.1.k", "", "l.1.q l.1.k", ["k", "l.1.q"]),
+    "a container": ("head.1 layer.0.c layer.1.c", "", "head.1", ["head.1"]),
+    "of a sequence": ("a.head.0 b.q", "", "a.head.0", ["a.head.0"]),
+    "a norm": ("f.0 f.3", "f.1 g.3", "f.0 f.3", ["f.0", "f.3"]),
+    "a word of containers": ("l.0.attn.q l.1.attn", "", "l.1.attn", ["l.1.attn"]),
+    "a word of norms": ("a.proj b.q", "c.proj", "a.proj", ["a.proj"]),
+    "no word": ("a.q-1 b.q", "", "a.q-1", ["a.q-1"]),
+    "no parent": ("0 2", "1", "0 2", ["0", "2"]),
+}
+
+
+def of_modules(linear: str, norms: str, adapted: str) -> tuple[Any, Any, list[Name]]:
+    """A base of these modules, and an adapter of some of them."""
+    names = [Name("(.*)/kernel", r"\1", "io"), Name("(.*)/scale", r"\1", "o")]
+    kernel = lambda m: (*m.split("."), "kernel")  # noqa: E731
+    base = {kernel(m): jnp.zeros((4, 4)) for m in linear.split()}
+    base |= {(*m.split("."), "scale"): jnp.zeros(4) for m in norms.split()}
+    adapter = {kernel(m): node(names[0], (4, 4)) for m in adapted.split()}
+    return jlora._tree.nest(base), jlora._tree.nest(adapter), names
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_names_are_short_where_they_are_words(case: str, tmp_path: Folder) -> None:
+    """PEFT also searches containers, norms, and modules without parameters."""
+    linear, norms, adapted, expected = SHORT[case]
+    base, adapter, names = of_modules(linear, norms, adapted)
+    assert_equal(come_back(tmp_path / "a", base, adapter, names), adapter)
+    assert peft.read_config(tmp_path / "a")["target_modules"] == expected
+    # A given selection that finds more is replaced.
+    wide = {"target_modules": list({m.rpartition(".")[2] for m in adapted.split()})}
+    peft.save(tmp_path / "b", base, adapter, names, config=wide)
+    found = peft.read_config(tmp_path / "b")["target_modules"]
+    assert found in (expected, wide["target_modules"])
+    others = {*linear.split(), *norms.split()} - set(adapted.split())
+    others |= {m[:i] for m in f"{linear} {norms}".split() for i in range(len(m)) if m[i] == "."}
+    assert not [m for m in others for t in found if f".{m}".endswith(f".{t}")]
+
+
+def test_names_of_thousands_of_modules_are_short() -> None:
+    """PEFT compares each with all modules, and `load` takes 10,000."""
+    experts = {f"layers.{i}.experts.{j}.up": True for i in range(8) for j in range(1500)}
+    found = _select(experts | {"layers.0.shared.up": False})
+    assert found == [f"{j}.up" for j in range(1500)]
 
 
 # ----------------------------------------------------------------------- tables

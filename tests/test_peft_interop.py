@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import sys
 import warnings
+from collections import OrderedDict
 from typing import Any
 
 import jax
@@ -13,12 +14,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 hf_peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 import peft_models as models  # noqa: E402
-from peft_files import CONFIG, TENSORS, assert_close, assert_equal  # noqa: E402
+from peft_files import CONFIG, TENSORS, assert_close, assert_equal, node  # noqa: E402
 
 import jlora  # noqa: E402
 from jlora import Full, LoRA, Rows, Slots, initializers, peft  # noqa: E402
+from jlora._tree import leaves_by_path, nest  # noqa: E402
+from jlora.peft import Name  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -182,3 +186,59 @@ def test_tied_weight_in_full_beside_miss(tmp_path: pathlib.Path) -> None:
     peft.save(tmp_path / "a", base, adapter, case.names, config={"peft_type": "MISS"})
     model = in_peft("scanned", tmp_path / "a")
     assert_close(make.outputs("scanned", model).numpy(), outputs(case, adapter))
+
+
+def in_order() -> Any:
+    """Sequences whose modules have numbers: linear ones, a norm, and some without parameters."""
+    nn = torch.nn
+    head = nn.Sequential(nn.Dropout(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    body = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6))
+    return nn.Sequential(OrderedDict(body=body, act=nn.Sequential(nn.ReLU()), head=head))
+
+
+def resnet() -> Any:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 1], "num_labels": 3}
+    config = transformers.ResNetConfig(**sizes, layer_type="basic")
+    return transformers.ResNetForImageClassification(config)
+
+
+# A model of numbered modules, and those that are adapted.
+NUMBERED: dict[str, tuple[Any, list[str]]] = {
+    "first": (in_order, ["body.0"]),
+    "both": (in_order, ["body.0", "head.3"]),
+    "all": (in_order, ["body.0", "body.2", "head.1", "head.3"]),
+    "head": (resnet, ["classifier.1"]),
+    "head_and_layers": (
+        resnet,
+        [
+            "classifier.1",
+            *(f"resnet.encoder.stages.0.layers.{i}.layer.1.convolution" for i in range(2)),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERED)
+def test_numbers_name_one_module(case: str, tmp_path: pathlib.Path) -> None:
+    """PEFT finds the modules that jlora adapted, and no container or other module."""
+    make_model, adapted = NUMBERED[case]
+    model = make_model()
+    names = {len(axes): Name("(.*)/weight", r"\1", axes) for axes in ("o", "oi", "oikk")}
+    weights = {
+        tuple(key.split(".")): x.detach().numpy()
+        for key, x in model.named_parameters()
+        if key.endswith(".weight")
+    }
+    base = nest(weights)
+    chosen = {path: x for path, x in weights.items() if ".".join(path[:-1]) in adapted}
+    adapter = nest({path: node(names[x.ndim], x.shape) for path, x in chosen.items()})
+    peft.save(tmp_path / "a", base, adapter, [*names.values()])
+    ours = {path: np.asarray(x) for path, x in leaves_by_path(jlora.merge(base, adapter))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of keys that are missing or have no place
+        found = hf_peft.PeftModel.from_pretrained(model, tmp_path / "a")
+    modules = found.base_model.model.named_modules()
+    assert {name for name, x in modules if hasattr(x, "lora_A")} == set(adapted)
+    theirs = found.merge_and_unload().state_dict()
+    for path, x in ours.items():
+        np.testing.assert_allclose(x, theirs[".".join(path)].numpy(), rtol=0, atol=1e-5)

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -152,6 +154,35 @@ def test_sums_are_rounded_after_products(dtype: Any) -> None:
     wide = w.astype(np.promote_types(dtype, np.float32)) + change
     for to in {np.dtype(dtype), wide.dtype}:
         assert add(w, b, to).astype(to).tobytes() == wide.astype(to).tobytes()
+
+
+WITHOUT_CPU = """
+import sys
+from jlora import peft
+base, adapter, out = sys.argv[1:]
+peft.export_merged(base, adapter, out)
+"""
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_without_the_cpu_of_jax(use_dora: bool, tmp_path: Folder) -> None:
+    """`JAX_PLATFORMS` names other devices: NumPy merges to the same bits."""
+    draw, shapes = np.random.default_rng(3), {"large": (70, 90), "small": (5, 8)}
+    dtypes = {x.__name__: x for x in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)}
+    each = {f"{d}.{m}": (shape, dtypes[d]) for d in dtypes for m, shape in shapes.items()}
+    weights = {f"{m}.weight": draw.standard_normal(s).astype(d) for m, (s, d) in each.items()}
+    given: dict[str, Any] = {m: low_rank(shape, 17, 1) for m, (shape, _) in each.items()}
+    if use_dora:
+        given |= {f"{m}.lora_magnitude_vector": ones(shape[0]) for m, (shape, _) in each.items()}
+    base = checkpoint(tmp_path / "base", weights)
+    place = adapter(tmp_path / "a", given, use_dora=use_dora, r=17)
+    command = [sys.executable, "-c", WITHOUT_CPU, base, place, tmp_path / "out"]
+    # JAX has no device at all, and nothing asks it for one.
+    subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "another"})
+    peft.export_merged(base, place, tmp_path / "expected")
+    merged, expected = read(tmp_path / "out"), read(tmp_path / "expected")
+    for name, x in weights.items():
+        assert merged[name].tobytes() == expected[name].tobytes() != x.tobytes(), name
 
 
 def low_rank(shape: tuple[int, int], rank: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -310,8 +341,23 @@ def test_experts_that_are_no_parameter(tmp_path: Folder) -> None:
     del weights["m.layers.0.mlp.experts.1.up_proj.weight"]
     given = {"m.layers.0.mlp.experts": low_rank((10, 8), 6)}
     fields = {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}
-    with refused("mlp.experts: unexpected; adapter_config.json does"):
+    with refused("target_parameters selects m.layers.0.mlp.experts.gate_up_proj, which is not in"):
         merge(tmp_path, weights, given, **fields)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (9, 6)])
+def test_what_helps_where_a_module_is_not_there(
+    is_tied: bool, shape: tuple[int, int], tmp_path: Folder
+) -> None:
+    """Other names, only if a tensor has its shape; an untied head, only if it may be one."""
+    advice = "save the base model as it was adapted, with its head"
+    if sorted(shape) == [4, 6]:
+        advice += ", and in `transformers` 5 with save_pretrained(..., save_original_format=False)"
+    weights = {"m.qkv.weight": ones(4, 6), "m.embed_tokens.weight": TABLE}
+    given, config = {"m.v_proj": low_rank(shape, 2)}, TIED if is_tied else {}
+    with pytest.raises(ValueError, match=rf"m.v_proj.weight: not in .*; {re.escape(advice)}$"):
+        merge(tmp_path, weights, given, config)
 
 
 def test_a_part_of_the_names_has_a_first_part(tmp_path: Folder) -> None:
@@ -394,8 +440,8 @@ def test_names_of_no_known_family(tmp_path: Folder) -> None:
     """The error says how to save the base so that it is read."""
     remedy = r"in `transformers` 5 with save_pretrained\(..., save_original_format=False\)"
     weights, given = {"m.layers.0.qkv.weight": ones(4, 6)}, {"m.h.0.q_proj": low_rank((4, 6), 2)}
-    for saved, why in ((None, "not in the ch"), (["qkv"], "in the adapter, but")):
-        with pytest.raises(ValueError, match=f"0.q_proj.weight: {why}.* {remedy}"):
+    for saved in (None, ["qkv"]):
+        with pytest.raises(ValueError, match=f"0.q_proj.weight: not in the checkpoint.* {remedy}"):
             merge(tmp_path, weights, given, modules_to_save=saved)
 
 
@@ -752,7 +798,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "other-names": (
         {"given": NO_GIVEN | {k.replace("m.", "m.other."): x for k, x in GIVEN.items()}},
-        "m.other.layers.0.q.weight: in the adapter, but not in the checkpoint, whose names",
+        "m.other.layers.0.q.weight: not in the checkpoint; save the base model as it was adapted",
     ),
     "one-weight-twice": (
         {"weights": NO_WEIGHTS | {"bert.q.weight": ones(4, 6)}}
@@ -788,7 +834,8 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "experts": (
         {"weights": EXPERTS, "given": OF_EXPERTS, "target_parameters": list(EXPERTS)},
         f"{PREFIX}e: A (4, 6) with B (4, 4), A (4, 6) with B (4, 4) can be assigned in several "
-        "ways to e.down (2, 6, 4), e.up (2, 4, 6)",
+        "ways to e.down (2, 6, 4), e.up (2, 4, 6); load the adapter with jlora.peft.load, where "
+        "the order of `names` decides, and merge what it returns",
     ),
     "prefixes": (
         {"weights": NO_WEIGHTS | {p + k: x for k, x in WEIGHTS.items() for p in ("a.", "b.")}},

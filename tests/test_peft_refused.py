@@ -239,6 +239,7 @@ def test_save_refuses(case: str, tmp_path: Folder) -> None:
 
 LAYER = PREFIX + "encoder.layer.0.attention.self."
 Q, V, HEAD = LAYER + "query", LAYER + "value", PREFIX + "lm_head"
+NORM = "encoder.layer.0.output.LayerNorm"
 
 
 def header(key: str, shape: list[int], *more: str) -> Damage:
@@ -273,7 +274,15 @@ QV: dict[str, tuple[Damage, str]] = {
     "kind": (
         change(lambda t: [t.update({f"{Q}.lora_embedding_{x}": t.pop(f"{Q}.lora_{x}.weight")})
                           for x in "AB"]),
-        f"  {Q}: expected A and B of kind linear, got embedding",
+        f"  {Q}: A and B are of kind embedding, but encoder/layer/0/attention/",
+    ),
+    "a norm": (
+        all_of(
+            say(target_modules=["query", "value", "output.LayerNorm"]),
+            change(lambda t: t.update({PREFIX + k: x for k, x in pair(NORM, 2, 16, 16).items()})),
+        ),
+        f"  {PREFIX}{NORM}: has A and B, but encoder/layer/0/output/LayerNorm/scale is a "
+        "parameter that LoRA cannot adapt",
     ),
     "beside A and B": (
         all_of(
@@ -312,7 +321,8 @@ QV: dict[str, tuple[Damage, str]] = {
     ),
     "future": (
         say(use_tomorrow={"a": 1}),
-        "  use_tomorrow: {'a': 1} is a feature that jlora does not support",
+        "  use_tomorrow: {'a': 1} is not known to jlora, and may change what the adapter computes; "
+        "if it does not, name the field in `ignore`",
     ),
     "pissa": (
         say(init_lora_weights="pissa_niter_16"),
@@ -586,7 +596,7 @@ ODD_FILES: dict[str, tuple[Damage, str]] = {
     for file in (CONFIG, TENSORS)
     for said, make in {
         "has no {}": lambda path: None,
-        "{} is a symbolic link": link,
+        "{} is a link out of the folder, to": link,
         "{} is not a regular file": os.mkfifo,
     }.items()
 }

@@ -233,12 +233,10 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
     "rsLoRA": (of(use_rslora=True), "s~ use_rslora: lora_alpha / r"),
     "ranks": (
         of(rank_pattern={"nothing": 4}),
-        "vt~ rank_pattern: before vLLM 0.32",
         "s~ rank_pattern: is not read",
     ),
     "alphas": (
         of(alpha_pattern={"q_proj": 2}),
-        "vt~ alpha_pattern: before vLLM 0.32",
         "s~ alpha_pattern: is not read",
     ),
     "another rank": (
@@ -445,6 +443,23 @@ def test_damages(damage: str, tmp_path: Folder) -> None:
             assert x.remedy[0].isupper()
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_older_versions_drop(engine: str, tmp_path: Folder) -> None:
+    """It is no finding: the exit code is that of the version that was asked for."""
+    patterns = {"rank_pattern": {"nothing": 4}, "alpha_pattern": {"q_proj": 2}}
+    place, _ = write_both(tmp_path, of(**patterns))
+    text = run("check", place, "--for", engine, code=int(engine == SGLANG)).stdout
+    notes = peft.check(place, engine).notes
+    assert notes == [
+        f"{key} is not read before vLLM 0.32, where all modules have `r` and `lora_alpha`. Write "
+        "it with one rank and the scales in B (jlora convert DIR OUT --profile vllm, or "
+        "jlora.peft.save(..., profile='vllm')), if yours is older."
+        for key in (patterns if engine != SGLANG else ())
+    ]
+    assert text.splitlines()[1:] == [f"note: {x}" for x in notes] or engine == SGLANG
+    assert (" supports it: " in text) == (engine != SGLANG)
+
+
 def test_an_adapter_that_is_taken(tmp_path: Folder) -> None:
     """The answer says how to start the engine, on one line."""
     place = write(tmp_path / "it's", *good())
@@ -512,8 +527,8 @@ def test_ranks(engine: str, rank: int, option: int | None, tmp_path: Folder) -> 
 def test_the_largest_of_many_ranks(tmp_path: Folder) -> None:
     """Those of patterns count."""
     place, _ = write_both(tmp_path, of(rank_pattern={"nothing": 65}))
-    found = peft.check(place, "vllm").findings
-    assert "Start the server with --max-lora-rank 128" in str(found[1])
+    [found] = peft.check(place, "vllm").findings
+    assert "Start the server with --max-lora-rank 128" in str(found)
 
 
 def test_arguments(tmp_path: Folder) -> None:
@@ -552,7 +567,7 @@ def test_the_profile_helps(name: str, tmp_path: Folder) -> None:
         before, after = (peft.check(path, engine).findings for path in (folder, out))
         if name in HELPED:
             is_said = any("--profile vllm" in x.remedy for x in before)
-            assert is_said == (name != "rslora" or engine == SGLANG)
+            assert is_said == (engine == SGLANG)
         assert not any("--profile vllm" in x.remedy for x in after)
         if engine != SGLANG:
             found = [x.what for x in after if "base_layer" not in x.what]
@@ -597,6 +612,7 @@ def test_command_in_json(tmp_path: Folder) -> None:
         "findings": [x._asdict() for x in answer.findings],
         "start": f"{start}--lora-paths NAME={place}",
         "compared": False,
+        "notes": [],
     }
     assert found["findings"][0].keys() == {"what", "why", "remedy", "silent"}
 

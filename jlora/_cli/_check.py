@@ -1,11 +1,13 @@
 """`jlora check`: which parts of an adapter an engine refuses or drops."""
 
+from typing import Any
+
 import click
 
 import jlora
 
 from ._command import FOLDER, Answer, Arg, Command, call
-from ._inputs import format_of_adapter
+from ._inputs import IGNORE, format_of_adapter
 
 
 @click.command(cls=Command)
@@ -24,7 +26,8 @@ from ._inputs import format_of_adapter
     "configuration and headers are read.",
 )
 @click.option("--max-lora-rank", type=int, help="The server's option, if you set it there.")
-def check(folder: Arg, engine: str, base: Arg | None, max_lora_rank: int | None) -> Answer:
+@IGNORE
+def check(folder: Arg, engine: str, **options: Any) -> Answer:
     """Check whether an engine supports an adapter.
 
     Shows what ENGINE refuses of the PEFT adapter in DIR, and what it drops silently, with a remedy
@@ -36,6 +39,6 @@ def check(folder: Arg, engine: str, base: Arg | None, max_lora_rank: int | None)
         raise ValueError(f"--for must be one of {known}; got {engine!r}.")
     if format_of_adapter(folder, "PEFT") == "orbax":
         raise ValueError(f"DIR: {folder} is an Orbax adapter; write it as PEFT with jlora convert.")
-    found = call(jlora.peft.check, folder, engine, base=base, max_lora_rank=max_lora_rank)
+    found = call(jlora.peft.check, folder, engine, **options)
     findings = [finding._asdict() for finding in found.findings]
     return Answer(str(found), found._asdict() | {"findings": findings}, int(bool(findings)))

@@ -15,7 +15,7 @@ from .._folders import check_vacant
 from .._tree import count
 from .._types import PyTree
 from ._command import FOLDER, Answer, Arg, Command, call
-from ._inputs import by_name, format_of
+from ._inputs import IGNORE, by_name, format_of_adapter
 
 # The options of each method.
 METHODS = {"add": (), "ties": ("density",), "dare": ("density", "seed")}
@@ -42,6 +42,7 @@ Merge = Callable[[list[PyTree]], PyTree]
 @click.option("--seed", type=click.IntRange(0), help="The seed of dare; 0 by default.")
 @click.option("--rank", type=click.IntRange(1), help="Truncate each site to at most this rank.")
 @click.option("--energy", type=SHARE, help="Or to the least rank that keeps this share of ‖ΔW‖².")
+@IGNORE
 def combine(
     adapters: tuple[Arg, ...],
     out: Arg,
@@ -49,6 +50,7 @@ def combine(
     method: str,
     rank: int | None,
     energy: float | None,
+    ignore: tuple[str, ...],
     **options: Any,
 ) -> Answer:
     """Combine several adapters into one.
@@ -78,7 +80,7 @@ def combine(
 
     if kind == "peft":
         each = Arg("ADAPTERS", None, [x.path for x in adapters])
-        found = by_name(call(jlora.peft.combine, each, out, merge))
+        found = by_name(call(jlora.peft.combine, each, out, merge, ignore=ignore))
     else:
         found = by_name(_combine_orbax(adapters, out, merge))
     ranks = sorted({x.a.shape[-1] for x in found.values()})
@@ -124,9 +126,9 @@ def _widen(trees: PyTree) -> PyTree:
 
 
 def _format(adapters: tuple[Arg, ...]) -> str:
-    formats = {str(x): format_of(x) for x in adapters}
+    formats = {str(x): format_of_adapter(x) for x in adapters}
     kind, *others = set(formats.values())
-    if kind == "huggingface" or others:
+    if others:
         listed = ", ".join(f"{folder} ({kind})" for folder, kind in formats.items())
         raise ValueError(
             f"ADAPTERS must be adapters in one format; got {listed}. `jlora convert` converts "

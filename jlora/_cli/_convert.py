@@ -10,7 +10,7 @@ from .._folders import check_vacant
 from .._tree import adapter_leaves, count
 from .._types import PyTree
 from ._command import FOLDER, Answer, Arg, Command, call
-from ._inputs import NAMES, format_of_adapter, table
+from ._inputs import IGNORE, NAMES, format_of_adapter, table
 
 
 @click.command(cls=Command)
@@ -27,7 +27,10 @@ from ._inputs import NAMES, format_of_adapter, table
     "base. Needed to write Orbax; then only shapes are read.",
 )
 @click.option("--config", type=FOLDER, help="A PEFT adapter whose configuration to keep.")
-def convert(source: Arg, out: Arg, profile: str | None, **options: Any) -> Answer:
+@IGNORE
+def convert(
+    source: Arg, out: Arg, profile: str | None, ignore: tuple[str, ...], **options: Any
+) -> Answer:
     """Convert an adapter from Orbax to PEFT, or from PEFT to Orbax.
 
     Writes the adapter IN to OUT in the other format. Without --profile, A and B are kept bit for
@@ -37,11 +40,11 @@ def convert(source: Arg, out: Arg, profile: str | None, **options: Any) -> Answe
     check_vacant(out.value, "OUT")
     kind, written = format_of_adapter(source), "peft"
     if kind == "orbax":
-        adapter = _to_peft(source, out, profile, **options)
+        adapter = _to_peft(source, out, profile, ignore, **options)
     elif profile is None:
-        adapter, written = _to_orbax(source, out, **options), "orbax"
+        adapter, written = _to_orbax(source, out, ignore, **options), "orbax"
     else:
-        adapter = _to_profile(source, out, **options)
+        adapter = _to_profile(source, out, ignore, **options)
     fields: dict[str, Any] = {
         "in": str(source),
         "out": str(out),
@@ -61,12 +64,13 @@ def _to_peft(
     source: Arg,
     out: Arg,
     profile: str | None,
+    ignore: tuple[str, ...],
     names: str | None,
     base: Arg | None,
     config: Arg | None,
 ) -> PyTree:
     rows = table(names)
-    fields = None if config is None else call(jlora.peft.read_config, config)
+    fields = None if config is None else call(jlora.peft.read_config, config, ignore=ignore)
     adapter = call(jlora.checkpoint.restore, source)
     if base is not None:
         params = base.with_value(call(jlora.checkpoint.base_values, base))
@@ -85,6 +89,7 @@ def _to_peft(
 def _to_orbax(
     source: Arg,
     out: Arg,
+    ignore: tuple[str, ...],
     names: str | None,
     base: Arg | None,
     config: Arg | None,
@@ -98,14 +103,14 @@ def _to_orbax(
             "(only shapes are read), or of an adapter that was saved with its base."
         )
     shapes = call(jlora.checkpoint.base_shapes, base)
-    adapter = call(jlora.peft.load, source, base.with_value(shapes), rows)
+    adapter = call(jlora.peft.load, source, base.with_value(shapes), rows, ignore=ignore)
     call(jlora.checkpoint.save, out, adapter, (), base=shapes)
     return adapter
 
 
-def _to_profile(source: Arg, out: Arg, **options: Any) -> PyTree:
+def _to_profile(source: Arg, out: Arg, ignore: tuple[str, ...], **options: Any) -> PyTree:
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"--{name} is not needed: IN and OUT are PEFT adapters. Leave it out.")
-    call(jlora.peft.to_vllm, source, out)
-    return call(jlora.peft.read, source)
+    call(jlora.peft.to_vllm, source, out, ignore=ignore)
+    return call(jlora.peft.read, source, ignore=ignore)

@@ -13,7 +13,7 @@ from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_sh
 from .._progress import progress
 from .._report import align_columns
 from ._command import FOLDER, Answer, Arg, Command, call
-from ._inputs import NAMES, OpenAdapter, by_name, format_of, open_adapter, table
+from ._inputs import IGNORE, NAMES, OpenAdapter, by_name, format_of, open_adapter, table
 from ._inspect import widen
 
 
@@ -27,7 +27,10 @@ from ._inspect import widen
     help="Treat sites as equal if ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖ is at most this, even if their ranks "
     "differ.",
 )
-def diff(a: Arg, b: Arg, names: str | None, tolerance: float | None) -> Answer:
+@IGNORE
+def diff(
+    a: Arg, b: Arg, names: str | None, tolerance: float | None, ignore: tuple[str, ...]
+) -> Answer:
     """Compare two adapters, A and B.
 
     Shows ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖ for each site that differs, and what differs. The exit code is 0 if
@@ -35,7 +38,7 @@ def diff(a: Arg, b: Arg, names: str | None, tolerance: float | None) -> Answer:
     """
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"--tolerance must be a number of at least 0; got {tolerance}.")
-    ours, theirs = _open_alike(a, b, names)
+    ours, theirs = _open_alike(a, b, names, ignore)
     common = [name for name in ours.leaves if name in theirs.leaves]
     bar = progress(common, "sites", leave=False)
     compared: list[dict[str, Any]] = [
@@ -67,16 +70,17 @@ def diff(a: Arg, b: Arg, names: str | None, tolerance: float | None) -> Answer:
     return Answer("\n".join(lines), fields, int(not equal))
 
 
-def _open_alike(a: Arg, b: Arg, names: str | None) -> list[OpenAdapter]:
+def _open_alike(a: Arg, b: Arg, names: str | None, ignore: tuple[str, ...]) -> list[OpenAdapter]:
     """Opens two adapters with the same names. A PEFT adapter gets those of the Orbax adapter."""
     formats = {format_of(x): x for x in (a, b)}
     if formats.keys() != {"peft", "orbax"}:
-        return [open_adapter(a), open_adapter(b)]
+        return [open_adapter(a, ignore), open_adapter(b, ignore)]
     orbax = formats["orbax"]
     shapes = call(jlora.checkpoint.base_shapes, orbax)
     base = Arg(f"the base of {orbax.what}", orbax.path, shapes)
-    leaves = by_name(call(jlora.peft.load, formats["peft"], base, table(names)))
-    return [open_adapter(x) if x is orbax else OpenAdapter("peft", leaves, {}) for x in (a, b)]
+    tree = call(jlora.peft.load, formats["peft"], base, table(names), ignore=ignore)
+    ours, theirs = open_adapter(orbax, ignore), OpenAdapter("peft", by_name(tree), {})
+    return [ours if x is orbax else theirs for x in (a, b)]
 
 
 # --------------------------------------------------------------------------------------- two leaves

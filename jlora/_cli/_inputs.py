@@ -7,16 +7,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import click
+
 import jlora
 
 from .._tree import adapter_leaves, name_of
 from .._types import PyTree
+from ..peft._foreign import ORBAX, recognize
 from ._command import Arg, call
 
 TABLES = f"{', '.join(jlora.peft.TABLES)}, module:ATTRIBUTE or file.py:ATTRIBUTE"
 NAMES = f"Name table between JAX's paths and PyTorch's modules: {TABLES}."
-# Orbax's files: the first is in every checkpoint, the second in checkpoints of one tree.
-ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")
+IGNORE = click.option(
+    "--ignore",
+    metavar="NAME",
+    multiple=True,
+    help="A field of PEFT's adapter_config.json that jlora does not know, and that does not change "
+    "what the adapter computes. Can be given several times.",
+)
 
 
 class OpenAdapter(NamedTuple):
@@ -27,11 +35,12 @@ class OpenAdapter(NamedTuple):
     about: dict[str, Any]
 
 
-def open_adapter(given: Arg) -> OpenAdapter:
+def open_adapter(given: Arg, ignore: tuple[str, ...]) -> OpenAdapter:
     """Opens an adapter in PEFT's format or Orbax."""
     if format_of_adapter(given) == "peft":
-        base = call(jlora.peft.read_config, given).get("base_model_name_or_path")
-        return OpenAdapter("peft", call(jlora.peft.read, given), {"base_model": base})
+        fields = call(jlora.peft.read_config, given, ignore=ignore)
+        about = {"base_model": fields.get("base_model_name_or_path")}
+        return OpenAdapter("peft", call(jlora.peft.read, given, ignore=ignore), about)
     saved = call(jlora.checkpoint.read, given)
     about = {"step": saved.step, "versions": saved.versions}
     return OpenAdapter("orbax", by_name(call(jlora.checkpoint.restore, given)), about)
@@ -45,7 +54,10 @@ def by_name(adapter: PyTree) -> dict[str, Any]:
 def format_of_adapter(given: Arg, expected: str = "PEFT or Orbax") -> str:
     """Returns `peft` or `orbax`; raises for a model."""
     if (kind := format_of(given)) == "huggingface":
-        raise ValueError(f"{given.what}: {given} is a model; expected an adapter of {expected}.")
+        what, remedy = recognize(given.value) or ("a model", "Give the folder of an adapter")
+        raise ValueError(
+            f"{given.what}: {given} is {what}; expected an adapter of {expected}. {remedy}."
+        )
     return kind
 
 
@@ -55,24 +67,23 @@ def format_of(given: Arg, *, model: bool = False) -> str:
     A folder with both is an adapter, or with `model=True` a model.
     """
     folder = given.value
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{given.what}: there is no folder {folder}.")
-    held = jlora.peft.holds(folder)
+    held = call(jlora.peft.holds, given)
     names = {path.name for path in folder.iterdir()}
     if model and "weights" in held:
         return "huggingface"
     if "adapter" in held:
         return "peft"
-    if names & {*ORBAX, "jlora"}:
+    if names & {*ORBAX}:
         return "orbax"
     if "model" in held:
         return "huggingface"
     # Steps of a CheckpointManager; jlora.checkpoint.read then says what to give.
     if any(name.isdigit() for name in names):
         return "orbax"
+    kind = recognize(folder)
     raise ValueError(
         f"{given.what}: {folder} has neither PEFT's adapter_config.json, nor an Orbax checkpoint, "
-        "nor a Hugging Face model."
+        f"nor a Hugging Face model.{f' {kind}' if kind else ''}"
     )
 
 

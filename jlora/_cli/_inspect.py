@@ -15,7 +15,7 @@ from .._progress import progress
 from .._report import align_columns, format_bytes
 from .._tree import count, size_in_bytes
 from ._command import FOLDER, Answer, Arg, Command, call
-from ._inputs import format_of, open_adapter
+from ._inputs import IGNORE, format_of, open_adapter
 
 SHOWN = 4  # singular values in the table
 BLOCK = 2**18  # numbers of A and B that are measured together
@@ -29,7 +29,8 @@ Fields = dict[str, Any]  # of JSON
 @click.command(cls=Command)
 @click.argument("folder", type=FOLDER, metavar="DIR")
 @click.option("--all", "every", is_flag=True, help="Print a row for each matrix of a stack.")
-def inspect(folder: Arg, every: bool) -> Answer:
+@IGNORE
+def inspect(folder: Arg, every: bool, ignore: tuple[str, ...]) -> Answer:
     """Show the sites of an adapter, and how much each changes its weight.
 
     The columns are inputs × outputs, rank r, scale s, the Frobenius norm of ΔW = s·A·B, its stable
@@ -41,7 +42,7 @@ def inspect(folder: Arg, every: bool) -> Answer:
     is_model = format_of(folder) == "huggingface" and "weights" in jlora.peft.holds(folder.value)
     if is_model and (found := call(jlora.peft.matrices, folder)):
         return _list_quantized(folder, found)
-    adapter = open_adapter(folder)
+    adapter = open_adapter(folder, ignore)
     leaves = adapter.leaves
     rows = {name: x.v for name, x in leaves.items() if isinstance(x, Replaced)}
     full = {name: x for name, x in leaves.items() if not is_node(x)}

@@ -9,7 +9,7 @@ import jlora
 from .._folders import check_vacant
 from .._types import PyTree
 from ._command import FOLDER, Answer, Arg, Command, call
-from ._inputs import NAMES, format_of, table
+from ._inputs import IGNORE, NAMES, format_of, format_of_adapter, table
 
 
 @click.command(cls=Command)
@@ -18,7 +18,15 @@ from ._inputs import NAMES, format_of, table
 @click.argument("out", type=FOLDER)
 @click.option("--names", metavar="TABLE", help=NAMES)
 @click.option("--follow-links", is_flag=True, help="Follow links out of BASE, and copy the files.")
-def merge(base: Arg, adapter: Arg, out: Arg, names: str | None, follow_links: bool) -> Answer:
+@IGNORE
+def merge(
+    base: Arg,
+    adapter: Arg,
+    out: Arg,
+    names: str | None,
+    follow_links: bool,
+    ignore: tuple[str, ...],
+) -> Answer:
     """Merge an adapter into a model.
 
     Adds ADAPTER to the weights of BASE, and writes the model to OUT. BASE is a Hugging Face
@@ -28,18 +36,19 @@ def merge(base: Arg, adapter: Arg, out: Arg, names: str | None, follow_links: bo
     """
     check_vacant(out.value, "OUT")
     kind, adapter_kind = format_of(base, model=True), format_of(adapter)
-    if kind == "peft" or adapter_kind == "huggingface":
+    if kind == "peft":
         raise ValueError(
             f"BASE must be a model and ADAPTER an adapter; got {base} ({kind}) and "
             f"{adapter} ({adapter_kind})."
         )
+    format_of_adapter(adapter)
     left_out: list[str] = []
     if kind == "orbax":
         params = base.with_value(call(jlora.checkpoint.base_values, base))
-        tree = _load(adapter, adapter_kind, params, names)
+        tree = _load(adapter, adapter_kind, params, names, ignore)
         call(jlora.checkpoint.export, out, call(jlora.merge, params, adapter.with_value(tree)))
     else:
-        options: dict[str, Any] = {"follow_links": follow_links}
+        options: dict[str, Any] = {"follow_links": follow_links, "ignore": ignore}
         tree = adapter
         if adapter_kind == "orbax":
             tree = adapter.with_value(call(jlora.checkpoint.restore, adapter))
@@ -51,9 +60,11 @@ def merge(base: Arg, adapter: Arg, out: Arg, names: str | None, follow_links: bo
     return Answer(text, fields | {"left_out": left_out})
 
 
-def _load(adapter: Arg, kind: str, params: Arg, names: str | None) -> PyTree:
+def _load(
+    adapter: Arg, kind: str, params: Arg, names: str | None, ignore: tuple[str, ...]
+) -> PyTree:
     """Reads an adapter onto the parameters. It must fit them if it was saved with its base."""
     if kind == "peft":
-        return call(jlora.peft.load, adapter, params, table(names))
+        return call(jlora.peft.load, adapter, params, table(names), ignore=ignore)
     known = call(jlora.checkpoint.read, adapter).base is not None
     return call(jlora.checkpoint.restore, adapter, base=params if known else None)

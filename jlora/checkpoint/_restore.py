@@ -81,7 +81,8 @@ def _explain(folder: Any) -> str:
             f"`path`: {folder} has the steps {', '.join(steps)} of a CheckpointManager; give one "
             f"of them, such as {folder / steps[-1]}."
         )
-    held = f"has {', '.join(map(show, names))}" if names else "is an empty folder, or a file"
+    empty = "is an empty folder" if folder.is_dir() else "is a file"
+    held = f"has {', '.join(map(show, names))}" if names else empty
     return (
         f"`path`: {folder} is not a checkpoint of an adapter: expected {ADAPTER!r} and "
         f"{METADATA!r} in it, but it {held}. Give a folder that jlora.checkpoint.save wrote."

@@ -117,7 +117,11 @@ def place(path: Where) -> epath.Path:
 
 @contextlib.contextmanager
 def damage(what: str, remedy: str = SAVE_AGAIN) -> Iterator[None]:
-    """Turns any error into a `ValueError` with `what`, the reason and a `remedy`."""
+    """Turns any error into a `ValueError` with `what`, the reason and a `remedy`.
+
+    Orbax closes its event loop at the first error. Python then prints "Event loop is closed" for
+    each read of TensorStore that ends later.
+    """
     try:
         yield
     except Exception as e:

@@ -16,18 +16,19 @@ from ._file import (
     Header,
     Source,
     TensorInfo,
-    check_within,
     itemize,
     open_file,
     read_header,
     read_json,
+    resolve,
     shorten,
     show,
 )
+from ._foreign import WEIGHTS, recognize
+from ._source import explain_no_folder
 from ._vocabulary import find_vocabulary, walk_objects
 
-ONE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+ONE, INDEX = WEIGHTS
 QUANTIZATION = "quantization_config"  # of `config.json`
 PIECE = 4 * 2**20  # bytes
 DEEPEST = 32  # nested folders
@@ -108,14 +109,15 @@ class Checkpoint(NamedTuple):
         """Copies the other files of the checkpoint."""
         for name in self.kept:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.source.folder / name, folder / name)
+            with open_file(self.source, name) as (data, _), open(folder / name, "wb") as copy:
+                shutil.copyfileobj(data, copy)
 
 
 def open_checkpoint(
     path: str | os.PathLike[str],
     argument: str = "src_dir",
     *,
-    follow_links: bool = False,
+    follow_links: bool | None = None,
     copied: bool = False,
 ) -> Checkpoint:
     """Reads the headers, the index and the configuration in a folder.
@@ -123,14 +125,14 @@ def open_checkpoint(
     Args:
         path: the folder.
         argument: the user's argument with the folder, for errors.
-        follow_links: whether its files may be links to anywhere, or only to files within it.
+        follow_links: whether its files may be links to anywhere; see `Source`.
         copied: whether its other files will be copied, so that none of them may be missing.
 
     Raises:
         FileNotFoundError: if the folder or a shard is missing.
         ValueError: if the folder has no safetensors checkpoint, or a damaged one.
     """
-    source = Source(Path(path), argument, "all" if follow_links else "within")
+    source = Source(Path(path), argument, follow_links)
     files, mapped = _files(source)
     headers = {file: read_header(source, file) for file in files}
     where: dict[str, str] = {}
@@ -154,7 +156,7 @@ def open_checkpoint(
             + itemize([_describe(source, name) for name in odd])
         )
     for name in kept if not follow_links else ():
-        check_within(source, source.folder / name)
+        resolve(source, source.folder / name)
     if mapped is not None:
         kept.append(INDEX)
     config = read_json(source, "config.json", LIMIT) if "config.json" in kept else {}
@@ -174,6 +176,7 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
 
     Raises:
         FileNotFoundError: if there is no such folder.
+        ValueError: if it is a file.
 
     Examples:
         >>> import pathlib, tempfile
@@ -183,6 +186,8 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
         ...     peft.holds(folder)
         {'model'}
     """
+    if not os.path.isdir(path):
+        raise explain_no_folder("path", Path(path))
     names = set(os.listdir(path))
     found = {
         "adapter": names & {CONFIG, TENSORS, *PICKLES[:2]},
@@ -222,10 +227,12 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
     one, index = ((source.folder / name).exists() for name in (ONE, INDEX))
     if not index:
         if not one and source.folder.is_dir():
-            raise ValueError(
-                f"`{source.argument}`: {source.folder} has neither {ONE} nor {INDEX}. Save the "
-                "model as safetensors, in transformers with "
+            kind = recognize(source.folder, WEIGHTS) or (
+                "Save the model as safetensors, in transformers with "
                 "save_pretrained(..., safe_serialization=True)."
+            )
+            raise ValueError(
+                f"`{source.argument}`: {source.folder} has neither {ONE} nor {INDEX}. {kind}"
             )
         return [ONE], None
     mapped = read_json(source, INDEX, LIMIT).get("weight_map")

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,11 @@ REMEDY = (
 
 
 def combine(
-    paths: Sequence[Where], out: Where, merge: Callable[[list[PyTree]], PyTree]
+    paths: Sequence[Where],
+    out: Where,
+    merge: Callable[[list[PyTree]], PyTree],
+    *,
+    ignore: Collection[str] = (),
 ) -> dict[str, LowRank]:
     r"""Combines several PEFT adapters with a function, and writes the result as one adapter.
 
@@ -54,6 +58,7 @@ def combine(
             all.
         merge: a function that takes a list of adapters and returns one, with the modules of all;
             for example a function of `jlora.arithmetic`.
+        ignore: as in `load`, for all adapters.
 
     Returns:
         The adapter that `merge` returned.
@@ -82,7 +87,7 @@ def combine(
         ...     peft.read_config(f"{folder}/c")["r"]
         4
     """
-    each = [read_alone(path, f"paths[{i}]") for i, path in enumerate(paths)]
+    each = [read_alone(path, f"paths[{i}]", ignore=ignore) for i, path in enumerate(paths)]
     names = [os.fspath(path) for path in paths]
     wrong = [*_find_contradictions(names, each), *_find_unsupported(names, each)]
     if wrong:

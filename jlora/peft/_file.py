@@ -4,14 +4,10 @@ The whole header of a safetensors file is checked before any data is read. A fil
 the reader allocate at most as many bytes as the file has, and only for tensors of expected shapes.
 """
 
-import contextlib
 import json
 import math
-import os
-import stat
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,81 +15,14 @@ import numpy as np
 from .._untrusted import check_values
 from .._untrusted import shorten as shorten
 from .._untrusted import show as show
+from ._foreign import CONFIG as CONFIG
+from ._foreign import PICKLES as PICKLES
+from ._foreign import TENSORS as TENSORS
+from ._source import Source as Source
+from ._source import open_file as open_file
+from ._source import resolve as resolve
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the keys in it
-PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
-
-
-class Source(NamedTuple):
-    """A folder to read from.
-
-    Attributes:
-        folder: the folder.
-        argument: the user's argument with the folder, for errors.
-        links: the symbolic links that its files may be: `none`, only those `within` the folder or
-            the download cache around it, or `all`.
-    """
-
-    folder: Path
-    argument: str = "path"
-    links: Literal["none", "within", "all"] = "none"
-
-
-@contextlib.contextmanager
-def open_file(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
-    """Opens a regular file of `source`; yields the file and its size in bytes."""
-    path = source.folder / name
-    if source.links == "within":
-        check_within(source, path)
-    # Without waiting, should it be a pipe.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        descriptor = os.open(
-            path, flags | (getattr(os, "O_NOFOLLOW", 0) if source.links == "none" else 0)
-        )
-    except OSError as e:
-        raise _explain_unopened(source, name, e) from None
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"`{source.argument}`: {path} is not a regular file.")
-        yield file, status.st_size
-
-
-def check_within(source: Source, path: Path) -> None:
-    """Raises for a link that leads out of the folder and of the download cache around it."""
-    folder, real = (Path(os.path.realpath(x)) for x in (source.folder, path))
-    cache = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
-    if not any(real.is_relative_to(root) for root in (folder, *cache)):
-        raise ValueError(
-            f"`{source.argument}`: {show(str(path))} is a link out of the folder, to "
-            f"{show(str(real))}, whose content would be in the output. Give a copy with links "
-            "followed (cp -rL), or follow_links=True."
-        )
-
-
-def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
-    folder, argument, links = source
-    path = folder / name
-    if path.is_symlink() and links == "none":
-        return ValueError(
-            f"`{argument}`: {path} is a symbolic link, which may lead anywhere. Copy the adapter "
-            "with links followed (cp -rL), and load the copy."
-        )
-    if not folder.is_dir():
-        return FileNotFoundError(f"`{argument}`: there is no folder {folder}.")
-    pickles = [p for p in PICKLES if (folder / p).exists()]
-    if name == TENSORS and pickles:
-        return ValueError(
-            f"`{argument}`: {folder} has {pickles[0]}, a pickle, but no {TENSORS}. jlora reads no "
-            "pickles, as reading one runs the code in it. Save the adapter in PEFT with "
-            "safe_serialization=True."
-        )
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"`{argument}`: {folder} has no {name}.")
-    return error
 
 
 def read_json(source: Source, name: str, limit: int) -> dict[str, Any]:

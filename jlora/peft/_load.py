@@ -1,7 +1,7 @@
 """Loads PEFT's files as an adapter tree. All headers are checked before any value is read."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,13 @@ from .names._names import Name
 WHERE = "`base` under `names`"
 
 
-def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> PyTree:
+def load(
+    path: str | os.PathLike[str],
+    base: PyTree,
+    names: Sequence[Name],
+    *,
+    ignore: Collection[str] = (),
+) -> PyTree:
     r"""Reads an adapter that PEFT or `save` wrote.
 
     Args:
@@ -34,6 +40,9 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
             are read.
         base: the frozen tree that the adapter is for: arrays or `jax.ShapeDtypeStruct`s.
         names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
+        ignore: names of fields of `adapter_config.json` to read the adapter without: fields that
+            jlora does not know, and that you know not to change what the adapter computes. Names
+            that the file does not have are fine.
 
     Returns:
         An adapter for `apply` and `merge`, with $\Delta W = s \cdot A B$. A and B have the dtype of
@@ -44,7 +53,8 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
     Raises:
         FileNotFoundError: if the folder or a file is missing.
         ValueError: if a tensor or field is missing, unexpected, misshapen, of a wrong dtype, not
-            finite, duplicate or not supported. The error lists all problems. Nothing is loaded.
+            finite, duplicate or not supported; or if jlora knows a field in `ignore`. The error
+            lists all problems. Nothing is loaded.
 
     Warns:
         UserWarning: if a name in the configuration matches nothing, which PEFT accepts; or if
@@ -75,7 +85,7 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
         "loaded",
         lambda found: f"\n{advise(names, lost)}" if lost and any(WHERE in x for x in found) else "",
     )
-    files = open_files(Source(Path(path)))
+    files = open_files(Source(Path(path)), ignore)
     fields, each = fit(files, leaves, problems)
     static: dict[str, Any] = {"dropout": float(fields.get("lora_dropout", 0.0))}
     if is_miss(files.fields):

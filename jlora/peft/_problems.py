@@ -1,10 +1,11 @@
 """Collects all problems with a user's files, and raises them together."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from ._file import CONFIG, TensorInfo, itemize, show
+from ._foreign import find_cause
 
 
 class Problems:
@@ -12,6 +13,7 @@ class Problems:
 
     Attributes:
         found: the problems.
+        cause: a likely cause of them, with a remedy; empty if none is known.
         unused: names in the configuration that match nothing. PEFT accepts them, as does jlora.
     """
 
@@ -19,6 +21,7 @@ class Problems:
         """Takes the start of the error, and a function that makes its end from the problems."""
         self.title, self.advice = title, advice
         self.found: list[str] = []
+        self.cause = ""
         self.unused: list[str] = []
 
     def add(self, where: str, why: str) -> Literal[False]:
@@ -30,6 +33,14 @@ class Problems:
         self.found.append(f"{show(where)}: {why}")
         return False
 
+    def examine(self, tensors: Iterable[TensorInfo]) -> None:
+        """Looks for a cause in the keys and shapes of an adapter, and adds tensors of no size."""
+        shapes = {x.key: x.shape for x in tensors}
+        self.cause = find_cause(shapes)
+        for key, shape in shapes.items():
+            if 0 in shape:
+                self.add(key, f"has no values, as its shape is {shape}")
+
     def add_not_floating(self, tensor: TensorInfo) -> None:
         """Adds a tensor whose dtype is not floating-point."""
         self.add(tensor.key, f"expected a floating-point dtype, got {tensor.dtype}")
@@ -38,7 +49,8 @@ class Problems:
         """Raises if there are problems, including those passed here."""
         self.found += more
         if self.found:
-            raise ValueError(f"{self.title}. {itemize(self.found)}{self.advice(self.found)}")
+            title = f"{self.title}. {self.cause}".rstrip()
+            raise ValueError(f"{title} {itemize(self.found)}{self.advice(self.found)}")
 
     def warn(self) -> None:
         """Warns about unused names. The warning points at the caller of the public function."""

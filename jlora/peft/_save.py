@@ -24,7 +24,6 @@ from .names._leaves import NamedLeaf
 from .names._names import Name
 from .names._weights import split_all
 
-_METHOD = f"leave peft_type out, or give {MISS!r}"
 Written = tuple[Fields, dict[str, np.ndarray]]  # a configuration, and tensors by their keys
 
 
@@ -174,7 +173,7 @@ def _as_lora(tree: Tree, given: Fields, profile: str | None) -> Written:
     fields, parts, tokens = DEFAULTS | given, tree.parts, tree.tokens
     if parts:
         fields["use_dora"] = any(part.m is not None for part in parts)
-    _refuse_config(problems_of(fields, _METHOD))
+    _refuse_config(problems_of(fields, is_file=False))
     fields = describe(fields, given, tree, parts)
     full, frozen = find_full(fields, tree), find_frozen(fields, tree)
     unchanged = [leaf for leaf, _ in full if leaf.path not in tree.found]
@@ -195,7 +194,7 @@ def _as_lora(tree: Tree, given: Fields, profile: str | None) -> Written:
 
 
 def _as_miss(tree: Tree, given: Fields, profile: str | None) -> Written:
-    _refuse_config(list_miss_problems(MISS_DEFAULTS | given))
+    _refuse_config(list_miss_problems(MISS_DEFAULTS | given, is_file=False))
     if profile is not None:
         raise ValueError(
             f"`profile` {profile!r} is for LoRA, but `config` asks for {MISS}. "
@@ -208,7 +207,7 @@ def _as_miss(tree: Tree, given: Fields, profile: str | None) -> Written:
 def _rows_alone(tree: Tree, given: Fields, profile: str | None) -> Written:
     """Makes the files of an adapter of rows alone."""
     fields, tokens = describe_rows_alone(ROWS_DEFAULTS | given, tree), tree.tokens
-    _refuse_config(problems_of(fields))
+    _refuse_config(problems_of(fields, is_file=False))
     if profile is not None:
         flatten_for_vllm(fields, [], [], [x.module for x in tokens])
     each = ((m, x.v) for x in tokens for m in (x.module, tree.tied.get(x.module)) if m)

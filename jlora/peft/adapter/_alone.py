@@ -1,7 +1,7 @@
 """Reads an adapter without its model."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,9 @@ from ._parameters import assign_parameters, find_twins, refuse_biases
 from ._tree import make_frozen_tensors, make_tensors
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, LowRank | Decomposed | Replaced | np.ndarray]:
+def read(
+    path: str | os.PathLike[str], *, ignore: Collection[str] = ()
+) -> dict[str, LowRank | Decomposed | Replaced | np.ndarray]:
     r"""Reads an adapter without its model, for inspection.
 
     The file is checked as in `load`, but not against a model. If several parameters of a module of
@@ -30,6 +32,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, LowRank | Decomposed | Repla
 
     Args:
         path: the adapter's folder.
+        ignore: as in `load`.
 
     Returns:
         The leaves by PyTorch's names, with the axes of PyTorch's weights: a `LowRank` node for each
@@ -55,7 +58,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, LowRank | Decomposed | Repla
         >>> leaves["model.q_proj"].b.shape
         (2, 3)
     """
-    alone = read_alone(path)
+    alone = read_alone(path, ignore=ignore)
     return {**alone.nodes, **alone.rows, **alone.contents.full}
 
 
@@ -100,10 +103,12 @@ def as_leaf(part: Part) -> NamedLeaf:
     return NamedLeaf((), None, shape, Name("", "", axes), ("",))
 
 
-def read_alone(path: str | os.PathLike[str], argument: str = "path") -> Alone:
+def read_alone(
+    path: str | os.PathLike[str], argument: str = "path", *, ignore: Collection[str] = ()
+) -> Alone:
     """Reads all of an adapter without its model."""
     title = f"`{argument}`: the adapter in {path} cannot be read"
-    return _read(open_files(Source(Path(path), argument)), Problems(title))
+    return _read(open_files(Source(Path(path), argument), ignore), Problems(title))
 
 
 def write_alone(

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,14 @@ DEFAULTS = _PLAIN | _READ | _UNREAD
 METHODS = tuple(_READ)
 MISS, ROWS_ALONE = "MISS", "TRAINABLE_TOKENS"  # other methods
 ROWS_DEFAULTS = COMMON | {"init_weights": True, "peft_type": ROWS_ALONE, "token_indices": []}
+# Fields of MiSS that LoRA does not have.
+MISS_OWN: dict[str, Any] = {"init_weights": True, "mini_r": 1, "miss_dropout": 0.0}
+_KNOWN = DEFAULTS.keys() | ROWS_DEFAULTS.keys() | MISS_OWN.keys()
 # Initializations of A and B that do not change the base.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> dict[str, Any]:
     """Reads the fields of an adapter's `adapter_config.json`, for `save(..., config=...)`.
 
     An adapter tree does not store these: task type, revision, the name of the base model, how the
@@ -76,13 +79,15 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Args:
         path: the adapter's folder.
+        ignore: names of fields to leave out; see `load`.
 
     Returns:
         The JSON object of the file, as a dict.
 
     Raises:
         FileNotFoundError: if the folder or the file is missing.
-        ValueError: if the file is too large, a link, or not a JSON object.
+        ValueError: if the file is too large, a link out of the folder, or not a JSON object; or if
+            jlora knows a field in `ignore`.
 
     Examples:
         >>> import pathlib, tempfile
@@ -94,7 +99,20 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         >>> config["task_type"]
         'CAUSAL_LM'
     """
-    return read_json(Source(Path(path)), CONFIG, LIMIT)
+    return read_fields(Source(Path(path)), ignore)
+
+
+def read_fields(source: Source, ignore: Collection[str] = ()) -> dict[str, Any]:
+    """Reads a configuration without the fields in `ignore`, which jlora must not know."""
+    if isinstance(ignore, str):
+        raise TypeError(f"`ignore` must be a tuple of names, such as ({ignore!r},); got a string.")
+    if known := [name for name in ignore if name in _KNOWN]:
+        raise ValueError(
+            f"`ignore` is for fields that jlora does not know, but it knows {', '.join(known)}: "
+            "without it, the adapter would mean something else. Leave it out of `ignore`."
+        )
+    fields = read_json(source, CONFIG, LIMIT)
+    return {name: x for name, x in fields.items() if name not in ignore}
 
 
 def dumps(fields: Mapping[str, Any]) -> str:
@@ -105,13 +123,8 @@ def dumps(fields: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------- checking
 
 
-def problems_of(fields: Mapping[str, Any], remedy: str | None = None) -> list[str]:
-    """Lists the problems with a configuration.
-
-    Args:
-        fields: the configuration.
-        remedy: what to do about another method; the default is for files.
-    """
+def problems_of(fields: Mapping[str, Any], *, is_file: bool = True) -> list[str]:
+    """Lists the problems with a configuration, with remedies for a file or for `config`."""
     method = fields.get("peft_type", "LORA")
     if method == ROWS_ALONE:
         required = ("target_modules", "token_indices")
@@ -121,10 +134,10 @@ def problems_of(fields: Mapping[str, Any], remedy: str | None = None) -> list[st
         strange = {key: x for key, x in find_features(fields).items() if key not in METHODS}
     found = [f"{key}: missing" for key in required if key not in fields]
     if method not in ("LORA", ROWS_ALONE):
-        by_method = _CONVERT if isinstance(method, str) else _NAME
-        remedy = remedy or (_LOAD_MISS if method == MISS else by_method)
+        remedy = _LOAD_MISS if method == MISS else _CONVERT if isinstance(method, str) else _NAME
+        remedy = remedy if is_file else f"leave peft_type out, or give {MISS!r}"
         found.append(f"peft_type: expected 'LORA', got {shorten(method)}; {remedy}")
-    found += list_unsupported(strange)
+    found += list_unsupported(strange, is_file=is_file)
     found += [] if method == ROWS_ALONE else _list_contradictions(fields)
     return found + list_misformed(fields)
 
@@ -137,10 +150,13 @@ _CONVERT = (
 )
 
 
-def list_unsupported(fields: Mapping[str, Any]) -> list[str]:
-    """Lists `fields` as features that are not supported."""
+def list_unsupported(fields: Mapping[str, Any], *, is_file: bool) -> list[str]:
+    """Lists `fields` as features that are not supported, or not known."""
+    known = "is a feature that jlora does not support"
+    unknown = "is not known to jlora, and may change what the adapter computes; if it does not, "
+    unknown += "name the field in `ignore`" if is_file else "leave the field out"
     return [
-        f"{show(key)}: {shorten(value)} is a feature that jlora does not support"
+        f"{show(key)}: {shorten(value)} {known if key in _KNOWN else unknown}"
         for key, value in fields.items()
     ]
 
@@ -194,7 +210,7 @@ def _list_refused_patterns(fields: Mapping[str, Any]) -> list[str]:
 
 
 _Fits = Callable[[Any], bool]
-_SHORT = 10_000  # entries, so that all of them are matched quickly
+ENTRIES = 10_000  # of a list, so that all of them are matched quickly
 
 
 def _is_text(x: Any) -> bool:
@@ -219,11 +235,11 @@ def _is_rows(x: Any) -> bool:
 
 
 def _listing(fits: _Fits) -> _Fits:
-    return lambda x: isinstance(x, list) and len(x) <= _SHORT and all(map(fits, x))
+    return lambda x: isinstance(x, list) and len(x) <= ENTRIES and all(map(fits, x))
 
 
 def _by_name(fits: _Fits) -> _Fits:
-    return lambda x: isinstance(x, dict) and len(x) <= _SHORT and all(map(fits, x.values()))
+    return lambda x: isinstance(x, dict) and len(x) <= ENTRIES and all(map(fits, x.values()))
 
 
 def _or_null(*kinds: _Fits) -> _Fits:

@@ -129,6 +129,7 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
     """Sorts tensors by kind; raises if the configuration is not supported."""
     fields = files.fields
     problems.stop(*problems_of(fields))
+    problems.examine(files.tensors)
     selection = Selection(fields, f"`{files.argument}`")
     if fields.get("peft_type") == ROWS_ALONE:
         tokens = _rows_alone(selection, files.tensors, problems)

@@ -12,9 +12,9 @@ from ..._types import Path
 from .._file import PREFIX
 from .._problems import Problems
 from ..names._leaves import NamedLeaf
-from ._config import ROWS_ALONE, list_misformed
+from ._config import ENTRIES, ROWS_ALONE, list_misformed
 from ._contents import BASE, SAVED_BY_NAME, Part, may_tie
-from ._select import Selection, find_divisor, list_tails
+from ._select import Selection, find_divisor, list_parents, list_tails
 from ._tokens import INDICES, find_rows, list_lone_heads
 from ._tree import Tree
 
@@ -37,10 +37,12 @@ def _set_targets(fields: Fields, tree: Tree) -> Fields:
     """Selects the leaves with A and B, and the heads tied to them, and nothing else."""
     selection, adapted = Selection(fields), {name for leaf in tree.low for name in leaf.parameters}
     tied = {m: head for m, head in tree.tied.items() if f"{m}.weight" in adapted}
-    selection.prepare([*tree.modules, *tied.values()])
+    others = _find_others(tree)
+    selection.prepare([*tree.modules, *others, *tied.values()])
     # By whether a key is of experts: whether it is adapted.
-    keys: dict[bool, dict[str, bool]] = {False: {}, True: {}}
+    keys: dict[bool, dict[str, bool]] = {False: dict.fromkeys(others, False), True: {}}
     is_described = all(_ties(fields, m) or selection.adapts(head) for m, head in tied.items())
+    is_described &= not any(map(selection.adapts, others))
     for leaf in tree.leaves:
         for module, name in zip(leaf.modules, leaf.parameters, strict=True):
             is_described &= _adapts(selection, leaf, module) == (name in adapted)
@@ -62,6 +64,17 @@ def _set_targets(fields: Fields, tree: Tree) -> Fields:
         "layers_pattern": None,
         "ensure_weight_tying": is_tied,
     }
+
+
+def _find_others(tree: Tree) -> set[str]:
+    """Finds the modules that PEFT cannot adapt as a whole: containers, experts, norms."""
+    linear = (x for x in tree.leaves if x.name.kind and x.name.kind != "experts")
+    return _with_parents(tree.modules) - {module for leaf in linear for module in leaf.modules}
+
+
+def _with_parents(modules: Iterable[str]) -> set[str]:
+    """Returns the modules, and all modules around them, in which PEFT searches too."""
+    return {parent for module in modules for parent in list_parents(module)}
 
 
 def _adapts(selection: Selection, leaf: NamedLeaf, module: str) -> bool:
@@ -165,14 +178,15 @@ def _set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Field
 def _set_tokens(fields: Fields, tree: Tree) -> Fields:
     """Sets the rows of embeddings, and no others."""
     wanted = {leaf.modules[0]: tree.found[leaf.path].rows for leaf in tree.rows}
-    others = tree.modules - wanted.keys()
+    others = _with_parents(tree.modules) - wanted.keys()
     listed, alone = find_rows(fields, wanted, problems := Problems(""))
     if listed == wanted and not (problems.found or list_lone_heads(alone, others)):
         return fields
     # PEFT compares the ends of names, also within a component.
     named = {
-        next((t for t in _endings(m) if not any(x.endswith(t) for x in others)), m): list(rows)
+        last if last.isidentifier() and not any(x.endswith(last) for x in others) else m: list(rows)
         for m, rows in wanted.items()
+        for last in [m.rpartition(".")[2]]
     }
     return fields | {INDICES: named or None}
 
@@ -186,7 +200,7 @@ def describe_rows_alone(fields: Fields, tree: Tree) -> Fields:
             f"got different rows at {', '.join(lists.values())}. Save each embedding by itself."
         )
     wanted = [leaf.modules[0] for leaf in tree.rows]
-    others = tree.modules - set(wanted)
+    others = _with_parents(tree.modules) - set(wanted)
     fields = fields | {"peft_type": ROWS_ALONE, "token_indices": list(*lists)}
     if not list_misformed(fields):
         selection = Selection(fields)
@@ -217,9 +231,20 @@ def _find_short_names(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _select(chosen: Mapping[str, bool], kept: Collection[str] = ()) -> list[str]:
-    """Lists the names `kept` whole, then short endings that only the chosen names have."""
-    short = _find_short_names(chosen) | {name: name for name in kept}
-    return list(dict.fromkeys(short[name] for name in (*kept, *chosen) if chosen[name]))
+    """Lists names by which PEFT finds the chosen modules and no others; `kept` are whole.
+
+    A module has its last word, if all modules with this word are chosen. Otherwise it has its whole
+    name, as PEFT also searches modules without parameters, which are not known here: those of
+    `torch.nn.Sequential` have the same numbers. Only if a list were too long, endings are shorter.
+    """
+    short = _find_short_names(chosen)
+    words = {name: end if end.isidentifier() else name for name, end in short.items()}
+    for names in (words, short):
+        names |= {name: name for name in kept}
+        found = list(dict.fromkeys(names[name] for name in (*kept, *chosen) if chosen[name]))
+        if len(found) <= ENTRIES:
+            break
+    return found
 
 
 def _endings(name: str) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +17,10 @@ from .._file import (
     Source,
     TensorInfo,
     read_header,
-    read_json,
     read_tensors,
 )
 from .._problems import Problems
-from ._config import LIMIT, dumps
+from ._config import dumps, read_fields
 
 MAGNITUDE = ".lora_magnitude_vector"
 
@@ -73,14 +72,14 @@ def _is_tensor(x: Any) -> bool:
     return isinstance(x, TensorInfo)
 
 
-def open_files(source: Source) -> Files:
-    """Reads the configuration and the header in a folder.
+def open_files(source: Source, ignore: Collection[str] = ()) -> Files:
+    """Reads the configuration, without the fields in `ignore`, and the header in a folder.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
-        ValueError: if the files are damaged.
+        ValueError: if the files are damaged, or jlora knows a field in `ignore`.
     """
-    fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
+    fields, header = read_fields(source, ignore), read_header(source)
     read = functools.partial(read_tensors, source, header)
     return Files(fields, list(header.entries.values()), read, source.argument)
 

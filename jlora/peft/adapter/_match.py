@@ -91,9 +91,14 @@ def _fits(part: Part, leaf: NamedLeaf | None, is_head: bool, problems: Problems)
     key = PREFIX + part.name.rpartition(".")[0]
     if leaf is None:
         return problems.add(key, LOST)
-    kind = "linear" if is_head else leaf.name.kind
-    if kind != part.kind or (part.transposed is False and leaf.name.transposed):
-        why = f"expected A and B of kind {kind or 'none'}, got {part.kind}"
+    kind, path = "linear" if is_head else leaf.name.kind, name_of(leaf.path)
+    if kind is None:
+        return problems.add(key, f"has A and B, but {path} is a parameter that LoRA cannot adapt")
+    if kind != part.kind:
+        why = f"A and B are of kind {part.kind}, but {path} is of kind {kind} under `names`"
+        return problems.add(key, why)
+    if part.transposed is False and leaf.name.transposed:
+        why = f"is targeted by target_parameters, but {path} is stored as (inputs, outputs)"
         return problems.add(key, why)
     a, b = leaf.shapes(part.a.shape[0] // leaf.experts)
     a, b = (b[::-1], a[::-1]) if is_head else (a, b)

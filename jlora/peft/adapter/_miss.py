@@ -11,7 +11,15 @@ import numpy as np
 
 from .._file import DTYPES, PREFIX, TensorInfo, shorten
 from .._problems import Problems
-from ._config import COMMON, DEFAULTS, MISS, find_features, list_misformed, list_unsupported
+from ._config import (
+    COMMON,
+    DEFAULTS,
+    MISS,
+    MISS_OWN,
+    find_features,
+    list_misformed,
+    list_unsupported,
+)
 from ._contents import FACTOR, Part
 from ._describe import set_scales
 from ._files import MAGNITUDE, Files
@@ -20,12 +28,13 @@ from ._tree import AB
 Fields = dict[str, Any]
 
 BLOCK = ".miss_block"
-OWN = {"init_weights": True, "mini_r": 1, "miss_dropout": 0.0}  # fields that LoRA does not have
 # Fields that both have, with the same names and meanings.
 CHOICE = ("exclude_modules", "layers_pattern", "layers_to_transform")  # and target_modules
 _SELECTION = dict.fromkeys((*CHOICE, "modules_to_save"))
 SHARED = (COMMON.keys() - {"inference_mode", "peft_version"}) | _SELECTION.keys()
-MISS_DEFAULTS: Fields = COMMON | _SELECTION | OWN | {"bias": "none", "peft_type": MISS, "r": 64}
+MISS_DEFAULTS: Fields = (
+    COMMON | _SELECTION | MISS_OWN | {"bias": "none", "peft_type": MISS, "r": 64}
+)
 # MiSS's names for LoRA's dropout, and for the bias "lora_only".
 DROPOUT, BIAS = "miss_dropout", "MiSS_only"
 
@@ -35,9 +44,10 @@ def is_miss(fields: Mapping[str, Any]) -> bool:
     return fields.get("peft_type") == MISS
 
 
-def list_miss_problems(fields: Fields) -> list[str]:
+def list_miss_problems(fields: Fields, *, is_file: bool = True) -> list[str]:
     """Lists why a configuration of MiSS cannot be read as LoRA."""
-    wrong = list_unsupported({key: x for key, x in find_features(fields).items() if key not in OWN})
+    strange = {key: x for key, x in find_features(fields).items() if key not in MISS_OWN}
+    wrong = list_unsupported(strange, is_file=is_file)
     if (start := fields.get("init_weights", True)) not in (True, False):
         wrong.append(f"init_weights: {shorten(start)} is another method, whose change is not s·A·B")
     return wrong + list_misformed({"r": fields.get("r")})

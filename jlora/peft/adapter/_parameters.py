@@ -52,7 +52,7 @@ def assign_parameters(
         if names and parts:
             found += _assign_by_shape(selection, module, names, parts, shapes, ordered, problems)
         elif parts:
-            found += _check_module(selection, module, parts, problems)
+            found += _check_module(selection, module, parts, where, problems)
     if shapes is not None:
         problems.found += list_missing(adapter, shapes)
         known = [n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) > 1]
@@ -65,9 +65,14 @@ def assign_parameters(
 
 
 def _check_module(
-    selection: Selection, module: str, parts: list[Part], problems: Problems
+    selection: Selection, module: str, parts: list[Part], where: str, problems: Problems
 ) -> list[Part]:
     """Checks A and B of the weight of a module."""
+    if chosen := selection.parameters(module):
+        listed = ", ".join(show(f"{module}.{name}") for name in chosen)
+        why = f"target_parameters selects {listed}, which is not in {where}"
+        problems.add(PREFIX + module, why)
+        return []
     key, part, rank = PREFIX + module, parts[0], selection.rank(module)
     is_taken = selection.adapts(module) or may_tie(selection.fields, module)
     if len(parts) > 1:
@@ -111,7 +116,12 @@ def _assign_by_shape(
     listed = ", ".join(f"{n} {shapes[n]}" if shapes else f"{n} {selection.rank(n)}" for n in names)
     got = ", ".join(f"A {x.a.shape} with B {x.b.shape}" for x in parts)
     what = "can be assigned in several ways to" if fitting else "do not fit"
-    problems.add(PREFIX + module, f"{got} {what} {'' if shapes else 'the ranks of '}{listed}")
+    remedy = (
+        "; load the adapter with jlora.peft.load, where the order of `names` decides, and merge "
+        "what it returns"
+    )
+    why = f"{got} {what} {'' if shapes else 'the ranks of '}{listed}{remedy if fitting else ''}"
+    problems.add(PREFIX + module, why)
     return []
 
 

@@ -190,6 +190,8 @@ def _why_unwritable(path: Path, x: Any, leaves: Mapping[Path, NamedLeaf]) -> str
     if is_node(x) and not isinstance(x, (*_FACTORED, Replaced)):
         return f"PEFT has no form for a {type(x).__name__}"
     arrays: list[Any] = list(state(x).values()) if is_node(x) else [x]
+    if empty := [array.shape for array in arrays if 0 in array.shape]:
+        return f"has an array without values, of shape {empty[0]}"
     if any(isinstance(y, jax.ShapeDtypeStruct) for y in arrays):
         return "expected arrays, got jax.ShapeDtypeStruct"
     if odd := [y.dtype for y in arrays if y.dtype not in DTYPES.values()]:

@@ -1,7 +1,7 @@
 """Writes adapters for vLLM: one rank, no patterns, only A and B."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,9 @@ from ._contents import Part
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+def to_vllm(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, ignore: Collection[str] = ()
+) -> None:
     r"""Rewrites a PEFT adapter for vLLM, as `save` writes it with `profile="vllm"`.
 
     All modules get one rank: A, (r, inputs), and B, (outputs, r), are padded with zeros, and the
@@ -23,6 +25,7 @@ def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     Args:
         path: the adapter's folder.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at all.
+        ignore: as in `load`. The new configuration does not have these fields.
 
     Raises:
         FileExistsError: if `out` exists and is not an empty folder.
@@ -45,7 +48,7 @@ def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
         >>> fields["r"], fields["lora_alpha"]
         (8, 8)
     """
-    alone = read_alone(path)
+    alone = read_alone(path, ignore=ignore)
     fields, found = DEFAULTS | alone.adapter.fields, alone.contents
     fields, parts = flatten_for_vllm(fields, found.parts, list(found.full), list(alone.rows))
     title = f"`path`: the adapter in {path} cannot be written for vLLM"

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ class Checked(NamedTuple):
         findings: what the engine refuses or drops; empty if it serves the adapter as PEFT would.
         start: a command that starts the engine with the adapter.
         compared: whether names and shapes were compared with a base.
+        notes: what else to know, such as what older versions of the engine drop.
     """
 
     path: str
@@ -30,12 +32,13 @@ class Checked(NamedTuple):
     findings: list[Finding]
     start: str
     compared: bool
+    notes: list[str]
 
     def __str__(self) -> str:
-        if self.findings:
-            return "\n".join(map(str, self.findings))
         unknown = "" if self.compared else "; without a base, names and shapes are not compared"
-        return f"{self.path}: {self.engine} supports it: {self.start}{unknown}"
+        supported = f"{self.path}: {self.engine} supports it: {self.start}{unknown}"
+        lines = [*map(str, self.findings)] or [supported]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def check(
@@ -44,6 +47,7 @@ def check(
     *,
     base: str | os.PathLike[str] | None = None,
     max_lora_rank: int | None = None,
+    ignore: Collection[str] = (),
 ) -> Checked:
     r"""Finds out which parts of an adapter an engine refuses, and which it drops silently.
 
@@ -56,6 +60,7 @@ def check(
         base: the folder of the served model, a Hugging Face checkpoint. Without it, names and
             shapes are not compared.
         max_lora_rank: the server's option; None for its default.
+        ignore: as in `load`. The engine is checked as if the file did not have these fields.
 
     Returns:
         The findings, each with a remedy.
@@ -87,18 +92,20 @@ def check(
         raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}; got {engine!r}.")
     server = ENGINES[engine]
     rank = _rank(server, max_lora_rank)
-    files = open_files(source := Source(Path(path)))
+    files = open_files(source := Source(Path(path)), ignore)
     if wrong := list_misformed(files.fields):
         parts = (problem.partition(": ") for problem in wrong)
         findings = [Finding(what, why, AGAIN, False) for what, _, why in parts]
+        notes = []
     else:
         served = _served(source, files, None if base is None else _base(base), rank)
         findings = [found for rule in server.rules for found in rule(served)]
+        notes = list(server.notes(served))
     folder, model = (shlex.quote(os.fspath(x)) for x in (path, base or "BASE"))
     largest = files.fields.get("r") if rank is None else rank
     start = server.start.format(dir=folder, base=model, rank=largest)
     title = f"{server.title} {server.version}"
-    return Checked(os.fspath(path), title, findings, start, base is not None)
+    return Checked(os.fspath(path), title, findings, start, base is not None, notes)
 
 
 def _rank(engine: Engine, given: int | None) -> int | None:

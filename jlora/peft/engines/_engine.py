@@ -151,6 +151,10 @@ class Served:
 Rule = Callable[[Served], Iterable[Finding]]
 
 
+def _no_notes(served: Served) -> list[str]:
+    return []
+
+
 class Engine(NamedTuple):
     """An engine that serves adapters.
 
@@ -162,6 +166,7 @@ class Engine(NamedTuple):
         start: a command that starts it, with `{base}`, `{dir}` and the largest `{rank}`.
         ranks: the allowed values of its option `--max-lora-rank`; empty for any.
         rank: the default of this option; None for the adapter's rank.
+        notes: a function that returns what the user should know of an adapter that is served.
     """
 
     name: str
@@ -171,6 +176,7 @@ class Engine(NamedTuple):
     start: str
     ranks: tuple[int, ...] = ()
     rank: int | None = None
+    notes: Callable[[Served], Iterable[str]] = _no_notes
 
 
 ENGINES: dict[str, Engine] = {}

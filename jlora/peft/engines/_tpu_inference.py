@@ -3,7 +3,7 @@
 from ..adapter._vllm import RANKS
 from . import _rules as rules
 from ._engine import Engine, Finding, Served, register
-from ._vllm import RULES
+from ._vllm import RULES, notes
 from ._vllm import START as VLLM
 
 
@@ -14,4 +14,4 @@ def _experts(x: Served) -> list[Finding]:
 
 START = f"MODEL_IMPL_TYPE=vllm {VLLM}"
 NAME = "tpu-inference"
-register(Engine(NAME, NAME, "0.32.0", (*RULES, _experts), START, RANKS, 16))
+register(Engine(NAME, NAME, "0.32.0", (*RULES, _experts), START, RANKS, 16, notes))

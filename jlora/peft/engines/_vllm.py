@@ -34,8 +34,6 @@ def _configuration(x: Served) -> Iterator[Finding]:
         x, "bias", lambda x: x == "none", "is not supported", rules.LEAVE_OUT
     )
     yield from rules.check_start(x, *STARTS, "lora_ga")
-    patterns = "rank_pattern", "alpha_pattern"
-    yield from rules.forbid(x, *patterns, why=_OLD, remedy=rules.PROFILE, silent=True)
     yield from rules.forbid_unread(x, *FEATURES)
     rank = max([x.rank, *(x.fields.get("rank_pattern") or {}).values()])
     if rank > RANKS[-1]:
@@ -117,9 +115,15 @@ def _names(x: Served) -> Iterator[Finding]:
         yield from report(quiet, why, rules.RENAME, silent=True)
 
 
+def notes(x: Served) -> list[str]:
+    """Says what versions before the one of these rules drop."""
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if x.fields.get(key)]
+    return [f"{key} {_OLD}. {rules.PROFILE}, if yours is older." for key in patterns]
+
+
 RULES = (
     *(_configuration, _tensors, _experts, _names),
     lambda x: rules.check_shapes(x, silent=True),
 )
 START = "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME={dir}"
-register(Engine("vllm", "vLLM", "0.33.0", RULES, START, RANKS, 16))
+register(Engine("vllm", "vLLM", "0.33.0", RULES, START, RANKS, 16, notes))

@@ -1,7 +1,7 @@
 """Merges an adapter into a checkpoint, in blocks of bounded size."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ..._folders import fresh
 from ..._types import PyTree
@@ -22,6 +22,7 @@ def export_merged(
     *,
     names: Sequence[Name] | None = None,
     follow_links: bool = False,
+    ignore: Collection[str] = (),
 ) -> list[str]:
     r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
 
@@ -41,7 +42,8 @@ def export_merged(
     B·A is computed in float32 by fused multiply-adds in the order of the rank. It is multiplied by
     s, added to W in float32 (float64 if W is), and rounded once to W's dtype. In float32, PEFT's
     `merge_and_unload` has the same bits for ranks up to 192 and sides of at least 64; otherwise
-    PyTorch's product sums in another order. There are four more differences:
+    PyTorch's product sums in another order. If `JAX_PLATFORMS` leaves out the CPU, NumPy computes
+    the same, but slower. There are four more differences:
 
     - In bfloat16 and float16, PEFT rounds the ΔW of embeddings and experts before the sum.
     - `modules_to_save` keep the model's dtype in PEFT. Here they get W's.
@@ -50,8 +52,8 @@ def export_merged(
 
     Args:
         src_dir: a folder with `model.safetensors`, or with shards and
-            `model.safetensors.index.json`. Its files may be links to files within it, or within the
-            download cache around it.
+            `model.safetensors.index.json`. Its files, and those of `adapter`, may be links within
+            the folder, or in the Hub's cache within the folder of their model (`models--…`).
         adapter: a folder that PEFT or `save` wrote, or an adapter tree. The modules in a folder
             have the names of the checkpoint's tensors, or those of `transformers` 5 in memory; a
             first component such as `bert.` may differ.
@@ -59,6 +61,7 @@ def export_merged(
             all.
         names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.LLAMA`.
         follow_links: whether files of `src_dir` may be links out of it. Their content is copied.
+        ignore: for an adapter in a folder, as in `load`.
 
     Returns:
         The files of `src_dir` that were not copied, as paths in it.
@@ -97,7 +100,9 @@ def export_merged(
     problems = Problems(
         "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
     )
-    model, contents, is_transposed = match_to_checkpoint(checkpoint, adapter, names, problems)
+    model, contents, is_transposed = match_to_checkpoint(
+        checkpoint, adapter, names, problems, ignore
+    )
     edits = find_edits(model, contents, is_transposed, problems)
     problems.stop()
     edits = with_copies(checkpoint, edits, problems)

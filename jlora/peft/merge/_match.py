@@ -1,7 +1,7 @@
 """Matches an adapter to the tensors of a checkpoint."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from ..._adapters import is_node, weight_shape
 from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
 from .._checkpoint import Checkpoint
-from .._file import COUNT, COUNTS, DTYPES, Source, show
+from .._file import COUNT, COUNTS, DTYPES, Source
 from .._problems import Problems
 from ..adapter._contents import Contents, explain_resized, sort_tensors
 from ..adapter._files import Files, fill, open_files
@@ -32,6 +32,7 @@ def match_to_checkpoint(
     adapter: str | os.PathLike[str] | PyTree,
     names: Sequence[Name] | None,
     problems: Problems,
+    ignore: Collection[str] = (),
 ) -> tuple[Model, Contents, bool]:
     """Reads a PEFT folder, or a tree with `names`, and finds its parameters in the checkpoint.
 
@@ -46,7 +47,7 @@ def match_to_checkpoint(
             raise ValueError(
                 "`names` is for an adapter tree; PEFT's files have PyTorch's names. Leave it out."
             )
-        files = open_files(Source(Path(adapter), "adapter"))
+        files = open_files(Source(Path(adapter), "adapter"), ignore)
         model, found = _match_files(checkpoint, files, problems)
         is_transposed = bool(files.fields.get("fan_in_fan_out"))
     elif names is None:
@@ -88,15 +89,8 @@ def _match_files(
     found = found._replace(tokens=tokens, full=_move_tied_biases(found.full, model))
     problems.found += list_untied_heads(checkpoint, adapter)
     _check(checkpoint, model, found, problems)
-    strange = [part.name for part in found.parts if part.name not in model]
-    if problems.found and strange:
-        problems.found.insert(
-            0,
-            f"{show(strange[0])}: in the adapter, but not in the checkpoint, whose names differ; "
-            "save the base with the names that the model has in memory, in `transformers` 5 with "
-            "save_pretrained(..., save_original_format=False)",
-        )
-    problems.stop()
+    if problems.found:  # of which other names may be the cause
+        problems.stop(*list_absent(checkpoint, model, found)[:1])
     problems.found += list_absent(checkpoint, model, found)
     values = files.values((found, heads), problems)
     problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))

@@ -38,19 +38,31 @@ def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[s
     lone = {name: x for name, x in whole.items() if name not in model}
     kept = {identify(x) for name, x in whole.items() if name in model} if lone else set()
     lost += [name for name, x in lone.items() if identify(x) not in kept]
-    return [f"{show(name)}: not in the checkpoint{_reason(name, checkpoint)}" for name in lost]
+    return [
+        f"{show(name)}: not in the checkpoint{_reason(name, checkpoint, found)}" for name in lost
+    ]
 
 
-def _reason(name: str, checkpoint: Checkpoint) -> str:
-    if checkpoint.vocabulary and name.endswith((".weight", ".bias")):
+def _reason(name: str, checkpoint: Checkpoint, found: Contents) -> str:
+    if checkpoint.vocabulary and SHARED.search(name.rpartition(".")[0]):
         return (
             "; if it shares the input embedding's weight, the adapter must change both equally, or "
             "the checkpoint must be saved untied"
         )
-    return (
-        "; save the base model as it was adapted, with its head, and in `transformers` 5 with "
-        "save_pretrained(..., save_original_format=False)"
+    renamed = (
+        ", and in `transformers` 5 with save_pretrained(..., save_original_format=False)"
+        if may_be_renamed(name, checkpoint, found)
+        else ""
     )
+    return f"; save the base model as it was adapted, with its head{renamed}"
+
+
+def may_be_renamed(name: str, checkpoint: Checkpoint, found: Contents) -> bool:
+    """Whether a tensor of the checkpoint has the shape of a parameter that it seems to lack."""
+    shapes = {n: x.shape for n, x in (found.full | found.frozen).items()}
+    shapes |= {part.name: part.matrix for part in found.parts}
+    wanted = sorted(shapes[name][-2:])
+    return any(sorted(x[-2:]) == wanted for x in checkpoint.shapes.values())
 
 
 def list_untied(checkpoint: Checkpoint, model: Model, found: Contents) -> list[str]:

@@ -1,0 +1,103 @@
+"""A folder that the user gave: opens its files, and follows links only where they are harmless."""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from .._untrusted import show
+from ._foreign import CONFIG, PICKLES, TENSORS, recognize
+
+
+class Source(NamedTuple):
+    """A folder to read from.
+
+    Attributes:
+        folder: the folder.
+        argument: the user's argument with the folder, for errors.
+        follow_links: whether its files may be links to anywhere, or only within the folder, and in
+            the Hub's cache within the folder of their model; None if the user cannot choose.
+    """
+
+    folder: Path
+    argument: str = "path"
+    follow_links: bool | None = None
+
+
+@contextlib.contextmanager
+def open_file(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
+    """Opens a regular file of `source`; yields the file and its size in bytes."""
+    path = source.folder / name
+    # Without waiting, should it be a pipe.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    if not source.follow_links:
+        path = resolve(source, path)
+        flags |= getattr(os, "O_NOFOLLOW", 0)  # should it have become a link since
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as e:
+        raise _explain_unopened(source, name, e) from None
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"`{source.argument}`: {path} is not a regular file.")
+        yield file, status.st_size
+
+
+def resolve(source: Source, path: Path) -> Path:
+    """Follows links; raises if they lead out of the folder, and out of its model in the cache."""
+    folder, real = (Path(os.path.realpath(x)) for x in (source.folder, path))
+    if real.is_relative_to(_find_root(folder)):
+        return real
+    option = "" if source.follow_links is None else ", or follow_links=True"
+    raise ValueError(
+        f"`{source.argument}`: {show(str(path))} is a link out of the folder, to "
+        f"{show(str(real))}, which may be any file of this machine. Give a copy with links "
+        f"followed (cp -rL){option}."
+    )
+
+
+def _find_root(folder: Path) -> Path:
+    """Returns the folder that links may lead to.
+
+    In the Hub's cache, `models--ORG--NAME/snapshots/REVISION` has links to `../../blobs`.
+    """
+    for parent in folder.parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            return parent.parent
+    return folder
+
+
+def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
+    folder, argument, _ = source
+    path = folder / name
+    if path.is_symlink() and not path.exists():
+        return FileNotFoundError(
+            f"`{argument}`: {path} is a broken link, to {show(os.readlink(path))}. Download or "
+            "copy the folder again."
+        )
+    if not folder.is_dir():
+        return explain_no_folder(argument, folder)
+    pickles = [p for p in PICKLES if (folder / p).exists()]
+    if name == TENSORS and pickles:
+        return ValueError(
+            f"`{argument}`: {folder} has {pickles[0]}, a pickle, but no {TENSORS}. jlora reads no "
+            "pickles, as reading one runs the code in it. Save the adapter in PEFT with "
+            "safe_serialization=True."
+        )
+    if isinstance(error, FileNotFoundError):
+        kind = recognize(folder) if name in (CONFIG, TENSORS) else None
+        return FileNotFoundError(
+            f"`{argument}`: {folder} has no {name}.{f' {kind}' if kind else ''}"
+        )
+    return error
+
+
+def explain_no_folder(argument: str, path: Path) -> Exception:
+    """Makes the error about a `path` that is no folder."""
+    if not path.exists():
+        return FileNotFoundError(f"`{argument}`: there is no folder {path}.")
+    what, remedy = recognize(path) or ("a device", "Give a folder")
+    return ValueError(f"`{argument}`: {path} is {what}, not a folder. {remedy}.")

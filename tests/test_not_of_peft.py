@@ -1,0 +1,266 @@
+"""Folders, files and keys that are not as PEFT saves them: the error says what they are."""
+
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from peft_files import CONFIG, ENDS, PREFIX, TENSORS, pair, write
+from safetensors.numpy import save_file
+from test_links import LIKE, NAMES, folders, in_cache
+
+from jlora import checkpoint, peft
+from jlora._cli._app import cli
+from jlora.types import Layout, LowRank
+
+Folder = pathlib.Path
+ONE = np.ones((2, 2), np.float32)
+
+
+def holding(path: Folder, *keys: str, metadata: dict[str, str] | None = None) -> Folder:
+    """The folder of a new safetensors file of these keys."""
+    path.parent.mkdir(exist_ok=True)
+    save_file(dict.fromkeys(keys, ONE), path, metadata=metadata)
+    return path.parent
+
+
+def mlx(root: Folder) -> Folder:
+    folder = holding(root / "x" / "adapters.safetensors", "model.layers.0.q_proj.lora_a")
+    fields = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 20.0}}
+    (folder / CONFIG).write_text(json.dumps(fields))
+    return folder
+
+
+def touch(path: Folder) -> Folder:
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    return path.parent
+
+
+def around(root: Folder, below: str, *names: str) -> Folder:
+    """A folder with copies of the adapter in it."""
+    for name in names:
+        shutil.copytree(root / "adapter", root / "x" / below / name)
+    return root / "x"
+
+
+def orbax(root: Folder) -> Folder:
+    checkpoint.save(root / "x", peft.load(root / "adapter", LIKE, NAMES), ())
+    return root / "x"
+
+
+MLX = r"It is an adapter of MLX\. Merge it into its model with mlx_lm\.fuse\."
+DIFFUSION = r"It is an adapter of a diffusion model in the format of {}\. Load it with load_lora_"
+# What is given for an adapter, and what the error says of it.
+GIVEN: dict[str, tuple[Callable[[Folder], Folder], str]] = {
+    "file": (
+        lambda root: root / "adapter" / TENSORS,
+        rf"{TENSORS} is a file, not a folder\. Give the folder that it is in, \S+adapter\.$",
+    ),
+    "MLX": (mlx, MLX),
+    "older MLX": (lambda root: touch(root / "x" / "adapters.npz"), MLX),
+    "kohya": (
+        lambda root: holding(root / "x" / "a.safetensors", "lora_unet_down_0.lora_down.weight"),
+        DIFFUSION.format("kohya, a.safetensors"),
+    ),
+    "kohya with much metadata": (
+        lambda root: holding(
+            root / "x" / "a.safetensors",
+            "lora_te1_x.alpha",
+            metadata={"ss_network_dim": "4", "ss_tag_frequency": "x" * 100_000},
+        ),
+        DIFFUSION.format("kohya, a.safetensors"),
+    ),
+    "diffusers": (
+        lambda root: holding(
+            root / "x" / "pytorch_lora_weights.safetensors", "unet.up.attn.to_q.lora_A.weight"
+        ),
+        DIFFUSION.format("diffusers, pytorch_lora_weights.safetensors"),
+    ),
+    "llama.cpp": (
+        lambda root: touch(root / "x" / "a.gguf"),
+        r"It is a file of llama\.cpp, a\.gguf\. Give what it was made from\.",
+    ),
+    "steps": (
+        lambda root: around(root, ".", "checkpoint-2", "checkpoint-10"),
+        r"It is a folder with adapters in it\. Give one of them: checkpoint-10, checkpoint-2\.",
+    ),
+    "runs": (
+        lambda root: around(root, "run", "last"),
+        r"It is a folder with adapters in it\. Give one of them: run/last\.",
+    ),
+    "many": (
+        lambda root: around(root, ".", *map(str, range(12))),
+        r"Give one of them: 0, 1, 10, 11, 2, 3, 4, 5, 6, …\.",
+    ),
+    "a model's folder of the cache": (
+        lambda root: in_cache(root / "adapter").parents[1],
+        r"Give one of them: snapshots/0a1b\.",
+    ),
+    "model": (lambda root: root / "base", r"It is a model\. Give the folder of an adapter\."),
+    "Orbax": (orbax, r"It is a checkpoint of Orbax\. Use jlora\.checkpoint, or write an adapter"),
+    "empty": (lambda root: root / "empty", rf"empty has no {CONFIG}\.$"),
+}
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_what_is_given_for_an_adapter(case: str, tmp_path: Folder) -> None:
+    """Every function says the same."""
+    base, _ = folders(tmp_path)
+    (tmp_path / "empty").mkdir()
+    make, message = GIVEN[case]
+    given = make(tmp_path)
+    for call in (
+        lambda: peft.read(given),
+        lambda: peft.load(given, LIKE, NAMES),
+        lambda: peft.export_merged(base, given, tmp_path / "out"),
+        lambda: peft.combine([given], tmp_path / "out", lambda x: x[0]),
+        lambda: peft.check(given, "vllm"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", [x for x in GIVEN if x not in ("Orbax", "empty", "many")])
+def test_what_is_given_to_a_command(case: str, tmp_path: Folder) -> None:
+    """In one line that names the argument."""
+    folders(tmp_path)
+    make, message = GIVEN[case]
+    given, base, out = str(make(tmp_path)), str(tmp_path / "base"), str(tmp_path / "out")
+    what, _, remedy = message.removeprefix("It is ").partition(r"\. ")
+    for argument, *words in (
+        ("DIR", "inspect", given),
+        ("DIR", "check", given, "--for", "vllm"),
+        ("A", "diff", given, given),
+        ("IN", "convert", given, out, "--profile", "vllm"),
+        ("ADAPTER", "merge", base, given, out),
+        ("ADAPTERS", "combine", given, given, out),
+    ):
+        found = CliRunner().invoke(cli, words)
+        assert found.exit_code == 2
+        assert found.stderr.startswith(f"jlora: {argument}")
+        for text in (what, remedy or what):
+            assert re.search(text.removesuffix("$"), found.stderr), found.stderr
+
+
+def test_what_is_given_for_a_base(tmp_path: Folder) -> None:
+    base, adapter = folders(tmp_path)
+    for given, message in (
+        (base / "model.safetensors", r"model\.safetensors is a file, not a folder\. Give the"),
+        (adapter, r"has neither .* It is an adapter\. Give the folder of its base model\."),
+        (tmp_path, r"has neither .* It is a folder with models in it\. Give one of them: base\."),
+    ):
+        with pytest.raises(ValueError, match=rf"^`src_dir`: .*{message}"):
+            peft.export_merged(given, adapter, tmp_path / "out")
+        with pytest.raises(ValueError, match=rf"^`path`: .*{message}"):
+            peft.load_base(given, NAMES, like=LIKE)
+    with pytest.raises(ValueError, match=r"^`path`: .* is a file, not a folder"):
+        peft.holds(adapter / CONFIG)
+    with pytest.raises(ValueError, match="but it is a file"):
+        checkpoint.restore(adapter / CONFIG)
+
+
+def test_a_search_is_bounded(tmp_path: Folder) -> None:
+    """Of folders in a circle, and of what is deeper, nothing is said."""
+    (tmp_path / "x" / "a" / "b").mkdir(parents=True)
+    (tmp_path / "x" / "up").symlink_to(tmp_path)
+    shutil.move(write(tmp_path / "adapter", pair("q")), tmp_path / "x" / "a" / "b" / "c")
+    with pytest.raises(FileNotFoundError, match=rf"has no {CONFIG}\.$"):
+        peft.read(tmp_path / "x")
+
+
+# ---------------------------------------------------------------------------------------- keys
+
+
+def renamed(change: Callable[[str], str]) -> dict[str, Any]:
+    return {change(PREFIX + key): x for key, x in pair("layers.0.q", 2, 8, 8).items()}
+
+
+WRAPPED = r"contains '{}', as {} wraps the modules of a model in others\. Save it with save_pretr"
+# Keys of other ways to save, and what the error says of them.
+KEYS: dict[str, tuple[Callable[[str], str], str]] = {
+    "state_dict": (
+        lambda key: key.replace(".weight", ".default.weight"),
+        r"has the name of an adapter in it, as in model\.state_dict\(\)\. ",
+    ),
+    "FSDP": (
+        lambda key: key.replace(".0.", ".0._fsdp_wrapped_module."),
+        WRAPPED.format("_fsdp_wrapped_module", "FSDP"),
+    ),
+    "compiled": (
+        lambda key: key.replace(".0.", ".0._orig_mod."),
+        WRAPPED.format("_orig_mod", r"torch\.compile"),
+    ),
+    "checkpoint_wrapper": (
+        lambda key: key.replace(".0.", ".0._checkpoint_wrapped_module."),
+        WRAPPED.format("_checkpoint_wrapped_module", "checkpoint_wrapper"),
+    ),
+    "distributed": (lambda key: f"module.{key}", r"starts with 'module\.', as DistributedData"),
+    "kohya": (
+        lambda key: key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
+        r"is kohya's\. Load it with load_lora_weights",
+    ),
+    "MLX": (
+        lambda key: key.replace("lora_A.weight", "lora_a").replace("lora_B.weight", "lora_b"),
+        r"is MLX's\. Merge it into its model with mlx_lm\.fuse\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_keys_have_a_cause(case: str, tmp_path: Folder) -> None:
+    """It is said before all problems, of which there is one for each key."""
+    change, message = KEYS[case]
+    base, adapter = folders(tmp_path)
+    save_file({"layers.0.q.weight": np.ones((8, 8), np.float32)}, base / "model.safetensors")
+    save_file(renamed(change), adapter / TENSORS)
+    with pytest.raises(ValueError, match=rf"nothing was written\. The key \S+ {message}"):
+        peft.export_merged(base, adapter, tmp_path / "out")
+
+
+def test_a_compiled_model_as_a_whole(tmp_path: Folder) -> None:
+    """Its first component may differ, as any may."""
+    base, adapter = folders(tmp_path)
+    tensors = {f"{PREFIX}_orig_mod.{key}": x for key, x in pair("q", 2, 8, 8).items()}
+    save_file(tensors, adapter / TENSORS)
+    peft.export_merged(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("shapes", [((2, 0), (8, 2)), ((2, 8), (0, 2)), ((0,), (0,))])
+def test_tensors_of_no_size(shapes: Any, tmp_path: Folder) -> None:
+    """What DeepSpeed leaves, and the same in a tree."""
+    base, adapter = folders(tmp_path)
+    own = {PREFIX + "q" + end: np.ones(s, np.float32) for end, s in zip(ENDS, shapes, strict=True)}
+    save_file(own, adapter / TENSORS)
+    message = r"\. \S+\.weight has no values, as DeepSpeed's ZeRO-3 saves .* problems?:\n  \S+: has"
+    for call in (
+        lambda: peft.read(adapter),
+        lambda: peft.load(adapter, LIKE, NAMES),
+        lambda: peft.export_merged(base, adapter, tmp_path / "out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_leaf_of_no_size(tmp_path: Folder) -> None:
+    base, _ = folders(tmp_path)
+    shape = (8, 0)
+    save_file({"q.weight": np.ones(shape[::-1], np.float32)}, base / "model.safetensors")
+    node = LowRank(np.ones((8, 2)), np.ones((2, 0)), 1.0, Layout((), (0,), (1,)))
+    like = {"q": {"kernel": jax.ShapeDtypeStruct(shape, np.float32)}}
+    for call in (
+        lambda: peft.save(tmp_path / "a", like, {"q": {"kernel": node}}, NAMES),
+        lambda: peft.export_merged(base, {"q": {"kernel": node}}, tmp_path / "out", names=NAMES),
+    ):
+        with pytest.raises(
+            ValueError, match=r"q/kernel: has an array without values, of shape \(2, 0\)"
+        ):
+            call()
+    assert not (tmp_path / "a").exists() and not (tmp_path / "out").exists()
