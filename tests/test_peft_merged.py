@@ -432,16 +432,61 @@ def test_the_head_of_bert(tmp_path: Folder) -> None:
 def test_square_weights_by_their_kin(tmp_path: Folder) -> None:
     """PEFT saves fan_in_fan_out of its last module; GPT-2's square c_proj has a wide namesake."""
     shapes = {"h.0.attn.c_proj.weight": (8, 8), "h.0.mlp.c_proj.weight": (16, 8)}
-    shapes |= {"h.0.mlp.c_proj.bias": (8,), "lm_head.weight": (8, 8)}
+    shapes |= {"h.0.attn.c_proj.bias": (8,), "h.0.mlp.c_proj.bias": (8,), "lm_head.weight": (8, 8)}
     weights = {name: 0 * ones(*shape) for name, shape in shapes.items()}
     a, b = low_rank((8, 8), 2)
     given = {"h.0.attn.c_proj": (a, b), "lm_head": (a, b)}
-    merged = merge(tmp_path, weights, given, lora_alpha=2, fan_in_fan_out=True)
-    np.testing.assert_allclose(merged["h.0.attn.c_proj.weight"], (b @ a).T, rtol=1e-5, atol=1e-6)
-    lone = {k: x for k, x in weights.items() if "mlp" not in k}
-    lone |= {"c_fc.weight": ones(8, 9), "c_fc.bias": ones(8)}
-    with pytest.raises(ValueError, match=r"c_proj.weight: is square, and may be stored"):
-        merge(tmp_path, lone, given, lora_alpha=2, fan_in_fan_out=True)
+    for flag in (True, False):
+        merged = merge(tmp_path, weights, given, lora_alpha=2, fan_in_fan_out=flag)
+        for name, delta in {"h.0.attn.c_proj": (b @ a).T, "lm_head": b @ a}.items():
+            np.testing.assert_allclose(merged[f"{name}.weight"], delta, rtol=1e-5, atol=1e-6)
+
+
+CONV1D = {"c_attn.weight": ones(8, 24), "c_attn.bias": ones(24)}
+LINEAR = {"c_fc.weight": ones(8, 9), "c_fc.bias": ones(8)}
+
+
+@pytest.mark.parametrize(
+    ("others", "flag", "transposed"),
+    [
+        ({}, True, False),  # as bitsandbytes' layers leave it in the file
+        ({}, False, False),
+        (LINEAR, True, False),
+        (CONV1D, True, True),
+        (CONV1D, False, None),
+        (CONV1D | LINEAR, True, None),
+    ],
+)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_square_weights_that_are_alone(
+    others: Tensors, flag: bool, transposed: bool | None, has_bias: bool, tmp_path: Folder
+) -> None:
+    """`fan_in_fan_out` counts where the checkpoint has a Conv1D, which always has a bias."""
+    weights = {"q.weight": 0 * ones(8, 8), **others} | ({"q.bias": ones(8)} if has_bias else {})
+    (a, b), fields = low_rank((8, 8), 2), {"lora_alpha": 2, "fan_in_fan_out": flag}
+    if has_bias and transposed is None:
+        with refused("q.weight: is square, and may be stored as (inputs, outputs) or"):
+            merge(tmp_path, weights, {"q": (a, b)}, **fields)
+        return
+    merged = merge(tmp_path, weights, {"q": (a, b)}, **fields)
+    expected = (b @ a).T if has_bias and transposed else b @ a
+    np.testing.assert_allclose(merged["q.weight"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [None, 4, 6])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_swapped_sides(bias: int | None, swapped: bool, tmp_path: Folder) -> None:
+    """A and B of the transpose fit a Conv1D only, whose bias has the length of the last axis."""
+    weights = {"q.weight": ones(4, 6)} | ({"q.bias": ones(bias)} if bias else {})
+    (a, b), is_conv1d = low_rank((6, 4) if swapped else (4, 6), 2), bias == 6
+    if swapped != is_conv1d:
+        with refused(f"q.weight: expected a linear weight of shape (4, 6), but A {a.shape} and B"):
+            merge(tmp_path, weights, {"q": (a, b)})
+        return
+    merged = merge(tmp_path, weights, {"q": (a, b)})
+    expected = 1 + 1.5 * (b @ a)
+    expected = expected.T if swapped else expected
+    np.testing.assert_allclose(merged["q.weight"], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("known", ["sibling", "nothing"])

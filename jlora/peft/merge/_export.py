@@ -97,8 +97,8 @@ def export_merged(
     problems = Problems(
         "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
     )
-    model, contents, is_transposed = match_to_checkpoint(checkpoint, adapter, names, problems)
-    edits = find_edits(model, contents, is_transposed, problems)
+    model, contents = match_to_checkpoint(checkpoint, adapter, names, problems)
+    edits = find_edits(model, contents, problems)
     problems.stop()
     edits = with_copies(checkpoint, edits, problems)
     check_frozen(checkpoint, model, contents, problems)

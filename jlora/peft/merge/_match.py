@@ -21,6 +21,7 @@ from ..adapter._tokens import list_misfits, list_unequal
 from ..adapter._tree import arrange
 from ..names._names import Name
 from ..names._weights import split_all
+from ._orientation import orient
 from ._renaming import Model, find_models
 from ._ties import list_absent, list_untied, list_untied_heads, separate_heads
 
@@ -32,11 +33,11 @@ def match_to_checkpoint(
     adapter: str | os.PathLike[str] | PyTree,
     names: Sequence[Name] | None,
     problems: Problems,
-) -> tuple[Model, Contents, bool]:
+) -> tuple[Model, Contents]:
     """Reads a PEFT folder, or a tree with `names`, and finds its parameters in the checkpoint.
 
     Returns:
-        The parameters of the model, the contents of the adapter, and `fan_in_fan_out`.
+        The parameters of the model, and the contents of the adapter.
 
     Raises:
         ValueError: if the adapter does not fit the checkpoint, with all problems.
@@ -48,16 +49,14 @@ def match_to_checkpoint(
             )
         files = open_files(Source(Path(adapter), "adapter"))
         model, found = _match_files(checkpoint, files, problems)
-        is_transposed = bool(files.fields.get("fan_in_fan_out"))
     elif names is None:
         raise ValueError(
             "`names` must be a name table for the adapter tree, such as jlora.peft.LLAMA; got None."
         )
     else:
         model, found = _match_tree(checkpoint, adapter, names, problems)
-        is_transposed = False
     problems.found += list_absent(checkpoint, model, found)
-    return model, found, is_transposed
+    return model, found
 
 
 def _match_tree(
@@ -72,6 +71,7 @@ def _match_tree(
     found = Contents(tree.parts, full, {}, tokens, {})
     wanted = [*(part.name for part in found.parts), *full, *tokens]
     model = find_models(wanted, checkpoint.shapes)[0]
+    found = found._replace(parts=orient(found.parts, model.shapes, False))
     _check(checkpoint, model, found, problems)
     problems.stop()
     return model, found
@@ -84,8 +84,10 @@ def _match_files(
     models = find_models(adapter.names, checkpoint.shapes)
     model = next((x for x in models if not list_missing(adapter, x.shapes)), models[0])
     found = assign_parameters(adapter, model.shapes, "the checkpoint", problems)
+    parts = orient(found.parts, model.shapes, bool(files.fields.get("fan_in_fan_out")))
     tokens, heads = separate_heads(checkpoint, model, found.tokens)
-    found = found._replace(tokens=tokens, full=_move_tied_biases(found.full, model))
+    full = _move_tied_biases(found.full, model)
+    found = found._replace(parts=parts, tokens=tokens, full=full)
     problems.found += list_untied_heads(checkpoint, adapter)
     _check(checkpoint, model, found, problems)
     strange = [part.name for part in found.parts if part.name not in model]
@@ -125,7 +127,9 @@ def _check(checkpoint: Checkpoint, model: Model, found: Contents, problems: Prob
     for part in found.parts:
         if (view := model.get(part.name)) and not list_orientations(part, view.shape):
             why = f"expected a {part.kind} weight of shape {view.shape}, but A {part.a.shape} and B"
-            problems.add(part.name, f"{why} {part.b.shape} make {part.matrix}")
+            is_swapped = sorted(view.shape) == sorted(part.matrix)
+            swapped = ": A has the outputs, and B the inputs" * is_swapped
+            problems.add(part.name, f"{why} {part.b.shape} make {part.matrix}{swapped}")
     whole, adapted = found.full | found.frozen, {part.key for part in found.parts}
     for name, x in whole.items():
         if (view := model.get(name)) is None:
