@@ -38,17 +38,20 @@ def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[s
     lone = {name: x for name, x in whole.items() if name not in model}
     kept = {identify(x) for name, x in whole.items() if name in model} if lone else set()
     lost += [name for name, x in lone.items() if identify(x) not in kept]
-    return [f"{show(name)}: not in the checkpoint{_reason(name, checkpoint)}" for name in lost]
+    return [f"{show(name)}: not in the checkpoint; {_advise(name, checkpoint)}" for name in lost]
 
 
-def _reason(name: str, checkpoint: Checkpoint) -> str:
-    if checkpoint.vocabulary and name.endswith((".weight", ".bias")):
+_UNTIE = "give untie=True (jlora merge --untie), which stores both, or save the base model untied"
+
+
+def _advise(name: str, checkpoint: Checkpoint) -> str:
+    if checkpoint.vocabulary and SHARED.search(name.rpartition(".")[0]):
         return (
-            "; if it shares the input embedding's weight, the adapter must change both equally, or "
-            "the checkpoint must be saved untied"
+            "if it shares the input embedding's weight, the adapter must change both equally: "
+            + _UNTIE
         )
     return (
-        "; save the base model as it was adapted, with its head, and in `transformers` 5 with "
+        "save the base model as it was adapted, with its head, and in `transformers` 5 with "
         "save_pretrained(..., save_original_format=False)"
     )
 
@@ -66,7 +69,7 @@ def list_untied(checkpoint: Checkpoint, model: Model, found: Contents) -> list[s
     return [
         f"{show(model.tensor(name))}: the input embedding and the output head share this "
         "weight (config.json: tie_word_embeddings), but the adapter does not change both equally; "
-        "save the base model untied first"
+        + _UNTIE
         for name in alone
     ]
 
