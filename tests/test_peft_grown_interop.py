@@ -226,7 +226,7 @@ def test_one_side_of_a_tied_weight(name: str, side: str, tmp_path: Folder) -> No
     with pytest.raises(ValueError, match="give untie=True"):
         peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours")
     if "without" in name and side in ("head", "head by DoRA"):
-        with pytest.raises(ValueError, match="untie: the name of the head is not known"):
+        with pytest.raises(ValueError, match="`untie`: the name of the head is not known"):
             peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours", untie=True)
         return  # nothing in the adapter tells the prefix
     # jlora computes norms in float64.
@@ -259,6 +259,6 @@ def test_what_is_not_untied(name: str, tmp_path: Folder) -> None:
     }[name]
     options = {"target_modules": ["shared", "word_embeddings"]}
     adapt(tmp_path, make(architecture, **TIED), architecture, options)
-    with pytest.raises(ValueError, match=f"untie: {why}"):
+    with pytest.raises(ValueError, match=f"`untie`: {why}"):
         peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours", untie=True)
     assert not (tmp_path / "ours").exists()

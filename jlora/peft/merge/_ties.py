@@ -41,7 +41,7 @@ def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[s
     return [f"{show(name)}: not in the checkpoint; {_advise(name, checkpoint)}" for name in lost]
 
 
-_UNTIE = "give untie=True (jlora merge --untie), which stores both, or save the base model untied"
+_UNTIE = "give untie=True, which stores both, or save the base model untied"
 
 
 def _advise(name: str, checkpoint: Checkpoint) -> str:
@@ -113,9 +113,9 @@ def with_copies(
             groups[tensor.dtype, tensor.shape][name in edits].append(name)
     found = dict(edits)
     for others, own in groups.values():
-        values = {_digest(checkpoint, name): name for name in own if others}
+        values = {digest(checkpoint, name): name for name in own if others}
         for other in others if own else ():
-            if (copied := values.get(_digest(checkpoint, other))) is not None:
+            if (copied := values.get(digest(checkpoint, other))) is not None:
                 found[other] = edits[copied]
             elif rows := [name for name in own if isinstance(edits[name], NewRows)]:
                 problems.stop(
@@ -126,7 +126,7 @@ def with_copies(
     return found
 
 
-def _digest(checkpoint: Checkpoint, name: str) -> bytes:
+def digest(checkpoint: Checkpoint, name: str) -> bytes:
     """Returns the hash of a tensor's bytes."""
     found = hashlib.sha256()
     for piece in checkpoint.pieces(name):

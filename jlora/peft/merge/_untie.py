@@ -10,9 +10,10 @@ from .._problems import Problems
 from .._vocabulary import walk_objects
 from ..adapter._contents import SHARED, Contents
 from ._target import Target
-from ._ties import is_shared
+from ._ties import digest, is_shared
 
 _DECODER = re.compile(r"CausalLM|LMHeadModel|ForConditionalGeneration")
+_REMEDY = "save the base untied in `transformers`"
 TIE = "tie_word_embeddings"
 
 
@@ -27,7 +28,7 @@ def untie(target: Target, found: Contents, problems: Problems) -> tuple[Target, 
         return target, found
     config = _untied(checkpoint.config)
     if why := _explain_tied(checkpoint, shared):
-        problems.add("untie", f"{why}; save the base untied in `transformers`")
+        problems.found.append(f"`untie`: {why}; {_REMEDY}")
         return target, found
     if len(shared) > 1:
         return target.resize({}, config), found
@@ -36,10 +37,8 @@ def untie(target: Target, found: Contents, problems: Problems) -> tuple[Target, 
     head = _find_head(checkpoint, [n for n in names if n not in model], table)
     # The model with the head has a prefix before the names of the others.
     is_bare = table.count(".") == 1 and not target.prefix
-    if head is None or target.prefix is None or is_bare:
-        problems.add(
-            "untie", "the name of the head is not known; save the base untied in `transformers`"
-        )
+    if head in (None, table) or target.prefix is None or is_bare:
+        problems.found.append(f"`untie`: the name of the head is not known; {_REMEDY}")
         return target, found
     info = checkpoint.entry(table)._replace(key=head)
     tokens = dict(found.tokens)
@@ -56,6 +55,8 @@ def _explain_tied(checkpoint: Checkpoint, shared: list[str]) -> str | None:
         return "an encoder-decoder model ties further embeddings, and may scale what it ties"
     if not shared:
         return "no weight has the name of an embedding or a head"
+    if len({digest(checkpoint, name) for name in shared}) > 1:
+        return "config.json ties weights whose values differ"
     return None
 
 
