@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import peft_models as models
 import pytest
-from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, measure, write
+from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, bounded, measure, write
 from safetensors.numpy import load_file, save_file
 from small import some
 
@@ -772,6 +772,11 @@ def test_a_head(has_prefix: bool, shards: int, tmp_path: Folder) -> None:
         ),
         ({"task_type": None}, {}, None),
         ({"task_type": None, "auto_mapping": {"base_model_class": "os; x"}}, {}, None),
+        (
+            {"task_type": None, "auto_mapping": {"base_model_class": "AForB" * 10**6 + "!"}},
+            {},
+            None,
+        ),
         ({}, {"architectures": None}, None),
     ],
 )
@@ -779,10 +784,18 @@ def test_the_class_of_a_head(fields: Any, config: Any, expected: Any, tmp_path: 
     """From the task or PEFT's mapping; nothing is added to a model of unknown class."""
     config = {"architectures": ["BertModel"]} | config
     if expected is None:
-        with refused("classifier.weight: not in the checkpoint; save the base model as it was"):
+        with bounded(), refused("classifier.weight: not in the checkpoint; save the base model"):
             grow(tmp_path, BODY, HEAD, config, **CLASSIFIES | fields)
         return
     assert grow(tmp_path, BODY, HEAD, config, **CLASSIFIES | fields)[1] == expected
+
+
+def test_what_is_missing_inside_of_a_model(tmp_path: Folder) -> None:
+    """It may have another name there, and is no head."""
+    config, norm = {"architectures": ["BertModel"]}, {"m.layer_norm.weight": ones(4)}
+    saved = ["classifier", "layer_norm"]
+    with refused("m.layer_norm.weight: not in the checkpoint; save the base model as it was"):
+        grow(tmp_path, BODY, HEAD | norm, config, **CLASSIFIES | {"modules_to_save": saved})
 
 
 def test_a_head_for_other_labels(tmp_path: Folder) -> None:
@@ -794,6 +807,13 @@ def test_a_head_for_other_labels(tmp_path: Folder) -> None:
     assert merged["classifier.weight"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(merged["classifier.weight"].astype(np.float32), 5 * ones(3, 4))
     assert config["id2label"] == LABELS["id2label"]
+
+
+def test_too_many_labels(tmp_path: Folder) -> None:
+    """Their names would take far more than the adapter's file."""
+    head = {"classifier.weight": np.ones((100_001, 1), np.float32)}
+    with refused("classifier.weight: not in the checkpoint"):
+        grow(tmp_path, BODY, head, {"architectures": ["BertModel"]}, **CLASSIFIES)
 
 
 def test_a_head_of_two_layers(tmp_path: Folder) -> None:
@@ -855,11 +875,13 @@ def test_untied_trees(tmp_path: Folder) -> None:
     np.testing.assert_allclose(merged["lm_head.weight"], expected, rtol=1e-5, atol=1e-6)
 
 
+UNKNOWN = "the name of the head is not known; save the base untied"
 NOT_UNTIED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "encoder-decoder": ({}, {"is_encoder_decoder": True}, "an encoder-decoder model ties further"),
     "other values": ({"lm_head.weight": TABLE + 1}, {}, "config.json ties weights whose values"),
-    "BERT": ({"cls.predictions.bias": ones(11)}, {}, "the name of the head is not known"),
-    "unknown": ({}, {"architectures": ["AForMaskedLM"]}, "the name of the head is not known"),
+    "BERT": ({"cls.predictions.bias": ones(11)}, {}, UNKNOWN),
+    "RoBERTa": ({"lm_head.bias": ones(11), "lm_head.dense.weight": ones(4, 4)}, {}, UNKNOWN),
+    "masked": ({}, {"architectures": ["AForMaskedLM"]}, UNKNOWN),
 }
 
 
@@ -870,6 +892,43 @@ def test_what_is_not_untied(case: str, tmp_path: Folder) -> None:
         grow(tmp_path, BODY | tied(False) | more, both(0), TIED | config, untie=True,
              target_modules=["q", "embed_tokens"])  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "head"),
+    [
+        ("model.embed_tokens", "lm_head"),
+        ("model.language_model.embed_tokens", "lm_head"),
+        ("language_model.model.embed_tokens", "language_model.lm_head"),
+        ("transformer.wte", "lm_head"),
+        ("gpt_neox.embed_in", "embed_out"),
+        ("bert.embeddings.word_embeddings", None),
+        ("model.embeddings.tok_embeddings", None),
+        ("biogpt.embed_tokens", None),
+        ("wte", None),
+    ],
+)
+def test_the_name_of_an_untied_head(table: str, head: str | None, tmp_path: Folder) -> None:
+    """That of most decoders, if the adapter has only the embedding."""
+    given = {f"{table}.{name.rpartition('.')[2]}": x for name, x in both(0).items()}
+    weights, fields = BODY | {f"{table}.weight": TABLE}, {"target_modules": ["q", table]}
+    if head is None:
+        with refused(f"`untie`: {UNKNOWN}"):
+            grow(tmp_path, weights, given, TIED, untie=True, **fields)
+        return
+    merged, _ = grow(tmp_path, weights, given, TIED, untie=True, **fields)
+    np.testing.assert_array_equal(merged[f"{head}.weight"], TABLE)
+
+
+def test_weights_that_differ_are_not_tied(tmp_path: Folder) -> None:
+    """Where no file says that they are, `untie` says that they are not."""
+    weights = BODY | tied(False) | {"lm_head.weight": TABLE + 1}
+    config = {"architectures": TIED["architectures"], "vocab_size": 11}
+    fields = {"target_modules": ["q", "embed_tokens"]}
+    merged, config = grow(tmp_path, weights, both(0), config, untie=True, **fields)
+    np.testing.assert_array_equal(merged["lm_head.weight"], TABLE + 1)
+    assert (merged["model.embed_tokens.weight"] != TABLE).any()
+    assert config["tie_word_embeddings"] is False
 
 
 def test_nothing_to_untie(tmp_path: Folder) -> None:

@@ -17,9 +17,9 @@ _TASKS = {
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
-_CLASS = re.compile(r"(?P<stem>[A-Z]\w*?)(?:For[A-Z]\w*|(?:With)?LMHeadModel|Model)")
+_CLASS = re.compile(r"(?P<stem>[A-Z]\w{0,99}?)(?:For[A-Z]\w{0,99}|(?:With)?LMHeadModel|Model)")
 _HAS_LABELS = re.compile(r"Classification|Segmentation")
-_LABELS = 2  # where a configuration does not say how many
+_LABELS, _MOST = 2, 100_000  # labels where a configuration does not say how many, and at most
 
 
 def add_head(target: Target, found: Contents, adapter: Adapter) -> Target:
@@ -29,14 +29,18 @@ def add_head(target: Target, found: Contents, adapter: Adapter) -> Target:
     if the adapter does not tell the class, or the checkpoint's names are not known.
     """
     checkpoint, model = target
+    # What is missing inside of the model may only have another name there.
+    inside = {name.partition(".")[0] for name in model}
     new, resized = dict[str, TensorInfo](), dict[str, tuple[int, ...]]()
     for name, x in found.full.items():
         module = name.rpartition(".")[0]
         if not adapter.selection.saves(module) or SHARED.search(module):
             continue
-        if name not in model:
+        if name not in model and name.partition(".")[0] not in inside:
             new[name] = x
-        elif model[name].shape != x.shape and model[name].shape[1:] == x.shape[1:]:
+        elif (
+            name in model and model[name].shape != x.shape and model[name].shape[1:] == x.shape[1:]
+        ):
             resized[name] = x.shape
     if not (new or resized) or target.prefix is None:
         return target
@@ -62,7 +66,7 @@ def _with_head(
     count = len(known) if isinstance(known, dict) else config.get("num_labels", _LABELS)
     if not _HAS_LABELS.search(name):
         return found
-    if labels is None:
+    if labels is None or labels > _MOST:
         return None
     if labels != count:
         found["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}

@@ -27,7 +27,13 @@ from ._orientation import orient
 from ._renaming import Model, find_models
 from ._rows import fit_vocabulary
 from ._target import Target
-from ._ties import list_absent, list_untied, list_untied_heads, separate_heads
+from ._ties import (
+    list_absent,
+    list_untied,
+    list_untied_heads,
+    may_be_shared,
+    separate_heads,
+)
 from ._untie import untie
 
 T = TypeVar("T")
@@ -108,7 +114,11 @@ def _match_files(
     tokens, heads = separate_heads(checkpoint, model, found.tokens)
     found = found._replace(parts=parts, tokens=tokens)
     _check(target, found, problems)
-    strange = [part.name for part in found.parts if part.name not in model]
+    strange = [
+        part.name
+        for part in found.parts
+        if part.name not in model and not may_be_shared(checkpoint, part.name)
+    ]
     if problems.found and strange:
         problems.found.insert(
             0,

@@ -25,6 +25,11 @@ def is_shared(checkpoint: Checkpoint, name: str) -> bool:
     return len(shape) == 2 and shape[0] in checkpoint.vocabulary
 
 
+def may_be_shared(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a parameter that the checkpoint lacks may be its embedding or head, by its name."""
+    return bool(checkpoint.vocabulary) and bool(SHARED.search(name.rpartition(".")[0]))
+
+
 def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[str]:
     """Lists the parameters of an adapter that the checkpoint does not have.
 
@@ -45,7 +50,7 @@ _UNTIE = "give untie=True, which stores both, or save the base model untied"
 
 
 def _advise(name: str, checkpoint: Checkpoint) -> str:
-    if checkpoint.vocabulary and SHARED.search(name.rpartition(".")[0]):
+    if may_be_shared(checkpoint, name):
         return (
             "if it shares the input embedding's weight, the adapter must change both equally: "
             + _UNTIE

@@ -13,6 +13,9 @@ from ._target import Target
 from ._ties import digest, is_shared
 
 _DECODER = re.compile(r"CausalLM|LMHeadModel|ForConditionalGeneration")
+# The backbones beside which the head is `lm_head`; `outer` is the model that has both, in a larger
+# one. Those of BERT and its kin have embeddings of several kinds, and other heads.
+_BACKBONE = re.compile(r"((?P<outer>.+\.)?model|transformer|gpt_neox)\.(?!(.+\.)?embeddings\.)")
 _REMEDY = "save the base untied in `transformers`"
 TIE = "tie_word_embeddings"
 
@@ -34,10 +37,9 @@ def untie(target: Target, found: Contents, problems: Problems) -> tuple[Target, 
         return target.resize({}, config), found
     [table] = shared
     names = [*(x.name for x in found.parts), *found.full, *found.tokens]
-    head = _find_head(checkpoint, [n for n in names if n not in model], table)
-    # The model with the head has a prefix before the names of the others.
-    is_bare = table.count(".") == 1 and not target.prefix
-    if head in (None, table) or target.prefix is None or is_bare:
+    prefix, lost = target.prefix, [n for n in names if n not in model]
+    head = None if prefix is None else _find_head(checkpoint, lost, table, prefix)
+    if head in (None, table):
         problems.found.append(f"`untie`: the name of the head is not known; {_REMEDY}")
         return target, found
     info = checkpoint.entry(table)._replace(key=head)
@@ -55,28 +57,40 @@ def _explain_tied(checkpoint: Checkpoint, shared: list[str]) -> str | None:
         return "an encoder-decoder model ties further embeddings, and may scale what it ties"
     if not shared:
         return "no weight has the name of an embedding or a head"
-    if len({digest(checkpoint, name) for name in shared}) > 1:
+    # Where no file says so, weights that differ are not tied.
+    is_said = any(part.get(TIE) is True for part in walk_objects(config))
+    if is_said and len({digest(checkpoint, name) for name in shared}) > 1:
         return "config.json ties weights whose values differ"
     return None
 
 
-def _find_head(checkpoint: Checkpoint, lost: Iterable[str], table: str) -> str | None:
-    """Finds the name of the head's weight: the adapter's, or that of most decoders."""
-    own = {n for n in lost if n.endswith(".weight") and SHARED.search(n.removesuffix(".weight"))}
-    if own:
-        return own.pop() if len(own) == 1 else None
-    biases = [n for n, x in checkpoint.shapes.items() if x == checkpoint.entry(table).shape[:1]]
-    modules = [n.removesuffix(".bias") for n in biases if n.endswith(".bias")]
-    if modules:  # those of XLNet and BERT have other names, or more layers
-        return (
-            f"{modules[0]}.weight" if [*map(bool, map(SHARED.search, modules))] == [True] else None
-        )
-    names = checkpoint.config.get("architectures")
-    if not (isinstance(names, list) and names and _DECODER.search(str(names[0]))):
-        return None
+def _find_head(checkpoint: Checkpoint, lost: Iterable[str], table: str, prefix: str) -> str | None:
+    """Finds the name of the head's weight; None if nothing tells it.
+
+    It is the one in the adapter, beside a stored bias, or that of most decoders.
+    """
+    shapes, names = checkpoint.shapes, checkpoint.config.get("architectures")
+    modules = {n.removesuffix(".weight") for n in lost if n.endswith(".weight")}
+    modules = set(filter(SHARED.search, modules)) or {
+        n.removesuffix(".bias")
+        for n, shape in shapes.items()
+        if n.endswith(".bias") and shape == shapes[table][:1]
+    }
+    [module, *others] = modules or {_guess_head(prefix + table)}
+    others += [n for n in shapes if n.startswith(f"{module}.") and n != f"{module}.bias"]
+    is_decoder = isinstance(names, list) and names and _DECODER.search(str(names[0]))
+    # A head is beside a backbone, which has a name.
+    is_beside = (prefix + table).count(".") > 1
+    is_plain = is_decoder and is_beside and SHARED.search(module) and not others
+    return f"{module}.weight" if is_plain else None
+
+
+def _guess_head(table: str) -> str:
+    """Guesses the head of a model from its table of embeddings; empty if it may have any name."""
+    if (found := _BACKBONE.match(table)) is None:
+        return ""
     last = "embed_out" if table.endswith(".embed_in.weight") else "lm_head"
-    outer = "language_model." * table.startswith("language_model.model.")
-    return f"{outer}{last}.weight"
+    return (found["outer"] or "") + last
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
