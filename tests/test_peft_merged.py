@@ -773,7 +773,7 @@ def test_a_head(has_prefix: bool, shards: int, tmp_path: Folder) -> None:
         ({"task_type": None}, {}, None),
         ({"task_type": None, "auto_mapping": {"base_model_class": "os; x"}}, {}, None),
         (
-            {"task_type": None, "auto_mapping": {"base_model_class": "AForB" * 10**6 + "!"}},
+            {"task_type": None, "auto_mapping": {"base_model_class": "AForB" * 10**5 + "!"}},
             {},
             None,
         ),

@@ -1,7 +1,6 @@
 """A Hugging Face checkpoint: the file of each tensor, and the other files."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from ._file import (
     shorten,
     show,
 )
-from ._vocabulary import find_vocabulary, walk_objects
+from ._vocabulary import copy_config, find_vocabulary, walk_objects
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -99,7 +98,7 @@ class Checkpoint(NamedTuple):
     @property
     def config_of_floats(self) -> dict[str, Any]:
         """A copy of the configuration without `quantization_config`."""
-        config = json.loads(json.dumps(self.config))
+        config = copy_config(self.config)
         for part in walk_objects(config):
             part.pop(QUANTIZATION, None)
         return config

@@ -1,13 +1,13 @@
 """Adds the head of an adapter to a base that has none, or one for other labels."""
 
 import collections
-import copy
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from .._checkpoint import Checkpoint
 from .._file import DTYPES, TensorInfo
+from .._vocabulary import copy_config
 from ..adapter._contents import SHARED, Adapter, Contents
 from ._target import Target
 
@@ -61,7 +61,7 @@ def _with_head(
     """Returns the configuration of the model with the head; None if its class is not known."""
     if (name := _find_class(config, fields)) is None or not config:
         return None
-    found = copy.deepcopy(dict(config)) | {"architectures": [name]}
+    found = copy_config(config) | {"architectures": [name]}
     known = config.get("id2label")
     count = len(known) if isinstance(known, dict) else config.get("num_labels", _LABELS)
     if not _HAS_LABELS.search(name):

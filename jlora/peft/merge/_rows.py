@@ -1,11 +1,10 @@
 """Gives the tables of a checkpoint the rows of an adapter whose vocabulary was resized."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 from .._problems import Problems
-from .._vocabulary import walk_objects
+from .._vocabulary import copy_config, walk_objects
 from ..adapter._contents import SHARED, Contents, explain_resized
 from ._target import Target
 
@@ -46,7 +45,7 @@ def fit_vocabulary(target: Target, found: Contents, problems: Problems) -> Targe
 
 def _resize(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
     """Sets the size of the vocabulary in a configuration, if there is one."""
-    found = copy.deepcopy(dict(config))
+    found = copy_config(config)
     parts = [part for part in walk_objects(found) if part.get("vocab_size") == old]
     # A size that is the default of a class may be left out.
     texts = [x for part in walk_objects(found) if isinstance(x := part.get("text_config"), dict)]

@@ -1,13 +1,12 @@
 """Gives the output head of a tied checkpoint a weight of its own."""
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .._checkpoint import Checkpoint
 from .._problems import Problems
-from .._vocabulary import walk_objects
+from .._vocabulary import copy_config, walk_objects
 from ..adapter._contents import SHARED, Contents
 from ._target import Target
 from ._ties import digest, is_shared
@@ -95,7 +94,7 @@ def _guess_head(table: str) -> str:
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
     """Says in a configuration, and in those of its submodels, that the head is not tied."""
-    found = copy.deepcopy(dict(config))
+    found = copy_config(config)
     for part in walk_objects(found):
         if part is found or TIE in part or part is found.get("text_config"):
             part[TIE] = False
