@@ -4,8 +4,10 @@ New tokens, a head on a base without it, and one side of a tied weight: tensors 
 configuration as `transformers` reads it.
 """
 
+import copy
 import json
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +16,7 @@ torch = pytest.importorskip("torch")
 hf_peft = pytest.importorskip("peft")
 
 import transformers  # noqa: E402
-from peft_families import HEADS, SIZES, TIED  # noqa: E402
+from peft_families import FAMILIES, HEADS, SIZES, TIED  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from jlora import peft  # noqa: E402
@@ -24,7 +26,15 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 Folder = pathlib.Path
 OFTEN = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}  # that differ
+OUTER = re.compile(r"^language_model\.(?=lm_head)")  # before a head, in older checkpoints
 ATTENTION = {"target_modules": r".*\.(q_proj|query|q_lin|q|c_attn|query_key_value)$"}
+
+
+def without_often(config: Any) -> Any:
+    """A configuration, with those in it, but for the fields `OFTEN`."""
+    if not isinstance(config, dict):
+        return config
+    return {key: without_often(x) for key, x in config.items() if key not in OFTEN}
 
 
 class Run(NamedTuple):
@@ -41,7 +51,8 @@ class Run(NamedTuple):
         peft.export_merged(self.folder / "base", self.folder / "a", self.folder / "ours", **options)
         self.merged.save_pretrained(self.folder / "theirs")
         base, ours, theirs = (
-            load_file(self.folder / x / "model.safetensors") for x in ("base", "ours", "theirs")
+            {OUTER.sub("", name): value for name, value in load_file(file).items()}
+            for file in (self.folder / x / "model.safetensors" for x in ("base", "ours", "theirs"))
         )
         told = lambda names: [n for n in names if not n.startswith(without or "-")]  # noqa: E731
         for name in told(theirs):
@@ -51,9 +62,7 @@ class Run(NamedTuple):
         assert ours.keys() - told(theirs) <= {prefix + n for prefix in prefixes for n in base}
         read = transformers.AutoConfig.from_pretrained
         one, other = (read(self.folder / name).to_dict() for name in ("ours", "theirs"))
-        assert {k: one[k] for k in one.keys() - OFTEN} == {
-            k: other[k] for k in other.keys() - OFTEN
-        }
+        assert without_often(one) == without_often(other)
         cls, expected = type(self.merged), self.merged.state_dict()
         loaded, info = cls.from_pretrained(self.folder / "ours", output_loading_info=True)
         assert not told(info["missing_keys"]) and not info["mismatched_keys"]
@@ -93,7 +102,8 @@ def make(architecture: str, **config: Any) -> Any:
     """A tiny random model."""
     torch.manual_seed(0)
     cls = getattr(transformers, architecture)
-    return cls(cls.config_class(**SIZES | config)).eval()
+    sizes = {} if "text_config" in config else SIZES
+    return cls(cls.config_class(**copy.deepcopy(sizes | config))).eval()
 
 
 # ----------------------------------------------------------------------------------- heads
@@ -201,12 +211,17 @@ TIED_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2 without prefix": ("GPT2Model", "GPT2LMHeadModel", {"architectures": ["GPT2LMHeadModel"]}),
     "bloom": ("BloomForCausalLM", "BloomForCausalLM", {}),
 }
+TIED_MODELS |= {
+    family: (cls := FAMILIES[family][0], cls, FAMILIES[family][1])
+    for family in ("llava-tied", "gemma3-vl")
+}
 
 
 def untied(run: Run) -> Any:
     """PEFT's merged model of the adapter on an untied base, as PEFT advises."""
     model = type(run.merged).from_pretrained(run.folder / "base")
-    model.config.tie_word_embeddings = False
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     head.weight = torch.nn.Parameter(table.weight.detach().clone())
     return hf_peft.PeftModel.from_pretrained(model, run.folder / "a").merge_and_unload()

@@ -42,7 +42,7 @@ def add_head(target: Target, found: Contents, adapter: Adapter) -> Target:
             name in model and model[name].shape != x.shape and model[name].shape[1:] == x.shape[1:]
         ):
             resized[name] = x.shape
-    if not (new or resized) or target.prefix is None:
+    if not (new or resized) or model.prefix is None:
         return target
     labels = _count_labels({n: found.full[n].shape for n in (*new, *resized)})
     if (config := _with_head(checkpoint.config, adapter.fields, labels)) is None:

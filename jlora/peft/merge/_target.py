@@ -15,27 +15,15 @@ class Target(NamedTuple):
     checkpoint: Checkpoint
     model: Model
 
-    @property
-    def prefix(self) -> str | None:
-        """The first components that the adapter's names have before the checkpoint's.
-
-        None if it is not the same for all names.
-        """
-        pairs = [(name, view.pieces[0].tensor) for name, view in self.model.items()]
-        lost = {name.removesuffix(x) for name, x in pairs if name.endswith("." + x)}
-        longer = any(x.endswith("." + name) for name, x in pairs)
-        if not lost:
-            return None if longer else ""
-        is_mixed = longer or len(lost) > 1 or any(name == x for name, x in pairs)
-        return None if is_mixed else lost.pop()
-
     def resize(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> "Target":
         """Gives parameters of one tensor each other shapes, and the checkpoint a configuration."""
         resized = {self.model.tensor(name): shape for name, shape in shapes.items()}
         views = {name: self.model[name]._replace(shape=shape) for name, shape in shapes.items()}
         checkpoint = change(self.checkpoint, config, resized=resized)
         checkpoint.origins |= dict.fromkeys(resized)
-        return Target(checkpoint, Model(self.model | views))
+        model = Model(self.model | views)
+        model.prefix = self.model.prefix
+        return Target(checkpoint, model)
 
     def add(
         self,
@@ -48,11 +36,11 @@ class Target(NamedTuple):
         If the checkpoint's names lack the prefix of the adapter's, they get it: `transformers`
         does not read a head beside names without it.
         """
-        prefix = self.prefix or ""
-        added = {name: (info, origin) for name, info in tensors.items()}
+        prefix = self.model.prefix or ""
+        added = {info.key: (info, origin) for info in tensors.values()}
         checkpoint = change(self.checkpoint, config, prefix=prefix, added=added)
         views = {name: _rename(view, prefix) for name, view in self.model.items()}
-        views |= {name: View(info.shape, (Piece(name),)) for name, info in tensors.items()}
+        views |= {name: View(info.shape, (Piece(info.key),)) for name, info in tensors.items()}
         return Target(checkpoint, Model(views))
 
 

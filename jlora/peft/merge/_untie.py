@@ -36,17 +36,17 @@ def untie(target: Target, found: Contents, problems: Problems) -> tuple[Target, 
         return target.resize({}, config), found
     [table] = shared
     names = [*(x.name for x in found.parts), *found.full, *found.tokens]
-    prefix, lost = target.prefix, [n for n in names if n not in model]
-    head = None if prefix is None else _find_head(checkpoint, lost, table, prefix)
-    if head in (None, table):
+    head = _find_head(target, [n for n in names if n not in model], table)
+    if head is None:
         problems.found.append(f"`untie`: the name of the head is not known; {_REMEDY}")
         return target, found
-    info = checkpoint.entry(table)._replace(key=head)
+    name, tensor = head
     tokens = dict(found.tokens)
-    for name, x in found.tokens.items():
-        if name in model and model.tensor(name) == table:
-            tokens.setdefault(head, x._replace(module=head.removesuffix(".weight")))
-    return target.add({head: info}, config, table), found._replace(tokens=tokens)
+    for other, x in found.tokens.items():
+        if other in model and model.tensor(other) == table:
+            tokens.setdefault(name, x._replace(module=name.removesuffix(".weight")))
+    new = {name: checkpoint.entry(table)._replace(key=tensor)}
+    return target.add(new, config, table), found._replace(tokens=tokens)
 
 
 def _explain_tied(checkpoint: Checkpoint, shared: list[str]) -> str | None:
@@ -63,33 +63,32 @@ def _explain_tied(checkpoint: Checkpoint, shared: list[str]) -> str | None:
     return None
 
 
-def _find_head(checkpoint: Checkpoint, lost: Iterable[str], table: str, prefix: str) -> str | None:
-    """Finds the name of the head's weight; None if nothing tells it.
+def _find_head(target: Target, lost: Iterable[str], table: str) -> tuple[str, str] | None:
+    """Finds the name of the head's weight in the adapter, and in the checkpoint.
 
-    It is the one in the adapter, beside a stored bias, or that of most decoders.
+    It is the one in the adapter, beside a stored bias, or that of most decoders. None if nothing
+    tells it.
     """
+    checkpoint, prefix = target.checkpoint, target.model.prefix
     shapes, names = checkpoint.shapes, checkpoint.config.get("architectures")
+    if prefix is None or not (isinstance(names, list) and names):
+        return None
+    backbone = _BACKBONE.match(prefix + table)
+    outer = (backbone["outer"] or "") if backbone else ""
     modules = {n.removesuffix(".weight") for n in lost if n.endswith(".weight")}
     modules = set(filter(SHARED.search, modules)) or {
-        n.removesuffix(".bias")
+        n.removesuffix(".bias").removeprefix(outer)
         for n, shape in shapes.items()
         if n.endswith(".bias") and shape == shapes[table][:1]
     }
-    [module, *others] = modules or {_guess_head(prefix + table)}
-    others += [n for n in shapes if n.startswith(f"{module}.") and n != f"{module}.bias"]
-    is_decoder = isinstance(names, list) and names and _DECODER.search(str(names[0]))
-    # A head is beside a backbone, which has a name.
-    is_beside = (prefix + table).count(".") > 1
-    is_plain = is_decoder and is_beside and SHARED.search(module) and not others
-    return f"{module}.weight" if is_plain else None
-
-
-def _guess_head(table: str) -> str:
-    """Guesses the head of a model from its table of embeddings; empty if it may have any name."""
-    if (found := _BACKBONE.match(table)) is None:
-        return ""
     last = "embed_out" if table.endswith(".embed_in.weight") else "lm_head"
-    return (found["outer"] or "") + last
+    [module, *others] = modules or {last if backbone else ""}
+    home = module if module.startswith(outer) else outer + module
+    others += [n for n in shapes if n.startswith(f"{home}.") and n != f"{home}.bias"]
+    # A head is beside a backbone, which has a name.
+    is_beside = (prefix + table).count(".") > 1 and home + ".weight" != table
+    is_plain = _DECODER.search(str(names[0])) and is_beside and SHARED.search(module)
+    return (f"{module}.weight", f"{home}.weight") if is_plain and not others else None
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
