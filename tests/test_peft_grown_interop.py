@@ -127,6 +127,10 @@ HEADED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], tuple[str, ...
     "gpt2 without prefix": ("GPT2Model", "GPT2ForSequenceClassification", {}, {}, ()),
     "t5": ("T5ForConditionalGeneration", "T5ForSequenceClassification", {}, {}, ()),
     "bart": ("BartForConditionalGeneration", "BartForSequenceClassification", {}, {}, ()),
+    "images and text": (
+        "Gemma3ForConditionalGeneration", "Gemma3ForSequenceClassification",
+        FAMILIES["gemma3-vl"][1], {}, ()
+    ),
     "vit": ("ViTModel", "ViTForImageClassification", {}, {"num_labels": 7}, ()),
     "other labels": (
         "ViTForImageClassification", "ViTForImageClassification", {}, {"num_labels": 9}, ()
