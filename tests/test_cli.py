@@ -28,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import peft_models as models
 import pytest
+import test_peft_merged
 from click.shell_completion import ShellComplete
 from flax import nnx
 from peft_files import Files, assert_equal, mutate
@@ -579,6 +580,20 @@ def test_merge_into_hugging_face(kind: str, name: str, tmp_path: Folder, orbax: 
     assert text.endswith(f" merged, as huggingface; not copied: {FILES[0]}, pytorch_model.bin\n")
 
 
+def test_merge_of_one_side_of_a_tied_weight(tmp_path: Folder) -> None:
+    """The refusal names the option that merges it."""
+    checkpoint_of, tied = test_peft_merged.checkpoint, test_peft_merged.tied(False)
+    checkpoint_of(tmp_path / "base", tied, **test_peft_merged.TIED)
+    given = test_peft_merged.both(0)
+    test_peft_merged.adapter(tmp_path / "a", given, target_modules=["embed_tokens"])
+    where = tmp_path / "base", tmp_path / "a", tmp_path / "m"
+    assert "does not change both equally; give --untie, which stores both" in fails("merge", *where)
+    run("merge", *where, "--untie")
+    found = models.read(tmp_path / "m" / "model.safetensors")
+    assert found.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
 # --------------------------------------------------------------------------------------- errors
 
 
@@ -682,6 +697,7 @@ ERRORS = {
     "merge model p x": "^jlora: ADAPTER .*p cannot be merged into the checkpoint of BASE .*model; "
     "nothing was written. ",
     "merge linked p x": "^jlora: BASE: .* is a link out of .*, or --follow-links.$",
+    "merge base p x --untie": "^jlora: --untie is for a Hugging Face checkpoint; .*base is orbax.",
     "merge folders p x": "^jlora: BASE: .*folders has more than 32 nested folders",
     "merge bits3 p x": "^jlora: BASE .*bits3: `bits` of the quantization: expected 4 or 8, got 3.$",
     "merge base deep x --names llama": "^jlora: ADAPTER .*deep: adapter_config.json is nested",

@@ -535,6 +535,14 @@ SHARED = ("decoder.embed_tokens", "encoder.embed_tokens", "lm_head", "shared")
 ROWS = {f"{module}.trainable_tokens_delta": TABLE[:2] for module in SHARED}
 ENCODER = "encoder.embed_tokens.trainable_tokens_delta"
 RESIZED = {"embed_tokens.weight": TABLE, "lm_head.weight": 2 * TABLE, "lm_head.bias": TABLE[:, 0]}
+# With `modules_to_save` beside it, PEFT stores each table three times.
+COPIES = {
+    key.replace(".", f".{copied}."): x + (copied == "original_module")
+    for key, x in RESIZED.items()
+    for copied in ("modules_to_save", "original_module")
+}
+OF_TABLES = {"modules_to_save": ["embed_tokens", "lm_head"]}
+SMALL = UNTIED | {"embed": {"embedding": normal(4, 9, 4)}}
 # The base, what is stored but for A and B of q, the fields, and the weights, or what is said.
 BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
     "a resized vocabulary": (UNTIED, RESIZED, {}, RESIZED),
@@ -544,12 +552,19 @@ BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
         {},
         {"embed_tokens.weight": TABLE},
     ),
+    "one that is saved": (UNTIED, RESIZED | COPIES, OF_TABLES, RESIZED),
+    "copies alone": (
+        UNTIED,
+        COPIES,
+        OF_TABLES,
+        "embed_tokens.original_module.weight: unexpected; .*model.embed_tokens.weight is not there",
+    ),
     "one of another size": (
-        UNTIED | {"embed": {"embedding": jnp.ones((9, 4))}},
-        RESIZED,
+        SMALL | {"lm_head": {"kernel": normal(5, 4, 9), "bias": normal(6, 9)}},
+        RESIZED | {"lm_head.bias": TABLE[:10, 0]},
         {},
-        r"embed_tokens.weight: has 11 rows in the adapter, .* but 9 in the base; call "
-        r"resize_token_embeddings\(11\)",
+        r"embed_tokens.weight: has 11 rows in the adapter, .* but 9 in the base; merge it with "
+        r"jlora.peft.export_merged, which adds rows, or call resize_token_embeddings\(11\)",
     ),
     "a frozen head": (
         UNTIED,

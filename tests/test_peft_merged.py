@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import peft_models as models
 import pytest
-from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, measure, write
+from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, bounded, measure, write
 from safetensors.numpy import load_file, save_file
 from small import some
 
@@ -478,16 +478,61 @@ def test_the_head_of_bert(tmp_path: Folder) -> None:
 def test_square_weights_by_their_kin(tmp_path: Folder) -> None:
     """PEFT saves fan_in_fan_out of its last module; GPT-2's square c_proj has a wide namesake."""
     shapes = {"h.0.attn.c_proj.weight": (8, 8), "h.0.mlp.c_proj.weight": (16, 8)}
-    shapes |= {"h.0.mlp.c_proj.bias": (8,), "lm_head.weight": (8, 8)}
+    shapes |= {"h.0.attn.c_proj.bias": (8,), "h.0.mlp.c_proj.bias": (8,), "lm_head.weight": (8, 8)}
     weights = {name: 0 * ones(*shape) for name, shape in shapes.items()}
     a, b = low_rank((8, 8), 2)
     given = {"h.0.attn.c_proj": (a, b), "lm_head": (a, b)}
-    merged = merge(tmp_path, weights, given, lora_alpha=2, fan_in_fan_out=True)
-    np.testing.assert_allclose(merged["h.0.attn.c_proj.weight"], (b @ a).T, rtol=1e-5, atol=1e-6)
-    lone = {k: x for k, x in weights.items() if "mlp" not in k}
-    lone |= {"c_fc.weight": ones(8, 9), "c_fc.bias": ones(8)}
-    with pytest.raises(ValueError, match=r"c_proj.weight: is square, and may be stored"):
-        merge(tmp_path, lone, given, lora_alpha=2, fan_in_fan_out=True)
+    for flag in (True, False):
+        merged = merge(tmp_path, weights, given, lora_alpha=2, fan_in_fan_out=flag)
+        for name, delta in {"h.0.attn.c_proj": (b @ a).T, "lm_head": b @ a}.items():
+            np.testing.assert_allclose(merged[f"{name}.weight"], delta, rtol=1e-5, atol=1e-6)
+
+
+CONV1D = {"c_attn.weight": ones(8, 24), "c_attn.bias": ones(24)}
+LINEAR = {"c_fc.weight": ones(8, 9), "c_fc.bias": ones(8)}
+
+
+@pytest.mark.parametrize(
+    ("others", "flag", "transposed"),
+    [
+        ({}, True, False),  # as bitsandbytes' layers leave it in the file
+        ({}, False, False),
+        (LINEAR, True, False),
+        (CONV1D, True, True),
+        (CONV1D, False, None),
+        (CONV1D | LINEAR, True, None),
+    ],
+)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_square_weights_that_are_alone(
+    others: Tensors, flag: bool, transposed: bool | None, has_bias: bool, tmp_path: Folder
+) -> None:
+    """`fan_in_fan_out` counts where the checkpoint has a Conv1D, which always has a bias."""
+    weights = {"q.weight": 0 * ones(8, 8), **others} | ({"q.bias": ones(8)} if has_bias else {})
+    (a, b), fields = low_rank((8, 8), 2), {"lora_alpha": 2, "fan_in_fan_out": flag}
+    if has_bias and transposed is None:
+        with refused("q.weight: is square, and may be stored as (inputs, outputs) or"):
+            merge(tmp_path, weights, {"q": (a, b)}, **fields)
+        return
+    merged = merge(tmp_path, weights, {"q": (a, b)}, **fields)
+    expected = (b @ a).T if has_bias and transposed else b @ a
+    np.testing.assert_allclose(merged["q.weight"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [None, 4, 6])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_swapped_sides(bias: int | None, swapped: bool, tmp_path: Folder) -> None:
+    """A and B of the transpose fit a Conv1D only, whose bias has the length of the last axis."""
+    weights = {"q.weight": ones(4, 6)} | ({"q.bias": ones(bias)} if bias else {})
+    (a, b), is_conv1d = low_rank((6, 4) if swapped else (4, 6), 2), bias == 6
+    if swapped != is_conv1d:
+        with refused(f"q.weight: expected a linear weight of shape (4, 6), but A {a.shape} and B"):
+            merge(tmp_path, weights, {"q": (a, b)})
+        return
+    merged = merge(tmp_path, weights, {"q": (a, b)})
+    expected = 1 + 1.5 * (b @ a)
+    expected = expected.T if swapped else expected
+    np.testing.assert_allclose(merged["q.weight"], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("known", ["sibling", "nothing"])
@@ -603,6 +648,340 @@ def test_a_shared_weight_in_full(tmp_path: Folder) -> None:
         full(given | {"lm_head.weight": new + 1}, modules_to_save=saved)
     with refused("does not change both equally"):
         full(given, modules_to_save=["embed_tokens"])
+
+
+# ----------------------------------------------------------------------- what the base lacks
+
+
+def grow(
+    folder: Folder,
+    weights: Tensors,
+    given: Mapping[str, Any],
+    config: Mapping[str, Any],
+    shards: int = 1,
+    untie: bool = False,
+    **fields: Any,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors and the configuration of a merged checkpoint that may be larger than its base.
+
+    Every tensor is where its index says.
+    """
+    base = checkpoint(folder / "base", weights, shards, **config)
+    source = adapter(folder / "a", {"m.q": low_rank((4, 6), 2), **given}, **fields)
+    peft.export_merged(base, source, folder / "out", untie=untie)
+    if shards > 1:
+        index = json.loads((folder / "out" / INDEX).read_text())
+        where = {
+            name: file.name
+            for file in (folder / "out").glob("*.safetensors")
+            for name in load_file(file)
+        }
+        assert index["weight_map"] == where
+        sizes = (x.nbytes for x in read(folder / "out").values())
+        assert index["metadata"]["total_size"] == sum(sizes)
+    return read(folder / "out"), json.loads((folder / "out" / "config.json").read_text())
+
+
+NEW = np.random.default_rng(6).standard_normal((13, 4), np.float32)
+BODY = {"m.q.weight": ones(4, 6), "m.norm.weight": ones(4)}
+UNTIED: dict[str, Any] = TIED | {"tie_word_embeddings": False}
+TABLES = {"m.embed_tokens.weight": TABLE, "lm_head.weight": 2 * TABLE, "lm_head.bias": ones(11)}
+GROWN = {"m.embed_tokens.weight": NEW, "lm_head.weight": 3 * NEW, "lm_head.bias": ones(13)}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("has_copies", [True, False])
+def test_new_tokens(has_copies: bool, shards: int, tmp_path: Folder) -> None:
+    """Embedding and head get the rows of the adapter; the configuration counts them."""
+    given = dict(GROWN)
+    for key, x in GROWN.items() if has_copies else ():
+        module, _, parameter = key.rpartition(".")
+        given |= {f"{module}.{copy}.{parameter}": x + 1 for copy in ("original_module",)}
+        given[f"{module}.modules_to_save.{parameter}"] = x
+    fields = {"modules_to_save": ["embed_tokens", "lm_head"] if has_copies else None}
+    merged, config = grow(tmp_path, BODY | TABLES, given, UNTIED, shards, **fields)
+    assert merged.keys() == (BODY | TABLES).keys()
+    for name, x in GROWN.items():
+        np.testing.assert_array_equal(merged[name], x)
+    np.testing.assert_array_equal(merged["m.norm.weight"], 1)
+    assert (merged["m.q.weight"] != 1).any()
+    assert config == UNTIED | {"vocab_size": 13}
+
+
+SIZE_OF: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"text_config": {"vocab_size": 11}}, {"text_config": {"vocab_size": 13}}),
+    ({"text_config": {}}, {"text_config": {"vocab_size": 13}}),  # the class has a default
+    ({}, {"vocab_size": 13}),
+    ({"vocab_size": 11, "a": {"vocab_size": 7}}, {"vocab_size": 13, "a": {"vocab_size": 7}}),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), SIZE_OF)
+def test_where_the_size_of_a_vocabulary_is(before: Any, after: Any, tmp_path: Folder) -> None:
+    rest = {"architectures": ["A"], "tie_word_embeddings": False}
+    assert grow(tmp_path, BODY | TABLES, GROWN, rest | before)[1] == rest | after
+
+
+def test_new_tokens_of_quantized_weights(tmp_path: Folder) -> None:
+    """The checkpoint is dequantized, and then grows."""
+    codes = {"m.q.weight": np.full((4, 6), 127, np.int8), "m.q.SCB": ones(4)}
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes"}, "dtype": "float32"}
+    merged, config = grow(tmp_path, BODY | TABLES | codes, GROWN, UNTIED | quantized, shards=2)
+    a, b = low_rank((4, 6), 2)
+    np.testing.assert_allclose(merged["m.q.weight"], 1 + 1.5 * b @ a, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(merged["lm_head.weight"], 3 * NEW)
+    assert config == UNTIED | {"vocab_size": 13, "dtype": "float32"}
+
+
+def test_new_tokens_beside_a_and_b(tmp_path: Folder) -> None:
+    """PEFT stores the resized embedding, which A and B are added to."""
+    a, b = low_rank((4, 13), 2)
+    given: dict[str, Any] = {"m.embed_tokens.lora_embedding_A": a}
+    given |= {"m.embed_tokens.lora_embedding_B": b, "m.embed_tokens.base_layer.weight": NEW}
+    weights = BODY | {"m.embed_tokens.weight": TABLE}
+    config = {"architectures": ["LlamaModel"], "vocab_size": 11}
+    fields = {"target_modules": ["q", "embed_tokens"]}
+    merged, config = grow(tmp_path, weights, given, config, **fields)
+    expected = NEW + 1.5 * (b @ a).T
+    np.testing.assert_allclose(merged["m.embed_tokens.weight"], expected, rtol=1e-5, atol=1e-6)
+    assert config["vocab_size"] == 13
+
+
+@pytest.mark.parametrize("lost", ["lm_head.weight", "lm_head.bias", "m.embed_tokens.weight"])
+def test_new_tokens_of_one_table(lost: str, tmp_path: Folder) -> None:
+    """An embedding and a head of different sizes are no model."""
+    given = {name: x for name, x in GROWN.items() if name != lost}
+    with refused(f"{lost}: is for 11 tokens, and the adapter, whose vocabulary was resized to 13"):
+        grow(tmp_path, BODY | TABLES, given, UNTIED)
+    assert not (tmp_path / "out").exists()
+
+
+def test_new_tokens_and_a_buffer_of_them(tmp_path: Folder) -> None:
+    """BART's bias of the logits, which PEFT does not store."""
+    weights = BODY | TABLES | {"final_logits_bias": ones(1, 11)}
+    with refused("final_logits_bias: is for 11 tokens, and the adapter"):
+        grow(tmp_path, weights, GROWN, UNTIED)
+
+
+HEAD = {"classifier.weight": 5 * ones(3, 4), "classifier.bias": ones(3)}
+LABELS = {
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2},
+}
+CLASSIFIES = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+MAPPED = {"base_model_class": "BertForTokenClassification", "parent_library": "transformers"}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("has_prefix", [True, False])
+def test_a_head(has_prefix: bool, shards: int, tmp_path: Folder) -> None:
+    """It is added, and names without the prefix of a model with a head get it."""
+    body = BODY if has_prefix else {name.removeprefix("m."): x for name, x in BODY.items()}
+    body |= {"cls.bias": ones(7)} if has_prefix else {"pooler.bias": ones(7)}
+    before = {"architectures": ["BertForMaskedLM" if has_prefix else "BertModel"], "a": 1}
+    merged, config = grow(tmp_path, body, HEAD, before, shards, **CLASSIFIES)
+    prefix = "" if has_prefix else "m."
+    assert merged.keys() == {prefix + name for name in body} | HEAD.keys()
+    for name, x in HEAD.items():
+        np.testing.assert_array_equal(merged[name], x)
+    a, b = low_rank((4, 6), 2)
+    np.testing.assert_allclose(merged["m.q.weight"], 1 + 1.5 * b @ a, rtol=1e-5, atol=1e-6)
+    assert config == {"architectures": ["BertForSequenceClassification"], "a": 1} | LABELS
+
+
+@pytest.mark.parametrize(
+    ("fields", "config", "expected"),
+    [
+        (
+            {"task_type": "TOKEN_CLS"},
+            {},
+            {"architectures": ["BertForTokenClassification"]} | LABELS,
+        ),
+        ({"auto_mapping": MAPPED}, {}, {"architectures": ["BertForTokenClassification"]} | LABELS),
+        (
+            {"task_type": "QUESTION_ANS"},
+            {},
+            {"architectures": ["BertForQuestionAnswering"]},
+        ),
+        (
+            {},
+            {"id2label": {"0": "a", "1": "b", "2": "c"}},
+            {"architectures": ["BertForSequenceClassification"]}
+            | {"id2label": {"0": "a", "1": "b", "2": "c"}},
+        ),
+        (
+            {},
+            {"num_labels": 2, "model_type": "bert_text"},
+            {"architectures": ["BertTextForSequenceClassification"], "num_labels": 3}
+            | {"model_type": "bert_text"}
+            | LABELS,
+        ),
+        ({"task_type": None}, {}, None),
+        ({"task_type": None, "auto_mapping": {"base_model_class": "os; x"}}, {}, None),
+        (
+            {"task_type": None, "auto_mapping": {"base_model_class": "AForB" * 10**5 + "!"}},
+            {},
+            None,
+        ),
+        ({}, {"architectures": None}, None),
+    ],
+)
+def test_the_class_of_a_head(fields: Any, config: Any, expected: Any, tmp_path: Folder) -> None:
+    """From the task or PEFT's mapping; nothing is added to a model of unknown class."""
+    config = {"architectures": ["BertModel"]} | config
+    if expected is None:
+        with bounded(), refused("classifier.weight: not in the checkpoint; save the base model"):
+            grow(tmp_path, BODY, HEAD, config, **CLASSIFIES | fields)
+        return
+    assert grow(tmp_path, BODY, HEAD, config, **CLASSIFIES | fields)[1] == expected
+
+
+def test_what_is_missing_inside_of_a_model(tmp_path: Folder) -> None:
+    """It may have another name there, and is no head."""
+    config, norm = {"architectures": ["BertModel"]}, {"m.layer_norm.weight": ones(4)}
+    saved = ["classifier", "layer_norm"]
+    with refused("m.layer_norm.weight: not in the checkpoint; save the base model as it was"):
+        grow(tmp_path, BODY, HEAD | norm, config, **CLASSIFIES | {"modules_to_save": saved})
+
+
+def test_a_head_for_other_labels(tmp_path: Folder) -> None:
+    """It takes the place of the base's; its dtype is that of the others."""
+    old = {"classifier.weight": ones(5, 4), "classifier.bias": ones(5)}
+    weights = {n: x.astype(ml_dtypes.bfloat16) for n, x in (BODY | old).items()}
+    config = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "x"}}
+    merged, config = grow(tmp_path, weights, HEAD, config, **CLASSIFIES)
+    assert merged["classifier.weight"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(merged["classifier.weight"].astype(np.float32), 5 * ones(3, 4))
+    assert config["id2label"] == LABELS["id2label"]
+
+
+def test_too_many_labels(tmp_path: Folder) -> None:
+    """Their names would take far more than the adapter's file."""
+    head = {"classifier.weight": np.ones((100_001, 1), np.float32)}
+    with refused("classifier.weight: not in the checkpoint"):
+        grow(tmp_path, BODY, head, {"architectures": ["BertModel"]}, **CLASSIFIES)
+
+
+def test_a_head_of_two_layers(tmp_path: Folder) -> None:
+    """The labels are the outputs of the last one."""
+    head = {"classifier.dense.weight": ones(4, 4), "classifier.dense.bias": ones(4)}
+    head |= {"classifier.out_proj.weight": ones(3, 4), "classifier.out_proj.bias": ones(3)}
+    merged, config = grow(tmp_path, BODY, head, {"architectures": ["XModel"]}, **CLASSIFIES)
+    assert head.keys() <= merged.keys()
+    assert config == {"architectures": ["XForSequenceClassification"]} | LABELS
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("twice", [True, False])
+@pytest.mark.parametrize("side", ["embedding", "head", "both"])
+def test_untied(side: str, twice: bool, shards: int, tmp_path: Folder) -> None:
+    """The weight is stored twice, and each side has its own change."""
+    given = {
+        name: x
+        for name, x in both(2).items()
+        if side == "both" or (side == "head") == name.startswith("lm_head")
+    }
+    targets = {
+        "embedding": ["embed_tokens"],
+        "head": ["lm_head"],
+        "both": TARGETS["target_modules"],
+    }
+    fields = {"target_modules": ["q", *targets[side]]}
+    with refused("give untie=True, which stores both, or save the base model untied"):
+        grow(tmp_path, BODY | tied(twice), given, TIED | TIED_TEXT, shards, **fields)
+    for name in ("base", "a"):
+        (tmp_path / name).rename(tmp_path / f"old-{name}")
+    merged, config = grow(
+        tmp_path, BODY | tied(twice), given, TIED | TIED_TEXT, shards, untie=True, **fields
+    )
+    a, b = low_rank((4, 11), 2)
+    times = {
+        "model.embed_tokens.weight": side != "head",
+        "lm_head.weight": 2 * (side != "embedding"),
+    }
+    assert merged.keys() == BODY.keys() | times.keys()
+    for name, n in times.items():
+        expected = TABLE + 1.5 * n * (b @ a).T
+        np.testing.assert_allclose(merged[name], expected, rtol=1e-5, atol=1e-6)
+    assert config == UNTIED | {"text_config": {"tie_word_embeddings": False}}
+
+
+def test_untied_trees(tmp_path: Folder) -> None:
+    """An adapter tree may have a head that its checkpoint has not."""
+    a, b = (jnp.asarray(x) for x in low_rank((11, 4), 2))
+    names = [Name("lm_head/kernel", "lm_head", "io")]
+    tree = {"lm_head": {"kernel": LowRank(a.T, b.T, 1.5, names[0].layout)}}
+    base = checkpoint(tmp_path / "base", tied(False), **TIED)
+    with refused("lm_head.weight: not in the checkpoint; if it shares the input embedding's"):
+        peft.export_merged(base, tree, tmp_path / "out", names=names)
+    peft.export_merged(base, tree, tmp_path / "out", names=names, untie=True)
+    merged = read(tmp_path / "out")
+    np.testing.assert_array_equal(merged["model.embed_tokens.weight"], TABLE)
+    expected = TABLE + 1.5 * np.asarray(b @ a)
+    np.testing.assert_allclose(merged["lm_head.weight"], expected, rtol=1e-5, atol=1e-6)
+
+
+UNKNOWN = "the name of the head is not known; save the base untied"
+NOT_UNTIED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "encoder-decoder": ({}, {"is_encoder_decoder": True}, "an encoder-decoder model ties further"),
+    "other values": ({"lm_head.weight": TABLE + 1}, {}, "config.json ties weights whose values"),
+    "BERT": ({"cls.predictions.bias": ones(11)}, {}, UNKNOWN),
+    "RoBERTa": ({"lm_head.bias": ones(11), "lm_head.dense.weight": ones(4, 4)}, {}, UNKNOWN),
+    "masked": ({}, {"architectures": ["AForMaskedLM"]}, UNKNOWN),
+}
+
+
+@pytest.mark.parametrize("case", NOT_UNTIED)
+def test_what_is_not_untied(case: str, tmp_path: Folder) -> None:
+    more, config, why = NOT_UNTIED[case]
+    with refused(f"`untie`: {why}"):
+        grow(tmp_path, BODY | tied(False) | more, both(0), TIED | config, untie=True,
+             target_modules=["q", "embed_tokens"])  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "head"),
+    [
+        ("model.embed_tokens", "lm_head"),
+        ("model.language_model.embed_tokens", "lm_head"),
+        ("language_model.model.embed_tokens", "language_model.lm_head"),
+        ("transformer.wte", "lm_head"),
+        ("gpt_neox.embed_in", "embed_out"),
+        ("bert.embeddings.word_embeddings", None),
+        ("model.embeddings.tok_embeddings", None),
+        ("biogpt.embed_tokens", None),
+        ("wte", None),
+    ],
+)
+def test_the_name_of_an_untied_head(table: str, head: str | None, tmp_path: Folder) -> None:
+    """That of most decoders, if the adapter has only the embedding."""
+    given = {f"{table}.{name.rpartition('.')[2]}": x for name, x in both(0).items()}
+    weights, fields = BODY | {f"{table}.weight": TABLE}, {"target_modules": ["q", table]}
+    if head is None:
+        with refused(f"`untie`: {UNKNOWN}"):
+            grow(tmp_path, weights, given, TIED, untie=True, **fields)
+        return
+    merged, _ = grow(tmp_path, weights, given, TIED, untie=True, **fields)
+    np.testing.assert_array_equal(merged[f"{head}.weight"], TABLE)
+
+
+def test_weights_that_differ_are_not_tied(tmp_path: Folder) -> None:
+    """Where no file says that they are, `untie` says that they are not."""
+    weights = BODY | tied(False) | {"lm_head.weight": TABLE + 1}
+    config = {"architectures": TIED["architectures"], "vocab_size": 11}
+    fields = {"target_modules": ["q", "embed_tokens"]}
+    merged, config = grow(tmp_path, weights, both(0), config, untie=True, **fields)
+    np.testing.assert_array_equal(merged["lm_head.weight"], TABLE + 1)
+    assert (merged["model.embed_tokens.weight"] != TABLE).any()
+    assert config["tie_word_embeddings"] is False
+
+
+def test_nothing_to_untie(tmp_path: Folder) -> None:
+    """A checkpoint that is not tied stays as it is."""
+    weights = BODY | tied(True)
+    assert grow(tmp_path, weights, {}, UNTIED, untie=True)[1] == UNTIED
+    assert read(tmp_path / "out").keys() == weights.keys()
 
 
 # ----------------------------------------------------------------------- files beside the weights

@@ -1,6 +1,7 @@
 """Merged checkpoints against `merge_and_unload`, and in `transformers`. Needs `interop`."""
 
 import copy
+import json
 import pathlib
 import warnings
 from typing import Any
@@ -103,6 +104,49 @@ def test_bits_of_merge_and_unload(name: str, tmp_path: pathlib.Path) -> None:
     assert any(not torch.equal(x, base[k]) for k, x in merged.items())
     # PyTorch's sums are fused where the CPU has such an instruction, as all of AVX2 have.
     assert differing(merged, expected) == {}
+
+
+ATTENTION = {"num_attention_heads": 2, "head_dim": 64, "hidden_size": 128}
+QV = {"target_modules": ["q_proj", "v_proj"], "fan_in_fan_out": True}
+# Square modules with and without biases; and with grouped queries.
+OF_BITSANDBYTES = {
+    "llama": ("LlamaForCausalLM", ATTENTION | {"num_key_value_heads": 2}),
+    "qwen2": ("Qwen2ForCausalLM", ATTENTION | {"num_key_value_heads": 2}),
+    "grouped": ("LlamaForCausalLM", ATTENTION | {"num_key_value_heads": 1}),
+}
+
+
+@pytest.mark.parametrize("name", OF_BITSANDBYTES)
+def test_fan_in_fan_out_of_linear_modules(name: str, tmp_path: pathlib.Path) -> None:
+    """PEFT leaves it in the file of an adapter of bitsandbytes' modules, and ignores it."""
+    architecture, config = OF_BITSANDBYTES[name]
+    sizes = make.LLAMA | LARGE | config | {"tie_word_embeddings": False}
+    expected = pair((architecture, sizes, QV), tmp_path, torch.float32, exact=False)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"fan_in_fan_out": True}))
+    peft.export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert differing(load_file(tmp_path / "out" / "model.safetensors"), expected) == {}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_swapped_sides(name: str, tmp_path: pathlib.Path) -> None:
+    """PEFT refuses A and B of the transpose; where modules are Conv1D, those of other bases."""
+    module, sizes = {"llama": ("up_proj", make.LLAMA), "gpt2": ("c_fc", make.GPT2)}[name]
+    architecture = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}[name]
+    case = architecture, sizes | LARGE, {"target_modules": [module]}
+    pair(case, tmp_path, torch.float32, exact=False)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    ends = [".lora_A.weight", ".lora_B.weight"]
+    swapped = {
+        key.replace(*ends) if ends[0] in key else key.replace(*reversed(ends)): x.T.contiguous()
+        for key, x in load_file(file).items()
+    }
+    save_file(swapped, file, metadata={"format": "pt"})
+    model = getattr(transformers, architecture).from_pretrained(tmp_path / "base")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        hf_peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"expected a linear weight of .*: A has the outputs"):
+        peft.export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)

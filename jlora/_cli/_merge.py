@@ -18,21 +18,23 @@ from ._inputs import IGNORE, NAMES, format_of, format_of_adapter, table
 @click.argument("out", type=FOLDER)
 @click.option("--names", metavar="TABLE", help=NAMES)
 @click.option("--follow-links", is_flag=True, help="Follow links out of BASE, and copy the files.")
+@click.option("--untie", is_flag=True, help="Give a tied output head its own weight.")
 @IGNORE
 def merge(
     base: Arg,
     adapter: Arg,
     out: Arg,
     names: str | None,
-    follow_links: bool,
     ignore: tuple[str, ...],
+    **options: Any,
 ) -> Answer:
     """Merge an adapter into a model.
 
     Adds ADAPTER to the weights of BASE, and writes the model to OUT. BASE is a Hugging Face
     checkpoint (safetensors), or an Orbax checkpoint of parameters. OUT has the same files, names
-    and dtypes; a quantized BASE gives floats. ADAPTER is in PEFT's format or Orbax. --names is
-    needed to merge Orbax into Hugging Face, or PEFT into Orbax.
+    and dtypes; a quantized BASE gives floats. New tokens and heads of ADAPTER are added. ADAPTER is
+    in PEFT's format or Orbax. --names is needed to merge Orbax into Hugging Face, or PEFT into
+    Orbax.
     """
     check_vacant(out.value, "OUT")
     kind, adapter_kind = format_of(base, model=True), format_of(adapter)
@@ -41,6 +43,10 @@ def merge(
             f"BASE must be a model and ADAPTER an adapter; got {base} ({kind}) and "
             f"{adapter} ({adapter_kind})."
         )
+    if options["untie"] and kind == "orbax":
+        raise ValueError(
+            f"--untie is for a Hugging Face checkpoint; {base} is {kind}. Leave it out."
+        )
     format_of_adapter(adapter)
     left_out: list[str] = []
     if kind == "orbax":
@@ -48,7 +54,7 @@ def merge(
         tree = _load(adapter, adapter_kind, params, names, ignore)
         call(jlora.checkpoint.export, out, call(jlora.merge, params, adapter.with_value(tree)))
     else:
-        options: dict[str, Any] = {"follow_links": follow_links, "ignore": ignore}
+        options["ignore"] = ignore
         tree = adapter
         if adapter_kind == "orbax":
             tree = adapter.with_value(call(jlora.checkpoint.restore, adapter))

@@ -1,7 +1,6 @@
 """A Hugging Face checkpoint: the file of each tensor, and the other files."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -26,7 +25,7 @@ from ._file import (
 )
 from ._foreign import WEIGHTS, recognize
 from ._source import explain_no_folder
-from ._vocabulary import find_vocabulary, walk_objects
+from ._vocabulary import copy_config, find_vocabulary, walk_objects
 
 ONE, INDEX = WEIGHTS
 QUANTIZATION = "quantization_config"  # of `config.json`
@@ -100,7 +99,7 @@ class Checkpoint(NamedTuple):
     @property
     def config_of_floats(self) -> dict[str, Any]:
         """A copy of the configuration without `quantization_config`."""
-        config = json.loads(json.dumps(self.config))
+        config = copy_config(self.config)
         for part in walk_objects(config):
             part.pop(QUANTIZATION, None)
         return config

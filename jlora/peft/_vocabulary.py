@@ -1,6 +1,7 @@
 """Finds out whether a checkpoint shares its embedding with the output head."""
 
 import collections
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,6 +9,11 @@ from typing import Any
 from ._file import Header
 
 _HEADS = re.compile(r"LM|ForConditionalGeneration|ForPreTraining")
+
+
+def copy_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies a configuration with all that is in it, however deeply it is nested."""
+    return json.loads(json.dumps(config))
 
 
 def walk_objects(config: Mapping[str, Any]) -> Iterator[Any]:

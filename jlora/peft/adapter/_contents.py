@@ -25,6 +25,8 @@ SHARED = re.compile(
 )
 # PEFT lists both names for every sequence classifier, whatever its head is called.
 HEADS = ("classifier", "score")
+# Where PEFT has the new and the old values of a module in `modules_to_save`.
+_WRAPPERS = re.compile(r"\.(modules_to_save|original_module)\.")
 FACTOR = re.compile(
     r"(?P<module>.+?)(?P<depth>(?:\.base_layer)*)"
     r"\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<table>[AB]))"
@@ -212,9 +214,11 @@ def _others(
         )
         is_frozen = parameter == "weight" or (parameter == "bias" and not is_full)
         is_resized = _is_of_vocabulary(module, parameter) and not (is_wrapped or is_adapted)
-        if "modules_to_save" in key or "original_module" in key:
-            why = "unexpected; bias 'all' together with modules_to_save is not supported"
-            problems.add(x.key, why)
+        if (copied := _WRAPPERS.sub(".", key)) != key:
+            # PEFT reads the module itself, and writes these beside it if the vocabulary was
+            # resized, or with bias "all".
+            if copied not in tensors or tensors[copied].shape != x.shape:
+                problems.add(x.key, f"unexpected; {PREFIX}{copied} is not there, or of other shape")
         elif name in full or name in frozen:
             problems.add(x.key, f"duplicate, with and without {BASE[1:]}")
         elif is_frozen and is_wrapped and (is_adapted or module in with_rows):
@@ -246,8 +250,8 @@ def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) 
     n = shape[0]
     return (
         f"{show(name)}: has {n} rows in the adapter, whose vocabulary was resized, but {wanted[0]} "
-        f"in the base; call resize_token_embeddings({n}) on the base in `transformers`, and save "
-        "it. The adapter has the values of all rows"
+        "in the base; merge it with jlora.peft.export_merged, which adds rows, or call "
+        f"resize_token_embeddings({n}) on the base in `transformers`, and save it"
     )
 
 

@@ -2,20 +2,18 @@
 
 import contextlib
 import io
-import json
 import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from ..._folders import fresh
-from .._checkpoint import INDEX, Checkpoint, explain_shorter, open_checkpoint
-from .._file import DTYPES, Header, TensorInfo, itemize, make_header, shorten
-from .._vocabulary import find_vocabulary
+from .._changed import Changed
+from .._checkpoint import Checkpoint, explain_shorter, open_checkpoint
+from .._file import DTYPES, TensorInfo, itemize, shorten
 from .._write import write_tensors
 from ._codes import Codes, Dense
 from ._format import Format, open_format, read_checked
@@ -118,34 +116,18 @@ def dequantize_checkpoint(
     return list(dense.matrices.values())
 
 
-class Dequantized(Checkpoint):
+class Dequantized(Changed):
     """A quantized checkpoint that appears to be in floats; a tensor is dequantized when it is read.
 
     Attributes:
-        heads: the new headers of its files.
-        texts: the new JSON of other files.
         matrices: the quantized tensors.
-        stored: the checkpoint on disk.
         format: the reader of its codes.
         lock: held while a tensor is dequantized.
     """
 
-    heads: dict[str, bytes]
-    texts: dict[str, Any]
     matrices: dict[str, Matrix]
-    stored: Checkpoint
     format: Format
     lock: threading.Lock
-
-    def copy_others(self, folder: Path) -> None:
-        """Copies the other files of the checkpoint, and writes those that change."""
-        super().copy_others(folder)
-        for name, value in self.texts.items():
-            (folder / name).write_bytes(json.dumps(value, indent=2).encode())
-
-    def head(self, file: str) -> bytes:
-        """Returns the bytes of a safetensors file before its tensors."""
-        return self.heads[file]
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
@@ -197,23 +179,13 @@ def open_dequantized(checkpoint: Checkpoint) -> Dequantized:
             f"but {what}. Give the original checkpoint, or correct this one."
             + (f" {itemize(left)}" if left else "")
         )
-    headers, heads, where = dict[str, Header](), dict[str, bytes](), dict[str, str]()
+    files = dict[str, list[TensorInfo]]()
     for file, header in checkpoint.headers.items():
         format.tensors.check_copied(name for name in header.entries if name not in places)
         both = (places.get(name, entry) for name, entry in header.entries.items())
-        if entries := [entry for entry in both if entry is not None]:
-            headers[file], heads[file] = make_header(entries)
-            where |= dict.fromkeys((entry.key for entry in entries), file)
-    config = checkpoint.config_of_floats
-    texts = {"config.json": config}
-    if INDEX in checkpoint.kept:
-        size = sum(x.stop - x.start for header in headers.values() for x in header.entries.values())
-        texts[INDEX] = {"metadata": {"total_size": size}, "weight_map": where}
-    kept = [name for name in checkpoint.kept if name not in texts]
-    fields = {"headers": headers, "where": where, "kept": kept, "config": config}
-    found = Dequantized(*checkpoint._replace(vocabulary=find_vocabulary(config, headers), **fields))
-    found.heads, found.texts, found.matrices = heads, texts, matrices
-    found.stored, found.format, found.lock = checkpoint, format, threading.Lock()
+        files[file] = [entry for entry in both if entry is not None]
+    found = Dequantized.make(checkpoint, files, checkpoint.config_of_floats)
+    found.matrices, found.format, found.lock = matrices, format, threading.Lock()
     return found
 
 

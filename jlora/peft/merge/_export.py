@@ -22,6 +22,7 @@ def export_merged(
     *,
     names: Sequence[Name] | None = None,
     follow_links: bool = False,
+    untie: bool = False,
     ignore: Collection[str] = (),
 ) -> list[str]:
     r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
@@ -29,6 +30,15 @@ def export_merged(
     The new checkpoint has the files, tensors, dtypes and metadata of the old one; only values
     change. Up to four threads read, change and write weights in blocks. Besides the adapter, this
     takes less than a hundred megabytes of memory for weights of any size.
+
+    The checkpoint grows where the adapter was trained on a larger model:
+
+    - If the vocabulary was resized, and the adapter holds all rows, embedding and head get these
+      rows, and `config.json` their number. The tokenizer is that of `src_dir`.
+    - A head in `modules_to_save` that the checkpoint lacks is added. Its class and its number of
+      labels go to `config.json`. Weights that neither has, such as a new pooler, stay missing; an
+      old head stays too, and `transformers` ignores it.
+    - With `untie`, a tied output head gets a weight of its own.
 
     All other files in `src_dir` are copied: configuration, generation and tokenizer files, code,
     folders. Not copied are weights in other formats, as they would stay unmerged
@@ -61,6 +71,8 @@ def export_merged(
             all.
         names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.LLAMA`.
         follow_links: whether files of `src_dir` may be links out of it. Their content is copied.
+        untie: whether to store the weight that embedding and head of a decoder share twice, and to
+            set `tie_word_embeddings` to false. An adapter can then change only one of the two.
         ignore: for an adapter in a folder, as in `load`.
 
     Returns:
@@ -100,13 +112,12 @@ def export_merged(
     problems = Problems(
         "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
     )
-    model, contents, is_transposed = match_to_checkpoint(
-        checkpoint, adapter, names, problems, ignore
-    )
-    edits = find_edits(model, contents, is_transposed, problems)
+    target, contents = match_to_checkpoint(checkpoint, adapter, names, untie, problems, ignore)
+    edits = find_edits(target.model, contents, problems)
     problems.stop()
+    checkpoint = target.checkpoint
     edits = with_copies(checkpoint, edits, problems)
-    check_frozen(checkpoint, model, contents, problems)
+    check_frozen(target, contents, problems)
     problems.stop()
     problems.warn()
     with fresh(out, "`out`") as folder:

@@ -11,6 +11,7 @@ import numpy as np
 from ..._adapters import is_node, weight_shape
 from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
+from .._changed import Changed
 from .._checkpoint import Checkpoint
 from .._file import COUNT, COUNTS, DTYPES, Source
 from .._problems import Problems
@@ -21,8 +22,18 @@ from ..adapter._tokens import list_misfits, list_unequal
 from ..adapter._tree import arrange
 from ..names._names import Name
 from ..names._weights import split_all
+from ._heads import add_head
+from ._orientation import orient
 from ._renaming import Model, find_models
-from ._ties import list_absent, list_untied, list_untied_heads, separate_heads
+from ._rows import fit_vocabulary
+from ._target import Target
+from ._ties import (
+    list_absent,
+    list_untied,
+    list_untied_heads,
+    separate_heads,
+)
+from ._untie import untie
 
 T = TypeVar("T")
 
@@ -31,13 +42,14 @@ def match_to_checkpoint(
     checkpoint: Checkpoint,
     adapter: str | os.PathLike[str] | PyTree,
     names: Sequence[Name] | None,
+    is_untied: bool,
     problems: Problems,
     ignore: Collection[str] = (),
-) -> tuple[Model, Contents, bool]:
+) -> tuple[Target, Contents]:
     """Reads a PEFT folder, or a tree with `names`, and finds its parameters in the checkpoint.
 
     Returns:
-        The parameters of the model, the contents of the adapter, and `fan_in_fan_out`.
+        The checkpoint with all that the adapter adds to it, and the contents of the adapter.
 
     Raises:
         ValueError: if the adapter does not fit the checkpoint, with all problems.
@@ -48,22 +60,24 @@ def match_to_checkpoint(
                 "`names` is for an adapter tree; PEFT's files have PyTorch's names. Leave it out."
             )
         files = open_files(Source(Path(adapter), "adapter"), ignore)
-        model, found = _match_files(checkpoint, files, problems)
-        is_transposed = bool(files.fields.get("fan_in_fan_out"))
+        target, found = _match_files(checkpoint, files, is_untied, problems)
     elif names is None:
         raise ValueError(
             "`names` must be a name table for the adapter tree, such as jlora.peft.LLAMA; got None."
         )
     else:
-        model, found = _match_tree(checkpoint, adapter, names, problems)
-        is_transposed = False
-    problems.found += list_absent(checkpoint, model, found)
-    return model, found, is_transposed
+        target, found = _match_tree(checkpoint, adapter, names, is_untied, problems)
+    problems.found += list_absent(*target, found)
+    return target, found
 
 
 def _match_tree(
-    checkpoint: Checkpoint, adapter: PyTree, names: Sequence[Name], problems: Problems
-) -> tuple[Model, Contents]:
+    checkpoint: Checkpoint,
+    adapter: PyTree,
+    names: Sequence[Name],
+    is_untied: bool,
+    problems: Problems,
+) -> tuple[Target, Contents]:
     nodes = adapter_leaves(adapter)
     shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in nodes.items()}
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
@@ -72,23 +86,34 @@ def _match_tree(
     tokens = {f"{x.module}.weight": x for x in tree.tokens}
     found = Contents(tree.parts, full, {}, tokens, {})
     wanted = [*(part.name for part in found.parts), *full, *tokens]
-    model = find_models(wanted, checkpoint.shapes)[0]
-    _check(checkpoint, model, found, problems)
+    target = Target(checkpoint, find_models(wanted, checkpoint.shapes)[0])
+    if is_untied:
+        target, found = untie(target, found, problems)
+    target = fit_vocabulary(target, found, problems)
+    found = found._replace(parts=orient(found.parts, target.model.shapes, False))
+    _check(target, found, problems)
     problems.stop()
-    return model, found
+    return target, found
 
 
 def _match_files(
-    checkpoint: Checkpoint, files: Files, problems: Problems
-) -> tuple[Model, Contents]:
+    checkpoint: Checkpoint, files: Files, is_untied: bool, problems: Problems
+) -> tuple[Target, Contents]:
     adapter = sort_tensors(files, problems)
     models = find_models(adapter.names, checkpoint.shapes)
-    model = next((x for x in models if not list_missing(adapter, x.shapes)), models[0])
-    found = assign_parameters(adapter, model.shapes, "the checkpoint", problems)
-    tokens, heads = separate_heads(checkpoint, model, found.tokens)
-    found = found._replace(tokens=tokens, full=_move_tied_biases(found.full, model))
+    old = next((x for x in models if not list_missing(adapter, x.shapes)), models[0])
+    found = assign_parameters(adapter, old.shapes, "the checkpoint", problems)
+    found = found._replace(full=_move_tied_biases(found.full, old))
     problems.found += list_untied_heads(checkpoint, adapter)
-    _check(checkpoint, model, found, problems)
+    target = Target(checkpoint, old)
+    if is_untied:
+        target, found = untie(target, found, problems)
+    target = add_head(fit_vocabulary(target, found, problems), found, adapter)
+    checkpoint, model = target
+    parts = orient(found.parts, model.shapes, bool(files.fields.get("fan_in_fan_out")))
+    tokens, heads = separate_heads(checkpoint, model, found.tokens)
+    found = found._replace(parts=parts, tokens=tokens)
+    _check(target, found, problems)
     if problems.found:  # of which other names may be the cause
         problems.stop(*list_absent(checkpoint, model, found)[:1])
     problems.found += list_absent(checkpoint, model, found)
@@ -96,7 +121,10 @@ def _match_files(
     problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
     found = fill(found, values)
     problems.found += list_untied(checkpoint, model, found)
-    return model, found
+    if isinstance(checkpoint, Changed):
+        names = [n for n in found.frozen if n in old and old[n].shape != model[n].shape]
+        checkpoint.values |= {model.tensor(name): found.frozen[name] for name in names}
+    return target, found
 
 
 def _move_tied_biases(full: dict[str, T], model: Model) -> dict[str, T]:
@@ -109,8 +137,9 @@ def _move_tied_biases(full: dict[str, T], model: Model) -> dict[str, T]:
     return found
 
 
-def _check(checkpoint: Checkpoint, model: Model, found: Contents, problems: Problems) -> None:
+def _check(target: Target, found: Contents, problems: Problems) -> None:
     """Adds the parameters whose shape or dtype in the checkpoint does not fit."""
+    checkpoint, model = target
     for name, x in found.tokens.items():
         if (view := model.get(name)) is None or len(view.shape) != 2:
             problems.add(name, "has rows in the adapter, but is not an embedding in the checkpoint")
@@ -119,7 +148,9 @@ def _check(checkpoint: Checkpoint, model: Model, found: Contents, problems: Prob
     for part in found.parts:
         if (view := model.get(part.name)) and not list_orientations(part, view.shape):
             why = f"expected a {part.kind} weight of shape {view.shape}, but A {part.a.shape} and B"
-            problems.add(part.name, f"{why} {part.b.shape} make {part.matrix}")
+            is_swapped = sorted(view.shape) == sorted(part.matrix)
+            swapped = ": A has the outputs, and B the inputs" * is_swapped
+            problems.add(part.name, f"{why} {part.b.shape} make {part.matrix}{swapped}")
     whole, adapted = found.full | found.frozen, {part.key for part in found.parts}
     for name, x in whole.items():
         if (view := model.get(name)) is None:
@@ -152,8 +183,9 @@ def _check(checkpoint: Checkpoint, model: Model, found: Contents, problems: Prob
             problems.add(name, f"of dtype {min(odd)}; expected one of {', '.join(known)}{remedy}")
 
 
-def check_frozen(checkpoint: Checkpoint, model: Model, found: Contents, problems: Problems) -> None:
+def check_frozen(target: Target, found: Contents, problems: Problems) -> None:
     """Adds the frozen tensors of an adapter whose values differ from the checkpoint's."""
+    checkpoint, model = target
     for name, x in found.frozen.items():
         if name in model and not _holds(checkpoint, tensor := model.tensor(name), x):
             why = "an adapter on a trained embedding is not supported"

@@ -40,7 +40,14 @@ class View(NamedTuple):
 
 
 class Model(dict[str, View]):
-    """The parameters in a checkpoint, under the names that the adapter uses."""
+    """The parameters in a checkpoint, under the names that the adapter uses.
+
+    Attributes:
+        prefix: the first component that the checkpoint's names lack; None if only some lack it, or
+            if they have one more.
+    """
+
+    prefix: str | None = ""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -116,7 +123,9 @@ def _make_model(
     single = {name for name, x in named.items() if x in pieces}
     if not {_module(name) for name in wanted} & {_module(name) for name in single}:
         plain = {name: view for name, view in plain.items() if name not in single}
-    return Model((fused if fused.keys() & set(wanted) else {}) | plain)
+    model = Model((fused if fused.keys() & set(wanted) else {}) | plain)
+    model.prefix = None if add or (strip and as_stored) else strip
+    return model
 
 
 def _module(name: str) -> str:

@@ -25,6 +25,11 @@ def is_shared(checkpoint: Checkpoint, name: str) -> bool:
     return len(shape) == 2 and shape[0] in checkpoint.vocabulary
 
 
+def may_be_shared(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a parameter that the checkpoint lacks may be its embedding or head, by its name."""
+    return bool(checkpoint.vocabulary) and bool(SHARED.search(name.rpartition(".")[0]))
+
+
 def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[str]:
     """Lists the parameters of an adapter that the checkpoint does not have.
 
@@ -39,22 +44,25 @@ def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[s
     kept = {identify(x) for name, x in whole.items() if name in model} if lone else set()
     lost += [name for name, x in lone.items() if identify(x) not in kept]
     return [
-        f"{show(name)}: not in the checkpoint{_reason(name, checkpoint, found)}" for name in lost
+        f"{show(name)}: not in the checkpoint; {_advise(name, checkpoint, found)}" for name in lost
     ]
 
 
-def _reason(name: str, checkpoint: Checkpoint, found: Contents) -> str:
-    if checkpoint.vocabulary and SHARED.search(name.rpartition(".")[0]):
+_UNTIE = "give untie=True, which stores both, or save the base model untied"
+
+
+def _advise(name: str, checkpoint: Checkpoint, found: Contents) -> str:
+    if may_be_shared(checkpoint, name):
         return (
-            "; if it shares the input embedding's weight, the adapter must change both equally, or "
-            "the checkpoint must be saved untied"
+            "if it shares the input embedding's weight, the adapter must change both equally: "
+            + _UNTIE
         )
     renamed = (
         ", and in `transformers` 5 with save_pretrained(..., save_original_format=False)"
         if may_be_renamed(name, checkpoint, found)
         else ""
     )
-    return f"; save the base model as it was adapted, with its head{renamed}"
+    return f"save the base model as it was adapted, with its head{renamed}"
 
 
 def may_be_renamed(name: str, checkpoint: Checkpoint, found: Contents) -> bool:
@@ -78,7 +86,7 @@ def list_untied(checkpoint: Checkpoint, model: Model, found: Contents) -> list[s
     return [
         f"{show(model.tensor(name))}: the input embedding and the output head share this "
         "weight (config.json: tie_word_embeddings), but the adapter does not change both equally; "
-        "save the base model untied first"
+        + _UNTIE
         for name in alone
     ]
 
@@ -122,9 +130,9 @@ def with_copies(
             groups[tensor.dtype, tensor.shape][name in edits].append(name)
     found = dict(edits)
     for others, own in groups.values():
-        values = {_digest(checkpoint, name): name for name in own if others}
+        values = {digest(checkpoint, name): name for name in own if others}
         for other in others if own else ():
-            if (copied := values.get(_digest(checkpoint, other))) is not None:
+            if (copied := values.get(digest(checkpoint, other))) is not None:
                 found[other] = edits[copied]
             elif rows := [name for name in own if isinstance(edits[name], NewRows)]:
                 problems.stop(
@@ -135,7 +143,7 @@ def with_copies(
     return found
 
 
-def _digest(checkpoint: Checkpoint, name: str) -> bytes:
+def digest(checkpoint: Checkpoint, name: str) -> bytes:
     """Returns the hash of a tensor's bytes."""
     found = hashlib.sha256()
     for piece in checkpoint.pieces(name):
