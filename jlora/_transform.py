@@ -247,8 +247,8 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
     r"""Turns dropout on: returns an adapter with keys, $y = x W + s\,(\mathrm{drop}(x) A) B$.
 
     Each input of A becomes zero with the rule's probability p; otherwise it is divided by 1 - p, so
-    the expectation does not change. Each site, layer of a stack, use of a weight and key has its own
-    mask. So a tied weight drops other inputs at each of its products, and a loop at each iteration.
+    the expectation does not change. Each site, layer of a stack, use of a weight and key has its
+    own mask: a tied weight drops other inputs at each product, and a loop at each iteration.
 
     Args:
         adapter: an adapter from `init`. Sites whose rule has `dropout=0` do not change.

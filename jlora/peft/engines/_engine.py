@@ -182,7 +182,12 @@ class Engine(NamedTuple):
 ENGINES: dict[str, Engine] = {}
 
 
-def register(engine: Engine) -> Engine:
-    """Registers an engine for `check`."""
+def register(engine: Engine, *, override: bool = False) -> Engine:
+    """Registers an engine for `check`; `TypeError` if its name is taken, unless by `override`."""
+    if engine.name in ENGINES and not override:
+        raise TypeError(
+            f"the engine {engine.name!r} is registered already. Rename yours, or give "
+            "override=True to replace it."
+        )
     ENGINES[engine.name] = engine
     return engine
