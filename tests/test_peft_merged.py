@@ -751,8 +751,8 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
         FITTING + f"1 problem:\n  {Q}.weight: selected by {CONFIG}, but missing in {TENSORS}",
     ),
     "other-names": (
-        {"given": NO_GIVEN | {k.replace("m.", "m.other."): x for k, x in GIVEN.items()}},
-        "m.other.layers.0.q.weight: in the adapter, but not in the checkpoint, whose names",
+        {"given": NO_GIVEN | {"m.o." + k.replace(".q", ".o.q"): x for k, x in GIVEN.items()}},
+        "m.o.m.layers.0.o.q.weight: in the adapter, but not in the checkpoint, whose names",
     ),
     "one-weight-twice": (
         {"weights": NO_WEIGHTS | {"bert.q.weight": ones(4, 6)}}

@@ -1,7 +1,8 @@
 """Matches an adapter to the tensors of a checkpoint."""
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from ..._types import PyTree
 from .._checkpoint import Checkpoint
 from .._file import COUNT, COUNTS, DTYPES, Source, show
 from .._problems import Problems
-from ..adapter._contents import Contents, explain_resized, sort_tensors
+from ..adapter._contents import Contents, Part, explain_resized, sort_tensors
 from ..adapter._files import Files, fill, open_files
 from ..adapter._parameters import assign_parameters, list_missing, list_orientations
 from ..adapter._tokens import list_misfits, list_unequal
@@ -22,6 +23,7 @@ from ..adapter._tree import arrange
 from ..names._names import Name
 from ..names._weights import split_all
 from ._renaming import Model, find_models
+from ._replace import Fits
 from ._ties import list_absent, list_untied, list_untied_heads, separate_heads
 
 T = TypeVar("T")
@@ -71,7 +73,8 @@ def _match_tree(
     tokens = {f"{x.module}.weight": x for x in tree.tokens}
     found = Contents(tree.parts, full, {}, tokens, {})
     wanted = [*(part.name for part in found.parts), *full, *tokens]
-    model = find_models(wanted, checkpoint.shapes)[0]
+    parts = {part.name: [part] for part in found.parts}
+    model = next(find_models(wanted, checkpoint.shapes, _make_fits(parts, found, True)))
     _check(checkpoint, model, found, problems)
     problems.stop()
     return model, found
@@ -81,8 +84,11 @@ def _match_files(
     checkpoint: Checkpoint, files: Files, problems: Problems
 ) -> tuple[Model, Contents]:
     adapter = sort_tensors(files, problems)
-    models = find_models(adapter.names, checkpoint.shapes)
-    model = next((x for x in models if not list_missing(adapter, x.shapes)), models[0])
+    fits = _make_fits(adapter.parts, adapter.others, bool(files.fields.get("fan_in_fan_out")))
+    models = find_models(adapter.names, checkpoint.shapes, fits)
+    first = next(models)
+    possible = itertools.chain([first], models)
+    model = next((x for x in possible if not list_missing(adapter, x.shapes)), first)
     found = assign_parameters(adapter, model.shapes, "the checkpoint", problems)
     tokens, heads = separate_heads(checkpoint, model, found.tokens)
     found = found._replace(tokens=tokens, full=_move_tied_biases(found.full, model))
@@ -103,6 +109,35 @@ def _match_files(
     found = fill(found, values)
     problems.found += list_untied(checkpoint, model, found)
     return model, found
+
+
+def _make_fits(parts: Mapping[str, Sequence[Part]], others: Contents, is_transposed: bool) -> Fits:
+    """Makes a predicate: whether a tensor of a shape can be the parameter of a name.
+
+    Args:
+        parts: A and B by parameter. If several parameters of a module are adapted, those of all.
+        others: the parameters in full, rows and biases.
+        is_transposed: whether a linear weight may be (inputs, outputs).
+    """
+
+    def fits(name: str, shape: tuple[int, ...]) -> bool:
+        if (x := others.full.get(name)) is not None:
+            return x.shape == shape or explain_resized(name, x.shape, shape) is not None
+        if (rows := others.tokens.get(name)) is not None:
+            return rows.v.shape[1:] == shape[1:]
+        if (bias := others.biases.get(name)) is not None:
+            return bias[0].shape == shape
+        return any(_is_part(part, shape, is_transposed) for part in parts.get(name, ()))
+
+    return fits
+
+
+def _is_part(part: Part, shape: tuple[int, ...], is_transposed: bool) -> bool:
+    if part.kind == "linear" and len(shape) == 3:
+        part = part._replace(kind="experts", experts=shape[0])
+    elif part.kind == "linear" and not is_transposed:
+        part = part._replace(transposed=False)
+    return bool(list_orientations(part, shape))
 
 
 def _move_tied_biases(full: dict[str, T], model: Model) -> dict[str, T]:
