@@ -399,6 +399,19 @@ def test_names_of_no_known_family(tmp_path: Folder) -> None:
             merge(tmp_path, weights, given, modules_to_save=saved)
 
 
+def test_a_mask_is_no_bias(tmp_path: Folder) -> None:
+    """GPT-2 as on the hub has masks, `attn.bias`, which are not in an adapter of all biases."""
+    weights = {"h.0.attn.c_attn.weight": ones(4, 6), "h.0.attn.c_attn.bias": ones(6)}
+    weights |= {"h.0.attn.bias": ones(1, 1, 8, 8), "ln_f.bias": ones(4)}
+    given: dict[str, Any] = {"transformer.h.0.attn.c_attn": low_rank((6, 4), 2)}
+    given |= {"transformer.h.0.attn.c_attn.bias": 2 * ones(6), "transformer.ln_f.bias": 3 * ones(4)}
+    merged = merge(tmp_path, weights, given, bias="all", fan_in_fan_out=True)
+    assert (merged["h.0.attn.bias"] == 1).all() and (merged["ln_f.bias"] == 3).all()
+    del given["transformer.ln_f.bias"]
+    with pytest.raises(ValueError, match=r"ln_f\.bias: selected by .*, but missing"):
+        merge(tmp_path, weights, given, bias="all", fan_in_fan_out=True)
+
+
 def test_rows_of_what_may_be_tied(tmp_path: Folder) -> None:
     """PEFT gives them to the head where it is tied, which a checkpoint may contradict."""
     weights = tied(twice=True) | {"q.weight": ones(4, 6)}
