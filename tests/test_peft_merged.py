@@ -475,6 +475,24 @@ def test_square_experts(known: str, tmp_path: Folder) -> None:
     np.testing.assert_allclose(merged["m.down"], each, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("version", ["0.21.2", "0.18.1", "0.19.0", "0.19.1.dev0@0123abc", None])
+def test_square_experts_alone(version: str | None, tmp_path: Folder) -> None:
+    """Single experts are (outputs, inputs); which of these A has is PEFT's version."""
+    name, (a, b) = "mlp.experts.{}.down_proj.weight", low_rank((4, 4), 4)
+    weights = {name.format(e): ones(4, 4) for e in range(2)}
+    fields: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    fields |= {"lora_alpha": 2, "peft_version": version}
+    if version not in ("0.21.2", "0.18.1"):
+        with refused("mlp.experts.down_proj: is square, and may be stored"):
+            merge(tmp_path, weights, {"mlp.experts": (a, b)}, **fields)
+        return
+    merged = merge(tmp_path, weights, {"mlp.experts": (a, b)}, **fields)
+    for e in range(2):
+        change = b[:, e::2] @ a[2 * e : 2 * e + 2]
+        expected = 1 + (change if version == "0.21.2" else change.T)
+        np.testing.assert_allclose(merged[name.format(e)], expected, rtol=1e-4, atol=1e-5)
+
+
 # ----------------------------------------------------------------------- shared weights
 
 

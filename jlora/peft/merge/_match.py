@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -91,7 +92,8 @@ def _match_files(
     model = next((x for x in possible if not list_missing(adapter, x.shapes)), first)
     found = assign_parameters(adapter, model.shapes, "the checkpoint", problems)
     tokens, heads = separate_heads(checkpoint, model, found.tokens)
-    found = found._replace(tokens=tokens, full=_move_tied_biases(found.full, model))
+    parts = _settle_experts(found.parts, model, str(files.fields.get("peft_version")))
+    found = found._replace(parts=parts, tokens=tokens, full=_move_tied_biases(found.full, model))
     problems.found += list_untied_heads(checkpoint, adapter)
     _check(checkpoint, model, found, problems)
     strange = [part.name for part in found.parts if part.name not in model]
@@ -138,6 +140,22 @@ def _is_part(part: Part, shape: tuple[int, ...], is_transposed: bool) -> bool:
     elif part.kind == "linear" and not is_transposed:
         part = part._replace(transposed=False)
     return bool(list_orientations(part, shape))
+
+
+def _settle_experts(parts: list[Part], model: Model, version: str) -> list[Part]:
+    """Finds out whether B·A of square experts is transposed, if no others tell.
+
+    Single experts in the checkpoint are (outputs, inputs). Before 0.19, PEFT's A had the outputs
+    of a stack of them, from 0.19.1 on the inputs.
+    """
+    stacks = {x.name: model[x.name] for x in parts if x.kind == "experts" and x.name in model}
+    numbers = re.fullmatch(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", version)
+    release = tuple(map(int, numbers.groups())) if numbers else (0, 19, 0)
+    if release == (0, 19, 0) or any(len(set(view.shape[1:])) > 1 for view in stacks.values()):
+        return parts
+    single = {name for name, view in stacks.items() if view.pieces[0].expert is not None}
+    is_old = release < (0, 19)
+    return [x._replace(transposed=is_old) if x.name in single else x for x in parts]
 
 
 def _move_tied_biases(full: dict[str, T], model: Model) -> dict[str, T]:
