@@ -60,6 +60,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"vision.layers.#.q.weight": Q},
         ABSENT,
     ),
+    "a tower of images, as its own has other names": (
+        {"model.text.layers.#.q": ("llm.#.qkv", (12, 6))}, {"visual.layers.#.q.weight": Q}, ABSENT
+    ),
     "a tower that is adapted": (
         {"m.text.h.#.q": ("m.llm.#.qkv", (12, 6)), "m.vision.h.#.k": ("m.vision.h.#.k", K)},
         {"m.vision.h.#.q.weight": Q},
@@ -133,7 +136,7 @@ def test_parameters_in_full(tmp_path: Folder) -> None:
     expected = {"h.0.q.bias": 2, "norm.weight": 3, "norm.bias": 4}
     assert {name: merged[f"backbone.{name}"][0] for name in expected} == expected
     del weights["backbone.norm.bias"]
-    with pytest.raises(ValueError, match="in the adapter, but not in the checkpoint, whose names"):
+    with pytest.raises(ValueError, match=r"model\.norm\.bias: not in the checkpoint"):
         merge(tmp_path, weights, given, **fields)
 
 

@@ -68,7 +68,6 @@ DIALECTS: tuple[Dialect, ...] = (
     ),
     _LLAVA,
     (*_LLAVA, (r"^model\.(\w+_tower)\.vision_model\.", r"model.\1.")),  # read from the hub
-    ((r"\blanguage_model\.model\.", "language_model."),),  # ColPali, and LLaVA without its head
     (  # Qwen2-VL, Qwen2.5-VL and Omni
         (r"^(thinker\.)?visual\.", "model.visual."),
         (r"^(thinker\.)?audio_tower\.", "model.audio_tower."),

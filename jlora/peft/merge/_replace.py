@@ -9,14 +9,15 @@ one place for all modules. The following must hold, as a wrong place would be me
   name. Numbers and the last two components stay.
 - Every name gets a tensor of its own, of a fitting shape. A head that may share the embedding's
   weight needs none.
-- The checkpoint has components that are replaced nowhere, and the adapter has those that replace
-  them nowhere, as either may be the other tower of a model with two.
+- The checkpoint has the replaced components nowhere, and the adapter has those that replace them
+  nowhere: either may be another tower of the model. None leads into a tower of images or sounds.
 - The adapter has all layers of the tensors, or these are numbered without gaps: otherwise two
   layers of the checkpoint may be one layer of the model.
 """
 
 import bisect
 import collections
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ Fits = Callable[[str, tuple[int, ...]], bool]
 _DEEPEST = 32  # components of a name
 _PLACES = 100  # tensors that are compared with one name
 _STEPS = 300_000  # comparisons of a name with a replacement
+_TOWER = re.compile("vis|imag|vid|audio|speech")
 _KEPT = 2  # components at the end of a name, such as `q_proj.weight`
 
 
@@ -103,6 +105,10 @@ class Names:
                     found[way] = image
         return found
 
+    def count_alike(self, name: str) -> int:
+        """Counts the tensors that `name` may become by their numbers and last components."""
+        return len(self.by_end.get(_end(tuple(name.split("."))), ()))
+
     def list_ways(self, name: str, fits: Fits) -> list[Replacement]:
         """Lists the replacements that give `name` a tensor."""
         parts = tuple(name.split("."))
@@ -124,22 +130,36 @@ def find_places(wanted: Collection[str], shapes: Shapes, fits: Fits) -> list[Pla
     """
     wanted = [name for name in wanted if name.count(".") < _DEEPEST]
     lost = [name for name in wanted if name not in shapes]
-    needed = {name for name in lost if not SHARED.search(name.rpartition(".")[0])}
+    kept = set(wanted) - set(lost)
+    needed = _group(lost, {_module(name) for name in kept})
     if not needed:
         return []
     names, found = Names(shapes), list[Place]()
-    fewest = min(needed, key=lambda name: len(names.by_end.get(_end(tuple(name.split("."))), ())))
-    ways = names.list_ways(fewest, fits)
+    fewest = min(needed.values(), key=lambda own: sum(map(names.count_alike, own)))
+    ways = dict.fromkeys(way for name in fewest for way in names.list_ways(name, fits))
     if len(ways) * len(lost) > _STEPS:
         return []
     each = {name: names.find_images(name, ways, fits) for name in lost}
-    kept = set(wanted) - each.keys()
     for way in ways:
         images = {name: own[way] for name, own in each.items() if way in own}
-        if images.keys() >= needed and len({*images.values(), *kept}) == len(images) + len(kept):
+        is_whole = set(map(_module, images)) >= needed.keys()
+        if is_whole and len({*images.values(), *kept}) == len(images) + len(kept):
             is_plausible = _is_plausible(names, way, wanted, images.values())
             found.append(Place(way, images, _rename(names, way, images) if is_plausible else None))
     return found
+
+
+def _group(lost: Iterable[str], modules: Collection[str]) -> dict[str, list[str]]:
+    """Groups names by modules that have none of the other names, and may not be tied."""
+    found = collections.defaultdict[str, list[str]](list)
+    for name in lost:
+        if (module := _module(name)) not in modules and not SHARED.search(module):
+            found[module].append(name)
+    return found
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 # ------------------------------------------------------------------------------------- components
@@ -173,8 +193,11 @@ def _is_plausible(
 ) -> bool:
     removed, added = set(way.old) - set(way.new), set(way.new) - set(way.old)
     used = {x for name in wanted for x in name.split(".")} if removed else set[str]()
-    is_elsewhere = removed & names.components or added & used
-    return not is_elsewhere and _are_many(images) and _has_layers(names, images)
+    if removed & names.components or added & used:
+        return False
+    if any(map(_TOWER.search, added)) and not any(map(_TOWER.search, way.old)):
+        return False
+    return _are_many(images) and _has_layers(names, images)
 
 
 def _are_many(images: Collection[str]) -> bool:
