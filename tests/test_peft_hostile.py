@@ -354,12 +354,18 @@ def test_a_hundred_first_parts() -> None:
         assert list(find_models(wanted, shapes, lambda *_: True))
 
 
+def digits(i: int) -> str:
+    """A few of many."""
+    return "9" * (5_000 * (i < 9)) + str(i)
+
+
 PLACES: dict[str, tuple[Callable[[int], str], Callable[[int], str]]] = {
     "towers": (
         lambda i: f"m.h.{i % 300}.{i // 300}.q",
         lambda i: f"t{i % 90}.h.{i % 300}.{i // 90}.q",
     ),
     "one name": (lambda i: f"m.{i}.q", lambda i: f"t{i}.0.q"),
+    "digits": (lambda i: f"m.{digits(i)}.q", lambda i: f"b.{digits(i)}.q"),
     "deep": (lambda i: "a." * 30 + f"{i}.q", lambda i: f"b{i % 7}." + "a." * 30 + f"{i // 7}.q"),
     "very deep": (lambda i: "a." * (9_000 * (i < 90)) + f"{i}.q", lambda i: f"b.{i}." * 30 + "q"),
 }

@@ -359,9 +359,39 @@ RENAMED["dinov2"] = {
         "mlp.fc2": "output.dense",
     }.items()
 }
+RENAMED["deepseek-v4"] = {
+    f"model.layers.0.{new}.weight": [f"layers.0.{old}.weight", shape]
+    for new, old, shape in (
+        ("self_attn.q_a_proj", "attn.wq_a", [4, 6]),
+        ("self_attn.q_b_proj", "attn.wq_b", [6, 4]),
+        ("self_attn.kv_proj", "attn.wkv", [5, 6]),
+        ("self_attn.o_b_proj", "attn.wo_b", [6, 5]),
+        ("self_attn.compressor.gate_proj", "attn.compressor.wgate", [3, 6]),
+        ("self_attn.compressor.indexer.q_b_proj", "attn.indexer.wq_b", [7, 4]),
+        ("self_attn.compressor.indexer.kv_proj", "attn.indexer.compressor.wkv", [2, 6]),
+        ("self_attn.compressor.indexer.scorer.weights_proj", "attn.indexer.weights_proj", [2, 6]),
+        ("mlp.shared_experts.down_proj", "ffn.shared_experts.w2", [6, 3]),
+    )
+} | {"lm_head.weight": ["head.weight", [9, 6]]}
+RENAMED["nomic"] = {  # whose layers one replacement finds
+    f"nomic_bert.layers.0.{new}.weight": [f"nomic_bert.encoder.layers.0.{old}.weight", [4, 6]]
+    for new, old in {
+        "mlp.up_proj": "mlp.fc11",
+        "mlp.gate_proj": "mlp.fc12",
+        "mlp.down_proj": "mlp.fc2",
+        "self_attn.o_proj": "attn.out_proj",
+    }.items()
+}
+RENAMED["jina-v3"] = {
+    "roberta.layers.0.self_attn.o_proj.weight": [
+        "roberta.encoder.layers.0.mixer.out_proj.weight",
+        [4, 6],
+    ],
+    "roberta.layers.0.mlp.fc1.weight": ["roberta.encoder.layers.0.mlp.fc1.weight", [4, 6]],
+}
 
 
-@pytest.mark.parametrize("which", ["", "language_model|layer|blocks", "q_proj|query"])
+@pytest.mark.parametrize("which", ["", "language_model|layer|blocks", "q_proj|query|o_proj|q_a"])
 @pytest.mark.parametrize("family", RENAMED)
 def test_names_of_today(family: str, which: str, tmp_path: Folder) -> None:
     """What `transformers` 5 saves under other names than its modules have in memory."""

@@ -132,7 +132,7 @@ def _replace(
                 found[key] = named, place
     plausible = [(named, x.renamed) for named, x in found.values() if x.renamed is not None]
     if plausible and len(found) > 1:
-        ways = ", or ".join(str(place.way) for _, place in found.values())
+        ways = ", or ".join(str(place.way) for _, place in [*found.values()][:4])
         raise ValueError(
             "`adapter` fits the checkpoint of `src_dir` with several replacements in its names: "
             f"{ways}. Rename the modules of the adapter as in the checkpoint."
@@ -151,11 +151,14 @@ def _make_model(
     shapes: Shapes,
     experts: Experts,
 ) -> Model:
+    wanted = set(wanted)
     own = {n: named.get(n, n) for n in wanted if n in named or n in shapes}
     as_stored = own.keys() - named.keys()  # these have only the checkpoint's names
     if as_stored or add or strip:
-        rest = (n for n, x in named.items() if n.startswith(add) and x not in as_stored)
-        named = {strip + n.removeprefix(add): named[n] for n in rest} | own
+        rest = ((strip + n.removeprefix(add), n) for n in named if n.startswith(add))
+        # What is wanted under its name has no other, unless that is wanted too.
+        names = {new: n for new, n in rest if n not in own or new in wanted}
+        named = {new: x for new, n in names.items() if (x := named[n]) not in as_stored} | own
     plain = {name: View(shapes[x], (Piece(x),)) for name, x in named.items()}
     fused = _fuse(named, shapes, experts)
     # The model has modules of single experts only if the adapter adapts such a module.
@@ -163,7 +166,7 @@ def _make_model(
     single = {name for name, x in named.items() if x in pieces}
     if not {_module(name) for name in wanted} & {_module(name) for name in single}:
         plain = {name: view for name, view in plain.items() if name not in single}
-    return Model((fused if fused.keys() & set(wanted) else {}) | plain)
+    return Model((fused if fused.keys() & wanted else {}) | plain)
 
 
 def _list_readings(wanted: Iterable[str], named: Named, add: str, strip: str) -> list[Named]:

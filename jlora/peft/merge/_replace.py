@@ -13,6 +13,8 @@ one place for all modules. The following must hold, as a wrong place would be me
   nowhere: either may be another tower of the model. None leads into a tower of images or sounds.
 - The adapter has all layers of the tensors, or these are numbered without gaps: otherwise two
   layers of the checkpoint may be one layer of the model.
+
+Two replacements that give all names tensors are refused, also if only one of them is plausible.
 """
 
 import bisect
@@ -21,6 +23,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
+from .._file import shorten
 from ..adapter._contents import SHARED
 
 Components = tuple[str, ...]
@@ -28,6 +31,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 Fits = Callable[[str, tuple[int, ...]], bool]
 
 _DEEPEST = 32  # components of a name
+_LONGEST = 9  # digits of a number
 _PLACES = 100  # tensors that are compared with one name
 _STEPS = 300_000  # comparisons of a name with a replacement
 _TOWER = re.compile("vis|imag|vid|audio|speech")
@@ -49,7 +53,7 @@ class Replacement(NamedTuple):
 
     def __str__(self) -> str:
         """Both names, with quotes."""
-        return f"{'.'.join(self.old)!r} by {'.'.join(self.new)!r}"
+        return f"{shorten('.'.join(self.old))} by {shorten('.'.join(self.new))}"
 
 
 class Place(NamedTuple):
@@ -167,12 +171,16 @@ def _module(name: str) -> str:
 
 def _end(parts: Components) -> Components:
     """Returns what no replacement changes: numbers and the last components."""
-    return (*filter(str.isdecimal, parts[:-_KEPT]), *parts[-_KEPT:])
+    return (*filter(_is_number, parts[:-_KEPT]), *parts[-_KEPT:])
+
+
+def _is_number(x: str) -> bool:
+    return len(x) < _LONGEST and x.isdecimal()
 
 
 def _mark(parts: Iterable[str]) -> Components:
     """Replaces numbers with `*`."""
-    return tuple("*" if x.isdecimal() else x for x in parts)
+    return tuple("*" if _is_number(x) else x for x in parts)
 
 
 def _compare(name: Components, tensor: Components, start: int) -> Replacement | None:
@@ -180,7 +188,7 @@ def _compare(name: Components, tensor: Components, start: int) -> Replacement | 
     most = min(len(name), len(tensor)) - start
     same = next((i for i in range(most) if name[~i] != tensor[~i]), most)
     old, new = name[start : len(name) - same], tensor[start : len(tensor) - same]
-    if same < _KEPT or any(map(str.isdecimal, old + new)):
+    if same < _KEPT or any(map(_is_number, old + new)):
         return None
     return Replacement(old, new, None if old else _mark(name[:start]))
 
@@ -212,7 +220,7 @@ def _has_layers(names: Names, images: Collection[str]) -> bool:
     every = collections.defaultdict[Components, set[Components]](set)
     for parts in names.split.values():
         if (kind := _mark(parts)) in own:
-            every[kind].add(tuple(filter(str.isdecimal, parts)))
+            every[kind].add(tuple(filter(_is_number, parts)))
     counts = collections.Counter(_mark(names.split[x]) for x in images)
     return all(counts[kind] == len(found) or _is_gapless(found) for kind, found in every.items())
 
