@@ -96,6 +96,20 @@ MLA = EXPERTS_OF | {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+NEMOTRON_H = (
+    HEADS
+    | EXPERTS_OF
+    | {
+        "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "moe_shared_expert_intermediate_size": 24,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+)
 LLAMA4 = HEADS | {
     "num_experts_per_tok": 1,
     "intermediate_size_mlp": 40,
@@ -193,6 +207,11 @@ _RENAMED: dict[str, Any] = {
         "SegformerForSemanticSegmentation",
         {"hidden_sizes": [8, 8, 16, 16], "depths": [2, 1, 1, 1], "decoder_hidden_size": 16}
         | {"num_attention_heads": [1, 1, 2, 2], "num_labels": 3},
+    ),
+    "nemotron-h": ("NemotronHForCausalLM", NEMOTRON_H),
+    "altclip": (
+        "AltCLIPModel",
+        {"text_config": SIZES | {"project_dim": 32}, "vision_config": SIZES | {"hidden_size": 24}},
     ),
     "phimoe": ("PhimoeForCausalLM", {"attention_bias": True}),
     "granitemoe": "GraniteMoeForCausalLM",

@@ -351,7 +351,34 @@ def test_a_hundred_first_parts() -> None:
     shapes |= dict.fromkeys(SPOKEN, (1, 1))
     wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(4_000)]
     with bounded(3):
-        assert find_models(wanted, shapes)
+        assert list(find_models(wanted, shapes, lambda *_: True))
+
+
+def digits(i: int) -> str:
+    """A few of many."""
+    return "9" * (5_000 * (i < 9)) + str(i)
+
+
+PLACES: dict[str, tuple[Callable[[int], str], Callable[[int], str]]] = {
+    "towers": (
+        lambda i: f"m.h.{i % 300}.{i // 300}.q",
+        lambda i: f"t{i % 90}.h.{i % 300}.{i // 90}.q",
+    ),
+    "one name": (lambda i: f"m.{i}.q", lambda i: f"t{i}.0.q"),
+    "digits": (lambda i: f"m.{digits(i)}.q", lambda i: f"b.{digits(i)}.q"),
+    "deep": (lambda i: "a." * 30 + f"{i}.q", lambda i: f"b{i % 7}." + "a." * 30 + f"{i // 7}.q"),
+    "very deep": (lambda i: "a." * (9_000 * (i < 90)) + f"{i}.q", lambda i: f"b.{i}." * 30 + "q"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_many_replacements(case: str) -> None:
+    """Of tens of thousands of names."""
+    module, tensor = PLACES[case]
+    shapes = {f"{tensor(i)}.weight": (1, 1) for i in range(20_000)} | dict.fromkeys(SPOKEN, (1, 1))
+    wanted = [f"{module(i)}.weight" for i in range(10_000)]
+    with bounded(9):
+        assert next(find_models(wanted, shapes, lambda *_: True))
 
 
 def test_a_configuration_is_parsed_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -405,9 +405,39 @@ RENAMED["dinov2"] = {
         "mlp.fc2": "output.dense",
     }.items()
 }
+RENAMED["deepseek-v4"] = {
+    f"model.layers.0.{new}.weight": [f"layers.0.{old}.weight", shape]
+    for new, old, shape in (
+        ("self_attn.q_a_proj", "attn.wq_a", [4, 6]),
+        ("self_attn.q_b_proj", "attn.wq_b", [6, 4]),
+        ("self_attn.kv_proj", "attn.wkv", [5, 6]),
+        ("self_attn.o_b_proj", "attn.wo_b", [6, 5]),
+        ("self_attn.compressor.gate_proj", "attn.compressor.wgate", [3, 6]),
+        ("self_attn.compressor.indexer.q_b_proj", "attn.indexer.wq_b", [7, 4]),
+        ("self_attn.compressor.indexer.kv_proj", "attn.indexer.compressor.wkv", [2, 6]),
+        ("self_attn.compressor.indexer.scorer.weights_proj", "attn.indexer.weights_proj", [2, 6]),
+        ("mlp.shared_experts.down_proj", "ffn.shared_experts.w2", [6, 3]),
+    )
+} | {"lm_head.weight": ["head.weight", [9, 6]]}
+RENAMED["nomic"] = {  # whose layers one replacement finds
+    f"nomic_bert.layers.0.{new}.weight": [f"nomic_bert.encoder.layers.0.{old}.weight", [4, 6]]
+    for new, old in {
+        "mlp.up_proj": "mlp.fc11",
+        "mlp.gate_proj": "mlp.fc12",
+        "mlp.down_proj": "mlp.fc2",
+        "self_attn.o_proj": "attn.out_proj",
+    }.items()
+}
+RENAMED["jina-v3"] = {
+    "roberta.layers.0.self_attn.o_proj.weight": [
+        "roberta.encoder.layers.0.mixer.out_proj.weight",
+        [4, 6],
+    ],
+    "roberta.layers.0.mlp.fc1.weight": ["roberta.encoder.layers.0.mlp.fc1.weight", [4, 6]],
+}
 
 
-@pytest.mark.parametrize("which", ["", "language_model|layer|blocks", "q_proj|query"])
+@pytest.mark.parametrize("which", ["", "language_model|layer|blocks", "q_proj|query|o_proj|q_a"])
 @pytest.mark.parametrize("family", RENAMED)
 def test_names_of_today(family: str, which: str, tmp_path: Folder) -> None:
     """What `transformers` 5 saves under other names than its modules have in memory."""
@@ -443,6 +473,19 @@ def test_names_of_no_known_family(tmp_path: Folder) -> None:
     for saved in (None, ["qkv"]):
         with pytest.raises(ValueError, match=f"0.q_proj.weight: not in the checkpoint.* {remedy}"):
             merge(tmp_path, weights, given, modules_to_save=saved)
+
+
+def test_a_mask_is_no_bias(tmp_path: Folder) -> None:
+    """GPT-2 as on the hub has masks, `attn.bias`, which are not in an adapter of all biases."""
+    weights = {"h.0.attn.c_attn.weight": ones(4, 6), "h.0.attn.c_attn.bias": ones(6)}
+    weights |= {"h.0.attn.bias": ones(1, 1, 8, 8), "ln_f.bias": ones(4)}
+    given: dict[str, Any] = {"transformer.h.0.attn.c_attn": low_rank((6, 4), 2)}
+    given |= {"transformer.h.0.attn.c_attn.bias": 2 * ones(6), "transformer.ln_f.bias": 3 * ones(4)}
+    merged = merge(tmp_path, weights, given, bias="all", fan_in_fan_out=True)
+    assert (merged["h.0.attn.bias"] == 1).all() and (merged["ln_f.bias"] == 3).all()
+    del given["transformer.ln_f.bias"]
+    with pytest.raises(ValueError, match=r"ln_f\.bias: selected by .*, but missing"):
+        merge(tmp_path, weights, given, bias="all", fan_in_fan_out=True)
 
 
 def test_rows_of_what_may_be_tied(tmp_path: Folder) -> None:
@@ -551,6 +594,24 @@ def test_square_experts(known: str, tmp_path: Folder) -> None:
     merged = merge(tmp_path, weights, given, **fields | {"target_parameters": ["m.down", "m.up"]})
     each = [(b[:, i::e] @ a[i * r : (i + 1) * r]).T for i in range(e)]
     np.testing.assert_allclose(merged["m.down"], each, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", ["0.21.2", "0.18.1", "0.19.0", "0.19.1.dev0@0123abc", None])
+def test_square_experts_alone(version: str | None, tmp_path: Folder) -> None:
+    """Single experts are (outputs, inputs); which of these A has is PEFT's version."""
+    name, (a, b) = "mlp.experts.{}.down_proj.weight", low_rank((4, 4), 4)
+    weights = {name.format(e): ones(4, 4) for e in range(2)}
+    fields: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    fields |= {"lora_alpha": 2, "peft_version": version}
+    if version not in ("0.21.2", "0.18.1"):
+        with refused("mlp.experts.down_proj: is square, and may be stored"):
+            merge(tmp_path, weights, {"mlp.experts": (a, b)}, **fields)
+        return
+    merged = merge(tmp_path, weights, {"mlp.experts": (a, b)}, **fields)
+    for e in range(2):
+        change = b[:, e::2] @ a[2 * e : 2 * e + 2]
+        expected = 1 + (change if version == "0.21.2" else change.T)
+        np.testing.assert_allclose(merged[name.format(e)], expected, rtol=1e-4, atol=1e-5)
 
 
 # ----------------------------------------------------------------------- shared weights
@@ -1176,8 +1237,8 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
         FITTING + f"1 problem:\n  {Q}.weight: selected by {CONFIG}, but missing in {TENSORS}",
     ),
     "other-names": (
-        {"given": NO_GIVEN | {k.replace("m.", "m.other."): x for k, x in GIVEN.items()}},
-        "m.other.layers.0.q.weight: not in the checkpoint; save the base model as it was adapted",
+        {"given": NO_GIVEN | {"m.o." + k.replace(".q", ".o.q"): x for k, x in GIVEN.items()}},
+        "m.o.m.layers.0.o.q.weight: not in the checkpoint; save the base model as it was adapted",
     ),
     "one-weight-twice": (
         {"weights": NO_WEIGHTS | {"bert.q.weight": ones(4, 6)}}

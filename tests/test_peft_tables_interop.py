@@ -106,6 +106,29 @@ def test_gate_and_up_as_one_leaf(family: str, tmp_path: pathlib.Path) -> None:
         assert (tmp_path / "copy" / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
 
 
+@pytest.mark.parametrize("parameter", EXPERTS)
+def test_square_experts_alone(parameter: str, tmp_path: pathlib.Path) -> None:
+    """Their orientation is that of the single experts in the checkpoint."""
+    architecture, sizes = families.FAMILIES["qwen3-moe"]
+    width = sizes["hidden_size"] // (2 if "gate" in parameter else 1)
+    cls = getattr(transformers, architecture)
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**copy.deepcopy(sizes) | {"moe_intermediate_size": width}))
+    model.save_pretrained(tmp_path / "base")
+    options = {"target_modules": [], "target_parameters": [parameter]}
+    adapted = hf_peft.get_peft_model(model, hf_peft.LoraConfig(r=4, lora_alpha=8, **options))
+    for i, (_, x) in enumerate(adapted.named_parameters()):
+        if x.requires_grad:
+            x.data = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
+    adapted.save_pretrained(tmp_path / "a")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours")
+    each = [
+        families.load_file(tmp_path / x / "model.safetensors") for x in ("base", "ours", "theirs")
+    ]
+    assert families.compared(*each).kind in ("bits", "rounding")
+
+
 def build(family: str, folder: pathlib.Path) -> Any:
     """Writes a random checkpoint, and gives the model of it."""
     architecture, sizes = families.FAMILIES[family]

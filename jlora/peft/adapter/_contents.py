@@ -121,10 +121,14 @@ class Adapter(NamedTuple):
     @property
     def names(self) -> list[str]:
         """The parameters that the adapter may change."""
-        each = ((m, self.selection.parameters(m) or ["weight"]) for m in self.modules)
-        adapted = (f"{module}.{name}" for module, names in each for name in names)
         others = self.others
-        return [*others.full, *others.tokens, *others.biases, *adapted]
+        return [*others.full, *others.tokens, *others.biases, *self.parts]
+
+    @property
+    def parts(self) -> dict[str, list[Part]]:
+        """The A and B that may be of each parameter."""
+        each = ((m, self.selection.parameters(m) or ["weight"]) for m in self.modules)
+        return {f"{m}.{name}": self.modules[m] for m, names in each for name in names}
 
 
 def sort_tensors(files: Files, problems: Problems) -> Adapter:

@@ -164,6 +164,8 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
 
     def is_missing(name: str) -> bool:
         module, _, parameter = name.rpartition(".")
+        if parameter == "bias" and len(shapes[name]) > 1:
+            return False  # a mask that GPT-2 has in its attention
         if selection.saves_whole(module, parameter, module in modules):
             return name not in adapter.others.full
         if len(shapes[name]) < 2 or module in modules or name in alone:

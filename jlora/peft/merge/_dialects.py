@@ -68,13 +68,37 @@ DIALECTS: tuple[Dialect, ...] = (
     ),
     _LLAVA,
     (*_LLAVA, (r"^model\.(\w+_tower)\.vision_model\.", r"model.\1.")),  # read from the hub
-    ((r"\blanguage_model\.model\.", "language_model."),),  # ColPali, and LLaVA without its head
     (  # Qwen2-VL, Qwen2.5-VL and Omni
         (r"^(thinker\.)?visual\.", "model.visual."),
         (r"^(thinker\.)?audio_tower\.", "model.audio_tower."),
         (r"^(thinker\.)?model\.(?!(language_model|visual|audio_tower)\.)", "model.language_model."),
         (r"^thinker\.", ""),
     ),
+    (  # DeepSeek V4
+        (r"\.attn\.wq_a\.", ".attn.q_a_proj."),
+        (r"\.indexer\.compressor\.", ".compressor.indexer."),
+        (r"\.indexer\.weights_proj\.", ".compressor.indexer.scorer.weights_proj."),
+        (r"\.indexer\.wq_b\.", ".compressor.indexer.q_b_proj."),
+        (r"\.wq_b\.", ".q_b_proj."),
+        (r"\.wkv\.", ".kv_proj."),
+        (r"\.wgate\.", ".gate_proj."),
+        (r"\.wo_([ab])\.", r".o_\1_proj."),
+        (r"\.attn\.", ".self_attn."),
+        (r"\.ffn\.gate\.bias$", ".mlp.gate.e_score_correction_bias"),
+        (r"\.ffn\.", ".mlp."),
+        (r"\.shared_experts\.w1\.", ".shared_experts.gate_proj."),
+        (r"\.shared_experts\.w2\.", ".shared_experts.down_proj."),
+        (r"\.shared_experts\.w3\.", ".shared_experts.up_proj."),
+        (r"^(model\.)?embed\.", r"\1embed_tokens."),
+        (r"^head\.", "lm_head."),
+    ),
+    (  # Nomic
+        (r"\.mlp\.fc11\.", ".mlp.up_proj."),
+        (r"\.mlp\.fc12\.", ".mlp.gate_proj."),
+        (r"\.mlp\.fc2\.", ".mlp.down_proj."),
+        (r"\.attn\.out_proj\.", ".self_attn.o_proj."),
+    ),
+    ((r"\.mixer\.out_proj\.", ".self_attn.o_proj."),),  # Jina v3
     (  # DETR, RT-DETR
         (r"\bout_proj\.", "o_proj."),
         (r"\blayers\.(\d+)\.fc([12])\.", r"layers.\1.mlp.fc\2."),

@@ -66,7 +66,8 @@ def export_merged(
             the folder, or in the Hub's cache within the folder of their model (`models--…`).
         adapter: a folder that PEFT or `save` wrote, or an adapter tree. The modules in a folder
             have the names of the checkpoint's tensors, or those of `transformers` 5 in memory; a
-            first component such as `bert.` may differ.
+            first component such as `bert.` may differ. Any other names are those of the checkpoint
+            after one replacement, if only one place fits all modules.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
         names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.LLAMA`.

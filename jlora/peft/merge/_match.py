@@ -1,7 +1,9 @@
 """Matches an adapter to the tensors of a checkpoint."""
 
+import itertools
 import os
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +17,7 @@ from .._changed import Changed
 from .._checkpoint import Checkpoint
 from .._file import COUNT, COUNTS, DTYPES, Source
 from .._problems import Problems
-from ..adapter._contents import Contents, explain_resized, sort_tensors
+from ..adapter._contents import Contents, Part, explain_resized, sort_tensors
 from ..adapter._files import Files, fill, open_files
 from ..adapter._parameters import assign_parameters, list_missing, list_orientations
 from ..adapter._tokens import list_misfits, list_unequal
@@ -25,6 +27,7 @@ from ..names._weights import split_all
 from ._heads import add_head
 from ._orientation import orient
 from ._renaming import Model, find_models
+from ._replace import Fits
 from ._rows import fit_vocabulary
 from ._target import Target
 from ._ties import (
@@ -86,7 +89,9 @@ def _match_tree(
     tokens = {f"{x.module}.weight": x for x in tree.tokens}
     found = Contents(tree.parts, full, {}, tokens, {})
     wanted = [*(part.name for part in found.parts), *full, *tokens]
-    target = Target(checkpoint, find_models(wanted, checkpoint.shapes)[0])
+    parts = {part.name: [part] for part in found.parts}
+    fits = _make_fits(parts, found, is_transposed=True)
+    target = Target(checkpoint, next(find_models(wanted, checkpoint.shapes, fits)))
     if is_untied:
         target, found = untie(target, found, problems)
     target = fit_vocabulary(target, found, problems)
@@ -100,17 +105,22 @@ def _match_files(
     checkpoint: Checkpoint, files: Files, is_untied: bool, problems: Problems
 ) -> tuple[Target, Contents]:
     adapter = sort_tensors(files, problems)
-    models = find_models(adapter.names, checkpoint.shapes)
-    old = next((x for x in models if not list_missing(adapter, x.shapes)), models[0])
+    is_transposed = bool(files.fields.get("fan_in_fan_out"))
+    fits = _make_fits(adapter.parts, adapter.others, is_transposed)
+    models = find_models(adapter.names, checkpoint.shapes, fits)
+    first = next(models)
+    possible = itertools.chain([first], models)
+    old = next((x for x in possible if not list_missing(adapter, x.shapes)), first)
     found = assign_parameters(adapter, old.shapes, "the checkpoint", problems)
-    found = found._replace(full=_move_tied_biases(found.full, old))
+    parts = _settle_experts(found.parts, old, str(files.fields.get("peft_version")))
+    found = found._replace(parts=parts, full=_move_tied_biases(found.full, old))
     problems.found += list_untied_heads(checkpoint, adapter)
     target = Target(checkpoint, old)
     if is_untied:
         target, found = untie(target, found, problems)
     target = add_head(fit_vocabulary(target, found, problems), found, adapter)
     checkpoint, model = target
-    parts = orient(found.parts, model.shapes, bool(files.fields.get("fan_in_fan_out")))
+    parts = orient(found.parts, model.shapes, is_transposed)
     tokens, heads = separate_heads(checkpoint, model, found.tokens)
     found = found._replace(parts=parts, tokens=tokens)
     _check(target, found, problems)
@@ -125,6 +135,51 @@ def _match_files(
         names = [n for n in found.frozen if n in old and old[n].shape != model[n].shape]
         checkpoint.values |= {model.tensor(name): found.frozen[name] for name in names}
     return target, found
+
+
+def _make_fits(parts: Mapping[str, Sequence[Part]], others: Contents, is_transposed: bool) -> Fits:
+    """Makes a predicate: whether a tensor of a shape can be the parameter of a name.
+
+    Args:
+        parts: A and B by parameter. If several parameters of a module are adapted, those of all.
+        others: the parameters in full, rows and biases.
+        is_transposed: whether a linear weight may be (inputs, outputs).
+    """
+
+    def fits(name: str, shape: tuple[int, ...]) -> bool:
+        if (x := others.full.get(name)) is not None:
+            return x.shape == shape or explain_resized(name, x.shape, shape) is not None
+        if (rows := others.tokens.get(name)) is not None:
+            return rows.v.shape[1:] == shape[1:]
+        if (bias := others.biases.get(name)) is not None:
+            return bias[0].shape == shape
+        return any(_is_part(part, shape, is_transposed) for part in parts.get(name, ()))
+
+    return fits
+
+
+def _is_part(part: Part, shape: tuple[int, ...], is_transposed: bool) -> bool:
+    if part.kind == "linear" and len(shape) == 3:
+        part = part._replace(kind="experts", experts=shape[0])
+    elif part.kind == "linear" and not is_transposed:
+        part = part._replace(transposed=False)
+    return bool(list_orientations(part, shape))
+
+
+def _settle_experts(parts: list[Part], model: Model, version: str) -> list[Part]:
+    """Finds out whether B·A of square experts is transposed, if no others tell.
+
+    Single experts in the checkpoint are (outputs, inputs). Before 0.19, PEFT's A had the outputs
+    of a stack of them, from 0.19.1 on the inputs.
+    """
+    stacks = {x.name: model[x.name] for x in parts if x.kind == "experts" and x.name in model}
+    numbers = re.fullmatch(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", version)
+    release = tuple(map(int, numbers.groups())) if numbers else (0, 19, 0)
+    if release == (0, 19, 0) or any(len(set(view.shape[1:])) > 1 for view in stacks.values()):
+        return parts
+    single = {name for name, view in stacks.items() if view.pieces[0].expert is not None}
+    is_old = release < (0, 19)
+    return [x._replace(transposed=is_old) if x.name in single else x for x in parts]
 
 
 def _move_tied_biases(full: dict[str, T], model: Model) -> dict[str, T]:

@@ -7,13 +7,12 @@ names in the adapter decide which of this applies.
 
 import collections
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..names._leaves import FUSED
 from ._dialects import find_dialects
-
-Shapes = Mapping[str, tuple[int, ...]]
+from ._replace import Fits, Place, Shapes, find_places
 
 
 class Piece(NamedTuple):
@@ -59,40 +58,48 @@ class Model(dict[str, View]):
         return self[name].pieces[0].tensor if name in self else name
 
 
+Named = Mapping[str, str]  # the tensors by their names in the model
 Experts = Mapping[str, re.Match[str]]
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight")
 _FIRSTS = 100  # first components of names that are tried
 
 
-def find_models(wanted: Collection[str], shapes: Shapes) -> list[Model]:
+def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator[Model]:
     """Finds the parameters of the model, under the names that match most of `wanted`.
 
-    Returns:
-        One model, or several if names of several versions of `transformers` match equally many.
+    If none match all, one replacement in all names is searched that makes them match.
+
+    Args:
+        wanted: the names of the adapter's parameters.
+        shapes: the shapes of the checkpoint's tensors.
+        fits: whether a tensor of a shape can be the parameter of a name.
+
+    Yields:
+        The possible models: those of several versions of `transformers` that match equally many,
+        and each with the checkpoint's names in the parts where the adapter has no others.
 
     Raises:
-        ValueError: if several prefixes match equally many.
+        ValueError: if several prefixes match equally many, or several replacements all names.
     """
-    best, most = list[tuple[dict[str, str], list[tuple[str, str]]]](), -1
-    tried = list[dict[str, str]]()
-    possible, experts = list(find_dialects(shapes)), _find_experts(shapes)
-    old = list(filter(_make_finder(rule for dialect in possible for rule in dialect), shapes))
-    for dialect in possible:
-        named = _rename(dialect, shapes, old)
-        if named in tried:
-            continue
-        tried.append(named)
-        fused = _fuse(named, shapes, experts)
-        fused = named.keys() | fused.keys() if fused else named.keys()
+    best, most = list[tuple[Named, list[tuple[str, str]]]](), -1
+    experts = _find_experts(shapes)
+    tried = list(_list_named(shapes, experts))
+    for named, fused in tried:
+        there = named.keys() | fused.keys() if fused else named.keys()
         # A model may partly have the names of the checkpoint.
-        known = {name for name in wanted if name in fused or name in shapes}
+        known = {name for name in wanted if name in there or name in shapes}
         ways = [("", ""), *((p, "") for p in _firsts(named)), *(("", p) for p in _firsts(wanted))]
-        counts = _count(ways, wanted, fused, known)
+        counts = _count(ways, wanted, there, known)
         if max(counts) > most:
             best, most = [], max(counts)
         if max(counts) == most:
             best.append((named, [w for w, n in zip(ways, counts, strict=True) if n == most]))
+    if most < len(wanted) and (replaced := _replace(wanted, tried, shapes, fits)):
+        model = _make_model(wanted, replaced, "", "", shapes, experts)
+        model.prefix = None  # where a new head would be is not known
+        yield model
+        return
     unique = [(named, w[0]) for named, w in best if len(w) == 1 or w[0] == ("", "")]
     if not unique:
         parts = ", ".join(repr(add or strip) for add, strip in best[0][1])
@@ -100,22 +107,67 @@ def find_models(wanted: Collection[str], shapes: Shapes) -> list[Model]:
             f"`adapter` fits the checkpoint of `src_dir` with several prefixes, {parts}. Rename "
             "the modules of the adapter as in the checkpoint."
         )
-    return [_make_model(wanted, named, *way, shapes, experts) for named, way in unique]
+    for named, way in unique:
+        for reading in _list_readings(wanted, named, *way):
+            yield _make_model(wanted, reading, *way, shapes, experts)
+
+
+def _list_named(shapes: Shapes, experts: Experts) -> Iterator[tuple[Named, dict[str, View]]]:
+    """Yields the names of all tensors, and the parameters of experts, in each dialect."""
+    tried, possible = list[Named](), list(find_dialects(shapes))
+    old = list(filter(_make_finder(rule for dialect in possible for rule in dialect), shapes))
+    for dialect in possible:
+        named = _rename(dialect, shapes, old)
+        if named not in tried:
+            tried.append(named)
+            yield named, _fuse(named, shapes, experts)
+
+
+def _replace(
+    wanted: Collection[str],
+    possible: Iterable[tuple[Named, Mapping[str, View]]],
+    shapes: Shapes,
+    fits: Fits,
+) -> Named | None:
+    """Names the tensors by the one replacement, in one of the `possible` dialects, that fits."""
+    found = dict[tuple[str, ...], tuple[Named, Place]]()
+    for named, fused in possible:
+        there = {name: shapes[x] for name, x in named.items()}
+        there |= {name: view.shape for name, view in fused.items()}
+        for place in find_places(wanted, there, fits):
+            images = (place.images.get(name, name) for name in wanted)
+            key = tuple(named.get(image, image) for image in images)
+            if key not in found or found[key][1].renamed is None:
+                found[key] = named, place
+    plausible = [(named, x.renamed) for named, x in found.values() if x.renamed is not None]
+    if plausible and len(found) > 1:
+        ways = ", or ".join(str(place.way) for _, place in [*found.values()][:4])
+        raise ValueError(
+            "`adapter` fits the checkpoint of `src_dir` with several replacements in its names: "
+            f"{ways}. Rename the modules of the adapter as in the checkpoint."
+        )
+    for named, renamed in plausible:
+        kept = {name: name for name in named.keys() - set(renamed.values())}
+        return {name: named[x] for name, x in (kept | renamed).items() if x in named}
+    return None
 
 
 def _make_model(
     wanted: Collection[str],
-    named: Mapping[str, str],
+    named: Named,
     add: str,
     strip: str,
     shapes: Shapes,
     experts: Experts,
 ) -> Model:
+    wanted = set(wanted)
     own = {n: named.get(n, n) for n in wanted if n in named or n in shapes}
     as_stored = own.keys() - named.keys()  # these have only the checkpoint's names
     if as_stored or add or strip:
-        rest = (n for n, x in named.items() if n.startswith(add) and x not in as_stored)
-        named = {strip + n.removeprefix(add): named[n] for n in rest} | own
+        rest = ((strip + n.removeprefix(add), n) for n in named if n.startswith(add))
+        # What is wanted under its name has no other, unless that is wanted too.
+        names = {new: n for new, n in rest if n not in own or new in wanted}
+        named = {new: x for new, n in names.items() if (x := named[n]) not in as_stored} | own
     plain = {name: View(shapes[x], (Piece(x),)) for name, x in named.items()}
     fused = _fuse(named, shapes, experts)
     # The model has modules of single experts only if the adapter adapts such a module.
@@ -123,9 +175,22 @@ def _make_model(
     single = {name for name, x in named.items() if x in pieces}
     if not {_module(name) for name in wanted} & {_module(name) for name in single}:
         plain = {name: view for name, view in plain.items() if name not in single}
-    model = Model((fused if fused.keys() & set(wanted) else {}) | plain)
+    model = Model((fused if fused.keys() & wanted else {}) | plain)
     model.prefix = None if add or (strip and as_stored) else strip
     return model
+
+
+def _list_readings(wanted: Iterable[str], named: Named, add: str, strip: str) -> list[Named]:
+    """Lists `named` and, if they differ, the tensors' own names where no others are wanted.
+
+    An encoder may have other names than in the checkpoint, and its decoder the same.
+    """
+    here = {*wanted, *(add + name.removeprefix(strip) for name in wanted)}
+    new = {name: x.partition(".")[0] for name, x in named.items() if name != x}
+    used = {first for name, first in new.items() if name in here}
+    unused = {name for name, first in new.items() if first not in used}
+    kept = {named[name] if name in unused else name: x for name, x in [*named.items()][::-1]}
+    return [named, kept] if unused else [named]
 
 
 def _module(name: str) -> str:
@@ -178,7 +243,7 @@ def _find_experts(names: Iterable[str]) -> Experts:
     return {name: found for name in names if (found := _EXPERT.fullmatch(name))}
 
 
-def _fuse(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> dict[str, View]:
+def _fuse(named: Named, shapes: Shapes, experts: Experts) -> dict[str, View]:
     """Makes the parameters of all experts of each module: (experts, rows, columns)."""
     modules: dict[str, dict[str, dict[int, str]]] = {}
     new = {name: _EXPERT.fullmatch(name) for name in named if name not in shapes}

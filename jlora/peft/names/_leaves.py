@@ -130,6 +130,7 @@ def _are_parts(leaves: Sequence[NamedLeaf]) -> bool:
 # Parameters of all experts, with the modules of single experts that they may be made of.
 FUSED = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "up_proj": (("up_proj",),),  # of experts without a gate
     "down_proj": (("down_proj",), ("w2",)),
 }
 
