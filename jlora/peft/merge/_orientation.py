@@ -1,8 +1,8 @@
 """Finds out which weights of a checkpoint are stored as (inputs, outputs).
 
 PEFT knows it from the classes of the modules; here the checkpoint has to tell. A linear weight is
-transposed only in a `Conv1D`, which always has a bias. A bias has as many numbers as there are
-outputs.
+transposed only in a `Conv1D`, which always has a bias in `transformers`. A bias has as many numbers
+as there are outputs. Without one, a weight is transposed if the adapter says so, and its shape too.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def orient(parts: Sequence[Part], shapes: Shapes, flag: bool) -> list[Part]:
 
     def find(part: Part) -> bool | None:
         if part.kind == "linear" and _bias_of(part.name) not in shapes:
-            return False
+            return flag and fits[part.name] == [True]
         votes = [t for t in (False, True) if _group(part.kind, part.name) in seen[t]]
         votes = [biased[part.name]] if part.name in biased else votes
         if part.kind == "experts" and len(fits[part.name]) == 1:

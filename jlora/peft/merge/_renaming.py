@@ -97,9 +97,10 @@ def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator
             best.append((named, [w for w, n in zip(ways, counts, strict=True) if n == most]))
     if most < len(wanted) and (replaced := _replace(wanted, tried, shapes, fits)):
         model = _make_model(wanted, replaced, "", "", shapes, experts)
-        model.prefix = None  # where a new head would be is not known
-        yield model
-        return
+        if sum(name in model for name in wanted) > most:
+            model.prefix = None  # where a new head would be is not known
+            yield model
+            return
     unique = [(named, w[0]) for named, w in best if len(w) == 1 or w[0] == ("", "")]
     if not unique:
         parts = ", ".join(repr(add or strip) for add, strip in best[0][1])
