@@ -171,8 +171,10 @@ def _start(rule: Rule, site: Site, key: jax.Array, w: Any) -> tuple[Any, Any]:
             f"`start` of {rule_name(rule)} must return a {rule.node.__name__} for {site.name}; got "
             f"{type(made[1]).__name__}."
         )
-    found = {"W": (tuple(made[0].shape), made[0].dtype), "layout": made[1].layout}
-    expected = {"W": (site.shape, site.dtype), "layout": site.layout}
+    found, expected = (
+        {"W": (tuple(x.shape), x.dtype), "layout": layout}
+        for x, layout in ((made[0], made[1].layout), (w, site.layout))
+    )
     found |= {name: tuple(jnp.shape(x)) for name, x in state(made[1]).items()}
     shapes = rule.shapes(site.layout, site.shape)
     expected |= {name: shapes.get(name) for name in found.keys() - expected.keys()}

@@ -78,7 +78,8 @@ def sizes(model: nn.Module) -> Sizes:
 
 def with_rules(model: nn.Module, *rules: Rule) -> Method:
     """What the rules train of the model, and nothing else."""
-    return Method(*jlora.transform(model.apply, *rules)[:2], rules)
+    lora = jlora.transform(model.apply, *rules)
+    return Method(lora.init, lora.apply, rules)
 
 
 def with_added(
