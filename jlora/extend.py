@@ -49,11 +49,16 @@ For a method with A and B, `lower` returns
 `Change((Delta(self.factor("a"), self.factor("b"), scale),))`. Its `axes` give the axis of the rank
 a name, such as `"rank"`, and `Rule.sizes` returns its length.
 
+`register` refuses a class that is incomplete, or has the name of another rule. A node does not
+extend another node: it declares all its fields. `init` checks that what `start` returns has the
+shapes that `axes` and `sizes` say.
+
 A quantization scheme is a frozen dataclass, a subclass of `Scheme` with `encode`. It also defines
 `form` if blocks are not along the last axis, and `decode` if a weight is not code × scale. For a
 primitive that moves weights, write a function under `@primitive(name)`: it gets an `Equation` and
 its operands, and returns a `Weight` or raises `Unfactorable`. For an engine, give an `Engine` to
-`register_engine`; its functions each yield a `Finding`. CONTRIBUTING.md has an example of each.
+`register_engine`; its functions each yield a `Finding`. Primitives and engines that have a rule are
+refused too, unless with `override=True`. CONTRIBUTING.md has an example of each.
 '''
 
 from typing import TYPE_CHECKING, Any
