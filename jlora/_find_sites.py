@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._adapters import Node, weight_of
 from ._core import (
@@ -138,9 +139,12 @@ def _trace(
         check()
         return outputs
 
-    jaxpr, _ = trace(apply, picked, ["/".join(path) for path in paths])
-    read = [path for path, x in zip(types, leaves, strict=True) if is_abstract(x)]
-    return Traced(jaxpr, picked, read)
+    read = [(path, x) for path, t, x in zip(types, leaves, flat, strict=True) if is_abstract(t)]
+    # JAX finds the types of arrays sooner than those of types.
+    given = [x if isinstance(x, np.ndarray) else t for (_, x), t in zip(read, picked, strict=False)]
+    specs = [*given, *picked[len(given) :]]
+    jaxpr, _ = trace(apply, specs, ["/".join(path) for path in paths])
+    return Traced(jaxpr, picked, [path for path, _ in read])
 
 
 def _type(x: Any, path: Path) -> jax.ShapeDtypeStruct:
@@ -153,6 +157,8 @@ def _type(x: Any, path: Path) -> jax.ShapeDtypeStruct:
 def _site(path: Path, leaf: Any, x: jax.ShapeDtypeStruct, uses: Uses, used: bool | None) -> Site:
     """Makes the site of a leaf of the type `x` from its uses."""
     name, scheme = "/".join(path), leaf.scheme if is_quantized(leaf) else None
+    if name not in uses.products and name not in uses.unsupported:
+        return Site(path, x.shape, x.dtype, None, None, used=used, scheme=scheme)
     products, unsupported = uses.products[name], uses.unsupported[name]
     kinds = {u.kind for u in products}
     kind = next((k for k in ("embed", "conv", "dense") if k in kinds), None)

@@ -94,7 +94,7 @@ def _of(path: str, axes: Any) -> frozenset[int]:
 # ---------------------------------------------------------------------------- sites and their table
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Site:
     """A parameter leaf, together with how the model uses it. It is a site if it has a `kind`.
 

@@ -40,7 +40,7 @@ def leaves_by_path(
             f"two leaves have the path {', '.join(twice)}: keys that differ only in type, or in "
             "where a `/` stands, are equal in a path. Rename one of them."
         )
-    return list(zip(paths, (x for _, x in flat), strict=True))
+    return list(zip(paths, [x for _, x in flat], strict=True))
 
 
 def _variables(paths: list[tuple[Any, ...]]) -> list[int]:

@@ -29,9 +29,9 @@ class ValueReadError(TypeError):
 
 
 def trace(
-    f: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct], paths: Sequence[str]
+    f: Callable[..., Any], specs: Sequence[Any], paths: Sequence[str]
 ) -> tuple[_compat.Jaxpr, Callable[..., Any]]:
-    """Traces `f` at `specs`; returns the jaxpr, and a function from its outputs to those of `f`.
+    """Traces `f` at arrays or types; returns the jaxpr, and a function from its outputs to `f`'s.
 
     The outputs of `f` may be any pytree; leaves that are not arrays are returned as they are. If
     Python code of `f` reads a value that does not depend on its arguments, `f` is traced again, and

@@ -1,10 +1,12 @@
 """How a step's time and its compilation grow: with layers, tokens and rank."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jlora
 
@@ -13,6 +15,7 @@ from . import model, report, steps
 DIM, HEADS, LENGTH, RANK = 256, 4, 128, 8
 LAYERS = (2, 4, 8, 16, 32)
 TOKENS = (128, 256, 512, 1024, 2048, 4096)
+LEAVES = (1_000, 10_000, 100_000)
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -40,6 +43,36 @@ def run(quick: bool) -> None:
     report.table("growth-tokens: ratios to the frozen step, four layers", rows)
     rows = measure(shape, {r: model.all_linear(r) for r in RANKS}, rounds=15)
     report.table("growth-rank: ratios to the frozen step, four layers, 512 tokens", rows)
+    rows = [{"leaves": n, **search(n)} for n in LEAVES]
+    report.table("growth-leaves: finding the sites, over tracing the model", rows)
+
+
+def search(leaves: int) -> dict[str, float]:
+    """CPU time of `sites` and `init` over that of `jax.make_jaxpr`, of a model with many leaves."""
+    params = {
+        f"g{i}": {f"w{j}": np.zeros((2, 2)) for j in range(100)} for i in range(leaves // 100)
+    }
+    x, key = jnp.ones((1, 2)), jax.random.key(0)
+
+    def seconds(make: Callable[[Any], Callable[..., Any]], *args: Any) -> float:
+        """The least of three functions, each new, as JAX remembers what it has traced."""
+        found = []
+        for _ in range(3):
+            call = make(lambda p, x: x @ p["g0"]["w0"])
+            start = time.process_time()
+            call(*args)
+            found.append(time.process_time() - start)
+        return min(found)
+
+    def lora(f: Any) -> jlora.types.Transformed:
+        return jlora.transform(f, jlora.LoRA("g0/w0", rank=1))
+
+    floor = seconds(jax.make_jaxpr, params, x)
+    found = {
+        "sites": seconds(lambda f: lora(f).sites, params, x),
+        "init": seconds(lambda f: lora(f).init, key, params, x),
+    }
+    return {"make_jaxpr s": floor} | {name: x / floor for name, x in found.items()}
 
 
 def measure(
