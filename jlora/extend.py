@@ -74,7 +74,7 @@ from ._core import Equation as Equation
 from ._core import Factor as Factor
 from ._core import Unfactorable as Unfactorable
 from ._core import Weight as Weight
-from ._core import rule as _rule
+from ._core import primitive as primitive
 from ._quantized import Coded as Coded
 from ._quantized import Form as Form
 from ._quantized import Scheme as Scheme
@@ -84,8 +84,6 @@ from ._rules import Rule as Rule
 if TYPE_CHECKING:
     from .peft.engines import Engine as Engine
     from .peft.engines import Finding as Finding
-
-primitive = _rule
 
 _ENGINES = {"Engine": "Engine", "Finding": "Finding", "register_engine": "register"}
 

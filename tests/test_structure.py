@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import Primitive
 
 import jlora
-from jlora._core._interpret import RULES
+from jlora._core._interpret import PRIMITIVES
 
 ROOT = pathlib.Path(jlora.__file__).parent
 FOLDERS = sorted(p.parent.name for p in ROOT.glob("*/__init__.py"))
@@ -123,4 +123,4 @@ def test_registered_primitives_exist() -> None:
     """Each in this JAX, but for those that only the other supported one has."""
     names = {x.name for x in gc.get_objects() if issubclass(type(x), Primitive)}
     is_newest = jax.__version_info__ >= (0, 11)
-    assert set(RULES) - names == (GONE if is_newest else set())
+    assert set(PRIMITIVES) - names == (GONE if is_newest else set())

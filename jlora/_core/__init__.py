@@ -28,7 +28,7 @@ from ._interpret import Equation as Equation
 from ._interpret import ValueReadError as ValueReadError
 from ._interpret import as_array as as_array
 from ._interpret import evaluate as evaluate
-from ._interpret import rule as rule
+from ._interpret import primitive as primitive
 from ._interpret import trace as trace
 from ._packed import Packed as Packed
 from ._packed import shard_part as shard_part

@@ -13,10 +13,9 @@ from jax import lax
 from ._arrays import explicit, spell
 from ._axes import RANK, Axis, Factor, Unfactorable
 from ._change import Delta
-from ._interpret import Equation, rule
+from ._interpret import Equation, primitive
 from ._low_rank import Term, low_rank
 from ._product import Product, Roles
-from ._shared import multiply_together
 from ._weight import Weight, value_of
 
 
@@ -54,6 +53,25 @@ class Contraction(Product):
         what = (p, q, delta.gate, self.x_axes, self.y_axes)
         return Term(*what, scale, y.dtype, precision, explicit(y), delta.gating)
 
+    @property
+    def only_term(self) -> Term:
+        """What its only delta adds, with the inputs of p in the order of x.
+
+        Raises `Unfactorable` unless x·A is small and depends on x and A only.
+        """
+        deltas, gain, inputs = self.w.change.deltas, self.w.change.gain, {*self.roles.inputs}
+        if len(deltas) != 1 or self.roles.stack or deltas[0].key is not None:
+            raise Unfactorable
+        term = self.term(deltas[0])
+        is_plain = {*term.p.axes} == {*inputs, RANK} and inputs.isdisjoint(term.q.axes)
+        on_x = gain is not None and not inputs.isdisjoint(gain.axes)
+        if not is_plain or on_x or explicit(self.x) is not None:
+            raise Unfactorable
+        term = dataclasses.replace(term, p=term.p.to_front([a for a in term.x if a in inputs]))
+        if not term.is_kept(self.x):
+            raise Unfactorable
+        return term
+
 
 def _contraction(eqn: Equation, at: int) -> Contraction:
     """Makes the contraction whose weight is operand `at`.
@@ -79,14 +97,26 @@ def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
     if len(each) != len(eqns) or len(adapted) < 2:
         raise Unfactorable
     try:
-        terms = iter(multiply_together(adapted))
+        terms = iter(_multiply_together(adapted))
         started = [(c.x, [next(terms)]) if c.w.change.deltas else c.start() for c in each]
     except Unfactorable:
         started = [c.start() for c in each]
     return [c.finish(*begun) for c, begun in zip(each, started, strict=True)]
 
 
-@rule("dot_general", is_move=False, together=_together)
+def _multiply_together(products: Sequence[Contraction]) -> list[jax.Array]:
+    """Computes what the only delta of each contraction adds, and reads the activation once."""
+    first, terms = products[0], [c.only_term for c in products]
+    forms = {
+        (tuple(map(term.x.index, term.p.axes[:-1])), c.dtype, str(term.precision), term.gating)
+        for c, term in zip(products, terms, strict=True)
+    }
+    if len(forms) != 1:
+        raise Unfactorable
+    return low_rank(terms, first.w.change.deltas[0].drop(first.x).astype(first.dtype))
+
+
+@primitive("dot_general", is_move=False, together=_together)
 def _dot_general(eqn: Equation, *_: Any) -> jax.Array:
     both = [_contraction(eqn, i) for i in _weights(eqn)]
     changed = [c for c in both if c.w.is_changed] or both[:1]
@@ -121,7 +151,7 @@ def _plus_both(y: jax.Array, first: Contraction, second: Contraction) -> jax.Arr
     return y
 
 
-@rule("ragged_dot_general", is_move=False)
+@primitive("ragged_dot_general", is_move=False)
 def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -> jax.Array:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_contracted, contracted), batch = numbers.dot_dimension_numbers
@@ -185,7 +215,7 @@ class _Ragged(Product):
         return jnp.repeat(value, self.group_sizes, 0, total_repeat_length=len(self.x))
 
 
-@rule("conv_general_dilated", is_move=False)
+@primitive("conv_general_dilated", is_move=False)
 def _conv_general_dilated(eqn: Equation, x: Any, w: Any) -> jax.Array:
     if not isinstance(w, Weight) or isinstance(x, Weight):
         raise Unfactorable("the weight is not the kernel")

@@ -9,12 +9,12 @@ from jax import lax
 
 from .. import _compat
 from ._arrays import explicit
-from ._interpret import Equation, as_array, rule
+from ._interpret import Equation, as_array, primitive
 from ._shards import constrain, pieces, place, shard_of, specs
 from ._weight import Weight
 
 
-@rule("jit", is_move=False)
+@primitive("jit", is_move=False)
 def _jit(eqn: Equation, *_: Any) -> list[Any]:
     def body(eqn: Equation, *xs: Any) -> list[Any]:
         p = eqn.params
@@ -32,12 +32,12 @@ def _constrain(x: Any, sharding: Any) -> Any:
     return lax.with_sharding_constraint(x, sharding)
 
 
-@rule("closed_call", is_move=False)
+@primitive("closed_call", is_move=False)
 def _call(eqn: Equation, *_: Any) -> list[Any]:
     return eqn.share(lambda eqn, *xs: eqn.evaluate(eqn.params["call_jaxpr"], *xs))
 
 
-@rule("remat2", is_move=False)
+@primitive("remat2", is_move=False)
 def _checkpoint(eqn: Equation, *_: Any) -> list[Any]:
     def body(eqn: Equation, *xs: Any) -> list[Any]:
         p = eqn.params
@@ -50,7 +50,7 @@ def _checkpoint(eqn: Equation, *_: Any) -> list[Any]:
     return eqn.share(body)
 
 
-@rule("cond", is_move=False)
+@primitive("cond", is_move=False)
 def _cond(eqn: Equation, index: Any, *operands: Any) -> list[Any]:
     index = as_array(index, lambda: f"the predicate of {eqn.where}")
     jaxprs, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
@@ -69,7 +69,7 @@ def _put_back(xs: Sequence[Any], kept: Mapping[int, Any]) -> list[Any]:
     return [kept.get(i, x) for i, x in enumerate(xs)]
 
 
-@rule("while", is_move=False)
+@primitive("while", is_move=False)
 def _while(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
@@ -108,7 +108,7 @@ def _fold_in(i: Any, *operands: Any) -> list[Any]:
     return [x.fold_in(i) if i is not None and isinstance(x, Weight) else x for x in operands]
 
 
-@rule("scan", is_move=False)
+@primitive("scan", is_move=False)
 def _scan(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     jaxpr, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
@@ -143,7 +143,7 @@ def _scan(eqn: Equation, *operands: Any) -> list[Any]:
     return _put_back([*state, *ys], kept)
 
 
-@rule("shard_map", is_move=False)
+@primitive("shard_map", is_move=False)
 def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     unchecked = frozenset() if p["check_vma"] else frozenset(p["newly_manual_axes"])

@@ -1,8 +1,8 @@
-"""The loop that evaluates a jaxpr with weights in it, and the registry of its rules.
+"""The loop that evaluates a jaxpr with weights in it, and the registry of primitives.
 
 No primitive is named here. Equations without a `Weight` are bound as they are. The others go to the
-rule of their primitive. If there is no rule, or the rule finds no factored form, W + ΔW is formed
-if the user allowed it; otherwise it is an error.
+function that is registered for their primitive. If there is none, or it finds no factored form,
+W + ΔW is formed if the user allowed it; otherwise it is an error.
 """
 
 import collections
@@ -73,8 +73,8 @@ _READS = (
 # ------------------------------------------------------------------------ the registry and the loop
 
 
-class Rule(NamedTuple):
-    """How the equations of a primitive are evaluated.
+class Primitive(NamedTuple):
+    """How the equations of a primitive are evaluated if one of their operands is a `Weight`.
 
     Attributes:
         function: `(equation, *operands) -> outputs`.
@@ -88,18 +88,18 @@ class Rule(NamedTuple):
     together: Callable[..., list[Any]] | None = None
 
 
-RULES: dict[str, Rule] = {}
+PRIMITIVES: dict[str, Primitive] = {}
 
 
-def rule(
+def primitive(
     *primitives: str, override: bool = False, **fields: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers `f(eqn: Equation, *operands) -> outputs` for primitives, given by name.
+    """Registers `f(eqn: Equation, *operands) -> outputs` for JAX's primitives of these names.
 
     Args:
         *primitives: names of JAX primitives.
-        override: whether `f` may replace the rule that a primitive has.
-        **fields: other fields of `Rule`.
+        override: whether `f` may replace the function that a primitive has.
+        **fields: other fields of `Primitive`.
 
     Returns:
         A decorator for `f`, which returns `f`. At least one operand of `f` is a `Weight`. Its
@@ -107,21 +107,21 @@ def rule(
         if the result has no factored form. CONTRIBUTING.md has an example.
 
     Raises:
-        TypeError: if a primitive has a rule already.
+        TypeError: if a primitive has a function already.
     """
 
     def register(f: Callable[..., Any]) -> Callable[..., Any]:
         for name in primitives:
-            old = RULES[name].function if name in RULES else None
+            old = PRIMITIVES[name].function if name in PRIMITIVES else None
             check_free(f"the primitive {name!r}", old, f, override)
-        RULES.update(dict.fromkeys(primitives, Rule(f, **fields)))
+        PRIMITIVES.update(dict.fromkeys(primitives, Primitive(f, **fields)))
         return f
 
     return register
 
 
 class Equation:
-    """One equation of a jaxpr, as its rule gets it.
+    """One equation of a jaxpr, as the function of its primitive gets it.
 
     Attributes:
         traced: the equation as JAX traced it.
@@ -227,7 +227,7 @@ def _evaluate(
         x = read(atom)
         return x.fold_in(next(number[atom])) if isinstance(x, Weight) and atom in number else x
 
-    for eqns, last in steps(jaxpr, weights, RULES, functions is not None):
+    for eqns, last in steps(jaxpr, weights, PRIMITIVES, functions is not None):
         operands = [[use(atom) for atom in eqn.invars] for eqn in eqns]
         pairs = zip(eqns, operands, strict=True)
         outputs = _apply([Equation(*pair, within, functions) for pair in pairs])
@@ -245,7 +245,7 @@ def _number_uses(jaxpr: Any) -> dict[Any, Iterator[int]]:
 
 
 def _apply(eqns: Sequence[Equation]) -> list[Sequence[Any]]:
-    together = RULES[eqns[0].name].together if len(eqns) > 1 else None
+    together = PRIMITIVES[eqns[0].name].together if len(eqns) > 1 else None
     if together is not None:
         with contextlib.suppress(Unfactorable), _compat.context(eqns[0].traced):
             return [[out] for out in together(eqns)]
@@ -258,7 +258,7 @@ def _apply_one(eqn: Equation) -> Sequence[Any]:
     with _compat.context(traced):
         if not has_weights and not isinstance(eqn.traced, Call):
             return _compat.bind(traced, *operands)
-        found = RULES.get(eqn.name)
+        found = PRIMITIVES.get(eqn.name)
         try:
             if found is None:
                 raise Unfactorable
@@ -275,7 +275,7 @@ def _reason(eqn: Equation, e: Unfactorable) -> str:
 
 
 def as_array(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
-    """Returns an array as it is, and forms W + ΔW of a `Weight` if its rule allows it.
+    """Returns an array as it is, and forms W + ΔW of a `Weight` if that is allowed.
 
     A looked-up row is always formed. While sites are searched, the use is recorded, and W returned.
 

@@ -11,14 +11,14 @@ from jax import lax
 from ._arrays import promote
 from ._axes import Axis, Factor, Unfactorable, map_factors
 from ._change import Change, Delta
-from ._interpret import Equation, rule
+from ._interpret import Equation, primitive
 from ._packed import Packed
 from ._weight import Weight, value_of
 
 Padding = tuple[int, int, int]  # as in `lax.pad`
 
 
-@rule("pad")
+@primitive("pad")
 def _pad(eqn: Equation, w: Weight, fill: Any) -> Weight:
     if isinstance(fill, Weight):
         raise Unfactorable("the weight is a padding value")
@@ -46,12 +46,12 @@ def _padded(w: Weight, config: dict[Axis, Padding]) -> Change:
     return dataclasses.replace(w.change, deltas=tuple(map(delta, w.change.deltas)), gain=gain)
 
 
-@rule("concatenate")
+@primitive("concatenate")
 def _concatenate(eqn: Equation, *parts: Any) -> Weight:
     return _join(eqn, parts, eqn.params["dimension"])
 
 
-@rule("stack")
+@primitive("stack")
 def _stack(eqn: Equation, *parts: Any) -> Weight:
     axis = eqn.params["axis"]
 

@@ -10,13 +10,13 @@ from jax import lax
 
 from ._axes import RANK, Axis, Factor, Unfactorable, map_factors
 from ._change import Delta, plus
-from ._interpret import Equation, rule
+from ._interpret import Equation, primitive
 from ._packed import Packed
 from ._product import Product, Roles
 from ._weight import Weight
 
 
-@rule("gather", is_move=False)
+@primitive("gather", is_move=False)
 def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if not isinstance(w, Weight) or numbers.operand_batching_dims:

@@ -12,7 +12,7 @@ from .. import _compat
 from ._arrays import promote
 from ._axes import REPEATED, Axis, Factor, Unfactorable, map_factors
 from ._change import Change, Delta
-from ._interpret import Equation, rule
+from ._interpret import Equation, primitive
 from ._packed import Packed
 from ._shards import constrain, pieces, place
 from ._weight import Weight
@@ -20,7 +20,7 @@ from ._weight import Weight
 # --------------------------------------------------------------------------- element for element
 
 
-@rule("convert_element_type")
+@primitive("convert_element_type")
 def _convert_element_type(eqn: Equation, w: Weight) -> Weight:
     # A and B keep their dtype until the product, which casts them.
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
@@ -28,7 +28,7 @@ def _convert_element_type(eqn: Equation, w: Weight) -> Weight:
     return w.each(eqn.bind)
 
 
-@rule("neg", "mul", "div")
+@primitive("neg", "mul", "div")
 def _scale(eqn: Equation, x: Any, y: Any = -1) -> Weight:
     w, other = (x, y) if isinstance(x, Weight) else (y, x)
     if eqn.name == "div" and w is y:
@@ -54,7 +54,7 @@ def _scale(eqn: Equation, x: Any, y: Any = -1) -> Weight:
     return w.replace(w.w.each(scale), change)
 
 
-@rule("add", "add_any", "sub")
+@primitive("add", "add_any", "sub")
 def _add(eqn: Equation, x: Any, y: Any) -> Weight:
     raise Unfactorable(added=True)
 
@@ -62,18 +62,18 @@ def _add(eqn: Equation, x: Any, y: Any) -> Weight:
 # --------------------------------------------------------------------------------- axes move
 
 
-@rule("transpose")
+@primitive("transpose")
 def _transpose(eqn: Equation, w: Weight) -> Weight:
     return w.transpose([w.axes[i] for i in eqn.params["permutation"]])
 
 
-@rule("squeeze")
+@primitive("squeeze")
 def _squeeze(eqn: Equation, w: Weight) -> Weight:
     lost = {d % len(w.shape) for d in eqn.params["dimensions"]}
     return w.transpose([a for d, a in enumerate(w.axes) if d not in lost])
 
 
-@rule("broadcast_in_dim")
+@primitive("broadcast_in_dim")
 def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
     p = eqn.params
     if dynamic:
@@ -89,7 +89,7 @@ def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
     return w.transpose(axes, p["shape"], p["sharding"])
 
 
-@rule("reshape")
+@primitive("reshape")
 def _reshape(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
     p = eqn.params
     if dynamic or p["dimensions"] is not None:
@@ -97,12 +97,12 @@ def _reshape(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
     return w.reshape(p["new_sizes"], p["sharding"])
 
 
-@rule("rev")
+@primitive("rev")
 def _rev(eqn: Equation, w: Weight) -> Weight:
     return w.along({w.axes[d]: lambda x, i: lax.rev(x, (i,)) for d in eqn.params["dimensions"]})
 
 
-@rule("slice")
+@primitive("slice")
 def _slice(eqn: Equation, w: Weight) -> Weight:
     p = eqn.params
     strides = p["strides"] or (1,) * len(w.shape)
@@ -114,7 +114,7 @@ def _cut(start: int, stop: int, stride: int = 1) -> Callable[[jax.Array, int], j
     return lambda x, i: lax.slice_in_dim(x, start, stop, stride, i)
 
 
-@rule("dynamic_slice")
+@primitive("dynamic_slice")
 def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
     def along(start: jax.Array, size: int) -> Callable[[jax.Array, int], jax.Array]:
         # The primitive has no negative indices: JAX has converted them before.
@@ -134,7 +134,7 @@ def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
     return sliced.mark_picked([a for a, (_, size) in cut.items() if size == 1])
 
 
-@rule("split")
+@primitive("split")
 def _split(eqn: Equation, w: Weight) -> list[Weight]:
     outs, start, axis = [], 0, w.axes[eqn.params["axis"]]
     for size in map(int, eqn.params["sizes"]):
@@ -143,7 +143,7 @@ def _split(eqn: Equation, w: Weight) -> list[Weight]:
     return outs
 
 
-@rule("unstack")
+@primitive("unstack")
 def _unstack(eqn: Equation, w: Weight) -> list[Weight]:
     axis = w.axes[eqn.params["axis"]]
     rest = [a for a in w.axes if a != axis]
@@ -153,28 +153,28 @@ def _unstack(eqn: Equation, w: Weight) -> list[Weight]:
 # ---------------------------------------------------------------------- how it is sharded
 
 
-@rule("copy", "device_put", "name")
+@primitive("copy", "device_put", "name")
 def _same(eqn: Equation, w: Weight) -> Weight:
     return w if isinstance(w.w, Packed) else w.each(eqn.bind)
 
 
-@rule("optimization_barrier")
+@primitive("optimization_barrier")
 def _optimization_barrier(eqn: Equation, *operands: Any) -> list[Any]:
     return list(lax.optimization_barrier(operands))
 
 
-@rule("stop_gradient", "pvary")
+@primitive("stop_gradient", "pvary")
 def _stop_gradient(eqn: Equation, w: Weight) -> Weight:
     # Not the dropout key: because it does not vary, each shard derives its own mask from it.
     return map_factors(lambda f: f if f.is_key else f.each(eqn.bind), w)
 
 
-@rule("sharding_constraint")
+@primitive("sharding_constraint")
 def _sharding_constraint(eqn: Equation, w: Weight) -> Weight:
     return constrain(w, eqn.params["sharding"]) if isinstance(w.w, Packed) else w.each(eqn.bind)
 
 
-@rule("reshard")
+@primitive("reshard")
 def _reshard(eqn: Equation, w: Weight) -> Weight:
     old, new = w.type.sharding, eqn.params["dst_sharding"]
     # A and B keep their shardings, unless other axes are explicit on the new mesh.
@@ -184,7 +184,7 @@ def _reshard(eqn: Equation, w: Weight) -> Weight:
     return w.replace(placed.w, w.change if stays else placed.change)
 
 
-@rule("all_gather")
+@primitive("all_gather")
 def _all_gather(eqn: Equation, w: Weight) -> Weight:
     p = eqn.params
     if not p["tiled"] or p["axis_index_groups"] is not None:

@@ -23,7 +23,7 @@ class Call:
     """A run of equations in one name scope; it acts as one equation, and as the jaxpr of that."""
 
     class primitive:  # noqa: N801 - as the attribute of an equation
-        """Its name in the registry of rules."""
+        """The name of its primitive."""
 
         name, multiple_results = "closed_call", True
 

@@ -10,20 +10,14 @@ XLA then reduces the sum of these once, as without an adapter, which saves 43% o
 layer's all-reduces.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
-from ._arrays import explicit
-from ._axes import RANK, Unfactorable
-from ._low_rank import Term, low_rank
 from ._repeated import variables, with_calls
 
 
 def steps(
-    jaxpr: Any, weights: Sequence[bool], rules: Mapping[str, Any], has_calls: bool = False
+    jaxpr: Any, weights: Sequence[bool], primitives: Mapping[str, Any], has_calls: bool = False
 ) -> list[tuple[list[Any], list[Any]]]:
     """Orders the equations that outputs and effects need into steps.
 
@@ -33,11 +27,11 @@ def steps(
     Args:
         jaxpr: the jaxpr to evaluate.
         weights: for each input, whether it is an adapted weight.
-        rules: the rule of each primitive.
+        primitives: the registered primitives.
         has_calls: whether each repeated run of equations becomes a `Call`.
     """
     live = _live(jaxpr)
-    found = groups(jaxpr, live, weights, rules)
+    found = groups(jaxpr, live, weights, primitives)
     order = _order(with_calls(live, jaxpr.outvars, found), found) if has_calls else None
     order = _order(live, found) if order is None else order
     assert order is not None
@@ -82,52 +76,22 @@ def _live(jaxpr: Any) -> list[Any]:
 
 
 def groups(
-    jaxpr: Any, eqns: Sequence[Any], weights: Sequence[bool], rules: Mapping[str, Any]
+    jaxpr: Any, eqns: Sequence[Any], weights: Sequence[bool], primitives: Mapping[str, Any]
 ) -> list[list[Any]]:
     """Groups equations that multiply one activation with weights that depend on no product."""
     heavy = {v for v, is_weight in zip(jaxpr.invars, weights, strict=True) if is_weight}
     late: set[Any] = set()  # variables that depend on a product or an effect
     found: dict[Any, list[Any]] = {}
     for eqn in eqns:
-        used, rule = set(variables(eqn.invars)), rules.get(eqn.primitive.name)
+        used, known = set(variables(eqn.invars)), primitives.get(eqn.primitive.name)
         is_late = eqn.effects or not late.isdisjoint(used)
         if not heavy.isdisjoint(used):
-            if rule is not None and rule.is_move:
+            if known is not None and known.is_move:
                 heavy.update(eqn.outvars)
             else:
-                if rule is not None and rule.together and late.isdisjoint(heavy & used):
+                if known is not None and known.together and late.isdisjoint(heavy & used):
                     for v in used - heavy:
                         found.setdefault(v, []).append(eqn)
                 is_late = True
         late.update(eqn.outvars if is_late else ())
     return [group for group in found.values() if len(group) > 1]
-
-
-def multiply_together(products: Sequence[Any]) -> list[jax.Array]:
-    """Computes what the only delta of each contraction adds, and reads the activation once.
-
-    Raises `Unfactorable` unless each x·A is small and depends on x and A only.
-    """
-    first, terms = products[0], list(map(_term, products))
-    forms = {
-        (tuple(map(term.x.index, term.p.axes[:-1])), c.dtype, str(term.precision), term.gating)
-        for c, term in zip(products, terms, strict=True)
-    }
-    if len(forms) != 1:
-        raise Unfactorable
-    return low_rank(terms, first.w.change.deltas[0].drop(first.x).astype(first.dtype))
-
-
-def _term(c: Any) -> Term:
-    """Returns what the delta of a contraction adds; its p has the inputs in the order of x."""
-    deltas, gain, inputs = c.w.change.deltas, c.w.change.gain, {*c.roles.inputs}
-    if len(deltas) != 1 or c.roles.stack or deltas[0].key is not None:
-        raise Unfactorable
-    term = c.term(deltas[0])
-    is_plain = {*term.p.axes} == {*inputs, RANK} and inputs.isdisjoint(term.q.axes)
-    if not is_plain or (gain and not inputs.isdisjoint(gain.axes)) or explicit(c.x) is not None:
-        raise Unfactorable
-    term = dataclasses.replace(term, p=term.p.to_front([a for a in term.x if a in inputs]))
-    if not term.is_kept(c.x):
-        raise Unfactorable
-    return term
