@@ -6,8 +6,10 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
+from ._adapters import is_node, trained
 from ._compat import evaluate_now
 from ._quantized import Quantized, Scheme, is_quantized, spell
 from ._tree import count, leaves_by_path, name_of, refuse_module, size_in_bytes
@@ -100,7 +102,7 @@ class Summary(NamedTuple):
 
     Attributes:
         base: number of parameters of the base.
-        trainable: number of parameters that are trained; frozen factors do not count.
+        trainable: number of parameters of the adapter that are trained.
         base_bytes: bytes of the base.
         trainable_bytes: bytes of these parameters.
         quantized: a `QuantizedLeaf` for each quantized leaf of the base.
@@ -190,11 +192,12 @@ def summary(base: PyTree, adapter: PyTree = None) -> Summary:
     for x, argument in ((base, "base"), (adapter, "adapter")):
         refuse_module(x, argument)
     leaves = [(path, x) for path, x in leaves_by_path(base) if is_quantized(x)]
+    own = jax.tree.map(lambda x: trained(x) if is_node(x) else x, adapter, is_leaf=is_node)
     return Summary(
         count(base),
-        count(adapter),
+        count(own),
         size_in_bytes(base),
-        size_in_bytes(adapter),
+        size_in_bytes(own),
         tuple(_quantized_leaf(path, x) for path, x in leaves),
     )
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
 
-from ._adapters import is_node, misfit, state, trained
+from ._adapters import is_node, misfit, state
 from ._quantized import is_quantized
 from ._types import Adapted, Holder, Params, Path, PyTree, short
 from ._untrusted import printable
@@ -265,8 +265,8 @@ def count(tree: PyTree) -> int:
     """Counts the parameters in a tree of arrays or `jax.ShapeDtypeStruct`s.
 
     Args:
-        tree: a base, an adapter or any other pytree. Dropout keys and what a node does not train,
-            such as frozen factors, do not count. A quantized weight counts its entries.
+        tree: a base, an adapter or any other pytree. Dropout keys and frozen factors do not count.
+            A quantized weight counts its entries.
 
     Returns:
         The sum of the sizes of its numeric leaves.
@@ -276,12 +276,15 @@ def count(tree: PyTree) -> int:
         >>> jlora.count({"w": jnp.ones((4, 3)), "b": jnp.ones(3)})
         15
     """
-    return sum(math.prod(x.shape) for x in _numeric(tree))
+    nodes = jax.tree.leaves(tree, is_leaf=is_node)
+    frozen = [getattr(x, name) for x in nodes if is_node(x) for name in x.frozen]
+    every, untrained = (sum(math.prod(x.shape) for x in _numeric(t)) for t in (tree, frozen))
+    return every - untrained
 
 
 def size_in_bytes(tree: PyTree) -> int:
-    """Counts the bytes of the leaves that `count` counts."""
-    return sum(map(_bytes, _numeric(tree)))
+    """Counts the bytes of the numeric leaves of a tree."""
+    return sum(_bytes(x) for x in _numeric(tree))
 
 
 def _bytes(x: Any) -> int:
@@ -289,11 +292,5 @@ def _bytes(x: Any) -> int:
 
 
 def _numeric(tree: PyTree) -> list[Any]:
-    """Lists the numeric leaves of a tree, without what its nodes do not train."""
-
-    def is_leaf(x: Any) -> bool:
-        return is_node(x) or is_quantized(x)
-
-    each = (trained(x) if is_node(x) else x for x in jax.tree.leaves(tree, is_leaf=is_leaf))
-    found = (x if hasattr(x, "dtype") else np.asarray(x) for x in flatten(list(each))[0])
-    return [x for x in found if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    leaves = [x if hasattr(x, "dtype") else np.asarray(x) for x in flatten(tree)[0]]
+    return [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]

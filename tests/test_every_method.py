@@ -483,8 +483,8 @@ GAINS = (0.0, -0.0, 1e-20, -1e-20, 1e-36, -1.0, 3.0)
 @pytest.mark.parametrize("size", [1.0, 1e30])
 def test_a_gain_of_any_size_is_that_of_the_merged_weight(dtype: Any, size: float) -> None:
     """Values and gradients where a gain is 0, tiny or negative, also for large inputs."""
-    if size > jnp.finfo(dtype).max:
-        size = 1e3
+    limits = jnp.finfo(dtype)
+    size = 1e3 if size > float(limits.max) else size
     w = {"w": jnp.ones((4, len(GAINS)), dtype)}
     x = jnp.asarray([[1.0, 2.0, -1.0, 2.0]], dtype) * jnp.asarray(size, dtype)
     lora = jlora.transform(lambda p, x: x @ p["w"], Gain("w"))
@@ -495,6 +495,6 @@ def test_a_gain_of_any_size_is_that_of_the_merged_weight(dtype: Any, size: float
         return lora.apply(base, {"w": adapter["w"]._replace(gain=gain)}, x)[0].astype(jnp.float32)
 
     expected = np.float32(4 * size) * np.asarray(GAINS, np.float32)
-    np.testing.assert_allclose(jax.jit(adapted)(gain), expected, rtol=1e-2, atol=1e-30)
+    np.testing.assert_allclose(jax.jit(adapted)(gain), expected, rtol=1e-2, atol=float(limits.tiny))
     slope = jax.jit(jax.grad(lambda g: adapted(g).sum()))(gain)
     np.testing.assert_allclose(slope, np.full(len(GAINS), 4 * size), rtol=1e-2)
