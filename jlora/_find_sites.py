@@ -140,7 +140,7 @@ def _trace(
         return outputs
 
     read = [(path, x) for path, t, x in zip(types, leaves, flat, strict=True) if is_abstract(t)]
-    # JAX finds the types of arrays sooner than those of types.
+    # Tracing is faster at arrays than at their types.
     given = [x if isinstance(x, np.ndarray) else t for (_, x), t in zip(read, picked, strict=False)]
     specs = [*given, *picked[len(given) :]]
     jaxpr, _ = trace(apply, specs, ["/".join(path) for path in paths])
