@@ -67,24 +67,13 @@ def test_a_template_that_changes_earlier_turns_is_refused(tokenizer):
         conversations.encode(say("Hi", "Hello.", "And now?", "Bye"), other)
 
 
-# Of the same tokenizer, as versions of `transformers` write them.
-CONFIGS = {
-    "5": {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<|im_start|>"]},
-    "before 4.57": {
-        "tokenizer_class": "GPT2Tokenizer",
-        "chat_template": CHATML,
-        "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True},
-    },
-}
-
-
-@pytest.mark.parametrize("version", CONFIGS)
-def test_a_tokenizer_of_any_version_of_transformers(version, base, tmp_path):
+def test_a_tokenizer_of_older_versions_of_transformers(base, tmp_path):
     folder = shutil.copytree(base, tmp_path / "base")
     file, expected = folder / "tokenizer_config.json", conversations.load_tokenizer(base)
-    file.write_text(json.dumps(json.loads(file.read_text()) | CONFIGS[version]))
-    if "chat_template" in CONFIGS[version]:
-        (folder / "chat_template.jinja").unlink()
+    end = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
+    old = {"tokenizer_class": "GPT2Tokenizer", "chat_template": CHATML, "eos_token": end}
+    file.write_text(json.dumps(json.loads(file.read_text()) | old))
+    (folder / "chat_template.jinja").unlink()
     found, texts = conversations.load_tokenizer(folder), say("Hé 12 , no", "Hello.")
     assert found.eos_token_id == expected.eos_token_id
     one, other = (conversations.encode(texts, x) for x in (found, expected))
