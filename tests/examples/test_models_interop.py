@@ -125,7 +125,7 @@ def test_logits_and_files(name: str, scan: bool, tmp_path: pathlib.Path) -> None
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", some(DECODERS, "llama_scaled", "qwen3"))
 def test_generation(name: str, tmp_path: pathlib.Path) -> None:
     """Greedy, from prompts of three lengths, until a token that ends it."""
     case, stop, limit = CASES[name], 5, 12

@@ -12,7 +12,8 @@ SMALL = "--layers=1 --length=8 --batch=4 --sentences=20 --rank=2 --save-every=3 
 
 def test_a_run_that_goes_on_is_one_that_was_never_stopped(tmp_path, monkeypatch):
     """Over an epoch's end, and after half a line in its log; only with the same settings."""
-    monkeypatch.setattr(resume, "make_step", once(resume.make_step))
+    for name in ("load", "make_step"):
+        monkeypatch.setattr(resume, name, once(getattr(resume, name)))
 
     def train(name, *more):
         return resume.train(resume.parse([f"--out={tmp_path / name}", *SMALL.split(), *more]))
