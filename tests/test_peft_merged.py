@@ -1003,6 +1003,12 @@ NOT_UNTIED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         UNKNOWN,
     ),
+    "LUKE": (
+        {"lm_head.bias": ones(11), "lm_head.dense.weight": ones(4, 4)}
+        | {"entity_predictions.bias": ones(5)},
+        {},
+        UNKNOWN,
+    ),
     "masked": ({}, {"architectures": ["AForMaskedLM"]}, UNKNOWN),
     "looks at an encoder": ({"model.layers.0.encoder_attn.q.weight": ones(4, 4)}, {}, UNKNOWN),
 }
@@ -1105,9 +1111,10 @@ def test_what_an_untied_head_has_beside_it(case: str, shards: int, tmp_path: Fol
     weights, head, beside, more = BESIDE[case]
     config = TIED | {"architectures": ["AForMaskedLM"]} | more
     a, b = low_rank((4, 11), 2)
-    fields = {"target_modules": ["q", head]}
     given = {head: (b.T, a.T)}
-    merged, config = grow(tmp_path, BODY | weights, given, config, shards, untie=True, **fields)
+    merged, config = grow(
+        tmp_path, BODY | weights, given, config, shards, untie=True, target_modules=["q", head]
+    )
     assert merged.keys() == {*BODY, *weights, *beside, f"{head}.weight"}
     for name in weights.keys() - {f"{head}.weight"}:
         np.testing.assert_array_equal(merged[name], weights[name])
@@ -1120,12 +1127,15 @@ def test_what_an_untied_head_has_beside_it(case: str, shards: int, tmp_path: Fol
 
 def test_the_bias_of_an_untied_head(tmp_path: Folder) -> None:
     """BERT's two biases are one in most versions of `transformers`: both get what PEFT trained."""
-    given = {"cls.predictions.decoder.base_layer.bias": BIAS + 1}
     a, b = low_rank((4, 11), 2)
-    given["cls.predictions.decoder"] = (b.T, a.T)
-    config = TIED | {"architectures": ["AForMaskedLM"]}
-    fields = {"target_modules": ["q", "decoder"], "bias": "lora_only"}
-    merged, _ = grow(tmp_path, BODY | OF_BERT, given, config, untie=True, **fields)
+    given = {
+        "cls.predictions.decoder": (b.T, a.T),
+        "cls.predictions.decoder.base_layer.bias": BIAS + 1,
+    }
+    merged, _ = grow(
+        tmp_path, BODY | OF_BERT, given, TIED | {"architectures": ["AForMaskedLM"]}, untie=True,
+        target_modules=["q", "decoder"], bias="lora_only",
+    )  # fmt: skip
     for name in ("cls.predictions.bias", "cls.predictions.decoder.bias"):
         np.testing.assert_array_equal(merged[name], BIAS + 1)
 

@@ -135,8 +135,8 @@ def _find_head(
         return None
     backbone = _BACKBONE.match(prefix + table)
     outer = (backbone["outer"] or "") if backbone else ""
-    own = _list_changed(found) - target.model.keys()
-    modules = {n.removesuffix(".weight") for n in own if n.endswith(".weight")}
+    lost = _list_changed(found) - target.model.keys()
+    modules = {n.removesuffix(".weight") for n in lost if n.endswith(".weight")}
     modules = set(filter(SHARED.search, modules)) or {
         _find_output(n.removesuffix(".bias"), shapes).removeprefix(outer)
         for n, shape in shapes.items()
@@ -149,6 +149,9 @@ def _find_head(
     [module, *others] = modules or {last if is_plain else ""}
     home = module if module.startswith(outer) else outer + module
     others += [n for n in shapes if n.startswith(f"{home}.") and n != f"{home}.bias"]
+    # LUKE has a second one, of entities, with an embedding of its own.
+    own = home.removesuffix(".decoder") + ".bias"
+    others += [n for n in shapes if n.endswith("predictions.bias") and n != own]
     # A head is beside a backbone, which has a name.
     is_beside = (prefix + table).count(".") > 1 and home + ".weight" != table
     is_known = is_beside and SHARED.search(module) and not others
