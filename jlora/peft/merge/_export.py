@@ -72,8 +72,9 @@ def export_merged(
             all.
         names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.LLAMA`.
         follow_links: whether files of `src_dir` may be links out of it. Their content is copied.
-        untie: whether to store the weight that embedding and head of a decoder share twice, and to
-            set `tie_word_embeddings` to false. An adapter can then change only one of the two.
+        untie: whether to store the weight that embedding and head share twice, with all that is
+            tied with them, and to set `tie_word_embeddings` to false. An adapter can then change
+            only one of the two; where an encoder and a decoder share the embedding, only the head.
         ignore: for an adapter in a folder, as in `load`.
 
     Returns:
