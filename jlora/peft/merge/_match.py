@@ -88,9 +88,9 @@ def _match_tree(
     full = split_all(leaf._replace(value=nodes[leaf.path]) for leaf in tree.full)
     tokens = {f"{x.module}.weight": x for x in tree.tokens}
     found = Contents(tree.parts, full, {}, tokens, {})
-    wanted = [*(part.name for part in found.parts), *full, *tokens]
     parts = {part.name: [part] for part in found.parts}
     fits = _make_fits(parts, found, is_transposed=True)
+    wanted = [*parts, *full, *tokens]
     target = Target(checkpoint, next(find_models(wanted, checkpoint.shapes, fits)))
     if is_untied:
         target, found = untie(target, found, problems)
@@ -196,7 +196,7 @@ def _check(target: Target, found: Contents, problems: Problems) -> None:
     """Adds the parameters whose shape or dtype in the checkpoint does not fit."""
     checkpoint, model = target
     for name, x in found.tokens.items():
-        if (view := model.get(name)) is None or len(view.shape) != 2:
+        if (view := model.get(name)) is None or len(view.shape) != 2 or not view.is_tensor:
             problems.add(name, "has rows in the adapter, but is not an embedding in the checkpoint")
         else:
             problems.found += list_misfits(x, view.shape)
@@ -242,9 +242,10 @@ def check_frozen(target: Target, found: Contents, problems: Problems) -> None:
     """Adds the frozen tensors of an adapter whose values differ from the checkpoint's."""
     checkpoint, model = target
     for name, x in found.frozen.items():
-        if name in model and not _holds(checkpoint, tensor := model.tensor(name), x):
+        view = model.get(name)
+        if view and not (view.is_tensor and _holds(checkpoint, view.tensor, x)):
             why = "an adapter on a trained embedding is not supported"
-            problems.add(tensor, f"has other values in the adapter; {why}")
+            problems.add(view.tensor, f"has other values in the adapter; {why}")
 
 
 def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
