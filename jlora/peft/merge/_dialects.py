@@ -37,7 +37,6 @@ _LLAVA: Dialect = (
 # Encoders with the names of FlashAttention.
 _FLASH: Dialect = (
     (r"\.(attn|mixer)\.Wqkv\.", ".self_attn.{q,k,v}_proj."),
-    (r"\.(attn|mixer)\.out_proj\.", ".self_attn.o_proj."),
     (r"\bencoder\.layers\.", "layers."),
     (r"\bemb_ln\.", "embeddings.LayerNorm."),
     (r"\.norm1\.", ".post_attention_layernorm."),
@@ -45,7 +44,7 @@ _FLASH: Dialect = (
 )
 # Replacements, in order, from a checkpoint's names to the modules of `transformers` 5. Every
 # checkpoint of a dialect has a name that matches its first pattern. Braces list the modules that
-# each have an equal part of a tensor's rows, in order.
+# each have an equal part of a tensor's rows, in order; `~` as in `split`.
 DIALECTS: tuple[Dialect, ...] = (
     ((r"\.block_sparse_moe\.", ".mlp."),),  # Mixtral, MiniMax
     ((r"\.block_sparse_moe\.gate\.", ".mlp.router."), (r"\.block_sparse_moe\.", ".mlp.")),  # PhiMoE
@@ -110,9 +109,10 @@ DIALECTS: tuple[Dialect, ...] = (
         (r"\.mlp\.fc11\.", ".mlp.up_proj."),
         (r"\.mlp\.fc12\.", ".mlp.gate_proj."),
         (r"\.mlp\.fc2\.", ".mlp.down_proj."),
+        (r"\.attn\.out_proj\.", ".self_attn.o_proj."),
         *_FLASH,
     ),
-    _FLASH,  # Jina v3
+    ((r"\.mixer\.out_proj\.", ".self_attn.o_proj."), *_FLASH),  # Jina v3
     (  # GTE
         (r"\.attention\.qkv_proj\.", ".self_attn.{q,k,v}_proj."),
         (r"\.attention\.o_proj\.", ".self_attn.o_proj."),
@@ -126,6 +126,17 @@ DIALECTS: tuple[Dialect, ...] = (
         (r"\.attn\.gqkv_proj\.", ".self_attn.{gate,q,k,v}_proj."),
         (r"\.attn\.o_proj\.", ".self_attn.o_proj."),
         (r"\.mlp\.gate_up_proj\.", ".mlp.{gate,up}_proj."),
+    ),
+    (  # Kimi K2.5
+        (r"(\.blocks\.\d+)\.wqkv\.", r"\1.attn.{q~,k~,v}_proj."),
+        (r"\.encoder\.blocks\.(\d+)\.wo\.", r".layers.\1.attn.proj."),
+        (r"\.encoder\.blocks\.(\d+)\.(mlp\.fc|norm)1\.", r".layers.\1.\g<2>2."),
+        (r"\.encoder\.blocks\.(\d+)\.(mlp\.fc|norm)0\.", r".layers.\1.\g<2>1."),
+        (r"^vision_tower\.encoder\.", "vision_tower."),
+        (r"\.blocks\.", ".layers."),
+        (r"^mm_projector\.proj\.0\.", "mm_projector.in_proj."),
+        (r"^mm_projector\.proj\.2\.", "mm_projector.out_proj."),
+        *_LLAVA,
     ),
     (  # MiniMax M3
         (r"\.block_sparse_moe\.", ".mlp."),

@@ -47,7 +47,9 @@ class Model(dict[str, View]):
 _FIRSTS = 100  # first components of names that are tried
 
 
-def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator[Model]:
+def find_models(
+    wanted: Collection[str], shapes: Shapes, fits: Fits, heads: int = 0
+) -> Iterator[Model]:
     """Finds the parameters of the model, under the names that match most of `wanted`.
 
     If none match all, one replacement in all names is searched that makes them match.
@@ -56,6 +58,7 @@ def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator
         wanted: the names of the adapter's parameters.
         shapes: the shapes of the checkpoint's tensors.
         fits: whether a tensor of a shape can be the parameter of a name.
+        heads: the heads of a vision tower, if they are known.
 
     Yields:
         The possible models: those of several versions of `transformers` that match equally many,
@@ -66,7 +69,7 @@ def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator
     """
     best, most = list[tuple[Named, list[tuple[str, str]]]](), -1
     stored, experts = view_tensors(shapes), find_experts(shapes)
-    tried = list(_list_named(wanted, stored, experts))
+    tried = list(_list_named(wanted, stored, experts, heads))
     for named, joined in tried:
         there = named.keys() | joined.keys() if joined else named.keys()
         # A model may partly have the names of the checkpoint.
@@ -96,13 +99,13 @@ def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator
 
 
 def _list_named(
-    wanted: Collection[str], stored: Named, experts: Experts
+    wanted: Collection[str], stored: Named, experts: Experts, heads: int
 ) -> Iterator[tuple[Named, Named]]:
     """Yields the parameters in each dialect: those in one tensor, and those of several."""
     tried, possible = list[Named](), list(find_dialects(stored.keys()))
     old = list(filter(_make_finder(rule for dialect in possible for rule in dialect), stored))
     for dialect in possible:
-        named = _rename(dialect, stored, old)
+        named = _rename(dialect, stored, old, heads)
         if named not in tried:
             tried.append(named)
             joined = join_experts(named, stored, experts) | join_modules(named, wanted)
@@ -192,7 +195,7 @@ def _make_finder(rules: Iterable[tuple[str, str]]) -> Callable[[str], Any]:
 
 
 def _rename(
-    dialect: Sequence[tuple[str, str]], stored: Named, old: Iterable[str]
+    dialect: Sequence[tuple[str, str]], stored: Named, old: Iterable[str], heads: int
 ) -> dict[str, View]:
     """Gives the parameters in a checkpoint new names; only `old` names are renamed."""
     renamed, rules = {}, [(re.compile(pattern), modern) for pattern, modern in dialect]
@@ -204,7 +207,7 @@ def _rename(
     found: dict[str, View] = {}
     for name, view in stored.items():
         new = renamed.get(name, name)
-        parts = split(new, view) if "{" in new and new != name else {new: view}
+        parts = split(new, view, heads) if "{" in new and "{" not in name else {new: view}
         for part, x in parts.items():
             found.setdefault(part, x)
     return found
