@@ -9,17 +9,21 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from peft_files import Folder
-from test_peft_merged import low_rank, merge, ones
+from test_peft_merged import checkpoint, low_rank, merge, ones, read
+
+from jlora import peft
+from jlora.types import Layout, LowRank
 
 COLUMNS, LAYERS = 6, 2
 DRAW = np.random.default_rng(0)
 
 
-class Layout(NamedTuple):
+class Fusion(NamedTuple):
     """How a family stores modules.
 
     Attributes:
@@ -48,36 +52,36 @@ def under(place: str, parts: list[str]) -> list[str]:
     return [f"{place}.{part}" for part in parts]
 
 
-LAYOUTS = {
-    "nomic": Layout(
+FUSIONS = {
+    "nomic": Fusion(
         under("layers.#.self_attn", QKV),
         "encoder.layers.#.attn.Wqkv",
         ["encoder.layers.#.mlp.fc11"],
     ),
-    "jina-v3": Layout(
+    "jina-v3": Fusion(
         under("roberta.layers.#.self_attn", QKV),
         "roberta.encoder.layers.#.mixer.Wqkv",
         ["roberta.encoder.layers.#.mixer.out_proj"],
     ),
-    "gte": Layout(
+    "gte": Fusion(
         under("layers.#.self_attn", QKV), "new.encoder.layer.#.attention.qkv_proj", []
     ),
-    "gte-mlp": Layout(
+    "gte-mlp": Fusion(
         under("layers.#.mlp", ["up_proj", "gate_proj"]),
         "encoder.layer.#.mlp.up_gate_proj",
         ["encoder.layer.#.attention.qkv_proj"],
     ),
-    "hrm": Layout(
+    "hrm": Fusion(
         under("model.H_module.layers.#.self_attn", ["gate_proj", *QKV]),
         "model.H_module.layers.#.attn.gqkv_proj",
         [],
     ),
-    "dinov2": Layout(
+    "dinov2": Fusion(
         under("layer.#.mlp", ["gate_proj", "up_proj"]),
         "layer.#.mlp.weights_in",
         ["layer.#.attention.attention.query"],
     ),
-    "kimi": Layout(
+    "kimi": Fusion(
         under("model.vision_tower.layers.#.attn", QKV), "vision_tower.encoder.blocks.#.wqkv", [], 2
     ),
 }  # fmt: skip
@@ -135,22 +139,22 @@ def weights_of(module: str, kind: Kind) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("which", [slice(None), slice(1), slice(1, 2), slice(-1, None)])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("family", FUSIONS)
 def test_as_if_they_were_apart(family: str, kind: str, which: slice, tmp_path: Folder) -> None:
     """All of the parts are adapted, or only one of them."""
-    layout, of = LAYOUTS[family], KINDS[kind]
+    fusion, of = FUSIONS[family], KINDS[kind]
     apart, fused, modules = {}, {}, []
     for i in map(str, range(LAYERS)):
-        parts = [part.replace("#", i) for part in layout.parts]
+        parts = [part.replace("#", i) for part in fusion.parts]
         each = [weights_of(part, of) for part in parts]
         for own in each:
             apart |= own
         for ends in zip(*each, strict=True):
             end = ends[0].rpartition(".")[2]
             values = [own[name] for own, name in zip(each, ends, strict=True)]
-            fused[f"{layout.fused.replace('#', i)}.{end}"] = layout.fuse(values)
+            fused[f"{fusion.fused.replace('#', i)}.{end}"] = fusion.fuse(values)
         modules += parts[which]
-        fused |= {f"{other.replace('#', i)}.weight": ones(5, COLUMNS) for other in layout.others}
+        fused |= {f"{other.replace('#', i)}.weight": ones(5, COLUMNS) for other in fusion.others}
     given, fields = give(modules, of)
     config = CONFIG | {"dtype": "float32"}
     if kind == "8 bits":
@@ -161,11 +165,11 @@ def test_as_if_they_were_apart(family: str, kind: str, which: slice, tmp_path: F
     for name, x in merged.items():
         module, _, end = name.rpartition(".")
         i = next(filter(str.isdecimal, name.split(".")))
-        if module != layout.fused.replace("#", i):
+        if module != fusion.fused.replace("#", i):
             np.testing.assert_array_equal(x, fused[name], err_msg=name)
             continue
-        values = [expected[f"{part.replace('#', i)}.{end}"] for part in layout.parts]
-        np.testing.assert_array_equal(x, layout.fuse(values), err_msg=name)
+        values = [expected[f"{part.replace('#', i)}.{end}"] for part in fusion.parts]
+        np.testing.assert_array_equal(x, fusion.fuse(values), err_msg=name)
         assert x.dtype == values[0].dtype
         is_changed = end == "weight" or ".bias" in of.tensors or ".lora_B.bias" in of.tensors
         assert kind == "8 bits" or (x != fused[name]).any() == is_changed
@@ -207,6 +211,18 @@ def test_apart_in_the_checkpoint(use_dora: bool, tmp_path: Folder) -> None:
     merged = merge(tmp_path, weights, alone)
     changed = [name for name, x in weights.items() if (merged[name] != x).any()]
     assert changed == [f"{place}.up_proj.weight"]
+
+
+def test_a_tree(tmp_path: Folder) -> None:
+    """By the names of a table, which are those of the model."""
+    weights = {FUSED: random(12, 6)}
+    a, b = low_rank((4, 6), 2)
+    node = LowRank(jnp.asarray(a.T), jnp.asarray(b.T), 1.5, Layout((), (0,), (1,)))
+    base = checkpoint(tmp_path / "base", weights)
+    names = [peft.Name(r"(\d+)/q/kernel", r"layers.\1.self_attn.q_proj", "io")]
+    peft.export_merged(base, [{"q": {"kernel": node}}], tmp_path / "tree", names=names)
+    merged = merge(tmp_path, weights, {Q: (a, b)})
+    np.testing.assert_array_equal(read(tmp_path / "tree")[FUSED], merged[FUSED])
 
 
 def test_the_fused_module_itself(tmp_path: Folder) -> None:

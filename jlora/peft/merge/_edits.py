@@ -16,8 +16,8 @@ def find_edits(model: Model, contents: Contents, problems: Problems) -> dict[str
     """Finds the edit of each tensor that changes."""
     found, parts = dict[str, Edit](), dict[str, dict[int, tuple[int, Edit]]]()
     for name, change in _list_changes(model, contents, problems):
-        for piece in model[name].pieces:
-            edit = change.of_rows(piece.expert, piece.own) if piece.rows else change
+        for piece in (view := model[name]).pieces:
+            edit = change if view.is_tensor else change.of_rows(piece.expert, piece.own)
             own = parts.get(piece.tensor, {})
             if piece.tensor in found or (own and piece.at in (None, *own)):
                 problems.add(piece.tensor, "changed twice by the adapter, under two names")

@@ -114,15 +114,17 @@ def join_experts(named: Named, stored: Mapping[str, View], experts: Experts) -> 
 
 
 def join_modules(named: Named, wanted: Iterable[str]) -> dict[str, View]:
-    """Makes the weights of modules that are two in the checkpoint, if one of them is `wanted`."""
-    [(gate, up), *_], end = FUSED["gate_up_proj"], ".gate_up_proj.weight"
+    """Makes the weights of gates that are two in the checkpoint, if one of them is `wanted`."""
+    gate, up, both = "gate_proj.weight", "up_proj.weight", "gate_up_proj.weight"
     views = {}
-    for name in named if any(name.endswith(end) for name in wanted) else ():
-        module, _, last = name.removesuffix(".weight").rpartition(".")
-        both = [named.get(f"{module}.{part}.weight") for part in (gate, up)]
-        if last == gate and (view := _stack([{0: x} if x and x.is_tensor else {} for x in both])):
-            pieces = (piece._replace(expert=None) for piece in view.pieces)
-            views[module + end] = View(view.shape[1:], tuple(pieces))
+    for name, first in named.items() if any(name.endswith(f".{both}") for name in wanted) else ():
+        second = named.get(name.removesuffix(gate) + up)
+        if not (name.endswith(f".{gate}") and second and first.is_tensor and second.is_tensor):
+            continue
+        if len(first.shape) == 2 and first.shape[1:] == second.shape[1:]:
+            n, m = first.shape[0], second.shape[0]
+            pieces = Piece(first.tensor, rows=n), Piece(second.tensor, start=n, rows=m)
+            views[name.removesuffix(gate) + both] = View((n + m, first.shape[1]), pieces)
     return views
 
 
@@ -134,13 +136,12 @@ def _stack(parts: list[dict[int, View]]) -> View | None:
         return None
     if any(len(each) > 1 for each in sizes):
         return None
-    shapes = [next(iter(each)) for each in sizes]
-    if any(len(shape) != 2 for shape in shapes) or len({shape[1] for shape in shapes}) > 1:
+    rows, columns = zip(*(next(iter(each)) for each in sizes), strict=True)
+    if len(set(columns)) > 1:
         return None
-    rows = [shape[0] for shape in shapes]
     pieces = [
         Piece(part[e].tensor, e, sum(rows[:i]), rows[i])
         for e in range(count)
         for i, part in enumerate(parts)
     ]
-    return View((count, sum(rows), shapes[0][1]), tuple(pieces))
+    return View((count, sum(rows), columns[0]), tuple(pieces))
