@@ -181,8 +181,8 @@ def _list_readings(
     new = {n: x.tensor.partition(".")[0] for n, x in named.items() if n != x.tensor}
     used = {first for name, first in new.items() if name in here}
     unused = {name for name, first in new.items() if first not in used}
-    last = ((x.tensor, stored[x.tensor]) if n in unused else (n, x) for n, x in named.items())
-    return [named, dict([*last][::-1])] if unused else [named]
+    kept = [(x.tensor, stored[x.tensor]) if n in unused else (n, x) for n, x in named.items()]
+    return [named, dict(kept[::-1])] if unused else [named]
 
 
 def _module(name: str) -> str:
