@@ -67,7 +67,8 @@ def export_merged(
         adapter: a folder that PEFT or `save` wrote, or an adapter tree. The modules in a folder
             have the names of the checkpoint's tensors, or those of `transformers` 5 in memory; a
             first component such as `bert.` may differ. Any other names are those of the checkpoint
-            after one replacement, if only one place fits all modules.
+            after one replacement, if only one place fits all modules. The checkpoint may fuse
+            modules that `transformers` splits on loading, such as q, k and v; it stays fused.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
         names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.LLAMA`.

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from .._changed import change
 from .._checkpoint import Checkpoint
 from .._file import TensorInfo
-from ._renaming import Model, Piece, View
+from ._renaming import Model
+from ._views import Piece, View
 
 
 class Target(NamedTuple):
