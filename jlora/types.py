@@ -8,8 +8,6 @@ from ._report import QuantizedLeaf as QuantizedLeaf
 from ._report import Summary as Summary
 from ._sites import Site as Site
 from ._sites import Sites as Sites
-from ._sketching import Allocation as Allocation
-from ._sketching import Share as Share
 from ._sketching import Sketch as Sketch
 from ._sketching import Spectrum as Spectrum
 from ._types import Adapted as Adapted

@@ -13,11 +13,16 @@ layer's all-reduces.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._repeated import variables, with_calls
+from .. import _compat
+
+
+def variables(atoms: Sequence[Any]) -> list[Any]:
+    """Drops the literals among `atoms`."""
+    return [v for v in atoms if not _compat.is_literal(v)]
 
 
 def steps(
-    jaxpr: Any, weights: Sequence[bool], primitives: Mapping[str, Any], has_calls: bool = False
+    jaxpr: Any, weights: Sequence[bool], primitives: Mapping[str, Any]
 ) -> list[tuple[list[Any], list[Any]]]:
     """Orders the equations that outputs and effects need into steps.
 
@@ -28,13 +33,9 @@ def steps(
         jaxpr: the jaxpr to evaluate.
         weights: for each input, whether it is an adapted weight.
         primitives: the registered primitives.
-        has_calls: whether each repeated run of equations becomes a `Call`.
     """
     live = _live(jaxpr)
-    found = groups(jaxpr, live, weights, primitives)
-    order = _order(with_calls(live, jaxpr.outvars, found), found) if has_calls else None
-    order = _order(live, found) if order is None else order
-    assert order is not None
+    order = _order(live, groups(jaxpr, live, weights, primitives))
     needed, done = set(variables(jaxpr.outvars)), []
     for eqns in reversed(order):
         used = {v for eqn in eqns for v in variables(eqn.invars)}
@@ -43,26 +44,26 @@ def steps(
     return done[::-1]
 
 
-def _order(eqns: Sequence[Any], groups: Sequence[list[Any]]) -> list[list[Any]] | None:
-    """Lists groups and single equations in order; None if a call and a group need each other."""
+def _order(eqns: Sequence[Any], groups: Sequence[list[Any]]) -> list[list[Any]]:
+    """Lists groups and single equations in order."""
     source = {v: eqn for eqn in eqns for v in eqn.outvars}
     group = {id(eqn): eqns for eqns in groups for eqn in eqns}
     order: list[list[Any]] = []
-    begun, placed = set[int](), set[int]()
+    placed = set[int]()
 
-    def place(eqn: Any) -> bool:
-        if id(eqn) in begun:
-            return id(eqn) in placed
+    def place(eqn: Any) -> None:
+        if id(eqn) in placed:
+            return
         together = group.get(id(eqn), [eqn])
-        begun.update(map(id, together))
-        needed = (source[v] for e in together for v in variables(e.invars) if v in source)
-        if not all(map(place, needed)):
-            return False
         placed.update(map(id, together))
+        for v in variables([v for e in together for v in e.invars]):
+            if v in source:
+                place(source[v])
         order.append(together)
-        return True
 
-    return order if all(map(place, eqns)) else None
+    for eqn in eqns:
+        place(eqn)
+    return order
 
 
 def _live(jaxpr: Any) -> list[Any]:
