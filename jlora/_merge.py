@@ -10,6 +10,7 @@ import numpy as np
 from ._adapters import PartialWeightError, arrays, lower, state
 from ._compat import is_concrete, place_of
 from ._core import Axis, NotInvertibleError
+from ._errors import InputError
 from ._quantized import Quantized, dequantize, is_quantized, quantize_weight
 from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
 from ._types import Adapted, PyTree
@@ -62,7 +63,7 @@ def merge(
     merged = _combine(base, adapter, 1, requantize)
     if check:
         if not all(map(is_concrete, jax.tree.leaves(merged))):
-            raise ValueError(
+            raise InputError(
                 "`check` of merge needs concrete values, which jit, grad and vmap do not have. "
                 "Merge without `check` there, and check the result outside."
             )
@@ -125,7 +126,7 @@ def _quantize_like(w: Any, old: Quantized) -> Quantized:
 
 def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
     if sign < 0 and is_quantized(leaf.base):
-        raise ValueError(
+        raise InputError(
             f"`unmerge` cannot subtract ΔW at {path!r}, which is quantized: its codes hold the "
             "sum only roughly. Keep the base."
         )
@@ -138,7 +139,7 @@ def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
     except PartialWeightError as e:
         raise e.at(path) from None
     except NotInvertibleError as e:
-        raise ValueError(
+        raise InputError(
             f"`unmerge` cannot undo {type(node).__name__} at {path!r}: {e}. Keep the base."
         ) from None
 
@@ -172,7 +173,7 @@ def _check_finite(params: PyTree) -> None:
         if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and (n := jnp.sum(~jnp.isfinite(x)))
     ]
     if bad:
-        raise ValueError(
+        raise InputError(
             "`merge` computed values that are not finite at:\n  "
             + "\n  ".join(bad)
             + "\nThe adapter or the base holds NaN or infinity there; use an earlier checkpoint."

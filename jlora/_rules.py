@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from ._errors import InputError
+
 
 class Rule:
     """The base class of rules, by which the user says which leaves are adapted, and how.
@@ -239,18 +241,18 @@ def check_pattern(rule: Any, pattern: Any) -> None:
             f"got {pattern!r} of type {type(pattern).__name__}."
         )
     if (components := pattern.strip("/")) != pattern:
-        raise ValueError(
+        raise InputError(
             f"`pattern` {pattern!r} of {type(rule).__name__} must not start or end with `/`, "
             f"because a pattern matches whole components of a path. Write {components or '.*'!r}."
         )
     try:
         compile_pattern(pattern)
     except re.error as e:
-        raise ValueError(f"`pattern` {pattern!r} is not a regular expression: {e}.") from None
+        raise InputError(f"`pattern` {pattern!r} is not a regular expression: {e}.") from None
 
 
 def check_field(
-    rule: Any, name: str, holds: bool, must: str, error: type[Exception] = ValueError
+    rule: Any, name: str, holds: bool, must: str, error: type[Exception] = InputError
 ) -> None:
     """Raises `error` unless `holds`; it says what the field `name` of a rule `must` be or do."""
     if not holds:
@@ -266,7 +268,7 @@ def is_int(x: Any) -> bool:
 def check_int(what: str, n: Any, least: int) -> None:
     """Raises unless `n` is an integer of at least `least`; the error calls it `what`."""
     if not is_int(n) or n < least:
-        raise ValueError(f"{what} must be an integer of at least {least}; got {n!r}.")
+        raise InputError(f"{what} must be an integer of at least {least}; got {n!r}.")
 
 
 def is_finite(x: Any) -> bool:

@@ -1,6 +1,7 @@
 """Methods.
 
-Imports `_core`, `initializers`, `_quantized`, `_compat`, `_registry`, `_rules`, `_types`, `_whole`.
+Imports `_compat`, `_core`, `_errors`, `_quantized`, `_registry`, `_rules`, `_types`, `_whole` and
+`initializers`.
 
 A method is a file with two classes: a rule, which the user writes, and a node, which the rule puts
 into the adapter. `_node` has the base class of nodes.

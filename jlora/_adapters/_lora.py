@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from .._core import is_floating
+from .._errors import InputError
 from .._rules import (
     Rule,
     Slots,
@@ -181,7 +182,7 @@ class LoRA(Rule):
             return self._clip(site, layout, largest), layout
         if self.rank <= largest:
             return self, layout
-        raise ValueError(
+        raise InputError(
             f"`rank` of {rule_name(self)} is {self.rank}, above min(inputs, outputs) = {largest} "
             f"of {site.name} with shape {site.shape}. Lower the rank, or put a separate rule for "
             f"this leaf first, such as jlora.Full({re.escape(site.path)!r})."
@@ -190,7 +191,7 @@ class LoRA(Rule):
     def _share(self, site: Any, layout: Layout, role: str) -> Layout:
         """Makes the axis of experts an input or an output, so that only one factor has it."""
         if site.experts is None:
-            raise ValueError(
+            raise InputError(
                 f"`share` of {rule_name(self)} needs a weight with one stacked axis, the experts; "
                 f"{site.name} with shape {site.shape} has {len(layout.stack)} stacked axes. Leave "
                 "`share` out."
@@ -229,7 +230,7 @@ class LoRA(Rule):
         got = tuple(map(_form, made)) if isinstance(made, tuple) else made
         expected = tuple((shape, "floating-point") for shape in expected_shapes)
         if got != expected or made[0].dtype != w.dtype:
-            raise ValueError(
+            raise InputError(
                 f"`init` of {rule_name(self)} must return floating-point W, A and B for "
                 f"{site.path!r}, of shapes {expected_shapes} and with W's dtype {w.dtype}; got "
                 f"{got}."
@@ -248,13 +249,13 @@ def _add_slots(site: Any, slots: Slots) -> Layout:
     """Adds slots to the layout of a site; `ValueError` if they do not divide its outputs."""
     outputs = site.layout.outputs
     if not 0 <= slots.axis < len(outputs):
-        raise ValueError(
+        raise InputError(
             f"`axis` of Slots must be in [0, {len(outputs)}), as {site.name} has {len(outputs)} "
             f"output axes; got {slots.axis}."
         )
     axis = outputs[slots.axis]
     if site.shape[axis] % slots.count:
-        raise ValueError(
+        raise InputError(
             f"`count` of Slots must divide the {site.shape[axis]} outputs of {site.name} with "
             f"shape {site.shape}; got {slots.count}."
         )

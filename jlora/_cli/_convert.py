@@ -37,7 +37,7 @@ def convert(
     bit. With --profile vllm, OUT has PEFT's format, one rank for all modules, and the scales
     multiplied into B.
     """
-    check_vacant(out.value, "OUT")
+    call(check_vacant, out)
     kind, written = format_of_adapter(source), "peft"
     if kind == "orbax":
         adapter = _to_peft(source, out, profile, ignore, **options)

@@ -1,6 +1,6 @@
 """Computes the memory that a training step needs; a checkpoint policy that saves some of it.
 
-Imports `sharding`, `_progress`, `_report`, `_tree`, `_types`.
+Imports `_errors`, `_progress`, `_report`, `_tree`, `_types` and `sharding`.
 """
 
 from ._mesh import has_compiler as has_compiler

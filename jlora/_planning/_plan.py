@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .. import sharding
+from .._errors import InputError
 from .._report import align_columns, format_bytes
 from .._tree import refuse_module
 from .._types import PyTree, short
@@ -179,7 +180,7 @@ def plan(
     check_places(mesh, base, adapter, args)
     abstract = isinstance(mesh, AbstractMesh)
     if compile and abstract:
-        raise ValueError(
+        raise InputError(
             "`compile` needs a mesh of devices, but the shardings are on an AbstractMesh. Make a "
             "mesh of devices; jax.experimental.topologies.get_topology_desc has those of TPU "
             "slices that you do not have."

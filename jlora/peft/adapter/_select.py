@@ -50,9 +50,9 @@ class Names:
 class Selection:
     """The modules and parameters that a checked configuration selects, by PyTorch's names."""
 
-    def __init__(self, fields: Mapping[str, Any], what: str = "`config`"):
+    def __init__(self, fields: Mapping[str, Any], argument: str = "config"):
         """Takes the configuration, and the user's argument that has it, for errors."""
-        self.fields, self.patterns = fields, Patterns(what)
+        self.fields, self.patterns = fields, Patterns(argument)
         target, layers = fields["target_modules"], fields.get("layers_to_transform")
         self._is_target = self._matcher(target)
         self._is_excluded = self._matcher(fields.get("exclude_modules"))

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..._errors import Problem
 from .._checkpoint import Checkpoint
 from .._problems import Problems
 from .._vocabulary import copy_config, walk_objects
@@ -37,7 +38,7 @@ def untie(target: Target, found: Contents, problems: Problems) -> tuple[Target, 
     shared = [name for name in checkpoint.where if is_shared(checkpoint, name)]
     prefix, stacks = model.prefix or "", _find_stacks(target, shared)
     if why := _explain_tied(target, found, shared, stacks):
-        problems.stop(f"`untie`: {why}")
+        problems.stop(Problem("`untie`", why))
     table, *stored = (name for name in shared if prefix + name not in stacks)
     # The new tensors by the adapter's names: each with its own, and that of the one it is tied to.
     new = {n: (n, x) for n, x in stacks.items() if n.removeprefix(prefix) not in checkpoint.where}
@@ -45,7 +46,7 @@ def untie(target: Target, found: Contents, problems: Problems) -> tuple[Target, 
     tokens = found.tokens
     if not stored:
         if (head := _find_head(target, found, table, bool(stacks))) is None:
-            problems.stop(f"`untie`: {_explain_unknown(checkpoint.config)}")
+            problems.stop(Problem("`untie`", _explain_unknown(checkpoint.config)))
             return target, found
         module, weight = head
         heads, new[f"{module}.weight"] = {module: weight}, (weight, table)
