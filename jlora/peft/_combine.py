@@ -139,7 +139,7 @@ def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[Probl
             ),
             (
                 "has several adapted parameters, which the file does not distinguish",
-                [m for m in adapter.modules if len(adapter.selection.parameters(m)) > 1],
+                [m for m in adapter.modules if len(adapter.roles[m].parameters) > 1],
             ),
             (
                 "float64 needs jax_enable_x64",

@@ -119,7 +119,7 @@ def fit(
     shapes = {name: leaf.weight_shape for leaf in leaves for name in leaf.parameters}
     if is_miss(files.fields):
         files = as_lora(files, shapes, problems)
-    adapter = sort_tensors(files, problems)
+    adapter = sort_tensors(files, problems, [name.rpartition(".")[0] for name in shapes])
     refuse_biases(adapter, problems)
     found = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
     match = match_to_tree(found, adapter.heads, leaves, problems)

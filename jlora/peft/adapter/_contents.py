@@ -11,7 +11,8 @@ from .._file import CONFIG, COUNT, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, 
 from .._problems import Problems
 from ._config import PARAMETERS, ROWS_ALONE, problems_of
 from ._files import MAGNITUDE, Files
-from ._select import Selection
+from ._patterns import Clock
+from ._roles import Role, resolve
 from ._tokens import DELTA, DELTA_ALONE, WRAPPED, Tokens, find_rows
 
 BASE = ".base_layer"  # the module that an adapter wraps
@@ -107,7 +108,8 @@ class Adapter(NamedTuple):
 
     Attributes:
         fields: its configuration.
-        selection: the modules that the configuration selects.
+        roles: what the configuration does with each module of the file, and with others.
+        clock: the time that is left to match its patterns.
         modules: A and B by module. If several parameters of a module are adapted, the file does not
             distinguish them: they are in the order in which PEFT wraps them.
         others: all other tensors.
@@ -115,7 +117,8 @@ class Adapter(NamedTuple):
     """
 
     fields: dict[str, Any]
-    selection: Selection
+    roles: dict[str, Role]
+    clock: Clock
     modules: dict[str, list[Part]]
     others: Contents
     heads: list[str]
@@ -129,19 +132,31 @@ class Adapter(NamedTuple):
     @property
     def parts(self) -> dict[str, list[Part]]:
         """The A and B that may be of each parameter."""
-        each = ((m, self.selection.parameters(m) or ["weight"]) for m in self.modules)
+        each = ((m, self.roles[m].parameters or ("weight",)) for m in self.modules)
         return {f"{m}.{name}": self.modules[m] for m, names in each for name in names}
 
+    def resolve(self, names: Iterable[str]) -> "Adapter":
+        """Returns the same adapter with the roles of further modules or parameters."""
+        new = [name for name in names if name not in self.roles]
+        roles = self.roles | resolve(self.fields, new, self.clock)
+        return self._replace(roles=roles)
 
-def sort_tensors(files: Files, problems: Problems) -> Adapter:
-    """Sorts tensors by kind; raises if the configuration is not supported."""
+
+def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) -> Adapter:
+    """Sorts tensors by kind; raises if the configuration is not supported.
+
+    Args:
+        files: the adapter.
+        problems: collects problems.
+        modules: modules of the model, whose roles are needed too.
+    """
     fields = files.fields
     problems.stop(*problems_of(fields))
     problems.examine(files.tensors)
-    selection = Selection(fields, files.argument)
+    clock = Clock(files.argument)
     if fields.get("peft_type") == ROWS_ALONE:
-        tokens = _rows_alone(selection, files.tensors, problems)
-        return Adapter(fields, selection, {}, Contents([], {}, {}, tokens, {}), [])
+        roles, tokens = _rows_alone(fields, files.tensors, clock, problems)
+        return Adapter(fields, roles, clock, {}, Contents([], {}, {}, tokens, {}), [])
     sides = collections.defaultdict[tuple[str, int, bool], dict[str, TensorInfo]](dict)
     endings = (MAGNITUDE, DELTA, B_BIAS) if fields.get("lora_bias") else (MAGNITUDE, DELTA)
     by_ending = {end: dict[str, TensorInfo]() for end in (MAGNITUDE, DELTA, B_BIAS)}
@@ -161,31 +176,32 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
             others[name] = x
     magnitudes, deltas, biases = by_ending.values()
     adapted = {module for module, *_ in sides}
-    selection.prepare([*adapted, *biases])
-    full, frozen = _others(selection, others, adapted, deltas, problems)
-    parts = _parts(selection, sides, magnitudes, problems)
+    wrapping = (_find_home(name)[0] for name in others)
+    roles = resolve(fields, [*adapted, *biases, *deltas, *wrapping, *modules], clock)
+    full, frozen = _others(fields, roles, others, adapted, deltas, problems)
+    parts = _parts(fields, roles, sides, magnitudes, problems)
     rows, heads = find_rows(fields, deltas, problems)
     for module in rows:
-        if module in adapted or selection.saves(module):
+        if module in adapted or roles[module].saves:
             problems.add(deltas[module].key, "its module is also adapted or saved as a whole")
     tokens = {f"{module}.weight": Tokens(module, rows[module], deltas[module]) for module in rows}
-    added = {f"{module}.bias": (x, selection.scale(module)) for module, x in biases.items()}
+    added = {f"{module}.bias": (x, roles[module].scale) for module, x in biases.items()}
     others = Contents([], full, frozen, tokens, added)
-    return Adapter(fields, selection, parts, others, heads)
+    return Adapter(fields, roles, clock, parts, others, heads)
 
 
 def _rows_alone(
-    selection: Selection, tensors: Iterable[TensorInfo], problems: Problems
-) -> dict[str, Tokens]:
+    fields: Mapping[str, Any], tensors: Iterable[TensorInfo], clock: Clock, problems: Problems
+) -> tuple[dict[str, Role], dict[str, Tokens]]:
     """Sorts the tensors of an adapter of rows alone."""
-    rows, found = tuple(selection.fields["token_indices"]), dict[str, Tokens]()
+    rows, found = tuple(fields["token_indices"]), dict[str, Tokens]()
     by_module = {x.key.removeprefix(PREFIX).removesuffix(DELTA_ALONE): x for x in tensors}
     if len(by_module) > PARAMETERS:
         why = f"has rows of {len(by_module)} modules; expected at most {PARAMETERS}"
         problems.add(TENSORS, why)
-        return {}
-    selection.prepare(by_module)
-    selected = list(filter(selection.adapts, by_module))
+        return {}, {}
+    roles = resolve(fields, by_module, clock)
+    selected = [module for module in by_module if roles[module].adapts]
     for module, x in by_module.items():
         # PEFT stores a tied head with its embedding, even if it is not selected.
         is_taken = module in selected or (selected and SHARED.search(module))
@@ -195,14 +211,21 @@ def _rows_alone(
             problems.add_not_floating(x)
         else:
             found[f"{module}.weight"] = Tokens(module, rows, x)
-    return found
+    return roles, found
 
 
 # ------------------------------------------------------------------------- parameters as a whole
 
 
+def _find_home(key: str) -> tuple[str, str, str]:
+    """Returns the module of a tensor, the same with what PEFT wraps it in, and the parameter."""
+    wrapped, _, parameter = key.rpartition(".")
+    return wrapped.removesuffix(BASE).removesuffix(WRAPPED), wrapped, parameter
+
+
 def _others(
-    selection: Selection,
+    fields: Mapping[str, Any],
+    roles: Mapping[str, Role],
     tensors: Mapping[str, TensorInfo],
     adapted: Collection[str],
     with_rows: Collection[str],
@@ -211,12 +234,10 @@ def _others(
     """Separates parameters that are replaced from those that must equal the base's."""
     full, frozen = dict[str, TensorInfo](), dict[str, TensorInfo]()
     for key, x in tensors.items():
-        wrapped, _, parameter = key.rpartition(".")
-        module = wrapped.removesuffix(BASE).removesuffix(WRAPPED)
+        module, wrapped, parameter = _find_home(key)
         name, is_wrapped, is_adapted = f"{module}.{parameter}", module != wrapped, module in adapted
-        is_full = may_tie(selection.fields, module) or selection.saves_whole(
-            module, parameter, is_adapted
-        )
+        is_full = roles[module].saves_whole(fields, parameter, is_adapted)
+        is_full = is_full or may_tie(fields, module)
         is_frozen = parameter == "weight" or (parameter == "bias" and not is_full)
         is_resized = _is_of_vocabulary(module, parameter) and not (is_wrapped or is_adapted)
         if (copied := _WRAPPERS.sub(".", key)) != key:
@@ -265,7 +286,8 @@ def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) 
 
 
 def _parts(
-    selection: Selection,
+    fields: Mapping[str, Any],
+    roles: Mapping[str, Role],
     sides: Mapping[tuple[str, int, bool], Mapping[str, TensorInfo]],
     magnitudes: Mapping[str, TensorInfo],
     problems: Problems,
@@ -273,7 +295,7 @@ def _parts(
     """Pairs A and B of each module with their magnitudes, the innermost first."""
     found: dict[str, list[Part]] = {module: [] for module, *_ in sides}
     shallowest: dict[str, int] = {}
-    is_dora = bool(selection.fields.get("use_dora"))
+    is_dora = bool(fields.get("use_dora"))
     for (module, depth, table), pair in sorted(sides.items(), key=lambda x: -x[0][1]):
         key, shallowest[module] = PREFIX + module + BASE * depth, depth
         end = "lora_embedding_{}" if table else "lora_{}.weight"
@@ -285,7 +307,7 @@ def _parts(
         else:
             kind = "embedding" if table else "linear" if len(shapes[0]) == 2 else "conv"
             m, name = magnitudes.get(module) if is_dora else None, f"{module}.weight"
-            scale = selection.scale(module)
+            scale = roles[module].scale
             found[module].append(Part(name, kind, module, pair["A"], pair["B"], scale, m=m))
             if is_dora and m is None:
                 problems.add(PREFIX + module + MAGNITUDE, _without(pair["A"]))

@@ -15,7 +15,8 @@ from .._problems import Problems
 from ..names._leaves import NamedLeaf
 from ._config import ENTRIES, ROWS_ALONE, list_misformed
 from ._contents import BASE, SAVED_BY_NAME, Part, may_tie
-from ._select import Selection, find_divisor, list_parents, list_tails
+from ._patterns import Clock
+from ._roles import Role, find_divisor, list_parents, list_tails, make_saves, resolve, saves_bias
 from ._tokens import INDICES, find_rows, list_lone_heads
 from ._tree import Tree
 
@@ -36,17 +37,17 @@ def describe(fields: Fields, given: Mapping[str, Any], tree: Tree, parts: Iterab
 
 def _set_targets(fields: Fields, tree: Tree) -> Fields:
     """Selects the leaves with A and B, and the heads tied to them, and nothing else."""
-    selection, adapted = Selection(fields), {name for leaf in tree.low for name in leaf.parameters}
+    adapted = {name for leaf in tree.low for name in leaf.parameters}
     tied = {m: head for m, head in tree.tied.items() if f"{m}.weight" in adapted}
     others = _find_others(tree)
-    selection.prepare([*tree.modules, *others, *tied.values()])
+    roles = resolve(fields, [*tree.modules, *others, *tied.values()], Clock())
     # By whether a key is of experts: whether it is adapted.
     keys: dict[bool, dict[str, bool]] = {False: dict.fromkeys(others, False), True: {}}
-    is_described = all(_ties(fields, m) or selection.adapts(head) for m, head in tied.items())
-    is_described &= not any(map(selection.adapts, others))
+    is_described = all(_ties(fields, m) or roles[head].adapts for m, head in tied.items())
+    is_described &= not any(roles[module].adapts for module in others)
     for leaf in tree.leaves:
         for module, name in zip(leaf.modules, leaf.parameters, strict=True):
-            is_described &= _adapts(selection, leaf, module) == (name in adapted)
+            is_described &= _adapts(roles[module], leaf) == (name in adapted)
             if leaf.name.kind:
                 keys[leaf.name.kind == "experts"][leaf.key(module)] = name in adapted
     if is_described:
@@ -78,13 +79,12 @@ def _with_parents(modules: Iterable[str]) -> set[str]:
     return {parent for module in modules for parent in list_parents(module)}
 
 
-def _adapts(selection: Selection, leaf: NamedLeaf, module: str) -> bool:
-    if leaf.name.kind is None or selection.saves(module):
+def _adapts(role: Role, leaf: NamedLeaf) -> bool:
+    if leaf.name.kind is None or role.saves:
         return False
-    if leaf.name.parameter in selection.parameters(module):
+    if leaf.name.parameter in role.parameters:
         return True
-    whole = leaf.name.kind != "experts" and leaf.name.parameter == "weight"
-    return whole and selection.adapts(module)
+    return role.adapts and leaf.name.kind != "experts" and leaf.name.parameter == "weight"
 
 
 def _ties(fields: Mapping[str, Any], module: str) -> bool:
@@ -104,7 +104,7 @@ def _set_full(fields: Fields, tree: Tree) -> Fields:
     def saved(fields: Fields) -> set[Path]:
         return {leaf.path for leaf, _ in find_full(fields, tree)}
 
-    saves = Selection(fields).saves
+    saves = make_saves(fields)
     if saved(fields) == wanted and all(may_tie(fields, head) or saves(head) for head in heads):
         return fields
     every, of_lora = (
@@ -124,14 +124,14 @@ def _set_full(fields: Fields, tree: Tree) -> Fields:
 
 def find_full(fields: Fields, tree: Tree) -> list[tuple[NamedLeaf, list[str]]]:
     """Finds the leaves saved in full, with a key for each of their modules."""
-    selection = Selection(fields)
+    saves = make_saves(fields)
     adapted = {module for leaf in tree.low for module in leaf.modules}
 
     def key(leaf: NamedLeaf, module: str) -> str | None:
         parameter, is_adapted = leaf.name.parameter, module in adapted
-        if not selection.saves_whole(module, parameter, is_adapted):
+        if not (saves(module) or saves_bias(fields, parameter, is_adapted)):
             return None
-        is_wrapped = is_adapted and not selection.saves(module)
+        is_wrapped = is_adapted and not saves(module)
         return f"{PREFIX}{module}{BASE * is_wrapped}.{parameter}"
 
     keys = [(leaf, [key(leaf, module) for module in leaf.modules]) for leaf in tree.leaves]
@@ -205,9 +205,8 @@ def describe_rows_alone(fields: Fields, tree: Tree) -> Fields:
     others = _with_parents(tree.modules) - set(wanted)
     fields = fields | {"peft_type": ROWS_ALONE, "token_indices": list(*lists)}
     if not list_misformed(fields):
-        selection = Selection(fields)
-        selection.prepare([*wanted, *others])
-        if all(map(selection.adapts, wanted)) and not any(map(selection.adapts, others)):
+        roles = resolve(fields, [*wanted, *others], Clock())
+        if {m for m, role in roles.items() if role.adapts} == set(wanted):
             return fields
     chosen = dict.fromkeys(others, False) | dict.fromkeys(wanted, True)
     return fields | {"target_modules": _select(chosen)}
@@ -265,11 +264,10 @@ def find_scales(parts: Iterable[Part], tied: Mapping[str, str]) -> dict[str, tup
 
 def set_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """Sets rank, alpha and patterns so that each key gets its rank and scale."""
-    selection = Selection(fields)
-    selection.prepare(scales)
+    roles = resolve(fields, scales, Clock())
     # The factor of a row of `names` may have changed the last bit of a scale.
     same = (
-        selection.rank(k) == rank and math.isclose(selection.scale(k), scale, rel_tol=1e-15)
+        roles[k].rank == rank and math.isclose(roles[k].scale, scale, rel_tol=1e-15)
         for k, (rank, scale) in scales.items()
     )
     if all(same):

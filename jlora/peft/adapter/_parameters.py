@@ -11,7 +11,7 @@ from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, shorten, show
 from .._problems import Problems
 from ._config import ROWS_ALONE
 from ._contents import HEADS, Adapter, Contents, Part, may_tie
-from ._select import Names, Selection, list_parents
+from ._roles import Names, Role, list_idle, list_parents, list_unused
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -41,56 +41,58 @@ def assign_parameters(
         ordered: whether `shapes` has the parameters of a module in the order in which PEFT wraps
             them. The order then distinguishes parameters of one shape.
     """
-    selection = adapter.selection
     order = {name: i for i, name in enumerate(shapes or ())}
-    selection.prepare({name.rpartition(".")[0] for name in order})
-    selection.prepare(f"{m}.{p}" for m in adapter.modules for p in selection.parameters(m))
+    adapter = adapter.resolve(name.rpartition(".")[0] for name in order)
+    roles, fields = adapter.roles, adapter.fields
+    adapter = adapter.resolve(f"{m}.{p}" for m in adapter.modules for p in roles[m].parameters)
     found = list[Part]()
     for module, parts in adapter.modules.items():
-        names = [f"{module}.{parameter}" for parameter in selection.parameters(module)]
+        names = [f"{module}.{parameter}" for parameter in roles[module].parameters]
         if shapes is not None:
             names = sorted((name for name in names if name in order), key=order.__getitem__)
         if names and parts:
-            found += _assign_by_shape(selection, module, names, parts, shapes, ordered, problems)
+            found += _assign_by_shape(adapter, module, names, parts, shapes, ordered, problems)
         elif parts:
-            found += _check_module(selection, module, parts, where, problems)
+            found += _check_module(adapter, module, parts, where, problems)
     if shapes is not None:
         problems.found += list_missing(adapter, shapes)
         known = [n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) > 1]
-        problems.unused += selection.idle([*(part.key for part in found), *known], where)
+        problems.unused += list_idle(fields, [*(part.key for part in found), *known], where)
     problems.unused += _list_idle_names(adapter)
-    problems.unused += selection.unused([part.key for part in found])
+    problems.unused += list_unused(fields, [part.key for part in found], adapter.clock)
     if not (found or adapter.others.full or adapter.others.tokens or problems.found):
         problems.add(TENSORS, "has neither A and B nor a parameter in full")
     return adapter.others._replace(parts=found)
 
 
 def _check_module(
-    selection: Selection, module: str, parts: list[Part], where: str, problems: Problems
+    adapter: Adapter, module: str, parts: list[Part], where: str, problems: Problems
 ) -> list[Part]:
     """Checks A and B of the weight of a module."""
-    if chosen := selection.parameters(module):
-        listed = ", ".join(show(f"{module}.{name}") for name in chosen)
+    role = adapter.roles[module]
+    if role.parameters:
+        listed = ", ".join(show(f"{module}.{name}") for name in role.parameters)
         why = f"target_parameters selects {listed}, which is not in {where}"
         problems.add_homeless(PREFIX + module, why)
         return []
-    key, part, rank = PREFIX + module, parts[0], selection.rank(module)
-    is_taken = selection.adapts(module) or may_tie(selection.fields, module)
+    key, part = PREFIX + module, parts[0]
+    is_taken = role.adapts or may_tie(adapter.fields, module)
     if len(parts) > 1:
         problems.add(key, "adapted more than once")
         return []
-    if not is_taken or selection.saves(module):
+    if not is_taken or role.saves:
         problems.add(key, f"unexpected; {CONFIG} does not select it")
         return []
-    if part.a.shape[0] != rank:
-        problems.add(key, f"expected rank {rank} by {CONFIG}, got an A of shape {part.a.shape}")
+    if part.a.shape[0] != role.rank:
+        why = f"expected rank {role.rank} by {CONFIG}, got an A of shape {part.a.shape}"
+        problems.add(key, why)
     if part.m is not None and part.m.shape != (shape := part.magnitude_shape):
         problems.add(part.m.key, f"expected shape {shape}, got {part.m.shape}")
     return parts
 
 
 def _assign_by_shape(
-    selection: Selection,
+    adapter: Adapter,
     module: str,
     names: Sequence[str],
     parts: Sequence[Part],
@@ -102,10 +104,10 @@ def _assign_by_shape(
     # There are n! ways. Without the model, some of the names may be of no parameter.
     few = len(parts) <= 6 and (shapes is None or len(parts) == len(names))
     tried = names[:6] if few else []
-    each = [{name: _try_parameter(selection, name, x, shapes) for name in tried} for x in parts]
+    roles = adapter.roles
+    each = [{n: _try_parameter(roles[n], n, x, shapes) for n in tried} for x in parts]
     fitting = list[list[Part]]()
-    for order in itertools.permutations(tried, len(parts)):
-        selection.patterns.spend(len(order))
+    for order in adapter.clock.watch(itertools.permutations(tried, len(parts))):
         found = [x for fits, name in zip(each, order, strict=True) if (x := fits[name])]
         is_one = shapes is not None or len({x.experts for x in found}) == 1
         if len(found) == len(parts) and is_one:
@@ -114,7 +116,7 @@ def _assign_by_shape(
                 break
     if len(fitting) == 1:
         return fitting[0]
-    listed = ", ".join(f"{n} {shapes[n]}" if shapes else f"{n} {selection.rank(n)}" for n in names)
+    listed = ", ".join(f"{n} {shapes[n]}" if shapes else f"{n} {roles[n].rank}" for n in names)
     got = ", ".join(f"A {x.a.shape} with B {x.b.shape}" for x in parts)
     what = "can be assigned in several ways to" if fitting else "do not fit"
     remedy = (
@@ -126,12 +128,10 @@ def _assign_by_shape(
     return []
 
 
-def _try_parameter(
-    selection: Selection, name: str, part: Part, shapes: Shapes | None
-) -> Part | None:
+def _try_parameter(role: Role, name: str, part: Part, shapes: Shapes | None) -> Part | None:
     """Returns A and B as a part of the parameter `name`; None if they do not fit."""
-    rank, wide = selection.rank(name), part.a.shape[0]
-    part = part._replace(name=name, key=name, scale=selection.scale(name))
+    rank, wide = role.rank, part.a.shape[0]
+    part = part._replace(name=name, key=name, scale=role.scale)
     if shapes is None:
         part, fits = part._replace(kind="experts", experts=wide // rank), wide == part.b.shape[1]
     else:
@@ -159,20 +159,20 @@ def list_orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
 
 def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
     """Lists the parameters of the model that are selected but missing in the file."""
-    selection, modules = adapter.selection, adapter.modules.keys()
+    fields, modules = adapter.fields, adapter.modules.keys()
     alone = adapter.others.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
-    selection.prepare(name.rpartition(".")[0] for name in shapes)
+    roles = adapter.resolve(name.rpartition(".")[0] for name in shapes).roles
 
     def is_missing(name: str) -> bool:
         module, _, parameter = name.rpartition(".")
         if parameter == "bias" and len(shapes[name]) > 1:
             return False  # a mask that GPT-2 has in its attention
-        if selection.saves_whole(module, parameter, module in modules):
+        role = roles[module]
+        if role.saves_whole(fields, parameter, module in modules):
             return name not in adapter.others.full
         if len(shapes[name]) < 2 or module in modules or name in alone:
             return False
-        is_chosen = parameter in selection.parameters(module)
-        return is_chosen or (parameter == "weight" and selection.adapts(module))
+        return parameter in role.parameters or (parameter == "weight" and role.adapts)
 
     lost = filter(is_missing, shapes)
     return [Problem(name, f"selected by {CONFIG}, but missing in {TENSORS}") for name in lost]

@@ -1,21 +1,21 @@
 """Matches untrusted patterns in bounded time and memory."""
 
-import functools
 import importlib.util
 import json
 import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable
-from typing import Any
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from ..._errors import InputError
 from .._file import shorten
 
+T = TypeVar("T")
 SECONDS = 5.0  # of CPU time, for all patterns of an adapter
 _NO_PATTERN = "is not a regular expression"
-STEPS = 20_000_000  # comparisons of a pattern or a name with a module
 LENGTH = 10_000  # characters of a pattern
 # A pattern that is a name, whose dots may be escaped. It matches without backtracking.
 PLAIN = re.compile(r"(?:\w|\\?[.-])+", re.ASCII)
@@ -60,14 +60,15 @@ def explain_refused(patterns: Collection[str]) -> dict[str, str]:
         for p in patterns
         if len(p) > LENGTH
     }
-    jobs = [("fullmatch", p) for p in patterns if p not in wrong and not PLAIN.fullmatch(p)]
+    each = (p for p in patterns if p not in wrong and not PLAIN.fullmatch(p))
+    jobs = [Job("fullmatch", p) for p in each]
     if not jobs:
         return wrong
     if (answers := _ask(jobs, [], SECONDS)) is None:
         why = f"cannot be compiled in {SECONDS:g} seconds of CPU time and 512 MB"
-        return wrong | {p: why for _, p in jobs}
+        return wrong | {job.pattern: why for job in jobs}
     each = zip(jobs, answers[0], strict=True)
-    return wrong | {p: f"{_NO_PATTERN}: {e}" for (_, p), e in each if e}
+    return wrong | {job.pattern: f"{_NO_PATTERN}: {e}" for job, e in each if e}
 
 
 def wrap_key(pattern: str) -> str:
@@ -88,78 +89,84 @@ def unescape(pattern: str) -> tuple[str, tuple[int, ...]]:
     return "".join(c[-1] for c in characters), places
 
 
-class Patterns:
-    """The patterns of an adapter, and their results for names.
+class Clock:
+    """The CPU time that matching the patterns of one adapter may take, here and in processes."""
 
-    Python's `re` matches them, as in PEFT, in a process with limited CPU time and memory.
+    def __init__(self, argument: str = "config") -> None:
+        """Takes the user's argument with the adapter, for errors."""
+        self.argument, self.left = argument, SECONDS
+
+    def watch(self, items: Iterable[T]) -> Iterator[T]:
+        """Yields `items` until no time is left for what is done with them; then it raises."""
+        last = time.thread_time()
+        for x in items:
+            yield x
+            now = time.thread_time()
+            self.spend(now - last)
+            last = now
+
+    def spend(self, seconds: float) -> None:
+        """Takes away time; raises if too little is left."""
+        self.left -= seconds
+        if self.left <= 0:
+            raise InputError(
+                f"`{self.argument}`: matching the patterns of adapter_config.json with the modules "
+                f"takes more than {SECONDS:g} seconds of CPU time or 512 MB. List the modules by "
+                "name."
+            )
+
+
+class Job(NamedTuple):
+    """A pattern to match with names.
+
+    Attributes:
+        kind: how it is matched: `fullmatch`, `match`, or `layer` for the number of a layer.
+        pattern: the pattern.
+        is_plain: whether it can be matched in this process.
     """
 
-    def __init__(self, argument: str) -> None:
-        """Takes the user's argument with the adapter, for errors."""
-        self.argument, self.seconds, self.steps = argument, SECONDS, STEPS
-        self.found: dict[tuple[str, str], list[Any]] = {}
-        self.at: dict[str, int] = {}  # the index of each name in these lists
-
-    def add(self, pattern: str, kind: str, is_plain: bool = False) -> Callable[[str], Any]:
-        """Returns a function of a name: None without a match, else True or a layer's number.
-
-        Args:
-            pattern: the pattern.
-            kind: how it is matched: `fullmatch`, `match`, or `layer` for the number of a layer.
-            is_plain: whether it can be matched in this process.
-        """
-        if is_plain:
-            return functools.partial(_find, re.compile(pattern), kind)
-        self.found[kind, pattern] = []
-        return functools.partial(self._look_up, (kind, pattern))
-
-    def _look_up(self, job: tuple[str, str], name: str) -> Any:
-        if name not in self.at:
-            self.prepare([name])
-        return self.found[job][self.at[name]]
-
-    def spend(self, steps: int) -> None:
-        """Counts comparisons; raises after `STEPS` of them."""
-        self.steps -= steps
-        if self.steps < 0:
-            raise self._too_much(f"{STEPS:,} comparisons")
-
-    def prepare(self, names: Iterable[str]) -> None:
-        """Matches all patterns with all new `names`, in one process."""
-        new = [name for name in dict.fromkeys(names) if name not in self.at]
-        if not new or not self.found:
-            return
-        self.spend(len(new) * len(self.found))
-        answers = _ask(self.found, new, self.seconds) if self.seconds > 0 else None
-        if answers is None:
-            raise self._too_much(f"{SECONDS:g} seconds of CPU time or 512 MB")
-        self.seconds -= answers[1]
-        for ((_, pattern), own), answer in zip(self.found.items(), answers[0], strict=True):
-            if not isinstance(answer, list):  # an error
-                why = f": {shorten(pattern)} {_NO_PATTERN}: {answer}"
-                raise InputError(f"`{self.argument}`{why}")
-            own += answer
-        self.at |= {name: i for i, name in enumerate(new, len(self.at))}
-
-    def _too_much(self, amount: str) -> InputError:
-        return InputError(
-            f"`{self.argument}`: matching the patterns of adapter_config.json with the modules "
-            f"takes more than {amount}. List the modules by name.",
-        )
+    kind: str
+    pattern: str
+    is_plain: bool = False
 
 
-def _find(pattern: re.Pattern[str], kind: str, name: str) -> Any:
+def match(jobs: Iterable[Job], names: Sequence[str], clock: Clock) -> dict[Job, list[Any]]:
+    """Matches patterns with names, in one process with limited CPU time and memory.
+
+    Python's `re` matches them, as in PEFT.
+
+    Returns:
+        For each pattern and each name None without a match, else True or a layer's number.
+    """
+    jobs = list(dict.fromkeys(jobs))
+    found = {job: [_find(job, name) for name in names] for job in jobs if job.is_plain}
+    others = [job for job in jobs if not job.is_plain]
+    if not others or not names:
+        return found | {job: [] for job in others}
+    answers, seconds = _ask(others, names, clock.left) or ((), math.inf)
+    clock.spend(seconds)
+    for job, answer in zip(others, answers, strict=True):
+        if not isinstance(answer, list):  # an error
+            why = f"{shorten(job.pattern)} {_NO_PATTERN}: {answer}"
+            raise InputError(f"`{clock.argument}`: {why}")
+        found[job] = answer
+    return found
+
+
+def _find(job: Job, name: str) -> Any:
     """Matches a pattern in this process, as `_CHILD` does."""
-    match = pattern.match(name) if kind == "layer" else getattr(pattern, kind)(name)
-    return match and (int(match["idx"]) if kind == "layer" else True)
+    if job.kind != "layer":
+        return getattr(re, job.kind)(job.pattern, name) and True
+    found = re.match(job.pattern, name)
+    return found and int(found["idx"])
 
 
 def _ask(
-    jobs: Collection[tuple[str, str]], names: Collection[str], seconds: float
+    jobs: Collection[Job], names: Collection[str], seconds: float
 ) -> tuple[list[Any], float] | None:
     """Matches patterns in a new process; None if it needs too much time or memory."""
     command = [sys.executable, "-I", "-S", "-c", _CHILD]
-    text = json.dumps([list(jobs), list(names), math.ceil(seconds)])
+    text = json.dumps([[job[:2] for job in jobs], list(names), math.ceil(seconds)])
     try:
         done = subprocess.run(
             command,

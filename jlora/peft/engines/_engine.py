@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from .._file import Source
 from ..adapter._config import DEFAULTS
-from ..adapter._select import Selection, list_parents
+from ..adapter._patterns import Clock
+from ..adapter._roles import list_parents, resolve
 
 
 class Finding(NamedTuple):
@@ -134,10 +135,8 @@ class Served:
     def ranks(self) -> dict[str, int]:
         """The rank of each module by the configuration; patterns are matched in bounded time."""
         fields = {"r": self.rank, "rank_pattern": self.fields.get("rank_pattern")}
-        selection = Selection(fields | {"target_modules": None}, "path")
-        modules = {side.module for side in self.factors}
-        selection.prepare(modules)
-        return {module: selection.rank(module) for module in modules}
+        found = resolve(fields, {side.module for side in self.factors}, Clock("path"))
+        return {module: role.rank for module, role in found.items()}
 
     @functools.cached_property
     def pairs(self) -> dict[tuple[str, int], dict[str, Side]]:

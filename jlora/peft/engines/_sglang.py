@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from .._file import read_json, show
 from ..adapter._config import LIMIT, STARTS
-from ..adapter._select import Names
+from ..adapter._roles import Names
 from . import _rules as rules
 from ._engine import Engine, Finding, Served, register
 from ._rules import is_fused, report

@@ -34,7 +34,7 @@ def add_head(target: Target, found: Contents, adapter: Adapter) -> Target:
     new, resized = dict[str, TensorInfo](), dict[str, tuple[int, ...]]()
     for name, x in found.full.items():
         module = name.rpartition(".")[0]
-        if not adapter.selection.saves(module) or SHARED.search(module):
+        if not adapter.roles[module].saves or SHARED.search(module):
             continue
         if name not in model and name.partition(".")[0] not in inside:
             new[name] = x

@@ -1,0 +1,268 @@
+"""Resolves a configuration: what PEFT does with each module.
+
+A file may have ten thousand patterns and a hundred thousand modules. Names are therefore searched
+by their ends in sorted lists, patterns that are names in tables, and the others in a process.
+"""
+
+import bisect
+import collections
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .._file import shorten
+from ._config import DEFAULTS
+from ._patterns import PLAIN, Clock, Job, match, unescape, wrap_key, wrap_layer
+
+_LAYERS = 10  # patterns of layers that are plain and need no process
+Fields = Mapping[str, Any]
+
+
+class Role(NamedTuple):
+    """What a configuration does with a module, or with a parameter that it targets by name.
+
+    Attributes:
+        adapts: whether PEFT adapts the module.
+        saves: whether `modules_to_save` names it, or a module around it.
+        rank: the rank that it has if it is adapted.
+        scale: its scale, alpha / r or alpha / √r.
+        parameters: its parameters that `target_parameters` names; none if it is adapted itself.
+    """
+
+    adapts: bool
+    saves: bool
+    rank: int
+    scale: float
+    parameters: tuple[str, ...] = ()
+
+    def saves_whole(self, fields: Fields, parameter: str, is_adapted: bool) -> bool:
+        """Whether PEFT saves a parameter as a whole, by `modules_to_save` or `bias`."""
+        return self.saves or saves_bias(fields, parameter, is_adapted)
+
+
+def saves_bias(fields: Fields, parameter: str, is_adapted: bool) -> bool:
+    """Whether PEFT saves a parameter because it is a bias."""
+    bias = fields.get("bias", "none")
+    return parameter == "bias" and (bias == "all" or (bias == "lora_only" and is_adapted))
+
+
+def resolve(fields: Fields, names: Iterable[str], clock: Clock) -> dict[str, Role]:
+    """Finds the role of each module or targeted parameter, by PyTorch's names.
+
+    Source: `check_target_module_exists` of `peft.tuners`.
+
+    Raises:
+        ValueError: if a pattern is none, or matching takes too long.
+    """
+    names = list(dict.fromkeys(names))
+    targets, excluded = (_Choice(fields.get(k)) for k in ("target_modules", "exclude_modules"))
+    layers = _Layers(fields)
+    ranks, alphas = (_Values(fields.get(k)) for k in ("rank_pattern", "alpha_pattern"))
+    jobs = [*targets.jobs, *excluded.jobs, *layers.jobs]
+    found = match([*jobs, *ranks.jobs.values(), *alphas.jobs.values()], names, clock)
+    saves, list_parameters = make_saves(fields), _make_parameters(fields)
+    r, alpha = (fields.get(key, DEFAULTS[key]) for key in ("r", "lora_alpha"))
+    roles = dict[str, Role]()
+    for i, name in clock.watch(enumerate(names)):
+        adapts = targets.has(i, name, found) and not excluded.has(i, name, found)
+        adapts = adapts and layers.have(i, name, found)
+        rank = ranks.first(i, name, found, r)
+        scale = alphas.first(i, name, found, alpha) / find_divisor(fields, rank)
+        roles[name] = Role(
+            adapts, saves(name), rank, scale, () if adapts else list_parameters(name)
+        )
+    return roles
+
+
+def list_unused(fields: Fields, keys: Collection[str], clock: Clock) -> list[str]:
+    """Lists the entries of `rank_pattern` and `alpha_pattern` that match no adapted key."""
+    names, unused = list(keys), list[str]()
+    each = {key: _Values(fields.get(key)) for key in ("rank_pattern", "alpha_pattern")}
+    found = match([job for values in each.values() for job in values.jobs.values()], names, clock)
+    for field, values in each.items():
+        each_name = clock.watch(enumerate(names))
+        used = {n for i, name in each_name for own in values.matching(i, name, found) for n in own}
+        left = (pattern for n, pattern in enumerate(values.names) if n not in used)
+        unused += [f"{field}: {shorten(pattern)} matches no adapted module" for pattern in left]
+    return unused
+
+
+def list_idle(fields: Fields, keys: Iterable[str], where: str) -> list[str]:
+    """Lists the targets that match none of the `keys` of a model, which is called `where`.
+
+    Targets that are excluded, or in other layers, are not listed, as PEFT writes them too.
+    """
+    names = Names("." + key for key in keys)
+    return [
+        f"{field}: {shorten(target)} matches no module of {where}"
+        for field in ("target_modules", "target_parameters")
+        if isinstance(listed := fields.get(field), list)
+        for target in listed
+        if not names.end_in("." + target)
+    ]
+
+
+def make_saves(fields: Fields) -> Callable[[str], bool]:
+    """Makes a predicate: whether `modules_to_save` names a module, or one around it, as in PEFT."""
+    saved = Ends(fields.get("modules_to_save") or [])
+    return lambda module: bool(saved.backwards) and any(p in saved for p in list_parents(module))
+
+
+def find_divisor(fields: Fields, rank: int) -> float:
+    """Returns the divisor of alpha: r, or √r for rsLoRA."""
+    return math.sqrt(rank) if fields.get("use_rslora") else rank
+
+
+# ------------------------------------------------------------------------------ what a field says
+
+Found = Mapping[Job, Sequence[Any]]
+
+
+class _Choice:
+    """A pattern, or a list of names, that chooses modules."""
+
+    def __init__(self, target: str | list[str] | None):
+        """Takes the value of the field."""
+        pattern = [target] if isinstance(target, str) else []
+        self.jobs = [Job("fullmatch", p, bool(PLAIN.fullmatch(p))) for p in pattern]
+        self.ends = Ends("." + name for name in (() if pattern else target or ()))
+
+    def has(self, i: int, name: str, found: Found) -> bool:
+        """Whether it chooses a module, the i-th that was matched."""
+        return found[self.jobs[0]][i] is not None if self.jobs else "." + name in self.ends
+
+
+class _Layers:
+    """The layers of `layers_to_transform`."""
+
+    def __init__(self, fields: Fields):
+        """PEFT does not check the layer of modules that are given by a pattern or whole names."""
+        target, layers = fields.get("target_modules"), fields.get("layers_to_transform")
+        is_any = isinstance(target, str) or layers in (None, [])
+        self.numbers = None if is_any else set(_as_list(layers))
+        self.whole = set(_as_list(target))
+        patterns = _as_list(fields.get("layers_pattern") or None) or [None]
+        few = len(patterns) <= _LAYERS
+        is_plain = few and all(p is None or PLAIN.fullmatch(p) for p in patterns)
+        each = () if is_any else patterns
+        self.jobs = [Job("layer", wrap_layer(p), is_plain) for p in each]
+
+    def have(self, i: int, name: str, found: Found) -> bool:
+        """Whether a module that is targeted is in one of the layers."""
+        if self.numbers is None or name in self.whole:
+            return True
+        each = (found[job][i] for job in self.jobs)
+        return next((n for n in each if n is not None), None) in self.numbers
+
+
+def _make_parameters(fields: Fields) -> Callable[[str], tuple[str, ...]]:
+    """Makes a function that lists the `target_parameters` of a module."""
+    # By module, None for any module; and all of them in the order of the list.
+    named, order = collections.defaultdict[str | None, set[str]](set), dict[str, None]()
+    for name in fields.get("target_parameters") or []:
+        module, dot, parameter = name.rpartition(".")
+        named[module if dot else None].add(parameter)
+        order[parameter] = None
+
+    def list_parameters(module: str) -> tuple[str, ...]:
+        if not named:
+            return ()
+        found = {p for end in (*list_tails(module), None) for p in named.get(end, ())}
+        return tuple(p for p in order if p in found)
+
+    return list_parameters
+
+
+class _Values:
+    r"""Values by pattern; PEFT takes the first pattern for which `(.*\.)?(pattern)$` matches.
+
+    Most patterns are names. Names are looked up in tables: one for each length and each set of
+    positions where any character may be.
+    """
+
+    def __init__(self, values: Mapping[str, Any] | None):
+        """Takes values by pattern."""
+        self.names, self.values = list(values or ()), list((values or {}).values())
+        self.tables: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}
+        self.jobs: dict[int, Job] = {}  # for patterns that are not names
+        for n, pattern in enumerate(self.names):
+            if PLAIN.fullmatch(pattern):
+                name, places = unescape(pattern)
+                table = self.tables.setdefault(len(name), {}).setdefault(places, {})
+                table.setdefault(name, []).append(n)
+            else:
+                self.jobs[n] = Job("match", wrap_key(pattern))
+
+    def first(self, i: int, name: str, found: Found, default: Any) -> Any:
+        """Returns the value for a name, the i-th that was matched."""
+        n = min((own[0] for own in self.matching(i, name, found)), default=None)
+        return default if n is None else self.values[n]
+
+    def matching(self, i: int, name: str, found: Found) -> Iterator[list[int]]:
+        """Yields the numbers of the patterns that match a name; equal ones form one list."""
+        for tail in list_tails(name) if self.tables else ():
+            for places, table in self.tables.get(len(tail), {}).items():
+                if own := table.get(_with_dots(tail, places)):
+                    yield own
+        yield from ([n] for n, job in self.jobs.items() if found[job][i] is not None)
+
+
+def _with_dots(name: str, places: tuple[int, ...]) -> str:
+    """Puts dots into a name at the positions where a pattern matches any character."""
+    parts: list[str] = []
+    start = 0
+    for at in places:
+        parts.append(name[start:at])
+        start = at + 1
+    return ".".join([*parts, name[start:]])
+
+
+def _as_list(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else [] if values is None else [values]
+
+
+# ---------------------------------------------------------------------------------- names by ends
+
+
+class Ends:
+    """A set of endings: `name in ends` tells whether a name ends with one of them."""
+
+    def __init__(self, tails: Iterable[str]):
+        """Leaves out endings that end with another one."""
+        self.backwards: list[str] = []
+        for tail in sorted(t[::-1] for t in tails):
+            if not self.backwards or not tail.startswith(self.backwards[-1]):
+                self.backwards.append(tail)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether `name` ends with one of them."""
+        # Backwards, no ending begins with another: only the last one up to `name` can begin it.
+        at = bisect.bisect_right(self.backwards, back := name[::-1])
+        return at > 0 and back.startswith(self.backwards[at - 1])
+
+
+class Names:
+    """A set of names, to search by their ends."""
+
+    def __init__(self, names: Iterable[str]):
+        """Sorts the names backwards."""
+        self.backwards = sorted({name[::-1] for name in names})
+
+    def end_in(self, tail: str) -> bool:
+        """Whether a name ends with `tail`."""
+        at = bisect.bisect_left(self.backwards, back := tail[::-1])
+        return at < len(self.backwards) and self.backwards[at].startswith(back)
+
+
+def list_parents(module: str) -> Iterator[str]:
+    """Yields `module` and the modules around it."""
+    yield module
+    while module := module.rpartition(".")[0]:
+        yield module
+
+
+def list_tails(module: str) -> Iterator[str]:
+    """Yields `module` and its endings after a dot, the longest first."""
+    while module:
+        yield module
+        module = module.partition(".")[2]
