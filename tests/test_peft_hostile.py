@@ -128,7 +128,7 @@ def test_a_busy_machine_refuses_nothing(tmp_path: Folder, monkeypatch: pytest.Mo
         ({"rank_pattern": {"a.b": 2, r"layers\.0\.block\.q1": 1, "x-y_z": 3}}, 0),
         ({"layers_to_transform": list(range(99)), "layers_pattern": ["layers", "h"]}, 0),
         ({"target_modules": r".*\.q\d", "rank_pattern": {r"x\d": 2}}, 3),
-        ({"target_modules": [], "target_parameters": ["w"], "rank_pattern": {r"x\d": 2}}, 3),
+        ({"target_modules": [], "target_parameters": ["w"], "rank_pattern": {r"x\d": 2}}, 4),
     ],
 )
 @pytest.mark.filterwarnings("ignore:adapter_config.json of the adapter. ")
