@@ -9,6 +9,7 @@ from .._checkpoint import Checkpoint
 from .._file import DTYPES, TensorInfo
 from .._vocabulary import copy_config
 from ..adapter._contents import SHARED, Adapter, Contents
+from ..adapter._roles import make_saves
 from ._target import Target
 
 # PEFT's tasks, and how `transformers` calls the classes of models for them.
@@ -29,12 +30,13 @@ def add_head(target: Target, found: Contents, adapter: Adapter) -> Target:
     if the adapter does not tell the class, or the checkpoint's names are not known.
     """
     checkpoint, model = target
+    saves = make_saves(adapter.fields)
     # What is missing inside of the model may only have another name there.
     inside = {name.partition(".")[0] for name in model}
     new, resized = dict[str, TensorInfo](), dict[str, tuple[int, ...]]()
     for name, x in found.full.items():
         module = name.rpartition(".")[0]
-        if not adapter.roles[module].saves or SHARED.search(module):
+        if not saves(module) or SHARED.search(module):
             continue
         if name not in model and name.partition(".")[0] not in inside:
             new[name] = x
