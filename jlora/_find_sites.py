@@ -27,8 +27,9 @@ from ._core import (
 )
 from ._foreign import check_kept, check_leaf
 from ._quantized import is_quantized
-from ._rules import Full, Rule, matches
-from ._sites import Site, Sites, Unsupported, Uses
+from ._rules import matches
+from ._site import Full, Rule, Site, Unsupported
+from ._sites import Sites, Uses
 from ._tree import flatten, is_abstract, leaves_by_path, refuse_module
 from ._types import Layout, Path, PyTree
 
@@ -147,18 +148,21 @@ def _trace(
     return Traced(jaxpr, picked, [path for path, _ in read])
 
 
-def _type(x: Any, path: Path) -> jax.ShapeDtypeStruct:
+def _type(x: object, path: Path) -> jax.ShapeDtypeStruct:
     if is_quantized(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     check_leaf(x, path)
     return abstract(x if hasattr(x, "dtype") else jnp.asarray(x))
 
 
-def _site(path: Path, leaf: Any, x: jax.ShapeDtypeStruct, uses: Uses, used: bool | None) -> Site:
+_NONE = Layout((), (), ())  # of a leaf without a kind
+
+
+def _site(path: Path, leaf: object, x: jax.ShapeDtypeStruct, uses: Uses, used: bool | None) -> Site:
     """Makes the site of a leaf of the type `x` from its uses."""
     name, scheme = "/".join(path), leaf.scheme if is_quantized(leaf) else None
     if name not in uses.products and name not in uses.unsupported:
-        return Site(path, x.shape, x.dtype, None, None, used=used, scheme=scheme)
+        return Site(path, x.shape, x.dtype, None, _NONE, used=used, scheme=scheme)
     products, unsupported = uses.products[name], uses.unsupported[name]
     kinds = {u.kind for u in products}
     kind = next((k for k in ("embed", "conv", "dense") if k in kinds), None)
@@ -179,7 +183,7 @@ def _site(path: Path, leaf: Any, x: jax.ShapeDtypeStruct, uses: Uses, used: bool
         formed = next(filter(None, each), Layout((), tuple(rest), (last,)))
     kind = kind if layout else None
     found = (tuple(unsupported), formed, used, scheme)
-    return Site(path, x.shape, x.dtype, kind, layout, expert, *found)
+    return Site(path, x.shape, x.dtype, kind, layout or _NONE, expert, *found)
 
 
 def _layout(

@@ -10,9 +10,10 @@ import numpy as np
 from ._adapters import PartialWeightError, arrays, lower, state
 from ._compat import is_concrete, place_of
 from ._core import Axis, NotInvertibleError
+from ._node import Adapted
 from ._quantized import Quantized, dequantize, is_quantized, quantize_weight
 from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
-from ._types import Adapted, PyTree
+from ._types import PyTree
 
 
 def merge(

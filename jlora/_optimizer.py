@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.tree_util import DictKey, GetAttrKey
 
 from ._adapters import arrays, is_node, is_table
+from ._node import Adapted
 from ._tree import leaves_by_path, name_of
-from ._types import Adapted, Params, PyTree
+from ._types import Params, PyTree
 
 if TYPE_CHECKING:
     import optax  # functions import it where they run: it takes as long as all of jlora

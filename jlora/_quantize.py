@@ -13,8 +13,9 @@ from . import sharding
 from ._compat import evaluate_now, is_concrete, place_of
 from ._match import first_matches
 from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spell
-from ._rules import Full, explain_no_match, matches, name_mistake, rule_name
-from ._sites import Site, Sites
+from ._rules import explain_no_match, matches, name_mistake, rule_name
+from ._site import Full, Site
+from ._sites import Sites
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
 
@@ -112,7 +113,7 @@ def _find_forms(
 def _is_match(scheme: Scheme, path: Path, site: Site | None, rows: int) -> bool:
     if scheme.pattern is not None:
         return matches(scheme, "/".join(path))
-    if site is None or site.kind != "dense" or site.layout is None:
+    if site is None or site.kind != "dense":
         return False
     return site.outputs != rows and not isinstance(site.rule, Full)
 
@@ -155,8 +156,10 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
             f"{name}, which {rule_name(site.rule)} trains in full: trained leaves must not be "
             f"quantized. Give {type(scheme).__name__} a pattern that leaves it out."
         )
-    layout, kind = (None, None) if site is None else (site.layout, site.kind)
-    if layout is None:
+    if site is not None and site.kind is not None:
+        layout, kind = site.layout, site.kind
+    else:
+        kind = None
         *stack, i, o = range(len(shape))
         layout = Layout(tuple(stack), (i,), (o,))
     try:

@@ -105,7 +105,8 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
     def of_node(update: Any, param: Any) -> Any:
         if not is_node(update) or not {"a", "b"} <= set(update.labels.values()):
             return update
-        is_trained = not (is_masked(update.a) and is_masked(update.b))
+        factors = [getattr(update, x) for x, label in update.labels.items() if label in ("a", "b")]
+        is_trained = not all(map(is_masked, factors))
         return _precondition(damping, update, param) if is_trained else update
 
     def update(updates: PyTree, params: PyTree | None) -> PyTree:

@@ -12,8 +12,9 @@ import numpy as np
 from jax.tree_util import GetAttrKey
 
 from ._adapters import is_node, misfit, state
+from ._node import Adapted
 from ._quantized import is_quantized
-from ._types import Adapted, Holder, Params, Path, PyTree, short
+from ._types import Holder, Params, Path, PyTree, short
 from ._untrusted import printable
 
 

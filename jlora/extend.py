@@ -79,7 +79,7 @@ from ._quantized import Coded as Coded
 from ._quantized import Form as Form
 from ._quantized import Scheme as Scheme
 from ._quantized import one_block as one_block
-from ._rules import Rule as Rule
+from ._site import Rule as Rule
 
 if TYPE_CHECKING:
     from .peft.engines import Engine as Engine

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._core import LEAST, Axis, Change, Delta, Factor, einsum, leaf_weight, promote
+from .._node import Axes, Node
 from .._rules import check_field, rule_name
 from .._types import Layout
 from .._whole import check_whole
 from ._lora import LoRA, refuse_keywords_of_peft
 from ._low_rank import LowRank, stack_and_slots, without_slots
-from ._node import Axes, Node
 from ._register import register
 
 

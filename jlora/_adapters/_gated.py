@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from .. import _compat
 from .._core import Change, Delta, promote
+from .._node import Axes, Node
 from .._types import Layout
 from ._low_rank import LowRank, stack_and_slots, without_slots
-from ._node import Axes, Node
 from ._register import register
 
 

@@ -12,15 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from .._core import is_floating
-from .._rules import (
-    Rule,
-    Slots,
-    check_field,
-    check_pattern,
-    is_finite,
-    is_int,
-    rule_name,
-)
+from .._rules import Slots, check_field, check_pattern, is_finite, is_int, rule_name
+from .._site import Rule
 from .._types import Layout
 from ..initializers import kaiming_uniform
 from ..initializers._initializer import draw_by, takes_shape

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._core import Change, Delta, promote
+from .._node import SLOTS, Axes, Node
 from .._types import Layout
-from ._node import SLOTS, Axes, Node
 from ._register import register
 
 N = TypeVar("N", bound=Any)

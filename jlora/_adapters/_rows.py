@@ -28,11 +28,12 @@ from .._core import (
     promote,
     trace,
 )
+from .._node import SHOWN, Axes, Node, lengths
 from .._quantized import is_quantized
-from .._rules import Rule, check_field, check_pattern, is_int, rule_name
+from .._rules import check_field, check_pattern, is_int, rule_name
+from .._site import Rule
 from .._types import Layout
 from .._whole import check_whole
-from ._node import SHOWN, Axes, Node, lengths
 from ._register import register
 
 

@@ -11,7 +11,7 @@ import jlora
 
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from .._progress import progress
-from .._report import align_columns
+from .._text import align_columns
 from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import IGNORE, NAMES, OpenAdapter, by_name, format_of, open_adapter, table
 from ._inspect import widen
@@ -108,9 +108,9 @@ def _kind(x: Any) -> str:
     return names.get(type(x), type(x).__name__) if is_node(x) else "in full"
 
 
-def _facts(x: Any) -> dict[str, Any]:
+def _facts(x: LowRank | Decomposed | jax.Array) -> dict[str, Any]:
     """Returns the properties that are compared besides the values."""
-    if not is_node(x):
+    if not isinstance(x, LowRank | Decomposed):
         return {"shape": x.shape, "dtype": str(x.dtype)}
     return {
         "weight": weight_shape(x),

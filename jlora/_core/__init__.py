@@ -32,5 +32,6 @@ from ._interpret import primitive as primitive
 from ._interpret import trace as trace
 from ._packed import Packed as Packed
 from ._packed import shard_part as shard_part
+from ._product import Roles as Roles
 from ._weight import Weight as Weight
 from ._weight import leaf_weight as leaf_weight

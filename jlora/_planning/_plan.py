@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .. import sharding
-from .._report import align_columns, format_bytes
+from .._text import align_columns, format_bytes
 from .._tree import refuse_module
 from .._types import PyTree, short
 from ._mesh import CHIPS, check_places, is_replicated, mesh_of_leaves

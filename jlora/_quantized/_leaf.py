@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +165,10 @@ class Quantized(NotAnArray):
         return f"Quantized({short_name(what)}, {spell(self.scheme)})"
 
 
-def is_quantized(x: Any) -> bool:
+BaseLeaf = jax.Array | jax.ShapeDtypeStruct | Quantized  # a weight of a base, or only its type
+
+
+def is_quantized(x: object) -> TypeGuard[Quantized]:
     """Whether `x` is a quantized leaf."""
     return isinstance(x, Quantized)
 

@@ -1,7 +1,7 @@
 """Statistics of sites, and ranks that are allocated by them.
 
-Imports `_keys`, `_linalg`, `_progress`, `_report`, `_rules`, `_sites`, `_transform`, `_tree`,
-`_types`, `_adapters`, `_core`.
+Imports `_keys`, `_linalg`, `_progress`, `_report`, `_rules`, `_site`, `_text`, `_transform`,
+`_tree`, `_types`, `_adapters`, `_core`.
 
 Read the modules in this order: `_kinds`, `_sketch`, `_allocation`, `_allocate`.
 """

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from .._adapters import LoRA, clip_rank
-from .._rules import Rule, check_int, check_rules, explain_no_match, near_misses, rule_name
+from .._rules import check_int, explain_no_match, near_misses, rule_name
+from .._site import Rule, check_rules
 from .._types import short
 from ._allocation import Allocation, Share, index_of, trainable_parameters
 from ._kinds import Sketch, Spectrum

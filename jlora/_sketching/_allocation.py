@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, overload
 
 from .._adapters import LoRA, matrix_lengths
 from .._report import align_columns
-from .._rules import Rule, Slots, check_rules, is_finite, is_int, matches, near_misses, rule_name
+from .._rules import Slots, is_finite, is_int, matches, near_misses, rule_name
+from .._site import Rule, check_rules
 from .._types import Layout, short
 
 FORMAT = 1

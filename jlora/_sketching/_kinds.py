@@ -26,8 +26,8 @@ from .._adapters import (
 )
 from .._core import promote
 from .._linalg import qr, svd_of, times
-from .._report import align_columns
-from .._sites import Site
+from .._site import Site
+from .._text import align_columns
 from .._types import Layout, short
 
 
@@ -141,7 +141,6 @@ class _Matrices:
     @classmethod
     def of(cls, site: Site, components: int | None) -> Any:
         """Makes the matrices of a site, by default with twice the rank of its rule."""
-        assert site.layout is not None
         assert isinstance(site.rule, LoRA)
         k = min(components or 2 * site.rule.rank, *matrix_lengths(site.layout, site.shape))
         dtype = promote(site.dtype, jnp.float32)

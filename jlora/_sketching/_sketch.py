@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapters import LoRA, is_node
 from .._keys import check_key, fold
-from .._rules import Rule, check_int, check_rules
-from .._sites import Site
+from .._rules import check_int
+from .._site import Rule, Site, check_rules
 from .._transform import transform, wrap
 from .._tree import bind, leaves_by_path, nest
 from .._types import Path, PyTree, short

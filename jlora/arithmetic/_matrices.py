@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._adapters import LowRank, from_matrices, is_node, matrices, weight_shape
+from .._adapters import AdapterLeaf, LowRank, from_matrices, matrices, weight_shape
 from .._compat import is_concrete
 from .._core import explicit
 from .._linalg import qr, svd, svd_of, times
@@ -129,8 +129,8 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
         root = jnp.sqrt(values[..., :kept])
         return u[..., :kept] * root[..., None, :], root[..., None] * v[..., :kept].mT
 
-    def is_small(x: Any) -> bool:
-        return not is_node(x) or (rank is not None and x.a.shape[-1] <= rank)
+    def is_small(x: AdapterLeaf) -> bool:
+        return not isinstance(x, LowRank) or (rank is not None and x.a.shape[-1] <= rank)
 
     return nest({path: x if is_small(x) else build(cut, [x]) for path, x in found.items()})
 

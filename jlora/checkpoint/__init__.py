@@ -1,6 +1,6 @@
 """Saves and restores adapters as Orbax checkpoints.
 
-Imports `_folders`, `_rules`, `_tree`, `_types`, `_untrusted`, `_adapters`, `_core`,
+Imports `_folders`, `_rules`, `_site`, `_tree`, `_types`, `_untrusted`, `_adapters`, `_core`,
 `initializers`, `_quantized`.
 
 A checkpoint contains the adapter, and the metadata to rebuild it without the training script. It

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._adapters import RULES, is_node, state, static
-from .._rules import Rule, is_finite, pattern_anywhere
+from .._rules import is_finite, pattern_anywhere
+from .._site import Full, Rule
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from ._fingerprint import Fingerprint, Leaf, leaf_of, struct_of
@@ -113,7 +114,7 @@ def _decode_leaf(item: Fields, parts: dict[str, Any]) -> Any:
     if "layout" not in item:
         (full,) = parts.values()
         return full
-    nodes = {x.node.__name__: x.node for x in RULES.values() if x.node is not None}
+    nodes = {x.node.__name__: x.node for x in RULES.values() if x is not Full}
     kind = registered("node", item.get("node", "LowRank"), nodes)
     names = [name for name in kind._fields if name in item and name not in kind.labels]
     fields = {name: _to_tuples(item[name]) for name in names}

@@ -10,7 +10,8 @@ import numpy as np
 from .. import _quantized, initializers
 from .._adapters import RULES, LoRA
 from .._quantized import Scheme
-from .._rules import Rule, Slots
+from .._rules import Slots
+from .._site import Rule
 from .._untrusted import shorten, show
 from ..initializers import Initializer
 

@@ -13,7 +13,8 @@ import keras
 
 from .._adapters import is_node
 from .._merge import merge
-from .._rules import Rule, check_int
+from .._rules import check_int
+from .._site import Rule
 from .._transform import dropout, transform
 from .._tree import bind, leaves_by_path, name_of
 from .._types import Holder, PyTree

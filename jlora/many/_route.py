@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._adapters import LowRank, Routed, is_node, leading_axes, stop_gradients, weight_shape
+from .._adapters import (
+    AdapterLeaf,
+    LowRank,
+    Routed,
+    is_node,
+    leading_axes,
+    stop_gradients,
+    weight_shape,
+)
 from .._tree import check_fits, leaves_by_path, nest
 from .._types import Path, PyTree, short
 from ..arithmetic._operands import FROM_THE_START, RESIDUAL, is_residual, refuse
@@ -177,10 +185,10 @@ def _length_of_runs(ids: Any) -> int:
     return math.gcd(len(ids), *(int(i) + 1 for i in np.flatnonzero(np.diff(ids))))
 
 
-def _is_beside(leaf: Any, form: str | None) -> bool:
+def _is_beside(leaf: AdapterLeaf, form: str | None) -> bool:
     """Whether a site is computed side by side."""
-    if not is_node(leaf) or form is not None:
-        return is_node(leaf) and form == FORMS[0]
+    if not isinstance(leaf, LowRank) or form is not None:
+        return isinstance(leaf, LowRank) and form == FORMS[0]
     weight = math.prod(weight_shape(jax.tree.map(_type_of_slot, leaf)))
     return SHARE * (leaf.a.size + leaf.b.size) <= weight
 

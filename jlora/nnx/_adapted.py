@@ -17,7 +17,7 @@ from .._adapters import is_node
 from .._compat import place_of
 from .._core import pick
 from .._merge import merge
-from .._rules import Rule
+from .._site import Rule
 from .._transform import dropout, transform
 from .._tree import bind, leaves_by_path, name_of, nest
 from .._types import Holder, PyTree
