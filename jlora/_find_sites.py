@@ -152,7 +152,8 @@ def _type(x: object, path: Path) -> jax.ShapeDtypeStruct:
     if is_quantized(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     check_leaf(x, path)
-    return abstract(x if hasattr(x, "dtype") else jnp.asarray(x))
+    is_typed = isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    return abstract(x if is_typed else jnp.asarray(x))
 
 
 _NONE = Layout((), (), ())  # of a leaf without a kind

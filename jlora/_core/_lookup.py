@@ -1,23 +1,22 @@
 """Lookups of rows of a weight."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._axes import RANK, Axis, Factor, Unfactorable, map_factors
+from ._axes import RANK, Axis, Factor, Roles, Unfactorable, map_factors
 from ._change import Delta, plus
 from ._interpret import Equation, primitive
 from ._packed import Packed
-from ._product import Product, Roles
-from ._weight import Weight
+from ._product import Product
+from ._weight import Operand, Weight
 
 
 @primitive("gather", is_move=False)
-def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
+def _gather(eqn: Equation, w: Operand, indices: jax.Array) -> Operand:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if not isinstance(w, Weight) or numbers.operand_batching_dims:
         raise Unfactorable("the indices are a weight, or rows of a batch of arrays are looked up")

@@ -15,7 +15,7 @@ from ._change import Change, Delta
 from ._interpret import Equation, primitive
 from ._packed import Packed
 from ._shards import constrain, pieces, place
-from ._weight import Weight
+from ._weight import Operand, Weight
 
 # --------------------------------------------------------------------------- element for element
 
@@ -29,8 +29,9 @@ def _convert_element_type(eqn: Equation, w: Weight) -> Weight:
 
 
 @primitive("neg", "mul", "div")
-def _scale(eqn: Equation, x: Any, y: Any = -1) -> Weight:
+def _scale(eqn: Equation, x: Operand, y: Operand | int = -1) -> Weight:
     w, other = (x, y) if isinstance(x, Weight) else (y, x)
+    assert isinstance(w, Weight)
     if eqn.name == "div" and w is y:
         raise Unfactorable("the weight divides")
     if isinstance(other, Weight) or jnp.size(other) != 1:
@@ -55,7 +56,7 @@ def _scale(eqn: Equation, x: Any, y: Any = -1) -> Weight:
 
 
 @primitive("add", "add_any", "sub")
-def _add(eqn: Equation, x: Any, y: Any) -> Weight:
+def _add(eqn: Equation, x: Operand, y: Operand) -> Weight:
     raise Unfactorable(added=True)
 
 
@@ -74,7 +75,7 @@ def _squeeze(eqn: Equation, w: Weight) -> Weight:
 
 
 @primitive("broadcast_in_dim")
-def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
+def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: jax.Array) -> Weight:
     p = eqn.params
     if dynamic:
         raise Unfactorable("its new shape is dynamic")
@@ -90,7 +91,7 @@ def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
 
 
 @primitive("reshape")
-def _reshape(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
+def _reshape(eqn: Equation, w: Weight, *dynamic: jax.Array) -> Weight:
     p = eqn.params
     if dynamic or p["dimensions"] is not None:
         raise Unfactorable("the reshape is dynamic or permuted")
@@ -159,7 +160,7 @@ def _same(eqn: Equation, w: Weight) -> Weight:
 
 
 @primitive("optimization_barrier")
-def _optimization_barrier(eqn: Equation, *operands: Any) -> list[Any]:
+def _optimization_barrier(eqn: Equation, *operands: Operand) -> list[Operand]:
     return list(lax.optimization_barrier(operands))
 
 

@@ -5,24 +5,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from ._arrays import promote
-from ._axes import RANK, Axis, Factor, Unfactorable
+from ._axes import RANK, Factor, Roles, Unfactorable
 from ._change import LEAST, Delta
 from ._weight import Weight
-
-
-class Roles(NamedTuple):
-    """The axes of W that a product batches, contracts and keeps."""
-
-    stack: tuple[Axis, ...]
-    inputs: tuple[Axis, ...]
-    outputs: tuple[Axis, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +90,11 @@ class Product(abc.ABC):
         return y + term.astype(y.dtype)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype in which the factors are multiplied."""
         return promote(self.x.dtype, self.w.dtype)
 
-    def factors(self, delta: Delta, dtype: Any = None) -> tuple[Factor, Factor, float]:
+    def factors(self, delta: Delta, dtype: DTypeLike | None = None) -> tuple[Factor, Factor, float]:
         """Returns A and B in a dtype, first the one that x is multiplied with first, and s.
 
         Together they have all axes of W.
@@ -154,7 +147,9 @@ _scaled = jax.custom_jvp(_product)
 
 
 @_scaled.defjvp
-def _scaled_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _scaled_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     (_, gain), (dx, dgain) = primals, tangents
     y = _scaled(*primals)
     # Without the barrier XLA would compute y again, from x, and keep both.

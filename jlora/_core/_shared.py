@@ -13,11 +13,15 @@ layer's all-reduces.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .. import _compat
 from ._repeated import variables, with_calls
 
 
 def steps(
-    jaxpr: Any, weights: Sequence[bool], primitives: Mapping[str, Any], has_calls: bool = False
+    jaxpr: _compat.Jaxpr,
+    weights: Sequence[bool],
+    primitives: Mapping[str, Any],
+    has_calls: bool = False,
 ) -> list[tuple[list[Any], list[Any]]]:
     """Orders the equations that outputs and effects need into steps.
 
@@ -50,7 +54,7 @@ def _order(eqns: Sequence[Any], groups: Sequence[list[Any]]) -> list[list[Any]] 
     order: list[list[Any]] = []
     begun, placed = set[int](), set[int]()
 
-    def place(eqn: Any) -> bool:
+    def place(eqn: _compat.JaxprEqn) -> bool:
         if id(eqn) in begun:
             return id(eqn) in placed
         together = group.get(id(eqn), [eqn])
@@ -65,7 +69,7 @@ def _order(eqns: Sequence[Any], groups: Sequence[list[Any]]) -> list[list[Any]] 
     return order if all(map(place, eqns)) else None
 
 
-def _live(jaxpr: Any) -> list[Any]:
+def _live(jaxpr: _compat.Jaxpr) -> list[Any]:
     """Returns the equations that outputs and effects need."""
     needed, live = set(variables(jaxpr.outvars)), []
     for eqn in reversed(jaxpr.eqns):
@@ -76,7 +80,10 @@ def _live(jaxpr: Any) -> list[Any]:
 
 
 def groups(
-    jaxpr: Any, eqns: Sequence[Any], weights: Sequence[bool], primitives: Mapping[str, Any]
+    jaxpr: _compat.Jaxpr,
+    eqns: Sequence[Any],
+    weights: Sequence[bool],
+    primitives: Mapping[str, Any],
 ) -> list[list[Any]]:
     """Groups equations that multiply one activation with weights that depend on no product."""
     heavy = {v for v, is_weight in zip(jaxpr.invars, weights, strict=True) if is_weight}
