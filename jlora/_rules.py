@@ -7,7 +7,17 @@ import math
 import numbers
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Protocol, TypeGuard, runtime_checkable
+
+
+@runtime_checkable
+class HasPattern(Protocol):
+    """A rule or a scheme: it has a pattern."""
+
+    @property
+    def pattern(self) -> str | None:
+        """The pattern, or None."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +95,13 @@ def pattern_anywhere(pattern: str) -> str:
     return f"{flags}.*{_group(pattern)}.*"
 
 
-def matches(rule: Any, path: str) -> bool:
+def matches(rule: HasPattern, path: str) -> bool:
     """Whether the pattern of `rule` matches components of `path`; never for a rule without one."""
     pattern = rule.pattern
     return pattern is not None and compile_pattern(pattern).search(path) is not None
 
 
-def rule_name(rule: Any) -> str:
+def rule_name(rule: HasPattern) -> str:
     """Returns the name of a rule for errors and tables: its type and pattern."""
     return type(rule).__name__ + ("()" if rule.pattern is None else f"({rule.pattern!r})")
 
@@ -139,7 +149,7 @@ def _components(path: str, found: re.Match[str]) -> str:
     return path[start : len(path) if end < 0 else end]
 
 
-def check_pattern(rule: Any, pattern: Any) -> None:
+def check_pattern(rule: object, pattern: object) -> None:
     """Raises unless `pattern` is a regular expression for components of a path."""
     if not isinstance(pattern, str):
         raise TypeError(
@@ -158,26 +168,26 @@ def check_pattern(rule: Any, pattern: Any) -> None:
 
 
 def check_field(
-    rule: Any, name: str, holds: bool, must: str, error: type[Exception] = ValueError
+    rule: object, name: str, holds: bool, must: str, error: type[Exception] = ValueError
 ) -> None:
     """Raises `error` unless `holds`; it says what the field `name` of a rule `must` be or do."""
     if not holds:
-        owner = rule_name(rule) if hasattr(rule, "pattern") else type(rule).__name__
+        owner = rule_name(rule) if isinstance(rule, HasPattern) else type(rule).__name__
         raise error(f"`{name}` of {owner} must {must}; got {getattr(rule, name)!r}.")
 
 
-def is_int(x: Any) -> bool:
+def is_int(x: object) -> TypeGuard[int]:
     """Whether `x` is an integer but not a boolean."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
-def check_int(what: str, n: Any, least: int) -> None:
+def check_int(what: str, n: object, least: int) -> None:
     """Raises unless `n` is an integer of at least `least`; the error calls it `what`."""
     if not is_int(n) or n < least:
         raise ValueError(f"{what} must be an integer of at least {least}; got {n!r}.")
 
 
-def is_finite(x: Any) -> bool:
+def is_finite(x: object) -> TypeGuard[float]:
     """Whether `x` is a real number, but not a boolean, that a float can hold."""
     try:
         return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
@@ -185,7 +195,7 @@ def is_finite(x: Any) -> bool:
         return False
 
 
-def name_mistake(x: Any, unpacked: str | None = None) -> str:
+def name_mistake(x: object, unpacked: str | None = None) -> str:
     """Describes what was given instead of a rule; `unpacked` is a call that unpacks a list."""
     if isinstance(x, type) and dataclasses.is_dataclass(x):
         return f"the class {x.__name__}; call it, {x.__name__}(...)"

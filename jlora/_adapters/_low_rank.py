@@ -9,6 +9,7 @@ from jax import lax
 
 from .._core import Change, Delta, promote
 from .._node import SLOTS, Axes, Node
+from .._quantized import Quantized
 from .._types import Layout
 from ._register import register
 
@@ -73,7 +74,7 @@ class LowRank(Node):
             "key": layout.stack,
         }
 
-    def lower(self, w: Any) -> Change:
+    def lower(self, w: jax.Array | Quantized) -> Change:
         """Returns the change W + s·A·B."""
         node = without_slots(stop_gradients(self), w.shape)
         key = None if node.key is None else node.factor("key")

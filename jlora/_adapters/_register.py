@@ -134,7 +134,7 @@ def _check_node(cls: type[Node], names: Sequence[str]) -> None:
         )
 
 
-def is_registered(x: Any) -> bool:
+def is_registered(x: object) -> bool:
     """Whether `x` is a rule of a class that checkpoints know."""
     return isinstance(x, Rule) and RULES.get(type(x).__name__) is type(x)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .._core import Axis, Factor, Packed, shard_part
 from .._types import NotAnArray, PyTree
@@ -115,7 +116,7 @@ class Quantized(NotAnArray):
             new["nested"] = Nested(f(scale, (*stack, None)), f(offset, stack))
         return dataclasses.replace(self, **new)
 
-    def packed(self, axes: Sequence[Axis], dtype: Any = None) -> Packed:
+    def packed(self, axes: Sequence[Axis], dtype: DTypeLike | None = None) -> Packed:
         """Makes W for the interpreter, with the axes `axes`; by default in its own dtype."""
         self._check_dtypes()
         axes, dtype = tuple(axes), jnp.dtype(self.dtype if dtype is None else dtype)
@@ -155,7 +156,7 @@ class Quantized(NotAnArray):
             "x.astype(dtype), params, is_leaf=lambda x: isinstance(x, jlora.Quantized))."
         )
 
-    def array(self, dtype: Any = None) -> jax.Array:
+    def array(self, dtype: DTypeLike | None = None) -> jax.Array:
         """Dequantizes the weight."""
         axes = [Axis(d) for d in range(self.ndim)]
         return self.packed(axes, dtype).array
@@ -173,7 +174,7 @@ def is_quantized(x: object) -> TypeGuard[Quantized]:
     return isinstance(x, Quantized)
 
 
-def dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
+def dequantize(tree: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     """Turns each `Quantized` leaf of a tree into a plain array.
 
     Args:
@@ -190,7 +191,7 @@ def dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
         'bfloat16'
     """
 
-    def plain(x: Any) -> Any:
+    def plain(x: object) -> Any:
         if not is_quantized(x):
             return x
         is_abstract = isinstance(x.data, jax.ShapeDtypeStruct)
@@ -211,13 +212,13 @@ class _With(NamedTuple):
     f: Callable[..., Any]
     args: tuple[Any, ...]
 
-    def __call__(self, parts: Any) -> Any:
+    def __call__(self, parts: Quantized) -> Any:
         """Calls the function."""
         return self.f(*self.args, parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _unpack(axes: tuple[Axis, ...], dtype: Any, parts: Quantized) -> Factor:
+def _unpack(axes: tuple[Axis, ...], dtype: jnp.dtype, parts: Quantized) -> Factor:
     """Unpacks W with the axes `axes`, or a piece of it if its arrays were split or sliced."""
     form, used = parts.form, parts.used
     # In a shard_map of the model, the arrays are shards.
