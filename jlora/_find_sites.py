@@ -17,6 +17,7 @@ import numpy as np
 from ._adapters import Node, weight_of
 from ._core import (
     Change,
+    Operand,
     ValueReadError,
     abstract,
     as_array,
@@ -54,7 +55,7 @@ class Traced:
         """Finds how the model uses the leaves at the paths `weights`."""
         found = Uses()
 
-        def weight(path: Path, x: Any) -> Any:
+        def weight(path: Path, x: jax.Array) -> Operand:
             if path not in weights:
                 return x
             return leaf_weight(x, Change(), "/".join(path), materialize=True, uses=found)

@@ -12,7 +12,16 @@ from jax.sharding import NamedSharding
 from . import sharding
 from ._compat import evaluate_now, is_concrete, place_of
 from ._match import first_matches
-from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spell
+from ._quantized import (
+    BaseLeaf,
+    Form,
+    Quantized,
+    Scheme,
+    form_of,
+    is_quantized,
+    quantize_weight,
+    spell,
+)
 from ._rules import explain_no_match, matches, name_mistake, rule_name
 from ._site import Full, Site
 from ._sites import Sites
@@ -136,7 +145,7 @@ def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) ->
     )
 
 
-def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
+def _form(scheme: Scheme, path: Path, x: BaseLeaf, site: Site | None) -> Form:
     name = f"{rule_name(scheme)} matches {name_of(path)!r}"
     if is_quantized(x):
         raise ValueError(
@@ -171,7 +180,7 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
 # ------------------------------------------------------------------------------------------- work
 
 
-def _quantize_leaf(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
+def _quantize_leaf(x: BaseLeaf, path: Path, scheme: Scheme, form: Form) -> Quantized:
     scheme = dataclasses.replace(scheme, pattern=None)
     if is_abstract(x):
         return jax.eval_shape(lambda x: quantize_weight(x, scheme, form), x)

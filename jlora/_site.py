@@ -35,6 +35,7 @@ class Rule:
     node: ClassVar[type[Node]]
     materialize: bool = False
     frozen: tuple[str, ...] = ()
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # of each subclass
 
     @property
     def all_frozen(self) -> tuple[str, ...]:

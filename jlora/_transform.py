@@ -8,7 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapters import explain_unregistered, is_node, is_registered, lengths, state, weight_of
+from ._adapters import (
+    AdapterLeaf,
+    explain_unregistered,
+    is_node,
+    is_registered,
+    lengths,
+    state,
+    weight_of,
+)
 from ._core import Change, Weight, as_array, evaluate, leaf_weight, pick, trace
 from ._find_sites import Call, Traced, find_sites
 from ._foreign import check_apply_fn, note_advice
@@ -282,7 +290,7 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
 
-    def seed(path: Path, leaf: Any) -> Any:
+    def seed(path: Path, leaf: AdapterLeaf) -> AdapterLeaf:
         if not is_node(leaf) or not leaf.dropout:
             return leaf
         mine = fold(key, path)

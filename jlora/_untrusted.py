@@ -1,7 +1,6 @@
 """Content of untrusted files: bounds it, and quotes it in messages."""
 
 import reprlib
-from typing import Any
 
 VALUES = 4_000_000  # in a JSON file; parsing allocates memory for each
 
@@ -38,7 +37,7 @@ def show(name: str) -> str:
     return name if name.isprintable() and len(name) <= 300 else shorten(name)
 
 
-def shorten(value: Any) -> str:
+def shorten(value: object) -> str:
     """Writes a value of a file in few characters on one line, however deeply it is nested."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 100

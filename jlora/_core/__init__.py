@@ -6,6 +6,7 @@ is all that the interpreter knows of a method. Read the modules in this order: `
 """
 
 from . import _contractions, _control, _joins, _lookup, _moves  # noqa: F401
+from ._arrays import AnyArray as AnyArray
 from ._arrays import AnyMesh as AnyMesh
 from ._arrays import count_pieces as count_pieces
 from ._arrays import einsum as einsum

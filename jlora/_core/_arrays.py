@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import PrecisionLike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # with values, or only its type
 AnyMesh = Mesh | AbstractMesh
 
 

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat
-from ._arrays import explicit
+from ._arrays import AnyArray, explicit
 
 T = TypeVar("T")
 
@@ -245,7 +244,7 @@ def map_factors(f: Callable[..., Any], tree: T, *others: T) -> T:
     return jax.tree.map(f, tree, *others, is_leaf=lambda x: isinstance(x, Factor))
 
 
-def abstract(x: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def abstract(x: AnyArray) -> jax.ShapeDtypeStruct:
     """Returns the type of an array: its shape, its dtype in JAX, how it is sharded and varies."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
     return _compat.abstract(x.shape, dtype, explicit(x), like=x)

@@ -4,12 +4,14 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, NamedSharding
 
+from .._core import AnyMesh
 from .._tree import is_abstract, leaves_by_path, name_of
 from .._types import PyTree
 
@@ -20,7 +22,7 @@ def mesh_of_leaves(*trees: PyTree) -> Any:
     return next((s.mesh for s in found if isinstance(s, NamedSharding)), None)
 
 
-def check_places(mesh: Any, base: PyTree, adapter: PyTree, args: Any) -> None:
+def check_places(mesh: AnyMesh | None, base: PyTree, adapter: PyTree, args: Sequence[Any]) -> None:
     """Raises if a shape has no sharding, because every device would count all of it."""
     if mesh is None or mesh.size == 1:
         return
@@ -48,7 +50,7 @@ OF_BASE = (
 OF_ADAPTER = "jlora.sharding.specs(base, adapter) returns the shardings of an adapter. "
 
 
-def _is_bare(x: Any) -> bool:
+def _is_bare(x: object) -> bool:
     return is_abstract(x) and x.sharding is None and x.ndim > 0
 
 

@@ -52,7 +52,7 @@ def merge_in_core_space(
     outputs. These bases depend only on the ΔW, not on how they are factored.
     """
 
-    def make(nodes: Sequence[LowRank], weights: Any, *operands: Any) -> Any:
+    def make(nodes: Sequence[LowRank], weights: Sequence[Any], *operands: Any) -> Any:
         pairs = [matrices(x) for x in nodes]
         ends = np.cumsum([a.shape[-1] for a, _ in pairs])[:-1]
         scaled = [w * a for (a, _), w in zip(pairs, weights, strict=True)]

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .._adapters import RULES, is_node, state, static
+from .._adapters import RULES, AdapterLeaf, is_node, state, static
 from .._rules import is_finite, pattern_anywhere
 from .._site import Full, Rule
 from .._tree import nest
@@ -102,7 +102,7 @@ def _match_anywhere(rule: Fields) -> Fields:
 # ------------------------------------------------------------------------------------------ leaves
 
 
-def _encode_leaf(path: Path, x: Any) -> Fields:
+def _encode_leaf(path: Path, x: AdapterLeaf) -> Fields:
     parts = {p[-1]: leaf_of(array, values=True) for p, array in flatten_leaves({path: x}).items()}
     item = {"path": list(path), "arrays": parts}
     if is_node(x):
@@ -138,19 +138,19 @@ def _layout(**fields: Any) -> Layout:
     return found
 
 
-def _leaf(shape: Any, dtype: str, hash: str | None) -> Leaf:
+def _leaf(shape: Sequence[int], dtype: str, hash: str | None) -> Leaf:
     if not all(type(n) is int and 0 <= n < 2**63 for n in shape):
         raise TypeError(f"expected a shape, got {shape!r}")
     return Leaf(tuple(shape), str(dtype), hash)
 
 
-def _strings(path: Any) -> Path:
+def _strings(path: object) -> Path:
     if not isinstance(path, list) or not all(isinstance(part, str) for part in path):
         raise TypeError(f"expected a path, got {path!r}")
     return tuple(path)
 
 
-def _to_tuples(x: Any) -> Any:
+def _to_tuples(x: object) -> Any:
     """Converts the lists of JSON to tuples, at any depth."""
     if isinstance(x, dict):
         return {name: _to_tuples(value) for name, value in x.items()}
