@@ -83,7 +83,7 @@ def _list_leaves(leaves: Mapping[str, Any]) -> list[Fields]:
     ]
 
 
-def widen(x: Any) -> LowRank:
+def widen(x: object) -> LowRank:
     """Converts A and B of a node to float64."""
     if not isinstance(x, LowRank | Decomposed):
         raise TypeError(f"only a LowRank or Decomposed is measured; got {x!r}.")

@@ -28,7 +28,7 @@ from .._core import promote
 from .._linalg import qr, svd_of, times
 from .._site import Site
 from .._text import align_columns
-from .._types import Layout, short
+from .._types import Layout, PyTree, short
 
 
 @jax.tree_util.register_dataclass
@@ -167,7 +167,7 @@ class _Matrices:
         return 0 if self.columns == self.most else SPARE
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def basis(self, side: int, is_last: bool, image: Any, key: jax.Array) -> jax.Array:
+    def basis(self, side: int, is_last: bool, image: PyTree, key: jax.Array) -> jax.Array:
         """Computes the basis of a pass: a random one, or the leading vectors of the last image.
 
         In the last pass some columns are random and orthogonal to the others.

@@ -105,7 +105,7 @@ def _iterate(
     from .._progress import progress  # not at the import of jlora
 
     @jax.jit
-    def gradient(params: PyTree, adapter: PyTree, batch: Any) -> PyTree:
+    def gradient(params: PyTree, adapter: PyTree, batch: PyTree) -> PyTree:
         def value(adapter: PyTree) -> jax.Array:
             y = wrap(loss)(bind(params, adapter), batch)
             if getattr(y, "shape", None) != ():
@@ -152,7 +152,7 @@ _ONCE = (
 
 
 def _check(
-    loss: Any, kind: Any, components: Any, passes: Any, key: jax.Array, batches: Any
+    loss: object, kind: object, components: object, passes: object, key: jax.Array, batches: object
 ) -> None:
     if not callable(loss):
         raise TypeError(f"`loss` must be a function of parameters and a batch; got {short(loss)}.")

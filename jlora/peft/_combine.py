@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .._adapters import LowRank, weight_shape
+from .._adapters import AdapterLeaf, LowRank, weight_shape
 from .._tree import adapter_leaves
 from .._types import PyTree
 from ._file import itemize, shorten, show
@@ -173,7 +173,7 @@ def _parts(made: PyTree, known: Mapping[str, Part]) -> list[Part]:
     ]
 
 
-def _fits(node: Any, part: Part | None) -> bool:
+def _fits(node: AdapterLeaf | None, part: Part | None) -> bool:
     if part is None or type(node) is not LowRank:
         return False
     leaf = as_leaf(part)
@@ -216,6 +216,6 @@ def _selection(
     }
 
 
-def _or_none(value: Any) -> Any:
+def _or_none(value: object) -> Any:
     """Maps each value that means "none" to PEFT to None; 0 is the number of a layer."""
     return None if value is False or value in ([], "") else value

@@ -7,7 +7,7 @@ the reader allocate at most as many bytes as the file has, and only for tensors 
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -173,7 +173,7 @@ def make_header(tensors: Iterable[TensorInfo]) -> tuple[Header, bytes]:
     ) + text
 
 
-def _parse_tensor(key: str, fields: Any) -> TensorInfo | None:
+def _parse_tensor(key: str, fields: object) -> TensorInfo | None:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return None
     dtype, shape, offsets = (fields[k] for k in ("dtype", "shape", "data_offsets"))
@@ -186,7 +186,7 @@ def _parse_tensor(key: str, fields: Any) -> TensorInfo | None:
     return TensorInfo(key, dtype, tuple(shape), *offsets)
 
 
-def _are_naturals(values: Any) -> bool:
+def _are_naturals(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 

@@ -130,7 +130,12 @@ def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
 # ------------------------------------------------------------- a head that shares an embedding
 
 
-def _match_head(head: Any, table: Any, leaf: NamedLeaf, problems: Problems) -> list[Pair]:
+def _match_head(
+    head: Part | TensorInfo | None,
+    table: Part | TensorInfo | None,
+    leaf: NamedLeaf,
+    problems: Problems,
+) -> list[Pair]:
     """Requires a tied head and its embedding to have the same A and B, or the same values."""
     others = leaf.modules[0], leaf.name.tied
     lone = [(x, other) for x, other in zip((head, table), others, strict=True) if x]
@@ -142,11 +147,11 @@ def _match_head(head: Any, table: Any, leaf: NamedLeaf, problems: Problems) -> l
         [(x, other)] = lone
         how = "adapted" if isinstance(x, Part) else "saved in full"
         problems.add(x.key, f"{how} without {other}, which shares its weight")
-    elif lone and not isinstance(head, Part):
+    elif isinstance(head, TensorInfo) and isinstance(table, TensorInfo):
         return [(head, table, False)]
-    elif lone and (head.scale, head.rank) == (table.scale, table.rank):
-        return [(head.a, table.b, True), (head.b, table.a, True)]
-    elif lone:
+    elif isinstance(head, Part) and isinstance(table, Part):
+        if (head.scale, head.rank) == (table.scale, table.rank):
+            return [(head.a, table.b, True), (head.b, table.a, True)]
         problems.add(head.key, f"shares its weight with {table.key}, which has other rank or scale")
     return []
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, shorten, show
 from .._problems import Problems
 from ._config import ROWS_ALONE
@@ -188,7 +190,7 @@ def _list_idle_names(adapter: Adapter) -> list[str]:
     ]
 
 
-def identify(x: Any, is_table: bool = False) -> tuple[Any, ...]:
+def identify(x: TensorInfo | np.ndarray, is_table: bool = False) -> tuple[Any, ...]:
     """Returns a key for equal tensors: shape, dtype, and a hash of the values if they are read.
 
     The tensors of an embedding (`is_table`) are transposed first.

@@ -164,7 +164,7 @@ def list_tails(module: str) -> Iterator[str]:
         module = module.partition(".")[2]
 
 
-def _as_list(values: Any) -> list[Any]:
+def _as_list(values: object) -> list[Any]:
     return values if isinstance(values, list) else [] if values is None else [values]
 
 
@@ -195,7 +195,7 @@ class First:
             else:
                 self.matchers[i] = patterns.add(wrap_key(pattern), "match")
 
-    def get(self, key: str, default: Any) -> Any:
+    def get(self, key: str, default: object) -> Any:
         """Returns the value for a module or parameter."""
         first = min((own[0] for own in self._matching(key)), default=None)
         return default if first is None else self.values[first]

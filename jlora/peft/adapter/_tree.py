@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
+from ..._adapters import (
+    AdapterLeaf,
+    Decomposed,
+    LowRank,
+    Node,
+    Replaced,
+    is_node,
+    state,
+    weight_shape,
+)
 from ..._tree import adapter_leaves, check_fits, name_of
 from ..._types import Path, PyTree
 from .._file import DTYPES, PREFIX
@@ -183,9 +192,9 @@ def _check_writable(
         )
 
 
-def _why_unwritable(path: Path, x: Any, leaves: Mapping[Path, NamedLeaf]) -> str | None:
+def _why_unwritable(path: Path, x: AdapterLeaf, leaves: Mapping[Path, NamedLeaf]) -> str | None:
     if (leaf := leaves.get(path)) is None:
-        axes = len(weight_shape(x) if is_node(x) else x.shape)
+        axes = len(weight_shape(x) if isinstance(x, Node) else x.shape)
         return f"no row of `names` fits {path_in_names(path)!r} with {axes} axes"
     if is_node(x) and not isinstance(x, (*_FACTORED, Replaced)):
         return f"PEFT has no form for a {type(x).__name__}"

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from ... import sharding
 from ..._folders import fresh
 from ..._progress import progress
-from ..._quantized import is_quantized
+from ..._quantized import Quantized, is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import INDEX, ONE, open_checkpoint
@@ -135,7 +135,7 @@ def _read_dense(format: Format, key: str, shape: tuple[int, ...]) -> np.ndarray:
     return x
 
 
-def _place(x: Any, like: Any) -> Any:
+def _place(x: jax.Array | Quantized, like: object) -> jax.Array | Quantized:
     """Shards a leaf like `like`, if that is on a mesh."""
     place = getattr(like, "sharding", None)
     if not isinstance(place, NamedSharding):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme, spell
 from ..names._convert import take_part
@@ -34,7 +35,7 @@ class Codes(NamedTuple):
     scale: np.ndarray
     zero: np.ndarray | None = None
     nested: tuple[Any, Any] | None = None
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,7 +53,7 @@ class Codes(NamedTuple):
         parts = [x for x in (self.scale, self.zero, *(self.nested or ())) if x is not None]
         return self.codes.size * self.scheme.bits // 8 + sum(x.nbytes for x in parts)
 
-    def array(self, dtype: Any) -> jax.Array:
+    def array(self, dtype: DTypeLike) -> jax.Array:
         """Computes the values, (…, rows, columns)."""
         *lead, i, j = range(self.codes.ndim)
         form = self.scheme.form(self.codes.shape, tuple(lead), (i, j), 1)
@@ -99,7 +100,7 @@ class Dense(NamedTuple):
         """The bytes of the codes."""
         return self.values.size * self.bits // 8
 
-    def array(self, dtype: Any) -> jax.Array:
+    def array(self, dtype: DTypeLike) -> jax.Array:
         """Computes the values, (…, rows, columns)."""
         return jnp.asarray(self.values).astype(dtype)
 
@@ -184,7 +185,7 @@ def _cut(
     return form
 
 
-def _quantize(m: Codes, form: Form, dtype: Any) -> Quantized:
+def _quantize(m: Codes, form: Form, dtype: DTypeLike) -> Quantized:
     inner = form.of_codes
     axes, block = (*inner.stack, *inner.order), inner.blocks[inner.axis]
 

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from ..._folders import fresh
 from .._changed import Changed
@@ -200,6 +201,6 @@ def _float_dtype(checkpoint: Checkpoint) -> Any:
     return jnp.dtype(dtype if dtype in ("float32", "float16") else "bfloat16")
 
 
-def _values(format: Format, name: str, dtype: Any) -> bytes:
+def _values(format: Format, name: str, dtype: DTypeLike) -> bytes:
     w = np.asarray(format.read(name).array(dtype))
     return (w if w.ndim == 2 or format.keeps_axes else w.swapaxes(-1, -2)).tobytes()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from .._checkpoint import Checkpoint
 from .._file import shorten
@@ -92,7 +93,7 @@ def open_format(checkpoint: Checkpoint) -> Format:
 
 
 def read_checked(
-    format: Format, name: str, dtype: Any, shape: tuple[int, ...] | None = None
+    format: Format, name: str, dtype: DTypeLike, shape: tuple[int, ...] | None = None
 ) -> Codes | Dense:
     """Reads a parameter; raises `Unreadable` for another `shape`, or for values that overflow.
 

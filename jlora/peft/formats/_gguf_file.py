@@ -3,6 +3,7 @@
 import math
 import struct
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ class Tensor(NamedTuple):
     data: np.ndarray
 
 
-def read_tensors(path: Path, gguf: Any) -> dict[str, Tensor]:
+def read_tensors(path: Path, gguf: ModuleType) -> dict[str, Tensor]:
     """Reads the tensors of a file by name; `gguf` is the package with the types.
 
     Raises:

@@ -126,7 +126,7 @@ def _is_coded(tensors: Tensors, name: str) -> bool:
     return not is_mask and not (dtype == "I64" and last in _BUFFERS)
 
 
-def is_pair(x: Any) -> bool:
+def is_pair(x: object) -> bool:
     """Whether a value of JSON is two positive integers."""
     return isinstance(x, list) and len(x) == 2 and all(type(n) is int and n > 0 for n in x)
 

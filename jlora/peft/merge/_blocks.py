@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +128,7 @@ def _adder(right: np.ndarray, scale: float, rows: int) -> Callable[..., np.ndarr
     rest = jax.device_put((factor, np.float32(scale), np.uint32(0)), cpu)
     alone = jax.sharding.Mesh([cpu], ("cpu",))  # instead of the caller's jax.set_mesh
 
-    def add(w: np.ndarray, left: np.ndarray, to: Any) -> np.ndarray:
+    def add(w: np.ndarray, left: np.ndarray, to: np.dtype) -> np.ndarray:
         if w.dtype == np.float64:  # JAX may not have it; -0 + x is x
             return w + add(np.full(w.shape, -0.0, np.float32), left, np.dtype(np.float32))
         b = _pad(left, (_round_up(rows), rank), np.dtype(np.float32))
@@ -145,7 +145,7 @@ def _adder_of_numpy(right: np.ndarray, scale: float) -> Callable[..., np.ndarray
     Each multiply-add is computed in float64 and rounded again, which very rarely changes a bit.
     """
 
-    def add(w: np.ndarray, left: np.ndarray, to: Any) -> np.ndarray:
+    def add(w: np.ndarray, left: np.ndarray, to: np.dtype) -> np.ndarray:
         change = np.zeros(w.shape, np.float32)
         with np.errstate(all="ignore"):  # who writes the values checks that they are finite
             for b, a in zip(left.T, right, strict=True):
@@ -158,7 +158,7 @@ def _adder_of_numpy(right: np.ndarray, scale: float) -> Callable[..., np.ndarray
 
 @functools.partial(jax.jit, static_argnums=5)
 def _add(
-    w: jax.Array, b: jax.Array, a: jax.Array, scale: jax.Array, zero: jax.Array, to: Any
+    w: jax.Array, b: jax.Array, a: jax.Array, scale: jax.Array, zero: jax.Array, to: np.dtype
 ) -> jax.Array:
     change = (jnp.matmul(b, a, precision=lax.Precision.HIGHEST) * scale)[:, : w.shape[1]]
     # Through integers: otherwise XLA would fuse product and sum into one rounding.

@@ -157,8 +157,8 @@ def path_in_names(path: Path) -> str:
     return "/".join(path).removeprefix("params/")
 
 
-def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> NamedLeaf | None:
-    shape = tuple(x.shape) if hasattr(x, "shape") else ()
+def _leaf(path: Path, x: object, rows: Sequence[Name]) -> NamedLeaf | None:
+    shape = tuple(getattr(x, "shape", ()))
     if (found := row_of(path, shape, rows)) is None:
         return None
     row, matched = found
