@@ -23,6 +23,7 @@ from jax.extend.core import (
     Literal,
     Var,
 )
+from jax.extend.core import Primitive as Primitive
 from jax.sharding import Sharding
 
 Atom = Var | Literal  # what an equation reads

@@ -1,4 +1,4 @@
-"""Rules, by which the user says which leaves are adapted, and how."""
+"""What rules are made of: patterns of paths, slots, and checks of their fields."""
 
 import dataclasses
 import difflib

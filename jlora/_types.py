@@ -1,9 +1,9 @@
-"""The trees: the `Layout` of a weight, bound leaves, and the combined `Params`."""
+"""The data that everyone passes: paths, the `Layout` of a weight, base and adapter as `Params`."""
 
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
-PyTree = Any
-Path = tuple[str, ...]
+PyTree = Any  # a tree of arrays or of other leaves
+Path = tuple[str, ...]  # of a leaf, component by component
 
 
 class Layout(NamedTuple):

@@ -42,7 +42,7 @@ gain:
 >>> base, adapter = ia3.init(jax.random.key(0), {"w": jnp.eye(4, 3)}, jnp.ones((1, 4)))
 >>> print(adapter)
 {'w': Gain(gain=float32[3])}
->>> jlora.merge(base, {"w": adapter["w"]._replace(gain=jnp.array([1.0, 2.0, 3.0]))})["w"].tolist()
+>>> jlora.merge(base, {"w": adapter["w"].replace(gain=jnp.array([1.0, 2.0, 3.0]))})["w"].tolist()
 [[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 3.0], [0.0, 0.0, 0.0]]
 
 For a method with A and B, `lower` returns

@@ -5,6 +5,7 @@ from ._adapters import LowRank as LowRank
 from ._adapters import Replaced as Replaced
 from ._node import Adapted as Adapted
 from ._planning import Plan as Plan
+from ._quantized import BaseLeaf as BaseLeaf
 from ._report import QuantizedLeaf as QuantizedLeaf
 from ._report import Summary as Summary
 from ._site import Site as Site
@@ -15,3 +16,4 @@ from ._sketching import Sketch as Sketch
 from ._sketching import Spectrum as Spectrum
 from ._transformed import Transformed as Transformed
 from ._types import Layout as Layout
+from .initializers._initializer import RankRule as RankRule

@@ -108,6 +108,29 @@ def test_a_folder_has_few_floors_and_short_modules() -> None:
     assert not {name: n for name, n in lines.items() if n > MOST}
 
 
+TYPED = {"site", "rule", "w", "layout", "leaf"}  # names of parameters that say what they are
+
+
+def test_parameters_have_types() -> None:
+    """At most 6% of the annotated parameters are `Any`, such as what a function passes on."""
+    every = {
+        f"{file.relative_to(ROOT)}:{node.lineno} {x.arg}": ast.unparse(x.annotation)
+        for file in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        for x in parameters(node.args)
+        if x.annotation is not None
+    }
+    untyped = [where for where, hint in every.items() if hint == "Any"]
+    assert len(untyped) <= 0.06 * len(every), untyped
+    assert not [where for where in untyped if where.split()[1] in TYPED]
+
+
+def parameters(args: ast.arguments) -> list[ast.arg]:
+    rest = [x for x in (args.vararg, args.kwarg) if x is not None]
+    return [*args.posonlyargs, *args.args, *args.kwonlyargs, *rest]
+
+
 def test_merging_and_files_do_not_import_the_transform() -> None:
     found = graph()
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jax.extend.core import Primitive
+from .._compat import Primitive
 
 # Elementwise operations and moves, which XLA fuses with the operations that read their results.
 # Division and roots are not among them, because computing them takes longer than reading.

@@ -166,7 +166,7 @@ class Quantized(NotAnArray):
         return f"Quantized({short_name(what)}, {spell(self.scheme)})"
 
 
-BaseLeaf = jax.Array | jax.ShapeDtypeStruct | Quantized  # a weight of a base, or only its type
+BaseLeaf = jax.Array | jax.ShapeDtypeStruct | Quantized  # a leaf of a base, or only its type
 
 
 def is_quantized(x: object) -> TypeGuard[Quantized]:

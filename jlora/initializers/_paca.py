@@ -40,7 +40,7 @@ def paca(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
         >>> base, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
         >>> adapter["w"].a.T.tolist(), jlora.count(adapter)
         ([[0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]], 6)
-        >>> trained = {"w": adapter["w"]._replace(b=jnp.ones((2, 3)))}
+        >>> trained = {"w": adapter["w"].replace(b=jnp.ones((2, 3)))}
         >>> jlora.merge(base, trained)["w"][:, 0].tolist()
         [1.0, 2.0, 1.0, 2.0]
     """

@@ -86,7 +86,7 @@ def route(
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=1, alpha=1))
         >>> x = jnp.ones((3, 4))
         >>> base, one = lora.init(jax.random.key(0), {"w": jnp.zeros((4, 2))}, x)
-        >>> two = {"w": one["w"]._replace(a=jnp.ones((4, 1)), b=jnp.ones((1, 2)))}
+        >>> two = {"w": one["w"].replace(a=jnp.ones((4, 1)), b=jnp.ones((1, 2)))}
         >>> table = jlora.many.stack([one, two])
         >>> jlora.many.route(lora.apply)(base, table, jnp.array([1, 0, -1]), x)
         Array([[4., 4.],
