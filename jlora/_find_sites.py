@@ -69,7 +69,8 @@ class Traced:
 
     def _evaluate(self, weight: Callable[[Path, Any], Any]) -> None:
         """Evaluates the jaxpr on the parameters that it reads; the others cost nothing."""
-        read, n = self.used, len(self.paths)
+        read = self.used
+        n = len(self.paths)
         taken = [i for i in range(len(self.types)) if i >= n or read[self.paths[i]]]
 
         def call(*values: Any) -> None:
@@ -113,7 +114,8 @@ def find_sites(
     except ValueReadError:
         matrices = (matrices - full).intersection(taken)
         traced = _trace(apply_fn, call, types, matrices)
-    uses, used = traced.uses(matrices), traced.used
+    uses = traced.uses(matrices)
+    used = traced.used
     sites = (_site(path, x, types[path], uses, used.get(path)) for path, x in leaves)
     return Sites(tuple(sites)), traced
 
@@ -162,7 +164,8 @@ _NONE = Layout((), (), ())  # of a leaf without a kind
 
 def _site(path: Path, leaf: object, x: jax.ShapeDtypeStruct, uses: Uses, used: bool | None) -> Site:
     """Makes the site of a leaf of the type `x` from its uses."""
-    name, scheme = "/".join(path), leaf.scheme if is_quantized(leaf) else None
+    name = "/".join(path)
+    scheme = leaf.scheme if is_quantized(leaf) else None
     if name not in uses.products and name not in uses.unsupported:
         return Site(path, x.shape, x.dtype, None, _NONE, used=used, scheme=scheme)
     products, unsupported = uses.products[name], uses.unsupported[name]
@@ -201,5 +204,6 @@ def _layout(
             stack.remove(one)
             role.append(one)
     if not outputs and not kept:  # the model contracts single vectors: their stack is the outputs
-        stack, outputs = [], stack
+        outputs = stack
+        stack = []
     return Layout(tuple(stack), tuple(inputs), tuple(outputs)) if inputs and outputs else None

@@ -94,7 +94,8 @@ def _check_full(rule: Full, site: Site) -> None:
 def _explain_not_linear(rule: Rule, site: Site, sites: Sites) -> str:
     narrow, remedy = "Narrow the pattern", ", or train the leaf in full with jlora.Full"
     if not jnp.issubdtype(site.dtype, jnp.floating):
-        why, remedy = f"of dtype {site.dtype}, which is not floating-point", ""
+        why = f"of dtype {site.dtype}, which is not floating-point"
+        remedy = ""
     elif len(site.shape) < 2:
         why = f"of shape {site.shape}, which is not a matrix"
         if better := _suggest_pattern(rule, site, sites):

@@ -146,7 +146,8 @@ def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
 
 
 def _change(w: jax.Array | Quantized, node: Node, sign: int) -> jax.Array:
-    axes, dtype = [Axis(d) for d in range(w.ndim)], w.dtype
+    axes = [Axis(d) for d in range(w.ndim)]
+    dtype = w.dtype
     w = w.array(jnp.float32) if isinstance(w, Quantized) else w
     return lower(node, w).of(w, axes, sign).astype(dtype)
 
@@ -156,7 +157,8 @@ def _cast_like(w: BaseLeaf, old: BaseLeaf) -> BaseLeaf:
         return dequantize(w)
     if w is old:
         return w
-    w, place = jnp.asarray(w, jnp.result_type(old)), _sharding_of(old)
+    w = jnp.asarray(w, jnp.result_type(old))
+    place = _sharding_of(old)
     return w if place is None else jax.device_put(w, place)
 
 

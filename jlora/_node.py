@@ -298,7 +298,8 @@ def lengths(node: Node) -> dict[int | str, int]:
 
 def weight_shape(node: Node) -> tuple[int, ...]:
     """Returns the shape of the weight that a node adapts; axes that no array follows have 0."""
-    layout, found = node.layout, lengths(node)
+    layout = node.layout
+    found = lengths(node)
     if layout.slots is not None:
         count, _, axis = layout.slots
         found[axis] = found.get(axis, 0) * count

@@ -88,7 +88,8 @@ def quantize(
     is_traced = not all(map(is_concrete, jax.tree.leaves(leaves)))
     for i, path in enumerate(progress(paths, "quantize", unit="leaf", disable=is_traced)):
         if path in forms:
-            old, leaves[i] = leaves[i], _quantize_leaf(leaves[i], path, *forms[path])
+            old = leaves[i]
+            leaves[i] = _quantize_leaf(leaves[i], path, *forms[path])
             gone = isinstance(old, jax.Array) and is_concrete(leaves[i].data)
             if donate and gone and not any(x is old for x in leaves):
                 old.delete()

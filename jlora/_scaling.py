@@ -144,7 +144,8 @@ def _precondition(damping: ArrayLike, update: PyTree, param: PyTree) -> PyTree:
 
     def times_inverse(name: str, other: str) -> Any:
         """Multiplies the update of one factor by the inverse of xᵀx + δI, with x the other one."""
-        old, x = getattr(update, name), values[other]
+        old = getattr(update, name)
+        x = values[other]
         if is_masked(old):
             return old
         gram = einsum(axes[other], with_other_rank(other), square, x, x, **how)

@@ -175,7 +175,8 @@ def norms(w: jax.Array | Quantized, direction: LowRank) -> jax.Array:
     A norm is 0 only where W and s·A·B are both 0. Where they cancel, it is at least their rounding
     error.
     """
-    weight, layout = leaf_weight(w, Change(), "", materialize=True), direction.layout
+    weight = leaf_weight(w, Change(), "", materialize=True)
+    layout = direction.layout
     if layout.stack[:1] != (0,) or isinstance(weight.w, Factor):
         return _slot_norms(weight.array, direction)
     # A quantized stack is unpacked one matrix at a time.
@@ -190,7 +191,8 @@ def _slot_norms(w: jax.Array, direction: LowRank) -> jax.Array:
     if direction.layout.slots is None:
         return _column_norms(w, direction)
     count, chosen, axis = direction.layout.slots
-    length, n = w.shape[axis] // count, len(direction.layout.stack)
+    length = w.shape[axis] // count
+    n = len(direction.layout.stack)
 
     def of_slot(i: int, slot: int) -> jax.Array:
         part = lax.slice_in_dim(w, slot * length, (slot + 1) * length, axis=axis)

@@ -97,8 +97,10 @@ def without_slots(node: N, shape: tuple[int, ...]) -> N:
     if node.layout.slots is None:
         return node
     count, chosen, axis = node.layout.slots
-    n, out = len(node.layout.stack), node.layout.outputs.index(axis)
-    r, length = node.a.shape[-1], shape[axis] // count
+    n = len(node.layout.stack)
+    out = node.layout.outputs.index(axis)
+    r = node.a.shape[-1]
+    length = shape[axis] // count
 
     def place(i: int, slot: int) -> jax.Array:
         b = jnp.take(node.b, i, axis=n)  # (stack…, r, outputs…)
@@ -129,7 +131,8 @@ def matrices(node: LowRank) -> tuple[jax.Array, jax.Array]:
     """
     wide = promote(node.a.dtype, node.b.dtype, jnp.float32)
     a, b = (jnp.asarray(x, wide) for x in (node.a, node.b))
-    n, rank = leading_axes(node), a.shape[-1]
+    n = leading_axes(node)
+    rank = a.shape[-1]
     a = a.reshape(*a.shape[:n], math.prod(a.shape[n:-1]), rank)
     return node.scale * a, b.reshape(*b.shape[:n], rank, math.prod(b.shape[n + 1 :]))
 

@@ -93,7 +93,8 @@ def _make_node(cls: type[Node]) -> None:
     parents = [x for x in reversed(cls.__mro__) if is_node_type(x) and x is not Node]
     hints = {k: hint for x in parents for k, hint in inspect.get_annotations(x).items()}
     hints = {name: hint for name, hint in hints.items() if "ClassVar" not in str(hint)}
-    names, given = list(hints), {k: v for x in parents for k, v in vars(x).items() if k in hints}
+    names = list(hints)
+    given = {k: v for x in parents for k, v in vars(x).items() if k in hints}
     optional = [name for name in names if name in given]
     if optional != names[len(names) - len(optional) :]:
         raise TypeError(

@@ -73,7 +73,8 @@ class Replaced(Node):
             return f"it must have one input axis, got {self.layout.inputs}"
         if wrong := _problem(self.rows):
             return f"its `rows` must be {wrong}"
-        [axis], k = self.layout.inputs, lengths(self).get("rows", 0)
+        [axis] = self.layout.inputs
+        k = lengths(self).get("rows", 0)
         if len(self.rows) != k:
             return f"it has {len(self.rows)} `rows` but values for {k}"
         # The length is 0 if only the adapter of the weight is known.
@@ -87,7 +88,8 @@ class Replaced(Node):
 
     def lower(self, w: jax.Array | Quantized) -> Change:
         """Returns the change that replaces the rows by V."""
-        old, dtype = _take_rows(w, self.layout, self.rows), promote(w.dtype, self.v.dtype)
+        old = _take_rows(w, self.layout, self.rows)
+        dtype = promote(w.dtype, self.v.dtype)
         b = self._replace(v=self.v.astype(dtype) - old.astype(dtype)).factor("v")
         return Change((Delta(_one_hot(self, w), b, 1.0),), invertible=False)
 

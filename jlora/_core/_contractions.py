@@ -59,7 +59,9 @@ class Contraction(Product):
 
         Raises `Unfactorable` unless x·A is small and depends on x and A only.
         """
-        deltas, gain, inputs = self.w.change.deltas, self.w.change.gain, {*self.roles.inputs}
+        deltas = self.w.change.deltas
+        gain = self.w.change.gain
+        inputs = {*self.roles.inputs}
         if len(deltas) != 1 or self.roles.stack or deltas[0].key is not None:
             raise Unfactorable
         term = self.term(deltas[0])
@@ -78,7 +80,8 @@ def _contraction(eqn: Equation, at: int) -> Contraction:
 
     Example: x (b, t, i) · w (i, o) gives y (b, t, o), with i, o = w.axes.
     """
-    w, x = eqn.operands[at], value_of(eqn.operands[1 - at])
+    w = eqn.operands[at]
+    x = value_of(eqn.operands[1 - at])
     assert isinstance(w, Weight)
     contracted, batch = eqn.params["dimension_numbers"]
     meet = zip((*batch[1 - at], *contracted[1 - at]), (*batch[at], *contracted[at]), strict=True)
@@ -107,7 +110,8 @@ def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
 
 def _multiply_together(products: Sequence[Contraction]) -> list[jax.Array]:
     """Computes what the only delta of each contraction adds, and reads the activation once."""
-    first, terms = products[0], [c.only_term for c in products]
+    first = products[0]
+    terms = [c.only_term for c in products]
     forms = {
         (tuple(map(term.x.index, term.p.axes[:-1])), c.dtype, str(term.precision), term.gating)
         for c, term in zip(products, terms, strict=True)
@@ -205,7 +209,8 @@ class _Ragged(Product):
         precision = self.eqn.params["precision"]
         if {*f.axes}.isdisjoint(self.roles.stack):  # all groups share it
             return jnp.matmul(x, f.expand_to(axes), precision=precision)
-        value, offset = f.expand_to((*self.roles.stack, *axes)), self.eqn.params["group_offset"]
+        value = f.expand_to((*self.roles.stack, *axes))
+        offset = self.eqn.params["group_offset"]
         how = {"precision": precision, "group_offset": offset}
         return lax.ragged_dot(x, value, self.group_sizes, **how)
 

@@ -54,7 +54,8 @@ def _checkpoint(eqn: Equation, *_: Operand) -> list[Operand]:
 @primitive("cond", is_move=False)
 def _cond(eqn: Equation, index: Operand, *operands: Operand) -> list[Operand]:
     index = as_array(index, lambda: f"the predicate of {eqn.where}")
-    jaxprs, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
+    jaxprs = eqn.params["branches"]
+    platforms = eqn.params.get("branches_platforms")
     same = set.intersection(*({*_forwarded(jaxpr).items()} for jaxpr in jaxprs))
     kept = {i: operands[source] for i, source in same}
     branches = [lambda *xs, j=j: eqn.arrays(eqn.evaluate(j, *xs), kept) for j in jaxprs]
@@ -112,7 +113,8 @@ def _fold_in(i: jax.Array | None, *operands: Operand) -> list[Operand]:
 @primitive("scan", is_move=False)
 def _scan(eqn: Equation, *operands: Operand) -> list[Operand]:
     p = eqn.params
-    jaxpr, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
+    jaxpr = p["jaxpr"]
+    n_consts, n_carry = _compat.scan_counts(p)
     first = n_consts + n_carry  # the first operand that the loop slices
     # A weight that each iteration returns unchanged is neither carried nor stacked again.
     kept = {

@@ -159,9 +159,11 @@ class Equation:
     @functools.cached_property
     def where(self) -> str:
         """Its primitive, and the line of the user's code that made it."""
-        around, line = self, None
+        around = self
+        line = None
         while around is not None and line is None:
-            line, around = _compat.source_line(around.traced), around.within
+            line = _compat.source_line(around.traced)
+            around = around.within
         return f"`{self.name}` at {line or 'an unknown line'}"
 
     def bind(self, *values: jax.Array) -> Any:
@@ -178,7 +180,8 @@ class Equation:
 
         `f` must depend on nothing else. The equation that it gets has no operands.
         """
-        f, operands = functools.partial(f, self._without_operands()), self.operands
+        f = functools.partial(f, self._without_operands())
+        operands = self.operands
         weights = [x for x in operands if isinstance(x, Weight)]
         if self.functions is None or not all(w.is_shareable for w in weights):
             return f(*operands)

@@ -57,7 +57,8 @@ def _stack(eqn: Equation, *parts: Operand) -> Weight:
     def expand(x: Operand) -> Operand:
         if not isinstance(x, Weight):
             return jnp.expand_dims(x, axis)
-        axes, new = x.axes, Axis(next(x.new_names()))
+        axes = x.axes
+        new = Axis(next(x.new_names()))
         shape = (*x.shape[:axis], 1, *x.shape[axis:])
         return x.transpose((*axes[:axis], new, *axes[axis:]), shape)
 
@@ -110,7 +111,11 @@ def _rename(w: Weight, axes: tuple[Axis, ...]) -> Weight:
 
 def _side_by_side(shape: tuple[int, ...], parts: Sequence[Operand], dim: int) -> Change:
     """Pads all deltas with 0 and all gains with 1, so that they act only on their own part."""
-    start, total, deltas, gain, least = 0, shape[dim], [], None, 1.0
+    start = 0
+    total = shape[dim]
+    deltas = []
+    gain = None
+    least = 1.0
     for part in parts:
         size = part.shape[dim]
         if isinstance(part, Weight):

@@ -36,11 +36,13 @@ def _scale(eqn: Equation, x: Operand, y: Operand | int = -1) -> Weight:
         raise Unfactorable("the weight divides")
     if isinstance(other, Weight) or jnp.size(other) != 1:
         raise Unfactorable("it is scaled by more than a scalar")
-    scalar, unchecked = jnp.reshape(other, ()), frozenset[Any]()
+    scalar = jnp.reshape(other, ())
+    unchecked = frozenset[Any]()
     scalar = 1 / scalar if eqn.name == "div" else scalar
     if not _compat.is_concrete(other):
         # It may need a derivative, and a product with a packed weight has none for it.
-        w, unchecked = w.replace(Factor(w.array, w.axes)), w.origin.unchecked
+        unchecked = w.origin.unchecked
+        w = w.replace(Factor(w.array, w.axes))
 
     def delta(d: Delta) -> Delta:
         # The scalar may be complex, or out of the range of B's dtype.
@@ -80,7 +82,8 @@ def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: jax.Array) -> Weight:
     if dynamic:
         raise Unfactorable("its new shape is dynamic")
     old_axis = dict(zip(p["broadcast_dimensions"], range(len(w.shape)), strict=True))
-    names, axes = w.new_names(), []
+    names = w.new_names()
+    axes = []
     for new, length in enumerate(p["shape"]):
         old = old_axis.get(new)
         if old is not None and w.shape[old] == length:
@@ -137,7 +140,9 @@ def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
 
 @primitive("split")
 def _split(eqn: Equation, w: Weight) -> list[Weight]:
-    outs, start, axis = [], 0, w.axes[eqn.params["axis"]]
+    outs = []
+    start = 0
+    axis = w.axes[eqn.params["axis"]]
     for size in map(int, eqn.params["sizes"]):
         outs.append(w.along({axis: _cut(start, start + size)}))
         start += size

@@ -144,7 +144,8 @@ class Packed:
     ) -> "Packed":
         """Reshapes W."""
         del others, sharding
-        packed, lengths = self, dict[Axis, int]()
+        packed = self
+        lengths = dict[Axis, int]()
         for group in groups:
             lengths |= group.new
             if group.old != group.new:

@@ -63,7 +63,8 @@ class Product(abc.ABC):
 
         The terms are computed before x·W so that the backward pass adds their gradients last.
         """
-        gain, y = self._gains[1], functools.reduce(self.add, terms, self.base(x))
+        gain = self._gains[1]
+        y = functools.reduce(self.add, terms, self.base(x))
         return y if gain is None else self._times(y, self.spread(gain, False))
 
     def _times(self, x: jax.Array, gain: jax.Array) -> jax.Array:
@@ -99,7 +100,8 @@ class Product(abc.ABC):
 
         Together they have all axes of W.
         """
-        dtype, scale = dtype or self.dtype, delta.scale
+        dtype = dtype or self.dtype
+        scale = delta.scale
         p, q = delta.by_order(self.roles.inputs)
         if delta.is_matrix and jnp.finfo(dtype).minexp > -100:
             p, q, scale = _balance(p, q, scale)

@@ -39,7 +39,8 @@ def steps(
     order = _order(with_calls(live, jaxpr.outvars, found), found) if has_calls else None
     order = _order(live, found) if order is None else order
     assert order is not None
-    needed, done = set(variables(jaxpr.outvars)), []
+    needed = set(variables(jaxpr.outvars))
+    done = []
     for eqns in reversed(order):
         used = {v for eqn in eqns for v in variables(eqn.invars)}
         done.append((eqns, [v for v in used if v not in needed]))
@@ -71,7 +72,8 @@ def _order(eqns: Sequence[Any], groups: Sequence[list[Any]]) -> list[list[Any]] 
 
 def _live(jaxpr: _compat.Jaxpr) -> list[Any]:
     """Returns the equations that outputs and effects need."""
-    needed, live = set(variables(jaxpr.outvars)), []
+    needed = set(variables(jaxpr.outvars))
+    live = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or needed.intersection(eqn.outvars):
             live.append(eqn)
@@ -90,7 +92,8 @@ def groups(
     late: set[Any] = set()  # variables that depend on a product or an effect
     found: dict[Any, list[Any]] = {}
     for eqn in eqns:
-        used, known = set(variables(eqn.invars)), primitives.get(eqn.primitive.name)
+        used = set(variables(eqn.invars))
+        known = primitives.get(eqn.primitive.name)
         is_late = eqn.effects or not late.isdisjoint(used)
         if not heavy.isdisjoint(used):
             if known is not None and known.is_move:

@@ -54,7 +54,8 @@ class Weight:
 
     def replace(self, w: Factor | Packed, change: Change | None = None) -> "Weight":
         """Returns a copy with another W and, optionally, another change."""
-        change, last = self.change if change is None else change, max(self._names)
+        change = self.change if change is None else change
+        last = max(self._names)
         return dataclasses.replace(self, w=w, change=change, last=last)
 
     # -------------------------------------------------------------------------------- what W is
@@ -296,7 +297,8 @@ def _factorize(
         raise Unfactorable("an axis is empty")
     i, j = 0, 0
     while i < len(old) or j < len(new):
-        i0, j0, a, b = i, j, 1, 1
+        i0, j0 = i, j
+        a, b = 1, 1
         if i < len(old) and j < len(new) and old[i] == new[j]:
             i, j = i + 1, j + 1
         while (i, j) == (i0, j0) or a != b:

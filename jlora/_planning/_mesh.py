@@ -123,7 +123,8 @@ def mesh_of(name: str, axes: dict[str, int]) -> Mesh:
             f"`mesh` must have the {count} devices of {name}; got "
             f"{' × '.join(f'{k}={v}' for k, v in axes.items())} = {math.prod(axes.values())}."
         )
-    shape, types = tuple(axes.values()), (AxisType.Auto,) * len(axes)
+    shape = tuple(axes.values())
+    types = (AxisType.Auto,) * len(axes)
     if not has_compiler():
         return jax.sharding.AbstractMesh(shape, tuple(axes), types)
     for variable, value in QUIET.items():

@@ -195,7 +195,8 @@ def plan(
     exact = (of_base, of_adapter, of_state, of_args, of_adapter)
     device = _device(mesh)
     capacity = _capacity(device) if capacity is None else capacity
-    peak, program, step = None, None, _step(loss, tx)
+    peak, program = None, None
+    step = _step(loss, tx)
     if compile is False or abstract:
         jax.eval_shape(step, *operands)  # so that errors of the loss are raised
     else:

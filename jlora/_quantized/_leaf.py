@@ -119,7 +119,8 @@ class Quantized(NotAnArray):
     def packed(self, axes: Sequence[Axis], dtype: DTypeLike | None = None) -> Packed:
         """Makes W for the interpreter, with the axes `axes`; by default in its own dtype."""
         self._check_dtypes()
-        axes, dtype = tuple(axes), jnp.dtype(self.dtype if dtype is None else dtype)
+        axes = tuple(axes)
+        dtype = jnp.dtype(self.dtype if dtype is None else dtype)
         parts = dataclasses.replace(self, error=None).map_arrays(
             lambda x, dims: Factor(x, tuple(OTHER if d is None else axes[d] for d in dims))
         )
@@ -127,7 +128,8 @@ class Quantized(NotAnArray):
         packed = Packed(parts, unpack, axes, self.shape, dtype, even=self._even(axes))
         if self.nested is None:
             return packed
-        free, loosen = frozenset(axes[d] for d in self.form.stack), _With(_loosen, (axes,))
+        free = frozenset(axes[d] for d in self.form.stack)
+        loosen = _With(_loosen, (axes,))
         return packed.replace(even=free, loosen=loosen, loose=packed.even)
 
     def _even(self, axes: Sequence[Axis]) -> frozenset[Axis]:
@@ -226,7 +228,8 @@ def _unpack(axes: tuple[Axis, ...], dtype: jnp.dtype, parts: Quantized) -> Facto
         parts = parts.map_arrays(lambda f, _: shard_part(f, used, axes))
     parts = _loosen(axes, parts)
     data, zero = parts.data, parts.zero
-    axis, block = OTHER if form.flat else axes[form.axis], form.blocks[form.axis]
+    axis = OTHER if form.flat else axes[form.axis]
+    block = form.blocks[form.axis]
     of_axis = {axis: block} if form.flat else dict(zip(axes, form.blocks, strict=True))
     blocks = [of_axis.get(a, 1) for a in data.axes]
     codes = data.value

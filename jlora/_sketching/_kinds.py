@@ -210,7 +210,8 @@ class Gradient(_Matrices):
     @_program
     def spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
         """Computes the spectrum from the last basis and its image."""
-        n, k = self.columns - self.spare, self.components
+        n = self.columns - self.spare
+        k = self.components
         across, values, rotation = _svd(image[..., :n])
         along = times(basis[..., :n], rotation.mT)
         total = jnp.sum(values**2, -1) + _estimate_rest(image[..., n:], image[..., n:])
@@ -246,14 +247,16 @@ class Inputs(_Matrices):
     @_program
     def image(self, side: int, basis: jax.Array, gradient: Probe, batches: int) -> jax.Array:
         """Computes the image of the basis from the sum of gradients over batches."""
-        a, count = gradient.a.reshape(*basis.shape[:-1], -1), gradient.gate[..., -1, None, None]
+        a = gradient.a.reshape(*basis.shape[:-1], -1)
+        count = gradient.gate[..., -1, None, None]
         image, total = a[..., :-1], a[..., -1:]
         return image - times(total, times(total.mT, basis)) / jnp.maximum(count, 1)
 
     @_program
     def spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
         """Computes the spectrum from the last basis and its image."""
-        n, k = self.columns - self.spare, self.components
+        n = self.columns - self.spare
+        k = self.components
         square = times(basis[..., :n].mT, image[..., :n])
         squares, vectors = (x[..., ::-1] for x in jnp.linalg.eigh((square + square.mT) / 2))
         total = jnp.sum(squares, -1) + _estimate_rest(basis[..., n:], image[..., n:])

@@ -127,7 +127,8 @@ def _iterate(
             sums, count = None, 0
             for batch in batches:
                 new = gradient(params, adapter, batch)
-                sums, count = new if sums is None else add(sums, new), count + 1
+                sums = new if sums is None else add(sums, new)
+                count += 1
                 bar.update()
             if sums is None:
                 raise TypeError(_ONCE)

@@ -60,9 +60,11 @@ def merge_in_core_space(
         q_b, r_b = qr(jnp.concatenate([b.mT for _, b in pairs], -1))
         parts = zip(jnp.split(r_a, ends, -1), jnp.split(r_b, ends, -1), strict=True)
         cores = [times(x, y.mT) for x, y in parts]
-        u, v = svd_of(jnp.concatenate(cores, -1))[0], svd_of(jnp.concatenate(cores, -2))[2].mT
+        u = svd_of(jnp.concatenate(cores, -1))[0]
+        v = svd_of(jnp.concatenate(cores, -2))[2].mT
         core = merge([times(times(u.mT, m), v) for m in cores], *operands)
-        a, b = times(q_a, u), times(q_b, v).mT
+        a = times(q_a, u)
+        b = times(q_b, v).mT
         # The rank is the smaller side of the core.
         return (times(a, core), b) if core.shape[-1] <= core.shape[-2] else (a, times(core, b))
 

@@ -196,7 +196,8 @@ def combine_leaves(
             return leaves[0]
         start = jnp.asarray(params[path])
         wide = jnp.promote_types(start.dtype, jnp.float32)
-        start, dtype = start.astype(wide), leaves[0].dtype
+        start = start.astype(wide)
+        dtype = leaves[0].dtype
         changes = [v * (x.astype(wide) - start) for x, v in zip(leaves, w, strict=True)]
         return (start + full(changes, path)).astype(dtype)
 

@@ -67,7 +67,8 @@ class lora_ga(SketchInitializer):
                 f"lora_ga cannot change W at {site.path!r}, which is quantized. Call init with the "
                 "original W, then jlora.quantize the base."
             )
-        r, dtype = rule.rank, dtype_of(site, rule)
+        r = rule.rank
+        dtype = dtype_of(site, rule)
         found = self.spectrum_at(site, rule, 2 * r)
         a = jnp.array(found.inputs[..., :r], dtype)
         rows = found.outputs.reshape(*found.values.shape, -1)[..., r : 2 * r, :]

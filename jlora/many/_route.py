@@ -198,7 +198,8 @@ def _is_beside(leaf: AdapterLeaf, form: str | None) -> bool:
 
 def _concatenate(node: LowRank, slots: int) -> Routed:
     """Concatenates the A's of all slots, and the B's."""
-    n, node = leading_axes(node), stop_gradients(node)
+    n = leading_axes(node)
+    node = stop_gradients(node)
     a, b = jnp.moveaxis(node.a, 0, -2), jnp.moveaxis(node.b, 0, n)
     a = a.reshape(*a.shape[:-2], -1)
     b = b.reshape(*b.shape[:n], a.shape[-1], *b.shape[n + 2 :])
@@ -250,7 +251,8 @@ class Batch:
         is_none = lambda x: x is None  # noqa: E731
         axes = jax.tree.leaves(jax.tree.broadcast(in_axes, arguments, is_none), is_leaf=is_none)
         flat, self._tree = jax.tree_util.tree_flatten_with_path(arguments, is_none)
-        self._leaves, self.axes = [x for _, x in flat], []
+        self._leaves = [x for _, x in flat]
+        self.axes = []
         for (path, x), axis in zip(flat, axes, strict=True):
             if axis is None or not hasattr(x, "shape"):
                 self.axes.append(None)

@@ -115,7 +115,8 @@ def _refuse_changes(names: set[str], reason: str) -> None:
 def _check_keys(keys: jax.Array) -> None:
     """Raises `TypeError` unless `keys` are n threefry keys, new or old style."""
     refuse_rngs("`keys` must be an array of PRNG keys, such as jax.random.split(key, 8)", keys)
-    dtype, shape = getattr(keys, "dtype", None), tuple(getattr(keys, "shape", ()))
+    dtype = getattr(keys, "dtype", None)
+    shape = tuple(getattr(keys, "shape", ()))
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     per_key = shape[1:] == (() if typed else (2,)) and (typed or dtype == jnp.uint32)
     if not shape or not shape[0] or not per_key:

@@ -194,7 +194,8 @@ def _slots(leaf: AdapterLeaf) -> int | None:
     """Returns the length of the axis of slots of a leaf; None if it has no such axis."""
     if not isinstance(leaf, Node):
         return leaf.shape[0] if leaf.shape else None
-    axes, found = leaf.axes(leaf.layout), arrays(leaf)
+    axes = leaf.axes(leaf.layout)
+    found = arrays(leaf)
     sizes = {x.shape[0] if x.ndim == len(axes[k]) + 1 else None for k, x in found.items()}
     return sizes.pop() if len(sizes) == 1 else None
 

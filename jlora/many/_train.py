@@ -211,7 +211,8 @@ def restart(
             f"{', '.join(map(repr, state.hyperparams)) or 'none'}."
         )
     n = len(state.running)
-    mask, values = mask_of(slots, n), dict(state.hyperparams)
+    mask = mask_of(slots, n)
+    values = dict(state.hyperparams)
     for name, x in hyperparams.items():
         new = _per_run(name, x, n).astype(values[name].dtype)
         values[name] = jnp.where(mask, new, values[name])

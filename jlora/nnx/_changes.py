@@ -48,7 +48,8 @@ def make_changes(held: list[Any], changes: nnx.State, attributes: Attributes) ->
     """Changes the modules and variables in `held` as a call has changed its copies."""
     modules = dict(nnx.iter_graph(held))
     for (*path, key), x in nnx.to_flat_state(changes):
-        module, name = modules.get(tuple(path)), str(key)
+        module = modules.get(tuple(path))
+        name = str(key)
         if isinstance(module, nnx.Module) and not isinstance(vars(module).get(name), nnx.Variable):
             setattr(module, name, x)  # nnx.update refuses a variable in the place of a None
     nnx.update(held, changes)

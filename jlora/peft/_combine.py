@@ -94,7 +94,8 @@ def combine(
         raise ValueError(f"`paths`: the adapters cannot be combined. {itemize(wrong)}\n{REMEDY}")
     made = merge([alone.nodes for alone in each])
     parts = _parts(made, {part.key: part for alone in each for part in alone.contents.parts})
-    fields, problems = _fields(each, parts), Problems("`merge` returned an invalid adapter")
+    fields = _fields(each, parts)
+    problems = Problems("`merge` returned an invalid adapter")
     write_alone(out, fields, parts, each, problems, "paths")
     return made
 

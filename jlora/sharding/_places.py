@@ -34,7 +34,8 @@ def places_of(base: PyTree) -> dict[Path, Any]:
     check_base(base)
     leaves, structure = jax.tree.flatten(base, is_leaf=is_leaf)
     own = [_place(x) for x in leaves]
-    has_metadata, rest = any(map(_is_annotated, leaves)), everywhere(own)
+    has_metadata = any(map(_is_annotated, leaves))
+    rest = everywhere(own)
 
     def place(x: object, found: Place | Unknown) -> Place | Unknown:
         # As in Flax: beside leaves with metadata, leaves without it are replicated.
@@ -169,7 +170,8 @@ def describe(entry: object, mesh: Mesh) -> str:
 
 def check_blocks(entries: Mapping[int, Any], leaf: Quantized, mesh: Mesh) -> None:
     """Raises `Misfit` if a device would get only a part of a block."""
-    form, name = leaf.form, spell(leaf.scheme)
+    form = leaf.form
+    name = spell(leaf.scheme)
     for d, entry in entries.items():
         n = count_pieces(entry, mesh)
         if n == 1 or d in form.stack:

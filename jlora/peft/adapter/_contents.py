@@ -176,7 +176,8 @@ def _rows_alone(
     selection: Selection, tensors: Iterable[TensorInfo], problems: Problems
 ) -> dict[str, Tokens]:
     """Sorts the tensors of an adapter of rows alone."""
-    rows, found = tuple(selection.fields["token_indices"]), dict[str, Tokens]()
+    rows = tuple(selection.fields["token_indices"])
+    found = dict[str, Tokens]()
     by_module = {x.key.removeprefix(PREFIX).removesuffix(DELTA_ALONE): x for x in tensors}
     if len(by_module) > PARAMETERS:
         problems.found.append(
@@ -212,7 +213,9 @@ def _others(
     for key, x in tensors.items():
         wrapped, _, parameter = key.rpartition(".")
         module = wrapped.removesuffix(BASE).removesuffix(WRAPPED)
-        name, is_wrapped, is_adapted = f"{module}.{parameter}", module != wrapped, module in adapted
+        name = f"{module}.{parameter}"
+        is_wrapped = module != wrapped
+        is_adapted = module in adapted
         is_full = may_tie(selection.fields, module) or selection.saves_whole(
             module, parameter, is_adapted
         )
@@ -273,16 +276,19 @@ def _parts(
     shallowest: dict[str, int] = {}
     is_dora = bool(selection.fields.get("use_dora"))
     for (module, depth, table), pair in sorted(sides.items(), key=lambda x: -x[0][1]):
-        key, shallowest[module] = PREFIX + module + BASE * depth, depth
+        key = PREFIX + module + BASE * depth
+        shallowest[module] = depth
         end = "lora_embedding_{}" if table else "lora_{}.weight"
-        there, shapes = [*pair.values()], tuple(pair[side].shape for side in sorted(pair))
+        there = [*pair.values()]
+        shapes = tuple(pair[side].shape for side in sorted(pair))
         if lost := [side for side in "AB" if side not in pair]:
             problems.add(f"{key}.{end.format(*lost)}", _without(there[0]))
         elif min(map(len, shapes)) < 2:
             problems.add(key, f"expected matrices as A and B, got shapes {shapes}")
         else:
             kind = "embedding" if table else "linear" if len(shapes[0]) == 2 else "conv"
-            m, name = magnitudes.get(module) if is_dora else None, f"{module}.weight"
+            m = magnitudes.get(module) if is_dora else None
+            name = f"{module}.weight"
             scale = selection.scale(module)
             found[module].append(Part(name, kind, module, pair["A"], pair["B"], scale, m=m))
             if is_dora and m is None:

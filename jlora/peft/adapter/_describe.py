@@ -35,7 +35,8 @@ def describe(fields: Fields, given: Mapping[str, Any], tree: Tree, parts: Iterab
 
 def _set_targets(fields: Fields, tree: Tree) -> Fields:
     """Selects the leaves with A and B, and the heads tied to them, and nothing else."""
-    selection, adapted = Selection(fields), {name for leaf in tree.low for name in leaf.parameters}
+    selection = Selection(fields)
+    adapted = {name for leaf in tree.low for name in leaf.parameters}
     tied = {m: head for m, head in tree.tied.items() if f"{m}.weight" in adapted}
     others = _find_others(tree)
     selection.prepare([*tree.modules, *others, *tied.values()])
@@ -127,7 +128,8 @@ def find_full(fields: Fields, tree: Tree) -> list[tuple[NamedLeaf, list[str]]]:
     adapted = {module for leaf in tree.low for module in leaf.modules}
 
     def key(leaf: NamedLeaf, module: str) -> str | None:
-        parameter, is_adapted = leaf.name.parameter, module in adapted
+        parameter = leaf.name.parameter
+        is_adapted = module in adapted
         if not selection.saves_whole(module, parameter, is_adapted):
             return None
         is_wrapped = is_adapted and not selection.saves(module)

@@ -80,7 +80,8 @@ def open_files(source: Source, ignore: Collection[str] = ()) -> Files:
         FileNotFoundError: if the folder or a file is missing.
         ValueError: if the files are damaged, or jlora knows a field in `ignore`.
     """
-    fields, header = read_fields(source, ignore), read_header(source)
+    fields = read_fields(source, ignore)
+    header = read_header(source)
     read = functools.partial(read_tensors, source, header)
     return Files(fields, list(header.entries.values()), read, source.argument)
 

@@ -75,7 +75,9 @@ def _check_module(
         why = f"target_parameters selects {listed}, which is not in {where}"
         problems.add(PREFIX + module, why)
         return []
-    key, part, rank = PREFIX + module, parts[0], selection.rank(module)
+    key = PREFIX + module
+    part = parts[0]
+    rank = selection.rank(module)
     is_taken = selection.adapts(module) or may_tie(selection.fields, module)
     if len(parts) > 1:
         problems.add(key, "adapted more than once")
@@ -131,10 +133,12 @@ def _try_parameter(
     selection: Selection, name: str, part: Part, shapes: Shapes | None
 ) -> Part | None:
     """Returns A and B as a part of the parameter `name`; None if they do not fit."""
-    rank, wide = selection.rank(name), part.a.shape[0]
+    rank = selection.rank(name)
+    wide = part.a.shape[0]
     part = part._replace(name=name, key=name, scale=selection.scale(name))
     if shapes is None:
-        part, fits = part._replace(kind="experts", experts=wide // rank), wide == part.b.shape[1]
+        fits = wide == part.b.shape[1]
+        part = part._replace(kind="experts", experts=wide // rank)
     else:
         if len(shape := shapes[name]) == 3:
             part = part._replace(kind="experts", experts=shape[0])
@@ -160,7 +164,8 @@ def list_orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
 
 def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
     """Lists the parameters of the model that are selected but missing in the file."""
-    selection, modules = adapter.selection, adapter.modules.keys()
+    selection = adapter.selection
+    modules = adapter.modules.keys()
     alone = adapter.others.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
     selection.prepare(name.rpartition(".")[0] for name in shapes)
 

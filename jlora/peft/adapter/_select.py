@@ -52,8 +52,10 @@ class Selection:
 
     def __init__(self, fields: Mapping[str, Any], what: str = "`config`"):
         """Takes the configuration, and the user's argument that has it, for errors."""
-        self.fields, self.patterns = fields, Patterns(what)
-        target, layers = fields["target_modules"], fields.get("layers_to_transform")
+        self.fields = fields
+        self.patterns = Patterns(what)
+        target = fields["target_modules"]
+        layers = fields.get("layers_to_transform")
         self._is_target = self._matcher(target)
         self._is_excluded = self._matcher(fields.get("exclude_modules"))
         self._saved = Ends(fields.get("modules_to_save") or [])

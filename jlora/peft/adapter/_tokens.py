@@ -39,7 +39,8 @@ def find_rows(
     A name without values may be a head that is tied to an embedding with the same rows. Any other
     is a problem.
     """
-    listed, modules = fields.get(INDICES), list(modules)
+    listed = fields.get(INDICES)
+    modules = list(modules)
     is_one = not isinstance(listed, dict)  # of the model's input embedding
     listed = {"": listed} if is_one and listed else listed or {}
     listed = {key: tuple(rows) for key, rows in listed.items()}
@@ -68,7 +69,8 @@ def _explain_no_values(key: str) -> str:
 
 def list_misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[str]:
     """Explains why rows do not fit an embedding of `shape` in PyTorch."""
-    key, rows = show(getattr(tokens.v, "key", tokens.module)), tokens.rows
+    key = show(getattr(tokens.v, "key", tokens.module))
+    rows = tokens.rows
     wanted = (len(rows), *shape[1:])
     found = [f"{key}: expected shape {wanted}, got {tokens.v.shape}"] * (tokens.v.shape != wanted)
     if max(rows) >= shape[0]:

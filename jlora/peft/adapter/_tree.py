@@ -72,7 +72,8 @@ class Tree(NamedTuple):
             transposed = name.transposed
             if name.kind == "experts":
                 transposed = False if name.is_swapped else name.is_transposed or None
-            scale, each = x.scale / leaf.factor, split_factors(leaf, x)
+            scale = x.scale / leaf.factor
+            each = split_factors(leaf, x)
             for key, module, (a, b, *m) in zip(leaf.parameters, leaf.modules, each, strict=True):
                 own = (a, b, scale, transposed, m[0] if m else None, leaf.experts)
                 pieces[key].append((leaf, Part(key, name.kind or "", leaf.key(module), *own)))
@@ -112,7 +113,8 @@ def _join_parts(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:
     if len(own) == count and all(
         x.scale == first.scale and np.array_equal(x.a, first.a) for x in own.values()
     ):
-        a, ends = a[:1], [a[0].shape[1]] * count
+        ends = [a[0].shape[1]] * count
+        a = a[:1]
     b = np.zeros((count, len(first.b), ends[-1], experts), first.b.dtype)
     for (j, x), end in zip(own.items(), ends, strict=True):
         factor = x.b.reshape(len(x.b), -1, experts)
@@ -242,7 +244,8 @@ def _find_lone_parts(
     parts = {path: leaf for path, leaf in parts.items() if leaf.name.part}
     there = collections.Counter(leaf.parameters[0] for leaf in parts.values())
     for path, leaf in parts.items():
-        name, (_, n) = leaf.parameters[0], leaf.name.part or (0, 1)
+        name = leaf.parameters[0]
+        _, n = leaf.name.part or (0, 1)
         if there[name] < n:
             yield path, f"is DoRA, but only {there[name]} of the {n} parts of {name} are"
 

@@ -94,7 +94,8 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
         except Unreadable as e:
             wrong.append(str(e))
             unread += leaf.modules
-    prefixes, tensors = tuple(f"{module}." for module in unread), format.tensors
+    prefixes = tuple(f"{module}." for module in unread)
+    tensors = format.tensors
     left = [n for n in tensors if n not in tensors.taken and not n.startswith(prefixes)]
     # With a wrong configuration, all leaves have the same problem.
     wrong = list(dict.fromkeys(wrong)) + [f"{show(name)}: unexpected" for name in left]
@@ -177,7 +178,8 @@ def save_base(
             "`base` must be in floats. Save jlora.dequantize(base), and quantize that checkpoint "
             f"with `transformers` and bitsandbytes, or with llm-compressor. {itemize(packed)}"
         )
-    tensors, source = split_all(name_all(base, names, "base")), None
+    tensors = split_all(name_all(base, names, "base"))
+    source = None
     if isinstance(config, str | os.PathLike):
         source = open_checkpoint(config, "config", copied=True)
         config = source.config_of_floats

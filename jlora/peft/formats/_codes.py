@@ -138,11 +138,13 @@ def make_leaf(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
 
     It is quantized if its axes can be split into the blocks of the file, and otherwise dequantized.
     """
-    name, dtype = leaf.name, modules[0].dtype or leaf.value.dtype
+    name = leaf.name
+    dtype = modules[0].dtype or leaf.value.dtype
     stack, first, last = name.where("les"), name.where("o"), name.where("i")
     if name.kind == "embedding":
         first, last = name.where("v"), name.where("o")
-    order, coded = (*first, *last), [m for m in modules if isinstance(m, Codes)]
+    order = (*first, *last)
+    coded = [m for m in modules if isinstance(m, Codes)]
     if len(coded) == len(modules) and len(set(map(_signature, coded))) == 1:
         form = _cut(coded[0].scheme, leaf.shape, stack, order, len(last))
         if form is not None:
@@ -187,7 +189,8 @@ def _cut(
 
 def _quantize(m: Codes, form: Form, dtype: DTypeLike) -> Quantized:
     inner = form.of_codes
-    axes, block = (*inner.stack, *inner.order), inner.blocks[inner.axis]
+    axes = (*inner.stack, *inner.order)
+    block = inner.blocks[inner.axis]
 
     def arrange(x: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
         """Reorders numbers of a file to the axes of the codes, of the given lengths."""

@@ -158,7 +158,8 @@ def open_dequantized(checkpoint: Checkpoint) -> Dequantized:
     Raises:
         ValueError: if the checkpoint is damaged, or has codes that the format does not read.
     """
-    format, dtype = open_format(checkpoint), _float_dtype(checkpoint)
+    format = open_format(checkpoint)
+    dtype = _float_dtype(checkpoint)
     matrices = dict[str, Matrix]()
     # Each tensor that is read, with the weight that is written for it, if any.
     places: dict[str, TensorInfo | None] = {}
@@ -186,7 +187,9 @@ def open_dequantized(checkpoint: Checkpoint) -> Dequantized:
         both = (places.get(name, entry) for name, entry in header.entries.items())
         files[file] = [entry for entry in both if entry is not None]
     found = Dequantized.make(checkpoint, files, checkpoint.config_of_floats)
-    found.matrices, found.format, found.lock = matrices, format, threading.Lock()
+    found.matrices = matrices
+    found.format = format
+    found.lock = threading.Lock()
     return found
 
 

@@ -79,7 +79,8 @@ def register(*methods: str) -> Callable[[F], F]:
 
 def open_format(checkpoint: Checkpoint) -> Format:
     """Opens a checkpoint in the format that its configuration names."""
-    tensors, config = Tensors(checkpoint), checkpoint.quantization
+    tensors = Tensors(checkpoint)
+    config = checkpoint.quantization
     method = config.get("quant_method")
     if not config:
         return Format(tensors, config)

@@ -41,7 +41,8 @@ class NewRows(Edit):
     def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yields the table with the new rows."""
         (count, columns), dtype = tensor.shape, DTYPES[tensor.dtype]
-        rows, values = np.asarray(self.tokens.rows), self.tokens.v.astype(dtype)
+        rows = np.asarray(self.tokens.rows)
+        values = self.tokens.v.astype(dtype)
         step = max(1, BLOCK // max(columns, 1))
         for start in range(0, count, step):
             block = _read(data, dtype, (min(step, count - start), columns)).copy()
@@ -81,7 +82,8 @@ class Sum(Edit):
 
     def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yields W + s·B·A in blocks of rows, normalized for DoRA."""
-        gains, dtype = None, DTYPES[tensor.dtype]
+        gains = None
+        dtype = DTYPES[tensor.dtype]
         wide = np.promote_types(dtype, np.float32)
         if self.m is not None and not self.by_rows:  # the norm of a column needs all of W
             start = data.tell()

@@ -124,7 +124,8 @@ def join_factors(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> L
     """Makes the node of `leaf` from the arrays of its modules; inverts `split_factors`."""
     if leaf.name.is_swapped:
         modules = [swap(a, b, leaf.experts) for a, b in modules]
-    modules, found = _take_part(leaf, modules), dict[str, Any]()
+    modules = _take_part(leaf, modules)
+    found = dict[str, Any]()
     rank = len(modules[0][0]) // leaf.experts
     each = zip(leaf.name.factor_groups.items(), zip(*modules, strict=True), strict=False)
     for (name, groups), parts in each:
