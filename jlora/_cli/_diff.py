@@ -81,7 +81,8 @@ def _open_alike(a: Arg, b: Arg, names: str | None, ignore: tuple[str, ...]) -> l
     shapes = call(jlora.checkpoint.base_shapes, orbax)
     base = Arg(f"the base of {orbax.what}", orbax.path, shapes)
     tree = call(jlora.peft.load, formats["peft"], base, table(names), ignore=ignore)
-    ours, theirs = open_adapter(orbax, ignore), OpenAdapter("peft", by_name(tree), {})
+    ours = open_adapter(orbax, ignore)
+    theirs = OpenAdapter("peft", by_name(tree), {})
     return [ours if x is orbax else theirs for x in (a, b)]
 
 

@@ -27,13 +27,16 @@ class Call:
 
         name, multiple_results = "closed_call", True
 
-    effects, constvars = frozenset[Any](), ()
+    effects = frozenset[Any]()
+    constvars = ()
 
     def __init__(self, eqns: Sequence[Any], depth: int, outvars: Sequence[Any]):
         """Makes the call of `eqns`, whose scopes have the first `depth` names in common."""
         self.eqns = [_compat.in_scope(eqn, slice(depth, None)) for eqn in eqns]
         self.source_info = _compat.in_scope(eqns[0], slice(depth)).source_info
-        self.ctx, self.outvars, self.params = eqns[0].ctx, list(outvars), {"call_jaxpr": self}
+        self.ctx = eqns[0].ctx
+        self.outvars = list(outvars)
+        self.params = {"call_jaxpr": self}
         made = {v for eqn in eqns for v in eqn.outvars}
         used = dict.fromkeys(v for eqn in eqns for v in variables(eqn.invars))
         self.invars = [v for v in used if v not in made]
@@ -66,7 +69,8 @@ def with_calls(eqns: Sequence[Any], outvars: Sequence[Any], groups: Any) -> list
         each = itertools.groupby(run, lambda i: tuple(_compat.scopes(eqns[i])[:depth]))
         parts = [(len(scope) == depth, list(at)) for scope, at in each]
         calls = [call(at, depth) if len(parts) > 1 and is_scope else None for is_scope, at in parts]
-        counts, out = Counter(forms.of(c) for c in calls if c), []
+        counts = Counter(forms.of(c) for c in calls if c)
+        out = []
         for (is_scope, at), found in zip(parts, calls, strict=True):
             if found and counts[forms.of(found)] > 1:
                 out.append(found)
@@ -140,7 +144,8 @@ class Functions:
 
     def __init__(self) -> None:
         """Has no function yet."""
-        self._forms, self._shared = Forms(), dict[Hashable, Any]()
+        self._forms = Forms()
+        self._shared = dict[Hashable, Any]()
 
     def forget(self) -> None:
         """Drops the functions, which refer to this object and to arrays with known values."""

@@ -154,7 +154,8 @@ class Allocation(Sequence[Rule]):
             self._check(share)
 
     def _check(self, share: Share) -> None:
-        path, rule = share.path, rule_of(share.path, self.given)
+        path = share.path
+        rule = rule_of(share.path, self.given)
         if not is_int(share.rank) or not 0 <= share.rank <= share.largest:
             raise ValueError(
                 f"the rank of {path!r} must be an integer in [0, {share.largest}]; got "
@@ -221,13 +222,15 @@ class Allocation(Sequence[Rule]):
         return dataclasses.replace(self, shares=tuple(shares))
 
     def __str__(self) -> str:
-        header, counts = ("site", "score", "rank", "parameters"), self.parameters
+        header = ("site", "score", "rank", "parameters")
+        counts = self.parameters
         rows = [
             (s.path or "(root)", f"{s.score:.3g}", str(s.rank), f"{counts[s.path]:,}")
             for s in self.shares
         ]
         lines = align_columns(header, rows, header[1:])
-        line, chosen = "─" * max(map(len, lines)), sum(s.rank > 0 for s in self.shares)
+        line = "─" * max(map(len, lines))
+        chosen = sum(s.rank > 0 for s in self.shares)
         last = f"{chosen} of {len(rows)} sites; {sum(counts.values()):,} parameters"
         return "\n".join([lines[0], line, *lines[1:], line, last])
 

@@ -92,7 +92,8 @@ def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator
         ways = [("", ""), *((p, "") for p in _firsts(named)), *(("", p) for p in _firsts(wanted))]
         counts = _count(ways, wanted, there, known)
         if max(counts) > most:
-            best, most = [], max(counts)
+            best = []
+            most = max(counts)
         if max(counts) == most:
             best.append((named, [w for w, n in zip(ways, counts, strict=True) if n == most]))
     if most < len(wanted) and (replaced := _replace(wanted, tried, shapes, fits)):
@@ -115,7 +116,8 @@ def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator
 
 def _list_named(shapes: Shapes, experts: Experts) -> Iterator[tuple[Named, dict[str, View]]]:
     """Yields the names of all tensors, and the parameters of experts, in each dialect."""
-    tried, possible = list[Named](), list(find_dialects(shapes))
+    tried = list[Named]()
+    possible = list(find_dialects(shapes))
     old = list(filter(_make_finder(rule for dialect in possible for rule in dialect), shapes))
     for dialect in possible:
         named = _rename(dialect, shapes, old)
@@ -207,7 +209,8 @@ def _rename(
     dialect: Sequence[tuple[str, str]], names: Iterable[str], old: Iterable[str]
 ) -> dict[str, str]:
     """Maps new names to the checkpoint's `names`; only `old` names are renamed."""
-    renamed, rules = {}, [(re.compile(pattern), modern) for pattern, modern in dialect]
+    renamed = {}
+    rules = [(re.compile(pattern), modern) for pattern, modern in dialect]
     for name in filter(_make_finder(dialect), old):
         new = name
         for pattern, modern in rules:
@@ -230,7 +233,8 @@ def _count(
     known: Collection[str],
 ) -> list[int]:
     """Counts the `wanted` names that each way finds; it adds or removes a first component."""
-    lost, same = {n for n in wanted if n not in known}, sum(n in known for n in wanted)
+    lost = {n for n in wanted if n not in known}
+    same = sum(n in known for n in wanted)
     named = named if lost else ()
     longer = (name.partition(".") for name in named)
     added = collections.Counter(first + "." for first, _, rest in longer if rest in lost)

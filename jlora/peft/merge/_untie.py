@@ -70,7 +70,8 @@ def _find_head(target: Target, lost: Iterable[str], table: str) -> tuple[str, st
     tells it.
     """
     checkpoint, prefix = target.checkpoint, target.model.prefix
-    shapes, names = checkpoint.shapes, checkpoint.config.get("architectures")
+    shapes = checkpoint.shapes
+    names = checkpoint.config.get("architectures")
     if prefix is None or not (isinstance(names, list) and names):
         return None
     backbone = _BACKBONE.match(prefix + table)
