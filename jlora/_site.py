@@ -1,6 +1,7 @@
 """A site: a leaf and how the model uses it; and the base class of the rules that adapt it.
 
-They are one module, because a site has its rule, and a rule gets its site.
+They are one module, because a site has its rule, and a rule gets its site. It is not `_types`,
+because a site also has a scheme, and a rule makes nodes; both of these have a `Layout`.
 """
 
 import dataclasses

@@ -49,6 +49,9 @@ For a method with A and B, `lower` returns
 `Change((Delta(self.factor("a"), self.factor("b"), scale),))`. Its `axes` give the axis of the rank
 a name, such as `"rank"`, and `Rule.sizes` returns its length.
 
+For annotations, `jlora.types` has `Site` and `Layout`, `BaseLeaf` (the `w` of `start`: an array, a
+`jax.ShapeDtypeStruct` or a `jlora.Quantized`) and `RankRule` (what an initializer reads of a rule).
+
 `register` refuses a class that is incomplete, or has the name of another rule. A node does not
 extend another node: it declares all its fields. `init` checks that what `start` returns has the
 shapes that `axes` and `sizes` say.

@@ -111,7 +111,7 @@ def test_a_folder_has_few_floors_and_short_modules() -> None:
 
 
 def form(value: ast.expr) -> str:
-    """Names the form of a value: a start such as `0`, a part such as `x.a`, a call, an operation."""
+    """Names the form of a value: a start such as `0`, a part such as `x.a`, a call, and so on."""
     match value:
         case ast.Constant() | ast.UnaryOp() | ast.List(elts=[]) | ast.Dict(keys=[]):
             return "start"

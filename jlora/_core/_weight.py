@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +207,6 @@ class Weight:
 Operand = jax.Array | Weight  # of an equation
 
 
-@runtime_checkable
 class Packable(Protocol):
     """A leaf that is no array, but from which W is computed."""
 
@@ -242,7 +241,8 @@ def leaf_weight(
     # Only a search for sites needs the path in an axis, and the paths of equal layers differ.
     axes = axes_of_leaf("" if uses is None else path, value.ndim)
     unchecked = _compat.unchecked_axes()
-    w = value.packed(axes) if isinstance(value, Packable) else Factor(value, axes)
+    packed = getattr(value, "packed", None)
+    w = Factor(value, axes) if packed is None else packed(axes)
     names = {Axis(d): axis for d, axis in enumerate(axes)}
     change = map_factors(lambda f: f.rename(names).may_vary(unchecked), change)
     # The model must be traced with a weight that varies over the mesh as W' does.
