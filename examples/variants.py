@@ -105,8 +105,8 @@ def allocate_ranks(task: Task) -> Setup:
     """Ranks of up to 8 by the gradient, with the parameters of one rank for all."""
     sketch = make_sketch(task, "gradient", 4 * RANK)
     rules = jlora.allocate(sketch, (*task.head, lora(None, RANK)), max_rank=4 * RANK)
-    print(rules)
-    return Setup(tuple(rules))
+    print({rule.pattern: rule.rank for rule in rules if isinstance(rule, jlora.LoRA)})
+    return Setup(rules)
 
 
 VARIANTS = {

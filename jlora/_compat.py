@@ -52,12 +52,6 @@ def scopes(eqn: JaxprEqn) -> tuple[Any, ...]:
     return eqn.source_info.name_stack.stack
 
 
-def in_scope(eqn: JaxprEqn, names: slice) -> JaxprEqn:
-    """Keeps some of the name scopes around `eqn`."""
-    info = eqn.source_info
-    return eqn.replace(source_info=info.replace(name_stack=info.name_stack[names]))
-
-
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Counts the constants and the carries among the operands of a `scan` equation."""
     if "num_consts" in params:

@@ -10,8 +10,6 @@ from ._report import QuantizedLeaf as QuantizedLeaf
 from ._report import Summary as Summary
 from ._site import Site as Site
 from ._sites import Sites as Sites
-from ._sketching import Allocation as Allocation
-from ._sketching import Share as Share
 from ._sketching import Sketch as Sketch
 from ._sketching import Spectrum as Spectrum
 from ._transformed import Transformed as Transformed

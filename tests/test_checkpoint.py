@@ -24,10 +24,10 @@ from cases import CASES
 from flax import nnx
 from laws import from_numpy, make
 from small import KEY, array, randomize, some
+from test_guides import run
 
 import jlora
 from jlora import Full, LoRA, Slots, checkpoint
-from jlora._rules import matches
 
 # Every day; in the long run all.
 DAILY = ("nnx_scan_only_up", "stacked_with_factors_of_two_dtypes", "tree_with_integers_and_scalars")
@@ -181,7 +181,7 @@ def test_a_foreign_initializer_keeps_its_name_and_says_so(tmp_path):
 
 @pytest.mark.parametrize(("kind", "name"), [("inputs", "eva"), ("gradient", "lora_ga")])
 def test_a_start_from_a_sketch_says_that_it_needs_one(kind, name, tmp_path):
-    """Of this format, and of the one before, which had the name of a function in it."""
+    """Also if its rules are saved again."""
     sketch = jlora.types.Sketch({}, kind)
     rules = (LoRA("up", rank=1, init=getattr(jlora.initializers, name)(sketch)),)
     adapter = {"up": made()[1]["up"]}
@@ -189,15 +189,12 @@ def test_a_start_from_a_sketch_says_that_it_needs_one(kind, name, tmp_path):
     checkpoint.save(tmp_path / "b", adapter, checkpoint.read(tmp_path / "a").rules)
     rule = fields_of(tmp_path / "b")["rules"][0]
     assert rule["init"] == {"function": f"jlora.initializers.{name}"}
-    rule["init"]["function"] = f"jlora.initializers._{name}.{name}.<locals>.start"
-    shutil.copytree(tmp_path / "a", tmp_path / "before")
-    edit(tmp_path / "before", rules=[rule], format=1)
     message = re.escape(
         f"`init` was jlora.initializers.{name} when the adapter was saved, which needs a sketch, "
         f"and a checkpoint has none. Make one with jlora.sketch(..., kind={kind!r}), and give "
         f"dataclasses.replace(rule, init=jlora.initializers.{name}(sketch)) with the same options."
     )
-    for folder in ("a", "b", "before"):
+    for folder in ("a", "b"):
         with pytest.raises(NotImplementedError, match=message):
             made(checkpoint.read(tmp_path / folder).rules)
 
@@ -208,10 +205,11 @@ def test_a_start_from_a_sketch_says_that_it_needs_one(kind, name, tmp_path):
         ("my._foo.foo.<locals>.start", "is not a part of jlora"),
         ("my._eva.eva.<locals>.start", "is not a part of jlora"),
         ("jlora.initializers._loftq.loftq.<locals>.start", "cannot be restored by its name"),
+        ("jlora.initializers._eva", "cannot be restored by its name"),
+        ("jlora.kaiming_uniform", "cannot be restored by its name"),
     ],
 )
-def test_other_functions_in_functions_keep_their_names(name, message, saved):
-    """Only the starts from a sketch had such names up to format 1."""
+def test_other_functions_keep_their_names(name, message, saved):
     rule = fields_of(saved[0])["rules"][0] | {"init": {"function": name}}
     edit(saved[0], rules=[rule])
     init = checkpoint.read(saved[0]).rules[0].init
@@ -505,7 +503,11 @@ def test_what_is_no_checkpoint_is_refused(saved, tmp_path):
     with pytest.raises(ValueError, match=r"metadata of .* are damaged \(ValueError: their hash"):
         checkpoint.read(path)
     edit(path, hashed=False, format=3)
-    with pytest.raises(ValueError, match=r"has format 3; .* reads formats 1 to 2\. Update jlora"):
+    wrote = rf"jlora {re.escape(jlora.__version__)} wrote .* in format 3"
+    with pytest.raises(ValueError, match=wrote + r"; .* reads format 2\. Update jlora\."):
+        checkpoint.restore(path)
+    edit(path, format=["x" * 10**6])
+    with pytest.raises(ValueError, match=r"in format \['x+\.\.\.x+'\]; .* Update jlora\."):
         checkpoint.restore(path)
     (path / "jlora" / "metadata").write_text("[]")
     with pytest.raises(ValueError, match=r"the metadata of .* are damaged \(TypeError"):
@@ -523,76 +525,43 @@ def heads(p: Any, x: jax.Array) -> jax.Array:
     return x @ p["head"]["w"] + p["head"]["b"]
 
 
-def test_a_checkpoint_of_before_is_read():
-    rules = checkpoint.read(BEFORE).rules
-    quer, out = LoRA(".*quer.*", rank=2, alpha=16), LoRA(".*(?:out/w).*", rank=1, alpha=16)
-    anywhere = quer, out, Full(".*head.*")
-    assert rules == anywhere
+def test_a_checkpoint_of_before_is_refused():
+    """The lines in the guide, to which the error leads, restore it."""
+    message = re.escape(
+        f"`path`: jlora 0.2.0 wrote {BEFORE} in format 1; this version of jlora reads format 2. "
+        "Its arrays are an Orbax tree, and fit the adapter that lora.init makes with its rules. "
+        'The guide "From 0.2 to 0.3" has the lines, under "Checkpoints".'
+    )
+    for refused in (checkpoint.read, checkpoint.restore, checkpoint.base_shapes):
+        with pytest.raises(ValueError, match=message):
+            refused(BEFORE)
     params = {"query": {"w": jnp.ones((4, 6))}, "out": {"w": jnp.ones((6, 4))}}
     params = {"multi_head": params, "head": {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}}
+    rules = LoRA("query", rank=2, alpha=16), LoRA("out", rank=1, alpha=16), Full(".*head")
     lora = jlora.transform(heads, *rules)
-    _, like = jax.eval_shape(lora.init, KEY, params, jnp.ones((1, 4)))
-    restored = checkpoint.restore(BEFORE, like=like, base=params)
-    assert_equal(restored, checkpoint.restore(BEFORE))
+    _, like = lora.init(KEY, params, jnp.ones((1, 4)))
+    restored = run("migration")["arrays_of_02"](BEFORE, like)
+    assert jax.tree.structure(restored) == jax.tree.structure(like)
     for x in (restored["head"]["b"], restored["multi_head"]["query"]["w"].b):
         np.testing.assert_array_equal(x, jnp.ones_like(x))  # trained from zero to one
+    flat = checkpoint._meta.flatten_leaves(jlora._tree.adapter_leaves(restored))
+    arrays = {tuple(x["path"]): x["arrays"] for x in fields_of(BEFORE)["adapter"]}
+    saved = {(*path, name): x[2] for path, each in arrays.items() for name, x in each.items()}
+    assert {path: checkpoint._fingerprint.hash_of(x) for path, x in flat.items()} == saved
 
 
-PATHS = (
-    "lm/head/kernel",
-    "layers_2/kernel",
-    "lm/head/bias",
-    "multi_head/query/kernel",
-    "0/Up/kernel",
-)
-PATTERNS_BEFORE = {  # and what they are read as
-    "kernel": ".*kernel.*",
-    "(head|query)/kernel$": ".*(?:(head|query)/kernel$).*",
-    "^lm": ".*(?:^lm).*",
-    "head": ".*head.*",
-    "^l": ".*(?:^l).*",
-    "head/": ".*(?:head/).*",
-    "/kernel": ".*(?:/kernel).*",
-    "": ".*",
-    "a|nel$": ".*(?:a|nel$).*",
-    "up$|lm": ".*(?:up$|lm).*",
-    "layers_[02]": ".*(?:layers_[02]).*",
-    "layers_[1-3]/.*kernel": ".*(?:layers_[1-3]/.*kernel).*",
-    "(?i)up": "(?i).*(?:up).*",
-    "(?i)U": "(?i).*(?:U).*",
-    "(?x) u  # of up": "(?x).*(?: u  # of up\n).*",
-    r"(e)r.*\1": r".*(?:(e)r.*\1).*",
-    "(?<!lm/)head": ".*(?:(?<!lm/)head).*",
-    "query/(?!bias)": ".*(?:query/(?!bias)).*",
-}
-
-
-@pytest.mark.parametrize("before", list(PATTERNS_BEFORE))
-def test_a_pattern_of_before_takes_the_same_leaves(before, tmp_path):
-    """Up to format 1, a pattern was searched for anywhere in a path."""
-    adapted = {path: jnp.ones(3) for path in PATHS if re.search(before, path)}
-    leaves = {tuple(path.split("/")): x for path, x in (adapted or {PATHS[0]: jnp.ones(3)}).items()}
-    checkpoint.save(tmp_path / "a", jlora._tree.nest(leaves), (Full("x"), Full("x")))
-    edit(tmp_path / "a", format=1, rules=[{"rule": "Full", "pattern": before}] * 2)
-    first, second = checkpoint.read(tmp_path / "a").rules
-    assert first == Full(PATTERNS_BEFORE[before])
-    assert [path for path in PATHS if matches(first, path)] == list(adapted)
-    assert second == first
-
-
-def test_a_pattern_of_before_is_not_tried(tmp_path):
+def test_a_pattern_is_not_tried(tmp_path):
     """A file may have one that takes for ever: exponential in a path, or in its own length."""
     leaves = {"a" * 50: jnp.ones(3), "b": jnp.ones(3)}
     checkpoint.save(tmp_path / "a", leaves, Full(".*"))
     hostile = ["(a+)+$", "(a|a)" * 40 + "c", "(a|aa)*$", ".*.*.*.*.*.*.*.*x", r"(a*)*\1$"]
-    edit(tmp_path / "a", format=1, rules=[{"rule": "Full", "pattern": x} for x in hostile])
-    read = checkpoint.read(tmp_path / "a").rules
-    assert [rule.pattern for rule in read] == [f".*(?:{pattern}).*" for pattern in hostile]
+    edit(tmp_path / "a", rules=[{"rule": "Full", "pattern": x} for x in hostile])
+    assert [rule.pattern for rule in checkpoint.read(tmp_path / "a").rules] == hostile
 
 
 @pytest.mark.parametrize("pattern", [0, False, [], 5, ["q"]], ids=repr)
-def test_a_pattern_of_before_that_is_none(pattern, saved):
-    edit(saved[0], format=1, rules=[{"rule": "Full", "pattern": pattern}])
+def test_a_pattern_that_is_none(pattern, saved):
+    edit(saved[0], rules=[{"rule": "Full", "pattern": pattern}])
     with pytest.raises(ValueError, match=r"the metadata of .* are damaged"):
         checkpoint.read(saved[0])
 

@@ -37,13 +37,6 @@ def test_the_workflow_runs_every_part() -> None:
     assert {f"run_{part}" for part in parts} <= set(re.findall(r"^(run_[\w.]+)\(\)", text, re.M))
 
 
-def test_unknown_parts_are_refused() -> None:
-    """Before anything is installed."""
-    command = [ROOT / ".ci" / "run", "lint", "lnit"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "no part lnit; .ci/run --list names them\n")
-
-
 def test_python_versions_agree() -> None:
     """Each that the package names is a part, and the release is tried with it."""
     named = [c.split(" :: ")[-1] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
@@ -76,14 +69,6 @@ def test_issue_forms(form: str) -> None:
     ids = [field["id"] for field in found["body"]]
     assert len(set(ids)) == len(ids)
     assert all(field["attributes"]["label"] for field in found["body"])
-
-
-def test_every_dependency_has_a_reason() -> None:
-    """As a comment beside it."""
-    text = (ROOT / "pyproject.toml").read_text()
-    block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S)
-    assert block
-    assert all(re.search(r'^  ".*", # \w', line) for line in block[1].splitlines())
 
 
 def test_what_was_tried_beside_is_in_the_guide() -> None:

@@ -13,7 +13,7 @@ from small import exactly, some_rows
 
 import jlora
 from jlora import NF4, DoRA, Full, LoRA, Rows
-from jlora._rules import compile_pattern
+from jlora._rules import compile_pattern, matches, pattern_anywhere
 
 PATHS = (
     "encoder/layers_0/query/kernel",
@@ -71,7 +71,8 @@ def sketch() -> jlora.types.Sketch:
 
 def take_by_rank(pattern: str) -> list[str]:
     """The sites that get a rank."""
-    return list(jlora.allocate(sketch(), LoRA(pattern, rank=1), min_rank=1).ranks)
+    rules = jlora.allocate(sketch(), LoRA(pattern, rank=1), min_rank=1)
+    return [path for path in PATHS if any(matches(rule, path) for rule in rules)]
 
 
 TAKERS: dict[str, Callable[[str], Sequence[str]]] = {
@@ -94,7 +95,7 @@ def each(patterns: dict[str, Any], *daily: str) -> Any:
 
 @each(PATTERNS, "head", "(?i)(?s)HEAD|QUERY")
 def test_whole_components(taker: str, pattern: str) -> None:
-    """Rules, schemes and allocations agree."""
+    """Rules, schemes and `allocate` agree."""
     assert sorted(TAKERS[taker](pattern)) == sorted(PATHS[i] for i in PATTERNS[pattern])
 
 
@@ -131,6 +132,17 @@ def test_a_pattern_inside_of_components(taker: str, pattern: str) -> None:
     with pytest.raises(ValueError, match=exactly(message)):
         TAKERS[taker](pattern)
     assert sorted(TAKERS[taker](better)) == sorted(p for p in PATHS if re.search(pattern, p))
+
+
+def test_a_pattern_that_also_matches_within_components() -> None:
+    """It takes the leaves in whose path the given one is found."""
+    inside = ["kernel", "(head|query)/kernel$", "^la", "head/", "/kernel", "", "a|nel$", "y$|em"]
+    inside += ["layers_[02]", "layers_[1-3]/.*kernel", "(?i)HEA", "(?x) q u  # of query"]
+    inside += [r"(e)r.*\1", "(?<!multi_)head", "query/(?!bias)"]
+    for pattern in inside:
+        rule = Full(pattern_anywhere(pattern))
+        taken = [path for path in PATHS if matches(rule, path)]
+        assert taken == [path for path in PATHS if re.search(pattern, path)], pattern
 
 
 def test_what_a_pattern_may_have() -> None:

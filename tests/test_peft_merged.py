@@ -983,12 +983,34 @@ def test_untied_trees(tmp_path: Folder) -> None:
 
 
 UNKNOWN = "the name of the head is not known; save the base untied"
+TWO = {"is_encoder_decoder": True}
 NOT_UNTIED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "encoder-decoder": ({}, {"is_encoder_decoder": True}, "an encoder-decoder model ties further"),
+    "encoder-decoder": ({}, TWO, "the names of all weights that this encoder-decoder model ties"),
+    "T5": (
+        {"encoder.block.0.relative_attention_bias.weight": ones(4, 2)},
+        {"text_config": TWO},
+        "T5 and its kin scale the outputs of a tied head",
+    ),
     "other values": ({"lm_head.weight": TABLE + 1}, {}, "config.json ties weights whose values"),
+    "parts that differ": (
+        {},
+        {"text_config": {"tie_word_embeddings": False}, "architectures": ["AForMaskedLM"]},
+        "parts of config.json differ in tie_word_embeddings; give all of them that of training",
+    ),
     "BERT": ({"cls.predictions.bias": ones(11)}, {}, UNKNOWN),
-    "RoBERTa": ({"lm_head.bias": ones(11), "lm_head.dense.weight": ones(4, 4)}, {}, UNKNOWN),
+    "two heads": (
+        {f"{x}.predictions.{y}": ones(11) for x in ("a", "b") for y in ("bias", "norm.weight")},
+        {},
+        UNKNOWN,
+    ),
+    "LUKE": (
+        {"lm_head.bias": ones(11), "lm_head.dense.weight": ones(4, 4)}
+        | {"entity_predictions.bias": ones(5)},
+        {},
+        UNKNOWN,
+    ),
     "masked": ({}, {"architectures": ["AForMaskedLM"]}, UNKNOWN),
+    "looks at an encoder": ({"model.layers.0.encoder_attn.q.weight": ones(4, 4)}, {}, UNKNOWN),
 }
 
 
@@ -1009,6 +1031,8 @@ def test_what_is_not_untied(case: str, tmp_path: Folder) -> None:
         ("language_model.model.embed_tokens", "language_model.lm_head"),
         ("transformer.wte", "lm_head"),
         ("gpt_neox.embed_in", "embed_out"),
+        ("backbone.embeddings", "lm_head"),
+        ("transformer.embeddings", None),
         ("bert.embeddings.word_embeddings", None),
         ("model.embeddings.tok_embeddings", None),
         ("biogpt.embed_tokens", None),
@@ -1025,6 +1049,103 @@ def test_the_name_of_an_untied_head(table: str, head: str | None, tmp_path: Fold
         return
     merged, _ = grow(tmp_path, weights, given, TIED, untie=True, **fields)
     np.testing.assert_array_equal(merged[f"{head}.weight"], TABLE)
+
+
+BIAS = np.arange(11, dtype=np.float32)
+OF_BERT = {
+    "bert.embeddings.word_embeddings.weight": TABLE,
+    "cls.predictions.bias": BIAS,
+    "cls.predictions.transform.dense.weight": ones(4, 4),
+}
+OF_BART = {"model.shared.weight": TABLE} | {
+    f"model.{stack}.layers.0.weight": ones(4, 4) for stack in ("encoder", "decoder")
+}
+# Weights; the head; what is stored beside it, and the tensor whose values that has.
+BESIDE: dict[str, tuple[dict[str, Any], str, dict[str, str], dict[str, Any]]] = {
+    "BERT": (
+        OF_BERT, "cls.predictions.decoder",
+        {"cls.predictions.decoder.bias": "cls.predictions.bias"}, {},
+    ),
+    "BERT, stored twice": (
+        OF_BERT | {"cls.predictions.decoder.weight": TABLE}, "cls.predictions.decoder",
+        {"cls.predictions.decoder.bias": "cls.predictions.bias"}, {},
+    ),
+    "BERT with both biases": (
+        OF_BERT | {"cls.predictions.decoder.bias": BIAS}, "cls.predictions.decoder", {}, {}
+    ),
+    "RoBERTa": (
+        {
+            "roberta.embeddings.word_embeddings.weight": TABLE,
+            "lm_head.bias": BIAS,
+            "lm_head.dense.weight": ones(4, 4),
+        },
+        "lm_head.decoder", {"lm_head.decoder.bias": "lm_head.bias"}, {},
+    ),
+    "ELECTRA": (
+        {"electra.embeddings.word_embeddings.weight": TABLE, "generator_lm_head.bias": BIAS},
+        "generator_lm_head", {}, {},
+    ),
+    "BART": (
+        OF_BART, "lm_head",
+        {
+            f"model.{stack}.embed_tokens.weight": "model.shared.weight"
+            for stack in ("encoder", "decoder")
+        },
+        TWO,
+    ),
+    "BART with one of them": (
+        OF_BART | {"model.encoder.embed_tokens.weight": TABLE}, "lm_head",
+        {"model.decoder.embed_tokens.weight": "model.shared.weight"}, TWO,
+    ),
+    "Whisper": (
+        {"model.decoder.embed_tokens.weight": TABLE, "model.encoder.conv1.weight": ones(4, 2, 3)},
+        "proj_out", {}, TWO,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_an_untied_head_has_beside_it(case: str, shards: int, tmp_path: Folder) -> None:
+    """Weights that are tied with it, and no longer are in the merged checkpoint."""
+    weights, head, beside, more = BESIDE[case]
+    config = TIED | {"architectures": ["AForMaskedLM"]} | more
+    a, b = low_rank((4, 11), 2)
+    given = {head: (b.T, a.T)}
+    merged, config = grow(
+        tmp_path, BODY | weights, given, config, shards, untie=True, target_modules=["q", head]
+    )
+    assert merged.keys() == {*BODY, *weights, *beside, f"{head}.weight"}
+    for name in weights.keys() - {f"{head}.weight"}:
+        np.testing.assert_array_equal(merged[name], weights[name])
+    for name, origin in beside.items():
+        np.testing.assert_array_equal(merged[name], weights[origin])
+    expected = TABLE + 1.5 * (b @ a).T
+    np.testing.assert_allclose(merged[f"{head}.weight"], expected, rtol=1e-5, atol=1e-6)
+    assert config["tie_word_embeddings"] is False
+
+
+def test_the_bias_of_an_untied_head(tmp_path: Folder) -> None:
+    """BERT's two biases are one in most versions of `transformers`: both get what PEFT trained."""
+    a, b = low_rank((4, 11), 2)
+    given = {
+        "cls.predictions.decoder": (b.T, a.T),
+        "cls.predictions.decoder.base_layer.bias": BIAS + 1,
+    }
+    merged, _ = grow(
+        tmp_path, BODY | OF_BERT, given, TIED | {"architectures": ["AForMaskedLM"]}, untie=True,
+        target_modules=["q", "decoder"], bias="lora_only",
+    )  # fmt: skip
+    for name in ("cls.predictions.bias", "cls.predictions.decoder.bias"):
+        np.testing.assert_array_equal(merged[name], BIAS + 1)
+
+
+def test_an_embedding_of_two_is_not_untied(tmp_path: Folder) -> None:
+    """Some versions of `transformers` use copies of it, which an adapter does not reach."""
+    given = {name.replace("embed_tokens", "shared"): x for name, x in both(0).items()}
+    with refused("`untie`: the adapter changes the embedding of an encoder and a decoder"):
+        grow(tmp_path, BODY | OF_BART, given, TIED | TWO, untie=True,
+             target_modules=["q", "shared"])  # fmt: skip
 
 
 def test_weights_that_differ_are_not_tied(tmp_path: Folder) -> None:

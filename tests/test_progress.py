@@ -1,11 +1,9 @@
 """Long work says how far it is: a bar on a terminal, elsewhere a line every ten seconds."""
 
 import gc
-import importlib
 import io
 import pathlib
 import re
-import sys
 import threading
 import time
 import types
@@ -77,21 +75,6 @@ def test_a_terminal_gets_a_bar(piped: io.StringIO, monkeypatch: pytest.MonkeyPat
     for _ in progress(range(3), mininterval=0, file=piped):
         assert threading.active_count() <= before + 1  # tqdm's own
     assert piped.getvalue().count("\r") >= 3
-
-
-def test_a_benchmark_that_is_silent(piped: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python -m tests.bench peers`, piped, while it makes environments for minutes."""
-    command = importlib.import_module("tests.bench.__main__")
-
-    def run(quick: bool) -> None:
-        wait_for(lambda: piped.getvalue().count("benchmarks:   0% 0/1") >= 3)
-
-    silent = types.SimpleNamespace(run=run)
-    monkeypatch.setattr(command.steps, "keep_memory", lambda: None)
-    monkeypatch.setattr(command, "importlib", types.SimpleNamespace(import_module=lambda _: silent))
-    monkeypatch.setattr(command, "sys", _progress.sys)
-    monkeypatch.setattr(sys, "argv", ["bench", "peers"])
-    command.main()
 
 
 def test_every_bar_is_this_one() -> None:

@@ -91,12 +91,12 @@ def format_count(count: int) -> str:
     return f"{count:.3g} TB"
 
 
-def main(argv: Sequence[str] | None = None, table: Sequence[Row] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints the figures of each row, in Markdown."""
     del argv  # there are no options
     print("| model | parameters | adapted | trainable | adapter | merged | gradients | Adam |")
     print("|---|---|---|---|---|---|---|---|")
-    for row in progress(table or rows()):
+    for row in progress(rows()):
         full, trained = measure(row.model, row.rules)
         cells = (
             row.name,

@@ -19,8 +19,8 @@ from .. import _compat
 from .._registry import check_free
 from ._arrays import pick
 from ._axes import Unfactorable
-from ._repeated import Call, Functions, variables
-from ._shared import steps
+from ._calls import Functions
+from ._shared import steps, variables
 from ._weight import Operand, Weight
 
 
@@ -237,7 +237,7 @@ def _evaluate(
         x = read(atom)
         return x.fold_in(next(number[atom])) if isinstance(x, Weight) and atom in number else x
 
-    for eqns, last in steps(jaxpr, weights, PRIMITIVES, functions is not None):
+    for eqns, last in steps(jaxpr, weights, PRIMITIVES):
         operands = [[use(atom) for atom in eqn.invars] for eqn in eqns]
         pairs = zip(eqns, operands, strict=True)
         outputs = _apply([Equation(*pair, within, functions) for pair in pairs])
@@ -264,9 +264,8 @@ def _apply(eqns: Sequence[Equation]) -> list[Sequence[Any]]:
 
 def _apply_one(eqn: Equation) -> Sequence[Any]:
     traced, operands = eqn.traced, eqn.operands
-    has_weights = any(isinstance(x, Weight) for x in operands)
     with _compat.context(traced):
-        if not has_weights and not isinstance(eqn.traced, Call):
+        if not any(isinstance(x, Weight) for x in operands):
             return _compat.bind(traced, *operands)
         found = PRIMITIVES.get(eqn.name)
         try:

@@ -14,14 +14,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import _compat
-from ._repeated import variables, with_calls
+
+
+def variables(atoms: Sequence[Any]) -> list[Any]:
+    """Drops the literals among `atoms`."""
+    return [v for v in atoms if not _compat.is_literal(v)]
 
 
 def steps(
-    jaxpr: _compat.Jaxpr,
-    weights: Sequence[bool],
-    primitives: Mapping[str, Any],
-    has_calls: bool = False,
+    jaxpr: _compat.Jaxpr, weights: Sequence[bool], primitives: Mapping[str, Any]
 ) -> list[tuple[list[Any], list[Any]]]:
     """Orders the equations that outputs and effects need into steps.
 
@@ -32,13 +33,9 @@ def steps(
         jaxpr: the jaxpr to evaluate.
         weights: for each input, whether it is an adapted weight.
         primitives: the registered primitives.
-        has_calls: whether each repeated run of equations becomes a `Call`.
     """
     live = _live(jaxpr)
-    found = groups(jaxpr, live, weights, primitives)
-    order = _order(with_calls(live, jaxpr.outvars, found), found) if has_calls else None
-    order = _order(live, found) if order is None else order
-    assert order is not None
+    order = _order(live, groups(jaxpr, live, weights, primitives))
     needed = set(variables(jaxpr.outvars))
     done = []
     for eqns in reversed(order):
@@ -48,26 +45,26 @@ def steps(
     return done[::-1]
 
 
-def _order(eqns: Sequence[Any], groups: Sequence[list[Any]]) -> list[list[Any]] | None:
-    """Lists groups and single equations in order; None if a call and a group need each other."""
+def _order(eqns: Sequence[Any], groups: Sequence[list[Any]]) -> list[list[Any]]:
+    """Lists groups and single equations in order."""
     source = {v: eqn for eqn in eqns for v in eqn.outvars}
     group = {id(eqn): eqns for eqns in groups for eqn in eqns}
     order: list[list[Any]] = []
-    begun, placed = set[int](), set[int]()
+    placed = set[int]()
 
-    def place(eqn: _compat.JaxprEqn) -> bool:
-        if id(eqn) in begun:
-            return id(eqn) in placed
+    def place(eqn: _compat.JaxprEqn) -> None:
+        if id(eqn) in placed:
+            return
         together = group.get(id(eqn), [eqn])
-        begun.update(map(id, together))
-        needed = (source[v] for e in together for v in variables(e.invars) if v in source)
-        if not all(map(place, needed)):
-            return False
         placed.update(map(id, together))
+        for v in variables([v for e in together for v in e.invars]):
+            if v in source:
+                place(source[v])
         order.append(together)
-        return True
 
-    return order if all(map(place, eqns)) else None
+    for eqn in eqns:
+        place(eqn)
+    return order
 
 
 def _live(jaxpr: _compat.Jaxpr) -> list[Any]:

@@ -1,14 +1,12 @@
 """Statistics of sites, and ranks that are allocated by them.
 
-Imports `_keys`, `_linalg`, `_progress`, `_report`, `_rules`, `_site`, `_text`, `_transform`,
-`_tree`, `_types`, `_adapters`, `_core`.
+Imports `_keys`, `_linalg`, `_progress`, `_rules`, `_site`, `_text`, `_transform`, `_tree`,
+`_types`, `_adapters`, `_core`.
 
-Read the modules in this order: `_kinds`, `_sketch`, `_allocation`, `_allocate`.
+Read the modules in this order: `_kinds`, `_sketch`, `_allocate`.
 """
 
 from ._allocate import allocate as allocate
-from ._allocation import Allocation as Allocation
-from ._allocation import Share as Share
 from ._kinds import Sketch as Sketch
 from ._kinds import Spectrum as Spectrum
 from ._sketch import sketch as sketch

@@ -1,16 +1,24 @@
 """`allocate` chooses sites and their ranks for a number of trained parameters."""
 
-import functools
+import dataclasses
 import heapq
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from .._adapters import LoRA, clip_rank
-from .._rules import check_int, explain_no_match, near_misses, rule_name
+from .._adapters import LoRA, clip_rank, matrix_lengths
+from .._rules import (
+    Slots,
+    check_int,
+    explain_no_match,
+    matches,
+    near_misses,
+    rule_name,
+)
 from .._site import Rule, check_rules
 from .._types import short
-from ._allocation import Allocation, Share, index_of, trainable_parameters
 from ._kinds import Sketch, Spectrum
 
 
@@ -21,7 +29,7 @@ def allocate(
     budget: int | None = None,
     min_rank: int = 0,
     max_rank: int | None = None,
-) -> Allocation:
+) -> tuple[Rule, ...]:
     r"""Chooses which sites are adapted, and their ranks, for a number of trained parameters.
 
     Use it only if the budget is too small for rank 1 at all linear sites. Evidence that it helps is
@@ -47,12 +55,15 @@ def allocate(
             the number of components.
 
     Returns:
-        An `Allocation`, a sequence of rules: `jlora.transform(apply_fn, *allocation)`.
+        Rules for `transform`. Each `LoRA` or `DoRA` is replaced by a rule for each of its sites
+        that has a rank, whose pattern is the path of the site. `jlora.transform(apply_fn,
+        *rules).sites(...)` prints them as a table.
 
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if a rule matches no site of the sketch, a rule has other slots than the sketch,
-            or the budget is too small for `min_rank`, or for any rank of 1.
+            a rule of another method would match a site that is left out, or the budget is too small
+            for `min_rank`, or for any rank of 1.
 
     Source: Paischer et al., EVA, arXiv 2410.07170, which counts ranks and not parameters; He et
     al., GoRA, arXiv 2502.12171, for ranks by gradients.
@@ -64,64 +75,85 @@ def allocate(
         >>> loss = lambda params, x: jnp.sum(model(params, x) ** 2)
         >>> rule = jlora.LoRA(rank=1)
         >>> found = jlora.sketch(loss, params, rule, [jnp.eye(4)], kind="gradient")
-        >>> lora = jlora.transform(model, *jlora.allocate(found, rule, budget=16))
+        >>> rules = jlora.allocate(found, rule, budget=16)
+        >>> [(rule.pattern, rule.rank, rule.scale) for rule in rules]
+        [('^b$', 2, 32.0)]
+        >>> lora = jlora.transform(model, *rules)
         >>> base, adapter = jax.jit(lora.init)(jax.random.key(0), params, jnp.eye(4))
         >>> adapter
         {'b': LowRank(a=float32[4,2], b=float32[2,4], scale=32.0)}
     """
     given = check_rules(rules)
-    if not isinstance(sketch, Sketch):
-        raise TypeError(f"`sketch` must be one from jlora.sketch; got {short(sketch)}.")
-    check_int("`min_rank`", min_rank, 0)
-    for name, n, least in (("budget", budget, 1), ("max_rank", max_rank, max(1, min_rank))):
-        if n is not None:
-            check_int(f"`{name}`", n, least)
-    taken = {path: index_of(path, given) for path in sketch.sites}
+    _check_arguments(sketch, budget, min_rank, max_rank)
+    places = {path: _find_rule(path, given) for path in sketch.sites}
+    _check_matches(sketch, given, set(places.values()))
+    taken = {p: given[i] for p, i in places.items() if i < len(given)}
+    sites = {p: rule for p, rule in taken.items() if isinstance(rule, LoRA)}
+    for path, rule in sites.items():
+        _check_slots(path, rule, sketch.sites[path])
+    ranks = _choose_ranks(sketch, sites, budget, min_rank, max_rank)
+    _check_left_out([path for path, rank in ranks.items() if not rank], given)
+    found: list[Rule] = []
     for i, rule in enumerate(given):
-        if isinstance(rule, LoRA) and i not in taken.values():
-            advice = near_misses if rule.pattern is None else explain_no_match
-            raise ValueError(
-                f"{rule_name(rule)} matches no site of `sketch`. "
-                + advice(rule.pattern or "", list(sketch.sites))
-            )
-    rules_by_path = {p: given[i] for p, i in taken.items() if i is not None}
-    sites = {p: rule for p, rule in rules_by_path.items() if isinstance(rule, LoRA)}
-    gains = {path: _gains(sketch.sites[path], sketch.kind) for path in sites}
-    shares = [
-        Share(path, sum(gains[path]), 0, sketch.sites[path].shape, sketch.sites[path].layout)
-        for path in sites
-    ]
-    ranks = _ranks(shares, gains, sites, budget, min_rank, max_rank)
-    return Allocation(tuple(share._replace(rank=ranks[share.path]) for share in shares), given)
+        if not isinstance(rule, LoRA):
+            found.append(rule)
+            continue
+        own = [(path, rank) for path, rank in ranks.items() if rank and places[path] == i]
+        found += [_rule_of_site(rule, path, rank) for path, rank in own]
+    return tuple(found)
 
 
-def _ranks(
-    shares: Sequence[Share],
-    gains: Mapping[str, Sequence[float]],
+def _rule_of_site(rule: LoRA, path: str, rank: int) -> LoRA:
+    """Returns the rule for one site, with a rank and the same scale."""
+    return dataclasses.replace(rule.of_rank(rank), pattern=f"^{re.escape(path)}$")
+
+
+def _is_for(rule: Rule, path: str) -> bool:
+    return rule.pattern is None or matches(rule, path)
+
+
+def _find_rule(path: str, given: Sequence[Rule]) -> int:
+    """Returns the index of the first rule that matches the site at `path`; len(given) if none."""
+    return next((i for i, rule in enumerate(given) if _is_for(rule, path)), len(given))
+
+
+# ------------------------------------------------------------------------------------- the choice
+
+
+def _choose_ranks(
+    sketch: Sketch,
     rules: Mapping[str, LoRA],
     budget: int | None,
     min_rank: int,
     max_rank: int | None,
 ) -> dict[str, int]:
     """Chooses components by gain per parameter, at each site in their order."""
+    gains = {path: _gains(sketch.sites[path], sketch.kind) for path in rules}
 
-    def largest(share: Share) -> int:
-        rule, cost = rules[share.path], costs[share.path]
-        n = min(len(gains[share.path]), share.largest, max_rank or 2 * rule.rank)
-        return n if rule.pattern is not None else clip_rank(n, share.layout, share.shape, cost)
+    def cost(path: str, rank: int) -> int:
+        """Counts the parameters that a site trains at a rank."""
+        site, rule = sketch.sites[path], rules[path]
+        return rule.of_rank(rank).trainable(site.layout, site.shape) if rank else 0
+
+    def largest(path: str) -> int:
+        site, rule = sketch.sites[path], rules[path]
+        possible = min(len(gains[path]), *matrix_lengths(site.layout, site.shape))
+        n = min(possible, max_rank or 2 * rule.rank)
+        if rule.pattern is not None:
+            return n
+        return clip_rank(n, site.layout, site.shape, lambda rank: cost(path, rank))
 
     def steps(path: str) -> Iterator[tuple[float, str, int]]:
         """Yields the negative gain per parameter, and the parameters, of each next rank."""
         for rank in range(ranks[path], most[path]):
-            parameters = costs[path](rank + 1) - costs[path](rank)
+            parameters = cost(path, rank + 1) - cost(path, rank)
             yield -gains[path][rank] / max(parameters, 1), path, parameters
 
-    costs = {s.path: functools.partial(trainable_parameters, s, rules[s.path]) for s in shares}
-    most = {share.path: largest(share) for share in shares}
+    most = {path: largest(path) for path in rules}
     ranks = {path: min(min_rank, n) for path, n in most.items()}
     if budget is None:
-        budget = sum(costs[path](min(rules[path].rank, n)) for path, n in most.items())
-    spent = sum(costs[path](rank) for path, rank in ranks.items())
+        budget = sum(cost(path, min(rules[path].rank, n)) for path, n in most.items())
+    spent = sum(cost(path, rank) for path, rank in ranks.items())
     if spent > budget:
         raise ValueError(
             f"`budget` must be at least {spent}, the parameters of `min_rank` {min_rank}; got "
@@ -135,7 +167,8 @@ def _ranks(
                     f"got {budget}."
                 )
             break
-        ranks[path], spent = ranks[path] + 1, spent + parameters
+        ranks[path] += 1
+        spent += parameters
     return ranks
 
 
@@ -143,3 +176,46 @@ def _gains(s: Spectrum, kind: str) -> list[float]:
     """Sums the gain of each component over a stack and over slots."""
     each = s.ratios if kind == "inputs" else s.values**2
     return np.asarray(each, np.float64).reshape(-1, each.shape[-1]).sum(0).tolist()
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+def _check_arguments(sketch: Any, budget: Any, min_rank: Any, max_rank: Any) -> None:
+    if not isinstance(sketch, Sketch):
+        raise TypeError(f"`sketch` must be one from jlora.sketch; got {short(sketch)}.")
+    check_int("`min_rank`", min_rank, 0)
+    for name, n, least in (("budget", budget, 1), ("max_rank", max_rank, max(1, min_rank))):
+        if n is not None:
+            check_int(f"`{name}`", n, least)
+
+
+def _check_matches(sketch: Sketch, given: Sequence[Rule], matched: set[int]) -> None:
+    for i, rule in enumerate(given):
+        if isinstance(rule, LoRA) and i not in matched:
+            advice = near_misses if rule.pattern is None else explain_no_match
+            raise ValueError(
+                f"{rule_name(rule)} matches no site of `sketch`. "
+                + advice(rule.pattern or "", list(sketch.sites))
+            )
+
+
+def _check_slots(path: str, rule: LoRA, site: Spectrum) -> None:
+    count, chosen, _ = site.layout.slots or (1, (0,), 0)
+    own = rule.slots or Slots(1, (0,))
+    if (count, chosen) != (own.count, own.chosen):
+        raise ValueError(
+            f"{rule_name(rule)} has the slots {own.chosen} of {own.count}, but the sketch of "
+            f"{path!r} has {chosen} of {count}. Sketch with these rules."
+        )
+
+
+def _check_left_out(paths: Sequence[str], given: Sequence[Rule]) -> None:
+    """Raises if a rule of another method would match a site of rank 0."""
+    others = [rule for rule in given if not isinstance(rule, LoRA)]
+    for path in paths:
+        if found := [rule for rule in others if _is_for(rule, path)]:
+            raise ValueError(
+                f"{path!r} has rank 0, so {rule_name(found[0])} would match it. Narrow the "
+                "pattern of that rule, or give `min_rank`."
+            )

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._adapters import RULES, AdapterLeaf, is_node, state, static
-from .._rules import is_finite, pattern_anywhere
+from .._rules import is_finite
 from .._site import Full, Rule
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from ._fingerprint import Fingerprint, Leaf, leaf_of, struct_of
 from ._rules import Fields, decode_rule, encode_rule, registered
 
-FORMAT = 2  # in format 1, patterns also matched within the components of a path
+FORMAT = 2  # format 1 is of jlora 0.1 and 0.2
 LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")
 FULL = "full"
 
@@ -27,7 +27,7 @@ class Saved(NamedTuple):
         adapter: the saved adapter, with a `jax.ShapeDtypeStruct` for each array. It can be the
             `like` of `restore`.
         rules: the saved rules. An initializer that is not jlora's own, or that needs a sketch, is a
-            `Foreign`. Patterns of format 1 are rewritten to match whole components of a path.
+            `Foreign`.
         step: the training step, or None.
         versions: the versions of jlora, JAX, jaxlib and Orbax that wrote it.
         base: the fingerprint of the base, or None.
@@ -80,23 +80,15 @@ def decode(fields: Fields) -> Saved:
         parts = {name: _leaf(*leaf) for name, leaf in item["arrays"].items()}
         hashes |= {(*path, name): leaf.hash for name, leaf in parts.items()}
         leaves[path] = _decode_leaf(item, {n: struct_of(leaf) for n, leaf in parts.items()})
-    base, rules = fields["base"], fields["rules"]
-    if fields["format"] < 2:
-        rules = [_match_anywhere(rule) for rule in rules]
+    base = fields["base"]
     return Saved(
         adapter=nest(leaves),
-        rules=tuple(map(decode_rule, rules)),
+        rules=tuple(map(decode_rule, fields["rules"])),
         step=fields["step"],
         versions=dict(fields["versions"]),
         base=None if base is None else {_strings(p): _leaf(*leaf) for p, *leaf in base},
         hashes=hashes,
     )
-
-
-def _match_anywhere(rule: Fields) -> Fields:
-    """Rewrites a rule of format 1, whose pattern also matched within components."""
-    pattern = rule.get("pattern")
-    return rule | {"pattern": pattern_anywhere(pattern)} if isinstance(pattern, str) else rule
 
 
 # ------------------------------------------------------------------------------------------ leaves
@@ -115,7 +107,7 @@ def _decode_leaf(item: Fields, parts: dict[str, Any]) -> Any:
         (full,) = parts.values()
         return full
     nodes = {x.node.__name__: x.node for x in RULES.values() if x is not Full}
-    kind = registered("node", item.get("node", "LowRank"), nodes)
+    kind = registered("node", item["node"], nodes)
     names = [name for name in kind._fields if name in item and name not in kind.labels]
     fields = {name: _to_tuples(item[name]) for name in names}
     hints = typing.get_type_hints(kind)

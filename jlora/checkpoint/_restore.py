@@ -12,7 +12,7 @@ from .._adapters import AdapterLeaf, arrays, is_node, state, static
 from .._core import AnyArray
 from .._tree import adapter_leaves, adapter_of, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
-from .._untrusted import show
+from .._untrusted import shorten, show
 from ._fingerprint import (
     Leaf,
     differences,
@@ -26,6 +26,12 @@ from ._meta import FORMAT, FULL, Saved, decode, digest, flatten_leaves
 from ._save import ADAPTER, METADATA
 from ._store import Where, by_all, check_files, damage, in_step, place
 
+NEWER = "Update jlora."
+OLDER = (
+    "Its arrays are an Orbax tree, and fit the adapter that lora.init makes with its rules. The "
+    'guide "From 0.2 to 0.3" has the lines, under "Checkpoints".'
+)
+
 
 def read(path: Where) -> Saved:
     """Reads the metadata of a checkpoint, but no arrays.
@@ -38,7 +44,8 @@ def read(path: Where) -> Saved:
 
     Raises:
         FileNotFoundError: if `path` does not exist.
-        ValueError: if `path` is not such a checkpoint, is damaged, or has a newer format.
+        ValueError: if `path` is not such a checkpoint, is damaged, or another version of jlora
+            wrote it in another format.
 
     Examples:
         >>> import tempfile, jax.numpy as jnp, jlora
@@ -61,10 +68,11 @@ def read(path: Where) -> Saved:
     with damage(damaged):
         fields = json.loads(file.read_text())
         number = fields["format"]
-    if number not in range(1, FORMAT + 1):
+        version = show(str(fields["versions"]["jlora"]))
+    if number != FORMAT:
         raise ValueError(
-            f"`path`: {folder} has format {number!r}; this version of jlora reads formats 1 to "
-            f"{FORMAT}. Update jlora."
+            f"`path`: jlora {version} wrote {folder} in format {shorten(number)}; this "
+            f"version of jlora reads format {FORMAT}. {OLDER if number in range(FORMAT) else NEWER}"
         )
     with damage(damaged):
         if fields.get("sha256") != digest(fields):

@@ -119,17 +119,9 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    for sketched in SKETCHED:
-        known = f"{OWN}{sketched}"
-        # Format 1 had the function in `_eva.py` that it was.
-        if name in (known, f"{OWN}_{sketched}.{sketched}.<locals>.start"):
-            return Foreign(known)
-    module, _, last = name.rpartition(".")
-    # Version 0.1 had the initializers in `jlora` itself.
-    is_own = module in ("jlora", "jlora.initializers") and last.isidentifier()
-    if not is_own or last.startswith("_"):
-        return Foreign(name)
-    function = getattr(initializers, last, None)
+    last = name.removeprefix(OWN)
+    is_own = name.startswith(OWN) and last.isidentifier() and not last.startswith("_")
+    function = getattr(initializers, last, None) if is_own and last not in SKETCHED else None
     return function if callable(function) else Foreign(name)
 
 

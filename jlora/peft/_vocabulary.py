@@ -8,7 +8,7 @@ from typing import Any
 
 from ._file import Header
 
-_HEADS = re.compile(r"LM|ForConditionalGeneration|ForPreTraining")
+_HEADS = re.compile(r"LM|MTModel|ForConditionalGeneration|ForPreTraining")
 
 
 def copy_config(config: Mapping[str, Any]) -> dict[str, Any]:

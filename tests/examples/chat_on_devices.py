@@ -1,42 +1,27 @@
 """`examples/chat.py` on eight devices: weights and rows are sharded, codes of 4 bits too."""
 
 import dataclasses
-import json
 
 import chat
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases._case import fill
-from models import llama, smollm2
-from test_llama import TINY, say, write_gguf
+from folders import write_chat_model, write_conversations
+from test_llama import TINY
 
 import jlora
 
 WIDE = dataclasses.replace(TINY, dim=512, hidden=512, heads=8, kv_heads=8, layers=1)
 
 
-@pytest.fixture(scope="module")
-def argv(tmp_path_factory):
-    """A model that eight devices can share in blocks of 64 inputs, and a few conversations."""
-    folder = tmp_path_factory.mktemp("wide")
-    file = write_gguf(folder / "wide.gguf", WIDE, fill(llama.shapes(WIDE), jnp.float32, 0.05))
-    found = [say(f"Next to {c}?", chr(ord(c) + 1)) for c in "abcdefghijklm" * 4]
-    lines = [json.dumps({"messages": x}) + "\n" for x in found]
-    (folder / "data.jsonl").write_text("".join(lines))
-    base = smollm2.write(file, folder / "base")
-    return [f"--base={base}", f"--data={folder / 'data.jsonl'}", *["--batch=8", "--length=64"]]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--quantize=nf4"]])
-def test_eight_devices_are_one(argv, more, tmp_path, monkeypatch):
+def test_eight_devices_are_one(more, tmp_path, monkeypatch):
     """The same losses but for rounding, and no kernel is whole on a device."""
-    options, bases, quantized = ["--steps=3", "--held-out=8", *more], [], jlora.transform
+    bases, given = [], jlora.transform
 
     def transform(apply, *rules):
-        lora = quantized(apply, *rules)
+        lora = given(apply, *rules)
 
         def init(key, variables, *args):
             bases.append(variables)
@@ -45,15 +30,16 @@ def test_eight_devices_are_one(argv, more, tmp_path, monkeypatch):
         return dataclasses.replace(lora, init=init)
 
     monkeypatch.setattr(jlora, "transform", transform)
+    base = write_chat_model(tmp_path / "wide", WIDE)  # to be shared in blocks of 64 inputs
+    data = write_conversations(tmp_path / "data.jsonl", 4)
+    sizes = ["--batch=8", "--length=64", "--steps=3", "--held-out=8", *more]
+    argv, mesh = [f"--base={base}", f"--data={data}", *sizes], jax.make_mesh
     with jax.enable_x64(False):
-        eight = chat.main([*argv, *options, f"--out={tmp_path / 'eight'}"])
+        eight = chat.main([*argv, f"--out={tmp_path / 'eight'}"])
         monkeypatch.setattr(jax, "device_count", lambda: 1)
-        monkeypatch.setattr(
-            jax,
-            "make_mesh",
-            lambda shape, *args, m=jax.make_mesh: m(shape, *args, devices=jax.devices()[:1]),
-        )
-        one = chat.main([*argv, *options, f"--out={tmp_path / 'one'}"])
+        alone = lambda shape, *args: mesh(shape, *args, devices=jax.devices()[:1])  # noqa: E731
+        monkeypatch.setattr(jax, "make_mesh", alone)
+        one = chat.main([*argv, f"--out={tmp_path / 'one'}"])
     np.testing.assert_allclose(eight.losses, one.losses, rtol=1e-3)
     assert eight.after == pytest.approx(one.after, rel=1e-3)
     kernels = [x for x in jax.tree.leaves(bases[0]["params"]["layers"]) if x.ndim > 2]

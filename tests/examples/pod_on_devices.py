@@ -22,8 +22,7 @@ def test_one_process(tmp_path, monkeypatch, capsys):
     sizes = "--batch 8 --length 16 --save-every 2 --log-every 1 --steps"
     with jax.enable_x64(False):
         pod.main(f"train {paths} {sizes} 3".split())
-    printed = capsys.readouterr().out
-    assert [f"step {n}: loss" in printed for n in range(5)] == [False, *[True] * 3, False]
+    assert capsys.readouterr().out.count(": loss ") == 3
     assert sorted(x.name for x in (tmp_path / "out" / "checkpoints").iterdir()) == ["2", "3"]
     assert checkpoint.read(tmp_path / "out" / "checkpoints" / "3").step == 3
     assert (tmp_path / "out" / "merged" / "3").is_dir()

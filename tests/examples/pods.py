@@ -61,21 +61,9 @@ class Run:
         return {int(n): float(x) for n, x in re.findall(r"step (\d+): loss (.*)", self.said())}
 
     def reach(self, step: int) -> None:
-        """Waits until the run has taken a step."""
-        self.wait(lambda: step in self.losses(), LIMIT)
-
-    def wait(self, condition, seconds: float) -> None:
-        """Waits until a condition holds."""
-        end = time.monotonic() + seconds
-        while not condition():
-            assert all(worker.poll() is None for worker in self.workers), self.report()
-            assert time.monotonic() < end, self.report()
-            time.sleep(0.01)
-
-    def wait_for_one(self) -> None:
-        """Waits until a process has ended."""
+        """Waits until the run has taken a step, or a process has ended."""
         end = time.monotonic() + LIMIT
-        while all(worker.poll() is None for worker in self.workers):
+        while step not in self.losses() and all(x.poll() is None for x in self.workers):
             assert time.monotonic() < end, self.report()
             time.sleep(0.01)
 

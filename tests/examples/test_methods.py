@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from models import bert, gpt, llama, parts
-from paper.methods import METHODS, PREFIXES, adapters, prefixes
+from models import bert, gpt, parts
+from paper.methods import METHODS, PREFIXES, adapters
 from small import some, some_rows
 
 import jlora
@@ -30,7 +30,6 @@ SIZES = {
     "pre_layer": {"l_p": 5},
     "prompt": {"l_p": 4},
 }
-ADDED = ["adapter_h", "adapter_l", *PREFIXES]
 IDS = np.random.default_rng(0).integers(8, VOCAB, (3, 7))
 MASK = (np.arange(7) < np.array([7, 5, 3])[:, None]).astype(np.int32)
 IDS[MASK == 0] = 1  # RoBERTa's padding
@@ -42,12 +41,9 @@ EVERY += [("roberta", "adapter_h"), ("roberta", "pre_layer")]
 CACHED = [name for name in METHODS if name not in PREFIXES]
 
 
-def rules(kind):
-    return () if kind == "gpt" else (jlora.Full("pooler|classifier"),)
-
-
 def build(kind, name, **sizes):
-    return METHODS[name](MODELS[kind], *rules(kind), **SIZES.get(name, {}) | sizes)
+    rules = () if kind == "gpt" else (jlora.Full("pooler|classifier"),)
+    return METHODS[name](MODELS[kind], *rules, **SIZES.get(name, {}) | sizes)
 
 
 @functools.cache
@@ -94,11 +90,6 @@ def compiled(kind, name):
     return lambda base, trained, ids, mask: run(trained, base, ids, mask)[::-1]
 
 
-@functools.cache
-def plain(kind):
-    return jax.jit(MODELS[kind].apply)
-
-
 # ---- laws ---------------------------------------------------------------------------------------
 
 
@@ -114,7 +105,7 @@ def test_laws(kind, name):
     assert not any(jax.tree.leaves(mask.base)) and all(jax.tree.leaves(mask.adapter))
     run = compiled(kind, name)
     outputs, _ = run(base, trained, IDS, MASK)
-    off = np.abs(outputs - plain(kind)(variables(kind), IDS, MASK))[0].max()
+    off = np.abs(outputs - jax.jit(MODELS[kind].apply)(variables(kind), IDS, MASK))[0].max()
     assert off > 1e-2 if name in PREFIXES else off < 1e-5
     base, trained = moved(kind, name)
     outputs, grads = run(base, trained, IDS, MASK)
@@ -123,73 +114,6 @@ def test_laws(kind, name):
     other, _ = run(base, trained, np.where(MASK > 0, IDS, 20), MASK)
     real = MASK > 0 if kind == "gpt" else slice(None)
     np.testing.assert_allclose(outputs[real], other[real], atol=1e-5)
-
-
-# ---- counts -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["bert", "gpt"])
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("adapter_h", adapters.count(2 * L, 0, D, 6)),
-        ("adapter_l", adapters.count(L, L, D, 3)),
-        ("pre_embed", prefixes.count(1, D, 5)),
-        ("pre_layer", prefixes.count(L, D, 5)),
-        ("prompt", prefixes.count(1, D, 4)),
-        ("lora", 4 * L * D * 2),
-    ],
-)
-def test_trees_have_as_many_parameters_as_the_formula(kind, name, expected):
-    """Beside those of the head."""
-    init = functools.partial(build(kind, name).init, jax.random.key(2))
-    _, trained = jax.eval_shape(init, variables(kind), IDS, MASK)
-    heads = [x for name, x in trained.get("params", {}).items() if name in ("pooler", "classifier")]
-    assert jlora.count(trained) - sum(map(jlora.count, heads)) == expected
-
-
-@pytest.mark.parametrize(
-    ("count", "millions"),
-    [
-        (adapters.count(24, 24, 1024, 6), 0.37),  # GPT-2 medium, AdapterL
-        (adapters.count(2 * 96, 0, 12288, 64), 304.4),  # GPT-3, AdapterH
-        (prefixes.count(1, 12288, 264), 3.2),  # GPT-3, PreEmbed
-    ],
-)
-def test_formulas_give_what_the_paper_prints(count, millions):
-    digits = len(str(millions).partition(".")[2])
-    assert round(count / 1e6, digits) == millions
-
-
-# ---- references by hand -------------------------------------------------------------------------
-
-
-def test_perceptron():
-    rng = np.random.default_rng(0)
-    x, down, up = rng.normal(size=(2, 5, 4)), rng.normal(size=(4, 3)), rng.normal(size=(3, 4))
-    scale, shift = rng.normal(size=(2, 4))
-    p = {"down": {"kernel": down, "bias": np.ones(3)}, "up": {"kernel": up, "bias": np.ones(4)}}
-    y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + adapters.EPSILON)
-    for p_, y_ in ((p, x), (p | {"norm": {"scale": scale, "bias": shift}}, y * scale + shift)):
-        expected = x + np.maximum(y_ @ down + 1, 0) @ up + 1
-        got = adapters.perceptron(jax.tree.map(jnp.float32, p_), jnp.float32(x))
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def by_hand(trained, between):
-    """GPT's outputs where `between(i, block, x)` is a layer; `block(x, mask)` is its own."""
-    params = {**variables("gpt")["params"], **trained.get("params", {})}
-    layer = gpt.Block(config=MODELS["gpt"].config, dtype=jnp.float32, param_dtype=jnp.float32)
-    x = params["wte"]["embedding"][IDS] + params["wpe"]["embedding"][np.arange(7)]
-    for i in range(L):
-
-        def block(x, mask, i=i):  # which has no cache here
-            seen = mask[:, None, None].astype(bool)
-            return layer.apply({"params": params[f"h_{i}"]}, x, None, seen, None)[0]
-
-        x = between(i, block, x)
-    x = nn.LayerNorm(1e-5).apply({"params": params["ln_f"]}, x)
-    return x @ params["wte"]["embedding"].T
 
 
 @pytest.mark.parametrize("name", some(CACHED, "adapter_l"))
@@ -203,8 +127,37 @@ def test_gpt_with_a_cache(name):
     np.testing.assert_allclose(np.concatenate([logits, again], 1), whole, atol=3e-5)
 
 
+# ---- counts -------------------------------------------------------------------------------------
+
+# Of the paper's section 5.1: adapters of L_adpt·(2·d·r + r + d), norms of 2·d, L·d·l_p, L·4·d·r.
+FORMULAS = {
+    "adapter_h": 2 * L * (2 * D * 6 + 6 + D),
+    "adapter_l": L * (2 * D * 3 + 3 + D) + L * 2 * D,
+    "pre_embed": D * 5,
+    "pre_layer": L * D * 5,
+    "prompt": D * 4,
+    "lora": L * 4 * D * 2,
+}
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt"])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_trees_have_as_many_parameters_as_the_formula(kind, name):
+    """Beside those of the head."""
+    init = functools.partial(build(kind, name).init, jax.random.key(2))
+    _, trained = jax.eval_shape(init, variables(kind), IDS, MASK)
+    heads = [x for name, x in trained.get("params", {}).items() if name in ("pooler", "classifier")]
+    assert jlora.count(trained) - sum(map(jlora.count, heads)) == FORMULAS[name]
+
+
+# ---- references by hand -------------------------------------------------------------------------
+
+
 def after_the_layer(block, x, added):
-    return adapters.perceptron(added["layer"], block(x, MASK))
+    p, y = added["layer"], block(x, MASK)
+    z = (y - y.mean(-1, keepdims=True)) / jnp.sqrt(y.var(-1, keepdims=True) + adapters.EPSILON)
+    z = (z * p["norm"]["scale"] + p["norm"]["bias"]) @ p["down"]["kernel"] + p["down"]["bias"]
+    return y + jnp.maximum(z, 0) @ p["up"]["kernel"] + p["up"]["bias"]
 
 
 def beside_its_inputs(block, x, added):
@@ -220,17 +173,27 @@ def beside_its_inputs(block, x, added):
     ),
 )
 def test_what_a_method_does_in_each_layer(name, between):
-    """`between(block, x, added)` has the parameters that are added in the layer."""
+    """`between(block, x, added)` is a layer of GPT by hand; `added` has its parameters."""
     base, trained = moved("gpt", name)
-    added = trained["added"]
-    rest = {k: tree for k, tree in trained.items() if k != "added"}
+    layer = gpt.Block(config=MODELS["gpt"].config, dtype=jnp.float32, param_dtype=jnp.float32)
 
     @jax.jit
-    def expected(rest, added):
-        return by_hand(rest, lambda i, *args: between(*args, added[f"layer_{i}"]))
+    def by_hand(params, added):
+        x = params["wte"]["embedding"][IDS] + params["wpe"]["embedding"][np.arange(7)]
+        for i in range(L):
+
+            def block(x, mask, i=i):  # which has no cache here
+                seen = mask[:, None, None].astype(bool)
+                return layer.apply({"params": params[f"h_{i}"]}, x, None, seen, None)[0]
+
+            x = between(block, x, added[f"layer_{i}"])
+        x = nn.LayerNorm(1e-5).apply({"params": params["ln_f"]}, x)
+        return x @ params["wte"]["embedding"].T
 
     got, _ = compiled("gpt", name)(base, trained, IDS, MASK)
-    np.testing.assert_allclose(got, expected(rest, added), atol=3e-5)
+    assert trained.keys() == {"added"}
+    expected = by_hand(variables("gpt")["params"], trained["added"])
+    np.testing.assert_allclose(got, expected, atol=3e-5)
 
 
 def test_prompt_starts_as_words():
@@ -239,15 +202,3 @@ def test_prompt_starts_as_words():
     params = variables("gpt")["params"]
     expected = params["wte"]["embedding"][5:9] + params["wpe"]["embedding"][:4]
     np.testing.assert_allclose(trained["added"]["layer_0"], expected, atol=1e-6)
-
-
-# ---- errors -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ADDED)
-def test_refuses_scanned_layers_and_other_models(name):
-    with pytest.raises(ValueError, match=r"got scan=True\. Load the variables and build the model"):
-        METHODS[name](gpt.GPT(gpt.Config()))
-    other = llama.Llama(llama.SIZES["smollm2-135m"])
-    with pytest.raises(TypeError, match=r"must be a bert\.Bert or gpt\.GPT; got a Llama"):
-        METHODS[name](other)

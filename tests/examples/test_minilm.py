@@ -53,11 +53,9 @@ def run(layers, tmp_path_factory):
 
 def test_what_is_reported_and_left_there(run, layers):
     """An ordinary checkpoint, of which only queries and values differ, and the adapter."""
-    result, out, _ = run
+    result, out, printed = run
     assert all(0 <= x <= 1 for x in result) and result.majority >= 0.5
     assert result.merged == pytest.approx(result.after, abs=1 / 32)  # of the restored adapter
-    names = sorted(path.name for path in (out / "merged").iterdir())
-    assert names == ["config.json", "model.safetensors", "tokenizer.json"]
     files = (data.minilm(), out / "merged")
     before, after = (load_file(folder / "model.safetensors") for folder in files)
     assert after.keys() == before.keys() | {"classifier.weight", "classifier.bias"}
@@ -68,21 +66,10 @@ def test_what_is_reported_and_left_there(run, layers):
         for part in ("query", "value")
     }
     assert checkpoint.read(out / "adapter").rules == quickstart.make_rules(RANK)
-
-
-def test_the_last_screen_says_what_was_learned(run, layers):
-    """The scores, the sizes, and up to three sentences, of those held out, with their labels."""
-    result, out, printed = run
-    assert printed.startswith(f"{STEPS} steps")
     screen = printed[printed.index("right of 32 sentences") :]
-    assert len(screen.splitlines()) <= 20
-    for score in result:
-        assert f"{score:.1%}" in screen
-    sizes = dict(re.findall(r"^  (\S+): (\S+) MB$", screen, re.MULTILINE))
-    assert float(sizes[str(out / "adapter")]) < float(sizes[str(out / "merged")]) / 20
+    assert len(screen.splitlines()) <= 20 and all(f"{score:.1%}" in screen for score in result)
     held_out = {x.text: x.label for x in data.snippets(quickstart.SOURCE, quickstart.MARGIN)[1]}
     shown = re.findall(r"^  (positive|negative): (.*)$", screen, re.MULTILINE)
-    assert len(shown) <= 3
     assert all(held_out[text] == (label == "positive") for label, text in shown)
 
 
@@ -91,8 +78,6 @@ def test_training_starts_from_the_probe(layers):
     model, variables, tokenizer = quickstart.load()
     snippets = quickstart.keep_short(tokenizer, data.snippets(quickstart.SOURCE)[0][:80])
     batch = quickstart.encode(tokenizer, snippets, quickstart.SHORT)
-    assert 0 < len(snippets) < 80
-    assert batch.mask.shape[1] == quickstart.SHORT
     x = quickstart.outputs(functools.partial(quickstart.features, model, variables), batch)
     head = quickstart.fit_head(x, batch.labels)
     logits = x @ head["kernel"] + head["bias"]
@@ -114,21 +99,12 @@ def test_requests_are_answered_in_one_program(run, layers, tmp_path):
     """With adapters of an earlier run, of which one is trained first in the long run."""
     for name in (*serve.AT_FIRST[layers > 1 :], serve.LATER):
         shutil.copytree(run[1] / "adapter", tmp_path / "adapters" / f"{name}-{STEPS}")
-    argv = f"--steps {STEPS} --each 12 --batch 8 --out {tmp_path}"
-    served = serve.main(argv.split())
+    served = serve.main(f"--steps {STEPS} --each 12 --batch 8 --out {tmp_path}".split())
     assert served.compiled == 1
     assert len(served.answers) == 48
-    early = [x for x in served.answers if "error" in x]
-    assert {x["adapter"] for x in early} == {serve.LATER}
+    assert {x["adapter"] for x in served.answers if "error" in x} == {serve.LATER}
     answered = [x for x in served.answers if "positive" in x]
     assert {x["adapter"] for x in answered} == {*serve.AT_FIRST, serve.LATER}
     assert all(0 <= x["positive"] <= 1 for x in answered)
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == served.answers
-
-
-def test_requests_come_from_a_file(tmp_path):
-    file = tmp_path / "requests.jsonl"
-    file.write_text('{"adapter": "movies", "text": "Horrible."}\n\n{"adapter": "x", "text": "y"}\n')
-    first, second = serve.read(file)
-    assert (first.text, first.label, second.adapter) == ("Horrible.", None, "x")

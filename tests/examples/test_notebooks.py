@@ -12,16 +12,12 @@ NOTEBOOKS = sorted((pathlib.Path(__file__).parents[2] / "notebooks").glob("*.ipy
 SHORT = {"JLORA_STEPS": "4", "JLORA_BATCH": "8", "JLORA_HELD_OUT": "32"}
 
 
-def test_there_are_notebooks():
-    assert NOTEBOOKS
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_stored_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in cells)
+    assert cells and all(cell.outputs == [] and cell.execution_count is None for cell in cells)
 
 
 @pytest.mark.slow
@@ -32,8 +28,6 @@ def test_runs(path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     scripts = os.path.dirname(sys.executable)
     monkeypatch.setenv("PATH", scripts + os.pathsep + os.environ["PATH"])
-    notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
-    ).execute()
+    notebook, where = nbformat.read(path, as_version=4), {"metadata": {"path": path.parent}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")

@@ -35,10 +35,17 @@ def models(tmp_path_factory):
     return theirs.eval(), (beam.cached(ours, config.cache), beam.uncached(ours))
 
 
-@pytest.mark.parametrize("beams", [2, 5])
-@pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.9])
-@pytest.mark.parametrize("no_repeat", [0, 2])
-@pytest.mark.parametrize("stop", [(23,), (40, 23, 48)])
+FEW, MORE = (23,), (40, 23, 48)
+ROWS = [
+    (5, 0.9, 2, MORE),
+    (2, 0.0, 0, FEW),
+    (5, -1.0, 0, MORE),
+    (2, -1.0, 2, FEW),
+    (5, 0.0, 2, FEW),
+]
+
+
+@pytest.mark.parametrize(("beams", "penalty", "no_repeat", "stop"), ROWS)
 def test_texts_and_scores(models, beams, penalty, no_repeat, stop):
     theirs, steps = models
     expected = theirs.generate(
@@ -57,16 +64,9 @@ def test_texts_and_scores(models, beams, penalty, no_repeat, stop):
         output_scores=True,
     )
     scores = expected.sequences_scores.tolist()
+    rules = {"beams": beams, "stop": stop, "penalty": penalty, "no_repeat": no_repeat}
     for step in steps:
-        found = beam.search(
-            step,
-            PROMPTS,
-            beams=beams,
-            new_tokens=8,
-            stop=stop,
-            penalty=penalty,
-            no_repeat=no_repeat,
-        )
+        found = beam.search(step, PROMPTS, new_tokens=8, **rules)
         texts = [text for several in found for text in several]
         assert len(texts) == len(PROMPTS) * beams
         assert [text.score for text in texts] == pytest.approx(scores, abs=1e-4)

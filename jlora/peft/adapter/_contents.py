@@ -20,8 +20,9 @@ SAVED_BY_NAME = ("embed_tokens", "lm_head")
 # Names of embeddings, and of heads, that may share one weight.
 SHARED = re.compile(
     r"(^|[._])(embed_tokens|embed_in|wte|word_embeddings?|tokens?_embed|tok_embeddings|shared"
-    r"|lm_head|lm_head\.decoder|cls\.predictions\.decoder|embed_out|proj_out|output_projection"
-    r"|generator_lm_head|lm_loss|pred_layer\.proj|output)$"
+    r"|lm_head|lm_head\.decoder|embed_out|proj_out|output_projection|generator_lm_head|lm_loss"
+    r"|vocab_projector|pred_layer\.proj|output)$"
+    r"|(^|\.)(embeddings|predictions\.decoder)$|^decoder$"
 )
 # PEFT lists both names for every sequence classifier, whatever its head is called.
 HEADS = ("classifier", "score")

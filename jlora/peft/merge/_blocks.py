@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
 
 import jax
@@ -15,6 +16,7 @@ from .._file import DTYPES, TensorInfo
 from .._write import Edit
 from ..adapter._tokens import Tokens
 
+Rows = slice | np.ndarray
 BLOCK = 2**19  # numbers
 # On CPUs with fused multiply-adds, XLA sums matrices with such sides in the order of the rank.
 _SIDE = 64
@@ -30,6 +32,10 @@ class NewValues(Edit):
         """Yields the value."""
         data.seek(tensor.stop - tensor.start, 1)
         yield self.value
+
+    def of_rows(self, expert: int | None, rows: Rows) -> "NewValues":
+        """Returns the values of some rows, of one matrix if there is a stack of them."""
+        return NewValues((self.value if expert is None else self.value[expert])[rows])
 
 
 @dataclasses.dataclass
@@ -75,10 +81,11 @@ class Sum(Edit):
         left, right = self.right.swapaxes(1, 2), self.left.swapaxes(1, 2)
         return Sum(left, right, self.scale, self.m, not self.by_rows)
 
-    def of_rows(self, expert: int, start: int, rows: int) -> "Sum":
-        """Returns the sum for some rows of one matrix of the stack."""
-        left = self.left[expert : expert + 1, start : start + rows]
-        return Sum(left, self.right[expert : expert + 1], self.scale)
+    def of_rows(self, expert: int | None, rows: Rows) -> "Sum":
+        """Returns the sum for some rows, of one matrix if there is a stack of them."""
+        own = slice(None) if expert is None else slice(expert, expert + 1)
+        m = self.m if self.m is None or not self.by_rows else self.m[rows]
+        return Sum(self.left[own, rows], self.right[own], self.scale, m, self.by_rows)
 
     def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yields W + s·B·A in blocks of rows, normalized for DoRA."""
@@ -107,6 +114,34 @@ class Sum(Edit):
                 own = slice(start, start + step)
                 left = self.left[i, own]
                 yield own, add(_read(data, dtype, (len(left), columns)), left, to)
+
+
+@dataclasses.dataclass
+class Parts(Edit):
+    """Changes some of the parameters that follow each other in the rows of a tensor.
+
+    Attributes:
+        parts: the number of rows of each, and its edit, by its first row.
+    """
+
+    parts: Mapping[int, tuple[int, Edit]]
+
+    def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
+        """Yields the rows of these parameters, and those between them as they are."""
+        count, *rest = tensor.shape
+        dtype = DTYPES[tensor.dtype]
+        at = 0
+        columns = math.prod(rest)
+        step = max(1, BLOCK // max(columns, 1))
+        for start, (rows, edit) in [*sorted(self.parts.items()), (count, (0, None))]:
+            for i in range(at, start, step):
+                yield _read(data, dtype, (min(step, start - i), columns))
+            if edit is not None:
+                size = rows * columns * dtype.itemsize
+                yield from edit.blocks(
+                    data, tensor._replace(shape=(rows, *rest), start=0, stop=size)
+                )
+            at = start + rows
 
 
 def _squares(block: np.ndarray, axis: int) -> np.ndarray:

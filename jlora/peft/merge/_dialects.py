@@ -34,8 +34,17 @@ _LLAVA: Dialect = (
     (r"^(language|text)_model\.lm_head\.", "lm_head."),
     (r"^(?!model\.|lm_head\.)", "model."),
 )
+# Encoders with the names of FlashAttention.
+_FLASH: Dialect = (
+    (r"\.(attn|mixer)\.Wqkv\.", ".self_attn.{q,k,v}_proj."),
+    (r"\bencoder\.layers\.", "layers."),
+    (r"\bemb_ln\.", "embeddings.LayerNorm."),
+    (r"\.norm1\.", ".post_attention_layernorm."),
+    (r"\.norm2\.", ".post_mlp_layernorm."),
+)
 # Replacements, in order, from a checkpoint's names to the modules of `transformers` 5. Every
-# checkpoint of a dialect has a name that matches its first pattern.
+# checkpoint of a dialect has a name that matches its first pattern. Braces list the modules that
+# each have an equal part of a tensor's rows, in order; `~` as in `split`.
 DIALECTS: tuple[Dialect, ...] = (
     ((r"\.block_sparse_moe\.", ".mlp."),),  # Mixtral, MiniMax
     ((r"\.block_sparse_moe\.gate\.", ".mlp.router."), (r"\.block_sparse_moe\.", ".mlp.")),  # PhiMoE
@@ -45,7 +54,11 @@ DIALECTS: tuple[Dialect, ...] = (
         (r"\.block_sparse_moe\.router\.layer\.", ".block_sparse_moe.router."),
     ),
     ((r"^embed_out\.", "lm_head."),),  # GPT-NeoX
-    _VISION,  # DINOv2
+    (  # DINOv2
+        *_VISION,
+        (r"\.mlp\.weights_in\.", ".mlp.{gate,up}_proj."),
+        (r"\.mlp\.weights_out\.", ".mlp.down_proj."),
+    ),
     ((r"\bencoder\.layer\.", "layers."), *_VISION),  # ViT, DeiT, BEiT
     (  # Swin
         *_HIERARCHICAL,
@@ -97,8 +110,41 @@ DIALECTS: tuple[Dialect, ...] = (
         (r"\.mlp\.fc12\.", ".mlp.gate_proj."),
         (r"\.mlp\.fc2\.", ".mlp.down_proj."),
         (r"\.attn\.out_proj\.", ".self_attn.o_proj."),
+        *_FLASH,
     ),
-    ((r"\.mixer\.out_proj\.", ".self_attn.o_proj."),),  # Jina v3
+    ((r"\.mixer\.out_proj\.", ".self_attn.o_proj."), *_FLASH),  # Jina v3
+    (  # GTE
+        (r"\.attention\.qkv_proj\.", ".self_attn.{q,k,v}_proj."),
+        (r"\.attention\.o_proj\.", ".self_attn.o_proj."),
+        (r"\.mlp\.up_gate_proj\.", ".mlp.{up,gate}_proj."),
+        (r"\bencoder\.layer\.", "layers."),
+        (r"\.attn_ln\.", ".post_attention_layernorm."),
+        (r"\.mlp_ln\.", ".post_mlp_layernorm."),
+        (r"^lm_head\.norm\.", "lm_head.layer_norm."),
+    ),
+    (  # HRM
+        (r"\.attn\.gqkv_proj\.", ".self_attn.{gate,q,k,v}_proj."),
+        (r"\.attn\.o_proj\.", ".self_attn.o_proj."),
+        (r"\.mlp\.gate_up_proj\.", ".mlp.{gate,up}_proj."),
+    ),
+    (  # Kimi K2.5
+        (r"(\.blocks\.\d+)\.wqkv\.", r"\1.attn.{q~,k~,v}_proj."),
+        (r"\.encoder\.blocks\.(\d+)\.wo\.", r".layers.\1.attn.proj."),
+        (r"\.encoder\.blocks\.(\d+)\.(mlp\.fc|norm)1\.", r".layers.\1.\g<2>2."),
+        (r"\.encoder\.blocks\.(\d+)\.(mlp\.fc|norm)0\.", r".layers.\1.\g<2>1."),
+        (r"^vision_tower\.encoder\.", "vision_tower."),
+        (r"\.blocks\.", ".layers."),
+        (r"^mm_projector\.proj\.0\.", "mm_projector.in_proj."),
+        (r"^mm_projector\.proj\.2\.", "mm_projector.out_proj."),
+        *_LLAVA,
+    ),
+    (  # MiniMax M3
+        (r"\.block_sparse_moe\.", ".mlp."),
+        (r"^patch_merge_mlp\.", "multi_modal_projector.merge_"),
+        (r"\.vision_model\.(encoder\.)?", "."),
+        (r"\.index_([qk])_", r".indexer.\1_"),
+        *_LLAVA,
+    ),
     (  # DETR, RT-DETR
         (r"\bout_proj\.", "o_proj."),
         (r"\blayers\.(\d+)\.fc([12])\.", r"layers.\1.mlp.fc\2."),

@@ -1,36 +1,55 @@
 """Finds the edit of each tensor."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from .._problems import Problems
 from .._write import Edit
 from ..adapter._contents import Contents, Part
 from ..adapter._parameters import list_orientations
-from ._blocks import NewRows, NewValues, Sum
+from ._blocks import NewRows, NewValues, Parts, Sum
 from ._renaming import Model
 
 
 def find_edits(model: Model, contents: Contents, problems: Problems) -> dict[str, Edit]:
     """Finds the edit of each tensor that changes."""
-    found: dict[str, Edit] = {
-        model.tensor(n): NewValues(x) for n, x in contents.full.items() if n in model
-    }
+    found, parts = dict[str, Edit](), dict[str, dict[int, tuple[int, Edit]]]()
+    for name, change in _list_changes(model, contents, problems):
+        for piece in (view := model[name]).pieces:
+            edit = change if view.is_tensor else change.of_rows(piece.expert, piece.own)
+            own = parts.get(piece.tensor, {})
+            if piece.tensor in found or (own and piece.at in (None, *own)):
+                problems.add(piece.tensor, "changed twice by the adapter, under two names")
+            if piece.at is None:
+                found[piece.tensor] = edit
+            else:
+                parts[piece.tensor] = own | {piece.at: (piece.rows, edit)}
+    rows = {model.tensor(name): NewRows(x) for name, x in contents.tokens.items()}
+    return found | {name: Parts(x) for name, x in parts.items()} | rows
+
+
+def _list_changes(
+    model: Model, contents: Contents, problems: Problems
+) -> Iterator[tuple[str, NewValues | Sum]]:
+    """Yields the change of each parameter."""
+    for name, x in contents.full.items():
+        if name in model:
+            yield name, NewValues(x)
     for part in contents.parts:
         if (view := model.get(part.name)) is None:
             continue  # a tied weight, which another part changes
-        if len(flips := list_orientations(part, view.shape)) > 1:
+        flips = list_orientations(part, view.shape)
+        if len(flips) > 1:
             why = "is square, and may be stored as (inputs, outputs) or"
             problems.add(part.name, f"{why} (outputs, inputs)")
-            continue
-        change = _make_sum(part, view.shape, *flips)
-        for tensor, expert, start, rows in view.pieces:
-            if tensor in found:
-                problems.add(tensor, "changed twice by the adapter, under two names")
-            found[tensor] = change if expert is None else change.of_rows(expert, start, rows)
+        elif part.m is not None and flips[0] and len(view.pieces) > 1:
+            problems.add(part.name, "DoRA of inputs, but the checkpoint has it in parts")
+        else:
+            yield part.name, _make_sum(part, view.shape, *flips)
     one = np.ones((1, 1, 1), np.float32)
-    biases = {n: Sum(x.reshape(1, -1, 1), one, scale) for n, (x, scale) in contents.biases.items()}
-    rows = {name: NewRows(x) for name, x in contents.tokens.items()}
-    return found | {model.tensor(name): x for name, x in (biases | rows).items()}
+    for name, (x, scale) in contents.biases.items():
+        yield name, Sum(x.reshape(1, -1, 1), one, scale)
 
 
 def _make_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:

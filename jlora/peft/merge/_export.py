@@ -67,13 +67,15 @@ def export_merged(
         adapter: a folder that PEFT or `save` wrote, or an adapter tree. The modules in a folder
             have the names of the checkpoint's tensors, or those of `transformers` 5 in memory; a
             first component such as `bert.` may differ. Any other names are those of the checkpoint
-            after one replacement, if only one place fits all modules.
+            after one replacement, if only one place fits all modules. The checkpoint may fuse
+            modules that `transformers` splits on loading, such as q, k and v; it stays fused.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
         names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.LLAMA`.
         follow_links: whether files of `src_dir` may be links out of it. Their content is copied.
-        untie: whether to store the weight that embedding and head of a decoder share twice, and to
-            set `tie_word_embeddings` to false. An adapter can then change only one of the two.
+        untie: whether to store the weight that embedding and head share twice, with all that is
+            tied with them, and to set `tie_word_embeddings` to false. An adapter can then change
+            only one of the two; where an encoder and a decoder share the embedding, only the head.
         ignore: for an adapter in a folder, as in `load`.
 
     Returns:

@@ -39,7 +39,10 @@ def add_head(target: Target, found: Contents, adapter: Adapter) -> Target:
         if name not in model and name.partition(".")[0] not in inside:
             new[name] = x
         elif (
-            name in model and model[name].shape != x.shape and model[name].shape[1:] == x.shape[1:]
+            name in model
+            and model[name].is_tensor
+            and model[name].shape != x.shape
+            and model[name].shape[1:] == x.shape[1:]
         ):
             resized[name] = x.shape
     if not (new or resized) or model.prefix is None:

@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,10 +88,10 @@ def _match_tree(
     full = split_all(leaf._replace(value=nodes[leaf.path]) for leaf in tree.full)
     tokens = {f"{x.module}.weight": x for x in tree.tokens}
     found = Contents(tree.parts, full, {}, tokens, {})
-    wanted = [*(part.name for part in found.parts), *full, *tokens]
     parts = {part.name: [part] for part in found.parts}
     fits = _make_fits(parts, found, is_transposed=True)
-    target = Target(checkpoint, next(find_models(wanted, checkpoint.shapes, fits)))
+    wanted = [*parts, *full, *tokens]
+    target = Target(checkpoint, next(_find_models(wanted, checkpoint, fits)))
     if is_untied:
         target, found = untie(target, found, problems)
     target = fit_vocabulary(target, found, problems)
@@ -107,7 +107,7 @@ def _match_files(
     adapter = sort_tensors(files, problems)
     is_transposed = bool(files.fields.get("fan_in_fan_out"))
     fits = _make_fits(adapter.parts, adapter.others, is_transposed)
-    models = find_models(adapter.names, checkpoint.shapes, fits)
+    models = _find_models(adapter.names, checkpoint, fits)
     first = next(models)
     possible = itertools.chain([first], models)
     old = next((x for x in possible if not list_missing(adapter, x.shapes)), first)
@@ -135,6 +135,13 @@ def _match_files(
         names = [n for n in found.frozen if n in old and old[n].shape != model[n].shape]
         checkpoint.values |= {model.tensor(name): found.frozen[name] for name in names}
     return target, found
+
+
+def _find_models(wanted: Collection[str], checkpoint: Checkpoint, fits: Fits) -> Iterator[Model]:
+    vision = checkpoint.config.get("vision_config")
+    fields = vision.items() if isinstance(vision, dict) else ()
+    heads = [n for key, n in fields if key.endswith("num_attention_heads") and type(n) is int]
+    return find_models(wanted, checkpoint.shapes, fits, heads[0] if len(heads) == 1 else 0)
 
 
 def _make_fits(parts: Mapping[str, Sequence[Part]], others: Contents, is_transposed: bool) -> Fits:
@@ -196,7 +203,7 @@ def _check(target: Target, found: Contents, problems: Problems) -> None:
     """Adds the parameters whose shape or dtype in the checkpoint does not fit."""
     checkpoint, model = target
     for name, x in found.tokens.items():
-        if (view := model.get(name)) is None or len(view.shape) != 2:
+        if (view := model.get(name)) is None or len(view.shape) != 2 or not view.is_tensor:
             problems.add(name, "has rows in the adapter, but is not an embedding in the checkpoint")
         else:
             problems.found += list_misfits(x, view.shape)
@@ -243,9 +250,10 @@ def check_frozen(target: Target, found: Contents, problems: Problems) -> None:
     """Adds the frozen tensors of an adapter whose values differ from the checkpoint's."""
     checkpoint, model = target
     for name, x in found.frozen.items():
-        if name in model and not _holds(checkpoint, tensor := model.tensor(name), x):
+        view = model.get(name)
+        if view and not (view.is_tensor and _holds(checkpoint, view.tensor, x)):
             why = "an adapter on a trained embedding is not supported"
-            problems.add(tensor, f"has other values in the adapter; {why}")
+            problems.add(view.tensor, f"has other values in the adapter; {why}")
 
 
 def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:

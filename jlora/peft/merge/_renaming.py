@@ -1,41 +1,27 @@
 """Finds the parameters of a model in its checkpoint, which may have other names.
 
 The names of a model with a head have a first component that those of a model without one lack.
-`transformers` 5 renames modules of checkpoints, and joins single experts to one parameter. The
-names in the adapter decide which of this applies.
+`transformers` 5 renames modules of checkpoints, splits fused weights, and joins others, such as
+those of single experts. The names in the adapter decide which of this applies.
 """
 
 import collections
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
-from ..names._leaves import FUSED
 from ._dialects import find_dialects
 from ._replace import Fits, Place, Shapes, find_places
-
-
-class Piece(NamedTuple):
-    """A tensor of the checkpoint that is a parameter, or some rows of one expert in it.
-
-    Attributes:
-        tensor: its name.
-        expert: the expert; None if the tensor is the whole parameter.
-        start: the first row of the expert that it has.
-        rows: the number of its rows.
-    """
-
-    tensor: str
-    expert: int | None = None
-    start: int = 0
-    rows: int = 0
-
-
-class View(NamedTuple):
-    """A parameter of the model: its shape, and the tensors that it consists of."""
-
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+from ._views import (
+    Experts,
+    Named,
+    View,
+    find_experts,
+    join_experts,
+    join_modules,
+    split,
+    view_tensors,
+)
 
 
 class Model(dict[str, View]):
@@ -55,17 +41,15 @@ class Model(dict[str, View]):
 
     def tensor(self, name: str) -> str:
         """Returns the first tensor of a parameter, or `name` if the checkpoint has none."""
-        return self[name].pieces[0].tensor if name in self else name
+        return self[name].tensor if name in self else name
 
 
-Named = Mapping[str, str]  # the tensors by their names in the model
-Experts = Mapping[str, re.Match[str]]
-
-_EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight")
 _FIRSTS = 100  # first components of names that are tried
 
 
-def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator[Model]:
+def find_models(
+    wanted: Collection[str], shapes: Shapes, fits: Fits, heads: int = 0
+) -> Iterator[Model]:
     """Finds the parameters of the model, under the names that match most of `wanted`.
 
     If none match all, one replacement in all names is searched that makes them match.
@@ -74,6 +58,7 @@ def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator
         wanted: the names of the adapter's parameters.
         shapes: the shapes of the checkpoint's tensors.
         fits: whether a tensor of a shape can be the parameter of a name.
+        heads: the heads of a vision tower, if they are known.
 
     Yields:
         The possible models: those of several versions of `transformers` that match equally many,
@@ -83,12 +68,13 @@ def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator
         ValueError: if several prefixes match equally many, or several replacements all names.
     """
     best, most = list[tuple[Named, list[tuple[str, str]]]](), -1
-    experts = _find_experts(shapes)
-    tried = list(_list_named(shapes, experts))
-    for named, fused in tried:
-        there = named.keys() | fused.keys() if fused else named.keys()
+    stored = view_tensors(shapes)
+    experts = find_experts(shapes)
+    tried = list(_list_named(wanted, stored, experts, heads))
+    for named, joined in tried:
+        there = named.keys() | joined.keys() if joined else named.keys()
         # A model may partly have the names of the checkpoint.
-        known = {name for name in wanted if name in there or name in shapes}
+        known = {name for name in wanted if name in there or name in stored}
         ways = [("", ""), *((p, "") for p in _firsts(named)), *(("", p) for p in _firsts(wanted))]
         counts = _count(ways, wanted, there, known)
         if max(counts) > most:
@@ -96,8 +82,8 @@ def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator
             most = max(counts)
         if max(counts) == most:
             best.append((named, [w for w, n in zip(ways, counts, strict=True) if n == most]))
-    if most < len(wanted) and (replaced := _replace(wanted, tried, shapes, fits)):
-        model = _make_model(wanted, replaced, "", "", shapes, experts)
+    if most < len(wanted) and (replaced := _replace(wanted, tried, fits)):
+        model = _make_model(wanted, replaced, "", "", stored, experts)
         if sum(name in model for name in wanted) > most:
             model.prefix = None  # where a new head would be is not known
             yield model
@@ -110,36 +96,37 @@ def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator
             "the modules of the adapter as in the checkpoint."
         )
     for named, way in unique:
-        for reading in _list_readings(wanted, named, *way):
-            yield _make_model(wanted, reading, *way, shapes, experts)
+        for reading in _list_readings(wanted, named, stored, *way):
+            yield _make_model(wanted, reading, *way, stored, experts)
 
 
-def _list_named(shapes: Shapes, experts: Experts) -> Iterator[tuple[Named, dict[str, View]]]:
-    """Yields the names of all tensors, and the parameters of experts, in each dialect."""
+def _list_named(
+    wanted: Collection[str], stored: Named, experts: Experts, heads: int
+) -> Iterator[tuple[Named, Named]]:
+    """Yields the parameters in each dialect: those in one tensor, and those of several."""
     tried = list[Named]()
-    possible = list(find_dialects(shapes))
-    old = list(filter(_make_finder(rule for dialect in possible for rule in dialect), shapes))
+    possible = list(find_dialects(stored.keys()))
+    old = list(filter(_make_finder(rule for dialect in possible for rule in dialect), stored))
     for dialect in possible:
-        named = _rename(dialect, shapes, old)
+        named = _rename(dialect, stored, old, heads)
         if named not in tried:
             tried.append(named)
-            yield named, _fuse(named, shapes, experts)
+            joined = join_experts(named, stored, experts) | join_modules(named, wanted)
+            yield named, joined
 
 
 def _replace(
     wanted: Collection[str],
-    possible: Iterable[tuple[Named, Mapping[str, View]]],
-    shapes: Shapes,
+    possible: Iterable[tuple[Named, Named]],
     fits: Fits,
 ) -> Named | None:
     """Names the tensors by the one replacement, in one of the `possible` dialects, that fits."""
-    found = dict[tuple[str, ...], tuple[Named, Place]]()
-    for named, fused in possible:
-        there = {name: shapes[x] for name, x in named.items()}
-        there |= {name: view.shape for name, view in fused.items()}
-        for place in find_places(wanted, there, fits):
-            images = (place.images.get(name, name) for name in wanted)
-            key = tuple(named.get(image, image) for image in images)
+    found = dict[tuple[View | None, ...], tuple[Named, Place]]()
+    for named, joined in possible:
+        there = {**named, **joined}
+        shapes = {name: view.shape for name, view in there.items()}
+        for place in find_places(wanted, shapes, fits):
+            key = tuple(there.get(place.images.get(name, name)) for name in wanted)
             if key not in found or found[key][1].renamed is None:
                 found[key] = named, place
     plausible = [(named, x.renamed) for named, x in found.values() if x.renamed is not None]
@@ -160,40 +147,46 @@ def _make_model(
     named: Named,
     add: str,
     strip: str,
-    shapes: Shapes,
+    stored: Named,
     experts: Experts,
 ) -> Model:
     wanted = set(wanted)
-    own = {n: named.get(n, n) for n in wanted if n in named or n in shapes}
+    own = {n: x for n in wanted if (x := named.get(n, stored.get(n)))}
     as_stored = own.keys() - named.keys()  # these have only the checkpoint's names
     if as_stored or add or strip:
         rest = ((strip + n.removeprefix(add), n) for n in named if n.startswith(add))
         # What is wanted under its name has no other, unless that is wanted too.
         names = {new: n for new, n in rest if n not in own or new in wanted}
-        named = {new: x for new, n in names.items() if (x := named[n]) not in as_stored} | own
-    plain = {name: View(shapes[x], (Piece(x),)) for name, x in named.items()}
-    fused = _fuse(named, shapes, experts)
-    # The model has modules of single experts only if the adapter adapts such a module.
-    pieces = {piece.tensor for view in fused.values() for piece in view.pieces}
-    single = {name for name, x in named.items() if x in pieces}
-    if not {_module(name) for name in wanted} & {_module(name) for name in single}:
-        plain = {name: view for name, view in plain.items() if name not in single}
-    model = Model((fused if fused.keys() & wanted else {}) | plain)
+        named = {
+            new: x for new, n in names.items() if (x := named[n]).tensor not in as_stored
+        } | own
+    stacks = join_experts(named, stored, experts)
+    pairs = join_modules(named, wanted)
+    model = Model(named)
+    for joined in (stacks, pairs) if pairs.keys() & wanted else (stacks,):
+        # The model has single experts, or such modules, only if the adapter adapts one of them.
+        pieces = {piece.tensor for view in joined.values() for piece in view.pieces}
+        single = {name for name, view in named.items() if view.tensor in pieces}
+        if not {_module(name) for name in wanted} & {_module(name) for name in single}:
+            model = Model({name: view for name, view in model.items() if name not in single})
+        model = Model(joined | model if joined.keys() & wanted else model)
     model.prefix = None if add or (strip and as_stored) else strip
     return model
 
 
-def _list_readings(wanted: Iterable[str], named: Named, add: str, strip: str) -> list[Named]:
+def _list_readings(
+    wanted: Iterable[str], named: Named, stored: Named, add: str, strip: str
+) -> list[Named]:
     """Lists `named` and, if they differ, the tensors' own names where no others are wanted.
 
     An encoder may have other names than in the checkpoint, and its decoder the same.
     """
     here = {*wanted, *(add + name.removeprefix(strip) for name in wanted)}
-    new = {name: x.partition(".")[0] for name, x in named.items() if name != x}
+    new = {n: x.tensor.partition(".")[0] for n, x in named.items() if n != x.tensor}
     used = {first for name, first in new.items() if name in here}
     unused = {name for name, first in new.items() if first not in used}
-    kept = {named[name] if name in unused else name: x for name, x in [*named.items()][::-1]}
-    return [named, kept] if unused else [named]
+    kept = [(x.tensor, stored[x.tensor]) if n in unused else (n, x) for n, x in named.items()]
+    return [named, dict(kept[::-1])] if unused else [named]
 
 
 def _module(name: str) -> str:
@@ -206,9 +199,9 @@ def _make_finder(rules: Iterable[tuple[str, str]]) -> Callable[[str], Any]:
 
 
 def _rename(
-    dialect: Sequence[tuple[str, str]], names: Iterable[str], old: Iterable[str]
-) -> dict[str, str]:
-    """Maps new names to the checkpoint's `names`; only `old` names are renamed."""
+    dialect: Sequence[tuple[str, str]], stored: Named, old: Iterable[str], heads: int
+) -> dict[str, View]:
+    """Gives the parameters in a checkpoint new names; only `old` names are renamed."""
     renamed = {}
     rules = [(re.compile(pattern), modern) for pattern, modern in dialect]
     for name in filter(_make_finder(dialect), old):
@@ -216,9 +209,12 @@ def _rename(
         for pattern, modern in rules:
             new = pattern.sub(modern, new)
         renamed[name] = new
-    found: dict[str, str] = {}
-    for name in names:
-        found.setdefault(renamed.get(name, name), name)
+    found: dict[str, View] = {}
+    for name, view in stored.items():
+        new = renamed.get(name, name)
+        parts = split(new, view, heads) if "{" in new and "{" not in name else {new: view}
+        for part, x in parts.items():
+            found.setdefault(part, x)
     return found
 
 
@@ -241,46 +237,3 @@ def _count(
     shorter = (name.partition(".") for name in lost)
     stripped = collections.Counter(first + "." for first, _, rest in shorter if rest in named)
     return [same + (added[add] if add else stripped[strip] if strip else 0) for add, strip in ways]
-
-
-def _find_experts(names: Iterable[str]) -> Experts:
-    """Finds the weights of single experts, with the components of their names."""
-    return {name: found for name in names if (found := _EXPERT.fullmatch(name))}
-
-
-def _fuse(named: Named, shapes: Shapes, experts: Experts) -> dict[str, View]:
-    """Makes the parameters of all experts of each module: (experts, rows, columns)."""
-    modules: dict[str, dict[str, dict[int, str]]] = {}
-    new = {name: _EXPERT.fullmatch(name) for name in named if name not in shapes}
-    both = {**experts, **new} if new else experts
-    for name, found in both.items():
-        tensor = named.get(name)
-        if found and tensor is not None and len(shapes[tensor]) == 2:
-            parts = modules.setdefault(found["module"], {})
-            parts.setdefault(found["part"], {})[int(found["expert"])] = tensor
-    views = {}
-    for module, parts in modules.items():
-        for parameter, ways in FUSED.items():
-            for way in ways:
-                if view := _join([parts.get(part, {}) for part in way], shapes):
-                    views[f"{module}.{parameter}"] = view
-    return views
-
-
-def _join(parts: list[dict[int, str]], shapes: Shapes) -> View | None:
-    """Concatenates the rows of `parts` for each expert; None if their shapes do not fit."""
-    count = len(parts[0])
-    sizes = [{shapes[tensor] for tensor in part.values()} for part in parts]
-    if not count or any(set(part) != set(range(count)) for part in parts):
-        return None
-    if any(len(each) > 1 for each in sizes):
-        return None
-    rows, columns = zip(*(next(iter(each)) for each in sizes), strict=True)
-    if len(set(columns)) > 1:
-        return None
-    pieces = [
-        Piece(part[e], e, sum(rows[:i]), rows[i])
-        for e in range(count)
-        for i, part in enumerate(parts)
-    ]
-    return View((count, sum(rows), columns[0]), tuple(pieces))

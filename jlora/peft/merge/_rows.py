@@ -26,7 +26,7 @@ def fit_vocabulary(target: Target, found: Contents, problems: Problems) -> Targe
         for name, x in whole.items()
         if (old, new) == (*model[name].shape[:1], *x.shape[:1])
         and model[name].shape[1:] == x.shape[1:]
-        and len(model[name].pieces) == 1
+        and model[name].is_tensor
     }
     columns = {shape[1] for shape in shapes.values() if len(shape) == 2}
     resized = {model.tensor(name) for name in shapes}

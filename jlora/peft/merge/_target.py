@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from .._changed import change
 from .._checkpoint import Checkpoint
 from .._file import TensorInfo
-from ._renaming import Model, Piece, View
+from ._renaming import Model
+from ._views import Piece, View
 
 
 class Target(NamedTuple):
@@ -29,15 +30,15 @@ class Target(NamedTuple):
         self,
         tensors: Mapping[str, TensorInfo],
         config: Mapping[str, Any],
-        origin: str | None = None,
+        origins: Mapping[str, str] = {},
     ) -> "Target":
-        """Adds tensors by the adapter's names, with the old values of the tensor `origin`.
+        """Adds tensors by the adapter's names, with the old values of the tensors `origins`.
 
         If the checkpoint's names lack the prefix of the adapter's, they get it: `transformers`
         does not read a head beside names without it.
         """
         prefix = self.model.prefix or ""
-        added = {info.key: (info, origin) for info in tensors.values()}
+        added = {info.key: (info, origins.get(name)) for name, info in tensors.items()}
         checkpoint = change(self.checkpoint, config, prefix=prefix, added=added)
         views = {name: _rename(view, prefix) for name, view in self.model.items()}
         views |= {name: View(info.shape, (Piece(info.key),)) for name, info in tensors.items()}
