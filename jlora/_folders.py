@@ -13,31 +13,33 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ._errors import OccupiedError, WritingError
+
 PATIENCE = 10.0  # seconds to wait for threads that still write
 Where = str | os.PathLike[str]
 
 
 @contextlib.contextmanager
-def fresh(path: Where, what: str) -> Iterator[Path]:
+def fresh(path: Where, argument: str) -> Iterator[Path]:
     """Yields a folder to write into; it becomes `path` at the end, or is removed on failure.
 
     Args:
         path: the final path.
-        what: the name of the argument, for errors.
+        argument: the name of the argument, for errors.
 
     Raises:
         FileExistsError: if `path` exists and is not an empty folder, or is a mount point.
         OSError: if there is no room or no permission to write it.
     """
     final = Path(os.path.abspath(path))
-    check_vacant(final, what)
-    with scratch(final, what) as stage:
+    check_vacant(final, argument)
+    with scratch(final, argument) as stage:
         yield stage
-        commit(stage, final, what)
+        commit(stage, final, argument)
 
 
 @contextlib.contextmanager
-def scratch(path: Where, what: str) -> Iterator[Path]:
+def scratch(path: Where, argument: str) -> Iterator[Path]:
     """Yields a folder next to `path`, on the same disk, and removes it in the end."""
     final = Path(os.path.abspath(path))
     remove_leftovers(final)
@@ -48,12 +50,7 @@ def scratch(path: Where, what: str) -> Iterator[Path]:
     except Exception as e:
         if isinstance(e, FileExistsError) or (number := _error_number(e, stage)) is None:
             raise
-        error = (type(e) if isinstance(e, OSError) else OSError)(
-            f"{what}: could not write {final}: {os.strerror(number)}. Nothing is left of it, and "
-            "nothing else was touched. Make room or permission there, or give another path."
-        )
-        error.errno = number
-        raise error from e
+        raise WritingError(argument, final, os.strerror(number), number) from e
     finally:
         discard(stage)
 
@@ -76,13 +73,15 @@ def _error_number(error: Exception, stage: Path) -> int | None:
     return None if found is None else int(found[1])
 
 
-def check_vacant(final: os.PathLike[str], what: str) -> None:
-    """Raises unless a folder can appear at `final`."""
-    if os.path.ismount(final):  # nothing is renamed to one
-        raise FileExistsError(f"{what}: {final} is a mount point; give a folder in it.")
-    is_empty = os.path.isdir(final) and not os.path.islink(final) and not os.listdir(final)
-    if os.path.lexists(final) and not is_empty:
-        raise _occupied(final, what)
+def check_vacant(path: os.PathLike[str], argument: str = "path") -> None:
+    """Raises unless a folder can appear at `path`."""
+    if os.path.ismount(path):  # nothing is renamed to one
+        raise OccupiedError(
+            f"`{argument}`: {path} is a mount point; give a folder in it.", path=path
+        )
+    is_empty = os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path)
+    if os.path.lexists(path) and not is_empty:
+        raise _occupied(path, argument)
 
 
 def token() -> str:
@@ -98,7 +97,7 @@ def beside(final: Path, token: str) -> Path:
     return final.with_name(f".{name}.{token}")
 
 
-def commit(stage: Path, final: Path, what: str) -> None:
+def commit(stage: Path, final: Path, argument: str) -> None:
     """Renames `stage` to `final`; raises if a folder with files has appeared there."""
     for path in stage.rglob("*"):
         if path.is_file():
@@ -107,7 +106,7 @@ def commit(stage: Path, final: Path, what: str) -> None:
         os.rename(stage, final)
     except OSError as e:
         if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise _occupied(final, what) from None
+            raise _occupied(final, argument) from None
         raise
 
 
@@ -153,10 +152,11 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _occupied(final: os.PathLike[str], what: str) -> FileExistsError:
-    return FileExistsError(
-        f"{what}: {final} exists and is not an empty folder; nothing is ever overwritten. "
-        "Give another path, or remove it first."
+def _occupied(path: os.PathLike[str], argument: str) -> OccupiedError:
+    return OccupiedError(
+        f"`{argument}`: {path} exists and is not an empty folder; nothing is ever overwritten. "
+        "Give another path, or remove it first.",
+        path=path,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ._errors import InputError
 from ._tree import leaves_by_path, name_of
 from ._types import Path, PyTree
 
@@ -129,7 +130,7 @@ def check_kept(params: PyTree) -> Callable[[], None]:
     def check() -> None:
         after = leaves_by_path(params)
         if changed := [name_of(path) for path, x in after if before.get(path, x) is not x]:
-            raise ValueError(
+            raise InputError(
                 f"`apply_fn` changes variables of the module of flax.nnx that it gets, at "
                 f"{', '.join(changed)}. The change would be lost: each step would start with the "
                 f"same statistics and dropout keys. Call model.eval() before, or {_SPLIT}"

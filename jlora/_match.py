@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
+from ._errors import InputError
 from ._rules import compile_pattern, explain_no_match, matches, rule_name
 from ._site import Full, Rule, Site
 from ._sites import Sites
@@ -84,7 +85,7 @@ def _check_full(rule: Full, site: Site) -> None:
             "narrow the pattern of Full."
         )
     if site.used is False:
-        raise ValueError(
+        raise InputError(
             f"{rule_name(rule)} matches {site.name} of shape {site.shape}, which the traced call "
             "does not use, so it would get no gradient. Narrow the pattern, or give `init` the "
             "arguments of a call that uses it."
@@ -152,13 +153,13 @@ def _raise_idle(rule: Rule, sites: Sites) -> None:
             )
         )
     if [s.parts for s in sites.leaves] == [()]:
-        raise ValueError(
+        raise InputError(
             f"{rule_name(rule)} matches no leaf of `params`, which is one array of shape "
             f"{sites.leaves[0].shape}. Are the arguments in the wrong order? The parameters come "
             "first: init(key, params, *args), and apply_fn(params, *args)."
         )
     leaves = ([] if isinstance(rule, Full) else list(sites)) or sites.leaves
-    raise ValueError(
+    raise InputError(
         f"{rule_name(rule)} matches no leaf of `params`. "
         + explain_no_match(rule.pattern, [s.path for s in leaves])
     )

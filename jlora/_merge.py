@@ -11,6 +11,7 @@ from jax.sharding import Sharding
 from ._adapters import Node, PartialWeightError, arrays, lower, state
 from ._compat import is_concrete, place_of
 from ._core import Axis, NotInvertibleError
+from ._errors import InputError
 from ._node import Adapted
 from ._quantized import BaseLeaf, Quantized, dequantize, is_quantized, quantize_weight
 from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
@@ -64,7 +65,7 @@ def merge(
     merged = _combine(base, adapter, 1, requantize)
     if check:
         if not all(map(is_concrete, jax.tree.leaves(merged))):
-            raise ValueError(
+            raise InputError(
                 "`check` of merge needs concrete values, which jit, grad and vmap do not have. "
                 "Merge without `check` there, and check the result outside."
             )
@@ -127,7 +128,7 @@ def _quantize_like(w: jax.Array, old: Quantized) -> Quantized:
 
 def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
     if sign < 0 and is_quantized(leaf.base):
-        raise ValueError(
+        raise InputError(
             f"`unmerge` cannot subtract ΔW at {path!r}, which is quantized: its codes hold the "
             "sum only roughly. Keep the base."
         )
@@ -140,7 +141,7 @@ def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
     except PartialWeightError as e:
         raise e.at(path) from None
     except NotInvertibleError as e:
-        raise ValueError(
+        raise InputError(
             f"`unmerge` cannot undo {type(node).__name__} at {path!r}: {e}. Keep the base."
         ) from None
 
@@ -176,7 +177,7 @@ def _check_finite(params: PyTree) -> None:
         if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and (n := jnp.sum(~jnp.isfinite(x)))
     ]
     if bad:
-        raise ValueError(
+        raise InputError(
             "`merge` computed values that are not finite at:\n  "
             + "\n  ".join(bad)
             + "\nThe adapter or the base holds NaN or infinity there; use an earlier checkpoint."

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from . import sharding
 from ._compat import evaluate_now, is_concrete, place_of
+from ._errors import InputError
 from ._match import first_matches
 from ._quantized import (
     BaseLeaf,
@@ -106,7 +107,7 @@ def _find_forms(
     found = {} if sites is None else {s.parts: s for s in sites.leaves}
     if sites is not None and found.keys() != leaves.keys():
         [first, *_] = sorted(found.keys() ^ leaves.keys())
-        raise ValueError(
+        raise InputError(
             f"`sites` does not belong to `params`: only one of them has {name_of(first)}. Give "
             "lora.sites(params, ...) of the same tree."
         )
@@ -131,7 +132,7 @@ def _is_match(scheme: Scheme, path: Path, site: Site | None, rows: int) -> bool:
 def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) -> None:
     name = rule_name(scheme)
     if scheme.pattern is not None:
-        raise ValueError(
+        raise InputError(
             f"{name} matches no leaf of `params`. "
             + explain_no_match(scheme.pattern, ["/".join(path) for path in leaves])
         )
@@ -140,7 +141,7 @@ def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) ->
             f"{name} has no pattern, so it matches every dense site except the head. Give "
             "`sites=lora.sites(params, ...)`, which lists the dense sites, or a pattern."
         )
-    raise ValueError(
+    raise InputError(
         f"{name} matches every dense site except the head and leaves trained in full, but `sites` "
         "has no such site. Name leaves by a pattern."
     )
@@ -187,7 +188,7 @@ def _quantize_leaf(x: BaseLeaf, path: Path, scheme: Scheme, form: Form) -> Quant
         return jax.eval_shape(lambda x: quantize_weight(x, scheme, form), x)
     x = evaluate_now(jnp.asarray, x) if isinstance(x, np.ndarray) else x
     if bad := evaluate_now(lambda x: jnp.sum(~jnp.isfinite(x)), x):
-        raise ValueError(
+        raise InputError(
             f"{name_of(path)!r} of `params` has {bad} values that are NaN or infinite, for which "
             f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite."
         )

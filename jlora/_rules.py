@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeGuard, runtime_checkable
 
+from ._errors import InputError
+
 
 @runtime_checkable
 class HasPattern(Protocol):
@@ -157,18 +159,18 @@ def check_pattern(rule: object, pattern: object) -> None:
             f"got {pattern!r} of type {type(pattern).__name__}."
         )
     if (components := pattern.strip("/")) != pattern:
-        raise ValueError(
+        raise InputError(
             f"`pattern` {pattern!r} of {type(rule).__name__} must not start or end with `/`, "
             f"because a pattern matches whole components of a path. Write {components or '.*'!r}."
         )
     try:
         compile_pattern(pattern)
     except re.error as e:
-        raise ValueError(f"`pattern` {pattern!r} is not a regular expression: {e}.") from None
+        raise InputError(f"`pattern` {pattern!r} is not a regular expression: {e}.") from None
 
 
 def check_field(
-    rule: object, name: str, holds: bool, must: str, error: type[Exception] = ValueError
+    rule: object, name: str, holds: bool, must: str, error: type[Exception] = InputError
 ) -> None:
     """Raises `error` unless `holds`; it says what the field `name` of a rule `must` be or do."""
     if not holds:
@@ -184,7 +186,7 @@ def is_int(x: object) -> TypeGuard[int]:
 def check_int(what: str, n: object, least: int) -> None:
     """Raises unless `n` is an integer of at least `least`; the error calls it `what`."""
     if not is_int(n) or n < least:
-        raise ValueError(f"{what} must be an integer of at least {least}; got {n!r}.")
+        raise InputError(f"{what} must be an integer of at least {least}; got {n!r}.")
 
 
 def is_finite(x: object) -> TypeGuard[float]:

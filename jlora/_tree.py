@@ -13,10 +13,10 @@ from jax.tree_util import GetAttrKey
 
 from ._adapters import AdapterLeaf, Node, is_node, misfit, state
 from ._core import AnyArray
+from ._errors import InputError, Problem, printable
 from ._node import Adapted
 from ._quantized import Quantized, is_quantized
 from ._types import Holder, Params, Path, PyTree, short
-from ._untrusted import printable
 
 
 def leaves_by_path(
@@ -63,9 +63,9 @@ def name_of(path: Path) -> str:
     return printable("/".join(path)).replace("\n", r"\n") or "the root"
 
 
-def list_reasons(reasons: Mapping[Path, str]) -> str:
-    """Lists for errors a line for each path, with what is wrong there."""
-    return "\n".join(f"  {name_of(path)}: {why}" for path, why in reasons.items())
+def problems_at(reasons: Mapping[Path, str]) -> list[Problem]:
+    """Makes the problem of each path, with what is wrong there."""
+    return [Problem(name_of(path), why) for path, why in reasons.items()]
 
 
 def nest(leaves: dict[Path, Any]) -> PyTree:
@@ -170,10 +170,11 @@ def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
     _check_collection(found, shapes)
     wrong = {p: why for p, x in found.items() if (why := _misfit(x, shapes.get(p)))}
     if wrong:
-        raise ValueError(
-            f"`adapter` does not fit `base` at {len(wrong)} of {len(found)} paths:\n"
-            f"{list_reasons(wrong)}\n"
-            "Use the adapter with the parameters that it was made for, or make one with `init`."
+        raise InputError(
+            f"`adapter` does not fit `base` at {len(wrong)} of {len(found)} paths:",
+            problems=problems_at(wrong),
+            remedy="Use the adapter with the parameters that it was made for, or make one with "
+            "`init`.",
         )
 
 
@@ -200,10 +201,10 @@ def _check_collection(found: dict[Path, Any], shapes: dict[Path, tuple[int, ...]
             inner, outer = "adapter", "base"
         else:
             continue
-        raise ValueError(
+        raise InputError(
             f"`adapter` does not fit `base`: the paths of `{outer}` begin with {name + '/'!r}, but "
             f"the paths of `{inner}` do not. Give both with it, like `variables`, or both without "
-            f"it, like variables[{name!r}]."
+            f"it, like variables[{name!r}].",
         )
 
 

@@ -3,6 +3,8 @@
 from ._adapters import Decomposed as Decomposed
 from ._adapters import LowRank as LowRank
 from ._adapters import Replaced as Replaced
+from ._errors import InputError as InputError
+from ._errors import Problem as Problem
 from ._node import Adapted as Adapted
 from ._planning import Plan as Plan
 from ._quantized import BaseLeaf as BaseLeaf

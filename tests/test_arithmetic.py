@@ -304,7 +304,7 @@ FULL = (
 )
 KEYED = {"w": NODE._replace(dropout=0.5, key=KEY)}
 KEYS = (
-    "adapters must not have dropout keys, but they have some at these paths:\n  w: has a "
+    "`adapters` must not have dropout keys, but they have some at these paths:\n  w: has a "
     "key\nGive adapters without keys, and give the result to jlora.dropout."
 )
 REFUSED: dict[type[Exception], dict[str, Any]] = {

@@ -462,7 +462,7 @@ LIES = [
     ("nf4", STATE, state(dtype=None), f"{STATE}: invalid `dtype` None"),
     ("nf4", STATE, state(nested_offset="x"), f"{STATE}: invalid `nested_offset` 'x'"),
     ("nf4", STATE, state(nested_dtype="float16"), f"{STATE}: invalid `nested_dtype` 'float16'"),
-    ("nf4", STATE, lambda x: x[:-1], f"{STATE} is not valid JSON"),
+    ("nf4", STATE, lambda x: x[:-1], f"{STATE}: is not valid JSON"),
     ("nf4", STATE, lambda x: np.full(20_000, 32, np.uint8), f"{STATE}: expected at most 10000 byt"),
     ("nf4", "up.weight.absmax", None, "up.weight.absmax: missing"),
     ("bitsandbytes, 8 bits", "up.SCB", None, "up.SCB: missing"),

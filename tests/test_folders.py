@@ -116,8 +116,8 @@ def test_a_disk_that_cannot_be_written(kind: str, number: int, tmp_path: Folder)
     """The argument, the folder and the reason, with the error's number; errors of reading stay."""
     final = tmp_path / "m"
     message = (
-        f"OUT: could not write {final}: {os.strerror(number)}. Nothing is left of it, and nothing "
-        "else was touched. Make room or permission there, or give another path."
+        f"`OUT`: could not write {final}: {os.strerror(number)}. Nothing is left of it, and "
+        "nothing else was touched. Make room or permission there, or give another path."
     )
     said = re.escape(message)
     with pytest.raises(OSError, match=rf"\A{said}\Z") as caught, fresh(final, "OUT") as folder:
@@ -132,7 +132,9 @@ def test_a_folder_within_a_file(tmp_path: Folder) -> None:
     """It cannot be made; a file that cannot be read is another error."""
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(OSError, match=r"^OUT: could not write .*file/m: Not a directory\. Nothing"),
+        pytest.raises(
+            OSError, match=r"^`OUT`: could not write .*file/m: Not a directory\. Nothing"
+        ),
         fresh(tmp_path / "file" / "m", "OUT"),
     ):
         pass

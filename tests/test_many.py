@@ -386,11 +386,14 @@ def test_take_is_the_inverse_of_stack() -> None:
 # ---------------------------------------------------------------------------------- refusals
 
 NOT_FINITE = (
-    r"a table cannot contain the leaves at these paths:\n  c: is not finite\n  v: is not finite\n"
+    r"`adapters` have leaves that a table cannot contain, at these paths:\n  c: is not finite"
+    r"\n  v: is not finite\n"
     r"In a table such values would reach rows of other slots\."
 )
 # Zeros in DoRA's magnitudes are no adapter of the base: neither -1 nor an empty slot.
-ANOTHER = r"a table cannot contain the leaves at these paths:\n  w: is a Decomposed\n"
+ANOTHER = (
+    r"`adapters` have leaves that a table cannot contain, at these paths:\n  w: is a Decomposed\n"
+)
 NO_TABLE = r"`table` must be an adapter whose arrays have a leading"
 
 

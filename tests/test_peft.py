@@ -360,7 +360,8 @@ def test_tensors_need_a_name_for_every_leaf() -> None:
             call()
         assert str(error.value) == (
             f"`names` has no row that fits these leaves of `{argument}` by path and number of "
-            "axes. 2 problems:\n  b/c\n  b/kernel\n`names` has rows for paths like "
+            "axes. 2 problems:\n  b/c: of shape (2,)\n  b/kernel: of shape (2, 2, 2)\n"
+            "`names` has rows for paths like "
             r"'(\\w+)/kernel'. Give the table of this model, or add rows of your own, such as "
             r"jlora.peft.Name(r'(.*)/kernel', r'\1', 'io')."
         )

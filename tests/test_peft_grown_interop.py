@@ -253,7 +253,7 @@ def test_one_side_of_a_tied_weight(name: str, side: str, tmp_path: Folder) -> No
         file = tmp_path / "base" / "config.json"
         fields = json.loads(file.read_text()) | {"architectures": [architecture]}
         file.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="give untie=True"):
+    with pytest.raises(ValueError, match="give `untie=True`"):
         peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours")
     if "without" in name and side in ("head", "head by DoRA"):
         with pytest.raises(ValueError, match="`untie`: the name of the head is not known"):

@@ -383,14 +383,14 @@ def test_many_replacements(case: str) -> None:
 
 def test_a_configuration_is_parsed_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed, parse = [], _file.parse
-    monkeypatch.setattr(_file, "parse", lambda x, what: parsed.append(what) or parse(x, what))
+    monkeypatch.setattr(_file, "parse", lambda x: parsed.append(x) or parse(x))
     folder = base(tmp_path / "b", {"q.weight": ONE}, **HEADED)
     peft.export_merged(folder, adapter(tmp_path / "a", ["q"]), tmp_path / "out")
     peft.load_base(folder, [peft.Name("q", "q", "io")], like={"q": ONE})
     quantization = {"quantization_config": {"quant_method": "fp8"}}
     codes = {"q.weight": ONE.astype(jnp.float8_e4m3fn), "q.weight_scale": ONE[0]}
     peft.dequantize_checkpoint(base(tmp_path / "fp8", codes, **quantization), tmp_path / "dense")
-    assert sum("config.json" in what and "adapter" not in what for what in parsed) == 3
+    assert sum(b"data_offsets" not in x and b"peft_type" not in x for x in parsed) == 3
 
 
 TOO_LARGE: dict[str, tuple[str, Callable[[], str]]] = {

@@ -497,7 +497,7 @@ def test_rows_of_what_may_be_tied(tmp_path: Folder) -> None:
     given |= {"model.embed_tokens.token_adapter.trainable_tokens_delta": rows}
     fields = {"trainable_token_indices": {"embed_tokens": [3, 1]}}
     with pytest.raises(
-        ValueError, match=r"embed_tokens.weight: .* Correct tie_word_embeddings there"
+        ValueError, match=r"embed_tokens.weight: .* correct tie_word_embeddings there"
     ):
         merge(tmp_path, weights, given, config=TIED, **fields)
     untied = TIED | {"tie_word_embeddings": False}
@@ -948,7 +948,7 @@ def test_untied(side: str, twice: bool, shards: int, tmp_path: Folder) -> None:
         "both": TARGETS["target_modules"],
     }
     fields = {"target_modules": ["q", *targets[side]]}
-    with refused("give untie=True, which stores both, or save the base model untied"):
+    with refused("give `untie=True`, which stores both, or save the base model untied"):
         grow(tmp_path, BODY | tied(twice), given, TIED | TIED_TEXT, shards, **fields)
     for name in ("base", "a"):
         (tmp_path / name).rename(tmp_path / f"old-{name}")
@@ -1382,7 +1382,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "scale": ({"lora_alpha": 1e300}, f"{Q}.weight: 24 values are not finite after merging"),
     "quantized": (
         {"weights": {f"{Q}.weight": np.ones((4, 6), np.uint8)}},
-        f"{Q}.weight: of dtype U8; expected one of F64, F32, F16, BF16. Dequantize the checkpoint",
+        f"{Q}.weight: of dtype U8; expected one of F64, F32, F16, BF16; dequantize the checkpoint",
     ),
     "misshapen-bias": (
         {"given": K_IN_FULL, "modules_to_save": ["k"]},

@@ -135,7 +135,7 @@ NOT_WRITTEN: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "DoRA for vLLM": (
         (STACKED, {"w": DORA}, [STACK]), VLLM,
-        "`profile` 'vllm' supports only LoRA of linear and embedding sites; got\n  w.0: DoRA",
+        "`profile` 'vllm' supports only LoRA of linear and embedding sites; got:\n  w.0: DoRA",
     ),
     # Of DoRA.
     "some slots": (

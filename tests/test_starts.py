@@ -599,7 +599,10 @@ ADD = ("`adapters` cannot be combined", "so `weights` must add up to 1 or to 0; 
 SCALE = ("`adapter` cannot be scaled", ADD[1])
 TAKE = ("`other` cannot be subtracted from `adapter`", "but one adapter lacks the site")
 MERGE = ("`adapters` cannot be combined", "so ΔW = 0 is not the original model")
-FREE = ("a table cannot contain the leaves", "so a slot without it would not be the model")
+FREE = (
+    "`adapters` have leaves that a table cannot contain,",
+    "so a slot without it would not be the model",
+)
 ROUTE = ("`route` cannot use the leaves of `table`", "so -1 would not be the model")
 X = jnp.ones((12, 10))
 UNSAID: dict[str, Any] = {

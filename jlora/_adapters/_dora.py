@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._core import LEAST, Axis, Change, Delta, Factor, einsum, leaf_weight, promote
+from .._errors import InputError
 from .._node import Axes, Node
 from .._quantized import BaseLeaf, Quantized
 from .._rules import check_field, rule_name
@@ -149,7 +150,7 @@ class DoRA(LoRA):
         own = "be None or 'inputs', as each expert has its own norms (jlora.LoRA accepts 'outputs')"
         check_field(self, "share", self.share != "outputs", own)
         if self.all_frozen:
-            raise ValueError(
+            raise InputError(
                 f"`frozen` of {rule_name(self)} must be (), as DoRA trains A and B; got "
                 f"{self.all_frozen}, from the rule or its `init`. Use jlora.LoRA."
             )

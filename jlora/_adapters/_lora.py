@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from .._core import is_floating
+from .._errors import InputError
 from .._node import Node
 from .._quantized import BaseLeaf
 from .._rules import Slots, check_field, check_pattern, is_finite, is_int, rule_name
@@ -177,7 +178,7 @@ class LoRA(Rule):
             return self._clip(site, layout, largest), layout
         if self.rank <= largest:
             return self, layout
-        raise ValueError(
+        raise InputError(
             f"`rank` of {rule_name(self)} is {self.rank}, above min(inputs, outputs) = {largest} "
             f"of {site.name} with shape {site.shape}. Lower the rank, or put a separate rule for "
             f"this leaf first, such as jlora.Full({re.escape(site.path)!r})."
@@ -186,7 +187,7 @@ class LoRA(Rule):
     def _share(self, site: Site, layout: Layout, role: str) -> Layout:
         """Makes the axis of experts an input or an output, so that only one factor has it."""
         if site.experts is None:
-            raise ValueError(
+            raise InputError(
                 f"`share` of {rule_name(self)} needs a weight with one stacked axis, the experts; "
                 f"{site.name} with shape {site.shape} has {len(layout.stack)} stacked axes. Leave "
                 "`share` out."
@@ -225,7 +226,7 @@ class LoRA(Rule):
         got = tuple(map(_form, made)) if isinstance(made, tuple) else made
         expected = tuple((shape, "floating-point") for shape in expected_shapes)
         if got != expected or made[0].dtype != w.dtype:
-            raise ValueError(
+            raise InputError(
                 f"`init` of {rule_name(self)} must return floating-point W, A and B for "
                 f"{site.path!r}, of shapes {expected_shapes} and with W's dtype {w.dtype}; got "
                 f"{got}."
@@ -244,13 +245,13 @@ def _add_slots(site: Site, slots: Slots) -> Layout:
     """Adds slots to the layout of a site; `ValueError` if they do not divide its outputs."""
     outputs = site.layout.outputs
     if not 0 <= slots.axis < len(outputs):
-        raise ValueError(
+        raise InputError(
             f"`axis` of Slots must be in [0, {len(outputs)}), as {site.name} has {len(outputs)} "
             f"output axes; got {slots.axis}."
         )
     axis = outputs[slots.axis]
     if site.shape[axis] % slots.count:
-        raise ValueError(
+        raise InputError(
             f"`count` of Slots must divide the {site.shape[axis]} outputs of {site.name} with "
             f"shape {site.shape}; got {slots.count}."
         )

@@ -28,6 +28,7 @@ from .._core import (
     promote,
     trace,
 )
+from .._errors import InputError
 from .._node import SHOWN, Axes, Node, lengths
 from .._quantized import BaseLeaf, Quantized, is_quantized
 from .._rules import check_field, check_pattern, is_int, rule_name
@@ -137,7 +138,7 @@ class Rows(Rule):
         check_field(self, "rows", are_integers, "be a list of integers", TypeError)
         rows = tuple(map(int, self.rows))
         if wrong := _problem(rows):
-            raise ValueError(f"`rows` of {rule_name(self)} must be {wrong}.")
+            raise InputError(f"`rows` of {rule_name(self)} must be {wrong}.")
         object.__setattr__(self, "rows", rows)
 
     def fit(self, site: Site) -> tuple["Rows", Layout]:
@@ -150,7 +151,7 @@ class Rows(Rule):
             )
         [axis] = site.layout.inputs
         if beyond := [i for i in self.rows if i >= site.shape[axis]]:
-            raise ValueError(
+            raise InputError(
                 f"`rows` of {rule_name(self)} must be in [0, {site.shape[axis]}), the rows of "
                 f"{site.name}; got {_list_few(beyond)}. For new tokens, enlarge the table first."
             )

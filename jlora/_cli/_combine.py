@@ -60,7 +60,7 @@ def combine(
     B. It is exact, and its rank is the sum of the ranks, unless it is truncated. Values are
     computed and written in float32, or float64 if the adapters are.
     """
-    check_vacant(out.value, "OUT")
+    call(check_vacant, out)
     kind = _format(adapters)
     numbers = _numbers(weights, len(adapters))
     options = {name: value for name, value in options.items() if value is not None}

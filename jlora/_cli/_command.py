@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import json
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import click
 import jax
 
-from .._untrusted import printable
+from .._errors import ArgumentError, printable
 
 T = TypeVar("T")
 
@@ -63,29 +62,15 @@ def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
     bound.arguments |= {name: x.value for name, x in given.items()}
     try:
         return function(*bound.args, **bound.kwargs)
-    except Exception as e:
-        text = str(e)
+    except ArgumentError as e:
+        known = click.get_current_context().command.params
+        names = {x.name or "": x.opts[0] for x in known if isinstance(x, click.Option)}
+        paths = {name: x.path for name, x in given.items() if x.path is not None}
         for name, x in given.items():
-            text = _rename(text, f"`{name}`", x)
+            names[name] = x.what
             for i, path in enumerate(x.value if isinstance(x.value, list) else ()):
-                text = _rename(text, f"`{name}[{i}]`", Arg(x.what, path, path))
-        for x in click.get_current_context().command.params:
-            if isinstance(x, click.Option):
-                text = re.sub(f"`{x.name}`|{x.name}=True", x.opts[0], text)
-        if text == str(e):
-            raise
-        raise ValueError(text) from e
-
-
-def _rename(text: str, argument: str, given: Arg) -> str:
-    has_path = given.path is None or _has_path(given.path, text)
-    first = given.what if has_path else f"{given.what} {given}"
-    return text.replace(argument, first, 1).replace(argument, given.what)
-
-
-def _has_path(path: Path, text: str) -> bool:
-    names = (re.escape(str(x)) for x in (os.path.abspath(path), path))
-    return any(re.search(rf"(?<![\w/.-]){name}(?![\w-])", text) for name in names)
+                names[f"{name}[{i}]"], paths[f"{name}[{i}]"] = x.what, path
+        raise ValueError(e.text(names, paths)) from e
 
 
 ERROR, INTERRUPTED = 2, 130

@@ -37,7 +37,7 @@ def convert(
     bit. With --profile vllm, OUT has PEFT's format, one rank for all modules, and the scales
     multiplied into B.
     """
-    check_vacant(out.value, "OUT")
+    call(check_vacant, out)
     kind = format_of_adapter(source)
     written = "peft"
     if kind == "orbax":

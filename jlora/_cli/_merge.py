@@ -36,7 +36,7 @@ def merge(
     in PEFT's format or Orbax. --names is needed to merge Orbax into Hugging Face, or PEFT into
     Orbax.
     """
-    check_vacant(out.value, "OUT")
+    call(check_vacant, out)
     kind, adapter_kind = format_of(base, model=True), format_of(adapter)
     if kind == "peft":
         raise ValueError(

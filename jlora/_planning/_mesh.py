@@ -12,6 +12,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, NamedSharding
 
 from .._core import AnyMesh
+from .._errors import InputError
 from .._tree import is_abstract, leaves_by_path, name_of
 from .._types import PyTree
 
@@ -34,7 +35,7 @@ def check_places(mesh: AnyMesh | None, base: PyTree, adapter: PyTree, args: Sequ
         bare = [name_of(path) for path, x in leaves if any(map(_is_bare, jax.tree.leaves(x)))]
         if bare:
             axes = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-            raise ValueError(
+            raise InputError(
                 f"`{name}` has shapes without `sharding`, on a mesh of {axes}, at {len(bare)} of "
                 f"{len(leaves)} paths: {', '.join(bare[:3])}{', …' if len(bare) > 3 else ''}. "
                 f"{remedy}Write a leaf as jax.ShapeDtypeStruct(shape, dtype, "
@@ -107,7 +108,7 @@ def parse_topology(name: str) -> tuple[Chip, int]:
     """Returns the chip and the number of devices of a topology such as `v5p:4x4x8`."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if found is None or found[1] not in CHIPS:
-        raise ValueError(
+        raise InputError(
             f"`topology` must be a chip and the shape of the slice, such as v5p:4x4x8. The chip is "
             f"one of {', '.join(CHIPS)}; got {name!r}."
         )
@@ -119,7 +120,7 @@ def mesh_of(name: str, axes: dict[str, int]) -> Mesh:
     """Makes the mesh of a topology's devices, or an abstract one if libtpu is not installed."""
     chip, count = parse_topology(name)
     if math.prod(axes.values()) != count:
-        raise ValueError(
+        raise InputError(
             f"`mesh` must have the {count} devices of {name}; got "
             f"{' × '.join(f'{k}={v}' for k, v in axes.items())} = {math.prod(axes.values())}."
         )

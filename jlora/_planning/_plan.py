@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from .. import sharding
 from .._core import AnyArray, AnyMesh
+from .._errors import InputError
 from .._text import align_columns, format_bytes
 from .._tree import refuse_module
 from .._types import PyTree, short
@@ -181,7 +182,7 @@ def plan(
     check_places(mesh, base, adapter, args)
     abstract = isinstance(mesh, AbstractMesh)
     if compile and abstract:
-        raise ValueError(
+        raise InputError(
             "`compile` needs a mesh of devices, but the shardings are on an AbstractMesh. Make a "
             "mesh of devices; jax.experimental.topologies.get_topology_desc has those of TPU "
             "slices that you do not have."

@@ -1,4 +1,6 @@
-"""Weights in 4 and 8 bits, a file for each scheme. Imports `_linalg`, `_rules`, `_types`, `_core`.
+"""Weights in 4 and 8 bits, a file for each scheme.
+
+Imports `_core`, `_errors`, `_linalg`, `_rules` and `_types`.
 
 Read the modules in this order: `_scheme`, `_leaf`, `_encode`, `_nf4`.
 """

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from .._core import explicit
+from .._errors import InputError
 from .._rules import check_pattern, is_int, rule_name
 from .._types import Layout
 
@@ -207,7 +208,7 @@ class Scheme:
             return
         legal = ", ".join(map(str, self.legal))
         if not is_int(n) or n not in self.legal:
-            raise ValueError(f"`{name}` of {rule_name(self)} must be one of {legal}; got {n!r}.")
+            raise InputError(f"`{name}` of {rule_name(self)} must be one of {legal}; got {n!r}.")
         if n is not None and type(n) is not int:
             object.__setattr__(self, name, int(n))
 
@@ -233,7 +234,7 @@ class Scheme:
             return along(shape, stack, order, block)
         fits = ", ".join(str(b) for b in self.legal if n % b == 0)
         remedy = f"Give one of {fits}." if fits else "None does: leave it out of the pattern."
-        raise ValueError(
+        raise InputError(
             f"`{name}` of {rule_name(self)} must divide axis {order[-1]}, of length {n}, of a "
             f"weight of shape {shape}; got {block}. {remedy}"
         )

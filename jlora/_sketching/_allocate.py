@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .._adapters import LoRA, clip_rank, matrix_lengths
+from .._errors import InputError
 from .._rules import (
     Slots,
     check_int,
@@ -155,14 +156,14 @@ def _choose_ranks(
         budget = sum(cost(path, min(rules[path].rank, n)) for path, n in most.items())
     spent = sum(cost(path, rank) for path, rank in ranks.items())
     if spent > budget:
-        raise ValueError(
+        raise InputError(
             f"`budget` must be at least {spent}, the parameters of `min_rank` {min_rank}; got "
             f"{budget}."
         )
     for _, path, parameters in heapq.merge(*map(steps, list(ranks))):
         if spent + parameters > budget:
             if not any(ranks.values()):
-                raise ValueError(
+                raise InputError(
                     f"`budget` must be at least {parameters}, the parameters of the first rank; "
                     f"got {budget}."
                 )

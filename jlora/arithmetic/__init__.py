@@ -1,6 +1,7 @@
 r"""Sums, differences and merges of adapters: of their ΔW, never of A and B separately.
 
-Imports `_compat`, `_keys`, `_linalg`, `_rules`, `_tree`, `_types`, `_adapters`, `_core`.
+Imports `_adapters`, `_compat`, `_core`, `_errors`, `_keys`, `_linalg`, `_rules`, `_tree` and
+`_types`.
 
 To add two ΔW, their factors are concatenated, $[A_1, A_2] [B_1; B_2]$. The sum is exact, and its
 rank is the sum of the ranks. Results do not depend on how a ΔW is factored: A·G and G⁻¹·B give the

@@ -10,6 +10,7 @@ import numpy as np
 from .._adapters import AdapterLeaf, LowRank, from_matrices, matrices, weight_shape
 from .._compat import is_concrete
 from .._core import explicit
+from .._errors import InputError
 from .._linalg import qr, svd, svd_of, times
 from .._rules import check_int
 from .._tree import nest
@@ -121,7 +122,7 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
     if rank is not None:
         check_int("`rank`", rank, 1)
     elif not 0 < (energy or 0) <= 1:
-        raise ValueError(f"`energy` must be in (0, 1]; got {energy!r}.")
+        raise InputError(f"`energy` must be in (0, 1]; got {energy!r}.")
     [found] = flatten_each([adapter])
     refuse_other_methods("`adapter` cannot be truncated", found.items(), MERGE)
 
@@ -140,7 +141,7 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
 def _rank_for(values: jax.Array, energy: float | None) -> int:
     """Finds the smallest rank that keeps the share `energy` of the squares in all matrices."""
     if not is_concrete(values):
-        raise ValueError(
+        raise InputError(
             "`energy` of truncate needs concrete values, which there are neither under jit nor "
             "along explicit mesh axes. Give `rank`."
         )

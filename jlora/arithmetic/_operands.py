@@ -13,7 +13,8 @@ import numpy as np
 
 from .._adapters import AdapterLeaf, LowRank, is_node, weight_shape, without_slots
 from .._compat import is_concrete
-from .._tree import adapter_leaves, check_fits, is_empty, leaves_by_path, list_reasons, nest
+from .._errors import InputError
+from .._tree import adapter_leaves, check_fits, is_empty, leaves_by_path, nest, problems_at
 from .._types import Path, PyTree
 
 RESIDUAL = "belongs to a base that its initializer changed"
@@ -33,7 +34,7 @@ def flatten_each(adapters: Sequence[PyTree]) -> list[dict[Path, Any]]:
     trees = [{} if is_empty(x) else adapter_leaves(x) for x in adapters]
     keyed = [p for tree in trees for p, x in tree.items() if is_node(x) and x.key is not None]
     refuse(
-        "adapters must not have dropout keys, but they have some",
+        "`adapters` must not have dropout keys, but they have some",
         dict.fromkeys(keyed, "has a key"),
         "Give adapters without keys, and give the result to jlora.dropout.",
     )
@@ -48,7 +49,8 @@ def is_residual(leaf: AdapterLeaf) -> bool:
 def refuse(refusal: str, wrong: Mapping[Path, str], remedy: str) -> None:
     """Raises `ValueError` with all paths in `wrong`, if there are any."""
     if wrong:
-        raise ValueError(f"{refusal} at these paths:\n{list_reasons(wrong)}\n{remedy}")
+        why = f"{refusal} at these paths:"
+        raise InputError(why, problems=problems_at(wrong), remedy=remedy)
 
 
 def refuse_other_methods(refusal: str, leaves: Iterable[tuple[Path, Any]], remedy: str) -> None:
@@ -125,7 +127,7 @@ def check_operands(
     trees = flatten_each(adapters)
     w = [1.0] * len(trees) if weights is None else _entries(weights)
     if len(w) != len(trees):
-        raise ValueError(
+        raise InputError(
             f"`weights` must have one number for each of the {len(trees)} adapters; got {len(w)}."
         )
     check_finite("weights", w)
@@ -146,7 +148,7 @@ def check_merge(
 ) -> Operands:
     """Checks the arguments of a merge by entries, for which ΔW = 0 must be the original model."""
     if not 0 < density <= 1:
-        raise ValueError(f"`density` must be in (0, 1]; got {density!r}.")
+        raise InputError(f"`density` must be in (0, 1]; got {density!r}.")
     given = check_operands(adapters, weights, base, "`adapters` cannot be combined")
     residual = [path for path, [(x, _), *_] in given.sites.items() if is_residual(x)]
     wrong = dict.fromkeys(residual, f"{RESIDUAL}, so ΔW = 0 is not the original model")
@@ -163,7 +165,7 @@ def _entries(weights: Sequence[Any] | jax.Array) -> list[Any]:
 def check_finite(argument: str, values: Sequence[Any]) -> None:
     """Raises if a number has a value that is not finite."""
     if wrong := [x for x in values if is_concrete(x) and not np.isfinite(x)]:
-        raise ValueError(f"`{argument}` must be finite; got {wrong[0]}.")
+        raise InputError(f"`{argument}` must be finite; got {wrong[0]}.")
 
 
 def combine_leaves(

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from .._core import AnyArray
+from .._errors import InputError
 from .._types import PyTree
 from ._fingerprint import shapes_of
 from ._restore import read
@@ -49,9 +50,10 @@ def base_shapes(path: Where) -> PyTree:
     if (folder / METADATA).exists():
         saved = read(folder)
         if saved.base is None:
-            raise ValueError(
+            raise InputError(
                 f"`path`: {folder} was saved without its base, so the base's shapes are not known. "
-                "Save it again with jlora.checkpoint.save(..., base=base)."
+                "Save it again with jlora.checkpoint.save(..., base=base).",
+                path=folder,
             )
         return shapes_of(saved.base)
     entries, values = _read(folder, lambda x: x.dtype == np.uint32)  # random keys among them
@@ -102,6 +104,7 @@ def _read(folder: Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree, PyTre
 
     check_files(folder)
     with damage(
+        folder,
         f"{folder} cannot be read as parameters that Orbax's StandardCheckpointer saved",
         "Give the whole folder of a checkpoint that it or jlora.checkpoint.export wrote.",
     ):

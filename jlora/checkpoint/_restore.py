@@ -10,9 +10,9 @@ from etils import epath
 
 from .._adapters import AdapterLeaf, arrays, is_node, state, static
 from .._core import AnyArray
+from .._errors import InputError, MissingError, shorten, show
 from .._tree import adapter_leaves, adapter_of, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
-from .._untrusted import shorten, show
 from ._fingerprint import (
     Leaf,
     differences,
@@ -59,22 +59,23 @@ def read(path: Where) -> Saved:
     """
     folder = place(path)
     if not folder.exists():
-        raise FileNotFoundError(f"`path`: there is no checkpoint at {folder}.")
+        raise MissingError(f"`path`: there is no checkpoint at {folder}.", path=folder)
     file = folder / METADATA / "metadata"
     if not folder.is_dir() or not file.exists():
-        raise ValueError(_explain(folder))
+        raise InputError(f"`path`: {folder} {_explain(folder)}", path=folder)
     check_files(folder)
     damaged = f"the metadata of {folder} are damaged"
-    with damage(damaged):
+    with damage(folder, damaged):
         fields = json.loads(file.read_text())
         number = fields["format"]
         version = show(str(fields["versions"]["jlora"]))
     if number != FORMAT:
-        raise ValueError(
-            f"`path`: jlora {version} wrote {folder} in format {shorten(number)}; this "
-            f"version of jlora reads format {FORMAT}. {OLDER if number in range(FORMAT) else NEWER}"
+        raise InputError(
+            f"`path`: jlora {version} wrote {folder} in format {shorten(number)}; this version of "
+            f"jlora reads format {FORMAT}. {OLDER if number in range(FORMAT) else NEWER}",
+            path=folder,
         )
-    with damage(damaged):
+    with damage(folder, damaged):
         if fields.get("sha256") != digest(fields):
             raise ValueError("their hash is wrong")
         saved = decode(fields)
@@ -88,14 +89,14 @@ def _explain(folder: epath.Path) -> str:
     names = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
     if steps := sorted(filter(str.isdigit, names), key=int):
         return (
-            f"`path`: {folder} has the steps {', '.join(steps)} of a CheckpointManager; give one "
-            f"of them, such as {folder / steps[-1]}."
+            f"has the steps {', '.join(steps)} of a CheckpointManager; give one of them, such as "
+            f"{folder.name}/{steps[-1]}."
         )
     empty = "is an empty folder" if folder.is_dir() else "is a file"
     held = f"has {', '.join(map(show, names))}" if names else empty
     return (
-        f"`path`: {folder} is not a checkpoint of an adapter: expected {ADAPTER!r} and "
-        f"{METADATA!r} in it, but it {held}. Give a folder that jlora.checkpoint.save wrote."
+        f"is not a checkpoint of an adapter: expected {ADAPTER!r} and {METADATA!r} in it, but it "
+        f"{held}. Give a folder that jlora.checkpoint.save wrote."
     )
 
 
@@ -158,7 +159,7 @@ def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
     template = nest({p: _template(x) for p, x in wanted.items()})
     args = ocp.args.Composite(**{ADAPTER: ocp.args.StandardRestore(template)})
     with (
-        damage(f"the arrays of {folder} cannot be read, as it is truncated or damaged"),
+        damage(folder, f"the arrays of {folder} cannot be read, as it is truncated or damaged"),
         ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
     ):
         tree = in_step(lambda: checkpointer.restore(folder, args=args)[ADAPTER])
@@ -179,26 +180,27 @@ def _template(x: AnyArray) -> Any:
 def _check_hashes(path: Where, hashes: dict[Path, str], flat: dict[Path, Any]) -> None:
     wrong = [name_of(_place_of(p)) for p, x in flat.items() if hash_of(x) != hashes[p]]
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"`path`: {place(path)} is damaged: the values of {', '.join(wrong)} are not those "
-            "that were saved. Take another checkpoint."
+            "that were saved. Take another checkpoint.",
+            path=place(path),
         )
 
 
 def _check_base(path: Where, saved: Saved, base: PyTree) -> None:
     if saved.base is None:
-        raise ValueError(
+        raise InputError(
             f"`base` cannot be checked: {place(path)} was saved without one. "
-            "Restore without `base`, or save with it."
+            "Restore without `base`, or save with it.",
         )
     hashed = any(leaf.hash for leaf in saved.base.values())
     values = hashed and not any(map(is_abstract, jax.tree.leaves(base)))
     got = base if is_fingerprint(base) else fingerprint(base, values)
     if lines := differences(saved.base, got, any_width=True):
-        raise ValueError(
+        raise InputError(
             f"`base` is not the one that the adapter in {place(path)} was trained on:\n"
             + "\n".join(lines)
-            + "\nGive the base that it was saved with, or an adapter of this base."
+            + "\nGive the base that it was saved with, or an adapter of this base.",
         )
 
 
@@ -216,10 +218,10 @@ def _check_like(path: Where, checkpoint: Saved, like: PyTree | None) -> dict[Pat
                 if a != b:
                     lines.append(f"  {name_of(p)}: expected {name} {a}, got {b}")
     if lines:
-        raise ValueError(
+        raise InputError(
             f"`like` does not have the form of the adapter in {place(path)}:\n"
             + "\n".join(sorted(lines))
-            + "\nMake it with the rules of the checkpoint, jlora.checkpoint.read(path).rules."
+            + "\nMake it with the rules of the checkpoint, jlora.checkpoint.read(path).rules.",
         )
     return like
 

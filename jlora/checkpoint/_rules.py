@@ -9,10 +9,10 @@ import numpy as np
 
 from .. import _quantized, initializers
 from .._adapters import RULES, LoRA
+from .._errors import shorten, show
 from .._quantized import Scheme
 from .._rules import Slots
 from .._site import Rule
-from .._untrusted import shorten, show
 from ..initializers import Initializer
 
 Fields = dict[str, Any]

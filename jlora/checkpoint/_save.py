@@ -8,6 +8,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from .._adapters import is_node
+from .._errors import InputError
 from .._quantized import is_quantized
 from .._site import Full, Rule, check_rules
 from .._tree import (
@@ -213,7 +214,7 @@ def _check_arrays(flat: dict[Path, Any], argument: str) -> None:
         raise TypeError(f"`{argument}` must have arrays to be saved; got {', '.join(wrong)}.")
     names = collections.Counter(".".join(path) for path in flat)
     if twice := [name for name, n in names.items() if n > 1]:
-        raise ValueError(
+        raise InputError(
             f"`{argument}` has paths that Orbax confuses, as it treats a dot in a key as a level "
             f"of the tree: {', '.join(twice)}. Rename one of each."
         )

@@ -14,7 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from .. import _folders
-from .._untrusted import check_values, printable, show
+from .._errors import InputError, OccupiedError, WritingError, blame, check_values, printable
 
 # ------------------------------------------------------------------------------- several processes
 # If one process fails, all raise, and none waits for another.
@@ -116,8 +116,8 @@ def place(path: Where) -> epath.Path:
 
 
 @contextlib.contextmanager
-def damage(what: str, remedy: str = SAVE_AGAIN) -> Iterator[None]:
-    """Turns any error into a `ValueError` with `what`, the reason and a `remedy`.
+def damage(folder: Where, what: str, remedy: str = SAVE_AGAIN) -> Iterator[None]:
+    """Turns any error about a folder into an `InputError` with `what`, the reason and a remedy.
 
     Orbax closes its event loop at the first error. Python then prints "Event loop is closed" for
     each read of TensorStore that ends later.
@@ -128,7 +128,8 @@ def damage(what: str, remedy: str = SAVE_AGAIN) -> Iterator[None]:
         reason = one_line(e)
         if len(reason) > 600:  # TensorStore puts the cause at the end
             reason = f"{reason[:300]} ... {reason[-300:]}"
-        raise ValueError(f"`path`: {what} ({type(e).__name__}: {reason}). {remedy}") from e
+        why = f"`path`: {what} ({type(e).__name__}: {reason}). {remedy}"
+        raise InputError(why, path=folder) from e
 
 
 def check_files(folder: Where) -> None:
@@ -144,17 +145,15 @@ def check_files(folder: Where) -> None:
     for parent, _, names in os.walk(folder):
         for path in filter(Path.exists, (Path(parent, name) for name in names)):
             if not path.is_file():
-                raise ValueError(
-                    f"`path`: {show(str(path))} is not a regular file. Take another checkpoint."
-                )
+                why = "is not a regular file. Take another checkpoint."
+                raise InputError(f"`path`: {path} {why}", path=path)
             if path.name not in _DESCRIBING and path.parent.name != _BY_PROCESS:
                 continue
             if (size := path.stat().st_size) > LIMIT:
-                raise ValueError(
-                    f"`path`: {path} has {size} bytes; expected at most {LIMIT}. Take another "
-                    "checkpoint."
-                )
-            check_values(path.read_bytes(), f"`path`: {path}")
+                why = f"has {size} bytes; expected at most {LIMIT}. Take another checkpoint."
+                raise InputError(f"`path`: {path} {why}", path=path)
+            with blame("path", path):
+                check_values(path.read_bytes())
 
 
 def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> None:
@@ -178,14 +177,11 @@ def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.Checkpoint
             stage = epath.Path(_folders.beside(Path(final), from_first(_folders.token())))
         in_step(save)  # closed on all before process 0 removes what a failure leaves
         if local:
-            by_first(lambda: _folders.commit(Path(stage), Path(final), "`path`"))
+            by_first(lambda: _folders.commit(Path(stage), Path(final), "path"))
     except FileExistsError:
         raise
     except Exception as e:
-        raise OSError(
-            f"`path`: could not write the checkpoint {final}: {one_line(e)}. Nothing is left of "
-            "it, and nothing else was touched. Make room or permission there, or give another path."
-        ) from e
+        raise WritingError("path", final, one_line(e)) from e
     finally:
         if stage is not final and jax.process_index() == 0:
             _folders.discard(Path(stage))
@@ -193,9 +189,8 @@ def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.Checkpoint
 
 def _check(final: epath.Path, local: bool) -> None:
     if local:
-        _folders.check_vacant(final, "`path`")
+        _folders.check_vacant(final)
         _folders.remove_leftovers(Path(final))
     elif final.exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise FileExistsError(
-            f"`path`: {final} exists and is not empty; nothing is ever overwritten. Give another."
-        )
+        why = "exists and is not empty; nothing is ever overwritten. Give another."
+        raise OccupiedError(f"`path`: {final} {why}", path=final)

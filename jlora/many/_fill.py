@@ -24,7 +24,7 @@ from ..arithmetic._operands import (
 )
 
 Leaves = dict[Path, Any]
-REFUSAL = "a table cannot contain the leaves"
+REFUSAL = "`adapters` have leaves that a table cannot contain,"
 
 
 def check_adapters(adapters: Sequence[PyTree]) -> list[Leaves]:

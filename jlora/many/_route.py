@@ -20,6 +20,7 @@ from .._adapters import (
     stop_gradients,
     weight_shape,
 )
+from .._errors import InputError
 from .._tree import check_fits, leaves_by_path, nest
 from .._types import Path, PyTree, short
 from ..arithmetic._operands import FROM_THE_START, RESIDUAL, is_residual, refuse
@@ -94,7 +95,7 @@ def route(
                [0., 0.]], dtype=float32)
     """
     if form not in (None, *FORMS):
-        raise ValueError(f"`form` must be one of {', '.join(map(repr, FORMS))}; got {form!r}.")
+        raise InputError(f"`form` must be one of {', '.join(map(repr, FORMS))}; got {form!r}.")
 
     @functools.wraps(apply)
     def routed(
@@ -167,7 +168,7 @@ def _prepare(table: PyTree, form: str | None) -> tuple[Leaves, int]:
     residual = {path: why for path, x in others.items() if is_residual(x)}
     refuse("`route` cannot use the leaves of `table`", residual, FROM_THE_START)
     if form == FORMS[1] and len(others) < len(found):
-        raise ValueError(
+        raise InputError(
             f"`form` is {form!r}, but `table` was prepared side by side. Give the table from stack."
         )
     beside = {p: _concatenate(x, slots) for p, x in others.items() if _is_beside(x, form)}

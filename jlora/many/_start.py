@@ -9,6 +9,7 @@ import numpy as np
 
 from .._adapters import LoRA
 from .._compat import is_concrete
+from .._errors import InputError
 from .._keys import refuse_rngs
 from .._rules import is_int, rule_name
 from .._transform import transform
@@ -174,13 +175,13 @@ def _check_ranks(lora: Transformed, ranks: Sequence[int], n: int) -> np.ndarray:
     if not all(map(is_int, found)):
         raise TypeError(f"`ranks` must be integers; got {ranks!r}.")
     if len(found) != n:
-        raise ValueError(f"`ranks` must be one for each of the {n} keys; got {len(found)}.")
+        raise InputError(f"`ranks` must be one for each of the {n} keys; got {len(found)}.")
     limits = {rule_name(x): x.rank for x in lora.rules if isinstance(x, LoRA)}
     if not limits:
-        raise ValueError("`ranks` is given, but no rule of `lora` has a rank. Leave it out.")
+        raise InputError("`ranks` is given, but no rule of `lora` has a rank. Leave it out.")
     for name, limit in limits.items():
         if wrong := [r for r in found if not 1 <= r <= limit]:
-            raise ValueError(
+            raise InputError(
                 f"`ranks` must be in [1, {limit}], the rank of {name}; got {wrong[0]}. The rule's "
                 "rank is that of the table. Raise it to the largest."
             )

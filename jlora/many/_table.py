@@ -9,6 +9,7 @@ import numpy as np
 
 from .._adapters import AdapterLeaf, Node, Routed, arrays, is_node
 from .._compat import is_concrete
+from .._errors import InputError
 from .._tree import adapter_leaves, name_of, nest
 from .._types import PyTree, short
 from ..arithmetic._operands import refuse
@@ -67,7 +68,7 @@ def stack(
     trees = check_adapters(adapters)
     count = len(trees) if size is None else size
     if count < len(trees):
-        raise ValueError(f"`size` must be at least the {len(trees)} adapters; got {size}.")
+        raise InputError(f"`size` must be at least the {len(trees)} adapters; got {size}.")
     sites = {
         path: [tree[path] for tree in trees if path in tree]
         for path in dict.fromkeys(path for tree in trees for path in tree)
@@ -247,7 +248,7 @@ def _check(
     found = map(int, np.asarray(x).flat) if is_concrete(x) else ()
     if wrong := [i for i in found if not least <= i < count]:
         slots = "the slots of the table" + (" or -1 for the base alone" if least < 0 else "")
-        raise ValueError(f"`{name}` must be in [{least}, {count}), {slots}; got {wrong[0]}.")
+        raise InputError(f"`{name}` must be in [{least}, {count}), {slots}; got {wrong[0]}.")
     limits = jnp.iinfo(x.dtype)  # the dtype may not have the number `count`
     inside = (x >= max(least, int(limits.min))) & (x <= min(count - 1, int(limits.max)))
     numpy: Any = jnp if isinstance(x, jax.Array) else np

@@ -12,6 +12,7 @@ import optax
 from jax.typing import ArrayLike
 
 from .._core import is_floating, promote
+from .._errors import InputError
 from .._optimizer import check_transformation, is_transformation
 from .._types import PyTree
 from ._table import check_mask, mask_of, table_leaves
@@ -246,7 +247,7 @@ def _per_run(name: str, value: object, n: int) -> jax.Array:
     """Returns one value for each of n runs, not weakly typed, so that all steps are one program."""
     x = jnp.asarray(value)
     if x.shape not in ((), (n,)):
-        raise ValueError(
+        raise InputError(
             f"`{name}` must be a number, or have one value for each of the {n} runs; got shape "
             f"{x.shape}."
         )

@@ -1,7 +1,7 @@
 """Reads and writes PEFT's files.
 
-Imports `_adapters`, `_folders`, `_progress`, `_quantized`, `_rules`, `_tree`, `_types`,
-`_untrusted`, `sharding`.
+Imports `_adapters`, `_errors`, `_folders`, `_progress`, `_quantized`, `_rules`, `_tree`, `_types`,
+`_errors` and `sharding`.
 
 adapter = peft.load("adapter", base, peft.LLAMA)
 peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))

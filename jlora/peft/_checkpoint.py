@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from .._errors import InputError, Problem
 from ._file import (
     CONFIG,
     PICKLES,
@@ -15,7 +16,6 @@ from ._file import (
     Header,
     Source,
     TensorInfo,
-    itemize,
     open_file,
     read_header,
     read_json,
@@ -137,22 +137,27 @@ def open_checkpoint(
     where: dict[str, str] = {}
     wrong = []
     for file, header in headers.items():
-        wrong += [f"{show(n)}: in {where[n]} and in {file}" for n in header.entries if n in where]
+        twice = (name for name in header.entries if name in where)
+        wrong += [Problem(name, f"in {where[name]} and in {file}") for name in twice]
         where |= dict.fromkeys(header.entries, file)
     if mapped is not None:
         wrong += [
-            f"{show(name)}: in {mapped.get(name)} by the index, in {where.get(name)} by the files"
+            Problem(name, f"in {mapped.get(name)} by the index, in {where.get(name)} by the files")
             for name in dict.fromkeys([*mapped, *where])
             if mapped.get(name) != where.get(name)
         ]
     if wrong:
-        raise ValueError(f"`{argument}`: {source.folder} contradicts itself. {itemize(wrong)}")
+        why = "contradicts itself."
+        folder = source.folder
+        raise InputError(f"`{argument}`: {folder} {why}", path=folder, problems=wrong)
     kept, left_out, odd = _others(source, {*files, INDEX} if mapped else set(files))
     if odd := [name for name in odd if copied or name == "config.json"]:
-        raise ValueError(
-            f"`{argument}`: in {source.folder}, these entries are not files, but have names of "
-            "files. Replace them with the files, or remove them. "
-            + itemize([_describe(source, name) for name in odd])
+        raise InputError(
+            f"`{argument}`: {source.folder} has entries that are not files, but have names "
+            "of files.",
+            path=source.folder,
+            problems=[_describe(source, name) for name in odd],
+            remedy="Replace them with the files, or remove them.",
         )
     for name in kept if not follow_links else ():
         resolve(source, source.folder / name)
@@ -216,8 +221,9 @@ def explain_shorter(source: Source, name: str) -> Iterator[None]:
     try:
         yield
     except EOFError:
-        raise ValueError(
-            f"`{source.argument}`: {show(name)}: its file changed while it was read; start again."
+        raise InputError(
+            f"`{source.argument}`: {show(name)}: its file changed while it was read; start again.",
+            path=name,
         ) from None
 
 
@@ -230,34 +236,36 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
                 "Save the model as safetensors, in transformers with "
                 "save_pretrained(..., safe_serialization=True)."
             )
-            raise ValueError(
-                f"`{source.argument}`: {source.folder} has neither {ONE} nor {INDEX}. {kind}"
+            raise InputError(
+                f"`{source.argument}`: {source.folder} has neither {ONE} nor {INDEX}. {kind}",
+                path=source.folder,
             )
         return [ONE], None
     mapped = read_json(source, INDEX, LIMIT).get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
-        raise ValueError(
-            f"`{source.argument}`: {INDEX} has no `weight_map`; got {shorten(mapped)}."
-        )
+        why = f"has no `weight_map`; got {shorten(mapped)}."
+        raise InputError(f"`{source.argument}`: {INDEX} {why}", path=INDEX)
     for file in mapped.values():
         # With a name that leads out of the folder, the copy would be written there too.
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.\-]*\.safetensors", file):
-            raise ValueError(
+            raise InputError(
                 f"`{source.argument}`: {INDEX} names {shorten(file)}; expected a safetensors file "
-                "in the same folder."
+                "in the same folder.",
+                path=INDEX,
             )
     if one and ONE not in mapped.values():
-        raise ValueError(
+        raise InputError(
             f"`{source.argument}`: {source.folder} has two checkpoints: {ONE}, and {INDEX} for "
-            "other files. Remove one."
+            "other files. Remove one.",
+            path=source.folder,
         )
     return sorted(set(mapped.values())), mapped
 
 
-def _describe(source: Source, name: str) -> str:
+def _describe(source: Source, name: str) -> Problem:
     path = source.folder / name
     what = "a broken link" if path.is_symlink() and not path.exists() else "not a regular file"
-    return f"{show(name)}: is {'a folder' if path.is_dir() else what}"
+    return Problem(name, f"is {'a folder' if path.is_dir() else what}")
 
 
 def _others(source: Source, read: set[str]) -> tuple[list[str], list[str], list[str]]:
@@ -283,9 +291,10 @@ def _has_name_of_file(source: Source, path: Path) -> bool:
 
 def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
     if not depth:
-        raise ValueError(
+        raise InputError(
             f"`{source.argument}`: {source.folder} has more than {DEEPEST} nested folders: "
-            f"{show(folder.relative_to(source.folder).as_posix())}. Move them out."
+            f"{show(folder.relative_to(source.folder).as_posix())}. Move them out.",
+            path=source.folder,
         )
     for path in folder.iterdir():
         is_whole = path.is_symlink() or path.name in (".git", ".cache")

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from .._adapters import AdapterLeaf, LowRank, weight_shape
+from .._adapters import AdapterLeaf, LowRank, is_node, weight_shape
+from .._errors import InputError, Problem
 from .._tree import adapter_leaves
-from .._types import PyTree
-from ._file import itemize, shorten, show
+from .._types import PyTree, short
+from ._file import shorten, show
 from ._problems import Problems
 from .adapter._alone import Alone, as_leaf, read_alone, write_alone
 from .adapter._config import DEFAULTS
@@ -91,19 +92,19 @@ def combine(
     names = [os.fspath(path) for path in paths]
     wrong = [*_find_contradictions(names, each), *_find_unsupported(names, each)]
     if wrong:
-        raise ValueError(f"`paths`: the adapters cannot be combined. {itemize(wrong)}\n{REMEDY}")
+        why = "`paths`: the adapters cannot be combined."
+        raise InputError(why, problems=wrong, remedy=REMEDY)
     made = merge([alone.nodes for alone in each])
     parts = _parts(made, {part.key: part for alone in each for part in alone.contents.parts})
-    fields = _fields(each, parts)
     problems = Problems("`merge` returned an invalid adapter")
-    write_alone(out, fields, parts, each, problems, "paths")
+    write_alone(out, _fields(each, parts), parts, each, problems, "paths")
     return made
 
 
 # --------------------------------------------------------------------------------- what is refused
 
 
-def _find_contradictions(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
+def _find_contradictions(names: Sequence[str], each: Sequence[Alone]) -> list[Problem]:
     """Finds signs that the adapters are for different models."""
     wrong = []
     for field in BASES:
@@ -111,17 +112,18 @@ def _find_contradictions(names: Sequence[str], each: Sequence[Alone]) -> list[st
         values = [pair for pair in values if pair[0] is not None]
         if any(value != values[0][0] for value, _ in values):
             listed = ", ".join(f"{shorten(value)} in {name}" for value, name in values)
-            wrong.append(f"{field}: {listed}; if this is one model, give it one name in all files")
+            remedy = "if this is one model, give it one name in all files"
+            wrong.append(Problem(field, listed, remedy))
     first: dict[str, tuple[str, np.ndarray]] = {}
     for alone, name in zip(each, names, strict=True):
         for key, x in alone.contents.frozen.items():
             other, y = first.setdefault(key, (name, x))
             if not np.array_equal(x, y):
-                wrong.append(f"{show(key)}: its frozen values differ in {other} and {name}")
+                wrong.append(Problem(key, f"its frozen values differ in {other} and {name}"))
     return wrong
 
 
-def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
+def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[Problem]:
     """Finds what cannot be combined without the model."""
     wrong = []
     for (adapter, own, _), name in zip(each, names, strict=True):
@@ -145,16 +147,17 @@ def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
             ),
         ):
             listed = ", ".join(map(show, found[:9])) + ", …" * (len(found) > 9)
-            wrong += [f"{name}: {listed}: {why}"] if found else []
+            wrong += [Problem(name, f"{listed}: {why}")] if found else []
     heads = {(x.key, alone.tied.get(x.key)) for alone in each for x in alone.contents.parts}
     wrong += [
-        f"{show(key)}: only one adapter has the same A and B for {show(head)}, its tied head"
+        Problem(key, f"only one adapter has the same A and B for {show(head)}, its tied head")
         for key, head in heads
         if head is not None and {(key, None), (head, None)} & heads
     ]
     shapes = {(part.a.shape, part.b.shape) for alone in each for part in alone.contents.parts}
     if len(shapes) > SHAPES:
-        wrong.append(f"{len(shapes)} pairs of shapes of A and B; expected at most {SHAPES}")
+        why = f"{len(shapes)} pairs of shapes of A and B; expected at most {SHAPES}"
+        wrong.append(Problem("paths", why))
     return wrong
 
 
@@ -163,15 +166,22 @@ def _parts(made: PyTree, known: Mapping[str, Part]) -> list[Part]:
     found = {"/".join(path): x for path, x in adapter_leaves(made).items()}
     keys = dict.fromkeys((*known, *found))
     if odd := [key for key in keys if not _fits(found.get(key), known.get(key))]:
-        raise ValueError(
+        raise InputError(
             "`merge` must return one LowRank for each module of the adapters, of the shape of its "
-            f"weight, and no other. {itemize([*map(show, odd)])}"
+            "weight, and no other.",
+            problems=[Problem(key, _describe(found.get(key))) for key in odd],
         )
     return [
         known[key]._replace(a=a, b=b, scale=node.scale)
         for key, node in found.items()
         for a, b in split_factors(as_leaf(known[key]), node)
     ]
+
+
+def _describe(node: AdapterLeaf | None) -> str:
+    if not is_node(node):
+        return "missing" if node is None else f"got {short(node)}"
+    return f"got a {type(node).__name__} for a weight of shape {weight_shape(node)}"
 
 
 def _fits(node: AdapterLeaf | None, part: Part | None) -> bool:

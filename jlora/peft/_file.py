@@ -6,15 +6,15 @@ the reader allocate at most as many bytes as the file has, and only for tensors 
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
 
-from .._untrusted import check_values
-from .._untrusted import shorten as shorten
-from .._untrusted import show as show
+from .._errors import InputError, blame, check_values
+from .._errors import shorten as shorten
+from .._errors import show as show
 from ._foreign import CONFIG as CONFIG
 from ._foreign import PICKLES as PICKLES
 from ._foreign import TENSORS as TENSORS
@@ -29,35 +29,28 @@ def read_json(source: Source, name: str, limit: int) -> dict[str, Any]:
     """Reads the object in a JSON file of at most `limit` bytes."""
     with open_file(source, name) as (file, size):
         if size > limit:
-            raise ValueError(
-                f"`{source.argument}`: {name} has {size} bytes; expected at most {limit}."
-            )
-        return parse(file.read(size), f"`{source.argument}`: {name}")
+            why = f"has {size} bytes; expected at most {limit}."
+            raise InputError(f"`{source.argument}`: {name} {why}", path=name)
+        with blame(source.argument, name):
+            return parse(file.read(size))
 
 
-def parse(data: bytes, what: str) -> dict[str, Any]:
-    """Parses a JSON object; errors call it `what`.
+def parse(data: bytes) -> dict[str, Any]:
+    """Parses a JSON object.
 
     Raises:
         ValueError: for other JSON, duplicate keys, numbers that are not finite, or too many values.
     """
-    check_values(data, what)
+    check_values(data)
     try:
         value = json.loads(data.decode(), object_pairs_hook=_make_object, parse_constant=_refuse)
     except RecursionError:
-        raise ValueError(f"{what} is nested too deeply.") from None
+        raise ValueError("is nested too deeply") from None
     except ValueError as e:
-        raise ValueError(f"{what} is not valid JSON: {e}.") from None
+        raise ValueError(f"is not valid JSON: {e}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{what} must be a JSON object; got {type(value).__name__}.")
+        raise ValueError(f"must be a JSON object; got {type(value).__name__}")
     return value
-
-
-def itemize(found: Sequence[str]) -> str:
-    """Counts problems, and lists the first hundred."""
-    shown = [f"  {p}" for p in found[:100]]
-    shown += [f"  … and {len(found) - 100} more"] * (len(found) > 100)
-    return f"{len(found)} problem{'s' * (len(found) > 1)}:\n" + "\n".join(shown)
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -126,39 +119,40 @@ class Header(NamedTuple):
 
 def read_header(source: Source, name: str = TENSORS) -> Header:
     """Reads the header of a file of `source`; `ValueError` if the file is damaged."""
-    what = f"`{source.argument}`: {name}"
-    with open_file(source, name) as (file, size):
+    with open_file(source, name) as (file, size), blame(source.argument, name):
         count = int.from_bytes(file.read(8), "little")
         if not 2 <= count <= min(size - 8, HEADER_LIMIT):
             raise ValueError(
-                f"{what} has {size} bytes, but claims a header of {count}: it is truncated, or not "
-                "a safetensors file. Save it again."
+                f"has {size} bytes, but claims a header of {count}: it is truncated, or not a "
+                "safetensors file. Save it again"
             )
-        raw = parse(file.read(count), f"`{source.argument}`: the header of {name}")
+        with blame(source.argument, f"the header of {name}"):
+            raw = parse(file.read(count))
+        entries = _parse_entries(raw)
+        _check_extents(entries, size - 8 - count)
+    return Header(entries, 8 + count, size)
+
+
+def _parse_entries(raw: dict[str, Any]) -> dict[str, TensorInfo]:
+    """Returns the tensors of a header by name."""
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
-        raise ValueError(
-            f"{what}: `__metadata__` must be an object of strings; got {shorten(metadata)}."
-        )
+        raise ValueError(f"must have an object of strings as __metadata__; got {shorten(metadata)}")
     if len(raw) > TENSORS_LIMIT:
-        raise ValueError(
-            f"{what} has {len(raw)} tensors; expected at most {TENSORS_LIMIT}. Save it in shards."
-        )
+        why = f"has {len(raw)} tensors; expected at most {TENSORS_LIMIT}"
+        raise ValueError(f"{why}. Save it in shards")
     entries = {}
     for key, fields in raw.items():
         if len(key) > NAME_LIMIT or key.count(".") > DEPTH_LIMIT or not key.isprintable():
             raise ValueError(
-                f"{what} has a tensor named {shorten(key)}; expected at most {NAME_LIMIT} "
-                f"printable characters, with at most {DEPTH_LIMIT} dots."
+                f"has a tensor named {shorten(key)}; expected at most {NAME_LIMIT} printable "
+                f"characters, with at most {DEPTH_LIMIT} dots"
             )
         entry = _parse_tensor(key, fields)
         if entry is None:
-            raise ValueError(
-                f"{what}: the header has an invalid entry for {shorten(key)}: {shorten(fields)}."
-            )
+            raise ValueError(f"has an invalid entry for {shorten(key)}: {shorten(fields)}")
         entries[key] = entry
-    _check_extents(entries, size - 8 - count, what)
-    return Header(entries, 8 + count, size)
+    return entries
 
 
 def make_header(tensors: Iterable[TensorInfo]) -> tuple[Header, bytes]:
@@ -195,20 +189,20 @@ def _are_naturals(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
-def _check_extents(entries: dict[str, TensorInfo], size: int, what: str) -> None:
+def _check_extents(entries: dict[str, TensorInfo], size: int) -> None:
     """Raises unless the tensors fill the data without gap or overlap."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1][3:]):
         if entry.start != end:
             raise ValueError(
-                f"{what}: {shorten(name)} starts at byte {entry.start} of the data; expected byte "
-                f"{end}. The file is damaged; save it again."
+                f"is damaged: {shorten(name)} starts at byte {entry.start} of the data; expected "
+                f"byte {end}. Save it again"
             )
         end = entry.stop
     if end != size:
         raise ValueError(
-            f"{what} has {size} bytes of data; its header describes {end}. The file is truncated "
-            "or damaged; save it again."
+            f"has {size} bytes of data; its header describes {end}. The file is truncated or "
+            "damaged; save it again"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from .._untrusted import show
+from .._errors import show
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

@@ -1,5 +1,6 @@
 """Loads PEFT's files as an adapter tree. All headers are checked before any value is read."""
 
+import functools
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +84,8 @@ def load(
     problems = Problems(
         f"`path`: the adapter in {path} cannot be loaded onto `base` with `names`; nothing was "
         "loaded",
-        lambda found: f"\n{advise(names, lost)}" if lost and any(WHERE in x for x in found) else "",
+        path,
+        functools.cache(lambda: advise(names, lost) if lost else ""),
     )
     files = open_files(Source(Path(path)), ignore)
     fields, each = fit(files, leaves, problems)

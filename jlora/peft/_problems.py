@@ -1,10 +1,11 @@
 """Collects all problems with a user's files, and raises them together."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Literal
 
-from ._file import CONFIG, TensorInfo, itemize, show
+from .._errors import InputError, Problem
+from ._file import CONFIG, TensorInfo
 from ._foreign import find_cause
 
 
@@ -17,21 +18,25 @@ class Problems:
         unused: names in the configuration that match nothing. PEFT accepts them, as does jlora.
     """
 
-    def __init__(self, title: str, advice: Callable[[Sequence[str]], str] = lambda found: ""):
-        """Takes the start of the error, and a function that makes its end from the problems."""
-        self.title, self.advice = title, advice
-        self.found: list[str] = []
+    def __init__(self, title: str, path: object = None, advice: Callable[[], str] = lambda: ""):
+        """Takes the start of the error, and a remedy for tensors without a parameter."""
+        self.title, self.path, self.advice = title, path, advice
+        self.found: list[Problem] = []
         self.cause = ""
         self.unused: list[str] = []
 
-    def add(self, where: str, why: str) -> Literal[False]:
+    def add(self, where: str, why: str, remedy: str = "") -> Literal[False]:
         """Adds a problem with a tensor, module or field; `where` may be any text of a file.
 
         Returns:
             False, so that a predicate can return it.
         """
-        self.found.append(f"{show(where)}: {why}")
+        self.found.append(Problem(where, why, remedy))
         return False
+
+    def add_homeless(self, where: str, why: str) -> Literal[False]:
+        """Adds a tensor or module for which the model has no parameter."""
+        return self.add(where, why, self.advice())
 
     def examine(self, tensors: Iterable[TensorInfo]) -> None:
         """Looks for a cause in the keys and shapes of an adapter, and adds tensors of no size."""
@@ -45,12 +50,12 @@ class Problems:
         """Adds a tensor whose dtype is not floating-point."""
         self.add(tensor.key, f"expected a floating-point dtype, got {tensor.dtype}")
 
-    def stop(self, *more: str) -> None:
+    def stop(self, *more: Problem) -> None:
         """Raises if there are problems, including those passed here."""
         self.found += more
         if self.found:
-            title = f"{self.title}. {self.cause}".rstrip()
-            raise ValueError(f"{title} {itemize(self.found)}{self.advice(self.found)}")
+            why = f"{self.title}. {self.cause}".rstrip()
+            raise InputError(why, path=self.path, problems=self.found)
 
     def warn(self) -> None:
         """Warns about unused names. The warning points at the caller of the public function."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .._errors import InputError, Problem
 from .._tree import is_abstract, name_of
 from .._types import PyTree
 from ._file import DTYPES, PREFIX, Source, read_json
@@ -82,7 +83,7 @@ def save(
         (['q_proj'], 2, 4)
     """
     fields, found = _files(base, adapter, names, base_model, profile, config)
-    write(path, "`path`", fields, found)
+    write(path, "path", fields, found)
 
 
 def tensors(
@@ -139,7 +140,7 @@ def _files(
 ) -> Written:
     """Makes the configuration and the tensors, and checks that `load` would read them."""
     if profile not in (None, "vllm"):
-        raise ValueError(f"`profile` must be None or 'vllm'; got {profile!r}.")
+        raise InputError(f"`profile` must be None or 'vllm'; got {profile!r}.")
     tree = arrange(base, adapter, names)
     given = dict(config or {})
     if base_model is not None:
@@ -200,9 +201,9 @@ def _as_lora(tree: Tree, given: Fields, profile: str | None) -> Written:
 def _as_miss(tree: Tree, given: Fields, profile: str | None) -> Written:
     _refuse_config(list_miss_problems(MISS_DEFAULTS | given, is_file=False))
     if profile is not None:
-        raise ValueError(
+        raise InputError(
             f"`profile` {profile!r} is for LoRA, but `config` asks for {MISS}. "
-            "Leave peft_type out of `config`."
+            "Leave peft_type out of `config`.",
         )
     fields, found = _as_lora(tree, translate_fields(given), None)
     return from_lora(given, fields, tree.parts, found)
@@ -219,9 +220,9 @@ def _rows_alone(tree: Tree, given: Fields, profile: str | None) -> Written:
     return fields, {f"{PREFIX}{m}{DELTA_ALONE}": v for m, v in each}
 
 
-def _refuse_config(wrong: Sequence[str]) -> None:
+def _refuse_config(wrong: Sequence[Problem]) -> None:
     if wrong:
-        raise ValueError("`config` cannot be written:\n  " + "\n  ".join(wrong))
+        raise InputError("`config` cannot be written:", problems=wrong)
 
 
 def _check_values(leaves: Sequence[NamedLeaf]) -> None:
@@ -230,8 +231,8 @@ def _check_values(leaves: Sequence[NamedLeaf]) -> None:
         for leaf in leaves
     }
     if odd := [f"{kind} at {name}" for name, kind in kinds.items() if kind not in DTYPES.values()]:
-        raise ValueError(
-            "`base` must hold floating-point arrays where PEFT stores frozen values with the "
+        raise InputError(
+            f"`base` must hold floating-point arrays where PEFT stores frozen values with the "
             f"adapter: {', '.join(DTYPES)}; got {', '.join(odd)}. Give such arrays, adapt other "
-            "leaves, or export the merged model."
+            "leaves, or export the merged model.",
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .._untrusted import show
+from .._errors import InputError, MissingError, show
 from ._foreign import CONFIG, PICKLES, TENSORS, recognize
 
 
@@ -42,7 +42,7 @@ def open_file(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"`{source.argument}`: {path} is not a regular file.")
+            raise InputError(f"`{source.argument}`: {path} is not a regular file.", path=path)
         yield file, status.st_size
 
 
@@ -51,11 +51,11 @@ def resolve(source: Source, path: Path) -> Path:
     folder, real = (Path(os.path.realpath(x)) for x in (source.folder, path))
     if real.is_relative_to(_find_root(folder)):
         return real
-    option = "" if source.follow_links is None else ", or follow_links=True"
-    raise ValueError(
-        f"`{source.argument}`: {show(str(path))} is a link out of the folder, to "
-        f"{show(str(real))}, which may be any file of this machine. Give a copy with links "
-        f"followed (cp -rL){option}."
+    option = "" if source.follow_links is None else ", or `follow_links=True`"
+    raise InputError(
+        f"`{source.argument}`: {path} is a link out of the folder, to {show(str(real))}, which "
+        f"may be any file of this machine. Give a copy with links followed (cp -rL){option}.",
+        path=path,
     )
 
 
@@ -74,23 +74,25 @@ def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
     folder, argument, _ = source
     path = folder / name
     if path.is_symlink() and not path.exists():
-        return FileNotFoundError(
+        return MissingError(
             f"`{argument}`: {path} is a broken link, to {show(os.readlink(path))}. Download or "
-            "copy the folder again."
+            "copy the folder again.",
+            path=path,
         )
     if not folder.is_dir():
         return explain_no_folder(argument, folder)
     pickles = [p for p in PICKLES if (folder / p).exists()]
     if name == TENSORS and pickles:
-        return ValueError(
+        return InputError(
             f"`{argument}`: {folder} has {pickles[0]}, a pickle, but no {TENSORS}. jlora reads no "
             "pickles, as reading one runs the code in it. Save the adapter in PEFT with "
-            "safe_serialization=True."
+            "safe_serialization=True.",
+            path=folder,
         )
     if isinstance(error, FileNotFoundError):
         kind = recognize(folder) if name in (CONFIG, TENSORS) else None
-        return FileNotFoundError(
-            f"`{argument}`: {folder} has no {name}.{f' {kind}' if kind else ''}"
+        return MissingError(
+            f"`{argument}`: {folder} has no {name}.{f' {kind}' if kind else ''}", path=folder
         )
     return error
 
@@ -98,6 +100,6 @@ def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
 def explain_no_folder(argument: str, path: Path) -> Exception:
     """Makes the error about a `path` that is no folder."""
     if not path.exists():
-        return FileNotFoundError(f"`{argument}`: there is no folder {path}.")
+        return MissingError(f"`{argument}`: there is no folder {path}.", path=path)
     what, remedy = recognize(path) or ("a device", "Give a folder")
-    return ValueError(f"`{argument}`: {path} is {what}, not a folder. {remedy}.")
+    return InputError(f"`{argument}`: {path} is {what}, not a folder. {remedy}.", path=path)

@@ -14,9 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapters import AdapterLeaf, Node, arrays, is_node, weight_shape
 from .._core import count_pieces, mesh_axes
+from .._errors import InputError
 from .._quantized import Quantized, is_quantized
 from .._rules import near_misses
-from .._tree import adapter_leaves, leaves_by_path, list_reasons, name_of
+from .._tree import adapter_leaves, leaves_by_path, name_of, problems_at
 from .._types import Path, PyTree
 from ._places import (
     Mesh,
@@ -91,9 +92,11 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
         except Misfit as e:
             wrong[path] = str(e)
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"`base` has shardings that do not fit at {len(wrong)} of {len(found)} paths of "
-            f"`adapter`:\n{list_reasons(wrong)}\nCorrect them in `base`: the adapter follows W."
+            "`adapter`:",
+            problems=problems_at(wrong),
+            remedy="Correct them in `base`: the adapter follows W.",
         )
     structure = jax.tree.structure(adapter, is_leaf=lambda x: is_node(x) or is_quantized(x))
     return jax.tree.unflatten(structure, own)
@@ -138,9 +141,9 @@ def replicated(specs: PyTree, *axes: str) -> PyTree:
 
     def place(x: Place) -> Place:
         if isinstance(x, NamedSharding) and (unknown := set(axes) - set(x.mesh.axis_names)):
-            raise ValueError(
+            raise InputError(
                 f"`axes` must be axes of the mesh of `specs`, which are "
-                f"{', '.join(x.mesh.axis_names)}; got {', '.join(map(repr, sorted(unknown)))}."
+                f"{', '.join(x.mesh.axis_names)}; got {', '.join(map(repr, sorted(unknown)))}.",
             )
         spec = x if isinstance(x, PartitionSpec) else getattr(x, "spec", None)
         return x if spec is None else with_spec(x, PartitionSpec(*map(keep, spec)))
@@ -195,10 +198,11 @@ def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
 def _check_known(places: Mapping[Path, Any], found: Mapping[Path, Any]) -> None:
     """Raises for the paths at which `base` has no leaf, or a leaf without a sharding."""
     if missing := {path: _explain(path, places) for path in found if path not in places}:
-        raise ValueError(
-            f"`base` lacks {len(missing)} of {len(found)} paths of `adapter`:\n"
-            f"{list_reasons(missing)}\n"
-            "Give the shardings of the parameters that you gave to `init`, with the same paths."
+        raise InputError(
+            f"`base` lacks {len(missing)} of {len(found)} paths of `adapter`:",
+            problems=problems_at(missing),
+            remedy="Give the shardings of the parameters that you gave to `init`, with the same "
+            "paths.",
         )
     unknown = {p: f"got {places[p].got}" for p in found if isinstance(places[p], Unknown)}
     if unknown:
@@ -206,7 +210,7 @@ def _check_known(places: Mapping[Path, Any], found: Mapping[Path, Any]) -> None:
             "`base` must be a tree of PartitionSpec or NamedSharding, of arrays or "
             "jax.ShapeDtypeStructs that have one, or of Flax's partitioned parameters; it has no "
             f"sharding at {len(unknown)} of {len(found)} paths of `adapter`:\n"
-            + list_reasons(unknown)
+            + "\n".join(f"  {problem}" for problem in problems_at(unknown))
         )
 
 

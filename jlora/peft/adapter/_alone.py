@@ -108,8 +108,8 @@ def read_alone(
     path: str | os.PathLike[str], argument: str = "path", *, ignore: Collection[str] = ()
 ) -> Alone:
     """Reads all of an adapter without its model."""
-    title = f"`{argument}`: the adapter in {path} cannot be read"
-    return _read(open_files(Source(Path(path), argument), ignore), Problems(title))
+    problems = Problems(f"`{argument}`: the adapter in {path} cannot be read", path)
+    return _read(open_files(Source(Path(path), argument), ignore), problems)
 
 
 def write_alone(
@@ -132,7 +132,7 @@ def write_alone(
     frozen = {name: x for alone in each for name, x in alone.contents.frozen.items()}
     tensors = make_tensors(parts, tied) | make_frozen_tensors(frozen)
     _read(as_files(fields, tensors, argument), problems)
-    write(out, "`out`", fields, tensors)
+    write(out, "out", fields, tensors)
 
 
 def _read(files: Files, problems: Problems) -> Alone:

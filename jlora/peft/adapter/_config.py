@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..._errors import InputError, Problem
 from ..._rules import is_finite
-from .._file import CONFIG, Source, read_json, shorten, show
+from .._file import CONFIG, Source, read_json, shorten
 from ._patterns import PLAIN, explain_refused, wrap_key, wrap_layer
 
 LIMIT = 4 * 2**20  # bytes
@@ -107,9 +108,9 @@ def read_fields(source: Source, ignore: Collection[str] = ()) -> dict[str, Any]:
     if isinstance(ignore, str):
         raise TypeError(f"`ignore` must be a tuple of names, such as ({ignore!r},); got a string.")
     if known := [name for name in ignore if name in _KNOWN]:
-        raise ValueError(
+        raise InputError(
             f"`ignore` is for fields that jlora does not know, but it knows {', '.join(known)}: "
-            "without it, the adapter would mean something else. Leave it out of `ignore`."
+            "without it, the adapter would mean something else. Leave it out of `ignore`.",
         )
     fields = read_json(source, CONFIG, LIMIT)
     return {name: x for name, x in fields.items() if name not in ignore}
@@ -123,7 +124,7 @@ def dumps(fields: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------- checking
 
 
-def problems_of(fields: Mapping[str, Any], *, is_file: bool = True) -> list[str]:
+def problems_of(fields: Mapping[str, Any], *, is_file: bool = True) -> list[Problem]:
     """Lists the problems with a configuration, with remedies for a file or for `config`."""
     method = fields.get("peft_type", "LORA")
     if method == ROWS_ALONE:
@@ -132,11 +133,11 @@ def problems_of(fields: Mapping[str, Any], *, is_file: bool = True) -> list[str]
     else:
         required = ("peft_type", "target_modules")
         strange = {key: x for key, x in find_features(fields).items() if key not in METHODS}
-    found = [f"{key}: missing" for key in required if key not in fields]
+    found = [Problem(key, "missing") for key in required if key not in fields]
     if method not in ("LORA", ROWS_ALONE):
         remedy = _LOAD_MISS if method == MISS else _CONVERT if isinstance(method, str) else _NAME
         remedy = remedy if is_file else f"leave peft_type out, or give {MISS!r}"
-        found.append(f"peft_type: expected 'LORA', got {shorten(method)}; {remedy}")
+        found.append(Problem("peft_type", f"expected 'LORA', got {shorten(method)}", remedy))
     found += list_unsupported(strange, is_file=is_file)
     found += [] if method == ROWS_ALONE else _list_contradictions(fields)
     return found + list_misformed(fields)
@@ -150,34 +151,33 @@ _CONVERT = (
 )
 
 
-def list_unsupported(fields: Mapping[str, Any], *, is_file: bool) -> list[str]:
+def list_unsupported(fields: Mapping[str, Any], *, is_file: bool) -> list[Problem]:
     """Lists `fields` as features that are not supported, or not known."""
-    known = "is a feature that jlora does not support"
-    unknown = "is not known to jlora, and may change what the adapter computes; if it does not, "
-    unknown += "name the field in `ignore`" if is_file else "leave the field out"
-    return [
-        f"{show(key)}: {shorten(value)} {known if key in _KNOWN else unknown}"
-        for key, value in fields.items()
-    ]
+    known = "is a feature that jlora does not support", ""
+    unknown = "is not known to jlora, and may change what the adapter computes"
+    remedy = "name the field in `ignore`" if is_file else "leave the field out"
+    found = list[Problem]()
+    for key, value in fields.items():
+        why, then = known if key in _KNOWN else (unknown, f"if it does not, {remedy}")
+        found.append(Problem(key, f"{shorten(value)} {why}", then))
+    return found
 
 
-def _list_contradictions(fields: Mapping[str, Any]) -> list[str]:
+def _list_contradictions(fields: Mapping[str, Any]) -> list[Problem]:
     """Lists values that PEFT's files do not have together, or that need a changed base."""
     found = [
-        f"{key}: {shorten(fields[key])} cannot be combined with use_dora in PEFT"
+        Problem(key, f"{shorten(fields[key])} cannot be combined with use_dora in PEFT")
         for key in ("lora_bias", "target_parameters")
         if fields.get("use_dora") and fields.get(key)
     ]
     start = fields.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in STARTS:
-        found.append(
-            f"init_lora_weights: {shorten(start)} changes the base model, which the adapter needs; "
-            "convert the adapter in PEFT (path_initial_model_for_weight_conversion)"
-        )
+        why = f"{shorten(start)} changes the base model, which the adapter needs"
+        remedy = "convert the adapter in PEFT (path_initial_model_for_weight_conversion)"
+        found.append(Problem("init_lora_weights", why, remedy))
     if fields.get("target_modules") == "all-linear":
-        found.append(
-            "target_modules: 'all-linear' is for PEFT's constructor; a file must list the modules"
-        )
+        why = "'all-linear' is for PEFT's constructor; a file must list the modules"
+        found.append(Problem("target_modules", why))
     return found
 
 
@@ -187,17 +187,17 @@ def find_features(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {key: x for key, x in each if x and x != DEFAULTS.get(key)}
 
 
-def list_misformed(fields: Mapping[str, Any]) -> list[str]:
+def list_misformed(fields: Mapping[str, Any]) -> list[Problem]:
     """Lists the fields with values that PEFT would not write."""
     wrong = [
-        f"{key}: expected {what}, got {shorten(fields[key])}"
+        Problem(key, f"expected {what}, got {shorten(fields[key])}")
         for key, (what, fits) in _KINDS.items()
         if key in fields and not fits(fields[key])
     ]
     return wrong or _list_refused_patterns(fields)
 
 
-def _list_refused_patterns(fields: Mapping[str, Any]) -> list[str]:
+def _list_refused_patterns(fields: Mapping[str, Any]) -> list[Problem]:
     keys = ("target_modules", "exclude_modules")
     found = [(key, x, x) for key in keys if isinstance(x := fields.get(key), str)]
     layers = fields.get("layers_pattern") or []
@@ -206,7 +206,8 @@ def _list_refused_patterns(fields: Mapping[str, Any]) -> list[str]:
     for key, (patterns, form) in forms.items():
         found += [(key, x, x if PLAIN.fullmatch(x) else form(x)) for x in patterns]
     refused = explain_refused([whole for _, _, whole in found])
-    return [f"{key}: {shorten(x)} {refused[whole]}" for key, x, whole in found if whole in refused]
+    found = (entry for entry in found if entry[2] in refused)
+    return [Problem(key, f"{shorten(x)} {refused[whole]}") for key, x, whole in found]
 
 
 _Fits = Callable[[Any], bool]

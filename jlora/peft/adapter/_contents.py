@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from ..._errors import Problem
 from .._file import CONFIG, COUNT, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, show
 from .._problems import Problems
 from ._config import PARAMETERS, ROWS_ALONE, problems_of
@@ -137,7 +138,7 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
     fields = files.fields
     problems.stop(*problems_of(fields))
     problems.examine(files.tensors)
-    selection = Selection(fields, f"`{files.argument}`")
+    selection = Selection(fields, files.argument)
     if fields.get("peft_type") == ROWS_ALONE:
         tokens = _rows_alone(selection, files.tensors, problems)
         return Adapter(fields, selection, {}, Contents([], {}, {}, tokens, {}), [])
@@ -181,9 +182,8 @@ def _rows_alone(
     found = dict[str, Tokens]()
     by_module = {x.key.removeprefix(PREFIX).removesuffix(DELTA_ALONE): x for x in tensors}
     if len(by_module) > PARAMETERS:
-        problems.found.append(
-            f"{TENSORS} has rows of {len(by_module)} modules; expected at most {PARAMETERS}"
-        )
+        why = f"has rows of {len(by_module)} modules; expected at most {PARAMETERS}"
+        problems.add(TENSORS, why)
         return {}
     selection.prepare(by_module)
     selected = list(filter(selection.adapts, by_module))
@@ -250,16 +250,17 @@ def may_tie(fields: Mapping[str, Any], module: str) -> bool:
     return bool(fields.get("ensure_weight_tying")) and bool(SHARED.search(module))
 
 
-def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
+def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> Problem | None:
     """Explains a misfit that comes from a vocabulary of another size, if it does."""
     module, _, parameter = name.rpartition(".")
     if shape == wanted or shape[1:] != wanted[1:] or not _is_of_vocabulary(module, parameter):
         return None
-    n = shape[0]
-    return (
-        f"{show(name)}: has {n} rows in the adapter, whose vocabulary was resized, but {wanted[0]} "
-        "in the base; merge it with jlora.peft.export_merged, which adds rows, or call "
-        f"resize_token_embeddings({n}) on the base in `transformers`, and save it"
+    return Problem(
+        name,
+        f"has {shape[0]} rows in the adapter, whose vocabulary was resized, but {wanted[0]} in the "
+        "base",
+        "merge it with jlora.peft.export_merged, which adds rows, or call "
+        f"resize_token_embeddings({shape[0]}) on the base in `transformers`, and save it",
     )
 
 

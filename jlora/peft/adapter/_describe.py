@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from ..._errors import InputError
 from ..._tree import name_of
 from ..._types import Path
 from .._file import PREFIX
@@ -164,9 +165,9 @@ def _set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Field
     """Sets dropout and `fan_in_fan_out`."""
     dropouts = {tree.found[leaf.path].dropout for leaf in tree.low}
     if "lora_dropout" not in given and len(dropouts) > 1:
-        raise ValueError(
+        raise InputError(
             f"`adapter` has the dropout rates {sorted(dropouts)}, but PEFT has one for all sites. "
-            "Choose it with config={'lora_dropout': 0.1}."
+            "Choose it with config={'lora_dropout': 0.1}.",
         )
     new: Fields = {}
     if "lora_dropout" not in given:
@@ -197,9 +198,10 @@ def describe_rows_alone(fields: Fields, tree: Tree) -> Fields:
     """Describes an adapter of rows alone; PEFT has one list of rows for all embeddings."""
     lists = {tree.found[leaf.path].rows: name_of(leaf.path) for leaf in tree.rows}
     if len(lists) > 1:
-        raise ValueError(
-            "`adapter` has only rows of embeddings, and PEFT has one list of rows for all of them; "
-            f"got different rows at {', '.join(lists.values())}. Save each embedding by itself."
+        raise InputError(
+            "`adapter` has only rows of embeddings, and PEFT has one list of rows for all of "
+            f"them; got different rows at {', '.join(lists.values())}. Save each embedding by "
+            "itself.",
         )
     wanted = [leaf.modules[0] for leaf in tree.rows]
     others = _with_parents(tree.modules) - set(wanted)

@@ -96,12 +96,12 @@ def as_files(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argum
 
 def write(
     path: str | os.PathLike[str],
-    what: str,
+    argument: str,
     fields: Mapping[str, Any],
     tensors: dict[str, np.ndarray],
 ) -> None:
-    """Writes both files to a new folder `path`, which errors call `what`."""
-    with fresh(path, what) as folder:
+    """Writes both files to a new folder `path`, the `argument` of the caller."""
+    with fresh(path, argument) as folder:
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         # As bytes, as text would get other line ends on Windows.
         (folder / CONFIG).write_bytes(dumps(fields).encode())

@@ -91,7 +91,7 @@ def _fits(part: Part, leaf: NamedLeaf | None, is_head: bool, problems: Problems)
     """Whether A and B fit a leaf, or a head that shares its weight; adds the reason if not."""
     key = PREFIX + part.name.rpartition(".")[0]
     if leaf is None:
-        return problems.add(key, LOST)
+        return problems.add_homeless(key, LOST)
     kind = "linear" if is_head else leaf.name.kind
     path = name_of(leaf.path)
     if kind is None:
@@ -109,11 +109,11 @@ def _fits(part: Part, leaf: NamedLeaf | None, is_head: bool, problems: Problems)
 
 def _fits_in_full(name: str, x: TensorInfo, leaf: NamedLeaf | None, problems: Problems) -> bool:
     if leaf is None:
-        return problems.add(x.key, LOST)
+        return problems.add_homeless(x.key, LOST)
     if leaf.name.part:
         return problems.add(x.key, "saved in full, but `base` has a leaf for each part of it")
-    if why := explain_resized(name, x.shape, leaf.weight_shape):
-        problems.found.append(why)
+    if problem := explain_resized(name, x.shape, leaf.weight_shape):
+        problems.found.append(problem)
         return False
     return _has_shape(x, leaf.weight_shape, problems)
 
@@ -182,10 +182,12 @@ def _match_rows(
             problems.found += list_misfits(x, leaf.weight_shape)
             rows.append((leaf, x))
             continue
-        if table is None:
-            problems.add(x.v.key, why)
-        else:
+        if table is not None:
             same.append((x.v, table.v, False))
+        elif why is LOST:
+            problems.add_homeless(x.v.key, why)
+        else:
+            problems.add(x.v.key, why)
     return rows, same
 
 

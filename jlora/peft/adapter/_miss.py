@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .._file import DTYPES, PREFIX, TensorInfo, shorten
+from ..._errors import InputError, Problem
+from .._file import DTYPES, PREFIX, TENSORS, TensorInfo, shorten
 from .._problems import Problems
 from ._config import (
     COMMON,
@@ -44,12 +45,13 @@ def is_miss(fields: Mapping[str, Any]) -> bool:
     return fields.get("peft_type") == MISS
 
 
-def list_miss_problems(fields: Fields, *, is_file: bool = True) -> list[str]:
+def list_miss_problems(fields: Fields, *, is_file: bool = True) -> list[Problem]:
     """Lists why a configuration of MiSS cannot be read as LoRA."""
     strange = {key: x for key, x in find_features(fields).items() if key not in MISS_OWN}
     wrong = list_unsupported(strange, is_file=is_file)
     if (start := fields.get("init_weights", True)) not in (True, False):
-        wrong.append(f"init_weights: {shorten(start)} is another method, whose change is not s·A·B")
+        why = f"{shorten(start)} is another method, whose change is not s·A·B"
+        wrong.append(Problem("init_weights", why))
     return wrong + list_misformed({"r": fields.get("r")})
 
 
@@ -85,7 +87,7 @@ def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Probl
         else:
             blocks[module], inputs[module] = x, n
     if not (blocks or problems.found):
-        problems.found.append("no module has a miss_block")
+        problems.add(TENSORS, "no module has a miss_block")
     problems.stop()
 
     def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
@@ -129,25 +131,27 @@ def from_lora(
     Raises:
         ValueError: if the adapter cannot be written as MiSS.
     """
-    wrong = [f"{x.key}: of kind {x.kind}, not linear" for x in parts if x.kind != "linear"]
-    wrong += [f"{x.key}: DoRA" for x in parts if x.m is not None]
+    odd = (x for x in parts if x.kind != "linear")
+    wrong = [Problem(x.key, f"of kind {x.kind}, not linear") for x in odd]
+    wrong += [Problem(x.key, "DoRA") for x in parts if x.m is not None]
     if fields["trainable_token_indices"] is not None:
-        wrong.append("trainable_token_indices: MiSS has no rows of embeddings")
+        wrong.append(Problem("trainable_token_indices", "MiSS has no rows of embeddings"))
     if fields["fan_in_fan_out"]:
-        wrong.append("fan_in_fan_out: MiSS has no weights stored as (inputs, outputs)")
+        why = "MiSS has no weights stored as (inputs, outputs)"
+        wrong.append(Problem("fan_in_fan_out", why))
     wrong = wrong or [
-        f"{x.key}: its A does not repeat the identity, as the A of initializers.miss does"
+        Problem(x.key, "its A does not repeat the identity, as the A of initializers.miss does")
         for x in parts
         if not np.array_equal(x.a, repeat_identity(*x.a.shape))
     ]
     ranks = sorted({len(x.a) for x in parts})
     if not wrong and len(ranks) != 1:
-        wrong.append(f"its sites have the ranks {ranks}, but MiSS has one for all")
+        wrong.append(Problem("r", f"its sites have the ranks {ranks}, but MiSS has one for all"))
     if wrong:
-        raise ValueError(
-            f"`adapter` cannot be written as {MISS}, which `config` asks for:\n  "
-            + "\n  ".join(wrong)
-            + "\nLeave peft_type out to write LoRA."
+        raise InputError(
+            f"`adapter` cannot be written as {MISS}, which `config` asks for:",
+            problems=wrong,
+            remedy="Leave peft_type out to write LoRA.",
         )
     kept = {key: fields[key] for key in SHARED} | {DROPOUT: fields["lora_dropout"], "r": ranks[0]}
     kept["bias"] = BIAS if fields["bias"] == "lora_only" else fields["bias"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..._errors import Problem
 from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, shorten, show
 from .._problems import Problems
 from ._config import ROWS_ALONE
@@ -62,7 +63,7 @@ def assign_parameters(
     problems.unused += _list_idle_names(adapter)
     problems.unused += selection.unused([part.key for part in found])
     if not (found or adapter.others.full or adapter.others.tokens or problems.found):
-        problems.found.append(f"{TENSORS} has neither A and B nor a parameter in full")
+        problems.add(TENSORS, "has neither A and B nor a parameter in full")
     return adapter.others._replace(parts=found)
 
 
@@ -73,7 +74,7 @@ def _check_module(
     if chosen := selection.parameters(module):
         listed = ", ".join(show(f"{module}.{name}") for name in chosen)
         why = f"target_parameters selects {listed}, which is not in {where}"
-        problems.add(PREFIX + module, why)
+        problems.add_homeless(PREFIX + module, why)
         return []
     key = PREFIX + module
     part = parts[0]
@@ -121,11 +122,11 @@ def _assign_by_shape(
     got = ", ".join(f"A {x.a.shape} with B {x.b.shape}" for x in parts)
     what = "can be assigned in several ways to" if fitting else "do not fit"
     remedy = (
-        "; load the adapter with jlora.peft.load, where the order of `names` decides, and merge "
+        "load the adapter with jlora.peft.load, where the order of `names` decides, and merge "
         "what it returns"
     )
-    why = f"{got} {what} {'' if shapes else 'the ranks of '}{listed}{remedy if fitting else ''}"
-    problems.add(PREFIX + module, why)
+    why = f"{got} {what} {'' if shapes else 'the ranks of '}{listed}"
+    problems.add(PREFIX + module, why, remedy if fitting else "")
     return []
 
 
@@ -162,7 +163,7 @@ def list_orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
     return [t for t, axes in each if (*experts, *axes) == shape and known in (None, t)]
 
 
-def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
+def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
     """Lists the parameters of the model that are selected but missing in the file."""
     selection = adapter.selection
     modules = adapter.modules.keys()
@@ -181,7 +182,7 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
         return is_chosen or (parameter == "weight" and selection.adapts(module))
 
     lost = filter(is_missing, shapes)
-    return [f"{show(name)}: selected by {CONFIG}, but missing in {TENSORS}" for name in lost]
+    return [Problem(name, f"selected by {CONFIG}, but missing in {TENSORS}") for name in lost]
 
 
 def _list_idle_names(adapter: Adapter) -> list[str]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from ..._errors import InputError
 from .._file import shorten
 
 SECONDS = 5.0  # of CPU time, for all patterns of an adapter
@@ -93,9 +94,9 @@ class Patterns:
     Python's `re` matches them, as in PEFT, in a process with limited CPU time and memory.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, argument: str) -> None:
         """Takes the user's argument with the adapter, for errors."""
-        self.what, self.seconds, self.steps = what, SECONDS, STEPS
+        self.argument, self.seconds, self.steps = argument, SECONDS, STEPS
         self.found: dict[tuple[str, str], list[Any]] = {}
         self.at: dict[str, int] = {}  # the index of each name in these lists
 
@@ -121,7 +122,7 @@ class Patterns:
         """Counts comparisons; raises after `STEPS` of them."""
         self.steps -= steps
         if self.steps < 0:
-            raise ValueError(self._too_much(f"{STEPS:,} comparisons"))
+            raise self._too_much(f"{STEPS:,} comparisons")
 
     def prepare(self, names: Iterable[str]) -> None:
         """Matches all patterns with all new `names`, in one process."""
@@ -131,18 +132,19 @@ class Patterns:
         self.spend(len(new) * len(self.found))
         answers = _ask(self.found, new, self.seconds) if self.seconds > 0 else None
         if answers is None:
-            raise ValueError(self._too_much(f"{SECONDS:g} seconds of CPU time or 512 MB"))
+            raise self._too_much(f"{SECONDS:g} seconds of CPU time or 512 MB")
         self.seconds -= answers[1]
         for ((_, pattern), own), answer in zip(self.found.items(), answers[0], strict=True):
             if not isinstance(answer, list):  # an error
-                raise ValueError(f"{self.what}: {shorten(pattern)} {_NO_PATTERN}: {answer}")
+                why = f": {shorten(pattern)} {_NO_PATTERN}: {answer}"
+                raise InputError(f"`{self.argument}`{why}")
             own += answer
         self.at |= {name: i for i, name in enumerate(new, len(self.at))}
 
-    def _too_much(self, amount: str) -> str:
-        return (
-            f"{self.what}: matching the patterns of adapter_config.json with the modules takes "
-            f"more than {amount}. List the modules by name."
+    def _too_much(self, amount: str) -> InputError:
+        return InputError(
+            f"`{self.argument}`: matching the patterns of adapter_config.json with the modules "
+            f"takes more than {amount}. List the modules by name.",
         )
 
 

@@ -50,10 +50,10 @@ class Names:
 class Selection:
     """The modules and parameters that a checked configuration selects, by PyTorch's names."""
 
-    def __init__(self, fields: Mapping[str, Any], what: str = "`config`"):
+    def __init__(self, fields: Mapping[str, Any], argument: str = "config"):
         """Takes the configuration, and the user's argument that has it, for errors."""
         self.fields = fields
-        self.patterns = Patterns(what)
+        self.patterns = Patterns(argument)
         target = fields["target_modules"]
         layers = fields.get("layers_to_transform")
         self._is_target = self._matcher(target)

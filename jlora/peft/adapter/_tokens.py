@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..._errors import Problem
 from .._file import PREFIX, TENSORS, show
 from .._problems import Problems
 from ._config import PARAMETERS
@@ -59,30 +60,31 @@ def find_rows(
             problems.add(f"{PREFIX}{module}{DELTA}", f"unexpected; {why}")
     alone = [key for key in listed if not any(module.endswith(key) for module in modules)]
     heads = [key for key in alone if listed[key] in found.values()]
-    problems.found += [_explain_no_values(key) for key in alone if key not in heads]
+    problems.found += [_without_values(key) for key in alone if key not in heads]
     return found, heads
 
 
-def _explain_no_values(key: str) -> str:
-    return f"{INDICES}: selects {show(key) or 'rows'}, but {TENSORS} has no values for it"
+def _without_values(key: str) -> Problem:
+    return Problem(INDICES, f"selects {show(key) or 'rows'}, but {TENSORS} has no values for it")
 
 
-def list_misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[str]:
+def list_misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[Problem]:
     """Explains why rows do not fit an embedding of `shape` in PyTorch."""
-    key = show(getattr(tokens.v, "key", tokens.module))
-    rows = tokens.rows
-    wanted = (len(rows), *shape[1:])
-    found = [f"{key}: expected shape {wanted}, got {tokens.v.shape}"] * (tokens.v.shape != wanted)
-    if max(rows) >= shape[0]:
-        why = f"{INDICES} lists row {max(rows)}, but there are {shape[0]} rows"
-        found.append(f"{show(tokens.module)}: {why}; resize the vocabulary as in training")
+    found = list[Problem]()
+    wanted = (len(tokens.rows), *shape[1:])
+    if tokens.v.shape != wanted:
+        key = getattr(tokens.v, "key", tokens.module)
+        found.append(Problem(key, f"expected shape {wanted}, got {tokens.v.shape}"))
+    if (last := max(tokens.rows)) >= shape[0]:
+        why = f"{INDICES} lists row {last}, but there are {shape[0]} rows"
+        found.append(Problem(tokens.module, why, "resize the vocabulary as in training"))
     return found
 
 
-def list_lone_heads(heads: Iterable[str], modules: Iterable[str]) -> list[str]:
+def list_lone_heads(heads: Iterable[str], modules: Iterable[str]) -> list[Problem]:
     """Lists problems with `heads` that are modules with a weight of their own."""
     modules = list(modules)
-    return [_explain_no_values(k) for k in heads if any(module.endswith(k) for module in modules)]
+    return [_without_values(k) for k in heads if any(module.endswith(k) for module in modules)]
 
 
 def find_table(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) -> Tokens | None:
@@ -93,11 +95,14 @@ def find_table(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) 
 
 def list_unequal(
     pairs: Iterable[tuple[Any, Any, bool]], values: Mapping[str, np.ndarray]
-) -> list[str]:
+) -> list[Problem]:
     """Lists heads whose values are not those of the embedding, or their transpose."""
     return [
-        f"{show(head.key)}: expected the {'transpose' if is_transposed else 'values'} of "
-        f"{show(table.key)}, got other values"
+        Problem(
+            head.key,
+            f"expected the {'transpose' if is_transposed else 'values'} of {show(table.key)}, got "
+            "other values",
+        )
         for head, table, is_transposed in pairs
         if not np.array_equal(
             values[head.key], values[table.key].T if is_transposed else values[table.key]

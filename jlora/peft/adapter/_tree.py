@@ -17,6 +17,7 @@ from ..._adapters import (
     state,
     weight_shape,
 )
+from ..._errors import InputError, Problem
 from ..._tree import adapter_leaves, check_fits, name_of
 from ..._types import Path, PyTree
 from .._file import DTYPES, PREFIX
@@ -174,23 +175,23 @@ def _check_writable(
     """Raises for leaves that cannot be written, and names all of them."""
     residual = [name_of(path) for path, x in found.items() if is_node(x) and x.residual]
     if residual:
-        raise ValueError(
+        listed = "\n".join(f"  {name}" for name in residual)
+        raise InputError(
             "`adapter` needs the base that an initializer changed, which PEFT and engines do not "
-            "have, at these paths:\n"
-            + "\n".join(f"  {name}" for name in residual)
-            + "\nGive jlora.arithmetic.difference(adapter, initial), where `initial` is the "
+            f"have, at these paths:\n{listed}",
+            remedy="Give jlora.arithmetic.difference(adapter, initial), where `initial` is the "
             "adapter from init, or merge the adapter into its base. If you publish the changed "
-            "base, mark the nodes: node.replace(residual=False)."
+            "base, mark the nodes: node._replace(residual=False).",
         )
     wrong = {path: why for path, x in found.items() if (why := _why_unwritable(path, x, leaves))}
     wrong |= {path: why for path, why in _find_lone_parts(found, leaves) if path not in wrong}
     unnamed = {path: x for path, x in found.items() if path not in leaves}
     lost = {path: weight_shape(x) if is_node(x) else x.shape for path, x in unnamed.items()}
     if wrong:
-        raise ValueError(
-            "`adapter` cannot be written with `names`:\n"
-            + "\n".join(f"  {name_of(path)}: {why}" for path, why in wrong.items())
-            + (f"\n{advise(names, lost)}" if lost else "")
+        raise InputError(
+            "`adapter` cannot be written with `names`:",
+            problems=[Problem(name_of(path), why) for path, why in wrong.items()],
+            remedy=advise(names, lost) if lost else "",
         )
 
 
@@ -258,9 +259,9 @@ def check_one_method(tree: Tree) -> None:
     }
     if all(paths.values()):
         why = "some sites and LoRA at others, but PEFT has one method for all (`use_dora`)"
-        _refuse_dora(why, [f"{kind.__name__}: {', '.join(x)}" for kind, x in paths.items()])
+        _refuse_dora(why, [Problem(kind.__name__, ", ".join(x)) for kind, x in paths.items()])
     heads = [
-        f"{name_of(leaf.path)}: {tree.tied[leaf.modules[0]]}"
+        Problem(name_of(leaf.path), tree.tied[leaf.modules[0]])
         for leaf in tree.low
         if name_of(leaf.path) in paths[Decomposed] and leaf.modules[0] in tree.tied
     ]
@@ -269,8 +270,6 @@ def check_one_method(tree: Tree) -> None:
         _refuse_dora(why, heads)
 
 
-def _refuse_dora(where: str, listed: Sequence[str]) -> None:
-    raise ValueError(
-        "\n  ".join([f"`adapter` has DoRA at {where}:", *listed])
-        + "\nMerge it into the model: jlora.peft.export_merged, or jlora merge."
-    )
+def _refuse_dora(where: str, listed: Sequence[Problem]) -> None:
+    remedy = "Merge it into the model: jlora.peft.export_merged, or jlora merge."
+    raise InputError(f"`adapter` has DoRA at {where}:", problems=listed, remedy=remedy)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..._errors import InputError, Problem
 from .._problems import Problems
 from ._alone import read_alone, write_alone
 from ._config import DEFAULTS
@@ -52,8 +53,8 @@ def to_vllm(
     fields = DEFAULTS | alone.adapter.fields
     found = alone.contents
     fields, parts = flatten_for_vllm(fields, found.parts, list(found.full), list(alone.rows))
-    title = f"`path`: the adapter in {path} cannot be written for vLLM"
-    write_alone(out, fields, parts, [alone], Problems(title), "path")
+    problems = Problems(f"`path`: the adapter in {path} cannot be written for vLLM", path)
+    write_alone(out, fields, parts, [alone], problems, "path")
 
 
 def flatten_for_vllm(
@@ -64,22 +65,23 @@ def flatten_for_vllm(
     Raises:
         ValueError: if vLLM does not support a part, or if there are keys in `full` or `rows`.
     """
-    wrong = [f"{key}: trained in full" for key in full]
-    wrong += [f"{key}: rows of an embedding" for key in rows]
-    wrong += [f"{x.key}: DoRA" for x in parts if x.m is not None]
-    wrong += [f"{x.key}: of kind {x.kind}" for x in parts if x.kind not in ("linear", "embedding")]
+    wrong = [Problem(key, "trained in full") for key in full]
+    wrong += [Problem(key, "rows of an embedding") for key in rows]
+    wrong += [Problem(x.key, "DoRA") for x in parts if x.m is not None]
+    odd = (x for x in parts if x.kind not in ("linear", "embedding"))
+    wrong += [Problem(x.key, f"of kind {x.kind}") for x in odd]
     if wrong:
-        raise ValueError(
-            "`profile` 'vllm' supports only LoRA of linear and embedding sites; got\n  "
-            + "\n  ".join(wrong)
-            + "\nLeave these out of the rules, or merge the adapter and serve the merged model."
+        raise InputError(
+            "`profile` 'vllm' supports only LoRA of linear and embedding sites; got:",
+            problems=wrong,
+            remedy="Leave these out of the rules, or merge the adapter and serve the merged model.",
         )
     largest = max(x.a.shape[0] for x in parts)
     rank = next((r for r in RANKS if r >= largest), None)
     if rank is None:
-        raise ValueError(
+        raise InputError(
             f"`profile` 'vllm' supports ranks up to {RANKS[-1]}; got {largest}. Lower it with "
-            "jlora.arithmetic.truncate."
+            "jlora.arithmetic.truncate.",
         )
     new = [
         x._replace(

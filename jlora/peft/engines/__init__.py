@@ -1,6 +1,6 @@
 """Engines that serve adapters: what each refuses, and what it drops silently. A file each.
 
-Imports `peft._checkpoint`, `peft._file`, `peft.adapter`.
+Imports `_errors`, `peft._checkpoint`, `peft._file` and `peft.adapter`.
 """
 
 from . import _sglang, _tpu_inference, _vllm  # noqa: F401

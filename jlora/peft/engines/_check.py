@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from ..._errors import InputError
 from .._checkpoint import open_checkpoint
 from .._file import DTYPES, PREFIX, Source
 from ..adapter._config import list_misformed
@@ -89,13 +90,12 @@ def check(
         Start the server with --max-lora-rank 32, and check again with the same option
     """
     if engine not in ENGINES:
-        raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}; got {engine!r}.")
+        raise InputError(f"`engine` must be one of {', '.join(ENGINES)}; got {engine!r}.")
     server = ENGINES[engine]
     rank = _rank(server, max_lora_rank)
     files = open_files(source := Source(Path(path)), ignore)
     if wrong := list_misformed(files.fields):
-        parts = (problem.partition(": ") for problem in wrong)
-        findings = [Finding(what, why, AGAIN, False) for what, _, why in parts]
+        findings = [Finding(x.where, x.why, AGAIN, False) for x in wrong]
         notes = []
     else:
         served = _served(source, files, None if base is None else _base(base), rank)
@@ -113,7 +113,7 @@ def _rank(engine: Engine, given: int | None) -> int | None:
     fits = given in engine.ranks if engine.ranks else isinstance(given, int) and given > 0
     if given is not None and not fits:
         wanted = f"one of {engine.ranks}" if engine.ranks else "at least 1"
-        raise ValueError(f"`max_lora_rank` must be {wanted} for {engine.title}; got {given!r}.")
+        raise InputError(f"`max_lora_rank` must be {wanted} for {engine.title}; got {given!r}.")
     return engine.rank if given is None else given
 
 

@@ -134,7 +134,7 @@ class Served:
     def ranks(self) -> dict[str, int]:
         """The rank of each module by the configuration; patterns are matched in bounded time."""
         fields = {"r": self.rank, "rank_pattern": self.fields.get("rank_pattern")}
-        selection = Selection(fields | {"target_modules": None}, "`path`")
+        selection = Selection(fields | {"target_modules": None}, "path")
         modules = {side.module for side in self.factors}
         selection.prepare(modules)
         return {module: selection.rank(module) for module in modules}

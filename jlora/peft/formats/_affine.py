@@ -32,17 +32,18 @@ def read_affine(
         sizes: the values of `group_size` in the configuration; a value below 1 means all inputs.
     """
     if not np.isfinite(scale.astype(np.float32)).all():
-        raise Unreadable(f"{module}: has scales that are not finite")
+        raise Unreadable(module, "has scales that are not finite")
     inputs, groups = codes.shape[1], scale.shape[1]
     if order is None and (groups < 1 or inputs % groups):
-        raise Unreadable(f"{module}: {groups} groups of scales do not divide {inputs} inputs")
+        raise Unreadable(module, f"{groups} groups of scales do not divide {inputs} inputs")
     if order is None and not _is_configured(inputs, groups, sizes):
         raise Unreadable(
-            f"{module}: {groups} groups of scales for {inputs} inputs contradict `group_size` of "
-            f"the quantization, {', '.join(map(shorten, sizes[:9]))}"
+            module,
+            f"{groups} groups of scales for {inputs} inputs contradict `group_size` of "
+            f"the quantization, {', '.join(map(shorten, sizes[:9]))}",
         )
     if order is not None and not 0 <= order.min(initial=0) <= order.max(initial=0) < groups:
-        raise Unreadable(f"{module}: has inputs in groups other than the {groups} with scales")
+        raise Unreadable(module, f"has inputs in groups other than the {groups} with scales")
     usual = np.arange(inputs) * groups // max(inputs, 1)
     order = usual if order is None else order
     group = inputs // groups

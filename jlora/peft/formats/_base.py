@@ -13,13 +13,14 @@ from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
 from ... import sharding
+from ..._errors import InputError, Problem
 from ..._folders import fresh
 from ..._progress import progress
 from ..._quantized import Quantized, is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import INDEX, ONE, open_checkpoint
-from .._file import DTYPES, itemize, show
+from .._file import DTYPES
 from ..names._convert import join_weight, take_part
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
@@ -92,15 +93,15 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
         try:
             values.append(_place(_read(leaf, format, quantized), leaf.value))
         except Unreadable as e:
-            wrong.append(str(e))
+            wrong.append(e.problem)
             unread += leaf.modules
     prefixes = tuple(f"{module}." for module in unread)
     tensors = format.tensors
     left = [n for n in tensors if n not in tensors.taken and not n.startswith(prefixes)]
     # With a wrong configuration, all leaves have the same problem.
-    wrong = list(dict.fromkeys(wrong)) + [f"{show(name)}: unexpected" for name in left]
+    wrong = list(dict.fromkeys(wrong)) + [Problem(name, "unexpected") for name in left]
     if wrong:
-        raise ValueError(f"`path`: {path} does not fit `like`. {itemize(wrong)}")
+        raise InputError(f"`path`: {path} does not fit `like`.", path=path, problems=wrong)
     return jax.tree.unflatten(flatten(like)[1], values)
 
 
@@ -115,12 +116,13 @@ def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str]) -> Any:
         return jnp.asarray(join_weight(leaf, list(each)))
     if not name.is_plain or (name.transposed and format.keeps_axes):
         raise Unreadable(
-            f"{coded[0]}: is quantized, but `names` changes the values or their order; load a "
-            "checkpoint that is not quantized, and use jlora.quantize"
+            coded[0],
+            "is quantized, but `names` changes the values or their order; load a "
+            "checkpoint that is not quantized, and use jlora.quantize",
         )
     if len(coded) < len(keys):
         raise Unreadable(
-            f"{keys[0]}: only {len(coded)} of the {len(keys)} layers of this leaf are quantized"
+            keys[0], f"only {len(coded)} of the {len(keys)} layers of this leaf are quantized"
         )
     shape = (*whole[:-2], *whole[-2:][::-1]) if name.transposed else whole
     read = (read_checked(format, key, leaf.value.dtype, shape) for key in keys)
@@ -130,9 +132,9 @@ def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str]) -> Any:
 def _read_dense(format: Format, key: str, shape: tuple[int, ...]) -> np.ndarray:
     x = format.tensors.read(key, DTYPES, shape)
     if why := explain_narrowing(x.dtype):
-        raise Unreadable(f"{key}: {why}")
+        raise Unreadable(key, f"{why}")
     if not np.isfinite(x).all():
-        raise Unreadable(f"{key}: has values that are not finite")
+        raise Unreadable(key, "has values that are not finite")
     return x
 
 
@@ -172,18 +174,20 @@ def save_base(
     Examples:
         See `load_base`.
     """
-    packed = [f"{name_of(path)}: {x!r}" for path, x in leaves_by_path(base) if is_quantized(x)]
+    leaves = leaves_by_path(base)
+    packed = [Problem(name_of(path), repr(x)) for path, x in leaves if is_quantized(x)]
     if packed:
-        raise ValueError(
+        raise InputError(
             "`base` must be in floats. Save jlora.dequantize(base), and quantize that checkpoint "
-            f"with `transformers` and bitsandbytes, or with llm-compressor. {itemize(packed)}"
+            "with `transformers` and bitsandbytes, or with llm-compressor.",
+            problems=packed,
         )
     tensors = split_all(name_all(base, names, "base"))
     source = None
     if isinstance(config, str | os.PathLike):
         source = open_checkpoint(config, "config", copied=True)
         config = source.config_of_floats
-    with fresh(path, "`path`") as folder:
+    with fresh(path, "path") as folder:
         save_file(tensors, folder / ONE, metadata={"format": "pt"})
         if source is not None:
             source._replace(kept=[x for x in source.kept if x != INDEX]).copy_others(folder)

@@ -49,15 +49,15 @@ class BitsAndBytes(Format):
         """Reads a parameter in 4 bits with a state, or in int8."""
         states = [kind for kind in SCHEMES if f"{name}.{STATE}{kind}" in self.tensors]
         if len(states) > 1:
-            raise Unreadable(f"{name}: has the states of {' and '.join(states)}")
+            raise Unreadable(name, f"has the states of {' and '.join(states)}")
         if states:
             return self._four_bits(name, states[0])
         if f"{name}.absmax" in self.tensors or self.tensors.dtype(name) == "U8":
-            raise Unreadable(f"{name}: has 4-bit codes, but no {name}.{STATE}nf4 or fp4")
+            raise Unreadable(name, f"has 4-bit codes, but no {name}.{STATE}nf4 or fp4")
         module = name.removesuffix(".weight")
         order = f"{name}_format"
         if order in self.tensors and (got := int(self.tensors.read(order, ("U8",), ()).item())):
-            raise Unreadable(f"{order}: expected 0 (rows in order), got {got}")
+            raise Unreadable(order, f"expected 0 (rows in order), got {got}")
         codes = self.tensors.read_matrix(name, ("I8",))
         return Codes(Int8(), codes, self._finite(f"{module}.SCB", codes.shape[:1]))
 
@@ -70,14 +70,14 @@ class BitsAndBytes(Format):
         packed = self.tensors.bytes(key)
         half = -(-size // 2)
         if packed.size != half:
-            raise Unreadable(f"{key}: expected {half} bytes for {shape}, got {packed.size}")
+            raise Unreadable(key, f"expected {half} bytes for {shape}, got {packed.size}")
         codes = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[:size].reshape(shape)
         scheme = SCHEMES[kind](block=block, double=False)
         table = self.tensors.read(f"{key}.quant_map", ("F32",), (16,))
         if not np.array_equal(table, scheme.table):
-            raise Unreadable(f"{key}.quant_map: is not the table of {kind}")
+            raise Unreadable(f"{key}.quant_map", f"is not the table of {kind}")
         if len(shape) == 3 and size // shape[0] % block:
-            raise Unreadable(f"{key}: blocks of {block} cross experts of {shape}")
+            raise Unreadable(key, f"blocks of {block} cross experts of {shape}")
         blocks = -(-size // block)
         if "nested_blocksize" not in state:
             return Codes(scheme, codes, self._finite(f"{key}.absmax", (blocks,)), dtype=dtype)
@@ -96,21 +96,21 @@ class BitsAndBytes(Format):
     def _finite(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         x = self.tensors.read(name, ("F32",), shape)
         if not np.isfinite(x).all():
-            raise Unreadable(f"{name}: has values that are not finite")
+            raise Unreadable(name, "has values that are not finite")
         return x
 
     def _read_state(self, name: str, kind: str) -> dict[str, Any]:
         data = self.tensors.bytes(name)
         if data.size > LIMIT:
-            raise Unreadable(f"{name}: expected at most {LIMIT} bytes, got {data.size}")
+            raise Unreadable(name, f"expected at most {LIMIT} bytes, got {data.size}")
         try:
-            state = parse(data.tobytes(), name)
+            state = parse(data.tobytes())
         except ValueError as e:
-            raise Unreadable(str(e)) from None
+            raise Unreadable(name, str(e)) from None
         legal = LEGAL | {"quant_type": lambda x: x == kind}
         if "nested_blocksize" in state or "nested_offset" in state:
             legal |= LEGAL_NESTED
         for field, is_legal in legal.items():
             if not is_legal(state.get(field)):
-                raise Unreadable(f"{name}: invalid `{field}` {shorten(state.get(field))}")
+                raise Unreadable(name, f"invalid `{field}` {shorten(state.get(field))}")
         return state

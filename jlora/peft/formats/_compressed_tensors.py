@@ -39,7 +39,7 @@ class CompressedTensors(Format):
             return self._integers(name, 8, codes.view(np.uint8) ^ 128)
         zero = f"{name}_zero_point"  # some versions wrote one, of zeros
         if zero in self.tensors and self.tensors.bytes(zero).any():
-            raise Unreadable(f"{zero}: expected zeros for {name} in FP8")
+            raise Unreadable(zero, f"expected zeros for {name} in FP8")
         return read_float8(self.tensors, name, f"{name}_scale", self._blocks())
 
     def _packed(self, name: str) -> Codes | Dense:
@@ -49,14 +49,16 @@ class CompressedTensors(Format):
         fits = [bits for bits, form in forms.items() if form == words]
         if not fits:
             wanted = " or ".join(f"{bits} bits, shape {form}" for bits, form in forms.items())
-            raise Unreadable(f"{name}_packed: expected {wanted}; got {words}")
+            raise Unreadable(f"{name}_packed", f"expected {wanted}; got {words}")
         each = [weights.get("num_bits") for weights in self._weights()]
         known = each if each and None not in each else BITS
         found = [bits for bits in fits if bits in known]
         if len(found) != 1:  # up to 4 inputs fit one word in either
             raise Unreadable(
-                f"{name}_packed: its shape {words} is that of {' or '.join(map(str, fits))} bits, "
-                f"and `num_bits` of the quantization is {', '.join(map(shorten, each[:9])) or None}"
+                f"{name}_packed",
+                f"its shape {words} is that of {' or '.join(map(str, fits))} bits, "
+                "and `num_bits` of the quantization is "
+                f"{', '.join(map(shorten, each[:9])) or None}",
             )
         codes = unpack(self.tensors.read(f"{name}_packed", ("I32",)), 1, found[0])
         return self._integers(name, found[0], codes[:, :inputs])
@@ -70,7 +72,7 @@ class CompressedTensors(Format):
             scale = np.broadcast_to(scale.reshape(-1, 1), (rows, 1))
         if scale.ndim != 2 or len(scale) != rows:
             raise Unreadable(
-                f"{name}_scale: expected scales for groups of {rows} outputs, got {scale.shape}"
+                f"{name}_scale", f"expected scales for groups of {rows} outputs, got {scale.shape}"
             )
         order = None
         if f"{name}_g_idx" in tensors:
@@ -89,7 +91,7 @@ class CompressedTensors(Format):
             return unpack(self.tensors.read(name, ("I32",), packed), 0, bits)[: shape[0]]
         signed = self.tensors.read(name, ("I8",))
         if signed.size not in (1, shape[0] * shape[1]):
-            raise Unreadable(f"{name}: expected one for each scale {shape}, got {signed.shape}")
+            raise Unreadable(name, f"expected one for each scale {shape}, got {signed.shape}")
         signed = np.broadcast_to(signed.reshape((1, 1) if signed.size == 1 else shape), shape)
         return (signed.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
 
@@ -100,17 +102,17 @@ class CompressedTensors(Format):
         formats = [self.config.get("format"), *(group.get("format") for group in self._groups())]
         if odd := [x for x in formats if x is not None and x not in KNOWN]:
             raise Unreadable(
-                f"`format` of the quantization: expected one of {', '.join(KNOWN)}; "
-                f"got {shorten(odd[0])}"
+                "`format` of the quantization",
+                f"expected one of {', '.join(KNOWN)}; got {shorten(odd[0])}",
             )
         sparse = self.config.get("sparsity_config") or {}
         if isinstance(sparse, dict) and (kind := sparse.get("format", "dense")) != "dense":
             raise Unreadable(
-                f"`sparsity_config` of the quantization: {shorten(kind)} is not supported"
+                "`sparsity_config` of the quantization", f"{shorten(kind)} is not supported"
             )
         if self.config.get("transform_config"):
             raise Unreadable(
-                "`transform_config` of the quantization: rotated weights are not supported"
+                "`transform_config` of the quantization", "rotated weights are not supported"
             )
 
     def _groups(self) -> list[dict[str, Any]]:

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from ..._errors import InputError
 from ..._folders import fresh
 from .._changed import Changed
 from .._checkpoint import Checkpoint, explain_shorter, open_checkpoint
-from .._file import DTYPES, TensorInfo, itemize, shorten
+from .._file import DTYPES, TensorInfo, shorten
 from .._write import write_tensors
 from ._codes import Codes, Dense
 from ._format import Format, open_format, read_checked
@@ -108,11 +109,11 @@ def dequantize_checkpoint(
     """
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if not checkpoint.quantization:
-        raise ValueError(
+        raise InputError(
             f"`src_dir`: {checkpoint.source.folder} is not quantized. Use it directly."
         )
     dense = open_dequantized(checkpoint)
-    with fresh(out, "`out`") as folder:
+    with fresh(out, "out") as folder:
         write_tensors(dense, folder, {}, "dequantize")
     return list(dense.matrices.values())
 
@@ -148,7 +149,7 @@ def _errors_about(argument: str) -> Iterator[None]:
     try:
         yield
     except Unreadable as e:
-        raise ValueError(f"`{argument}`: {e}.") from None
+        raise InputError(f"`{argument}`: {e.problem}.") from None
 
 
 @_errors_about("src_dir")
@@ -176,10 +177,11 @@ def open_dequantized(checkpoint: Checkpoint) -> Dequantized:
     if left or not matrices:
         method = shorten(checkpoint.quantization.get("quant_method"))
         what = "these tensors are not in that format" if left else "no weight is"
-        raise ValueError(
+        raise InputError(
             f"`src_dir`: by its config.json, {checkpoint.source.folder} is quantized by {method}, "
-            f"but {what}. Give the original checkpoint, or correct this one."
-            + (f" {itemize(left)}" if left else "")
+            f"but {what}. Give the original checkpoint, or correct this one.",
+            path=checkpoint.source.folder,
+            problems=left,
         )
     files = dict[str, list[TensorInfo]]()
     for file, header in checkpoint.headers.items():

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from ..._errors import InputError
 from .._checkpoint import Checkpoint
 from .._file import shorten
 from ._codes import Codes, Dense
@@ -58,7 +59,7 @@ class Format:
         if type(value) not in {type(x) for x in legal} or value not in legal:
             expected = " or ".join(map(str, legal))
             raise Unreadable(
-                f"`{name}` of the quantization: expected {expected}, got {shorten(value)}"
+                f"`{name}` of the quantization", f"expected {expected}, got {shorten(value)}"
             )
         return value
 
@@ -85,10 +86,11 @@ def open_format(checkpoint: Checkpoint) -> Format:
     if not config:
         return Format(tensors, config)
     if not isinstance(method, str) or method not in FORMATS:
-        raise ValueError(
-            f"`{checkpoint.source.argument}`: its config.json has the unknown `quant_method` "
+        raise InputError(
+            f"`{checkpoint.source.argument}`: config.json has the unknown `quant_method` "
             f"{shorten(method)}; known are {', '.join(sorted(FORMATS))}. Give the original "
-            "checkpoint, and quantize it with jlora.quantize."
+            "checkpoint, and quantize it with jlora.quantize.",
+            path="config.json",
         )
     return FORMATS[method](tensors, config)
 
@@ -102,11 +104,11 @@ def read_checked(
     """
     found = format.read(name)
     if shape not in (None, found.shape):
-        raise Unreadable(f"{name}: expected shape {shape}, got {found.shape}")
+        raise Unreadable(name, f"expected shape {shape}, got {found.shape}")
     dtype = jnp.dtype(found.dtype or dtype)
     bound = found.bound
     if math.isnan(bound):
-        raise Unreadable(f"{name}: has values that are NaN")
+        raise Unreadable(name, "has values that are NaN")
     if bound > float(jnp.finfo(dtype).max):
-        raise Unreadable(f"{name}: its scales allow values up to {bound:.3g}, beyond {dtype}")
+        raise Unreadable(name, f"its scales allow values up to {bound:.3g}, beyond {dtype}")
     return found

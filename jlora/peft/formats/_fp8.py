@@ -23,8 +23,8 @@ class Fp8(Format):
         block = self.config.get("weight_block_size")
         if block is not None and not is_pair(block):
             raise Unreadable(
-                f"`weight_block_size` of the quantization: expected two numbers or null, "
-                f"got {block!r}"
+                "`weight_block_size` of the quantization",
+                f"expected two numbers or null, got {block!r}",
             )
         self.tensors.skip_activations(name)
         scale = f"{name}_scale" if f"{name}_scale" in self.tensors else f"{name}_scale_inv"
@@ -50,8 +50,9 @@ def read_float8(tensors: Tensors, key: str, name: str, blocks: Iterable[Block]) 
         return _in_blocks(codes, scale, (1, columns // shape[1]))
     known = ", ".join(f"blocks of {a} × {b}" for a, b in blocks) or "no blocks"
     raise Unreadable(
-        f"{name}: expected one scale, one for each of {rows} outputs, or by the configuration "
-        f"{known}; got shape {shape}"
+        name,
+        f"expected one scale, one for each of {rows} outputs, or by the configuration "
+        f"{known}; got shape {shape}",
     )
 
 
@@ -60,7 +61,7 @@ def _read_scale(tensors: Tensors, name: str) -> np.ndarray:
     if tensors.dtype(name) == "F8_E8M0":
         scale = np.where(scale == 255, np.nan, np.exp2(scale.astype(np.float32) - 127))
     if not np.isfinite(scale.astype(np.float32)).all():
-        raise Unreadable(f"{name}: has values that are not finite")
+        raise Unreadable(name, "has values that are not finite")
     return scale.astype(np.float32)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..._errors import InputError, MissingError
 from ..._quantized import MXFP4, Int4, Int8
 from .._file import DTYPES
 from ._codes import Codes
@@ -32,11 +33,11 @@ class GgufTensors:
                 "`path` is a GGUF file, which needs the package gguf: pip install gguf."
             ) from None
         if not path.is_file():
-            raise FileNotFoundError(f"`path`: there is no file {path}.")
+            raise MissingError(f"`path`: there is no file {path}.", path=path)
         try:
             self._tensors = read_tensors(path, gguf)
         except (ValueError, KeyError) as e:
-            raise ValueError(f"`path`: {path} is not a valid GGUF file: {e}.") from None
+            raise InputError(f"`path`: {path} is not a valid GGUF file: {e}.", path=path) from None
         self._gguf = gguf
         self.taken = set[str]()
 
@@ -52,7 +53,7 @@ class GgufTensors:
         """Returns the bytes of a tensor in blocks of 32 numbers, and its shape."""
         tensor = self._tensors[name]
         if not tensor.shape or 0 in tensor.shape:
-            raise Unreadable(f"{name}: expected a matrix, got shape {tensor.shape}")
+            raise Unreadable(name, f"expected a matrix, got shape {tensor.shape}")
         self.taken.add(name)
         *rows, columns = tensor.shape
         return tensor.data.reshape(*rows, columns // BLOCK, -1), tensor.shape
@@ -61,17 +62,17 @@ class GgufTensors:
         """Reads a tensor of `shape` in its own dtype if that is floating-point, else in float32."""
         del dtypes
         if name not in self._tensors:
-            raise Unreadable(f"{name}: missing")
+            raise Unreadable(name, "missing")
         type_, got, data = self._tensors[name]
         if got != shape:
-            raise Unreadable(f"{name}: expected shape {shape}, got {got}")
+            raise Unreadable(name, f"expected shape {shape}, got {got}")
         self.taken.add(name)
         if type_.name in DTYPES:
             return data.reshape(-1).view(DTYPES[type_.name]).reshape(shape)
         try:
             return self._gguf.dequantize(data, type_).reshape(shape)
         except NotImplementedError:
-            raise Unreadable(f"{name}: gguf cannot dequantize its type {type_.name}") from None
+            raise Unreadable(name, f"gguf cannot dequantize its type {type_.name}") from None
 
 
 class Gguf(Format):
@@ -92,6 +93,6 @@ class Gguf(Format):
             return Codes(MXFP4(), codes, head[..., 0])
         halves = np.ascontiguousarray(head).view(np.float16)
         if not np.isfinite(halves).all():
-            raise Unreadable(f"{name}: has scales that are not finite")
+            raise Unreadable(name, "has scales that are not finite")
         scheme = Int8(block=BLOCK) if kind == "Q8_0" else Int4(group=BLOCK)
         return Codes(scheme, codes, *np.moveaxis(halves, -1, 0))

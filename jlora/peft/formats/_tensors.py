@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ..._errors import Problem
 from .._checkpoint import Checkpoint
-from .._file import DTYPES, show
+from .._file import DTYPES
 
 FLOATS = ("F32", "F16", "BF16")
 # Scales of a module's inputs and outputs, which are ignored: activations are not quantized here.
@@ -33,6 +34,10 @@ _BUFFERS = ("num_batches_tracked", "position_ids", "relative_position_index", "t
 
 class Unreadable(Exception):  # noqa: N818 - collected into one ValueError
     """A tensor is missing, or does not have the form of its format."""
+
+    def __init__(self, where: str, why: str, remedy: str = "") -> None:
+        super().__init__(where, why)
+        self.problem = Problem(where, why, remedy)
 
 
 class Tensors:
@@ -67,7 +72,7 @@ class Tensors:
         """Returns the shape of a tensor that must be a matrix."""
         shape = self.shape(name)
         if len(shape) != 2 or 0 in shape:
-            raise Unreadable(f"{name}: expected a matrix, got shape {shape}")
+            raise Unreadable(name, f"expected a matrix, got shape {shape}")
         return shape[0], shape[1]
 
     def read_matrix(self, name: str, dtypes: Collection[str]) -> np.ndarray:
@@ -76,7 +81,7 @@ class Tensors:
 
     def _entry(self, name: str) -> Any:
         if name not in self:
-            raise Unreadable(f"{name}: missing")
+            raise Unreadable(name, "missing")
         return self._checkpoint.entry(name)
 
     def read(
@@ -88,7 +93,7 @@ class Tensors:
         if entry.dtype not in dtypes or entry.shape != shape:
             wanted = " or ".join(dtypes)
             raise Unreadable(
-                f"{name}: expected {wanted} of shape {shape}, got {entry.dtype} {entry.shape}"
+                name, f"expected {wanted} of shape {shape}, got {entry.dtype} {entry.shape}"
             )
         return self.bytes(name).view(READ[entry.dtype]).reshape(shape)
 
@@ -96,7 +101,7 @@ class Tensors:
         """Raises if one of `names` has a dtype that cannot be copied."""
         for name in names:
             if (dtype := self.dtype(name)) not in READ:
-                raise Unreadable(f"{name}: its dtype {dtype} cannot be copied")
+                raise Unreadable(name, f"its dtype {dtype} cannot be copied")
 
     def skip_activations(self, parameter: str) -> None:
         """Marks the scales of a module's activations as read, although they are ignored."""
@@ -112,10 +117,10 @@ class Tensors:
         return np.frombuffer(whole, np.uint8)
 
 
-def list_left(tensors: Tensors, read: Collection[str]) -> list[str]:
+def list_left(tensors: Tensors, read: Collection[str]) -> list[Problem]:
     """Lists tensors that were not `read`, and are neither plain floats nor known buffers."""
     left = (name for name in tensors if name not in read and _is_coded(tensors, name))
-    return [f"{show(name)}: {tensors.dtype(name)} {tensors.shape(name)}" for name in left]
+    return [Problem(name, f"{tensors.dtype(name)} {tensors.shape(name)}") for name in left]
 
 
 def _is_coded(tensors: Tensors, name: str) -> bool:

@@ -112,9 +112,8 @@ def export_merged(
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if checkpoint.quantization:
         checkpoint = open_dequantized(checkpoint)
-    problems = Problems(
-        "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
-    )
+    title = "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
+    problems = Problems(title)
     target, contents = match_to_checkpoint(checkpoint, adapter, names, untie, problems, ignore)
     edits = find_edits(target.model, contents, problems)
     problems.stop()
@@ -123,7 +122,7 @@ def export_merged(
     check_frozen(target, contents, problems)
     problems.stop()
     problems.warn()
-    with fresh(out, "`out`") as folder:
+    with fresh(out, "out") as folder:
         for name, count in write_tensors(checkpoint, folder, edits, "merge").items():
             problems.add(name, f"{count} values are not finite after merging")
         problems.stop()

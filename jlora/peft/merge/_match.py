@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from ..._adapters import is_node, weight_shape
+from ..._errors import InputError
 from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
 from .._changed import Changed
@@ -59,14 +60,15 @@ def match_to_checkpoint(
     """
     if isinstance(adapter, str | os.PathLike):
         if names is not None:
-            raise ValueError(
+            raise InputError(
                 "`names` is for an adapter tree; PEFT's files have PyTorch's names. Leave it out."
             )
         files = open_files(Source(Path(adapter), "adapter"), ignore)
         target, found = _match_files(checkpoint, files, is_untied, problems)
     elif names is None:
-        raise ValueError(
-            "`names` must be a name table for the adapter tree, such as jlora.peft.LLAMA; got None."
+        raise InputError(
+            "`names` must be a name table for the adapter tree, such as "
+            "jlora.peft.LLAMA; got None.",
         )
     else:
         target, found = _match_tree(checkpoint, adapter, names, is_untied, problems)
@@ -218,8 +220,8 @@ def _check(target: Target, found: Contents, problems: Problems) -> None:
     for name, x in whole.items():
         if (view := model.get(name)) is None:
             continue
-        if why := explain_resized(name, x.shape, view.shape):
-            problems.found.append(why)
+        if problem := explain_resized(name, x.shape, view.shape):
+            problems.found.append(problem)
         elif view.shape != x.shape:
             dtype = checkpoint.entry(view.pieces[0].tensor).dtype
             why = f"expected {dtype} of shape {view.shape}, got {x.shape} in the adapter"
@@ -242,8 +244,8 @@ def _check(target: Target, found: Contents, problems: Problems) -> None:
         pieces = model[name].pieces if name in model else ()
         known = COUNTS if name.endswith(COUNT) else DTYPES
         if odd := {checkpoint.entry(x.tensor).dtype for x in pieces} - known.keys():
-            remedy = "" if known is COUNTS else ". Dequantize the checkpoint first"
-            problems.add(name, f"of dtype {min(odd)}; expected one of {', '.join(known)}{remedy}")
+            remedy = "" if known is COUNTS else "dequantize the checkpoint first"
+            problems.add(name, f"of dtype {min(odd)}; expected one of {', '.join(known)}", remedy)
 
 
 def check_frozen(target: Target, found: Contents, problems: Problems) -> None:

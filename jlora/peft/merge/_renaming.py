@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+from ..._errors import InputError
 from ._dialects import find_dialects
 from ._replace import Fits, Place, Shapes, find_places
 from ._views import (
@@ -91,9 +92,9 @@ def find_models(
     unique = [(named, w[0]) for named, w in best if len(w) == 1 or w[0] == ("", "")]
     if not unique:
         parts = ", ".join(repr(add or strip) for add, strip in best[0][1])
-        raise ValueError(
+        raise InputError(
             f"`adapter` fits the checkpoint of `src_dir` with several prefixes, {parts}. Rename "
-            "the modules of the adapter as in the checkpoint."
+            "the modules of the adapter as in the checkpoint.",
         )
     for named, way in unique:
         for reading in _list_readings(wanted, named, stored, *way):
@@ -132,9 +133,9 @@ def _replace(
     plausible = [(named, x.renamed) for named, x in found.values() if x.renamed is not None]
     if plausible and len(found) > 1:
         ways = ", or ".join(str(place.way) for _, place in [*found.values()][:4])
-        raise ValueError(
-            "`adapter` fits the checkpoint of `src_dir` with several replacements in its names: "
-            f"{ways}. Rename the modules of the adapter as in the checkpoint."
+        raise InputError(
+            f"`adapter` fits the checkpoint of `src_dir` with several replacements in its names: "
+            f"{ways}. Rename the modules of the adapter as in the checkpoint.",
         )
     for named, renamed in plausible:
         kept = {name: name for name in named.keys() - set(renamed.values())}

@@ -37,8 +37,8 @@ def fit_vocabulary(target: Target, found: Contents, problems: Problems) -> Targe
             problems.add(
                 tensor,
                 f"is for {old} tokens, and the adapter, whose vocabulary was resized to {new}, has "
-                f"no values of it; call resize_token_embeddings({new}) on the base in "
-                "`transformers`, and save it",
+                "no values of it",
+                f"call resize_token_embeddings({new}) on the base in `transformers`, and save it",
             )
     return target.resize(shapes, _resize(checkpoint.config, old, new))
 

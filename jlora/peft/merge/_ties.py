@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from ..._errors import Problem
 from .._checkpoint import Checkpoint
 from .._file import show
 from .._problems import Problems
@@ -30,7 +31,7 @@ def may_be_shared(checkpoint: Checkpoint, name: str) -> bool:
     return bool(checkpoint.vocabulary) and bool(SHARED.search(name.rpartition(".")[0]))
 
 
-def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[str]:
+def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[Problem]:
     """Lists the parameters of an adapter that the checkpoint does not have.
 
     A tied parameter is not listed if the one in the checkpoint gets the same values. Values that
@@ -44,12 +45,11 @@ def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[s
     lone = {name: x for name, x in whole.items() if name not in model}
     kept = {identify(x) for name, x in whole.items() if name in model} if lone else set()
     lost += [name for name, x in lone.items() if identify(x) not in kept]
-    return [
-        f"{show(name)}: not in the checkpoint; {_advise(name, checkpoint, found)}" for name in lost
-    ]
+    why = "not in the checkpoint"
+    return [Problem(name, why, _advise(name, checkpoint, found)) for name in lost]
 
 
-_UNTIE = "give untie=True, which stores both, or save the base model untied"
+_UNTIE = "give `untie=True`, which stores both, or save the base model untied"
 
 
 def _advise(name: str, checkpoint: Checkpoint, found: Contents) -> str:
@@ -74,7 +74,7 @@ def may_be_renamed(name: str, checkpoint: Checkpoint, found: Contents) -> bool:
     return any(sorted(x[-2:]) == wanted for x in checkpoint.shapes.values())
 
 
-def list_untied(checkpoint: Checkpoint, model: Model, found: Contents) -> list[str]:
+def list_untied(checkpoint: Checkpoint, model: Model, found: Contents) -> list[Problem]:
     """Lists changes of a shared weight for only one of the embedding and the head."""
     names = (x.name for x in found.parts)
     full = found.full
@@ -86,9 +86,12 @@ def list_untied(checkpoint: Checkpoint, model: Model, found: Contents) -> list[s
         counts = collections.Counter(map(identify, full.values()))
         alone += [name for name in both if counts[identify(full[name])] == 1]
     return [
-        f"{show(model.tensor(name))}: the input embedding and the output head share this "
-        "weight (config.json: tie_word_embeddings), but the adapter does not change both equally; "
-        + _UNTIE
+        Problem(
+            model.tensor(name),
+            "the input embedding and the output head share this weight (config.json: "
+            "tie_word_embeddings), but the adapter does not change both equally",
+            _UNTIE,
+        )
         for name in alone
     ]
 
@@ -113,7 +116,7 @@ def separate_heads(
     return there, heads
 
 
-def list_untied_heads(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
+def list_untied_heads(checkpoint: Checkpoint, adapter: Adapter) -> list[Problem]:
     """Lists problems with rows that are listed for a head that is not tied."""
     apart = (name for name in checkpoint.where if not is_shared(checkpoint, name))
     return list_lone_heads(adapter.heads, [n.removesuffix(".weight") for n in apart])
@@ -138,11 +141,12 @@ def with_copies(
             if (copied := values.get(digest(checkpoint, other))) is not None:
                 found[other] = edits[copied]
             elif rows := [name for name in own if isinstance(edits[name], NewRows)]:
-                problems.stop(
-                    f"{show(rows[0])}: has rows in the adapter, which PEFT also gives to a tied "
-                    f"head; config.json ties it to {show(other)}, but their values differ in the "
-                    "checkpoint. Correct tie_word_embeddings there"
+                why = (
+                    "has rows in the adapter, which PEFT also gives to a tied head; config.json "
+                    f"ties it to {show(other)}, but their values differ in the checkpoint"
                 )
+                remedy = "correct tie_word_embeddings there"
+                problems.stop(Problem(rows[0], why, remedy))
     return found
 
 

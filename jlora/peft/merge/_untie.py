@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..._errors import Problem
 from .._checkpoint import Checkpoint
 from .._problems import Problems
 from .._vocabulary import copy_config, walk_objects
@@ -38,7 +39,7 @@ def untie(target: Target, found: Contents, problems: Problems) -> tuple[Target, 
     prefix = model.prefix or ""
     stacks = _find_stacks(target, shared)
     if why := _explain_tied(target, found, shared, stacks):
-        problems.stop(f"`untie`: {why}")
+        problems.stop(Problem("`untie`", why))
     table, *stored = (name for name in shared if prefix + name not in stacks)
     # The new tensors by the adapter's names: each with its own, and that of the one it is tied to.
     new = {n: (n, x) for n, x in stacks.items() if n.removeprefix(prefix) not in checkpoint.where}
@@ -46,7 +47,7 @@ def untie(target: Target, found: Contents, problems: Problems) -> tuple[Target, 
     tokens = found.tokens
     if not stored:
         if (head := _find_head(target, found, table, bool(stacks))) is None:
-            problems.stop(f"`untie`: {_explain_unknown(checkpoint.config)}")
+            problems.stop(Problem("`untie`", _explain_unknown(checkpoint.config)))
             return target, found
         module, weight = head
         heads = {module: weight}

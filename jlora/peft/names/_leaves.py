@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..._adapters import is_node
+from ..._errors import InputError, Problem
 from ..._tree import leaves_by_path, name_of
 from ..._types import Layout, Path, PyTree
 from ._names import RANK, Name, fill_indices, multiply_lengths
@@ -110,14 +111,13 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
         for parameter in leaf.parameters:
             owners[parameter].append(leaf)
     twice = [
-        f"  {name}: {', '.join(name_of(leaf.path) for leaf in own)}"
+        Problem(name, ", ".join(name_of(leaf.path) for leaf in own))
         for name, own in owners.items()
         if len(own) > 1 and not _are_parts(own)
     ]
     if twice:
-        raise ValueError(
-            "`names` gives leaves the same name:\n" + "\n".join(twice) + "\nNarrow its patterns."
-        )
+        why = "`names` gives leaves the same name:"
+        raise InputError(why, problems=twice, remedy="Narrow its patterns.")
     return leaves
 
 

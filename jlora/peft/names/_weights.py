@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..._errors import InputError, Problem
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
-from .._file import itemize
 from ._advice import advise
 from ._convert import join_parts, join_weight, split_weight, take_part
 from ._leaves import NamedLeaf, path_in_names, resolve, split_experts
@@ -45,17 +45,18 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
     """
     leaves = name_all(like, names, "like", tensors)
     wanted = {key: leaf.weight_shape for leaf in leaves for key in leaf.parameters}
-    wrong = [f"{key}: missing, of shape {wanted[key]}" for key in wanted if key not in tensors]
+    lost = (key for key in wanted if key not in tensors)
+    wrong = [Problem(key, f"missing, of shape {wanted[key]}") for key in lost]
     for key, tensor in tensors.items():
         shape = tuple(tensor.shape)
         if key not in wanted:
-            wrong.append(f"{key}: unexpected, of shape {shape}")
+            wrong.append(Problem(key, f"unexpected, of shape {shape}"))
         elif shape != wanted[key]:
-            wrong.append(f"{key}: expected shape {wanted[key]}, got {shape}")
+            wrong.append(Problem(key, f"expected shape {wanted[key]}, got {shape}"))
         elif why := explain_narrowing(np.asarray(tensor).dtype):
-            wrong.append(f"{key}: {why}")
+            wrong.append(Problem(key, why))
     if wrong:
-        raise ValueError("`tensors` do not fit `like`. " + itemize(wrong))
+        raise InputError("`tensors` do not fit `like`.", problems=wrong)
     each = {key: np.asarray(x) for key, x in tensors.items()}
     values = [
         jnp.asarray(join_weight(x, [take_part(each[key], x.name) for key in x.parameters]))
@@ -123,20 +124,23 @@ def name_all(
     parts = [leaf for leaf in leaves if leaf.name.part]
     counts = collections.Counter(key for leaf in parts for key in leaf.parameters)
     lone = [
-        f"{name_of(leaf.path)}: {key}"
+        Problem(name_of(leaf.path), key)
         for leaf in parts
         for key in leaf.parameters[:1]
         if leaf.name.part and counts[key] < leaf.name.part[1]
     ]
     if lone:
-        raise ValueError(
-            f"By `names`, these leaves of `{argument}` are parts of parameters whose other parts "
-            "have no leaf. Add rows for the other parts. " + itemize(lone)
+        raise InputError(
+            f"`names` makes these leaves of `{argument}` parts of parameters whose other parts "
+            "have no leaf. Add rows for the other parts.",
+            problems=lone,
         )
     lost = {path: tuple(x.shape) for path, x in leaves_by_path(tree) if path not in named}
     if lost:
-        raise ValueError(
+        raise InputError(
             f"`names` has no row that fits these leaves of `{argument}` by path and number of "
-            f"axes. {itemize(list(map(path_in_names, lost)))}\n{advise(names, lost)}"
+            "axes.",
+            problems=[Problem(path_in_names(path), f"of shape {lost[path]}") for path in lost],
+            remedy=advise(names, lost),
         )
     return leaves
