@@ -181,7 +181,7 @@ def _check_writable(
             f"have, at these paths:\n{listed}",
             remedy="Give jlora.arithmetic.difference(adapter, initial), where `initial` is the "
             "adapter from init, or merge the adapter into its base. If you publish the changed "
-            "base, mark the nodes: node._replace(residual=False).",
+            "base, mark the nodes: node.replace(residual=False).",
         )
     wrong = {path: why for path, x in found.items() if (why := _why_unwritable(path, x, leaves))}
     wrong |= {path: why for path, why in _find_lone_parts(found, leaves) if path not in wrong}
