@@ -12,8 +12,8 @@ import contextlib
 import functools
 import os
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, TypeGuard
 
 import jax
 from jax.extend import source_info_util
@@ -21,8 +21,12 @@ from jax.extend.core import (
     ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]
     JaxprEqn,
     Literal,
+    Var,
 )
+from jax.extend.core import Primitive as Primitive
+from jax.sharding import Sharding
 
+Atom = Var | Literal  # what an equation reads
 Jaxpr = ClosedJaxpr  # on 0.10 some primitives hold an open one, which only lacks `consts`
 
 
@@ -33,12 +37,12 @@ HURRIED: dict[str, Any] = (
 )
 
 
-def consts(jaxpr: Any) -> Sequence[Any]:
+def consts(jaxpr: Jaxpr) -> Sequence[Any]:
     """Returns the values of `jaxpr.constvars`."""
     return getattr(jaxpr, "consts", ())
 
 
-def is_literal(atom: Any) -> bool:
+def is_literal(atom: Atom) -> TypeGuard[Literal]:
     """Whether `atom` is a literal with the value `atom.val`, rather than a variable."""
     return isinstance(atom, Literal)
 
@@ -99,7 +103,9 @@ def varying(x: jax.Array) -> frozenset[Any]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def abstract(shape: Any, dtype: Any, sharding: Any, like: Any) -> jax.ShapeDtypeStruct:
+def abstract(
+    shape: Sequence[int], dtype: Hashable, sharding: Sharding | None, like: object
+) -> jax.ShapeDtypeStruct:
     """Makes the type of an array that varies over mesh axes like `like`, and is as weakly typed."""
     fields = {"sharding": sharding, "weak_type": bool(getattr(like, "weak_type", False))}
     if isinstance(like, jax.Array) and varying(like):
@@ -111,7 +117,7 @@ def abstract(shape: Any, dtype: Any, sharding: Any, like: Any) -> jax.ShapeDtype
 
 
 @functools.lru_cache(4096)
-def _plain(shape: tuple[int, ...], dtype: Any, weak_type: bool) -> jax.ShapeDtypeStruct:
+def _plain(shape: tuple[int, ...], dtype: Hashable, weak_type: bool) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak_type)
 
 
@@ -133,7 +139,7 @@ def vary_with(x: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
     return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
-def is_concrete(x: Any) -> bool:
+def is_concrete(x: object) -> bool:
     """Whether `x` has a value: it is neither a tracer nor a shape."""
     return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)  # pyright: ignore
 
@@ -155,6 +161,6 @@ def evaluate_now(f: Callable[..., Any], *args: Any) -> Any:
     return found if is_concrete(found) else None
 
 
-def place_of(x: Any) -> Any:
+def place_of(x: object) -> Sharding | None:
     """Returns the sharding to which the user committed the array `x`, or None."""
     return x.sharding if isinstance(x, jax.Array) and is_concrete(x) and x.committed else None

@@ -17,6 +17,7 @@ import numpy as np
 from ._adapters import Node, weight_of
 from ._core import (
     Change,
+    Operand,
     ValueReadError,
     abstract,
     as_array,
@@ -27,8 +28,9 @@ from ._core import (
 )
 from ._foreign import check_kept, check_leaf
 from ._quantized import is_quantized
-from ._rules import Full, Rule, matches
-from ._sites import Site, Sites, Unsupported, Uses
+from ._rules import matches
+from ._site import Full, Rule, Site, Unsupported
+from ._sites import Sites, Uses
 from ._tree import flatten, is_abstract, leaves_by_path, refuse_module
 from ._types import Layout, Path, PyTree
 
@@ -53,7 +55,7 @@ class Traced:
         """Finds how the model uses the leaves at the paths `weights`."""
         found = Uses()
 
-        def weight(path: Path, x: Any) -> Any:
+        def weight(path: Path, x: jax.Array) -> Operand:
             if path not in weights:
                 return x
             return leaf_weight(x, Change(), "/".join(path), materialize=True, uses=found)
@@ -67,7 +69,8 @@ class Traced:
 
     def _evaluate(self, weight: Callable[[Path, Any], Any]) -> None:
         """Evaluates the jaxpr on the parameters that it reads; the others cost nothing."""
-        read, n = self.used, len(self.paths)
+        read = self.used
+        n = len(self.paths)
         taken = [i for i in range(len(self.types)) if i >= n or read[self.paths[i]]]
 
         def call(*values: Any) -> None:
@@ -111,7 +114,8 @@ def find_sites(
     except ValueReadError:
         matrices = (matrices - full).intersection(taken)
         traced = _trace(apply_fn, call, types, matrices)
-    uses, used = traced.uses(matrices), traced.used
+    uses = traced.uses(matrices)
+    used = traced.used
     sites = (_site(path, x, types[path], uses, used.get(path)) for path, x in leaves)
     return Sites(tuple(sites)), traced
 
@@ -147,18 +151,23 @@ def _trace(
     return Traced(jaxpr, picked, [path for path, _ in read])
 
 
-def _type(x: Any, path: Path) -> jax.ShapeDtypeStruct:
+def _type(x: object, path: Path) -> jax.ShapeDtypeStruct:
     if is_quantized(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     check_leaf(x, path)
-    return abstract(x if hasattr(x, "dtype") else jnp.asarray(x))
+    is_typed = isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    return abstract(x if is_typed else jnp.asarray(x))
 
 
-def _site(path: Path, leaf: Any, x: jax.ShapeDtypeStruct, uses: Uses, used: bool | None) -> Site:
+_NONE = Layout((), (), ())  # of a leaf without a kind
+
+
+def _site(path: Path, leaf: object, x: jax.ShapeDtypeStruct, uses: Uses, used: bool | None) -> Site:
     """Makes the site of a leaf of the type `x` from its uses."""
-    name, scheme = "/".join(path), leaf.scheme if is_quantized(leaf) else None
+    name = "/".join(path)
+    scheme = leaf.scheme if is_quantized(leaf) else None
     if name not in uses.products and name not in uses.unsupported:
-        return Site(path, x.shape, x.dtype, None, None, used=used, scheme=scheme)
+        return Site(path, x.shape, x.dtype, None, _NONE, used=used, scheme=scheme)
     products, unsupported = uses.products[name], uses.unsupported[name]
     kinds = {u.kind for u in products}
     kind = next((k for k in ("embed", "conv", "dense") if k in kinds), None)
@@ -179,7 +188,7 @@ def _site(path: Path, leaf: Any, x: jax.ShapeDtypeStruct, uses: Uses, used: bool
         formed = next(filter(None, each), Layout((), tuple(rest), (last,)))
     kind = kind if layout else None
     found = (tuple(unsupported), formed, used, scheme)
-    return Site(path, x.shape, x.dtype, kind, layout, expert, *found)
+    return Site(path, x.shape, x.dtype, kind, layout or _NONE, expert, *found)
 
 
 def _layout(
@@ -195,5 +204,6 @@ def _layout(
             stack.remove(one)
             role.append(one)
     if not outputs and not kept:  # the model contracts single vectors: their stack is the outputs
-        stack, outputs = [], stack
+        outputs = stack
+        stack = []
     return Layout(tuple(stack), tuple(inputs), tuple(outputs)) if inputs and outputs else None

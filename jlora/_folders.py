@@ -62,7 +62,8 @@ _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def _error_number(error: Exception, stage: Path) -> int | None:
     """Returns the number of a system error that concerns `stage` or its disk, else None."""
     if isinstance(error, OSError):
-        number, path = error.errno, str(error.filename or "")
+        number = error.errno
+        path = str(error.filename or "")
         about = path.startswith(str(stage)) or path == str(stage.parent)
         return number if number in _WRITING or (number and about) else None
     if type(error).__name__ != "SafetensorError":

@@ -39,7 +39,7 @@ _MODULES = {
 }
 
 
-def check_apply_fn(apply_fn: Any) -> None:
+def check_apply_fn(apply_fn: object) -> None:
     """Raises `TypeError` if `apply_fn` is a module that holds its parameters, or not callable."""
     for (package, name), remedy in _MODULES.items():
         if _is_a(package, name, apply_fn):
@@ -102,12 +102,12 @@ def _advise_on_variables(apply_fn: Callable[..., Any], params: PyTree) -> str | 
     )
 
 
-def _unwrap(fn: Any) -> Any:
+def _unwrap(fn: Callable[..., Any]) -> Any:
     """Returns the function inside a partial application or a compiled function, or None."""
     return fn.func if isinstance(fn, functools.partial) else getattr(fn, "__wrapped__", None)
 
 
-def check_leaf(x: Any, path: Path) -> None:
+def check_leaf(x: object, path: Path) -> None:
     """Raises `TypeError` if a leaf of the parameters is neither an array nor a number."""
     if isinstance(x, _ARRAYS | int | float | complex):
         return
@@ -139,7 +139,7 @@ def check_kept(params: PyTree) -> Callable[[], None]:
     return check
 
 
-def _remedy_for(x: Any) -> str:
+def _remedy_for(x: object) -> str:
     if _is_a("keras", "Variable", x):
         return f" Give {_NAMED}."
     if callable(x):
@@ -151,7 +151,7 @@ def _remedy_for(x: Any) -> str:
     return " Convert it with jnp.asarray." if hasattr(x, "shape") else ""
 
 
-def _is_a(package: str, name: str, x: Any) -> bool:
+def _is_a(package: str, name: str, x: object) -> bool:
     """Whether `x` is an instance of `name` in `package`, which need not be installed."""
     return _is_subclass(package, name, type(x))
 

@@ -65,7 +65,9 @@ def _blocks(n: int, r: int) -> int:
     return blocks
 
 
-def map_matrices(f: Callable[[jax.Array], Any], x: jax.Array, on_cpu: Any = None) -> Any:
+def map_matrices(
+    f: Callable[[jax.Array], Any], x: jax.Array, on_cpu: Callable[[jax.Array], Any] | None = None
+) -> Any:
     """Applies `f` to matrices (…, m, n); on CPUs it applies `on_cpu`, or `f`, to one at a time.
 
     On CPUs JAX factors the matrices of a stack on a pool of threads, and blocks one of the threads

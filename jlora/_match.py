@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from ._errors import InputError
-from ._rules import Full, Rule, compile_pattern, explain_no_match, matches, rule_name
-from ._sites import Site, Sites
+from ._rules import compile_pattern, explain_no_match, matches, rule_name
+from ._site import Full, Rule, Site
+from ._sites import Sites
 
 T = TypeVar("T")
 
@@ -54,9 +55,9 @@ def _fit(site: Site, rule: Rule, sites: Sites) -> Site:
     if isinstance(rule, Full):
         _check_full(rule, site)
         return dataclasses.replace(site, rule=rule)
-    if site.layout is None and rule.materialize and site.materialized is not None:
+    if site.kind is None and rule.materialize and site.materialized is not None:
         site = dataclasses.replace(site, kind="materialized", layout=site.materialized)
-    if site.layout is None:
+    if site.kind is None:
         raise ValueError(_explain_not_linear(rule, site, sites))
     if site.unsupported_uses and not rule.materialize:
         raise NotImplementedError(
@@ -94,7 +95,8 @@ def _check_full(rule: Full, site: Site) -> None:
 def _explain_not_linear(rule: Rule, site: Site, sites: Sites) -> str:
     narrow, remedy = "Narrow the pattern", ", or train the leaf in full with jlora.Full"
     if not jnp.issubdtype(site.dtype, jnp.floating):
-        why, remedy = f"of dtype {site.dtype}, which is not floating-point", ""
+        why = f"of dtype {site.dtype}, which is not floating-point"
+        remedy = ""
     elif len(site.shape) < 2:
         why = f"of shape {site.shape}, which is not a matrix"
         if better := _suggest_pattern(rule, site, sites):
@@ -132,7 +134,7 @@ def _matches_only_sites(pattern: str, sites: Sites) -> bool:
         hits = [s for s in sites.leaves if compile_pattern(pattern).search(s.path)]
     except re.error:
         return False
-    return bool(hits) and all(s.layout is not None for s in hits)
+    return bool(hits) and all(s.kind is not None for s in hits)
 
 
 def _raise_idle(rule: Rule, sites: Sites) -> None:

@@ -6,14 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
-from ._adapters import PartialWeightError, arrays, lower, state
+from ._adapters import Node, PartialWeightError, arrays, lower, state
 from ._compat import is_concrete, place_of
 from ._core import Axis, NotInvertibleError
 from ._errors import InputError
-from ._quantized import Quantized, dequantize, is_quantized, quantize_weight
+from ._node import Adapted
+from ._quantized import BaseLeaf, Quantized, dequantize, is_quantized, quantize_weight
 from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
-from ._types import Adapted, PyTree
+from ._types import PyTree
 
 
 def merge(
@@ -113,7 +115,7 @@ def _combine(base: PyTree, adapter: PyTree, sign: int, requantize: bool = False)
     return jax.tree.unflatten(tree, leaves)
 
 
-def _quantize_like(w: Any, old: Quantized) -> Quantized:
+def _quantize_like(w: jax.Array, old: Quantized) -> Quantized:
     """Quantizes `w` with the scheme, form and sharding of `old`."""
     leaf = quantize_weight(w, old.scheme, old.form)
     if not is_concrete(leaf.data) or place_of(old.data) is None:
@@ -144,22 +146,24 @@ def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
         ) from None
 
 
-def _change(w: Any, node: Any, sign: int) -> jax.Array:
-    axes, dtype = [Axis(d) for d in range(w.ndim)], w.dtype
-    w = w.array(jnp.float32) if is_quantized(w) else w
+def _change(w: jax.Array | Quantized, node: Node, sign: int) -> jax.Array:
+    axes = [Axis(d) for d in range(w.ndim)]
+    dtype = w.dtype
+    w = w.array(jnp.float32) if isinstance(w, Quantized) else w
     return lower(node, w).of(w, axes, sign).astype(dtype)
 
 
-def _cast_like(w: Any, old: Any) -> Any:
+def _cast_like(w: BaseLeaf, old: BaseLeaf) -> BaseLeaf:
     if is_quantized(w):
         return dequantize(w)
     if w is old:
         return w
-    w, place = jnp.asarray(w, jnp.result_type(old)), _sharding_of(old)
+    w = jnp.asarray(w, jnp.result_type(old))
+    place = _sharding_of(old)
     return w if place is None else jax.device_put(w, place)
 
 
-def _sharding_of(w: Any) -> Any:
+def _sharding_of(w: BaseLeaf) -> Sharding | None:
     """Returns the sharding that the user gave `w`, or None."""
     if is_quantized(w):
         return None if w.form.flat else _sharding_of(w.data)

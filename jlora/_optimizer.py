@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, GetAttrKey
 
 from ._adapters import arrays, is_node, is_table
+from ._node import Adapted
 from ._tree import leaves_by_path, name_of
-from ._types import Adapted, Params, PyTree
+from ._types import Params, PyTree
 
 if TYPE_CHECKING:
     import optax  # functions import it where they run: it takes as long as all of jlora
@@ -74,20 +75,20 @@ def _labeled_by_path(tree: PyTree) -> dict[str, bool]:
     return {jax.tree_util.keystr(path): _is_labeled(x) for path, x in flat}
 
 
-def is_masked(x: Any) -> bool:
+def is_masked(x: object) -> bool:
     """Whether `x` is a placeholder of optax for a masked leaf."""
     import optax
 
     return isinstance(x, optax.MaskedNode)
 
 
-def _is_labeled(x: Any) -> bool:
+def _is_labeled(x: object) -> bool:
     """Whether `x` brings its labels: a node, a bound leaf or `Params`."""
     return is_node(x) or isinstance(x, Params | Adapted)
 
 
 def _labels(tree: PyTree) -> PyTree:
-    def label(path: tuple[Any, ...], leaf: Any) -> Any:
+    def label(path: tuple[Any, ...], leaf: object) -> Any:
         match leaf:
             case Params():
                 return Params(jax.tree.map(lambda _: "base", leaf.base), _labels(leaf.adapter))
@@ -250,17 +251,16 @@ def _of_all(f: Callable[..., Any], params: PyTree) -> Callable[..., Any]:
     return of_trained
 
 
-def is_transformation(tx: Any) -> bool:
+def is_transformation(tx: object) -> "TypeGuard[optax.GradientTransformation]":
     """Whether `tx` has the methods of an optax transformation, as `optax.MultiSteps` has too."""
     return all(callable(getattr(tx, name, None)) for name in ("init", "update"))
 
 
-def check_transformation(tx: Any) -> None:
-    """Raises `TypeError` if `tx` is not an optax transformation."""
-    if not is_transformation(tx):
-        raise TypeError(
-            f"`tx` must be an optax transformation, such as optax.adamw(2e-4); got {tx!r}."
-        )
+def check_transformation(tx: object) -> "optax.GradientTransformation":
+    """Returns `tx`; raises `TypeError` if it is not an optax transformation."""
+    if is_transformation(tx):
+        return tx
+    raise TypeError(f"`tx` must be an optax transformation, such as optax.adamw(2e-4); got {tx!r}.")
 
 
 def _check_no_keys(params: PyTree) -> None:

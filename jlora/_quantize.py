@@ -13,9 +13,19 @@ from . import sharding
 from ._compat import evaluate_now, is_concrete, place_of
 from ._errors import InputError
 from ._match import first_matches
-from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spell
-from ._rules import Full, explain_no_match, matches, name_mistake, rule_name
-from ._sites import Site, Sites
+from ._quantized import (
+    BaseLeaf,
+    Form,
+    Quantized,
+    Scheme,
+    form_of,
+    is_quantized,
+    quantize_weight,
+    spell,
+)
+from ._rules import explain_no_match, matches, name_mistake, rule_name
+from ._site import Full, Site
+from ._sites import Sites
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
 
@@ -79,7 +89,8 @@ def quantize(
     is_traced = not all(map(is_concrete, jax.tree.leaves(leaves)))
     for i, path in enumerate(progress(paths, "quantize", unit="leaf", disable=is_traced)):
         if path in forms:
-            old, leaves[i] = leaves[i], _quantize_leaf(leaves[i], path, *forms[path])
+            old = leaves[i]
+            leaves[i] = _quantize_leaf(leaves[i], path, *forms[path])
             gone = isinstance(old, jax.Array) and is_concrete(leaves[i].data)
             if donate and gone and not any(x is old for x in leaves):
                 old.delete()
@@ -113,7 +124,7 @@ def _find_forms(
 def _is_match(scheme: Scheme, path: Path, site: Site | None, rows: int) -> bool:
     if scheme.pattern is not None:
         return matches(scheme, "/".join(path))
-    if site is None or site.kind != "dense" or site.layout is None:
+    if site is None or site.kind != "dense":
         return False
     return site.outputs != rows and not isinstance(site.rule, Full)
 
@@ -136,7 +147,7 @@ def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) ->
     )
 
 
-def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
+def _form(scheme: Scheme, path: Path, x: BaseLeaf, site: Site | None) -> Form:
     name = f"{rule_name(scheme)} matches {name_of(path)!r}"
     if is_quantized(x):
         raise ValueError(
@@ -156,8 +167,10 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
             f"{name}, which {rule_name(site.rule)} trains in full: trained leaves must not be "
             f"quantized. Give {type(scheme).__name__} a pattern that leaves it out."
         )
-    layout, kind = (None, None) if site is None else (site.layout, site.kind)
-    if layout is None:
+    if site is not None and site.kind is not None:
+        layout, kind = site.layout, site.kind
+    else:
+        kind = None
         *stack, i, o = range(len(shape))
         layout = Layout(tuple(stack), (i,), (o,))
     try:
@@ -169,7 +182,7 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
 # ------------------------------------------------------------------------------------------- work
 
 
-def _quantize_leaf(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
+def _quantize_leaf(x: BaseLeaf, path: Path, scheme: Scheme, form: Form) -> Quantized:
     scheme = dataclasses.replace(scheme, pattern=None)
     if is_abstract(x):
         return jax.eval_shape(lambda x: quantize_weight(x, scheme, form), x)

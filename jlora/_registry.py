@@ -1,9 +1,11 @@
 """Registries of an open set: what has a name keeps it, unless somebody means to replace it."""
 
-from typing import Any
+from collections.abc import Callable
 
 
-def check_free(what: str, old: Any, new: Any, override: bool) -> None:
+def check_free(
+    what: str, old: Callable[..., object] | None, new: Callable[..., object], override: bool
+) -> None:
     """Raises if a class or function `new` would replace another one, `old`, as `what`.
 
     What is defined once more, as a notebook's cell does, may replace itself.

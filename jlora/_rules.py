@@ -1,4 +1,4 @@
-"""Rules, by which the user says which leaves are adapted, and how."""
+"""What rules are made of: patterns of paths, slots, and checks of their fields."""
 
 import dataclasses
 import difflib
@@ -6,65 +6,20 @@ import functools
 import math
 import numbers
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
-
-import jax
-import jax.numpy as jnp
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeGuard, runtime_checkable
 
 from ._errors import InputError
 
 
-class Rule:
-    """The base class of rules, by which the user says which leaves are adapted, and how.
-
-    A subclass is a frozen dataclass with a field `pattern`. It sets `node`, the class of its nodes,
-    and defines `start`. All else has defaults, which a field of the same name may replace.
-
-    Attributes:
-        pattern: a regular expression that matches whole components of a leaf's path. None is
-            *all-linear*: it matches every dense and convolutional site, but no embedding.
-        node: a subclass of `jlora.extend.Node`.
-        materialize: whether jlora may form W + ΔW where it has no factored form.
-        frozen: names of arrays of the node that are not trained.
-    """
-
-    pattern: Any
-    node: ClassVar[Any] = None
-    materialize: bool = False
-    frozen: tuple[str, ...] = ()
+@runtime_checkable
+class HasPattern(Protocol):
+    """A rule or a scheme: it has a pattern."""
 
     @property
-    def all_frozen(self) -> tuple[str, ...]:
-        """All arrays that are not trained: those of `frozen`, and others that the rule freezes."""
-        return self.frozen
-
-    def fit(self, site: Any) -> tuple["Rule", Any]:
-        """Returns rule and layout for a `Site`; `ValueError` if the rule does not fit the site."""
-        return self, site.layout
-
-    def sizes(self, layout: Any) -> dict[str, int]:
-        """Returns the lengths of the node's axes that W does not have, such as `{"rank": 8}`."""
-        del layout
-        return {}
-
-    def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
-        """Returns W and its node, drawn with `key`.
-
-        `w` is W: an array, a `jax.ShapeDtypeStruct` or a `jlora.Quantized`. A rule that does not
-        change the base returns the object `w` itself.
-        """
-        raise NotImplementedError
-
-    def shapes(self, layout: Any, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of each array of the node for a weight of `shape`."""
-        return self.node.shapes(layout, shape, self.sizes(layout))
-
-    def trainable(self, layout: Any, shape: tuple[int, ...]) -> int:
-        """Counts the parameters that the rule trains at a weight of `shape`."""
-        frozen = {name for name, x in self.node.labels.items() if x in (None, "base")}
-        found = self.shapes(layout, shape).items()
-        return sum(math.prod(n) for name, n in found if name not in frozen.union(self.all_frozen))
+    def pattern(self) -> str | None:
+        """The pattern, or None."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,43 +64,6 @@ class Slots:
         check_field(self, "axis", is_int(self.axis), "be an integer", TypeError)
 
 
-@dataclasses.dataclass(frozen=True)
-class Full(Rule):
-    """Trains the leaves whose path matches `pattern` in full: heads, norms, biases.
-
-    It trains any floating-point leaf, also one that is not a weight; others raise `ValueError`.
-    `BatchNorm_0` also matches the running statistics in `batch_stats`: write `params/BatchNorm_0`.
-
-    Attributes:
-        pattern: a regular expression that matches whole components of a leaf's path: `head` matches
-            `lm/head/kernel` but not `multi_head/kernel`; `.*head` matches both.
-
-    Raises:
-        TypeError: if `pattern` is not a string.
-        ValueError: if `pattern` is not a regular expression, or starts or ends with `/`.
-
-    Examples:
-        >>> import jlora
-        >>> jlora.Full(r"classifier")
-        Full(pattern='classifier')
-    """
-
-    pattern: str
-
-    def __post_init__(self) -> None:
-        check_pattern(self, self.pattern)
-
-    def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
-        """Returns W and a copy of it, so that a step that donates the adapter keeps the base."""
-        del key, site
-        return w, w if isinstance(w, jax.ShapeDtypeStruct) else jnp.array(w)
-
-    def trainable(self, layout: Any, shape: tuple[int, ...]) -> int:
-        """Counts the entries of W."""
-        del layout
-        return math.prod(shape)
-
-
 FLAGS = re.compile(r"\A(?:\(\?[aimsux]+\))+")  # Python accepts them only at a pattern's start
 
 
@@ -179,13 +97,13 @@ def pattern_anywhere(pattern: str) -> str:
     return f"{flags}.*{_group(pattern)}.*"
 
 
-def matches(rule: Any, path: str) -> bool:
+def matches(rule: HasPattern, path: str) -> bool:
     """Whether the pattern of `rule` matches components of `path`; never for a rule without one."""
     pattern = rule.pattern
     return pattern is not None and compile_pattern(pattern).search(path) is not None
 
 
-def rule_name(rule: Any) -> str:
+def rule_name(rule: HasPattern) -> str:
     """Returns the name of a rule for errors and tables: its type and pattern."""
     return type(rule).__name__ + ("()" if rule.pattern is None else f"({rule.pattern!r})")
 
@@ -233,7 +151,7 @@ def _components(path: str, found: re.Match[str]) -> str:
     return path[start : len(path) if end < 0 else end]
 
 
-def check_pattern(rule: Any, pattern: Any) -> None:
+def check_pattern(rule: object, pattern: object) -> None:
     """Raises unless `pattern` is a regular expression for components of a path."""
     if not isinstance(pattern, str):
         raise TypeError(
@@ -252,26 +170,26 @@ def check_pattern(rule: Any, pattern: Any) -> None:
 
 
 def check_field(
-    rule: Any, name: str, holds: bool, must: str, error: type[Exception] = InputError
+    rule: object, name: str, holds: bool, must: str, error: type[Exception] = InputError
 ) -> None:
     """Raises `error` unless `holds`; it says what the field `name` of a rule `must` be or do."""
     if not holds:
-        owner = rule_name(rule) if hasattr(rule, "pattern") else type(rule).__name__
+        owner = rule_name(rule) if isinstance(rule, HasPattern) else type(rule).__name__
         raise error(f"`{name}` of {owner} must {must}; got {getattr(rule, name)!r}.")
 
 
-def is_int(x: Any) -> bool:
+def is_int(x: object) -> TypeGuard[int]:
     """Whether `x` is an integer but not a boolean."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
-def check_int(what: str, n: Any, least: int) -> None:
+def check_int(what: str, n: object, least: int) -> None:
     """Raises unless `n` is an integer of at least `least`; the error calls it `what`."""
     if not is_int(n) or n < least:
         raise InputError(f"{what} must be an integer of at least {least}; got {n!r}.")
 
 
-def is_finite(x: Any) -> bool:
+def is_finite(x: object) -> TypeGuard[float]:
     """Whether `x` is a real number, but not a boolean, that a float can hold."""
     try:
         return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
@@ -279,21 +197,7 @@ def is_finite(x: Any) -> bool:
         return False
 
 
-def check_rules(rules: Any, unpacked: str | None = None) -> tuple[Rule, ...]:
-    """Returns one or several rules as a tuple; raises `TypeError` for anything else."""
-    if isinstance(rules, Rule | str | Mapping) or not isinstance(rules, Iterable):
-        rules = (rules,)
-    rules = tuple(rules)
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            got = name_mistake(rule, unpacked)
-            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
-        if rule.pattern is not None:
-            check_pattern(rule, rule.pattern)
-    return rules
-
-
-def name_mistake(x: Any, unpacked: str | None = None) -> str:
+def name_mistake(x: object, unpacked: str | None = None) -> str:
     """Describes what was given instead of a rule; `unpacked` is a call that unpacks a list."""
     if isinstance(x, type) and dataclasses.is_dataclass(x):
         return f"the class {x.__name__}; call it, {x.__name__}(...)"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
+from jax.typing import ArrayLike
 
 from ._adapters import is_node
 from ._compat import is_concrete
@@ -51,7 +52,7 @@ def lora_plus(ratio: float | jax.Array) -> "optax.GradientTransformationExtraArg
     """
     _check_positive("ratio", ratio)
 
-    def scale(x: Any) -> Any:
+    def scale(x: object) -> Any:
         if not is_node(x):
             return x
         chosen = {name: getattr(x, name) for name, label in x.labels.items() if label == "b"}
@@ -102,10 +103,11 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
     """
     _check_positive("damping", damping)
 
-    def of_node(update: Any, param: Any) -> Any:
+    def of_node(update: PyTree, param: PyTree) -> PyTree:
         if not is_node(update) or not {"a", "b"} <= set(update.labels.values()):
             return update
-        is_trained = not (is_masked(update.a) and is_masked(update.b))
+        factors = [getattr(update, x) for x, label in update.labels.items() if label in ("a", "b")]
+        is_trained = not all(map(is_masked, factors))
         return _precondition(damping, update, param) if is_trained else update
 
     def update(updates: PyTree, params: PyTree | None) -> PyTree:
@@ -120,7 +122,7 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
     return _make_transformation("precondition", update)
 
 
-def _precondition(damping: Any, update: Any, param: Any) -> Any:
+def _precondition(damping: ArrayLike, update: PyTree, param: PyTree) -> PyTree:
     if is_masked(param.a) or is_masked(param.b):
         raise ValueError(
             "jlora.precondition needs A and B, but the transformation around it hides the frozen "
@@ -142,7 +144,8 @@ def _precondition(damping: Any, update: Any, param: Any) -> Any:
 
     def times_inverse(name: str, other: str) -> Any:
         """Multiplies the update of one factor by the inverse of xᵀx + δI, with x the other one."""
-        old, x = getattr(update, name), values[other]
+        old = getattr(update, name)
+        x = values[other]
         if is_masked(old):
             return old
         gram = einsum(axes[other], with_other_rank(other), square, x, x, **how)
@@ -175,7 +178,7 @@ def _make_transformation(
         check(params)
         return AllParams()
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **_: Any) -> Any:
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None, **_: Any) -> Any:
         check(updates)
         return f(updates, params if state.params is None else state.params), state
 
@@ -199,7 +202,7 @@ def _remedy(name: str, tree: PyTree) -> str:
     )
 
 
-def _check_positive(name: str, x: Any) -> None:
+def _check_positive(name: str, x: object) -> None:
     """Raises `ValueError` unless `x` is a positive finite number, or traced."""
     if not is_concrete(x):
         return

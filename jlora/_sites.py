@@ -1,20 +1,15 @@
-"""Sites: parameter leaves, together with how the model uses them, and their table."""
+"""Records how the model uses each leaf, and the table of all sites."""
 
 import dataclasses
-import math
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-
-from ._core import REPEATED
-from ._quantized import Scheme, spell
-from ._report import align_columns, fold_numbers
-from ._rules import Full, Rule, near_misses, rule_name
-from ._tree import name_of
-from ._types import Layout, Path
+from ._core import REPEATED, Axis, Roles, Weight
+from ._quantized import spell
+from ._rules import near_misses, rule_name
+from ._site import Site, Unsupported
+from ._text import align_columns, fold_numbers
 
 
 class ProductUse(NamedTuple):
@@ -33,21 +28,6 @@ class ProductUse(NamedTuple):
     batch: frozenset[int] = frozenset()
 
 
-class Unsupported(NamedTuple):
-    """One use of a leaf that has no factored form.
-
-    Attributes:
-        reason: primitive and source line.
-        axes: for each axis of the weight that is longer than 1 there, the axes of the leaf in it.
-        added: whether it is used as an activation: added to one, concatenated with one, or
-            returned.
-    """
-
-    reason: str
-    axes: tuple[frozenset[int], ...]
-    added: bool = False
-
-
 class Uses:
     """Records the uses of each leaf, by path, in program order."""
 
@@ -56,7 +36,7 @@ class Uses:
         self.products: dict[str, list[ProductUse]] = defaultdict(list)
         self.unsupported: dict[str, list[Unsupported]] = defaultdict(list)
 
-    def product(self, w: Any, kind: str, roles: Any) -> None:
+    def product(self, w: Weight, kind: str, roles: Roles) -> None:
         """Records a product in which the axes of the weight `w` have `roles`."""
         lengths = w.lengths
         long = [a for a in (*roles.inputs, *roles.outputs) if lengths[a] > 1]
@@ -74,7 +54,7 @@ class Uses:
                 inputs, outputs = inputs - picked, outputs - picked
             self.products[path].append(ProductUse(kind, inputs, outputs, batch))
 
-    def no_product(self, w: Any, reason: str, added: bool = False) -> None:
+    def no_product(self, w: Weight, reason: str, added: bool = False) -> None:
         """Records a use of the weight `w` that is not a product; a looked-up row counts as one."""
         for path in w.origin.paths:
             axes = tuple(_of(path, [a]) for a, n in zip(w.axes, w.shape, strict=True) if n > 1)
@@ -86,102 +66,9 @@ class Uses:
                 self.unsupported[path].append(Unsupported(reason, axes, added))
 
 
-def _of(path: str, axes: Any) -> frozenset[int]:
+def _of(path: str, axes: Iterable[Axis]) -> frozenset[int]:
     """Finds the axes of the leaf at `path` within `axes`."""
     return frozenset(d for a in axes for p, d in a.leaf if p == path)
-
-
-# ---------------------------------------------------------------------------- sites and their table
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Site:
-    """A parameter leaf, together with how the model uses it. It is a site if it has a `kind`.
-
-    Attributes:
-        parts: the components of its path.
-        shape: the shape of the leaf.
-        dtype: the dtype of the leaf.
-        kind: how the model uses it: `"dense"`, `"embed"` (rows are looked up) or `"conv"`. If no
-            use has a factored form, it is `"materialized"` under a rule that may form W + ΔW, else
-            None.
-        layout: which of its axes are the stack, the inputs and the outputs; None without a kind.
-            The output of a materialized site is its last axis.
-        experts: the stacked axis of its experts, or of its layers if it has no experts; None if
-            there is no such axis, or more than one.
-        unsupported: its uses that have no factored form.
-        materialized: the layout that it would have as a materialized site.
-        used: whether the traced call depends on it; None if it was not traced.
-        scheme: the scheme in which it is quantized, or None.
-        rule: its rule, or None.
-        asked_rank: the rank in the rule, if the site is too small for it; else None.
-    """
-
-    parts: Path
-    shape: tuple[int, ...]
-    dtype: Any
-    kind: str | None
-    layout: Layout | None
-    experts: int | None = None
-    unsupported: tuple[Unsupported, ...] = ()
-    materialized: Layout | None = None
-    used: bool | None = None
-    scheme: Scheme | None = None
-    rule: Rule | None = None
-    asked_rank: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The name of the site in errors."""
-        return repr(self.path) if self.parts else name_of(self.parts)
-
-    @property
-    def path(self) -> str:
-        """The path, with its components joined by `/`."""
-        return "/".join(self.parts)
-
-    @property
-    def size(self) -> int:
-        """The number of parameters; a PRNG key counts as none."""
-        return 0 if jnp.issubdtype(self.dtype, jax.dtypes.prng_key) else math.prod(self.shape)
-
-    @property
-    def inputs(self) -> int:
-        """The number of inputs of each matrix."""
-        assert self.layout is not None
-        return math.prod(self.shape[d] for d in self.layout.inputs)
-
-    @property
-    def outputs(self) -> int:
-        """The number of outputs of each matrix."""
-        assert self.layout is not None
-        return math.prod(self.shape[d] for d in self.layout.outputs)
-
-    @property
-    def trainable(self) -> int:
-        """The number of trainable parameters under the rule."""
-        return 0 if self.rule is None else self.rule.trainable(self.layout, self.shape)
-
-    @property
-    def unsupported_uses(self) -> tuple[str, ...]:
-        """The primitive and the source line of each use that has no factored form."""
-        return tuple(dict.fromkeys(u.reason for u in self.unsupported))
-
-    @property
-    def is_listed(self) -> bool:
-        """Whether the table shows it: it is a site, or a matrix that is used in another way."""
-        return self.kind is not None or any(len(u.axes) >= 2 for u in self.unsupported)
-
-    @property
-    def is_missed(self) -> bool:
-        """Whether it is a matrix with neither kind nor rule, not only used as an activation."""
-        meant = any(len(u.axes) >= 2 and not u.added for u in self.unsupported)
-        return meant and self.kind is None and self.rule is None
-
-    @property
-    def is_adapted(self) -> bool:
-        """Whether it gets an adapter, rather than being frozen or trained in full."""
-        return self.rule is not None and not isinstance(self.rule, Full)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +163,7 @@ def _rank(site: Site) -> str:
 
 def _axes(site: Site) -> str:
     """Returns `stack | inputs → outputs`, as lengths."""
-    if site.layout is None:
+    if site.kind is None:
         return "-"
     stack, inputs, outputs, _ = site.layout
     lengths = ["·".join(str(site.shape[d]) for d in dims) for dims in (stack, inputs, outputs)]

@@ -8,15 +8,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapters import explain_unregistered, is_node, is_registered, lengths, state, weight_of
+from ._adapters import (
+    AdapterLeaf,
+    explain_unregistered,
+    is_node,
+    is_registered,
+    lengths,
+    state,
+    weight_of,
+)
 from ._core import Change, Weight, as_array, evaluate, leaf_weight, pick, trace
 from ._find_sites import Call, Traced, find_sites
 from ._foreign import check_apply_fn, note_advice
 from ._keys import check_key, fold
 from ._match import match
-from ._quantized import is_quantized
-from ._rules import Full, Rule, check_rules, rule_name
-from ._sites import Site, Sites
+from ._node import Adapted
+from ._quantized import BaseLeaf, Quantized, is_quantized
+from ._rules import rule_name
+from ._site import Full, Rule, Site, check_rules
+from ._sites import Sites
+from ._transformed import Transformed
 from ._tree import (
     adapter_leaves,
     bind,
@@ -26,7 +37,7 @@ from ._tree import (
     leaves_by_path,
     nest,
 )
-from ._types import Path, PyTree, Transformed
+from ._types import Path, PyTree
 
 
 def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
@@ -156,7 +167,7 @@ def _init(
     return jax.tree.unflatten(tree, base), adapter
 
 
-def _start(rule: Rule, site: Site, key: jax.Array, w: Any) -> tuple[Any, Any]:
+def _start(rule: Rule, site: Site, key: jax.Array, w: BaseLeaf) -> tuple[BaseLeaf, PyTree]:
     """Returns what a rule starts with at a site; raises unless it has the rule's shapes."""
     made = rule.start(key, w, site)
     if not isinstance(made, tuple) or is_node(made) or len(made) != 2:
@@ -234,11 +245,11 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _is_weight(x: Any) -> bool:
+def _is_weight(x: object) -> bool:
     return is_adapted(x) or is_quantized(x)
 
 
-def _weight(leaf: Any, path: str) -> Weight:
+def _weight(leaf: Adapted | Quantized, path: str) -> Weight:
     if is_quantized(leaf):
         return leaf_weight(leaf, Change(), path, materialize=True)
     w = leaf.base if is_quantized(leaf.base) else jnp.asarray(leaf.base)
@@ -279,7 +290,7 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
 
-    def seed(path: Path, leaf: Any) -> Any:
+    def seed(path: Path, leaf: AdapterLeaf) -> AdapterLeaf:
         if not is_node(leaf) or not leaf.dropout:
             return leaf
         mine = fold(key, path)

@@ -4,17 +4,19 @@ import collections
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
 
-from ._adapters import is_node, misfit, state
+from ._adapters import AdapterLeaf, Node, is_node, misfit, state
+from ._core import AnyArray
 from ._errors import InputError, Problem, printable
-from ._quantized import is_quantized
-from ._types import Adapted, Holder, Params, Path, PyTree, short
+from ._node import Adapted
+from ._quantized import Quantized, is_quantized
+from ._types import Holder, Params, Path, PyTree, short
 
 
 def leaves_by_path(
@@ -25,7 +27,7 @@ def leaves_by_path(
     The path of an NNX variable lacks the trailing `value`. A quantized weight is one leaf.
     """
 
-    def stop(x: Any) -> bool:
+    def stop(x: object) -> bool:
         return is_quantized(x) or (is_leaf is not None and is_leaf(x))
 
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
@@ -79,12 +81,12 @@ def nest(leaves: dict[Path, Any]) -> PyTree:
     return tree
 
 
-def is_abstract(x: Any) -> bool:
+def is_abstract(x: object) -> TypeGuard[jax.ShapeDtypeStruct]:
     """Whether `x` is a shape and dtype without values."""
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
-def is_adapted(x: Any) -> bool:
+def is_adapted(x: object) -> TypeGuard[Adapted]:
     """Whether `x` is a weight of a bound tree, with its adapter."""
     return isinstance(x, Adapted)
 
@@ -121,7 +123,7 @@ def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
     return found
 
 
-def _is_array(x: Any) -> bool:
+def _is_array(x: object) -> TypeGuard[AnyArray]:
     return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
@@ -136,7 +138,7 @@ def check_base(base: PyTree) -> None:
         )
 
 
-def _describe_other(x: Any) -> str | None:
+def _describe_other(x: object) -> str | None:
     """Says for an error what `x` is, if it holds more than a base or an adapter; else None."""
     if isinstance(x, Params):
         return "Params. Give its `base` and its `adapter` as two arguments."
@@ -152,7 +154,7 @@ def _describe_other(x: Any) -> str | None:
     return "the pair that `init` returns. Unpack it: base, adapter = lora.init(...)."
 
 
-def _is_of_optax(x: Any) -> bool:
+def _is_of_optax(x: object) -> bool:
     return type(x).__module__.partition(".")[0] == "optax"
 
 
@@ -206,10 +208,10 @@ def _check_collection(found: dict[Path, Any], shapes: dict[Path, tuple[int, ...]
         )
 
 
-def _misfit(leaf: Any, shape: tuple[int, ...] | None) -> str | None:
+def _misfit(leaf: AdapterLeaf, shape: tuple[int, ...] | None) -> str | None:
     if shape is None:
         return "not in `base`"
-    if not is_node(leaf):
+    if not isinstance(leaf, Node):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return f"a leaf trained in full must be floating-point, got {leaf.dtype}"
         got = tuple(leaf.shape)
@@ -252,7 +254,7 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
     found = {} if is_empty(adapter) else adapter_leaves(adapter)
     check_fits(base, found)
 
-    def join(parts: Path, w: Any) -> Any:
+    def join(parts: Path, w: jax.Array | Quantized) -> Any:
         delta = found.get(parts)
         if is_node(delta):
             return Adapted(w, delta)
@@ -288,8 +290,8 @@ def size_in_bytes(tree: PyTree) -> int:
     return sum(_bytes(x) for x in _numeric(tree))
 
 
-def _bytes(x: Any) -> int:
-    return x.nbytes if is_quantized(x) else math.prod(x.shape) * np.dtype(x.dtype).itemsize
+def _bytes(x: AnyArray | Quantized) -> int:
+    return x.nbytes if isinstance(x, Quantized) else math.prod(x.shape) * np.dtype(x.dtype).itemsize
 
 
 def _numeric(tree: PyTree) -> list[Any]:

@@ -1,17 +1,9 @@
-"""The trees: the `Layout` of a weight, bound leaves, and the combined `Params`."""
+"""The data that everyone passes: paths, the `Layout` of a weight, base and adapter as `Params`."""
 
-import dataclasses
-import functools
-import inspect
-from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
-import jax
-
-from ._rules import Rule, rule_name
-
-PyTree = Any
-Path = tuple[str, ...]
+PyTree = Any  # a tree of arrays or of other leaves
+Path = tuple[str, ...]  # of a leaf, component by component
 
 
 class Layout(NamedTuple):
@@ -38,11 +30,10 @@ class Layout(NamedTuple):
     slots: tuple[int, tuple[int, ...], int] | None = None
 
 
-def short(x: Any) -> str:
+def short(x: object) -> str:
     """Writes an array as its dtype and shape, as JAX's messages do; other objects as `repr`."""
-    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-        return repr(x)
-    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    dtype, shape = getattr(x, "dtype", None), getattr(x, "shape", None)
+    return repr(x) if dtype is None or shape is None else f"{dtype}[{','.join(map(str, shape))}]"
 
 
 class NotAnArray:
@@ -50,7 +41,7 @@ class NotAnArray:
 
     _remedy: ClassVar[str]  # what errors say
 
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(self._remedy)
 
     # What JAX, NumPy, Flax and models first do with an array.
@@ -60,29 +51,6 @@ class NotAnArray:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: {self._remedy}")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Adapted(NotAnArray):
-    """A leaf of a bound tree: the frozen weight and its adapter. It is not an array.
-
-    Attributes:
-        base: W.
-        delta: the node of its adapter, such as a `LowRank`.
-    """
-
-    base: jax.Array
-    delta: Any
-
-    _remedy: ClassVar = (
-        "`params` is a tree from jlora.bind, which holds adapters beside its weights. Only "
-        "functions under jlora.wrap accept it: call jlora.wrap(model.apply)(params, ...) instead "
-        "of model.apply(params, ...), or lora.apply(base, adapter, ...)."
-    )
-
-    def __repr__(self) -> str:
-        return f"Adapted(base={short(self.base)}, delta={self.delta!r})"
 
 
 class Holder:
@@ -109,38 +77,3 @@ class Params(NamedTuple):
 
     base: PyTree
     adapter: PyTree
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Transformed:
-    """What `jlora.transform` returns: three pure functions, which it unpacks to.
-
-    Attributes:
-        init: `(key, params, *args, **kwargs) -> (base, adapter)`.
-        apply: `(base, adapter, *args, **kwargs) -> outputs of the apply function`.
-        sites: `(params, *args, **kwargs) -> Sites`.
-        apply_fn: the function that was adapted.
-        rules: its rules.
-    """
-
-    init: Callable[..., tuple[PyTree, PyTree]]
-    apply: Callable[..., Any]
-    sites: Callable[..., Any]
-    apply_fn: Callable[..., Any]
-    rules: tuple[Rule, ...]
-
-    def __iter__(self) -> Iterator[Callable[..., Any]]:
-        return iter((self.init, self.apply, self.sites))
-
-    def __repr__(self) -> str:
-        listed = "".join(f", {rule_name(rule)}" for rule in self.rules)
-        return f"Transformed({function_name(self.apply_fn)}{listed})"
-
-
-def function_name(fn: Any) -> str:
-    """Returns the name of a function for messages; a method has the name of its type before it."""
-    if isinstance(fn, functools.partial):
-        return f"partial({function_name(fn.func)})"
-    if inspect.ismethod(fn):
-        return f"{type(fn.__self__).__name__}.{fn.__name__}"
-    return getattr(fn, "__name__", type(fn).__name__)

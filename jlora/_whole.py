@@ -1,21 +1,21 @@
 """Checks for methods and initializers that need the values of a whole weight."""
 
-from typing import Any
-
 import jax
 
 from . import _compat
+from ._quantized import BaseLeaf, Quantized
 
 
-def check_whole(use: str, w: Any, path: str) -> None:
-    """Raises unless `w` has values and is whole, rather than a shard of an enclosing `shard_map`.
+def check_whole(use: str, w: BaseLeaf, path: str) -> jax.Array | Quantized:
+    """Returns `w`; raises unless it has values and is whole, not a shard of a `shard_map`.
 
     Args:
         use: subject and verb for the error, such as `DoRA('w') takes norms of`.
         w: an array, a shape or a quantized weight.
         path: its path.
     """
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w)):
+    leaves = jax.tree.leaves(w)
+    if isinstance(w, jax.ShapeDtypeStruct) or any(map(_is_type, leaves)):
         raise ValueError(
             f"`params` has only a shape at {path!r}, but {use} its values. Give arrays, or call "
             "init under jax.eval_shape."
@@ -25,3 +25,8 @@ def check_whole(use: str, w: Any, path: str) -> None:
             f"{use} the whole of {path!r}, but the shard_map around init may have sharded it. Call "
             "init outside of the shard_map."
         )
+    return w
+
+
+def _is_type(x: object) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)

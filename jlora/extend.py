@@ -42,12 +42,15 @@ gain:
 >>> base, adapter = ia3.init(jax.random.key(0), {"w": jnp.eye(4, 3)}, jnp.ones((1, 4)))
 >>> print(adapter)
 {'w': Gain(gain=float32[3])}
->>> jlora.merge(base, {"w": adapter["w"]._replace(gain=jnp.array([1.0, 2.0, 3.0]))})["w"].tolist()
+>>> jlora.merge(base, {"w": adapter["w"].replace(gain=jnp.array([1.0, 2.0, 3.0]))})["w"].tolist()
 [[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 3.0], [0.0, 0.0, 0.0]]
 
 For a method with A and B, `lower` returns
 `Change((Delta(self.factor("a"), self.factor("b"), scale),))`. Its `axes` give the axis of the rank
 a name, such as `"rank"`, and `Rule.sizes` returns its length.
+
+For annotations, `jlora.types` has `Site` and `Layout`, `BaseLeaf` (the `w` of `start`: an array, a
+`jax.ShapeDtypeStruct` or a `jlora.Quantized`) and `RankRule` (what an initializer reads of a rule).
 
 `register` refuses a class that is incomplete, or has the name of another rule. A node does not
 extend another node: it declares all its fields. `init` checks that what `start` returns has the
@@ -79,7 +82,7 @@ from ._quantized import Coded as Coded
 from ._quantized import Form as Form
 from ._quantized import Scheme as Scheme
 from ._quantized import one_block as one_block
-from ._rules import Rule as Rule
+from ._site import Rule as Rule
 
 if TYPE_CHECKING:
     from .peft.engines import Engine as Engine

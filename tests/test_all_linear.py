@@ -82,9 +82,11 @@ def test_what_is_an_activation_is_listed_without_a_warning():
     shapes = {"token": (1, 4), "position": (3, 4), "w": (4, 2, 3), "bias": (2, 3)}
     params, x = {n: jnp.ones(s) for n, s in shapes.items()}, jnp.ones((3, 4))
     lora = jlora.transform(model, LoRA(rank=2))
-    assert not lora.sites(params, x).missed
+    sites = lora.sites(params, x)
+    assert not sites.missed
+    assert (sites["bias"].kind, sites["bias"].layout) == (None, ((), (), (), None))
     lora.init(KEY, params, x)  # warnings are errors
-    listed = {line.split()[0] for line in str(lora.sites(params, x)).split("\n")[2:-2]}
+    listed = {line.split()[0] for line in str(sites).split("\n")[2:-2]}
     assert listed == {"position", "w", "bias"}
 
 

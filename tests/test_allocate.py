@@ -17,7 +17,8 @@ from small import KEY, array, each_refusal, some
 
 import jlora
 from jlora import DoRA, Full, LoRA, Slots, checkpoint, peft
-from jlora._rules import Rule, matches
+from jlora._rules import matches
+from jlora.extend import Rule
 from jlora.initializers import eva
 from jlora.types import Layout, Sketch, Spectrum
 

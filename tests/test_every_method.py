@@ -283,6 +283,7 @@ def test_a_node_is_a_named_tuple(made: Made) -> None:
     assert type(node).__match_args__ == node._fields
     again = type(node)._make(node)
     assert again._asdict() == node._asdict()
+    assert node.replace(layout=None).layout is None
     if sys.version_info >= (3, 13):
         assert copy.replace(node, layout=None).layout is None  # pyright: ignore
 

@@ -523,7 +523,7 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
         "`adapter` needs the base that an initializer changed, which PEFT and engines do not have, "
         "at these paths:\n  w\nGive jlora.arithmetic.difference(adapter, initial), where `initial` "
         "is the adapter from init, or merge the adapter into its base. If you publish the changed "
-        "base, mark the nodes: node._replace(residual=False)."
+        "base, mark the nodes: node.replace(residual=False)."
     )
     (tmp_path / "model").mkdir()
     save_file({"model.w.weight": np.zeros((10, 12), "f")}, tmp_path / "model/model.safetensors")

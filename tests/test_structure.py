@@ -5,6 +5,7 @@ import functools
 import gc
 import pathlib
 import re
+from typing import TypeVar
 
 import jax
 import pytest
@@ -17,6 +18,7 @@ ROOT = pathlib.Path(jlora.__file__).parent
 FOLDERS = sorted(p.parent.name for p in ROOT.glob("*/__init__.py"))
 ROOMS = sorted(f"peft.{p.parent.name}" for p in ROOT.glob("peft/*/__init__.py"))
 MOST = 250  # lines of code of a module
+Node = TypeVar("Node", bound=ast.AST)
 GONE = {"closed_call"}  # primitives of JAX 0.10 that the newest has not
 
 
@@ -106,6 +108,59 @@ def test_a_folder_has_few_floors_and_short_modules() -> None:
         assert max(floors(inside).values()) <= 9, folder
     lines = {str(file.relative_to(ROOT)): count_code(file) for file in ROOT.rglob("*.py")}
     assert not {name: n for name, n in lines.items() if n > MOST}
+
+
+def form(value: ast.expr) -> str:
+    """Names the form of a value: a start such as `0`, a part such as `x.a`, a call, and so on."""
+    match value:
+        case ast.Constant() | ast.UnaryOp() | ast.List(elts=[]) | ast.Dict(keys=[]):
+            return "start"
+        case ast.Call(func=ast.Subscript(), args=[], keywords=[]):  # `dict[str, int]()`
+            return "start"
+        case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)):
+            return f"{name}()"
+        case ast.Name() | ast.Attribute() | ast.Subscript():
+            return "part of a call" if find_all(ast.Call, value) else "part"
+    return type(value).__name__
+
+
+def find_all(kind: type[Node], tree: ast.AST) -> list[Node]:
+    return [node for node in ast.walk(tree) if isinstance(node, kind)]
+
+
+def test_one_statement_a_line() -> None:
+    """`a, b = f(x), x.b` is two statements; `a, b = f(x), f(y)` says one thing of two."""
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+        for file in ROOT.rglob("*.py")
+        for node in find_all(ast.Assign, ast.parse(file.read_text()))
+        if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+        if len({form(x) for x in node.value.elts if not isinstance(x, ast.Starred)}) > 1
+    ]
+    assert not found, "\n".join(found)
+
+
+TYPED = {"site", "rule", "w", "layout", "leaf"}  # names of parameters that say what they are
+
+
+def test_parameters_have_types() -> None:
+    """At most 6% of the annotated parameters are `Any`, such as what a function passes on."""
+    every = {
+        f"{file.relative_to(ROOT)}:{node.lineno} {x.arg}": ast.unparse(x.annotation)
+        for file in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        for x in parameters(node.args)
+        if x.annotation is not None
+    }
+    untyped = [where for where, hint in every.items() if hint == "Any"]
+    assert len(untyped) <= 0.06 * len(every), untyped
+    assert not [where for where in untyped if where.split()[1] in TYPED]
+
+
+def parameters(args: ast.arguments) -> list[ast.arg]:
+    rest = [x for x in (args.vararg, args.kwarg) if x is not None]
+    return [*args.posonlyargs, *args.args, *args.kwonlyargs, *rest]
 
 
 def test_merging_and_files_do_not_import_the_transform() -> None:

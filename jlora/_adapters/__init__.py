@@ -1,12 +1,27 @@
 """Methods.
 
-Imports `_compat`, `_core`, `_errors`, `_quantized`, `_registry`, `_rules`, `_types`, `_whole` and
-`initializers`.
+Imports `_compat`, `_core`, `_errors`, `_node`, `_quantized`, `_registry`, `_rules`, `_site`,
+`_types`, `_whole`, `initializers`.
 
 A method is a file with two classes: a rule, which the user writes, and a node, which the rule puts
-into the adapter. `_node` has the base class of nodes.
+into the adapter. `../_node.py` and `../_site.py` have their base classes.
 """
 
+from .._node import SLOTS as SLOTS
+from .._node import AdapterLeaf as AdapterLeaf
+from .._node import Node as Node
+from .._node import PartialWeightError as PartialWeightError
+from .._node import arrays as arrays
+from .._node import is_node as is_node
+from .._node import is_table as is_table
+from .._node import lengths as lengths
+from .._node import lower as lower
+from .._node import misfit as misfit
+from .._node import state as state
+from .._node import static as static
+from .._node import trained as trained
+from .._node import weight_of as weight_of
+from .._node import weight_shape as weight_shape
 from ._dora import Decomposed as Decomposed
 from ._dora import DoRA as DoRA
 from ._gated import Probe as Probe
@@ -21,20 +36,6 @@ from ._low_rank import matrices as matrices
 from ._low_rank import matrix_lengths as matrix_lengths
 from ._low_rank import stop_gradients as stop_gradients
 from ._low_rank import without_slots as without_slots
-from ._node import SLOTS as SLOTS
-from ._node import Node as Node
-from ._node import PartialWeightError as PartialWeightError
-from ._node import arrays as arrays
-from ._node import is_node as is_node
-from ._node import is_table as is_table
-from ._node import lengths as lengths
-from ._node import lower as lower
-from ._node import misfit as misfit
-from ._node import state as state
-from ._node import static as static
-from ._node import trained as trained
-from ._node import weight_of as weight_of
-from ._node import weight_shape as weight_shape
 from ._register import RULES as RULES
 from ._register import explain_unregistered as explain_unregistered
 from ._register import is_registered as is_registered

@@ -8,7 +8,7 @@ n_o^2 = \sum_i W_{io}^2 + 2 s \sum_r B_{ro} P_{ro} + s^2 \sum_r B_{ro} (G B)_{ro
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,14 @@ from jax import lax
 
 from .._core import LEAST, Axis, Change, Delta, Factor, einsum, leaf_weight, promote
 from .._errors import InputError
+from .._node import Axes, Node
+from .._quantized import BaseLeaf, Quantized
 from .._rules import check_field, rule_name
+from .._site import Site
 from .._types import Layout
 from .._whole import check_whole
 from ._lora import LoRA, refuse_keywords_of_peft
 from ._low_rank import LowRank, stack_and_slots, without_slots
-from ._node import Axes, Node
 from ._register import register
 
 
@@ -73,7 +75,7 @@ class Decomposed(Node):
         """Returns the inputs too: norms are taken over all of them."""
         return super().needs() | {"DoRA takes norms over all inputs of W": self.layout.inputs}
 
-    def lower(self, w: Any) -> Change:
+    def lower(self, w: jax.Array | Quantized) -> Change:
         """Returns the ΔW s·A·B, and the gain m / ‖W + s·A·B‖."""
         outputs = tuple(map(Axis, (*self.layout.stack, *self.layout.outputs)))
         whole = without_slots(self, w.shape)
@@ -136,7 +138,7 @@ class DoRA(LoRA):
         [1.0, 1.0, 1.0]
     """
 
-    node: ClassVar[Any] = Decomposed
+    node: ClassVar[type[Node]] = Decomposed
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,11 +155,11 @@ class DoRA(LoRA):
                 f"{self.all_frozen}, from the rule or its `init`. Use jlora.LoRA."
             )
 
-    def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
+    def start(self, key: jax.Array, w: BaseLeaf, site: Site) -> tuple[BaseLeaf, Decomposed]:
         """Returns W and its node: `init` draws A and B, and m is the norms."""
         base, a, b = self.draw(key, w, site)
-        check_whole(f"{rule_name(self)} takes norms of", base, site.path)
-        m = norms(base, LowRank(a, b, self.scale, site.layout))
+        whole = check_whole(f"{rule_name(self)} takes norms of", base, site.path)
+        m = norms(whole, LowRank(a, b, self.scale, site.layout))
         m = m.astype(promote(m.dtype, a.dtype))
         return base, Decomposed(
             a, b, m, self.scale, site.layout, self.materialize, residual=base is not w
@@ -168,13 +170,14 @@ class DoRA(LoRA):
 
 
 @jax.jit
-def norms(w: Any, direction: LowRank) -> jax.Array:
+def norms(w: jax.Array | Quantized, direction: LowRank) -> jax.Array:
     r"""Computes $\lVert W + s A B \rVert$ of each column, in the shape of m.
 
     A norm is 0 only where W and s·A·B are both 0. Where they cancel, it is at least their rounding
     error.
     """
-    weight, layout = leaf_weight(w, Change(), "", materialize=True), direction.layout
+    weight = leaf_weight(w, Change(), "", materialize=True)
+    layout = direction.layout
     if layout.stack[:1] != (0,) or isinstance(weight.w, Factor):
         return _slot_norms(weight.array, direction)
     # A quantized stack is unpacked one matrix at a time.
@@ -189,7 +192,8 @@ def _slot_norms(w: jax.Array, direction: LowRank) -> jax.Array:
     if direction.layout.slots is None:
         return _column_norms(w, direction)
     count, chosen, axis = direction.layout.slots
-    length, n = w.shape[axis] // count, len(direction.layout.stack)
+    length = w.shape[axis] // count
+    n = len(direction.layout.stack)
 
     def of_slot(i: int, slot: int) -> jax.Array:
         part = lax.slice_in_dim(w, slot * length, (slot + 1) * length, axis=axis)
@@ -227,7 +231,7 @@ def _away_from_zero(gain: jax.Array) -> jax.Array:
     return gain + jnp.where(jnp.abs(value) < LEAST, jnp.copysign(LEAST, value) - value, 0)
 
 
-def _compute_gain(node: Decomposed, w: Any) -> jax.Array:
+def _compute_gain(node: Decomposed, w: jax.Array | Quantized) -> jax.Array:
     """Computes the gain m / n of each output, at least `LEAST`; it is 1 in slots not adapted."""
     n = norms(*lax.stop_gradient((w, LowRank(node.a, node.b, node.scale, node.layout))))
     gain = node.m.astype(promote(n.dtype, node.m.dtype)) / jnp.where(n > 0, n, jnp.inf)

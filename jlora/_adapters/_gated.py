@@ -9,16 +9,17 @@ and automatic differentiation sums it over all inputs that the model multiplies 
 loops, rematerialized layers and meshes.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from .. import _compat
 from .._core import Change, Delta, promote
+from .._node import Axes, Node
+from .._quantized import Quantized
 from .._types import Layout
 from ._low_rank import LowRank, stack_and_slots, without_slots
-from ._node import Axes, Node
 from ._register import register
 
 
@@ -60,7 +61,7 @@ class Routed(Node):
         """Returns what each axis of A, B, the gate and the keys follows."""
         return LowRank.axes(layout) | {"gate": ("rank",)}
 
-    def lower(self, w: Any) -> Change:
+    def lower(self, w: jax.Array | Quantized) -> Change:
         """Returns the change W + s·A·diag(g)·B."""
         if self.gate is None:
             raise TypeError(
@@ -103,7 +104,7 @@ class Probe(Node):
         axes = LowRank.axes(layout)
         return {"a": axes["a"], "b": axes["b"], "gate": (*stack_and_slots(layout), "rank")}
 
-    def lower(self, w: Any) -> Change:
+    def lower(self, w: jax.Array | Quantized) -> Change:
         """Returns a change of 0, whose gradient is a statistic."""
         stack = self.gate.shape[: len(self.layout.stack)]
         node = self._replace(gate=self.gate.reshape(*stack, -1))  # with slots the rank is slots·r

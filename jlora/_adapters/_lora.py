@@ -10,21 +10,17 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from .._core import is_floating
 from .._errors import InputError
-from .._rules import (
-    Rule,
-    Slots,
-    check_field,
-    check_pattern,
-    is_finite,
-    is_int,
-    rule_name,
-)
+from .._node import Node
+from .._quantized import BaseLeaf
+from .._rules import Slots, check_field, check_pattern, is_finite, is_int, rule_name
+from .._site import Rule, Site
 from .._types import Layout
 from ..initializers import kaiming_uniform
-from ..initializers._initializer import draw_by, takes_shape
+from ..initializers._initializer import Start, draw_by, takes_shape
 from ._low_rank import LowRank, factor_shapes, matrix_lengths
 from ._register import register
 
@@ -56,7 +52,7 @@ def refuse_keywords_of_peft(cls: type[T]) -> type[T]:
     fields = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore
 
     @functools.wraps(init)
-    def init_checked(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init_checked(self: T, *args: Any, **kwargs: Any) -> None:
         if found := [name for name in kwargs if name in KEYWORDS_OF_PEFT and name not in fields]:
             listed = "; ".join(f"`{name}` is {KEYWORDS_OF_PEFT[name]}" for name in found)
             raise TypeError(f"{cls.__name__} does not have PEFT's keywords: {listed}.")
@@ -118,11 +114,11 @@ class LoRA(Rule):
     materialize: bool = False
     rslora: bool = False
     init: Callable[..., Any] | None = None
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     frozen: tuple[str, ...] = ()
     share: str | None = None
 
-    node: ClassVar[Any] = LowRank
+    node: ClassVar[type[Node]] = LowRank
 
     def __post_init__(self) -> None:
         if self.pattern is not None:
@@ -169,11 +165,11 @@ class LoRA(Rule):
         alpha = self.alpha * (math.sqrt(share) if self.rslora else share)
         return dataclasses.replace(self, rank=rank, alpha=alpha)
 
-    def factor_shapes(self, site: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the shapes of A and of B at a site."""
         return factor_shapes(site.layout, site.shape, self.rank)
 
-    def fit(self, site: Any) -> tuple["LoRA", Layout]:
+    def fit(self, site: Site) -> tuple["LoRA", Layout]:
         """Returns the rule with a rank that fits the site, and the layout with the rule's slots."""
         layout = site.layout if self.slots is None else _add_slots(site, self.slots)
         layout = layout if self.share is None else self._share(site, layout, SHARED[self.share])
@@ -188,7 +184,7 @@ class LoRA(Rule):
             f"this leaf first, such as jlora.Full({re.escape(site.path)!r})."
         )
 
-    def _share(self, site: Any, layout: Layout, role: str) -> Layout:
+    def _share(self, site: Site, layout: Layout, role: str) -> Layout:
         """Makes the axis of experts an input or an output, so that only one factor has it."""
         if site.experts is None:
             raise InputError(
@@ -199,7 +195,7 @@ class LoRA(Rule):
         stack = tuple(d for d in layout.stack if d != site.experts)
         return layout._replace(stack=stack, **{role: (site.experts, *getattr(layout, role))})
 
-    def _clip(self, site: Any, layout: Layout, largest: int) -> "LoRA":
+    def _clip(self, site: Site, layout: Layout, largest: int) -> "LoRA":
         """Lowers the rank to `largest`, and until it trains no more than W has; keeps the scale."""
 
         def trained(rank: int) -> int:
@@ -213,7 +209,7 @@ class LoRA(Rule):
         del layout
         return {"rank": self.rank}
 
-    def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, LowRank]:
+    def start(self, key: jax.Array, w: BaseLeaf, site: Site) -> tuple[BaseLeaf, Node]:
         """Returns W and its node, whose A and B `init` draws."""
         base, a, b = self.draw(key, w, site)
         fixed = {"dropout": self.dropout, "materialize": self.materialize}
@@ -221,7 +217,7 @@ class LoRA(Rule):
             a, b, self.scale, site.layout, frozen=self.all_frozen, residual=base is not w, **fixed
         )
 
-    def draw(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, jax.Array, jax.Array]:
+    def draw(self, key: jax.Array, w: BaseLeaf, site: Site) -> Start:
         """Draws W, A and B by the initializer, and checks them."""
         init: Callable[..., Any] = self.init or kaiming_uniform
         init = functools.partial(draw_by, init) if takes_shape(init) else init
@@ -238,14 +234,14 @@ class LoRA(Rule):
         return made
 
 
-def _form(x: Any) -> tuple[Any, str]:
+def _form(x: object) -> tuple[Any, str]:
     """Returns the shape of an array, and whether it is floating-point."""
     dtype = getattr(x, "dtype", None)
     floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     return getattr(x, "shape", None), "floating-point" if floating else str(dtype)
 
 
-def _add_slots(site: Any, slots: Slots) -> Layout:
+def _add_slots(site: Site, slots: Slots) -> Layout:
     """Adds slots to the layout of a site; `ValueError` if they do not divide its outputs."""
     outputs = site.layout.outputs
     if not 0 <= slots.axis < len(outputs):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._core import Change, Delta, promote
+from .._node import SLOTS, Axes, Node
+from .._quantized import Quantized
 from .._types import Layout
-from ._node import SLOTS, Axes, Node
 from ._register import register
 
 N = TypeVar("N", bound=Any)
@@ -73,7 +74,7 @@ class LowRank(Node):
             "key": layout.stack,
         }
 
-    def lower(self, w: Any) -> Change:
+    def lower(self, w: jax.Array | Quantized) -> Change:
         """Returns the change W + s·A·B."""
         node = without_slots(stop_gradients(self), w.shape)
         key = None if node.key is None else node.factor("key")
@@ -96,8 +97,10 @@ def without_slots(node: N, shape: tuple[int, ...]) -> N:
     if node.layout.slots is None:
         return node
     count, chosen, axis = node.layout.slots
-    n, out = len(node.layout.stack), node.layout.outputs.index(axis)
-    r, length = node.a.shape[-1], shape[axis] // count
+    n = len(node.layout.stack)
+    out = node.layout.outputs.index(axis)
+    r = node.a.shape[-1]
+    length = shape[axis] // count
 
     def place(i: int, slot: int) -> jax.Array:
         b = jnp.take(node.b, i, axis=n)  # (stack…, r, outputs…)
@@ -128,7 +131,8 @@ def matrices(node: LowRank) -> tuple[jax.Array, jax.Array]:
     """
     wide = promote(node.a.dtype, node.b.dtype, jnp.float32)
     a, b = (jnp.asarray(x, wide) for x in (node.a, node.b))
-    n, rank = leading_axes(node), a.shape[-1]
+    n = leading_axes(node)
+    rank = a.shape[-1]
     a = a.reshape(*a.shape[:n], math.prod(a.shape[n:-1]), rank)
     return node.scale * a, b.reshape(*b.shape[:n], rank, math.prod(b.shape[n + 1 :]))
 

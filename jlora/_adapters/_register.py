@@ -3,15 +3,16 @@
 import collections
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import numpy as np
 
+from .._node import Node, is_node_type
 from .._registry import check_free
-from .._rules import Full, Rule, is_finite, is_int
+from .._rules import is_finite, is_int
+from .._site import Full, Rule
 from .._types import Layout
-from ._node import Node, is_node_type
 
 C = TypeVar("C", bound=type)
 RULES: dict[str, type[Rule]] = {"Full": Full}  # by the name in checkpoints
@@ -40,7 +41,7 @@ def register(cls: C, *, override: bool = False) -> C:
     found: Any = cls
     if is_node_type(found):
         _make_node(found)
-    elif isinstance(found, type) and issubclass(found, Rule) and is_node_type(found.node):
+    elif _sets_node(found):
         _check_rule(found)
         name = found.__name__
         check_free(f"the rule {name!r}", RULES.get(name), found, override)
@@ -48,6 +49,12 @@ def register(cls: C, *, override: bool = False) -> C:
     else:
         raise TypeError(f"`cls` must be a Node, or a Rule that sets `node`; got {cls!r}.")
     return cls
+
+
+def _sets_node(x: object) -> TypeGuard[type[Rule]]:
+    """Whether `x` is a class of rules that sets `node`."""
+    is_rule = isinstance(x, type) and issubclass(x, Rule)
+    return is_rule and is_node_type(getattr(x, "node", None))
 
 
 def _check_rule(cls: type[Rule]) -> None:
@@ -86,7 +93,8 @@ def _make_node(cls: type[Node]) -> None:
     parents = [x for x in reversed(cls.__mro__) if is_node_type(x) and x is not Node]
     hints = {k: hint for x in parents for k, hint in inspect.get_annotations(x).items()}
     hints = {name: hint for name, hint in hints.items() if "ClassVar" not in str(hint)}
-    names, given = list(hints), {k: v for x in parents for k, v in vars(x).items() if k in hints}
+    names = list(hints)
+    given = {k: v for x in parents for k, v in vars(x).items() if k in hints}
     optional = [name for name in names if name in given]
     if optional != names[len(names) - len(optional) :]:
         raise TypeError(
@@ -127,7 +135,7 @@ def _check_node(cls: type[Node], names: Sequence[str]) -> None:
         )
 
 
-def is_registered(x: Any) -> bool:
+def is_registered(x: object) -> bool:
     """Whether `x` is a rule of a class that checkpoints know."""
     return isinstance(x, Rule) and RULES.get(type(x).__name__) is type(x)
 

@@ -9,7 +9,7 @@ and in a tied head. It adds 0 to all other rows.
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,12 @@ from .._core import (
     trace,
 )
 from .._errors import InputError
-from .._quantized import is_quantized
-from .._rules import Rule, check_field, check_pattern, is_int, rule_name
+from .._node import SHOWN, Axes, Node, lengths
+from .._quantized import BaseLeaf, Quantized, is_quantized
+from .._rules import check_field, check_pattern, is_int, rule_name
+from .._site import Rule, Site
 from .._types import Layout
 from .._whole import check_whole
-from ._node import SHOWN, Axes, Node, lengths
 from ._register import register
 
 
@@ -73,7 +74,8 @@ class Replaced(Node):
             return f"it must have one input axis, got {self.layout.inputs}"
         if wrong := _problem(self.rows):
             return f"its `rows` must be {wrong}"
-        [axis], k = self.layout.inputs, lengths(self).get("rows", 0)
+        [axis] = self.layout.inputs
+        k = lengths(self).get("rows", 0)
         if len(self.rows) != k:
             return f"it has {len(self.rows)} `rows` but values for {k}"
         # The length is 0 if only the adapter of the weight is known.
@@ -85,9 +87,10 @@ class Replaced(Node):
         """Returns the axis of rows, whose indices are those of the whole table."""
         return {"Rows indexes the whole table": self.layout.inputs}
 
-    def lower(self, w: Any) -> Change:
+    def lower(self, w: jax.Array | Quantized) -> Change:
         """Returns the change that replaces the rows by V."""
-        old, dtype = _take_rows(w, self.layout, self.rows), promote(w.dtype, self.v.dtype)
+        old = _take_rows(w, self.layout, self.rows)
+        dtype = promote(w.dtype, self.v.dtype)
         b = self._replace(v=self.v.astype(dtype) - old.astype(dtype)).factor("v")
         return Change((Delta(_one_hot(self, w), b, 1.0),), invertible=False)
 
@@ -126,7 +129,7 @@ class Rows(Rule):
     pattern: str
     rows: Sequence[int]
 
-    node: ClassVar[Any] = Replaced
+    node: ClassVar[type[Node]] = Replaced
 
     def __post_init__(self) -> None:
         check_pattern(self, self.pattern)
@@ -138,7 +141,7 @@ class Rows(Rule):
             raise InputError(f"`rows` of {rule_name(self)} must be {wrong}.")
         object.__setattr__(self, "rows", rows)
 
-    def fit(self, site: Any) -> tuple["Rows", Layout]:
+    def fit(self, site: Site) -> tuple["Rows", Layout]:
         """Returns the rule; raises unless the site is an embedding that has the rows."""
         if site.kind != "embed" or len(site.layout.inputs) != 1:
             raise ValueError(
@@ -159,16 +162,18 @@ class Rows(Rule):
         del layout
         return {"rows": len(self.rows)}
 
-    def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Replaced]:
+    def start(self, key: jax.Array, w: BaseLeaf, site: Site) -> tuple[BaseLeaf, Replaced]:
         """Returns W and its node, with the rows of W as V."""
         del key
-        check_whole(f"{rule_name(self)} takes rows of", w, site.path)
+        whole = check_whole(f"{rule_name(self)} takes rows of", w, site.path)
         rows = tuple(self.rows)
-        v = _take_rows(w if is_quantized(w) else jnp.asarray(w), site.layout, rows)
+        v = _take_rows(
+            whole if isinstance(whole, Quantized) else jnp.asarray(whole), site.layout, rows
+        )
         return w, Replaced(v.astype(promote(v.dtype, jnp.float32)), rows, site.layout)
 
 
-def _problem(rows: Any) -> str | None:
+def _problem(rows: object) -> str | None:
     """Says what `rows` must be, and what they are instead; None if they are right."""
     if not isinstance(rows, tuple) or not all(map(is_int, rows)):
         return f"a tuple of integers; got {repr(rows)[:80]}"
@@ -185,7 +190,7 @@ def _list_few(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows[:SHOWN])) + (", …" if len(rows) > SHOWN else "")
 
 
-def _one_hot(node: Replaced, w: Any) -> Factor:
+def _one_hot(node: Replaced, w: jax.Array | Quantized) -> Factor:
     """Makes the matrix E of ones and zeros for each matrix of a stack."""
     [axis], stack = node.layout.inputs, node.layout.stack
     rows = jnp.asarray(node.rows, jnp.int32)
@@ -197,7 +202,7 @@ def _one_hot(node: Replaced, w: Any) -> Factor:
     return Factor(chosen, (*map(Axis, (*stack, axis)), RANK))
 
 
-def _take_rows(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
+def _take_rows(w: jax.Array | Quantized, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
     """Takes rows of W, with the axes of V; of a quantized W it unpacks no other rows if it can."""
     stack, [axis], outputs, _ = layout
     at = (*[slice(None)] * axis, jnp.asarray(rows, jnp.int32))
@@ -209,7 +214,7 @@ def _take_rows(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
     def take(w: jax.Array) -> jax.Array:
         return w.at[at].get(mode="promise_in_bounds", out_sharding=place)
 
-    if is_quantized(w):
+    if isinstance(w, Quantized):
         weight = leaf_weight(w, Change(), "", materialize=True)
         jaxpr, _ = trace(take, [weight.type], [""])
         [found] = evaluate(jaxpr, weight)
@@ -219,6 +224,6 @@ def _take_rows(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
     return found.transpose((*stack, axis, *outputs))
 
 
-def _sharding(w: Any) -> NamedSharding | None:
+def _sharding(w: jax.Array | Quantized) -> NamedSharding | None:
     """Returns the sharding of W over explicit mesh axes, or None."""
     return None if is_quantized(w) else explicit(w)

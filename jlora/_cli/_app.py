@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-from typing import Any
 
 import click
 import jax
@@ -42,7 +41,7 @@ def main() -> None:
     cli(prog_name="jlora")
 
 
-def _report_unraisable(x: Any) -> None:
+def _report_unraisable(x: "sys.UnraisableHookArgs") -> None:
     """Reports errors as Python does, except the one of Orbax's thread after a refused load."""
     if not isinstance(x.exc_value, RuntimeError) or str(x.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(x)

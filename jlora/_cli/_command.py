@@ -36,7 +36,7 @@ class Arg:
     def __str__(self) -> str:
         return str(self.path)
 
-    def with_value(self, value: Any) -> "Arg":
+    def with_value(self, value: object) -> "Arg":
         """Returns the same argument with another value, which was read from its folder."""
         return dataclasses.replace(self, value=value)
 
@@ -134,7 +134,7 @@ class Command(click.Command):
         ctx.exit(answer.exit_code)
 
 
-def _print_warning(message: Any, *_: Any) -> None:
+def _print_warning(message: Warning | str, *_: object) -> None:
     """Prints a warning as one line."""
     click.echo(printable(f"jlora: warning: {' '.join(str(message).split())}"), err=True)
 

@@ -38,11 +38,13 @@ def convert(
     multiplied into B.
     """
     call(check_vacant, out)
-    kind, written = format_of_adapter(source), "peft"
+    kind = format_of_adapter(source)
+    written = "peft"
     if kind == "orbax":
         adapter = _to_peft(source, out, profile, ignore, **options)
     elif profile is None:
-        adapter, written = _to_orbax(source, out, ignore, **options), "orbax"
+        adapter = _to_orbax(source, out, ignore, **options)
+        written = "orbax"
     else:
         adapter = _to_profile(source, out, ignore, **options)
     fields: dict[str, Any] = {

@@ -1,17 +1,19 @@
 """`jlora diff`: where two adapters differ, and by how much."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import click
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 import jlora
 
-from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
+from .._adapters import AdapterLeaf, Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from .._progress import progress
-from .._report import align_columns
+from .._text import align_columns
 from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import IGNORE, NAMES, OpenAdapter, by_name, format_of, open_adapter, table
 from ._inspect import widen
@@ -79,7 +81,8 @@ def _open_alike(a: Arg, b: Arg, names: str | None, ignore: tuple[str, ...]) -> l
     shapes = call(jlora.checkpoint.base_shapes, orbax)
     base = Arg(f"the base of {orbax.what}", orbax.path, shapes)
     tree = call(jlora.peft.load, formats["peft"], base, table(names), ignore=ignore)
-    ours, theirs = open_adapter(orbax, ignore), OpenAdapter("peft", by_name(tree), {})
+    ours = open_adapter(orbax, ignore)
+    theirs = OpenAdapter("peft", by_name(tree), {})
     return [ours if x is orbax else theirs for x in (a, b)]
 
 
@@ -103,14 +106,14 @@ def _compare(x: Any, y: Any) -> dict[str, Any]:
     return {"equal": not changes, "relative": relative, "changes": [*changes.values()]}
 
 
-def _kind(x: Any) -> str:
+def _kind(x: AdapterLeaf) -> str:
     names = {LowRank: "low rank", Decomposed: "DoRA", Replaced: "rows"}
     return names.get(type(x), type(x).__name__) if is_node(x) else "in full"
 
 
-def _facts(x: Any) -> dict[str, Any]:
+def _facts(x: LowRank | Decomposed | jax.Array) -> dict[str, Any]:
     """Returns the properties that are compared besides the values."""
-    if not is_node(x):
+    if not isinstance(x, LowRank | Decomposed):
         return {"shape": x.shape, "dtype": str(x.dtype)}
     return {
         "weight": weight_shape(x),
@@ -124,13 +127,13 @@ def _facts(x: Any) -> dict[str, Any]:
     }
 
 
-def _arrays(x: Any) -> dict[str, Any]:
+def _arrays(x: AdapterLeaf) -> dict[str, Any]:
     if not is_node(x):
         return {"values": x}
     return {{"a": "A", "b": "B"}.get(name, name): value for name, value in state(x).items()}
 
 
-def _has_same_bits(x: Any, y: Any) -> bool:
+def _has_same_bits(x: ArrayLike, y: ArrayLike) -> bool:
     x, y = np.asarray(x), np.asarray(y)
     return (x.shape, x.dtype) == (y.shape, y.dtype) and x.tobytes() == y.tobytes()
 
@@ -140,7 +143,7 @@ def _measure(x: LowRank, y: LowRank) -> tuple[jax.Array, jax.Array]:
     return jlora.analysis.distance(x, y), jlora.analysis.norm(x)
 
 
-def _relative(x: Any, y: Any, changes: Any) -> float | None:
+def _relative(x: Any, y: Any, changes: Mapping[str, str]) -> float | None:
     """Computes ‖ΔW_x - ΔW_y‖ / ‖ΔW_x‖ over all matrices; None if it is not known.
 
     For DoRA it is known only if nothing differs, because W' depends on W.

@@ -98,7 +98,8 @@ def table(text: str | None) -> tuple[Any, ...]:
         return jlora.peft.TABLES[text.lower()]
     if ":" not in text:
         raise ValueError(f"--names: there is no table {text!r}; expected one of {TABLES}.")
-    found, row = attribute(text, "--names"), jlora.peft.Name
+    found = attribute(text, "--names")
+    row = jlora.peft.Name
     if not isinstance(found, list | tuple) or not all(isinstance(x, row) for x in found):
         raise ValueError(
             f"--names: {text} must be a list of jlora.peft.Name rows; got {type(found).__name__}."

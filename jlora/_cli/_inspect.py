@@ -12,7 +12,7 @@ import jlora
 
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from .._progress import progress
-from .._report import align_columns, format_bytes
+from .._text import align_columns, format_bytes
 from .._tree import count, size_in_bytes
 from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import IGNORE, format_of, open_adapter
@@ -83,7 +83,7 @@ def _list_leaves(leaves: Mapping[str, Any]) -> list[Fields]:
     ]
 
 
-def widen(x: Any) -> LowRank:
+def widen(x: object) -> LowRank:
     """Converts A and B of a node to float64."""
     if not isinstance(x, LowRank | Decomposed):
         raise TypeError(f"only a LowRank or Decomposed is measured; got {x!r}.")

@@ -6,6 +6,8 @@ is all that the interpreter knows of a method. Read the modules in this order: `
 """
 
 from . import _contractions, _control, _joins, _lookup, _moves  # noqa: F401
+from ._arrays import AnyArray as AnyArray
+from ._arrays import AnyMesh as AnyMesh
 from ._arrays import count_pieces as count_pieces
 from ._arrays import einsum as einsum
 from ._arrays import explicit as explicit
@@ -18,6 +20,7 @@ from ._axes import RANK as RANK
 from ._axes import REPEATED as REPEATED
 from ._axes import Axis as Axis
 from ._axes import Factor as Factor
+from ._axes import Roles as Roles
 from ._axes import Unfactorable as Unfactorable
 from ._axes import abstract as abstract
 from ._change import LEAST as LEAST
@@ -32,5 +35,6 @@ from ._interpret import primitive as primitive
 from ._interpret import trace as trace
 from ._packed import Packed as Packed
 from ._packed import shard_part as shard_part
+from ._weight import Operand as Operand
 from ._weight import Weight as Weight
 from ._weight import leaf_weight as leaf_weight

@@ -7,10 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+from jax.lax import PrecisionLike
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # with values, or only its type
+AnyMesh = Mesh | AbstractMesh
 
 
-def explicit(x: Any) -> NamedSharding | None:
+def explicit(x: object) -> NamedSharding | None:
     """Returns the sharding of an array or a type, or None if no axis of its mesh is explicit."""
     aval = jax.typeof(x) if isinstance(x, jax.Array) else x
     found = getattr(aval, "sharding", None)
@@ -37,19 +43,19 @@ def _join_shardings(
     return known and NamedSharding(known.mesh, PartitionSpec(*map(entries.get, out)))
 
 
-def mesh_axes(entry: Any) -> tuple[Any, ...]:
+def mesh_axes(entry: object) -> tuple[Any, ...]:
     """Lists the mesh axes in an entry of a PartitionSpec."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def count_pieces(entry: Any, mesh: Any) -> int:
+def count_pieces(entry: object, mesh: AnyMesh) -> int:
     """Counts the pieces into which an entry of a PartitionSpec splits an axis over a mesh."""
     return math.prod(mesh.shape[name] for name in mesh_axes(entry))
 
 
-def fit_spec(entries: Sequence[Any], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+def fit_spec(entries: Sequence[Any], shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
     """Makes a PartitionSpec of those entries that split their axes into equal pieces."""
     pairs = zip(entries, shape, strict=True)
     return PartitionSpec(*(e if n % count_pieces(e, mesh) == 0 else None for e, n in pairs))
@@ -62,8 +68,8 @@ def einsum(
     x_value: jax.Array,
     y_value: jax.Array,
     *,
-    precision: Any,
-    dtype: Any = None,
+    precision: PrecisionLike,
+    dtype: DTypeLike | None = None,
     sharding: NamedSharding | None = None,
 ) -> jax.Array:
     """Computes the Einstein sum of two arrays in `dtype`, by default float32 or better.
@@ -90,7 +96,7 @@ def spell(*each: Sequence[Hashable]) -> list[str]:
     return ["".join(letters[name] for name in names) for names in each]
 
 
-def promote(*dtypes: Any) -> Any:
+def promote(*dtypes: DTypeLike) -> jnp.dtype:
     """Returns the dtype that holds all `dtypes`, also where implicit promotion is an error."""
     # JAX promotes nothing to or from float8.
     wide = [jnp.bfloat16 if _is_float8(dtype) else dtype for dtype in dtypes]
@@ -98,7 +104,7 @@ def promote(*dtypes: Any) -> Any:
         return jnp.result_type(*wide)
 
 
-def is_floating(dtype: Any) -> bool:
+def is_floating(dtype: DTypeLike) -> bool:
     """Whether `dtype` is a dtype of real floating-point numbers."""
     try:
         return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
@@ -106,7 +112,7 @@ def is_floating(dtype: Any) -> bool:
         return False
 
 
-def _is_float8(dtype: Any) -> bool:
+def _is_float8(dtype: DTypeLike) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
 
 

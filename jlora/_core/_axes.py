@@ -8,15 +8,17 @@ only B. W itself is the factor that has every axis.
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat
-from ._arrays import explicit
+from ._arrays import AnyArray, explicit
+
+T = TypeVar("T")
 
 
 class Axis(NamedTuple):
@@ -40,6 +42,14 @@ REPEATED = (None, -1)
 def axes_of_leaf(path: str, ndim: int) -> tuple[Axis, ...]:
     """Names the axes of the parameter leaf at `path`."""
     return tuple(Axis(d, frozenset({(path, d)})) for d in range(ndim))
+
+
+class Roles(NamedTuple):
+    """The axes of W that a product batches, contracts and keeps."""
+
+    stack: tuple[Axis, ...]
+    inputs: tuple[Axis, ...]
+    outputs: tuple[Axis, ...]
 
 
 class Unfactorable(Exception):  # noqa: N818 - a signal to the interpreter, never the user's error
@@ -76,7 +86,7 @@ class Factor:
     axes: tuple[Axis, ...] = dataclasses.field(metadata={"static": True})
     varying: frozenset[Any] = dataclasses.field(default=frozenset(), metadata={"static": True})
 
-    def replace(self, value: Any, axes: Sequence[Axis] | None = None) -> "Factor":
+    def replace(self, value: jax.Array, axes: Sequence[Axis] | None = None) -> "Factor":
         """Returns a copy with another array and, optionally, other axes."""
         return Factor(value, self.axes if axes is None else tuple(axes), self.varying)
 
@@ -123,7 +133,7 @@ class Factor:
         return self.replace(lax.squeeze(self.value, at), kept)
 
     def transpose(
-        self, axes: Sequence[Axis], shape: Sequence[int], sharding: Any = None
+        self, axes: Sequence[Axis], shape: Sequence[int], sharding: NamedSharding | None = None
     ) -> "Factor":
         """Transposes to the order of `axes`, and repeats along the axes that are missing."""
         value = lax.transpose(self.value, [self.axis(a) for a in axes if a in self.axes])
@@ -133,7 +143,10 @@ class Factor:
         return self.replace(value, axes)
 
     def reshape(
-        self, groups: Sequence["Group"], others: Sequence["Factor"] = (), sharding: Any = None
+        self,
+        groups: Sequence["Group"],
+        others: Sequence["Factor"] = (),
+        sharding: NamedSharding | None = None,
     ) -> "Factor":
         """Reshapes like W; `others` are the factors that it is multiplied with."""
         if self.axes == tuple(a for group in groups for a in group.old):
@@ -202,7 +215,7 @@ class Factor:
 
     def specs(self, of_weight: Mapping[Axis, Any]) -> "Factor":
         """Replaces the array by its PartitionSpec; `of_weight` has the entries of W's, by axis."""
-        return self.replace(PartitionSpec(*(of_weight.get(a) for a in self.axes)))
+        return Factor(PartitionSpec(*map(of_weight.get, self.axes)), self.axes, self.varying)
 
     def rename(self, names: Mapping[Axis, Axis]) -> "Factor":
         """Renames axes."""
@@ -226,12 +239,12 @@ class Factor:
         return lax.expand_dims(value, [i for i, a in enumerate(axes) if a not in self.axes])
 
 
-def map_factors(f: Callable[..., Any], *trees: Any) -> Any:
+def map_factors(f: Callable[..., Any], tree: T, *others: T) -> T:
     """Applies `f` to each `Factor` of a change, a weight or another tree."""
-    return jax.tree.map(f, *trees, is_leaf=lambda x: isinstance(x, Factor))
+    return jax.tree.map(f, tree, *others, is_leaf=lambda x: isinstance(x, Factor))
 
 
-def abstract(x: Any) -> jax.ShapeDtypeStruct:
+def abstract(x: AnyArray) -> jax.ShapeDtypeStruct:
     """Returns the type of an array: its shape, its dtype in JAX, how it is sharded and varies."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
     return _compat.abstract(x.shape, dtype, explicit(x), like=x)

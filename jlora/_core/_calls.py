@@ -69,7 +69,8 @@ class Functions:
 
     def __init__(self) -> None:
         """Has no function yet."""
-        self._forms, self._shared = Forms(), dict[Hashable, Any]()
+        self._forms = Forms()
+        self._shared = dict[Hashable, Any]()
 
     def forget(self) -> None:
         """Drops the functions, which refer to this object and to arrays with known values."""

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from .. import _compat
 from ._arrays import einsum, promote
@@ -54,7 +55,7 @@ class Delta:
         default=multiply_gate, metadata={"static": True}
     )
 
-    def form(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
+    def form(self, axes: Sequence[Axis], dtype: DTypeLike) -> jax.Array:
         """Forms ΔW; it has length 1 along axes of W that neither A nor B has."""
         wide = promote(dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
         a, b = (f.replace(f.value.astype(wide)) for f in (self.a, self.b))
@@ -161,7 +162,9 @@ def plus(w: jax.Array, change: jax.Array) -> jax.Array:
 
 
 @plus.defjvp
-def _plus_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _plus_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     wide = promote(primals[0].dtype, jnp.float32)
     tangent = tangents[0].astype(wide) + tangents[1].astype(wide)
     return plus(*primals), tangent.astype(primals[0].dtype)
@@ -181,7 +184,7 @@ def _sum_over_rank(axes: tuple[Axis, ...], a: Factor, b: Factor) -> jax.Array:
 
 @_sum_over_rank.defjvp
 def _sum_over_rank_jvp(
-    axes: tuple[Axis, ...], primals: Any, tangents: Any
+    axes: tuple[Axis, ...], primals: tuple[Factor, Factor], tangents: tuple[Factor, Factor]
 ) -> tuple[jax.Array, jax.Array]:
     (a, b), (da, db) = primals, tangents
     return _sum_over_rank(axes, a, b), _matrix_product(axes, da, b) + _matrix_product(axes, a, db)

@@ -11,12 +11,12 @@ import numpy as np
 from jax import lax
 
 from ._arrays import explicit, spell
-from ._axes import RANK, Axis, Factor, Unfactorable
+from ._axes import RANK, Axis, Factor, Roles, Unfactorable
 from ._change import Delta
 from ._interpret import Equation, primitive
 from ._low_rank import Term, low_rank
-from ._product import Product, Roles
-from ._weight import Weight, value_of
+from ._product import Product
+from ._weight import Operand, Weight, value_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Contraction(Product):
 
         Raises `Unfactorable` unless x·A is small and depends on x and A only.
         """
-        deltas, gain, inputs = self.w.change.deltas, self.w.change.gain, {*self.roles.inputs}
+        deltas = self.w.change.deltas
+        gain = self.w.change.gain
+        inputs = {*self.roles.inputs}
         if len(deltas) != 1 or self.roles.stack or deltas[0].key is not None:
             raise Unfactorable
         term = self.term(deltas[0])
@@ -78,7 +80,9 @@ def _contraction(eqn: Equation, at: int) -> Contraction:
 
     Example: x (b, t, i) · w (i, o) gives y (b, t, o), with i, o = w.axes.
     """
-    w, x = eqn.operands[at], value_of(eqn.operands[1 - at])
+    w = eqn.operands[at]
+    x = value_of(eqn.operands[1 - at])
+    assert isinstance(w, Weight)
     contracted, batch = eqn.params["dimension_numbers"]
     meet = zip((*batch[1 - at], *contracted[1 - at]), (*batch[at], *contracted[at]), strict=True)
     shared = {d: w.axes[i] for d, i in meet}
@@ -106,7 +110,8 @@ def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
 
 def _multiply_together(products: Sequence[Contraction]) -> list[jax.Array]:
     """Computes what the only delta of each contraction adds, and reads the activation once."""
-    first, terms = products[0], [c.only_term for c in products]
+    first = products[0]
+    terms = [c.only_term for c in products]
     forms = {
         (tuple(map(term.x.index, term.p.axes[:-1])), c.dtype, str(term.precision), term.gating)
         for c, term in zip(products, terms, strict=True)
@@ -117,7 +122,7 @@ def _multiply_together(products: Sequence[Contraction]) -> list[jax.Array]:
 
 
 @primitive("dot_general", is_move=False, together=_together)
-def _dot_general(eqn: Equation, *_: Any) -> jax.Array:
+def _dot_general(eqn: Equation, *_: Operand) -> jax.Array:
     both = [_contraction(eqn, i) for i in _weights(eqn)]
     changed = [c for c in both if c.w.is_changed] or both[:1]
     if len(changed) == 1:  # the other weight, if there is one, is only unpacked
@@ -152,12 +157,14 @@ def _plus_both(y: jax.Array, first: Contraction, second: Contraction) -> jax.Arr
 
 
 @primitive("ragged_dot_general", is_move=False)
-def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -> jax.Array:
+def _ragged_dot_general(eqn: Equation, x: Operand, w: Operand, group_sizes: jax.Array) -> jax.Array:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_contracted, contracted), batch = numbers.dot_dimension_numbers
     groups = tuple(numbers.rhs_group_dimensions)
     rows = tuple(numbers.lhs_ragged_dimensions)
-    if isinstance(x, Weight) or len(w.shape) != 3 or (rows, tuple(x_contracted)) != ((0,), (1,)):
+    if isinstance(x, Weight) or not isinstance(w, Weight):
+        raise Unfactorable("the groups are not rows of a matrix")
+    if len(w.shape) != 3 or (rows, tuple(x_contracted)) != ((0,), (1,)):
         raise Unfactorable("the groups are not rows of a matrix")
     if len(groups) != 1 or len(contracted) != 1 or tuple(batch) != ((), ()):
         raise Unfactorable("the weight is not one matrix for each group")
@@ -202,7 +209,8 @@ class _Ragged(Product):
         precision = self.eqn.params["precision"]
         if {*f.axes}.isdisjoint(self.roles.stack):  # all groups share it
             return jnp.matmul(x, f.expand_to(axes), precision=precision)
-        value, offset = f.expand_to((*self.roles.stack, *axes)), self.eqn.params["group_offset"]
+        value = f.expand_to((*self.roles.stack, *axes))
+        offset = self.eqn.params["group_offset"]
         how = {"precision": precision, "group_offset": offset}
         return lax.ragged_dot(x, value, self.group_sizes, **how)
 
@@ -216,7 +224,7 @@ class _Ragged(Product):
 
 
 @primitive("conv_general_dilated", is_move=False)
-def _conv_general_dilated(eqn: Equation, x: Any, w: Any) -> jax.Array:
+def _conv_general_dilated(eqn: Equation, x: Operand, w: Operand) -> jax.Array:
     if not isinstance(w, Weight) or isinstance(x, Weight):
         raise Unfactorable("the weight is not the kernel")
     outer, inner, *spatial = eqn.params["dimension_numbers"].rhs_spec

@@ -6,17 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from .. import _compat
 from ._arrays import explicit
 from ._interpret import Equation, as_array, primitive
 from ._shards import constrain, pieces, place, shard_of, specs
-from ._weight import Weight
+from ._weight import Operand, Weight
 
 
 @primitive("jit", is_move=False)
-def _jit(eqn: Equation, *_: Any) -> list[Any]:
-    def body(eqn: Equation, *xs: Any) -> list[Any]:
+def _jit(eqn: Equation, *_: Operand) -> list[Operand]:
+    def body(eqn: Equation, *xs: Operand) -> list[Operand]:
         p = eqn.params
         args = map(_constrain, xs, p["in_shardings"])
         return list(map(_constrain, eqn.evaluate(p["jaxpr"], *args), p["out_shardings"]))
@@ -24,7 +25,7 @@ def _jit(eqn: Equation, *_: Any) -> list[Any]:
     return eqn.share(body)
 
 
-def _constrain(x: Any, sharding: Any) -> Any:
+def _constrain(x: Operand, sharding: object) -> Operand:
     if not isinstance(sharding, jax.sharding.Sharding):
         return x
     if isinstance(x, Weight):
@@ -33,13 +34,13 @@ def _constrain(x: Any, sharding: Any) -> Any:
 
 
 @primitive("closed_call", is_move=False)
-def _call(eqn: Equation, *_: Any) -> list[Any]:
+def _call(eqn: Equation, *_: Operand) -> list[Operand]:
     return eqn.share(lambda eqn, *xs: eqn.evaluate(eqn.params["call_jaxpr"], *xs))
 
 
 @primitive("remat2", is_move=False)
-def _checkpoint(eqn: Equation, *_: Any) -> list[Any]:
-    def body(eqn: Equation, *xs: Any) -> list[Any]:
+def _checkpoint(eqn: Equation, *_: Operand) -> list[Operand]:
+    def body(eqn: Equation, *xs: Operand) -> list[Operand]:
         p = eqn.params
         return jax.checkpoint(
             lambda *xs: eqn.evaluate(p["jaxpr"], *xs),
@@ -51,9 +52,10 @@ def _checkpoint(eqn: Equation, *_: Any) -> list[Any]:
 
 
 @primitive("cond", is_move=False)
-def _cond(eqn: Equation, index: Any, *operands: Any) -> list[Any]:
+def _cond(eqn: Equation, index: Operand, *operands: Operand) -> list[Operand]:
     index = as_array(index, lambda: f"the predicate of {eqn.where}")
-    jaxprs, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
+    jaxprs = eqn.params["branches"]
+    platforms = eqn.params.get("branches_platforms")
     same = set.intersection(*({*_forwarded(jaxpr).items()} for jaxpr in jaxprs))
     kept = {i: operands[source] for i, source in same}
     branches = [lambda *xs, j=j: eqn.arrays(eqn.evaluate(j, *xs), kept) for j in jaxprs]
@@ -64,13 +66,13 @@ def _cond(eqn: Equation, index: Any, *operands: Any) -> list[Any]:
     return _put_back(lax.platform_dependent(*operands, **by_name), kept)
 
 
-def _put_back(xs: Sequence[Any], kept: Mapping[int, Any]) -> list[Any]:
+def _put_back(xs: Sequence[Any], kept: Mapping[int, Operand]) -> list[Operand]:
     """Replaces the entries of `xs` whose index is in `kept`."""
     return [kept.get(i, x) for i, x in enumerate(xs)]
 
 
 @primitive("while", is_move=False)
-def _while(eqn: Equation, *operands: Any) -> list[Any]:
+def _while(eqn: Equation, *operands: Operand) -> list[Operand]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     of_cond, of_body = operands[:n_cond], operands[n_cond : n_cond + n_body]
@@ -81,12 +83,12 @@ def _while(eqn: Equation, *operands: Any) -> list[Any]:
         if source == n_body + i and isinstance(init[i], Weight)
     }
 
-    def cond(state: Any) -> Any:
+    def cond(state: list[jax.Array | None]) -> jax.Array:
         [*state, i] = state
         inside = _fold_in(i, *of_cond, *_put_back(state, kept))
         return eqn.arrays(eqn.evaluate(p["cond_jaxpr"], *inside))[0]
 
-    def body(state: Any) -> Any:
+    def body(state: list[jax.Array | None]) -> list[jax.Array | None]:
         [*state, i] = state
         inside = _fold_in(i, *of_body, *_put_back(state, kept))
         return [
@@ -103,15 +105,16 @@ def _have_keys(operands: Sequence[Any]) -> bool:
     return any(isinstance(x, Weight) and x.has_keys for x in operands)
 
 
-def _fold_in(i: Any, *operands: Any) -> list[Any]:
+def _fold_in(i: jax.Array | None, *operands: Operand) -> list[Operand]:
     """Folds the number of the iteration, if it is counted, into the keys of each weight."""
     return [x.fold_in(i) if i is not None and isinstance(x, Weight) else x for x in operands]
 
 
 @primitive("scan", is_move=False)
-def _scan(eqn: Equation, *operands: Any) -> list[Any]:
+def _scan(eqn: Equation, *operands: Operand) -> list[Operand]:
     p = eqn.params
-    jaxpr, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
+    jaxpr = p["jaxpr"]
+    n_consts, n_carry = _compat.scan_counts(p)
     first = n_consts + n_carry  # the first operand that the loop slices
     # A weight that each iteration returns unchanged is neither carried nor stacked again.
     kept = {
@@ -124,7 +127,9 @@ def _scan(eqn: Equation, *operands: Any) -> list[Any]:
     # Slices have keys of their own.
     numbers = jnp.arange(p["length"]) if _have_keys(operands[:first]) else None
 
-    def body(state: Any, own: Any) -> tuple[list[Any], list[Any]]:
+    def body(
+        state: list[jax.Array], own: tuple[jax.Array | None, list[Operand]]
+    ) -> tuple[list[Any], list[Any]]:
         i, slices = own
         whole = _fold_in(i, *operands[:n_consts], *_put_back(state, kept))
         inside = [x.as_slice() if isinstance(x, Weight) else x for x in slices]
@@ -144,20 +149,20 @@ def _scan(eqn: Equation, *operands: Any) -> list[Any]:
 
 
 @primitive("shard_map", is_move=False)
-def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
+def _shard_map(eqn: Equation, *operands: Operand) -> list[Operand]:
     p = eqn.params
     unchecked = frozenset() if p["check_vma"] else frozenset(p["newly_manual_axes"])
 
-    def enter(x: Any, spec: Any) -> Any:
+    def enter(x: Operand, spec: PartitionSpec) -> Operand:
         if not isinstance(x, Weight):
             return x
         x = x.replace(x.w.with_pieces(pieces(x, spec, p["mesh"])))
         # Along explicit mesh axes, A and B must be sharded as the specs of `shard_map` say.
         return place(x, p["mesh"], spec) if explicit(x.type) else x
 
-    def inner(*xs: Any) -> tuple[Any, ...]:
+    def inner(*xs: Operand) -> tuple[Any, ...]:
         inside = [
-            shard_of(x, spec, unchecked, var.aval) if isinstance(x, Weight) else x
+            shard_of(x, spec, unchecked, var.aval.shape) if isinstance(x, Weight) else x
             for x, spec, var in zip(xs, p["in_specs"], p["jaxpr"].invars, strict=True)
         ]
         return tuple(eqn.arrays(eqn.evaluate(p["jaxpr"], *inside)))
@@ -175,7 +180,7 @@ def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     return list(body(*operands))
 
 
-def _forwarded(jaxpr: Any) -> dict[int, int]:
+def _forwarded(jaxpr: _compat.Jaxpr) -> dict[int, int]:
     """Returns by output the input that it returns unchanged, also through inner calls."""
     source = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:

@@ -21,7 +21,7 @@ from ._arrays import pick
 from ._axes import Unfactorable
 from ._calls import Functions
 from ._shared import steps, variables
-from ._weight import Weight
+from ._weight import Operand, Weight
 
 
 class ValueReadError(TypeError):
@@ -39,12 +39,12 @@ def trace(
     """
     finish: list[Callable[..., Any]] = []
 
-    def flat(*leaves: Any) -> list[Any]:
+    def flat(*leaves: jax.Array) -> list[Any]:
         arrays, put = pick(f(*leaves), lambda x: isinstance(x, jax.Array | np.ndarray))
         finish.append(put)
         return arrays
 
-    def eager(*leaves: Any) -> list[Any]:
+    def eager(*leaves: jax.Array) -> list[Any]:
         with jax.ensure_compile_time_eval():
             return flat(*leaves)
 
@@ -92,14 +92,18 @@ PRIMITIVES: dict[str, Primitive] = {}
 
 
 def primitive(
-    *primitives: str, override: bool = False, **fields: Any
+    *primitives: str,
+    override: bool = False,
+    is_move: bool = True,
+    together: Callable[..., list[Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers `f(eqn: Equation, *operands) -> outputs` for JAX's primitives of these names.
 
     Args:
         *primitives: names of JAX primitives.
         override: whether `f` may replace the function that a primitive has.
-        **fields: other fields of `Primitive`.
+        is_move: as in `Primitive`.
+        together: as in `Primitive`.
 
     Returns:
         A decorator for `f`, which returns `f`. At least one operand of `f` is a `Weight`. Its
@@ -114,7 +118,7 @@ def primitive(
         for name in primitives:
             old = PRIMITIVES[name].function if name in PRIMITIVES else None
             check_free(f"the primitive {name!r}", old, f, override)
-        PRIMITIVES.update(dict.fromkeys(primitives, Primitive(f, **fields)))
+        PRIMITIVES.update(dict.fromkeys(primitives, Primitive(f, is_move, together)))
         return f
 
     return register
@@ -133,8 +137,8 @@ class Equation:
 
     def __init__(
         self,
-        eqn: Any,
-        operands: Sequence[Any],
+        eqn: _compat.JaxprEqn,
+        operands: Sequence[Operand],
         within: "Equation | None",
         functions: Functions | None = None,
     ):
@@ -155,17 +159,19 @@ class Equation:
     @functools.cached_property
     def where(self) -> str:
         """Its primitive, and the line of the user's code that made it."""
-        around, line = self, None
+        around = self
+        line = None
         while around is not None and line is None:
-            line, around = _compat.source_line(around.traced), around.within
+            line = _compat.source_line(around.traced)
+            around = around.within
         return f"`{self.name}` at {line or 'an unknown line'}"
 
-    def bind(self, *values: Any) -> Any:
+    def bind(self, *values: jax.Array) -> Any:
         """Applies its primitive, unchanged, to `values`."""
         outs = _compat.bind(self.traced, *values)
         return outs if self.traced.primitive.multiple_results else outs[0]
 
-    def evaluate(self, jaxpr: Any, *operands: Any) -> list[Any]:
+    def evaluate(self, jaxpr: _compat.Jaxpr, *operands: Operand) -> list[Any]:
         """Evaluates a jaxpr among its parameters."""
         return _evaluate(jaxpr, operands, self._without_operands(), self.functions)
 
@@ -174,7 +180,8 @@ class Equation:
 
         `f` must depend on nothing else. The equation that it gets has no operands.
         """
-        f, operands = functools.partial(f, self._without_operands()), self.operands
+        f = functools.partial(f, self._without_operands())
+        operands = self.operands
         weights = [x for x in operands if isinstance(x, Weight)]
         if self.functions is None or not all(w.is_shareable for w in weights):
             return f(*operands)
@@ -194,7 +201,7 @@ class Equation:
         return [None if i in kept else as_array(x, reason) for i, x in enumerate(xs)]
 
 
-def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
+def evaluate(jaxpr: _compat.Jaxpr, *args: Operand) -> list[Any]:
     """Evaluates `jaxpr` at `args`, each an array or a `Weight`."""
     is_search = any(isinstance(x, Weight) and x.origin.uses is not None for x in args)
     # A search records each use in place. Eagerly, shared functions would be compiled at each call.
@@ -208,14 +215,17 @@ def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
 
 
 def _evaluate(
-    jaxpr: Any, args: Sequence[Any], within: Equation | None, functions: Functions | None
+    jaxpr: _compat.Jaxpr,
+    args: Sequence[Operand],
+    within: Equation | None,
+    functions: Functions | None,
 ) -> list[Any]:
     env: dict[Any, Any] = {}
 
     def write(variables: Sequence[Any], values: Sequence[Any]) -> None:
         env.update(zip(variables, values, strict=True))
 
-    def read(atom: Any) -> Any:
+    def read(atom: _compat.Atom) -> Any:
         return atom.val if _compat.is_literal(atom) else env[atom]
 
     write(jaxpr.constvars, _compat.consts(jaxpr))
@@ -223,7 +233,7 @@ def _evaluate(
     weights = [isinstance(x, Weight) and x.is_changed for x in args]
     number = _number_uses(jaxpr) if any(isinstance(x, Weight) and x.has_keys for x in args) else {}
 
-    def use(atom: Any) -> Any:
+    def use(atom: _compat.Atom) -> Any:
         x = read(atom)
         return x.fold_in(next(number[atom])) if isinstance(x, Weight) and atom in number else x
 
@@ -238,7 +248,7 @@ def _evaluate(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _number_uses(jaxpr: Any) -> dict[Any, Iterator[int]]:
+def _number_uses(jaxpr: _compat.Jaxpr) -> dict[Any, Iterator[int]]:
     """Returns numbers for the uses of each variable that more than one operand reads."""
     counts = collections.Counter(variables([v for eqn in jaxpr.eqns for v in eqn.invars]))
     return {v: itertools.count() for v, n in counts.items() if n > 1}
@@ -273,7 +283,7 @@ def _reason(eqn: Equation, e: Unfactorable) -> str:
     return f"{eqn.where}: {e}" if e.args else eqn.where
 
 
-def as_array(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
+def as_array(x: Operand, reason: Callable[[], str], added: bool = False) -> jax.Array:
     """Returns an array as it is, and forms W + ΔW of a `Weight` if that is allowed.
 
     A looked-up row is always formed. While sites are searched, the use is recorded, and W returned.

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,13 @@ from ._axes import Axis, Factor, Unfactorable, map_factors
 from ._change import Change, Delta
 from ._interpret import Equation, primitive
 from ._packed import Packed
-from ._weight import Weight, value_of
+from ._weight import Operand, Weight, value_of
 
 Padding = tuple[int, int, int]  # as in `lax.pad`
 
 
 @primitive("pad")
-def _pad(eqn: Equation, w: Weight, fill: Any) -> Weight:
+def _pad(eqn: Equation, w: Weight, fill: Operand) -> Weight:
     if isinstance(fill, Weight):
         raise Unfactorable("the weight is a padding value")
     config = eqn.params["padding_config"]
@@ -47,25 +46,26 @@ def _padded(w: Weight, config: dict[Axis, Padding]) -> Change:
 
 
 @primitive("concatenate")
-def _concatenate(eqn: Equation, *parts: Any) -> Weight:
+def _concatenate(eqn: Equation, *parts: Operand) -> Weight:
     return _join(eqn, parts, eqn.params["dimension"])
 
 
 @primitive("stack")
-def _stack(eqn: Equation, *parts: Any) -> Weight:
+def _stack(eqn: Equation, *parts: Operand) -> Weight:
     axis = eqn.params["axis"]
 
-    def expand(x: Any) -> Any:
+    def expand(x: Operand) -> Operand:
         if not isinstance(x, Weight):
             return jnp.expand_dims(x, axis)
-        axes, new = x.axes, Axis(next(x.new_names()))
+        axes = x.axes
+        new = Axis(next(x.new_names()))
         shape = (*x.shape[:axis], 1, *x.shape[axis:])
         return x.transpose((*axes[:axis], new, *axes[axis:]), shape)
 
     return _join(eqn, [expand(x) for x in parts], axis)
 
 
-def _join(eqn: Equation, parts: Sequence[Any], dim: int) -> Weight:
+def _join(eqn: Equation, parts: Sequence[Operand], dim: int) -> Weight:
     """Joins `parts`, the operands of `eqn`, along their axis `dim`."""
     weights = [p for p in parts if isinstance(p, Weight)]
     origin, [out] = weights[0].origin, eqn.outputs
@@ -97,7 +97,9 @@ def _packed_join(eqn: Equation, axes: tuple[Axis, ...]) -> Packed:
         return Factor(eqn.bind(*(x.array for x in parts)), axes)
 
     [out] = eqn.outputs
-    return Packed([x.w for x in eqn.operands], unpack, axes, out.shape, out.dtype)
+    return Packed(
+        [x.w for x in eqn.operands if isinstance(x, Weight)], unpack, axes, out.shape, out.dtype
+    )
 
 
 def _rename(w: Weight, axes: tuple[Axis, ...]) -> Weight:
@@ -107,9 +109,13 @@ def _rename(w: Weight, axes: tuple[Axis, ...]) -> Weight:
     return w.replace(w.w.with_axes(axes, w.shape), change)
 
 
-def _side_by_side(shape: tuple[int, ...], parts: Sequence[Any], dim: int) -> Change:
+def _side_by_side(shape: tuple[int, ...], parts: Sequence[Operand], dim: int) -> Change:
     """Pads all deltas with 0 and all gains with 1, so that they act only on their own part."""
-    start, total, deltas, gain, least = 0, shape[dim], [], None, 1.0
+    start = 0
+    total = shape[dim]
+    deltas = []
+    gain = None
+    least = 1.0
     for part in parts:
         size = part.shape[dim]
         if isinstance(part, Weight):
@@ -129,14 +135,15 @@ def _product_of_gains(x: Factor | None, y: Factor | None, axes: Sequence[Axis]) 
     return x.replace(x.expand_to(both) * y.expand_to(both), both)
 
 
-def _one_change(parts: Sequence[Any], axis: Axis) -> Change | None:
+def _one_change(parts: Sequence[Operand], axis: Axis) -> Change | None:
     """Joins A with A and B with B if `axis` is a stack of matrices of one form, else returns None.
 
     Gains are not joined: they may lack the axis while the gains of the parts differ.
     """
-    if not all(isinstance(p, Weight) for p in parts):
+    weights = [p for p in parts if isinstance(p, Weight)]
+    if len(weights) < len(parts):
         return None
-    first, *others = (p.change for p in parts)
+    first, *others = (w.change for w in weights)
     forms = [(jax.tree.structure(c), jax.tree.map(jnp.shape, c)) for c in (first, *others)]
     if any(form != forms[0] for form in forms) or first.gain is not None:
         return None
@@ -144,11 +151,11 @@ def _one_change(parts: Sequence[Any], axis: Axis) -> Change | None:
         return None
 
     def join(*factors: Factor) -> Factor:
-        each = [f.repeat({axis: p.lengths[axis]}) for f, p in zip(factors, parts, strict=True)]
+        each = [f.repeat({axis: w.lengths[axis]}) for f, w in zip(factors, weights, strict=True)]
         values = [f.value for f in each]
         if len({v.dtype for v in values}) > 1:  # dropout keys have one
             dtype = promote(*(v.dtype for v in values))
             values = [v.astype(dtype) for v in values]
         return each[0].replace(jnp.concatenate(values, each[0].axis(axis)))
 
-    return map_factors(join, *(p.change for p in parts))
+    return map_factors(join, first, *others)

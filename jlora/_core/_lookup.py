@@ -1,23 +1,22 @@
 """Lookups of rows of a weight."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._axes import RANK, Axis, Factor, Unfactorable, map_factors
+from ._axes import RANK, Axis, Factor, Roles, Unfactorable, map_factors
 from ._change import Delta, plus
 from ._interpret import Equation, primitive
 from ._packed import Packed
-from ._product import Product, Roles
-from ._weight import Weight
+from ._product import Product
+from ._weight import Operand, Weight
 
 
 @primitive("gather", is_move=False)
-def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
+def _gather(eqn: Equation, w: Operand, indices: jax.Array) -> Operand:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if not isinstance(w, Weight) or numbers.operand_batching_dims:
         raise Unfactorable("the indices are a weight, or rows of a batch of arrays are looked up")
@@ -30,7 +29,8 @@ def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
     picked = tuple(a for a in w.axes if a not in whole)
     if any(size_of[a] != 1 or a not in indexed for a in picked):
         raise Unfactorable("more than whole rows of the weight are looked up")
-    names, kept = w.new_names(), iter(a for a in w.axes if a not in collapsed)
+    names = w.new_names()
+    kept = iter(a for a in w.axes if a not in collapsed)
     leaf = frozenset().union(*(a.leaf for a in picked))
     axes, batch = [], []
     for i in range(len(w.axes) - len(collapsed) + indices.ndim - 1):
@@ -86,7 +86,8 @@ class _Lookup(Product):
     @property
     def is_weight(self) -> bool:
         """Whether the result is a weight again: a row of a stack is, a row of a matrix is not."""
-        w, kept = self.w, {*self.roles.outputs}
+        w = self.w
+        kept = {*self.roles.outputs}
         if not w.change.deltas:  # a gain is applied to the rows at once
             stays = w.origin.uses is not None or isinstance(w.w, Packed)
             return stays and w.change.gain is None and len(kept) >= 2
@@ -94,7 +95,8 @@ class _Lookup(Product):
 
     def weight(self) -> Weight:
         """Looks up rows of W and of its change."""
-        w, change = self.w, map_factors(self.take, self.w.change)
+        w = self.w
+        change = map_factors(self.take, self.w.change)
         found = w.w.with_pieces({a: w.lengths[a] for a in self.roles.inputs})
         if isinstance(found, Packed):
             rows = map_factors(self.take, found).with_axes(self.axes, self.eqn.outputs[0].shape)

@@ -132,7 +132,8 @@ def _expand(h: jax.Array, terms: list[Term]) -> list[jax.Array]:
 
 def _expand_part(term: Term, h: jax.Array) -> jax.Array:
     """Computes h·q; on CPUs as a product of matrices, because hᵀ·ȳ is slow there for more axes."""
-    how, of_q = {"precision": term.precision, "dtype": term.dtype}, term.q.axes
+    how = {"precision": term.precision, "dtype": term.dtype}
+    of_q = term.q.axes
 
     def straight(h: jax.Array, q: jax.Array) -> jax.Array:
         return einsum(term.h, of_q, term.y, h, q, sharding=term.sharding, **how)

@@ -15,7 +15,7 @@ from ._change import Change, Delta
 from ._interpret import Equation, primitive
 from ._packed import Packed
 from ._shards import constrain, pieces, place
-from ._weight import Weight
+from ._weight import Operand, Weight
 
 # --------------------------------------------------------------------------- element for element
 
@@ -29,17 +29,20 @@ def _convert_element_type(eqn: Equation, w: Weight) -> Weight:
 
 
 @primitive("neg", "mul", "div")
-def _scale(eqn: Equation, x: Any, y: Any = -1) -> Weight:
+def _scale(eqn: Equation, x: Operand, y: Operand | int = -1) -> Weight:
     w, other = (x, y) if isinstance(x, Weight) else (y, x)
+    assert isinstance(w, Weight)
     if eqn.name == "div" and w is y:
         raise Unfactorable("the weight divides")
     if isinstance(other, Weight) or jnp.size(other) != 1:
         raise Unfactorable("it is scaled by more than a scalar")
-    scalar, unchecked = jnp.reshape(other, ()), frozenset[Any]()
+    scalar = jnp.reshape(other, ())
+    unchecked = frozenset[Any]()
     scalar = 1 / scalar if eqn.name == "div" else scalar
     if not _compat.is_concrete(other):
         # It may need a derivative, and a product with a packed weight has none for it.
-        w, unchecked = w.replace(Factor(w.array, w.axes)), w.origin.unchecked
+        unchecked = w.origin.unchecked
+        w = w.replace(Factor(w.array, w.axes))
 
     def delta(d: Delta) -> Delta:
         # The scalar may be complex, or out of the range of B's dtype.
@@ -55,7 +58,7 @@ def _scale(eqn: Equation, x: Any, y: Any = -1) -> Weight:
 
 
 @primitive("add", "add_any", "sub")
-def _add(eqn: Equation, x: Any, y: Any) -> Weight:
+def _add(eqn: Equation, x: Operand, y: Operand) -> Weight:
     raise Unfactorable(added=True)
 
 
@@ -74,12 +77,13 @@ def _squeeze(eqn: Equation, w: Weight) -> Weight:
 
 
 @primitive("broadcast_in_dim")
-def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
+def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: jax.Array) -> Weight:
     p = eqn.params
     if dynamic:
         raise Unfactorable("its new shape is dynamic")
     old_axis = dict(zip(p["broadcast_dimensions"], range(len(w.shape)), strict=True))
-    names, axes = w.new_names(), []
+    names = w.new_names()
+    axes = []
     for new, length in enumerate(p["shape"]):
         old = old_axis.get(new)
         if old is not None and w.shape[old] == length:
@@ -90,7 +94,7 @@ def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
 
 
 @primitive("reshape")
-def _reshape(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
+def _reshape(eqn: Equation, w: Weight, *dynamic: jax.Array) -> Weight:
     p = eqn.params
     if dynamic or p["dimensions"] is not None:
         raise Unfactorable("the reshape is dynamic or permuted")
@@ -136,7 +140,9 @@ def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
 
 @primitive("split")
 def _split(eqn: Equation, w: Weight) -> list[Weight]:
-    outs, start, axis = [], 0, w.axes[eqn.params["axis"]]
+    outs = []
+    start = 0
+    axis = w.axes[eqn.params["axis"]]
     for size in map(int, eqn.params["sizes"]):
         outs.append(w.along({axis: _cut(start, start + size)}))
         start += size
@@ -159,7 +165,7 @@ def _same(eqn: Equation, w: Weight) -> Weight:
 
 
 @primitive("optimization_barrier")
-def _optimization_barrier(eqn: Equation, *operands: Any) -> list[Any]:
+def _optimization_barrier(eqn: Equation, *operands: Operand) -> list[Operand]:
     return list(lax.optimization_barrier(operands))
 
 

@@ -130,18 +130,22 @@ class Packed:
         return packed.with_axes(kept, kept.values())
 
     def transpose(
-        self, axes: Sequence[Axis], shape: Sequence[int], sharding: Any = None
+        self, axes: Sequence[Axis], shape: Sequence[int], sharding: NamedSharding | None = None
     ) -> "Packed":
         """Transposes W to the order of `axes`, and repeats it along new axes to `shape`."""
         del sharding
         return self.with_axes(axes, shape)
 
     def reshape(
-        self, groups: Sequence[Group], others: Sequence[Factor] = (), sharding: Any = None
+        self,
+        groups: Sequence[Group],
+        others: Sequence[Factor] = (),
+        sharding: NamedSharding | None = None,
     ) -> "Packed":
         """Reshapes W."""
         del others, sharding
-        packed, lengths = self, dict[Axis, int]()
+        packed = self
+        lengths = dict[Axis, int]()
         for group in groups:
             lengths |= group.new
             if group.old != group.new:
@@ -184,16 +188,19 @@ def multiply_unpacked(
     return product(packed, x, *others)
 
 
+Operands = tuple[Packed, jax.Array, *tuple[jax.Array, ...]]  # of `multiply_unpacked`
+
+
 @multiply_unpacked.defjvp
 def _multiply_unpacked_jvp(
-    product: Any, primals: Any, tangents: Any
+    product: Callable[..., jax.Array], primals: Operands, tangents: Operands
 ) -> tuple[jax.Array, jax.Array]:
     packed, _, *others = primals
     tangent = jax.checkpoint(lambda packed, dx, *others: product(packed, dx, *others))
     return multiply_unpacked(product, *primals), tangent(packed, tangents[1], *others)
 
 
-def shard_part(f: Factor, sharding: Any, axes: Sequence[Axis]) -> Factor:
+def shard_part(f: Factor, sharding: NamedSharding | PartitionSpec, axes: Sequence[Axis]) -> Factor:
     """Shards a part like the weight with the axes `axes`, as far as it can be split evenly.
 
     A PartitionSpec refers to the mesh of `jax.set_mesh`.

@@ -5,24 +5,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from ._arrays import promote
-from ._axes import RANK, Axis, Factor, Unfactorable
+from ._axes import RANK, Factor, Roles, Unfactorable
 from ._change import LEAST, Delta
 from ._weight import Weight
-
-
-class Roles(NamedTuple):
-    """The axes of W that a product batches, contracts and keeps."""
-
-    stack: tuple[Axis, ...]
-    inputs: tuple[Axis, ...]
-    outputs: tuple[Axis, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +63,8 @@ class Product(abc.ABC):
 
         The terms are computed before x·W so that the backward pass adds their gradients last.
         """
-        gain, y = self._gains[1], functools.reduce(self.add, terms, self.base(x))
+        gain = self._gains[1]
+        y = functools.reduce(self.add, terms, self.base(x))
         return y if gain is None else self._times(y, self.spread(gain, False))
 
     def _times(self, x: jax.Array, gain: jax.Array) -> jax.Array:
@@ -97,16 +91,17 @@ class Product(abc.ABC):
         return y + term.astype(y.dtype)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype in which the factors are multiplied."""
         return promote(self.x.dtype, self.w.dtype)
 
-    def factors(self, delta: Delta, dtype: Any = None) -> tuple[Factor, Factor, float]:
+    def factors(self, delta: Delta, dtype: DTypeLike | None = None) -> tuple[Factor, Factor, float]:
         """Returns A and B in a dtype, first the one that x is multiplied with first, and s.
 
         Together they have all axes of W.
         """
-        dtype, scale = dtype or self.dtype, delta.scale
+        dtype = dtype or self.dtype
+        scale = delta.scale
         p, q = delta.by_order(self.roles.inputs)
         if delta.is_matrix and jnp.finfo(dtype).minexp > -100:
             p, q, scale = _balance(p, q, scale)
@@ -154,7 +149,9 @@ _scaled = jax.custom_jvp(_product)
 
 
 @_scaled.defjvp
-def _scaled_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _scaled_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     (_, gain), (dx, dgain) = primals, tangents
     y = _scaled(*primals)
     # Without the barrier XLA would compute y again, from x, and keep both.

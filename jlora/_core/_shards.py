@@ -1,19 +1,20 @@
 """How a weight is sharded: W, or its codes and scales, and the factors of its change."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from ._arrays import count_pieces, mesh_axes
+from ._arrays import AnyMesh, count_pieces, mesh_axes
 from ._axes import Axis, Factor, Unfactorable, map_factors
 from ._packed import Packed, shard_part
 from ._weight import Weight
 
 
-def constrain(w: Weight, sharding: Any) -> Weight:
+def constrain(w: Weight, sharding: Sharding) -> Weight:
     """Constrains W, or its codes and scales, to `sharding`."""
     if not isinstance(w.w, Packed):
         return w.each(lambda x: lax.with_sharding_constraint(x, sharding))
@@ -22,29 +23,31 @@ def constrain(w: Weight, sharding: Any) -> Weight:
     return w.replace(map_factors(lambda f: shard_part(f, sharding, w.axes), w.w))
 
 
-def specs(w: Weight, spec: Any) -> Weight:
+def specs(w: Weight, spec: PartitionSpec) -> Weight:
     """Replaces each array by its PartitionSpec, for a W with the PartitionSpec `spec`."""
     by_axis = dict(zip(w.axes, spec, strict=False))
     return map_factors(lambda f: f.specs(by_axis), w)
 
 
-def place(w: Weight, mesh: Any, spec: Any) -> Weight:
+def place(w: Weight, mesh: AnyMesh, spec: PartitionSpec) -> Weight:
     """Reshards each array to `mesh`, for a W with the PartitionSpec `spec`."""
 
-    def reshard(x: jax.Array, spec: Any) -> jax.Array:
+    def reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
         return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(reshard, w, specs(w, spec))
 
 
-def pieces(w: Weight, spec: Any, mesh: Any) -> dict[Axis, int]:
+def pieces(w: Weight, spec: PartitionSpec, mesh: AnyMesh) -> dict[Axis, int]:
     """Counts the pieces into which a PartitionSpec splits each axis of W that it names."""
     entries = zip(w.axes, spec, strict=False)
     return {a: count_pieces(e, mesh) for a, e in entries if mesh_axes(e)}
 
 
-def shard_of(w: Weight, spec: Any, unchecked: frozenset[Any], aval: Any) -> Weight:
-    """Makes the shard of type `aval`; JAX does not check what varies over `unchecked` axes."""
+def shard_of(
+    w: Weight, spec: PartitionSpec, unchecked: frozenset[Any], shape: Sequence[int]
+) -> Weight:
+    """Makes the shard of shape `shape`; JAX does not check what varies over `unchecked` axes."""
     by_axis = dict(zip(w.axes, spec, strict=False))
 
     def mark(f: Factor) -> Factor:
@@ -58,5 +61,5 @@ def shard_of(w: Weight, spec: Any, unchecked: frozenset[Any], aval: Any) -> Weig
                 "its statistics are of whole matrices, of which a device may have shards"
             )
     origin = w.origin._replace(unchecked=w.origin.unchecked | unchecked)
-    shard = w.replace(w.w.with_axes(w.axes, aval.shape), map_factors(mark, w.change))
+    shard = w.replace(w.w.with_axes(w.axes, shape), map_factors(mark, w.change))
     return dataclasses.replace(shard, origin=origin)

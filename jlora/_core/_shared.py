@@ -22,7 +22,7 @@ def variables(atoms: Sequence[Any]) -> list[Any]:
 
 
 def steps(
-    jaxpr: Any, weights: Sequence[bool], primitives: Mapping[str, Any]
+    jaxpr: _compat.Jaxpr, weights: Sequence[bool], primitives: Mapping[str, Any]
 ) -> list[tuple[list[Any], list[Any]]]:
     """Orders the equations that outputs and effects need into steps.
 
@@ -36,7 +36,8 @@ def steps(
     """
     live = _live(jaxpr)
     order = _order(live, groups(jaxpr, live, weights, primitives))
-    needed, done = set(variables(jaxpr.outvars)), []
+    needed = set(variables(jaxpr.outvars))
+    done = []
     for eqns in reversed(order):
         used = {v for eqn in eqns for v in variables(eqn.invars)}
         done.append((eqns, [v for v in used if v not in needed]))
@@ -51,7 +52,7 @@ def _order(eqns: Sequence[Any], groups: Sequence[list[Any]]) -> list[list[Any]]:
     order: list[list[Any]] = []
     placed = set[int]()
 
-    def place(eqn: Any) -> None:
+    def place(eqn: _compat.JaxprEqn) -> None:
         if id(eqn) in placed:
             return
         together = group.get(id(eqn), [eqn])
@@ -66,9 +67,10 @@ def _order(eqns: Sequence[Any], groups: Sequence[list[Any]]) -> list[list[Any]]:
     return order
 
 
-def _live(jaxpr: Any) -> list[Any]:
+def _live(jaxpr: _compat.Jaxpr) -> list[Any]:
     """Returns the equations that outputs and effects need."""
-    needed, live = set(variables(jaxpr.outvars)), []
+    needed = set(variables(jaxpr.outvars))
+    live = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or needed.intersection(eqn.outvars):
             live.append(eqn)
@@ -77,14 +79,18 @@ def _live(jaxpr: Any) -> list[Any]:
 
 
 def groups(
-    jaxpr: Any, eqns: Sequence[Any], weights: Sequence[bool], primitives: Mapping[str, Any]
+    jaxpr: _compat.Jaxpr,
+    eqns: Sequence[Any],
+    weights: Sequence[bool],
+    primitives: Mapping[str, Any],
 ) -> list[list[Any]]:
     """Groups equations that multiply one activation with weights that depend on no product."""
     heavy = {v for v, is_weight in zip(jaxpr.invars, weights, strict=True) if is_weight}
     late: set[Any] = set()  # variables that depend on a product or an effect
     found: dict[Any, list[Any]] = {}
     for eqn in eqns:
-        used, known = set(variables(eqn.invars)), primitives.get(eqn.primitive.name)
+        used = set(variables(eqn.invars))
+        known = primitives.get(eqn.primitive.name)
         is_late = eqn.effects or not late.isdisjoint(used)
         if not heavy.isdisjoint(used):
             if known is not None and known.is_move:

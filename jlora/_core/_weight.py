@@ -3,12 +3,14 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from .. import _compat
-from ._axes import Along, Axis, Factor, Group, Unfactorable, axes_of_leaf, map_factors
+from ._axes import Along, Axis, Factor, Group, Roles, Unfactorable, axes_of_leaf, map_factors
 from ._change import Change
 from ._packed import Packed
 
@@ -25,7 +27,7 @@ class Origin(NamedTuple):
 
     paths: tuple[str, ...]
     materialize: bool
-    uses: Any = None
+    uses: "Recorder | None" = None
     unchecked: frozenset[Any] = frozenset()
 
 
@@ -52,7 +54,8 @@ class Weight:
 
     def replace(self, w: Factor | Packed, change: Change | None = None) -> "Weight":
         """Returns a copy with another W and, optionally, another change."""
-        change, last = self.change if change is None else change, max(self._names)
+        change = self.change if change is None else change
+        last = max(self._names)
         return dataclasses.replace(self, w=w, change=change, last=last)
 
     # -------------------------------------------------------------------------------- what W is
@@ -68,7 +71,7 @@ class Weight:
         return self.w.shape
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype of W."""
         return self.w.dtype
 
@@ -113,7 +116,10 @@ class Weight:
         return self.replace(self.w.along(functions), change)
 
     def transpose(
-        self, axes: Sequence[Axis], shape: Sequence[int] | None = None, sharding: Any = None
+        self,
+        axes: Sequence[Axis],
+        shape: Sequence[int] | None = None,
+        sharding: NamedSharding | None = None,
     ) -> "Weight":
         """Transposes W to `axes`, and repeats it along new axes to `shape`.
 
@@ -124,7 +130,7 @@ class Weight:
         change = map_factors(lambda f: f.without(lost), self.change)
         return self.replace(self.w.without(lost).transpose(axes, shape, sharding), change)
 
-    def reshape(self, shape: Sequence[int], sharding: Any = None) -> "Weight":
+    def reshape(self, shape: Sequence[int], sharding: NamedSharding | None = None) -> "Weight":
         """Reshapes W to `shape`; `Unfactorable` if this merges axes of A with axes of B."""
         groups = reshape_groups(self.axes, self.shape, shape, self.new_names())
         gain = self.change.gain and self.change.gain.reshape(groups)
@@ -152,7 +158,7 @@ class Weight:
         """Whether dropout is active."""
         return any(d.key is not None for d in self.change.deltas)
 
-    def fold_in(self, use: Any) -> "Weight":
+    def fold_in(self, use: int | jax.Array) -> "Weight":
         """Folds the number of a use into the keys of dropout, so that each has its own mask."""
         fold = lambda f: f.each(lambda x: _fold_in(x, use)) if f.is_key else f  # noqa: E731
         return self.replace(self.w, map_factors(fold, self.change)) if self.has_keys else self
@@ -187,7 +193,7 @@ class Weight:
             return sum(n > 1 for n in self.shape) <= 1
         return all(d.is_row for d in self.change.deltas)
 
-    def form(self, why: str) -> Any:
+    def form(self, why: str) -> jax.Array:
         """Forms W' because of `why`; raises `ValueError` if dropout has no input to drop."""
         for d in self.change.deltas:
             if d.key is not None and not d.a.is_row:
@@ -198,14 +204,45 @@ class Weight:
         return self.change.of(self.array, self.axes)
 
 
+Operand = jax.Array | Weight  # of an equation
+
+
+class Packable(Protocol):
+    """A leaf that is no array, but from which W is computed."""
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of W."""
+        ...
+
+    def packed(self, axes: Sequence[Axis]) -> Packed:
+        """Returns W as the arrays from which it is computed, with the axes `axes`."""
+        ...
+
+
+class Recorder(Protocol):
+    """Records the uses of weights while sites are searched."""
+
+    def product(self, w: Weight, kind: str, roles: Roles) -> None:
+        """Records a product in which the axes of `w` have `roles`."""
+
+    def no_product(self, w: Weight, reason: str, added: bool = False) -> None:
+        """Records a use of `w` that is not a product."""
+
+
 def leaf_weight(
-    value: Any, change: Change, path: str, materialize: bool, uses: Any = None
+    value: jax.Array | Packable,
+    change: Change,
+    path: str,
+    materialize: bool,
+    uses: Recorder | None = None,
 ) -> Weight:
     """Makes the weight of the leaf at `path`, an array or an object with a method `packed`."""
     # Only a search for sites needs the path in an axis, and the paths of equal layers differ.
     axes = axes_of_leaf("" if uses is None else path, value.ndim)
     unchecked = _compat.unchecked_axes()
-    w = value.packed(axes) if hasattr(value, "packed") else Factor(value, axes)
+    packed = getattr(value, "packed", None)
+    w = Factor(value, axes) if packed is None else packed(axes)
     names = {Axis(d): axis for d, axis in enumerate(axes)}
     change = map_factors(lambda f: f.rename(names).may_vary(unchecked), change)
     # The model must be traced with a weight that varies over the mesh as W' does.
@@ -213,11 +250,11 @@ def leaf_weight(
     return Weight(w, change, Origin((path,), materialize, uses, unchecked))
 
 
-def _fold_in(keys: jax.Array, data: Any) -> jax.Array:
+def _fold_in(keys: jax.Array, data: int | jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys.ravel(), data).reshape(keys.shape)
 
 
-def value_of(x: Any) -> Any:
+def value_of(x: Operand) -> jax.Array:
     """Returns the W of a `Weight`, and an array as it is."""
     return x.array if isinstance(x, Weight) else x
 
@@ -260,7 +297,8 @@ def _factorize(
         raise Unfactorable("an axis is empty")
     i, j = 0, 0
     while i < len(old) or j < len(new):
-        i0, j0, a, b = i, j, 1, 1
+        i0, j0 = i, j
+        a, b = 1, 1
         if i < len(old) and j < len(new) and old[i] == new[j]:
             i, j = i + 1, j + 1
         while (i, j) == (i0, j0) or a != b:

@@ -4,12 +4,14 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, NamedSharding
 
+from .._core import AnyMesh
 from .._errors import InputError
 from .._tree import is_abstract, leaves_by_path, name_of
 from .._types import PyTree
@@ -21,7 +23,7 @@ def mesh_of_leaves(*trees: PyTree) -> Any:
     return next((s.mesh for s in found if isinstance(s, NamedSharding)), None)
 
 
-def check_places(mesh: Any, base: PyTree, adapter: PyTree, args: Any) -> None:
+def check_places(mesh: AnyMesh | None, base: PyTree, adapter: PyTree, args: Sequence[Any]) -> None:
     """Raises if a shape has no sharding, because every device would count all of it."""
     if mesh is None or mesh.size == 1:
         return
@@ -49,7 +51,7 @@ OF_BASE = (
 OF_ADAPTER = "jlora.sharding.specs(base, adapter) returns the shardings of an adapter. "
 
 
-def _is_bare(x: Any) -> bool:
+def _is_bare(x: object) -> bool:
     return is_abstract(x) and x.sharding is None and x.ndim > 0
 
 
@@ -122,7 +124,8 @@ def mesh_of(name: str, axes: dict[str, int]) -> Mesh:
             f"`mesh` must have the {count} devices of {name}; got "
             f"{' × '.join(f'{k}={v}' for k, v in axes.items())} = {math.prod(axes.values())}."
         )
-    shape, types = tuple(axes.values()), (AxisType.Auto,) * len(axes)
+    shape = tuple(axes.values())
+    types = (AxisType.Auto,) * len(axes)
     if not has_compiler():
         return jax.sharding.AbstractMesh(shape, tuple(axes), types)
     for variable, value in QUIET.items():

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
+from jax.typing import ArrayLike
 
 from .. import sharding
+from .._core import AnyArray, AnyMesh
 from .._errors import InputError
-from .._report import align_columns, format_bytes
+from .._text import align_columns, format_bytes
 from .._tree import refuse_module
 from .._types import PyTree, short
 from ._mesh import CHIPS, check_places, is_replicated, mesh_of_leaves
@@ -194,7 +196,8 @@ def plan(
     exact = (of_base, of_adapter, of_state, of_args, of_adapter)
     device = _device(mesh)
     capacity = _capacity(device) if capacity is None else capacity
-    peak, program, step = None, None, _step(loss, tx)
+    peak, program = None, None
+    step = _step(loss, tx)
     if compile is False or abstract:
         jax.eval_shape(step, *operands)  # so that errors of the loss are raised
     else:
@@ -208,16 +211,22 @@ def plan(
     return Plan(count, kind, axes, *numbers, program, is_replicated(count, base))
 
 
-def _describe(x: Any) -> str:
+def _describe(x: object) -> str:
     return short(x) if hasattr(x, "dtype") else f"an object of type {type(x).__name__}"
 
 
-def _operands(mesh: Any, base: PyTree, adapter: PyTree, args: Any, tx: Any) -> tuple[Any, ...]:
+def _operands(
+    mesh: AnyMesh | None,
+    base: PyTree,
+    adapter: PyTree,
+    args: Sequence[Any],
+    tx: "optax.GradientTransformation",
+) -> tuple[Any, ...]:
     """Returns adapter, optimizer state, base and arguments as shapes with shardings."""
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
-    def shape(x: Any, place: Any = None) -> jax.ShapeDtypeStruct:
-        x = x if hasattr(x, "dtype") else jnp.asarray(x)
+    def shape(x: AnyArray | ArrayLike, place: Sharding | None = None) -> jax.ShapeDtypeStruct:
+        x = x if isinstance(x, AnyArray) else jnp.asarray(x)
         own = getattr(x, "sharding", None)
         own = own if isinstance(own, NamedSharding) else place or whole
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)
@@ -236,7 +245,7 @@ def _operands(mesh: Any, base: PyTree, adapter: PyTree, args: Any, tx: Any) -> t
 def _step(loss: Callable[..., Any], tx: "optax.GradientTransformation") -> Callable[..., Any]:
     import optax
 
-    def step(adapter: PyTree, state: PyTree, base: PyTree, args: Any) -> Any:
+    def step(adapter: PyTree, state: PyTree, base: PyTree, args: Sequence[Any]) -> Any:
         value, gradient = jax.value_and_grad(loss)(adapter, base, *args)
         updates, state = tx.update(gradient, state, adapter)
         return optax.apply_updates(adapter, updates), state, value
@@ -244,7 +253,7 @@ def _step(loss: Callable[..., Any], tx: "optax.GradientTransformation") -> Calla
     return step
 
 
-def _device(mesh: Any) -> Any:
+def _device(mesh: AnyMesh | None) -> Any:
     if mesh is None:
         return jax.devices()[0]
     return None if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
@@ -266,7 +275,10 @@ NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMG
 
 
 def _compile(
-    step: Any, operands: tuple[Any, ...], options: dict[str, Any] | None, capacity: int | None
+    step: Callable[..., Any],
+    operands: tuple[Any, ...],
+    options: dict[str, Any] | None,
+    capacity: int | None,
 ) -> tuple[int | None, int | None, jax.stages.Compiled | None]:
     """Returns the peak of the compiled step if known, the capacity of a device, and the program."""
     from .._progress import progress  # not at the import of jlora

@@ -1,7 +1,10 @@
 """A policy for `jax.checkpoint`, made for training steps whose weights are frozen."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
+
+from .._compat import Primitive
 
 # Elementwise operations and moves, which XLA fuses with the operations that read their results.
 # Division and roots are not among them, because computing them takes longer than reading.
@@ -15,7 +18,7 @@ CHEAP = frozenset(_NAMES.split())
 THIN = 16  # a product is thin if it sums this many times fewer terms than either side has rows
 
 
-def checkpoint_policy(prim: Any, *operands: Any, **params: Any) -> bool:
+def checkpoint_policy(prim: Primitive, *operands: Any, **params: Any) -> bool:
     r"""Makes `jax.checkpoint` save all but the results of elementwise operations and thin products.
 
     Give it to each layer rather than to the whole model:
@@ -49,7 +52,12 @@ def checkpoint_policy(prim: Any, *operands: Any, **params: Any) -> bool:
     return prim.name not in CHEAP
 
 
-def _is_thin(x: Any, y: Any, contracted: Any, batch: Any) -> bool:
+def _is_thin(
+    x: Sequence[int],
+    y: Sequence[int],
+    contracted: Sequence[Sequence[int]],
+    batch: Sequence[Sequence[int]],
+) -> bool:
     """Whether a product of matrices sums few terms for each element of a large result."""
     terms = math.prod(x[d] for d in contracted[0])
     rows = (math.prod(shape) // max(terms, 1) for shape in (x, y))

@@ -11,6 +11,7 @@ from ._fp4 import FP4 as FP4
 from ._fp8 import FP8 as FP8
 from ._int4 import Int4 as Int4
 from ._int8 import Int8 as Int8
+from ._leaf import BaseLeaf as BaseLeaf
 from ._leaf import Nested as Nested
 from ._leaf import Quantized as Quantized
 from ._leaf import dequantize as dequantize

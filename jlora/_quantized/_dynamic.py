@@ -24,9 +24,11 @@ def _positive() -> np.ndarray:
     They equal those of files to the bit. For that, the ends of the parts are float64 sums of a
     float32 step, counted from the nearer end.
     """
-    found, low = [], np.float32(0.1)
+    found = []
+    low = np.float32(0.1)
     for i in range(7):
-        k, step = np.arange(2**i + 1), (1 - low) / np.float32(2**i)
+        k = np.arange(2**i + 1)
+        step = (1 - low) / np.float32(2**i)
         ends = np.where(2 * k < k.size - 1, np.float64(low) + step * k, 1 - step * k[::-1])
         ends = ends.astype(np.float32)
         found.append((ends[1:] + ends[:-1]) / 2 * np.float32(f"1e{i - 6}"))

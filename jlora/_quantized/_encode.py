@@ -19,7 +19,8 @@ from ._scheme import Form, Scheme, join, pack, split
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def quantize_weight(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
     """Quantizes a weight, and measures the error of each of its matrices."""
-    x, inner = w.astype(jnp.float32), form.of_codes
+    x = w.astype(jnp.float32)
+    inner = form.of_codes
     if form.flat:
         x = lax.transpose(x, (*form.stack, *form.order)).reshape(inner.shape)
     cut, within = split(x, inner.blocks)

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .._core import Axis, Factor, Packed, shard_part
 from .._types import NotAnArray, PyTree
@@ -115,10 +116,11 @@ class Quantized(NotAnArray):
             new["nested"] = Nested(f(scale, (*stack, None)), f(offset, stack))
         return dataclasses.replace(self, **new)
 
-    def packed(self, axes: Sequence[Axis], dtype: Any = None) -> Packed:
+    def packed(self, axes: Sequence[Axis], dtype: DTypeLike | None = None) -> Packed:
         """Makes W for the interpreter, with the axes `axes`; by default in its own dtype."""
         self._check_dtypes()
-        axes, dtype = tuple(axes), jnp.dtype(self.dtype if dtype is None else dtype)
+        axes = tuple(axes)
+        dtype = jnp.dtype(self.dtype if dtype is None else dtype)
         parts = dataclasses.replace(self, error=None).map_arrays(
             lambda x, dims: Factor(x, tuple(OTHER if d is None else axes[d] for d in dims))
         )
@@ -126,7 +128,8 @@ class Quantized(NotAnArray):
         packed = Packed(parts, unpack, axes, self.shape, dtype, even=self._even(axes))
         if self.nested is None:
             return packed
-        free, loosen = frozenset(axes[d] for d in self.form.stack), _With(_loosen, (axes,))
+        free = frozenset(axes[d] for d in self.form.stack)
+        loosen = _With(_loosen, (axes,))
         return packed.replace(even=free, loosen=loosen, loose=packed.even)
 
     def _even(self, axes: Sequence[Axis]) -> frozenset[Axis]:
@@ -155,7 +158,7 @@ class Quantized(NotAnArray):
             "x.astype(dtype), params, is_leaf=lambda x: isinstance(x, jlora.Quantized))."
         )
 
-    def array(self, dtype: Any = None) -> jax.Array:
+    def array(self, dtype: DTypeLike | None = None) -> jax.Array:
         """Dequantizes the weight."""
         axes = [Axis(d) for d in range(self.ndim)]
         return self.packed(axes, dtype).array
@@ -165,12 +168,15 @@ class Quantized(NotAnArray):
         return f"Quantized({short_name(what)}, {spell(self.scheme)})"
 
 
-def is_quantized(x: Any) -> bool:
+BaseLeaf = jax.Array | jax.ShapeDtypeStruct | Quantized  # a leaf of a base, or only its type
+
+
+def is_quantized(x: object) -> TypeGuard[Quantized]:
     """Whether `x` is a quantized leaf."""
     return isinstance(x, Quantized)
 
 
-def dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
+def dequantize(tree: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     """Turns each `Quantized` leaf of a tree into a plain array.
 
     Args:
@@ -187,7 +193,7 @@ def dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
         'bfloat16'
     """
 
-    def plain(x: Any) -> Any:
+    def plain(x: object) -> Any:
         if not is_quantized(x):
             return x
         is_abstract = isinstance(x.data, jax.ShapeDtypeStruct)
@@ -208,13 +214,13 @@ class _With(NamedTuple):
     f: Callable[..., Any]
     args: tuple[Any, ...]
 
-    def __call__(self, parts: Any) -> Any:
+    def __call__(self, parts: Quantized) -> Any:
         """Calls the function."""
         return self.f(*self.args, parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _unpack(axes: tuple[Axis, ...], dtype: Any, parts: Quantized) -> Factor:
+def _unpack(axes: tuple[Axis, ...], dtype: jnp.dtype, parts: Quantized) -> Factor:
     """Unpacks W with the axes `axes`, or a piece of it if its arrays were split or sliced."""
     form, used = parts.form, parts.used
     # In a shard_map of the model, the arrays are shards.
@@ -222,7 +228,8 @@ def _unpack(axes: tuple[Axis, ...], dtype: Any, parts: Quantized) -> Factor:
         parts = parts.map_arrays(lambda f, _: shard_part(f, used, axes))
     parts = _loosen(axes, parts)
     data, zero = parts.data, parts.zero
-    axis, block = OTHER if form.flat else axes[form.axis], form.blocks[form.axis]
+    axis = OTHER if form.flat else axes[form.axis]
+    block = form.blocks[form.axis]
     of_axis = {axis: block} if form.flat else dict(zip(axes, form.blocks, strict=True))
     blocks = [of_axis.get(a, 1) for a in data.axes]
     codes = data.value

@@ -50,7 +50,8 @@ class Form(NamedTuple):
         """The form of the array that is divided: W, or its flattened matrices if it is `flat`."""
         if not self.flat:
             return self
-        n, lead = len(self.stack), [self.shape[d] for d in self.stack]
+        n = len(self.stack)
+        lead = [self.shape[d] for d in self.stack]
         blocks = (*[1] * n, self.blocks[self.axis])
         return Form((*lead, math.prod(self.matrix)), tuple(range(n)), (n,), blocks, True)
 
@@ -225,7 +226,8 @@ class Scheme:
         Raises:
             ValueError: if blocks do not divide the axis.
         """
-        (name, block), n = block_of(self), shape[order[-1]]
+        name, block = block_of(self)
+        n = shape[order[-1]]
         if block is None:
             return one_block(shape, stack, order, inputs)
         if n % block == 0:

@@ -1,7 +1,7 @@
 """Statistics of sites, and ranks that are allocated by them.
 
-Imports `_adapters`, `_core`, `_errors`, `_keys`, `_linalg`, `_progress`, `_report`, `_rules`,
-`_sites`, `_transform`, `_tree` and `_types`.
+Imports `_adapters`, `_core`, `_errors`, `_keys`, `_linalg`, `_progress`, `_rules`, `_site`,
+`_text`, `_transform`, `_tree`, `_types`.
 
 Read the modules in this order: `_kinds`, `_sketch`, `_allocate`.
 """

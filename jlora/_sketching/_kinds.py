@@ -26,9 +26,9 @@ from .._adapters import (
 )
 from .._core import promote
 from .._linalg import qr, svd_of, times
-from .._report import align_columns
-from .._sites import Site
-from .._types import Layout, short
+from .._site import Site
+from .._text import align_columns
+from .._types import Layout, PyTree, short
 
 
 @jax.tree_util.register_dataclass
@@ -141,7 +141,6 @@ class _Matrices:
     @classmethod
     def of(cls, site: Site, components: int | None) -> Any:
         """Makes the matrices of a site, by default with twice the rank of its rule."""
-        assert site.layout is not None
         assert isinstance(site.rule, LoRA)
         k = min(components or 2 * site.rule.rank, *matrix_lengths(site.layout, site.shape))
         dtype = promote(site.dtype, jnp.float32)
@@ -168,7 +167,7 @@ class _Matrices:
         return 0 if self.columns == self.most else SPARE
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def basis(self, side: int, is_last: bool, image: Any, key: jax.Array) -> jax.Array:
+    def basis(self, side: int, is_last: bool, image: PyTree, key: jax.Array) -> jax.Array:
         """Computes the basis of a pass: a random one, or the leading vectors of the last image.
 
         In the last pass some columns are random and orthogonal to the others.
@@ -211,7 +210,8 @@ class Gradient(_Matrices):
     @_program
     def spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
         """Computes the spectrum from the last basis and its image."""
-        n, k = self.columns - self.spare, self.components
+        n = self.columns - self.spare
+        k = self.components
         across, values, rotation = _svd(image[..., :n])
         along = times(basis[..., :n], rotation.mT)
         total = jnp.sum(values**2, -1) + _estimate_rest(image[..., n:], image[..., n:])
@@ -247,14 +247,16 @@ class Inputs(_Matrices):
     @_program
     def image(self, side: int, basis: jax.Array, gradient: Probe, batches: int) -> jax.Array:
         """Computes the image of the basis from the sum of gradients over batches."""
-        a, count = gradient.a.reshape(*basis.shape[:-1], -1), gradient.gate[..., -1, None, None]
+        a = gradient.a.reshape(*basis.shape[:-1], -1)
+        count = gradient.gate[..., -1, None, None]
         image, total = a[..., :-1], a[..., -1:]
         return image - times(total, times(total.mT, basis)) / jnp.maximum(count, 1)
 
     @_program
     def spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
         """Computes the spectrum from the last basis and its image."""
-        n, k = self.columns - self.spare, self.components
+        n = self.columns - self.spare
+        k = self.components
         square = times(basis[..., :n].mT, image[..., :n])
         squares, vectors = (x[..., ::-1] for x in jnp.linalg.eigh((square + square.mT) / 2))
         total = jnp.sum(squares, -1) + _estimate_rest(basis[..., n:], image[..., n:])

@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .._adapters import LoRA, is_node
 from .._errors import InputError
 from .._keys import check_key, fold
-from .._rules import Rule, check_int, check_rules
-from .._sites import Site
+from .._rules import check_int
+from .._site import Rule, Site, check_rules
 from .._transform import transform, wrap
 from .._tree import bind, leaves_by_path, nest
 from .._types import Path, PyTree, short
@@ -106,7 +106,7 @@ def _iterate(
     from .._progress import progress  # not at the import of jlora
 
     @jax.jit
-    def gradient(params: PyTree, adapter: PyTree, batch: Any) -> PyTree:
+    def gradient(params: PyTree, adapter: PyTree, batch: PyTree) -> PyTree:
         def value(adapter: PyTree) -> jax.Array:
             y = wrap(loss)(bind(params, adapter), batch)
             if getattr(y, "shape", None) != ():
@@ -128,7 +128,8 @@ def _iterate(
             sums, count = None, 0
             for batch in batches:
                 new = gradient(params, adapter, batch)
-                sums, count = new if sums is None else add(sums, new), count + 1
+                sums = new if sums is None else add(sums, new)
+                count += 1
                 bar.update()
             if sums is None:
                 raise TypeError(_ONCE)
@@ -153,7 +154,7 @@ _ONCE = (
 
 
 def _check(
-    loss: Any, kind: Any, components: Any, passes: Any, key: jax.Array, batches: Any
+    loss: object, kind: object, components: object, passes: object, key: jax.Array, batches: object
 ) -> None:
     if not callable(loss):
         raise TypeError(f"`loss` must be a function of parameters and a batch; got {short(loss)}.")

@@ -85,7 +85,8 @@ def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Ar
         >>> float(analysis.amplification(w, delta, rank=1))
         5.0
     """
-    w, (u, values, v) = _matrices(w, delta), _svd(delta)
+    w = _matrices(w, delta)
+    u, values, v = _svd(delta)
     _check("rank", rank, values.shape[-1], "ΔW")
     kept = _is_nonzero(values, w.shape)[..., None, :rank]
     u, v = (jnp.where(kept, x[..., :rank], 0) for x in (u, v))
@@ -176,7 +177,8 @@ def _matrices(w: jax.Array, delta: jax.Array | LowRank) -> jax.Array:
         )
     stack, inputs, outputs, _ = delta.layout
     w = _widen(w).transpose(*stack, *inputs, *outputs)
-    n, m = len(stack), len(stack) + len(inputs)
+    n = len(stack)
+    m = len(stack) + len(inputs)
     return w.reshape(*w.shape[:n], math.prod(w.shape[n:m]), math.prod(w.shape[m:]))
 
 

@@ -96,7 +96,7 @@ def distance(node: LowRank, other: LowRank) -> jax.Array:
         >>> from jlora import analysis
         >>> layout = jlora.types.Layout((), (0,), (1,))
         >>> node = jlora.types.LowRank(jnp.eye(4, 2), jnp.eye(2), 1.0, layout)
-        >>> round(float(analysis.distance(node, node._replace(scale=4.0))), 4)
+        >>> round(float(analysis.distance(node, node.replace(scale=4.0))), 4)
         4.2426
     """
     if (mine := _weight(node)) != (its := _weight(other)):

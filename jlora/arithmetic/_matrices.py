@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._adapters import LowRank, from_matrices, is_node, matrices, weight_shape
+from .._adapters import AdapterLeaf, LowRank, from_matrices, matrices, weight_shape
 from .._compat import is_concrete
 from .._core import explicit
 from .._errors import InputError
@@ -53,7 +53,7 @@ def merge_in_core_space(
     outputs. These bases depend only on the ΔW, not on how they are factored.
     """
 
-    def make(nodes: Sequence[LowRank], weights: Any, *operands: Any) -> Any:
+    def make(nodes: Sequence[LowRank], weights: Sequence[Any], *operands: Any) -> Any:
         pairs = [matrices(x) for x in nodes]
         ends = np.cumsum([a.shape[-1] for a, _ in pairs])[:-1]
         scaled = [w * a for (a, _), w in zip(pairs, weights, strict=True)]
@@ -61,9 +61,11 @@ def merge_in_core_space(
         q_b, r_b = qr(jnp.concatenate([b.mT for _, b in pairs], -1))
         parts = zip(jnp.split(r_a, ends, -1), jnp.split(r_b, ends, -1), strict=True)
         cores = [times(x, y.mT) for x, y in parts]
-        u, v = svd_of(jnp.concatenate(cores, -1))[0], svd_of(jnp.concatenate(cores, -2))[2].mT
+        u = svd_of(jnp.concatenate(cores, -1))[0]
+        v = svd_of(jnp.concatenate(cores, -2))[2].mT
         core = merge([times(times(u.mT, m), v) for m in cores], *operands)
-        a, b = times(q_a, u), times(q_b, v).mT
+        a = times(q_a, u)
+        b = times(q_b, v).mT
         # The rank is the smaller side of the core.
         return (times(a, core), b) if core.shape[-1] <= core.shape[-2] else (a, times(core, b))
 
@@ -130,8 +132,8 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
         root = jnp.sqrt(values[..., :kept])
         return u[..., :kept] * root[..., None, :], root[..., None] * v[..., :kept].mT
 
-    def is_small(x: Any) -> bool:
-        return not is_node(x) or (rank is not None and x.a.shape[-1] <= rank)
+    def is_small(x: AdapterLeaf) -> bool:
+        return not isinstance(x, LowRank) or (rank is not None and x.a.shape[-1] <= rank)
 
     return nest({path: x if is_small(x) else build(cut, [x]) for path, x in found.items()})
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._adapters import LowRank, is_node, weight_shape, without_slots
+from .._adapters import AdapterLeaf, LowRank, is_node, weight_shape, without_slots
 from .._compat import is_concrete
 from .._errors import InputError
 from .._tree import adapter_leaves, check_fits, is_empty, leaves_by_path, nest, problems_at
@@ -41,7 +41,7 @@ def flatten_each(adapters: Sequence[PyTree]) -> list[dict[Path, Any]]:
     return trees
 
 
-def is_residual(leaf: Any) -> bool:
+def is_residual(leaf: AdapterLeaf) -> bool:
     """Whether a leaf is a node that belongs to a base that its initializer changed."""
     return is_node(leaf) and leaf.residual
 
@@ -81,7 +81,7 @@ def with_equal_slots(nodes: Sequence[LowRank]) -> list[LowRank]:
     return [without_slots(x, weight_shape(x)) for x in nodes]
 
 
-def join(nodes: Sequence[LowRank], a: Any, b: Any, scale: float) -> LowRank:
+def join(nodes: Sequence[LowRank], a: jax.Array, b: jax.Array, scale: float) -> LowRank:
     """Makes the node of A and B that replaces `nodes`.
 
     A factor is frozen if it is frozen in all nodes. The dropout is that of the nodes if it is
@@ -198,13 +198,14 @@ def combine_leaves(
             return leaves[0]
         start = jnp.asarray(params[path])
         wide = jnp.promote_types(start.dtype, jnp.float32)
-        start, dtype = start.astype(wide), leaves[0].dtype
+        start = start.astype(wide)
+        dtype = leaves[0].dtype
         changes = [v * (x.astype(wide) - start) for x, v in zip(leaves, w, strict=True)]
         return (start + full(changes, path)).astype(dtype)
 
     return nest({path: combine(path, pairs) for path, pairs in given.sites.items()})
 
 
-def is_one(w: Any) -> bool:
+def is_one(w: object) -> bool:
     """Whether a weight is the number 1, not an array."""
     return isinstance(w, int | float) and w == 1

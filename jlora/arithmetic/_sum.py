@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from .._adapters import LowRank, leading_axes
 from .._compat import evaluate_now
@@ -154,7 +155,7 @@ def _residual(given: Operands) -> Collection[Path]:
     return sites if near == [1] else ()
 
 
-def _scale_b(b: jax.Array, *factors: Any) -> jax.Array:
+def _scale_b(b: jax.Array, *factors: ArrayLike) -> jax.Array:
     """Multiplies B by numbers, in its dtype; returns B itself if all are 1."""
     for x in factors:
         b = b if is_one(x) else (b * x).astype(b.dtype)

@@ -1,7 +1,7 @@
 """Saves and restores adapters as Orbax checkpoints.
 
 Imports `_adapters`, `_core`, `_errors`, `_folders`, `_quantized`, `_rules`, `_tree`, `_types`,
-`_errors` and `initializers`.
+`_errors`, `_site`, `initializers`.
 
 A checkpoint contains the adapter, and the metadata to rebuild it without the training script. It
 does not contain the base.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from .._core import AnyArray
 from .._errors import InputError
 from .._types import PyTree
 from ._fingerprint import shapes_of
@@ -93,12 +94,12 @@ def _read(folder: Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree, PyTre
     """
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    def args_of(x: Any) -> ocp.RestoreArgs:
+    def args_of(x: AnyArray) -> ocp.RestoreArgs:
         if x.dtype == np.uint32:
             return ocp.ArrayRestoreArgs(sharding=place)
         return ocp.RestoreArgs(restore_type=np.ndarray)
 
-    def item_of(x: Any) -> Any:
+    def item_of(x: AnyArray) -> Any:
         return _struct(x) if is_wanted(x) else ocp.PLACEHOLDER
 
     check_files(folder)
@@ -119,18 +120,18 @@ def _read(folder: Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree, PyTre
             return found.tree, checkpointer.restore(folder.absolute(), args=args)
 
 
-def _struct(x: Any) -> jax.ShapeDtypeStruct:
+def _struct(x: AnyArray) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _is_key(x: Any) -> bool:
+def _is_key(x: object) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _with_variables(tree: PyTree) -> PyTree:
     """Restores NNX's variables, which Orbax keeps as `{"value": array}`, if every leaf is one."""
 
-    def is_one(x: Any) -> bool:
+    def is_one(x: object) -> bool:
         return isinstance(x, dict) and set(x) == {"value"} and not isinstance(x["value"], dict)
 
     if all(map(is_one, jax.tree.leaves(tree, is_leaf=is_one))):

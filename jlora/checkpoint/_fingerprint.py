@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._core import abstract
-from .._quantized import is_quantized
+from .._core import AnyArray, abstract
+from .._quantized import Quantized, is_quantized
 from .._tree import is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 
@@ -35,7 +35,7 @@ Fingerprint = dict[Path, Leaf]
 KEYS = ("threefry2x32", "rbg", "unsafe_rbg")  # JAX's implementations
 
 
-def is_fingerprint(x: Any) -> TypeGuard[Fingerprint]:
+def is_fingerprint(x: object) -> TypeGuard[Fingerprint]:
     """Whether `x` is a fingerprint."""
     return isinstance(x, dict) and bool(x) and all(isinstance(leaf, Leaf) for leaf in x.values())
 
@@ -93,18 +93,18 @@ def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
     return {path: leaf_of(_narrow(x) if values else abstract(x), values) for path, x in leaves}
 
 
-def _narrow(x: Any) -> Any:
+def _narrow(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """Converts an array to its dtype in JAX, which may have 32 bits instead of 64."""
     dtype = abstract(x).dtype
     return x if x.dtype == dtype else np.asarray(x).astype(dtype)
 
 
-def leaf_of(x: Any, values: bool) -> Leaf:
+def leaf_of(x: AnyArray | Quantized, values: bool) -> Leaf:
     """Returns the leaf of an array with its own dtype, even if JAX would narrow it."""
     return Leaf(tuple(x.shape), str(x.dtype), hash_of(x) if values else None)
 
 
-def hash_of(x: Any) -> str:
+def hash_of(x: AnyArray | Quantized) -> str:
     """Returns 64 bits that depend on every bit of an array, however it is sharded.
 
     For a quantized weight they depend on every bit of its codes and scales.

@@ -7,8 +7,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .._adapters import RULES, is_node, state, static
-from .._rules import Rule, is_finite
+from .._adapters import RULES, AdapterLeaf, is_node, state, static
+from .._rules import is_finite
+from .._site import Full, Rule
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from ._fingerprint import Fingerprint, Leaf, leaf_of, struct_of
@@ -93,7 +94,7 @@ def decode(fields: Fields) -> Saved:
 # ------------------------------------------------------------------------------------------ leaves
 
 
-def _encode_leaf(path: Path, x: Any) -> Fields:
+def _encode_leaf(path: Path, x: AdapterLeaf) -> Fields:
     parts = {p[-1]: leaf_of(array, values=True) for p, array in flatten_leaves({path: x}).items()}
     item = {"path": list(path), "arrays": parts}
     if is_node(x):
@@ -105,7 +106,7 @@ def _decode_leaf(item: Fields, parts: dict[str, Any]) -> Any:
     if "layout" not in item:
         (full,) = parts.values()
         return full
-    nodes = {x.node.__name__: x.node for x in RULES.values() if x.node is not None}
+    nodes = {x.node.__name__: x.node for x in RULES.values() if x is not Full}
     kind = registered("node", item["node"], nodes)
     names = [name for name in kind._fields if name in item and name not in kind.labels]
     fields = {name: _to_tuples(item[name]) for name in names}
@@ -129,19 +130,19 @@ def _layout(**fields: Any) -> Layout:
     return found
 
 
-def _leaf(shape: Any, dtype: str, hash: str | None) -> Leaf:
+def _leaf(shape: Sequence[int], dtype: str, hash: str | None) -> Leaf:
     if not all(type(n) is int and 0 <= n < 2**63 for n in shape):
         raise TypeError(f"expected a shape, got {shape!r}")
     return Leaf(tuple(shape), str(dtype), hash)
 
 
-def _strings(path: Any) -> Path:
+def _strings(path: object) -> Path:
     if not isinstance(path, list) or not all(isinstance(part, str) for part in path):
         raise TypeError(f"expected a path, got {path!r}")
     return tuple(path)
 
 
-def _to_tuples(x: Any) -> Any:
+def _to_tuples(x: object) -> Any:
     """Converts the lists of JSON to tuples, at any depth."""
     if isinstance(x, dict):
         return {name: _to_tuples(value) for name, value in x.items()}

@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
-from .._adapters import arrays, is_node, state, static
+from .._adapters import AdapterLeaf, arrays, is_node, state, static
+from .._core import AnyArray
 from .._errors import InputError, MissingError, shorten, show
 from .._tree import adapter_leaves, adapter_of, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
@@ -65,7 +67,8 @@ def read(path: Where) -> Saved:
     damaged = f"the metadata of {folder} are damaged"
     with damage(folder, damaged):
         fields = json.loads(file.read_text())
-        number, version = fields["format"], show(str(fields["versions"]["jlora"]))
+        number = fields["format"]
+        version = show(str(fields["versions"]["jlora"]))
     if number != FORMAT:
         raise InputError(
             f"`path`: jlora {version} wrote {folder} in format {shorten(number)}; this version of "
@@ -81,7 +84,7 @@ def read(path: Where) -> Saved:
     return saved
 
 
-def _explain(folder: Any) -> str:
+def _explain(folder: epath.Path) -> str:
     """Explains why a folder is not a checkpoint of an adapter."""
     names = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
     if steps := sorted(filter(str.isdigit, names), key=int):
@@ -144,7 +147,7 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
     return jax.tree.unflatten(structure, list(leaves.values()))
 
 
-def _fill(x: Any, path: Path, flat: dict[Path, Any]) -> Any:
+def _fill(x: AdapterLeaf, path: Path, flat: dict[Path, Any]) -> AdapterLeaf:
     """Puts the arrays that were read into the leaf `x`."""
     if not is_node(x):
         return flat[*path, FULL]
@@ -163,7 +166,7 @@ def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
     return dict(leaves_by_path(tree))
 
 
-def _template(x: Any) -> Any:
+def _template(x: AnyArray) -> Any:
     """Returns Orbax's template for an array: sharded like `x`, or NumPy's without a sharding."""
     sharding = getattr(x, "sharding", None)
     if sharding is None:

@@ -11,7 +11,8 @@ from .. import _quantized, initializers
 from .._adapters import RULES, LoRA
 from .._errors import shorten, show
 from .._quantized import Scheme
-from .._rules import Rule, Slots
+from .._rules import Slots
+from .._site import Rule
 from ..initializers import Initializer
 
 Fields = dict[str, Any]
@@ -50,7 +51,7 @@ class Foreign:
         )
 
 
-def encode_rule(rule: Any) -> Fields:
+def encode_rule(rule: Rule) -> Fields:
     fields = {f.name: _encode_field(getattr(rule, f.name)) for f in dataclasses.fields(rule)}
     if isinstance(rule, LoRA):
         fields["scale"] = rule.scale  # for readers of the file; it follows from the other fields
@@ -83,7 +84,7 @@ def decode_rule(fields: Fields) -> Rule:
     return kind(**{name: _decode_field(fields[name]) for name in names})
 
 
-def _decode_field(value: Any) -> Any:
+def _decode_field(value: object) -> Any:
     match value:
         case {"slots": slots}:
             return Slots(**slots)
@@ -103,7 +104,7 @@ def _decode_field(value: Any) -> Any:
     return value
 
 
-def _is_known(option: Any) -> bool:
+def _is_known(option: object) -> bool:
     """Whether the option of an initializer can be restored: a scheme must be jlora's own."""
     return not isinstance(option, Scheme) or SCHEMES.get(type(option).__name__) is type(option)
 
@@ -127,7 +128,7 @@ def _function(name: str) -> Callable[..., Any]:
 NOT_REGISTERED = "is not registered; import the module that registers it"
 
 
-def registered(kind: str, name: Any, types: Mapping[str, Any], why: str = NOT_REGISTERED) -> Any:
+def registered(kind: str, name: object, types: Mapping[str, Any], why: str = NOT_REGISTERED) -> Any:
     """Returns the class in `types` with a name from a file."""
     if not isinstance(name, str) or name not in types:
         raise ValueError(f"the checkpoint has the {kind} {shorten(name)}, which {why}")

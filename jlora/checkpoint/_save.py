@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from .._adapters import is_node
 from .._errors import InputError
 from .._quantized import is_quantized
-from .._rules import Full, Rule, check_rules
+from .._site import Full, Rule, check_rules
 from .._tree import (
     adapter_leaves,
     adapter_of,

@@ -156,7 +156,7 @@ def check_files(folder: Where) -> None:
                 check_values(path.read_bytes())
 
 
-def write(path: Where, handler: Any, args: Any) -> None:
+def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> None:
     """Writes a checkpoint to `path`, complete or not at all, with all processes together.
 
     Orbax writes into a folder that no other writer uses. In the end, process 0 renames it. If two

@@ -1,12 +1,14 @@
 """EVA: A from the principal components of a site's inputs."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from ._initializer import SketchInitializer, dtype_of
+from .._quantized import BaseLeaf
+from .._site import Site
+from ._initializer import RankRule, SketchInitializer, Start, dtype_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -41,7 +43,7 @@ class eva(SketchInitializer):
 
     kind: ClassVar[str] = "inputs"
 
-    def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
+    def __call__(self, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
         dtype = dtype_of(site, rule)
         a = self.spectrum_at(site, rule, rule.rank).inputs[..., : rule.rank]
         return w, jnp.array(a, dtype), jnp.zeros(rule.factor_shapes(site)[1], dtype)

@@ -1,14 +1,15 @@
 """The initializer of the LoRA paper."""
 
 import math
-from typing import Any
 
 import jax
 
-from ._initializer import draw, fan_in
+from .._quantized import BaseLeaf
+from .._site import Site
+from ._initializer import RankRule, Start, draw, fan_in
 
 
-def gaussian(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
+def gaussian(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     r"""Draws A from a normal distribution of variance 1 / inputs, and sets B to zero.
 
     Args:

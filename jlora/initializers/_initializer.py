@@ -4,30 +4,63 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .._compat import evaluate_now
 from .._core import promote
+from .._quantized import BaseLeaf
 from .._rules import rule_name
+from .._site import Site
+
+Start = tuple[BaseLeaf, jax.Array, jax.Array]  # the W of the base, A and B
 
 
-def dtype_of(site: Any, rule: Any) -> jnp.dtype:
+class RankRule(Protocol):
+    """What an initializer reads of a rule with A and B, such as a `LoRA`."""
+
+    @property
+    def pattern(self) -> str | None:
+        """The pattern."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """The factor s of ΔW = s·A·B."""
+        ...
+
+    @property
+    def dtype(self) -> DTypeLike | None:
+        """The dtype of A and B, or None."""
+        ...
+
+    def factor_shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the shapes of A and of B at a site."""
+        ...
+
+
+def dtype_of(site: Site, rule: RankRule) -> jnp.dtype:
     """Returns the dtype of A and B: that of the rule, or that of W but at least float32."""
     return jnp.dtype(promote(site.dtype, jnp.float32) if rule.dtype is None else rule.dtype)
 
 
-def draw(w: Any, site: Any, rule: Any, sample: Callable[..., jax.Array]) -> tuple[Any, Any, Any]:
+def draw(w: BaseLeaf, site: Site, rule: RankRule, sample: Callable[..., jax.Array]) -> Start:
     """Returns `(w, a, b)`; `sample` draws A from a shape and a dtype."""
     dtype = dtype_of(site, rule)
     a_shape, b_shape = rule.factor_shapes(site)
     return w, sample(a_shape, dtype), jnp.zeros(b_shape, dtype)
 
 
-def takes_shape(init: Any) -> bool | None:
+def takes_shape(init: object) -> bool | None:
     """Whether an initializer takes `(key, shape, dtype)`, as those of JAX do, or what jlora's take.
 
     None if it takes neither, such as a class or function that is to be called with options first.
@@ -49,11 +82,11 @@ def takes_shape(init: Any) -> bool | None:
 
 
 def draw_by(
-    init: Callable[..., jax.Array], key: jax.Array, w: Any, site: Any, rule: Any
-) -> tuple[Any, Any, Any]:
+    init: Callable[..., jax.Array], key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule
+) -> Start:
     """Returns `(w, a, b)`; JAX's initializer `init` draws each matrix (inputs, r) of A."""
 
-    def sample(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def sample(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
         inputs = math.prod(site.shape[d] for d in site.layout.inputs if d != site.experts)
         matrices = math.prod(shape) // (inputs * shape[-1])
         keys = jax.random.split(key, matrices)
@@ -68,7 +101,7 @@ def draw_by(
     return w, a, b
 
 
-def fan_in(site: Any) -> int:
+def fan_in(site: Site) -> int:
     """Counts the inputs that a product sums: 1 for a lookup; for experts, those of one expert."""
     inputs = (site.shape[d] for d in site.layout.inputs if d != site.experts)
     return 1 if site.kind == "embed" else math.prod(inputs)
@@ -78,7 +111,7 @@ def fan_in(site: Any) -> int:
 class Initializer:
     """The base class of initializers with options, which are its fields; named like functions."""
 
-    def __call__(self, key: Any, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
+    def __call__(self, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
         """Returns `(w, a, b)`."""
         raise NotImplementedError
 
@@ -120,7 +153,7 @@ class SketchInitializer(Initializer):
                 f"{sketch.kind!r}."
             )
 
-    def spectrum_at(self, site: Any, rule: Any, components: int) -> Any:
+    def spectrum_at(self, site: Site, rule: RankRule, components: int) -> Any:
         """Returns the spectrum of a site, which has at least `components`, or all that exist."""
         sites, path = self.sketch.sites, site.path
         found = sites.get(path)

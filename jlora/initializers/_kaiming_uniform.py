@@ -1,14 +1,15 @@
 """He's uniform initializer."""
 
 import math
-from typing import Any
 
 import jax
 
-from ._initializer import draw, fan_in
+from .._quantized import BaseLeaf
+from .._site import Site
+from ._initializer import RankRule, Start, draw, fan_in
 
 
-def kaiming_uniform(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
+def kaiming_uniform(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     r"""Draws A uniformly from $\pm 1/\sqrt{inputs}$, and sets B to zero; this is the default.
 
     It is He's uniform initializer with $a = \sqrt 5$, as in PEFT and loralib. For an embedding, A

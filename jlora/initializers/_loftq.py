@@ -8,9 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spell
+from .._quantized import (
+    BaseLeaf,
+    Form,
+    Quantized,
+    Scheme,
+    form_of,
+    quantize_weight,
+    spell,
+)
 from .._rules import check_int, name_mistake, rule_name
-from ._initializer import Initializer
+from .._site import Site
+from ._initializer import Initializer, RankRule, Start
 from ._pissa import factor_largest
 from ._split import Split, check_values, keep_sharding, map_stack, split_array, split_of
 
@@ -73,13 +82,13 @@ class loftq(Initializer):
         check_int("`iterations` of loftq", self.iterations, 1)
         object.__setattr__(self, "iterations", int(self.iterations))
 
-    def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> Any:
-        check_values(w, site, rule)
+    def __call__(self, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
+        w = check_values(w, site, rule)
         spec = split_of(w, site, rule, self._form(w, site, rule))
         return keep_sharding(spec, functools.partial(_alternate, self), key, w)
 
-    def _form(self, w: Any, site: Any, rule: Any) -> Form:
-        if is_quantized(w):
+    def _form(self, w: BaseLeaf, site: Site, rule: RankRule) -> Form:
+        if isinstance(w, Quantized):
             raise ValueError(
                 f"{site.path!r} of `params` is quantized already, as {spell(w.scheme)}, but loftq, "
                 f"the `init` of {rule_name(rule)}, quantizes it itself. Give "
@@ -102,7 +111,7 @@ def _alternate(start: loftq, spec: Split, key: jax.Array, w: jax.Array) -> tuple
             leaf = quantize_weight(target, start.scheme, spec.form)
             return leaf, *split_array(factor_largest, spec, key, wide - leaf.array(jnp.float32))
 
-        def next_target(_: int, target: jax.Array) -> jax.Array:
+        def next_target(_: jax.Array, target: jax.Array) -> jax.Array:
             leaf, rest, _, _ = correct(target)
             return leaf.array(jnp.float32) + rest
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from .._quantized import is_quantized
-from ._initializer import SketchInitializer, dtype_of
+from .._quantized import BaseLeaf, Quantized
+from .._site import Site
+from ._initializer import RankRule, SketchInitializer, Start, dtype_of
 from ._split import split_of, subtract
 
 
@@ -60,13 +61,14 @@ class lora_ga(SketchInitializer):
         if not self.gamma > 0:
             raise ValueError(f"`gamma` of lora_ga must be positive; got {self.gamma!r}.")
 
-    def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
-        if is_quantized(w):
+    def __call__(self, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
+        if isinstance(w, Quantized):
             raise ValueError(
                 f"lora_ga cannot change W at {site.path!r}, which is quantized. Call init with the "
                 "original W, then jlora.quantize the base."
             )
-        r, dtype = rule.rank, dtype_of(site, rule)
+        r = rule.rank
+        dtype = dtype_of(site, rule)
         found = self.spectrum_at(site, rule, 2 * r)
         a = jnp.array(found.inputs[..., :r], dtype)
         rows = found.outputs.reshape(*found.values.shape, -1)[..., r : 2 * r, :]

@@ -1,14 +1,15 @@
 """MiLoRA: moves the smallest singular values of W into A and B."""
 
-from typing import Any
-
 import jax
 
+from .._quantized import BaseLeaf
+from .._site import Site
+from ._initializer import RankRule, Start
 from ._pissa import make_factors
 from ._split import Factors, split, svd_part
 
 
-def milora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
+def milora(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     r"""Moves the r smallest singular values of W, with their vectors, into A and B.
 
     It is `pissa` at the other end of the spectrum: it trains the part of W that matters least. If W

@@ -1,15 +1,15 @@
 """MiSS: a frozen A that sums inputs in groups."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._initializer import dtype_of
+from .._quantized import BaseLeaf
+from .._site import Site
+from ._initializer import RankRule, Start, dtype_of
 
 
-def miss(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
+def miss(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     r"""Sets A to identities repeated along the inputs, and freezes it; sets B to zero.
 
     So $\Delta W_{io} = s \, B_{i \bmod r, o}$: rows of ΔW that are r apart are equal. It trains

@@ -1,14 +1,15 @@
 """OLoRA: moves the first directions of a QR of W into A and B."""
 
-from typing import Any
-
 import jax
 
 from .._linalg import times
+from .._quantized import BaseLeaf
+from .._site import Site
+from ._initializer import RankRule, Start
 from ._split import Factors, factor_qr, split, widen
 
 
-def olora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
+def olora(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     r"""Moves the part of W along the first r vectors of a QR decomposition into A and B.
 
     With $W^\top = Q R$ and the first r columns $Q_r$, $B = Q_r^\top$ has orthonormal rows,

@@ -1,15 +1,15 @@
 """PaCA: a frozen A that picks inputs at random."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._initializer import dtype_of
+from .._quantized import BaseLeaf
+from .._site import Site
+from ._initializer import RankRule, Start, dtype_of
 
 
-def paca(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
+def paca(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     r"""Sets A to r random columns of the identity, and freezes it; sets B to zero.
 
     So it trains r rows of W (r columns in PyTorch's order): with the r different inputs $c_k$ that
@@ -40,7 +40,7 @@ def paca(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, 
         >>> base, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
         >>> adapter["w"].a.T.tolist(), jlora.count(adapter)
         ([[0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]], 6)
-        >>> trained = {"w": adapter["w"]._replace(b=jnp.ones((2, 3)))}
+        >>> trained = {"w": adapter["w"].replace(b=jnp.ones((2, 3)))}
         >>> jlora.merge(base, trained)["w"][:, 0].tolist()
         [1.0, 2.0, 1.0, 2.0]
     """

@@ -1,21 +1,22 @@
 """PiSSA: moves the largest singular values of W into A and B."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .._linalg import times
+from .._quantized import BaseLeaf
 from .._rules import check_int
-from ._initializer import Initializer
+from .._site import Site
+from ._initializer import Initializer, RankRule, Start
 from ._split import Factors, factor_qr, split, svd_part, widen
 
 MORE = 8  # directions beyond the rank, so that the iteration converges faster
 
 
-def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
+def pissa(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     r"""Moves the r largest singular values of W, with their vectors, into A and B.
 
     With $W = U \Sigma V^\top$, $A = U_r \sqrt{\Sigma_r / s}$, $B = \sqrt{\Sigma_r / s}\, V_r^\top$
@@ -108,7 +109,7 @@ class pissa_niter(Initializer):
         check_int("`iterations` of pissa_niter", self.iterations, 0)
         object.__setattr__(self, "iterations", int(self.iterations))
 
-    def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> Any:
+    def __call__(self, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
         return split(_Iterate(self.iterations), key, w, site, rule)
 
 
@@ -124,7 +125,7 @@ class _Iterate:
         columns = min(rank + MORE, inputs, outputs)
         omega = jax.random.normal(key, (*stack, outputs, columns), w.dtype)
 
-        def iterate(_: Any, q: jax.Array) -> jax.Array:
+        def iterate(_: jax.Array, q: jax.Array) -> jax.Array:
             z, _ = factor_qr(times(w.mT, q))
             return factor_qr(times(w, z))[0]
 

@@ -14,11 +14,12 @@ from jax.sharding import NamedSharding
 from .. import _compat
 from .._core import RANK, Axis, Change, Delta, Factor, explicit, fit_spec, leaf_weight, promote
 from .._linalg import map_matrices, qr
-from .._quantized import Form, Quantized, is_quantized, quantize_weight
+from .._quantized import BaseLeaf, Form, Quantized, is_quantized, quantize_weight
 from .._rules import rule_name
+from .._site import Site
 from .._types import Layout
 from .._whole import check_whole
-from ._initializer import dtype_of
+from ._initializer import RankRule, Start, dtype_of
 
 Factors = tuple[jax.Array, jax.Array]  # A and B, or Q and R
 # `(key, w, rank, scale) -> (a, b)` for matrices w (…, inputs, outputs), which lose scale·A·B.
@@ -39,7 +40,7 @@ class Split(NamedTuple):
     layout: Layout
     rank: int
     scale: float
-    dtype: Any
+    dtype: jnp.dtype
     form: Form | None = None
 
     @property
@@ -56,30 +57,30 @@ class Split(NamedTuple):
         return self._replace(layout=Layout(stack, inputs, outputs, slots), form=form)
 
 
-def split_of(w: Any, site: Any, rule: Any, form: Form | None = None) -> Split:
+def split_of(w: BaseLeaf, site: Site, rule: RankRule, form: Form | None = None) -> Split:
     """Returns how a site is split under a rule."""
-    form = w.form if is_quantized(w) else form
+    form = w.form if isinstance(w, Quantized) else form
     return Split(site.layout, rule.rank, rule.scale, dtype_of(site, rule), form)
 
 
-def split(
-    factored: Factored, key: jax.Array, w: Any, site: Any, rule: Any
-) -> tuple[Any, jax.Array, jax.Array]:
+def split(factored: Factored, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     """Returns W - s·A·B, rounded once, and A and B, which `factored` computes.
 
     Each matrix of a stack and each slot is factored on its own. If W is quantized, W - s·A·B is
     quantized again.
     """
-    check_values(w, site, rule)
+    w = check_values(w, site, rule)
     return keep_sharding(split_of(w, site, rule), functools.partial(_split, factored), key, w)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _split(factored: Factored, spec: Split, key: jax.Array, w: Any) -> tuple[Any, Any, Any]:
-    if not is_quantized(w):
+def _split(factored: Factored, spec: Split, key: jax.Array, w: jax.Array | Quantized) -> Start:
+    if not isinstance(w, Quantized):
         return split_array(factored, spec, key, w)
 
-    def requantize(spec: Split, key: jax.Array, w: Quantized) -> tuple[Any, Any, Any]:
+    def requantize(
+        spec: Split, key: jax.Array, w: Quantized
+    ) -> tuple[Quantized, jax.Array, jax.Array]:
         rest, a, b = split_array(factored, spec, key, w.array(jnp.float32))
         return quantize_weight(rest, w.scheme, w.form), a, b
 
@@ -88,12 +89,14 @@ def _split(factored: Factored, spec: Split, key: jax.Array, w: Any) -> tuple[Any
     return dataclasses.replace(leaf, dtype=w.dtype, used=w.used, error=error), a, b
 
 
-def map_stack(f: Callable[..., Any], spec: Split, key: jax.Array, w: Any) -> tuple[Any, Any, Any]:
+def map_stack(
+    f: Callable[..., Any], spec: Split, key: jax.Array, w: jax.Array | Quantized
+) -> tuple[Any, jax.Array, jax.Array]:
     """Maps `f(spec, key, w)` over the stacked axes at the front, one entry after the other."""
     if not spec.is_stack:
         return f(spec, key, w)
 
-    def of_entry(xs: Any) -> Any:
+    def of_entry(xs: tuple[jax.Array, jax.Array | Quantized]) -> tuple[Any, jax.Array, jax.Array]:
         key, w = xs
         w = dataclasses.replace(w, form=spec.of_entry.form) if is_quantized(w) else w
         return map_stack(f, spec.of_entry, key, w)
@@ -178,23 +181,24 @@ def widen(x: jax.Array) -> jax.Array:
 # ------------------------------------------------------------------------------ checks and sharding
 
 
-def check_values(w: Any, site: Any, rule: Any) -> None:
-    """Raises if W has no values, is not finite, or may be a shard."""
+def check_values(w: BaseLeaf, site: Site, rule: RankRule) -> jax.Array | Quantized:
+    """Returns W; raises if W has no values, is not finite, or may be a shard."""
     name = f"the `init` of {rule_name(rule)}"
-    check_whole(f"{name} factors", w, site.path)
-    if is_quantized(w):
-        return
+    w = check_whole(f"{name} factors", w, site.path)
+    if isinstance(w, Quantized):
+        return w
     bad = _compat.evaluate_now(lambda w: jnp.sum(~jnp.isfinite(w)), w)
     if bad:
         raise ValueError(
             f"{site.path!r} of `params` has {bad} values that are NaN or infinite, which {name} "
             "cannot factor. Use a checkpoint whose values are finite."
         )
+    return w
 
 
 def keep_sharding(
-    spec: Split, f: Callable[..., Any], key: jax.Array, w: Any
-) -> tuple[Any, jax.Array, jax.Array]:
+    spec: Split, f: Callable[..., Any], key: jax.Array, w: jax.Array | Quantized
+) -> Start:
     """Calls `f(spec, key, w)`, which returns `(w, a, b)`, and shards the new W like the old one.
 
     Along explicit axes of a mesh, A and B are sharded like W too.
@@ -211,21 +215,27 @@ def keep_sharding(
     return new, a, b
 
 
-def _put_like(new: jax.Array, old: Any) -> jax.Array:
+def _put_like(new: jax.Array, old: jax.Array) -> jax.Array:
     place = _compat.place_of(old) if _compat.is_concrete(new) else None
     return new if place is None else jax.device_put(new, place)
 
 
-def _shardings(spec: Split, known: NamedSharding, w: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
+def _shardings(
+    spec: Split,
+    known: NamedSharding,
+    w: jax.ShapeDtypeStruct | Quantized,
+    a: jax.ShapeDtypeStruct,
+    b: jax.ShapeDtypeStruct,
+) -> tuple[Any, NamedSharding, NamedSharding]:
     """Returns the shardings of W, A and B over the mesh of `known`, the sharding of W."""
 
-    def place(x: Any, axes: Sequence[int | None]) -> NamedSharding:
+    def place(x: jax.ShapeDtypeStruct, axes: Sequence[int | None]) -> NamedSharding:
         spec = [None if d is None else known.spec[d] for d in axes]
         return NamedSharding(known.mesh, fit_spec(spec, x.shape, known.mesh))
 
     stack, inputs, outputs, slots = spec.layout
     beside = (*stack, *((None,) if slots is not None else ()))
     of_a, of_b = place(a, (*beside, *inputs, None)), place(b, (*beside, None, *outputs))
-    if not is_quantized(w):
+    if isinstance(w, jax.ShapeDtypeStruct):
         return place(w, range(w.ndim)), of_a, of_b
     return w.map_arrays(place), of_a, of_b

@@ -1,7 +1,7 @@
 """Models of Keras with an adapter, for `compile` and `fit`.
 
-Nothing else in jlora imports Keras. Imports `_adapters`, `_merge`, `_rules`, `_transform`, `_tree`
-and `_types`.
+Nothing else in jlora imports Keras. Imports `_adapters`, `_merge`, `_rules`, `_site`, `_transform`,
+`_tree`, `_types`.
 """
 
 from ._adapted import Adapted as Adapted

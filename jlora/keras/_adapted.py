@@ -5,7 +5,7 @@ $$\mathrm{adapted}(x) = \mathrm{model}_{W + s \cdot A B}(x)$$
 
 import collections
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,8 @@ import keras
 
 from .._adapters import is_node
 from .._merge import merge
-from .._rules import Rule, check_int
+from .._rules import check_int
+from .._site import Rule
 from .._transform import dropout, transform
 from .._tree import bind, leaves_by_path, name_of
 from .._types import Holder, PyTree
@@ -58,7 +59,7 @@ class Adapted(Holder, keras.Model):
 
     def __init__(
         self,
-        model: Any,
+        model: keras.Layer,
         adapter: PyTree,
         *,
         params: Mapping[str, jax.Array] | None = None,
@@ -168,7 +169,7 @@ class Adapted(Holder, keras.Model):
             "or the merged model by adapted.merge().save(path)."
         )
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
+    def call(self, inputs: PyTree, training: bool | None = None) -> Any:
         """Returns what the adapted model returns."""
         self._refuse_merged()
         own = self._adapted.union(self._paths)
@@ -177,7 +178,7 @@ class Adapted(Holder, keras.Model):
         # Keras knows a loss by its id: those of the trace live until this model has its own.
         scopes = []
 
-        def pure(params: Any, values: Any) -> Any:
+        def pure(params: Mapping[str, jax.Array], values: Sequence[jax.Array]) -> Any:
             pairs = [*((v, params[v.path]) for v in weights), *zip(others, values, strict=True)]
             with keras.StatelessScope(pairs, collect_losses=True) as scope:
                 outputs = self.base(inputs, training=training)
@@ -199,7 +200,7 @@ class Adapted(Holder, keras.Model):
         return jax.tree.map(lambda x, mask: SetMask(mask)(x), outputs, masks)
 
 
-def adapt(model: Any, *rules: Rule, example: Any, seed: int = 0) -> Adapted:
+def adapt(model: keras.Model, *rules: Rule, example: PyTree, seed: int = 0) -> Adapted:
     """Adapts a model by rules.
 
     If an initializer changes W, as `jlora.initializers.pissa` does, the adapted model keeps the
@@ -235,7 +236,7 @@ def adapt(model: Any, *rules: Rule, example: Any, seed: int = 0) -> Adapted:
     check_int("`seed`", seed, 0)
     found = _weights(model)
 
-    def pure(params: Any, inputs: Any) -> Any:
+    def pure(params: Mapping[str, jax.Array], inputs: PyTree) -> Any:
         with keras.StatelessScope([(v, params[v.path]) for v in model.weights if v.path in params]):
             return model(inputs)
 
@@ -265,7 +266,7 @@ def _check_params(
     return replaced
 
 
-def _weights(model: Any) -> dict[str, jax.Array]:
+def _weights(model: keras.Layer) -> dict[str, jax.Array]:
     """Returns the weights of a model by their paths."""
     if keras.backend.backend() != "jax":
         raise RuntimeError(

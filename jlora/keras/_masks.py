@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import keras
 
 
@@ -12,19 +13,19 @@ class GetMask(keras.Layer):
         super().__init__()
         self.supports_masking = True
 
-    def call(self, x: Any, mask: Any = None) -> Any:
+    def call(self, x: jax.Array, mask: jax.Array | None = None) -> Any:
         return mask
 
 
 class SetMask(keras.Layer):
     """Returns its input, for which Keras keeps a mask from then on."""
 
-    def __init__(self, mask: Any) -> None:
+    def __init__(self, mask: jax.Array | None) -> None:
         super().__init__()
         self._mask = mask
 
-    def call(self, x: Any) -> Any:
+    def call(self, x: jax.Array) -> Any:
         return x
 
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+    def compute_mask(self, inputs: jax.Array, previous_mask: jax.Array | None) -> Any:
         return self._mask

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapters import factor_shapes, is_node, state, weight_shape
+from .._adapters import AdapterLeaf, LowRank, factor_shapes, is_node, state, weight_shape
 from .._compat import evaluate_now
 from .._core import promote
 from .._tree import check_fits, leaves_by_path
@@ -49,7 +49,7 @@ def check_methods(leaves: Iterable[tuple[Path, Any]]) -> None:
     refuse_other_methods(REFUSAL, leaves, remedy)
 
 
-def _is_finite(leaf: Any) -> bool:
+def _is_finite(leaf: AdapterLeaf) -> bool:
     """Whether all known values are finite."""
     values = jax.tree.leaves(state(leaf) if is_node(leaf) else leaf)
     found = [evaluate_now(lambda x: jnp.isfinite(x).all(), x) for x in values]
@@ -63,7 +63,7 @@ def mismatch_in_table(leaves: Sequence[Any]) -> str | None:
         return why
     return (
         f"has different trainable factors: `frozen` is {frozen[0]} and {frozen[1]}; "
-        "node._replace(frozen=()) makes both trainable"
+        "node.replace(frozen=()) makes both trainable"
     )
 
 
@@ -110,7 +110,7 @@ def fill(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
     return row | {path: jnp.asarray(params[path], empty[path].dtype) for path in missing}
 
 
-def _why_no_room(leaf: Any, empty: Any) -> str | None:
+def _why_no_room(leaf: LowRank | jax.Array, empty: LowRank | jax.Array | None) -> str | None:
     """Explains why a leaf does not fit the `empty` leaf of a table; None if it fits."""
     if empty is None:
         return "is not a site of the table"
@@ -119,7 +119,7 @@ def _why_no_room(leaf: Any, empty: Any) -> str | None:
     for x, room in zip(jax.tree.leaves(leaf), jax.tree.leaves(empty), strict=True):
         if promote(x.dtype, room.dtype) != room.dtype:
             return f"has dtype {x.dtype}, which the table's {room.dtype} cannot represent"
-    if not is_node(leaf):
+    if not isinstance(leaf, LowRank) or not isinstance(empty, LowRank):
         return None
     room, node = with_equal_slots([empty, leaf])
     if room.layout != empty.layout:
@@ -136,10 +136,10 @@ def _spell(layout: Layout) -> str:
     return f"the parts {', '.join(map(str, chosen))} of {count}, Slots({count}, {chosen})"
 
 
-def _convert(leaf: Any, empty: Any) -> Any:
+def _convert(leaf: LowRank | jax.Array, empty: LowRank | jax.Array) -> LowRank | jax.Array:
     """Converts a leaf to the rank, scale, slots and dtypes of `empty`."""
-    if not is_node(leaf):
-        return jnp.asarray(leaf, empty.dtype)
+    if not isinstance(leaf, LowRank) or not isinstance(empty, LowRank):
+        return jnp.asarray(leaf, jnp.result_type(empty))
     node = with_equal_slots([empty, leaf])[1]
     if node.scale != empty.scale:
         node = node._replace(b=node.b * (node.scale / empty.scale))

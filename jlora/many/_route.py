@@ -2,15 +2,24 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
-from .._adapters import LowRank, Routed, is_node, leading_axes, stop_gradients, weight_shape
+from .._adapters import (
+    AdapterLeaf,
+    LowRank,
+    Node,
+    Routed,
+    leading_axes,
+    stop_gradients,
+    weight_shape,
+)
 from .._errors import InputError
 from .._tree import check_fits, leaves_by_path, nest
 from .._types import Path, PyTree, short
@@ -24,11 +33,11 @@ SHARE = 4  # side by side if A and B of all slots have at most 1 / SHARE of W's 
 
 def route(
     apply: Callable[..., Any],
-    in_axes: Any = 0,
-    out_axes: Any = 0,
+    in_axes: PyTree = 0,
+    out_axes: PyTree = 0,
     *,
     form: str | None = None,
-    spmd_axis_name: Any = None,
+    spmd_axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., Any]:
     r"""Makes a function that applies a table of adapters to a batch, one adapter for each row.
 
@@ -78,7 +87,7 @@ def route(
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=1, alpha=1))
         >>> x = jnp.ones((3, 4))
         >>> base, one = lora.init(jax.random.key(0), {"w": jnp.zeros((4, 2))}, x)
-        >>> two = {"w": one["w"]._replace(a=jnp.ones((4, 1)), b=jnp.ones((1, 2)))}
+        >>> two = {"w": one["w"].replace(a=jnp.ones((4, 1)), b=jnp.ones((1, 2)))}
         >>> table = jlora.many.stack([one, two])
         >>> jlora.many.route(lora.apply)(base, table, jnp.array([1, 0, -1]), x)
         Array([[4., 4.],
@@ -89,13 +98,15 @@ def route(
         raise InputError(f"`form` must be one of {', '.join(map(repr, FORMS))}; got {form!r}.")
 
     @functools.wraps(apply)
-    def routed(base: PyTree, table: PyTree, ids: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def routed(
+        base: PyTree, table: PyTree, ids: ArrayLike | Sequence[int], /, *args: Any, **kwargs: Any
+    ) -> Any:
         leaves, slots = _prepare(table, form)
         beside = {path: x for path, x in leaves.items() if isinstance(x, Routed)}
         own = {path: x for path, x in leaves.items() if path not in beside}
         check_fits(base, beside | {p: jax.tree.map(_type_of_slot, x) for p, x in own.items()})
-        ids = check_ids(ids, slots)
-        batch = Batch((args, kwargs), (in_axes, 0), len(ids))
+        rows = check_ids(ids, slots)
+        batch = Batch((args, kwargs), (in_axes, 0), len(rows))
 
         def apply_in_runs(length: int) -> Any:
             """Calls `apply` for each run of `length` rows of one slot."""
@@ -106,13 +117,13 @@ def route(
                 out = apply(base, nest(own | chosen), *args, **kwargs)
                 return move_rows_first(out, out_axes, length)
 
-            first = ids[::length]
+            first = rows[::length]
             over_runs = jax.vmap(apply_run, (0, 0, batch.axes), spmd_axis_name=spmd_axis_name)
             out = over_runs(first, _gather(own, first, base), batch.cut(length))
             return join_runs(out, out_axes)
 
         try:
-            return apply_in_runs(_length_of_runs(ids))
+            return apply_in_runs(_length_of_runs(rows))
         except NoRowsError:  # such as a loss, which becomes one for each row
             return apply_in_runs(1)
 
@@ -164,31 +175,32 @@ def _prepare(table: PyTree, form: str | None) -> tuple[Leaves, int]:
     return found | beside, slots
 
 
-def _type_of_slot(x: Any) -> jax.ShapeDtypeStruct:
+def _type_of_slot(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
 
 # ---------------------------------------------------------------------- which slot, which form
 
 
-def _length_of_runs(ids: Any) -> int:
+def _length_of_runs(ids: jax.Array | np.ndarray) -> int:
     """Returns the largest length that divides all runs of equal ids; 1 if ids are traced."""
     if not isinstance(ids, np.ndarray) or not ids.size:
         return 1
     return math.gcd(len(ids), *(int(i) + 1 for i in np.flatnonzero(np.diff(ids))))
 
 
-def _is_beside(leaf: Any, form: str | None) -> bool:
+def _is_beside(leaf: AdapterLeaf, form: str | None) -> bool:
     """Whether a site is computed side by side."""
-    if not is_node(leaf) or form is not None:
-        return is_node(leaf) and form == FORMS[0]
+    if not isinstance(leaf, LowRank) or form is not None:
+        return isinstance(leaf, LowRank) and form == FORMS[0]
     weight = math.prod(weight_shape(jax.tree.map(_type_of_slot, leaf)))
     return SHARE * (leaf.a.size + leaf.b.size) <= weight
 
 
 def _concatenate(node: LowRank, slots: int) -> Routed:
     """Concatenates the A's of all slots, and the B's."""
-    n, node = leading_axes(node), stop_gradients(node)
+    n = leading_axes(node)
+    node = stop_gradients(node)
     a, b = jnp.moveaxis(node.a, 0, -2), jnp.moveaxis(node.b, 0, n)
     a = a.reshape(*a.shape[:-2], -1)
     b = b.reshape(*b.shape[:n], a.shape[-1], *b.shape[n + 2 :])
@@ -203,18 +215,18 @@ def _with_gate(node: Routed, i: jax.Array) -> Routed:
     return node._replace(gate=jnp.repeat(gate, node.a.shape[-1] // node.slots))
 
 
-def _gather(leaves: Leaves, ids: Any, base: PyTree) -> Leaves:
+def _gather(leaves: Leaves, ids: jax.Array | np.ndarray, base: PyTree) -> Leaves:
     """Returns the leaves of each slot in `ids`; -1 gives the base, an id out of range NaN."""
     ids = jnp.asarray(ids)
     params = dict(leaves_by_path(base)) if leaves else {}
 
-    def take(x: jax.Array, without: Any) -> jax.Array:
+    def take(x: jax.Array, without: ArrayLike) -> jax.Array:
         found = jnp.take(x, ids, axis=0, mode="fill", fill_value=jnp.nan)
         is_slot = lax.expand_dims(ids >= 0, range(1, x.ndim))
         return jnp.where(is_slot, found, jnp.asarray(without, x.dtype))
 
-    def take_leaf(path: Path, leaf: Any) -> Any:
-        if not is_node(leaf):
+    def take_leaf(path: Path, leaf: AdapterLeaf) -> AdapterLeaf:
+        if not isinstance(leaf, Node):
             return take(leaf, params[path])
         return jax.tree.map(lambda x: take(x, 0), leaf)
 
@@ -235,12 +247,13 @@ class Batch:
         axes: the axis of rows of each leaf, or None if the leaf is shared.
     """
 
-    def __init__(self, arguments: Any, in_axes: Any, count: int):
+    def __init__(self, arguments: PyTree, in_axes: PyTree, count: int):
         """Raises `ValueError` if an argument does not have `count` rows along its axis."""
         is_none = lambda x: x is None  # noqa: E731
         axes = jax.tree.leaves(jax.tree.broadcast(in_axes, arguments, is_none), is_leaf=is_none)
         flat, self._tree = jax.tree_util.tree_flatten_with_path(arguments, is_none)
-        self._leaves, self.axes = [x for _, x in flat], []
+        self._leaves = [x for _, x in flat]
+        self.axes = []
         for (path, x), axis in zip(flat, axes, strict=True):
             if axis is None or not hasattr(x, "shape"):
                 self.axes.append(None)
@@ -266,10 +279,10 @@ class Batch:
         return jax.tree.unflatten(self._tree, (x if d is None else rows for x, rows, d in pairs))
 
 
-def move_rows_first(out: Any, out_axes: Any, length: int) -> Any:
+def move_rows_first(out: PyTree, out_axes: PyTree, length: int) -> Any:
     """Moves the `length` rows of each result to its first axis."""
 
-    def move(path: Any, x: Any, axis: int) -> jax.Array:
+    def move(path: tuple[Any, ...], x: jax.Array, axis: int) -> jax.Array:
         if jnp.ndim(x) == 0:
             if length > 1:
                 raise NoRowsError
@@ -285,7 +298,7 @@ def move_rows_first(out: Any, out_axes: Any, length: int) -> Any:
     return jax.tree_util.tree_map_with_path(move, out, jax.tree.broadcast(out_axes, out))
 
 
-def join_runs(out: Any, out_axes: Any) -> Any:
+def join_runs(out: PyTree, out_axes: PyTree) -> Any:
     """Concatenates the rows of all runs along the axis in `out_axes`."""
 
     def move(x: jax.Array, axis: int) -> jax.Array:

@@ -13,8 +13,9 @@ from .._errors import InputError
 from .._keys import refuse_rngs
 from .._rules import is_int, rule_name
 from .._transform import transform
+from .._transformed import Transformed
 from .._tree import flatten, leaves_by_path, name_of
-from .._types import PyTree, Transformed, short
+from .._types import PyTree, short
 from ._fill import resize
 
 
@@ -82,7 +83,7 @@ def init(
 
 
 def _start(
-    lora: Transformed, key: jax.Array, params: PyTree, args: Any, kwargs: Any
+    lora: Transformed, key: jax.Array, params: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], PyTree]:
     """Returns the leaves of the base that differ from `params`, by name, and the adapter."""
     base, adapter = lora.init(key, params, *args, **kwargs)
@@ -112,10 +113,11 @@ def _refuse_changes(names: set[str], reason: str) -> None:
         )
 
 
-def _check_keys(keys: Any) -> None:
+def _check_keys(keys: jax.Array) -> None:
     """Raises `TypeError` unless `keys` are n threefry keys, new or old style."""
     refuse_rngs("`keys` must be an array of PRNG keys, such as jax.random.split(key, 8)", keys)
-    dtype, shape = getattr(keys, "dtype", None), tuple(getattr(keys, "shape", ()))
+    dtype = getattr(keys, "dtype", None)
+    shape = tuple(getattr(keys, "shape", ()))
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     per_key = shape[1:] == (() if typed else (2,)) and (typed or dtype == jnp.uint32)
     if not shape or not shape[0] or not per_key:
@@ -138,7 +140,7 @@ def _start_ranks(
     starts: Callable[[Transformed, jax.Array], tuple[dict[str, Any], PyTree]],
     lora: Transformed,
     keys: jax.Array,
-    ranks: Any,
+    ranks: Sequence[int],
     like: PyTree,
 ) -> tuple[dict[str, Any], PyTree]:
     """Initializes the slots of each rank, and joins them to one table with the form of `like`."""
@@ -149,7 +151,7 @@ def _start_ranks(
         _refuse_changes(set().union(*(changed for changed, _ in found)), "rank")
     order = np.argsort(np.concatenate(groups))
 
-    def join(of_one: Any, *parts: jax.Array) -> jax.Array:
+    def join(of_one: jax.ShapeDtypeStruct, *parts: jax.Array) -> jax.Array:
         return jnp.concatenate([resize(x, (len(x), *of_one.shape)) for x in parts])[order]
 
     tables = (jax.tree.leaves(table) for _, table in found)
@@ -163,7 +165,7 @@ def _with_rank(lora: Transformed, rank: int) -> Transformed:
     return transform(lora.apply_fn, *rules)
 
 
-def _check_ranks(lora: Transformed, ranks: Any, n: int) -> np.ndarray:
+def _check_ranks(lora: Transformed, ranks: Sequence[int], n: int) -> np.ndarray:
     if not is_concrete(ranks):
         raise TypeError(
             "`ranks` must be known when many.init is traced, as shapes depend on them. Give a list "

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._adapters import Routed, arrays, is_node
+from .._adapters import AdapterLeaf, Node, Routed, arrays, is_node
 from .._compat import is_concrete
 from .._errors import InputError
 from .._tree import adapter_leaves, name_of, nest
@@ -191,11 +191,12 @@ def table_leaves(table: PyTree, is_prepared: bool = False) -> tuple[Leaves, int]
     return found, count
 
 
-def _slots(leaf: Any) -> int | None:
+def _slots(leaf: AdapterLeaf) -> int | None:
     """Returns the length of the axis of slots of a leaf; None if it has no such axis."""
-    if not is_node(leaf):
+    if not isinstance(leaf, Node):
         return leaf.shape[0] if leaf.shape else None
-    axes, found = leaf.axes(leaf.layout), arrays(leaf)
+    axes = leaf.axes(leaf.layout)
+    found = arrays(leaf)
     sizes = {x.shape[0] if x.ndim == len(axes[k]) + 1 else None for k, x in found.items()}
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -203,13 +204,13 @@ def _slots(leaf: Any) -> int | None:
 # ----------------------------------------------------------------------- the user's slots and masks
 
 
-def check_slot(slot: Any, count: int) -> Any:
+def check_slot(slot: object, count: int) -> Any:
     """Returns a slot as an index into arrays with `count` slots."""
     x = _check(slot, "slot", "one integer, from 0 on", [0], count)
     return slot if isinstance(slot, int) else x
 
 
-def check_ids(ids: Any, count: int) -> Any:
+def check_ids(ids: object, count: int) -> Any:
     """Returns the slot of each row in int32: -1 is the base, `count` is out of range.
 
     The result is a NumPy array unless `ids` has JAX arrays.
@@ -218,7 +219,7 @@ def check_ids(ids: Any, count: int) -> Any:
     return _check(ids, "ids", expected, [1], count, least=-1)
 
 
-def mask_of(slots: Any, count: int) -> jax.Array:
+def mask_of(slots: object, count: int) -> jax.Array:
     """Returns a mask of slots from indices or a mask."""
     if (x := _as_array(slots)).dtype == bool:
         return check_mask("slots", x, count)
@@ -226,7 +227,7 @@ def mask_of(slots: Any, count: int) -> jax.Array:
     return jnp.zeros(count, bool).at[x].set(True)
 
 
-def check_mask(name: str, mask: Any, count: int) -> jax.Array:
+def check_mask(name: str, mask: object, count: int) -> jax.Array:
     """Returns a mask of all slots as an array; raises for anything else."""
     x = jnp.asarray(mask)
     if x.dtype != bool or x.shape != (count,):
@@ -235,7 +236,7 @@ def check_mask(name: str, mask: Any, count: int) -> jax.Array:
 
 
 def _check(
-    ids: Any, name: str, expected: str, ndims: Container[int], count: int, least: int = 0
+    ids: object, name: str, expected: str, ndims: Container[int], count: int, least: int = 0
 ) -> Any:
     """Returns integers of any dtype as int32, with `count` for values outside [least, count).
 
@@ -254,7 +255,7 @@ def _check(
     return numpy.where(inside, x.astype(np.int32), np.int32(count))
 
 
-def _as_array(x: Any) -> Any:
+def _as_array(x: object) -> Any:
     """Returns `x` as an array: NumPy's unless it is or has a JAX array."""
     if hasattr(x, "dtype"):
         return x

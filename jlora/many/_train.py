@@ -3,12 +3,13 @@
 A run is a slot of the table with its optimizer state. Runs share only the base.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from .._core import is_floating, promote
 from .._errors import InputError
@@ -107,7 +108,9 @@ def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Op
         inner = jax.vmap(lambda p, h: make(p, h).init(p))(params, values)
         return OptimizerState(inner, values, jnp.ones(n, bool), jnp.zeros(n, jnp.int32))
 
-    def step(joins: jax.Array, state: OptimizerState, grads: PyTree, p: PyTree, extra: Any) -> Any:
+    def step(
+        joins: jax.Array, state: OptimizerState, grads: PyTree, p: PyTree, extra: dict[str, Any]
+    ) -> Any:
         updates, inner = make(p, state.hyperparams).update(grads, state.inner, p, **extra)
         finite = _stays_finite((p, state.inner), (optax.apply_updates(p, updates), inner))
         steps = joins & finite
@@ -137,7 +140,7 @@ def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Op
     return Optimizer(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def stop(state: OptimizerState, slots: Any) -> OptimizerState:
+def stop(state: OptimizerState, slots: ArrayLike | Sequence[int]) -> OptimizerState:
     """Stops runs: their adapters and states no longer change.
 
     Their steps are still computed. When many have stopped, make a smaller table of the running ones
@@ -169,7 +172,7 @@ def restart(
     tx: Optimizer,
     state: OptimizerState,
     table: PyTree,
-    slots: Any,
+    slots: ArrayLike | Sequence[int],
     **hyperparams: Any,
 ) -> OptimizerState:
     """Starts new runs in slots whose adapters were replaced. Nothing is compiled again.
@@ -209,7 +212,8 @@ def restart(
             f"{', '.join(map(repr, state.hyperparams)) or 'none'}."
         )
     n = len(state.running)
-    mask, values = mask_of(slots, n), dict(state.hyperparams)
+    mask = mask_of(slots, n)
+    values = dict(state.hyperparams)
     for name, x in hyperparams.items():
         new = _per_run(name, x, n).astype(values[name].dtype)
         values[name] = jnp.where(mask, new, values[name])
@@ -219,7 +223,7 @@ def restart(
 # ----------------------------------------------------------------------------------------- helpers
 
 
-def _make_with(tx: Any, names: Iterable[str]) -> Callable[[PyTree, dict[str, Any]], Any]:
+def _make_with(tx: object, names: Iterable[str]) -> Callable[[PyTree, dict[str, Any]], Any]:
     """Returns a function that makes a transformation from one adapter and its hyperparameters."""
     if is_transformation(tx) and (given := sorted(names)):
         raise TypeError(
@@ -233,14 +237,13 @@ def _make_with(tx: Any, names: Iterable[str]) -> Callable[[PyTree, dict[str, Any
         dtypes = [x.dtype for x in jax.tree.leaves(adapter)]
         dtype = promote(*(d for d in dtypes if is_floating(d)))
         cast = {k: x.astype(dtype) if is_floating(x.dtype) else x for k, x in values.items()}
-        made: Any = tx if is_transformation(tx) else tx(**cast)
-        check_transformation(made)
-        return optax.with_extra_args_support(made)
+        made = tx if is_transformation(tx) or not callable(tx) else tx(**cast)
+        return optax.with_extra_args_support(check_transformation(made))
 
     return make
 
 
-def _per_run(name: str, value: Any, n: int) -> jax.Array:
+def _per_run(name: str, value: object, n: int) -> jax.Array:
     """Returns one value for each of n runs, not weakly typed, so that all steps are one program."""
     x = jnp.asarray(value)
     if x.shape not in ((), (n,)):

@@ -1,7 +1,7 @@
 """Modules of NNX with an adapter, for NNX's optimizers and trainers.
 
-Nothing else in jlora imports Flax. Imports `_adapters`, `_compat`, `_core`, `_merge`, `_rules`,
-`_transform`, `_tree`, `_types` and `sharding`.
+Nothing else in jlora imports Flax. Imports `_adapters`, `_compat`, `_core`, `_merge`, `_site`,
+`_transform`, `_tree`, `_types`, `sharding`.
 """
 
 from ._adapted import Adapted as Adapted

@@ -17,7 +17,7 @@ from .._adapters import is_node
 from .._compat import place_of
 from .._core import pick
 from .._merge import merge
-from .._rules import Rule
+from .._site import Rule
 from .._transform import dropout, transform
 from .._tree import bind, leaves_by_path, name_of, nest
 from .._types import Holder, PyTree
@@ -139,7 +139,7 @@ class Adapted(Holder, nnx.Module):
         make_changes(held, changes, attributes)
         return out
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         base = vars(self).get("base")
         is_own = name in OWN or hasattr(type(self), name) or not hasattr(base, name)
         if is_own:
@@ -237,7 +237,7 @@ def _variables(params: nnx.State, adapter: PyTree) -> PyTree:
     own = {tuple(map(str, path)): x.get_metadata() for path, x in nnx.to_flat_state(params)}
     names = {path: PartitionSpec(*(x.get("out_sharding") or ())) for path, x in own.items()}
 
-    def variable(x: Any, spec: PartitionSpec) -> nnx.LoRAParam:
+    def variable(x: jax.Array, spec: PartitionSpec) -> nnx.LoRAParam:
         found = nnx.LoRAParam(x)
         if any(spec):  # afterward, as there may be no mesh in scope now
             found.set_metadata(out_sharding=tuple(spec))
@@ -262,9 +262,9 @@ def _stream(rngs: nnx.Rngs, name: str) -> nnx.RngStream:
     return getattr(rngs, name)
 
 
-def _has_state(x: Any) -> bool:
+def _has_state(x: object) -> bool:
     return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
-def _is_weight(path: tuple[Any, ...], x: Any) -> bool:
+def _is_weight(path: tuple[Any, ...], x: object) -> bool:
     return path[0] == 0 and issubclass(type(x), nnx.Param)

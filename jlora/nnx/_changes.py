@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from .._types import PyTree
+
 
 def find_changes(before: nnx.State, after: nnx.State) -> nnx.State:
     """Returns the variables of `after` that `before` lacks, or has with other arrays.
@@ -14,7 +16,7 @@ def find_changes(before: nnx.State, after: nnx.State) -> nnx.State:
     """
     old = {path: jax.tree.leaves(x) for path, x in nnx.to_flat_state(before)}
 
-    def is_same(path: tuple[Any, ...], x: Any) -> bool:
+    def is_same(path: tuple[Any, ...], x: PyTree) -> bool:
         new = jax.tree.leaves(x)
         same = path in old and len(old[path]) == len(new)
         return same and all(map(operator.is_, old[path], new))
@@ -46,7 +48,8 @@ def make_changes(held: list[Any], changes: nnx.State, attributes: Attributes) ->
     """Changes the modules and variables in `held` as a call has changed its copies."""
     modules = dict(nnx.iter_graph(held))
     for (*path, key), x in nnx.to_flat_state(changes):
-        module, name = modules.get(tuple(path)), str(key)
+        module = modules.get(tuple(path))
+        name = str(key)
         if isinstance(module, nnx.Module) and not isinstance(vars(module).get(name), nnx.Variable):
             setattr(module, name, x)  # nnx.update refuses a variable in the place of a None
     nnx.update(held, changes)

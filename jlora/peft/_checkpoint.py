@@ -147,7 +147,8 @@ def open_checkpoint(
             if mapped.get(name) != where.get(name)
         ]
     if wrong:
-        why, folder = "contradicts itself.", source.folder
+        why = "contradicts itself."
+        folder = source.folder
         raise InputError(f"`{argument}`: {folder} {why}", path=folder, problems=wrong)
     kept, left_out, odd = _others(source, {*files, INDEX} if mapped else set(files))
     if odd := [name for name in odd if copied or name == "config.json"]:

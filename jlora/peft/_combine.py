@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .._adapters import LowRank, is_node, weight_shape
+from .._adapters import AdapterLeaf, LowRank, is_node, weight_shape
 from .._errors import InputError, Problem
 from .._tree import adapter_leaves
 from .._types import PyTree, short
@@ -178,13 +178,13 @@ def _parts(made: PyTree, known: Mapping[str, Part]) -> list[Part]:
     ]
 
 
-def _describe(node: Any) -> str:
+def _describe(node: AdapterLeaf | None) -> str:
     if not is_node(node):
         return "missing" if node is None else f"got {short(node)}"
     return f"got a {type(node).__name__} for a weight of shape {weight_shape(node)}"
 
 
-def _fits(node: Any, part: Part | None) -> bool:
+def _fits(node: AdapterLeaf | None, part: Part | None) -> bool:
     if part is None or type(node) is not LowRank:
         return False
     leaf = as_leaf(part)
@@ -227,6 +227,6 @@ def _selection(
     }
 
 
-def _or_none(value: Any) -> Any:
+def _or_none(value: object) -> Any:
     """Maps each value that means "none" to PEFT to None; 0 is the number of a layer."""
     return None if value is False or value in ([], "") else value

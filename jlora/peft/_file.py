@@ -7,7 +7,7 @@ the reader allocate at most as many bytes as the file has, and only for tensors 
 import json
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +68,9 @@ def _refuse(constant: str) -> None:
 
 # --------------------------------------------------------------------------------- safetensors
 
-HEADER_LIMIT, TENSORS_LIMIT = 32 * 2**20, 200_000  # bytes and tensors of a file
+# bytes and tensors of a file
+HEADER_LIMIT = 32 * 2**20
+TENSORS_LIMIT = 200_000
 NAME_LIMIT, DEPTH_LIMIT = 1000, 100  # characters and dots of a name; real names have a tenth
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -76,7 +78,9 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-COUNT, COUNTS = ".num_batches_tracked", {"I64": np.dtype(np.int64)}  # of a BatchNorm
+# of a BatchNorm
+COUNT = ".num_batches_tracked"
+COUNTS = {"I64": np.dtype(np.int64)}
 # Other dtypes, with their bytes, to check the offsets of such tensors.
 OTHERS = {
     **dict.fromkeys(("I64", "U64", "C64"), 8),
@@ -157,7 +161,8 @@ def make_header(tensors: Iterable[TensorInfo]) -> tuple[Header, bytes]:
     entries, fields, at = dict[str, TensorInfo](), dict[str, Any](), 0
     fields["__metadata__"] = {"format": "pt"}
     for x in sorted(tensors, key=lambda x: (-sizes[x.dtype], x.dtype == "F16", x.key)):
-        start, at = at, at + math.prod(x.shape) * sizes[x.dtype]
+        start = at
+        at += math.prod(x.shape) * sizes[x.dtype]
         entries[x.key] = x._replace(start=start, stop=at)
         fields[x.key] = {"dtype": x.dtype, "shape": x.shape, "data_offsets": [start, at]}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
@@ -167,7 +172,7 @@ def make_header(tensors: Iterable[TensorInfo]) -> tuple[Header, bytes]:
     ) + text
 
 
-def _parse_tensor(key: str, fields: Any) -> TensorInfo | None:
+def _parse_tensor(key: str, fields: object) -> TensorInfo | None:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return None
     dtype, shape, offsets = (fields[k] for k in ("dtype", "shape", "data_offsets"))
@@ -180,7 +185,7 @@ def _parse_tensor(key: str, fields: Any) -> TensorInfo | None:
     return TensorInfo(key, dtype, tuple(shape), *offsets)
 
 
-def _are_naturals(values: Any) -> bool:
+def _are_naturals(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 

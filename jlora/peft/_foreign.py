@@ -53,7 +53,8 @@ def recognize(path: Path, marks: Collection[str] = (CONFIG,)) -> Kind | None:
     if path.is_file():
         remedy = f"Give the folder that it is in, {path.parent}"
         return _recognize_file(path) or Kind("a file", remedy)
-    names, is_adapter = _list_names(path), CONFIG in marks
+    names = _list_names(path)
+    is_adapter = CONFIG in marks
     files = (path / name for name in names if is_adapter and name not in (TENSORS, *WEIGHTS))
     if found := next(filter(None, map(_recognize_file, files)), None):
         return found

@@ -98,7 +98,7 @@ def load(
     return nest({leaf.path: _value(leaf, own, static) for leaf, own in each})
 
 
-def _value(leaf: NamedLeaf, own: Any, static: Mapping[str, Any]) -> Any:
+def _value(leaf: NamedLeaf, own: Tokens | list[Any], static: Mapping[str, Any]) -> Any:
     """Makes a leaf of the adapter tree from the values of its modules."""
     if isinstance(own, Tokens):
         return join_rows(leaf, own.rows, own.v)

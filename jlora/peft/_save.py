@@ -141,7 +141,8 @@ def _files(
     """Makes the configuration and the tensors, and checks that `load` would read them."""
     if profile not in (None, "vllm"):
         raise InputError(f"`profile` must be None or 'vllm'; got {profile!r}.")
-    tree, given = arrange(base, adapter, names), dict(config or {})
+    tree = arrange(base, adapter, names)
+    given = dict(config or {})
     if base_model is not None:
         given["base_model_name_or_path"] = _name_model(base_model)
     write = (
@@ -171,12 +172,15 @@ def _name_model(given: str | os.PathLike[str]) -> str:
 
 def _as_lora(tree: Tree, given: Fields, profile: str | None) -> Written:
     check_one_method(tree)
-    fields, parts, tokens = DEFAULTS | given, tree.parts, tree.tokens
+    fields = DEFAULTS | given
+    parts = tree.parts
+    tokens = tree.tokens
     if parts:
         fields["use_dora"] = any(part.m is not None for part in parts)
     _refuse_config(problems_of(fields, is_file=False))
     fields = describe(fields, given, tree, parts)
-    full, frozen = find_full(fields, tree), find_frozen(fields, tree)
+    full = find_full(fields, tree)
+    frozen = find_frozen(fields, tree)
     unchanged = [leaf for leaf, _ in full if leaf.path not in tree.found]
     _check_values([*unchanged, *frozen.values()])
     if profile == "vllm":
@@ -207,7 +211,8 @@ def _as_miss(tree: Tree, given: Fields, profile: str | None) -> Written:
 
 def _rows_alone(tree: Tree, given: Fields, profile: str | None) -> Written:
     """Makes the files of an adapter of rows alone."""
-    fields, tokens = describe_rows_alone(ROWS_DEFAULTS | given, tree), tree.tokens
+    fields = describe_rows_alone(ROWS_DEFAULTS | given, tree)
+    tokens = tree.tokens
     _refuse_config(problems_of(fields, is_file=False))
     if profile is not None:
         flatten_for_vllm(fields, [], [], [x.module for x in tokens])

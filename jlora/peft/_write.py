@@ -34,7 +34,8 @@ def write_tensors(
     """
     for file in checkpoint.headers:
         (folder / file).write_bytes(checkpoint.head(file))
-    names, write = checkpoint.where, functools.partial(_write, checkpoint, folder, edits)
+    names = checkpoint.where
+    write = functools.partial(_write, checkpoint, folder, edits)
     with ThreadPoolExecutor(THREADS) as pool:
         counts = progress(pool.map(write, names), title, len(names), unit="tensor")
         found = dict(zip(names, counts, strict=True))
@@ -44,7 +45,9 @@ def write_tensors(
 
 @np.errstate(over="ignore", invalid="ignore")  # what is not finite is counted
 def _write(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], name: str) -> int:
-    file, entry, bad = checkpoint.where[name], checkpoint.entry(name), 0
+    file = checkpoint.where[name]
+    entry = checkpoint.entry(name)
+    bad = 0
     with checkpoint.open(name) as data, open(folder / file, "rb+") as target:
         target.seek(checkpoint.headers[file].data + entry.start)
         if (edit := edits.get(name)) is None:
@@ -60,7 +63,8 @@ def _write(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], name
 def _copy(data: BinaryIO, target: BinaryIO, count: int) -> None:
     """Copies the next `count` bytes of a file to another, within the kernel if possible."""
     begin = at = data.tell()
-    start, stop = target.tell(), begin + count
+    start = target.tell()
+    stop = begin + count
     try:
         while at < stop:
             files = data.fileno(), target.fileno()

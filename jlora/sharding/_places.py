@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
@@ -21,22 +21,23 @@ Place = PartitionSpec | Sharding
 class Unknown:
     """A leaf of the base whose sharding is unknown, with the reason."""
 
-    def __init__(self, leaf: Any, why: str = "") -> None:
+    def __init__(self, leaf: object, why: str = "") -> None:
         self.got = type(leaf).__name__ + (f" {leaf!r}" if isinstance(leaf, str) else why)
 
 
 def places_of(base: PyTree) -> dict[Path, Any]:
     """Returns the PartitionSpec or the sharding of each leaf by path, or an `Unknown`."""
 
-    def is_leaf(x: Any) -> bool:
+    def is_leaf(x: object) -> bool:
         return x is None or is_node(x) or is_quantized(x) or _is_annotated(x)
 
     check_base(base)
     leaves, structure = jax.tree.flatten(base, is_leaf=is_leaf)
     own = [_place(x) for x in leaves]
-    has_metadata, rest = any(map(_is_annotated, leaves)), everywhere(own)
+    has_metadata = any(map(_is_annotated, leaves))
+    rest = everywhere(own)
 
-    def place(x: Any, found: Any) -> Any:
+    def place(x: object, found: Place | Unknown) -> Place | Unknown:
         # As in Flax: beside leaves with metadata, leaves without it are replicated.
         is_bare = has_metadata and not _is_annotated(x) and hasattr(x, "shape")
         return rest if x is None or (is_bare and not isinstance(found, NamedSharding)) else found
@@ -51,18 +52,18 @@ def everywhere(places: list[Any]) -> Place:
     return next(on_mesh, PartitionSpec())
 
 
-def _is_annotated(x: Any) -> bool:
+def _is_annotated(x: object) -> bool:
     """Whether `x` is a leaf with metadata: a box of linen, or a variable of NNX that has it."""
     is_box = hasattr(x, "get_partition_spec")
     return is_box or (_is_variable(x) and bool(x.get_metadata().get("out_sharding")))
 
 
-def _is_variable(x: Any) -> bool:
+def _is_variable(x: object) -> TypeGuard[Any]:
     nnx = sys.modules.get("flax.nnx")  # if it is not imported, there are no variables
     return nnx is not None and isinstance(x, nnx.Variable)
 
 
-def _place(x: Any) -> Any:
+def _place(x: object) -> Any:
     if isinstance(x, Place):
         return x
     if is_quantized(x):
@@ -94,7 +95,7 @@ def _of_annotated(x: Any) -> Any:
     return sys.modules["flax.nnx"].get_partition_spec(x).get_raw_value()
 
 
-def _of_tracer(x: Any) -> Any:
+def _of_tracer(x: jax.Array) -> Any:
     found = jax.typeof(x).sharding
     if AxisType.Explicit in found.mesh.axis_types:
         return found
@@ -162,14 +163,15 @@ def gathered(base: PyTree, specs: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(base, is_leaf=is_quantized), found)
 
 
-def describe(entry: Any, mesh: Mesh) -> str:
+def describe(entry: object, mesh: Mesh) -> str:
     """Returns the mesh axes of an entry of a PartitionSpec, with their sizes, as text."""
     return " × ".join(f"{name}={mesh.shape[name]}" for name in mesh_axes(entry))
 
 
 def check_blocks(entries: Mapping[int, Any], leaf: Quantized, mesh: Mesh) -> None:
     """Raises `Misfit` if a device would get only a part of a block."""
-    form, name = leaf.form, spell(leaf.scheme)
+    form = leaf.form
+    name = spell(leaf.scheme)
     for d, entry in entries.items():
         n = count_pieces(entry, mesh)
         if n == 1 or d in form.stack:

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._adapters import arrays, is_node, weight_shape
+from .._adapters import AdapterLeaf, Node, arrays, is_node, weight_shape
 from .._core import count_pieces, mesh_axes
 from .._errors import InputError
-from .._quantized import is_quantized
+from .._quantized import Quantized, is_quantized
 from .._rules import near_misses
 from .._tree import adapter_leaves, leaves_by_path, name_of, problems_at
 from .._types import Path, PyTree
@@ -133,13 +133,13 @@ def replicated(specs: PyTree, *axes: str) -> PyTree:
         {'a': P(None, 'tensor'), 'b': P(None,)}
     """
 
-    def keep(entry: Any) -> Any:
+    def keep(entry: object) -> Any:
         if entry is None or entry is PartitionSpec.UNCONSTRAINED:
             return entry
         kept = tuple(name for name in mesh_axes(entry) if name not in axes)
         return kept if len(kept) > 1 else (kept[0] if kept else None)
 
-    def place(x: Any) -> Any:
+    def place(x: Place) -> Place:
         if isinstance(x, NamedSharding) and (unknown := set(axes) - set(x.mesh.axis_names)):
             raise InputError(
                 f"`axes` must be axes of the mesh of `specs`, which are "
@@ -185,7 +185,7 @@ def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
     known = {path: (x.shape, place) for (path, x), place in zip(flat, places, strict=True)}
     rest = everywhere(places)
 
-    def place(path: tuple[Any, ...], x: Any) -> Place:
+    def place(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> Place:
         ends = (known.get(path[i:]) for i in range(len(path) + 1))
         return next((place for shape, place in filter(None, ends) if shape == x.shape), rest)
 
@@ -227,14 +227,14 @@ def _explain(path: Path, places: Mapping[Path, Any]) -> str:
 # ----------------------------------------------------------------------------- how a leaf follows
 
 
-def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
+def _follow(place: Place, leaf: AdapterLeaf | Quantized, mesh: Mesh | None) -> Any:
     """Returns the places of the arrays of a leaf of the adapter, for a W at `place`."""
     if not isinstance(place, PartitionSpec | NamedSharding):
         if len(place.device_set) == 1:
             return _each(leaf, (), lambda _: place)
         raise Misfit(f"a {type(place).__name__} names no axes; expected a NamedSharding")
     spec = place if isinstance(place, PartitionSpec) else place.spec
-    shape = weight_shape(leaf) if is_node(leaf) else tuple(leaf.shape)
+    shape = weight_shape(leaf) if isinstance(leaf, Node) else tuple(leaf.shape)
     if len(spec) > len(shape):
         raise Misfit(f"{spec} has {len(spec)} entries for a weight of shape {shape}")
     entries = dict(enumerate((*spec, *[None] * (len(shape) - len(spec)))))
@@ -256,7 +256,9 @@ def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
     return _each(leaf, range(len(spec)), place_along)
 
 
-def _each(leaf: Any, dims: Sequence[int], place: Callable[[Sequence[Any]], Place]) -> Any:
+def _each(
+    leaf: AdapterLeaf | Quantized, dims: Sequence[int], place: Callable[[Sequence[Any]], Place]
+) -> Any:
     """Replaces each array of `leaf` by `place` of the axes of W that its axes follow."""
     if is_quantized(leaf):
         return leaf.map_arrays(lambda _, dims: place(dims))
@@ -266,7 +268,7 @@ def _each(leaf: Any, dims: Sequence[int], place: Callable[[Sequence[Any]], Place
     return leaf._replace(**{name: place(axes[name]) for name in arrays(leaf)})
 
 
-def _mesh_of(place: Any, entries: Collection[Any], given: Mesh | None) -> Mesh | None:
+def _mesh_of(place: Place, entries: Collection[Any], given: Mesh | None) -> Mesh | None:
     """Returns the mesh of `entries`; None if they have names that the mesh in scope lacks."""
     if isinstance(place, NamedSharding) or given is not None:
         return place.mesh if isinstance(place, NamedSharding) else given

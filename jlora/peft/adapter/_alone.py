@@ -78,7 +78,8 @@ class Alone(NamedTuple):
     @property
     def rows(self) -> dict[str, Replaced]:
         """The node of each embedding with replaced rows, by module."""
-        layout, tokens = Layout((), (0,), (1,)), self.contents.tokens.values()
+        layout = Layout((), (0,), (1,))
+        tokens = self.contents.tokens.values()
         return {x.module: Replaced(jnp.asarray(x.v), x.rows, layout) for x in tokens}
 
     @property

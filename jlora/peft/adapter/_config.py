@@ -214,25 +214,26 @@ _Fits = Callable[[Any], bool]
 ENTRIES = 10_000  # of a list, so that all of them are matched quickly
 
 
-def _is_text(x: Any) -> bool:
+def _is_text(x: object) -> bool:
     return isinstance(x, str)
 
 
-def _is_flag(x: Any) -> bool:
+def _is_flag(x: object) -> bool:
     return isinstance(x, bool)
 
 
-def _is_integer(x: Any) -> bool:
+def _is_integer(x: object) -> bool:
     return type(x) is int
 
 
-def _is_rank(x: Any) -> bool:
+def _is_rank(x: object) -> bool:
     return type(x) is int and 1 <= x < 2**31
 
 
-def _is_rows(x: Any) -> bool:
-    is_list = isinstance(x, list) and all(type(n) is int and 0 <= n < 2**31 for n in x)
-    return is_list and 0 < len(x) == len(set(x))
+def _is_rows(x: object) -> bool:
+    if not isinstance(x, list) or not all(type(n) is int and 0 <= n < 2**31 for n in x):
+        return False
+    return 0 < len(x) == len(set(x))
 
 
 def _listing(fits: _Fits) -> _Fits:
@@ -250,12 +251,14 @@ def _or_null(*kinds: _Fits) -> _Fits:
 _is_names = _listing(lambda x: _is_text(x) and x != "")
 
 
-def _is_rows_by_name(x: Any) -> bool:
-    return _by_name(_is_rows)(x) and 0 < len(x) <= PARAMETERS
+def _is_rows_by_name(x: object) -> bool:
+    return isinstance(x, dict) and _by_name(_is_rows)(x) and 0 < len(x) <= PARAMETERS
 
 
-def _is_parameters(x: Any) -> bool:
-    return _is_names(x) and len({name.rpartition(".")[2] for name in x}) <= PARAMETERS
+def _is_parameters(x: object) -> bool:
+    if not isinstance(x, list) or not _is_names(x):
+        return False
+    return len({name.rpartition(".")[2] for name in x}) <= PARAMETERS
 
 
 _FLAG = "true or false", _is_flag

@@ -194,7 +194,8 @@ def _rows_alone(
     fields: Mapping[str, Any], tensors: Iterable[TensorInfo], clock: Clock, problems: Problems
 ) -> tuple[dict[str, Role], dict[str, Tokens]]:
     """Sorts the tensors of an adapter of rows alone."""
-    rows, found = tuple(fields["token_indices"]), dict[str, Tokens]()
+    rows = tuple(fields["token_indices"])
+    found = dict[str, Tokens]()
     by_module = {x.key.removeprefix(PREFIX).removesuffix(DELTA_ALONE): x for x in tensors}
     if len(by_module) > PARAMETERS:
         why = f"has rows of {len(by_module)} modules; expected at most {PARAMETERS}"
@@ -235,7 +236,9 @@ def _others(
     full, frozen = dict[str, TensorInfo](), dict[str, TensorInfo]()
     for key, x in tensors.items():
         module, wrapped, parameter = _find_home(key)
-        name, is_wrapped, is_adapted = f"{module}.{parameter}", module != wrapped, module in adapted
+        name = f"{module}.{parameter}"
+        is_wrapped = module != wrapped
+        is_adapted = module in adapted
         is_full = roles[module].saves_whole(fields, parameter, is_adapted)
         is_full = is_full or may_tie(fields, module)
         is_frozen = parameter == "weight" or (parameter == "bias" and not is_full)
@@ -297,16 +300,19 @@ def _parts(
     shallowest: dict[str, int] = {}
     is_dora = bool(fields.get("use_dora"))
     for (module, depth, table), pair in sorted(sides.items(), key=lambda x: -x[0][1]):
-        key, shallowest[module] = PREFIX + module + BASE * depth, depth
+        key = PREFIX + module + BASE * depth
+        shallowest[module] = depth
         end = "lora_embedding_{}" if table else "lora_{}.weight"
-        there, shapes = [*pair.values()], tuple(pair[side].shape for side in sorted(pair))
+        there = [*pair.values()]
+        shapes = tuple(pair[side].shape for side in sorted(pair))
         if lost := [side for side in "AB" if side not in pair]:
             problems.add(f"{key}.{end.format(*lost)}", _without(there[0]))
         elif min(map(len, shapes)) < 2:
             problems.add(key, f"expected matrices as A and B, got shapes {shapes}")
         else:
             kind = "embedding" if table else "linear" if len(shapes[0]) == 2 else "conv"
-            m, name = magnitudes.get(module) if is_dora else None, f"{module}.weight"
+            m = magnitudes.get(module) if is_dora else None
+            name = f"{module}.weight"
             scale = roles[module].scale
             found[module].append(Part(name, kind, module, pair["A"], pair["B"], scale, m=m))
             if is_dora and m is None:

@@ -128,7 +128,8 @@ def find_full(fields: Fields, tree: Tree) -> list[tuple[NamedLeaf, list[str]]]:
     adapted = {module for leaf in tree.low for module in leaf.modules}
 
     def key(leaf: NamedLeaf, module: str) -> str | None:
-        parameter, is_adapted = leaf.name.parameter, module in adapted
+        parameter = leaf.name.parameter
+        is_adapted = module in adapted
         if not (saves(module) or saves_bias(fields, parameter, is_adapted)):
             return None
         is_wrapped = is_adapted and not saves(module)

@@ -3,13 +3,14 @@
 import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 from ..._folders import fresh
+from ..._types import PyTree
 from .._file import (
     CONFIG,
     DTYPES,
@@ -42,7 +43,7 @@ class Files(NamedTuple):
     argument: str
     is_own: bool = False
 
-    def values(self, tree: Any, problems: Problems) -> dict[str, np.ndarray]:
+    def values(self, tree: PyTree, problems: Problems) -> dict[str, np.ndarray]:
         """Reads the tensors of a tree; raises first if there are problems.
 
         Adds a problem for each tensor with values that are not finite.
@@ -58,17 +59,17 @@ class Files(NamedTuple):
         return found
 
 
-def list_tensors(tree: Any) -> list[TensorInfo]:
+def list_tensors(tree: PyTree) -> list[TensorInfo]:
     """Lists the tensors of a tree."""
     return [x for x in jax.tree.leaves(tree, is_leaf=_is_tensor) if _is_tensor(x)]
 
 
-def fill(tree: Any, values: Mapping[str, np.ndarray]) -> Any:
+def fill(tree: PyTree, values: Mapping[str, np.ndarray]) -> PyTree:
     """Replaces each `TensorInfo` in a tree with its values."""
     return jax.tree.map(lambda x: values[x.key] if _is_tensor(x) else x, tree, is_leaf=_is_tensor)
 
 
-def _is_tensor(x: Any) -> bool:
+def _is_tensor(x: object) -> TypeGuard[TensorInfo]:
     return isinstance(x, TensorInfo)
 
 
@@ -79,7 +80,8 @@ def open_files(source: Source, ignore: Collection[str] = ()) -> Files:
         FileNotFoundError: if the folder or a file is missing.
         ValueError: if the files are damaged, or jlora knows a field in `ignore`.
     """
-    fields, header = read_fields(source, ignore), read_header(source)
+    fields = read_fields(source, ignore)
+    header = read_header(source)
     read = functools.partial(read_tensors, source, header)
     return Files(fields, list(header.entries.values()), read, source.argument)
 

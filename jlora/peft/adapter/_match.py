@@ -77,7 +77,8 @@ def match_to_tree(
     apart = [name.removesuffix(".weight") for name in homes if name not in tied]
     problems.found += list_lone_heads(heads, apart)
     for (name, leaf), group in itertools.product(tied.items(), (low, full)):
-        head, table = group.pop(name, None), group.get(leaf.parameters[0])
+        head = group.pop(name, None)
+        table = group.get(leaf.parameters[0])
         same += _match_head(head, table, leaf, problems)
     found = [*_gather(low, leaves, problems), *_gather(full, leaves, problems), *rows]
     return Match(found, same, frozen)
@@ -91,7 +92,8 @@ def _fits(part: Part, leaf: NamedLeaf | None, is_head: bool, problems: Problems)
     key = PREFIX + part.name.rpartition(".")[0]
     if leaf is None:
         return problems.add_homeless(key, LOST)
-    kind, path = "linear" if is_head else leaf.name.kind, name_of(leaf.path)
+    kind = "linear" if is_head else leaf.name.kind
+    path = name_of(leaf.path)
     if kind is None:
         return problems.add(key, f"has A and B, but {path} is a parameter that LoRA cannot adapt")
     if kind != part.kind:
@@ -130,7 +132,12 @@ def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
 # ------------------------------------------------------------- a head that shares an embedding
 
 
-def _match_head(head: Any, table: Any, leaf: NamedLeaf, problems: Problems) -> list[Pair]:
+def _match_head(
+    head: Part | TensorInfo | None,
+    table: Part | TensorInfo | None,
+    leaf: NamedLeaf,
+    problems: Problems,
+) -> list[Pair]:
     """Requires a tied head and its embedding to have the same A and B, or the same values."""
     others = leaf.modules[0], leaf.name.tied
     lone = [(x, other) for x, other in zip((head, table), others, strict=True) if x]
@@ -142,11 +149,11 @@ def _match_head(head: Any, table: Any, leaf: NamedLeaf, problems: Problems) -> l
         [(x, other)] = lone
         how = "adapted" if isinstance(x, Part) else "saved in full"
         problems.add(x.key, f"{how} without {other}, which shares its weight")
-    elif lone and not isinstance(head, Part):
+    elif isinstance(head, TensorInfo) and isinstance(table, TensorInfo):
         return [(head, table, False)]
-    elif lone and (head.scale, head.rank) == (table.scale, table.rank):
-        return [(head.a, table.b, True), (head.b, table.a, True)]
-    elif lone:
+    elif isinstance(head, Part) and isinstance(table, Part):
+        if (head.scale, head.rank) == (table.scale, table.rank):
+            return [(head.a, table.b, True), (head.b, table.a, True)]
         problems.add(head.key, f"shares its weight with {table.key}, which has other rank or scale")
     return []
 
@@ -160,7 +167,8 @@ def _match_rows(
     """Finds the embeddings with rows, and the pairs of tied heads and embeddings with rows."""
     rows, same = [], list[Pair]()
     for name, x in tokens.items():
-        leaf, table = homes.get(name), None
+        leaf = homes.get(name)
+        table = None
         if leaf is None:
             # T5: `base` has only the shared embedding.
             table = find_table(name, tokens, homes) if SHARED.search(x.module) else None
@@ -204,7 +212,8 @@ def _gather(
         what, advice = "layers", "load into a tree without a scan"
         if leaf.layout.slots:
             what, advice = "modules", "adapt all of them equally"
-        path, start = name_of(leaf.path), f"its {what} are one leaf"
+        path = name_of(leaf.path)
+        start = f"its {what} are one leaf"
         left = [name.rpartition(".")[0] for name in leaf.parameters if name not in own]
         forms = dict.fromkeys((x.rank, x.scale) for x in parts)
         if left:

@@ -155,7 +155,8 @@ def from_lora(
         )
     kept = {key: fields[key] for key in SHARED} | {DROPOUT: fields["lora_dropout"], "r": ranks[0]}
     kept["bias"] = BIAS if fields["bias"] == "lora_only" else fields["bias"]
-    rest, starts = dict(tensors), {PREFIX + x.key: x for x in parts}
+    rest = dict(tensors)
+    starts = {PREFIX + x.key: x for x in parts}
     for start, x in starts.items():
         for end in AB:
             del rest[start + end]

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..._errors import Problem
 from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, shorten, show
 from .._problems import Problems
@@ -75,7 +77,8 @@ def _check_module(
         why = f"target_parameters selects {listed}, which is not in {where}"
         problems.add_homeless(PREFIX + module, why)
         return []
-    key, part = PREFIX + module, parts[0]
+    key = PREFIX + module
+    part = parts[0]
     is_taken = role.adapts or may_tie(adapter.fields, module)
     if len(parts) > 1:
         problems.add(key, "adapted more than once")
@@ -133,7 +136,8 @@ def _try_parameter(role: Role, name: str, part: Part, shapes: Shapes | None) -> 
     rank, wide = role.rank, part.a.shape[0]
     part = part._replace(name=name, key=name, scale=role.scale)
     if shapes is None:
-        part, fits = part._replace(kind="experts", experts=wide // rank), wide == part.b.shape[1]
+        fits = wide == part.b.shape[1]
+        part = part._replace(kind="experts", experts=wide // rank)
     else:
         if len(shape := shapes[name]) == 3:
             part = part._replace(kind="experts", experts=shape[0])
@@ -159,7 +163,8 @@ def list_orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
 
 def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
     """Lists the parameters of the model that are selected but missing in the file."""
-    fields, modules = adapter.fields, adapter.modules.keys()
+    fields = adapter.fields
+    modules = adapter.modules.keys()
     alone = adapter.others.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
     roles = adapter.resolve(name.rpartition(".")[0] for name in shapes).roles
 
@@ -189,7 +194,7 @@ def _list_idle_names(adapter: Adapter) -> list[str]:
     ]
 
 
-def identify(x: Any, is_table: bool = False) -> tuple[Any, ...]:
+def identify(x: TensorInfo | np.ndarray, is_table: bool = False) -> tuple[Any, ...]:
     """Returns a key for equal tensors: shape, dtype, and a hash of the values if they are read.
 
     The tensors of an embedding (`is_table`) are transposed first.

@@ -188,7 +188,7 @@ def _ask(
     return answers, seconds
 
 
-def _explain_start(why: Any) -> ValueError:
+def _explain_start(why: object) -> ValueError:
     return ValueError(
         "patterns of adapter_config.json are matched in a separate process, but Python could not "
         f"be started ({why}). List the modules by name."

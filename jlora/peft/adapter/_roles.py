@@ -60,7 +60,8 @@ def resolve(fields: Fields, names: Iterable[str], clock: Clock) -> dict[str, Rol
     ranks, alphas = (_Values(fields.get(k)) for k in ("rank_pattern", "alpha_pattern"))
     jobs = [*targets.jobs, *excluded.jobs, *layers.jobs]
     found = match([*jobs, *ranks.jobs.values(), *alphas.jobs.values()], names, clock)
-    saves, list_parameters = make_saves(fields), _make_parameters(fields)
+    saves = make_saves(fields)
+    list_parameters = _make_parameters(fields)
     r, alpha = (fields.get(key, DEFAULTS[key]) for key in ("r", "lora_alpha"))
     roles = dict[str, Role]()
     for i, name in clock.watch(enumerate(names)):
@@ -76,7 +77,8 @@ def resolve(fields: Fields, names: Iterable[str], clock: Clock) -> dict[str, Rol
 
 def list_unused(fields: Fields, keys: Collection[str], clock: Clock) -> list[str]:
     """Lists the entries of `rank_pattern` and `alpha_pattern` that match no adapted key."""
-    names, unused = list(keys), list[str]()
+    names = list(keys)
+    unused = list[str]()
     each = {key: _Values(fields.get(key)) for key in ("rank_pattern", "alpha_pattern")}
     found = match([job for values in each.values() for job in values.jobs.values()], names, clock)
     for field, values in each.items():
@@ -158,7 +160,8 @@ class _Layers:
 def _make_parameters(fields: Fields) -> Callable[[str], tuple[str, ...]]:
     """Makes a function that lists the `target_parameters` of a module."""
     # By module, None for any module; and all of them in the order of the list.
-    named, order = collections.defaultdict[str | None, set[str]](set), dict[str, None]()
+    named = collections.defaultdict[str | None, set[str]](set)
+    order = dict[str, None]()
     for name in fields.get("target_parameters") or []:
         module, dot, parameter = name.rpartition(".")
         named[module if dot else None].add(parameter)

@@ -40,7 +40,8 @@ def find_rows(
     A name without values may be a head that is tied to an embedding with the same rows. Any other
     is a problem.
     """
-    listed, modules = fields.get(INDICES), list(modules)
+    listed = fields.get(INDICES)
+    modules = list(modules)
     is_one = not isinstance(listed, dict)  # of the model's input embedding
     listed = {"": listed} if is_one and listed else listed or {}
     listed = {key: tuple(rows) for key, rows in listed.items()}
@@ -69,7 +70,8 @@ def _without_values(key: str) -> Problem:
 
 def list_misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[Problem]:
     """Explains why rows do not fit an embedding of `shape` in PyTorch."""
-    found, wanted = list[Problem](), (len(tokens.rows), *shape[1:])
+    found = list[Problem]()
+    wanted = (len(tokens.rows), *shape[1:])
     if tokens.v.shape != wanted:
         key = getattr(tokens.v, "key", tokens.module)
         found.append(Problem(key, f"expected shape {wanted}, got {tokens.v.shape}"))

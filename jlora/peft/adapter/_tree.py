@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
+from ..._adapters import (
+    AdapterLeaf,
+    Decomposed,
+    LowRank,
+    Node,
+    Replaced,
+    is_node,
+    state,
+    weight_shape,
+)
 from ..._errors import InputError, Problem
 from ..._tree import adapter_leaves, check_fits, name_of
 from ..._types import Path, PyTree
@@ -64,7 +73,8 @@ class Tree(NamedTuple):
             transposed = name.transposed
             if name.kind == "experts":
                 transposed = False if name.is_swapped else name.is_transposed or None
-            scale, each = x.scale / leaf.factor, split_factors(leaf, x)
+            scale = x.scale / leaf.factor
+            each = split_factors(leaf, x)
             for key, module, (a, b, *m) in zip(leaf.parameters, leaf.modules, each, strict=True):
                 own = (a, b, scale, transposed, m[0] if m else None, leaf.experts)
                 pieces[key].append((leaf, Part(key, name.kind or "", leaf.key(module), *own)))
@@ -104,7 +114,8 @@ def _join_parts(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:
     if len(own) == count and all(
         x.scale == first.scale and np.array_equal(x.a, first.a) for x in own.values()
     ):
-        a, ends = a[:1], [a[0].shape[1]] * count
+        ends = [a[0].shape[1]] * count
+        a = a[:1]
     b = np.zeros((count, len(first.b), ends[-1], experts), first.b.dtype)
     for (j, x), end in zip(own.items(), ends, strict=True):
         factor = x.b.reshape(len(x.b), -1, experts)
@@ -170,7 +181,7 @@ def _check_writable(
             f"have, at these paths:\n{listed}",
             remedy="Give jlora.arithmetic.difference(adapter, initial), where `initial` is the "
             "adapter from init, or merge the adapter into its base. If you publish the changed "
-            "base, mark the nodes: node._replace(residual=False).",
+            "base, mark the nodes: node.replace(residual=False).",
         )
     wrong = {path: why for path, x in found.items() if (why := _why_unwritable(path, x, leaves))}
     wrong |= {path: why for path, why in _find_lone_parts(found, leaves) if path not in wrong}
@@ -184,9 +195,9 @@ def _check_writable(
         )
 
 
-def _why_unwritable(path: Path, x: Any, leaves: Mapping[Path, NamedLeaf]) -> str | None:
+def _why_unwritable(path: Path, x: AdapterLeaf, leaves: Mapping[Path, NamedLeaf]) -> str | None:
     if (leaf := leaves.get(path)) is None:
-        axes = len(weight_shape(x) if is_node(x) else x.shape)
+        axes = len(weight_shape(x) if isinstance(x, Node) else x.shape)
         return f"no row of `names` fits {path_in_names(path)!r} with {axes} axes"
     if is_node(x) and not isinstance(x, (*_FACTORED, Replaced)):
         return f"PEFT has no form for a {type(x).__name__}"
@@ -234,7 +245,8 @@ def _find_lone_parts(
     parts = {path: leaf for path, leaf in parts.items() if leaf.name.part}
     there = collections.Counter(leaf.parameters[0] for leaf in parts.values())
     for path, leaf in parts.items():
-        name, (_, n) = leaf.parameters[0], leaf.name.part or (0, 1)
+        name = leaf.parameters[0]
+        _, n = leaf.name.part or (0, 1)
         if there[name] < n:
             yield path, f"is DoRA, but only {there[name]} of the {n} parts of {name} are"
 

@@ -50,7 +50,8 @@ def to_vllm(
         (8, 8)
     """
     alone = read_alone(path, ignore=ignore)
-    fields, found = DEFAULTS | alone.adapter.fields, alone.contents
+    fields = DEFAULTS | alone.adapter.fields
+    found = alone.contents
     fields, parts = flatten_for_vllm(fields, found.parts, list(found.full), list(alone.rows))
     problems = Problems(f"`path`: the adapter in {path} cannot be written for vLLM", path)
     write_alone(out, fields, parts, [alone], problems, "path")

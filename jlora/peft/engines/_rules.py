@@ -133,7 +133,8 @@ def check_shapes(x: Served, silent: bool = False) -> list[Finding]:
     for (module, _), pair in x.pairs.items():
         if x.base is None or len(pair) < 2 or any(len(s.shape) != 2 for s in pair.values()):
             continue
-        ours, theirs = (pair["B"].shape[0], pair["A"].shape[1]), x.base.shape(module)
+        ours = (pair["B"].shape[0], pair["A"].shape[1])
+        theirs = x.base.shape(module)
         if len(theirs) == 2 and ours not in (theirs, theirs[::-1]):
             wrong[module] = ours, theirs
     ours, theirs = next(iter(wrong.values()), ((0, 0), (0, 0)))

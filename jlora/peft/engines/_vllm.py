@@ -41,7 +41,8 @@ def _configuration(x: Served) -> Iterator[Finding]:
         yield Finding("r", f"{rank} is above {RANKS[-1]}, the largest rank", remedy, False)
     elif x.max_lora_rank is not None and rank > x.max_lora_rank:
         yield rules.report_rank(rank, x.max_lora_rank, next(r for r in RANKS if r >= rank))
-    saved, of = x.fields.get("modules_to_save") or [], "modules_to_save"
+    saved = x.fields.get("modules_to_save") or []
+    of = "modules_to_save"
     if others := [name for name in saved if name not in HEADS]:
         why = f"only {' and '.join(HEADS)} may be saved in full"
         yield from report(others, why, rules.LEAVE_OUT, of=of)

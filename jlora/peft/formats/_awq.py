@@ -17,11 +17,13 @@ class Awq(Format):
 
     def read(self, name: str) -> Codes | Dense:
         """Reads the weight of a module that has `qweight`."""
-        module, tensors = name.removesuffix(".weight"), self.tensors
+        module = name.removesuffix(".weight")
+        tensors = self.tensors
         self.field("bits", (4,))
         self.field("version", ("gemm", "GEMM"), "gemm")
         words = tensors.read_matrix(f"{module}.qweight", ("I32",))
-        groups, columns = tensors.matrix(f"{module}.scales")[0], words.shape[1]
+        groups = tensors.matrix(f"{module}.scales")[0]
+        columns = words.shape[1]
         zeros = tensors.read(f"{module}.qzeros", ("I32",), (groups, columns))
         scale = tensors.read(f"{module}.scales", FLOATS, (groups, 8 * columns))
         codes, zeros = (unpack(x, 1, order=ORDER).T for x in (words, zeros))

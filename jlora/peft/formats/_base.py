@@ -16,7 +16,7 @@ from ... import sharding
 from ..._errors import InputError, Problem
 from ..._folders import fresh
 from ..._progress import progress
-from ..._quantized import is_quantized
+from ..._quantized import Quantized, is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import INDEX, ONE, open_checkpoint
@@ -95,7 +95,8 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
         except Unreadable as e:
             wrong.append(e.problem)
             unread += leaf.modules
-    prefixes, tensors = tuple(f"{module}." for module in unread), format.tensors
+    prefixes = tuple(f"{module}." for module in unread)
+    tensors = format.tensors
     left = [n for n in tensors if n not in tensors.taken and not n.startswith(prefixes)]
     # With a wrong configuration, all leaves have the same problem.
     wrong = list(dict.fromkeys(wrong)) + [Problem(name, "unexpected") for name in left]
@@ -137,7 +138,7 @@ def _read_dense(format: Format, key: str, shape: tuple[int, ...]) -> np.ndarray:
     return x
 
 
-def _place(x: Any, like: Any) -> Any:
+def _place(x: jax.Array | Quantized, like: object) -> jax.Array | Quantized:
     """Shards a leaf like `like`, if that is on a mesh."""
     place = getattr(like, "sharding", None)
     if not isinstance(place, NamedSharding):
@@ -181,7 +182,8 @@ def save_base(
             "with `transformers` and bitsandbytes, or with llm-compressor.",
             problems=packed,
         )
-    tensors, source = split_all(name_all(base, names, "base")), None
+    tensors = split_all(name_all(base, names, "base"))
+    source = None
     if isinstance(config, str | os.PathLike):
         source = open_checkpoint(config, "config", copied=True)
         config = source.config_of_floats

@@ -63,9 +63,12 @@ class BitsAndBytes(Format):
 
     def _four_bits(self, key: str, kind: str) -> Codes:
         state = self._read_state(f"{key}.{STATE}{kind}", kind)
-        shape, block, dtype = tuple(state["shape"]), state["blocksize"], state["dtype"]
+        shape = tuple(state["shape"])
+        block = state["blocksize"]
+        dtype = state["dtype"]
         size = math.prod(shape)
-        packed, half = self.tensors.bytes(key), -(-size // 2)
+        packed = self.tensors.bytes(key)
+        half = -(-size // 2)
         if packed.size != half:
             raise Unreadable(key, f"expected {half} bytes for {shape}, got {packed.size}")
         codes = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[:size].reshape(shape)
@@ -79,7 +82,8 @@ class BitsAndBytes(Format):
         if "nested_blocksize" not in state:
             return Codes(scheme, codes, self._finite(f"{key}.absmax", (blocks,)), dtype=dtype)
         absmax = self.tensors.read(f"{key}.absmax", ("U8",), (blocks,))
-        group, offset = state["nested_blocksize"], np.float32(state["nested_offset"])
+        group = state["nested_blocksize"]
+        offset = np.float32(state["nested_offset"])
         of_groups = self._finite(f"{key}.nested_absmax", (-(-blocks // group),))
         numbers = self._finite(f"{key}.nested_quant_map", (256,))
         # A leaf has groups of scales and an offset for each expert; the file has them for all.

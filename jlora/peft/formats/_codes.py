@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme, spell
 from ..names._convert import take_part
@@ -34,7 +35,7 @@ class Codes(NamedTuple):
     scale: np.ndarray
     zero: np.ndarray | None = None
     nested: tuple[Any, Any] | None = None
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,7 +53,7 @@ class Codes(NamedTuple):
         parts = [x for x in (self.scale, self.zero, *(self.nested or ())) if x is not None]
         return self.codes.size * self.scheme.bits // 8 + sum(x.nbytes for x in parts)
 
-    def array(self, dtype: Any) -> jax.Array:
+    def array(self, dtype: DTypeLike) -> jax.Array:
         """Computes the values, (…, rows, columns)."""
         *lead, i, j = range(self.codes.ndim)
         form = self.scheme.form(self.codes.shape, tuple(lead), (i, j), 1)
@@ -99,7 +100,7 @@ class Dense(NamedTuple):
         """The bytes of the codes."""
         return self.values.size * self.bits // 8
 
-    def array(self, dtype: Any) -> jax.Array:
+    def array(self, dtype: DTypeLike) -> jax.Array:
         """Computes the values, (…, rows, columns)."""
         return jnp.asarray(self.values).astype(dtype)
 
@@ -137,11 +138,13 @@ def make_leaf(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
 
     It is quantized if its axes can be split into the blocks of the file, and otherwise dequantized.
     """
-    name, dtype = leaf.name, modules[0].dtype or leaf.value.dtype
+    name = leaf.name
+    dtype = modules[0].dtype or leaf.value.dtype
     stack, first, last = name.where("les"), name.where("o"), name.where("i")
     if name.kind == "embedding":
         first, last = name.where("v"), name.where("o")
-    order, coded = (*first, *last), [m for m in modules if isinstance(m, Codes)]
+    order = (*first, *last)
+    coded = [m for m in modules if isinstance(m, Codes)]
     if len(coded) == len(modules) and len(set(map(_signature, coded))) == 1:
         form = _cut(coded[0].scheme, leaf.shape, stack, order, len(last))
         if form is not None:
@@ -184,9 +187,10 @@ def _cut(
     return form
 
 
-def _quantize(m: Codes, form: Form, dtype: Any) -> Quantized:
+def _quantize(m: Codes, form: Form, dtype: DTypeLike) -> Quantized:
     inner = form.of_codes
-    axes, block = (*inner.stack, *inner.order), inner.blocks[inner.axis]
+    axes = (*inner.stack, *inner.order)
+    block = inner.blocks[inner.axis]
 
     def arrange(x: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
         """Reorders numbers of a file to the axes of the codes, of the given lengths."""

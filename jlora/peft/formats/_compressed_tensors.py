@@ -65,7 +65,8 @@ class CompressedTensors(Format):
 
     def _integers(self, name: str, bits: int, codes: np.ndarray) -> Codes | Dense:
         """Reads the scales, zero points and order of unsigned codes."""
-        rows, tensors = len(codes), self.tensors
+        rows = len(codes)
+        tensors = self.tensors
         scale = tensors.read(f"{name}_scale", FLOATS)
         if scale.size == 1 or scale.shape == (rows,):  # for the tensor, or for each output
             scale = np.broadcast_to(scale.reshape(-1, 1), (rows, 1))

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from ..._errors import InputError
 from ..._folders import fresh
@@ -158,7 +159,8 @@ def open_dequantized(checkpoint: Checkpoint) -> Dequantized:
     Raises:
         ValueError: if the checkpoint is damaged, or has codes that the format does not read.
     """
-    format, dtype = open_format(checkpoint), _float_dtype(checkpoint)
+    format = open_format(checkpoint)
+    dtype = _float_dtype(checkpoint)
     matrices = dict[str, Matrix]()
     # Each tensor that is read, with the weight that is written for it, if any.
     places: dict[str, TensorInfo | None] = {}
@@ -187,7 +189,9 @@ def open_dequantized(checkpoint: Checkpoint) -> Dequantized:
         both = (places.get(name, entry) for name, entry in header.entries.items())
         files[file] = [entry for entry in both if entry is not None]
     found = Dequantized.make(checkpoint, files, checkpoint.config_of_floats)
-    found.matrices, found.format, found.lock = matrices, format, threading.Lock()
+    found.matrices = matrices
+    found.format = format
+    found.lock = threading.Lock()
     return found
 
 
@@ -202,6 +206,6 @@ def _float_dtype(checkpoint: Checkpoint) -> Any:
     return jnp.dtype(dtype if dtype in ("float32", "float16") else "bfloat16")
 
 
-def _values(format: Format, name: str, dtype: Any) -> bytes:
+def _values(format: Format, name: str, dtype: DTypeLike) -> bytes:
     w = np.asarray(format.read(name).array(dtype))
     return (w if w.ndim == 2 or format.keeps_axes else w.swapaxes(-1, -2)).tobytes()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ..._errors import InputError
 from .._checkpoint import Checkpoint
@@ -79,7 +80,8 @@ def register(*methods: str) -> Callable[[F], F]:
 
 def open_format(checkpoint: Checkpoint) -> Format:
     """Opens a checkpoint in the format that its configuration names."""
-    tensors, config = Tensors(checkpoint), checkpoint.quantization
+    tensors = Tensors(checkpoint)
+    config = checkpoint.quantization
     method = config.get("quant_method")
     if not config:
         return Format(tensors, config)
@@ -94,7 +96,7 @@ def open_format(checkpoint: Checkpoint) -> Format:
 
 
 def read_checked(
-    format: Format, name: str, dtype: Any, shape: tuple[int, ...] | None = None
+    format: Format, name: str, dtype: DTypeLike, shape: tuple[int, ...] | None = None
 ) -> Codes | Dense:
     """Reads a parameter; raises `Unreadable` for another `shape`, or for values that overflow.
 

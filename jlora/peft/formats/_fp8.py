@@ -38,7 +38,9 @@ def read_float8(tensors: Tensors, key: str, name: str, blocks: Iterable[Block]) 
     one of the sizes `blocks`, or of neighboring inputs of an output.
     """
     codes = tensors.read_matrix(key, ("F8_E4M3",))
-    (rows, columns), scale, shape = codes.shape, _read_scale(tensors, name), tensors.shape(name)
+    rows, columns = codes.shape
+    scale = _read_scale(tensors, name)
+    shape = tensors.shape(name)
     if scale.size == 1 or shape in ((rows,), (rows, 1)):
         return Codes(FP8(block=None), codes, np.broadcast_to(scale.reshape(-1, 1), (rows, 1)))
     for block in blocks:

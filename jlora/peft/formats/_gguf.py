@@ -38,7 +38,8 @@ class GgufTensors:
             self._tensors = read_tensors(path, gguf)
         except (ValueError, KeyError) as e:
             raise InputError(f"`path`: {path} is not a valid GGUF file: {e}.", path=path) from None
-        self._gguf, self.taken = gguf, set[str]()
+        self._gguf = gguf
+        self.taken = set[str]()
 
     def __iter__(self) -> Iterator[str]:
         """Iterates over their names."""
@@ -81,7 +82,8 @@ class Gguf(Format):
 
     def read(self, name: str) -> Codes:
         """Reads a parameter whose type can be read as codes."""
-        kind, (blocks, shape) = self.tensors.dtype(name), self.tensors.blocks(name)
+        kind = self.tensors.dtype(name)
+        blocks, shape = self.tensors.blocks(name)
         head, data = np.split(blocks, [HEADS[kind]], -1)
         if kind == "Q8_0":
             codes = data.view(np.int8).reshape(shape)

@@ -3,6 +3,7 @@
 import math
 import struct
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ class Tensor(NamedTuple):
     data: np.ndarray
 
 
-def read_tensors(path: Path, gguf: Any) -> dict[str, Tensor]:
+def read_tensors(path: Path, gguf: ModuleType) -> dict[str, Tensor]:
     """Reads the tensors of a file by name; `gguf` is the package with the types.
 
     Raises:
@@ -37,9 +38,10 @@ def read_tensors(path: Path, gguf: Any) -> dict[str, Tensor]:
         raise ValueError(f"expected version {versions} in little-endian order")
     alignment = 32
     for _ in range(fields):
-        key, (kind,) = file.string(), file.numbers("I")
+        key = file.string()
+        [kind] = file.numbers("I")
         if key == b"general.alignment" and kind == _UINT32:
-            (alignment,) = file.numbers("I")
+            [alignment] = file.numbers("I")
         else:
             file.skip(kind)
     infos = [_info(file) for _ in range(count)]
@@ -66,7 +68,7 @@ def read_tensors(path: Path, gguf: Any) -> dict[str, Tensor]:
 
 def _info(file: "_File") -> tuple[str, tuple[int, ...], int, int]:
     name = file.string().decode()
-    (axes,) = file.numbers("I")
+    [axes] = file.numbers("I")
     if axes > 16:
         raise ValueError(f"{name!r} has {axes} axes")
     return name, file.numbers("Q" * axes)[::-1], *file.numbers("IQ")
@@ -76,11 +78,13 @@ class _File:
     """The bytes of a file, and the position up to which they were read."""
 
     def __init__(self, data: memoryview) -> None:
-        self.data, self.at = data, 0
+        self.data = data
+        self.at = 0
 
     def take(self, count: int) -> memoryview:
         """Takes the next `count` bytes."""
-        start, self.at = self.at, self.at + count
+        start = self.at
+        self.at += count
         if self.at > len(self.data):
             raise ValueError(f"it ends at byte {len(self.data)}; expected byte {self.at}")
         return self.data[start : self.at]

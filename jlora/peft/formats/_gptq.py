@@ -23,11 +23,14 @@ class Gptq(Format):
 
     def read(self, name: str) -> Codes | Dense:
         """Reads the weight of a module that has `qweight`."""
-        module, tensors, config = name.removesuffix(".weight"), self.tensors, self.config
+        module = name.removesuffix(".weight")
+        tensors = self.tensors
+        config = self.config
         bits = self.field("bits", tuple(ONES))
         version = self.field("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
         codes = unpack(tensors.read_matrix(f"{module}.qweight", ("I32",)), 0, bits).T
-        (outputs, inputs), count = codes.shape, 32 // bits
+        outputs, inputs = codes.shape
+        count = 32 // bits
         groups, _ = tensors.matrix(f"{module}.scales")
         zeros = tensors.read(f"{module}.qzeros", ("I32",), (groups, -(-outputs // count)))
         if version == "gptq":

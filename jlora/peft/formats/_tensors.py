@@ -49,7 +49,8 @@ class Tensors:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Reads nothing yet. The headers of the checkpoint were checked."""
-        self._checkpoint, self.taken = checkpoint, set[str]()
+        self._checkpoint = checkpoint
+        self.taken = set[str]()
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a tensor of a name."""
@@ -123,7 +124,8 @@ def list_left(tensors: Tensors, read: Collection[str]) -> list[Problem]:
 
 
 def _is_coded(tensors: Tensors, name: str) -> bool:
-    last, dtype = name.rpartition(".")[2], tensors.dtype(name)
+    last = name.rpartition(".")[2]
+    dtype = tensors.dtype(name)
     if dtype in DTYPES:
         return bool(_OF_CODES.fullmatch(last))
     of_attention = last == "bias" and len(tensors.shape(name)) == 4
@@ -131,7 +133,7 @@ def _is_coded(tensors: Tensors, name: str) -> bool:
     return not is_mask and not (dtype == "I64" and last in _BUFFERS)
 
 
-def is_pair(x: Any) -> bool:
+def is_pair(x: object) -> bool:
     """Whether a value of JSON is two positive integers."""
     return isinstance(x, list) and len(x) == 2 and all(type(n) is int and n > 0 for n in x)
 
@@ -141,6 +143,7 @@ def unpack(
 ) -> np.ndarray:
     """Unpacks codes from int32 words, lowest bits first; the k-th is at place `order[k]`."""
     words = np.moveaxis(words.view(np.uint32), axis, -1)
-    places, mask = order or range(32 // bits), np.uint32(2**bits - 1)
+    places = order or range(32 // bits)
+    mask = np.uint32(2**bits - 1)
     codes = np.stack([(words >> np.uint32(bits * k) & mask).astype(np.uint8) for k in places], -1)
     return np.moveaxis(codes.reshape(*words.shape[:-1], -1), -1, axis)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ class NewRows(Edit):
     def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yields the table with the new rows."""
         (count, columns), dtype = tensor.shape, DTYPES[tensor.dtype]
-        rows, values = np.asarray(self.tokens.rows), self.tokens.v.astype(dtype)
+        rows = np.asarray(self.tokens.rows)
+        values = self.tokens.v.astype(dtype)
         step = max(1, BLOCK // max(columns, 1))
         for start in range(0, count, step):
             block = _read(data, dtype, (min(step, count - start), columns)).copy()
@@ -88,7 +89,8 @@ class Sum(Edit):
 
     def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yields W + s·B·A in blocks of rows, normalized for DoRA."""
-        gains, dtype = None, DTYPES[tensor.dtype]
+        gains = None
+        dtype = DTYPES[tensor.dtype]
         wide = np.promote_types(dtype, np.float32)
         if self.m is not None and not self.by_rows:  # the norm of a column needs all of W
             start = data.tell()
@@ -126,7 +128,9 @@ class Parts(Edit):
 
     def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yields the rows of these parameters, and those between them as they are."""
-        (count, *rest), dtype, at = tensor.shape, DTYPES[tensor.dtype], 0
+        count, *rest = tensor.shape
+        dtype = DTYPES[tensor.dtype]
+        at = 0
         columns = math.prod(rest)
         step = max(1, BLOCK // max(columns, 1))
         for start, (rows, edit) in [*sorted(self.parts.items()), (count, (0, None))]:
@@ -161,7 +165,7 @@ def _adder(right: np.ndarray, scale: float, rows: int) -> Callable[..., np.ndarr
     rest = jax.device_put((factor, np.float32(scale), np.uint32(0)), cpu)
     alone = jax.sharding.Mesh([cpu], ("cpu",))  # instead of the caller's jax.set_mesh
 
-    def add(w: np.ndarray, left: np.ndarray, to: Any) -> np.ndarray:
+    def add(w: np.ndarray, left: np.ndarray, to: np.dtype) -> np.ndarray:
         if w.dtype == np.float64:  # JAX may not have it; -0 + x is x
             return w + add(np.full(w.shape, -0.0, np.float32), left, np.dtype(np.float32))
         b = _pad(left, (_round_up(rows), rank), np.dtype(np.float32))
@@ -178,7 +182,7 @@ def _adder_of_numpy(right: np.ndarray, scale: float) -> Callable[..., np.ndarray
     Each multiply-add is computed in float64 and rounded again, which very rarely changes a bit.
     """
 
-    def add(w: np.ndarray, left: np.ndarray, to: Any) -> np.ndarray:
+    def add(w: np.ndarray, left: np.ndarray, to: np.dtype) -> np.ndarray:
         change = np.zeros(w.shape, np.float32)
         with np.errstate(all="ignore"):  # who writes the values checks that they are finite
             for b, a in zip(left.T, right, strict=True):
@@ -191,7 +195,7 @@ def _adder_of_numpy(right: np.ndarray, scale: float) -> Callable[..., np.ndarray
 
 @functools.partial(jax.jit, static_argnums=5)
 def _add(
-    w: jax.Array, b: jax.Array, a: jax.Array, scale: jax.Array, zero: jax.Array, to: Any
+    w: jax.Array, b: jax.Array, a: jax.Array, scale: jax.Array, zero: jax.Array, to: np.dtype
 ) -> jax.Array:
     change = (jnp.matmul(b, a, precision=lax.Precision.HIGHEST) * scale)[:, : w.shape[1]]
     # Through integers: otherwise XLA would fuse product and sum into one rounding.

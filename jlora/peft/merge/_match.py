@@ -215,7 +215,8 @@ def _check(target: Target, found: Contents, problems: Problems) -> None:
             is_swapped = sorted(view.shape) == sorted(part.matrix)
             swapped = ": A has the outputs, and B the inputs" * is_swapped
             problems.add(part.name, f"{why} {part.b.shape} make {part.matrix}{swapped}")
-    whole, adapted = found.full | found.frozen, {part.key for part in found.parts}
+    whole = found.full | found.frozen
+    adapted = {part.key for part in found.parts}
     for name, x in whole.items():
         if (view := model.get(name)) is None:
             continue
@@ -259,7 +260,8 @@ def check_frozen(target: Target, found: Contents, problems: Problems) -> None:
 
 def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
     """Whether a tensor has exactly these values."""
-    dtype, at = DTYPES[checkpoint.entry(name).dtype], 0
+    dtype = DTYPES[checkpoint.entry(name).dtype]
+    at = 0
     for piece in checkpoint.pieces(name):
         own = np.frombuffer(piece, dtype)
         if not np.array_equal(own, value.reshape(-1)[at : at + own.size].astype(dtype)):

@@ -59,7 +59,8 @@ def _tell_by_bias(name: str, shapes: Shapes) -> bool | None:
     Biases of experts are not used: whether PEFT's A has their inputs depends on the version of
     `transformers`.
     """
-    shape, bias = shapes[name], shapes.get(_bias_of(name), ())
+    shape = shapes[name]
+    bias = shapes.get(_bias_of(name), ())
     if len(shape) != 2 or shape[0] == shape[1] or bias[:1] not in (shape[:1], shape[1:]):
         return None
     return bias[:1] == shape[1:]

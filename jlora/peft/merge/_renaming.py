@@ -69,7 +69,8 @@ def find_models(
         ValueError: if several prefixes match equally many, or several replacements all names.
     """
     best, most = list[tuple[Named, list[tuple[str, str]]]](), -1
-    stored, experts = view_tensors(shapes), find_experts(shapes)
+    stored = view_tensors(shapes)
+    experts = find_experts(shapes)
     tried = list(_list_named(wanted, stored, experts, heads))
     for named, joined in tried:
         there = named.keys() | joined.keys() if joined else named.keys()
@@ -78,7 +79,8 @@ def find_models(
         ways = [("", ""), *((p, "") for p in _firsts(named)), *(("", p) for p in _firsts(wanted))]
         counts = _count(ways, wanted, there, known)
         if max(counts) > most:
-            best, most = [], max(counts)
+            best = []
+            most = max(counts)
         if max(counts) == most:
             best.append((named, [w for w, n in zip(ways, counts, strict=True) if n == most]))
     if most < len(wanted) and (replaced := _replace(wanted, tried, fits)):
@@ -103,7 +105,8 @@ def _list_named(
     wanted: Collection[str], stored: Named, experts: Experts, heads: int
 ) -> Iterator[tuple[Named, Named]]:
     """Yields the parameters in each dialect: those in one tensor, and those of several."""
-    tried, possible = list[Named](), list(find_dialects(stored.keys()))
+    tried = list[Named]()
+    possible = list(find_dialects(stored.keys()))
     old = list(filter(_make_finder(rule for dialect in possible for rule in dialect), stored))
     for dialect in possible:
         named = _rename(dialect, stored, old, heads)
@@ -158,7 +161,8 @@ def _make_model(
         named = {
             new: x for new, n in names.items() if (x := named[n]).tensor not in as_stored
         } | own
-    stacks, pairs = join_experts(named, stored, experts), join_modules(named, wanted)
+    stacks = join_experts(named, stored, experts)
+    pairs = join_modules(named, wanted)
     model = Model(named)
     for joined in (stacks, pairs) if pairs.keys() & wanted else (stacks,):
         # The model has single experts, or such modules, only if the adapter adapts one of them.
@@ -199,7 +203,8 @@ def _rename(
     dialect: Sequence[tuple[str, str]], stored: Named, old: Iterable[str], heads: int
 ) -> dict[str, View]:
     """Gives the parameters in a checkpoint new names; only `old` names are renamed."""
-    renamed, rules = {}, [(re.compile(pattern), modern) for pattern, modern in dialect]
+    renamed = {}
+    rules = [(re.compile(pattern), modern) for pattern, modern in dialect]
     for name in filter(_make_finder(dialect), old):
         new = name
         for pattern, modern in rules:
@@ -225,7 +230,8 @@ def _count(
     known: Collection[str],
 ) -> list[int]:
     """Counts the `wanted` names that each way finds; it adds or removes a first component."""
-    lost, same = {n for n in wanted if n not in known}, sum(n in known for n in wanted)
+    lost = {n for n in wanted if n not in known}
+    same = sum(n in known for n in wanted)
     named = named if lost else ()
     longer = (name.partition(".") for name in named)
     added = collections.Counter(first + "." for first, _, rest in longer if rest in lost)

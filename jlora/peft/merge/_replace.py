@@ -98,7 +98,8 @@ class Names:
         self, name: str, ways: Iterable[Replacement], fits: Fits
     ) -> dict[Replacement, str]:
         """Finds the tensor of a fitting shape that `name` becomes by each of the `ways`."""
-        found, parts = {}, tuple(name.split("."))
+        found = {}
+        parts = tuple(name.split("."))
         start = self.leave(parts)
         place = _mark(parts[:start])
         for way in ways:
@@ -116,7 +117,8 @@ class Names:
     def list_ways(self, name: str, fits: Fits) -> list[Replacement]:
         """Lists the replacements that give `name` a tensor."""
         parts = tuple(name.split("."))
-        start, others = self.leave(parts), self.by_end.get(_end(parts), [])
+        start = self.leave(parts)
+        others = self.by_end.get(_end(parts), [])
         if len(others) > _PLACES:
             return []
         fitting = (self.split[x] for x in others if fits(name, self.shapes[x]))
@@ -138,7 +140,8 @@ def find_places(wanted: Collection[str], shapes: Shapes, fits: Fits) -> list[Pla
     needed = _group(lost, {_module(name) for name in kept})
     if not needed:
         return []
-    names, found = Names(shapes), list[Place]()
+    names = Names(shapes)
+    found = list[Place]()
     fewest = min(needed.values(), key=lambda own: sum(map(names.count_alike, own)))
     ways = dict.fromkeys(way for name in fewest for way in names.list_ways(name, fits))
     if len(ways) * len(lost) > _STEPS:

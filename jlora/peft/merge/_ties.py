@@ -37,7 +37,8 @@ def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[P
     A tied parameter is not listed if the one in the checkpoint gets the same values. Values that
     are not read yet are compared by shape.
     """
-    lost, whole = [x.name for x in found.parts if x.name not in model], found.full | found.frozen
+    lost = [x.name for x in found.parts if x.name not in model]
+    whole = found.full | found.frozen
     if lost:
         shared = find_twins(found.parts)
         lost = [name for name in lost if name not in shared or shared[name].name not in model]
@@ -75,7 +76,8 @@ def may_be_renamed(name: str, checkpoint: Checkpoint, found: Contents) -> bool:
 
 def list_untied(checkpoint: Checkpoint, model: Model, found: Contents) -> list[Problem]:
     """Lists changes of a shared weight for only one of the embedding and the head."""
-    names, full = (x.name for x in found.parts), found.full
+    names = (x.name for x in found.parts)
+    full = found.full
     alone = [name for name in names if is_shared(checkpoint, model.tensor(name))]
     if alone:
         shared = find_twins(found.parts)
@@ -101,7 +103,8 @@ def separate_heads(
     checkpoint: Checkpoint, model: Model, tokens: Mapping[str, Tokens]
 ) -> tuple[dict[str, Tokens], list[tuple[Tokens, Tokens]]]:
     """Returns the rows of embeddings in the checkpoint, and pairs of tied heads and embeddings."""
-    heads, there = [], dict(tokens)
+    heads = []
+    there = dict(tokens)
     for name, x in tokens.items():
         table = find_table(name, tokens, model) if SHARED.search(x.module) else None
         if table is None:

@@ -36,7 +36,8 @@ def untie(target: Target, found: Contents, problems: Problems) -> tuple[Target, 
     if not checkpoint.vocabulary:
         return target, found
     shared = [name for name in checkpoint.where if is_shared(checkpoint, name)]
-    prefix, stacks = model.prefix or "", _find_stacks(target, shared)
+    prefix = model.prefix or ""
+    stacks = _find_stacks(target, shared)
     if why := _explain_tied(target, found, shared, stacks):
         problems.stop(Problem("`untie`", why))
     table, *stored = (name for name in shared if prefix + name not in stacks)
@@ -49,7 +50,8 @@ def untie(target: Target, found: Contents, problems: Problems) -> tuple[Target, 
             problems.stop(Problem("`untie`", _explain_unknown(checkpoint.config)))
             return target, found
         module, weight = head
-        heads, new[f"{module}.weight"] = {module: weight}, (weight, table)
+        heads = {module: weight}
+        new[f"{module}.weight"] = (weight, table)
         rows = (x for n, x in tokens.items() if n in model and model.tensor(n) == table)
         tokens = {f"{module}.weight": x._replace(module=module) for x in rows} | tokens
     biases = _find_biases(target, found, heads)
@@ -131,7 +133,8 @@ def _find_head(
     nothing tells it.
     """
     checkpoint, prefix = target.checkpoint, target.model.prefix
-    shapes, names = checkpoint.shapes, checkpoint.config.get("architectures")
+    shapes = checkpoint.shapes
+    names = checkpoint.config.get("architectures")
     if prefix is None or not (isinstance(names, list) and names):
         return None
     backbone = _BACKBONE.match(prefix + table)
@@ -169,7 +172,9 @@ def _find_biases(
     target: Target, found: Contents, heads: Mapping[str, str]
 ) -> dict[str, tuple[str, str]]:
     """Finds the biases of heads that BERT and its kin store in the module around the head."""
-    prefix, names, new = target.model.prefix or "", target.checkpoint.where, {}
+    prefix = target.model.prefix or ""
+    names = target.checkpoint.where
+    new = {}
     for module, weight in heads.items():
         bias = weight.removesuffix("weight") + "bias"
         outer = bias.removesuffix(".decoder.bias").removeprefix(prefix) + ".bias"

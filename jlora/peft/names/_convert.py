@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, without_slots
 from ..._types import Layout
@@ -22,7 +23,7 @@ Arrays = tuple[np.ndarray, ...]  # PEFT's A and B of a module, and its magnitude
 # --------------------------------------------------------------------------------------- weights
 
 
-def split_weight(leaf: NamedLeaf, value: Any) -> dict[str, np.ndarray]:
+def split_weight(leaf: NamedLeaf, value: ArrayLike) -> dict[str, np.ndarray]:
     """Splits a leaf into PyTorch's parameters by their names."""
     parts = _pack(value, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
     return dict(zip(leaf.parameters, parts, strict=True))
@@ -123,7 +124,8 @@ def join_factors(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> L
     """Makes the node of `leaf` from the arrays of its modules; inverts `split_factors`."""
     if leaf.name.is_swapped:
         modules = [swap(a, b, leaf.experts) for a, b in modules]
-    modules, found = _take_part(leaf, modules), dict[str, Any]()
+    modules = _take_part(leaf, modules)
+    found = dict[str, Any]()
     rank = len(modules[0][0]) // leaf.experts
     each = zip(leaf.name.factor_groups.items(), zip(*modules, strict=True), strict=False)
     for (name, groups), parts in each:
@@ -187,7 +189,7 @@ def _ones(layout: Layout, name: str) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------- axes and values
 
 
-def _pack(x: Any, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.ndarray]:
+def _pack(x: ArrayLike, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.ndarray]:
     """Splits an array of the leaf into its modules, and flattens each group of axes."""
     x = _rescale(np.asarray(x), axes, leaf, np.divide)
     stacked = leaf.name.where("ls")

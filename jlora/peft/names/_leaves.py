@@ -144,7 +144,8 @@ def split_experts(leaf: NamedLeaf, there: Container[str]) -> NamedLeaf:
     for parts in FUSED.get(parameter, ()):
         each = [[f"{m}.{e}.{parts[j]}" for m in leaf.modules] for e in range(leaf.experts)]
         if len(parts) == n and f"{each[0][0]}.weight" in there:
-            stacked, axes = name.where("le"), name.axes.replace("e", "l")
+            stacked = name.where("le")
+            axes = name.axes.replace("e", "l")
             lengths = [leaf.shape[d] for d in (*name.where("e"), *name.where("l"))]
             modules = np.moveaxis(np.reshape(each, lengths), 0, stacked.index(*name.where("e")))
             row = Name(name.path, "{}" * len(stacked), axes, times=name.times)
@@ -157,8 +158,8 @@ def path_in_names(path: Path) -> str:
     return "/".join(path).removeprefix("params/")
 
 
-def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> NamedLeaf | None:
-    shape = tuple(x.shape) if hasattr(x, "shape") else ()
+def _leaf(path: Path, x: object, rows: Sequence[Name]) -> NamedLeaf | None:
+    shape = tuple(getattr(x, "shape", ()))
     if (found := row_of(path, shape, rows)) is None:
         return None
     row, matched = found

@@ -145,7 +145,8 @@ class Name:
         """
         i, o, e = self.where("ikv"), self.where("o"), self.where("e")
         if self.kind == "conv":
-            window, ones = [(d,) for d in self.where("k")], [()] * len(self.where("k"))
+            window = [(d,) for d in self.where("k")]
+            ones = [()] * len(self.where("k"))
             a, b, m = [(RANK,), self.where("i"), *window], [o, (RANK,), *ones], [(), o, *ones]
             return {"a": a, "b": b, "m": m}
         return {"a": [(*e, RANK), i], "b": [o, (RANK, *e)], "m": [o]}

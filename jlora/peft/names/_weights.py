@@ -93,7 +93,8 @@ def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
 
 def split_all(leaves: Iterable[NamedLeaf]) -> dict[str, np.ndarray]:
     """Splits leaves into PyTorch's parameters by their names."""
-    found, parts = {}, collections.defaultdict[str, dict[int, tuple[Name, np.ndarray]]](dict)
+    found = {}
+    parts = collections.defaultdict[str, dict[int, tuple[Name, np.ndarray]]](dict)
     for leaf in leaves:
         for key, x in split_weight(leaf, leaf.value).items():
             if leaf.name.part is None:

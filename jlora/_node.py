@@ -1,12 +1,16 @@
 """The base class of nodes, and what `Node.axes` determines."""
 
+import dataclasses
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar, NoReturn, Self, TypeGuard
 
-from .. import _compat
-from .._core import RANK, Axis, Change, Factor, Weight, leaf_weight
-from .._types import Layout, short
+import jax
+
+from . import _compat
+from ._core import RANK, Axis, Change, Factor, Weight, leaf_weight
+from ._quantized import Quantized
+from ._types import Layout, NotAnArray, short
 
 Axes = dict[str, tuple[int | str, ...]]  # axes of W by their numbers, others by names
 SLOTS = "slots"  # the name of the axis of chosen slots
@@ -56,7 +60,7 @@ class Node(tuple[Any, ...]):
         """
         raise NotImplementedError
 
-    def lower(self, w: Any) -> Change:
+    def lower(self, w: jax.Array | Quantized) -> Change:
         """Computes the change that the node makes to the weight `w`, an array or a quantized leaf.
 
         Write it in terms of `factor`. Raise `PartialWeightError` if it needs more than a shard of
@@ -123,6 +127,17 @@ class Node(tuple[Any, ...]):
         """Returns a copy with other values of some fields."""
         return type(self)(**(dict(zip(self._fields, self, strict=True)) | fields))
 
+    def replace(self, **fields: Any) -> Self:
+        """Returns a copy with other values of some fields.
+
+        >>> import jax.numpy as jnp, jlora
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+        >>> _, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
+        >>> adapter["w"].replace(b=jnp.ones((2, 3))).b.sum().item()
+        6.0
+        """
+        return self._replace(**fields)
+
     __replace__ = _replace  # of copy.replace
 
     def _explain_static(self, name: str, must: str) -> str:
@@ -135,7 +150,7 @@ class Node(tuple[Any, ...]):
             f"{instead}"
         )
 
-    def _refuse(self, other: Any) -> NoReturn:
+    def _refuse(self, other: object) -> NoReturn:
         del other
         raise TypeError(
             f"{type(self).__name__} is a node of an adapter, not an array. To scale or add "
@@ -144,9 +159,9 @@ class Node(tuple[Any, ...]):
 
     __add__ = __radd__ = __mul__ = __rmul__ = _refuse  # a tuple would be repeated or joined
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> NoReturn:
         del value
-        raise AttributeError(f"{type(self).__name__} is immutable: use _replace({name}=...).")
+        raise AttributeError(f"{type(self).__name__} is immutable: use replace({name}=...).")
 
     def __repr__(self) -> str:
         shown = {}
@@ -162,20 +177,46 @@ class Node(tuple[Any, ...]):
         return f"{type(self).__name__}({', '.join(f'{n}={_short(x)}' for n, x in shown.items())})"
 
 
-def _short(x: Any) -> str:
+def _short(x: object) -> str:
     if not isinstance(x, tuple) or len(x) <= SHOWN:
         return short(x)
     return f"({', '.join(map(repr, x[:2]))}, …, {x[-1]!r})"
 
 
-def is_node_type(x: Any) -> TypeGuard[type[Node]]:
+AdapterLeaf = Node | jax.Array  # what an adapter has at a path; an array is trained in full
+
+
+def is_node_type(x: object) -> TypeGuard[type[Node]]:
     """Whether `x` is a class of nodes."""
     return isinstance(x, type) and issubclass(x, Node)
 
 
-def is_node(x: Any) -> bool:
+def is_node(x: object) -> TypeGuard[Node]:
     """Whether `x` is the node of a method."""
     return isinstance(x, Node)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted(NotAnArray):
+    """A leaf of a bound tree: the frozen weight and its adapter. It is not an array.
+
+    Attributes:
+        base: W.
+        delta: the node of its adapter, such as a `LowRank`.
+    """
+
+    base: jax.Array | Quantized
+    delta: Node
+
+    _remedy: ClassVar = (
+        "`params` is a tree from jlora.bind, which holds adapters beside its weights. Only "
+        "functions under jlora.wrap accept it: call jlora.wrap(model.apply)(params, ...) instead "
+        "of model.apply(params, ...), or lora.apply(base, adapter, ...)."
+    )
+
+    def __repr__(self) -> str:
+        return f"Adapted(base={short(self.base)}, delta={self.delta!r})"
 
 
 class PartialWeightError(Exception):
@@ -196,7 +237,7 @@ class PartialWeightError(Exception):
         return NotImplementedError(f"{path!r} cannot be adapted here: {self}")
 
 
-def weight_of(node: Node, w: Any, path: str) -> Weight:
+def weight_of(node: Node, w: jax.Array | Quantized, path: str) -> Weight:
     """Returns the weight `w` at `path` with the change that `node` makes to it."""
     try:
         return leaf_weight(w, lower(node, w), path, node.materialize)
@@ -204,7 +245,7 @@ def weight_of(node: Node, w: Any, path: str) -> Weight:
         raise e.at(path) from None
 
 
-def lower(node: Node, w: Any) -> Change:
+def lower(node: Node, w: jax.Array | Quantized) -> Change:
     """Computes the change that `node` makes to the weight `w`; raises `PartialWeightError`."""
     axes = node.axes(node.layout)
     for need, dims in node.needs().items():
@@ -257,7 +298,8 @@ def lengths(node: Node) -> dict[int | str, int]:
 
 def weight_shape(node: Node) -> tuple[int, ...]:
     """Returns the shape of the weight that a node adapts; axes that no array follows have 0."""
-    layout, found = node.layout, lengths(node)
+    layout = node.layout
+    found = lengths(node)
     if layout.slots is not None:
         count, _, axis = layout.slots
         found[axis] = found.get(axis, 0) * count
