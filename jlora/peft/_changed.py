@@ -1,86 +1,58 @@
-"""A checkpoint whose tensors or configuration differ from those on disk."""
+"""Checkpoints whose tensors or configuration differ from those on disk."""
 
 import contextlib
+import dataclasses
+import functools
 import io
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO, Self
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from ._checkpoint import INDEX, Checkpoint
+from ._checkpoint import INDEX, Checkpoint, Opener
 from ._file import DTYPES, Header, TensorInfo, make_header
 from ._vocabulary import find_vocabulary
 
 
-class Changed(Checkpoint):
-    """A checkpoint with other headers and texts than the one that is stored.
+def rearrange(
+    checkpoint: Checkpoint,
+    files: Mapping[str, list[TensorInfo]],
+    config: Mapping[str, Any],
+    openers: Mapping[str, Opener],
+) -> Checkpoint:
+    """Returns the checkpoint with the tensors of each file, and with a configuration.
 
-    Attributes:
-        stored: the checkpoint on disk.
-        heads: the new headers, as bytes, of the files whose tensors change.
-        texts: the new JSON of other files.
-        origins: the tensors whose old values are those of another in `stored`, or None if they have
-            no old values.
-        values: the tensors whose old values are not in `stored`.
+    Args:
+        checkpoint: the checkpoint.
+        files: the tensors of each file.
+        config: the configuration.
+        openers: the openers of the tensors that are not those of this name in `checkpoint`.
     """
-
-    stored: Checkpoint
-    heads: dict[str, bytes]
-    texts: dict[str, Any]
-    origins: dict[str, str | None]
-    values: dict[str, np.ndarray]
-
-    @classmethod
-    def make(
-        cls,
-        stored: Checkpoint,
-        files: Mapping[str, list[TensorInfo]],
-        config: Mapping[str, Any],
-    ) -> Self:
-        """Makes a checkpoint with the tensors of each file, and a configuration."""
-        headers, heads, where = dict[str, Header](), dict[str, bytes](), dict[str, str]()
-        for file, entries in files.items():
-            if entries == [*stored.headers[file].entries.values()]:
-                headers[file] = stored.headers[file]
-            elif entries:
-                headers[file], heads[file] = make_header(entries)
-            where |= dict.fromkeys((entry.key for entry in entries), file)
-        texts: dict[str, Any] = {} if config == stored.config else {"config.json": config}
-        if INDEX in stored.kept:
-            every = [x for header in headers.values() for x in header.entries.values()]
-            size = sum(x.stop - x.start for x in every)
-            texts[INDEX] = {"metadata": {"total_size": size}, "weight_map": where}
-        vocabulary = find_vocabulary(config, headers)
-        fields = {"headers": headers, "where": where, "vocabulary": vocabulary, "config": config}
-        found = cls(*stored._replace(**fields))
-        found.stored, found.heads, found.texts = stored, heads, texts
-        found.origins, found.values = {}, {}
-        return found
-
-    def copy_others(self, folder: Path) -> None:
-        """Copies the other files of the checkpoint, and writes those that change."""
-        self.stored.copy_others(folder)
-        for name, value in self.texts.items():
-            (folder / name).write_bytes(json.dumps(value, indent=2).encode())
-
-    def head(self, file: str) -> bytes:
-        """Returns the bytes of a safetensors file before its tensors."""
-        return self.heads[file] if file in self.heads else self.stored.head(file)
-
-    @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[BinaryIO]:
-        """Yields a file whose next bytes are the old values of a tensor."""
-        origin = self.origins.get(name, name)
-        if name in self.values:
-            dtype = DTYPES[self.entry(name).dtype]
-            yield io.BytesIO(self.values[name].astype(dtype).tobytes())
-        elif origin is None:
-            yield io.BytesIO()
-        else:
-            with self.stored.open(origin) as data:
-                yield data
+    headers = dict[str, Header]()
+    heads = dict[str, bytes]()
+    where = dict[str, str]()
+    for file, entries in files.items():
+        if entries == [*checkpoint.headers[file].entries.values()]:
+            headers[file] = checkpoint.headers[file]
+        elif entries:
+            headers[file], heads[file] = make_header(entries)
+        where |= dict.fromkeys((entry.key for entry in entries), file)
+    texts: dict[str, Any] = {} if config == checkpoint.config else {"config.json": config}
+    if INDEX in checkpoint.kept:
+        every = [x for header in headers.values() for x in header.entries.values()]
+        size = sum(x.stop - x.start for x in every)
+        texts[INDEX] = {"metadata": {"total_size": size}, "weight_map": where}
+    kept = {n: functools.partial(checkpoint.open, n) for n in where if n in checkpoint.where}
+    return dataclasses.replace(
+        checkpoint,
+        headers=headers,
+        where=where,
+        vocabulary=find_vocabulary(config, headers),
+        config=config,
+        heads={**checkpoint.heads, **heads},
+        texts={**checkpoint.texts, **texts},
+        openers={**kept, **openers},
+    )
 
 
 def change(
@@ -90,14 +62,14 @@ def change(
     prefix: str = "",
     resized: Mapping[str, tuple[int, ...]] = {},
     added: Mapping[str, tuple[TensorInfo, str | None]] = {},
-) -> Changed:
+) -> Checkpoint:
     """Changes the tensors and the configuration of a checkpoint.
 
     Args:
         checkpoint: the checkpoint.
         config: its new configuration.
         prefix: a prefix that all of its tensors get.
-        resized: new shapes of some of its tensors.
+        resized: new shapes of some of its tensors, which then have no old values.
         added: new tensors by name, each with the tensor of `checkpoint` that has its old values, if
             any. It goes to the file of that tensor, or to the last file.
     """
@@ -110,7 +82,33 @@ def change(
     }
     for info, origin in added.values():
         files[checkpoint.where[origin] if origin else max(files)].append(info)
-    found = Changed.make(checkpoint, files, config)
-    found.origins |= {prefix + name: name for name in checkpoint.where}
-    found.origins |= {name: origin for name, (_, origin) in added.items()}
-    return found
+    origins = {prefix + n: None if n in resized else n for n in checkpoint.where}
+    origins |= {name: origin for name, (_, origin) in added.items()}
+    openers: dict[str, Opener] = {
+        name: functools.partial(checkpoint.open, origin) if origin else io.BytesIO
+        for name, origin in origins.items()
+    }
+    return rearrange(checkpoint, files, config, openers)
+
+
+def with_values(checkpoint: Checkpoint, values: Mapping[str, np.ndarray]) -> Checkpoint:
+    """Returns the checkpoint with other values of some tensors."""
+    made = {
+        name: opener(lambda x=x, name=name: _encode(x, checkpoint.entry(name)))
+        for name, x in values.items()
+    }
+    return dataclasses.replace(checkpoint, openers={**checkpoint.openers, **made})
+
+
+def opener(read: Callable[[], bytes]) -> Opener:
+    """Makes an opener of a tensor whose bytes `read` returns."""
+
+    @contextlib.contextmanager
+    def open() -> Iterator[io.BytesIO]:
+        yield io.BytesIO(read())
+
+    return open
+
+
+def _encode(x: np.ndarray, entry: TensorInfo) -> bytes:
+    return x.astype(DTYPES[entry.dtype]).tobytes()

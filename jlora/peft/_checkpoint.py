@@ -1,12 +1,14 @@
 """A Hugging Face checkpoint: the file of each tensor, and the other files."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from .._errors import InputError, Problem
 from ._file import (
@@ -40,7 +42,12 @@ _WEIGHTS = re.compile(
 )
 
 
-class Checkpoint(NamedTuple):
+# Opens a tensor: the next bytes of the file are its values.
+Opener = Callable[[], contextlib.AbstractContextManager[BinaryIO]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
     """A checkpoint whose headers and index were checked.
 
     Attributes:
@@ -52,6 +59,9 @@ class Checkpoint(NamedTuple):
         vocabulary: the possible numbers of rows of the input embedding if the output head shares
             it; empty if it does not.
         config: the configuration of the model; empty without a `config.json`.
+        heads: the bytes of the headers that are not those on disk, by file.
+        texts: the JSON of other files that is not that on disk.
+        openers: how to open the tensors whose values are not where `headers` says.
     """
 
     source: Source
@@ -61,6 +71,9 @@ class Checkpoint(NamedTuple):
     left_out: list[str]
     vocabulary: frozenset[int]
     config: Mapping[str, Any]
+    heads: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    texts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    openers: Mapping[str, Opener] = dataclasses.field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -79,12 +92,18 @@ class Checkpoint(NamedTuple):
 
     def head(self, file: str) -> bytes:
         """Returns the bytes of a safetensors file before its tensors."""
+        if file in self.heads:
+            return self.heads[file]
         with open_file(self.source, file) as (data, _), explain_shorter(self.source, file):
             return read_exactly(data, self.headers[file].data)
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
         """Yields a file whose next bytes are the values of a tensor."""
+        if name in self.openers:
+            with self.openers[name]() as data:
+                yield data
+            return
         file = self.where[name]
         with open_file(self.source, file) as (data, _), explain_shorter(self.source, name):
             data.seek(self.headers[file].data + self.entry(name).start)
@@ -105,11 +124,13 @@ class Checkpoint(NamedTuple):
         return config
 
     def copy_others(self, folder: Path) -> None:
-        """Copies the other files of the checkpoint."""
+        """Copies the other files of the checkpoint, and writes those that change."""
         for name in self.kept:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with open_file(self.source, name) as (data, _), open(folder / name, "wb") as copy:
                 shutil.copyfileobj(data, copy)
+        for name, value in self.texts.items():
+            (folder / name).write_bytes(json.dumps(value, indent=2).encode())
 
 
 def open_checkpoint(

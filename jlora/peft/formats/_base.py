@@ -1,5 +1,6 @@
 """Loads a base from a checkpoint, quantized or not, and writes one in floats."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -190,5 +191,6 @@ def save_base(
     with fresh(path, "path") as folder:
         save_file(tensors, folder / ONE, metadata={"format": "pt"})
         if source is not None:
-            source._replace(kept=[x for x in source.kept if x != INDEX]).copy_others(folder)
+            kept = [x for x in source.kept if x != INDEX]
+            dataclasses.replace(source, kept=kept).copy_others(folder)
         (folder / "config.json").write_bytes(json.dumps(dict(config or {}), indent=2).encode())

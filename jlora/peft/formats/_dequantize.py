@@ -1,11 +1,11 @@
 """Converts a quantized checkpoint to floats."""
 
 import contextlib
-import io
+import functools
 import os
 import threading
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from ..._errors import InputError
 from ..._folders import fresh
-from .._changed import Changed
+from .._changed import opener, rearrange
 from .._checkpoint import Checkpoint, explain_shorter, open_checkpoint
 from .._file import DTYPES, TensorInfo, shorten
 from .._write import write_tensors
@@ -112,36 +112,10 @@ def dequantize_checkpoint(
         raise InputError(
             f"`src_dir`: {checkpoint.source.folder} is not quantized. Use it directly."
         )
-    dense = open_dequantized(checkpoint)
+    dense, matrices = dequantized(checkpoint)
     with fresh(out, "out") as folder:
         write_tensors(dense, folder, {}, "dequantize")
-    return list(dense.matrices.values())
-
-
-class Dequantized(Changed):
-    """A quantized checkpoint that appears to be in floats; a tensor is dequantized when it is read.
-
-    Attributes:
-        matrices: the quantized tensors.
-        format: the reader of its codes.
-        lock: held while a tensor is dequantized.
-    """
-
-    matrices: dict[str, Matrix]
-    format: Format
-    lock: threading.Lock
-
-    @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[BinaryIO]:
-        """Yields a file whose next bytes are the values of a tensor."""
-        if name not in self.matrices:
-            with self.stored.open(name) as data:
-                yield data
-            return
-        with self.lock, _errors_about(self.source.argument):  # one at a time, to save memory
-            data = io.BytesIO(_values(self.format, name, DTYPES[self.entry(name).dtype]))
-        with explain_shorter(self.source, name):
-            yield data
+    return matrices
 
 
 @contextlib.contextmanager
@@ -153,8 +127,10 @@ def _errors_about(argument: str) -> Iterator[None]:
 
 
 @_errors_about("src_dir")
-def open_dequantized(checkpoint: Checkpoint) -> Dequantized:
-    """Checks all codes of a quantized checkpoint, and makes the header of each file in floats.
+def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
+    """Checks all codes of a quantized checkpoint, and presents it in floats.
+
+    A tensor is dequantized when it is opened. Only one is at a time, to save memory.
 
     Raises:
         ValueError: if the checkpoint is damaged, or has codes that the format does not read.
@@ -188,11 +164,16 @@ def open_dequantized(checkpoint: Checkpoint) -> Dequantized:
         format.tensors.check_copied(name for name in header.entries if name not in places)
         both = (places.get(name, entry) for name, entry in header.entries.items())
         files[file] = [entry for entry in both if entry is not None]
-    found = Dequantized.make(checkpoint, files, checkpoint.config_of_floats)
-    found.matrices = matrices
-    found.format = format
-    found.lock = threading.Lock()
-    return found
+    lock = threading.Lock()
+
+    def read(name: str) -> bytes:
+        of_name = explain_shorter(checkpoint.source, name)
+        with lock, _errors_about(checkpoint.source.argument), of_name:
+            return _values(format, name, DTYPES[found.entry(name).dtype])
+
+    openers = {name: opener(functools.partial(read, name)) for name in matrices}
+    found = rearrange(checkpoint, files, checkpoint.config_of_floats, openers)
+    return found, list(matrices.values())
 
 
 def _matrix(name: str, x: Codes | Dense) -> Matrix:

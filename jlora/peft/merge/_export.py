@@ -8,7 +8,7 @@ from ..._types import PyTree
 from .._checkpoint import open_checkpoint
 from .._problems import Problems
 from .._write import write_tensors
-from ..formats._dequantize import open_dequantized
+from ..formats._dequantize import dequantized
 from ..names._names import Name
 from ._edits import find_edits
 from ._match import check_frozen, match_to_checkpoint
@@ -111,7 +111,7 @@ def export_merged(
     """
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if checkpoint.quantization:
-        checkpoint = open_dequantized(checkpoint)
+        checkpoint, _ = dequantized(checkpoint)
     title = "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
     problems = Problems(title)
     target, contents = match_to_checkpoint(checkpoint, adapter, names, untie, problems, ignore)

@@ -14,7 +14,7 @@ from ..._adapters import is_node, weight_shape
 from ..._errors import InputError
 from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
-from .._changed import Changed
+from .._changed import with_values
 from .._checkpoint import Checkpoint
 from .._file import COUNT, COUNTS, DTYPES, Source
 from .._problems import Problems
@@ -133,10 +133,9 @@ def _match_files(
     problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
     found = fill(found, values)
     problems.found += list_untied(checkpoint, model, found)
-    if isinstance(checkpoint, Changed):
-        names = [n for n in found.frozen if n in old and old[n].shape != model[n].shape]
-        checkpoint.values |= {model.tensor(name): found.frozen[name] for name in names}
-    return target, found
+    names = [n for n in found.frozen if n in old and old[n].shape != model[n].shape]
+    values = {model.tensor(name): found.frozen[name] for name in names}
+    return target._replace(checkpoint=with_values(checkpoint, values)), found
 
 
 def _find_models(wanted: Collection[str], checkpoint: Checkpoint, fits: Fits) -> Iterator[Model]:

@@ -21,7 +21,6 @@ class Target(NamedTuple):
         resized = {self.model.tensor(name): shape for name, shape in shapes.items()}
         views = {name: self.model[name]._replace(shape=shape) for name, shape in shapes.items()}
         checkpoint = change(self.checkpoint, config, resized=resized)
-        checkpoint.origins |= dict.fromkeys(resized)
         model = Model(self.model | views)
         model.prefix = self.model.prefix
         return Target(checkpoint, model)
