@@ -34,6 +34,11 @@ def adapter_l(model: nn.Module, *rules: Rule, bottleneck: int = 16) -> Method:
     return _adapters(model, rules, ("layer",), bottleneck, norm=True)
 
 
+def count(adapters: int, norms: int, dim: int, bottleneck: int) -> int:
+    """Parameters of all adapters and their norms: L_adpt·(2·d·r + r + d) + 2·L_LN·d."""
+    return adapters * (2 * dim * bottleneck + bottleneck + dim) + 2 * norms * dim
+
+
 def perceptron(p: Any, x: jax.Array) -> jax.Array:
     """``x + relu(norm(x)·down)·up``, the norm only where `p` has one: ``(..., D)`` to the same."""
     p = jax.tree.map(lambda w: w.astype(x.dtype), p)

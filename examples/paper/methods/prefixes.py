@@ -62,6 +62,11 @@ def prompt(
     return _prefixes(model, rules, l_p, 1, start)
 
 
+def count(layers: int, dim: int, l_p: int) -> int:
+    """Parameters: L·d·l_p, with L = 1 for prefix embeddings."""
+    return layers * dim * l_p
+
+
 def embedded(model: nn.Module, variables: Any, ids: jax.Array) -> jax.Array:
     """What the first layer reads: ids ``(B, L)`` to ``(B, L, D)``."""
     seen = []
