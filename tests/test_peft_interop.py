@@ -20,7 +20,7 @@ import peft_models as models  # noqa: E402
 from peft_files import CONFIG, TENSORS, assert_close, assert_equal, node  # noqa: E402
 
 import jlora  # noqa: E402
-from jlora import Full, LoRA, Rows, Slots, initializers, peft  # noqa: E402
+from jlora import Full, LoRA, Rows, Slots, peft  # noqa: E402
 from jlora._tree import leaves_by_path, nest  # noqa: E402
 from jlora.peft import Name  # noqa: E402
 
@@ -174,18 +174,6 @@ def test_vllm_profile_in_peft(name: str, tmp_path: pathlib.Path) -> None:
     peft.save(tmp_path / "a", case.base, adapter, case.names, profile="vllm")
     model = in_peft(name, tmp_path / "a")
     assert_close(make.outputs(name, model).numpy(), outputs(case, adapter))
-
-
-def test_tied_weight_in_full_beside_miss(tmp_path: pathlib.Path) -> None:
-    """MiSS has no `ensure_weight_tying`: embedding and head are listed, with the same values."""
-    case = models.case("scanned")
-    start = LoRA("query/kernel", rank=2, alpha=2, init=initializers.miss)
-    lora = jlora.transform(case.apply, start, Full("embed/embedding"))
-    base, adapter = lora.init(KEY, case.base, jnp.asarray(case.torch["inputs"]))
-    adapter["params"]["embed"]["embedding"] += 0.3
-    peft.save(tmp_path / "a", base, adapter, case.names, config={"peft_type": "MISS"})
-    model = in_peft("scanned", tmp_path / "a")
-    assert_close(make.outputs("scanned", model).numpy(), outputs(case, adapter))
 
 
 def in_order() -> Any:

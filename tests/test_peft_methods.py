@@ -1,4 +1,4 @@
-"""PEFT's files of DoRA, of rows of embeddings and of MiSS: they say what the adapter means."""
+"""PEFT's files of DoRA and of rows of embeddings: they say what the adapter means."""
 
 from typing import Any
 
@@ -113,20 +113,13 @@ def test_dropout_of_a_file_is_told(tmp_path: Folder) -> None:
     assert_same_files(tmp_path / "a", tmp_path / "b")
 
 
-# ------------------------------------------------------------------------------------------ MiSS
+# ---------------------------------------------------------------------- methods that are not LoRA
 
-MISS = {"peft_type": "MISS", "r": 3, "target_modules": ["up"], "init_weights": True, "mini_r": 1}
 NAMES = [Name(r"(\w+)/kernel", r"\1", "io"), Name(r"(\w+)/bias", r"\1", "o", "bias")]
 BASE = {
     "up": {"kernel": np.asarray(normal(0, 8, 12))},
     "down": {"kernel": np.asarray(normal(1, 12, 8))},
 }
-BLOCK = np.asarray(normal(2, 3, 12))
-
-
-def written(folder: Folder, fields: dict[str, Any], **tensors: np.ndarray) -> Folder:
-    """An adapter of MiSS, and tensors beside it."""
-    return write(folder, {"up.miss_block": BLOCK} | tensors, **fields)
 
 
 def miss(rank: int, at: str) -> LowRank:
@@ -136,71 +129,32 @@ def miss(rank: int, at: str) -> LowRank:
     return LowRank(a, np.asarray(normal(3, rank, outputs)), 2.0, NAMES[0].layout, frozen=("a",))
 
 
-def both(ranks: tuple[int, int] = (3, 3)) -> Any:
-    return {at: {"kernel": miss(rank, at)} for at, rank in zip(BASE, ranks, strict=True)}
+def both() -> Any:
+    return {at: {"kernel": miss(3, at)} for at in BASE}
 
 
-@pytest.mark.parametrize(
-    "fields", [MISS, MISS | {"target_modules": None}, {"peft_type": "MISS", "r": 3}]
-)
-def test_miss_is_the_formula(fields: Any, tmp_path: Folder) -> None:
-    """The rows of the block, again and again; A is not trained. Modules are those of the file."""
-    adapter = peft.load(written(tmp_path / "a", fields), BASE, NAMES)
-    found = adapter["up"]["kernel"]
-    expected = np.stack([BLOCK[i % 3] for i in range(8)])
-    np.testing.assert_array_equal(found.scale * np.asarray(found.a @ found.b), expected)
-    assert (list(adapter), found.frozen) == (["up"], ("a",))
+def test_miss_is_saved_as_lora(tmp_path: Folder) -> None:
+    """With A, which the file cannot mark as frozen; MiSS's own file is refused."""
+    peft.save(tmp_path / "a", BASE, both(), NAMES)
+    assert peft.read_config(tmp_path / "a")["peft_type"] == "LORA"
+    for at, found in peft.load(tmp_path / "a", BASE, NAMES).items():
+        own = both()[at]["kernel"]
+        assert found["kernel"].frozen == ()
+        np.testing.assert_array_equal(found["kernel"].a, own.a)
+    file = write(tmp_path / "b", {"up.miss_block": own.b}, peft_type="MISS", target_modules=["up"])
+    with pytest.raises(ValueError, match=r"got 'MISS'; convert it to LoRA .* peft\.save_as_lora"):
+        peft.load(file, BASE, NAMES)
 
 
-def test_miss_is_written_as_it_was_read(tmp_path: Folder) -> None:
-    """Byte for byte, with what is trained beside it; or as LoRA."""
-    fields = {
-        "auto_mapping": None, "base_model_name_or_path": "base", "bias": "MiSS_only",
-        "exclude_modules": None, "inference_mode": True, "init_weights": True,
-        "layers_pattern": None, "layers_to_transform": None, "mini_r": 1, "miss_dropout": 0.25,
-        "modules_to_save": ["down"], "peft_type": "MISS", "peft_version": "0.19.0", "r": 3,
-        "revision": None, "target_modules": ["up"], "task_type": "SEQ_CLS",
-    }  # fmt: skip
-    base = BASE | {"up": BASE["up"] | {"bias": np.ones(12, np.float32)}}
-    beside = {"up.base_layer.bias": BLOCK[0], "down.weight": np.ones((8, 12), np.float32)}
-    adapter = peft.load(written(tmp_path / "own", fields, **beside), base, NAMES)
-    assert adapter["up"]["kernel"].dropout == 0.25
-    config = peft.read_config(tmp_path / "own")
-    peft.save(tmp_path / "again", base, adapter, NAMES, config=config)
-    assert_same_files(tmp_path / "again", tmp_path / "own")
-    peft.save(tmp_path / "plain", base, adapter, NAMES)
-    assert peft.read_config(tmp_path / "plain")["peft_type"] == "LORA"
-
-
-def test_miss_of_any_scale_is_written(tmp_path: Folder) -> None:
-    """The scale is in the block, as PEFT has none."""
-    adapter = both()
-    peft.save(tmp_path / "own", BASE, adapter, NAMES, config={"peft_type": "MISS"})
-    assert peft.read_config(tmp_path / "own")["r"] == 3
-    loaded = peft.load(tmp_path / "own", BASE, NAMES)
-    for name in BASE:
-        own, other = adapter[name]["kernel"], loaded[name]["kernel"]
-        assert (other.scale, other.frozen) == (1, ("a",))
-        np.testing.assert_array_equal(other.b, 2 * own.b)
-
-
-@pytest.mark.parametrize("config", [None, {"peft_type": "MISS"}])
-def test_float64_is_written_as_it_is(config: Any, tmp_path: Folder) -> None:
+def test_float64_is_written_as_it_is(tmp_path: Folder) -> None:
     """Only JAX needs to be told of 64 bits."""
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), both())
     wide["up"]["bias"], base = np.full(12, 1 / 3), BASE | {"up": BASE["up"] | {"bias": np.ones(12)}}
-    found = peft.tensors(base, wide, NAMES, config=config)
+    found = peft.tensors(base, wide, NAMES)
     assert {x.dtype.name for x in found.values()} == {"float64"}
-    peft.save(tmp_path / "own", base, wide, NAMES, config=config)
+    peft.save(tmp_path / "own", base, wide, NAMES)
     with pytest.raises(ValueError, match=r"up.*: dtype F64 needs jax_enable_x64"):
         peft.load(tmp_path / "own", base, NAMES)
     with jax.enable_x64(True):
         again = peft.load(tmp_path / "own", base, NAMES)
     np.testing.assert_array_equal(again["up"]["bias"], wide["up"]["bias"])
-
-
-def test_miss_needs_its_base(tmp_path: Folder) -> None:
-    with pytest.raises(
-        ValueError, match=r"got 'MISS'; load it onto its base with jlora\.peft\.load"
-    ):
-        peft.read(written(tmp_path / "a", MISS))

@@ -1,4 +1,4 @@
-"""Rows and MiSS of the real PEFT on PyTorch, and back. Needs the extra `interop`."""
+"""Rows of the real PEFT on PyTorch, and back; MiSS, which PEFT converts. Needs `interop`."""
 
 import pathlib
 from typing import Any
@@ -30,11 +30,7 @@ def alone(target: Any) -> Any:
     return hf_peft.TrainableTokensConfig(token_indices=ROWS, target_modules=target)
 
 
-def miss(**options: Any) -> Any:
-    return hf_peft.MissConfig(target_modules=["query", "value"], **options)
-
-
-TWO, SAVED = {"word_embeddings": [1], "position_embeddings": [3, 0]}, ["classifier"]
+TWO = {"word_embeddings": [1], "position_embeddings": [3, 0]}
 # A fixture's model, and the configuration of PEFT's adapter.
 FORMS: dict[str, tuple[str, Any]] = {
     "list": ("tied", rows()),
@@ -46,8 +42,6 @@ FORMS: dict[str, tuple[str, Any]] = {
     "two": ("qv", rows(TWO, target_modules=["query"])),
     "bfloat16": ("bf16", rows()),
     "with DoRA": ("all_linear", rows(use_dora=True)),
-    "MiSS": ("qv", miss(r=4, init_weights=False)),
-    "MiSS and more": ("modules_to_save", miss(r=5, bias="MiSS_only", modules_to_save=SAVED)),
 } | {
     f"alone {name} {target}": (name, alone(target))
     for name in ("tied", "all_linear")
@@ -76,11 +70,17 @@ def test_files_both_ways(form: str, tmp_path: Folder) -> None:
     assert_close(outputs(case, adapter), expected, TOLERANCE.get(name, 1e-5))
     peft.save(tmp_path / "ours", case.base, adapter, case.names)
     found = make.outputs(name, in_peft(name, tmp_path / "ours")).numpy()
-    if "MiSS" in form:  # which is LoRA then
-        assert_close(found, expected)
-    else:
-        assert np.array_equal(found, expected)
-        assert_equal(peft.load(tmp_path / "ours", case.base, case.names), adapter)
+    assert np.array_equal(found, expected)
+    assert_equal(peft.load(tmp_path / "ours", case.base, case.names), adapter)
+
+
+def test_miss_is_converted_by_peft(tmp_path: Folder) -> None:
+    """The remedy of the refusal: `save_as_lora` writes a LoRA that computes the same."""
+    config = hf_peft.MissConfig(target_modules=["query", "value"], r=4, init_weights=False)
+    case, model = models.case("qv"), adapted("qv", config)
+    hf_peft.save_as_lora(tmp_path / "theirs", model, rank=4)
+    adapter = peft.load(tmp_path / "theirs", case.base, case.names)
+    assert_close(outputs(case, adapter), make.outputs("qv", model).numpy())
 
 
 @pytest.mark.parametrize(

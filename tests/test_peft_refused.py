@@ -31,8 +31,7 @@ from peft_files import (
     say,
 )
 from test_peft_merged import fixture
-from test_peft_methods import BASE as LAYERS
-from test_peft_methods import BLOCK, MISS, NAMES, STACK, both, written
+from test_peft_methods import NAMES, STACK
 from test_peft_modules import PARTS
 
 from jlora import peft
@@ -48,7 +47,7 @@ DORA = node(STACK, (3, 8, 6), cls=Decomposed)
 SLOTS, NORMS = Layout((0,), (1,), (2,), (3, (2, 0), 2)), Layout((), (0, 1), (2,))
 TABLE = {"t": np.ones((7, 4), np.float32)}
 ROWS = Replaced(np.ones((3, 4), np.float32), (6, 1, 3), Layout((), (0,), (1,)))
-VLLM, TO_MISS = {"profile": "vllm"}, {"config": {"peft_type": "MISS"}}
+VLLM = {"profile": "vllm"}
 FLOATS = (
     "`base` must hold floating-point arrays where PEFT stores frozen values with the adapter: "
     "F64, F32, F16, BF16; got {} at q/bias. Give such arrays, adapt other leaves, or export the "
@@ -66,10 +65,6 @@ def with_bias(dtype: Any) -> Any:
     """A module that is trained in full, but for a bias."""
     kernel = {"q": {"kernel": np.ones((4, 3), np.float32)}}
     return {"q": kernel["q"] | {"bias": np.ones(3).astype(dtype)}}, kernel, NAMES
-
-
-def as_miss(**fields: Any) -> dict[str, Any]:
-    return {"config": {"peft_type": "MISS"} | fields}
 
 
 # Base, adapter and table; the options of `save`; and what is said.
@@ -182,45 +177,10 @@ NOT_WRITTEN: dict[str, tuple[Any, dict[str, Any], str]] = {
         "`adapter` has only rows of embeddings, and PEFT has one list of rows for all of them; got "
         "different rows at t, u. Save each embedding by itself",
     ),
-    # As MiSS.
-    "MiSS for vLLM": (
-        (LAYERS, both(), NAMES), TO_MISS | VLLM,
-        "`profile` 'vllm' is for LoRA, but `config` asks for MISS. Leave peft_type out of",
-    ),
-    "any A": (
-        (BASE, LOW, [W]), TO_MISS,
-        "`adapter` cannot be written as MISS, which `config` asks for:\n"
-        "  m: its A does not repeat the identity, as the A of initializers.miss does\n"
-        "Leave peft_type out to write LoRA.",
-    ),
-    "two ranks": (
-        (LAYERS, both((3, 2)), NAMES), TO_MISS,
-        "its sites have the ranks [2, 3], but MiSS has one for all",
-    ),
-    "DoRA as MiSS": ((STACKED, {"w": DORA}, [STACK]), TO_MISS, "w.0: DoRA"),
-    "another start": (
-        (LAYERS, both(), NAMES), as_miss(init_weights="bat"),
-        "init_weights: 'bat' is another method, whose change is not s·A·B",
-    ),
-    "a feature of MiSS": (
-        (LAYERS, both(), NAMES), as_miss(use_dora=True),
-        "`config` cannot be written:\n  use_dora: True is a feature that jlora does not support",
-    ),
     "another method": (
-        (LAYERS, both(), NAMES), as_miss(peft_type="VERA"),
+        (BASE, LOW, [W]), {"config": {"peft_type": "VERA"}},
         "`config` cannot be written:\n  peft_type: expected 'LORA', got 'VERA'; "
-        "leave peft_type out, or give 'MISS'",
-    ),
-    "MiSS of weights that are turned": (
-        (LAYERS, both(), [Name(r"(\w+)/kernel", r"\1", "io", transposed=True)]), TO_MISS,
-        "fan_in_fan_out: MiSS has no weights stored as",
-    ),
-    "rows beside MiSS": (
-        (LAYERS | TABLE, both() | {"t": ROWS}, [*NAMES, Name("t", "t", "vo")]), TO_MISS,
-        "trainable_token_indices: MiSS has no rows of embeddings",
-    ),
-    "MiSS of an embedding": (
-        (LAYERS, both(), [Name(r"(\w+)/kernel", r"\1", "vo")]), TO_MISS, "up: of kind embedding"
+        "leave peft_type out",
     ),
 }  # fmt: skip
 
@@ -489,51 +449,12 @@ ROWS_ALONE: dict[str, tuple[Damage, str]] = {
     ),
 }
 
-UP = PREFIX + "up.miss_block"
-FACTORS = {f"{PREFIX}down.lora_{k}.weight": x for k, x in {"A": BLOCK, "B": BLOCK[:, :8].T}.items()}
-
-
-def only(tensors: dict[str, np.ndarray]) -> Damage:
-    """Other tensors in the place of all."""
-    return change(lambda t: t.clear() or t.update(tensors))
-
-
-OF_MISS: dict[str, tuple[Damage, str]] = {
+OF_METHODS: dict[str, tuple[Damage, str]] = {
     "another method": (
         say(peft_type="ADALORA"),
         "got 'ADALORA'; convert it to LoRA in PEFT with peft.save_as_lora; if PEFT",
     ),
     "no method": (say(peft_type=["LORA"]), "set it to the method of the adapter"),
-    "selected": (
-        say(target_modules=["up", "down"]),
-        "down.weight: selected by adapter_config.json, but",
-    ),
-    "another form": (say(init_weights="bat"), "init_weights: 'bat' is another method"),
-    "another rank": (say(r=4), "up: miss_block (3, 12) does not fit 8 inputs and rank 4"),
-    "no rank": (say(r=None), "r: expected an integer of at least 1, got None"),
-    "a feature": (say(use_dora=True), "use_dora: True is a feature that"),
-    "a convolution": (put(UP, BLOCK[..., None]), "miss_block (3, 12, 1) does not"),
-    "another base": (
-        only({PREFIX + "left.miss_block": BLOCK}),
-        "left: is not a matrix of the base, whose shape MiSS needs",
-    ),
-    "integers": (
-        put(UP, BLOCK.astype(np.int32)),
-        "up.miss_block: expected a floating-point dtype, got I32",
-    ),
-    "a strange tensor": (put(PREFIX + "up.more", ONES), "up.more: unexpected"),
-    "a factor beside a block": (
-        change(lambda t: t.update(FACTORS)),
-        "down.lora_A.weight: unexpected in a MiSS adapter",
-    ),
-    "a magnitude": (
-        put(PREFIX + "up" + M, BLOCK[0]),
-        f"up{M}: unexpected in a MiSS adapter",
-    ),
-    "no change": (
-        all_of(say(modules_to_save=["down"]), only({PREFIX + "down.weight": BLOCK})),
-        "no module has a miss_block",
-    ),
 }
 OF_TIED_DORA: dict[str, tuple[Damage, str]] = {
     "embedding": (
@@ -607,7 +528,7 @@ ODD_FILES["pickle"] = (
 DAMAGES = {
     (name, damage): found
     for name, each in {
-        "qv": QV | ODD_FILES,
+        "qv": QV | ODD_FILES | OF_METHODS,
         "tied": OF_TIED,
         "gpt2_tied": OF_GPT2,
         "scanned": OF_LAYERS,
@@ -615,7 +536,6 @@ DAMAGES = {
         "dora": OF_DORA,
         "tokens": OF_ROWS,
         "alone": ROWS_ALONE,
-        "miss": OF_MISS,
     }.items()
     for damage, found in each.items()
 }
@@ -626,9 +546,6 @@ OF_TREES = {"of a linear module", "of the head alone", "another table"}
 
 def files(name: str, folder: Folder) -> Files:
     """A copy of a fixture; `alone` is one of rows and nothing else."""
-    if name == "miss":
-        case = models.Case(written(folder / "source", MISS), None, LAYERS, tuple(NAMES), {})
-        return Files(folder, name, case)
     if name != "alone":
         return Files(folder, name)
     case = models.case("tokens")
@@ -654,7 +571,7 @@ def test_load_refuses(name: str, damage: str, tmp_path: Folder) -> None:
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["qv", "dora", "tokens", "alone", "miss"])
+@pytest.mark.parametrize("name", ["qv", "dora", "tokens", "alone"])
 def test_what_is_damaged_was_sound(name: str, tmp_path: Folder) -> None:
     """A pickle beside a safetensors file is not looked at."""
     found = files(name, tmp_path)

@@ -113,7 +113,7 @@ def test_what_is_read_and_saved_again(tmp_path: Folder) -> None:
 
 
 @pytest.mark.parametrize(
-    "known", ["r", "use_dora", "layer_replication", "peft_type", "miss_dropout", "token_indices"]
+    "known", ["r", "use_dora", "layer_replication", "peft_type", "token_indices"]
 )
 def test_known_fields_are_not_ignored(known: str, tmp_path: Folder) -> None:
     """Neither those that jlora reads, nor those that it refuses."""

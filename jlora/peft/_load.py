@@ -16,7 +16,6 @@ from ._problems import Problems
 from .adapter._contents import Part, sort_tensors
 from .adapter._files import Files, list_tensors, open_files
 from .adapter._match import match_to_tree, refuse_wide
-from .adapter._miss import as_lora, is_miss
 from .adapter._parameters import assign_parameters, refuse_biases
 from .adapter._tokens import Tokens
 from .names._advice import advise
@@ -49,7 +48,7 @@ def load(
         An adapter for `apply` and `merge`, with $\Delta W = s \cdot A B$. A and B have the dtype of
         the file. The layers of a scan are stacked. `modules_to_save` and biases are leaves in full.
         With `use_dora`, modules have the node of `DoRA`. With `trainable_token_indices`, embeddings
-        have the node of `Rows`. MiSS becomes LoRA with a frozen A.
+        have the node of `Rows`.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
@@ -90,8 +89,6 @@ def load(
     files = open_files(Source(Path(path)), ignore)
     fields, each = fit(files, leaves, problems)
     static: dict[str, Any] = {"dropout": float(fields.get("lora_dropout", 0.0))}
-    if is_miss(files.fields):
-        static["frozen"] = ("a",)
     if fields.get("use_dora") and (rate := static["dropout"]):
         problems.unused.append(f"lora_dropout: {rate} is ignored, as DoRA has no dropout in jlora")
     problems.warn()
@@ -117,8 +114,6 @@ def fit(
         The configuration, and each adapted leaf with its `Part`s, arrays or `Tokens`.
     """
     shapes = {name: leaf.weight_shape for leaf in leaves for name in leaf.parameters}
-    if is_miss(files.fields):
-        files = as_lora(files, shapes, problems)
     adapter = sort_tensors(files, problems, [name.rpartition(".")[0] for name in shapes])
     refuse_biases(adapter, problems)
     found = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)

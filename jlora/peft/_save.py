@@ -13,10 +13,9 @@ from .._types import PyTree
 from ._file import DTYPES, PREFIX, Source, read_json
 from ._load import fit
 from ._problems import Problems
-from .adapter._config import DEFAULTS, LIMIT, MISS, ROWS_DEFAULTS, problems_of
+from .adapter._config import DEFAULTS, LIMIT, ROWS_DEFAULTS, problems_of
 from .adapter._describe import Fields, describe, describe_rows_alone, find_frozen, find_full
 from .adapter._files import as_files, write
-from .adapter._miss import MISS_DEFAULTS, from_lora, is_miss, list_miss_problems, translate_fields
 from .adapter._tokens import DELTA, DELTA_ALONE
 from .adapter._tree import Tree, arrange, check_one_method, make_frozen_tensors, make_tensors
 from .adapter._vllm import flatten_for_vllm
@@ -57,8 +56,7 @@ def save(
         profile: `"vllm"` for vLLM: all modules get one rank, which vLLM has kernels for. A and B
             are padded with zeros, and the scales are multiplied into B (alpha = r).
         config: fields of `adapter_config.json` to keep, such as those of `read_config`. Fields for
-            modules, ranks and alphas are replaced unless they describe the adapter. With
-            `{"peft_type": "MISS"}` an adapter from `initializers.miss` is written as MiSS.
+            modules, ranks and alphas are replaced unless they describe the adapter.
 
     Raises:
         FileExistsError: if `path` exists and is not an empty folder.
@@ -145,13 +143,7 @@ def _files(
     given = dict(config or {})
     if base_model is not None:
         given["base_model_name_or_path"] = _name_model(base_model)
-    write = (
-        _rows_alone
-        if len(tree.rows) == len(tree.found)
-        else _as_miss
-        if is_miss(given)
-        else _as_lora
-    )
+    write = _rows_alone if len(tree.rows) == len(tree.found) else _as_lora
     fields, found = write(tree, given, profile)
     title = (
         "`adapter` cannot be written so that `load` reads the same adapter. A common reason is "
@@ -196,17 +188,6 @@ def _as_lora(tree: Tree, given: Fields, profile: str | None) -> Written:
     values = {name: own.get(name, own[leaf.parameters[0]]) for name, leaf in frozen.items()}
     found |= make_frozen_tensors(values)
     return fields, found | {f"{PREFIX}{x.module}{DELTA}": x.v for x in tokens}
-
-
-def _as_miss(tree: Tree, given: Fields, profile: str | None) -> Written:
-    _refuse_config(list_miss_problems(MISS_DEFAULTS | given, is_file=False))
-    if profile is not None:
-        raise InputError(
-            f"`profile` {profile!r} is for LoRA, but `config` asks for {MISS}. "
-            "Leave peft_type out of `config`.",
-        )
-    fields, found = _as_lora(tree, translate_fields(given), None)
-    return from_lora(given, fields, tree.parts, found)
 
 
 def _rows_alone(tree: Tree, given: Fields, profile: str | None) -> Written:

@@ -63,11 +63,9 @@ _PLAIN = COMMON | {
 }
 DEFAULTS = _PLAIN | _READ | _UNREAD
 METHODS = tuple(_READ)
-MISS, ROWS_ALONE = "MISS", "TRAINABLE_TOKENS"  # other methods
+ROWS_ALONE = "TRAINABLE_TOKENS"  # another method
 ROWS_DEFAULTS = COMMON | {"init_weights": True, "peft_type": ROWS_ALONE, "token_indices": []}
-# Fields of MiSS that LoRA does not have.
-MISS_OWN: dict[str, Any] = {"init_weights": True, "mini_r": 1, "miss_dropout": 0.0}
-_KNOWN = DEFAULTS.keys() | ROWS_DEFAULTS.keys() | MISS_OWN.keys()
+_KNOWN = DEFAULTS.keys() | ROWS_DEFAULTS.keys()
 # Initializations of A and B that do not change the base.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
@@ -135,15 +133,14 @@ def problems_of(fields: Mapping[str, Any], *, is_file: bool = True) -> list[Prob
         strange = {key: x for key, x in find_features(fields).items() if key not in METHODS}
     found = [Problem(key, "missing") for key in required if key not in fields]
     if method not in ("LORA", ROWS_ALONE):
-        remedy = _LOAD_MISS if method == MISS else _CONVERT if isinstance(method, str) else _NAME
-        remedy = remedy if is_file else f"leave peft_type out, or give {MISS!r}"
+        remedy = _CONVERT if isinstance(method, str) else _NAME
+        remedy = remedy if is_file else "leave peft_type out"
         found.append(Problem("peft_type", f"expected 'LORA', got {shorten(method)}", remedy))
     found += list_unsupported(strange, is_file=is_file)
     found += [] if method == ROWS_ALONE else _list_contradictions(fields)
     return found + list_misformed(fields)
 
 
-_LOAD_MISS = "load it onto its base with jlora.peft.load"
 _NAME = "set it to the method of the adapter"
 _CONVERT = (
     "convert it to LoRA in PEFT with peft.save_as_lora; if PEFT cannot (AdaLoRA), merge it there "
