@@ -13,7 +13,7 @@ import jlora
 
 from .._tree import adapter_leaves, name_of
 from .._types import PyTree
-from ..peft._foreign import ORBAX, recognize
+from ..peft._recognized import ORBAX, recognize
 from ._command import Arg, call
 
 TABLES = f"{', '.join(jlora.peft.TABLES)}, module:ATTRIBUTE or file.py:ATTRIBUTE"

@@ -13,8 +13,8 @@ from jax import lax
 from ._arrays import explicit, spell
 from ._axes import RANK, Axis, Factor, Roles, Unfactorable
 from ._change import Delta
+from ._factored import Term, low_rank
 from ._interpret import Equation, primitive
-from ._low_rank import Term, low_rank
 from ._product import Product
 from ._weight import Operand, Weight, value_of
 

@@ -17,7 +17,7 @@ from ._fingerprint import fingerprint as fingerprint
 from ._meta import Saved as Saved
 from ._restore import read as read
 from ._restore import restore as restore
-from ._rules import Foreign as Foreign
+from ._rules_in_files import Foreign as Foreign
 from ._save import export as export
 from ._save import items as items
 from ._save import save as save

@@ -13,7 +13,7 @@ from .._site import Full, Rule
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from ._fingerprint import Fingerprint, Leaf, leaf_of, struct_of
-from ._rules import Fields, decode_rule, encode_rule, registered
+from ._rules_in_files import Fields, decode_rule, encode_rule, registered
 
 FORMAT = 2  # format 1 is of jlora 0.1 and 0.2
 LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")

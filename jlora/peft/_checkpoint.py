@@ -25,7 +25,7 @@ from ._file import (
     shorten,
     show,
 )
-from ._foreign import WEIGHTS, recognize
+from ._recognized import WEIGHTS, recognize
 from ._source import explain_no_folder
 from ._vocabulary import copy_config, find_vocabulary, walk_objects
 

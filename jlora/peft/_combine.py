@@ -17,7 +17,7 @@ from .adapter._alone import Alone, as_leaf, read_alone, write_alone
 from .adapter._config import DEFAULTS
 from .adapter._contents import Part
 from .adapter._describe import find_scales, set_scales
-from .names._convert import split_factors
+from .names._torch_layout import split_factors
 from .names._weights import explain_narrowing
 
 Fields = dict[str, Any]

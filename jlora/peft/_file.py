@@ -15,9 +15,9 @@ import numpy as np
 from .._errors import InputError, blame, check_values
 from .._errors import shorten as shorten
 from .._errors import show as show
-from ._foreign import CONFIG as CONFIG
-from ._foreign import PICKLES as PICKLES
-from ._foreign import TENSORS as TENSORS
+from ._recognized import CONFIG as CONFIG
+from ._recognized import PICKLES as PICKLES
+from ._recognized import TENSORS as TENSORS
 from ._source import Source as Source
 from ._source import open_file as open_file
 from ._source import resolve as resolve

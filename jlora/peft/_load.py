@@ -15,13 +15,13 @@ from ._file import Source
 from ._problems import Problems
 from .adapter._contents import Part, sort_tensors
 from .adapter._files import Files, list_tensors, open_files
-from .adapter._match import match_to_tree, refuse_wide
+from .adapter._fit_tree import match_to_tree, refuse_wide
 from .adapter._parameters import assign_parameters, refuse_biases
 from .adapter._tokens import Tokens
 from .names._advice import advise
-from .names._convert import join_factors, join_rows, join_weight
 from .names._leaves import NamedLeaf, resolve, sort_by_row
 from .names._names import Name
+from .names._torch_layout import join_factors, join_rows, join_weight
 
 WHERE = "`base` under `names`"
 

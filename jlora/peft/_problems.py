@@ -6,7 +6,7 @@ from typing import Literal
 
 from .._errors import InputError, Problem
 from ._file import CONFIG, TensorInfo
-from ._foreign import find_cause
+from ._recognized import find_cause
 
 
 class Problems:

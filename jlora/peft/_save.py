@@ -13,15 +13,15 @@ from .._types import PyTree
 from ._file import DTYPES, PREFIX, Source, read_json
 from ._load import fit
 from ._problems import Problems
+from .adapter._arranged import Tree, arrange, check_one_method, make_frozen_tensors, make_tensors
 from .adapter._config import DEFAULTS, LIMIT, ROWS_DEFAULTS, problems_of
 from .adapter._describe import Fields, describe, describe_rows_alone, find_frozen, find_full
 from .adapter._files import as_files, write
+from .adapter._one_rank import flatten_for_vllm
 from .adapter._tokens import DELTA, DELTA_ALONE
-from .adapter._tree import Tree, arrange, check_one_method, make_frozen_tensors, make_tensors
-from .adapter._vllm import flatten_for_vllm
-from .names._convert import split_weight
 from .names._leaves import NamedLeaf
 from .names._names import Name
+from .names._torch_layout import split_weight
 from .names._weights import split_all
 
 Written = tuple[Fields, dict[str, np.ndarray]]  # a configuration, and tensors by their keys

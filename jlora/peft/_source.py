@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from .._errors import InputError, MissingError, show
-from ._foreign import CONFIG, PICKLES, TENSORS, recognize
+from ._recognized import CONFIG, PICKLES, TENSORS, recognize
 
 
 class Source(NamedTuple):

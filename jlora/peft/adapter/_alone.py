@@ -12,13 +12,13 @@ from ..._adapters import Decomposed, LowRank, Replaced
 from ..._types import Layout
 from .._file import Source
 from .._problems import Problems
-from ..names._convert import join_factors
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
+from ..names._torch_layout import join_factors
+from ._arranged import make_frozen_tensors, make_tensors
 from ._contents import Adapter, Contents, Part, sort_tensors
 from ._files import Files, as_files, fill, open_files, write
 from ._parameters import assign_parameters, find_twins, refuse_biases
-from ._tree import make_frozen_tensors, make_tensors
 
 
 def read(

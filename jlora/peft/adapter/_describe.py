@@ -13,12 +13,12 @@ from ..._types import Path
 from .._file import PREFIX
 from .._problems import Problems
 from ..names._leaves import NamedLeaf
+from ._arranged import Tree
 from ._config import ENTRIES, ROWS_ALONE, list_misformed
 from ._contents import BASE, SAVED_BY_NAME, Part, may_tie
 from ._patterns import Clock
 from ._roles import Role, find_divisor, list_parents, list_tails, make_saves, resolve, saves_bias
 from ._tokens import INDICES, find_rows, list_lone_heads
-from ._tree import Tree
 
 Fields = dict[str, Any]
 

@@ -13,7 +13,7 @@ from ..adapter._config import list_misformed
 from ..adapter._contents import FACTOR
 from ..adapter._files import Files, open_files
 from . import ENGINES, Base, Engine, Finding, Served, Side
-from ._rules import AGAIN
+from ._findings import AGAIN
 
 
 class Checked(NamedTuple):

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from .._file import read_json, show
 from ..adapter._config import LIMIT, STARTS
 from ..adapter._roles import Names
-from . import _rules as rules
+from . import _findings as rules
 from ._engine import Engine, Finding, Served, register
-from ._rules import is_fused, report
+from ._findings import is_fused, report
 
 SILENT = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
 # The modules that it has buffers for, by their last components.

@@ -1,7 +1,7 @@
 """vLLM on TPUs (tpu-inference), which reads adapters with vLLM's loader for PyTorch models."""
 
-from ..adapter._vllm import RANKS
-from . import _rules as rules
+from ..adapter._one_rank import RANKS
+from . import _findings as rules
 from ._engine import Engine, Finding, Served, register
 from ._vllm import RULES, notes
 from ._vllm import START as VLLM

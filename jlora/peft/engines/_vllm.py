@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from .._file import show
 from ..adapter._config import STARTS
 from ..adapter._contents import HEADS
-from ..adapter._vllm import RANKS
-from . import _rules as rules
+from ..adapter._one_rank import RANKS
+from . import _findings as rules
 from ._engine import Engine, Finding, Served, register
-from ._rules import is_fused, report
+from ._findings import is_fused, report
 
 # Features that it refuses by name.
 FEATURES = (

@@ -10,9 +10,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme, spell
-from ..names._convert import take_part
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
+from ..names._torch_layout import take_part
 
 # The largest magnitude that a code may stand for, times its scale.
 _LARGEST = {NF4: 1, FP4: 1, Int4: 16, Int8: 128, FP8: 448}

@@ -11,7 +11,7 @@ from .._write import write_tensors
 from ..formats._dequantize import dequantized
 from ..names._names import Name
 from ._edits import find_edits
-from ._match import check_frozen, match_to_checkpoint
+from ._fit_checkpoint import check_frozen, match_to_checkpoint
 from ._ties import with_copies
 
 

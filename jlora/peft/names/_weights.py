@@ -12,9 +12,9 @@ from ..._errors import InputError, Problem
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from ._advice import advise
-from ._convert import join_parts, join_weight, split_weight, take_part
 from ._leaves import NamedLeaf, path_in_names, resolve, split_experts
 from ._names import Name
+from ._torch_layout import join_parts, join_weight, split_weight, take_part
 
 
 def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]) -> PyTree:

@@ -18,18 +18,18 @@ from .._changed import with_values
 from .._checkpoint import Checkpoint
 from .._file import COUNT, COUNTS, DTYPES, Source
 from .._problems import Problems
+from ..adapter._arranged import arrange
 from ..adapter._contents import Contents, Part, explain_resized, sort_tensors
 from ..adapter._files import Files, fill, open_files
 from ..adapter._parameters import assign_parameters, list_missing, list_orientations
 from ..adapter._tokens import list_misfits, list_unequal
-from ..adapter._tree import arrange
 from ..names._names import Name
 from ..names._weights import split_all
 from ._heads import add_head
 from ._orientation import orient
 from ._renaming import Model, find_models
 from ._replace import Fits
-from ._rows import fit_vocabulary
+from ._resized import fit_vocabulary
 from ._target import Target
 from ._ties import (
     list_absent,

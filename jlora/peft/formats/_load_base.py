@@ -22,9 +22,9 @@ from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import INDEX, ONE, open_checkpoint
 from .._file import DTYPES
-from ..names._convert import join_weight, take_part
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
+from ..names._torch_layout import join_weight, take_part
 from ..names._weights import explain_narrowing, name_all, split_all
 from ._codes import make_leaf, take_part_of_codes
 from ._format import Format, open_format, read_checked

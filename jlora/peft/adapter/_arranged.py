@@ -22,9 +22,9 @@ from ..._tree import adapter_leaves, check_fits, name_of
 from ..._types import Path, PyTree
 from .._file import DTYPES, PREFIX
 from ..names._advice import advise
-from ..names._convert import join_outputs, keep_adapted, split_factors, split_rows, swap
 from ..names._leaves import NamedLeaf, find_tied_heads, path_in_names, resolve, sort_by_row
 from ..names._names import Name
+from ..names._torch_layout import join_outputs, keep_adapted, split_factors, split_rows, swap
 from ._contents import BASE, Part
 from ._files import MAGNITUDE
 from ._tokens import Tokens

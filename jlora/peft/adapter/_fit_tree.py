@@ -10,8 +10,8 @@ import numpy as np
 from ..._tree import name_of
 from .._file import COUNT, DTYPES, PREFIX, TensorInfo
 from .._problems import Problems
-from ..names._convert import split_weight
 from ..names._leaves import NamedLeaf, find_tied_heads
+from ..names._torch_layout import split_weight
 from ..names._weights import explain_narrowing
 from ._contents import SHARED, Contents, Part, explain_resized
 from ._files import fill
