@@ -52,11 +52,11 @@ class Node(tuple[Any, ...]):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """Returns what each axis of each array follows.
+        """Maps each array to its axes.
 
-        It is an axis of W, or the name of an axis that W does not have. This determines shapes,
-        shardings and checkpoints. If the axis of W has slots, the axis of the array is 1 / count as
-        long.
+        An integer is that axis of W, a string an axis that W lacks, such as `"rank"`. This
+        determines shapes, shardings and checkpoints. An axis that follows one with slots is
+        1 / count as long.
         """
         raise NotImplementedError
 
@@ -76,7 +76,7 @@ class Node(tuple[Any, ...]):
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         """Says why the node does not fit a weight of `shape` although its axes do; None if it fits.
 
-        If only the adapter of a weight is known, axes that no array follows have length 0.
+        `shape` may be incomplete: axes that no array has are then 0.
         """
         del shape
         return None

@@ -78,7 +78,10 @@ class Routed(Node):
 
 @register
 class Probe(Node):
-    r"""Observes the inputs x of a weight: its gradients are $x^T(x A)$, their sum and their number.
+    r"""Observes the inputs x of a weight.
+
+    The gradients of A and of the gate are statistics of the inputs: $x^T(x A)$, the sum of x, and
+    how many there were.
 
     An input counts only if its output has a gradient, so padding does not count.
 

@@ -27,8 +27,8 @@ class Axis(NamedTuple):
     Attributes:
         name: distinguishes it from the other axes of the weight. It depends only on what the model
             does with the weight, so it is the same in each trace.
-        leaf: the axes of parameter leaves that it consists of, as pairs of path and number; with
-            `REPEATED` if the weight was repeated.
+        leaf: the axes of parameter leaves that it covers, as (path, number); `REPEATED` marks an
+            axis made by a broadcast.
     """
 
     name: int
@@ -222,7 +222,7 @@ class Factor:
         return self.replace(self.value, [names.get(a, a) for a in self.axes])
 
     def repeat(self, lengths: Mapping[Axis, int]) -> "Factor":
-        """Repeats along the axes of `lengths` that are missing, which become the first axes."""
+        """Broadcasts along the axes of `lengths` that it lacks; they come first."""
         new = {a: n for a, n in lengths.items() if a not in self.axes}
         value = jnp.broadcast_to(self.value, (*new.values(), *self.shape)) if new else self.value
         return self.replace(value, (*new, *self.axes))

@@ -120,10 +120,10 @@ class _Lookup(Product):
         return f.replace(value, (*self.batch, *f.axes[len(picked) :]))
 
     def _within_bounds(self, x: jax.Array, filled: int, *taken: Factor) -> jax.Array:
-        """Lets the gradient of `x`, made of rows `taken`, pass only where indices are in bounds.
+        """Zeroes the gradient of `x`, made of rows `taken`, at indices out of bounds.
 
-        JAX does so for the gradient of W, unless the mode clips the indices. It also fills the rows
-        if the mode demands it and no factor has the axis, as nothing has filled them yet.
+        JAX does so for a lookup in W, unless the mode clips the indices. In mode "fill" it also
+        writes `filled` there, unless a factor has the axis: `take` has filled its rows already.
         """
         if self.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
             return x

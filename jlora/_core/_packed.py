@@ -34,9 +34,10 @@ class Packed:
         axes: the current axes of W.
         shape: the current shape of W.
         dtype: the current dtype of W.
-        even: axes along which W can be split into equal pieces by splitting each part.
-        loosen: computes larger parts with more even axes from `parts`; None if there are none.
-        loose: the even axes of these larger parts.
+        splittable: axes along which splitting each part splits W.
+        with_plain_scales: writes out the scales of double quantization, which makes more axes
+            splittable; None if they are plain.
+        splittable_then: the axes that are splittable then.
         moves: remembered operations, to apply to the unpacked W.
     """
 
@@ -45,9 +46,13 @@ class Packed:
     axes: tuple[Axis, ...] = dataclasses.field(metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
-    even: frozenset[Axis] = dataclasses.field(default=frozenset(), metadata={"static": True})
-    loosen: Callable[[Any], Any] | None = dataclasses.field(default=None, metadata={"static": True})
-    loose: frozenset[Axis] = dataclasses.field(default=frozenset(), metadata={"static": True})
+    splittable: frozenset[Axis] = dataclasses.field(default=frozenset(), metadata={"static": True})
+    with_plain_scales: Callable[[Any], Any] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+    splittable_then: frozenset[Axis] = dataclasses.field(
+        default=frozenset(), metadata={"static": True}
+    )
     moves: tuple[Move, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def replace(self, **fields: Any) -> "Packed":
@@ -98,14 +103,17 @@ class Packed:
         """
         lengths = {axis: self.lengths[axis] for axis in old}
         has_all = all(lengths.items() <= f.lengths.items() for f in self.factors)
-        if has_all and self.even.issuperset(old):
-            even, loose = self.even.union(new), self.loose.union(new)
-            return self.replace(parts=map_factors(move, self.parts), even=even, loose=loose)
+        if has_all and self.splittable.issuperset(old):
+            return self.replace(
+                parts=map_factors(move, self.parts),
+                splittable=self.splittable.union(new),
+                splittable_then=self.splittable_then.union(new),
+            )
         return self._remember(move, old)
 
     def _remember(self, move: Move, axes: Collection[Axis] = ()) -> "Packed":
-        even, loose = self.even.difference(axes), self.loose.difference(axes)
-        return self.replace(moves=(*self.moves, move), even=even, loose=loose)
+        splittable, then = self.splittable.difference(axes), self.splittable_then.difference(axes)
+        return self.replace(moves=(*self.moves, move), splittable=splittable, splittable_then=then)
 
     def each(self, f: Callable[[jax.Array], jax.Array]) -> "Packed":
         """Applies `f`, an operation on each element, to W."""
@@ -156,14 +164,18 @@ class Packed:
         """Returns W such that its parts can be split into `pieces`, or unpacks it."""
         if self._can_split(pieces):
             return self
-        if self.loosen is None:
+        if self.with_plain_scales is None:
             return Factor(self.array, self.axes)
-        loose = self.replace(parts=self.loosen(self.parts), even=self.loose, loosen=None)
-        return loose.with_pieces(pieces)
+        plain = self.replace(
+            parts=self.with_plain_scales(self.parts),
+            splittable=self.splittable_then,
+            with_plain_scales=None,
+        )
+        return plain.with_pieces(pieces)
 
     def _can_split(self, pieces: Mapping[Axis, int]) -> bool:
         """Whether each part is constant along the axes, or can be split into `pieces`."""
-        return self.even.issuperset(pieces) and all(
+        return self.splittable.issuperset(pieces) and all(
             f.length(a) == n or (n > 0 and f.length(a) % n == 0)
             for f in self.factors
             for a, n in pieces.items()

@@ -41,7 +41,7 @@ class Weight:
         change: the change, whose factors have some of the axes of W.
         origin: the leaves that it comes from.
         picked: axes of the leaves along which one entry was looked up.
-        last: the highest name of the former axes of W.
+        last: the largest name of an axis that was used so far.
     """
 
     w: Factor | Packed

@@ -125,23 +125,25 @@ class Quantized(NotAnArray):
             lambda x, dims: Factor(x, tuple(OTHER if d is None else axes[d] for d in dims))
         )
         unpack = _With(_unpack, (axes, dtype))
-        packed = Packed(parts, unpack, axes, self.shape, dtype, even=self._even(axes))
+        packed = Packed(parts, unpack, axes, self.shape, dtype, splittable=self._splittable(axes))
         if self.nested is None:
             return packed
         free = frozenset(axes[d] for d in self.form.stack)
-        loosen = _With(_loosen, (axes,))
-        return packed.replace(even=free, loosen=loosen, loose=packed.even)
+        plain = _With(_with_plain_scales, (axes,))
+        return packed.replace(
+            splittable=free, with_plain_scales=plain, splittable_then=packed.splittable
+        )
 
-    def _even(self, axes: Sequence[Axis]) -> frozenset[Axis]:
+    def _splittable(self, axes: Sequence[Axis]) -> frozenset[Axis]:
         """Finds the axes along which splitting codes and scales splits W, if scales are numbers."""
         form = self.form
         if form.flat:
             return frozenset(axes[d] for d in form.stack)
         lengths = zip(axes, form.shape, form.blocks, strict=True)
-        even = {a for a, n, block in lengths if n % block == 0 or block > n}
+        splittable = {a for a, n, block in lengths if n % block == 0 or block > n}
         if self.scheme.bits == 4 and form.is_whole(form.axis):  # a byte has codes of both halves
-            even.remove(axes[form.axis])
-        return frozenset(even)
+            splittable.remove(axes[form.axis])
+        return frozenset(splittable)
 
     def _check_dtypes(self) -> None:
         """Raises if the arrays were cast, for example by a map over all arrays of a tree."""
@@ -226,7 +228,7 @@ def _unpack(axes: tuple[Axis, ...], dtype: jnp.dtype, parts: Quantized) -> Facto
     # In a shard_map of the model, the arrays are shards.
     if used is not None and not jax.sharding.get_abstract_mesh().manual_axes:
         parts = parts.map_arrays(lambda f, _: shard_part(f, used, axes))
-    parts = _loosen(axes, parts)
+    parts = _with_plain_scales(axes, parts)
     data, zero = parts.data, parts.zero
     axis = OTHER if form.flat else axes[form.axis]
     block = form.blocks[form.axis]
@@ -248,7 +250,7 @@ def _unpack(axes: tuple[Axis, ...], dtype: jnp.dtype, parts: Quantized) -> Facto
     return Factor(value, (*lead, *(axes[d] for d in form.order)))
 
 
-def _loosen(axes: tuple[Axis, ...], parts: Quantized) -> Quantized:
+def _with_plain_scales(axes: tuple[Axis, ...], parts: Quantized) -> Quantized:
     """Computes the scales if they are codes."""
     if parts.nested is None:
         return parts

@@ -245,7 +245,7 @@ class Scheme:
         Args:
             w: W in float32, with each axis divided into blocks.
             within: the axes within a block, along which the scales have length 1.
-            short: True for blocks that are not full; None if all are full.
+            short: marks the blocks that are padded, as the last one may be; None if none is.
         """
         raise NotImplementedError
 

@@ -100,7 +100,7 @@ def read_checked(
 ) -> Codes | Dense:
     """Reads a parameter; raises `Unreadable` for another `shape`, or for values that overflow.
 
-    The values have this `dtype` unless the file has one for them.
+    `dtype` is used unless the file states another.
     """
     found = format.read(name)
     if shape not in (None, found.shape):

@@ -146,8 +146,8 @@ def swap(a: np.ndarray, b: np.ndarray, experts: int) -> tuple[np.ndarray, np.nda
 def _take_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
     """Takes A and B of the part that `leaf` is, if it is one of several of a parameter.
 
-    The part has the rows of B for its outputs. If `save` wrote one A for each part, the ranks of
-    all parts are concatenated, with zeros in B: the part then has its own ranks alone.
+    For gate or up of `gate_up_proj` it cuts B to the outputs of the part. If the zeros in B show
+    that each part has its own ranks, as `save` writes them, it cuts A and B to those too.
     """
     if leaf.name.part is None:
         return modules
