@@ -49,12 +49,13 @@ def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _factor(f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
-    """Applies `f` to all matrices at once if they may be sharded, else by `map_matrices`.
+    """Applies `f` to all matrices at once if a mesh is in scope, else by `map_matrices`.
 
-    The choice only matters on CPUs. A map over a sharded stack would gather the stack, and tracing
-    cannot tell whether `x` is sharded along automatic mesh axes.
+    The choice only matters on CPUs, where a map over a sharded stack gathers the stack. Without a
+    mesh in scope, tracing cannot tell whether `x` is sharded.
     """
-    return f(x) if jax.device_count() > 1 else map_matrices(f, x)
+    mesh = jax.sharding.get_abstract_mesh()
+    return map_matrices(f, x) if mesh.empty else f(x)
 
 
 def _blocks(n: int, r: int) -> int:

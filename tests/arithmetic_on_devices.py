@@ -77,9 +77,10 @@ def check(found, paths, f, like):
 )
 def test_what_is_moved(name, paths):
     """At most a part of A and B, of 256 rows; by what sums and scales, nothing."""
-    f, (trees, base, _) = FUNCTIONS[name], placed(paths, AxisType.Auto)
-    program = compiled(f, trees, base)
-    check(program(trees, base), paths, f, trees[0])
+    f, (trees, base, mesh) = FUNCTIONS[name], placed(paths, AxisType.Auto)
+    with jax.set_mesh(mesh):
+        program = compiled(f, trees, base)
+        check(program(trees, base), paths, f, trees[0])
     found = moved(program)
     most = 0 if name in MOVE_NOTHING else 256 * (2 if name == "truncate" else 5) / 4
     assert max((n for _, n in found), default=0) <= most, found
