@@ -83,7 +83,7 @@ class LoRA(Rule):
         materialize: whether jlora may form W + ΔW where it has no factored form. Values and
             gradients stay exact, at the memory and time of a full weight.
         rslora: whether to scale by alpha / √r (Kalajdzievski, arXiv 2312.03732) rather than
-            alpha / r.
+            alpha / r. It is a flag, not a number: without a pattern, sites may have other ranks.
         init: how A and B start, one of `jlora.initializers`; by default `kaiming_uniform`. Or an
             initializer of `jax.nn.initializers`, called, such as `normal(0.02)`: it draws each
             matrix of A, of shape (inputs, r), and B is zero.
