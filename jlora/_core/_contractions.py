@@ -247,7 +247,9 @@ class _Convolution(Product):
         a, b, scale = self.factors(delta)
         if outer in a.axes or set(axes) & set(b.axes):
             raise Unfactorable("its inputs and outputs are mixed")
-        # A is a kernel with r outputs, the same for every group; B contracts them.
+        # A is a kernel with r outputs, the same for every group; B contracts them. For example, x
+        # has 4 channels in 2 groups, W is (6, 2, window) and r = 3: A is (3, 2, window), given
+        # twice, h has 2 groups of 3, and B of shape (3, 6) gives each group its own 3 outputs.
         kernel = a.expand_to([RANK if axis == outer else axis for axis in self.w.axes])
         kernel = jnp.concatenate([kernel] * groups, numbers.rhs_spec[0])
         window = (p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"])

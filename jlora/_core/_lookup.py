@@ -17,6 +17,9 @@ from ._weight import Operand, Weight
 
 @primitive("gather", is_move=False)
 def _gather(eqn: Equation, w: Operand, indices: jax.Array) -> Operand:
+    # For example, x = W[ids] with W of axes (v, d) and ids of shape (batch, t): one entry of v is
+    # picked, d is whole, and the result has axes (batch, t, d), of which two are of the indices.
+    # W[i] of a stack (layers, inputs, outputs) picks one of the layers, and is a weight again.
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if not isinstance(w, Weight) or numbers.operand_batching_dims:
         raise Unfactorable("the indices are a weight, or rows of a batch of arrays are looked up")

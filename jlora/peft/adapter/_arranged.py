@@ -105,6 +105,8 @@ def _join_parts(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:
     has zeros outside the outputs of each part.
     """
     leaf, first = pieces[0]
+    # Two parts of 3 outputs and rank 2, gate and up: A is [A_gate; A_up], of rank 4, and B, of
+    # shape (6, 4), is [[B_gate, 0], [0, B_up]].
     if leaf.name.part is None:
         return first
     (_, count), experts = leaf.name.part, leaf.experts

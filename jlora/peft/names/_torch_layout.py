@@ -151,6 +151,8 @@ def _take_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
     """
     if leaf.name.part is None:
         return modules
+    # Two parts of rank 2 in an A of rank 4, and B = [[B_gate, 0], [0, B_up]]: up has the rows 2 and
+    # 3 of A, and B_up.
     (j, n), experts = leaf.name.part, leaf.experts
     a = np.stack([a.reshape(experts, -1, a.shape[1]) for a, *_ in modules])
     b = np.stack([split_outputs(b, leaf.name) for _, b, *_ in modules])
