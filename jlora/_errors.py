@@ -118,13 +118,23 @@ class OccupiedError(ArgumentError, FileExistsError):
 class WritingError(ArgumentError, OSError):
     """A file or folder could not be written."""
 
-    def __init__(self, argument: str, path: object, reason: str, number: int | None = None) -> None:
-        super().__init__(
-            f"`{argument}`: could not write {path}: {reason}. Nothing is left of it, and nothing "
-            "else was touched. Make room or permission there, or give another path.",
-            path=path,
-        )
-        self.errno = number
+
+def not_written(argument: str, path: object, reason: str, number: int | None = None) -> OSError:
+    """Makes the error about a file or folder that could not be written, and of which none is left.
+
+    Args:
+        argument: the name of the argument.
+        path: the file or folder.
+        reason: why.
+        number: the number of the system's error.
+    """
+    error = WritingError(
+        f"`{argument}`: could not write {path}: {reason}. Nothing is left of it, and nothing else "
+        "was touched. Make room or permission there, or give another path.",
+        path=path,
+    )
+    error.errno = number
+    return error
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ._errors import OccupiedError, WritingError
+from ._errors import OccupiedError, not_written
 
 PATIENCE = 10.0  # seconds to wait for threads that still write
 Where = str | os.PathLike[str]
@@ -50,7 +50,7 @@ def scratch(path: Where, argument: str) -> Iterator[Path]:
     except Exception as e:
         if isinstance(e, FileExistsError) or (number := _error_number(e, stage)) is None:
             raise
-        raise WritingError(argument, final, os.strerror(number), number) from e
+        raise not_written(argument, final, os.strerror(number), number) from e
     finally:
         discard(stage)
 

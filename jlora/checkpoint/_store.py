@@ -14,7 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from .. import _folders
-from .._errors import InputError, OccupiedError, WritingError, blame, check_values, printable
+from .._errors import InputError, OccupiedError, blame, check_values, not_written, printable
 
 # ------------------------------------------------------------------------------- several processes
 # If one process fails, all raise, and none waits for another.
@@ -181,7 +181,7 @@ def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.Checkpoint
     except FileExistsError:
         raise
     except Exception as e:
-        raise WritingError("path", final, one_line(e)) from e
+        raise not_written("path", final, one_line(e)) from e
     finally:
         if stage is not final and jax.process_index() == 0:
             _folders.discard(Path(stage))
