@@ -238,7 +238,7 @@ def test_links_out_of_a_base(name: str, file: str, tmp_path: Folder) -> None:
     (base / file).symlink_to(secret(tmp_path))
     with pytest.raises(ValueError, match=rf"{file} is a link out of the folder") as e:
         BASES[name](base, adapter, tmp_path / "out")
-    advice = {"export_merged": ", or follow_links=True.", "jlora merge": ", or --follow-links."}
+    advice = {"export_merged": ", or `follow_links=True`.", "jlora merge": ", or --follow-links."}
     assert str(e.value).strip().endswith(advice.get(name, "(cp -rL)."))
     assert not (tmp_path / "out").exists()
 
