@@ -138,14 +138,14 @@ def not_written(argument: str, path: object, reason: str, number: int | None = N
 
 
 @contextlib.contextmanager
-def blame(argument: str, path: object) -> Iterator[None]:
-    """Turns a `ValueError` about what a file holds into an `InputError` about the file."""
+def blame(argument: str, path: object, part: str = "") -> Iterator[None]:
+    """Turns a `ValueError` about what a file holds, or a part of it, into one about the file."""
     try:
         yield
     except InputError:
         raise
     except ValueError as e:
-        raise InputError(f"`{argument}`: {path} {e}.", path=path) from None
+        raise InputError(f"`{argument}`: {part}{path} {e}.", path=path) from None
 
 
 def check_values(data: bytes) -> None:

@@ -19,8 +19,8 @@ def miss(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
 
     The paper has no scale: give `alpha` = `rank` for s = 1. Use `jlora.optimizer`, under which A
     has no moments and no updates; weight decay of another optimizer would shrink A. The "bat" and
-    "mini" forms of MiSS are not implemented. `peft.save` writes a LoRA, or with
-    `config={"peft_type": "MISS"}` a MiSS.
+    "mini" forms of MiSS are not implemented. `peft.save` writes a LoRA. Its file does not say that
+    A is frozen: to train on after `peft.load`, give the nodes `frozen=("a",)` by `replace`.
 
     Args:
         key: a PRNG key, not used.

@@ -168,9 +168,11 @@ def open_checkpoint(
             if mapped.get(name) != where.get(name)
         ]
     if wrong:
-        why = "contradicts itself."
-        folder = source.folder
-        raise InputError(f"`{argument}`: {folder} {why}", path=folder, problems=wrong)
+        raise InputError(
+            f"`{argument}`: {source.folder} contradicts itself.",
+            path=source.folder,
+            problems=wrong,
+        )
     kept, left_out, odd = _others(source, {*files, INDEX} if mapped else set(files))
     if odd := [name for name in odd if copied or name == "config.json"]:
         raise InputError(

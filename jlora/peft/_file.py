@@ -126,7 +126,7 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
                 f"has {size} bytes, but claims a header of {count}: it is truncated, or not a "
                 "safetensors file. Save it again"
             )
-        with blame(source.argument, f"the header of {name}"):
+        with blame(source.argument, name, "the header of "):
             raw = parse(file.read(count))
         entries = _parse_entries(raw)
         _check_extents(entries, size - 8 - count)

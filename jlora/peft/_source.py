@@ -53,8 +53,9 @@ def resolve(source: Source, path: Path) -> Path:
         return real
     option = "" if source.follow_links is None else ", or `follow_links=True`"
     raise InputError(
-        f"`{source.argument}`: {path} is a link out of the folder, to {show(str(real))}, which "
-        f"may be any file of this machine. Give a copy with links followed (cp -rL){option}.",
+        f"`{source.argument}`: {show(str(path))} is a link out of the folder, to "
+        f"{show(str(real))}, which may be any file of this machine. Give a copy with links "
+        f"followed (cp -rL){option}.",
         path=path,
     )
 

@@ -138,6 +138,8 @@ class Adapter(NamedTuple):
     def resolve(self, names: Iterable[str]) -> "Adapter":
         """Returns the same adapter with the roles of further modules or parameters."""
         new = [name for name in names if name not in self.roles]
+        if not new:
+            return self
         roles = self.roles | resolve(self.fields, new, self.clock)
         return self._replace(roles=roles)
 

@@ -111,6 +111,7 @@ def _match_files(
     fits = _make_fits(adapter.parts, adapter.others, is_transposed)
     models = _find_models(adapter.names, checkpoint, fits)
     first = next(models)
+    adapter = adapter.resolve(name.rpartition(".")[0] for name in first.shapes)
     possible = itertools.chain([first], models)
     old = next((x for x in possible if not list_missing(adapter, x.shapes)), first)
     found = assign_parameters(adapter, old.shapes, "the checkpoint", problems)

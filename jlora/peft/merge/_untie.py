@@ -38,8 +38,8 @@ def untie(target: Target, found: Contents, problems: Problems) -> tuple[Target, 
     shared = [name for name in checkpoint.where if is_shared(checkpoint, name)]
     prefix = model.prefix or ""
     stacks = _find_stacks(target, shared)
-    if why := _explain_tied(target, found, shared, stacks):
-        problems.stop(Problem("`untie`", why))
+    if problem := _find_refusal(target, found, shared, stacks):
+        problems.stop(problem)
     table, *stored = (name for name in shared if prefix + name not in stacks)
     # The new tensors by the adapter's names: each with its own, and that of the one it is tied to.
     new = {n: (n, x) for n, x in stacks.items() if n.removeprefix(prefix) not in checkpoint.where}
@@ -47,7 +47,7 @@ def untie(target: Target, found: Contents, problems: Problems) -> tuple[Target, 
     tokens = found.tokens
     if not stored:
         if (head := _find_head(target, found, table, bool(stacks))) is None:
-            problems.stop(Problem("`untie`", _explain_unknown(checkpoint.config)))
+            problems.stop(_explain_unknown(checkpoint.config))
             return target, found
         module, weight = head
         heads = {module: weight}
@@ -78,35 +78,33 @@ def _find_stacks(target: Target, shared: list[str]) -> dict[str, str]:
     return found
 
 
-def _explain_tied(
+def _find_refusal(
     target: Target, found: Contents, shared: list[str], stacks: Mapping[str, str]
-) -> str | None:
+) -> Problem | None:
     """Explains why a head cannot be untied, and what to do instead, if it cannot."""
     checkpoint, model = target
     parts = list(walk_objects(checkpoint.config))
     if any(part.get("is_encoder_decoder") is True for part in parts):
         if any(name.endswith("relative_attention_bias.weight") for name in checkpoint.where):
-            return (
+            why = (
                 "T5 and its kin scale the outputs of a tied head, and most versions of "
-                f"`transformers` those of no other; {_NEITHER}"
+                "`transformers` those of no other"
             )
+            return Problem("`untie`", why, _NEITHER)
         if not stacks and not any(_is_of_sounds(checkpoint, name) for name in shared):
-            return (
-                "the names of all weights that this encoder-decoder model ties are not known; "
-                + _NEITHER
-            )
+            why = "the names of all weights that this encoder-decoder model ties are not known"
+            return Problem("`untie`", why, _NEITHER)
     if not shared:
-        return f"no weight has the name of an embedding or a head; {_REMEDY}"
+        return Problem("`untie`", "no weight has the name of an embedding or a head", _REMEDY)
     # Where no file says so, weights that differ are not tied.
     is_said = stacks or any(part.get(TIE) is True for part in parts)
     if is_said and len({digest(checkpoint, name) for name in shared}) > 1:
-        return f"config.json ties weights whose values differ; correct {TIE} there"
+        why = "config.json ties weights whose values differ"
+        return Problem("`untie`", why, f"correct {TIE} there")
     changed = _list_changed(found)
     if changed & stacks.keys() or {model.tensor(n) for n in changed} & {*stacks.values()}:
-        return (
-            "the adapter changes the embedding of an encoder and a decoder, which may use copies; "
-            "train it on the head alone, or use it unmerged"
-        )
+        why = "the adapter changes the embedding of an encoder and a decoder, which may use copies"
+        return Problem("`untie`", why, "train it on the head alone, or use it unmerged")
     return None
 
 
@@ -184,11 +182,12 @@ def _find_biases(
     return new
 
 
-def _explain_unknown(config: Mapping[str, Any]) -> str:
+def _explain_unknown(config: Mapping[str, Any]) -> Problem:
     """Explains that a head is not found, and what to do."""
     if len({part.get(TIE) for part in walk_objects(config)} - {None}) > 1:
-        return f"parts of config.json differ in {TIE}; give all of them that of training"
-    return f"the name of the head is not known; {_REMEDY}"
+        why = f"parts of config.json differ in {TIE}"
+        return Problem("`untie`", why, "give all of them that of training")
+    return Problem("`untie`", "the name of the head is not known", _REMEDY)
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
