@@ -14,7 +14,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from .. import _folders
-from .._errors import InputError, OccupiedError, blame, check_values, not_written, printable
+from .._errors import (
+    InputError,
+    OccupiedError,
+    blame,
+    check_values,
+    not_written,
+    printable,
+    show,
+)
 
 # ------------------------------------------------------------------------------- several processes
 # If one process fails, all raise, and none waits for another.
@@ -146,7 +154,7 @@ def check_files(folder: Where) -> None:
         for path in filter(Path.exists, (Path(parent, name) for name in names)):
             if not path.is_file():
                 why = "is not a regular file. Take another checkpoint."
-                raise InputError(f"`path`: {path} {why}", path=path)
+                raise InputError(f"`path`: {show(str(path))} {why}", path=path)
             if path.name not in _DESCRIBING and path.parent.name != _BY_PROCESS:
                 continue
             if (size := path.stat().st_size) > LIMIT:

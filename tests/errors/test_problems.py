@@ -1,6 +1,7 @@
 """Errors as data: what programs read of them, and the text that is made of it."""
 
 import copy
+import os
 import pathlib
 import pickle
 
@@ -18,6 +19,7 @@ from jlora._errors import (
     WritingError,
     not_written,
 )
+from jlora.checkpoint._store import check_files
 from jlora.peft._source import Source, resolve
 
 Folder = pathlib.Path
@@ -99,4 +101,11 @@ def test_the_name_of_a_link_does_not_garble_the_text(tmp_path: Folder) -> None:
     (tmp_path / "base" / name).symlink_to("/etc/hostname")
     with pytest.raises(InputError, match="is a link out of the folder") as caught:
         resolve(Source(tmp_path / "base"), tmp_path / "base" / name)
+    assert str(caught.value).isprintable()
+
+
+def test_the_name_of_a_pipe_does_not_garble_the_text(tmp_path: Folder) -> None:
+    os.mkfifo(tmp_path / "d\u202e")
+    with pytest.raises(InputError, match="is not a regular file") as caught:
+        check_files(tmp_path)
     assert str(caught.value).isprintable()
