@@ -82,8 +82,9 @@ def load(bases: Folder, files: Files, _: Folder) -> None:
 
 
 def combine(bases: Folder, files: Files, out: Folder) -> None:
-    peft.combine([files.folder, files.case.folder], out, arithmetic.add)
-    assert_finite(peft.read(out))
+    each = [peft.read(x) for x in (files.folder, files.case.folder)]
+    peft.write(out, peft.combine(each, arithmetic.add))
+    assert_finite(peft.read(out).leaves)
 
 
 def merge(bases: Folder, files: Files, out: Folder) -> None:
@@ -100,7 +101,7 @@ WAYS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "combine": (
         combine,
         ("tied", "gpt2_tied", "patterns", "layers"),
-        ("`paths`: ", "`paths[", "`adapters` ", "`merge` returned"),
+        ("`path`: ", "`contents`", "`adapters` "),
     ),
 }
 MANY = pytest.param(10_000, marks=pytest.mark.slow)

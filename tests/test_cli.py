@@ -692,7 +692,6 @@ ERRORS = {
     "check p --for tgi": "^jlora: --for must be one of sglang, vllm, tpu-inference; got 'tgi'",
     "check p --for vllm --base folders": "^jlora: --base: .*folders has more than 32 nested",
     "combine p deep x": "^jlora: ADAPTERS .*deep: adapter_config.json is nested too deeply.$",
-    "combine o lost x": "^jlora: ADAPTERS: the arrays of .*lost cannot be read",
     "merge model o x --names rows.py:OTHER": "^jlora: ADAPTER .*o cannot be written with --names: ",
     "merge model p x": "^jlora: ADAPTER .*p cannot be merged into the checkpoint of BASE .*model; "
     "nothing was written. ",
@@ -865,7 +864,6 @@ WRITERS = (
     "convert p x --names llama --base base",
     "convert p x --profile vllm",
     "combine p p x",
-    "combine o o x",
 )
 
 

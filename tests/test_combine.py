@@ -13,7 +13,7 @@ import peft_models as models
 import pytest
 from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, pair, write
 from safetensors.numpy import save_file
-from small import as_jax, some
+from small import some
 from test_cli import fails, run
 from test_peft_hostile import adapter as plain
 from test_peft_hostile import bounded, many
@@ -41,10 +41,15 @@ def other(folder: Folder, name: str, **fields: Any) -> Folder:
     return folder
 
 
+def combine(folders: list[Folder], out: Folder, merge: Any) -> None:
+    """From files to a file."""
+    peft.write(out, peft.combine([peft.read(x) for x in folders], merge))
+
+
 def deltas(folder: Folder) -> dict[str, np.ndarray]:
     """ΔW of each module in float64."""
     with jax.enable_x64(True):
-        found = peft.read(folder)
+        found = peft.read(folder).leaves
     return {name: x.scale * np.float64(x.a) @ np.float64(x.b) for name, x in found.items()}
 
 
@@ -82,7 +87,7 @@ def test_different_modules_ranks_and_scales(names: tuple[str, ...], tmp_path: Fo
     folders = [other(tmp_path / name, name) for name in names]
     folders[0] = other(tmp_path / "rs", names[0], use_rslora=True)
     weights = (0.5, -2.0, 1.0, 0.25)[: len(names)]
-    peft.combine(folders, tmp_path / "out", functools.partial(arithmetic.add, weights=weights))
+    combine(folders, tmp_path / "out", functools.partial(arithmetic.add, weights=weights))
     check_sum(folders, tmp_path / "out", weights)
     case = models.case(names[0])
     peft.load(tmp_path / "out", case.base, case.names)
@@ -115,7 +120,7 @@ def test_what_is_kept_of_the_configurations(case: str, tmp_path: Folder) -> None
     modules, given, expected = KEPT[case]
     each = zip("ab", modules, given, strict=True)
     folders = [plain(tmp_path / name, own, **fields) for name, own, fields in each]
-    peft.combine(folders, tmp_path / "out", arithmetic.add)
+    combine(folders, tmp_path / "out", arithmetic.add)
     found = peft.read_config(tmp_path / "out")
     assert {key: found[key] for key in expected} == expected
 
@@ -132,8 +137,10 @@ def test_one_parameter_of_experts(tmp_path: Folder) -> None:
     shapes = {"mlp.experts" + end: x for end, x in zip(ENDS, ((3 * 2, 5), (4, 3 * 2)), strict=True)}
     fields = {"r": 2, "target_modules": [], "target_parameters": ["experts.down_proj"]}
     folders = [random_adapter(tmp_path / str(i), i, shapes, **fields) for i in range(2)]
-    peft.combine(folders, tmp_path / "out", SUM)
-    *each, found = (peft.read(x)["mlp.experts.down_proj"] for x in (*folders, tmp_path / "out"))
+    combine(folders, tmp_path / "out", SUM)
+    *each, found = (
+        peft.read(x).leaves["mlp.experts.down_proj"] for x in (*folders, tmp_path / "out")
+    )
     expected = sum(w * delta(x) for w, x in zip(WEIGHTS, each, strict=True))
     np.testing.assert_allclose(delta(found), expected, atol=1e-6)
 
@@ -149,17 +156,14 @@ def delta(node: Any) -> np.ndarray:
 
 METHODS: dict[str, Any] = {
     "--rank 3": lambda t: arithmetic.truncate(arithmetic.add(t), 3),
-    "--energy 0.9": lambda t: arithmetic.truncate(arithmetic.add(t), energy=0.9),
     "--weights 2,-1 --method ties": lambda t: arithmetic.ties(t, (2.0, -1.0)),
     "--method ties --density 0.5": lambda t: arithmetic.ties(t, density=0.5),
     "--method dare": lambda t: arithmetic.dare(t, key=jax.random.key(0)),
-    "--method dare --density 0.9 --seed 4": lambda t: arithmetic.dare(
-        t, key=jax.random.key(4), density=0.9
-    ),
+    "--method dare --density 0.9": lambda t: arithmetic.dare(t, key=jax.random.key(0), density=0.9),
 }
 
 
-@pytest.mark.parametrize("line", some(METHODS, "--method dare --density 0.9 --seed 4"))
+@pytest.mark.parametrize("line", some(METHODS, "--method dare --density 0.9"))
 def test_methods(line: str, tmp_path: Folder) -> None:
     """Those of `jlora.arithmetic`, whose numbers are in what is written."""
     sizes = zip(ENDS, ((3, 6), (5, 3)), strict=True)
@@ -167,8 +171,8 @@ def test_methods(line: str, tmp_path: Folder) -> None:
     folders = [random_adapter(tmp_path / str(i), i, shapes, r=3) for i in range(2)]
     run("combine", *folders, tmp_path / "out", *line.split())
     with jax.enable_x64(True):
-        expected = METHODS[line]([peft.read(folder) for folder in folders])
-        found = peft.read(tmp_path / "out")
+        expected = METHODS[line]([peft.read(folder).leaves for folder in folders])
+        found = peft.read(tmp_path / "out").leaves
     assert found.keys() == expected.keys()
     for key, x in expected.items():
         assert found[key].a.shape == x.a.shape
@@ -179,12 +183,11 @@ def test_what_it_says(tmp_path: Folder) -> None:
     one, two = (plain(tmp_path / x, ["m.q", f"m.{x}"], target_modules=["q", x]) for x in "ab")
     out = tmp_path / "c"
     text = run("combine", one, two, out).stdout
-    assert text == f"{out}: 2 adapters by add, 3 sites of rank 1–2, 8 parameters, as peft\n"
+    assert text == f"{out}: 2 adapters by add, 3 sites of rank 1–2, 8 parameters\n"
     args = ("--json", "--rank", "1", "--weights", "1,0.5")
     assert json.loads(run("combine", one, two, tmp_path / "d", *args).stdout) == {
         "adapters": [str(one), str(two)],
         "out": str(tmp_path / "d"),
-        "format": "peft",
         "method": "add",
         "weights": [1.0, 0.5],
         "sites": 3,
@@ -196,39 +199,6 @@ def test_what_it_says(tmp_path: Folder) -> None:
 def test_sums_of_16_bits_are_written_in_32(tmp_path: Folder) -> None:
     run("combine", models.FIXTURES / "bf16", other(tmp_path / "b", "bf16"), tmp_path / "c")
     assert {x.dtype for x in models.read(tmp_path / "c" / TENSORS).values()} == {np.dtype("f4")}
-
-
-def saved(folder: Folder, seed: int, **options: Any) -> tuple[Folder, Any]:
-    """An adapter in Orbax, of two sites."""
-    rng, layout = np.random.default_rng(seed), jlora.types.Layout((), (0,), (1,))
-    normal = lambda *shape: as_jax(rng.standard_normal(shape), np.float32)  # noqa: E731
-    tree = {
-        name: jlora.types.LowRank(normal(6, seed), normal(seed, 4), 0.5 * seed, layout)
-        for name in "uv"
-    }
-    checkpoint.save(folder, tree, (), **options)
-    return folder, tree
-
-
-BASE = {"u": np.ones((6, 4), np.float32), "v": np.ones((6, 4), np.float32)}
-
-
-def test_orbax(tmp_path: Folder) -> None:
-    """Of one base, whose fingerprint with its hashes is kept though one does not know it."""
-    one, first = saved(tmp_path / "a", 1)
-    two, second = saved(tmp_path / "b", 2, base=BASE, hash_values=True)
-    found = json.loads(
-        run("combine", one, two, tmp_path / "c", "--weights", "0.7,-0.3", "--json").stdout
-    )
-    assert (found["format"], found["sites"], found["ranks"]) == ("orbax", 2, [3])
-    got = checkpoint.restore(tmp_path / "c", base=BASE)
-    for name, x in SUM([first, second]).items():
-        np.testing.assert_allclose(got[name].b, x.b, rtol=1e-6)
-        np.testing.assert_array_equal(got[name].a, x.a)
-    assert checkpoint.read(tmp_path / "c").base == checkpoint.fingerprint(BASE, values=True)
-    run("combine", one, one, tmp_path / "d", "--weights", "2,-1")
-    got = arithmetic.difference(checkpoint.restore(tmp_path / "d"), first)
-    assert all(np.abs(delta(x)).max() < 1e-6 for x in got.values())
 
 
 # ------------------------------------------------------------------------------------ refused
@@ -253,11 +223,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     }.items():
         plain(root / name, ["m.q"], **fields)
     write(root / "wide", pair("m.q", 2, 2, 2), r=2)
-    saved(root / "orbax", 1, base=BASE)
-    saved(root / "foreign", 1, base=BASE | {"more": np.ones(3, np.float32)})
-    saved(root / "other", 1, base=BASE | {"u": 2 * BASE["u"]}, hash_values=True)
-    saved(root / "hashed", 1, base=BASE, hash_values=True)
-    checkpoint.save(root / "full", {"head": jnp.ones(3)}, jlora.Full("head"))
+    checkpoint.save(root / "orbax", {"head": jnp.ones(3)}, jlora.Full("head"))
     (root / "hf").mkdir()
     (root / "hf" / "config.json").write_text("{}")
     return root
@@ -265,9 +231,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 ONE = "Only adapters of one model can be combined. "
 ERRORS = {
-    "x orbax out": r"ADAPTERS must be adapters in one format; got \S+x .peft., \S+orbax .orbax.. "
-    "`jlora convert` converts adapters between PEFT and Orbax.",
-    "x hf out": r"ADAPTERS: \S+hf is a model; expected an adapter of PEFT or Orbax. Give the",
+    "x orbax out": r"ADAPTERS: \S+orbax .*a checkpoint of Orbax.*jlora convert",
+    "x hf out": r"ADAPTERS: \S+hf .*a model.* Give the folder of an adapter",
     "x nowhere out": r"ADAPTERS: there is no folder \S+nowhere",
     "x y out": r"ADAPTERS: the adapters cannot be combined. 1 problem: base_model_name_or_path: "
     f"'one' in .*x, 'two' in .*y; if this is one model, give it one name in all files; {ONE}",
@@ -290,16 +255,9 @@ ERRORS = {
     "as 0.5,0.5; got '1'.",
     "x x out --weights 1,one": "--weights: expected .*; got '1,one'.",
     "x x out --weights 1,nan": "--weights: expected .*; got '1,nan'.",
-    "x x out --rank 1 --energy 0.5": "--rank and --energy are alternatives; give one of them.",
     "x x out --density 0.5": "--density is for --method ties and dare; got --method add.",
-    "x x out --method ties --seed 1": "--seed is for --method dare; got --method ties.",
-    "x x out --weights 1e39,1": "`merge` returned an invalid adapter. 1 problem: .*lora_B.weight"
-    ": 1 of 2 values are not finite",
-    "orbax foreign out": r"the base of \S+orbax is not the one that the adapter in \S+foreign was "
-    "trained on: more: missing",
-    "hashed other out": "the base of .*hashed is not the one .* u: other values",
-    "orbax full out": "ADAPTERS: .*full has leaves trained in full, whose change depends on the "
-    "base: head. Combine the adapters with jlora.arithmetic, whose functions accept `base`.",
+    "x x out --weights 1e39,1": "ADAPTERS cannot be written so that `read` reads the same adapter. "
+    "1 problem: .*lora_B.weight: 1 of 2 values are not finite",
 }
 
 
@@ -317,7 +275,7 @@ def test_usage_errors() -> None:
     for line, words in {
         "a": "Missing argument 'ADAPTERS...'",
         "a b --rank 0": "0 is not in the range x>=1",
-        "a b --energy 2": "2.0 is not in the range 0<x<=1",
+        "a b --density 2": "2.0 is not in the range 0<x<=1",
         "a b --method mean": "'mean' is not one of 'add', 'ties', 'dare'",
     }.items():
         assert words in run("combine", *line.split(), code=2).stderr
@@ -331,7 +289,7 @@ def test_a_function_that_gives_something_else(tmp_path: Folder) -> None:
         lambda trees: trees[0] | {"m.k": jnp.ones((1, 1))},
     ):
         with pytest.raises(ValueError, match="`merge` must return one LowRank for each module"):
-            peft.combine([folder], tmp_path / "out", merge)
+            combine([folder], tmp_path / "out", merge)
     assert not (tmp_path / "out").exists()
 
 
@@ -339,8 +297,8 @@ def test_a_function_that_gives_something_else(tmp_path: Folder) -> None:
 def test_float64_needs_x64(tmp_path: Folder) -> None:
     wide = {key: x.astype(np.float64) for key, x in pair("m.q").items()}
     folder = write(tmp_path / "a", wide)
-    with pytest.raises(ValueError, match=r"a: m\.q: float64 needs jax_enable_x64"):
-        peft.combine([folder], tmp_path / "out", arithmetic.add)
+    with pytest.raises(ValueError, match=r"m\.q\S*: dtype F64 needs jax_enable_x64"):
+        combine([folder], tmp_path / "out", arithmetic.add)
     run("combine", folder, tmp_path / "out")
     assert {x.dtype for x in models.read(tmp_path / "out" / TENSORS).values()} == {np.dtype("f8")}
 
@@ -355,8 +313,8 @@ def test_many_modules_of_many_scales(tmp_path: Folder) -> None:
     targets = [f"q{i}" for i in range(10)]
     folder = plain(tmp_path / "a", modules, alpha_pattern=alphas, target_modules=targets)
     with bounded():
-        peft.combine([folder], tmp_path / "out", lambda trees: trees[0])
-    found = peft.read(tmp_path / "out")
+        combine([folder], tmp_path / "out", lambda trees: trees[0])
+    found = peft.read(tmp_path / "out").leaves
     assert [found[name].scale for name in modules] == list(alphas.values())
 
 
@@ -365,4 +323,4 @@ def test_many_shapes(tmp_path: Folder) -> None:
     tensors = {k: x for i in range(1001) for k, x in pair(f"m{i}.q", 1, i + 1).items()}
     write(tmp_path / "a", tensors)
     with pytest.raises(ValueError, match="1001 pairs of shapes of A and B; expected at most 1000"):
-        peft.combine([tmp_path / "a"], tmp_path / "out", arithmetic.add)
+        combine([tmp_path / "a"], tmp_path / "out", arithmetic.add)

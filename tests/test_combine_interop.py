@@ -33,7 +33,8 @@ def deltas(name: str, folder: Folder) -> dict[str, np.ndarray]:
 
 
 def check(name: str, folders: list[Folder], out: Folder, weights: tuple[float, ...]) -> None:
-    peft.combine(folders, out, functools.partial(arithmetic.add, weights=weights))
+    add = functools.partial(arithmetic.add, weights=weights)
+    peft.write(out, peft.combine([peft.read(x) for x in folders], add))
     each, found = [deltas(name, folder) for folder in folders], deltas(name, out)
     assert found.keys() == set().union(*each)
     for module, x in found.items():

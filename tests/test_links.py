@@ -68,8 +68,7 @@ ADAPTERS: dict[str, Callable[[Folder, Folder, Folder], Any]] = {
     "read": lambda base, adapter, out: peft.read(adapter),
     "read_config": lambda base, adapter, out: peft.read_config(adapter),
     "export_merged": lambda base, adapter, out: peft.export_merged(base, adapter, out),
-    "combine": lambda base, adapter, out: peft.combine([adapter], out, lambda x: x[0]),
-    "to_vllm": lambda base, adapter, out: peft.to_vllm(adapter, out),
+    "write": lambda base, adapter, out: peft.write(out, peft.read(adapter), "vllm"),
     "check": lambda base, adapter, out: peft.check(adapter, "vllm"),
     "jlora merge": run("merge", "base", "adapter", "out"),
     "jlora inspect": run("inspect", "adapter"),
@@ -146,7 +145,7 @@ def add(folder: Folder, to: str, file: str) -> Folder:
 def test_forms_of_the_cache(case: str, tmp_path: Folder) -> None:
     adapter = CACHES[case](folders(tmp_path)[1])
     assert (adapter / CONFIG).is_symlink()
-    assert peft.read(adapter).keys() == {"q"}
+    assert peft.read(adapter).leaves.keys() == {"q"}
 
 
 def secret(root: Folder) -> Folder:

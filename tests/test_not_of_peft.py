@@ -121,7 +121,6 @@ def test_what_is_given_for_an_adapter(case: str, tmp_path: Folder) -> None:
         lambda: peft.read(given),
         lambda: peft.load(given, LIKE, NAMES),
         lambda: peft.export_merged(base, given, tmp_path / "out"),
-        lambda: peft.combine([given], tmp_path / "out", lambda x: x[0]),
         lambda: peft.check(given, "vllm"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

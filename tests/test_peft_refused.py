@@ -126,7 +126,7 @@ NOT_WRITTEN: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a bias": (
         ({"q": {"kernel": np.ones((4, 6), "f"), "bias": np.ones(6, "f")}},
          {"q": {"kernel": LOW["w"], "bias": np.ones(6, "f")}}, NAMES),
-        VLLM, "q.base_layer.bias: trained in full",
+        VLLM, "q.bias: trained in full",
     ),
     "DoRA for vLLM": (
         (STACKED, {"w": DORA}, [STACK]), VLLM,

@@ -562,7 +562,7 @@ HELPED = ("patterns", "rslora", "scanned")
 def test_the_profile_helps(name: str, tmp_path: Folder) -> None:
     """One rank and the scales in B: nothing is left of what that is said to help against."""
     folder, out = models.FIXTURES / name, tmp_path / "out"
-    peft.to_vllm(folder, out)
+    peft.write(out, peft.read(folder), "vllm")
     for engine in ENGINES:
         before, after = (peft.check(path, engine).findings for path in (folder, out))
         if name in HELPED:

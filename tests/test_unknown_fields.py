@@ -36,8 +36,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "load": lambda base, a, out, **o: peft.load(a, LIKE, NAMES, **o),
     "read": lambda base, a, out, **o: peft.read(a, **o),
     "export_merged": lambda base, a, out, **o: peft.export_merged(base, a, out, **o),
-    "combine": lambda base, a, out, **o: peft.combine([a, a], out, lambda x: x[0], **o),
-    "to_vllm": lambda base, a, out, **o: peft.to_vllm(a, out, **o),
+    "write": lambda base, a, out, **o: peft.write(out, peft.read(a, **o)),
 }
 LINES = {
     "inspect": "inspect a",

@@ -114,5 +114,6 @@ def _to_profile(source: Arg, out: Arg, ignore: tuple[str, ...], **options: Any) 
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"--{name} is not needed: IN and OUT are PEFT adapters. Leave it out.")
-    call(jlora.peft.to_vllm, source, out, ignore=ignore)
-    return call(jlora.peft.read, source, ignore=ignore)
+    found = call(jlora.peft.read, source, ignore=ignore)
+    call(jlora.peft.write, out, source.with_value(found), profile="vllm")
+    return dict(found.leaves)

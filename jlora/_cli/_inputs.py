@@ -38,9 +38,9 @@ class OpenAdapter(NamedTuple):
 def open_adapter(given: Arg, ignore: tuple[str, ...]) -> OpenAdapter:
     """Opens an adapter in PEFT's format or Orbax."""
     if format_of_adapter(given) == "peft":
-        fields = call(jlora.peft.read_config, given, ignore=ignore)
-        about = {"base_model": fields.get("base_model_name_or_path")}
-        return OpenAdapter("peft", call(jlora.peft.read, given, ignore=ignore), about)
+        found = call(jlora.peft.read, given, ignore=ignore)
+        about = {"base_model": found.config.get("base_model_name_or_path")}
+        return OpenAdapter("peft", dict(found.leaves), about)
     saved = call(jlora.checkpoint.read, given)
     about = {"step": saved.step, "versions": saved.versions}
     return OpenAdapter("orbax", by_name(call(jlora.checkpoint.restore, given)), about)

@@ -5,16 +5,18 @@ Imports `_adapters`, `_errors`, `_folders`, `_progress`, `_quantized`, `_rules`,
 
 adapter = peft.load("adapter", base, peft.LLAMA)
 peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))
+peft.write("served", peft.read("adapter"), profile="vllm")
 """
 
 from ._checkpoint import holds as holds
 from ._combine import combine as combine
+from ._contents import Contents as Contents
+from ._contents import read as read
+from ._contents import write as write
 from ._load import load as load
 from ._save import save as save
 from ._save import tensors as tensors
-from .adapter._alone import read as read
 from .adapter._config import read_config as read_config
-from .adapter._one_rank import to_vllm as to_vllm
 from .engines import ENGINES as ENGINES
 from .engines import Finding as Finding
 from .engines._check import Checked as Checked

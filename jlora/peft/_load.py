@@ -13,10 +13,10 @@ from .._tree import leaves_by_path, nest
 from .._types import PyTree
 from ._file import Source
 from ._problems import Problems
-from .adapter._contents import Part, sort_tensors
 from .adapter._files import Files, list_tensors, open_files
 from .adapter._fit_tree import match_to_tree, refuse_wide
 from .adapter._parameters import assign_parameters, refuse_biases
+from .adapter._sorted import Part, sort_tensors
 from .adapter._tokens import Tokens
 from .names._advice import advise
 from .names._leaves import NamedLeaf, resolve, sort_by_row

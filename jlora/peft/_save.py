@@ -10,21 +10,19 @@ import numpy as np
 from .._errors import InputError, Problem
 from .._tree import is_abstract, name_of
 from .._types import PyTree
-from ._file import DTYPES, PREFIX, Source, read_json
+from ._file import DTYPES, Source, read_json
 from ._load import fit
 from ._problems import Problems
-from .adapter._arranged import Tree, arrange, check_one_method, make_frozen_tensors, make_tensors
+from .adapter._arranged import Tree, arrange, check_one_method, make_tensors
 from .adapter._config import DEFAULTS, LIMIT, ROWS_DEFAULTS, problems_of
 from .adapter._describe import Fields, describe, describe_rows_alone, find_frozen, find_full
-from .adapter._files import as_files, write
-from .adapter._one_rank import flatten_for_vllm
-from .adapter._tokens import DELTA, DELTA_ALONE
+from .adapter._files import as_files, write_files
+from .adapter._one_rank import with_profile
+from .adapter._sorted import Parameters
 from .names._leaves import NamedLeaf
 from .names._names import Name
 from .names._torch_layout import split_weight
 from .names._weights import split_all
-
-Written = tuple[Fields, dict[str, np.ndarray]]  # a configuration, and tensors by their keys
 
 
 def save(
@@ -81,7 +79,7 @@ def save(
         (['q_proj'], 2, 4)
     """
     fields, found = _files(base, adapter, names, base_model, profile, config)
-    write(path, "path", fields, found)
+    write_files(path, "path", fields, found)
 
 
 def tensors(
@@ -135,16 +133,15 @@ def _files(
     base_model: str | os.PathLike[str] | None,
     profile: str | None,
     config: Mapping[str, Any] | None,
-) -> Written:
+) -> tuple[Fields, dict[str, np.ndarray]]:
     """Makes the configuration and the tensors, and checks that `load` would read them."""
-    if profile not in (None, "vllm"):
-        raise InputError(f"`profile` must be None or 'vllm'; got {profile!r}.")
     tree = arrange(base, adapter, names)
     given = dict(config or {})
     if base_model is not None:
         given["base_model_name_or_path"] = _name_model(base_model)
-    write = _rows_alone if len(tree.rows) == len(tree.found) else _as_lora
-    fields, found = write(tree, given, profile)
+    parameters = _rows_alone if len(tree.rows) == len(tree.found) else _as_lora
+    fields, own = with_profile(profile, *parameters(tree, given))
+    found = make_tensors(fields, own, tree.tied)
     title = (
         "`adapter` cannot be written so that `load` reads the same adapter. A common reason is "
         "that its modules cannot be selected apart from others"
@@ -162,43 +159,33 @@ def _name_model(given: str | os.PathLike[str]) -> str:
     return name if isinstance(name, str) and name else os.fspath(given)
 
 
-def _as_lora(tree: Tree, given: Fields, profile: str | None) -> Written:
+def _as_lora(tree: Tree, given: Fields) -> tuple[Fields, Parameters]:
     check_one_method(tree)
     fields = DEFAULTS | given
     parts = tree.parts
-    tokens = tree.tokens
     if parts:
         fields["use_dora"] = any(part.m is not None for part in parts)
     _refuse_config(problems_of(fields, is_file=False))
     fields = describe(fields, given, tree, parts)
-    full = find_full(fields, tree)
+    saved = find_full(fields, tree)
     frozen = find_frozen(fields, tree)
-    unchanged = [leaf for leaf, _ in full if leaf.path not in tree.found]
-    _check_values([*unchanged, *frozen.values()])
-    if profile == "vllm":
-        keys = [key for _, keys in full for key in keys]
-        fields, parts = flatten_for_vllm(fields, parts, keys, [x.module for x in tokens])
-    found = make_tensors(parts, tree.tied)
-    for leaf, keys in full:
-        each = [*split_weight(leaf, tree.found.get(leaf.path, leaf.value)).values()]
-        found |= dict(zip(keys, each, strict=True))
+    _check_values([*(x for x in saved if x.path not in tree.found), *frozen.values()])
+    full = dict[str, np.ndarray]()
+    for leaf in saved:
+        full |= split_weight(leaf, tree.found.get(leaf.path, leaf.value))
         if leaf.path in tree.found and (head := tree.tied.get(leaf.modules[0])):
-            found[f"{PREFIX}{head}.weight"] = each[0]
+            full[f"{head}.weight"] = full[leaf.parameters[0]]
     own = split_all(frozen.values())  # a head has the values of its embedding
     values = {name: own.get(name, own[leaf.parameters[0]]) for name, leaf in frozen.items()}
-    found |= make_frozen_tensors(values)
-    return fields, found | {f"{PREFIX}{x.module}{DELTA}": x.v for x in tokens}
+    return fields, Parameters(parts, full, values, {x.module: x for x in tree.tokens}, {})
 
 
-def _rows_alone(tree: Tree, given: Fields, profile: str | None) -> Written:
-    """Makes the files of an adapter of rows alone."""
+def _rows_alone(tree: Tree, given: Fields) -> tuple[Fields, Parameters]:
+    """Describes an adapter of rows alone; a tied head has the rows of its embedding too."""
     fields = describe_rows_alone(ROWS_DEFAULTS | given, tree)
-    tokens = tree.tokens
     _refuse_config(problems_of(fields, is_file=False))
-    if profile is not None:
-        flatten_for_vllm(fields, [], [], [x.module for x in tokens])
-    each = ((m, x.v) for x in tokens for m in (x.module, tree.tied.get(x.module)) if m)
-    return fields, {f"{PREFIX}{m}{DELTA_ALONE}": v for m, v in each}
+    each = ((x, m) for x in tree.tokens for m in (x.module, tree.tied.get(x.module)) if m)
+    return fields, Parameters([], {}, {}, {m: x._replace(module=m) for x, m in each}, {})
 
 
 def _refuse_config(wrong: Sequence[Problem]) -> None:

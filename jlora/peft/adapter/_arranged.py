@@ -25,9 +25,11 @@ from ..names._advice import advise
 from ..names._leaves import NamedLeaf, find_tied_heads, path_in_names, resolve, sort_by_row
 from ..names._names import Name
 from ..names._torch_layout import join_outputs, keep_adapted, split_factors, split_rows, swap
-from ._contents import BASE, Part
+from ._config import ROWS_ALONE
 from ._files import MAGNITUDE
-from ._tokens import Tokens
+from ._roles import make_saves
+from ._sorted import BASE, Parameters, Part
+from ._tokens import DELTA, DELTA_ALONE, Tokens
 
 AB = (".lora_A.weight", ".lora_B.weight")
 _FACTORED = (LowRank, Decomposed)
@@ -138,13 +140,17 @@ def _swap(leaf: NamedLeaf, part: Part) -> Part:
     return part._replace(a=a, b=b)
 
 
-def make_tensors(parts: Sequence[Part], tied: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Makes the tensors of parts, and of the heads `tied` to them, by PEFT's keys.
+def make_tensors(
+    fields: Mapping[str, Any], own: Parameters, tied: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """Makes the tensors of an adapter, and of heads `tied` to adapted embeddings, by PEFT's keys.
 
     In PEFT each adapted parameter of a module wraps the parameters before it.
     """
-    parts = [*parts, *(_make_head(x, tied[x.key]) for x in parts if x.key in tied)]
+    parts = [*own.parts, *(_make_head(x, tied[x.key]) for x in own.parts if x.key in tied)]
     left = collections.Counter(part.name.rpartition(".")[0] for part in parts)
+    adapted = {*left}
+    saves = make_saves(fields)
     tensors: dict[str, np.ndarray] = {}
     for part in parts:
         module = part.name.rpartition(".")[0]
@@ -153,19 +159,18 @@ def make_tensors(parts: Sequence[Part], tied: Mapping[str, str]) -> dict[str, np
         is_table = part.kind == "embedding"
         ends = (".lora_embedding_A", ".lora_embedding_B") if is_table else AB
         tensors |= {start + end: x for end, x in zip((*ends, MAGNITUDE), part.arrays, strict=False)}
-    return tensors
+    for name, x in (own.full | own.frozen).items():
+        module, _, parameter = name.rpartition(".")
+        is_wrapped = name in own.frozen or (module in adapted and not saves(module))
+        tensors[f"{PREFIX}{module}{BASE * is_wrapped}.{parameter}"] = x
+    delta = DELTA_ALONE if fields["peft_type"] == ROWS_ALONE else DELTA
+    return tensors | {f"{PREFIX}{x.module}{delta}": x.v for x in own.tokens.values()}
 
 
 def _make_head(table: Part, head: str) -> Part:
     """Makes the part of the head that shares the weight of an embedding."""
     a, b = (np.ascontiguousarray(x.T) for x in (table.b, table.a))
     return table._replace(name=f"{head}.weight", kind="linear", key=head, a=a, b=b)
-
-
-def make_frozen_tensors(frozen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns frozen parameters, which an adapter wraps, by PEFT's keys."""
-    names = {name: name.rpartition(".") for name in frozen}
-    return {f"{PREFIX}{m}{BASE}.{p}": frozen[name] for name, (m, _, p) in names.items()}
 
 
 # --------------------------------------------------------------------------------- what is refused

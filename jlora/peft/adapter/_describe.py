@@ -10,14 +10,13 @@ from typing import Any
 from ..._errors import InputError
 from ..._tree import name_of
 from ..._types import Path
-from .._file import PREFIX
 from .._problems import Problems
 from ..names._leaves import NamedLeaf
 from ._arranged import Tree
 from ._config import ENTRIES, ROWS_ALONE, list_misformed
-from ._contents import BASE, SAVED_BY_NAME, Part, may_tie
 from ._patterns import Clock
 from ._roles import Role, find_divisor, list_parents, list_tails, make_saves, resolve, saves_bias
+from ._sorted import SAVED_BY_NAME, Part, may_tie
 from ._tokens import INDICES, find_rows, list_lone_heads
 
 Fields = dict[str, Any]
@@ -102,7 +101,7 @@ def _set_full(fields: Fields, tree: Tree) -> Fields:
     heads = [h for leaf in tree.full if (h := tree.tied.get(leaf.modules[0]))]
 
     def saved(fields: Fields) -> set[Path]:
-        return {leaf.path for leaf, _ in find_full(fields, tree)}
+        return {leaf.path for leaf in find_full(fields, tree)}
 
     saves = make_saves(fields)
     if saved(fields) == wanted and all(may_tie(fields, head) or saves(head) for head in heads):
@@ -122,22 +121,15 @@ def _set_full(fields: Fields, tree: Tree) -> Fields:
     }
 
 
-def find_full(fields: Fields, tree: Tree) -> list[tuple[NamedLeaf, list[str]]]:
-    """Finds the leaves saved in full, with a key for each of their modules."""
+def find_full(fields: Fields, tree: Tree) -> list[NamedLeaf]:
+    """Finds the leaves of which all modules are saved in full."""
     saves = make_saves(fields)
     adapted = {module for leaf in tree.low for module in leaf.modules}
 
-    def key(leaf: NamedLeaf, module: str) -> str | None:
-        parameter = leaf.name.parameter
-        is_adapted = module in adapted
-        if not (saves(module) or saves_bias(fields, parameter, is_adapted)):
-            return None
-        is_wrapped = is_adapted and not saves(module)
-        return f"{PREFIX}{module}{BASE * is_wrapped}.{parameter}"
+    def is_saved(leaf: NamedLeaf, module: str) -> bool:
+        return saves(module) or saves_bias(fields, leaf.name.parameter, module in adapted)
 
-    keys = [(leaf, [key(leaf, module) for module in leaf.modules]) for leaf in tree.leaves]
-    found = [(leaf, [k for k in each if k]) for leaf, each in keys]
-    return [(leaf, each) for leaf, each in found if len(each) == len(leaf.modules)]
+    return [leaf for leaf in tree.leaves if all(is_saved(leaf, module) for module in leaf.modules)]
 
 
 def find_frozen(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:

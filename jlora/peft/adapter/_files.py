@@ -94,7 +94,7 @@ def as_files(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argum
     return Files(dict(fields), found, read, argument, True)
 
 
-def write(
+def write_files(
     path: str | os.PathLike[str],
     argument: str,
     fields: Mapping[str, Any],

@@ -13,8 +13,8 @@ from .._problems import Problems
 from ..names._leaves import NamedLeaf, find_tied_heads
 from ..names._torch_layout import split_weight
 from ..names._weights import explain_narrowing
-from ._contents import SHARED, Contents, Part, explain_resized
 from ._files import fill
+from ._sorted import SHARED, Parameters, Part, explain_resized
 from ._tokens import Tokens, find_table, list_lone_heads, list_misfits, list_unequal
 
 # The tensor of a head, the tensor of its embedding, and whether one is the other's transpose.
@@ -57,7 +57,7 @@ def _is_of_base(x: np.ndarray, leaf: NamedLeaf, name: str) -> bool:
 
 
 def match_to_tree(
-    adapter: Contents, heads: Iterable[str], leaves: Sequence[NamedLeaf], problems: Problems
+    adapter: Parameters, heads: Iterable[str], leaves: Sequence[NamedLeaf], problems: Problems
 ) -> Match:
     """Finds the leaf for each tensor of an adapter; adds problems for tensors that do not fit.
 

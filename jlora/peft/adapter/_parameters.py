@@ -12,15 +12,15 @@ from ..._errors import Problem
 from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, shorten, show
 from .._problems import Problems
 from ._config import ROWS_ALONE
-from ._contents import HEADS, Adapter, Contents, Part, may_tie
 from ._roles import Names, Role, list_idle, list_parents, list_unused
+from ._sorted import HEADS, Adapter, Parameters, Part, may_tie
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def refuse_biases(adapter: Adapter, problems: Problems) -> None:
     """Adds a problem for each tensor of `lora_bias`, which only `export_merged` supports."""
-    for x, _ in adapter.others.biases.values():
+    for x, _ in adapter.biases.values():
         why = "lora_bias is supported only when merging; use jlora.peft.export_merged"
         problems.add(x.key, why)
 
@@ -32,8 +32,8 @@ def assign_parameters(
     problems: Problems,
     *,
     ordered: bool = False,
-) -> Contents:
-    """Finds the parameter of each A and B, and returns the contents of the adapter.
+) -> Parameters:
+    """Finds the parameter of each A and B, and returns all tensors by parameter.
 
     Args:
         adapter: its tensors, sorted.
@@ -62,9 +62,9 @@ def assign_parameters(
         problems.unused += list_idle(fields, [*(part.key for part in found), *known], where)
     problems.unused += _list_idle_names(adapter)
     problems.unused += list_unused(fields, [part.key for part in found], adapter.clock)
-    if not (found or adapter.others.full or adapter.others.tokens or problems.found):
+    if not (found or adapter.full or adapter.tokens or problems.found):
         problems.add(TENSORS, "has neither A and B nor a parameter in full")
-    return adapter.others._replace(parts=found)
+    return Parameters(found, adapter.full, adapter.frozen, adapter.tokens, adapter.biases)
 
 
 def _check_module(
@@ -165,7 +165,7 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
     """Lists the parameters of the model that are selected but missing in the file."""
     fields = adapter.fields
     modules = adapter.modules.keys()
-    alone = adapter.others.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
+    alone = adapter.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
     roles = adapter.resolve(name.rpartition(".")[0] for name in shapes).roles
 
     def is_missing(name: str) -> bool:
@@ -174,7 +174,7 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
             return False  # a mask that GPT-2 has in its attention
         role = roles[module]
         if role.saves_whole(fields, parameter, module in modules):
-            return name not in adapter.others.full
+            return name not in adapter.full
         if len(shapes[name]) < 2 or module in modules or name in alone:
             return False
         return parameter in role.parameters or (parameter == "weight" and role.adapts)
@@ -185,7 +185,7 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
 
 def _list_idle_names(adapter: Adapter) -> list[str]:
     """Lists the entries of `modules_to_save` that match no tensor."""
-    modules = {name.rpartition(".")[0] for name in adapter.others.full}
+    modules = {name.rpartition(".")[0] for name in adapter.full}
     holders = Names({parent for module in modules for parent in list_parents(module)})
     return [
         f"modules_to_save: {shorten(name)} matches none of the adapter's tensors"

@@ -10,8 +10,8 @@ from ..._errors import InputError
 from .._checkpoint import open_checkpoint
 from .._file import DTYPES, PREFIX, Source
 from ..adapter._config import list_misformed
-from ..adapter._contents import FACTOR
 from ..adapter._files import Files, open_files
+from ..adapter._sorted import FACTOR
 from . import ENGINES, Base, Engine, Finding, Served, Side
 from ._findings import AGAIN
 

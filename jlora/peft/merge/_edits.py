@@ -6,13 +6,13 @@ import numpy as np
 
 from .._problems import Problems
 from .._write import Edit
-from ..adapter._contents import Contents, Part
 from ..adapter._parameters import list_orientations
+from ..adapter._sorted import Parameters, Part
 from ._blocks import NewRows, NewValues, Parts, Sum
 from ._renaming import Model
 
 
-def find_edits(model: Model, contents: Contents, problems: Problems) -> dict[str, Edit]:
+def find_edits(model: Model, contents: Parameters, problems: Problems) -> dict[str, Edit]:
     """Finds the edit of each tensor that changes."""
     found, parts = dict[str, Edit](), dict[str, dict[int, tuple[int, Edit]]]()
     for name, change in _list_changes(model, contents, problems):
@@ -30,7 +30,7 @@ def find_edits(model: Model, contents: Contents, problems: Problems) -> dict[str
 
 
 def _list_changes(
-    model: Model, contents: Contents, problems: Problems
+    model: Model, contents: Parameters, problems: Problems
 ) -> Iterator[tuple[str, NewValues | Sum]]:
     """Yields the change of each parameter."""
     for name, x in contents.full.items():

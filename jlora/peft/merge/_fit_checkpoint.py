@@ -19,9 +19,9 @@ from .._checkpoint import Checkpoint
 from .._file import COUNT, COUNTS, DTYPES, Source
 from .._problems import Problems
 from ..adapter._arranged import arrange
-from ..adapter._contents import Contents, Part, explain_resized, sort_tensors
 from ..adapter._files import Files, fill, open_files
 from ..adapter._parameters import assign_parameters, list_missing, list_orientations
+from ..adapter._sorted import Adapter, Parameters, Part, explain_resized, sort_tensors
 from ..adapter._tokens import list_misfits, list_unequal
 from ..names._names import Name
 from ..names._weights import split_all
@@ -49,7 +49,7 @@ def match_to_checkpoint(
     is_untied: bool,
     problems: Problems,
     ignore: Collection[str] = (),
-) -> tuple[Target, Contents]:
+) -> tuple[Target, Parameters]:
     """Reads a PEFT folder, or a tree with `names`, and finds its parameters in the checkpoint.
 
     Returns:
@@ -82,14 +82,14 @@ def _match_tree(
     names: Sequence[Name],
     is_untied: bool,
     problems: Problems,
-) -> tuple[Target, Contents]:
+) -> tuple[Target, Parameters]:
     nodes = adapter_leaves(adapter)
     shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in nodes.items()}
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
     tree = arrange(base, adapter, names)
     full = split_all(leaf._replace(value=nodes[leaf.path]) for leaf in tree.full)
     tokens = {f"{x.module}.weight": x for x in tree.tokens}
-    found = Contents(tree.parts, full, {}, tokens, {})
+    found = Parameters(tree.parts, full, {}, tokens, {})
     parts = {part.name: [part] for part in found.parts}
     fits = _make_fits(parts, found, is_transposed=True)
     wanted = [*parts, *full, *tokens]
@@ -105,10 +105,10 @@ def _match_tree(
 
 def _match_files(
     checkpoint: Checkpoint, files: Files, is_untied: bool, problems: Problems
-) -> tuple[Target, Contents]:
+) -> tuple[Target, Parameters]:
     adapter = sort_tensors(files, problems)
     is_transposed = bool(files.fields.get("fan_in_fan_out"))
-    fits = _make_fits(adapter.parts, adapter.others, is_transposed)
+    fits = _make_fits(adapter.parts, adapter, is_transposed)
     models = _find_models(adapter.names, checkpoint, fits)
     first = next(models)
     adapter = adapter.resolve(name.rpartition(".")[0] for name in first.shapes)
@@ -146,21 +146,23 @@ def _find_models(wanted: Collection[str], checkpoint: Checkpoint, fits: Fits) ->
     return find_models(wanted, checkpoint.shapes, fits, heads[0] if len(heads) == 1 else 0)
 
 
-def _make_fits(parts: Mapping[str, Sequence[Part]], others: Contents, is_transposed: bool) -> Fits:
+def _make_fits(
+    parts: Mapping[str, Sequence[Part]], own: Adapter | Parameters, is_transposed: bool
+) -> Fits:
     """Makes a predicate: whether a tensor of a shape can be the parameter of a name.
 
     Args:
         parts: A and B by parameter. If several parameters of a module are adapted, those of all.
-        others: the parameters in full, rows and biases.
+        own: has the parameters in full, rows and biases.
         is_transposed: whether a linear weight may be (inputs, outputs).
     """
 
     def fits(name: str, shape: tuple[int, ...]) -> bool:
-        if (x := others.full.get(name)) is not None:
+        if (x := own.full.get(name)) is not None:
             return x.shape == shape or explain_resized(name, x.shape, shape) is not None
-        if (rows := others.tokens.get(name)) is not None:
+        if (rows := own.tokens.get(name)) is not None:
             return rows.v.shape[1:] == shape[1:]
-        if (bias := others.biases.get(name)) is not None:
+        if (bias := own.biases.get(name)) is not None:
             return bias[0].shape == shape
         return any(_is_part(part, shape, is_transposed) for part in parts.get(name, ()))
 
@@ -201,7 +203,7 @@ def _move_tied_biases(full: dict[str, T], model: Model) -> dict[str, T]:
     return found
 
 
-def _check(target: Target, found: Contents, problems: Problems) -> None:
+def _check(target: Target, found: Parameters, problems: Problems) -> None:
     """Adds the parameters whose shape or dtype in the checkpoint does not fit."""
     checkpoint, model = target
     for name, x in found.tokens.items():
@@ -248,7 +250,7 @@ def _check(target: Target, found: Contents, problems: Problems) -> None:
             problems.add(name, f"of dtype {min(odd)}; expected one of {', '.join(known)}", remedy)
 
 
-def check_frozen(target: Target, found: Contents, problems: Problems) -> None:
+def check_frozen(target: Target, found: Parameters, problems: Problems) -> None:
     """Adds the frozen tensors of an adapter whose values differ from the checkpoint's."""
     checkpoint, model = target
     for name, x in found.frozen.items():

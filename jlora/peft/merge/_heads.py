@@ -8,8 +8,8 @@ from typing import Any
 from .._checkpoint import Checkpoint
 from .._file import DTYPES, TensorInfo
 from .._vocabulary import copy_config
-from ..adapter._contents import SHARED, Adapter, Contents
 from ..adapter._roles import make_saves
+from ..adapter._sorted import SHARED, Adapter, Parameters
 from ._target import Target
 
 # PEFT's tasks, and how `transformers` calls the classes of models for them.
@@ -23,7 +23,7 @@ _HAS_LABELS = re.compile(r"Classification|Segmentation")
 _LABELS, _MOST = 2, 100_000  # labels where a configuration does not say how many, and at most
 
 
-def add_head(target: Target, found: Contents, adapter: Adapter) -> Target:
+def add_head(target: Target, found: Parameters, adapter: Adapter) -> Target:
     """Adds what `modules_to_save` has and the checkpoint lacks.
 
     The configuration gets the class of the model with that head, and its labels. Nothing is added

@@ -7,8 +7,8 @@ as there are outputs. Without one, a weight is transposed if the adapter says so
 
 from collections.abc import Sequence
 
-from ..adapter._contents import Part
 from ..adapter._parameters import Shapes, list_orientations
+from ..adapter._sorted import Part
 
 
 def orient(parts: Sequence[Part], shapes: Shapes, flag: bool) -> list[Part]:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from .._file import shorten
-from ..adapter._contents import SHARED
+from ..adapter._sorted import SHARED
 
 Components = tuple[str, ...]
 Shapes = Mapping[str, tuple[int, ...]]

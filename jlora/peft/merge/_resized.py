@@ -5,11 +5,11 @@ from typing import Any
 
 from .._problems import Problems
 from .._vocabulary import copy_config, walk_objects
-from ..adapter._contents import SHARED, Contents, explain_resized
+from ..adapter._sorted import SHARED, Parameters, explain_resized
 from ._target import Target
 
 
-def fit_vocabulary(target: Target, found: Contents, problems: Problems) -> Target:
+def fit_vocabulary(target: Target, found: Parameters, problems: Problems) -> Target:
     """Resizes embedding and head, and what else has a number for each token, as the adapter did.
 
     Adds a problem if the adapter does not hold all of these.

@@ -10,8 +10,8 @@ from .._checkpoint import Checkpoint
 from .._file import show
 from .._problems import Problems
 from .._write import Edit
-from ..adapter._contents import SHARED, Adapter, Contents
 from ..adapter._parameters import find_twins, identify
+from ..adapter._sorted import SHARED, Adapter, Parameters
 from ..adapter._tokens import Tokens, find_table, list_lone_heads
 from ._blocks import NewRows
 from ._renaming import Model
@@ -31,7 +31,7 @@ def may_be_shared(checkpoint: Checkpoint, name: str) -> bool:
     return bool(checkpoint.vocabulary) and bool(SHARED.search(name.rpartition(".")[0]))
 
 
-def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[Problem]:
+def list_absent(checkpoint: Checkpoint, model: Model, found: Parameters) -> list[Problem]:
     """Lists the parameters of an adapter that the checkpoint does not have.
 
     A tied parameter is not listed if the one in the checkpoint gets the same values. Values that
@@ -52,7 +52,7 @@ def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[P
 _UNTIE = "give `untie=True`, which stores both, or save the base model untied"
 
 
-def _advise(name: str, checkpoint: Checkpoint, found: Contents) -> str:
+def _advise(name: str, checkpoint: Checkpoint, found: Parameters) -> str:
     if may_be_shared(checkpoint, name):
         return (
             "if it shares the input embedding's weight, the adapter must change both equally: "
@@ -66,7 +66,7 @@ def _advise(name: str, checkpoint: Checkpoint, found: Contents) -> str:
     return f"save the base model as it was adapted, with its head{renamed}"
 
 
-def may_be_renamed(name: str, checkpoint: Checkpoint, found: Contents) -> bool:
+def may_be_renamed(name: str, checkpoint: Checkpoint, found: Parameters) -> bool:
     """Whether a tensor of the checkpoint has the shape of a parameter that it seems to lack."""
     shapes = {n: x.shape for n, x in (found.full | found.frozen).items()}
     shapes |= {part.name: part.matrix for part in found.parts}
@@ -74,7 +74,7 @@ def may_be_renamed(name: str, checkpoint: Checkpoint, found: Contents) -> bool:
     return any(sorted(x[-2:]) == wanted for x in checkpoint.shapes.values())
 
 
-def list_untied(checkpoint: Checkpoint, model: Model, found: Contents) -> list[Problem]:
+def list_untied(checkpoint: Checkpoint, model: Model, found: Parameters) -> list[Problem]:
     """Lists changes of a shared weight for only one of the embedding and the head."""
     names = (x.name for x in found.parts)
     full = found.full

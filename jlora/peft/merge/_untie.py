@@ -8,7 +8,7 @@ from ..._errors import Problem
 from .._checkpoint import Checkpoint
 from .._problems import Problems
 from .._vocabulary import copy_config, walk_objects
-from ..adapter._contents import SHARED, Contents
+from ..adapter._sorted import SHARED, Parameters
 from ._target import Target
 from ._ties import digest, is_shared
 
@@ -25,7 +25,7 @@ _REMEDY = "save the base untied in `transformers`"
 TIE = "tie_word_embeddings"
 
 
-def untie(target: Target, found: Contents, problems: Problems) -> tuple[Target, Contents]:
+def untie(target: Target, found: Parameters, problems: Problems) -> tuple[Target, Parameters]:
     """Stores the shared weight of embedding and head twice, if the checkpoint is tied.
 
     What is no longer tied with them then is stored too: the bias of the head of BERT and its kin,
@@ -79,7 +79,7 @@ def _find_stacks(target: Target, shared: list[str]) -> dict[str, str]:
 
 
 def _find_refusal(
-    target: Target, found: Contents, shared: list[str], stacks: Mapping[str, str]
+    target: Target, found: Parameters, shared: list[str], stacks: Mapping[str, str]
 ) -> Problem | None:
     """Explains why a head cannot be untied, and what to do instead, if it cannot."""
     checkpoint, model = target
@@ -108,7 +108,7 @@ def _find_refusal(
     return None
 
 
-def _list_changed(found: Contents) -> set[str]:
+def _list_changed(found: Parameters) -> set[str]:
     """Lists the parameters that an adapter changes, but for the biases to which it adds."""
     return {*(x.name for x in found.parts), *found.full, *found.tokens}
 
@@ -123,7 +123,7 @@ def _is_of_sounds(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _find_head(
-    target: Target, found: Contents, table: str, is_stacked: bool
+    target: Target, found: Parameters, table: str, is_stacked: bool
 ) -> tuple[str, str] | None:
     """Finds the module of the head in the adapter, and its weight in the checkpoint.
 
@@ -167,7 +167,7 @@ def _find_output(module: str, names: Iterable[str]) -> str:
 
 
 def _find_biases(
-    target: Target, found: Contents, heads: Mapping[str, str]
+    target: Target, found: Parameters, heads: Mapping[str, str]
 ) -> dict[str, tuple[str, str]]:
     """Finds the biases of heads that BERT and its kin store in the module around the head."""
     prefix = target.model.prefix or ""

@@ -83,7 +83,7 @@ class Part(NamedTuple):
         return (1, n, *[1] * (len(self.a.shape) - 2)) if self.kind == "conv" else (n,)
 
 
-class Contents(NamedTuple):
+class Parameters(NamedTuple):
     """The tensors of an adapter by PyTorch's parameters.
 
     A tensor is an array, or a `TensorInfo` if its values are not read yet.
@@ -112,7 +112,10 @@ class Adapter(NamedTuple):
         clock: the time that is left to match its patterns.
         modules: A and B by module. If several parameters of a module are adapted, the file does not
             distinguish them: they are in the order in which PEFT wraps them.
-        others: all other tensors.
+        full: as in `Parameters`, like the next three.
+        frozen: tensors that must equal the base's parameter.
+        tokens: rows that replace those of an embedding.
+        biases: tensors that `lora_bias` adds.
         heads: tied heads, for which the configuration repeats the rows of the embedding.
     """
 
@@ -120,14 +123,16 @@ class Adapter(NamedTuple):
     roles: dict[str, Role]
     clock: Clock
     modules: dict[str, list[Part]]
-    others: Contents
+    full: dict[str, Any]
+    frozen: dict[str, Any]
+    tokens: dict[str, Tokens]
+    biases: dict[str, tuple[Any, float]]
     heads: list[str]
 
     @property
     def names(self) -> list[str]:
         """The parameters that the adapter may change."""
-        others = self.others
-        return [*others.full, *others.tokens, *others.biases, *self.parts]
+        return [*self.full, *self.tokens, *self.biases, *self.parts]
 
     @property
     def parts(self) -> dict[str, list[Part]]:
@@ -158,7 +163,7 @@ def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) 
     clock = Clock(files.argument)
     if fields.get("peft_type") == ROWS_ALONE:
         roles, tokens = _rows_alone(fields, files.tensors, clock, problems)
-        return Adapter(fields, roles, clock, {}, Contents([], {}, {}, tokens, {}), [])
+        return Adapter(fields, roles, clock, {}, {}, {}, tokens, {}, [])
     sides = collections.defaultdict[tuple[str, int, bool], dict[str, TensorInfo]](dict)
     endings = (MAGNITUDE, DELTA, B_BIAS) if fields.get("lora_bias") else (MAGNITUDE, DELTA)
     by_ending = {end: dict[str, TensorInfo]() for end in (MAGNITUDE, DELTA, B_BIAS)}
@@ -188,8 +193,7 @@ def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) 
             problems.add(deltas[module].key, "its module is also adapted or saved as a whole")
     tokens = {f"{module}.weight": Tokens(module, rows[module], deltas[module]) for module in rows}
     added = {f"{module}.bias": (x, roles[module].scale) for module, x in biases.items()}
-    others = Contents([], full, frozen, tokens, added)
-    return Adapter(fields, roles, clock, parts, others, heads)
+    return Adapter(fields, roles, clock, parts, full, frozen, tokens, added, heads)
 
 
 def _rows_alone(
@@ -244,7 +248,7 @@ def _others(
         is_full = roles[module].saves_whole(fields, parameter, is_adapted)
         is_full = is_full or may_tie(fields, module)
         is_frozen = parameter == "weight" or (parameter == "bias" and not is_full)
-        is_resized = _is_of_vocabulary(module, parameter) and not (is_wrapped or is_adapted)
+        is_resized = is_of_vocabulary(module, parameter) and not (is_wrapped or is_adapted)
         if (copied := _WRAPPERS.sub(".", key)) != key:
             # PEFT reads the module itself, and writes these beside it if the vocabulary was
             # resized, or with bias "all".
@@ -263,7 +267,7 @@ def _others(
     return full, frozen
 
 
-def _is_of_vocabulary(module: str, parameter: str) -> bool:
+def is_of_vocabulary(module: str, parameter: str) -> bool:
     """Whether PEFT saves a parameter automatically after the vocabulary was resized."""
     return parameter in ("weight", "bias") and bool(SHARED.search(module))
 
@@ -276,7 +280,7 @@ def may_tie(fields: Mapping[str, Any], module: str) -> bool:
 def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> Problem | None:
     """Explains a misfit that comes from a vocabulary of another size, if it does."""
     module, _, parameter = name.rpartition(".")
-    if shape == wanted or shape[1:] != wanted[1:] or not _is_of_vocabulary(module, parameter):
+    if shape == wanted or shape[1:] != wanted[1:] or not is_of_vocabulary(module, parameter):
         return None
     return Problem(
         name,

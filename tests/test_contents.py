@@ -1,0 +1,118 @@
+"""`peft.read` and `peft.write`: an adapter without its model, as it was, renamed, or in part."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft_models as models
+import pytest
+from peft_files import TENSORS, Folder, assert_equal
+
+from jlora import peft
+from jlora.peft.adapter._config import DEFAULTS, ROWS_DEFAULTS
+from jlora.types import Layout, LowRank
+
+# The fields that choose modules, ranks, scales and rows.
+CHOOSING = (
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "trainable_token_indices",
+)
+every_case = pytest.mark.parametrize("name", models.CASES)
+
+
+def without(contents: peft.Contents, *fields: str) -> peft.Contents:
+    config = {key: x for key, x in contents.config.items() if key not in fields}
+    return dataclasses.replace(contents, config=config)
+
+
+def assert_same_leaves(found: Any, expected: Any) -> None:
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert jax.tree.structure(found[name]) == jax.tree.structure(x)
+        assert_equal(found[name], x)
+
+
+@every_case
+def test_written_as_it_was_read(name: str, tmp_path: Folder) -> None:
+    """Each tensor to the bit, each field of the configuration."""
+    case = models.case(name)
+    fields = peft.write(tmp_path / "a", peft.read(case.folder))
+    assert_equal(models.read(tmp_path / "a" / TENSORS), models.read(case.folder / TENSORS))
+    old = peft.read_config(case.folder)
+    whole = DEFAULTS if old["peft_type"] == "LORA" else ROWS_DEFAULTS
+    assert peft.read_config(tmp_path / "a") == fields == {**whole, **old}
+
+
+@every_case
+def test_a_configuration_is_made(name: str, tmp_path: Folder) -> None:
+    """The model takes what is written without the fields that choose."""
+    case = models.case(name)
+    contents = peft.read(case.folder)
+    alone = contents.config["peft_type"] != "LORA"
+    peft.write(tmp_path / "a", without(contents, *CHOOSING[alone:]))
+    expected = peft.load(case.folder, case.base, case.names)
+    assert_equal(peft.load(tmp_path / "a", case.base, case.names), expected)
+
+
+@every_case
+def test_renamed(name: str, tmp_path: Folder) -> None:
+    """Under other names, the configuration that does not choose them any more is replaced."""
+    old = peft.read(models.FIXTURES / name)
+    rename = lambda tree: {f"other.x{key}": x for key, x in tree.items()}  # noqa: E731
+    tied = {key: f"other.x{head}" for key, head in rename(old.tied).items()}
+    new = peft.Contents(rename(old.leaves), old.config, tied, rename(old.frozen))
+    peft.write(tmp_path / "a", new)
+    found = peft.read(tmp_path / "a")
+    assert_same_leaves(found.leaves, new.leaves)
+    assert found.tied == new.tied
+    assert_equal(dict(found.frozen), dict(new.frozen))
+
+
+def test_some_of_the_leaves(tmp_path: Folder) -> None:
+    """Without `target_modules`, those that are there are named, and no others of the model."""
+    case = models.case("all_linear")
+    contents = peft.read(case.folder)
+    some = {key: x for key, x in contents.leaves.items() if key.endswith("q_proj")}
+    contents = without(dataclasses.replace(contents, leaves=some), "target_modules")
+    assert peft.write(tmp_path / "a", contents)["target_modules"] == [*some]
+    found = peft.load(tmp_path / "a", case.base, case.names)
+    assert len(jax.tree.leaves(found)) == 2 * len(some)
+
+
+Q = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), 1.0, Layout((), (1,), (0,)))
+AXES, NODE = Layout((), (0, 1), (2,)), r"{}: expected a node with the axes of PyTorch's weight"
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "axes": ({"m.q": Q.replace(layout=AXES)}, {}, NODE.format("m.q")),
+    "no leaf": ({"m.q": 1.0}, {}, NODE.format("m.q") + r".*; got 1\.0"),
+    "an array of no module": ({"q": np.ones(3)}, {}, NODE.format("q")),
+    "nothing": ({}, {}, "has neither A and B nor a parameter in full"),
+    "not finite": ({"m.q": Q.replace(a=Q.a * jnp.inf)}, {}, "3 of 3 values are not finite"),
+    "a field": ({"m.q": Q}, {"bias": "x"}, "`contents` has a configuration .*\n.*bias: expected"),
+    "A and B, and rows alone": ({"m.q": Q}, {"peft_type": "TRAINABLE_TOKENS"}, "token_indices: "),
+    "both": ({"m.q": Q, "m.q.weight": np.ones((2, 3))}, {}, r"m\.q.* also has A and B"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, tmp_path: Folder) -> None:
+    leaves, config, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        peft.write(tmp_path / "a", peft.Contents(leaves, config))
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_profile(tmp_path: Folder) -> None:
+    with pytest.raises(ValueError, match="`profile` must be None or 'vllm'; got 'tgi'"):
+        peft.write(tmp_path / "a", peft.Contents({"m.q": Q}), "tgi")
