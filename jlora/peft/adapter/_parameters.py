@@ -36,7 +36,7 @@ def assign_parameters(
     """Finds the parameter of each A and B, and returns all tensors by parameter.
 
     Args:
-        adapter: its tensors, sorted.
+        adapter: its tensors, sorted, with the roles of all modules.
         shapes: the shapes of all parameters of the model, by the adapter's names; None if unknown.
         where: what errors call the model.
         problems: collects problems.
@@ -44,9 +44,7 @@ def assign_parameters(
             them. The order then distinguishes parameters of one shape.
     """
     order = {name: i for i, name in enumerate(shapes or ())}
-    adapter = adapter.resolve(name.rpartition(".")[0] for name in order)
     roles, fields = adapter.roles, adapter.fields
-    adapter = adapter.resolve(f"{m}.{p}" for m in adapter.modules for p in roles[m].parameters)
     found = list[Part]()
     for module, parts in adapter.modules.items():
         names = [f"{module}.{parameter}" for parameter in roles[module].parameters]
@@ -166,13 +164,12 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
     fields = adapter.fields
     modules = adapter.modules.keys()
     alone = adapter.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
-    roles = adapter.resolve(name.rpartition(".")[0] for name in shapes).roles
 
     def is_missing(name: str) -> bool:
         module, _, parameter = name.rpartition(".")
         if parameter == "bias" and len(shapes[name]) > 1:
             return False  # a mask that GPT-2 has in its attention
-        role = roles[module]
+        role = adapter.roles[module]
         if role.saves_whole(fields, parameter, module in modules):
             return name not in adapter.full
         if len(shapes[name]) < 2 or module in modules or name in alone:

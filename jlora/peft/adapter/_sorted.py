@@ -108,7 +108,8 @@ class Adapter(NamedTuple):
 
     Attributes:
         fields: its configuration.
-        roles: what the configuration does with each module of the file, and with others.
+        roles: what the configuration does with each module of the file, with the parameters that it
+            targets in them, and with the modules of the model.
         clock: the time that is left to match its patterns.
         modules: A and B by module. If several parameters of a module are adapted, the file does not
             distinguish them: they are in the order in which PEFT wraps them.
@@ -140,13 +141,10 @@ class Adapter(NamedTuple):
         each = ((m, self.roles[m].parameters or ("weight",)) for m in self.modules)
         return {f"{m}.{name}": self.modules[m] for m, names in each for name in names}
 
-    def resolve(self, names: Iterable[str]) -> "Adapter":
-        """Returns the same adapter with the roles of further modules or parameters."""
-        new = [name for name in names if name not in self.roles]
-        if not new:
-            return self
-        roles = self.roles | resolve(self.fields, new, self.clock)
-        return self._replace(roles=roles)
+    def resolve(self, modules: Iterable[str]) -> "Adapter":
+        """Returns the same adapter with the roles of further modules."""
+        new = [module for module in modules if module not in self.roles]
+        return self._replace(roles=self.roles | resolve(self.fields, new, self.clock))
 
 
 def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) -> Adapter:
@@ -162,7 +160,8 @@ def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) 
     problems.examine(files.tensors)
     clock = Clock(files.argument)
     if fields.get("peft_type") == ROWS_ALONE:
-        roles, tokens = _rows_alone(fields, files.tensors, clock, problems)
+        tokens = _rows_alone(fields, files.tensors, clock, problems)
+        roles = resolve(fields, modules, clock)
         return Adapter(fields, roles, clock, {}, {}, {}, tokens, {}, [])
     sides = collections.defaultdict[tuple[str, int, bool], dict[str, TensorInfo]](dict)
     endings = (MAGNITUDE, DELTA, B_BIAS) if fields.get("lora_bias") else (MAGNITUDE, DELTA)
@@ -185,6 +184,7 @@ def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) 
     adapted = {module for module, *_ in sides}
     wrapping = (_find_home(name)[0] for name in others)
     roles = resolve(fields, [*adapted, *biases, *deltas, *wrapping, *modules], clock)
+    roles |= resolve(fields, (f"{m}.{p}" for m in adapted for p in roles[m].parameters), clock)
     full, frozen = _others(fields, roles, others, adapted, deltas, problems)
     parts = _parts(fields, roles, sides, magnitudes, problems)
     rows, heads = find_rows(fields, deltas, problems)
@@ -198,7 +198,7 @@ def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) 
 
 def _rows_alone(
     fields: Mapping[str, Any], tensors: Iterable[TensorInfo], clock: Clock, problems: Problems
-) -> tuple[dict[str, Role], dict[str, Tokens]]:
+) -> dict[str, Tokens]:
     """Sorts the tensors of an adapter of rows alone."""
     rows = tuple(fields["token_indices"])
     found = dict[str, Tokens]()
@@ -206,7 +206,7 @@ def _rows_alone(
     if len(by_module) > PARAMETERS:
         why = f"has rows of {len(by_module)} modules; expected at most {PARAMETERS}"
         problems.add(TENSORS, why)
-        return {}, {}
+        return {}
     roles = resolve(fields, by_module, clock)
     selected = [module for module in by_module if roles[module].adapts]
     for module, x in by_module.items():
@@ -218,7 +218,7 @@ def _rows_alone(
             problems.add_not_floating(x)
         else:
             found[f"{module}.weight"] = Tokens(module, rows, x)
-    return roles, found
+    return found
 
 
 # ------------------------------------------------------------------------- parameters as a whole

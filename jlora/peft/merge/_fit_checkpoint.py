@@ -110,10 +110,12 @@ def _match_files(
     is_transposed = bool(files.fields.get("fan_in_fan_out"))
     fits = _make_fits(adapter.parts, adapter, is_transposed)
     models = _find_models(adapter.names, checkpoint, fits)
-    first = next(models)
-    adapter = adapter.resolve(name.rpartition(".")[0] for name in first.shapes)
-    possible = itertools.chain([first], models)
-    old = next((x for x in possible if not list_missing(adapter, x.shapes)), first)
+    old = first = next(models)
+    for model in itertools.chain([first], models):
+        adapter = adapter.resolve(name.rpartition(".")[0] for name in model.shapes)
+        if not list_missing(adapter, model.shapes):
+            old = model
+            break
     found = assign_parameters(adapter, old.shapes, "the checkpoint", problems)
     parts = _settle_experts(found.parts, old, str(files.fields.get("peft_version")))
     found = found._replace(parts=parts, full=_move_tied_biases(found.full, old))
