@@ -1,7 +1,7 @@
 """Reads and writes PEFT's files.
 
-Imports `_adapters`, `_errors`, `_folders`, `_progress`, `_quantized`, `_rules`, `_tree`, `_types`,
-`_errors` and `sharding`.
+Imports `_adapters`, `_errors`, `_folders`, `_progress`, `_quantized`, `_rules`, `_site`, `_tree`,
+`_types` and `sharding`.
 
 adapter = peft.load("adapter", base, peft.LLAMA)
 peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))
@@ -28,6 +28,7 @@ from .formats._load_base import load_base as load_base
 from .formats._load_base import save_base as save_base
 from .merge._export import export_merged as export_merged
 from .names import tables as tables
+from .names._by_value import find_names as find_names
 from .names._names import Name as Name
 from .names._weights import from_tensors as from_tensors
 from .names._weights import to_tensors as to_tensors

@@ -269,6 +269,7 @@ _KINDS: dict[str, tuple[str, _Fits]] = {
         f"distinct rows, an object with the rows of at most {PARAMETERS} modules, or null",
         _or_null(_is_rows, _is_rows_by_name),
     ),
+    "fan_in_fan_out": _FLAG,
     "use_dora": _FLAG,
     "use_rslora": _FLAG,
     "lora_bias": _FLAG,
