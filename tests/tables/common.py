@@ -27,6 +27,7 @@ import jlora
 from jlora import peft
 from jlora._tree import leaves_by_path
 from jlora.peft import Name
+from jlora.peft.names._leaves import resolve, split_experts
 
 if importlib.util.find_spec("torch") is None and "PYTORCH_PYTHON" not in os.environ:
     pytest.skip("PyTorch is neither here nor in PYTORCH_PYTHON", allow_module_level=True)
@@ -36,7 +37,8 @@ __all__ = [
     *("TIED", "TOKENS", "Case", "Made", "Model"),
     *("each_adapter", "made_of", "our_logits", "pytestmark", "test_base", "test_base_comes_back"),
     *("sizes", "sizes_of_gemma2", "sizes_of_gemma4"),
-    *("stack_experts", "test_files_come_back", "test_logits", "test_merged", "test_own_adapter"),
+    *("stack_experts", "test_files_come_back", "test_found_by_value", "test_logits", "test_merged"),
+    "test_own_adapter",
 ]
 # What the libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -255,6 +257,28 @@ def _assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1
 
 
 # ------------------------------------------------------------------------------------ the laws
+
+
+def test_found_by_value(made: Made) -> None:
+    """Without the table, by the values: every matrix as the table has it."""
+    tokens = jnp.asarray(TOKENS)
+    sites = jlora.transform(made.model.apply, jlora.LoRA()).sites(made.base, tokens)
+    found = peft.find_names(made.base, made.folder / "base", sites)
+    tensors = load_file(made.folder / "base" / "model.safetensors")
+    ours, theirs = (
+        {leaf.path: split_experts(leaf, tensors) for leaf in resolve(made.base, rows)}
+        for rows in (found, made.case.names)
+    )
+    for path, leaf in theirs.items():
+        if leaf.name.kind is not None:
+            own = ours[path]
+            assert own.parameters == leaf.parameters
+            assert own.name.weight_groups == leaf.name.weight_groups
+            assert (own.name.interleaved, own.name.part) == (leaf.name.interleaved, leaf.name.part)
+            assert own.name.is_swapped == leaf.name.is_swapped
+            assert own.factor == pytest.approx(leaf.factor, rel=1e-6)
+        elif path in ours:
+            assert ours[path].parameters == leaf.parameters
 
 
 def test_base(made: Made) -> None:
