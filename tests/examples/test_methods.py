@@ -1,4 +1,4 @@
-"""`examples/paper/methods`: laws of every method over BERT, RoBERTa and GPT-2, some by hand."""
+"""`examples/paper/methods`: laws of every method over BERT, RoBERTa and GPT-2."""
 
 import functools
 import itertools
@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from models import bert, gpt, parts
-from paper.methods import METHODS, PREFIXES, adapters
-from small import some, some_rows
+from paper.methods import METHODS, PREFIXES
+from small import some_rows
 
 import jlora
 
@@ -116,17 +115,6 @@ def test_laws(kind, name):
     np.testing.assert_allclose(outputs[real], other[real], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", some(CACHED, "adapter_l"))
-def test_gpt_with_a_cache(name):
-    """Texts are written as the method changes the model."""
-    method, base, trained = start("gpt", name)[0], *moved("gpt", name)
-    apply = jax.jit(method.apply)
-    logits, cache = apply(base, trained, IDS[:, :3], cache=MODELS["gpt"].config.cache(3, 7))
-    again, _ = apply(base, trained, IDS[:, 3:6], cache=cache)
-    whole = compiled("gpt", name)(base, trained, IDS, ALL)[0][:, :6]
-    np.testing.assert_allclose(np.concatenate([logits, again], 1), whole, atol=3e-5)
-
-
 # ---- counts -------------------------------------------------------------------------------------
 
 # Of the paper's section 5.1: adapters of L_adpt·(2·d·r + r + d), norms of 2·d, L·d·l_p, L·4·d·r.
@@ -148,57 +136,3 @@ def test_trees_have_as_many_parameters_as_the_formula(kind, name):
     _, trained = jax.eval_shape(init, variables(kind), IDS, MASK)
     heads = [x for name, x in trained.get("params", {}).items() if name in ("pooler", "classifier")]
     assert jlora.count(trained) - sum(map(jlora.count, heads)) == FORMULAS[name]
-
-
-# ---- references by hand -------------------------------------------------------------------------
-
-
-def after_the_layer(block, x, added):
-    p, y = added["layer"], block(x, MASK)
-    z = (y - y.mean(-1, keepdims=True)) / jnp.sqrt(y.var(-1, keepdims=True) + adapters.EPSILON)
-    z = (z * p["norm"]["scale"] + p["norm"]["bias"]) @ p["down"]["kernel"] + p["down"]["bias"]
-    return y + jnp.maximum(z, 0) @ p["up"]["kernel"] + p["up"]["bias"]
-
-
-def beside_its_inputs(block, x, added):
-    vectors = jnp.broadcast_to(added, (3, 5, D))
-    return block(jnp.concatenate([vectors, x], 1), np.concatenate([ALL[:, :5], MASK], 1))[:, 5:]
-
-
-@pytest.mark.parametrize(
-    ("name", "between"),
-    some_rows(
-        [("adapter_l", after_the_layer), ("pre_layer", beside_its_inputs)],
-        ("adapter_l", after_the_layer),
-    ),
-)
-def test_what_a_method_does_in_each_layer(name, between):
-    """`between(block, x, added)` is a layer of GPT by hand; `added` has its parameters."""
-    base, trained = moved("gpt", name)
-    layer = gpt.Block(config=MODELS["gpt"].config, dtype=jnp.float32, param_dtype=jnp.float32)
-
-    @jax.jit
-    def by_hand(params, added):
-        x = params["wte"]["embedding"][IDS] + params["wpe"]["embedding"][np.arange(7)]
-        for i in range(L):
-
-            def block(x, mask, i=i):  # which has no cache here
-                seen = mask[:, None, None].astype(bool)
-                return layer.apply({"params": params[f"h_{i}"]}, x, None, seen, None)[0]
-
-            x = between(block, x, added[f"layer_{i}"])
-        x = nn.LayerNorm(1e-5).apply({"params": params["ln_f"]}, x)
-        return x @ params["wte"]["embedding"].T
-
-    got, _ = compiled("gpt", name)(base, trained, IDS, MASK)
-    assert trained.keys() == {"added"}
-    expected = by_hand(variables("gpt")["params"], trained["added"])
-    np.testing.assert_allclose(got, expected, atol=3e-5)
-
-
-def test_prompt_starts_as_words():
-    method = build("gpt", "prompt", tokens=(5, 6, 7, 8))
-    _, trained = method.init(jax.random.key(0), variables("gpt"), IDS)
-    params = variables("gpt")["params"]
-    expected = params["wte"]["embedding"][5:9] + params["wpe"]["embedding"][:4]
-    np.testing.assert_allclose(trained["added"]["layer_0"], expected, atol=1e-6)
