@@ -32,6 +32,12 @@ def array(*shape: int) -> jax.Array:
     return as_jax(np.random.default_rng(shape).standard_normal(shape), np.float32)
 
 
+def normal(seed: int, *shape: int, dtype: Any = None) -> jax.Array:
+    """Standard normal numbers, of the session's width of floats if no dtype is given."""
+    draw = np.random.default_rng(seed).standard_normal(shape)
+    return as_jax(draw, dtype or jnp.result_type(float))
+
+
 X = array(2, 4)
 PARAMS = {
     "layer": {"kernel": array(4, 6), "bias": array(6), "scale": array(6)},

@@ -9,7 +9,6 @@ import pytest
 from laws import leaks_checked
 from small import (
     KEY,
-    PARAMS,
     SQUARE,
     W,
     X,
@@ -17,7 +16,6 @@ from small import (
     assert_same,
     dense,
     init,
-    model,
     randomize,
     use_sin,
 )
@@ -86,12 +84,6 @@ def test_pattern_of_a_field_named_value() -> None:
     assert sum(site.rule is not None for site in table) == 2
     _, adapter = init(LoRA(rank=2), apply=attend, params=ATTENTION)
     assert sorted(adapter["attention"]) == ["key", "query", "value"]
-
-
-def test_sites_need_no_rules() -> None:
-    """`sites` of a transform without rules lists the model, as its errors advise."""
-    table = jlora.transform(model).sites(PARAMS, X)
-    assert [site.path for site in table] == ["fused", "layer/kernel", "vocabulary"]
 
 
 def test_keyword_arguments_of_the_model() -> None:

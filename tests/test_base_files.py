@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import struct
@@ -19,7 +18,6 @@ from small import some
 import jlora
 from jlora import peft
 from jlora._quantized import DYNAMIC
-from jlora.peft._checkpoint import open_checkpoint
 
 E4M3 = jnp.float8_e4m3fn
 MXFP4 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -626,15 +624,6 @@ def test_a_few_inputs_of_compressed_tensors(bits, tmp_path):
     said = re.escape(", ".join(map(str, bits)) or "None")
     with pytest.raises(ValueError, match=rf"is that of 4 or 8 bits, and `num_bits` .* is {said}$"):
         peft.load_base(folder, NAMES, like=like)
-
-
-def test_a_file_that_becomes_shorter(tmp_path):
-    """Its argument and the tensor are named."""
-    file = write(tmp_path / "base", {"up": four_bits()}) / "model.safetensors"
-    checkpoint = open_checkpoint(tmp_path / "base", "path")
-    os.truncate(file, checkpoint.headers[file.name].data)
-    with pytest.raises(ValueError, match=r"^`path`: up\.weight: its file changed while it was re"):
-        list(checkpoint.pieces("up.weight"))
 
 
 def test_what_is_wrong_of_every_layer_is_said_once(tmp_path):

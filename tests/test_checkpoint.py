@@ -23,6 +23,7 @@ import pytest
 from cases import CASES
 from flax import nnx
 from laws import from_numpy, make
+from peft_files import assert_equal
 from small import KEY, array, randomize, some
 from test_guides import run
 
@@ -58,14 +59,6 @@ def made(rules: tuple[Any, ...] = RULES) -> tuple[Any, Any]:
         KEY, params, jnp.ones((1, 4))
     )
     return base, randomize(adapter)
-
-
-def assert_equal(actual: Any, expected: Any) -> None:
-    """Structure, static fields, dtypes and bits."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 def abstract(tree: Any) -> Any:

@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import pathlib
-import random
 import re
 import runpy
 import shutil
@@ -31,7 +30,7 @@ import pytest
 import test_peft_merged
 from click.shell_completion import ShellComplete
 from flax import nnx
-from peft_files import Files, assert_equal, mutate
+from peft_files import assert_equal
 from safetensors.numpy import save_file
 from small import some, some_rows, without_progress
 
@@ -237,38 +236,6 @@ def test_inspect_of_what_is_not_finite_or_zero(
     numbers = dict.fromkeys(("norm", "stable_rank", "effective_rank"), value)
     assert matrix == {"indices": [], "spectrum": [value] * 2} | numbers and "NaN" not in found
     assert text in run("inspect", tmp_path / "a").stdout
-
-
-def fuzz(seeds: range, folder: Folder, names: list[str], read: Callable[[Folder], Any]) -> int:
-    """Reads damaged adapters; gives how many were right in spite of it."""
-    right = 0
-    for seed in seeds:
-        draw, place = random.Random(seed), folder / str(seed)
-        place.mkdir()
-        files = Files(place, draw.choice(names))
-        mutate(files, draw)
-        start = time.process_time()
-        try:
-            leaves = jax.tree.leaves(read(files.folder))
-        except (ValueError, FileNotFoundError) as e:
-            assert str(e).startswith("`path`: "), (seed, e)
-        else:
-            right += 1
-            numbers = [x for x in leaves if isinstance(x, jax.Array | np.ndarray)]
-            assert all(np.isfinite(x).all() for x in numbers), seed
-        assert time.process_time() - start < 10, seed
-        shutil.rmtree(place)
-    return right
-
-
-SEEDS = [range(50), pytest.param(range(50, 10_000), marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("seeds", SEEDS)
-def test_fuzz(seeds: range, tmp_path: Folder) -> None:
-    """Damaged adapters of PEFT: an error that says what, or finite numbers."""
-    names = ["tied", "gpt2_tied", "experts", "bias_all", "conv"]
-    assert 0 < fuzz(seeds, tmp_path, names, peft.read) < len(seeds)
 
 
 ODD = {
@@ -774,22 +741,6 @@ def test_long_lists_are_cut(files: Folder) -> None:
     """A line stays one that can be read."""
     line = fails("merge", files / "small", files / "o", files / "x")
     assert line.endswith("; … and 12 more lines, which --debug shows") and len(line) < 2000
-
-
-USAGE = {
-    "": "Usage: jlora",
-    "inspect": "Missing argument 'DIR'",
-    "inspekt x": "No such command 'inspekt'",
-    "diff a": "Missing argument 'B'",
-    "convert a b --profile tgi": "'tgi' is not 'vllm'",
-    "diff a b --tolerance x": "'x' is not a valid float",
-}
-
-
-@pytest.mark.parametrize("line", USAGE)
-def test_usage_errors(line: str) -> None:
-    """Of the arguments themselves: click's, with exit code 2."""
-    assert USAGE[line] in run(*line.split(), code=2).stderr
 
 
 def test_help() -> None:

@@ -385,20 +385,6 @@ def test_tensors_that_do_not_fit() -> None:
 # ----------------------------------------------------------------------- vLLM
 
 
-def test_vllm_profile(tmp_path: Folder) -> None:
-    """One rank of those allowed, zeros beside, scales in B: the same ΔW, alpha = r."""
-    case, adapter = loaded("patterns")
-    peft.save(tmp_path / "a", case.base, adapter, case.names, profile="vllm")
-    fields = peft.read_config(tmp_path / "a")
-    assert (fields["r"], fields["lora_alpha"]) == (8, 8)
-    assert (fields["rank_pattern"], fields["alpha_pattern"]) == ({}, {})
-    shapes = {x.shape for k, x in models.read(tmp_path / "a" / TENSORS).items() if "lora_A" in k}
-    assert {s[0] for s in shapes} == {8}
-    again = peft.load(tmp_path / "a", case.base, case.names)
-    assert_close(jlora.merge(case.base, again), jlora.merge(case.base, adapter), 1e-6)
-    assert not peft.check(tmp_path / "a", "vllm", max_lora_rank=8).findings
-
-
 def test_vllm_profile_is_exact_for_powers_of_two(tmp_path: Folder) -> None:
     """Folding a power of two into B changes no bit of s·B."""
     case, adapter = loaded("qv")  # scale 8
@@ -428,21 +414,6 @@ def small() -> tuple[Any, Any, list[Name]]:
     """The smallest base, adapter and table."""
     name = Name("w", "m", "io")
     return {"w": jnp.zeros((4, 6))}, {"w": node(name, (4, 6), 2, 1.0)}, [name]
-
-
-def test_never_overwrites(tmp_path: Folder) -> None:
-    """A folder with something in it stays as it is, an empty one is filled, parents are made."""
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes").write_text("mine")
-    with pytest.raises(
-        FileExistsError, match=r"`path`: .* is not an empty folder; nothing is ever"
-    ):
-        peft.save(tmp_path / "full", *small())
-    assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes"]
-    (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "empty", tmp_path / "deep" / "er" / "a"):
-        peft.save(folder, *small())
-        assert sorted(p.name for p in folder.iterdir()) == [CONFIG, TENSORS]
 
 
 @pytest.mark.parametrize(

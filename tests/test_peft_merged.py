@@ -219,28 +219,6 @@ def ones(*shape: int) -> np.ndarray:
     return np.ones(shape, np.float32)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
-def test_one_rounding(dtype: Any, tmp_path: Folder) -> None:
-    """The sum is rounded once: no worse than half a unit in the last place, and ΔW's own error."""
-    a, b = low_rank((40, 30), 2)
-    w = np.random.default_rng(1).standard_normal((40, 30)).astype(dtype)
-    merged = merge(tmp_path, {"q.weight": w}, {"q": (a, b)})["q.weight"]
-    exact = w.astype(np.float64) + 1.5 * (b.astype(np.float64) @ a)
-    half = np.abs(exact) * float(ml_dtypes.finfo(dtype).eps) / 2
-    slack = 4 * np.finfo(np.float32).eps * (1.5 * np.abs(b) @ np.abs(a))
-    assert merged.dtype == dtype
-    assert (np.abs(merged.astype(np.float64) - exact) <= half + slack).all()
-
-
-def test_blocks_change_nothing(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But rounding: rows are merged in blocks, the last of them shorter."""
-    given = {"q": low_rank((150, 70), 8)}, {"q.weight": ones(150, 70)}
-    whole = merge(tmp_path, given[1], given[0], r=8)["q.weight"]
-    monkeypatch.setattr("jlora.peft.merge._blocks.BLOCK", 64 * 70)
-    blocks = merge(tmp_path, given[1], given[0], r=8)["q.weight"]
-    np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("shape", some([(4096, 6144), (128_256, 200)], (4096, 6144)))
 def test_memory_is_bounded(shape: tuple[int, int], tmp_path: Folder) -> None:
     """A weight of 100 MB is merged in less than 80 MB, as blocks are what is held."""
@@ -464,15 +442,6 @@ def test_names_of_today(family: str, which: str, tmp_path: Folder) -> None:
     for home, w in weights.items():
         x = expected.get(home, w)
         np.testing.assert_allclose(merged[home], x, rtol=1e-5, atol=1e-5, err_msg=home)
-
-
-def test_names_of_no_known_family(tmp_path: Folder) -> None:
-    """The error says how to save the base so that it is read."""
-    remedy = r"in `transformers` 5 with save_pretrained\(..., save_original_format=False\)"
-    weights, given = {"m.layers.0.qkv.weight": ones(4, 6)}, {"m.h.0.q_proj": low_rank((4, 6), 2)}
-    for saved in (None, ["qkv"]):
-        with pytest.raises(ValueError, match=f"0.q_proj.weight: not in the checkpoint.* {remedy}"):
-            merge(tmp_path, weights, given, modules_to_save=saved)
 
 
 def test_a_mask_is_no_bias(tmp_path: Folder) -> None:
@@ -1240,20 +1209,6 @@ def test_a_file_that_becomes_shorter(tmp_path: Folder, monkeypatch: pytest.Monke
     assert not (tmp_path / "out").exists()
 
 
-def test_a_download_cache(tmp_path: Folder) -> None:
-    """Its files are links; the copy has files."""
-    base, given = simple(tmp_path)
-    snapshot, blobs = (tmp_path / "models--x" / name for name in ("snapshots/0123abc", "blobs"))
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for path in base.iterdir():
-        path.rename(blobs / path.stem)
-        (snapshot / path.name).symlink_to(f"../../blobs/{path.stem}")
-    peft.export_merged(snapshot, given, tmp_path / "out")
-    assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
-    assert (tmp_path / "out" / "config.json").read_text() == "{}"
-
-
 @pytest.mark.parametrize("name", [ONE, "config.json", "tokenizer.json"])
 def test_links_out_of_the_folder(name: str, tmp_path: Folder) -> None:
     """What they point to is not copied unless asked."""
@@ -1281,32 +1236,6 @@ def test_inside_its_own_source(tmp_path: Folder) -> None:
     base, given = simple(tmp_path)
     peft.export_merged(base, given, base / "merged")
     assert set(bytes_of(base / "merged")) == {ONE, "config.json"}
-
-
-def test_never_overwrites(tmp_path: Folder) -> None:
-    """Not even the source."""
-    base, given = simple(tmp_path)
-    before = bytes_of(base)
-    with pytest.raises(FileExistsError, match=r"`out`: .* is not an empty folder; nothing is ev"):
-        peft.export_merged(base, given, base)
-    assert bytes_of(base) == before
-
-
-@pytest.mark.parametrize("where", ["sync", "copy"])
-def test_nothing_is_left_of_a_failure(
-    where: str, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A disk that is full in the middle."""
-
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    base, given = simple(tmp_path)
-    target = {"sync": "jlora._folders._sync", "copy": "jlora.peft._write.encode"}[where]
-    monkeypatch.setattr(target, full)
-    with pytest.raises(OSError, match="No space left"):
-        peft.export_merged(base, given, tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
 
 
 # ----------------------------------------------------------------------- refusals

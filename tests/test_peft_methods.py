@@ -46,9 +46,7 @@ FORMS: dict[str, Any] = {
     "of a stack": form(STACK, (3, 8, 6)),
     "of weights that are turned": form(TURNED, (3, 8, 6)),
     "of all slots, in any order": form(STACK, (3, 8, 6), SLOTS),
-    "of a module that is a slot": form(
-        MODULES, (2, 3, 8, 3), Layout((), (2,), (0, 1, 3), (2, (1,), 0))
-    ),
+    "of a module that is a slot": form(MODULES, (2, 3, 8, 3), OF_V),
     "of a multiple": form(MULTIPLE, (6, 8)),
     "rows": rows("vo", (7, 4)),
     "rows that are columns": rows("ov", (4, 7)),

@@ -9,13 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_files import Folder
-from test_peft_merged import adapter, checkpoint, low_rank, merge, ones
+from test_peft_merged import low_rank, merge, ones
 
-from jlora import peft
 from jlora.peft.merge._replace import find_places
 
 Q, K, BIAS = (4, 6), (2, 6), (4,)
@@ -188,21 +186,6 @@ def test_names_that_are_there_stay(tmp_path: Folder) -> None:
     weights = {f"{x}.h.0.q.weight": ones(*Q) for x in ("model", "backbone")}
     merged = merge(tmp_path, weights, {"model.h.0.q": low_rank(Q, 2)})
     assert (merged["backbone.h.0.q.weight"] == 1).all()
-
-
-def test_a_tree(tmp_path: Folder) -> None:
-    """By the names of a table."""
-    from jlora.types import Layout, LowRank
-
-    weights = {f"backbone.h.{i}.q.weight": ones(*Q) for i in range(2)}
-    (a, b), base = low_rank(Q, 2), checkpoint(tmp_path / "base", weights)
-    node = LowRank(jnp.asarray(a.T), jnp.asarray(b.T), 1.0, Layout((), (0,), (1,)))
-    tree = {"h": [{"q": {"kernel": node}}] * 2}
-    names = [peft.Name(r"h/(\d+)/q/kernel", r"model.h.\1.q", "io")]
-    peft.export_merged(base, tree, tmp_path / "tree", names=names)
-    given = adapter(tmp_path / "a", {f"model.h.{i}.q": (a, b) for i in range(2)}, lora_alpha=2)
-    peft.export_merged(base, given, tmp_path / "files")
-    assert len({(tmp_path / x / "model.safetensors").read_bytes() for x in ("tree", "files")}) == 1
 
 
 def test_the_true_place_is_always_among_those_that_are_found() -> None:

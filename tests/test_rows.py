@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from small import as_jax, each_refusal, exactly, some
+from small import each_refusal, exactly, normal, some
 
 import jlora
 from jlora import LoRA, Rows, arithmetic
@@ -20,10 +20,6 @@ NEW = (6, 1, 3)
 
 def model(p: Any, ids: jax.Array) -> jax.Array:
     return jnp.tanh(p["table"][ids] @ p["w"]) @ p["table"].T
-
-
-def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    return as_jax(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pytest
 from peft_files import CONFIG, PREFIX, TENSORS, Folder, bounded, node, normal
 from safetensors.numpy import save_file
 from small import some
-from test_cli import PLAIN, fuzz, run
+from test_cli import PLAIN, run
 from test_peft_hostile import PATTERNS, TOO_MUCH
 from test_peft_merged import base_of, checkpoint
 
@@ -617,10 +617,6 @@ def test_command_in_json(tmp_path: Folder) -> None:
     assert found["findings"][0].keys() == {"what", "why", "remedy", "silent"}
 
 
-def test_help() -> None:
-    assert all(name in run("check", "--help").stdout for name in peft.ENGINES)
-
-
 def test_an_engine_is_one_registration(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The function and the command know it by that."""
 
@@ -701,9 +697,3 @@ def test_odd_bases(key: str, tmp_path: Folder) -> None:
         checkpoint(base, llama(), **LLAMA | {key: value})
         for engine in ENGINES:
             assert len(peft.check(place, engine, base=base).findings) < 3
-
-
-def test_fuzz(tmp_path: Folder) -> None:
-    """Damages: findings, or an error that says what."""
-    check = lambda folder: [peft.check(folder, engine).findings for engine in ENGINES]  # noqa: E731
-    assert 0 < fuzz(range(50), tmp_path, ["qv", "tied"], check) < 50

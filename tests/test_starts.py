@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import json
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -17,12 +16,12 @@ import pytest
 from cases import CASES, Case
 from jax.sharding import PartitionSpec as P
 from own_schemes import Pairs
+from peft_files import edit_metadata
 from safetensors.numpy import save_file
 from small import KEY, array, as_jax, dense, each_refusal, every, exactly, some
 
 import jlora
 from jlora import DoRA, LoRA, Slots, analysis, arithmetic, checkpoint, initializers, many, peft
-from jlora.checkpoint._meta import digest
 from jlora.initializers import loftq, milora, miss, olora, paca, pissa, pissa_niter
 
 CHANGING = {"pissa": pissa, "pissa_niter": pissa_niter(3), "milora": milora, "olora": olora}
@@ -461,10 +460,7 @@ def test_a_frozen_factor(init: Any, frozen: Any, trained: str, tmp_path: Any) ->
 def test_a_checkpoint_that_freezes_nonsense_is_damaged(frozen: Any, tmp_path: Any) -> None:
     lora, _, _, adapter, _ = made("dense", miss)
     checkpoint.save(tmp_path / "a", adapter, lora.rules)
-    [file] = (tmp_path / "a").glob("*/metadata")
-    fields = json.loads(file.read_text())
-    fields["adapter"][0]["frozen"] = frozen
-    file.write_text(json.dumps(fields | {"sha256": digest(fields)}))
+    edit_metadata(tmp_path / "a", lambda found: found["adapter"][0].update(frozen=frozen))
     with pytest.raises(ValueError, match=r"damaged .*`frozen` must name arrays of LowRank"):
         checkpoint.read(tmp_path / "a")
 

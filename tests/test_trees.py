@@ -25,17 +25,12 @@ from cases.trees import CONTAINERS, two_products
 from jax import lax
 from laws import assert_close
 from own_methods import Diagonal
-from small import X, as_jax, every, raw
+from small import X, every, normal, raw
 
 import jlora
 
 KEY = jax.random.key(0)
 Struct = jax.ShapeDtypeStruct
-
-
-def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    """Standard normal numbers."""
-    return as_jax(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 random = functools.partial(laws.start, of_b=0.3)  # a B that is not zero, and no program
@@ -237,16 +232,6 @@ def test_full_leaves_are_copies() -> None:
     assert raw(merged["down"]) == raw(2 * np.asarray(base["down"]))
     later = merged | {"down": merged["down"] + 1}
     assert raw(jlora.unmerge(later, doubled)["down"]) == raw(later["down"])
-
-
-def test_a_python_scalar_is_trained_in_full() -> None:
-    """`init` and `apply` accept it, so `merge` must."""
-    f = lambda p, x: x @ p["w"] * p["scale"]  # noqa: E731
-    params, x = {"w": np.ones((4, 4), np.float32), "scale": 2.0}, np.ones((1, 4), np.float32)
-    lora = jlora.transform(f, jlora.LoRA("w", rank=1), jlora.Full("scale"))
-    base, adapter = lora.init(KEY, params, x)
-    assert_close(jax.jit(lora.apply)(base, adapter, x), np.full((1, 4), 8, np.float32), 1e-6)
-    assert float(jlora.merge(base, adapter, check=True)["scale"]) == 2.0
 
 
 # ---------------------------------------------------------------------------------------- init

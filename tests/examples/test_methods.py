@@ -36,8 +36,6 @@ ALL = np.ones_like(MASK)
 
 EVERY = [*itertools.product(("bert", "gpt"), METHODS)]
 EVERY += [("roberta", "adapter_h"), ("roberta", "pre_layer")]
-# Those that put no tokens into the text.
-CACHED = [name for name in METHODS if name not in PREFIXES]
 
 
 def build(kind, name, **sizes):

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pod
 import pods
 import pytest
-from test_checkpoint import assert_equal
+from peft_files import assert_equal
 
 from jlora import checkpoint
 
