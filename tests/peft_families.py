@@ -17,44 +17,21 @@ from safetensors.torch import load_file
 from jlora import peft
 
 # By whatever names a family has for them.
-SIZES = {
-    "vocab_size": 71,
-    "hidden_size": 32,
-    "d_model": 32,
-    "d_kv": 16,
-    "dim": 32,
-    "intermediate_size": 48,
-    "hidden_dim": 48,
-    "d_ff": 48,
-    "ffn_dim": 48,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "num_hidden_layers": 2,
-    "num_layers": 2,
-    "n_layers": 2,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "num_attention_heads": 2,
-    "num_heads": 2,
-    "n_heads": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 40,
-    "max_target_positions": 40,
-    "num_local_experts": 3,
-    "num_experts": 3,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 20,
-    "shared_expert_intermediate_size": 24,
-    "image_size": 16,
-    "patch_size": 8,
-    "num_labels": 3,
-    "pad_token_id": 1,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "decoder_start_token_id": 3,
+_NAMES = {
+    71: "vocab_size",
+    48: "intermediate_size hidden_dim d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim",
+    40: "max_position_embeddings max_target_positions",
+    32: "hidden_size d_model dim",
+    24: "shared_expert_intermediate_size",
+    20: "moe_intermediate_size",
+    16: "d_kv image_size",
+    8: "patch_size",
+    3: "num_local_experts num_experts num_labels eos_token_id decoder_start_token_id",
+    2: "num_hidden_layers num_layers n_layers num_attention_heads num_heads n_heads "
+    "encoder_attention_heads decoder_attention_heads num_experts_per_tok bos_token_id",
+    1: "encoder_layers decoder_layers num_key_value_heads pad_token_id",
 }
+SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
 HEADS = {"head_dim": 16}
 TIED = {"tie_word_embeddings": True}
 MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}

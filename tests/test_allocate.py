@@ -2,8 +2,6 @@
 
 import dataclasses
 import itertools
-import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 from small import KEY, array, each_refusal, some
 
 import jlora
-from jlora import DoRA, Full, LoRA, Slots, checkpoint, peft
+from jlora import DoRA, Full, LoRA, Slots, checkpoint
 from jlora._rules import matches
 from jlora.extend import Rule
 from jlora.initializers import eva
@@ -186,31 +184,6 @@ def test_other_rules_keep_their_places() -> None:
         Full("bias"),
         LoRA("^b/kernel$", rank=1, alpha=1),
     )
-
-
-def test_pefts_files_have_the_ranks(tmp_path: Any) -> None:
-    """As patterns, and alpha / r stays."""
-    params = {f"layer{i}": array(6, 6) for i in range(3)}
-    each = {"layer0": (0.1,), "layer1": (4, 0.1), "layer2": (4, 4, 4, 4)}
-    sites: dict[str, Site] = {path: (1, (6, 6), values) for path, values in each.items()}
-    rules = jlora.allocate(of(sites), LoRA(".*", rank=2, alpha=3), budget=60)
-    assert ranks_of(rules, sites) == {"layer0": 0, "layer1": 1, "layer2": 4}
-    lora = jlora.transform(lambda p, x: [x @ w for w in p.values()], *rules)
-    base, adapter = lora.init(KEY, params, array(12, 6))
-    names = [peft.Name(r"layer(\d)", r"layers.\1", "io")]
-    peft.save(tmp_path / "a", base, adapter, names)
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-
-    def of_modules(patterns: str, default: str) -> list[float]:
-        """As PEFT reads them."""
-        found = config[patterns].items()
-        match = lambda k, m: re.match(rf"(.*\.)?({k})$", m)  # noqa: E731
-        modules = ("layers.1", "layers.2")
-        return [next((v for k, v in found if match(k, m)), config[default]) for m in modules]
-
-    assert of_modules("rank_pattern", "r") == [1, 4]
-    assert of_modules("alpha_pattern", "lora_alpha") == [1.5, 6]
-    jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path / "a", base, names), adapter)
 
 
 # ---------------------------------------------------------------------------------------- refusals

@@ -370,48 +370,15 @@ def test_a_bias_of_b(tmp_path: Folder) -> None:
         peft.read(tmp_path / "0" / "a")
 
 
-RENAMED: dict[str, Any] = json.loads((models.FIXTURES / "renamed.json").read_text())
+# What `transformers` writes, and some by hand, of which one replacement finds those of nomic.
+RENAMED: dict[str, Any] = {
+    family: rows
+    for file in ("renamed.json", "renamed_more.json")
+    for family, rows in json.loads((models.FIXTURES / file).read_text()).items()
+}
 RENAMED["llava-read"] = {  # from the hub, whose names of the tower it keeps
     name: [home.replace("vision_tower.", "vision_tower.vision_model."), shape]
     for name, (home, shape) in RENAMED["llava"].items()
-}
-RENAMED["dinov2"] = {
-    f"dinov2.encoder.layer.0.{new}.weight": [f"dinov2.encoder.layer.0.{old}.weight", [4, 6]]
-    for new, old in {
-        "attention.q_proj": "attention.attention.query",
-        "attention.o_proj": "attention.output.dense",
-        "mlp.fc2": "output.dense",
-    }.items()
-}
-RENAMED["deepseek-v4"] = {
-    f"model.layers.0.{new}.weight": [f"layers.0.{old}.weight", shape]
-    for new, old, shape in (
-        ("self_attn.q_a_proj", "attn.wq_a", [4, 6]),
-        ("self_attn.q_b_proj", "attn.wq_b", [6, 4]),
-        ("self_attn.kv_proj", "attn.wkv", [5, 6]),
-        ("self_attn.o_b_proj", "attn.wo_b", [6, 5]),
-        ("self_attn.compressor.gate_proj", "attn.compressor.wgate", [3, 6]),
-        ("self_attn.compressor.indexer.q_b_proj", "attn.indexer.wq_b", [7, 4]),
-        ("self_attn.compressor.indexer.kv_proj", "attn.indexer.compressor.wkv", [2, 6]),
-        ("self_attn.compressor.indexer.scorer.weights_proj", "attn.indexer.weights_proj", [2, 6]),
-        ("mlp.shared_experts.down_proj", "ffn.shared_experts.w2", [6, 3]),
-    )
-} | {"lm_head.weight": ["head.weight", [9, 6]]}
-RENAMED["nomic"] = {  # whose layers one replacement finds
-    f"nomic_bert.layers.0.{new}.weight": [f"nomic_bert.encoder.layers.0.{old}.weight", [4, 6]]
-    for new, old in {
-        "mlp.up_proj": "mlp.fc11",
-        "mlp.gate_proj": "mlp.fc12",
-        "mlp.down_proj": "mlp.fc2",
-        "self_attn.o_proj": "attn.out_proj",
-    }.items()
-}
-RENAMED["jina-v3"] = {
-    "roberta.layers.0.self_attn.o_proj.weight": [
-        "roberta.encoder.layers.0.mixer.out_proj.weight",
-        [4, 6],
-    ],
-    "roberta.layers.0.mlp.fc1.weight": ["roberta.encoder.layers.0.mlp.fc1.weight", [4, 6]],
 }
 
 
@@ -819,43 +786,31 @@ def test_a_head(has_prefix: bool, shards: int, tmp_path: Folder) -> None:
     assert config == {"architectures": ["BertForSequenceClassification"], "a": 1} | LABELS
 
 
-@pytest.mark.parametrize(
-    ("fields", "config", "expected"),
-    [
-        (
-            {"task_type": "TOKEN_CLS"},
-            {},
-            {"architectures": ["BertForTokenClassification"]} | LABELS,
-        ),
-        ({"auto_mapping": MAPPED}, {}, {"architectures": ["BertForTokenClassification"]} | LABELS),
-        (
-            {"task_type": "QUESTION_ANS"},
-            {},
-            {"architectures": ["BertForQuestionAnswering"]},
-        ),
-        (
-            {},
-            {"id2label": {"0": "a", "1": "b", "2": "c"}},
-            {"architectures": ["BertForSequenceClassification"]}
-            | {"id2label": {"0": "a", "1": "b", "2": "c"}},
-        ),
-        (
-            {},
-            {"num_labels": 2, "model_type": "bert_text"},
-            {"architectures": ["BertTextForSequenceClassification"], "num_labels": 3}
-            | {"model_type": "bert_text"}
-            | LABELS,
-        ),
-        ({"task_type": None}, {}, None),
-        ({"task_type": None, "auto_mapping": {"base_model_class": "os; x"}}, {}, None),
-        (
-            {"task_type": None, "auto_mapping": {"base_model_class": "AForB" * 10**5 + "!"}},
-            {},
-            None,
-        ),
-        ({}, {"architectures": None}, None),
-    ],
-)
+def of_class(name: str, **fields: Any) -> dict[str, Any]:
+    return {"architectures": [f"Bert{name}"], **fields}
+
+
+NAMED = {"id2label": {"0": "a", "1": "b", "2": "c"}}
+COUNTED = {"num_labels": 2, "model_type": "bert_text"}
+WILD = {"base_model_class": "AForB" * 10**5 + "!"}
+# Fields of the adapter and of the base, and the configuration, if the class is known.
+CLASSES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]] = [
+    ({"task_type": "TOKEN_CLS"}, {}, of_class("ForTokenClassification", **LABELS)),
+    ({"auto_mapping": MAPPED}, {}, of_class("ForTokenClassification", **LABELS)),
+    ({"task_type": "QUESTION_ANS"}, {}, of_class("ForQuestionAnswering")),
+    ({}, NAMED, of_class("ForSequenceClassification", **NAMED)),
+    (
+        *({}, COUNTED),
+        of_class("TextForSequenceClassification", **COUNTED | {"num_labels": 3} | LABELS),
+    ),
+    ({"task_type": None}, {}, None),
+    ({"task_type": None, "auto_mapping": {"base_model_class": "os; x"}}, {}, None),
+    ({"task_type": None, "auto_mapping": WILD}, {}, None),
+    ({}, {"architectures": None}, None),
+]
+
+
+@pytest.mark.parametrize(("fields", "config", "expected"), CLASSES)
 def test_the_class_of_a_head(fields: Any, config: Any, expected: Any, tmp_path: Folder) -> None:
     """From the task or PEFT's mapping; nothing is added to a model of unknown class."""
     config = {"architectures": ["BertModel"]} | config

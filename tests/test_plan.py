@@ -5,7 +5,6 @@ import json
 import pathlib
 import re
 
-import click.testing
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,10 +12,10 @@ import plan_jobs
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_cli import run
 
 import jlora
 from jlora import sharding
-from jlora._cli._app import cli
 from jlora._planning import _mesh
 
 JOBS = pathlib.Path(plan_jobs.__file__)
@@ -191,19 +190,12 @@ def test_what_the_step_refuses_is_refused():
 # ------------------------------------------------------------------------------ the command line
 
 
-def run(*args, code=0):
-    """A run of `jlora plan`."""
-    result = click.testing.CliRunner().invoke(cli, ["plan", *args])
-    assert result.exit_code == code, result.output
-    return result
-
-
 SLICE = ("--topology", "v5p:2x2x2", "--mesh", "fsdp=4,tensor=2", "--arithmetic")
 
 
 @pytest.mark.parametrize("name", ["job", "sgd"])
 def test_command(name):
-    found = json.loads(run(f"{JOBS}:{name}", *SLICE, "--json").stdout)
+    found = json.loads(run("plan", f"{JOBS}:{name}", *SLICE, "--json").stdout)
     expected = jlora.plan(*getattr(plan_jobs, name)(MESH))._asdict()
     assert expected.pop("program") is None
     capacity = _mesh.CHIPS["v5p"].capacity
@@ -213,7 +205,7 @@ def test_command(name):
         "capacity": capacity,
         "fits": None,
     }
-    text = run(f"plan_jobs:{name}", *SLICE).stdout
+    text = run("plan", f"plan_jobs:{name}", *SLICE).stdout
     assert (
         text.startswith("8 × TPU v5, fsdp=4 × tensor=2") and " of 95.7 GiB for activations" in text
     )
@@ -221,7 +213,7 @@ def test_command(name):
 
 def test_what_does_not_fit_is_exit_code_1():
     args = ("--topology", "v5e:2x2", "--mesh", "fsdp=2,tensor=2", "--arithmetic")
-    assert "does not fit in 15.8 GiB" in run(f"{JOBS}:large", *args, code=1).stdout
+    assert "does not fit in 15.8 GiB" in run("plan", f"{JOBS}:large", *args, code=1).stdout
 
 
 @pytest.mark.parametrize(
@@ -256,14 +248,14 @@ def test_what_does_not_fit_is_exit_code_1():
     ],
 )
 def test_errors_of_the_command(args, message):
-    result = run(*args, code=2)
+    result = run("plan", *args, code=2)
     assert result.stdout == "" and result.stderr.count("\n") == 1
     assert message in result.stderr
 
 
 def test_without_libtpu_it_says_so(monkeypatch):
     monkeypatch.setattr(_mesh.importlib.util, "find_spec", lambda name: None)
-    text = run(f"{JOBS}:job", *SLICE[:-1]).stdout
+    text = run("plan", f"{JOBS}:job", *SLICE[:-1]).stdout
     assert text.endswith(
         "GiB of 95.7 GiB for activations\n"
         "activations are unknown without the compiler for TPUs: "
@@ -280,6 +272,6 @@ def test_the_job_of_the_guide(tmp_path):
         if "def job(mesh)" in b
     ]
     (tmp_path / "job.py").write_text(code)
-    found = json.loads(run(f"{tmp_path}/job.py:job", *SLICE, "--json").stdout)
+    found = json.loads(run("plan", f"{tmp_path}/job.py:job", *SLICE, "--json").stdout)
     assert found["base"] == 2 * 4 * 4096 * 16384 // 8
     assert (found["replicated"], found["fits"]) == (False, None)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from small import some
 from test_base_files import COLUMNS, DENSE, FORMATS, NAMES, ROWS, File, assert_rounded, like, write
 from test_base_files import tensors_of as tensors_in
+from test_peft_merged import read as tensors_of
 
 import jlora
 from jlora import peft
@@ -21,12 +22,6 @@ from jlora._cli._app import cli
 
 def normal(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
-
-
-def tensors_of(folder):
-    return {
-        k: x for file in sorted(folder.glob("*.safetensors")) for k, x in load_file(file).items()
-    }
 
 
 def config_of(folder):

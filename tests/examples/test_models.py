@@ -134,28 +134,6 @@ def test_with_a_cache_token_by_token(name: str, scan: bool, side: str) -> None:
 # ---- files --------------------------------------------------------------------------------------
 
 
-def test_padded_vocabulary(tmp_path: pathlib.Path) -> None:
-    """Rows are added and cut off again; what is no token has the least logit."""
-    SMALL["gpt"].write(tmp_path)
-    config, variables = gpt.load(tmp_path, pad_vocab=16)
-    assert variables["params"]["wte"]["embedding"].shape == (64, 16)
-    logits = jax.jit(gpt.GPT(config).apply)(variables, IDS)
-    assert (logits[..., 61:] == np.finfo(np.float32).min).all()
-    assert np.abs(logits[..., :61]).max() < 1e3
-    gpt.save(tmp_path / "again", variables, config)
-    assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
-
-
-def test_a_tied_head_in_the_file_must_be_the_embedding(tmp_path: pathlib.Path) -> None:
-    SMALL["gpt"].write(tmp_path)
-    tensors, file = hf.read_tensors(tmp_path), tmp_path / "model.safetensors"
-    hf.write_tensors(file, tensors | {"lm_head.weight": tensors["transformer.wte.weight"]})
-    assert_close(gpt.load(tmp_path)[1], SMALL["gpt"].variables(True), 0)
-    hf.write_tensors(file, tensors | {"lm_head.weight": 1 + tensors["transformer.wte.weight"]})
-    with pytest.raises(ValueError, match="to which it is tied"):
-        gpt.load(tmp_path)
-
-
 @pytest.mark.parametrize(("name", "most"), [("gpt", 16), ("roberta_lm", 18)])
 def test_more_tokens_than_positions(name: str, most: int) -> None:
     """An error: reads beyond the table would be NaN."""
