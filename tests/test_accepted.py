@@ -7,18 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from laws import leaks_checked
-from small import (
-    KEY,
-    SQUARE,
-    W,
-    X,
-    array,
-    assert_same,
-    dense,
-    init,
-    randomize,
-    use_sin,
-)
+from small import KEY, SQUARE, W, X, array, assert_same, dense, init, randomize, use_sin
 
 import jlora
 from jlora import Full, LoRA

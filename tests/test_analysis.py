@@ -212,10 +212,7 @@ def test_change_at_the_limits() -> None:
 
 # The argument, the directions that it counts, and the most: the smaller side of W, or that of A
 # and B.
-MOST = {
-    "intruder_dimensions": ("k", "W + ΔW", 9),
-    "amplification": ("rank", "ΔW", 3),
-}
+MOST = {"intruder_dimensions": ("k", "W + ΔW", 9), "amplification": ("rank", "ΔW", 3)}
 ONES = (jnp.ones((4, 6)), jnp.ones((6, 4)), jnp.ones(6))
 OTHERS: dict[str, Any] = {
     r"`w` must be .* of shape \(12, 9\); got shape \(4, 6\)": (ONES[0], site("plain")),

@@ -66,11 +66,7 @@ POLICIES = "float32", "mixed_bfloat16"
 
 @pytest.mark.parametrize(
     ("rule", "policy"),
-    every(
-        RULES,
-        POLICIES,
-        daily=[(RULES[0], POLICIES[1]), (RULES[3], POLICIES[0])],
-    ),
+    every(RULES, POLICIES, daily=[(RULES[0], POLICIES[1]), (RULES[3], POLICIES[0])]),
 )
 def test_a_call_is_that_of_the_transform(rule: Any, policy: str) -> None:
     model = words(policy) if isinstance(rule, Rows) else network(policy)

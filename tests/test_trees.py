@@ -54,10 +54,7 @@ class Setup(NamedTuple):
 
 @functools.cache
 def setup(
-    container: str = "dict",
-    dtype: Any = jnp.float32,
-    dtype_of_adapter: Any = None,
-    **options: Any,
+    container: str = "dict", dtype: Any = jnp.float32, dtype_of_adapter: Any = None, **options: Any
 ) -> Setup:
     """Two products in a container; the adapter's B is random."""
     make, split = CONTAINERS[container]

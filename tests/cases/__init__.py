@@ -8,13 +8,7 @@ from . import control, flax_models, models, plain, trees
 from ._case import Case as Case
 from ._case import Problem as Problem
 
-CASES: list[Case] = [
-    *plain.CASES,
-    *control.CASES,
-    *trees.CASES,
-    *flax_models.CASES,
-    *models.CASES,
-]
+CASES: list[Case] = [*plain.CASES, *control.CASES, *trees.CASES, *flax_models.CASES, *models.CASES]
 # Together these take every line and branch of the core that all take. They run every day.
 NAMES = """
     matmul split_outputs flip scaled stop_gradient optimization_barrier copied padded

@@ -51,10 +51,7 @@ EXACT = {
         lambda w, x: x @ lax.dynamic_slice(w, (jnp.int32(1), jnp.int32(2)), (4, 3)),
     ),
     "flip": ((6, 5), (3, 6), lambda w, x: x @ w[::-1]),
-    "stop_gradient": (
-        *((6, 5), (3, 6)),
-        lambda w, x: jnp.tanh(x @ w) + x @ lax.stop_gradient(w),
-    ),
+    "stop_gradient": (*((6, 5), (3, 6)), lambda w, x: jnp.tanh(x @ w) + x @ lax.stop_gradient(w)),
     "optimization_barrier": ((6, 5), (3, 6), lambda w, x: x @ lax.optimization_barrier(w)),
     "copied": ((6, 5), (3, 6), lambda w, x: x @ jnp.array(w, copy=True)),
     "padded": ((6, 5), (3, 8), lambda w, x: x @ jnp.pad(w, ((1, 1), (0, 3)))),
@@ -73,9 +70,7 @@ REARRANGED = {
 for add, table in ((case, EXACT), (rearranged, REARRANGED)):
     for name, (of_w, of_x, product) in table.items():
         subject = "lookup" if name.startswith("used") else "product"
-        add(subject, ONE, of_w, of_x, name=name)(
-            lambda p, x, product=product: product(p["w"], x),
-        )
+        add(subject, ONE, of_w, of_x, name=name)(lambda p, x, product=product: product(p["w"], x))
 
 
 @rearranged("product", ONE, (6, 5), (3, 6), strict=False)

@@ -9,18 +9,7 @@ import re
 
 import pytest
 from models import beam, hf
-from paper.tasks import (
-    batches,
-    files,
-    glue,
-    metrics,
-    ngrams,
-    nlg,
-    problems,
-    seeds,
-    table,
-    training,
-)
+from paper.tasks import batches, files, glue, metrics, ngrams, nlg, problems, seeds, table, training
 
 MODULES = [hf, batches, beam, files, ngrams, nlg, problems, seeds, table, training]
 
