@@ -14,7 +14,7 @@ from own_methods import GainNode
 from small import as_jax, each_refusal, exactly, some
 
 import jlora
-from jlora import arithmetic
+from jlora import _linalg, arithmetic
 from jlora.types import LowRank
 
 # The shape of W, and the layouts that adapters of it may have.
@@ -383,3 +383,19 @@ def test_keys_are_refused() -> None:
             provoke()
     with pytest.raises(ValueError, match=exactly("`adapters` cannot be combined" + FULL)):
         arithmetic.ties([{"b": jnp.ones(3)}, {"w": NODE}])
+
+
+# ------------------------------------------------------------------------- what meshes need of it
+
+
+def test_qr_by_blocks_of_rows() -> None:
+    """Q is orthonormal, R triangular, and Q·R what it was, columns that depend on others too."""
+    x = np.random.default_rng(0).standard_normal((2, 96, 5))
+    x[..., -1] = x[..., 0]
+    x = jnp.asarray(x, jnp.float32)
+    q, r = map(np.asarray, jax.jit(_linalg.qr)(x))
+    np.testing.assert_allclose(q @ r, x, atol=1e-5)
+    np.testing.assert_allclose(
+        q.mT @ q, np.broadcast_to(np.eye(q.shape[-1]), r.shape[:-1] + q.shape[-1:]), atol=1e-5
+    )
+    np.testing.assert_array_equal(r, np.triu(r))
