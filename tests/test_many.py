@@ -454,7 +454,10 @@ WRONG: list[tuple[str, Callable[[Any], Any]]] = [
         r"  v: is not a site of the table\n",
         lambda t: many.insert(t.two, 0, {"w": node(1), "v": node(1)}),
     ),
-    (r"  w: has rank 3, above the table's 2\n", lambda t: many.insert(t.two, 0, {"w": node(3)})),
+    (
+        r"  w: has rank 3, above the table's 2\n",
+        lambda t: many.insert(t.two, 0, {"w": node(3)}),
+    ),
     (
         r"  w: has low rank in one and is trained in full in an",
         lambda t: many.insert(t.two, 0, {"w": jnp.ones((6, 4))}),

@@ -231,8 +231,14 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
     ),
     "EVA": (of(init_lora_weights="eva", eva_config={"rho": 2.0}),),
     "rsLoRA": (of(use_rslora=True), "s~ use_rslora: lora_alpha / r"),
-    "ranks": (of(rank_pattern={"nothing": 4}), "s~ rank_pattern: is not read"),
-    "alphas": (of(alpha_pattern={"q_proj": 2}), "s~ alpha_pattern: is not read"),
+    "ranks": (
+        of(rank_pattern={"nothing": 4}),
+        "s~ rank_pattern: is not read",
+    ),
+    "alphas": (
+        of(alpha_pattern={"q_proj": 2}),
+        "s~ alpha_pattern: is not read",
+    ),
     "another rank": (
         holding(pair(Q, rank=3)),
         rf"vt~ .*{Q}.lora_A.* and 1 more: has shape \(3, 8\), but is read with rank 4",
