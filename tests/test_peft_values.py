@@ -98,14 +98,3 @@ def test_quantized(tmp_path: Folder) -> None:
     files = {f"{MODULES['one'][0]}.self_attn.q_proj": base_files.gptq()}
     with pytest.raises(ValueError, match="is quantized, but `names` changes the values or their"):
         peft.load_base(base_files.write(tmp_path / "base", files), TABLE, like=params)
-
-
-def test_one_key_with_slashes(tmp_path: Folder) -> None:
-    """A tree that is one dict by path is kept as any other."""
-    base, adapter = adapted("one")
-    assert list(base) == list(adapter) == [PATHS["one"]]
-    checkpoint.save(tmp_path / "a", adapter, [LoRA("query", rank=2, alpha=5)], base=base)
-    for like in (adapter, None):
-        again = checkpoint.restore(tmp_path / "a", like=like, base=base)
-        assert jax.tree.structure(again) == jax.tree.structure(adapter)
-        assert jax.tree.all(jax.tree.map(np.array_equal, again, adapter))

@@ -32,15 +32,9 @@ SIZES = {
 IDS = np.random.default_rng(0).integers(8, VOCAB, (3, 7))
 MASK = (np.arange(7) < np.array([7, 5, 3])[:, None]).astype(np.int32)
 IDS[MASK == 0] = 1  # RoBERTa's padding
-ALL = np.ones_like(MASK)
 
 EVERY = [*itertools.product(("bert", "gpt"), METHODS)]
 EVERY += [("roberta", "adapter_h"), ("roberta", "pre_layer")]
-
-
-def build(kind, name, **sizes):
-    rules = () if kind == "gpt" else (jlora.Full("pooler|classifier"),)
-    return METHODS[name](MODELS[kind], *rules, **SIZES.get(name, {}) | sizes)
 
 
 @functools.cache
@@ -61,53 +55,34 @@ def jiggle(tree, by):
     )
 
 
-@functools.cache
-def start(kind, name):
-    """The method, base and trained as they start."""
-    method = build(kind, name)
-    return method, *method.init(jax.random.key(2), variables(kind), IDS, MASK)
-
-
-def moved(kind, name):
-    """Base and trained elsewhere."""
-    _, base, trained = start(kind, name)
-    return base, jiggle(trained, 0.3)
-
-
-@functools.cache
-def compiled(kind, name):
-    """(base, trained, ids, mask) to outputs and gradients by what is trained."""
-    method, _, _ = start(kind, name)
-
-    def loss(trained, base, ids, mask):
-        outputs = method.apply(base, trained, ids, mask)
-        return (outputs[0] ** 2).mean(), outputs
-
-    run = jax.jit(jax.grad(loss, has_aux=True))
-    return lambda base, trained, ids, mask: run(trained, base, ids, mask)[::-1]
-
-
-# ---- laws ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("kind", "name"), some_rows(EVERY, ("bert", "prompt"), ("gpt", "adapter_l"))
 )
 def test_laws(kind, name):
     """Frozen variables, a start at the model, gradients everywhere, and padding that is unseen."""
-    _, base, trained = start(kind, name)
+    rules = () if kind == "gpt" else (jlora.Full("pooler|classifier"),)
+    method, params = METHODS[name](MODELS[kind], *rules, **SIZES.get(name, {})), variables(kind)
+    base, trained = method.init(jax.random.key(2), params, IDS, MASK)
     kept = {k: tree for k, tree in base.items() if k != "added"}
-    assert jax.tree.all(jax.tree.map(lambda x, y: x is y, kept, variables(kind)))
+    assert jax.tree.all(jax.tree.map(lambda x, y: x is y, kept, params))
     mask = jlora.mask(jlora.Params(base, trained))
     assert not any(jax.tree.leaves(mask.base)) and all(jax.tree.leaves(mask.adapter))
-    run = compiled(kind, name)
-    outputs, _ = run(base, trained, IDS, MASK)
-    off = np.abs(outputs - jax.jit(MODELS[kind].apply)(variables(kind), IDS, MASK))[0].max()
+
+    @jax.jit
+    def run(trained, ids):
+        def loss(trained):
+            outputs = method.apply(base, trained, ids, MASK)
+            return (outputs[0] ** 2).mean(), outputs
+
+        return jax.grad(loss, has_aux=True)(trained)
+
+    _, outputs = run(trained, IDS)
+    off = np.abs(outputs - jax.jit(MODELS[kind].apply)(params, IDS, MASK))[0].max()
     assert off > 1e-2 if name in PREFIXES else off < 1e-5
-    base, trained = moved(kind, name)
-    outputs, grads = run(base, trained, IDS, MASK)
+    trained = jiggle(trained, 0.3)
+    grads, outputs = run(trained, IDS)
     paths = jax.tree_util.tree_leaves_with_path(grads)
     assert [jax.tree_util.keystr(p) for p, g in paths if not np.abs(g).max() > 0] == []
-    other, _ = run(base, trained, np.where(MASK > 0, IDS, 20), MASK)
+    _, other = run(trained, np.where(MASK > 0, IDS, 20))
     real = MASK > 0 if kind == "gpt" else slice(None)
     np.testing.assert_allclose(outputs[real], other[real], atol=1e-5)
