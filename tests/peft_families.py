@@ -301,6 +301,18 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
+def adapt(model: Any, folder: pathlib.Path, **options: Any) -> Any:
+    """PEFT's adapter of a model, with noise on all that is trained, which is saved."""
+    config = hf_peft.LoraConfig(**{"r": 2, "lora_alpha": 4} | copy.deepcopy(options))
+    adapted = hf_peft.get_peft_model(model, config)
+    for name, x in adapted.named_parameters():
+        if x.requires_grad:
+            generator = torch.Generator().manual_seed(len(name))
+            x.data += 0.1 * torch.randn(x.shape, generator=generator)
+    adapted.save_pretrained(folder)
+    return adapted
+
+
 def outcome(
     family: str, configuration: str, folder: pathlib.Path, vocabulary: int | None = None
 ) -> Outcome:
@@ -312,18 +324,12 @@ def outcome(
     cls = getattr(transformers, architecture)
     torch.manual_seed(0)
     model = cls(cls.config_class(**copy.deepcopy(sizes))).eval()
-    options = {"r": 2, "lora_alpha": 4} | copy.deepcopy(CONFIGURATIONS[configuration])
     model.save_pretrained(folder / "base")
     if vocabulary is not None:
         model = cls.from_pretrained(folder / "base")
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     try:
-        adapted = hf_peft.get_peft_model(model, hf_peft.LoraConfig(**options))
-        for name, x in adapted.named_parameters():
-            if x.requires_grad:
-                generator = torch.Generator().manual_seed(len(name))
-                x.data += 0.1 * torch.randn(x.shape, generator=generator)
-        adapted.save_pretrained(folder / "a")
+        adapted = adapt(model, folder / "a", **CONFIGURATIONS[configuration])
         if vocabulary is not None:
             other = cls.from_pretrained(folder / "base")
             other.resize_token_embeddings(vocabulary, mean_resizing=False)
@@ -335,7 +341,12 @@ def outcome(
         peft.export_merged(folder / "base", folder / "a", folder / "ours")
     except ValueError as e:
         return Outcome("refused", brief(e))
-    names = ("base", "ours", "theirs")
+    return compare(folder)
+
+
+def compare(folder: pathlib.Path, ours: str = "ours") -> Outcome:
+    """By the checkpoints in a folder: `base`, ours, and PEFT's, `theirs`."""
+    names = ("base", ours, "theirs")
     return compared(*(load_file(folder / name / "model.safetensors") for name in names))
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from small import some
 
 import jlora
-from jlora import LoRA, checkpoint, peft
+from jlora import peft
 from jlora.peft import Name, tables
 from jlora.types import Layout
 
