@@ -156,6 +156,10 @@ LOW_PRECISION = {
     "bfloat16_base": ("bfloat16", "bfloat16", lambda w, x: x @ w),
     "bfloat16_base_promoted": ("bfloat16", "f4", lambda w, x: x @ w),
     "float16_base": ("f2", "f2", lambda w, x: x @ w),
+    "bfloat16_result": (
+        *("f4", "f4"),
+        lambda w, x: jnp.matmul(x, w, preferred_element_type=jnp.bfloat16),
+    ),
 }
 for low_name, (stored, computed, low_product) in LOW_PRECISION.items():
 
@@ -313,6 +317,11 @@ def conv(numbers, x, w, *window, **options):
     window = window or ((1,) * (x.ndim - 2), "SAME")
     numbers = tuple(numbers.split())
     return lax.conv_general_dilated(x, w, *window, dimension_numbers=numbers, **options)
+
+
+@case("convolution", 2 * (3 * 3 * 4 + 5), (3, 3, 4, 5), (0, 5, 5, 4), grad=False, forward=False)
+def conv_of_an_empty_batch(p, x):
+    return conv("NHWC HWIO NHWC", x, p["w"])
 
 
 @case("convolution", 2 * (3 * 2 * 3 + 4), (4, 3, 3, 2), (2, 3, 5, 6))
