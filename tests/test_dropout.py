@@ -64,6 +64,10 @@ LINEAR: dict[str, tuple[Any, tuple[int, ...], jax.Array]] = {
     "embed": (lambda w, x: w[IDS] * x, (7, 4), draw(0, 2, 3, 1)),
     "one_hot": (lambda w, x: jax.nn.one_hot(IDS, 7) @ w * x, (7, 4), draw(0, 2, 3, 1)),
     "experts_mapped": (jax.vmap(lambda w, x: x @ w), (3, 6, 5), draw(0, 3, 2, 6)),
+    "experts_that_share": (
+        *(lambda w, x: jnp.einsum("ebi,eio->ebo", x, w), (3, 6, 5)),
+        draw(0, 3, 2, 6),
+    ),
     "experts_ragged": (lambda w, x: lax.ragged_dot(x, w, GROUPS), (3, 6, 5), draw(0, 7, 6)),
     "experts_gathered": (
         lambda w, x: jnp.einsum("ti,tio->to", x, w[EXPERT]),
@@ -80,6 +84,8 @@ def linear(name: str, **options: Any) -> tuple[Any, Any, Any, jax.Array]:
     f, shape, x = LINEAR[name]
     if name == "fused":
         options["slots"] = jlora.Slots(3, (0, 2))
+    if name == "experts_that_share":
+        options["share"] = "outputs"
     return *adapt(lambda p, x: f(p["w"], x), {"w": draw(1, *shape)}, x, **options), x
 
 

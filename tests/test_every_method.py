@@ -70,7 +70,7 @@ def is_for(case: Case, method: type) -> bool:
         return bool(case.sites) and case.subject in ("lookup", "model", "no_site")
     low_rank = [r for r in case.rules if isinstance(r, LoRA)]
     if method is DoRA:
-        fits = not any(r.dropout or r.share == "outputs" for r in low_rank)
+        fits = not any(r.dropout or r.share == "outputs" or r.frozen for r in low_rank)
     else:
         fits = all(r == LoRA(r.pattern, rank=r.rank, alpha=r.alpha) for r in low_rank)
     fits = fits and not (method in (Gain, DoRA) and case.name in NOT_A_GAIN)

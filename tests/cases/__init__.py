@@ -17,6 +17,7 @@ NAMES = """
     unrolled_stack lookup_filled lookup_scalar lookup_broadcast tied_embedding
     tied_embedding_head_first conv_nchw conv_of_an_empty_batch concatenate_adapted_all
     stack_adapted_one slots_split_after experts_einsum experts_ragged_mlp_that_share_inputs
+    experts_with_slots_that_share_inputs experts_with_frozen_that_share_inputs
     experts_scanned_that_share_outputs experts_ragged_mlp python_if_on_a_value trained_in_full
     added_joined_and_measured depthwise_kernel_of_multipliers experts_looked_up_under_vmap
     stack_repeated_along_itself one_column stacked_with_factors_of_two_dtypes scan_layers

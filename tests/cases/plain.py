@@ -505,6 +505,17 @@ for moe, sizes in SHARING.items():
         rules = (LoRA(rank=2, alpha=4, share=share),)
         name = f"{moe.name}_that_share_{share}"
         CASES.append(replace(moe, name=name, rules=rules, trainable=size))
+SHARING_FIELDS = {  # likewise of w (3 experts, 6, 4), under rules with more fields
+    "slots": (Slots(2, (1,)), 2 * (6 + 3 * 2), 2 * (3 * 6 + 2)),
+    "frozen": (("a",), 2 * 3 * 4, 2 * 4),
+}
+for field, (given, *sizes) in SHARING_FIELDS.items():
+    for share, size in zip(("inputs", "outputs"), sizes, strict=True):
+        rules = (LoRA("w", rank=2, alpha=4, share=share, **{field: given}),)
+        name = f"experts_with_{field}_that_share_{share}"
+        case("experts", size, (3, 6, 4), (3, 5, 6), rules=rules, name=name)(
+            lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["w"])
+        )
 
 
 @rearranged("experts", 3 * 2 * (4 + 5), (3, 4, 5), (2, 6, 4))
