@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from small import each_refusal, exactly, normal, some
+from small import each_refusal, exactly, normal, raw, some
 
 import jlora
 from jlora import LoRA, Rows, arithmetic
-from jlora.types import Replaced
+from jlora.types import Layout, Replaced
 
 IDS = jnp.array([[3, 0, 6], [5, 5, 1]])
 NEW = (6, 1, 3)
@@ -32,15 +32,18 @@ def made() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("dtype", some([jnp.float32, jnp.bfloat16, jnp.float16], jnp.bfloat16))
-def test_merged(dtype: Any) -> None:
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_merged(stack: tuple[int, ...], dtype: Any) -> None:
     """The rows are V to one rounding of the sum, and all others the bits that they were."""
-    base = {"table": normal(0, 7, 4, dtype=dtype).at[0, 0].set(-0.0)}
-    node = Replaced(normal(1, 3, 4), NEW, jlora.types.Layout((), (0,), (1,)))
+    base = {"table": normal(0, *stack, 7, 4, dtype=dtype).at[..., 0, 0].set(-0.0)}
+    n = len(stack)
+    node = Replaced(normal(1, *stack, 3, 4), NEW, Layout((*range(n),), (n,), (n + 1,)))
     merged = np.asarray(jlora.merge(base, {"table": node})["table"])
     kept = [i for i in range(7) if i not in NEW]
-    assert merged[kept].tobytes() == np.asarray(base["table"])[kept].tobytes()
+    assert raw(merged[..., kept, :]) == raw(np.asarray(base["table"])[..., kept, :])
     eps = float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(merged[list(NEW)].astype(np.float32), node.v, rtol=eps, atol=4e-7)
+    new = merged[..., NEW, :].astype(np.float32)
+    np.testing.assert_allclose(new, node.v, rtol=eps, atol=4e-7)
 
 
 @pytest.mark.parametrize("dtype", some([jnp.float32, jnp.bfloat16], jnp.bfloat16))
@@ -55,23 +58,6 @@ def test_other_rows_are_looked_up_as_they_are(dtype: Any) -> None:
     eps = float(jnp.finfo(dtype).eps)
     new = found[20:60].astype(np.float32)
     np.testing.assert_allclose(new, adapter["table"].v, rtol=eps, atol=1e-6)
-
-
-def test_a_stack_of_tables() -> None:
-    """Such as one for each codebook, which a scan goes through."""
-    params = {"tables": normal(0, 3, 7, 4)}
-
-    def looked_up(p: Any, ids: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda t: t[ids], p["tables"])
-
-    lora = jlora.transform(looked_up, Rows("tables", NEW))
-    base, adapter = lora.init(jax.random.key(0), params, IDS)
-    adapter = laws.randomize(adapter)
-    expected = np.array(params["tables"])
-    expected[:, NEW] = adapter["tables"].v
-    y, merged = jax.jit(lambda a: (lora.apply(base, a, IDS), jlora.merge(base, a)))(adapter)
-    np.testing.assert_allclose(y, expected[:, IDS], atol=1e-6)
-    np.testing.assert_allclose(merged["tables"], expected, atol=1e-6)
 
 
 def test_beside_all_linear(made: Any) -> None:
@@ -141,9 +127,7 @@ MISFITS = {
     "its `rows` must be distinct; got 1 more than once": lambda: {"rows": (6, 1, 1)},
     "its `rows` must be a tuple of integers; got 'abc'": lambda: {"rows": "abc"},
     "its `rows` must be counted from 0; got -1": lambda: {"rows": (6, 1, -1)},
-    "it must have one input axis, got (0, 1)": (
-        lambda: {"layout": jlora.types.Layout((), (0, 1), ())}
-    ),
+    "it must have one input axis, got (0, 1)": (lambda: {"layout": Layout((), (0, 1), ())}),
     "it has 3 `rows` but values for 0": lambda: {"v": jnp.ones(())},
     "a weight of shape (7, 4) needs V (3, 4), got (3, 5)": lambda: {"v": jnp.ones((3, 5))},
 }

@@ -254,6 +254,12 @@ for name, find in LOOKUPS.items():
     )(lambda p, ids, find=find: find(p["table"], ids))
 
 
+@case("lookup", 3 * 2 * (7 + 4), {"table": (3, 7, 4)}, IDS, rules=TABLE)
+def lookup_in_each_of_a_stack(p, ids):
+    """Such as a table for each codebook."""
+    return lax.map(lambda table: table[ids], p["table"])
+
+
 @case(
     *("lookup", 3 * (7 + 4) + 2 * (4 + 4), {"table": (7, 4), "w": (4, 4)}, IDS),
     rules=(LoRA("table", rank=3, alpha=3), LORA),
