@@ -288,7 +288,7 @@ USES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", some([*USES], "nested", "tied", "carried", "while"))
+@pytest.mark.parametrize("name", some([*USES], "nested", "tied", "while"))
 def test_each_use_has_its_own_mask(name: str) -> None:
     """So says JAX's checker of keys too; without a key all uses are alike."""
     x, w = draw(3, 1, 64), {"w": draw(4, 64, 64)}

@@ -11,6 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from laws import leaks_checked
 from own_methods import Diagonal, Gain
 from small import array, assert_same, each_refusal, every
 
@@ -246,7 +247,7 @@ def test_it_goes_where_the_model_goes(kind: str, form: str, mode: str, is_closed
 
 def test_no_trace_outlives_the_call() -> None:
     adapted = trained(LoRA("kernel", rank=2))
-    with jax.checking_leaks():
+    with leaks_checked():
         adapted(inputs())
 
 

@@ -18,7 +18,7 @@ import optax
 import pytest
 from flax import serialization
 from flax.training.train_state import TrainState
-from small import as_jax, raw, some, some_rows
+from small import as_jax, every, raw, some, some_rows
 
 import jlora
 
@@ -381,8 +381,10 @@ SEARCHES = {  # transformations that evaluate functions of the parameters, with 
 }
 
 
-@pytest.mark.parametrize("name", some([*SEARCHES], "lbfgs", "sam opaque"))
-@pytest.mark.parametrize("freeze_a", [False, True])
+@pytest.mark.parametrize(
+    ("name", "freeze_a"),
+    every(SEARCHES, [False, True], daily=[("lbfgs", False), ("sam opaque", True)]),
+)
 def test_functions_of_the_parameters_get_all_of_them(name: str, freeze_a: bool) -> None:
     """On either form the same step, and with A frozen that of B alone."""
     frozen = ("a",) if freeze_a else ()
