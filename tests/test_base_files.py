@@ -26,7 +26,6 @@ NAMES = (
     peft.Name(r"layers/(\w+)/kernel", r"h.{}.\1", "lio"),
     peft.Name(r"layers/(\w+)/experts", r"h.{}.\1", "leio", "w", transposed=True),
     peft.Name(r"(\w+)/kernel", r"\1", "io"),
-    peft.Name(r"(\w+)/heads", r"\1", "iio"),
     peft.Name(r"norm/scale", "norm", "o"),
 )
 
@@ -354,72 +353,69 @@ def test_experts_of_bitsandbytes(double, tmp_path):
     assert_rounded(new, expected.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("alternating", [True, False])
-def test_parts_of_experts_in_codes(alternating, tmp_path):
+# Files by module, the rows of the leaves, and the values of these.
+Laid = tuple[dict[str, File], list[peft.Name], dict[str, np.ndarray]]
+
+
+def parts_of_experts(alternating: bool) -> Laid:
     """Gate and up of gpt-oss have the codes of every second output of one parameter."""
     file = mxfp4()
-    folder = write(tmp_path / "base", {"up": file})
     options = {"transposed": True, "is_transposed": True, "alternating": alternating}
     names = [peft.Name(x, "up", "eio", "w", part=(j, 2), **options) for j, x in enumerate("ab")]
-    like = {x: jax.ShapeDtypeStruct((3, COLUMNS, ROWS // 2), jnp.float32) for x in "ab"}
-    like |= {"norm": ONE["norm"]}
-    base = peft.load_base(folder, [*names, NAMES[-1]], like=like)
     halves = (slice(0, None, 2), slice(1, None, 2)) if alternating else (slice(32), slice(32, 64))
-    for x, half in zip("ab", halves, strict=True):
-        assert isinstance(base[x], jlora.Quantized)
-        np.testing.assert_array_equal(
-            np.float32(base[x].array()), file.matrix[:, half].swapaxes(1, 2)
-        )
+    values = [file.matrix[:, half].swapaxes(1, 2) for half in halves]
+    return {"up": file}, names, dict(zip("ab", values, strict=True))
 
 
-def test_experts_in_codes_one_by_one(tmp_path):
+def experts_one_by_one() -> Laid:
     """As DeepSeek ships them: a leaf of all has the codes of each."""
-    files = {
-        f"experts.{e}.{part}_proj": fp8(seed=2 * e + j)
-        for e in range(2)
-        for j, part in enumerate(("gate", "up"))
-    }
-    folder = write(tmp_path / "base", files)
-    options = {"axes": "eio", "parameter": "gate_up_proj"}
-    names = [peft.Name(x, "experts", part=(j, 2), **options) for j, x in enumerate(("gate", "up"))]
-    like = {x: jax.ShapeDtypeStruct((2, COLUMNS, ROWS), jnp.float32) for x in ("gate", "up")}
-    base = peft.load_base(folder, [*names, NAMES[-1]], like=like | {"norm": ONE["norm"]})
-    for x in ("gate", "up"):
-        assert isinstance(base[x], jlora.Quantized)
-        for e in range(2):
-            expected = files[f"experts.{e}.{x}_proj"].matrix.T
-            np.testing.assert_array_equal(np.float32(base[x].array())[e], expected)
+    names, files, values = [], {}, {}
+    for j, part in enumerate(("gate", "up")):
+        each = {f"experts.{e}.{part}_proj": fp8(seed=2 * e + j) for e in range(2)}
+        names.append(peft.Name(part, "experts", "eio", "gate_up_proj", part=(j, 2)))
+        values[part] = np.stack([file.matrix.T for file in each.values()])
+        files |= each
+    return files, names, values
 
 
-def test_parts_of_codes_in_blocks_of_outputs(tmp_path):
-    """Codes whose blocks run on from one output to the next are dequantized."""
-    shape = (2, ROWS, COLUMNS // 2)
-    file = four_bits(double=False)
+def parts_in_blocks_of_outputs() -> Laid:
+    """Of codes whose blocks run on from one output to the next."""
+    shape, file = (2, ROWS, COLUMNS // 2), four_bits(double=False)
     file |= {key: state(shape=shape)(file[key]) for key in file if "quant_state" in key}
-    folder = write(tmp_path / "base", {"up": file})
     names = [peft.Name(x, "up", "eio", "weight", part=(j, 2)) for j, x in enumerate("ab")]
-    like = {x: jax.ShapeDtypeStruct((2, COLUMNS // 2, ROWS // 2), jnp.float32) for x in "ab"}
-    like |= {"norm": ONE["norm"]}
-    base = peft.load_base(folder, [*names, NAMES[-1]], like=like)
-    whole = np.concatenate([np.float32(base[x]) for x in "ab"], 2).swapaxes(1, 2)
-    assert_rounded(whole, file.matrix.reshape(shape))
+    values = np.split(file.matrix.reshape(shape).swapaxes(1, 2), 2, 2)
+    return {"up": file}, names, dict(zip("ab", values, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("heads", "is_quantized"), [((2, 64), True), ((4, 32), True), ((8, 16), False)]
-)
-def test_blocks_that_run_over_heads_are_dequantized(heads, is_quantized, tmp_path):
+def heads(*lengths: int) -> Laid:
     """Groups of 32 inputs, of which a head has more, as many, or less."""
     file = gptq()
-    folder = write(tmp_path / "base", {"out": file})
-    tree = {
-        "out": {"heads": jax.ShapeDtypeStruct((*heads, ROWS), jnp.float32)},
-        "norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)},
-    }
-    leaf = peft.load_base(folder, NAMES, like=tree)["out"]["heads"]
-    assert isinstance(leaf, jlora.Quantized) == is_quantized
-    value = leaf.array() if is_quantized else leaf
-    assert_rounded(value, file.matrix.T.reshape(*heads, ROWS))
+    values = {"heads": file.matrix.T.reshape(*lengths, ROWS)}
+    return {"out": file}, [peft.Name("heads", "out", "iio")], values
+
+
+# Which leaves, and whether they are in codes; else they are dequantized.
+LEAVES = {
+    "alternating parts": (lambda: parts_of_experts(True), True),
+    "parts": (lambda: parts_of_experts(False), True),
+    "one by one": (experts_one_by_one, True),
+    "blocks of outputs": (parts_in_blocks_of_outputs, False),
+    "blocks in heads": (lambda: heads(2, 64), True),
+    "blocks as heads": (lambda: heads(4, 32), True),
+    "blocks over heads": (lambda: heads(8, 16), False),
+}
+
+
+@pytest.mark.parametrize("case", LEAVES)
+def test_leaves_in_codes(case, tmp_path):
+    make, is_quantized = LEAVES[case]
+    files, names, values = make()
+    like = {x: jax.ShapeDtypeStruct(value.shape, jnp.float32) for x, value in values.items()}
+    folder = write(tmp_path / "base", files)
+    base = peft.load_base(folder, [*names, NAMES[-1]], like=like | {"norm": ONE["norm"]})
+    for x, value in values.items():
+        assert isinstance(base[x], jlora.Quantized) == is_quantized
+        assert_rounded(base[x].array() if is_quantized else base[x], value)
 
 
 # ------------------------------------------------------------------------------- files that lie
