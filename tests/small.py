@@ -96,11 +96,11 @@ def every(*axes: Iterable[Any], daily: Iterable[tuple[Any, ...]]) -> list[Any]:
     return some_rows(itertools.product(*axes), *daily)
 
 
-def each_refusal(table: Mapping[Any, Mapping[str, Any]]) -> Any:
-    """Parametrizes by (provoke, error, message) over a table of calls by error and message."""
-    rows = [(f, error, message) for error, found in table.items() for message, f in found.items()]
-    ids = [re.sub(r"\W+", "-", message)[:60] for *_, message in rows]
-    return pytest.mark.parametrize(("provoke", "error", "message"), rows, ids=ids)
+def each_refusal(table: Mapping[Any, Mapping[str, tuple[Any, ...]]]) -> Any:
+    """Parametrizes by (error, call, facts) over a table of calls, each with its facts, by error."""
+    rows = [(error, *row) for error, found in table.items() for row in found.items()]
+    cases = [pytest.param(error, call, facts, id=x) for error, x, (call, *facts) in rows]
+    return pytest.mark.parametrize(("error", "call", "facts"), cases)
 
 
 REMEDY = (
