@@ -66,7 +66,7 @@ EXPECTED, STALE = read(), pytest.StashKey[list[str]]()
 is_rewriting = False
 
 
-def say(text: str, case: str = "") -> None:
+def check_text(text: str, case: str = "") -> None:
     """Compares a text with that in the file.
 
     Args:
@@ -111,18 +111,18 @@ def check_facts(
 
 @contextlib.contextmanager
 def refused(
-    error: type[Exception], *facts: object, case: str = "", **more: object
+    error: Any, *facts: object, case: str = "", **more: object
 ) -> Iterator[pytest.ExceptionInfo[Any]]:
     """Expects an error with these facts, and its text as in the file.
 
     Args:
-        error: its class.
+        error: its class, or several.
         facts: the argument; the path, or the place of a problem; of what was got there; and
             of the remedy.
-        case: as for `say`.
+        case: as for `check_text`.
         more: `argument`, `at`, `got` or `remedy` by name.
     """
     with pytest.raises(error) as caught:
         yield caught
     check_facts(caught.value, *facts, **more)  # pyright: ignore
-    say(str(caught.value), case)
+    check_text(str(caught.value), case)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from messages import STALE, refused, say
+from messages import STALE, check_text, refused
 
 import jlora
 from jlora import Full, LoRA
@@ -303,7 +303,7 @@ PRINTED: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("case", PRINTED)
 def test_what_is_printed(case: str) -> None:
-    say(str(PRINTED[case]()))
+    check_text(str(PRINTED[case]()))
 
 
 def test_no_text_is_of_a_test_that_is_gone(request: pytest.FixtureRequest) -> None:

@@ -15,7 +15,7 @@ from flax import nnx
 from flax.errors import FlaxError
 from flax.training.train_state import TrainState
 from laws import assert_close
-from messages import refused, say
+from messages import check_text, refused
 from small import (
     ADAPTED,
     KEY,
@@ -331,7 +331,7 @@ def test_a_collection_of_linen_variables() -> None:
         ):
             with pytest.raises(FlaxError, match="collection") as caught:
                 call()
-            say(caught.value.__notes__[-1])
+            check_text(caught.value.__notes__[-1])
     adapter = lora.init(KEY, variables, X)[1]
     for f, *args in ((lora.apply, X), (jlora.merge,)):
         with refused(ValueError, "adapter", "'params/'", "paths of `adapter` begin"):
@@ -346,7 +346,7 @@ def test_parameters_that_are_not_the_first_argument() -> None:
     for call in (lambda: lora.init(KEY, W, X), lambda: lora.sites(W, X)):
         with pytest.raises(TypeError, match="string index") as caught:
             call()
-        say(caught.value.__notes__[-1])
+        check_text(caught.value.__notes__[-1])
     with refused(ValueError, "params", "LoRA('w')", "of shape (2, 4)", "in the wrong order?"):
         lora.init(KEY, X, W)
 
