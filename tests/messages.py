@@ -29,7 +29,7 @@ def read() -> dict[str, list[str]]:
     for line in FILE.read_text().splitlines()[1:]:
         if line and not line.startswith(" "):
             texts = found[line] = []
-        elif line.startswith("  - "):
+        elif line.startswith("  -"):
             texts.append(line[4:])
         else:
             texts[-1] += "\n" + line[4:]
