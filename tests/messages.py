@@ -101,12 +101,13 @@ def check_facts(
         assert argument in ("", fields.argument), fields.argument
         parts = [(fields.path, fields.why, fields.remedy), *fields.problems]
     assert not argument or f"`{argument}`" in str(error), error
-    assert any(
+    found = (
         (str(at) == where or str(at) in why)
         and str(got) in why
         and remedy in f"{why} {better} {parts[0][2]}"
         for where, why, better in parts
-    ), parts
+    )
+    assert any(found), (at, got, remedy, parts)
 
 
 @contextlib.contextmanager
