@@ -18,7 +18,9 @@ VARYING = {
     re.escape(f"{FILE.parents[1]}/"): "",
     r"[^\s'\"(]*/site-packages/": "",
     r"(\.py):\d+": r"\1:LINE",
+    r"\bjlora \d+\.\d+\.\w+": "jlora VERSION",
     r"\bat 0x[0-9a-f]+": "at 0x…",
+    r'NOT_FOUND: Error .*?"\)': "NOT_FOUND: …)",  # TensorStore's, of any of many files
 }
 said: dict[str, list[str]] = {}  # by the running test
 
