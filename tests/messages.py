@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -93,39 +93,50 @@ def check_all_said(test: str) -> None:
         assert is_rewriting or len(said.get(key, [])) == len(EXPECTED[key]), key
 
 
-def check_facts(
-    error: BaseException, argument: str = "", at: object = "", got: object = "", remedy: str = ""
-) -> None:
+def check_facts(error: Exception, argument: str, *facts: object) -> None:
     """Looks for facts in the fields of an error; in its text if it has no fields."""
-    parts: list[Any] = [("", str(error), "")]
     fields: Any = error
+    parts, common = [("", str(error), "")], ""
     if hasattr(error, "problems"):
         assert argument in ("", fields.argument), fields.argument
-        parts = [(fields.path, fields.why, fields.remedy), *fields.problems]
+        parts, common = [(fields.path, fields.why, ""), *fields.problems], fields.remedy
     assert not argument or f"`{argument}`" in str(error), error
-    found = (
-        (str(at) == where or str(at) in why)
-        and str(got) in why
-        and remedy in f"{why} {better} {parts[0][2]}"
-        for where, why, better in parts
-    )
-    assert any(found), (at, got, remedy, parts)
+    assert any(
+        all(str(x) == where or str(x) in f"{why}\n{remedy}\n{common}" for x in facts)
+        for where, why, remedy in parts
+    ), (facts, parts)
 
 
 @contextlib.contextmanager
 def refused(
-    error: Any, *facts: object, case: str = "", **more: object
+    error: Any, argument: str = "", *facts: object, case: str = ""
 ) -> Iterator[pytest.ExceptionInfo[Any]]:
     """Expects an error with these facts, and its text as in the file.
 
     Args:
         error: its class, or several.
-        facts: the argument; the path, or the place of a problem; of what was got there; and
-            of the remedy.
+        argument: the argument that it names.
+        facts: what the error says, or one of its problems: the path or place as a whole, and parts
+            of what was got and of the remedy.
         case: as for `check_text`.
-        more: `argument`, `at`, `got` or `remedy` by name.
     """
     with pytest.raises(error) as caught:
         yield caught
-    check_facts(caught.value, *facts, **more)  # pyright: ignore
+    check_facts(caught.value, argument, *facts)
     check_text(str(caught.value), case)
+
+
+def each_refusal(table: Mapping[Any, Mapping[str, Any]]) -> Any:
+    """Parametrizes by (error, call, facts) over a table of calls, by error and then by facts.
+
+    These are written as the message with `...` where it is left out, first the argument if there
+    is one: "`rank` ... got 0.".
+    """
+    rows = [(error, key, call) for error, found in table.items() for key, call in found.items()]
+    cases = []
+    for error, key, call in rows:
+        named = re.match(r"`(\w+)` \.\.\. ", key)
+        facts = key[named.end() if named else 0 :].split(" ... ")
+        given = (named[1] if named else "", *facts)
+        cases.append(pytest.param(error, call, given, id=key))
+    return pytest.mark.parametrize(("error", "call", "facts"), cases)

@@ -96,13 +96,6 @@ def every(*axes: Iterable[Any], daily: Iterable[tuple[Any, ...]]) -> list[Any]:
     return some_rows(itertools.product(*axes), *daily)
 
 
-def each_refusal(table: Mapping[Any, Mapping[str, tuple[Any, ...]]]) -> Any:
-    """Parametrizes by (error, call, facts) over a table of calls, each with its facts, by error."""
-    rows = [(error, *row) for error, found in table.items() for row in found.items()]
-    cases = [pytest.param(error, call, facts, id=x) for error, x, (call, *facts) in rows]
-    return pytest.mark.parametrize(("error", "call", "facts"), cases)
-
-
 REMEDY = (
     "Narrow the pattern, train the leaf in full with jlora.Full, or give LoRA(..., "
     "materialize=True), which forms W + ΔW."

@@ -173,7 +173,7 @@ def test_a_foreign_initializer_keeps_its_name_and_says_so(tmp_path):
     _, adapter = made(rules)
     checkpoint.save(tmp_path / "a", adapter, rules)
     (rule,) = checkpoint.read(tmp_path / "a").rules
-    with refused(NotImplementedError, "init", got="test_checkpoint"):
+    with refused(NotImplementedError, "init", "test_checkpoint"):
         made((rule,))
     assert made((dataclasses.replace(rule, init=jlora.initializers.gaussian),))[1].keys() == {"up"}
     checkpoint.save(tmp_path / "b", adapter, (rule,))
@@ -192,7 +192,7 @@ def test_a_start_from_a_sketch_says_that_it_needs_one(kind, name, tmp_path):
     assert rule["init"] == {"function": f"jlora.initializers.{name}"}
     made_by = f"jlora.sketch(..., kind={kind!r})"
     for folder in ("a", "b"):
-        with refused(NotImplementedError, "init", f"jlora.initializers.{name}", remedy=made_by):
+        with refused(NotImplementedError, "init", f"jlora.initializers.{name}", made_by):
             made(checkpoint.read(tmp_path / folder).rules)
 
 
@@ -312,7 +312,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         checkpoint.restore(tmp_path / "a", base=base)
     with refused(TypeError, "base", "at down", "DtypeStruct"):
         checkpoint.fingerprint(abstract(base), values=True)
-    with refused(TypeError, "hash_values", got="needs the base"):
+    with refused(TypeError, "hash_values", "needs the base"):
         checkpoint.items(adapter, RULES, hash_values=True)
 
 
@@ -438,15 +438,15 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         checkpoint.save(path, {"x": 1.0}, ())
     with refused(TypeError, "adapter", "up/a: S", "must have arrays to be saved"):
         checkpoint.save(path, abstract(adapter), RULES)
-    with refused(TypeError, "rules", got="got 'up'"):
+    with refused(TypeError, "rules", "got 'up'"):
         checkpoint.save(path, adapter, ("up",))
-    with refused(ValueError, "adapter", "norm", remedy="Use the adapter with the parameters"):
+    with refused(ValueError, "adapter", "norm", "Use the adapter with the parameters"):
         checkpoint.save(path, adapter, RULES, base={**base, "norm": jnp.ones(3)})
     with refused(ValueError, "adapter", "a.b.full", "that Orbax confuses", "Rename"):
         checkpoint.save(path, {"a.b": jnp.ones(1), "a": {"b": jnp.zeros(1)}}, ())
     with refused(TypeError, "merged", "x", "got x: float"):
         checkpoint.export(path, {"x": 1.0})
-    with refused(TypeError, "merged", got="got {}"):
+    with refused(TypeError, "merged", "got {}"):
         checkpoint.export(path, {})
     assert os.listdir(tmp_path) == []
 
@@ -561,7 +561,7 @@ def test_no_parameters_are_no_damage(saved, tmp_path):
     """An empty folder, an adapter or steps cannot be saved again as parameters."""
     (tmp_path / "steps" / "12").mkdir(parents=True)
     for folder in (tmp_path / "steps" / "12", tmp_path / "steps", saved[0]):
-        with refused(ValueError, "path", folder, remedy="Give the whole folder of a checkpoint"):
+        with refused(ValueError, "path", folder, "Give the whole folder of a checkpoint"):
             checkpoint.base_values(folder)
 
 

@@ -712,7 +712,7 @@ def test_a_file_is_a_module(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -
     for source in (str(tmp_path / "job_of_mine.py"), "job_of_mine"):
         assert attribute(f"{source}:job", "JOB")()
         assert attribute(f"{source}:LAZY", "JOB") == 7
-        with refused(ValueError, got="has no MISSING"):
+        with refused(ValueError, "", "has no MISSING"):
             attribute(f"{source}:MISSING", "JOB")
 
 

@@ -11,8 +11,9 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from messages import each_refusal, refused
 from own_methods import Diagonal, Gain
-from small import array, assert_same, each_refusal, every
+from small import array, assert_same, every
 
 import jlora
 from jlora import DoRA, Full, LoRA, Rows
@@ -461,46 +462,39 @@ def test_a_tree_is_not_the_module(use: str) -> None:
         uses[use]()
 
 
-@each_refusal(
-    {
-        TypeError: {
-            r"`rngs` must be flax.nnx.Rngs, such as nnx.Rngs\(0\); got": lambda: adapt(
-                Layers(), LoRA(), rngs=jax.random.key(0), example=(inputs(),)
-            ),
-            r"`example` must be the tuple of the arguments of a call": lambda: adapt(
-                Layers(), LoRA(), rngs=nnx.Rngs(0), example=inputs()
-            ),
-            "`model` must be a module of flax.nnx; got function": lambda: adapt(
-                lambda x: x, LoRA(), rngs=nnx.Rngs(0), example=(inputs(),)
-            ),
-            "missing 1 required keyword-only argument: 'example'": lambda: adapt(
-                Layers(), LoRA(), rngs=nnx.Rngs(0)
-            ),
-        },
-        ValueError: {
-            r"LoRA\('kernol'\) matches no leaf of `params`. Near misses: ": lambda: adapt(
-                Layers(), LoRA("kernol"), rngs=nnx.Rngs(0), example=(inputs(),)
-            ),
-            "`model` must not have nnx.LoRAParams, .* at lora/up/kernel/a": lambda: adapt(
-                trained(LoRA("up/kernel", rank=2)), LoRA(), rngs=nnx.Rngs(0), example=(inputs(),)
-            ),
-            r"`rngs` must have the stream 'params' or 'default'; got dropout\. Give nnx": lambda: (
-                adapt(Layers(), LoRA(), rngs=nnx.Rngs(dropout=0), example=(inputs(),))
-            ),
-            "`rngs` must have the stream 'dropout' or .* or add dropout=0": lambda: adapt(
-                Layers(), LoRA(dropout=0.1), rngs=nnx.Rngs(params=0), example=(inputs(),)
-            ),
-            "other/kernel: not in `base`": lambda: Adapted(
-                Layers(), {"other": trained(LoRA("up/kernel", rank=2)).adapter["up"]}
-            ),
-        },
-        AttributeError: {
-            "calls of 'up', a part of the model, .* or read adapted.base.up": lambda: (
-                trained(LoRA("up/kernel", rank=2)).up
-            )
-        },
-    }
-)
-def test_mistakes(provoke: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        provoke()
+RNGS, CALL, UP = nnx.Rngs(0), (inputs(),), LoRA("up/kernel", rank=2)
+MISTAKES: dict[type[Exception], dict[str, Any]] = {
+    TypeError: {
+        "`rngs` ... got": lambda: adapt(Layers(), LoRA(), rngs=jax.random.key(0), example=CALL),
+        "`example` ... must be the tuple of the arguments": lambda: adapt(
+            Layers(), LoRA(), rngs=RNGS, example=inputs()
+        ),
+        "`model` ... got function": lambda: adapt(lambda x: x, LoRA(), rngs=RNGS, example=CALL),
+    },
+    ValueError: {
+        "LoRA('kernol') ... Near misses:": lambda: adapt(
+            Layers(), LoRA("kernol"), rngs=RNGS, example=CALL
+        ),
+        "`model` ... must not have nnx.LoRAParams ... at lora/up/kernel/a": lambda: adapt(
+            trained(UP), LoRA(), rngs=RNGS, example=CALL
+        ),
+        "`rngs` ... or 'default'; got dropout. Give nnx": lambda: adapt(
+            Layers(), LoRA(), rngs=nnx.Rngs(dropout=0), example=CALL
+        ),
+        "`rngs` ... must have the stream 'dropout' ... or add dropout=0": lambda: adapt(
+            Layers(), LoRA(dropout=0.1), rngs=nnx.Rngs(params=0), example=CALL
+        ),
+        "`adapter` ... other/kernel ... not in `base`": lambda: Adapted(
+            Layers(), {"other": trained(UP).adapter["up"]}
+        ),
+    },
+    AttributeError: {
+        "calls of 'up', a part of the model, ... or read adapted.base.up": lambda: trained(UP).up,
+    },
+}
+
+
+@each_refusal(MISTAKES)
+def test_mistakes(error: Any, call: Any, facts: Any) -> None:
+    with refused(error, *facts):
+        call()

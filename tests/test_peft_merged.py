@@ -343,7 +343,7 @@ def test_experts_that_are_no_parameter(tmp_path: Folder) -> None:
     del weights["m.layers.0.mlp.experts.1.up_proj.weight"]
     given = {"m.layers.0.mlp.experts": low_rank((10, 8), 6)}
     fields = {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}
-    with refused(ValueError, "adapter", "", "m.layers.0.mlp.experts.gate_up_proj, which is not in"):
+    with refused(ValueError, "adapter", "m.layers.0.mlp.experts.gate_up_proj, which is not in"):
         merge(tmp_path, weights, given, **fields)
 
 
@@ -498,7 +498,7 @@ def test_rows_of_what_may_be_tied(tmp_path: Folder) -> None:
     given |= {"model.embed_tokens.token_adapter.trainable_tokens_delta": rows}
     fields = {"trainable_token_indices": {"embed_tokens": [3, 1]}}
     table = "model.embed_tokens.weight"
-    with refused(ValueError, "adapter", table, remedy="correct tie_word_embeddings there"):
+    with refused(ValueError, "adapter", table, "correct tie_word_embeddings there"):
         merge(tmp_path, weights, given, config=TIED, **fields)
     untied = TIED | {"tie_word_embeddings": False}
     merged = merge(tmp_path, weights, given, config=untied, **fields)
@@ -705,7 +705,7 @@ def test_a_shared_weight_in_full(tmp_path: Folder) -> None:
     full(same, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     with refused(ValueError, "adapter", "lm_head.weight", "not in the checkpoint"):
         full(given | {"lm_head.weight": new + 1}, modules_to_save=saved)
-    with refused(ValueError, "adapter", "", "does not change both equally"):
+    with refused(ValueError, "adapter", "does not change both equally"):
         full(given, modules_to_save=["embed_tokens"])
 
 
@@ -946,7 +946,7 @@ def test_untied(side: str, twice: bool, shards: int, tmp_path: Folder) -> None:
         "both": TARGETS["target_modules"],
     }
     fields = {"target_modules": ["q", *targets[side]]}
-    with refused(ValueError, "adapter", remedy="give `untie=True`, which stores both"):
+    with refused(ValueError, "adapter", "give `untie=True`, which stores both"):
         grow(tmp_path, BODY | tied(twice), given, TIED | TIED_TEXT, shards, **fields)
     for name in ("base", "a"):
         (tmp_path / name).rename(tmp_path / f"old-{name}")
@@ -1234,7 +1234,7 @@ def test_a_file_that_becomes_shorter(tmp_path: Folder, monkeypatch: pytest.Monke
     file = base / "model.safetensors"
     shorten = lambda *_: os.truncate(file, file.stat().st_size - 1)  # noqa: E731
     monkeypatch.setattr("jlora.peft.merge._export.check_frozen", shorten)
-    with refused(ValueError, "src_dir", "", "its file changed while it was read", "start again"):
+    with refused(ValueError, "src_dir", "its file changed while it was read", "start again"):
         peft.export_merged(base, given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -1261,7 +1261,7 @@ def test_links_out_of_the_folder(name: str, tmp_path: Folder) -> None:
     peft.export_merged(base, given, tmp_path / "whole")
     (base / name).rename(tmp_path / "outside")
     (base / name).symlink_to(tmp_path / "outside")
-    with refused(ValueError, "src_dir", "", f"{name} is a link out of the folder, to "):
+    with refused(ValueError, "src_dir", f"{name} is a link out of the folder, to "):
         peft.export_merged(base, given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     peft.export_merged(base, given, tmp_path / "out", follow_links=True)
@@ -1461,11 +1461,11 @@ def test_arguments(tmp_path: Folder) -> None:
         }
     }
     export = functools.partial(peft.export_merged, out=tmp_path / "out")
-    with refused(ValueError, "names", "", "is for an adapter tree"):
+    with refused(ValueError, "names", "is for an adapter tree"):
         export(base, given, names=peft.LLAMA)
-    with refused(ValueError, "names", "", "got None"):
+    with refused(ValueError, "names", "got None"):
         export(base, tree)
-    with refused(TypeError, "adapter", "", "must be a nested dict"):
+    with refused(TypeError, "adapter", "must be a nested dict"):
         export(base, {}, names=peft.LLAMA)
     with refused(FileNotFoundError, "src_dir", tmp_path / "none", "there is no folder"):
         export(tmp_path / "none", given)

@@ -468,11 +468,11 @@ def test_the_largest_of_many_ranks(tmp_path: Folder) -> None:
 def test_arguments(tmp_path: Folder) -> None:
     """Engines and ranks that there are not."""
     place = models.FIXTURES / "all_linear"
-    with refused(ValueError, "engine", "", "got 'tgi'.", "sglang, vllm, tpu-inference"):
+    with refused(ValueError, "engine", "got 'tgi'.", "sglang, vllm, tpu-inference"):
         peft.check(place, "tgi")
-    with refused(ValueError, "max_lora_rank", "", "got 9.", "(1, 8, "):
+    with refused(ValueError, "max_lora_rank", "got 9.", "(1, 8, "):
         peft.check(place, "vllm", max_lora_rank=9)
-    with refused(ValueError, "max_lora_rank", "", "got 0.", "at least 1"):
+    with refused(ValueError, "max_lora_rank", "got 0.", "at least 1"):
         peft.check(place, "sglang", max_lora_rank=0)
     with refused(FileNotFoundError, "base", tmp_path / "nowhere", "there is no folder"):
         peft.check(place, "vllm", base=tmp_path / "nowhere")

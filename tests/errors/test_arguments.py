@@ -15,7 +15,7 @@ from flax import nnx
 from flax.errors import FlaxError
 from flax.training.train_state import TrainState
 from laws import assert_close
-from messages import check_text, refused
+from messages import check_text, each_refusal, refused
 from small import (
     ADAPTED,
     KEY,
@@ -24,7 +24,6 @@ from small import (
     X,
     array,
     dense,
-    each_refusal,
     init,
     model,
     some_rows,
@@ -175,7 +174,7 @@ LABELING: dict[str, Callable[[Any], Any]] = {
 def test_parameters_are_no_adapter(call: str, tree: str) -> None:
     """All of them would be trained, as if they were an adapter of `Full` leaves alone."""
     params = PLAIN[tree]()
-    with refused(TypeError, "tree", "", "only arrays", "jlora.Params({}, adapter).", case=call):
+    with refused(TypeError, "tree", "only arrays", "jlora.Params({}, adapter).", case=call):
         LABELING[call](params)
 
 
@@ -226,34 +225,28 @@ def test_merge_check_names_paths() -> None:
 NO_KEY = "such as jax.random.key(0)"
 WRONG: dict[type[Exception], dict[str, Any]] = {
     TypeError: {
-        "a number as key": (lambda: init_by(0), "key", "", "got int.", NO_KEY),
-        "another order": (
-            lambda: jlora.transform(dense, LoRA("w")).init(W, KEY, X),
-            *("key", "", "got dict.", NO_KEY),
+        f"`key` ... got int. ... {NO_KEY}": lambda: init_by(0),
+        f"`key` ... got dict. ... {NO_KEY}": lambda: jlora.transform(dense, LoRA("w")).init(
+            W, KEY, X
         ),
-        "no key": (lambda: jlora.dropout(made()[1], None), "key", "", "got NoneType.", NO_KEY),
-        "floats as key": (lambda: jlora.dropout(made()[1], W["w"]), "key", "", "(4, 6).", NO_KEY),
-        "two keys": (
-            lambda: jlora.dropout(made()[1], jax.random.split(KEY, 2)),
-            *("key", "", "key<fry> and shape (2,).", NO_KEY),
+        f"`key` ... got NoneType. ... {NO_KEY}": lambda: jlora.dropout(made()[1], None),
+        f"`key` ... (4, 6). ... {NO_KEY}": lambda: jlora.dropout(made()[1], W["w"]),
+        f"`key` ... key<fry> and shape (2,). ... {NO_KEY}": lambda: jlora.dropout(
+            made()[1], jax.random.split(KEY, 2)
         ),
-        "forgotten": (
-            lambda: jlora.transform(dense).apply(W, X),
-            *("adapter", "the root", "float32[2,4]", "apply(base, adapter, x)?"),
+        "`adapter` ... the root ... float32[2,4] ... apply(base, adapter, x)?": lambda: (
+            jlora.transform(dense).apply(W, X)
         ),
-        "bound": (
-            lambda: jlora.merge(jlora.bind(*made()), made()[1]),
-            *("base", "", "holds LowRank nodes", "swapped?"),
+        "`base` ... holds LowRank nodes ... swapped?": lambda: jlora.merge(
+            jlora.bind(*made()), made()[1]
         ),
     },
     ValueError: {
-        "check": (
-            lambda: jax.jit(lambda a: jlora.merge(PARAMS, a, check=True))(made()[1]),
-            *("check", "", "needs concrete values", "check the result outside"),
-        ),
-        "rank": (
-            lambda: init(LoRA("", rank=9), apply=lambda w, x: x @ w, params=W["w"]),
-            *("rank", "the root", "is 9", "jlora.Full('')"),
+        "`check` ... needs concrete values ... check the result outside": lambda: jax.jit(
+            lambda a: jlora.merge(PARAMS, a, check=True)
+        )(made()[1]),
+        "`rank` ... the root ... is 9 ... jlora.Full('')": lambda: init(
+            LoRA("", rank=9), apply=lambda w, x: x @ w, params=W["w"]
         ),
     },
 }
@@ -290,7 +283,7 @@ def test_base_and_adapter_in_one(case: str) -> None:
     """A pair that was not unpacked, and Params, wherever one of both belongs."""
     call, argument = PAIRS[case]
     for x, got, remedy in ((made(), "the pair", "Unpack"), (jlora.Params(*made()), "Params", "")):
-        with refused(TypeError, argument, "", f"got {got}", remedy):
+        with refused(TypeError, argument, f"got {got}", remedy):
             call(x)
 
 
@@ -313,7 +306,7 @@ def test_keys_of_nnx(case: str) -> None:
     call, argument = KEYS[case]
     for rngs in (nnx.Rngs(0), nnx.Rngs(0).params):
         got = f"got {type(rngs).__name__} of flax.nnx"
-        with refused(TypeError, argument, "", got, "Give rngs.params()."):
+        with refused(TypeError, argument, got, "Give rngs.params()."):
             call(rngs)
     assert init_by(nnx.Rngs(0).params())
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from messages import refused
-from small import KEY, array, each_refusal, swap
+from messages import each_refusal, refused
+from small import KEY, array, swap
 
 import jlora
 from jlora import FP4, FP8, MXFP4, NF4, Full, Int4, Int8, LoRA, checkpoint, sharding
@@ -79,70 +79,49 @@ def test_a_scheme_lacks_the_field_of_its_legal_blocks() -> None:
 
 HEADLESS = swap(PARAMS, "head", None)
 BROKEN = array(64, 96).at[2, :3].set(np.array([np.nan, np.inf, -np.inf]))
-# What is given; the argument, the path, of what was got, of the remedy.
 REFUSED: dict[type[Exception], dict[str, Any]] = {
     TypeError: {
-        "double of NF4": (lambda: NF4("w", double=1), "double", "NF4('w')", "got 1"),
-        "double of FP4": (lambda: FP4("w", double=None), "double", "FP4('w')", "got None"),
-        "a number as pattern": (lambda: NF4(3), "pattern", "NF4", "got 3 of type int"),
-        "a string": (lambda: quantize("kernel"), "schemes", "", "got 'kernel'"),
-        "a rule": (lambda: quantize(NF4("kernel"), Full("odd")), "schemes", "", "got Full("),
-        "a class": (lambda: quantize(NF4), "schemes", "", "the class NF4", "NF4(...)"),
+        "`double` ... NF4('w') ... got 1": lambda: NF4("w", double=1),
+        "`double` ... FP4('w') ... got None": lambda: FP4("w", double=None),
+        "`pattern` ... NF4 ... got 3 of type int": lambda: NF4(3),
+        "`schemes` ... got 'kernel'": lambda: quantize("kernel"),
+        "`schemes` ... got Full(": lambda: quantize(NF4("kernel"), Full("odd")),
+        "`schemes` ... the class NF4 ... NF4(...)": lambda: quantize(NF4),
     },
     ValueError: {
-        "no pattern": (lambda: NF4("["), "pattern", "'['", "at position 0"),
-        "misspelled": (lambda: quantize(NF4("kernal")), "params", "NF4('kernal')", "layer/kernel"),
-        "no leaf": (lambda: quantize(NF4("w"), params={}), "params", "NF4('w')", "no leaf"),
-        "after others": (
-            lambda: quantize(Int8("kernel|head"), NF4("kernel$|head")),
-            *("", "NF4('kernel$|head')", "Int8('kernel|head')", "reorder the schemes"),
+        "`pattern` ... '[' ... at position 0": lambda: NF4("["),
+        "`params` ... NF4('kernal') ... layer/kernel": lambda: quantize(NF4("kernal")),
+        "`params` ... NF4('w') ... no leaf": lambda: quantize(NF4("w"), params={}),
+        "NF4('kernel$|head') ... Int8('kernel|head') ... reorder the schemes": lambda: quantize(
+            Int8("kernel|head"), NF4("kernel$|head")
         ),
-        "no sites": (lambda: quantize(NF4()), "", "NF4()", "no pattern", "sites=lora.sites("),
-        "no site left": (
-            lambda: quantize(Int8("kernel"), NF4(), sites=True),
-            *("sites", "NF4()", "no such site", "by a pattern"),
+        "NF4() ... no pattern ... sites=lora.sites(": lambda: quantize(NF4()),
+        "`sites` ... NF4() ... no such site ... by a pattern": lambda: quantize(
+            Int8("kernel"), NF4(), sites=True
         ),
-        "sites of more": (
-            lambda: quantize(NF4("kernel"), params=HEADLESS, sites=True),
-            *("sites", "head", "`params`", "of the same tree"),
+        "`sites` ... head ... `params` ... of the same tree": lambda: quantize(
+            NF4("kernel"), params=HEADLESS, sites=True
         ),
-        "sites of less": (
-            lambda: quantize(NF4("kernel"), params={**PARAMS, "arm": array(64, 64)}, sites=True),
-            *("sites", "arm", "`params`", "of the same tree"),
+        "`sites` ... arm ... `params` ... of the same tree": lambda: quantize(
+            NF4("kernel"), params={**PARAMS, "arm": array(64, 64)}, sites=True
         ),
-        "integers": (lambda: quantize(FP8("bucket")), "", "'bucket'", "int32", "Narrow"),
-        "in full": (
-            lambda: quantize(NF4("odd|kernel"), sites=True),
-            *("", "'odd'", "Full('odd')", "Give NF4 a pattern"),
+        "'bucket' ... int32 ... Narrow": lambda: quantize(FP8("bucket")),
+        "'odd' ... Full('odd') ... Give NF4 a": lambda: quantize(NF4("odd|kernel"), sites=True),
+        "'layer/bias' ... of shape (96,) ... Narrow the": lambda: quantize(NF4("kernel|bias")),
+        "'w' ... of shape (0, 64) ... Narrow the pattern": lambda: quantize(
+            MXFP4("w"), params={"w": jnp.ones((0, 64))}
         ),
-        "a vector": (
-            lambda: quantize(NF4("kernel|bias")),
-            *("", "'layer/bias'", "of shape (96,)", "Narrow the pattern"),
+        "'the root' ... of shape (64,) ... Narrow the": lambda: quantize(NF4(""), params=array(64)),
+        "'layer/kernel' ... as Int8(block=32) ... jlora.dequantize(params)": lambda: quantize(
+            NF4("kernel"), params=quantize(Int8("kernel", block=32))
         ),
-        "no rows": (
-            lambda: quantize(MXFP4("w"), params={"w": jnp.ones((0, 64))}),
-            *("", "'w'", "of shape (0, 64)", "Narrow the pattern"),
+        "`group` ... 'odd' ... got 128 ... 16, 32": lambda: quantize(Int4("odd")),
+        "`block` ... 'w' ... got 128 ... Give one of 16, 32, 64": lambda: quantize(
+            Int8("w", block=128), params=STACK
         ),
-        "the root": (
-            lambda: quantize(NF4(""), params=array(64)),
-            *("", "'the root'", "of shape (64,)", "Narrow the pattern"),
-        ),
-        "quantized already": (
-            lambda: quantize(NF4("kernel"), params=quantize(Int8("kernel", block=32))),
-            *("", "'layer/kernel'", "as Int8(block=32)", "jlora.dequantize(params)"),
-        ),
-        "group": (lambda: quantize(Int4("odd")), "group", "'odd'", "got 128", "16, 32"),
-        "block": (
-            lambda: quantize(Int8("w", block=128), params=STACK),
-            *("block", "'w'", "got 128", "Give one of 16, 32, 64"),
-        ),
-        "no block": (
-            lambda: quantize(MXFP4("head")),
-            *("block", "'head'", "of length 40", "leave it out of the pattern"),
-        ),
-        "not finite": (
-            lambda: quantize(Int8("kernel"), params=swap(PARAMS, "layer/kernel", BROKEN)),
-            *("params", "'layer/kernel'", "3 values", "Use a checkpoint"),
+        "`block` ... 'head' ... of length 40 ... leave it out of": lambda: quantize(MXFP4("head")),
+        "`params` ... 'layer/kernel' ... 3 values ... Use a checkpoint": lambda: quantize(
+            Int8("kernel"), params=swap(PARAMS, "layer/kernel", BROKEN)
         ),
     },
 }
@@ -171,7 +150,7 @@ def test_a_scan_and_methods_of_arrays():
     methods = (lambda: leaf.astype(jnp.bfloat16), lambda: leaf.reshape(-1))
     scan = lambda: jax.lax.scan(lambda x, w: (x @ w, None), array(2, 96), leaf)  # noqa: E731
     for method in (scan, *methods):
-        with refused(TypeError, "", "jlora.Quantized", remedy="jlora.dequantize(params)"):
+        with refused(TypeError, "", "jlora.Quantized", "jlora.dequantize(params)"):
             method()
 
 
@@ -205,29 +184,20 @@ SPEC = P(None, "tensor")
 GATHERED = {"embed": P(), "layer": {"bias": P()}}
 TAKERS: dict[type[Exception], dict[str, Any]] = {
     ValueError: {
-        "in full": (
-            lambda: jlora.transform(model, Full("kernel")).init(KEY, adapted()[0], IDS),
-            *("", "'layer/kernel'", "is quantized", "narrow the pattern of Full"),
+        "'layer/kernel' ... is quantized ... narrow the pattern of Full": lambda: jlora.transform(
+            model, Full("kernel")
+        ).init(KEY, adapted()[0], IDS),
+        "`unmerge` ... 'layer/kernel' ... is quantized ... Keep": lambda: jlora.unmerge(*adapted()),
+        "`specs` ... head, layer/kernel ... lacks 2 quantized ... Give": lambda: sharding.gathered(
+            adapted()[0], GATHERED
         ),
-        "unmerge": (
-            lambda: jlora.unmerge(*adapted()),
-            *("unmerge", "'layer/kernel'", "is quantized", "Keep the base"),
-        ),
-        "gathered": (
-            lambda: sharding.gathered(adapted()[0], GATHERED),
-            *("specs", "head, layer/kernel", "lacks 2 quantized weights", "Give the sharding"),
-        ),
-        "no mesh": (
-            lambda: jlora.wrap(lambda p: p["w"] @ p["w"])(
-                sharding.gathered(quantize(NF4("w"), params={"w": array(64, 64)}), {"w": SPEC})
-            ),
-            *("", SPEC, "tensor", "jax.set_mesh(mesh)"),
+        f"{SPEC} ... tensor ... jax.set_mesh(mesh)": lambda: jlora.wrap(lambda p: p["w"] @ p["w"])(
+            sharding.gathered(quantize(NF4("w"), params={"w": array(64, 64)}), {"w": SPEC})
         ),
     },
     TypeError: {
-        "export": (
-            lambda: checkpoint.export("/nowhere/merged", adapted()[0]),
-            *("merged", "head, layer/kernel", "quantized leaves", "Give jlora.dequantize(merged)"),
+        "`merged` ... head, layer/kernel ... Give jlora.dequantize(merged)": lambda: (
+            checkpoint.export("/nowhere/merged", adapted()[0])
         ),
     },
 }

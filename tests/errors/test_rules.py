@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.nn.initializers import lecun_normal, normal, zeros
-from messages import refused
-from small import REMEDY, X, each_refusal, init, line_of, model
+from messages import each_refusal, refused
+from small import REMEDY, X, init, line_of, model
 
 import jlora
 from jlora import Full, LoRA, Slots, checkpoint, initializers
@@ -52,50 +52,42 @@ def test_pattern(rule: Any, value: Any) -> None:
         rule(value)
 
 
-MALFORMED: dict[type[Exception], dict[str, tuple[Any, ...]]] = {
+MALFORMED: dict[type[Exception], dict[str, Callable[[], Any]]] = {
     ValueError: {
-        "unterminated": (lambda: LoRA("(query"), "pattern", "'(query'", "at position 0"),
-        "nothing to repeat": (lambda: Full("*kernel"), "pattern", "'*kernel'", "at position 0"),
-        "flags": (lambda: LoRA("head(?i)"), "pattern", "'head(?i)'", "at position 4"),
-        "at the end": (lambda: Full("encoder/"), "pattern", "Full", "'encoder/'", "'encoder'."),
-        "at the start": (lambda: jlora.DoRA("/(q|v)/w"), "pattern", "DoRA", "'/(q", "'(q|v)/w'."),
-        "no slots": (lambda: Slots(0, (0,)), "count", "", "got 0."),
-        "slots twice": (lambda: Slots(3, (0, 2, 0)), "chosen", "", "got (0, 2, 0)."),
-        "no such slot": (lambda: Slots(3, (-1, 1)), "chosen", "[0, 3)", "got (-1, 1)."),
+        "`pattern` ... '(query' ... at position 0": lambda: LoRA("(query"),
+        "`pattern` ... '*kernel' ... at position 0": lambda: Full("*kernel"),
+        "`pattern` ... 'head(?i)' ... at position 4": lambda: LoRA("head(?i)"),
+        "`pattern` ... Full ... 'encoder/' ... 'encoder'.": lambda: Full("encoder/"),
+        "`pattern` ... DoRA ... '/(q ... '(q|v)/w'.": lambda: jlora.DoRA("/(q|v)/w"),
+        "`count` ... got 0.": lambda: Slots(0, (0,)),
+        "`chosen` ... got (0, 2, 0).": lambda: Slots(3, (0, 2, 0)),
+        "`chosen` ... [0, 3) ... got (-1, 1).": lambda: Slots(3, (-1, 1)),
         **{
-            f"{name} {x!r}": (lambda f=f, x=x: f(x), name, "", f"got {x!r}.")
+            f"`{name}` ... got {x!r}.": lambda f=f, x=x: f(x)
             for name, f in {"ratio": jlora.lora_plus, "damping": jlora.precondition}.items()
             for x in (0, math.nan, True, "16")
         },
     },
     TypeError: {
-        "half a slot": (lambda: Slots(3, (0, 1.0)), "chosen", "", "got (0, 1.0)."),
-        "one slot": (lambda: Slots(3, 0), "chosen", "", "got 0."),
-        "half an axis": (lambda: Slots(3, (0,), axis=0.5), "axis", "", "got 0.5."),
-        "optax": (lambda: jlora.optimizer(optax.adamw), "tx", "", f"got {optax.adamw!r}."),
-        "the rule first": (
-            lambda: jlora.transform(LoRA("w"), LoRA("w")),
-            *("apply_fn", "", "of type LoRA", "transform(model.apply, LoRA(...))"),
+        "`chosen` ... got (0, 1.0).": lambda: Slots(3, (0, 1.0)),
+        "`chosen` ... got 0.": lambda: Slots(3, 0),
+        "`axis` ... got 0.5.": lambda: Slots(3, (0,), axis=0.5),
+        "`tx` ... got <function adamw at": lambda: jlora.optimizer(optax.adamw),
+        "`apply_fn` ... of type LoRA ... transform(model.apply, LoRA(...))": lambda: (
+            jlora.transform(LoRA("w"), LoRA("w"))
         ),
-        "a list": (lambda: jlora.transform(model, [LoRA("w")]), "rules", "", "a list", "*rules"),
-        "a string": (lambda: jlora.transform(model, "kernel"), "rules", "", "got 'kernel'."),
-        "a class": (lambda: jlora.transform(model, LoRA), "rules", "", "class LoRA", "LoRA(...)"),
-        "a scheme": (lambda: jlora.transform(model, jlora.NF4()), "rules", "", "got NF4("),
-        "schemes": (
-            lambda: jlora.quantize({}, [jlora.NF4()]), "schemes", "", "a list", "*schemes"
+        "`rules` ... a list ... *rules": lambda: jlora.transform(model, [LoRA("w")]),
+        "`rules` ... got 'kernel'.": lambda: jlora.transform(model, "kernel"),
+        "`rules` ... class LoRA ... LoRA(...)": lambda: jlora.transform(model, LoRA),
+        "`rules` ... got NF4(": lambda: jlora.transform(model, jlora.NF4()),
+        "`schemes` ... a list ... *schemes": lambda: jlora.quantize({}, [jlora.NF4()]),
+        "`scheme` ... loftq ... class Int8 ... Int8(...)": lambda: initializers.loftq(jlora.Int8),
+        "`rules` ... class Full ... Full(...)": lambda: checkpoint.save(
+            "nowhere", {"w": jnp.ones((2, 2))}, [Full]
         ),
-        "a class of loftq": (
-            lambda: initializers.loftq(jlora.Int8), "scheme", "loftq", "class Int8", "Int8(...)"
-        ),
-        "a class to save": (
-            lambda: checkpoint.save("nowhere", {"w": jnp.ones((2, 2))}, [Full]),
-            *("rules", "", "class Full", "Full(...)"),
-        ),
-        "a class to quantize": (
-            lambda: jlora.quantize({}, jlora.FP8), "schemes", "", "class FP8", "FP8(...)"
-        ),
+        "`schemes` ... class FP8 ... FP8(...)": lambda: jlora.quantize({}, jlora.FP8),
     },
-}  # fmt: skip
+}
 
 
 @each_refusal(MALFORMED)
@@ -113,7 +105,7 @@ def test_keywords_of_peft(rule: type) -> None:
             rule("w", **{name: 1})
     with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
         rule("w", ranks=1)
-    with refused(TypeError, "r", remedy="`lora_alpha` is `alpha`."):
+    with refused(TypeError, "r", "`lora_alpha` is `alpha`."):
         rule(r=8, lora_alpha=16)
     fields = [field.name for field in dataclasses.fields(rule)]
     assert list(inspect.signature(rule).parameters) == fields
@@ -137,47 +129,40 @@ def table(p: Any, x: Any) -> Any:
 
 
 HIGH, THIRD = LoRA("fused", rank=3, slots=Slots(3, (0, 2))), Slots(3, (0,), axis=1)
-# What a rule matches, of why that does not do, and of the remedy.
-UNFIT: dict[str, Any] = {
-    "no rules": (lambda: init(), "`rules`", "is empty", "a jlora.LoRA() or a jlora.Full(pattern)"),
-    "misspelled": (lambda: init(LoRA("layer/kernal", rank=2)), "kernal", "layer/kernel"),
-    "no leaf": (
-        lambda: init(LoRA("w", rank=2), apply=lambda p, x: x, params={}),
-        *("LoRA('w')", "There is no leaf"),
+UNFIT: dict[str, Callable[[], Any]] = {
+    "`rules` ... is empty ... a jlora.LoRA() or a jlora.Full(pattern)": lambda: init(),
+    "LoRA('layer/kernal') ... layer/kernel": lambda: init(LoRA("layer/kernal", rank=2)),
+    "LoRA('w') ... There is no leaf": lambda: init(
+        LoRA("w", rank=2), apply=lambda p, x: x, params={}
     ),
-    "after others": (
-        lambda: init(LoRA("fused", rank=2), Full("layer"), Full("kernel|fused")),
-        *("Full('kernel|fused')", "(LoRA('fused'), Full('layer'))", "reorder the rules"),
+    "Full('kernel|fused') ... (LoRA('fused'), Full('layer')) ... reorder the rules": lambda: init(
+        LoRA("fused", rank=2), Full("layer"), Full("kernel|fused")
     ),
-    "no site": (
-        lambda: init(LoRA(rank=2), apply=table, params={"table": X}),
-        *("LoRA()", "the model has none", "Name leaves by a pattern"),
+    "LoRA() ... the model has none ... Name leaves by a pattern": lambda: init(
+        LoRA(rank=2), apply=table, params={"table": X}
     ),
-    "a vector": (
-        lambda: init(LoRA("layer", rank=2)), "'layer/bias'", "shape (6,)", "'layer/kernel'?"
-    ),
-    "unused": (lambda: init(LoRA("unused", rank=2)), "'unused'", "shape (3, 5)", "jlora.Full."),
-    "integers": (lambda: init(LoRA("bucket", rank=2)), "'bucket'", "dtype int32", "Narrow"),
-    "integers in full": (lambda: init(Full("bucket")), "'bucket'", "dtype int32", "Narrow"),
-    "rank": (lambda: init(LoRA("kernel", rank=5)), "'layer/kernel'", "is 5", "Lower the rank"),
-    "rank of slots": (lambda: init(HIGH), "'fused'", "is 3", "jlora.Full('fused')"),
-    "slots": (lambda: init(LoRA("fused", rank=1, slots=Slots(4, (0,)))), "'fused'", "got 4."),
-    "axis of slots": (lambda: init(LoRA("fused", rank=1, slots=THIRD)), "'fused'", "got 1."),
-    "zeros": (lambda: init(LoRA("fused", rank=2, init=zeros)), "'fused'", "A zero", "draws A"),
-    "A": (started(lambda w, a, b: (w, a.T, b)), "'layer/kernel'", "got (((4, 6), "),
-    "dtype of A": (started(lambda w, a, b: (w, a.astype(int), b)), "'layer/kernel'", "'int32')"),
-    "W": (started(lambda w, a, b: (w[:3], a, b)), "'layer/kernel'", "got (((3, 6), "),
-    "dtype of W": (started(lambda w, a, b: (w.astype("f2"), a, b)), "'layer/kernel'", "float32"),
-    "no B": (started(lambda w, a, b: (w, a)), "'layer/kernel'", "((4, 2), 'floating-point'))."),
-    "no arrays": (started(lambda w, a, b: (w, [], [])), "'layer/kernel'", "(None, 'None'))."),
-}  # fmt: skip
+    "'layer/bias' ... shape (6,) ... 'layer/kernel'?": lambda: init(LoRA("layer", rank=2)),
+    "'unused' ... shape (3, 5) ... jlora.Full.": lambda: init(LoRA("unused", rank=2)),
+    "LoRA('bucket') ... int32 ... Narrow": lambda: init(LoRA("bucket", rank=2)),
+    "Full('bucket') ... int32 ... Narrow": lambda: init(Full("bucket")),
+    "`rank` ... 'layer/kernel' ... is 5 ... Lower the rank": lambda: init(LoRA("kernel", rank=5)),
+    "`rank` ... 'fused' ... is 3 ... jlora.Full('fused')": lambda: init(HIGH),
+    "`count` ... 'fused' ... got 4.": lambda: init(LoRA("fused", rank=1, slots=Slots(4, (0,)))),
+    "`axis` ... 'fused' ... got 1.": lambda: init(LoRA("fused", rank=1, slots=THIRD)),
+    "`init` ... 'fused' ... draws A": lambda: init(LoRA("fused", rank=2, init=zeros)),
+    "`init` ... 'layer/kernel' ... ((2, 4), ": started(lambda w, a, b: (w, a.T, b)),
+    "`init` ... 'layer/kernel' ... 'int32')": started(lambda w, a, b: (w, a.astype(int), b)),
+    "`init` ... 'layer/kernel' ... got (((3, 6), ": started(lambda w, a, b: (w[:3], a, b)),
+    "`init` ... W's dtype float32": started(lambda w, a, b: (w.astype(jnp.float16), a, b)),
+    "`init` ... ((4, 2), 'floating-point')).": started(lambda w, a, b: (w, a)),
+    "`init` ... (None, 'None')).": started(lambda w, a, b: (w, [], [])),
+}
 
 
-@pytest.mark.parametrize("case", UNFIT)
-def test_unfit_rule(case: str) -> None:
+@each_refusal({ValueError: UNFIT})
+def test_unfit_rule(error: Any, call: Callable[[], Any], facts: Any) -> None:
     """A rule that would train nothing, or cannot apply to a leaf that it matches."""
-    call, *facts = UNFIT[case]
-    with refused(ValueError, "", *facts):
+    with refused(error, *facts):
         call()
 
 
