@@ -96,15 +96,15 @@ def check_all_said(test: str) -> None:
 def check_facts(error: Exception, argument: str, *facts: object) -> None:
     """Looks for facts in the fields of an error; in its text if it has no fields."""
     fields: Any = error
-    parts, common = [("", str(error), "")], ""
+    whole, parts = str(error), [("", "", "")]
     if hasattr(error, "problems"):
         assert argument in ("", fields.argument), fields.argument
-        parts, common = [(fields.path, fields.why, ""), *fields.problems], fields.remedy
+        whole, parts = f"{fields.why}\n{fields.remedy}", [(fields.path, "", ""), *fields.problems]
     assert not argument or f"`{argument}`" in str(error), error
     assert any(
-        all(str(x) == where or str(x) in f"{why}\n{remedy}\n{common}" for x in facts)
+        all(str(x) == where or str(x) in f"{why}\n{remedy}\n{whole}" for x in facts)
         for where, why, remedy in parts
-    ), (facts, parts)
+    ), (facts, whole, parts)
 
 
 @contextlib.contextmanager
@@ -116,7 +116,7 @@ def refused(
     Args:
         error: its class, or several.
         argument: the argument that it names.
-        facts: what the error says, or one of its problems: the path or place as a whole, and parts
+        facts: what it says with one of its problems: the path or the place as a whole, and parts
             of what was got and of the remedy.
         case: as for `check_text`.
     """
