@@ -209,21 +209,6 @@ def of_linen() -> Any:
     return sharding.specs(model.base["params"], models.adapter_of(model, abstract=True))
 
 
-def misfit(up: str) -> str:
-    return (
-        "`base` has shardings that do not fit at 1 of 7 paths of `adapter`:\n"
-        f"  layers/0/up: {up}\nCorrect them in `base`: the adapter follows W."
-    )
-
-
-def unknown(up: str) -> str:
-    return (
-        "`base` must be a tree of PartitionSpec or NamedSharding, of arrays or "
-        "jax.ShapeDtypeStructs that have one, or of Flax's partitioned parameters; it has no "
-        f"sharding at 1 of 7 paths of `adapter`:\n  layers/0/up: got {up}"
-    )
-
-
 SCANNED = models.scanned()
 REFUSALS: dict[type[Exception], dict[str, Callable[[], Any]]] = {
     ValueError: {
