@@ -140,7 +140,7 @@ def test_norms_at_the_limits() -> None:
     assert of_half.dtype == jnp.float32
     np.testing.assert_allclose(of_half, same[0], rtol=1e-2)
     assert far < 1e-5 * same[0]
-    with pytest.raises(ValueError, match=r"must adapt weights with equal .*got .*\(0,\).*\(1,\)"):
+    with refused(ValueError, "", "must adapt weights with equal", "got", "(0,)", "(1,)"):
         analysis.distance(site("plain"), site("turned"))
 
 
@@ -186,7 +186,7 @@ def test_similarity_of_factors() -> None:
     np.testing.assert_allclose(jnp.diag(repeated), [1, 1, 2 / 3, 1 / 2], rtol=1e-5)
     assert not any(np.any(zero) for zero in zeros)
     for shapes in (((6, 2), (5, 2)), ((2, 6, 2), (3, 6, 2)), ((6,), (6,))):
-        with pytest.raises(ValueError, match=r"`a1` and `a2` must have shapes .* differ only in r"):
+        with refused(ValueError, "a1", "and `a2` must have shapes", "differ only in r"):
             analysis.subspace_similarity(*map(np.ones, shapes))
 
 

@@ -286,7 +286,7 @@ def test_one_leaf_in_full() -> None:
     dropped = arithmetic.dare([one], key=KEY, density=0.5, base=base)["head"]
     assert set(dropped.tolist()) == {0.0, 2.0}
     for merge in (arithmetic.ties, lambda t: arithmetic.dare(t, key=KEY)):
-        with pytest.raises(ValueError, match="is trained in full, so its change depends on the"):
+        with refused(ValueError, "", "is trained in full, so its change depends on the"):
             merge([one])
 
 

@@ -300,7 +300,7 @@ def test_a_base_with_and_without_x64(first, tmp_path):
         checkpoint.save(tmp_path / "a", adapter, (Full("w"),), base=base, hash_values=True)
     with jax.enable_x64(not first):
         checkpoint.restore(tmp_path / "a", base=base)
-        with pytest.raises(ValueError, match=r"(?s)n: expected dtype int.*  w: other values"):
+        with refused(ValueError, "", "n: expected dtype int", "w: other values"):
             other = {**base, "n": 3.0, "w": adapter["w"]}
             checkpoint.restore(tmp_path / "a", base=other)
 

@@ -404,9 +404,9 @@ def test_starts_refuse(start: Any, kind: str) -> None:
         lora = jlora.transform(lambda p, x: x @ next(iter(p.values())), rule)
         return lora.init(jax.random.key(0), params, np.eye(4))
 
-    with pytest.raises(ValueError, match=r"`sketch` lacks the site 'v'; it has w"):
+    with refused(ValueError, "sketch", "lacks the site 'v'; it has w"):
         init({"v": np.eye(4)}, LoRA("v", rank=1))
-    with pytest.raises(ValueError, match=r"has 'w' with the shape \(4, 4\) .* expected \(4, 5\)"):
+    with refused(ValueError, "", "has 'w' with the shape (4, 4)", "expected (4, 5)"):
         init({"w": np.eye(4, 5)}, LoRA("w", rank=1))
     needed = 3 if kind == "inputs" else 4  # all there are
     with pytest.raises(ValueError, match=f"2 components of 'w'; rank 3 needs {needed}. Sketch"):
@@ -443,7 +443,7 @@ def test_a_site_that_the_loss_does_not_see() -> None:
         assert str(found).splitlines()[2].endswith("0   0.0%")
         assert jlora.allocate(found, rule, budget=8) == (LoRA("^w$", rank=1),)
         lora = jlora.transform(model, dataclasses.replace(rule, init=start(found)))
-        with pytest.raises(ValueError, match="`sketch` is zero at 'v', because the loss did not"):
+        with refused(ValueError, "sketch", "is zero at 'v', because the loss did not"):
             lora.init(jax.random.key(0), params, np.eye(4))
 
 
@@ -452,7 +452,7 @@ def test_lora_ga_refuses_what_is_quantized() -> None:
     rule = LoRA("w", rank=1, init=lora_ga(found))
     base = jlora.quantize(LINEAR[0], jlora.Int8("w"))
     lora = jlora.transform(lambda p, x: x @ p["w"], rule)
-    with pytest.raises(ValueError, match=r"cannot change W at 'w', which is quantized. Call init"):
+    with refused(ValueError, "", "cannot change W at 'w', which is quantized. Call init"):
         lora.init(jax.random.key(0), base, np.eye(4))
-    with pytest.raises(ValueError, match="`gamma` of lora_ga must be positive; got 0"):
+    with refused(ValueError, "gamma", "of lora_ga must be positive; got 0"):
         lora_ga(found, gamma=0)

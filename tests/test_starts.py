@@ -281,7 +281,7 @@ def test_what_is_closed_over_must_be_finite() -> None:
     lora, params, _, _, x = made("dense", pissa)
     bad = np.where(np.eye(*params["w"].shape) * np.eye(1, 10), np.inf, params["w"])
     for way in ("jit closed over", "eval_shape closed over", "vmap"):
-        with pytest.raises(ValueError, match="'w' of `params` has 1 values that are NaN or inf"):
+        with refused(ValueError, "", "'w' of `params` has 1 values that are NaN or inf"):
             WAYS[way](lora.init, {"w": jnp.asarray(bad)}, x)
 
 
@@ -377,7 +377,7 @@ def test_resuming_needs_the_base_of_the_start(name: str, tmp_path: Any) -> None:
     again, _ = jlora.transform(dense, *checkpoint.read(tmp_path / name).rules).init(KEY, params, x)
     restored = checkpoint.restore(tmp_path / name, base=again)
     laws.assert_close(lora.apply(again, restored, x), lora.apply(base, trained, x), 0.0)
-    with pytest.raises(ValueError, match="w: other values"):
+    with refused(ValueError, "", "w: other values"):
         checkpoint.restore(tmp_path / name, base=params)
 
 
@@ -385,7 +385,7 @@ def test_an_initializer_of_a_scheme_of_ones_own_is_foreign(tmp_path: Any) -> Non
     lora, _, _, adapter, _ = made("dense", loftq(Pairs()))
     checkpoint.save(tmp_path / "a", adapter, lora.rules)
     [rule] = checkpoint.read(tmp_path / "a").rules
-    with pytest.raises(NotImplementedError, match=r"`init` was loftq\(scheme=Pairs\(.*"):
+    with refused(NotImplementedError, "init", "was loftq(scheme=Pairs("):
         rule.init()
 
 
@@ -454,7 +454,7 @@ def test_a_frozen_factor(init: Any, frozen: Any, trained: str, tmp_path: Any) ->
         restored = checkpoint.restore(tmp_path / "a", like=adapter, base=base)
         assert jax.tree.structure(restored) == jax.tree.structure(adapter)
         assert checkpoint.read(tmp_path / "a").rules[0].init is miss
-        with pytest.raises(ValueError, match=r"w: expected frozen \('a',\), got \(\)"):
+        with refused(ValueError, "", "w: expected frozen ('a',), got ()"):
             checkpoint.restore(tmp_path / "a", like={"w": node._replace(frozen=())})
 
 
@@ -466,7 +466,7 @@ def test_a_checkpoint_that_freezes_nonsense_is_damaged(frozen: Any, tmp_path: An
     fields = json.loads(file.read_text())
     fields["adapter"][0]["frozen"] = frozen
     file.write_text(json.dumps(fields | {"sha256": digest(fields)}))
-    with pytest.raises(ValueError, match=r"damaged .*`frozen` must name arrays of LowRank"):
+    with refused(ValueError, "", "damaged", "`frozen` must name arrays of LowRank"):
         checkpoint.read(tmp_path / "a")
 
 
@@ -556,14 +556,14 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
     ):
         with pytest.raises(ValueError, match=mixed):
             combine([adapter, other])
-    with pytest.raises(ValueError, match=r"`node` and `other` must belong to one base, but only"):
+    with refused(ValueError, "node", "and `other` must belong to one base, but only"):
         analysis.distance(initial["w"], other["w"])
     assert float(analysis.distance(initial["w"], initial["w"])) < 1e-4
     assert many.init(lora, jax.random.split(KEY, 2), params, x)[1]["w"].residual
 
     checkpoint.save(tmp_path / "checkpoint", adapter, lora.rules)
     assert checkpoint.restore(tmp_path / "checkpoint")["w"].residual
-    with pytest.raises(ValueError, match="w: expected residual True, got False"):
+    with refused(ValueError, "", "w: expected residual True, got False"):
         checkpoint.restore(tmp_path / "checkpoint", like=other)
 
 
