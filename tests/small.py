@@ -75,11 +75,6 @@ def randomize(adapter: Any) -> Any:
     return jax.tree.map(noisy, adapter)
 
 
-def exactly(message: str) -> str:
-    """A pattern that matches `message` as a whole, with or without JAX's note on tracebacks."""
-    return r"\A" + re.escape(message) + r"(\n-+\nFor simplicity, JAX has removed .*)?\Z"
-
-
 def some(rows: Iterable[Any], *daily: Any) -> list[Any]:
     """The values of one parameter, of which all but `daily` are for the long run."""
     return [x if x in daily else pytest.param(x, marks=pytest.mark.slow) for x in rows]
@@ -102,14 +97,6 @@ REMEDY = (
 )
 
 
-# Of a quantized leaf that a model takes for an array.
-NO_ARRAY = (
-    "a weight is a jlora.Quantized. Only lora.apply and functions under jlora.wrap accept it: "
-    "call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
-    "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) returns plain arrays."
-)
-
-
 def line_of(f: Callable[..., Any], mark: str) -> str:
     """`file:line` of the only line of `f` that has `mark` in it."""
     lines, start = inspect.getsourcelines(f)
@@ -129,13 +116,6 @@ def assert_same(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
 def raw(tree: Any) -> list[bytes]:
     """The bytes of every leaf, so that zeros of different signs differ."""
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
-
-
-def message_of(provoke: Callable[[], Any]) -> str:
-    """The message of the error that `provoke` raises."""
-    with pytest.raises(Exception) as caught:
-        provoke()
-    return str(caught.value)
 
 
 ADAPTED = (LoRA("kernel|fused", rank=2), Full("bias"))

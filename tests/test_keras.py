@@ -208,9 +208,7 @@ def test_a_base_that_a_start_changes(tmp_path: Any) -> None:
     np.testing.assert_array_equal(other(X), changed)
     again = Adapted(model, adapted.adapter, params=adapted.params)
     np.testing.assert_array_equal(again(X), changed)
-    with pytest.raises(
-        ValueError, match=r"changed the weights at network/dense_32/kernel, .*params=a"
-    ):
+    with refused(ValueError, "", "weights at network/dense_32/kernel", "params=a"):
         Adapted(model, adapted.adapter)
     np.testing.assert_allclose(
         adapted.merged().predict(X, verbose=0), changed, rtol=1e-5, atol=1e-5
@@ -255,9 +253,7 @@ def test_a_base_that_is_freed_is_refused(part: str, compiled: bool) -> None:
         adapted.fit(X, X[:, :4], verbose=0)
     (model if part == "model" else model.layers[0]).trainable = True
     before = [np.array(v.value) for v in model.weights]
-    with pytest.raises(
-        RuntimeError, match="weights of the base have become trainable, such as network/d"
-    ):
+    with refused(RuntimeError, "", "have become trainable, such as network/d"):
         adapted.fit(X, X[:, :4], verbose=0)
     for v, w in zip(model.weights, before, strict=True):
         np.testing.assert_array_equal(v.value, w)

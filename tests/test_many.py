@@ -341,15 +341,15 @@ def test_what_a_traced_function_closes_over_is_known() -> None:
     ):
         expected = jax.jit(f)(*given)
         laws.assert_close(jax.jit(lambda f=f, given=given: f(*given))(), expected, 1e-5)
-    for f, message in (
-        (lambda: many.stack([broken], base=base), "is not finite"),
-        (lambda: many.insert(table, 0, broken), "is not finite"),
-        (lambda: many.take(table, three), r"`slot` must be in \[0, 3\)"),
-        (lambda: many.stop(state, [0, 3]), r"`slots` must be in \[0, 3\)"),
-        (lambda: many.stop(state, three), r"`slots` must be in \[0, 3\)"),
-        (lambda: many.route(lora.apply)(base, table, bad, X), r"`ids` must be in \[-1, 3\)"),
+    for argument, f in (
+        ("adapters", lambda: many.stack([broken], base=base)),
+        ("adapters", lambda: many.insert(table, 0, broken)),
+        ("slot", lambda: many.take(table, three)),
+        ("slots", lambda: many.stop(state, [0, 3])),
+        ("slots", lambda: many.stop(state, three)),
+        ("ids", lambda: many.route(lora.apply)(base, table, bad, X)),
     ):
-        with pytest.raises(ValueError, match=message):
+        with refused(ValueError, argument):
             jax.jit(f)()
 
 

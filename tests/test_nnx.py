@@ -149,9 +149,7 @@ def test_an_optimizer_trains_the_adapter_alone(options: dict[str, Any]) -> None:
 def test_lora_plus_says_what_to_chain_instead() -> None:
     """And that does what it does."""
     adapted = trained(LoRA("up/kernel", rank=2))
-    with pytest.raises(
-        TypeError, match=r"jlora\.lora_plus acts on .* nnx.Optimizer gives"
-    ) as error:
+    with refused(TypeError, "", "jlora.lora_plus acts on", "nnx.Optimizer gives") as error:
         nnx.Optimizer(adapted, jlora.lora_plus(16), wrt=nnx.LoRAParam)
     remedy = eval(re.search(r"optax\.masked.*\)(?=\.$)", str(error.value))[0])
     state = nnx.state(adapted, nnx.LoRAParam)

@@ -383,9 +383,7 @@ def test_what_is_multiplied_with_another_weight_has_no_inputs() -> None:
     params = {"w": np.eye(4), "v": np.eye(4)}
     loss = lambda p, x: jnp.sum((x @ (p["w"] @ p["v"])) ** 2)  # noqa: E731
     rule = LoRA("w|v", rank=1)
-    with pytest.raises(
-        NotImplementedError, match=r"'w' reaches `dot_general` at .*other than an activation"
-    ):
+    with refused(NotImplementedError, "dot_general", "'w'", "other than an activation"):
         jlora.sketch(loss, params, rule, [np.eye(4)], kind="inputs")
     jlora.sketch(loss, params, rule, [np.eye(4)], kind="gradient", passes=2)
 

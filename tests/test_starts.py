@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -520,12 +519,6 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
     lora, params, _, initial, x = made("dense", pissa)
     adapter, other = {"w": initial["w"]._replace(b=initial["w"].b + 1)}, made("dense", None)[3]
     names = [peft.Name("w", "model.w", "io")]
-    refusal = re.escape(
-        "`adapter` needs the base that an initializer changed, which PEFT and engines do not have, "
-        "at these paths:\n  w\nGive jlora.arithmetic.difference(adapter, initial), where `initial` "
-        "is the adapter from init, or merge the adapter into its base. If you publish the changed "
-        "base, mark the nodes: node.replace(residual=False)."
-    )
     (tmp_path / "model").mkdir()
     save_file({"model.w.weight": np.zeros((10, 12), "f")}, tmp_path / "model/model.safetensors")
     merged = (tmp_path / "model", adapter, tmp_path / "merged")
@@ -534,7 +527,7 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
         lambda: peft.tensors(params, adapter, names),
         lambda: peft.export_merged(*merged, names=names),
     ):
-        with pytest.raises(ValueError, match=refusal):
+        with refused(ValueError, "adapter", "w", "mark the nodes: node.replace(residual=False)."):
             write()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -547,14 +540,13 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
     assert jax.tree.structure(own) != jax.tree.structure(adapter)
     peft.tensors(params, own, names)
 
-    mixed = "w: belongs to the original parameters in one, but in another belongs to a base that"
     for combine in (
         arithmetic.add,
         many.stack,
         lambda pair: arithmetic.difference(*pair),
         lambda pair: many.insert(many.stack(pair[:1]), 0, pair[1]),
     ):
-        with pytest.raises(ValueError, match=mixed):
+        with refused(ValueError, "", "w", "belongs to the original parameters in one"):
             combine([adapter, other])
     with refused(ValueError, "node", "and `other` must belong to one base, but only"):
         analysis.distance(initial["w"], other["w"])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax import lax
 from messages import refused
-from small import KEY, REMEDY, SQUARE, W, X, dense, init, line_of, message_of, some, use_sin
+from small import KEY, REMEDY, SQUARE, W, X, dense, init, line_of, some, use_sin
 
 import jlora
 from jlora import LoRA
@@ -269,14 +269,14 @@ def test_every_use_is_named() -> None:
         y = y @ jnp.tanh(p["w"])  # second
         return y @ p["w"]
 
-    text = message_of(lambda: init(RULE, apply=twice, params=SQUARE))
     first, second = line_of(twice, "# first"), line_of(twice, "# second")
     where = "test_every_use_is_named.<locals>.twice"
-    assert f"`sin` at {first} ({where}); `tanh` at {second} ({where})." in text
-    assert text.count("`sin`") == 1
-    assert "the traced call does not use" not in message_of(
-        lambda: init(RULE, apply=use_one_output, params=SQUARE)
-    )
+    said = f"`sin` at {first} ({where}); `tanh` at {second} ({where})."
+    with refused(NotImplementedError, "sin", said) as caught:
+        init(RULE, apply=twice, params=SQUARE)
+    assert str(caught.value).count("`sin`") == 1
+    with refused(ValueError, "", "products that leave it no inputs or no outputs"):
+        init(RULE, apply=use_one_output, params=SQUARE)
 
 
 def test_dropout_where_formed() -> None:
@@ -293,8 +293,8 @@ def use_where(p: Any, x: jax.Array) -> Any:
 
 def test_line_of_a_library_function() -> None:
     """The user's line that calls `jnp.where`."""
-    text = message_of(lambda: init(RULE, apply=use_where, params=SQUARE))
-    assert line_of(use_where, "# here") in text
+    with refused(ValueError, "", line_of(use_where, "# here")):
+        init(RULE, apply=use_where, params=SQUARE)
 
 
 # --------------------------------------------------------------------------- values in Python
@@ -328,9 +328,9 @@ BRANCHES = {
 def test_python_reads_an_adapted_weight(case: str) -> None:
     """Python code that asks for the value of an adapted weight is refused, by both."""
     apply = BRANCHES[case]
-    text = message_of(lambda: init(RULE, apply=apply, params=SQUARE))
-    assert "reads the value of an array" in text and "'w'" in text
-    assert os.path.dirname(jlora.__file__) not in text  # no line of jlora
+    with refused(TypeError, "", "reads the value of an array", "'w'") as caught:
+        init(RULE, apply=apply, params=SQUARE)
+    assert os.path.dirname(jlora.__file__) not in str(caught.value)  # no line of jlora
     base, adapter = init(RULE, apply=dense, params=SQUARE)
     with refused(TypeError, "", "reads the value of an array"):
         jlora.transform(apply).apply(base, adapter, X)
