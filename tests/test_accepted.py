@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from laws import leaks_checked
+from messages import refused
 from small import KEY, SQUARE, W, X, array, assert_same, dense, init, randomize, use_sin
 
 import jlora
@@ -112,5 +113,5 @@ def test_tracers_do_not_leak() -> None:
     with leaks_checked():
         base, adapter = init(*ONE, apply=dense, params=SQUARE)
         jlora.transform(dense).apply(base, adapter, X)
-        with pytest.raises(ValueError, match="uses only in `sin`"):
+        with refused(ValueError, "", "uses only in `sin`"):
             init(*ONE, apply=use_sin, params=SQUARE)

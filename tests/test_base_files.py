@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import shutil
 import struct
 from functools import partial
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from messages import refused
 from safetensors.numpy import load_file, save_file
 from small import some
 
@@ -346,7 +346,7 @@ def test_experts_of_bitsandbytes(double, tmp_path):
     expected = file.matrix.reshape(shape)
     assert_rounded(leaf.array(jnp.float32), expected)
     names[0] = peft.Name("w", "up", "eio", "weight", transposed=True)
-    with pytest.raises(ValueError, match=r"up\.weight: is quantized, but `names` changes the val"):
+    with refused(ValueError, "path", "up.weight", "but `names` changes the values"):
         peft.load_base(folder, names, like=like)
     peft.dequantize_checkpoint(folder, tmp_path / "dense")
     new = load_file(tmp_path / "dense" / "model.safetensors")["up.weight"]
@@ -423,9 +423,6 @@ def test_leaves_in_codes(case, tmp_path):
 ONE = {"up": {"kernel": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32)}}
 ONE |= {"norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)}}
 STATE = "up.weight.quant_state.bitsandbytes__nf4"
-ABSMAX = "up.weight.absmax: expected U8 of shape (128,), got"
-
-
 def state(**fields):
     """The state of the kernel with other fields; None takes one away."""
 
@@ -442,83 +439,62 @@ def nan(x):
 
 
 # A format, its tensor, what becomes of it (None: it is taken away), and what is said.
-LIES = [
-    ("nf4", STATE, None, "up.weight: has 4-bit codes, but no up.weight.quant_state.bitsandbytes_"),
-    ("nf4", STATE, state(quant_type="nf5"), f"{STATE}: invalid `quant_type` 'nf5'"),
-    ("nf4", STATE, state(shape=[COLUMNS, 8, 8]), "up.weight: expected shape (64, 128), got (128, "),
-    ("nf4", STATE, state(shape=[256, 4, 8]), "up.weight: blocks of 64 cross experts of (25"),
-    ("nf4", STATE, state(blocksize=63), f"{STATE}: invalid `blocksize` 63"),
-    ("nf4", STATE, state(blocksize=True), f"{STATE}: invalid `blocksize` True"),
-    ("nf4", STATE, state(blocksize=10**30), f"{STATE}: invalid `blocksize` 1000000000"),
-    ("nf4", STATE, state(shape=[ROWS]), f"{STATE}: invalid `shape` [64]"),
-    ("nf4", STATE, state(shape=[COLUMNS, ROWS]), "up.weight: expected shape (64, 128), got (128, "),
-    ("nf4", STATE, state(dtype="int8"), f"{STATE}: invalid `dtype` 'int8'"),
-    ("nf4", STATE, state(dtype=None), f"{STATE}: invalid `dtype` None"),
-    ("nf4", STATE, state(nested_offset="x"), f"{STATE}: invalid `nested_offset` 'x'"),
-    ("nf4", STATE, state(nested_dtype="float16"), f"{STATE}: invalid `nested_dtype` 'float16'"),
-    ("nf4", STATE, lambda x: x[:-1], f"{STATE}: is not valid JSON"),
-    ("nf4", STATE, lambda x: np.full(20_000, 32, np.uint8), f"{STATE}: expected at most 10000 byt"),
-    ("nf4", "up.weight.absmax", None, "up.weight.absmax: missing"),
-    ("bitsandbytes, 8 bits", "up.SCB", None, "up.SCB: missing"),
-    ("nf4", "up.weight.absmax", lambda x: x[:-1], f"{ABSMAX} U8 (127,)"),
-    ("nf4", "up.weight.absmax", np.float32, f"{ABSMAX} F32 (128,)"),
-    ("nf4", "up.weight.nested_absmax", nan, "nested_absmax: has values that are not finite"),
-    ("nf4", "up.weight.quant_map", lambda x: x[::-1], "up.weight.quant_map: is not the table"),
-    ("nf4", "up.weight.nested_quant_map", nan, "nested_quant_map: has values that are not finite"),
-    ("nf4", "up.weight", lambda x: x[:-1], "up.weight: expected 4096 bytes for (64, 128), got 409"),
-    ("nf4", "norm.weight", None, "norm.weight: missing"),
-    ("nf4", "norm.weight", lambda x: x[:-1], "norm.weight: expected F64 or F32 or F16 or BF16 of "),
-    ("nf4", "norm.weight", nan, "norm.weight: has values that are not finite"),
-    ("nf4", "more", lambda _: np.ones(2), "more: unexpected"),
-    ("fp8", "up.weight", nan, "up.weight: has values that are NaN"),
-    (
-        "fp8",
-        "up.weight_scale_inv",
-        lambda x: x + np.float32(3e38),
-        "up.weight: its scales allow values up to 1.34e+41, beyond ",
-    ),
-    (
-        "bitsandbytes, 8 bits",
-        "up.SCB",
-        lambda x: x + np.float32(6e36),  # with which a code is multiplied before it is divided
-        "up.weight: its scales allow values up to inf, beyond ",
-    ),
-    ("gptq", "up.g_idx", lambda x: x + 1, "up: has inputs in groups other than the 4 with"),
-    ("gptq", "up.g_idx", lambda x: x[:-1], "up.g_idx: expected I32 of shape (128,), got I32"),
-    ("gptq, by activation", "up.g_idx", None, "up.g_idx: missing"),
-    (
-        "compressed-tensors, by activation",
-        "up.weight_g_idx",
-        lambda x: x + 1,
-        "up: has inputs in groups other than the 4 with",
-    ),
-    (
-        "compressed-tensors",
-        "up.weight_scale",
-        lambda x: x[:, :3],
-        "up: 3 groups of scales do not divide 128 inputs",
-    ),
-    (
-        "compressed-tensors",
-        "up.weight_shape",
-        lambda x: x + 8,
-        "up.weight_packed: expected 4 bits, shape (72, 17) or 8 bits, shape (72, 34); got (64, 16)",
-    ),
+LIES = [  # a format, a tensor, what becomes of it; the place of the problem, and what was got
+    ("nf4", STATE, None, "up.weight", "has 4-bit codes"),
+    ("nf4", STATE, state(quant_type="nf5"), STATE, "`quant_type` 'nf5'"),
+    ("nf4", STATE, state(shape=[COLUMNS, 8, 8]), "up.weight", "got (128, 8, 8)"),
+    ("nf4", STATE, state(shape=[256, 4, 8]), "up.weight", "blocks of 64 cross experts"),
+    ("nf4", STATE, state(blocksize=63), STATE, "`blocksize` 63"),
+    ("nf4", STATE, state(blocksize=True), STATE, "`blocksize` True"),
+    ("nf4", STATE, state(blocksize=10**30), STATE, "`blocksize` 1000000000"),
+    ("nf4", STATE, state(shape=[ROWS]), STATE, "`shape` [64]"),
+    ("nf4", STATE, state(shape=[COLUMNS, ROWS]), "up.weight", "got (128, 64)"),
+    ("nf4", STATE, state(dtype="int8"), STATE, "`dtype` 'int8'"),
+    ("nf4", STATE, state(dtype=None), STATE, "`dtype` None"),
+    ("nf4", STATE, state(nested_offset="x"), STATE, "`nested_offset` 'x'"),
+    ("nf4", STATE, state(nested_dtype="float16"), STATE, "`nested_dtype` 'float16'"),
+    ("nf4", STATE, lambda x: x[:-1], STATE, "is not valid JSON"),
+    ("nf4", STATE, lambda x: np.full(20_000, 32, np.uint8), STATE, "got 20000"),
+    ("nf4", "up.weight.absmax", None, "up.weight.absmax", "missing"),
+    ("bitsandbytes, 8 bits", "up.SCB", None, "up.SCB", "missing"),
+    ("nf4", "up.weight.absmax", lambda x: x[:-1], "up.weight.absmax", "got U8 (127,)"),
+    ("nf4", "up.weight.absmax", np.float32, "up.weight.absmax", "got F32 (128,)"),
+    ("nf4", "up.weight.nested_absmax", nan, "up.weight.nested_absmax", "not finite"),
+    ("nf4", "up.weight.quant_map", lambda x: x[::-1], "up.weight.quant_map", "is not the table"),
+    ("nf4", "up.weight.nested_quant_map", nan, "up.weight.nested_quant_map", "not finite"),
+    ("nf4", "up.weight", lambda x: x[:-1], "up.weight", "got 4095"),
+    ("nf4", "norm.weight", None, "norm.weight", "missing"),
+    ("nf4", "norm.weight", lambda x: x[:-1], "norm.weight", "got "),
+    ("nf4", "norm.weight", nan, "norm.weight", "not finite"),
+    ("nf4", "more", lambda _: np.ones(2), "more", "unexpected"),
+    ("fp8", "up.weight", nan, "up.weight", "NaN"),
+    ("fp8", "up.weight_scale_inv", lambda x: x + np.float32(3e38), "up.weight", "up to 1.34e+41"),
+    # With this a code is multiplied before it is divided.
+    ("bitsandbytes, 8 bits", "up.SCB", lambda x: x + np.float32(6e36), "up.weight", "up to inf"),
+    ("gptq", "up.g_idx", lambda x: x + 1, "up", "in groups other than the 4"),
+    ("gptq", "up.g_idx", lambda x: x[:-1], "up.g_idx", "got I32 (127,)"),
+    ("gptq, by activation", "up.g_idx", None, "up.g_idx", "missing"),
+    ("compressed-tensors, by activation", "up.weight_g_idx", lambda x: x + 1, "up", "in groups"),
+    ("compressed-tensors", "up.weight_scale", lambda x: x[:, :3], "up", "3 groups of scales"),
+    ("compressed-tensors", "up.weight_shape", lambda x: x + 8, "up.weight_packed", "got (64, 16)"),
 ]
 
 
-@pytest.mark.parametrize(("format", "name", "change", "message"), LIES)
-def test_lies(format, name, change, message, tmp_path):
+@pytest.mark.parametrize(
+    ("format", "name", "change", "where", "got"),
+    LIES,
+    ids=[f"{format}: {name}: {got}" for format, name, _, _, got in LIES],
+)
+def test_lies(format, name, change, where, got, tmp_path):
     files = {"up": (FORMATS | DENSE)[format]()}
     folder, tensors = write(tmp_path / "base", files), tensors_of(files)
     old = tensors.pop(name, None)
     if change is not None:
         tensors[name] = np.array(change(old), order="C")
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError) as e:
+    with refused(ValueError, "path", where, got) as e:
         peft.load_base(folder, NAMES, like=ONE)
-    assert message in str(e.value)
-    assert f"`path`: {tmp_path / 'base'} does not fit `like`. 1 problem:\n" in str(e.value)
+    assert len(e.value.problems) == 1
 
 
 def groups_of(*sizes):
@@ -531,51 +507,40 @@ def bits_of(*bits):
     return {"config_groups": {f"group_{n}": {"weights": {"num_bits": n}} for n in bits}}
 
 
-CONFIGURATIONS = [
-    ("gptq", {"bits": 3}, "`bits` of the quantization: expected 4 or 8, got 3"),
-    ("gptq", {"bits": True}, "`bits` of the quantization: expected 4 or 8, got True"),
-    ("gptq", {"bits": 8}, "up.qzeros: expected I32 of shape (4, 16), got I32 (4, 8)"),
-    ("compressed-tensors", {"format": "nvfp4-pack-quantized"}, "`format` of the quantization: ex"),
-    ("compressed-tensors", {"format": "marlin-24"}, "naive-quantized, pack-quantized; got 'marlin"),
-    (
-        "compressed-tensors",
-        {"config_groups": {"group_0": {"format": "mxfp8-quantized"}}},
-        "got 'mxfp8-quantized'",
+CONFIGURATIONS = [  # what is in a configuration, and what is said of it
+    ("gptq", {"bits": 3}, "`bits` of the quantization", "got 3"),
+    ("gptq", {"bits": True}, "`bits` of the quantization", "got True"),
+    ("gptq", {"bits": 8}, "up.qzeros", "got I32 (4, 8)"),
+    ("gptq", {"checkpoint_format": "marlin"}, "got 'marlin'"),
+    ("gptq", {"quant_method": "hqq"}, "unknown `quant_method` 'hqq'"),
+    ("gptq", {"quant_method": 3}, "unknown `quant_method` 3"),
+    ("awq", {"version": "gemv"}, "`version` of the quantization", "got 'gemv'"),
+    ("awq", {"group_size": 96}, "up", "2 groups of scales for 128 inputs contradict `group_size`"),
+    ("awq", {"group_size": 256}, "up", "2 groups of scales for 128 inputs contradict"),
+    ("fp8", {"weight_block_size": [48, 48]}, "blocks of 48 × 48; got shape (2, 4)"),
+    ("fp8", {"weight_block_size": [0, 48]}, "got [0, 48]"),
+    ("int8 by output", groups_of(64), "up", "1 groups of scales for 128 inputs contradict"),
+    *(
+        ("compressed-tensors", config, *facts)
+        for config, *facts in (
+            ({"format": "nvfp4-pack-quantized"}, "`format` of the quantization", "got 'nvfp4-pack"),
+            ({"format": "marlin-24"}, "`format` of the quantization", "got 'marlin-24'"),
+            ({"config_groups": {"group_0": {"format": "mxfp8-quantized"}}}, "got 'mxfp8"),
+            ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "'sparse-24-bitmask' is not"),
+            ({"transform_config": {"config_groups": {}}}, "rotated weights are not supported"),
+            (groups_of(48, 64), "up", "4 groups of scales for 128 inputs contradict"),
+            (bits_of(8), "its shape (64, 16) is that of 4 bits, and `num_bits`"),
+        )
     ),
-    (
-        "compressed-tensors",
-        {"sparsity_config": {"format": "sparse-24-bitmask"}},
-        "`sparsity_config` of the quantization: 'sparse-24-bitmask' is not supported",
-    ),
-    (
-        "compressed-tensors",
-        {"transform_config": {"config_groups": {}}},
-        "`transform_config` of the quantization: rotated weights are not supported",
-    ),
-    ("gptq", {"checkpoint_format": "marlin"}, "expected gptq or gptq_v2, got 'marlin'"),
-    ("awq", {"version": "gemv"}, "`version` of the quantization: expected gemm or GEMM, got 'gemv"),
-    ("fp8", {"weight_block_size": [48, 48]}, "configuration blocks of 48 × 48; got shape (2, 4)"),
-    ("fp8", {"weight_block_size": [0, 48]}, "expected two numbers or null, got [0, 48]"),
-    ("awq", {"group_size": 96}, "up: 2 groups of scales for 128 inputs contradict `group_size` of"),
-    ("awq", {"group_size": 256}, "up: 2 groups of scales for 128 inputs contradict"),
-    ("compressed-tensors", groups_of(48, 64), "up: 4 groups of scales for 128 inputs contra"),
-    (
-        "compressed-tensors",
-        bits_of(8),
-        "its shape (64, 16) is that of 4 bits, and `num_bits` of the quantization is 8",
-    ),
-    ("int8 by output", groups_of(64), "up: 1 groups of scales for 128 inputs contradict"),
-    ("gptq", {"quant_method": "hqq"}, "unknown `quant_method` 'hqq'; known are awq, bitsandbytes"),
-    ("gptq", {"quant_method": 3}, "unknown `quant_method` 3; known are"),
 ]
 
 
-@pytest.mark.parametrize(("format", "config", "message"), CONFIGURATIONS)
-def test_configurations(format, config, message, tmp_path):
+@pytest.mark.parametrize("case", CONFIGURATIONS, ids=lambda x: f"{x[0]} {x[1]}"[:60])
+def test_configurations(case, tmp_path):
+    format, config, *facts = case
     folder = write(tmp_path / "base", {"up": FORMATS[format]()}, **config)
-    with pytest.raises(ValueError) as e:
+    with refused(ValueError, "path", *facts):
         peft.load_base(folder, NAMES, like=ONE)
-    assert message in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -617,8 +582,8 @@ def test_a_few_inputs_of_compressed_tensors(bits, tmp_path):
         loaded = jlora.dequantize(peft.load_base(folder, NAMES, like=like))
         expected = (codes.astype(np.float32) - middle) * scale.astype(np.float32)
         return assert_rounded(loaded["up"]["kernel"], expected.T)
-    said = re.escape(", ".join(map(str, bits)) or "None")
-    with pytest.raises(ValueError, match=rf"is that of 4 or 8 bits, and `num_bits` .* is {said}$"):
+    said = ", ".join(map(str, bits)) or "None"
+    with refused(ValueError, "path", "is that of 4 or 8 bits, and `num_bits`", f"is {said}"):
         peft.load_base(folder, NAMES, like=like)
 
 
@@ -626,9 +591,9 @@ def test_what_is_wrong_of_every_layer_is_said_once(tmp_path):
     folder = write(tmp_path / "base", {f"h.{i}.up": gptq() for i in range(3)}, bits=3)
     names = [peft.Name(r"h(\d)", r"h.\1.up", "io"), *NAMES]
     tree = {f"h{i}": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32) for i in range(3)}
-    message = r"does not fit `like`. 1 problem:\n  `bits` of the quantization: expected 4[^\n]*\Z"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "path", "`bits` of the quantization", "got 3") as e:
         peft.load_base(folder, names, like=tree | {"norm": ONE["norm"]})
+    assert len(e.value.problems) == 1
 
 
 def test_an_order_that_is_not_known_yet(tmp_path):
@@ -750,7 +715,7 @@ def test_64_bits_are_not_narrowed(kind, tmp_path):
         path = tmp_path if kind == "safetensors" else write_gguf(tmp_path, w)
         return peft.load_base(path, NAMES, like=tree)
 
-    with pytest.raises(ValueError, match=r"up\.weight: its dtype float64 needs jax_enable_x64"):
+    with refused(ValueError, "", "up.weight", "its dtype float64 needs jax_enable_x64"):
         load()
     with jax.enable_x64(True):
         leaf = load()["up"]["kernel"]
@@ -766,26 +731,21 @@ def test_gguf_without_numbers(shape, tmp_path):
     path = tmp_path / "a.gguf"
     path.write_bytes(head + struct.pack("<IQ", TYPES.Q8_0, 0) + bytes(64))
     tree = {"up": {"kernel": jax.ShapeDtypeStruct((32, 4), jnp.float32)}}
-    message = f"1 problem:\n  up.weight: expected a matrix, got shape {shape}"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with refused(ValueError, "path", "up.weight", f"got shape {shape}"):
         peft.load_base(path, NAMES, like=tree)
 
 
 def test_gguf_that_is_none(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(20))
-    with pytest.raises(ValueError, match=r"`path`: .*a\.gguf is not a valid GGUF file: "):
+    with refused(ValueError, "path", "is not a valid GGUF file: "):
         peft.load_base(tmp_path / "a.gguf", NAMES, like=like())
-    with pytest.raises(FileNotFoundError, match=r"`path`: there is no file .*b\.gguf\."):
+    with refused(FileNotFoundError, "path", tmp_path / "b.gguf", "there is no file"):
         peft.load_base(tmp_path / "b.gguf", NAMES, like=like())
 
 
 def test_codes_are_not_written(tmp_path):
     base = jlora.quantize({"up": {"kernel": jnp.ones((COLUMNS, ROWS))}}, jlora.Int4("kernel"))
-    message = (
-        r"`base` must be in floats. Save jlora.dequantize\(base\), and quantize that checkpoint "
-        r"with `transformers` and bitsandbytes, or with llm-compressor. 1 problem:\n  up/kernel: "
-    )
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "base", "up/kernel", "Save jlora.dequantize(base)"):
         peft.save_base(tmp_path / "base", base, NAMES)
     assert not (tmp_path / "base").exists()
 
@@ -810,6 +770,6 @@ def test_save_base_beside_the_files_of_its_model(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, base)
     (tmp_path / "secret").write_text("of another")
     (source / "tokenizer.model").symlink_to(tmp_path / "secret")
-    with pytest.raises(ValueError, match=r"`config`: .*tokenizer\.model"):
+    with refused(ValueError, "config", "tokenizer.model"):
         peft.save_base(tmp_path / "linked", base, NAMES, config=source)
     assert not (tmp_path / "linked").exists()

@@ -12,6 +12,7 @@ import laws
 import numpy as np
 import optax
 import pytest
+from messages import refused
 from small import normal, some
 
 import jlora
@@ -188,7 +189,7 @@ def test_dtypes_stay_and_zero_is_no_division() -> None:
 def test_parameters_are_needed() -> None:
     _, adapter, grads = made("plain")
     for tx in (jlora.precondition(1e-6), chained(optax.sgd(1.0), 1e-6)):
-        with pytest.raises(ValueError, match=r"needs the parameters: call update\(grads"):
+        with refused(ValueError, "", "needs the parameters: call update(grads"):
             tx.update(grads, tx.init(adapter))
 
 
@@ -197,7 +198,7 @@ def test_a_factor_that_is_hidden_is_missed() -> None:
     _, adapter, grads = made("plain")
     adapter, grads = ({"w": x["w"]._replace(frozen=("a",))} for x in (adapter, grads))
     tx = optax.chain(jlora.precondition(0.1), optax.sgd(1.0))
-    with pytest.raises(ValueError, match="needs A and B, but the transformation around it hides"):
+    with refused(ValueError, "", "needs A and B, but the transformation around it hides"):
         masked = optax.masked(tx, jlora.mask)
         masked.update(grads, masked.init(adapter), adapter)
     tx = jlora.optimizer(optax.MultiSteps(tx, 1).gradient_transformation())
