@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 FILE = pathlib.Path(__file__).parent / "messages.txt"
-HEAD = "# What tests expect of texts. `pytest --rewrite-messages` writes it; read the difference.\n"
+HOW = "if this is right, run it with --rewrite-messages"
+HEAD = "# What tests expect of texts. `pytest --rewrite-messages` writes it; read the difference."
 # What differs between machines, runs and versions, and what is written for it.
 VARYING = {
     r"\n-+\nFor simplicity, JAX has removed .*": "",
@@ -25,10 +26,10 @@ VARYING = {
 said: dict[str, list[str]] = {}  # by the running test
 
 
-def read() -> dict[str, list[str]]:
-    """The texts of each test."""
+def read(text: str) -> dict[str, list[str]]:
+    """The texts of each test, of what `form` made of them."""
     found: dict[str, list[str]] = {}
-    for line in FILE.read_text().splitlines()[1:]:
+    for line in text.removesuffix("\n").split("\n")[1:]:
         if line and not line.startswith(" "):
             texts = found[line] = []
         elif line.startswith("  -"):
@@ -38,15 +39,18 @@ def read() -> dict[str, list[str]]:
     return found
 
 
-def write(found: dict[str, list[str]]) -> None:
-    """Makes the file anew, whole or not at all."""
-    blocks = (
-        [test, *("  - " + text.replace("\n", "\n    ") for text in texts)]
-        for test, texts in sorted(found.items())
-    )
-    lines = (line.rstrip() for block in blocks for line in "\n".join(block).split("\n"))
+def form(found: Mapping[str, list[str]]) -> str:
+    """Makes the text of the file: tests by name, each with its texts in their order."""
+    lines = [HEAD]
+    for test, texts in sorted(found.items()):
+        lines += [test, *("  - " + text.replace("\n", "\n    ") for text in texts)]
+    return "\n".join(line.rstrip() for line in "\n".join(lines).split("\n")) + "\n"
+
+
+def write(found: Mapping[str, list[str]]) -> None:
+    """Writes the file, whole or not at all: each of several processes may."""
     part = FILE.with_suffix(f".{os.getpid()}")
-    part.write_text(HEAD + "".join(f"{line}\n" for line in lines))
+    part.write_text(form(found), encoding="utf-8")
     part.replace(FILE)
 
 
@@ -64,7 +68,7 @@ def find_stale(found: Iterable[str], collected: Iterable[str]) -> list[str]:
     return [key for key in found if is_stale(key)]
 
 
-EXPECTED, STALE = read(), pytest.StashKey[list[str]]()
+EXPECTED, STALE = read(FILE.read_text(encoding="utf-8")), pytest.StashKey[list[str]]()
 is_rewriting = False
 
 
@@ -83,14 +87,16 @@ def check_text(text: str, case: str = "") -> None:
     texts = said.setdefault(key, [])
     if text not in texts:
         texts.append(text)
-        expected = EXPECTED.get(key, [])[len(texts) - 1 : len(texts)]
-        assert is_rewriting or [text] == expected, f"pytest --rewrite-messages {test}"
+        expected = "\n".join(EXPECTED.get(key, [])[len(texts) - 1 : len(texts)])
+        if text != expected and not is_rewriting:
+            pytest.fail(f"{FILE.name} has\n{expected}\nthe test says\n{text}\n{HOW}")
 
 
 def check_all_said(test: str) -> None:
     """Raises if the file has more texts of a test than it said."""
     for key in {test, *said} & EXPECTED.keys():
-        assert is_rewriting or len(said.get(key, [])) == len(EXPECTED[key]), key
+        if said.get(key, []) != EXPECTED[key] and not is_rewriting:
+            pytest.fail(f"{FILE.name} has texts of {key} that the test does not say\n{HOW}")
 
 
 def check_facts(error: Exception, argument: str, *facts: object) -> None:
@@ -132,11 +138,11 @@ def each_refusal(table: Mapping[Any, Mapping[str, Any]]) -> Any:
     These are written as the message with `...` where it is left out, first the argument if there
     is one: "`rank` ... got 0.".
     """
-    rows = [(error, key, call) for error, found in table.items() for key, call in found.items()]
     cases = []
-    for error, key, call in rows:
-        named = re.match(r"`(\w+)` \.\.\. ", key)
-        facts = key[named.end() if named else 0 :].split(" ... ")
-        given = (named[1] if named else "", *facts)
-        cases.append(pytest.param(error, call, given, id=key))
+    for error, calls in table.items():
+        for key, call in calls.items():
+            facts = key.split(" ... ")
+            named = re.fullmatch(r"`(\w+)`", facts[0])
+            facts = (named[1], *facts[1:]) if named else ("", *facts)
+            cases.append(pytest.param(error, call, facts, id=key))
     return pytest.mark.parametrize(("error", "call", "facts"), cases)

@@ -895,9 +895,7 @@ def test_untied_trees(tmp_path: Folder) -> None:
     names = [Name("lm_head/kernel", "lm_head", "io")]
     tree = {"lm_head": {"kernel": LowRank(a.T, b.T, 1.5, names[0].layout)}}
     base = checkpoint(tmp_path / "base", tied(False), **TIED)
-    with refused(
-        ValueError, "adapter", "lm_head.weight", remedy="if it shares the input embedding"
-    ):
+    with refused(ValueError, "adapter", "lm_head.weight", "if it shares the input embedding"):
         peft.export_merged(base, tree, tmp_path / "out", names=names)
     peft.export_merged(base, tree, tmp_path / "out", names=names, untie=True)
     merged = read(tmp_path / "out")
