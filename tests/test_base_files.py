@@ -423,6 +423,8 @@ def test_leaves_in_codes(case, tmp_path):
 ONE = {"up": {"kernel": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32)}}
 ONE |= {"norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)}}
 STATE = "up.weight.quant_state.bitsandbytes__nf4"
+
+
 def state(**fields):
     """The state of the kernel with other fields; None takes one away."""
 

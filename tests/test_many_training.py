@@ -420,6 +420,8 @@ def test_a_function_of_nothing_and_a_narrow_adapter() -> None:
 TABLE = {"w": jnp.ones((3, 4))}
 STATE = many.optimizer(optax.sgd, learning_rate=0.1).init(TABLE)
 LORA = jlora.transform(small.dense, LoRA("w", rank=2))
+
+
 def init(keys: Any, lora: Any = LORA, **kwargs: Any) -> Any:
     return many.init(lora, keys, small.W, X, **kwargs)
 
