@@ -429,7 +429,6 @@ def test_blocks_that_run_over_heads_are_dequantized(heads, is_quantized, tmp_pat
 ONE = {"up": {"kernel": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32)}}
 ONE |= {"norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)}}
 STATE = "up.weight.quant_state.bitsandbytes__nf4"
-ABSMAX = "up.weight.absmax: expected U8 of shape (128,), got"
 
 
 def state(**fields):

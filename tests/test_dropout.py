@@ -61,11 +61,7 @@ LINEAR: dict[str, tuple[Any, tuple[int, ...], jax.Array]] = {
     "dense": (lambda w, x: x @ w, (6, 5), draw(0, 3, 6)),
     "left": (lambda w, x: w @ x, (5, 6), draw(0, 6, 3)),
     "heads": (lambda w, x: jnp.einsum("bhk,hkd->bd", x, w), (2, 3, 5), draw(0, 4, 2, 3)),
-    "conv_grouped": (
-        lambda w, x: conv(w, x, feature_group_count=2),
-        (3, 2, 6),
-        draw(0, 2, 6, 4),
-    ),
+    "conv_grouped": (lambda w, x: conv(w, x, feature_group_count=2), (3, 2, 6), draw(0, 2, 6, 4)),
     "embed": (lambda w, x: w[IDS] * x, (7, 4), draw(0, 2, 3, 1)),
     "one_hot": (lambda w, x: jax.nn.one_hot(IDS, 7) @ w * x, (7, 4), draw(0, 2, 3, 1)),
     "experts_mapped": (jax.vmap(lambda w, x: x @ w), (3, 6, 5), draw(0, 3, 2, 6)),

@@ -420,10 +420,6 @@ def test_a_function_of_nothing_and_a_narrow_adapter() -> None:
 TABLE = {"w": jnp.ones((3, 4))}
 STATE = many.optimizer(optax.sgd, learning_rate=0.1).init(TABLE)
 LORA = jlora.transform(small.dense, LoRA("w", rank=2))
-NOT_A_TABLE = (
-    "`table` must be an adapter whose arrays have a leading axis of slots, from jlora.many.stack "
-    "or jlora.many.init; got "
-)
 
 
 def init(keys: Any, lora: Any = LORA, **kwargs: Any) -> Any:

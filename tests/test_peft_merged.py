@@ -857,11 +857,7 @@ def test_a_head(has_prefix: bool, shards: int, tmp_path: Folder) -> None:
             {"architectures": ["BertForTokenClassification"]} | LABELS,
         ),
         ({"auto_mapping": MAPPED}, {}, {"architectures": ["BertForTokenClassification"]} | LABELS),
-        (
-            {"task_type": "QUESTION_ANS"},
-            {},
-            {"architectures": ["BertForQuestionAnswering"]},
-        ),
+        ({"task_type": "QUESTION_ANS"}, {}, {"architectures": ["BertForQuestionAnswering"]}),
         (
             {},
             {"id2label": {"0": "a", "1": "b", "2": "c"}},
