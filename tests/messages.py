@@ -1,5 +1,6 @@
 """What errors say: the facts in their fields, and their texts, which stand in `messages.txt`."""
 
+import collections
 import contextlib
 import os
 import pathlib
@@ -28,7 +29,7 @@ said: dict[str, list[str]] = {}  # by the running test
 
 def read(text: str) -> dict[str, list[str]]:
     """The texts of each test, of what `form` made of them."""
-    found: dict[str, list[str]] = {}
+    found, texts = dict[str, list[str]](), list[str]()
     for line in text.removesuffix("\n").split("\n")[1:]:
         if line and not line.startswith(" "):
             texts = found[line] = []
@@ -58,12 +59,17 @@ def find_stale(found: Iterable[str], collected: Iterable[str]) -> list[str]:
     """Texts of tests that are not among those of their file any more."""
     tests = set(collected)
     files = {test.partition("::")[0] for test in tests}
-    # A key may have the first of several parameters alone.
-    tests |= {test[:i] + "]" for test in tests for i, c in enumerate(test) if c == "-"}
+    # A key may have the id of one of several parameters.
+    ids = collections.defaultdict[str, str](str)
+    for test in tests:
+        name, _, each = test.partition("[")
+        ids[name] += f"-{each[:-1]}-"
 
     def is_stale(key: str) -> bool:
-        file = key.partition("::")[0]
-        return key not in tests if file in files else not (FILE.parents[1] / file).exists()
+        file, (name, _, case) = key.partition("::")[0], key.partition("[")
+        if file not in files:
+            return not (FILE.parents[1] / file).exists()
+        return key not in tests and (not case or f"-{case[:-1]}-" not in ids[name])
 
     return [key for key in found if is_stale(key)]
 
@@ -77,7 +83,7 @@ def check_text(text: str, case: str = "") -> None:
 
     Args:
         text: it may have paths of the test and lines of code, which are not compared.
-        case: the id of the first parameter, if the others change nothing.
+        case: the id of the parameter that changes the text, if others do not.
     """
     test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]
     key = f"{test.partition('[')[0]}[{case}]" if case else test

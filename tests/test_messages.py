@@ -180,9 +180,7 @@ def stand_in(module: str, name: str, **members: Any) -> Any:
 CALLED = {"__call__": lambda self, x: x}
 MODULES_GIVEN: dict[str, tuple[Callable[[], Any], str, str]] = {
     "linen": (lambda: nn.Dense(3), "Dense of flax.linen", "jlora.transform(model.apply"),
-    "nnx": (
-        lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(0)), "Linear of flax.nnx", "lambda model, x: "
-    ),
+    "nnx": (lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(0)), "Linear of flax.nnx", "lambda model, x: "),
     "equinox": (
         lambda: stand_in("equinox._module._module", "Module", **CALLED),
         *("Mine of equinox", "eqx.combine(params, static)(x)."),
@@ -326,8 +324,8 @@ def test_the_file_is_what_the_option_writes() -> None:
 def test_stale_texts() -> None:
     """Of a test, of one of its parameters, and of a file that is gone; not of another file."""
     tests = ["tests/small.py::x[a-b]", "tests/small.py::y"]
-    sound = [*tests, "tests/small.py::x[a]", "tests/laws.py::z"]
-    stale = ["tests/small.py::x[b]", "tests/small.py::z", "tests/nowhere.py::x"]
+    sound = [*tests, "tests/small.py::x[a]", "tests/small.py::x[b]", "tests/laws.py::z"]
+    stale = ["tests/small.py::x[c]", "tests/small.py::z", "tests/nowhere.py::x"]
     assert messages.find_stale(sound + stale, tests) == stale
 
 

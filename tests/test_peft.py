@@ -511,12 +511,7 @@ BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
         {"embed_tokens.weight": TABLE},
     ),
     "one that is saved": (UNTIED, RESIZED | COPIES, OF_TABLES, RESIZED),
-    "copies alone": (
-        UNTIED,
-        COPIES,
-        OF_TABLES,
-        "unexpected; ... embed_tokens.weight is not there",
-    ),
+    "copies alone": (UNTIED, COPIES, OF_TABLES, "unexpected; ... embed_tokens.weight is not there"),
     "one of another size": (
         SMALL | {"lm_head": {"kernel": normal(5, 4, 9), "bias": normal(6, 9)}},
         RESIZED | {"lm_head.bias": TABLE[:10, 0]},
@@ -530,12 +525,7 @@ BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
         {"lm_head.weight": FROZEN["lm_head.base_layer.weight"] + 2}
         | {"lm_head.bias": FROZEN["lm_head.base_layer.bias"]},
     ),
-    "another bias": (
-        UNTIED,
-        pair("lm_head", 2, 4, 11) | OTHER,
-        OF_HEAD,
-        " values",
-    ),
+    "another bias": (UNTIED, pair("lm_head", 2, 4, 11) | OTHER, OF_HEAD, " values"),
     "a trained bias": (
         UNTIED,
         pair("lm_head", 2, 4, 11) | OTHER,

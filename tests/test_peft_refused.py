@@ -313,9 +313,7 @@ OF_ROWS: Damages = {
     "another head": (listed(q_proj=[9, 2, 3]), INDICES, f"selects q_proj, but {TENSORS} has no"),
     "two": (put(PREFIX + "other" + DELTA, np.ones((3, 8), np.float32)), INDICES, "values for 2"),
     "more rows": (put(AT, np.ones((4, 8), np.float32)), AT, "got (4, 8)"),
-    "beyond": (
-        say(**{INDICES: [1, 2, 11]}), "model.embed_tokens", "row 11, but there are 11 rows"
-    ),
+    "beyond": (say(**{INDICES: [1, 2, 11]}), "model.embed_tokens", "row 11, but there are 11 rows"),
     "of a linear module": (
         all_of(listed(k_proj=[1]), put(AT_K + DELTA, ONES[None])), AT_K + DELTA, "not an embedding"
     ),
@@ -341,9 +339,7 @@ OF_ROWS: Damages = {
 }  # fmt: skip
 ROWS_ALONE: Damages = {
     "no rows": (say(token_indices=[]), "token_indices", "got []"),
-    "A": (
-        put(AT_Q + ENDS[0], np.ones((2, 8), np.float32)), AT_Q + ENDS[0], "does not select it"
-    ),
+    "A": (put(AT_Q + ENDS[0], np.ones((2, 8), np.float32)), AT_Q + ENDS[0], "does not select it"),
     "integers": (put(EMBED + ALL, np.ones((3, 8), np.int64)), EMBED + ALL, "got I64"),
     "missing": (
         change(lambda t: t.clear() or t.update({AT_Q: ONES})),
@@ -354,9 +350,7 @@ ROWS_ALONE: Damages = {
 }  # fmt: skip
 
 OF_METHODS: Damages = {
-    "another method": (
-        say(peft_type="ADALORA"), "peft_type", "got 'ADALORA'", "peft.save_as_lora"
-    ),
+    "another method": (say(peft_type="ADALORA"), "peft_type", "got 'ADALORA'", "peft.save_as_lora"),
     "no method": (say(peft_type=["LORA"]), "peft_type", "['LORA']", "set it to the met"),
 }  # fmt: skip
 OF_TIED_DORA: Damages = {
@@ -377,9 +371,7 @@ OF_TIED: Damages = {
         change(lambda t: t.update({EMBEDDING: t[EMBEDDING] + 1})),
         *(EMBEDDING, "expected the values of `base` at params/embed"),
     ),
-    "one side": (
-        say(ensure_weight_tying=False), "model.embed_tokens", "adapted without lm_head"
-    ),
+    "one side": (say(ensure_weight_tying=False), "model.embed_tokens", "adapted without lm_head"),
 }  # fmt: skip
 OF_GPT2: Damages = {
     "another head": (

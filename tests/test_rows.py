@@ -86,10 +86,7 @@ def test_of_a_quantized_table_only_the_rows_are_unpacked(scheme: Any) -> None:
 
 
 RULES: dict[type[Exception], dict[str, Any]] = {
-    TypeError: {
-        "`rows` ... got '12'.": lambda: "12",
-        "`rows` ... got [1.0].": lambda: [1.0],
-    },
+    TypeError: {"`rows` ... got '12'.": lambda: "12", "`rows` ... got [1.0].": lambda: [1.0]},
     ValueError: {
         "`rows` ... must be at least one row.": list,
         "`rows` ... got -1.": lambda: [3, -1],

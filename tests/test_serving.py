@@ -198,19 +198,18 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
     "a bad pattern": (of(rank_pattern={"(": 3}), "vts! rank_pattern"),
     "DoRA": (
         holding({f"{Q}.lora_magnitude_vector": (8,)}, use_dora=True),
-        "vts! use_dora; vt! .*magnitude_vector; s! .*magnitude_vector",
+        "vts! use_dora; vt! .*magnitude_vector; s! .*magnitude_vector"
     ),
     "biases": (
         holding({f"{Q}.base_layer.bias": (8,)}, bias="lora_only"),
-        "vt! bias; vt! .*base_layer.bias; s! .*base_layer.bias",
+        "vt! bias; vt! .*base_layer.bias; s! .*base_layer.bias"
     ),
     "bias of B": (
         holding({f"{Q}.lora_B.bias": (8,)}, lora_bias=True),
-        "vt! lora_bias; vt! .*q_proj.lora_B.bias; s! .*q_proj.lora_B.bias",
+        "vt! lora_bias; vt! .*q_proj.lora_B.bias; s! .*q_proj.lora_B.bias"
     ),
     "aLoRA": (
-        of(alora_invocation_tokens=[1]),
-        "vt! alora_invocation_tokens; s~ alora_invocation_tokens",
+        of(alora_invocation_tokens=[1]), "vt! alora_invocation_tokens; s~ alora_invocation_tokens"
     ),
     "a later feature": (of(zora_config=[1]), "vts~ zora_config"),
     "of training": (of(velora_config={"a": 1}),),
@@ -220,16 +219,15 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
     "ranks": (of(rank_pattern={"nothing": 4}), "s~ rank_pattern"),
     "alphas": (of(alpha_pattern={"q_proj": 2}), "s~ alpha_pattern"),
     "another rank": (
-        holding(pair(Q, rank=3)),
-        f"vt~ .*{Q}.lora_A.* and 1 more; s! .*{Q}.lora_A.* and 1 more",
+        holding(pair(Q, rank=3)), f"vt~ .*{Q}.lora_A.* and 1 more; s! .*{Q}.lora_A.* and 1 more"
     ),
     "heads of none": (
         holding({"score.weight": (3, 8)}, modules_to_save=["score"]),
-        "vt! modules_to_save score; s~ .*score.weight",
+        "vt! modules_to_save score; s~ .*score.weight"
     ),
     "norms": (
         holding({"model.norm.weight": (8,)}, modules_to_save=["norm"]),
-        "vt! modules_to_save norm; vt! .*model.norm.weight; s~ .*model.norm.weight",
+        "vt! modules_to_save norm; vt! .*model.norm.weight; s~ .*model.norm.weight"
     ),
     "a pattern of targets": (of(target_modules=".*_proj"), "s! target_modules"),
     "a word for all": (of(target_modules="all-linear"),),
@@ -240,15 +238,13 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
         ),
         f"vt! {LAYER}.self_attn.query and 1 more; s! target_modules query",
         f"s! {LAYER}.self_attn.query and 1 more; s! {LAYER}.self_attn.k_proj and 1 more",
-        f"s! {LAYER}.self_attn.v_proj and 1 more; s~ {LAYER}.self_attn.query and 1 more",
+        f"s! {LAYER}.self_attn.v_proj and 1 more; s~ {LAYER}.self_attn.query and 1 more"
     ),
     "another prefix": (
-        named(r"model\.layers", "decoder.layers"),
-        "vt~ decoder.layers.0.mlp.down_proj and 13 more",
+        named(r"model\.layers", "decoder.layers"), "vt~ decoder.layers.0.mlp.down_proj and 13 more"
     ),
     "a prefix less": (
-        named(r"\.model\.layers", ".layers"),
-        "vt~ layers.0.mlp.down_proj and 13 more",
+        named(r"\.model\.layers", ".layers"), "vt~ layers.0.mlp.down_proj and 13 more"
     ),
     "too many layers": (
         holding(
@@ -256,7 +252,7 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
         ),
         "vt~ model.layers.2.self_attn.q_proj and 1 more",
         "s! model.layers.2.self_attn.q_proj and 1 more",
-        "s~ model.layers.2.self_attn.q_proj and 1 more",
+        "s~ model.layers.2.self_attn.q_proj and 1 more"
     ),
     "smaller sizes": (holding({f"{Q}.lora_A.weight": (4, 6)}), f"vt~ {Q}", f"s! {Q}"),
     "larger sizes": (holding({f"{Q}.lora_A.weight": (4, 9)}), f"vts! {Q}"),
@@ -272,32 +268,29 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
             | pair("lm_head", 11),
             target_modules=["q_proj", "gate_proj", "down_proj", "model.embed_tokens"],
         ),
-        f"s! {LAYER}.self_attn.o_proj and 1 more; s~ lm_head",
+        f"s! {LAYER}.self_attn.o_proj and 1 more; s~ lm_head"
     ),
     "a longer vocabulary": (
         holding(
             embedding("model.embed_tokens", 13),
             target_modules=[*good()[0]["target_modules"], "embed_tokens"],
         ),
-        "vt! .*embedding_A",
-        r"vts! model.embed_tokens",
+        "vt! .*embedding_A", r"vts! model.embed_tokens"
     ),
     "a convolution": (
         holding({f"{DOWN}.lora_A.weight": (4, 12, 1), f"{DOWN}.lora_B.weight": (8, 4, 1)}),
-        f"vts! .*{DOWN}.lora_A.weight and 1 more",
+        f"vts! .*{DOWN}.lora_A.weight and 1 more"
     ),
-}
+}  # fmt: skip
 # A change of the adapter and one of its base, and what engines find.
 BASES: dict[str, tuple[Any, ...]] = {
     "no rank": (
         lambda f, t: ({k: x for k, x in f.items() if k != "r"}, {k: np.ones((8, 8)) for k in t}),
-        lambda w, c: ({k: np.ones((8, 8)) for k in w}, c),
-        "vts! r",
+        lambda w, c: ({k: np.ones((8, 8)) for k in w}, c), "vts! r"
     ),
     "heads": (
         holding({"score.weight": (3, 8)}, modules_to_save=["classifier", "score"]),
-        adding({}, architectures=["LlamaForSequenceClassification"]),
-        "s~ .*score.weight",
+        adding({}, architectures=["LlamaForSequenceClassification"]), "s~ .*score.weight"
     ),
     "a model within another": (
         of(),
@@ -305,64 +298,56 @@ BASES: dict[str, tuple[Any, ...]] = {
             renamed(w, "^model", "model.language_model"),
             {"architectures": c["architectures"], "text_config": c},
         ),
-        "vt~ .* and 13 more",
+        "vt~ .* and 13 more"
     ),
     "both within another": (
         named(r"model\.model\.", "model.model.language_model."),
-        lambda w, c: (renamed(w, "^model", "language_model.model"), {"text_config": c}),
+        lambda w, c: (renamed(w, "^model", "language_model.model"), {"text_config": c})
     ),
     "a base without its head": (of(), lambda w, c: (renamed(w, r"^model\.", ""), c)),
     "a tower": (
         holding(pair("visual.blocks.0.q_proj")),
         adding({"visual.blocks.0.q_proj": (8, 8)}, vision_config={"hidden_size": 4}),
-        "vt~ visual.blocks.0.q_proj; s~ visual.blocks.0.q_proj",
+        "vt~ visual.blocks.0.q_proj; s~ visual.blocks.0.q_proj"
     ),
     "two towers": (
         holding(pair("vision.layers.0.self_attn.q_proj")),
-        adding({"vision.layers.0.self_attn.q_proj": (8, 8)}),
-        f"s~ {Q}",
+        adding({"vision.layers.0.self_attn.q_proj": (8, 8)}), f"s~ {Q}"
     ),
     "no layers": (
         holding(pair("model.h.0.q_proj") | pair("model.h.0.v_proj")),
         adding({"model.h.0.q_proj": (8, 8), "model.h.0.v_proj": (8, 8)}),
-        "s~ model.h.0.q_proj and 1 more",
+        "s~ model.h.0.q_proj and 1 more"
     ),
     "positions": (
         holding(embedding("model.positions", 5)),
-        adding({"model.positions": (5, 8)}),
-        "vt! model.positions; s~ model.positions",
+        adding({"model.positions": (5, 8)}), "vt! model.positions; s~ model.positions"
     ),
     "experts": (
         holding(experts(), target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
-        moe,
-        f"t! {EXPERTS}; s! {EXPERTS}",
+        moe, f"t! {EXPERTS}; s! {EXPERTS}"
     ),
     "experts of the other orientation": (
         holding(experts((8, 24), (12, 8))),
-        moe,
-        f"vt~ {EXPERTS}; t! {EXPERTS}; s! {EXPERTS}",
+        moe, f"vt~ {EXPERTS}; t! {EXPERTS}; s! {EXPERTS}"
     ),
     "one of two": (
         holding(pair(EXPERTS, 24, 8, rank=8)),
-        moe,
-        f"vt! {EXPERTS}; t! {EXPERTS}; s! {EXPERTS}",
+        moe, f"vt! {EXPERTS}; t! {EXPERTS}; s! {EXPERTS}"
     ),
     "experts one by one in the base": (
         holding(experts()),
-        adding(EACH),
-        f"vt! {EXPERTS}; t! {EXPERTS}; s! {EXPERTS}",
+        adding(EACH), f"vt! {EXPERTS}; t! {EXPERTS}; s! {EXPERTS}"
     ),
     "experts one by one": (
         holding({key: x for m, shape in EACH.items() for key, x in pair(m, *shape).items()}),
-        adding(EACH),
-        f"t! {EXPERTS}.0.down_proj and 5 more",
+        adding(EACH), f"t! {EXPERTS}.0.down_proj and 5 more"
     ),
     "experts one by one in the adapter": (
         holding(pair(f"{EXPERTS}.0.down_proj", 8, 12)),
-        moe,
-        f"vt! {EXPERTS}.0.down_proj; t! {EXPERTS}.0.down_proj; s~ {EXPERTS}.0.down_proj",
+        moe, f"vt! {EXPERTS}.0.down_proj; t! {EXPERTS}.0.down_proj; s~ {EXPERTS}.0.down_proj"
     ),
-}
+}  # fmt: skip
 DAMAGES = {name: (change, None, *lines) for name, (change, *lines) in ADAPTERS.items()} | BASES
 
 
