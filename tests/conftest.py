@@ -8,6 +8,7 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
+import messages
 import pytest
 
 # With PyTorch, which the default tests do without; what CI's part `benchmarks` runs.
@@ -46,3 +47,52 @@ def forget_programs() -> Iterator[None]:
 
     if next(MODULES) % 8 == 0:
         jax.clear_caches()
+
+
+# ----------------------------------------------------- texts of errors: `messages.txt`
+
+rewritten: dict[str, list[str]] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "write what the tests that run say into tests/messages.txt"
+    parser.addoption("--rewrite-messages", action="store_true", help=what)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    messages.is_rewriting = config.getoption("rewrite_messages")
+
+
+@pytest.hookimpl(tryfirst=True)  # before any test is left out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Finds texts of tests that are gone, and drops them: each process the same."""
+    is_part = any("::" in str(x) for x in config.invocation_params.args)
+    tests = () if is_part else (x.nodeid for x in items)
+    config.stash[messages.STALE] = stale = messages.find_stale(messages.EXPECTED, tests)
+    if messages.is_rewriting and stale:
+        found = messages.EXPECTED
+        messages.write({key: found[key] for key in found if key not in stale})
+        config.stash[messages.STALE] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    messages.said.clear()
+    yield
+    messages.check_all_said(item.nodeid)
+    item.user_properties.append(("messages", dict(messages.said)))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collects what all processes say; a test that says nothing has no text any more."""
+    if report.when == "call" and report.passed:
+        rewritten[report.nodeid] = []
+        for name, said in report.user_properties:
+            if name == "messages":
+                rewritten.update(said)  # pyright: ignore
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if messages.is_rewriting and not hasattr(session.config, "workerinput"):
+        found = messages.read(messages.FILE.read_text(encoding="utf-8")) | rewritten
+        messages.write({key: texts for key, texts in found.items() if texts})

@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from collectives import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from small import as_jax
+from small import normal as normal
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
 
@@ -28,11 +27,6 @@ def mesh_of(
 def lines() -> dict[AxisType, jax.sharding.Mesh]:
     """A mesh of four devices in a row, for each kind of axes."""
     return {kind: mesh_of(kind, (4,), ("d",)) for kind in KINDS}
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    """Normal values."""
-    return as_jax(np.random.default_rng(seed).standard_normal(shape))
 
 
 def adapter_of(lora: Any, params: Any, *args: Any) -> Any:

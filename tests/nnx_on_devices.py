@@ -31,7 +31,8 @@ class Words(nnx.Module):
         return self.up(self.table(ids))
 
 
-@pytest.mark.parametrize("quantized", some([False, True], True))
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [False, True])
 def test_rows_and_codes_on_a_mesh(quantized: bool) -> None:
     """A step on eight devices is one on a device; V lies as the table's columns do."""
     ids, found = jnp.arange(8), []

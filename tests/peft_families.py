@@ -17,44 +17,21 @@ from safetensors.torch import load_file
 from jlora import peft
 
 # By whatever names a family has for them.
-SIZES = {
-    "vocab_size": 71,
-    "hidden_size": 32,
-    "d_model": 32,
-    "d_kv": 16,
-    "dim": 32,
-    "intermediate_size": 48,
-    "hidden_dim": 48,
-    "d_ff": 48,
-    "ffn_dim": 48,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "num_hidden_layers": 2,
-    "num_layers": 2,
-    "n_layers": 2,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "num_attention_heads": 2,
-    "num_heads": 2,
-    "n_heads": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 40,
-    "max_target_positions": 40,
-    "num_local_experts": 3,
-    "num_experts": 3,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 20,
-    "shared_expert_intermediate_size": 24,
-    "image_size": 16,
-    "patch_size": 8,
-    "num_labels": 3,
-    "pad_token_id": 1,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "decoder_start_token_id": 3,
+_NAMES = {
+    71: "vocab_size",
+    48: "intermediate_size hidden_dim d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim",
+    40: "max_position_embeddings max_target_positions",
+    32: "hidden_size d_model dim",
+    24: "shared_expert_intermediate_size",
+    20: "moe_intermediate_size",
+    16: "d_kv image_size",
+    8: "patch_size",
+    3: "num_local_experts num_experts num_labels eos_token_id decoder_start_token_id",
+    2: "num_hidden_layers num_layers n_layers num_attention_heads num_heads n_heads "
+    "encoder_attention_heads decoder_attention_heads num_experts_per_tok bos_token_id",
+    1: "encoder_layers decoder_layers num_key_value_heads pad_token_id",
 }
+SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
 HEADS = {"head_dim": 16}
 TIED = {"tie_word_embeddings": True}
 MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
@@ -324,6 +301,18 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
+def adapt(model: Any, folder: pathlib.Path, **options: Any) -> Any:
+    """PEFT's adapter of a model, with noise on all that is trained, which is saved."""
+    config = hf_peft.LoraConfig(**{"r": 2, "lora_alpha": 4} | copy.deepcopy(options))
+    adapted = hf_peft.get_peft_model(model, config)
+    for name, x in adapted.named_parameters():
+        if x.requires_grad:
+            generator = torch.Generator().manual_seed(len(name))
+            x.data += 0.1 * torch.randn(x.shape, generator=generator)
+    adapted.save_pretrained(folder)
+    return adapted
+
+
 def outcome(
     family: str, configuration: str, folder: pathlib.Path, vocabulary: int | None = None
 ) -> Outcome:
@@ -335,18 +324,12 @@ def outcome(
     cls = getattr(transformers, architecture)
     torch.manual_seed(0)
     model = cls(cls.config_class(**copy.deepcopy(sizes))).eval()
-    options = {"r": 2, "lora_alpha": 4} | copy.deepcopy(CONFIGURATIONS[configuration])
     model.save_pretrained(folder / "base")
     if vocabulary is not None:
         model = cls.from_pretrained(folder / "base")
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     try:
-        adapted = hf_peft.get_peft_model(model, hf_peft.LoraConfig(**options))
-        for name, x in adapted.named_parameters():
-            if x.requires_grad:
-                generator = torch.Generator().manual_seed(len(name))
-                x.data += 0.1 * torch.randn(x.shape, generator=generator)
-        adapted.save_pretrained(folder / "a")
+        adapted = adapt(model, folder / "a", **CONFIGURATIONS[configuration])
         if vocabulary is not None:
             other = cls.from_pretrained(folder / "base")
             other.resize_token_embeddings(vocabulary, mean_resizing=False)
@@ -358,7 +341,12 @@ def outcome(
         peft.export_merged(folder / "base", folder / "a", folder / "ours")
     except ValueError as e:
         return Outcome("refused", brief(e))
-    names = ("base", "ours", "theirs")
+    return compare(folder)
+
+
+def compare(folder: pathlib.Path, ours: str = "ours") -> Outcome:
+    """By the checkpoints in a folder: `base`, ours, and PEFT's, `theirs`."""
+    names = ("base", ours, "theirs")
     return compared(*(load_file(folder / name / "model.safetensors") for name in names))
 
 

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import peft_models as models
 from safetensors.numpy import save_file
+from small import normal as normal
+from small import raw as raw
 
 import jlora
 from jlora import peft
@@ -32,12 +33,6 @@ PREFIX = "base_model.model."
 ENDS = (".lora_A.weight", ".lora_B.weight")
 
 
-def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    """Standard normal numbers."""
-    draw = np.random.default_rng(seed).standard_normal(shape)
-    return jax.device_put(np.asarray(draw, dtype))  # nothing is compiled
-
-
 def node(
     of: Name | Layout, shape: tuple[int, ...], rank: int = 2, scale: float = 1.5, cls: Any = LowRank
 ) -> Any:
@@ -46,11 +41,6 @@ def node(
     shapes = cls.shapes(layout, shape, {"rank": rank})
     arrays = (normal(1 + i, *shapes[x]) for i, x in enumerate("abm") if x in shapes)
     return cls(*arrays, scale, layout)
-
-
-def raw(tree: Any) -> list[bytes]:
-    """The bytes of every leaf."""
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def assert_equal(actual: Any, expected: Any) -> None:

@@ -164,10 +164,7 @@ def experts_from(weights: dict[str, np.ndarray]) -> Any:
     swap = lambda name: as_jax(weights[name].swapaxes(1, 2))  # noqa: E731
     return {
         "experts": {"gate_up": swap("experts.gate_up_proj"), "down": swap("experts.down_proj")},
-        "head": {
-            "kernel": as_jax(weights["head.weight"].T),
-            "bias": as_jax(weights["head.bias"]),
-        },
+        "head": {"kernel": as_jax(weights["head.weight"].T), "bias": as_jax(weights["head.bias"])},
     }
 
 

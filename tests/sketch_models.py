@@ -8,16 +8,12 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 from jax import lax
+from small import normal as normal
 
 from jlora import LoRA, Slots
 
 Batch = Any
 D, F, LAYERS = 6, 5, 3
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    draw, dtype = np.random.default_rng(seed).standard_normal(shape), jnp.result_type(float)
-    return jnp.asarray(draw.astype(dtype), dtype)  # nothing is compiled
 
 
 class Model(NamedTuple):

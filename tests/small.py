@@ -32,6 +32,12 @@ def array(*shape: int) -> jax.Array:
     return as_jax(np.random.default_rng(shape).standard_normal(shape), np.float32)
 
 
+def normal(seed: int, *shape: int, dtype: Any = None) -> jax.Array:
+    """Standard normal numbers, of the session's width of floats if no dtype is given."""
+    draw = np.random.default_rng(seed).standard_normal(shape)
+    return as_jax(draw, dtype or jnp.result_type(float))
+
+
 X = array(2, 4)
 PARAMS = {
     "layer": {"kernel": array(4, 6), "bias": array(6), "scale": array(6)},
@@ -75,11 +81,6 @@ def randomize(adapter: Any) -> Any:
     return jax.tree.map(noisy, adapter)
 
 
-def exactly(message: str) -> str:
-    """A pattern that matches `message` as a whole, with or without JAX's note on tracebacks."""
-    return r"\A" + re.escape(message) + r"(\n-+\nFor simplicity, JAX has removed .*)?\Z"
-
-
 def some(rows: Iterable[Any], *daily: Any) -> list[Any]:
     """The values of one parameter, of which all but `daily` are for the long run."""
     return [x if x in daily else pytest.param(x, marks=pytest.mark.slow) for x in rows]
@@ -96,24 +97,9 @@ def every(*axes: Iterable[Any], daily: Iterable[tuple[Any, ...]]) -> list[Any]:
     return some_rows(itertools.product(*axes), *daily)
 
 
-def each_refusal(table: Mapping[Any, Mapping[str, Any]]) -> Any:
-    """Parametrizes by (provoke, error, message) over a table of calls by error and message."""
-    rows = [(f, error, message) for error, found in table.items() for message, f in found.items()]
-    ids = [re.sub(r"\W+", "-", message)[:60] for *_, message in rows]
-    return pytest.mark.parametrize(("provoke", "error", "message"), rows, ids=ids)
-
-
 REMEDY = (
     "Narrow the pattern, train the leaf in full with jlora.Full, or give LoRA(..., "
     "materialize=True), which forms W + ΔW."
-)
-
-
-# Of a quantized leaf that a model takes for an array.
-NO_ARRAY = (
-    "a weight is a jlora.Quantized. Only lora.apply and functions under jlora.wrap accept it: "
-    "call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
-    "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) returns plain arrays."
 )
 
 
@@ -136,13 +122,6 @@ def assert_same(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
 def raw(tree: Any) -> list[bytes]:
     """The bytes of every leaf, so that zeros of different signs differ."""
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
-
-
-def message_of(provoke: Callable[[], Any]) -> str:
-    """The message of the error that `provoke` raises."""
-    with pytest.raises(Exception) as caught:
-        provoke()
-    return str(caught.value)
 
 
 ADAPTED = (LoRA("kernel|fused", rank=2), Full("bias"))

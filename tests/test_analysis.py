@@ -1,6 +1,5 @@
 """What is computed from the factors is what NumPy finds in ΔW, formed densely in float64."""
 
-import re
 from typing import Any
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import nodes
 import numpy as np
 import pytest
+from messages import refused
 from small import array, some
 
 from jlora import analysis
@@ -140,7 +140,7 @@ def test_norms_at_the_limits() -> None:
     assert of_half.dtype == jnp.float32
     np.testing.assert_allclose(of_half, same[0], rtol=1e-2)
     assert far < 1e-5 * same[0]
-    with pytest.raises(ValueError, match=r"must adapt weights with equal .*got .*\(0,\).*\(1,\)"):
+    with refused(ValueError, "", "must adapt weights with equal", "got", "(0,)", "(1,)"):
         analysis.distance(site("plain"), site("turned"))
 
 
@@ -186,7 +186,7 @@ def test_similarity_of_factors() -> None:
     np.testing.assert_allclose(jnp.diag(repeated), [1, 1, 2 / 3, 1 / 2], rtol=1e-5)
     assert not any(np.any(zero) for zero in zeros)
     for shapes in (((6, 2), (5, 2)), ((2, 6, 2), (3, 6, 2)), ((6,), (6,))):
-        with pytest.raises(ValueError, match=r"`a1` and `a2` must have shapes .* differ only in r"):
+        with refused(ValueError, "a1", "and `a2` must have shapes", "differ only in r"):
             analysis.subspace_similarity(*map(np.ones, shapes))
 
 
@@ -212,15 +212,12 @@ def test_change_at_the_limits() -> None:
 
 # The argument, the directions that it counts, and the most: the smaller side of W, or that of A
 # and B.
-MOST = {
-    "intruder_dimensions": ("k", "W + ΔW", 9),
-    "amplification": ("rank", "ΔW", 3),
-}
+MOST = {"intruder_dimensions": ("k", "W + ΔW", 9), "amplification": ("rank", "ΔW", 3)}
 ONES = (jnp.ones((4, 6)), jnp.ones((6, 4)), jnp.ones(6))
 OTHERS: dict[str, Any] = {
-    r"`w` must be .* of shape \(12, 9\); got shape \(4, 6\)": (ONES[0], site("plain")),
-    r"must have the same shape .* \(4, 6\) and \(6, 4\)": ONES[:2],
-    r"must have the same shape .* \(6,\) and \(6,\)": (ONES[2], ONES[2]),
+    "of shape (12, 9); got shape (4, 6)": (ONES[0], site("plain")),
+    "(4, 6) and (6, 4)": ONES[:2],
+    "(6,) and (6,)": (ONES[2], ONES[2]),
 }
 
 
@@ -228,10 +225,9 @@ OTHERS: dict[str, Any] = {
 def test_refused(name: str) -> None:
     """More directions than there are; W must be that of the site, or of the shape of ΔW."""
     function, (argument, of, limit) = getattr(analysis, name), MOST[name]
-    message = f"`{argument}` must be from 1 to {limit}, the most directions that {of} can have"
     for count in (0, 10, -1):
-        with pytest.raises(ValueError, match=re.escape(message) + f".*; got {count}"):
+        with refused(ValueError, argument, f"from 1 to {limit}", of, f"; got {count}"):
             function(array(12, 9), site("plain"), **{argument: count})
     for other, given in OTHERS.items():
-        with pytest.raises(ValueError, match=other):
+        with refused(ValueError, "", other):
             function(*given, 1)

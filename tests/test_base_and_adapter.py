@@ -1,6 +1,5 @@
 """What an adapter is beside its base: none at all, of other types, forgotten, merged, scaled."""
 
-import re
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import laws
 import numpy as np
 import pytest
 from flax.core import FrozenDict
+from messages import refused
 
 import jlora
 from jlora import Full, LoRA
@@ -53,7 +53,7 @@ def test_empty_adapter_is_the_base_model(empty: Any) -> None:
 
 def test_empty_adapter_still_needs_a_base() -> None:
     """An adapter in the place of the base is as wrong as ever."""
-    with pytest.raises(TypeError, match="are `base` and `adapter` swapped"):
+    with refused(TypeError, "", "are `base` and `adapter` swapped"):
         LORA.apply(setup()[1], {}, X)
 
 
@@ -79,12 +79,7 @@ FORGOTTEN = {
 def test_forgotten_adapter(case: str, jit: bool) -> None:
     """`apply(base, x)`: the argument, what was got, and what should be."""
     given, got = FORGOTTEN[case]
-    message = (
-        "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it, with "
-        f"paths of `base`; got {got}. Was it forgotten, as in apply(base, x) instead of "
-        "apply(base, adapter, x)? For the base model, give {}."
-    )
-    with pytest.raises(TypeError, match=re.escape(message)):
+    with refused(TypeError, "adapter", f"got {got}.", "apply(base, adapter, x)?", case=case):
         (jax.jit(LORA.apply) if jit else LORA.apply)(PARAMS, given)
 
 
@@ -102,13 +97,7 @@ CALLS = {
 def test_integers_are_no_adapter(call: str) -> None:
     """As of a file that was cast: every leaf is named, with its dtype."""
     base, adapter = setup()
-    message = (
-        "`adapter` does not fit `base` at 2 of 2 paths:\n"
-        "  body/w: `a` must be floating-point, got int32\n"
-        "  head: a leaf trained in full must be floating-point, got int32\n"
-        "Use the adapter"
-    )
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with refused(ValueError, "adapter", "body/w", "got int32", "Use the adapter"):
         CALLS[call](base, jax.tree.map(lambda x: x.astype(jnp.int32), adapter))
 
 

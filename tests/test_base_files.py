@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import re
 import shutil
 import struct
 from functools import partial
@@ -13,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from messages import refused
 from safetensors.numpy import load_file, save_file
 from small import some
 
 import jlora
 from jlora import peft
 from jlora._quantized import DYNAMIC
-from jlora.peft._checkpoint import open_checkpoint
 
 E4M3 = jnp.float8_e4m3fn
 MXFP4 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -28,7 +26,6 @@ NAMES = (
     peft.Name(r"layers/(\w+)/kernel", r"h.{}.\1", "lio"),
     peft.Name(r"layers/(\w+)/experts", r"h.{}.\1", "leio", "w", transposed=True),
     peft.Name(r"(\w+)/kernel", r"\1", "io"),
-    peft.Name(r"(\w+)/heads", r"\1", "iio"),
     peft.Name(r"norm/scale", "norm", "o"),
 )
 
@@ -349,79 +346,76 @@ def test_experts_of_bitsandbytes(double, tmp_path):
     expected = file.matrix.reshape(shape)
     assert_rounded(leaf.array(jnp.float32), expected)
     names[0] = peft.Name("w", "up", "eio", "weight", transposed=True)
-    with pytest.raises(ValueError, match=r"up\.weight: is quantized, but `names` changes the val"):
+    with refused(ValueError, "path", "up.weight", "but `names` changes the values"):
         peft.load_base(folder, names, like=like)
     peft.dequantize_checkpoint(folder, tmp_path / "dense")
     new = load_file(tmp_path / "dense" / "model.safetensors")["up.weight"]
     assert_rounded(new, expected.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("alternating", [True, False])
-def test_parts_of_experts_in_codes(alternating, tmp_path):
+# Files by module, the rows of the leaves, and the values of these.
+Laid = tuple[dict[str, File], list[peft.Name], dict[str, np.ndarray]]
+
+
+def parts_of_experts(alternating: bool) -> Laid:
     """Gate and up of gpt-oss have the codes of every second output of one parameter."""
     file = mxfp4()
-    folder = write(tmp_path / "base", {"up": file})
     options = {"transposed": True, "is_transposed": True, "alternating": alternating}
     names = [peft.Name(x, "up", "eio", "w", part=(j, 2), **options) for j, x in enumerate("ab")]
-    like = {x: jax.ShapeDtypeStruct((3, COLUMNS, ROWS // 2), jnp.float32) for x in "ab"}
-    like |= {"norm": ONE["norm"]}
-    base = peft.load_base(folder, [*names, NAMES[-1]], like=like)
     halves = (slice(0, None, 2), slice(1, None, 2)) if alternating else (slice(32), slice(32, 64))
-    for x, half in zip("ab", halves, strict=True):
-        assert isinstance(base[x], jlora.Quantized)
-        np.testing.assert_array_equal(
-            np.float32(base[x].array()), file.matrix[:, half].swapaxes(1, 2)
-        )
+    values = [file.matrix[:, half].swapaxes(1, 2) for half in halves]
+    return {"up": file}, names, dict(zip("ab", values, strict=True))
 
 
-def test_experts_in_codes_one_by_one(tmp_path):
+def experts_one_by_one() -> Laid:
     """As DeepSeek ships them: a leaf of all has the codes of each."""
-    files = {
-        f"experts.{e}.{part}_proj": fp8(seed=2 * e + j)
-        for e in range(2)
-        for j, part in enumerate(("gate", "up"))
-    }
-    folder = write(tmp_path / "base", files)
-    options = {"axes": "eio", "parameter": "gate_up_proj"}
-    names = [peft.Name(x, "experts", part=(j, 2), **options) for j, x in enumerate(("gate", "up"))]
-    like = {x: jax.ShapeDtypeStruct((2, COLUMNS, ROWS), jnp.float32) for x in ("gate", "up")}
-    base = peft.load_base(folder, [*names, NAMES[-1]], like=like | {"norm": ONE["norm"]})
-    for x in ("gate", "up"):
-        assert isinstance(base[x], jlora.Quantized)
-        for e in range(2):
-            expected = files[f"experts.{e}.{x}_proj"].matrix.T
-            np.testing.assert_array_equal(np.float32(base[x].array())[e], expected)
+    names, files, values = [], {}, {}
+    for j, part in enumerate(("gate", "up")):
+        each = {f"experts.{e}.{part}_proj": fp8(seed=2 * e + j) for e in range(2)}
+        names.append(peft.Name(part, "experts", "eio", "gate_up_proj", part=(j, 2)))
+        values[part] = np.stack([file.matrix.T for file in each.values()])
+        files |= each
+    return files, names, values
 
 
-def test_parts_of_codes_in_blocks_of_outputs(tmp_path):
-    """Codes whose blocks run on from one output to the next are dequantized."""
-    shape = (2, ROWS, COLUMNS // 2)
-    file = four_bits(double=False)
+def parts_in_blocks_of_outputs() -> Laid:
+    """Of codes whose blocks run on from one output to the next."""
+    shape, file = (2, ROWS, COLUMNS // 2), four_bits(double=False)
     file |= {key: state(shape=shape)(file[key]) for key in file if "quant_state" in key}
-    folder = write(tmp_path / "base", {"up": file})
     names = [peft.Name(x, "up", "eio", "weight", part=(j, 2)) for j, x in enumerate("ab")]
-    like = {x: jax.ShapeDtypeStruct((2, COLUMNS // 2, ROWS // 2), jnp.float32) for x in "ab"}
-    like |= {"norm": ONE["norm"]}
-    base = peft.load_base(folder, [*names, NAMES[-1]], like=like)
-    whole = np.concatenate([np.float32(base[x]) for x in "ab"], 2).swapaxes(1, 2)
-    assert_rounded(whole, file.matrix.reshape(shape))
+    values = np.split(file.matrix.reshape(shape).swapaxes(1, 2), 2, 2)
+    return {"up": file}, names, dict(zip("ab", values, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("heads", "is_quantized"), [((2, 64), True), ((4, 32), True), ((8, 16), False)]
-)
-def test_blocks_that_run_over_heads_are_dequantized(heads, is_quantized, tmp_path):
+def heads(*lengths: int) -> Laid:
     """Groups of 32 inputs, of which a head has more, as many, or less."""
     file = gptq()
-    folder = write(tmp_path / "base", {"out": file})
-    tree = {
-        "out": {"heads": jax.ShapeDtypeStruct((*heads, ROWS), jnp.float32)},
-        "norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)},
-    }
-    leaf = peft.load_base(folder, NAMES, like=tree)["out"]["heads"]
-    assert isinstance(leaf, jlora.Quantized) == is_quantized
-    value = leaf.array() if is_quantized else leaf
-    assert_rounded(value, file.matrix.T.reshape(*heads, ROWS))
+    values = {"heads": file.matrix.T.reshape(*lengths, ROWS)}
+    return {"out": file}, [peft.Name("heads", "out", "iio")], values
+
+
+# Which leaves, and whether they are in codes; else they are dequantized.
+LEAVES = {
+    "alternating parts": (lambda: parts_of_experts(True), True),
+    "parts": (lambda: parts_of_experts(False), True),
+    "one by one": (experts_one_by_one, True),
+    "blocks of outputs": (parts_in_blocks_of_outputs, False),
+    "blocks in heads": (lambda: heads(2, 64), True),
+    "blocks as heads": (lambda: heads(4, 32), True),
+    "blocks over heads": (lambda: heads(8, 16), False),
+}
+
+
+@pytest.mark.parametrize("case", LEAVES)
+def test_leaves_in_codes(case, tmp_path):
+    make, is_quantized = LEAVES[case]
+    files, names, values = make()
+    like = {x: jax.ShapeDtypeStruct(value.shape, jnp.float32) for x, value in values.items()}
+    folder = write(tmp_path / "base", files)
+    base = peft.load_base(folder, [*names, NAMES[-1]], like=like | {"norm": ONE["norm"]})
+    for x, value in values.items():
+        assert isinstance(base[x], jlora.Quantized) == is_quantized
+        assert_rounded(base[x].array() if is_quantized else base[x], value)
 
 
 # ------------------------------------------------------------------------------- files that lie
@@ -429,7 +423,6 @@ def test_blocks_that_run_over_heads_are_dequantized(heads, is_quantized, tmp_pat
 ONE = {"up": {"kernel": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32)}}
 ONE |= {"norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)}}
 STATE = "up.weight.quant_state.bitsandbytes__nf4"
-ABSMAX = "up.weight.absmax: expected U8 of shape (128,), got"
 
 
 def state(**fields):
@@ -448,83 +441,62 @@ def nan(x):
 
 
 # A format, its tensor, what becomes of it (None: it is taken away), and what is said.
-LIES = [
-    ("nf4", STATE, None, "up.weight: has 4-bit codes, but no up.weight.quant_state.bitsandbytes_"),
-    ("nf4", STATE, state(quant_type="nf5"), f"{STATE}: invalid `quant_type` 'nf5'"),
-    ("nf4", STATE, state(shape=[COLUMNS, 8, 8]), "up.weight: expected shape (64, 128), got (128, "),
-    ("nf4", STATE, state(shape=[256, 4, 8]), "up.weight: blocks of 64 cross experts of (25"),
-    ("nf4", STATE, state(blocksize=63), f"{STATE}: invalid `blocksize` 63"),
-    ("nf4", STATE, state(blocksize=True), f"{STATE}: invalid `blocksize` True"),
-    ("nf4", STATE, state(blocksize=10**30), f"{STATE}: invalid `blocksize` 1000000000"),
-    ("nf4", STATE, state(shape=[ROWS]), f"{STATE}: invalid `shape` [64]"),
-    ("nf4", STATE, state(shape=[COLUMNS, ROWS]), "up.weight: expected shape (64, 128), got (128, "),
-    ("nf4", STATE, state(dtype="int8"), f"{STATE}: invalid `dtype` 'int8'"),
-    ("nf4", STATE, state(dtype=None), f"{STATE}: invalid `dtype` None"),
-    ("nf4", STATE, state(nested_offset="x"), f"{STATE}: invalid `nested_offset` 'x'"),
-    ("nf4", STATE, state(nested_dtype="float16"), f"{STATE}: invalid `nested_dtype` 'float16'"),
-    ("nf4", STATE, lambda x: x[:-1], f"{STATE}: is not valid JSON"),
-    ("nf4", STATE, lambda x: np.full(20_000, 32, np.uint8), f"{STATE}: expected at most 10000 byt"),
-    ("nf4", "up.weight.absmax", None, "up.weight.absmax: missing"),
-    ("bitsandbytes, 8 bits", "up.SCB", None, "up.SCB: missing"),
-    ("nf4", "up.weight.absmax", lambda x: x[:-1], f"{ABSMAX} U8 (127,)"),
-    ("nf4", "up.weight.absmax", np.float32, f"{ABSMAX} F32 (128,)"),
-    ("nf4", "up.weight.nested_absmax", nan, "nested_absmax: has values that are not finite"),
-    ("nf4", "up.weight.quant_map", lambda x: x[::-1], "up.weight.quant_map: is not the table"),
-    ("nf4", "up.weight.nested_quant_map", nan, "nested_quant_map: has values that are not finite"),
-    ("nf4", "up.weight", lambda x: x[:-1], "up.weight: expected 4096 bytes for (64, 128), got 409"),
-    ("nf4", "norm.weight", None, "norm.weight: missing"),
-    ("nf4", "norm.weight", lambda x: x[:-1], "norm.weight: expected F64 or F32 or F16 or BF16 of "),
-    ("nf4", "norm.weight", nan, "norm.weight: has values that are not finite"),
-    ("nf4", "more", lambda _: np.ones(2), "more: unexpected"),
-    ("fp8", "up.weight", nan, "up.weight: has values that are NaN"),
-    (
-        "fp8",
-        "up.weight_scale_inv",
-        lambda x: x + np.float32(3e38),
-        "up.weight: its scales allow values up to 1.34e+41, beyond ",
-    ),
-    (
-        "bitsandbytes, 8 bits",
-        "up.SCB",
-        lambda x: x + np.float32(6e36),  # with which a code is multiplied before it is divided
-        "up.weight: its scales allow values up to inf, beyond ",
-    ),
-    ("gptq", "up.g_idx", lambda x: x + 1, "up: has inputs in groups other than the 4 with"),
-    ("gptq", "up.g_idx", lambda x: x[:-1], "up.g_idx: expected I32 of shape (128,), got I32"),
-    ("gptq, by activation", "up.g_idx", None, "up.g_idx: missing"),
-    (
-        "compressed-tensors, by activation",
-        "up.weight_g_idx",
-        lambda x: x + 1,
-        "up: has inputs in groups other than the 4 with",
-    ),
-    (
-        "compressed-tensors",
-        "up.weight_scale",
-        lambda x: x[:, :3],
-        "up: 3 groups of scales do not divide 128 inputs",
-    ),
-    (
-        "compressed-tensors",
-        "up.weight_shape",
-        lambda x: x + 8,
-        "up.weight_packed: expected 4 bits, shape (72, 17) or 8 bits, shape (72, 34); got (64, 16)",
-    ),
+LIES = [  # a format, a tensor, what becomes of it; the place of the problem, and what was got
+    ("nf4", STATE, None, "up.weight", "has 4-bit codes"),
+    ("nf4", STATE, state(quant_type="nf5"), STATE, "`quant_type` 'nf5'"),
+    ("nf4", STATE, state(shape=[COLUMNS, 8, 8]), "up.weight", "got (128, 8, 8)"),
+    ("nf4", STATE, state(shape=[256, 4, 8]), "up.weight", "blocks of 64 cross experts"),
+    ("nf4", STATE, state(blocksize=63), STATE, "`blocksize` 63"),
+    ("nf4", STATE, state(blocksize=True), STATE, "`blocksize` True"),
+    ("nf4", STATE, state(blocksize=10**30), STATE, "`blocksize` 1000000000"),
+    ("nf4", STATE, state(shape=[ROWS]), STATE, "`shape` [64]"),
+    ("nf4", STATE, state(shape=[COLUMNS, ROWS]), "up.weight", "got (128, 64)"),
+    ("nf4", STATE, state(dtype="int8"), STATE, "`dtype` 'int8'"),
+    ("nf4", STATE, state(dtype=None), STATE, "`dtype` None"),
+    ("nf4", STATE, state(nested_offset="x"), STATE, "`nested_offset` 'x'"),
+    ("nf4", STATE, state(nested_dtype="float16"), STATE, "`nested_dtype` 'float16'"),
+    ("nf4", STATE, lambda x: x[:-1], STATE, "is not valid JSON"),
+    ("nf4", STATE, lambda x: np.full(20_000, 32, np.uint8), STATE, "got 20000"),
+    ("nf4", "up.weight.absmax", None, "up.weight.absmax", "missing"),
+    ("bitsandbytes, 8 bits", "up.SCB", None, "up.SCB", "missing"),
+    ("nf4", "up.weight.absmax", lambda x: x[:-1], "up.weight.absmax", "got U8 (127,)"),
+    ("nf4", "up.weight.absmax", np.float32, "up.weight.absmax", "got F32 (128,)"),
+    ("nf4", "up.weight.nested_absmax", nan, "up.weight.nested_absmax", "not finite"),
+    ("nf4", "up.weight.quant_map", lambda x: x[::-1], "up.weight.quant_map", "is not the table"),
+    ("nf4", "up.weight.nested_quant_map", nan, "up.weight.nested_quant_map", "not finite"),
+    ("nf4", "up.weight", lambda x: x[:-1], "up.weight", "got 4095"),
+    ("nf4", "norm.weight", None, "norm.weight", "missing"),
+    ("nf4", "norm.weight", lambda x: x[:-1], "norm.weight", "got "),
+    ("nf4", "norm.weight", nan, "norm.weight", "not finite"),
+    ("nf4", "more", lambda _: np.ones(2), "more", "unexpected"),
+    ("fp8", "up.weight", nan, "up.weight", "NaN"),
+    ("fp8", "up.weight_scale_inv", lambda x: x + np.float32(3e38), "up.weight", "up to 1.34e+41"),
+    # With this a code is multiplied before it is divided.
+    ("bitsandbytes, 8 bits", "up.SCB", lambda x: x + np.float32(6e36), "up.weight", "up to inf"),
+    ("gptq", "up.g_idx", lambda x: x + 1, "up", "in groups other than the 4"),
+    ("gptq", "up.g_idx", lambda x: x[:-1], "up.g_idx", "got I32 (127,)"),
+    ("gptq, by activation", "up.g_idx", None, "up.g_idx", "missing"),
+    ("compressed-tensors, by activation", "up.weight_g_idx", lambda x: x + 1, "up", "in groups"),
+    ("compressed-tensors", "up.weight_scale", lambda x: x[:, :3], "up", "3 groups of scales"),
+    ("compressed-tensors", "up.weight_shape", lambda x: x + 8, "up.weight_packed", "got (64, 16)"),
 ]
 
 
-@pytest.mark.parametrize(("format", "name", "change", "message"), LIES)
-def test_lies(format, name, change, message, tmp_path):
+@pytest.mark.parametrize(
+    ("format", "name", "change", "where", "got"),
+    LIES,
+    ids=[f"{format}: {name}: {got}" for format, name, _, _, got in LIES],
+)
+def test_lies(format, name, change, where, got, tmp_path):
     files = {"up": (FORMATS | DENSE)[format]()}
     folder, tensors = write(tmp_path / "base", files), tensors_of(files)
     old = tensors.pop(name, None)
     if change is not None:
         tensors[name] = np.array(change(old), order="C")
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError) as e:
+    with refused(ValueError, "path", where, got) as e:
         peft.load_base(folder, NAMES, like=ONE)
-    assert message in str(e.value)
-    assert f"`path`: {tmp_path / 'base'} does not fit `like`. 1 problem:\n" in str(e.value)
+    assert len(e.value.problems) == 1
 
 
 def groups_of(*sizes):
@@ -537,51 +509,40 @@ def bits_of(*bits):
     return {"config_groups": {f"group_{n}": {"weights": {"num_bits": n}} for n in bits}}
 
 
-CONFIGURATIONS = [
-    ("gptq", {"bits": 3}, "`bits` of the quantization: expected 4 or 8, got 3"),
-    ("gptq", {"bits": True}, "`bits` of the quantization: expected 4 or 8, got True"),
-    ("gptq", {"bits": 8}, "up.qzeros: expected I32 of shape (4, 16), got I32 (4, 8)"),
-    ("compressed-tensors", {"format": "nvfp4-pack-quantized"}, "`format` of the quantization: ex"),
-    ("compressed-tensors", {"format": "marlin-24"}, "naive-quantized, pack-quantized; got 'marlin"),
-    (
-        "compressed-tensors",
-        {"config_groups": {"group_0": {"format": "mxfp8-quantized"}}},
-        "got 'mxfp8-quantized'",
+CONFIGURATIONS = [  # what is in a configuration, and what is said of it
+    ("gptq", {"bits": 3}, "`bits` of the quantization", "got 3"),
+    ("gptq", {"bits": True}, "`bits` of the quantization", "got True"),
+    ("gptq", {"bits": 8}, "up.qzeros", "got I32 (4, 8)"),
+    ("gptq", {"checkpoint_format": "marlin"}, "got 'marlin'"),
+    ("gptq", {"quant_method": "hqq"}, "unknown `quant_method` 'hqq'"),
+    ("gptq", {"quant_method": 3}, "unknown `quant_method` 3"),
+    ("awq", {"version": "gemv"}, "`version` of the quantization", "got 'gemv'"),
+    ("awq", {"group_size": 96}, "up", "2 groups of scales for 128 inputs contradict `group_size`"),
+    ("awq", {"group_size": 256}, "up", "2 groups of scales for 128 inputs contradict"),
+    ("fp8", {"weight_block_size": [48, 48]}, "blocks of 48 × 48; got shape (2, 4)"),
+    ("fp8", {"weight_block_size": [0, 48]}, "got [0, 48]"),
+    ("int8 by output", groups_of(64), "up", "1 groups of scales for 128 inputs contradict"),
+    *(
+        ("compressed-tensors", config, *facts)
+        for config, *facts in (
+            ({"format": "nvfp4-pack-quantized"}, "`format` of the quantization", "got 'nvfp4-pack"),
+            ({"format": "marlin-24"}, "`format` of the quantization", "got 'marlin-24'"),
+            ({"config_groups": {"group_0": {"format": "mxfp8-quantized"}}}, "got 'mxfp8"),
+            ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "'sparse-24-bitmask' is not"),
+            ({"transform_config": {"config_groups": {}}}, "rotated weights are not supported"),
+            (groups_of(48, 64), "up", "4 groups of scales for 128 inputs contradict"),
+            (bits_of(8), "its shape (64, 16) is that of 4 bits, and `num_bits`"),
+        )
     ),
-    (
-        "compressed-tensors",
-        {"sparsity_config": {"format": "sparse-24-bitmask"}},
-        "`sparsity_config` of the quantization: 'sparse-24-bitmask' is not supported",
-    ),
-    (
-        "compressed-tensors",
-        {"transform_config": {"config_groups": {}}},
-        "`transform_config` of the quantization: rotated weights are not supported",
-    ),
-    ("gptq", {"checkpoint_format": "marlin"}, "expected gptq or gptq_v2, got 'marlin'"),
-    ("awq", {"version": "gemv"}, "`version` of the quantization: expected gemm or GEMM, got 'gemv"),
-    ("fp8", {"weight_block_size": [48, 48]}, "configuration blocks of 48 × 48; got shape (2, 4)"),
-    ("fp8", {"weight_block_size": [0, 48]}, "expected two numbers or null, got [0, 48]"),
-    ("awq", {"group_size": 96}, "up: 2 groups of scales for 128 inputs contradict `group_size` of"),
-    ("awq", {"group_size": 256}, "up: 2 groups of scales for 128 inputs contradict"),
-    ("compressed-tensors", groups_of(48, 64), "up: 4 groups of scales for 128 inputs contra"),
-    (
-        "compressed-tensors",
-        bits_of(8),
-        "its shape (64, 16) is that of 4 bits, and `num_bits` of the quantization is 8",
-    ),
-    ("int8 by output", groups_of(64), "up: 1 groups of scales for 128 inputs contradict"),
-    ("gptq", {"quant_method": "hqq"}, "unknown `quant_method` 'hqq'; known are awq, bitsandbytes"),
-    ("gptq", {"quant_method": 3}, "unknown `quant_method` 3; known are"),
 ]
 
 
-@pytest.mark.parametrize(("format", "config", "message"), CONFIGURATIONS)
-def test_configurations(format, config, message, tmp_path):
+@pytest.mark.parametrize("case", CONFIGURATIONS, ids=lambda x: f"{x[0]} {x[1]}"[:60])
+def test_configurations(case, tmp_path):
+    format, config, *facts = case
     folder = write(tmp_path / "base", {"up": FORMATS[format]()}, **config)
-    with pytest.raises(ValueError) as e:
+    with refused(ValueError, "path", *facts):
         peft.load_base(folder, NAMES, like=ONE)
-    assert message in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -623,27 +584,18 @@ def test_a_few_inputs_of_compressed_tensors(bits, tmp_path):
         loaded = jlora.dequantize(peft.load_base(folder, NAMES, like=like))
         expected = (codes.astype(np.float32) - middle) * scale.astype(np.float32)
         return assert_rounded(loaded["up"]["kernel"], expected.T)
-    said = re.escape(", ".join(map(str, bits)) or "None")
-    with pytest.raises(ValueError, match=rf"is that of 4 or 8 bits, and `num_bits` .* is {said}$"):
+    said = ", ".join(map(str, bits)) or "None"
+    with refused(ValueError, "path", "is that of 4 or 8 bits, and `num_bits`", f"is {said}"):
         peft.load_base(folder, NAMES, like=like)
-
-
-def test_a_file_that_becomes_shorter(tmp_path):
-    """Its argument and the tensor are named."""
-    file = write(tmp_path / "base", {"up": four_bits()}) / "model.safetensors"
-    checkpoint = open_checkpoint(tmp_path / "base", "path")
-    os.truncate(file, checkpoint.headers[file.name].data)
-    with pytest.raises(ValueError, match=r"^`path`: up\.weight: its file changed while it was re"):
-        list(checkpoint.pieces("up.weight"))
 
 
 def test_what_is_wrong_of_every_layer_is_said_once(tmp_path):
     folder = write(tmp_path / "base", {f"h.{i}.up": gptq() for i in range(3)}, bits=3)
     names = [peft.Name(r"h(\d)", r"h.\1.up", "io"), *NAMES]
     tree = {f"h{i}": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32) for i in range(3)}
-    message = r"does not fit `like`. 1 problem:\n  `bits` of the quantization: expected 4[^\n]*\Z"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "path", "`bits` of the quantization", "got 3") as e:
         peft.load_base(folder, names, like=tree | {"norm": ONE["norm"]})
+    assert len(e.value.problems) == 1
 
 
 def test_an_order_that_is_not_known_yet(tmp_path):
@@ -765,7 +717,7 @@ def test_64_bits_are_not_narrowed(kind, tmp_path):
         path = tmp_path if kind == "safetensors" else write_gguf(tmp_path, w)
         return peft.load_base(path, NAMES, like=tree)
 
-    with pytest.raises(ValueError, match=r"up\.weight: its dtype float64 needs jax_enable_x64"):
+    with refused(ValueError, "", "up.weight", "its dtype float64 needs jax_enable_x64"):
         load()
     with jax.enable_x64(True):
         leaf = load()["up"]["kernel"]
@@ -781,26 +733,21 @@ def test_gguf_without_numbers(shape, tmp_path):
     path = tmp_path / "a.gguf"
     path.write_bytes(head + struct.pack("<IQ", TYPES.Q8_0, 0) + bytes(64))
     tree = {"up": {"kernel": jax.ShapeDtypeStruct((32, 4), jnp.float32)}}
-    message = f"1 problem:\n  up.weight: expected a matrix, got shape {shape}"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with refused(ValueError, "path", "up.weight", f"got shape {shape}"):
         peft.load_base(path, NAMES, like=tree)
 
 
 def test_gguf_that_is_none(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(20))
-    with pytest.raises(ValueError, match=r"`path`: .*a\.gguf is not a valid GGUF file: "):
+    with refused(ValueError, "path", "is not a valid GGUF file: "):
         peft.load_base(tmp_path / "a.gguf", NAMES, like=like())
-    with pytest.raises(FileNotFoundError, match=r"`path`: there is no file .*b\.gguf\."):
+    with refused(FileNotFoundError, "path", tmp_path / "b.gguf", "there is no file"):
         peft.load_base(tmp_path / "b.gguf", NAMES, like=like())
 
 
 def test_codes_are_not_written(tmp_path):
     base = jlora.quantize({"up": {"kernel": jnp.ones((COLUMNS, ROWS))}}, jlora.Int4("kernel"))
-    message = (
-        r"`base` must be in floats. Save jlora.dequantize\(base\), and quantize that checkpoint "
-        r"with `transformers` and bitsandbytes, or with llm-compressor. 1 problem:\n  up/kernel: "
-    )
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "base", "up/kernel", "Save jlora.dequantize(base)"):
         peft.save_base(tmp_path / "base", base, NAMES)
     assert not (tmp_path / "base").exists()
 
@@ -825,6 +772,6 @@ def test_save_base_beside_the_files_of_its_model(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, base)
     (tmp_path / "secret").write_text("of another")
     (source / "tokenizer.model").symlink_to(tmp_path / "secret")
-    with pytest.raises(ValueError, match=r"`config`: .*tokenizer\.model"):
+    with refused(ValueError, "config", "tokenizer.model"):
         peft.save_base(tmp_path / "linked", base, NAMES, config=source)
     assert not (tmp_path / "linked").exists()

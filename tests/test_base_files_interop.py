@@ -17,11 +17,7 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 torch = pytest.importorskip("torch")
 functional = pytest.importorskip("bitsandbytes.functional")
 
-from transformers import (  # noqa: E402
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 CONFIG = llama.Config(vocab=96, layers=2, dim=128, hidden=192, heads=4, kv_heads=2, tied=False)
 KINDS = {

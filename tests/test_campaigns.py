@@ -81,6 +81,15 @@ def load(bases: Folder, files: Files, _: Folder) -> None:
     assert_finite(found)
 
 
+def read_alone(bases: Folder, files: Files, _: Folder) -> None:
+    assert_finite(peft.read(files.folder))
+
+
+def check(bases: Folder, files: Files, _: Folder) -> None:
+    for engine in peft.ENGINES:
+        assert all(x.remedy for x in peft.check(files.folder, engine).findings)
+
+
 def combine(bases: Folder, files: Files, out: Folder) -> None:
     each = [peft.read(x) for x in (files.folder, files.case.folder)]
     peft.write(out, peft.combine(each, arithmetic.add))
@@ -97,6 +106,8 @@ def merge(bases: Folder, files: Files, out: Folder) -> None:
 
 WAYS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "load": (load, ("qv", "tied"), ("`path`: ",)),
+    "read": (read_alone, ("tied", "gpt2_tied", "experts", "bias_all", "conv"), ("`path`: ",)),
+    "check": (check, ("qv", "tied"), ("`path`: ",)),
     "merge": (merge, ("qv", "tied", "experts"), ("`adapter`",)),
     "combine": (
         combine,

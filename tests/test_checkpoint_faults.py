@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import resume
-from test_checkpoint import assert_equal
+from peft_files import assert_equal
 
 from jlora import checkpoint
 

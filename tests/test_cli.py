@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import pathlib
-import random
 import re
 import runpy
 import shutil
@@ -31,7 +30,8 @@ import pytest
 import test_peft_merged
 from click.shell_completion import ShellComplete
 from flax import nnx
-from peft_files import Files, assert_equal, mutate
+from messages import check_text, refused
+from peft_files import assert_equal
 from safetensors.numpy import save_file
 from small import some, some_rows, without_progress
 
@@ -239,67 +239,27 @@ def test_inspect_of_what_is_not_finite_or_zero(
     assert text in run("inspect", tmp_path / "a").stdout
 
 
-def fuzz(seeds: range, folder: Folder, names: list[str], read: Callable[[Folder], Any]) -> int:
-    """Reads damaged adapters; gives how many were right in spite of it."""
-    right = 0
-    for seed in seeds:
-        draw, place = random.Random(seed), folder / str(seed)
-        place.mkdir()
-        files = Files(place, draw.choice(names))
-        mutate(files, draw)
-        start = time.process_time()
-        try:
-            leaves = jax.tree.leaves(read(files.folder))
-        except (ValueError, FileNotFoundError) as e:
-            assert str(e).startswith("`path`: "), (seed, e)
-        else:
-            right += 1
-            numbers = [x for x in leaves if isinstance(x, jax.Array | np.ndarray)]
-            assert all(np.isfinite(x).all() for x in numbers), seed
-        assert time.process_time() - start < 10, seed
-        shutil.rmtree(place)
-    return right
-
-
-SEEDS = [range(50), pytest.param(range(50, 10_000), marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("seeds", SEEDS)
-def test_fuzz(seeds: range, tmp_path: Folder) -> None:
-    """Damaged adapters of PEFT: an error that says what, or finite numbers."""
-    names = ["tied", "gpt2_tied", "experts", "bias_all", "conv"]
-    assert 0 < fuzz(seeds, tmp_path, names, peft.read) < len(seeds)
-
-
 ODD = {
-    "depth": (
-        ["m.base_layer.lora_A.weight", "m.base_layer.lora_B.weight"],
-        "base_model.model.m: adapted more than once",
-    ),
-    "depths": (
-        [f"m{'.base_layer' * n}.lora_{x}.weight" for n in (1, 2) for x in "AB"],
-        r" 1 problem:\s+base_model.model.m: adapted more than once",
-    ),
-    "alone": (["m.lora_A.weight"], "m.lora_B.weight: missing, though .*m.lora_A.weight is there"),
-    "escape": (["m\x1b[31m.lora_A.weight"], "has a tensor named 'base_.*printable characters"),
-    "long": (["m" * 1001], "has a tensor named 'base_model.*expected at most 1000 printable"),
-    "deep": ([".m" * 100], "with at most 100 dots"),
-    "experts": (
-        ["m.e.lora_A.weight", "m.e.lora_B.weight", "m.e.base_layer.lora_A.weight"],
-        "m.e.base_layer.lora_B.weight: missing",
-    ),
+    "depth": ["m.base_layer.lora_A.weight", "m.base_layer.lora_B.weight"],
+    "depths": [f"m{'.base_layer' * n}.lora_{x}.weight" for n in (1, 2) for x in "AB"],
+    "alone": ["m.lora_A.weight"],
+    "escape": ["m\x1b[31m.lora_A.weight"],
+    "long": ["m" * 1001],
+    "deep": [".m" * 100],
+    "experts": ["m.e.lora_A.weight", "m.e.lora_B.weight", "m.e.base_layer.lora_A.weight"],
 }
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_inspect_of_odd_keys(name: str, tmp_path: Folder) -> None:
     """Keys that PEFT never writes are refused by name, or as a whole."""
-    keys, message = ODD[name]
-    tensors = {f"base_model.model.{key}": np.ones((2, 3), np.float32) for key in keys}
+    tensors = {f"base_model.model.{key}": np.ones((2, 3), np.float32) for key in ODD[name]}
     config = {"peft_type": "LORA", "target_modules": ["m"], "modules_to_save": ["head"]}
     (tmp_path / FILES[0]).write_text(json.dumps(config))
     save_file(tensors, tmp_path / FILES[1])
-    assert re.search(message, fails("inspect", tmp_path))
+    said = fails("inspect", tmp_path)
+    assert "base_model.mod" in said
+    check_text(said)
 
 
 # ----------------------------------------------------------------------------------------- diff
@@ -390,9 +350,7 @@ def test_diff_within_a_tolerance(tmp_path: Folder, orbax: Any) -> None:
     a, b = changed(tmp_path, orbax("scanned"), lambda x: x | {UP: scaled(padded(x[UP]))})
     run("diff", a, b, "--tolerance", 2.1)
     run("diff", a, b, "--tolerance", 1.9, code=1)
-    assert "--tolerance must be a number of at least 0; got -1.0" in fails(
-        "diff", a, b, "--tolerance", -1
-    )
+    check_text(fails("diff", a, b, "--tolerance", -1))
 
 
 # -------------------------------------------------------------------------------------- convert
@@ -646,68 +604,37 @@ def write_models(root: Folder) -> None:
     root.joinpath("folders", *["d"] * 40).mkdir(parents=True)
 
 
-ERRORS = {
-    "inspect nowhere": "DIR: there is no folder .*nowhere",
-    "inspect empty": "DIR: .*empty has neither PEFT's adapter_config.json, nor an Orbax checkpoint",
-    "inspect hf": "DIR: .*hf is a model; expected an adapter",
-    "inspect base": "base is not a checkpoint of an adapter: expected 'adapter' and 'jlora' in it",
-    "inspect steps": "has the steps 12 of a CheckpointManager; give one of them",
-    "diff p nowhere": "B: there is no folder .*nowhere",
-    "diff p o": "--names is needed .*: one of bert, roberta, gpt2, llama, llama-scanned, vit, ",
-    "diff unknown p --names llama": "A: .*unknown was saved without its base, .* Save it again",
-    "convert hf x": "IN: .*hf is a model; expected an adapter of PEFT or Orbax",
-    "convert o p --names llama": "OUT: .*p exists and is not an empty folder",
-    "convert o x": "--names is needed",
-    "convert o x --names bort": "--names: there is no table 'bort'; expected one of bert,",
-    "convert o x --names nomodule:X": "--names: nomodule cannot be imported .*ModuleNotFoundError",
-    "convert o x --names rows.py:ROWS": "rows.py:ROWS must be a list of jlora.peft.Name rows; "
-    "got int",
-    "convert o x --names rows.py:MISSING": "--names: .*rows.py has no MISSING",
-    "convert o x --names raises.py:X": "raises.py cannot be imported .ZeroDivisionError: division",
-    "convert o x --names vit:": "--names: expected module:NAME or file.py:NAME; got .vit:.",
-    "convert unknown x --names llama": "IN: .*unknown was saved without its base, .* Give --base",
-    "convert p x --names llama": "--base is needed to read a PEFT adapter",
-    "convert p x --names llama --base small": "nothing was loaded. .* problems: ",
-    "convert p x --names llama --base hf": "--base: .*hf cannot be read as parameters",
-    "convert p x --names llama --base base --config p": "--config is for writing PEFT",
-    "convert p x --profile vllm --names llama": "--names is not needed: IN and OUT are PEFT",
-    "merge p o x": "BASE must be a model and ADAPTER an adapter; got .*p .peft. and .*o .orbax.",
-    "merge base p x": "--names is needed",
-    "merge small o x": "BASE .*small is not the one that the adapter in .*o was trained on: ",
-    "merge small unknown x": "ADAPTER .*unknown does not fit BASE .*small at 14 of 14 paths: ",
-    "merge base o p": "exists and is not an empty folder",
-    "merge base o /": "OUT: / is a mount point; give a folder in it",
-    # What functions call `path`, `src_dir`, `out`, `adapter`, `base` and `names`.
-    "inspect deep": "^jlora: DIR .*deep: adapter_config.json is nested too deeply.$",
-    "inspect lost": "^jlora: DIR: the arrays of .*lost cannot be read",
-    "inspect folders": "^jlora: DIR: .*folders has more than 32 nested folders: d/d/",
-    "inspect bits3": "^jlora: DIR .*bits3: `bits` of the quantization: expected 4 or 8, got 3.$",
-    "diff p deep": "^jlora: B .*deep: adapter_config.json is nested too deeply.$",
-    "diff lost o": "^jlora: A: the arrays of .*lost cannot be read",
-    "diff p o --names rows.py:OTHER": "^jlora: A: the adapter in .*p cannot be loaded "
-    "onto the base of B .*o with --names; nothing was loaded",
-    "check deep --for vllm": "^jlora: DIR .*deep: adapter_config.json is nested too deeply.$",
-    "check hf --for vllm": "^jlora: DIR: .*hf is a model; expected an adapter of PEFT. Give the ",
-    "check o --for vllm": "write it as PEFT with jlora convert",
-    "check p --for tgi": "^jlora: --for must be one of sglang, vllm, tpu-inference; got 'tgi'",
-    "check p --for vllm --base folders": "^jlora: --base: .*folders has more than 32 nested",
-    "combine p deep x": "^jlora: ADAPTERS .*deep: adapter_config.json is nested too deeply.$",
-    "merge model o x --names rows.py:OTHER": "^jlora: ADAPTER .*o cannot be written with --names: ",
-    "merge model p x": "^jlora: ADAPTER .*p cannot be merged into the checkpoint of BASE .*model; "
-    "nothing was written. ",
-    "merge linked p x": "^jlora: BASE: .* is a link out of .*, or --follow-links.$",
-    "merge base p x --untie": "^jlora: --untie is for a Hugging Face checkpoint; .*base is orbax.",
-    "merge folders p x": "^jlora: BASE: .*folders has more than 32 nested folders",
-    "merge bits3 p x": "^jlora: BASE .*bits3: `bits` of the quantization: expected 4 or 8, got 3.$",
-    "merge base deep x --names llama": "^jlora: ADAPTER .*deep: adapter_config.json is nested",
-    "merge gone o x": "^jlora: BASE: .*gone cannot be read as parameters .* .ValueError: its "
-    "metadata are missing or damaged.",
-    "convert lost x --names llama": "^jlora: IN: the arrays of .*lost cannot be read",
-    "convert o x --names rows.py:OTHER": "^jlora: IN .*o cannot be written with --names: ",
-    "convert o x --names llama --config deep": "^jlora: --config .*deep: adapter_config.json is ",
-    "convert deep x --profile vllm": "^jlora: IN .*deep: adapter_config.json is nested too ",
-    "convert p x --names rows.py:OTHER --base base": "^jlora: IN: the adapter in .*p cannot be "
-    "loaded onto --base .*base with --names; nothing was loaded",
+# The argument that is named, as the user wrote it, and command lines.
+ERRORS = """
+DIR: inspect nowhere; inspect empty; inspect hf; inspect base; inspect steps; inspect deep
+DIR: inspect lost; inspect folders; inspect bits3; check deep --for vllm; check hf --for vllm
+DIR: check o --for vllm
+--for: check p --for tgi
+A: diff unknown p --names llama; diff lost o; diff p o --names rows.py:OTHER
+B: diff p nowhere; diff p deep
+ADAPTERS: combine p deep x
+IN: convert hf x; convert unknown x --names llama; convert lost x --names llama
+IN: convert o x --names rows.py:OTHER; convert deep x --profile vllm
+IN: convert p x --names rows.py:OTHER --base base; convert p x --names llama --base small
+OUT: convert o p --names llama; merge base o p; merge base o /
+--names: diff p o; convert o x; merge base p x; convert p x --profile vllm --names llama
+--names: convert o x --names bort; convert o x --names nomodule:X; convert o x --names vit:
+--names: convert o x --names rows.py:MISSING; convert o x --names rows.py:ROWS
+--names: convert o x --names raises.py:X
+--base: convert p x --names llama; convert p x --names llama --base hf
+--base: check p --for vllm --base folders
+--config: convert p x --names llama --base base --config p
+--config: convert o x --names llama --config deep
+BASE: merge p o x; merge small o x; merge linked p x; merge folders p x; merge bits3 p x
+BASE: merge gone o x
+ADAPTER: merge small unknown x; merge model o x --names rows.py:OTHER; merge model p x
+ADAPTER: merge base deep x --names llama
+--untie: merge base p x --untie
+"""
+NAMED = {
+    line: argument
+    for argument, lines in re.findall(r"(\S+): (.+)", ERRORS)
+    for line in lines.split("; ")
 }
 
 
@@ -716,14 +643,16 @@ def present(folder: Folder) -> list[Folder]:
     return sorted(p for p in folder.rglob("*") if "__pycache__" not in p.parts)
 
 
-@pytest.mark.parametrize("line", ERRORS)
+@pytest.mark.parametrize("line", NAMED)
 def test_errors(line: str, files: Folder) -> None:
     """Exit code 2, one line on stderr that says what and where; nothing is written."""
     before = present(files)
     words = ("nowhere", "x", *(path.name for path in files.iterdir()))
     command, *args = line.split()
     full = [str(files / a) if a.split(":")[0] in words else a for a in args]
-    assert re.search(ERRORS[line], fails(command, *full))
+    said = fails(command, *full)
+    assert re.match(rf"jlora: {NAMED[line]}\b", said)
+    check_text(said)
     assert present(files) == before
 
 
@@ -750,7 +679,7 @@ def test_a_file_is_a_module(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -
     for source in (str(tmp_path / "job_of_mine.py"), "job_of_mine"):
         assert attribute(f"{source}:job", "JOB")()
         assert attribute(f"{source}:LAZY", "JOB") == 7
-        with pytest.raises(ValueError, match="has no MISSING"):
+        with refused(ValueError, "", "has no MISSING"):
             attribute(f"{source}:MISSING", "JOB")
 
 
@@ -773,22 +702,6 @@ def test_long_lists_are_cut(files: Folder) -> None:
     """A line stays one that can be read."""
     line = fails("merge", files / "small", files / "o", files / "x")
     assert line.endswith("; … and 12 more lines, which --debug shows") and len(line) < 2000
-
-
-USAGE = {
-    "": "Usage: jlora",
-    "inspect": "Missing argument 'DIR'",
-    "inspekt x": "No such command 'inspekt'",
-    "diff a": "Missing argument 'B'",
-    "convert a b --profile tgi": "'tgi' is not 'vllm'",
-    "diff a b --tolerance x": "'x' is not a valid float",
-}
-
-
-@pytest.mark.parametrize("line", USAGE)
-def test_usage_errors(line: str) -> None:
-    """Of the arguments themselves: click's, with exit code 2."""
-    assert USAGE[line] in run(*line.split(), code=2).stderr
 
 
 def test_help() -> None:
@@ -875,11 +788,8 @@ def test_a_full_disk_names_out(files: Folder, tmp_path: Folder) -> None:
     for line in WRITERS:
         with disks.full():
             said = fails(*(folders.get(word, word) for word in line.split()))
-        assert re.match(
-            rf"jlora: OUT: could not write (the checkpoint )?{out}: .*File too large\. Nothing is "
-            r"left of it, and nothing else was touched\. Make room or permission there",
-            said,
-        )
+        assert re.match(rf"jlora: OUT: could not write (the checkpoint )?{out}: ", said)
+        assert "File too large. Nothing is left of it" in said
         assert not list(out.parent.iterdir())
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+from messages import each_refusal, refused
 from own_methods import Diagonal, Gain
-from small import each_refusal, every
+from small import every
 
 import jlora.keras
 from jlora import DoRA, Full, LoRA, Rows
@@ -66,11 +67,7 @@ POLICIES = "float32", "mixed_bfloat16"
 
 @pytest.mark.parametrize(
     ("rule", "policy"),
-    every(
-        RULES,
-        POLICIES,
-        daily=[(RULES[0], POLICIES[1]), (RULES[3], POLICIES[0])],
-    ),
+    every(RULES, POLICIES, daily=[(RULES[0], POLICIES[1]), (RULES[3], POLICIES[0])]),
 )
 def test_a_call_is_that_of_the_transform(rule: Any, policy: str) -> None:
     model = words(policy) if isinstance(rule, Rows) else network(policy)
@@ -119,10 +116,10 @@ def test_weights_are_saved_and_loaded(tmp_path: Any) -> None:
 def test_a_whole_model_is_not_saved(tmp_path: Any) -> None:
     """And no part of a file is left."""
     adapted = adapt(network(), LoRA("kernel", rank=2), example=X)
-    match = r"no configuration\. Save .* jlora\.checkpoint\.save\(path, adapted, rules\), its"
-    with pytest.raises(NotImplementedError, match=match):
+    remedy = "jlora.checkpoint.save(path, adapted, rules)"
+    with refused(NotImplementedError, "", "no configuration", remedy):
         adapted.save(tmp_path / "adapted.keras")
-    with pytest.raises(NotImplementedError, match=match):
+    with refused(NotImplementedError, "", "no configuration", remedy):
         keras.models.clone_model(keras.Sequential([layers.Input([16]), adapted]))
     assert not list(tmp_path.iterdir())
 
@@ -207,9 +204,7 @@ def test_a_base_that_a_start_changes(tmp_path: Any) -> None:
     np.testing.assert_array_equal(other(X), changed)
     again = Adapted(model, adapted.adapter, params=adapted.params)
     np.testing.assert_array_equal(again(X), changed)
-    with pytest.raises(
-        ValueError, match=r"changed the weights at network/dense_32/kernel, .*params=a"
-    ):
+    with refused(ValueError, "", "weights at network/dense_32/kernel", "params=a"):
         Adapted(model, adapted.adapter)
     np.testing.assert_allclose(
         adapted.merged().predict(X, verbose=0), changed, rtol=1e-5, atol=1e-5
@@ -254,9 +249,7 @@ def test_a_base_that_is_freed_is_refused(part: str, compiled: bool) -> None:
         adapted.fit(X, X[:, :4], verbose=0)
     (model if part == "model" else model.layers[0]).trainable = True
     before = [np.array(v.value) for v in model.weights]
-    with pytest.raises(
-        RuntimeError, match="weights of the base have become trainable, such as network/d"
-    ):
+    with refused(RuntimeError, "", "have become trainable, such as network/d"):
         adapted.fit(X, X[:, :4], verbose=0)
     for v, w in zip(model.weights, before, strict=True):
         np.testing.assert_array_equal(v.value, w)
@@ -293,44 +286,33 @@ def twins() -> Any:
     return model
 
 
-@each_refusal(
-    {
-        TypeError: {"`model` must be a model of Keras; got dict": lambda: adapt({}, example=X)},
-        ValueError: {
-            "`model` 'bare' is not built, so it has no weights": lambda: adapt(
-                keras.Sequential([layers.Dense(3)], name="bare"), LoRA(), example=X
-            ),
-            r"LoRA\('kernol'\) matches no leaf of `params`": lambda: adapt(
-                network(), LoRA("kernol"), example=X
-            ),
-            "`model` has 2 weights with the path twins/d/kernel, which an adapter": lambda: adapt(
-                twins(), LoRA(), example=X
-            ),
-            "`seed` must be an integer of at least 0; got -1": lambda: adapt(
-                network(), LoRA(), example=X, seed=-1
-            ),
-            "`model` must not have an adapter already, .* network_adapted/lora_0": lambda: adapt(
-                adapt(network(), LoRA("kernel", rank=2), example=X), LoRA(), example=X
-            ),
-            "must not have an adapter already": lambda: Adapted(
-                keras.Sequential(
-                    [layers.Input([16]), adapt(network(), LoRA("kernel", rank=2), example=X)]
-                ),
-                {},
-            ),
-            r"arrays of their paths and shapes; got Quantized of shape \(16, 32\) at net": lambda: (
-                adapt(
-                    network(),
-                    LoRA("kernel", rank=2, init=jlora.initializers.loftq(jlora.Int8())),
-                    example=X,
-                )
-            ),
-            r"got Array\w* of shape \(3,\) at network/dense": lambda: Adapted(
-                network(), {}, params={"network/dense": jnp.ones(3)}
-            ),
-        },
-    }
-)
-def test_mistakes(provoke: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        provoke()
+KERNEL = LoRA("kernel", rank=2)
+CODED = LoRA("kernel", rank=2, init=jlora.initializers.loftq(jlora.Int8()))
+UNBUILT = keras.Sequential([layers.Dense(3)], name="bare")
+MISTAKES: dict[type[Exception], dict[str, Any]] = {
+    TypeError: {"`model` ... got dict": lambda: adapt({}, example=X)},
+    ValueError: {
+        "`model` ... 'bare' is not built": lambda: adapt(UNBUILT, LoRA(), example=X),
+        "LoRA('kernol') matches no leaf": lambda: adapt(network(), LoRA("kernol"), example=X),
+        "`model` ... 2 weights ... twins/d/kernel": lambda: adapt(twins(), LoRA(), example=X),
+        "`seed` ... got -1": lambda: adapt(network(), LoRA(), example=X, seed=-1),
+        "`model` ... an adapter already ... network_adapted/lora_0": lambda: adapt(
+            adapt(network(), KERNEL, example=X), LoRA(), example=X
+        ),
+        "`model` ... must not have an adapter already": lambda: Adapted(
+            keras.Sequential([layers.Input([16]), adapt(network(), KERNEL, example=X)]), {}
+        ),
+        "arrays of their paths ... got Quantized of shape (16, 32) at net": lambda: adapt(
+            network(), CODED, example=X
+        ),
+        "of shape (3,) at network/dense": lambda: Adapted(
+            network(), {}, params={"network/dense": jnp.ones(3)}
+        ),
+    },
+}
+
+
+@each_refusal(MISTAKES)
+def test_mistakes(error: Any, call: Any, facts: Any) -> None:
+    with refused(error, *facts):
+        call()

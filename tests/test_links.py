@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from messages import refused
 from peft_files import CONFIG, TENSORS, pair, write
 from safetensors.numpy import load_file, save_file
 from small import some
@@ -221,7 +222,7 @@ def test_links_that_lead_out(case: str, tmp_path: Folder) -> None:
         peft.read(adapter)
     assert str(e.value).endswith("(cp -rL).")
     for name in ADAPTERS:
-        with pytest.raises(ValueError, match="is a link out of the folder"):
+        with refused(ValueError, "", "is a link out of the folder"):
             ADAPTERS[name](tmp_path / "base", adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

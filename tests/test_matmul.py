@@ -125,23 +125,6 @@ def test_float8_weights_have_wider_factors():
     np.testing.assert_allclose(actual, expected, atol=6 * 2**-4)  # a float8 has 3 bits
 
 
-def test_a_product_of_another_dtype():
-    """`preferred_element_type` below that of x and W: the gradients of A and B stay float32."""
-    _, _, _, x = _problem(MANY)
-    params = {"w": jnp.ones((DIM, DIM))}
-
-    def f(params, x):
-        return jnp.matmul(x, params["w"], preferred_element_type=jnp.bfloat16)
-
-    lora = jlora.transform(f, jlora.LoRA("w", rank=2))
-    base, adapter = lora.init(jax.random.key(0), params, x)
-    many = jax.tree.map(lambda v: jnp.stack([v, v]), adapter)
-    for y in (lora.apply(base, adapter, x), jax.vmap(lora.apply, (None, 0, None))(base, many, x)):
-        assert y.dtype == jnp.bfloat16
-    grads = jax.grad(lambda a: lora.apply(base, a, x).astype(jnp.float32).sum())(adapter)
-    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
-
-
 @pytest.mark.parametrize("rows", [MANY, pytest.param(FEW, marks=pytest.mark.slow)])
 def test_an_activation_that_sites_share_is_kept_once(rows):
     """As q, k and v do."""
@@ -184,17 +167,6 @@ def test_a_transform_can_be_pickled():
     lora = jlora.transform(_product, jlora.LoRA("w", rank=2))
     again = pickle.loads(pickle.dumps(lora))
     laws.assert_close(again.apply(base, adapter, x), lora.apply(base, adapter, x), 1e-6)
-
-
-def test_convolution_of_an_empty_batch():
-    numbers = ("NHWC", "HWIO", "NHWC")
-    conv = lambda p, x: jax.lax.conv_general_dilated(  # noqa: E731
-        x, p["k"], (1, 1), "SAME", dimension_numbers=numbers
-    )
-    lora = jlora.transform(conv, jlora.LoRA(rank=2))
-    x = jnp.zeros((0, 5, 5, 4))
-    base, adapter = lora.init(jax.random.key(0), {"k": jnp.ones((3, 3, 4, 5))}, x)
-    assert lora.apply(base, adapter, x).shape == (0, 5, 5, 5)
 
 
 def test_tracing_costs_little_more_than_the_model():

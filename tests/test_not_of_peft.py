@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from messages import refused
 from peft_files import CONFIG, ENDS, PREFIX, TENSORS, pair, write
 from safetensors.numpy import save_file
 from test_links import LIKE, NAMES, folders, in_cache
@@ -56,58 +56,49 @@ def orbax(root: Folder) -> Folder:
     return root / "x"
 
 
-MLX = r"It is an adapter of MLX\. Merge it into its model with mlx_lm\.fuse\."
-DIFFUSION = r"It is an adapter of a diffusion model in the format of {}\. Load it with load_lora_"
-# What is given for an adapter, and what the error says of it.
-GIVEN: dict[str, tuple[Callable[[Folder], Folder], str]] = {
-    "file": (
-        lambda root: root / "adapter" / TENSORS,
-        rf"{TENSORS} is a file, not a folder\. Give the folder that it is in, \S+adapter\.$",
-    ),
-    "MLX": (mlx, MLX),
-    "older MLX": (lambda root: touch(root / "x" / "adapters.npz"), MLX),
+MLX, KOHYA = (
+    "It is an adapter of MLX.",
+    "It is an adapter of a diffusion model in the format of kohya",
+)
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+MUCH = {"ss_network_dim": "4", "ss_tag_frequency": "x" * 100_000}
+ONE_OF = "It is a folder with adapters in it."
+# What is given for an adapter, what the error says of it, and what to do.
+GIVEN: dict[str, tuple[Callable[[Folder], Folder], str, str]] = {
+    "file": (lambda root: root / "adapter" / TENSORS, "is a file, not a folder", "Give the folder"),
+    "MLX": (mlx, MLX, "mlx_lm.fuse"),
+    "older MLX": (lambda root: touch(root / "x" / "adapters.npz"), MLX, "mlx_lm.fuse"),
     "kohya": (
         lambda root: holding(root / "x" / "a.safetensors", "lora_unet_down_0.lora_down.weight"),
-        DIFFUSION.format("kohya, a.safetensors"),
+        *(KOHYA, "load_lora_"),
     ),
     "kohya with much metadata": (
-        lambda root: holding(
-            root / "x" / "a.safetensors",
-            "lora_te1_x.alpha",
-            metadata={"ss_network_dim": "4", "ss_tag_frequency": "x" * 100_000},
-        ),
-        DIFFUSION.format("kohya, a.safetensors"),
+        lambda root: holding(root / "x" / "a.safetensors", "lora_te1_x.alpha", metadata=MUCH),
+        *(KOHYA, "load_lora_"),
     ),
     "diffusers": (
-        lambda root: holding(
-            root / "x" / "pytorch_lora_weights.safetensors", "unet.up.attn.to_q.lora_A.weight"
-        ),
-        DIFFUSION.format("diffusers, pytorch_lora_weights.safetensors"),
+        lambda root: holding(root / "x" / DIFFUSERS, "unet.up.attn.to_q.lora_A.weight"),
+        *(f"in the format of diffusers, {DIFFUSERS}", "load_lora_"),
     ),
     "llama.cpp": (
         lambda root: touch(root / "x" / "a.gguf"),
-        r"It is a file of llama\.cpp, a\.gguf\. Give what it was made from\.",
+        *("It is a file of llama.cpp, a.gguf.", "Give what it was made from."),
     ),
     "steps": (
         lambda root: around(root, ".", "checkpoint-2", "checkpoint-10"),
-        r"It is a folder with adapters in it\. Give one of them: checkpoint-10, checkpoint-2\.",
+        *(ONE_OF, "Give one of them: checkpoint-10, checkpoint-2."),
     ),
-    "runs": (
-        lambda root: around(root, "run", "last"),
-        r"It is a folder with adapters in it\. Give one of them: run/last\.",
-    ),
+    "runs": (lambda root: around(root, "run", "last"), ONE_OF, "Give one of them: run/last."),
     "many": (
-        lambda root: around(root, ".", *map(str, range(12))),
-        r"Give one of them: 0, 1, 10, 11, 2, 3, 4, 5, 6, …\.",
+        lambda root: around(root, ".", *map(str, range(12))), ONE_OF, "10, 11, 2, 3, 4, 5, 6, …"
     ),
     "a model's folder of the cache": (
-        lambda root: in_cache(root / "adapter").parents[1],
-        r"Give one of them: snapshots/0a1b\.",
+        lambda root: in_cache(root / "adapter").parents[1], ONE_OF, "of them: snapshots/0a1b."
     ),
-    "model": (lambda root: root / "base", r"It is a model\. Give the folder of an adapter\."),
-    "Orbax": (orbax, r"It is a checkpoint of Orbax\. Use jlora\.checkpoint, or write an adapter"),
-    "empty": (lambda root: root / "empty", rf"empty has no {CONFIG}\.$"),
-}
+    "model": (lambda root: root / "base", "It is a model.", "Give the folder of an adapter."),
+    "Orbax": (orbax, "It is a checkpoint of Orbax.", "Use jlora.checkpoint, or write an adapter"),
+    "empty": (lambda root: root / "empty", f"has no {CONFIG}.", ""),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", GIVEN)
@@ -115,7 +106,7 @@ def test_what_is_given_for_an_adapter(case: str, tmp_path: Folder) -> None:
     """Every function says the same."""
     base, _ = folders(tmp_path)
     (tmp_path / "empty").mkdir()
-    make, message = GIVEN[case]
+    make, *facts = GIVEN[case]
     given = make(tmp_path)
     for call in (
         lambda: peft.read(given),
@@ -123,7 +114,7 @@ def test_what_is_given_for_an_adapter(case: str, tmp_path: Folder) -> None:
         lambda: peft.export_merged(base, given, tmp_path / "out"),
         lambda: peft.check(given, "vllm"),
     ):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
+        with refused((ValueError, FileNotFoundError), "", *facts):
             call()
     assert not (tmp_path / "out").exists()
 
@@ -132,9 +123,9 @@ def test_what_is_given_for_an_adapter(case: str, tmp_path: Folder) -> None:
 def test_what_is_given_to_a_command(case: str, tmp_path: Folder) -> None:
     """In one line that names the argument."""
     folders(tmp_path)
-    make, message = GIVEN[case]
+    make, what, remedy = GIVEN[case]
     given, base, out = str(make(tmp_path)), str(tmp_path / "base"), str(tmp_path / "out")
-    what, _, remedy = message.removeprefix("It is ").partition(r"\. ")
+    what = what.removeprefix("It is ").removesuffix(".")
     for argument, *words in (
         ("DIR", "inspect", given),
         ("DIR", "check", given, "--for", "vllm"),
@@ -146,24 +137,23 @@ def test_what_is_given_to_a_command(case: str, tmp_path: Folder) -> None:
         found = CliRunner().invoke(cli, words)
         assert found.exit_code == 2
         assert found.stderr.startswith(f"jlora: {argument}")
-        for text in (what, remedy or what):
-            assert re.search(text.removesuffix("$"), found.stderr), found.stderr
+        assert what in found.stderr and remedy in found.stderr
 
 
 def test_what_is_given_for_a_base(tmp_path: Folder) -> None:
     base, adapter = folders(tmp_path)
     for given, message in (
-        (base / "model.safetensors", r"model\.safetensors is a file, not a folder\. Give the"),
-        (adapter, r"has neither .* It is an adapter\. Give the folder of its base model\."),
-        (tmp_path, r"has neither .* It is a folder with models in it\. Give one of them: base\."),
+        (base / "model.safetensors", "is a file, not a folder. Give the"),
+        (adapter, "It is an adapter. Give the folder of its base model."),
+        (tmp_path, "It is a folder with models in it. Give one of them: base."),
     ):
-        with pytest.raises(ValueError, match=rf"^`src_dir`: .*{message}"):
+        with refused(ValueError, "src_dir", given, message):
             peft.export_merged(given, adapter, tmp_path / "out")
-        with pytest.raises(ValueError, match=rf"^`path`: .*{message}"):
+        with refused(ValueError, "path", given, message):
             peft.load_base(given, NAMES, like=LIKE)
-    with pytest.raises(ValueError, match=r"^`path`: .* is a file, not a folder"):
+    with refused(ValueError, "path", adapter / CONFIG, "is a file, not a folder"):
         peft.holds(adapter / CONFIG)
-    with pytest.raises(ValueError, match="but it is a file"):
+    with refused(ValueError, "path", adapter / CONFIG, "but it is a file"):
         checkpoint.restore(adapter / CONFIG)
 
 
@@ -172,7 +162,7 @@ def test_a_search_is_bounded(tmp_path: Folder) -> None:
     (tmp_path / "x" / "a" / "b").mkdir(parents=True)
     (tmp_path / "x" / "up").symlink_to(tmp_path)
     shutil.move(write(tmp_path / "adapter", pair("q")), tmp_path / "x" / "a" / "b" / "c")
-    with pytest.raises(FileNotFoundError, match=rf"has no {CONFIG}\.$"):
+    with refused(FileNotFoundError, "path", tmp_path / "x", f"has no {CONFIG}."):
         peft.read(tmp_path / "x")
 
 
@@ -183,33 +173,29 @@ def renamed(change: Callable[[str], str]) -> dict[str, Any]:
     return {change(PREFIX + key): x for key, x in pair("layers.0.q", 2, 8, 8).items()}
 
 
-WRAPPED = r"contains '{}', as {} wraps the modules of a model in others\. Save it with save_pretr"
 # Keys of other ways to save, and what the error says of them.
 KEYS: dict[str, tuple[Callable[[str], str], str]] = {
     "state_dict": (
         lambda key: key.replace(".weight", ".default.weight"),
-        r"has the name of an adapter in it, as in model\.state_dict\(\)\. ",
+        "has the name of an adapter in it, as in model.state_dict(). ",
     ),
-    "FSDP": (
-        lambda key: key.replace(".0.", ".0._fsdp_wrapped_module."),
-        WRAPPED.format("_fsdp_wrapped_module", "FSDP"),
-    ),
+    "FSDP": (lambda key: key.replace(".0.", ".0._fsdp_wrapped_module."), "contains '_fsdp_wrapped"),
     "compiled": (
         lambda key: key.replace(".0.", ".0._orig_mod."),
-        WRAPPED.format("_orig_mod", r"torch\.compile"),
+        "contains '_orig_mod', as torch.",
     ),
     "checkpoint_wrapper": (
         lambda key: key.replace(".0.", ".0._checkpoint_wrapped_module."),
-        WRAPPED.format("_checkpoint_wrapped_module", "checkpoint_wrapper"),
+        "contains '_checkpoint_wr",
     ),
-    "distributed": (lambda key: f"module.{key}", r"starts with 'module\.', as DistributedData"),
+    "distributed": (lambda key: f"module.{key}", "starts with 'module.', as DistributedData"),
     "kohya": (
         lambda key: key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
-        r"is kohya's\. Load it with load_lora_weights",
+        "is kohya's. Load it with load_lora_weights",
     ),
     "MLX": (
         lambda key: key.replace("lora_A.weight", "lora_a").replace("lora_B.weight", "lora_b"),
-        r"is MLX's\. Merge it into its model with mlx_lm\.fuse\.",
+        "is MLX's. Merge it into its model with mlx_lm.fuse.",
     ),
 }
 
@@ -223,7 +209,7 @@ def test_keys_have_a_cause(case: str, tmp_path: Folder) -> None:
     save_file(renamed(change), adapter / TENSORS)
     names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
     params = {"layers": {"0": {"q": {"kernel": jnp.ones((8, 8))}}}}
-    with pytest.raises(ValueError, match=rf"nothing was loaded\. The key \S+ {message}"):
+    with refused(ValueError, "path", "nothing was loaded. The key ", message):
         peft.load(adapter, params, names)
     if message.startswith("contains"):  # a component that a replacement removes
         peft.export_merged(base, adapter, tmp_path / "out")
@@ -234,7 +220,7 @@ def test_keys_have_a_cause(case: str, tmp_path: Folder) -> None:
         )
         assert of_wrapped == plain
         return
-    with pytest.raises(ValueError, match=rf"nothing was written\. The key \S+ {message}"):
+    with refused(ValueError, "adapter", "nothing was written. The key ", message):
         peft.export_merged(base, adapter, tmp_path / "out")
 
 
@@ -252,13 +238,12 @@ def test_tensors_of_no_size(shapes: Any, tmp_path: Folder) -> None:
     base, adapter = folders(tmp_path)
     own = {PREFIX + "q" + end: np.ones(s, np.float32) for end, s in zip(ENDS, shapes, strict=True)}
     save_file(own, adapter / TENSORS)
-    message = r"\. \S+\.weight has no values, as DeepSpeed's ZeRO-3 saves .* problems?:\n  \S+: has"
     for call in (
         lambda: peft.read(adapter),
         lambda: peft.load(adapter, LIKE, NAMES),
         lambda: peft.export_merged(base, adapter, tmp_path / "out"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with refused(ValueError, "", ".weight has no values, as DeepSpeed's ZeRO-3 saves"):
             call()
 
 
@@ -272,8 +257,6 @@ def test_a_leaf_of_no_size(tmp_path: Folder) -> None:
         lambda: peft.save(tmp_path / "a", like, {"q": {"kernel": node}}, NAMES),
         lambda: peft.export_merged(base, {"q": {"kernel": node}}, tmp_path / "out", names=NAMES),
     ):
-        with pytest.raises(
-            ValueError, match=r"q/kernel: has an array without values, of shape \(2, 0\)"
-        ):
+        with refused(ValueError, "adapter", "q/kernel", "without values, of shape (2, 0)"):
             call()
     assert not (tmp_path / "a").exists() and not (tmp_path / "out").exists()

@@ -6,7 +6,6 @@ would have written, and whatever is wrong is refused as a whole, by name.
 
 import functools
 import json
-import re
 import shutil
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import peft_models as models
 import pytest
 from flax import nnx
+from messages import each_refusal, refused
 from peft_files import (
     CONFIG,
     ENDS,
@@ -105,7 +105,7 @@ def test_a_folder_names_its_model(config: Any, name: str | None, tmp_path: Folde
     base = tmp_path / "base"
     peft.save(tmp_path / "a", case.base, adapter, case.names, base_model=base)
     assert peft.read_config(tmp_path / "a")["base_model_name_or_path"] == (name or str(base))
-    with pytest.raises(FileNotFoundError, match=r"`base_model`: .*config\.json"):
+    with refused(FileNotFoundError, "base_model", "config.json"):
         peft.save(tmp_path / "b", case.base, adapter, case.names, base_model=tmp_path)
 
 
@@ -117,9 +117,7 @@ def test_shapes_suffice_as_base(name: str, tmp_path: Folder) -> None:
     assert_equal(peft.load(case.folder, shapes, case.names), adapter)
     save = functools.partial(peft.save, tmp_path / "a", shapes, adapter, case.names)
     if name == "tied":
-        with pytest.raises(
-            ValueError, match=r"`base` must hold floating-point arrays .* at params/embed/embed"
-        ):
+        with refused(ValueError, "base", "at params/embed/embedding"):
             save(config=config)
         assert not list(tmp_path.iterdir())
     else:
@@ -356,15 +354,8 @@ def test_tensors_need_a_name_for_every_leaf() -> None:
         ("params", lambda: peft.to_tensors(tree, table)),
         ("like", lambda: peft.from_tensors({}, tree, table)),
     ):
-        with pytest.raises(ValueError) as error:
+        with refused(ValueError, "names", "b/kernel", "of shape (2, 2, 2)", f"`{argument}`"):
             call()
-        assert str(error.value) == (
-            f"`names` has no row that fits these leaves of `{argument}` by path and number of "
-            "axes. 2 problems:\n  b/c: of shape (2,)\n  b/kernel: of shape (2, 2, 2)\n"
-            "`names` has rows for paths like "
-            r"'(\\w+)/kernel'. Give the table of this model, or add rows of your own, such as "
-            r"jlora.peft.Name(r'(.*)/kernel', r'\1', 'io')."
-        )
 
 
 def test_tensors_that_do_not_fit() -> None:
@@ -372,31 +363,12 @@ def test_tensors_that_do_not_fit() -> None:
     like = {name: {"kernel": jax.ShapeDtypeStruct((2, 3), np.float32)} for name in "abc"}
     fits, turned = np.ones((3, 2), np.float32), np.ones((2, 3), np.float32)
     tensors = {"b.weight": fits, "c.weight": turned, "d.weight": fits}
-    with pytest.raises(ValueError) as error:
+    with refused(ValueError, "tensors", "c.weight", "got (2, 3)") as error:
         peft.from_tensors(tensors, like, [Name(r"(\w+)/kernel", r"\1", "io")])
-    assert str(error.value) == (
-        "`tensors` do not fit `like`. 3 problems:\n"
-        "  a.weight: missing, of shape (3, 2)\n"
-        "  c.weight: expected shape (3, 2), got (2, 3)\n"
-        "  d.weight: unexpected, of shape (3, 2)"
-    )
+    assert [x.where for x in error.value.problems] == ["a.weight", "c.weight", "d.weight"]
 
 
 # ----------------------------------------------------------------------- vLLM
-
-
-def test_vllm_profile(tmp_path: Folder) -> None:
-    """One rank of those allowed, zeros beside, scales in B: the same ΔW, alpha = r."""
-    case, adapter = loaded("patterns")
-    peft.save(tmp_path / "a", case.base, adapter, case.names, profile="vllm")
-    fields = peft.read_config(tmp_path / "a")
-    assert (fields["r"], fields["lora_alpha"]) == (8, 8)
-    assert (fields["rank_pattern"], fields["alpha_pattern"]) == ({}, {})
-    shapes = {x.shape for k, x in models.read(tmp_path / "a" / TENSORS).items() if "lora_A" in k}
-    assert {s[0] for s in shapes} == {8}
-    again = peft.load(tmp_path / "a", case.base, case.names)
-    assert_close(jlora.merge(case.base, again), jlora.merge(case.base, adapter), 1e-6)
-    assert not peft.check(tmp_path / "a", "vllm", max_lora_rank=8).findings
 
 
 def test_vllm_profile_is_exact_for_powers_of_two(tmp_path: Folder) -> None:
@@ -416,8 +388,8 @@ def test_convert_names_what_vllm_would_read_otherwise(tmp_path: Folder) -> None:
     ab = np.ones((4, 1), "f"), np.full((1, 3), 1e30, "f")
     node = LowRank(*ab, 1e30, Layout((), (0,), (1,)))
     peft.save(tmp_path / "a", base, {"q": {"kernel": node}}, [peft.Name("q/kernel", "q", "io")])
-    message = r"`contents` cannot be written so that `read` reads the same(?s:.*)not finite"
-    with pytest.raises(ValueError, match=message), np.errstate(over="ignore"):
+    given = refused(ValueError, "contents", "cannot be written so that", "not finite")
+    with given, np.errstate(over="ignore"):
         peft.write(tmp_path / "b", peft.read(tmp_path / "a"), "vllm")
 
 
@@ -430,45 +402,30 @@ def small() -> tuple[Any, Any, list[Name]]:
     return {"w": jnp.zeros((4, 6))}, {"w": node(name, (4, 6), 2, 1.0)}, [name]
 
 
-def test_never_overwrites(tmp_path: Folder) -> None:
-    """A folder with something in it stays as it is, an empty one is filled, parents are made."""
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes").write_text("mine")
-    with pytest.raises(
-        FileExistsError, match=r"`path`: .* is not an empty folder; nothing is ever"
-    ):
-        peft.save(tmp_path / "full", *small())
-    assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes"]
-    (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "empty", tmp_path / "deep" / "er" / "a"):
-        peft.save(folder, *small())
-        assert sorted(p.name for p in folder.iterdir()) == [CONFIG, TENSORS]
+ROWS_ODD: dict[str, dict[str, Any]] = {
+    "`path` ... is not a regular expression": {"path": "("},
+    "`axes` ... 'ix'": {"axes": "ix"},
+    "`axes` ... 'ee'": {"axes": "ee"},
+    "`axes` ... 'ssio'": {"axes": "ssio", "module": ("k", "v")},
+    "`module` ... one {} for each l ... 'm.{}'": {"module": "m.{}"},
+    "`module` ... one {} for each l ... 'm.{2*+1}'": {"module": "m.{2*+1}"},
+    "`module` ... or a sum with it such as {2*+1}": {"axes": "lio", "module": "m.{1}"},
+    "`module` ... one {} for each l ... ('k.{}', 'v')": {"axes": "slio", "module": ("k.{}", "v")},
+    "`module` ... a tuple if `axes` has an s ... 'm'": {"axes": "sio"},
+    "`module` ... a tuple if `axes` has an s ... ('k', 'v')": {"module": ("k", "v")},
+    "`module` ... a tuple if `axes` has an s ... ()": {"axes": "sio", "module": ()},
+    "combined only with i, o and l": {"axes": "seio", "module": ("k", "v")},
+    "only an embedding can be `tied`": {"tied": "lm_head"},
+    "`part` ... must be (j, n) with 0 <= j < n": {"part": (2, 2)},
+    "that are not transposed": {"part": (0, 2), "transposed": True},
+}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"path": "("}, "`path` is not a regular expression"),
-        ({"axes": "ix"}, "`axes` may have the letters"),
-        ({"axes": "ee"}, "`axes` may have the letters"),
-        ({"module": "m.{}"}, "`module` needs one {} for each l"),
-        ({"module": "m.{2*+1}"}, "`module` needs one {} for each l"),
-        ({"axes": "lio", "module": "m.{1}"}, "or a sum with it such as {2*+1}"),
-        ({"tied": "lm_head"}, "only an embedding can be `tied`"),
-        ({"axes": "ssio", "module": ("k", "v")}, "`axes` may have the letters"),
-        ({"axes": "sio"}, "`module` must be a tuple if `axes` has an s"),
-        ({"module": ("k", "v")}, "`module` must be a tuple if `axes` has an s"),
-        ({"axes": "sio", "module": ()}, "`module` must be a tuple if `axes` has an s"),
-        ({"axes": "seio", "module": ("k", "v")}, "combined only with i, o and l"),
-        ({"axes": "slio", "module": ("k.{}", "v")}, "`module` needs one {} for each l"),
-        ({"part": (2, 2)}, "`part` must be (j, n) with 0 <= j < n"),
-        ({"part": (0, 2), "transposed": True}, "that are not transposed"),
-    ],
-)
-def test_names_are_checked(options: dict[str, Any], message: str) -> None:
+@each_refusal({ValueError: ROWS_ODD})
+def test_names_are_checked(error: Any, call: dict[str, Any], facts: Any) -> None:
     """A row that contradicts itself."""
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Name(**{"path": "w", "module": "m", "axes": "io", **options})
+    with refused(error, *facts):
+        Name(**{"path": "w", "module": "m", "axes": "io", **call})
 
 
 ALIKE: dict[str, dict[str, Any]] = {
@@ -504,7 +461,7 @@ def test_what_peft_ties_itself_alone(tmp_path: Folder) -> None:
     files.config(ensure_weight_tying=False)
     assert peft.read(files.folder).leaves.keys() == leaves.keys()
     files.tensors(lambda t: t.update({names[0].replace("embed_tokens", "proj"): table}))
-    with pytest.raises(ValueError, match=r"proj\.weight: unexpected"):
+    with refused(ValueError, "path", PREFIX + "proj.weight", "unexpected"):
         peft.read(files.folder)
 
 
@@ -555,18 +512,12 @@ BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
         {"embed_tokens.weight": TABLE},
     ),
     "one that is saved": (UNTIED, RESIZED | COPIES, OF_TABLES, RESIZED),
-    "copies alone": (
-        UNTIED,
-        COPIES,
-        OF_TABLES,
-        "embed_tokens.original_module.weight: unexpected; .*model.embed_tokens.weight is not there",
-    ),
+    "copies alone": (UNTIED, COPIES, OF_TABLES, "unexpected; ... embed_tokens.weight is not there"),
     "one of another size": (
         SMALL | {"lm_head": {"kernel": normal(5, 4, 9), "bias": normal(6, 9)}},
         RESIZED | {"lm_head.bias": TABLE[:10, 0]},
         {},
-        r"embed_tokens.weight: has 11 rows in the adapter, .* but 9 in the base; merge it with "
-        r"jlora.peft.export_merged, which adds rows, or call resize_token_embeddings\(11\)",
+        "has 11 rows in the adapter ... but 9 in the base ... or call resize_token_embeddings(11)",
     ),
     "a frozen head": (
         UNTIED,
@@ -575,13 +526,7 @@ BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
         {"lm_head.weight": FROZEN["lm_head.base_layer.weight"] + 2}
         | {"lm_head.bias": FROZEN["lm_head.base_layer.bias"]},
     ),
-    "another bias": (
-        UNTIED,
-        pair("lm_head", 2, 4, 11) | OTHER,
-        OF_HEAD,
-        r"lm_head.base_layer.bias: expected the values of `base`|"
-        "lm_head.bias: has other values in the adapter",
-    ),
+    "another bias": (UNTIED, pair("lm_head", 2, 4, 11) | OTHER, OF_HEAD, " values"),
     "a trained bias": (
         UNTIED,
         pair("lm_head", 2, 4, 11) | OTHER,
@@ -594,7 +539,7 @@ BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
         NORMED,
         NORM | {"norm.weight": np.ones(4, int)},
         OF_NORM,
-        "norm.weight: expected a floating-point dtype, got I64",
+        "expected a floating-point dtype, got I64",
     ),
     # T5's `shared` is the table of encoder and decoder, which PEFT writes once each.
     "rows of several modules": ({"shared": 0 * TABLE}, ROWS, ROWS_ALONE, {"shared.weight": None}),
@@ -602,7 +547,7 @@ BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
         {"shared": 0 * TABLE},
         ROWS | {ENCODER: 2 * TABLE[:2]},
         ROWS_ALONE,
-        r"encoder.embed_tokens.* expected the values of ",
+        "expected the values of ",
     ),
 }
 
@@ -629,7 +574,7 @@ def test_what_peft_saves_beside_a_and_b(case: str, tmp_path: Folder) -> None:
 
     for way in (load, export):
         if isinstance(expected, str):
-            with pytest.raises(ValueError, match=expected):
+            with refused(ValueError, "", *expected.split(" ... ")):
                 way()
             continue
         found = way()
@@ -703,8 +648,8 @@ def test_a_tied_weight_in_full(form: str, tmp_path: Folder) -> None:
     assert fields.get("ensure_weight_tying", True)
     table = next(key for key in own if key != HEAD + ".weight")
     files.tensors(lambda t: t.update({HEAD + ".weight": t[table] + 1}))
-    with pytest.raises(ValueError, match=f"{HEAD}.weight: expected the values of {table}, got"):
+    with refused(ValueError, "path", f"{HEAD}.weight", f"expected the values of {table}, got"):
         files.load()
     files.tensors(lambda t: t.pop(HEAD + ".weight"))
-    with pytest.raises(ValueError, match=f"{table}: saved in full without lm_head, which shares"):
+    with refused(ValueError, "path", table, "saved in full without lm_head, which shares"):
         files.load()

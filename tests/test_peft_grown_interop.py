@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 hf_peft = pytest.importorskip("peft")
 
+import peft_families  # noqa: E402
 import transformers  # noqa: E402
 from peft_families import FAMILIES, HEADS, SIZES, TIED  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -89,14 +90,7 @@ def adapt(
     model = cls.from_pretrained(folder / "base", ignore_mismatched_sizes=True, **labels).eval()
     if vocabulary is not None:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    adapted = hf_peft.get_peft_model(
-        model, hf_peft.LoraConfig(**{"r": 2, "lora_alpha": 4} | options)
-    )
-    for name, x in adapted.named_parameters():
-        if x.requires_grad:
-            generator = torch.Generator().manual_seed(len(name))
-            x.data += 0.1 * torch.randn(x.shape, generator=generator)
-    adapted.save_pretrained(folder / "a")
+    adapted = peft_families.adapt(model, folder / "a", **options)
     return Run(folder, adapted.merge_and_unload())
 
 

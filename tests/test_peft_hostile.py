@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft_models as models
 import pytest
+from messages import refused
 from peft_files import SECONDS, Folder, bounded, measure, pair, write
 from safetensors.numpy import save_file
 from small import some
@@ -96,7 +97,7 @@ def test_patterns_take_long_to_compile(
     case: str, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_patterns, "SECONDS", 1.0)
-    with bounded(4), pytest.raises(ValueError, match=r"cannot be compiled in 1 seconds of CPU"):
+    with bounded(4), refused(ValueError, "", "cannot be compiled in 1 seconds of CPU"):
         peft.read(adapter(tmp_path / "a", ["a.q"], **UNCOMPILED[case]))
 
 
@@ -155,7 +156,7 @@ def test_no_process_can_be_started(
 ) -> None:
     monkeypatch.setattr(sys, "executable", executable)
     folder = adapter(tmp_path / "a", many(2), target_modules=r".*\.q\d")
-    with pytest.raises(ValueError, match=r"but Python could not be started \(.+\)\. List"):
+    with refused(ValueError, "", "but Python could not be started (", "). List"):
         peft.read(folder)
 
 
@@ -273,7 +274,7 @@ def test_ranks_of_every_form(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) 
     names, draw = [f"{'x.' * 60}{i:04}.q" for i in range(200)], random.Random(0)
     ranks = {"".join(draw.choices("x.", k=80)): 1 for _ in range(400)}
     folder = adapter(tmp_path / "a", names, rank_pattern=ranks)
-    with bounded(), pytest.raises(ValueError, match=r"takes more than 0\.05 seconds"):
+    with bounded(), refused(ValueError, "", "takes more than 0.05 seconds"):
         peft.read(folder)
 
 
@@ -320,7 +321,7 @@ def test_a_gguf_file_claims_much(claim: str, counts: tuple[int, int], tmp_path: 
     path = tmp_path / "a.gguf"
     key = struct.pack("<Q", 1) + b"k" if counts[1] else b""
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + key + GGUF_CLAIMS[claim])
-    with bounded(1), pytest.raises(ValueError, match="is not a valid GGUF file: it "):
+    with bounded(1), refused(ValueError, "", "is not a valid GGUF file: it"):
         peft.load_base(path, [peft.Name("w", "w", "io")], like={"w": ONE})
 
 

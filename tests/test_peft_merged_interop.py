@@ -157,12 +157,7 @@ def test_bits_where_products_are_exact(name: str, dtype: Any, tmp_path: pathlib.
     peft.export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     # PEFT rounds the ΔW of these to the weight's dtype before it adds.
-    twice = (
-        "embeddings.weight",
-        "wte.weight",
-        "experts.down_proj",
-        "experts.gate_up_proj",
-    )
+    twice = ("embeddings.weight", "wte.weight", "experts.down_proj", "experts.gate_up_proj")
     found = differing(merged, expected)
     if dtype != torch.float32:
         found = {k: share for k, share in found.items() if not k.endswith(twice)}

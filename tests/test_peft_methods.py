@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from messages import refused
 from peft_files import (
     PREFIX,
     Folder,
@@ -46,9 +47,7 @@ FORMS: dict[str, Any] = {
     "of a stack": form(STACK, (3, 8, 6)),
     "of weights that are turned": form(TURNED, (3, 8, 6)),
     "of all slots, in any order": form(STACK, (3, 8, 6), SLOTS),
-    "of a module that is a slot": form(
-        MODULES, (2, 3, 8, 3), Layout((), (2,), (0, 1, 3), (2, (1,), 0))
-    ),
+    "of a module that is a slot": form(MODULES, (2, 3, 8, 3), OF_V),
     "of a multiple": form(MULTIPLE, (6, 8)),
     "rows": rows("vo", (7, 4)),
     "rows that are columns": rows("ov", (4, 7)),
@@ -142,7 +141,7 @@ def test_miss_is_saved_as_lora(tmp_path: Folder) -> None:
         assert found["kernel"].frozen == ()
         np.testing.assert_array_equal(found["kernel"].a, own.a)
     file = write(tmp_path / "b", {"up.miss_block": own.b}, peft_type="MISS", target_modules=["up"])
-    with pytest.raises(ValueError, match=r"got 'MISS'; convert it to LoRA .* peft\.save_as_lora"):
+    with refused(ValueError, "path", "peft_type", "got 'MISS'", "peft.save_as_lora"):
         peft.load(file, BASE, NAMES)
 
 
@@ -153,7 +152,7 @@ def test_float64_is_written_as_it_is(tmp_path: Folder) -> None:
     found = peft.tensors(base, wide, NAMES)
     assert {x.dtype.name for x in found.values()} == {"float64"}
     peft.save(tmp_path / "own", base, wide, NAMES)
-    with pytest.raises(ValueError, match=r"up.*: dtype F64 needs jax_enable_x64"):
+    with refused(ValueError, "path", PREFIX + "up.lora_A.weight", "dtype F64 needs jax_enable_x64"):
         peft.load(tmp_path / "own", base, NAMES)
     with jax.enable_x64(True):
         again = peft.load(tmp_path / "own", base, NAMES)

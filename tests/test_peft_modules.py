@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_base_files as base_files
+from messages import refused
 from peft_files import (
     PREFIX,
     TENSORS,
@@ -125,14 +126,12 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "ranks": (
         pair("h.1.k_proj", 2, 4, 6) | pair("h.1.v_proj", 3, 4, 6),
         {"target_modules": ["k_proj", "v_proj"], "rank_pattern": {"h.1.v_proj": 3}},
-        "1/kv/w: its modules are one leaf but differ: rank 2 and scale 1.5, rank 3 and scale 1; "
-        "adapt all of them equally",
+        "rank 2 and scale 1.5, rank 3 and scale 1",
     ),
     "one of two": (
         {"h.1.k_proj.weight": np.ones((6, 4), "f4"), "h.1.k_proj.bias": np.ones(6, "f4")},
         {"target_modules": HALVES, "modules_to_save": ["h.1.k_proj"]},
-        "1/kv/w: its modules are one leaf, but only 1 of 2 are adapted, not h.1.v_proj; adapt "
-        "all of them equally",
+        "only 1 of 2 are adapted, not h.1.v_proj",
     ),
 }
 
@@ -140,10 +139,10 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_load_refuses(case: str, tmp_path: Folder) -> None:
     """What one node, or one array, cannot hold."""
-    tensors, fields, message = REFUSED[case]
+    tensors, fields, got = REFUSED[case]
     first = pair(HALVES[0], 2, 4, 6) | pair(HALVES[1], 2, 4, 6)
     write(tmp_path / "a", first | tensors, r=2, lora_alpha=3, **fields)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with refused(ValueError, "path", "1/kv/w", got, "adapt all of them equally"):
         peft.load(tmp_path / "a", params(), NAMES)
 
 
@@ -242,20 +241,18 @@ FOREIGN = ("params/layers_0/kernel", "linear/w")
 def test_a_table_refuses_other_models(table: str, tmp_path: Folder) -> None:
     """Both ways, and says what it is for and what else to give."""
     names = peft.TABLES[table]
-    said = re.escape(f"`names` is jlora.peft.TABLES[{first_alike(table)!r}], for paths such ")
+    said = f"`names` is jlora.peft.TABLES[{first_alike(table)!r}], for paths such "
     for other in FOREIGN:
         base = tree_of(other, (4, 3))
         adapter = jax.tree.map(jnp.ones_like, base)
         path = other.removeprefix("params/")  # as rows have it
-        expected = rf"{path}: no row of `names` fits .*\n{said}.*own, such as jlora.peft.Name\("
-        with pytest.raises(ValueError, match=expected):
+        with refused(ValueError, "adapter", other, "no row of `names` fits", said):
             peft.save(tmp_path / "a", base, adapter, names)
-        with pytest.raises(ValueError, match=rf"no row that fits .*\n  {path}: .*\n{said}"):
+        with refused(ValueError, "names", path, said):
             peft.to_tensors(base, names)
         own = [Name(path, "m", "io")]
         peft.save(tmp_path / "own", base, adapter, own)
-        expected = rf"unexpected; it matches no leaf of `base` under `names`\n{said}"
-        with pytest.raises(ValueError, match=expected):
+        with refused(ValueError, "path", "it matches no leaf of `base` under `names`", said):
             peft.load(tmp_path / "own", base, names)
         shutil.rmtree(tmp_path / "own")
 
@@ -364,7 +361,7 @@ def test_parts_of_weights(table: Any, alternating: bool) -> None:
 def test_lone_parts_of_weights() -> None:
     """A checkpoint has all of a parameter, or nothing."""
     base = zeros(nodes("gate", "down"))
-    with pytest.raises(ValueError, match="`names` makes these leaves of `params` parts of"):
+    with refused(ValueError, "names", "makes these leaves of `params` parts of"):
         peft.to_tensors(base, PARTS)
 
 
@@ -381,9 +378,7 @@ def test_experts_that_are_stored_one_by_one(tmp_path: Folder) -> None:
     save_file(tensors, tmp_path / "base" / "model.safetensors")
     assert_equal(peft.load_base(tmp_path / "base", PARTS, like=base), base)
     del tensors["experts.2.up_proj.weight"]
-    with pytest.raises(
-        ValueError, match=r"experts\.2\.up_proj\.weight: missing, of shape \(6, 4\)"
-    ):
+    with refused(ValueError, "tensors", "experts.2.up_proj.weight", "missing, of shape (6, 4)"):
         peft.from_tensors(tensors, base, PARTS)
 
 

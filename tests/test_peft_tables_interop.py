@@ -19,7 +19,7 @@ import peft as hf_peft
 import peft_families as families
 import torch
 import transformers
-from peft_files import assert_equal
+from peft_files import assert_equal, assert_same_files
 
 import jlora
 from jlora import peft
@@ -47,7 +47,6 @@ TABLES = {
 }
 LINEAR = r".*(?:proj|proj_with_mqa|in_proj_\w+|per_layer_input_gate|per_layer_projection)"
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("family", TABLES)
@@ -65,15 +64,13 @@ def test_as_peft_has_it(family: str, tmp_path: pathlib.Path) -> None:
     adapter = peft.load(tmp_path / "a", base, names)
     config = peft.read_config(tmp_path / "a")
     peft.save(tmp_path / "copy", base, adapter, names, config=config)
-    for file in FILES:
-        assert (tmp_path / "copy" / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
+    assert_same_files(tmp_path / "copy", tmp_path / "a")
 
     adapted.merge_and_unload().save_pretrained(tmp_path / "theirs")
     peft.export_merged(tmp_path / "base", adapter, tmp_path / "tree", names=names)
     peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours")
-    read = lambda name: families.load_file(tmp_path / name / "model.safetensors")  # noqa: E731
     for own in ("tree", "ours"):
-        found = families.compared(read("base"), read(own), read("theirs"))
+        found = families.compare(tmp_path, own)
         assert found.kind in ("bits", "rounding"), (own, found)
     again = peft.load_base(tmp_path / "tree", names, like=like)
     merged = jax.tree.leaves(jlora.merge(base, adapter))
@@ -102,8 +99,7 @@ def test_gate_and_up_as_one_leaf(family: str, tmp_path: pathlib.Path) -> None:
     adapter = peft.load(tmp_path / "a", base, names)
     config = peft.read_config(tmp_path / "a")
     peft.save(tmp_path / "copy", base, adapter, names, config=config)
-    for file in FILES:
-        assert (tmp_path / "copy" / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
+    assert_same_files(tmp_path / "copy", tmp_path / "a")
 
 
 @pytest.mark.parametrize("parameter", EXPERTS)
@@ -116,17 +112,10 @@ def test_square_experts_alone(parameter: str, tmp_path: pathlib.Path) -> None:
     model = cls(cls.config_class(**copy.deepcopy(sizes) | {"moe_intermediate_size": width}))
     model.save_pretrained(tmp_path / "base")
     options = {"target_modules": [], "target_parameters": [parameter]}
-    adapted = hf_peft.get_peft_model(model, hf_peft.LoraConfig(r=4, lora_alpha=8, **options))
-    for i, (_, x) in enumerate(adapted.named_parameters()):
-        if x.requires_grad:
-            x.data = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
-    adapted.save_pretrained(tmp_path / "a")
+    adapted = families.adapt(model, tmp_path / "a", **options)
     adapted.merge_and_unload().save_pretrained(tmp_path / "theirs")
     peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours")
-    each = [
-        families.load_file(tmp_path / x / "model.safetensors") for x in ("base", "ours", "theirs")
-    ]
-    assert families.compared(*each).kind in ("bits", "rounding")
+    assert families.compare(tmp_path).kind in ("bits", "rounding")
 
 
 def build(family: str, folder: pathlib.Path) -> Any:
@@ -145,12 +134,7 @@ def adapt(model: Any, folder: pathlib.Path) -> Any:
     """Writes a random adapter of all linear modules and of the experts, if there are any."""
     has_experts = any("experts." in name for name, _ in model.named_parameters())
     options = {"target_modules": LINEAR, "target_parameters": EXPERTS if has_experts else None}
-    adapted = hf_peft.get_peft_model(model, hf_peft.LoraConfig(r=4, lora_alpha=8, **options))
-    for i, (_, x) in enumerate(adapted.named_parameters()):
-        if x.requires_grad:
-            x.data = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
-    adapted.save_pretrained(folder)
-    return adapted
+    return families.adapt(model, folder, r=4, lora_alpha=8, **options)
 
 
 def leaves(

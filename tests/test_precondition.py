@@ -12,7 +12,8 @@ import laws
 import numpy as np
 import optax
 import pytest
-from small import some
+from messages import refused
+from small import normal, some
 
 import jlora
 
@@ -63,18 +64,14 @@ def models(*daily: str) -> Any:
     return pytest.mark.parametrize("name", some(MODELS, *daily))
 
 
-def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
-    draw = np.random.default_rng(seed).standard_normal(shape)
-    return jnp.asarray(draw.astype(jnp.result_type(float)), jnp.result_type(float))
-
-
 def made(name: str) -> tuple[Any, Any, Any]:
     """The base, an adapter with noise on all leaves, and gradients of its form, in float64."""
     model = MODELS[name]
     lora = jlora.transform(model.apply, dataclasses.replace(model.rule, init=laws.start))
-    base, adapter = lora.init(jax.random.key(0), {"w": normal(0, model.shape)}, normal(1, model.x))
+    params = {"w": normal(0, *model.shape)}
+    base, adapter = lora.init(jax.random.key(0), params, normal(1, *model.x))
     leaves, tree = jax.tree.flatten(laws.randomize(adapter))
-    grads = [normal(i + 10, x.shape) for i, x in enumerate(leaves)]
+    grads = [normal(i + 10, *x.shape) for i, x in enumerate(leaves)]
     return base, jax.tree.unflatten(tree, leaves), jax.tree.unflatten(tree, grads)
 
 
@@ -134,7 +131,7 @@ def test_a_step_changes_the_weight_alike_however_it_is_split(name: str) -> None:
 
     with jax.enable_x64(True):
         _, adapter, grads = made(name)
-        node, grad, m = adapter["w"], grads["w"], normal(5, (3, 3))
+        node, grad, m = adapter["w"], grads["w"], normal(5, 3, 3)
         back = jnp.linalg.inv(m)
         other = node._replace(a=turned(node.a, model.a, m), b=turned(node.b, model.b, back.T))
         of_other = grad._replace(a=turned(grad.a, model.a, back.T), b=turned(grad.b, model.b, m))
@@ -192,7 +189,7 @@ def test_dtypes_stay_and_zero_is_no_division() -> None:
 def test_parameters_are_needed() -> None:
     _, adapter, grads = made("plain")
     for tx in (jlora.precondition(1e-6), chained(optax.sgd(1.0), 1e-6)):
-        with pytest.raises(ValueError, match=r"needs the parameters: call update\(grads"):
+        with refused(ValueError, "", "needs the parameters: call update(grads"):
             tx.update(grads, tx.init(adapter))
 
 
@@ -201,7 +198,7 @@ def test_a_factor_that_is_hidden_is_missed() -> None:
     _, adapter, grads = made("plain")
     adapter, grads = ({"w": x["w"]._replace(frozen=("a",))} for x in (adapter, grads))
     tx = optax.chain(jlora.precondition(0.1), optax.sgd(1.0))
-    with pytest.raises(ValueError, match="needs A and B, but the transformation around it hides"):
+    with refused(ValueError, "", "needs A and B, but the transformation around it hides"):
         masked = optax.masked(tx, jlora.mask)
         masked.update(grads, masked.init(adapter), adapter)
     tx = jlora.optimizer(optax.MultiSteps(tx, 1).gradient_transformation())

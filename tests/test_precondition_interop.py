@@ -36,10 +36,7 @@ def test_ten_steps_of_regression(name: str) -> None:
     lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=3, alpha=6))
     base, adapter = lora.init(jax.random.key(0), {"w": w}, x.numpy())
     adapter = {"w": adapter["w"]._replace(a=a, b=b)}
-    own = {
-        "sgd": optax.sgd(RATE),
-        "adamw": optax.adamw(RATE, weight_decay=0.01),
-    }[name]
+    own = {"sgd": optax.sgd(RATE), "adamw": optax.adamw(RATE, weight_decay=0.01)}[name]
     kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
     theirs = create_riemannian_optimizer(model, kind, lr=RATE, reg=DAMPING)
 

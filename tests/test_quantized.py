@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from chain import FORMS
 from hypothesis import strategies as st
+from messages import refused
 from own_schemes import Pairs
 from small import some
 
@@ -220,7 +221,7 @@ def test_what_a_traced_function_closes_over_is_checked_and_kept():
     assert not params["w"].is_deleted()
     broken = {"w": params["w"].at[0, :2].set(jnp.nan)}
     for tree in (broken, jax.tree.map(np.asarray, broken)):
-        with pytest.raises(ValueError, match="'w' of `params` has 2 values that are NaN or infini"):
+        with refused(ValueError, "", "'w' of `params` has 2 values that are NaN or infini"):
             jax.jit(lambda tree=tree: jlora.quantize(tree, jlora.NF4("w")))()
     base, lines = jlora.quantize(params, jlora.NF4("w")), []
     jax.jit(lambda: lines.append(str(jlora.summary(base))))()

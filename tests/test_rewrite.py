@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from messages import refused
 from safetensors.numpy import load_file, save_file
 from small import some
 from test_base_files import COLUMNS, DENSE, FORMATS, NAMES, ROWS, File, assert_rounded, like, write
 from test_base_files import tensors_of as tensors_in
+from test_peft_merged import read as tensors_of
 
 import jlora
 from jlora import peft
@@ -21,12 +23,6 @@ from jlora._cli._app import cli
 
 def normal(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
-
-
-def tensors_of(folder):
-    return {
-        k: x for file in sorted(folder.glob("*.safetensors")) for k, x in load_file(file).items()
-    }
 
 
 def config_of(folder):
@@ -54,7 +50,7 @@ def test_shards(tmp_path):
     for name, file in said["weight_map"].items():
         assert list(load_file(tmp_path / "dense" / file)) == [name]
     assert (tmp_path / "dense" / "tokenizer.json").exists()
-    with pytest.raises(FileExistsError, match=r"^`out`: "):
+    with refused(FileExistsError, "out"):
         peft.dequantize_checkpoint(folder, out=tmp_path / "dense")
 
 
@@ -220,7 +216,7 @@ def test_what_is_left_unread_is_refused(method, name, way, tmp_path):
 def test_a_configuration_without_codes(tmp_path):
     base, adapter, _ = beside(tmp_path, "nf4")
     save_file({"q.weight": normal(8, 16)}, base / "model.safetensors")
-    with pytest.raises(ValueError, match=r"quantized by 'bitsandbytes', but no weight is"):
+    with refused(ValueError, "", "quantized by 'bitsandbytes', but no weight is"):
         peft.export_merged(base, adapter, tmp_path / "out")
 
 

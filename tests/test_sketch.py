@@ -13,9 +13,10 @@ import laws
 import numpy as np
 import pytest
 from cases import CASES, Case
+from messages import each_refusal, refused
 from nodes import matrices
 from sketch_models import MODELS, Model, normal, of_all
-from small import each_refusal, some
+from small import some
 
 import jlora
 from jlora import DoRA, Full, LoRA
@@ -351,40 +352,38 @@ formed = lambda p, x: jnp.sum(jnp.sin(p["w"]))  # noqa: E731
 FORMING = LoRA("w", rank=1, materialize=True)
 REFUSED: dict[type[Exception], dict[str, Any]] = {
     ValueError: {
-        "`kind` must be 'inputs' or 'gradient'; got 'weights'": {"kind": "weights"},
-        "`components` must be an integer of at least 1; got 0": {"components": 0},
-        "`passes` must be an integer of at least 2; got 1": {"passes": 1},
-        "`batches` is empty": {"batches": []},
-        "`rules` must have a jlora.LoRA or jlora.DoRA that": {"rules": Full("w")},
+        "`kind` ... got 'weights'": {"kind": "weights"},
+        "`components` ... got 0": {"components": 0},
+        "`passes` ... got 1": {"passes": 1},
+        "`batches` ... is empty": {"batches": []},
+        "`rules` ... must have a jlora.LoRA or jlora.DoRA that": {"rules": Full("w")},
         "the sketch of the inputs of 'w' is not finite": {"batches": [np.nan * np.eye(4)]},
         "nothing to sketch: the inputs of every site are all": {"batches": [np.ones((4, 4))]},
         "the loss depends on none": {"loss": nothing},
         "nothing to sketch: the gradient of every site is": {"loss": nothing, "kind": "gradient"},
-        "but 'w' has no inputs: row numbers are looked up": {"loss": looked_up},
-        "but 'w' has no inputs: W . ΔW is formed there": {"loss": formed, "rules": FORMING},
+        "'w' has no inputs: row numbers are looked up": {"loss": looked_up},
+        "'w' has no inputs: W + ΔW is formed there": {"loss": formed, "rules": FORMING},
     },
     TypeError: {
-        "`batches` must be a list of batches; got 3": {"batches": 3},
+        "`batches` ... got 3": {"batches": 3},
         "iterator, which ends after one. Give list": {"batches": iter([np.eye(4)])},
-        "`loss` must be a function of parameters and a batch; got 3": {"loss": 3},
-        r"return a scalar; got float64\[4,4\]": {"loss": lambda p, x: x @ p["w"]},
+        "`loss` ... got 3": {"loss": 3},
+        "return a scalar; got float64[4,4]": {"loss": lambda p, x: x @ p["w"]},
     },
 }
 
 
 @each_refusal(REFUSED)
-def test_refused(provoke: Any, error: Any, message: str) -> None:
-    with pytest.raises(error, match=message):
-        one(**provoke)
+def test_refused(error: Any, call: Any, facts: Any) -> None:
+    with refused(error, *facts):
+        one(**call)
 
 
 def test_what_is_multiplied_with_another_weight_has_no_inputs() -> None:
     params = {"w": np.eye(4), "v": np.eye(4)}
     loss = lambda p, x: jnp.sum((x @ (p["w"] @ p["v"])) ** 2)  # noqa: E731
     rule = LoRA("w|v", rank=1)
-    with pytest.raises(
-        NotImplementedError, match=r"'w' reaches `dot_general` at .*other than an activation"
-    ):
+    with refused(NotImplementedError, "dot_general", "'w'", "other than an activation"):
         jlora.sketch(loss, params, rule, [np.eye(4)], kind="inputs")
     jlora.sketch(loss, params, rule, [np.eye(4)], kind="gradient", passes=2)
 
@@ -403,9 +402,9 @@ def test_starts_refuse(start: Any, kind: str) -> None:
         lora = jlora.transform(lambda p, x: x @ next(iter(p.values())), rule)
         return lora.init(jax.random.key(0), params, np.eye(4))
 
-    with pytest.raises(ValueError, match=r"`sketch` lacks the site 'v'; it has w"):
+    with refused(ValueError, "sketch", "lacks the site 'v'; it has w"):
         init({"v": np.eye(4)}, LoRA("v", rank=1))
-    with pytest.raises(ValueError, match=r"has 'w' with the shape \(4, 4\) .* expected \(4, 5\)"):
+    with refused(ValueError, "", "has 'w' with the shape (4, 4)", "expected (4, 5)"):
         init({"w": np.eye(4, 5)}, LoRA("w", rank=1))
     needed = 3 if kind == "inputs" else 4  # all there are
     with pytest.raises(ValueError, match=f"2 components of 'w'; rank 3 needs {needed}. Sketch"):
@@ -442,7 +441,7 @@ def test_a_site_that_the_loss_does_not_see() -> None:
         assert str(found).splitlines()[2].endswith("0   0.0%")
         assert jlora.allocate(found, rule, budget=8) == (LoRA("^w$", rank=1),)
         lora = jlora.transform(model, dataclasses.replace(rule, init=start(found)))
-        with pytest.raises(ValueError, match="`sketch` is zero at 'v', because the loss did not"):
+        with refused(ValueError, "sketch", "is zero at 'v', because the loss did not"):
             lora.init(jax.random.key(0), params, np.eye(4))
 
 
@@ -451,7 +450,7 @@ def test_lora_ga_refuses_what_is_quantized() -> None:
     rule = LoRA("w", rank=1, init=lora_ga(found))
     base = jlora.quantize(LINEAR[0], jlora.Int8("w"))
     lora = jlora.transform(lambda p, x: x @ p["w"], rule)
-    with pytest.raises(ValueError, match=r"cannot change W at 'w', which is quantized. Call init"):
+    with refused(ValueError, "", "cannot change W at 'w', which is quantized. Call init"):
         lora.init(jax.random.key(0), base, np.eye(4))
-    with pytest.raises(ValueError, match="`gamma` of lora_ga must be positive; got 0"):
+    with refused(ValueError, "gamma", "of lora_ga must be positive; got 0"):
         lora_ga(found, gamma=0)

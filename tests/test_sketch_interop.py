@@ -55,11 +55,7 @@ def data() -> np.ndarray:
 
 def config_of(start: str, **options: Any) -> Any:
     return hf_peft.LoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
-        target_modules=["0", "2", "4"],
-        init_lora_weights=start,
-        **options,
+        r=RANK, lora_alpha=ALPHA, target_modules=["0", "2", "4"], init_lora_weights=start, **options
     )
 
 

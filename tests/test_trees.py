@@ -24,18 +24,14 @@ import pytest
 from cases.trees import CONTAINERS, two_products
 from jax import lax
 from laws import assert_close
+from messages import check_text, refused
 from own_methods import Diagonal
-from small import X, as_jax, every, raw
+from small import X, every, normal, raw
 
 import jlora
 
 KEY = jax.random.key(0)
 Struct = jax.ShapeDtypeStruct
-
-
-def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    """Standard normal numbers."""
-    return as_jax(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 random = functools.partial(laws.start, of_b=0.3)  # a B that is not zero, and no program
@@ -59,10 +55,7 @@ class Setup(NamedTuple):
 
 @functools.cache
 def setup(
-    container: str = "dict",
-    dtype: Any = jnp.float32,
-    dtype_of_adapter: Any = None,
-    **options: Any,
+    container: str = "dict", dtype: Any = jnp.float32, dtype_of_adapter: Any = None, **options: Any
 ) -> Setup:
     """Two products in a container; the adapter's B is random."""
     make, split = CONTAINERS[container]
@@ -237,16 +230,6 @@ def test_full_leaves_are_copies() -> None:
     assert raw(merged["down"]) == raw(2 * np.asarray(base["down"]))
     later = merged | {"down": merged["down"] + 1}
     assert raw(jlora.unmerge(later, doubled)["down"]) == raw(later["down"])
-
-
-def test_a_python_scalar_is_trained_in_full() -> None:
-    """`init` and `apply` accept it, so `merge` must."""
-    f = lambda p, x: x @ p["w"] * p["scale"]  # noqa: E731
-    params, x = {"w": np.ones((4, 4), np.float32), "scale": 2.0}, np.ones((1, 4), np.float32)
-    lora = jlora.transform(f, jlora.LoRA("w", rank=1), jlora.Full("scale"))
-    base, adapter = lora.init(KEY, params, x)
-    assert_close(jax.jit(lora.apply)(base, adapter, x), np.full((1, 4), 8, np.float32), 1e-6)
-    assert float(jlora.merge(base, adapter, check=True)["scale"]) == 2.0
 
 
 # ---------------------------------------------------------------------------------------- init
@@ -427,21 +410,8 @@ def test_paths_that_join_alike_are_refused() -> None:
     params = {"a/b": jnp.ones((9, 4)), "a": {"b": jnp.ones((4, 3))}}
     lora = jlora.transform(lambda p, ids: p["a/b"][ids] @ p["a"]["b"], jlora.LoRA(rank=2))
     for call in (lora.sites, functools.partial(lora.init, KEY)):
-        with pytest.raises(ValueError, match=r"two leaves have the path a/b: .*Rename one of them"):
+        with refused(ValueError, "", "two leaves have the path a/b", "Rename one of them"):
             call(params, jnp.array([0]))
-
-
-TABLE = """\
-path    shape   kind   axes        parameters  rule            rank  trainable  reason
-───────────────────────────────────────────────────────────────────────────────────────────────
-blocks  3×8×24  dense  3 | 8 → 24         576  LoRA('blocks')     2        192  -
-conv    5×8×8   conv   5·8 → 8            320  LoRA('^.o.*')      4        192  -
-head    2×4×3   dense  2·4 → 3             24  -                  -          -  -
-scale   8       -      -                    8  Full('scale')      -          8  -
-shift   4×8     -      -                   32  -                  -          -  used in `add` at …
-tokens  1000×8  embed  1000 → 8         8,000  LoRA('^.o.*')      4      4,032  -
-───────────────────────────────────────────────────────────────────────────────────────────────
-3 of 4 sites adapted; 4,424 of 8,960 parameters trainable (49.4%)"""
 
 
 def test_the_table_word_for_word() -> None:
@@ -465,7 +435,7 @@ def test_the_table_word_for_word() -> None:
     )
     sites = jlora.transform(f, *rules).sites(params, Struct((2, 4), jnp.int32))
     table = re.sub(r"at \S*py:\d+ \(.*\)", "at …", str(sites))
-    assert re.sub("─+", "─", table) == re.sub("─+", "─", TABLE)
+    check_text(re.sub("─+", "─", table))
     assert sites.trainable == 2 * 3 * 2 * (8 + 8) + 4 * (40 + 8) + 8 + 4 * (1000 + 8)
     # As a collection: of sites, by path, with sums over all leaves.
     assert [site.path for site in sites] == ["blocks", "conv", "head", "tokens"]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from messages import refused
 from peft_files import CONFIG, assert_same_files
 from safetensors.numpy import load_file
 from test_links import LIKE, NAMES, folders
@@ -55,14 +56,11 @@ def test_functions(name: str, tmp_path: Folder) -> None:
     base, adapter = folders(tmp_path)
     expected = CALLS[name](base, adapter, tmp_path / "expected")
     damage(adapter, **{FIELD: {"a": 1}}, another=[2])
-    message = (
-        rf"2 problems:\n  {FIELD}: {{'a': 1}} is not known to jlora, and may change what the "
-        r"adapter computes; if it does not, name the field in `ignore`\n  another: \[2\] is not"
-    )
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "", FIELD, "{'a': 1} is not known", "name the field in `ignore`"):
         CALLS[name](base, adapter, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"1 problem:\n  another: \[2\] is not known"):
+    with refused(ValueError, "", "another", "[2] is not known") as e:
         CALLS[name](base, adapter, tmp_path / "out", ignore=(FIELD,))
+    assert len(e.value.problems) == 1
     assert not (tmp_path / "out").exists()
     found = CALLS[name](base, adapter, tmp_path / "out", ignore=[FIELD, "another", "not there"])
     assert str(found) == str(expected)
@@ -81,9 +79,9 @@ def test_commands(name: str, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) 
     )
     damage(tmp_path / "a", **{FIELD: True})
     words = LINES[name].format(rows="rows.py:ROWS").split()
-    refused = CliRunner().invoke(cli, words)
-    assert refused.exit_code == 2
-    assert refused.stderr.endswith("; if it does not, name the field in --ignore\n")
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 2
+    assert result.stderr.endswith("; if it does not, name the field in --ignore\n")
     assert not (tmp_path / "out").exists()
     found = CliRunner().invoke(cli, [*words, "--ignore", FIELD])
     assert found.exit_code == 0, found.output
@@ -104,7 +102,7 @@ def test_what_is_read_and_saved_again(tmp_path: Folder) -> None:
     tree = peft.load(adapter, LIKE, NAMES)
     peft.save(tmp_path / "expected", LIKE, tree, NAMES, config=peft.read_config(adapter))
     damage(adapter, **{FIELD: 1})
-    with pytest.raises(ValueError, match=rf"`config` .*\n  {FIELD}: 1 .*, leave the field out$"):
+    with refused(ValueError, "config", FIELD, "1 is not known", "leave the field out"):
         peft.save(tmp_path / "b", LIKE, tree, NAMES, config=peft.read_config(adapter))
     config = peft.read_config(adapter, ignore={FIELD})
     peft.save(tmp_path / "b", LIKE, tree, NAMES, config=config)
@@ -117,9 +115,8 @@ def test_what_is_read_and_saved_again(tmp_path: Folder) -> None:
 def test_known_fields_are_not_ignored(known: str, tmp_path: Folder) -> None:
     """Neither those that jlora reads, nor those that it refuses."""
     adapter = folders(tmp_path)[1]
-    message = rf"^`ignore` is for fields that jlora does not know, but it knows {known}: without"
     for call in (peft.read, peft.read_config):
-        with pytest.raises(ValueError, match=message):
+        with refused(ValueError, "ignore", f"but it knows {known}: without"):
             call(adapter, ignore=("x", known))
     found = CliRunner().invoke(cli, ["inspect", str(adapter), "--ignore", known])
     assert found.exit_code == 2
@@ -128,7 +125,7 @@ def test_known_fields_are_not_ignored(known: str, tmp_path: Folder) -> None:
 
 def test_one_name_is_a_tuple_too(tmp_path: Folder) -> None:
     adapter = folders(tmp_path)[1]
-    with pytest.raises(TypeError, match=r"^`ignore` must be a tuple of names, such as \('x',\); "):
+    with refused(TypeError, "ignore", "must be a tuple of names", "such as ('x',)"):
         peft.read(adapter, ignore="x")
 
 

@@ -268,10 +268,13 @@ class Batch:
 
     def cut(self, length: int) -> list[Any]:
         """Splits the rows of each leaf into runs: a new axis of runs precedes the axis of rows."""
-        return [
-            None if d is None else jnp.reshape(x, (*x.shape[:d], -1, length, *x.shape[d + 1 :]))
-            for x, d in zip(self._leaves, self.axes, strict=True)
-        ]
+
+        def split(x: jax.Array, d: int) -> jax.Array:
+            count = x.shape[d] // length  # -1 is no length where another one is 0
+            return jnp.reshape(x, (*x.shape[:d], count, length, *x.shape[d + 1 :]))
+
+        pairs = zip(self._leaves, self.axes, strict=True)
+        return [None if d is None else split(x, d) for x, d in pairs]
 
     def arguments(self, run: list[Any]) -> Any:
         """Returns the arguments of one run, from its part of the result of `cut`."""
@@ -302,7 +305,7 @@ def join_runs(out: PyTree, out_axes: PyTree) -> Any:
     """Concatenates the rows of all runs along the axis in `out_axes`."""
 
     def move(x: jax.Array, axis: int) -> jax.Array:
-        x = x.reshape(-1, *x.shape[2:])
+        x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
         return x if x.ndim == 1 else jnp.moveaxis(x, 0, axis)
 
     return jax.tree.map(move, out, jax.tree.broadcast(out_axes, out))

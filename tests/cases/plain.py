@@ -51,10 +51,7 @@ EXACT = {
         lambda w, x: x @ lax.dynamic_slice(w, (jnp.int32(1), jnp.int32(2)), (4, 3)),
     ),
     "flip": ((6, 5), (3, 6), lambda w, x: x @ w[::-1]),
-    "stop_gradient": (
-        *((6, 5), (3, 6)),
-        lambda w, x: jnp.tanh(x @ w) + x @ lax.stop_gradient(w),
-    ),
+    "stop_gradient": (*((6, 5), (3, 6)), lambda w, x: jnp.tanh(x @ w) + x @ lax.stop_gradient(w)),
     "optimization_barrier": ((6, 5), (3, 6), lambda w, x: x @ lax.optimization_barrier(w)),
     "copied": ((6, 5), (3, 6), lambda w, x: x @ jnp.array(w, copy=True)),
     "padded": ((6, 5), (3, 8), lambda w, x: x @ jnp.pad(w, ((1, 1), (0, 3)))),
@@ -73,9 +70,7 @@ REARRANGED = {
 for add, table in ((case, EXACT), (rearranged, REARRANGED)):
     for name, (of_w, of_x, product) in table.items():
         subject = "lookup" if name.startswith("used") else "product"
-        add(subject, ONE, of_w, of_x, name=name)(
-            lambda p, x, product=product: product(p["w"], x),
-        )
+        add(subject, ONE, of_w, of_x, name=name)(lambda p, x, product=product: product(p["w"], x))
 
 
 @rearranged("product", ONE, (6, 5), (3, 6), strict=False)
@@ -161,6 +156,10 @@ LOW_PRECISION = {
     "bfloat16_base": ("bfloat16", "bfloat16", lambda w, x: x @ w),
     "bfloat16_base_promoted": ("bfloat16", "f4", lambda w, x: x @ w),
     "float16_base": ("f2", "f2", lambda w, x: x @ w),
+    "bfloat16_result": (
+        *("f4", "f4"),
+        lambda w, x: jnp.matmul(x, w, preferred_element_type=jnp.bfloat16),
+    ),
 }
 for low_name, (stored, computed, low_product) in LOW_PRECISION.items():
 
@@ -255,6 +254,12 @@ for name, find in LOOKUPS.items():
     )(lambda p, ids, find=find: find(p["table"], ids))
 
 
+@case("lookup", 3 * 2 * (7 + 4), {"table": (3, 7, 4)}, IDS, rules=TABLE)
+def lookup_in_each_of_a_stack(p, ids):
+    """Such as a table for each codebook."""
+    return lax.map(lambda table: table[ids], p["table"])
+
+
 @case(
     *("lookup", 3 * (7 + 4) + 2 * (4 + 4), {"table": (7, 4), "w": (4, 4)}, IDS),
     rules=(LoRA("table", rank=3, alpha=3), LORA),
@@ -318,6 +323,11 @@ def conv(numbers, x, w, *window, **options):
     window = window or ((1,) * (x.ndim - 2), "SAME")
     numbers = tuple(numbers.split())
     return lax.conv_general_dilated(x, w, *window, dimension_numbers=numbers, **options)
+
+
+@case("convolution", 2 * (3 * 3 * 4 + 5), (3, 3, 4, 5), (0, 5, 5, 4), grad=False, forward=False)
+def conv_of_an_empty_batch(p, x):
+    return conv("NHWC HWIO NHWC", x, p["w"])
 
 
 @case("convolution", 2 * (3 * 2 * 3 + 4), (4, 3, 3, 2), (2, 3, 5, 6))
@@ -501,6 +511,17 @@ for moe, sizes in SHARING.items():
         rules = (LoRA(rank=2, alpha=4, share=share),)
         name = f"{moe.name}_that_share_{share}"
         CASES.append(replace(moe, name=name, rules=rules, trainable=size))
+SHARING_FIELDS = {  # likewise of w (3 experts, 6, 4), under rules with more fields
+    "slots": (Slots(2, (1,)), 2 * (6 + 3 * 2), 2 * (3 * 6 + 2)),
+    "frozen": (("a",), 2 * 3 * 4, 2 * 4),
+}
+for field, (given, *sizes) in SHARING_FIELDS.items():
+    for share, size in zip(("inputs", "outputs"), sizes, strict=True):
+        rules = (LoRA("w", rank=2, alpha=4, share=share, **{field: given}),)
+        name = f"experts_with_{field}_that_share_{share}"
+        case("experts", size, (3, 6, 4), (3, 5, 6), rules=rules, name=name)(
+            lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["w"])
+        )
 
 
 @rearranged("experts", 3 * 2 * (4 + 5), (3, 4, 5), (2, 6, 4))

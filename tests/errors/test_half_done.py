@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from messages import refused
 from small import KEY, PARAMS, W, X, assert_same, dense, model, randomize
 
 import jlora
@@ -21,19 +22,19 @@ def failing(key: Any, w: Any, site: Any, rule: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("rules", "error", "message"),
+    ("rules", "error", "got"),
     [
-        ((LoRA("kernel", rank=2), LoRA("fused", rank=7)), ValueError, ".* is 7, above .*"),
+        ((LoRA("kernel", rank=2), LoRA("fused", rank=7)), ValueError, "is 7, above"),
         ((LoRA("kernel|fused", rank=2, init=failing),), RuntimeError, "no memory left"),
     ],
 )
-def test_failed_init_leaves_inputs(rules: Any, error: Any, message: str) -> None:
+def test_failed_init_leaves_inputs(rules: Any, error: Any, got: str) -> None:
     """It changes neither the parameters nor the transform; errors of initializers pass."""
     params = copy.deepcopy(jax.tree.map(np.asarray, PARAMS))
     leaves, before = jax.tree.leaves(params), copy.deepcopy(params)
     lora = jlora.transform(model, *rules)
     for _ in range(2):
-        with pytest.raises(error, match=rf"(?s)\A{message}\Z"):
+        with refused(error, "", got):
             lora.init(KEY, params, X)
     assert all(x is y for x, y in zip(jax.tree.leaves(params), leaves, strict=True))
     assert_same(params, before, 0.0)
@@ -50,11 +51,11 @@ def test_failed_apply_leaves_inputs() -> None:
     adapter = randomize(adapter)
     before = jax.tree.map(np.array, (base, adapter))
     expected = dense(jlora.merge(base, adapter), X)
-    with pytest.raises(NotImplementedError, match="the weight 'w' reaches `sin`"):
+    with refused(NotImplementedError, "sin", "the weight 'w'"):
         lora.apply(base, adapter, X, odd=True)
     with pytest.raises(TypeError, match="dot_general"):
         lora.apply(base, adapter, X[:, :3])
-    with pytest.raises(ValueError, match="does not fit"):
+    with refused(ValueError, "adapter", "w"):
         jlora.merge({"w": X}, adapter)
     assert_same(lora.apply(base, adapter, X), expected)
     assert_same((base, adapter), jax.tree.map(jnp.asarray, before), 0.0)

@@ -64,7 +64,7 @@ def test_only_what_is_missing_is_done(tmp_path):
 
 @pytest.mark.slow
 def test_subspaces(small, tmp_path):
-    """Shapes as the notebook has them; the norms are those of dense matrices."""
+    """Shapes as the notebook has them."""
     runs = ablations.pictured_runs("small")
     folders = [run.folder(tmp_path) for run in runs]
     for run, folder in zip(runs, folders, strict=True):
@@ -75,11 +75,3 @@ def test_subspaces(small, tmp_path):
     shapes |= {"delta/seeds": (64, 64), "intruders": (3, 3), "spectrum/8": (3, 8)}
     for part in ("query", "value"):
         assert {name: found[f"{part}/{name}"].shape for name in shapes} == shapes
-        w = small.attention(small.variables)[part]["kernel"][1]
-        site = ablations.at(small.attention(checkpoint.restore(folders[0]))[part]["kernel"], 1)
-        delta = site.scale * site.a @ site.b
-        u, _, vt = np.linalg.svd(delta)
-        size, within, own, _ = found[f"{part}/norms"][0]
-        assert size == pytest.approx(np.linalg.norm(delta), 1e-4)
-        assert within == pytest.approx(np.linalg.norm(u[:, :4].T @ w @ vt[:4].T), 1e-3)
-        assert own == pytest.approx(np.linalg.norm(np.linalg.svd(w)[1][:4]), 1e-4)

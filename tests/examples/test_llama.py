@@ -4,15 +4,11 @@ SmolLM2 itself, from its GGUF file, is slow.
 """
 
 import contextlib
-import copy
 import io
-import json
 import shutil
 
 import chat
 import conversations
-import data
-import gguf
 import jax
 import jax.numpy as jnp
 import laws
@@ -22,7 +18,7 @@ from cases._case import fill
 from conversations import lay
 from folders import CHATML, say, write_chat_model, write_conversations
 from jax.tree_util import Partial
-from models import llama, smollm2
+from models import llama
 
 import jlora
 from jlora import peft
@@ -36,19 +32,12 @@ def base(tmp_path_factory):
     return write_chat_model(tmp_path_factory.mktemp("base") / "tiny", TINY)
 
 
-@pytest.fixture(scope="module", params=["bytes", pytest.param("smollm2", marks=pytest.mark.slow)])
-def tokenizer(request, base):
-    """That of the tiny model, and in the long run SmolLM2's."""
-    if request.param == "bytes":
-        return conversations.load_tokenizer(base)
-    return smollm2._tokenizer(gguf.GGUFReader(data.smollm2()))
-
-
 # ---- what counts --------------------------------------------------------------------------------
 
 
-def test_only_answers_count(tokenizer):
+def test_only_answers_count(base):
     """All of them, each with the token that ends it; what follows the last is left out."""
+    tokenizer = conversations.load_tokenizer(base)
     turns = "Hi", "Hello  there: naïve 日本 🙂", "And\n\tnow?", "Bye", "One more"
     text = conversations.encode(say(*turns), tokenizer)
     counted = tokenizer.decode(text.ids[text.counts > 0], skip_special_tokens=False)
@@ -59,43 +48,12 @@ def test_only_answers_count(tokenizer):
     assert whole == rendered.removesuffix("\n")
 
 
-def test_a_template_that_changes_earlier_turns_is_refused(tokenizer):
+def test_a_template_that_changes_earlier_turns_is_refused(base):
     """As those of models that think: the loss would be of other texts than those that are shown."""
-    other = copy.copy(tokenizer)
+    other = conversations.load_tokenizer(base)
     other.chat_template = CHATML.replace("m['content']", "(m['content'] if loop.last else '…')")
     with pytest.raises(ValueError, match="the chat template writes message 1 otherwise where"):
         conversations.encode(say("Hi", "Hello.", "And now?", "Bye"), other)
-
-
-def test_a_tokenizer_of_older_versions_of_transformers(base, tmp_path):
-    folder = shutil.copytree(base, tmp_path / "base")
-    file, expected = folder / "tokenizer_config.json", conversations.load_tokenizer(base)
-    end = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
-    old = {"tokenizer_class": "GPT2Tokenizer", "chat_template": CHATML, "eos_token": end}
-    file.write_text(json.dumps(json.loads(file.read_text()) | old))
-    (folder / "chat_template.jinja").unlink()
-    found, texts = conversations.load_tokenizer(folder), say("Hé 12 , no", "Hello.")
-    assert found.eos_token_id == expected.eos_token_id
-    one, other = (conversations.encode(texts, x) for x in (found, expected))
-    jax.tree.map(np.testing.assert_array_equal, one[1:], other[1:])
-    assert "Hé 12 , no" in found.decode(one.ids)
-
-
-def test_the_loss_sees_exactly_the_logits_before_answer_tokens():
-    ids, zeros = np.arange(12, dtype=np.int32).reshape(2, 6), np.zeros((2, 6), np.int32)
-    counts = np.array([[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]], np.float32)
-
-    def loss(logits):
-        fn = Partial(lambda logits, *_: logits, logits)
-        return conversations.answer_nll(fn, conversations.Rows(ids, zeros, zeros, counts))
-
-    logits = np.random.default_rng(0).standard_normal((2, 5, 12), np.float32)
-    (total, count), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(logits)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    picked = log_p[[0, 0, 1, 1], [1, 2, 3, 4], [2, 3, 10, 11]]
-    np.testing.assert_allclose(total, -picked.sum(), rtol=1e-5)
-    assert count == 4
-    np.testing.assert_array_equal(np.abs(slope).sum(-1) > 0, counts[:, 1:] > 0)
 
 
 def test_packed_is_unpacked():
@@ -199,23 +157,3 @@ def test_smollm2_learns_to_define(tmp_path, monkeypatch):
     result = chat.main(["--steps=12"])
     assert result.before == pytest.approx(5.140, abs=0.05)
     assert result.after < result.before - 1
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("data.jsonl", '{"prompt": "a"}', r"data.jsonl, line 1: expected {.*}, got {"),
-        ("config.json", '{"model_type": "gemma3"}', "expected model_type 'llama' or .*, got 'ge"),
-        ("chat_template.jinja", "", "base lacks tokenizer.json, a chat template or an eos_token"),
-    ],
-)
-def test_mistakes_are_said_before_anything_is_compiled(
-    name, content, message, argv, base, tmp_path, monkeypatch
-):
-    folder = shutil.copytree(base, tmp_path / "base")
-    (folder / name).write_text(content)
-    more = [f"--base={folder}", f"--out={tmp_path / 'out'}"]
-    monkeypatch.setattr(chat, "run", None)
-    with pytest.raises(SystemExit, match=message):
-        given = [f"--data={folder / name}"] if name.startswith("data") else []
-        chat.main([*argv, *more, *given])

@@ -4,14 +4,12 @@ Every day on one of MiniLM's layers, in the long run on all.
 """
 
 import contextlib
-import functools
 import io
 import json
 import re
 import shutil
 
 import data
-import jax
 import numpy as np
 import pytest
 import quickstart
@@ -71,28 +69,6 @@ def test_what_is_reported_and_left_there(run, layers):
     held_out = {x.text: x.label for x in data.snippets(quickstart.SOURCE, quickstart.MARGIN)[1]}
     shown = re.findall(r"^  (positive|negative): (.*)$", screen, re.MULTILINE)
     assert all(held_out[text] == (label == "positive") for label, text in shown)
-
-
-def test_training_starts_from_the_probe(layers):
-    """With its head the model computes what the probe says, and at first the adapted one too."""
-    model, variables, tokenizer = quickstart.load()
-    snippets = quickstart.keep_short(tokenizer, data.snippets(quickstart.SOURCE)[0][:80])
-    batch = quickstart.encode(tokenizer, snippets, quickstart.SHORT)
-    x = quickstart.outputs(functools.partial(quickstart.features, model, variables), batch)
-    head = quickstart.fit_head(x, batch.labels)
-    logits = x @ head["kernel"] + head["bias"]
-    assert quickstart.accuracy(logits, batch.labels) > 0.9  # few sentences: it knows them by heart
-    variables = quickstart.with_head(variables, head)
-    args = batch.ids, batch.mask
-    lora = quickstart.adapt(model)
-
-    @jax.jit
-    def both(variables):
-        base, adapter = lora.init(jax.random.key(0), variables, *args)
-        return model.apply(variables, *args), lora.apply(base, adapter, *args)
-
-    for found in both(variables):
-        np.testing.assert_allclose(found, logits, atol=1e-3)
 
 
 def test_requests_are_answered_in_one_program(run, layers, tmp_path):

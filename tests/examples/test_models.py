@@ -134,62 +134,12 @@ def test_with_a_cache_token_by_token(name: str, scan: bool, side: str) -> None:
 # ---- files --------------------------------------------------------------------------------------
 
 
-def test_padded_vocabulary(tmp_path: pathlib.Path) -> None:
-    """Rows are added and cut off again; what is no token has the least logit."""
-    SMALL["gpt"].write(tmp_path)
-    config, variables = gpt.load(tmp_path, pad_vocab=16)
-    assert variables["params"]["wte"]["embedding"].shape == (64, 16)
-    logits = jax.jit(gpt.GPT(config).apply)(variables, IDS)
-    assert (logits[..., 61:] == np.finfo(np.float32).min).all()
-    assert np.abs(logits[..., :61]).max() < 1e3
-    gpt.save(tmp_path / "again", variables, config)
-    assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
-
-
-def test_a_tied_head_in_the_file_must_be_the_embedding(tmp_path: pathlib.Path) -> None:
-    SMALL["gpt"].write(tmp_path)
-    tensors, file = hf.read_tensors(tmp_path), tmp_path / "model.safetensors"
-    hf.write_tensors(file, tensors | {"lm_head.weight": tensors["transformer.wte.weight"]})
-    assert_close(gpt.load(tmp_path)[1], SMALL["gpt"].variables(True), 0)
-    hf.write_tensors(file, tensors | {"lm_head.weight": 1 + tensors["transformer.wte.weight"]})
-    with pytest.raises(ValueError, match="to which it is tied"):
-        gpt.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("module", "name"), [(gpt, "GPT2Config"), (bert, "BertConfig"), (llama, "LlamaConfig")]
-)
-def test_defaults_are_those_of_config_json(module: Any, name: str) -> None:
-    """A field that a checkpoint leaves out means what `transformers` takes it for."""
-    import transformers
-
-    theirs = getattr(transformers, name)().to_dict()
-    ours = {
-        module.FIELDS[field.name]: field.default
-        for field in dataclasses.fields(module.Config)
-        if field.name in module.FIELDS and field.default is not dataclasses.MISSING
-    }
-    shared = ours.keys() & theirs.keys() - {"head_dim"}
-    assert len(shared) >= 2
-    assert {k: ours[k] for k in shared} == {k: theirs[k] for k in shared}
-
-
 @pytest.mark.parametrize(("name", "most"), [("gpt", 16), ("roberta_lm", 18)])
 def test_more_tokens_than_positions(name: str, most: int) -> None:
     """An error: reads beyond the table would be NaN."""
     small, ids = SMALL[name], jax.ShapeDtypeStruct((2, most + 1), jnp.int32)
     with pytest.raises(ValueError, match=f"at most {most}, the positions of the model"):
         jax.eval_shape(small.model(scan=True).apply, small.shapes(True), ids)
-
-
-@pytest.mark.parametrize("name", ["roberta_lm", "deberta_lm"])
-def test_new_head(name: str) -> None:
-    """What was trained on words gets a head for classes in its place."""
-    small = SMALL[name]
-    given = jax.random.key(0), small.config, small.variables(False)
-    config, variables = small.module.new_head(*given, classes=5)
-    like = small.module.shapes(config, 5)
-    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, like)
 
 
 # Of a model, a field of its config.json, and a value that would change what it computes.

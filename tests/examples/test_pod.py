@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pod
 import pods
 import pytest
-from test_checkpoint import assert_equal
+from peft_files import assert_equal
 
 from jlora import checkpoint
 
@@ -189,19 +189,3 @@ def test_a_preempted_run_saves_and_stops(after, folder, start, whole):
     (last,) = re.findall(r"stopped at step (\d+)", run.said())
     assert steps_of(folder / name)[-1] == int(last)
     check_restart(start, folder / name, after, whole)
-
-
-# -------------------------------------------------------------------------------------------- data
-
-
-def test_every_sequence_follows_from_the_seed_and_its_number(data):
-    """Each comes once an epoch; so do those of a rehearsal, which are made."""
-    ids = np.load(data)
-    reader = pod.Data(ids, LENGTH, 128, seed=3)
-    read = reader.read(np.arange(ROWS))
-    assert sorted(map(bytes, read)) == sorted(map(bytes, ids))
-    np.testing.assert_array_equal(reader.read(np.array([7, 90])), read[[7, 90]])
-    assert not np.array_equal(reader.read(ROWS + np.arange(ROWS)), read)
-    rehearsal = pod.Data(None, LENGTH, 128, seed=3)
-    made = rehearsal.read(np.arange(4))
-    np.testing.assert_array_equal(rehearsal.read(np.array([2])), made[2:3])

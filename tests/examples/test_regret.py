@@ -1,24 +1,17 @@
-"""`examples/regret.py` and `regret_figures.py`: what runs when, the best rate, what is written."""
+"""`examples/regret.py` and `regret_figures.py`: what runs when, and what is written."""
 
 import pathlib
 import re
 import shutil
 
 import grpo
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import regret
 import regret_figures
-import trials
-from models import bert, llama, parts
 from regret import PLANS, Setting
-from scipy import stats
 from small import some
 from test_grpo import CONFIG, PARAMS, Tokenizer
-
-import jlora
 
 GUIDES = pathlib.Path(__file__).parents[2] / "notebooks"
 RESULTS = [f"regret_{name}.csv" for name in ("runs", *regret.OWN)]
@@ -73,37 +66,6 @@ def test_every_experiment(tmp_path, name, asked):
     assert len(table.splitlines()) == 2 + (name == "reinforce") + len(settings)
 
 
-@pytest.mark.parametrize("name", some(["definitions", "order"], "definitions"))
-def test_parts_of_the_layers_have_equally_many_parameters(name):
-    """With the same s·r."""
-    model, inputs = llama.Llama(llama.SIZES["smollm2-135m"]), 1
-    if name == "order":
-        config = bert.Config(30522, 384, 6, 12, 1536, 512, 2, 1e-12)
-        model, inputs = bert.Bert(config, classes=2), 2
-    settings = [x for x in PLANS["layers"][0] if x.task == name]
-    counts, ids = {}, inputs * [jax.ShapeDtypeStruct((1, 8), jnp.int32)]
-    for setting in settings:
-        head = [jlora.Full("classifier")] if name == "order" else []
-        init = jlora.transform(model.apply, *head, regret.make_rule(setting)).init
-        adapter = jax.eval_shape(init, jax.random.key(0), parts.shapes(model), *ids)[1]
-        counts[setting.layers] = jlora.count(adapter)
-    assert list(counts) == ["all", "attention", "feed-forward"]
-    assert max(counts.values()) < 1.025 * min(counts.values())
-    assert all(x.rank * x.scale == pytest.approx(32, rel=1e-5) for x in settings)
-
-
-def test_random_strings_have_six_bits_a_letter():
-    """The model before training knows next to none of them, and one with a loss of 0 knows all."""
-    task = regret.strings(48, 16)
-    assert len({tuple(row[:2]) for row in task.train.ids}) == 48
-    counts = np.bincount(task.train.ids[:, 2:].ravel(), minlength=64)
-    assert counts.shape == (64,) and stats.chisquare(counts).pvalue > 1e-3
-    total, _, count = jax.jit(task.score)(jnp.zeros((48, 18, 64)), task.train)
-    row = {"task": "strings-48", "held_out": float(total / count)}
-    assert regret_figures.learned(row) == pytest.approx(0, abs=0.1)
-    assert regret_figures.learned(row | {"held_out": 0.0}) == 48 * 16 * 6
-
-
 @pytest.mark.slow
 def test_strings_are_learned(monkeypatch):
     """By full fine-tuning, more than by rank 1."""
@@ -128,47 +90,6 @@ def test_a_run_on_rewards(monkeypatch):
     rewards = list(regret_figures.curve(row).values())
     assert len(rewards) == 3
     assert row["validation"] == pytest.approx(1 - np.mean(rewards), abs=1e-5)
-
-
-# ---- the best rate ------------------------------------------------------------------------------
-
-
-def runs(rng, best, seeds, noise, **fields):
-    """Runs at five rates, whose loss is a parabola around `best`, and whose seeds differ."""
-    shift = noise * rng.standard_normal(seeds)
-    return [
-        fields | {"rate": trials.to_rate(n), "seed": seed, "validation": loss, "held_out": loss}
-        for seed in range(seeds)
-        for n in range(round(2 * best) - 2, round(2 * best) + 3)
-        for loss in [(n / 2 - best - shift[seed]) ** 2 + 0.1 * seed]
-    ]
-
-
-def test_the_interval_has_the_best_rate_in_95_of_100_cases():
-    """Of ten settings with two seeds each."""
-    rng, hits = np.random.default_rng(0), []
-    for _ in range(60):
-        bests = rng.uniform(-3.2, -2.8, 10)
-        each = [regret_figures.find_vertices(runs(rng, best, 2, 0.05)) for best in bests]
-        error = regret_figures.find_error(each) / 2**0.5
-        hits += [abs(x.mean() - best) < error for x, best in zip(each, bests, strict=True)]
-    assert 0.92 < np.mean(hits) < 0.98
-
-
-def test_ratio_and_exponent():
-    """LoRA's best rate is ten times full fine-tuning's, and with s = 2 falls with the rank."""
-    rng, rows = np.random.default_rng(0), []
-    for setting in PLANS["rates"][0]:
-        best = -2.0 - np.log10(setting.rank * setting.scale / 32) if setting.rank else -3.0
-        rows += runs(rng, best, 3, 0.02, **setting._asdict(), trained=1)
-    for row in regret_figures.summary(rows):
-        if row["scale"] * row["rank"] == 32:
-            assert 8 < row["of_full_low"] < 10 < row["of_full_high"] < 12.5
-        assert row["best_rate_low"] < row["best_rate"] < row["best_rate_high"]
-        assert np.isnan(row["of_full"]) == (row["rank"] == 0)
-    found = re.findall(r"r\^\((\S+) ± (\S+)\)", regret_figures.exponents(rows))
-    (zero, error), (one, _) = [[float(x) for x in pair] for pair in found]
-    assert abs(zero) < error < 0.1 and abs(one + 1) < 0.1
 
 
 # ---- what is written ----------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 import resume
-from test_checkpoint import assert_equal
+from peft_files import assert_equal
 from test_grpo import once
 
 from jlora import checkpoint

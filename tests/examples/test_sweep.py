@@ -69,22 +69,6 @@ def test_the_worse_half_stops_and_the_best_is_written(run):
 
 
 @pytest.mark.slow
-def test_each_run_is_the_one_that_it_is_alone(run):
-    """Also beside one that diverges, which stops at the next rung."""
-    result, _ = run
-    alone = sweep.sweep(GRID, tiny(), [RUNS[result.best]])
-    np.testing.assert_allclose(result.curves[:, result.best], alone.curves[:, 0], 1e-5, 1e-6)
-    for x, y in zip(jax.tree.leaves(result.adapter), jax.tree.leaves(alone.adapter), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
-    runs = [sweep.Run(*x) for x in ((1e-2, 3, 0), (1e30, 3, 1), (3e-2, 1, 0))]
-    result, alone = sweep.sweep(GRID, tiny(8), runs), sweep.sweep(GRID, tiny(8), runs[:1])
-    assert result.scores[1] == np.inf and np.isfinite(result.scores[[0, 2]]).all()
-    steps = result.stopped[0]
-    assert result.stopped[1] == 2
-    np.testing.assert_allclose(result.curves[:steps, 0], alone.curves[:steps, 0], rtol=1e-5)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sweep.MODELS)
 def test_real_models(name, tmp_path):
     small = f"--model {name} --steps 4 --batch 2 --ranks 1 2 --seeds 0 --out {tmp_path}"

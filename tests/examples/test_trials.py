@@ -1,4 +1,4 @@
-"""`examples/trials.py` and `variants.py`: batches, rates, a table of runs; every variant trains."""
+"""`examples/trials.py` and `variants.py`: every variant trains; the table of runs."""
 
 import math
 import pathlib
@@ -65,27 +65,6 @@ def test_tokens_are_scored_by_the_one_before():
     nll, right, count = jax.jit(trials.score_tokens)(logits, marked)
     np.testing.assert_allclose(nll, -np.log(0.5) - np.log(0.6), rtol=1e-6)
     assert (int(right), int(count)) == (2, 2)
-
-
-@pytest.mark.parametrize(("best", "found"), [(-5, -5), (-3, -3), (-6, -6), (-9, -8)])
-def test_the_rate_is_searched_until_it_is_not_the_outermost(best, found):
-    """At most five of them; one that diverges is the worst."""
-    asked = []
-
-    def loss(rate, seed):
-        asked.append(rate)
-        return abs(rate - best) if rate < -2 else float("nan")
-
-    assert trials.best_rate(loss, -5) == found
-    assert len(asked) == len(set(asked)) <= trials.MOST_RATES
-
-
-def test_batches_are_of_one_width_and_have_each_row_once_an_epoch():
-    width = np.repeat([24, 32, 48], [20, 13, 7])
-    batches = trials.draw(width, steps=9, size=4, seed=0)
-    assert all(len(rows) == 4 and len(set(width[rows])) == 1 for rows in batches)
-    assert len(set(np.concatenate(batches))) == 36  # 5, 3 and 1 batches: an epoch
-    np.testing.assert_array_equal(batches, trials.draw(width, steps=12, size=4, seed=0)[:9])
 
 
 def test_runs_are_done_once_and_the_committed_table_and_the_guide_are_theirs(tmp_path):

@@ -23,11 +23,7 @@ from jlora import LoRA, peft
 from jlora.peft import tables
 
 PLAIN = {"attn_mechanism": "vanilla", "attn_dtype": jnp.float32, "kvdtype": jnp.float32}
-NUMBERS = {
-    "dtype": jnp.float32,
-    "param_dtype": jnp.float32,
-    "precision": jax.lax.Precision.HIGHEST,
-}
+NUMBERS = {"dtype": jnp.float32, "param_dtype": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
 # It keeps the cosines and sines of rotary embeddings in bfloat16.
 TOLERANCE = 0.1
 
