@@ -36,7 +36,10 @@ def sites_of(params: Any, names: Sequence[Name]) -> Sites:
 
     def site(path: tuple[str, ...], x: Any) -> Site:
         row, _ = row_of(path, x.shape, names) or (Name("", "m", "o"), None)
-        layout = Layout(row.where("le"), row.where("ivk"), row.where("os"))
+        # MaxText's gate and up of gpt-oss are for all experts, so that these are outputs.
+        stack = [d for d in row.where("le") if row.axes[d] == "l" or not row.alternating]
+        outputs = [d for d in range(x.ndim) if d not in stack and row.axes[d] in "oes"]
+        layout = Layout(tuple(stack), row.where("ivk"), tuple(outputs))
         return Site(path, x.shape, jnp.dtype(x.dtype), KINDS[row.kind], layout)
 
     return Sites(tuple(site(path, x) for path, x in leaves_by_path(params)))

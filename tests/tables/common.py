@@ -271,6 +271,7 @@ def test_found_by_value(made: Made) -> None:
     )
     for path, leaf in theirs.items():
         if leaf.name.kind is not None:
+            assert path in ours, found.left
             own = ours[path]
             assert own.parameters == leaf.parameters
             assert own.name.weight_groups == leaf.name.weight_groups

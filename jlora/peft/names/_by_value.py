@@ -334,7 +334,8 @@ def _list_axes(site: Site, shape: tuple[int, ...]) -> Iterator[str]:
         yield from sorted(map("".join, itertools.product(*letters)), key=lambda x: x.count("e"))
         return
     own = ["" for _ in shape]
-    for axes, choice in zip(site.layout[:3], ("les", "i", "os"), strict=True):
+    # Experts that all compute are outputs.
+    for axes, choice in zip(site.layout[:3], ("les", "i", "oles"), strict=True):
         for d in axes:
             own[d] = choice
     if site.kind == "embed":
@@ -342,7 +343,11 @@ def _list_axes(site: Site, shape: tuple[int, ...]) -> Iterator[str]:
     if site.kind == "conv":
         own = ["ik" if x == "i" else x for x in own]
     found = map("".join, itertools.product(*own))
-    for axes in sorted(found, key=lambda x: (x.count("s"), x.count("e"))):
+
+    def oddness(axes: str) -> tuple[int, ...]:
+        return sum(axes[d] == "l" for d in site.layout.outputs), axes.count("s"), axes.count("e")
+
+    for axes in sorted(found, key=oddness):
         small = axes.find("s") < 0 or 1 < shape[axes.find("s")] <= SLOTS
         if small and (site.kind != "conv" or axes.count("i") == 1):
             yield axes
