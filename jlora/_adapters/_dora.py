@@ -64,6 +64,7 @@ class Decomposed(Node):
     residual: bool = False
 
     labels: ClassVar = {"a": "a", "b": "b", "m": "m"}
+    is_invertible: ClassVar = False
 
     @staticmethod
     def axes(layout: Layout) -> Axes:

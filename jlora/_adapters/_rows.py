@@ -62,6 +62,7 @@ class Replaced(Node):
     layout: Layout
 
     labels: ClassVar = {"v": "rows"}
+    is_invertible: ClassVar = False
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
@@ -92,7 +93,7 @@ class Replaced(Node):
         old = _take_rows(w, self.layout, self.rows)
         dtype = promote(w.dtype, self.v.dtype)
         b = self._replace(v=self.v.astype(dtype) - old.astype(dtype)).factor("v")
-        return Change((Delta(_one_hot(self, w), b, 1.0),), invertible=False)
+        return Change((Delta(_one_hot(self, w), b, 1.0),))
 
 
 @register

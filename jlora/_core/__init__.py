@@ -26,7 +26,6 @@ from ._axes import abstract as abstract
 from ._change import LEAST as LEAST
 from ._change import Change as Change
 from ._change import Delta as Delta
-from ._change import NotInvertibleError as NotInvertibleError
 from ._interpret import Equation as Equation
 from ._interpret import ValueReadError as ValueReadError
 from ._interpret import as_array as as_array

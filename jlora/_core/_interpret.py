@@ -7,6 +7,7 @@ W + ΔW is formed if the user allowed it; otherwise it is an error.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -124,27 +125,26 @@ def primitive(
     return register
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Equation:
     """One equation of a jaxpr, as the function of its primitive gets it.
 
     Attributes:
         traced: the equation as JAX traced it.
-        params: the parameters of its primitive.
         operands: arrays and weights.
         within: the equation whose jaxpr contains this one, or None.
         functions: the functions that equal calls share, or None if each call is evaluated in place.
     """
 
-    def __init__(
-        self,
-        eqn: _compat.JaxprEqn,
-        operands: Sequence[Operand],
-        within: "Equation | None",
-        functions: Functions | None = None,
-    ):
-        """Holds an equation of a jaxpr and its operands."""
-        self.traced, self.params = eqn, eqn.params
-        self.operands, self.within, self.functions = operands, within, functions
+    traced: _compat.JaxprEqn
+    operands: Sequence[Operand]
+    within: "Equation | None"
+    functions: Functions | None = None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters of its primitive."""
+        return self.traced.params
 
     @property
     def name(self) -> str:
@@ -190,7 +190,7 @@ class Equation:
 
     def _without_operands(self) -> "Equation":
         # A shared function outlives the trace of the operands.
-        return Equation(self.traced, (), self.within, self.functions)
+        return dataclasses.replace(self, operands=())
 
     def arrays(self, xs: Sequence[Any], kept: Collection[int] = ()) -> list[Any]:
         """Turns weights that leave an inner jaxpr into arrays; the outputs `kept` become None."""
