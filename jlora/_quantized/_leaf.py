@@ -125,14 +125,8 @@ class Quantized(NotAnArray):
             lambda x, dims: Factor(x, tuple(OTHER if d is None else axes[d] for d in dims))
         )
         unpack = _With(_unpack, (axes, dtype))
-        packed = Packed(parts, unpack, axes, self.shape, dtype, splittable=self._splittable(axes))
-        if self.nested is None:
-            return packed
-        free = frozenset(axes[d] for d in self.form.stack)
-        plain = _With(_with_plain_scales, (axes,))
-        return packed.replace(
-            splittable=free, with_plain_scales=plain, splittable_then=packed.splittable
-        )
+        plain = None if self.nested is None else _With(_with_plain_scales, (axes,))
+        return Packed(parts, unpack, axes, self.shape, dtype, self._splittable(axes), plain)
 
     def _splittable(self, axes: Sequence[Axis]) -> frozenset[Axis]:
         """Finds the axes along which splitting codes and scales splits W, if scales are numbers."""
