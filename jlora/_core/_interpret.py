@@ -181,12 +181,9 @@ class Equation:
         `f` must depend on nothing else. The equation that it gets has no operands.
         """
         f = functools.partial(f, self._without_operands())
-        operands = self.operands
-        weights = [x for x in operands if isinstance(x, Weight)]
-        if self.functions is None or not all(w.is_shareable for w in weights):
-            return f(*operands)
-        bare = [x.without_origin() if isinstance(x, Weight) else x for x in operands]
-        return self.functions.call(self.traced, f, operands, jax.tree.structure(bare))
+        if self.functions is None:
+            return f(*self.operands)
+        return self.functions.call(self.traced, f, self.operands)
 
     def _without_operands(self) -> "Equation":
         # A shared function outlives the trace of the operands.

@@ -82,7 +82,8 @@ def _join(eqn: Equation, parts: Sequence[Operand], dim: int) -> Weight:
         w = Factor(eqn.bind(*map(value_of, eqn.operands)), axes)
     parts = [_rename(p, axes) if isinstance(p, Weight) else p for p in parts]
     change = _one_change(parts, axes[dim]) or _side_by_side(out.shape, parts, dim)
-    origin = origin._replace(
+    origin = dataclasses.replace(
+        origin,
         paths=tuple(dict.fromkeys(path for w in weights for path in w.origin.paths)),
         materialize=all(w.origin.materialize for w in weights),
     )

@@ -60,6 +60,6 @@ def shard_of(
             raise Unfactorable(
                 "its statistics are of whole matrices, of which a device may have shards"
             )
-    origin = w.origin._replace(unchecked=w.origin.unchecked | unchecked)
+    origin = dataclasses.replace(w.origin, unchecked=w.origin.unchecked | unchecked)
     shard = w.replace(w.w.with_axes(w.axes, shape), map_factors(mark, w.change))
     return dataclasses.replace(shard, origin=origin)
