@@ -15,17 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._adapters import Node, weight_of
-from ._core import (
-    Change,
-    Operand,
-    ValueReadError,
-    abstract,
-    as_array,
-    evaluate,
-    leaf_weight,
-    pick,
-    trace,
-)
+from ._arrays import pick
+from ._core import Change, Operand, ValueReadError, abstract, as_array, evaluate, leaf_weight, trace
 from ._foreign import check_kept, check_leaf
 from ._quantized import is_quantized
 from ._rules import matches

@@ -17,7 +17,8 @@ from ._adapters import (
     state,
     weight_of,
 )
-from ._core import Change, Weight, as_array, evaluate, leaf_weight, pick, trace
+from ._arrays import pick
+from ._core import Change, Weight, as_array, evaluate, leaf_weight, trace
 from ._find_sites import Call, Traced, find_sites
 from ._foreign import check_apply_fn, note_advice
 from ._keys import check_key, fold

@@ -12,7 +12,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey
 
 from ._adapters import AdapterLeaf, Node, is_node, misfit, state
-from ._core import AnyArray
+from ._arrays import AnyArray
 from ._errors import InputError, Problem, printable
 from ._node import Adapted
 from ._quantized import Quantized, is_quantized

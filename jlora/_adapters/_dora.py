@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._core import LEAST, Axis, Change, Delta, Factor, einsum, leaf_weight, promote
+from .._arrays import einsum, promote
+from .._core import LEAST, Axis, Change, Delta, Factor, leaf_weight
 from .._errors import InputError
 from .._node import Axes, Node
 from .._quantized import BaseLeaf, Quantized

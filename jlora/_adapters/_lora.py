@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from .._core import is_floating
+from .._arrays import is_floating
 from .._errors import InputError
 from .._node import Node
 from .._quantized import BaseLeaf

@@ -15,19 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._core import (
-    RANK,
-    Axis,
-    Change,
-    Delta,
-    Factor,
-    Weight,
-    evaluate,
-    explicit,
-    leaf_weight,
-    promote,
-    trace,
-)
+from .._arrays import explicit, promote
+from .._core import RANK, Axis, Change, Delta, Factor, Weight, evaluate, leaf_weight, trace
 from .._errors import InputError
 from .._node import SHOWN, Axes, Node, lengths
 from .._quantized import BaseLeaf, Quantized, is_quantized

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat
-from ._arrays import AnyArray, explicit
+from .._arrays import AnyArray, explicit
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from .. import _compat
-from ._arrays import pick
+from .._arrays import pick
 
 LARGEST = 1024  # numbers with known values that a shared function may hold
 

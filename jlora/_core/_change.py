@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from .. import _compat
-from ._arrays import einsum, promote
+from .._arrays import einsum, promote
 from ._axes import RANK, Axis, Factor, Unfactorable
 
 LEAST = 2.0**-60  # a gain that is at least this large can be divided out of a product again

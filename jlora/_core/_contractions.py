@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._arrays import explicit, spell
+from .._arrays import explicit, spell
 from ._axes import RANK, Axis, Factor, Roles, Unfactorable
 from ._change import Delta
 from ._factored import Term, low_rank
@@ -163,8 +163,8 @@ def _ragged_dot_general(eqn: Equation, x: Operand, w: Operand, group_sizes: jax.
     (x_contracted, contracted), batch = numbers.dot_dimension_numbers
     groups = tuple(numbers.rhs_group_dimensions)
     rows = tuple(numbers.lhs_ragged_dimensions)
-    is_matrix = (rows, tuple(x_contracted)) == ((0,), (1,)) and not isinstance(x, Weight)
-    if not is_matrix or not isinstance(w, Weight) or len(w.shape) != 3:
+    are_rows = (rows, tuple(x_contracted)) == ((0,), (1,))
+    if not are_rows or isinstance(x, Weight) or not isinstance(w, Weight) or len(w.shape) != 3:
         raise Unfactorable("the groups are not rows of a matrix")
     if len(groups) != 1 or len(contracted) != 1 or tuple(batch) != ((), ()):
         raise Unfactorable("the weight is not one matrix for each group")

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from .. import _compat
-from ._arrays import explicit
+from .._arrays import explicit
 from ._interpret import Equation, as_array, primitive
 from ._shards import constrain, pieces, place, shard_of, specs
 from ._weight import Operand, Weight

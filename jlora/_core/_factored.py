@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
-from ._arrays import einsum
+from .._arrays import einsum
 from ._axes import RANK, Axis, map_factors
 from ._change import Delta
 

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from .. import _compat
+from .._arrays import pick
 from .._registry import check_free
-from ._arrays import pick
 from ._axes import Unfactorable
 from ._calls import Functions
 from ._shared import steps, variables
@@ -191,11 +191,10 @@ class Equation:
 
     def arrays(self, xs: Sequence[Any], kept: Collection[int] = ()) -> list[Any]:
         """Turns weights that leave an inner jaxpr into arrays; the outputs `kept` become None."""
-
-        def reason() -> str:
-            return f"an output of {self.where}"
-
-        return [None if i in kept else as_array(x, reason) for i, x in enumerate(xs)]
+        return [
+            None if i in kept else as_array(x, lambda: f"an output of {self.where}")
+            for i, x in enumerate(xs)
+        ]
 
 
 def evaluate(jaxpr: _compat.Jaxpr, *args: Operand) -> list[Any]:

@@ -33,16 +33,12 @@ def _gather(eqn: Equation, w: Operand, indices: jax.Array) -> Operand:
     if any(size_of[a] != 1 or a not in indexed for a in picked):
         raise Unfactorable("more than whole rows of the weight are looked up")
     names = w.new_names()
-    kept = iter(a for a in w.axes if a not in collapsed)
     leaf = frozenset().union(*(a.leaf for a in picked))
-    axes, batch = [], []
-    for i in range(len(w.axes) - len(collapsed) + indices.ndim - 1):
-        if i not in numbers.offset_dims:  # an axis of the indices
-            axes.append(Axis(next(names), leaf))
-            batch.append(axes[-1])
-        else:  # of length 1 if it is not whole
-            axis = next(kept)
-            axes.append(axis if axis in whole else Axis(next(names)))
+    # An axis that is neither whole nor collapsed has length 1 in the result.
+    kept = (a if a in whole else Axis(next(names)) for a in w.axes if a not in collapsed)
+    dims = range(len(w.axes) - len(collapsed) + indices.ndim - 1)
+    axes = [next(kept) if i in numbers.offset_dims else Axis(next(names), leaf) for i in dims]
+    batch = [axes[i] for i in dims if i not in numbers.offset_dims]
     if fills and (gain := w.change.gain) is not None:  # rows that are filled have none
         gain = gain.repeat({a: w.lengths[a] for a in w.axes if a in indexed})
         w = w.replace(w.w, dataclasses.replace(w.change, gain=gain))

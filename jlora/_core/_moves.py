@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _compat
-from ._arrays import promote
+from .._arrays import promote
 from ._axes import REPEATED, Axis, Factor, Unfactorable, map_factors
 from ._change import Change, Delta
 from ._interpret import Equation, primitive

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat
-from ._arrays import explicit, fit_spec, mesh_axes
+from .._arrays import explicit, fit_spec, mesh_axes
 from ._axes import Along, Axis, Factor, Group, map_factors
 
 Move = Callable[[Factor], Factor]

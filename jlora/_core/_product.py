@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from ._arrays import promote
+from .._arrays import promote
 from ._axes import RANK, Factor, Roles, Unfactorable
 from ._change import LEAST, Delta
 from ._weight import Weight
@@ -54,8 +54,7 @@ class Product(abc.ABC):
 
     def start(self) -> tuple[jax.Array, list[jax.Array]]:
         """Returns x, scaled if the gain is along inputs, and what each delta adds to y."""
-        gain = self._gains[0]
-        x = self.x if gain is None else self._times(self.x, self.spread(gain, True))
+        x = self._scale(self.x, self._gains[0], on_x=True)
         return x, self.terms(x)
 
     def finish(self, x: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
@@ -63,12 +62,11 @@ class Product(abc.ABC):
 
         The terms are computed before x·W so that the backward pass adds their gradients last.
         """
-        gain = self._gains[1]
         y = functools.reduce(self.add, terms, self.base(x))
-        return y if gain is None else self._times(y, self.spread(gain, False))
+        return self._scale(y, self._gains[1], on_x=False)
 
-    def _times(self, x: jax.Array, gain: jax.Array) -> jax.Array:
-        return times(x, gain, self.w.change.least)
+    def _scale(self, x: jax.Array, gain: Factor | None, on_x: bool) -> jax.Array:
+        return x if gain is None else times(x, self.spread(gain, on_x), self.w.change.least)
 
     @property
     def _gains(self) -> tuple[Factor | None, Factor | None]:

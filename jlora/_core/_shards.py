@@ -8,7 +8,7 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from ._arrays import AnyMesh, count_pieces, mesh_axes
+from .._arrays import AnyMesh, count_pieces, mesh_axes
 from ._axes import Axis, Factor, Unfactorable, map_factors
 from ._packed import Packed, shard_part
 from ._weight import Weight

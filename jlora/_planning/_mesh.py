@@ -11,7 +11,7 @@ import jax
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, NamedSharding
 
-from .._core import AnyMesh
+from .._arrays import AnyMesh
 from .._errors import InputError
 from .._tree import is_abstract, leaves_by_path, name_of
 from .._types import PyTree

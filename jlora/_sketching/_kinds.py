@@ -24,7 +24,7 @@ from .._adapters import (
     matrices,
     matrix_lengths,
 )
-from .._core import promote
+from .._arrays import promote
 from .._linalg import qr, svd_of, times
 from .._site import Site
 from .._text import align_columns

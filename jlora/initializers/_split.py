@@ -12,7 +12,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from .. import _compat
-from .._core import RANK, Axis, Change, Delta, Factor, explicit, fit_spec, leaf_weight, promote
+from .._arrays import explicit, fit_spec, promote
+from .._core import RANK, Axis, Change, Delta, Factor, leaf_weight
 from .._linalg import map_matrices, qr
 from .._quantized import BaseLeaf, Form, Quantized, is_quantized, quantize_weight
 from .._rules import rule_name

@@ -9,8 +9,8 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from .._adapters import is_node
+from .._arrays import count_pieces, mesh_axes
 from .._compat import is_concrete
-from .._core import count_pieces, mesh_axes
 from .._quantized import Quantized, is_quantized, spell
 from .._tree import check_base, leaves_by_path, name_of
 from .._types import Path, PyTree

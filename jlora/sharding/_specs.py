@@ -13,7 +13,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapters import AdapterLeaf, Node, arrays, is_node, weight_shape
-from .._core import count_pieces, mesh_axes
+from .._arrays import count_pieces, mesh_axes
 from .._errors import InputError
 from .._quantized import Quantized, is_quantized
 from .._rules import near_misses
