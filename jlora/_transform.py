@@ -18,7 +18,7 @@ from ._adapters import (
     weight_of,
 )
 from ._arrays import pick
-from ._core import Change, Weight, as_array, evaluate, leaf_weight, trace
+from ._core import Change, Weight, as_array, evaluate, leaf_weight
 from ._find_sites import Call, Traced, find_sites
 from ._foreign import check_apply_fn, note_advice
 from ._keys import check_key, fold
@@ -28,6 +28,7 @@ from ._quantized import BaseLeaf, Quantized, is_quantized
 from ._rules import rule_name
 from ._site import Full, Rule, Site, check_rules
 from ._sites import Sites
+from ._trace import trace
 from ._transformed import Transformed
 from ._tree import (
     adapter_leaves,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._arrays import explicit, promote
-from .._core import RANK, Axis, Change, Delta, Factor, Weight, evaluate, leaf_weight, trace
+from .._core import RANK, Axis, Change, Delta, Factor, Weight, evaluate, leaf_weight
 from .._errors import InputError
 from .._node import SHOWN, Axes, Node, lengths
 from .._quantized import BaseLeaf, Quantized, is_quantized
@@ -206,8 +206,7 @@ def _take_rows(w: jax.Array | Quantized, layout: Layout, rows: tuple[int, ...]) 
 
     if isinstance(w, Quantized):
         weight = leaf_weight(w, Change(), "", materialize=True)
-        jaxpr, _ = trace(take, [weight.type], [""])
-        [found] = evaluate(jaxpr, weight)
+        [found] = evaluate(jax.make_jaxpr(take)(weight.type), weight)
         found = found.array if isinstance(found, Weight) else found
     else:
         found = take(w)

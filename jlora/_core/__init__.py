@@ -12,16 +12,13 @@ from ._axes import Axis as Axis
 from ._axes import Factor as Factor
 from ._axes import Roles as Roles
 from ._axes import Unfactorable as Unfactorable
-from ._axes import abstract as abstract
 from ._change import LEAST as LEAST
 from ._change import Change as Change
 from ._change import Delta as Delta
 from ._interpret import Equation as Equation
-from ._interpret import ValueReadError as ValueReadError
 from ._interpret import as_array as as_array
 from ._interpret import evaluate as evaluate
 from ._interpret import primitive as primitive
-from ._interpret import trace as trace
 from ._packed import Packed as Packed
 from ._packed import shard_part as shard_part
 from ._weight import Operand as Operand

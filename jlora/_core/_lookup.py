@@ -43,7 +43,7 @@ def _gather(eqn: Equation, w: Operand, indices: jax.Array) -> Operand:
         gain = gain.repeat({a: w.lengths[a] for a in w.axes if a in indexed})
         w = w.replace(w.w, dataclasses.replace(w.change, gain=gain))
     roles = Roles((), picked, tuple(a for a in w.axes if a in whole))
-    found = _Lookup(eqn, w, indices, roles, tuple(axes), tuple(batch))
+    found = _Lookup(eqn, w, indices, roles, tuple(axes), tuple(batch), fills)
     return found.weight() if found.is_weight else found.result()
 
 
@@ -56,10 +56,12 @@ class _Lookup(Product):
         roles: axes along which one entry is picked, as inputs, and whole axes, as outputs.
         axes: the axes of the result.
         batch: the axes of the result that are axes of the indices.
+        fills: whether rows at indices out of bounds are filled.
     """
 
     axes: tuple[Axis, ...]
     batch: tuple[Axis, ...]
+    fills: bool
     kind = "embed"
 
     def base(self, x: jax.Array) -> jax.Array:
@@ -99,7 +101,7 @@ class _Lookup(Product):
         found = w.w.with_pieces({a: w.lengths[a] for a in self.roles.inputs})
         if isinstance(found, Packed):
             rows = map_factors(self.take, found).with_axes(self.axes, self.eqn.outputs[0].shape)
-            rows = self._fill(rows) if self._fills else rows
+            rows = self._fill(rows) if self.fills else rows
         else:
             rows = Factor(self.eqn.bind(found.array, self.x), self.axes)
         return w.replace(rows, change).mark_picked(self.roles.inputs).mark_varying()
@@ -127,13 +129,9 @@ class _Lookup(Product):
         if self.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
             return x
         outside = lax.stop_gradient(x)
-        if self._fills and not {*self.roles.inputs}.issubset(a for f in taken for a in f.axes):
+        if self.fills and not {*self.roles.inputs}.issubset(a for f in taken for a in f.axes):
             outside = jnp.asarray(filled, x.dtype)
         return jnp.where(self._is_row().expand_to(self.axes), x, outside)
-
-    @property
-    def _fills(self) -> bool:
-        return self.eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
 
     def _is_row(self) -> Factor:
         """Whether each index is in bounds."""

@@ -153,21 +153,19 @@ class Packed:
 
     def with_pieces(self, pieces: Mapping[Axis, int]) -> "Packed | Factor":
         """Returns W such that its parts can be split into `pieces`, or unpacks it."""
-        if self._can_split(pieces):
+        is_plain = self.with_plain_scales is None
+        # Scales of scales lack axes along which they differ.
+        can_split = self.splittable.issuperset(pieces) and all(
+            is_plain if a not in f.axes else f.length(a) == n or (n > 0 and f.length(a) % n == 0)
+            for f in self.factors
+            for a, n in pieces.items()
+        )
+        if can_split:
             return self
         if self.with_plain_scales is None:
             return Factor(self.array, self.axes)
         plain = self.replace(parts=self.with_plain_scales(self.parts), with_plain_scales=None)
         return plain.with_pieces(pieces)
-
-    def _can_split(self, pieces: Mapping[Axis, int]) -> bool:
-        """Whether each part can be split into `pieces`, or is plain and constant along the axes."""
-        is_plain = self.with_plain_scales is None
-        return self.splittable.issuperset(pieces) and all(
-            is_plain if a not in f.axes else f.length(a) == n or (n > 0 and f.length(a) % n == 0)
-            for f in self.factors
-            for a, n in pieces.items()
-        )
 
     def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
         """Computes `f(W, *xs)`, which is linear in the first of `xs`; unpacks W in each pass."""

@@ -231,12 +231,11 @@ def leaf_weight(
 ) -> Weight:
     """Makes the weight of the leaf at `path`, an array or an object with a method `packed`."""
     # Only a search for sites needs the path in an axis, and the paths of equal layers differ.
-    axes = axes_of_leaf("" if uses is None else path, value.ndim)
+    axes = tuple(map(Axis, range(value.ndim))) if uses is None else axes_of_leaf(path, value.ndim)
     unchecked = _compat.unchecked_axes()
     packed = getattr(value, "packed", None)
     w = Factor(value, axes) if packed is None else packed(axes)
-    names = {Axis(d): axis for d, axis in enumerate(axes)}
-    change = map_factors(lambda f: f.rename(names).may_vary(unchecked), change)
+    change = map_factors(lambda f: f.may_vary(unchecked), change)
     # The model must be traced with a weight that varies over the mesh as W' does.
     w = jax.tree.map(lambda x: _compat.vary_with(x, jax.tree.leaves(change)), w)
     return Weight(w, change, Origin((path,), materialize, uses, unchecked))

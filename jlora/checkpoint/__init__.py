@@ -1,6 +1,6 @@
 """Saves and restores adapters as Orbax checkpoints.
 
-Imports `_adapters`, `_arrays`, `_core`, `_errors`, `_folders`, `_quantized`, `_rules`, `_site`,
+Imports `_adapters`, `_arrays`, `_errors`, `_folders`, `_quantized`, `_rules`, `_site`,
 `_tree`, `_types`, `initializers`.
 
 A checkpoint contains the adapter, and the metadata to rebuild it without the training script. It
