@@ -125,10 +125,6 @@ class Node(tuple[Any, ...]):
         """Makes a node of the values of its fields, as a named tuple does."""
         return tuple.__new__(cls, cls._made._make(values))
 
-    def _replace(self, **fields: Any) -> Self:
-        """Returns a copy with other values of some fields."""
-        return type(self)(**(dict(zip(self._fields, self, strict=True)) | fields))
-
     def replace(self, **fields: Any) -> Self:
         """Returns a copy with other values of some fields.
 
@@ -138,9 +134,9 @@ class Node(tuple[Any, ...]):
         >>> adapter["w"].replace(b=jnp.ones((2, 3))).b.sum().item()
         6.0
         """
-        return self._replace(**fields)
+        return type(self)(**(dict(zip(self._fields, self, strict=True)) | fields))
 
-    __replace__ = _replace  # of copy.replace
+    _replace = __replace__ = replace  # of named tuples; of copy.replace
 
     def _explain_static(self, name: str, must: str) -> str:
         """Says what a static field must be, and what to change instead."""

@@ -30,15 +30,7 @@ from ._site import Full, Rule, Site, check_rules
 from ._sites import Sites
 from ._trace import trace
 from ._transformed import Transformed
-from ._tree import (
-    adapter_leaves,
-    bind,
-    flatten,
-    is_adapted,
-    is_empty,
-    leaves_by_path,
-    nest,
-)
+from ._tree import adapter_leaves, bind, flatten, is_adapted, is_empty, leaves_by_path, nest
 from ._types import Path, PyTree
 
 

@@ -52,10 +52,8 @@ class Split(NamedTuple):
     @property
     def of_entry(self) -> "Split":
         """How each entry along the first axis is split."""
-        stack, inputs, outputs = (tuple(d - 1 for d in axes if d) for axes in self.layout[:3])
-        slots = self.layout.slots and (*self.layout.slots[:2], self.layout.slots[2] - 1)
         form = self.form and self.form.of_entry
-        return self._replace(layout=Layout(stack, inputs, outputs, slots), form=form)
+        return self._replace(layout=self.layout.of_entry, form=form)
 
 
 def split_of(w: BaseLeaf, site: Site, rule: RankRule, form: Form | None = None) -> Split:
