@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._adapters import Node, weight_of
+from ._adapters import Node
 from ._arrays import abstract, pick
 from ._core import Change, Operand, as_array, evaluate, leaf_weight
 from ._foreign import check_kept, check_leaf
+from ._node import weight_of
 from ._quantized import is_quantized
 from ._rules import matches
 from ._site import Full, Rule, Site, Unsupported

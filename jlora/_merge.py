@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from ._adapters import Node, PartialWeightError, arrays, lower, state
+from ._adapters import Node, arrays, state
 from ._compat import is_concrete, place_of
 from ._core import Axis
 from ._errors import InputError
-from ._node import Adapted
+from ._node import Adapted, PartialWeightError, lower
 from ._quantized import BaseLeaf, Quantized, dequantize, is_quantized, quantize_weight
 from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
 from ._types import PyTree

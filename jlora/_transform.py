@@ -8,22 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapters import (
-    AdapterLeaf,
-    explain_unregistered,
-    is_node,
-    is_registered,
-    lengths,
-    state,
-    weight_of,
-)
+from ._adapters import AdapterLeaf, explain_unregistered, is_node, is_registered, state
 from ._arrays import pick
 from ._core import Change, Weight, as_array, evaluate, leaf_weight
 from ._find_sites import Call, Traced, find_sites
 from ._foreign import check_apply_fn, note_advice
 from ._keys import check_key, fold
 from ._match import match
-from ._node import Adapted
+from ._node import Adapted, lengths, weight_of
 from ._quantized import BaseLeaf, Quantized, is_quantized
 from ._rules import rule_name
 from ._site import Full, Rule, Site, check_rules
