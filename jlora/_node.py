@@ -29,7 +29,8 @@ class Node(tuple[Any, ...]):
         labels: the label of each array for the optimizer: `"a"`, `"b"` or any other word for an
             array that is trained, `"base"` for one that is not. None is for arrays that only some
             calls have, such as dropout keys; they are neither checked nor saved.
-        is_invertible: whether W can be computed from W' again; False if the change depends on W.
+        is_invertible: whether W follows from W', so that `jlora.unmerge` can compute it; False if
+            the change depends on W. A gain is divided out; where it is 0, the result is NaN.
         layout: which axes of W are which.
         materialize: whether jlora may form W + ΔW where it has no factored form.
         dropout: probability of dropping an input of A, in [0, 1).
