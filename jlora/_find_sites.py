@@ -14,23 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._adapters import Node, weight_of
-from ._core import (
-    Change,
-    Operand,
-    ValueReadError,
-    abstract,
-    as_array,
-    evaluate,
-    leaf_weight,
-    pick,
-    trace,
-)
+from ._adapters import Node
+from ._arrays import abstract, pick
+from ._core import Change, Operand, as_array, evaluate, leaf_weight
 from ._foreign import check_kept, check_leaf
+from ._node import weight_of
 from ._quantized import is_quantized
 from ._rules import matches
 from ._site import Full, Rule, Site, Unsupported
 from ._sites import Sites, Uses
+from ._trace import ValueReadError, trace
 from ._tree import flatten, is_abstract, leaves_by_path, refuse_module
 from ._types import Layout, Path, PyTree
 

@@ -145,10 +145,8 @@ def _machine() -> str:
 def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
+    except (OSError, OverflowError) as e:
+        return not isinstance(e, ProcessLookupError)
     return True
 
 

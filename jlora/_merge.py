@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from ._adapters import Node, PartialWeightError, arrays, lower, state
+from ._adapters import Node, arrays, state
 from ._compat import is_concrete, place_of
-from ._core import Axis, NotInvertibleError
+from ._core import Axis
 from ._errors import InputError
-from ._node import Adapted
+from ._node import Adapted, PartialWeightError, lower
 from ._quantized import BaseLeaf, Quantized, dequantize, is_quantized, quantize_weight
 from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
 from ._types import PyTree
@@ -132,6 +132,11 @@ def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
             f"`unmerge` cannot subtract ΔW at {path!r}, which is quantized: its codes hold the "
             "sum only roughly. Keep the base."
         )
+    if sign < 0 and not leaf.delta.is_invertible:
+        raise InputError(
+            f"`unmerge` cannot undo {type(leaf.delta).__name__} at {path!r}: its change depends on "
+            "the original weight. Keep the base."
+        )
     # One program, so that a sharded W stays on its devices. Leaves of one form share it.
     program = jax.jit(_change, static_argnums=2, out_shardings=_sharding_of(leaf.base))
     keys = arrays(leaf.delta).keys() - state(leaf.delta).keys()
@@ -140,10 +145,6 @@ def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
         return program(leaf.base, node, sign)
     except PartialWeightError as e:
         raise e.at(path) from None
-    except NotInvertibleError as e:
-        raise InputError(
-            f"`unmerge` cannot undo {type(node).__name__} at {path!r}: {e}. Keep the base."
-        ) from None
 
 
 def _change(w: jax.Array | Quantized, node: Node, sign: int) -> jax.Array:

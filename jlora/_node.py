@@ -29,6 +29,8 @@ class Node(tuple[Any, ...]):
         labels: the label of each array for the optimizer: `"a"`, `"b"` or any other word for an
             array that is trained, `"base"` for one that is not. None is for arrays that only some
             calls have, such as dropout keys; they are neither checked nor saved.
+        is_invertible: whether W follows from W', so that `jlora.unmerge` can compute it; False if
+            the change depends on W. A gain is divided out; where it is 0, the result is NaN.
         layout: which axes of W are which.
         materialize: whether jlora may form W + ΔW where it has no factored form.
         dropout: probability of dropping an input of A, in [0, 1).
@@ -38,6 +40,7 @@ class Node(tuple[Any, ...]):
     """
 
     labels: ClassVar[Mapping[str, str | None]]
+    is_invertible: ClassVar[bool] = True
     layout: Layout
     materialize: bool = False
     dropout: float = 0.0
@@ -123,10 +126,6 @@ class Node(tuple[Any, ...]):
         """Makes a node of the values of its fields, as a named tuple does."""
         return tuple.__new__(cls, cls._made._make(values))
 
-    def _replace(self, **fields: Any) -> Self:
-        """Returns a copy with other values of some fields."""
-        return type(self)(**(dict(zip(self._fields, self, strict=True)) | fields))
-
     def replace(self, **fields: Any) -> Self:
         """Returns a copy with other values of some fields.
 
@@ -136,9 +135,9 @@ class Node(tuple[Any, ...]):
         >>> adapter["w"].replace(b=jnp.ones((2, 3))).b.sum().item()
         6.0
         """
-        return self._replace(**fields)
+        return type(self)(**(dict(zip(self._fields, self, strict=True)) | fields))
 
-    __replace__ = _replace  # of copy.replace
+    _replace = __replace__ = replace  # of named tuples; of copy.replace
 
     def _explain_static(self, name: str, must: str) -> str:
         """Says what a static field must be, and what to change instead."""

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, GetAttrKey
 
-from ._adapters import arrays, is_node, is_table
-from ._node import Adapted
+from ._adapters import arrays, is_node
+from ._node import Adapted, is_table
 from ._tree import leaves_by_path, name_of
 from ._types import Params, PyTree
 

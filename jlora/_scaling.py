@@ -10,8 +10,8 @@ from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike
 
 from ._adapters import is_node
+from ._arrays import einsum, promote
 from ._compat import is_concrete
-from ._core import einsum, promote
 from ._linalg import inverse
 from ._optimizer import AllParams, is_masked
 from ._rules import is_finite

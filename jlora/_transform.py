@@ -8,35 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapters import (
-    AdapterLeaf,
-    explain_unregistered,
-    is_node,
-    is_registered,
-    lengths,
-    state,
-    weight_of,
-)
-from ._core import Change, Weight, as_array, evaluate, leaf_weight, pick, trace
+from ._adapters import AdapterLeaf, explain_unregistered, is_node, is_registered, state
+from ._arrays import pick
+from ._core import Change, Weight, as_array, evaluate, leaf_weight
 from ._find_sites import Call, Traced, find_sites
 from ._foreign import check_apply_fn, note_advice
 from ._keys import check_key, fold
 from ._match import match
-from ._node import Adapted
+from ._node import Adapted, lengths, weight_of
 from ._quantized import BaseLeaf, Quantized, is_quantized
 from ._rules import rule_name
 from ._site import Full, Rule, Site, check_rules
 from ._sites import Sites
+from ._trace import trace
 from ._transformed import Transformed
-from ._tree import (
-    adapter_leaves,
-    bind,
-    flatten,
-    is_adapted,
-    is_empty,
-    leaves_by_path,
-    nest,
-)
+from ._tree import adapter_leaves, bind, flatten, is_adapted, is_empty, leaves_by_path, nest
 from ._types import Path, PyTree
 
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
 
-from ._adapters import AdapterLeaf, Node, is_node, misfit, state
-from ._core import AnyArray
+from ._adapters import AdapterLeaf, Node, is_node, state
+from ._arrays import AnyArray
 from ._errors import InputError, Problem, printable
-from ._node import Adapted
+from ._node import Adapted, misfit
 from ._quantized import Quantized, is_quantized
 from ._types import Holder, Params, Path, PyTree, short
 

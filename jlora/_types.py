@@ -29,6 +29,13 @@ class Layout(NamedTuple):
     outputs: tuple[int, ...]
     slots: tuple[int, tuple[int, ...], int] | None = None
 
+    @property
+    def of_entry(self) -> "Layout":
+        """The layout of one entry along the first axis, which must be an axis of the stack."""
+        stack, inputs, outputs = (tuple(d - 1 for d in axes if d) for axes in self[:3])
+        slots = self.slots and (*self.slots[:2], self.slots[2] - 1)
+        return Layout(stack, inputs, outputs, slots)
+
 
 def short(x: object) -> str:
     """Writes an array as its dtype and shape, as JAX's messages do; other objects as `repr`."""

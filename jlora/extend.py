@@ -67,7 +67,6 @@ refused too, unless with `override=True`. CONTRIBUTING.md has an example of each
 from typing import TYPE_CHECKING, Any
 
 from ._adapters import Node as Node
-from ._adapters import PartialWeightError as PartialWeightError
 from ._adapters import register as register
 from ._core import RANK as RANK
 from ._core import Axis as Axis
@@ -78,6 +77,7 @@ from ._core import Factor as Factor
 from ._core import Unfactorable as Unfactorable
 from ._core import Weight as Weight
 from ._core import primitive as primitive
+from ._node import PartialWeightError as PartialWeightError
 from ._quantized import Coded as Coded
 from ._quantized import Form as Form
 from ._quantized import Scheme as Scheme

@@ -137,3 +137,15 @@ def test_an_m_of_another_shape_and_dropout_are_refused(made: Any) -> None:
     expected = r"`dropout` of DoRA\('w'\) must be 0, as PEFT's DoRA .* accepts dropout\); got 0.1\."
     with pytest.raises(ValueError, match=expected):
         DoRA("w", dropout=0.1)
+
+
+def test_formed_weight_has_the_dtype_of_the_weight() -> None:
+    def model(p: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.dot(x, jnp.tanh(p["w"]))
+
+    x, params = jnp.ones((2, 8), jnp.bfloat16), {"w": jnp.ones((8, 4), jnp.bfloat16)}
+    lora = jlora.transform(model, DoRA("w", rank=2, materialize=True))
+    base, adapter = lora.init(jax.random.key(0), params, x)
+    jaxpr = jax.make_jaxpr(lora.apply)(base, adapter, x)
+    [formed] = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "tanh"]
+    assert formed.outvars[0].aval.dtype == jnp.bfloat16

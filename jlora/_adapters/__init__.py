@@ -1,7 +1,7 @@
 """Methods.
 
-Imports `_compat`, `_core`, `_errors`, `_node`, `_quantized`, `_registry`, `_rules`, `_site`,
-`_types`, `_whole`, `initializers`.
+Imports `_arrays`, `_compat`, `_core`, `_errors`, `_node`, `_quantized`, `_registry`, `_rules`,
+`_site`, `_types`, `_whole`, `initializers`.
 
 A method is a file with two classes: a rule, which the user writes, and a node, which the rule puts
 into the adapter. `../_node.py` and `../_site.py` have their base classes.
@@ -10,17 +10,11 @@ into the adapter. `../_node.py` and `../_site.py` have their base classes.
 from .._node import SLOTS as SLOTS
 from .._node import AdapterLeaf as AdapterLeaf
 from .._node import Node as Node
-from .._node import PartialWeightError as PartialWeightError
 from .._node import arrays as arrays
 from .._node import is_node as is_node
-from .._node import is_table as is_table
-from .._node import lengths as lengths
-from .._node import lower as lower
-from .._node import misfit as misfit
 from .._node import state as state
 from .._node import static as static
 from .._node import trained as trained
-from .._node import weight_of as weight_of
 from .._node import weight_shape as weight_shape
 from ._dora import Decomposed as Decomposed
 from ._dora import DoRA as DoRA

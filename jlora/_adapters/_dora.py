@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._core import LEAST, Axis, Change, Delta, Factor, einsum, leaf_weight, promote
+from .._arrays import einsum, promote
+from .._core import LEAST, Axis, Change, Delta, Factor, leaf_weight
 from .._errors import InputError
 from .._node import Axes, Node
 from .._quantized import BaseLeaf, Quantized
@@ -64,6 +65,7 @@ class Decomposed(Node):
     residual: bool = False
 
     labels: ClassVar = {"a": "a", "b": "b", "m": "m"}
+    is_invertible: ClassVar = False
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
@@ -177,13 +179,10 @@ def norms(w: jax.Array | Quantized, direction: LowRank) -> jax.Array:
     error.
     """
     weight = leaf_weight(w, Change(), "", materialize=True)
-    layout = direction.layout
-    if layout.stack[:1] != (0,) or isinstance(weight.w, Factor):
+    if direction.layout.stack[:1] != (0,) or isinstance(weight.w, Factor):
         return _slot_norms(weight.array, direction)
     # A quantized stack is unpacked one matrix at a time.
-    stack, inputs, outputs = (tuple(d - 1 for d in axes if d) for axes in layout[:3])
-    slots = layout.slots and (layout.slots[0], layout.slots[1], layout.slots[2] - 1)
-    rest = direction._replace(layout=Layout(stack, inputs, outputs, slots))
+    rest = direction._replace(layout=direction.layout.of_entry)
     return lax.map(lambda x: _slot_norms(x[0].as_slice().array, x[1]), (weight.as_stack(), rest))
 
 

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from .. import _compat
-from .._core import Change, Delta, promote
+from .._arrays import promote
+from .._core import Change, Delta
 from .._node import Axes, Node
 from .._quantized import Quantized
 from .._types import Layout

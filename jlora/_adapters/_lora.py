@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from .._core import is_floating
+from .._arrays import is_floating
 from .._errors import InputError
 from .._node import Node
 from .._quantized import BaseLeaf
@@ -145,9 +145,8 @@ class LoRA(Rule):
         check("frozen", is_one, f"be (), ('a',) or ('b',){also}")
         check("share", self.share in (None, *SHARED), "be 'inputs', 'outputs' or None")
         # Plain numbers, whatever a sweep gave, because rules are saved and compared.
-        object.__setattr__(self, "rank", int(self.rank))
-        object.__setattr__(self, "alpha", float(self.alpha))
-        object.__setattr__(self, "dropout", float(self.dropout))
+        for name, kind in (("rank", int), ("alpha", float), ("dropout", float)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
 
     @property
     def all_frozen(self) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._core import Change, Delta, promote
+from .._arrays import promote
+from .._core import Change, Delta
 from .._node import SLOTS, Axes, Node
 from .._quantized import Quantized
 from .._types import Layout

@@ -15,22 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._core import (
-    RANK,
-    Axis,
-    Change,
-    Delta,
-    Factor,
-    Weight,
-    evaluate,
-    explicit,
-    leaf_weight,
-    promote,
-    trace,
-)
+from .._arrays import explicit, promote
+from .._core import RANK, Axis, Change, Delta, Factor, Weight, evaluate, leaf_weight
 from .._errors import InputError
 from .._node import SHOWN, Axes, Node, lengths
-from .._quantized import BaseLeaf, Quantized, is_quantized
+from .._quantized import BaseLeaf, Quantized
 from .._rules import check_field, check_pattern, is_int, rule_name
 from .._site import Rule, Site
 from .._types import Layout
@@ -62,6 +51,7 @@ class Replaced(Node):
     layout: Layout
 
     labels: ClassVar = {"v": "rows"}
+    is_invertible: ClassVar = False
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
@@ -92,7 +82,7 @@ class Replaced(Node):
         old = _take_rows(w, self.layout, self.rows)
         dtype = promote(w.dtype, self.v.dtype)
         b = self._replace(v=self.v.astype(dtype) - old.astype(dtype)).factor("v")
-        return Change((Delta(_one_hot(self, w), b, 1.0),), invertible=False)
+        return Change((Delta(_one_hot(self, w), b, 1.0),))
 
 
 @register
@@ -167,9 +157,7 @@ class Rows(Rule):
         del key
         whole = check_whole(f"{rule_name(self)} takes rows of", w, site.path)
         rows = tuple(self.rows)
-        v = _take_rows(
-            whole if isinstance(whole, Quantized) else jnp.asarray(whole), site.layout, rows
-        )
+        v = _take_rows(whole, site.layout, rows)
         return w, Replaced(v.astype(promote(v.dtype, jnp.float32)), rows, site.layout)
 
 
@@ -196,7 +184,7 @@ def _one_hot(node: Replaced, w: jax.Array | Quantized) -> Factor:
     rows = jnp.asarray(node.rows, jnp.int32)
     chosen = jax.nn.one_hot(rows, w.shape[axis], dtype=promote(w.dtype), axis=0)
     chosen = jnp.broadcast_to(chosen, (*(w.shape[d] for d in stack), *chosen.shape))
-    if (known := _sharding(w)) is not None:
+    if (known := explicit(w)) is not None:
         spec = PartitionSpec(*(known.spec[d] for d in (*stack, axis)), None)
         chosen = jax.sharding.reshard(chosen, NamedSharding(known.mesh, spec))
     return Factor(chosen, (*map(Axis, (*stack, axis)), RANK))
@@ -207,23 +195,14 @@ def _take_rows(w: jax.Array | Quantized, layout: Layout, rows: tuple[int, ...]) 
     stack, [axis], outputs, _ = layout
     at = (*[slice(None)] * axis, jnp.asarray(rows, jnp.int32))
     place = None
-    if (known := _sharding(w)) is not None:
+    if (known := explicit(w)) is not None:
         spec = [None if d == axis else known.spec[d] for d in range(w.ndim)]
         place = NamedSharding(known.mesh, PartitionSpec(*spec))
 
     def take(w: jax.Array) -> jax.Array:
         return w.at[at].get(mode="promise_in_bounds", out_sharding=place)
 
-    if isinstance(w, Quantized):
-        weight = leaf_weight(w, Change(), "", materialize=True)
-        jaxpr, _ = trace(take, [weight.type], [""])
-        [found] = evaluate(jaxpr, weight)
-        found = found.array if isinstance(found, Weight) else found
-    else:
-        found = take(w)
+    weight = leaf_weight(w, Change(), "", materialize=True)
+    [found] = evaluate(jax.make_jaxpr(take)(weight.type), weight)
+    found = found.array if isinstance(found, Weight) else found
     return found.transpose((*stack, axis, *outputs))
-
-
-def _sharding(w: jax.Array | Quantized) -> NamedSharding | None:
-    """Returns the sharding of W over explicit mesh axes, or None."""
-    return None if is_quantized(w) else explicit(w)

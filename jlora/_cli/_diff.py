@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 import jlora
 
 from .._adapters import AdapterLeaf, Decomposed, LowRank, Replaced, is_node, state, weight_shape
+from .._node import static
 from .._progress import progress
 from .._text import align_columns
 from ._command import FOLDER, Answer, Arg, Command, call
@@ -115,16 +116,9 @@ def _facts(x: LowRank | Decomposed | jax.Array) -> dict[str, Any]:
     """Returns the properties that are compared besides the values."""
     if not isinstance(x, LowRank | Decomposed):
         return {"shape": x.shape, "dtype": str(x.dtype)}
-    return {
-        "weight": weight_shape(x),
-        "axes": x.layout,
-        "rank": x.a.shape[-1],
-        "scale": x.scale,
-        "dropout": x.dropout,
-        "dtype": str(x.a.dtype),
-        "frozen": x.frozen,
-        "residual": x.residual,
-    }
+    others = {n: value for n, value in static(x).items() if n not in ("layout", "materialize")}
+    own = {"weight": weight_shape(x), "axes": x.layout, "rank": x.a.shape[-1]}
+    return own | others | {"dtype": str(x.a.dtype)}
 
 
 def _arrays(x: AdapterLeaf) -> dict[str, Any]:

@@ -1,38 +1,24 @@
-"""The interpreter and its product. Imports `_compat`, `_registry`.
+"""The interpreter and its product. Imports `_arrays`, `_compat`, `_registry`.
 
 It evaluates a traced function in which some parameters are a `Weight`: W with its `Change`, which
 is all that the interpreter knows of a method. Read the modules in this order: `_axes`, `_change`,
-`_weight`, `_interpret`, `_moves`, `_product`, `_contractions`, `_low_rank`, `_control`.
+`_weight`, `_interpret`, `_moves`, `_product`, `_contractions`, `_factored`, `_control`.
 """
 
 from . import _contractions, _control, _joins, _lookup, _moves  # noqa: F401
-from ._arrays import AnyArray as AnyArray
-from ._arrays import AnyMesh as AnyMesh
-from ._arrays import count_pieces as count_pieces
-from ._arrays import einsum as einsum
-from ._arrays import explicit as explicit
-from ._arrays import fit_spec as fit_spec
-from ._arrays import is_floating as is_floating
-from ._arrays import mesh_axes as mesh_axes
-from ._arrays import pick as pick
-from ._arrays import promote as promote
 from ._axes import RANK as RANK
 from ._axes import REPEATED as REPEATED
 from ._axes import Axis as Axis
 from ._axes import Factor as Factor
 from ._axes import Roles as Roles
 from ._axes import Unfactorable as Unfactorable
-from ._axes import abstract as abstract
 from ._change import LEAST as LEAST
 from ._change import Change as Change
 from ._change import Delta as Delta
-from ._change import NotInvertibleError as NotInvertibleError
 from ._interpret import Equation as Equation
-from ._interpret import ValueReadError as ValueReadError
 from ._interpret import as_array as as_array
 from ._interpret import evaluate as evaluate
 from ._interpret import primitive as primitive
-from ._interpret import trace as trace
 from ._packed import Packed as Packed
 from ._packed import shard_part as shard_part
 from ._weight import Operand as Operand

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .. import _compat
-from ._arrays import AnyArray, explicit
+from .._arrays import abstract
 
 T = TypeVar("T")
 
@@ -242,12 +241,6 @@ class Factor:
 def map_factors(f: Callable[..., Any], tree: T, *others: T) -> T:
     """Applies `f` to each `Factor` of a change, a weight or another tree."""
     return jax.tree.map(f, tree, *others, is_leaf=lambda x: isinstance(x, Factor))
-
-
-def abstract(x: AnyArray) -> jax.ShapeDtypeStruct:
-    """Returns the type of an array: its shape, its dtype in JAX, how it is sharded and varies."""
-    dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
-    return _compat.abstract(x.shape, dtype, explicit(x), like=x)
 
 
 class Group(NamedTuple):

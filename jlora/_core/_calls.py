@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from .. import _compat
-from ._arrays import pick
+from .._arrays import pick
 
 LARGEST = 1024  # numbers with known values that a shared function may hold
 
@@ -76,15 +76,14 @@ class Functions:
         """Drops the functions, which refer to this object and to arrays with known values."""
         self._shared.clear()
 
-    def call(
-        self, eqn: Any, f: Callable[..., list[Any]], operands: Sequence[Any], structure: Hashable
-    ) -> list[Any]:
+    def call(self, eqn: Any, f: Callable[..., list[Any]], operands: Sequence[Any]) -> list[Any]:
         """Computes `f(*operands)`; `f` must depend on `eqn` and the operands' structure only.
 
         The first of equal calls is evaluated in place. The others share one function, unless the
         first returned a weight.
         """
-        known = {i: x for i, x in enumerate(jax.tree.leaves(operands)) if _compat.is_concrete(x)}
+        leaves, structure = jax.tree.flatten(operands)
+        known = {i: x for i, x in enumerate(leaves) if _compat.is_concrete(x)}
         if sum(map(np.size, known.values())) > LARGEST:  # each function would hold a copy
             return f(*operands)
         traced, put = pick(operands, lambda x: not _compat.is_concrete(x))

@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from .. import _compat
-from ._arrays import einsum, promote
+from .._arrays import einsum, promote
 from ._axes import RANK, Axis, Factor, Unfactorable
 
 LEAST = 2.0**-60  # a gain that is at least this large can be divided out of a product again
@@ -72,11 +72,6 @@ class Delta:
             raise Unfactorable("it would be multiplied with something other than an activation")
         return f.replace(self.apply_gate(f.value, f.axes))
 
-    def by_order(self, contracted: Sequence[Axis]) -> tuple[Factor, Factor]:
-        """Returns A and B, first the one that has more of the axes `contracted`."""
-        in_a, in_b = (sum(axis in f.axes for axis in contracted) for f in (self.a, self.b))
-        return (self.a, self.b) if in_a >= in_b else (self.b, self.a)
-
     def drop(self, x: jax.Array) -> jax.Array:
         """Drops entries of the input `x` of A with probability `dropout`, and rescales the others.
 
@@ -104,10 +99,6 @@ class Delta:
         return self.is_matrix and (self.a.is_row or self.b.is_row)
 
 
-class NotInvertibleError(ValueError):
-    """The weight before a change cannot be computed from the weight after it."""
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Change:
@@ -118,7 +109,6 @@ class Change:
         gain: the gain, or None.
         least: a lower bound of the gain's magnitude. If it is at least `LEAST`, products need less
             memory: see `times`.
-        invertible: whether the deltas can be subtracted again, as they do not depend on W.
 
     Examples:
         >>> a = Factor(jnp.ones((4, 2)), (Axis(0), RANK))
@@ -131,24 +121,21 @@ class Change:
     deltas: tuple[Delta, ...] = ()
     gain: Factor | None = None
     least: float = dataclasses.field(default=0.0, metadata={"static": True})
-    invertible: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def of(self, w: jax.Array, axes: Sequence[Axis], sign: int = 1) -> jax.Array:
         """Changes `w`, in float32 or better, and rounds once to its dtype.
 
         With `sign` -1 it undoes the change: `w` is the changed weight.
         """
-        if self.gain is not None and sign < 0:
-            raise NotInvertibleError("its gain may depend on the original weight")
-        if not self.invertible and sign < 0:
-            raise NotInvertibleError("its ΔW depends on the original weight")
         wide = promote(w.dtype, jnp.float32)
-        delta = sum((d.form(axes, w.dtype) for d in self.deltas), start=jnp.zeros((), wide))
-        if self.deltas:
-            w = plus(w if self.gain is None else w.astype(wide), sign * delta)
+        zero = jnp.zeros((), wide)
+        delta = sign * sum((d.form(axes, w.dtype) for d in self.deltas), start=zero)
         if self.gain is None:
-            return w
-        return (w.astype(wide) * self.gain.expand_to(axes).astype(wide)).astype(w.dtype)
+            return plus(w, delta) if self.deltas else w
+        gain = self.gain.expand_to(axes).astype(wide)
+        x = w.astype(wide) if sign > 0 else w.astype(wide) / gain
+        x = plus(x, delta) if self.deltas else x
+        return (x * gain if sign > 0 else x).astype(w.dtype)
 
 
 @jax.custom_jvp
@@ -161,13 +148,10 @@ def plus(w: jax.Array, change: jax.Array) -> jax.Array:
     return jnp.where(new == old, old, new).astype(w.dtype)
 
 
-@plus.defjvp
-def _plus_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    wide = promote(primals[0].dtype, jnp.float32)
-    tangent = tangents[0].astype(wide) + tangents[1].astype(wide)
-    return plus(*primals), tangent.astype(primals[0].dtype)
+plus.defjvps(
+    lambda dw, new, *_: dw,
+    lambda change, new, *_: jnp.broadcast_to(change, new.shape).astype(new.dtype),
+)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._arrays import explicit, spell
+from .._arrays import explicit, spell
 from ._axes import RANK, Axis, Factor, Roles, Unfactorable
 from ._change import Delta
 from ._factored import Term, low_rank
@@ -49,13 +49,12 @@ class Contraction(Product):
     def term(self, delta: Delta) -> Term:
         """Returns what a delta adds to y."""
         y, precision = self.eqn.outputs[0], self.eqn.params["precision"]
-        p, q, scale = self.factors(delta)
-        what = (p, q, delta.gate, self.x_axes, self.y_axes)
-        return Term(*what, scale, y.dtype, precision, explicit(y), delta.gating)
+        axes = (self.x_axes, self.y_axes)
+        return Term(self.ordered(delta), *axes, y.dtype, precision, explicit(y))
 
     @property
     def only_term(self) -> Term:
-        """What its only delta adds, with the inputs of p in the order of x.
+        """What its only delta adds, with the inputs of its A in the order of x.
 
         Raises `Unfactorable` unless x·A is small and depends on x and A only.
         """
@@ -65,11 +64,13 @@ class Contraction(Product):
         if len(deltas) != 1 or self.roles.stack or deltas[0].key is not None:
             raise Unfactorable
         term = self.term(deltas[0])
-        is_plain = {*term.p.axes} == {*inputs, RANK} and inputs.isdisjoint(term.q.axes)
+        a, b = term.delta.a, term.delta.b
+        is_plain = {*a.axes} == {*inputs, RANK} and inputs.isdisjoint(b.axes)
         on_x = gain is not None and not inputs.isdisjoint(gain.axes)
         if not is_plain or on_x or explicit(self.x) is not None:
             raise Unfactorable
-        term = dataclasses.replace(term, p=term.p.to_front([a for a in term.x if a in inputs]))
+        a = a.to_front([axis for axis in term.x if axis in inputs])
+        term = dataclasses.replace(term, delta=dataclasses.replace(term.delta, a=a))
         if not term.is_kept(self.x):
             raise Unfactorable
         return term
@@ -113,8 +114,8 @@ def _multiply_together(products: Sequence[Contraction]) -> list[jax.Array]:
     first = products[0]
     terms = [c.only_term for c in products]
     forms = {
-        (tuple(map(term.x.index, term.p.axes[:-1])), c.dtype, str(term.precision), term.gating)
-        for c, term in zip(products, terms, strict=True)
+        (tuple(map(t.x.index, t.delta.a.axes[:-1])), c.dtype, str(t.precision), t.delta.gating)
+        for c, t in zip(products, terms, strict=True)
     }
     if len(forms) != 1:
         raise Unfactorable
@@ -146,13 +147,13 @@ def _plus_both(y: jax.Array, first: Contraction, second: Contraction) -> jax.Arr
     of_second[RANK] = Axis(RANK.name - 1 - len(first.x_axes))
     for s in first.w.change.deltas:
         for t in second.w.change.deltas:
-            (a, b, u), (c, d, v) = first.factors(s, y.dtype), second.factors(t, y.dtype)
-            c, d = (f.rename(of_second) for f in (t.factor_with_gate(c), d))
-            factors = (s.factor_with_gate(a), b, c, d)
+            x, w = first.ordered(s, y.dtype), second.ordered(t, y.dtype)
+            of_w = (f.rename(of_second) for f in (w.factor_with_gate(w.a), w.b))
+            factors = (x.factor_with_gate(x.a), x.b, *of_w)
             *names, out = spell(*(f.axes for f in factors), first.y_axes)
             how = {"precision": first.eqn.params["precision"], "optimize": "optimal"}
             cross = jnp.einsum(f"{','.join(names)}->{out}", *(f.value for f in factors), **how)
-            y = y + jnp.asarray(u * v, y.dtype) * cross
+            y = y + jnp.asarray(x.scale * w.scale, y.dtype) * cross
     return y
 
 
@@ -162,9 +163,8 @@ def _ragged_dot_general(eqn: Equation, x: Operand, w: Operand, group_sizes: jax.
     (x_contracted, contracted), batch = numbers.dot_dimension_numbers
     groups = tuple(numbers.rhs_group_dimensions)
     rows = tuple(numbers.lhs_ragged_dimensions)
-    if isinstance(x, Weight) or not isinstance(w, Weight):
-        raise Unfactorable("the groups are not rows of a matrix")
-    if len(w.shape) != 3 or (rows, tuple(x_contracted)) != ((0,), (1,)):
+    are_rows = (rows, tuple(x_contracted)) == ((0,), (1,))
+    if not are_rows or isinstance(x, Weight) or not isinstance(w, Weight) or len(w.shape) != 3:
         raise Unfactorable("the groups are not rows of a matrix")
     if len(groups) != 1 or len(contracted) != 1 or tuple(batch) != ((), ()):
         raise Unfactorable("the weight is not one matrix for each group")
@@ -192,14 +192,15 @@ class _Ragged(Product):
         )
 
     def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
-        p, q, scale = self.factors(delta)
+        x = delta.drop(x.astype(self.dtype))
+        delta = self.ordered(delta)
         [inner], [outer] = self.roles.inputs, self.roles.outputs
-        if inner in q.axes or outer in p.axes:
+        if inner in delta.b.axes or outer in delta.a.axes:
             raise Unfactorable("its inputs and outputs are mixed")
-        h = self._dot(delta.drop(x.astype(self.dtype)), p, inner, RANK)
+        h = self._dot(x, delta.a, inner, RANK)
         if delta.gate is not None:
             h = delta.gating(h, self._by_row(delta.gate, RANK))
-        return self._dot(scale * h, q, RANK, outer)
+        return self._dot(delta.scale * h, delta.b, RANK, outer)
 
     def spread(self, gain: Factor, on_x: bool) -> jax.Array:
         [axis] = self.roles.inputs if on_x else self.roles.outputs
@@ -244,7 +245,9 @@ class _Convolution(Product):
     def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
         p, numbers, (axes, [outer]) = self.eqn.params, self._numbers, self.roles[1:]
         groups, batches = p["feature_group_count"], p["batch_group_count"]
-        a, b, scale = self.factors(delta)
+        x = delta.drop(x.astype(self.dtype))
+        delta = self.ordered(delta)
+        a, b = delta.a, delta.b
         if outer in a.axes or set(axes) & set(b.axes):
             raise Unfactorable("its inputs and outputs are mixed")
         # A is a kernel with r outputs, the same for every group; B contracts them. For example, x
@@ -254,12 +257,11 @@ class _Convolution(Product):
         kernel = jnp.concatenate([kernel] * groups, numbers.rhs_spec[0])
         window = (p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"])
         how = {"precision": p["precision"]}
-        x = delta.drop(x.astype(self.dtype))
         h = lax.conv_general_dilated(x, kernel, *window, numbers, groups, **how)
         order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
         h = h.transpose(order)  # (batch, *spatial, groups * r)
         h = h.reshape(*h.shape[:-1], groups, a.length(RANK))
-        h = scale * delta.apply_gate(h, [*[None] * (h.ndim - 1), RANK])
+        h = delta.scale * delta.apply_gate(h, [*[None] * (h.ndim - 1), RANK])
         b = b.expand_to((RANK, outer))
         rank, outputs = b.shape
         b = b.reshape(rank, batches, groups, outputs // (groups * batches))

@@ -1,6 +1,7 @@
 """Higher-order primitives, each rebuilt through its public combinator."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,20 +10,23 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from .. import _compat
-from ._arrays import explicit
+from .._arrays import explicit
 from ._interpret import Equation, as_array, primitive
 from ._shards import constrain, pieces, place, shard_of, specs
 from ._weight import Operand, Weight
 
 
-@primitive("jit", is_move=False)
-def _jit(eqn: Equation, *_: Operand) -> list[Operand]:
-    def body(eqn: Equation, *xs: Operand) -> list[Operand]:
-        p = eqn.params
-        args = map(_constrain, xs, p["in_shardings"])
-        return list(map(_constrain, eqn.evaluate(p["jaxpr"], *args), p["out_shardings"]))
+def _traced_once(f: Callable[..., list[Operand]]) -> Callable[..., list[Operand]]:
+    """Makes equal equations share `f(equation, *operands)`."""
+    return lambda eqn, *_: eqn.share(f)
 
-    return eqn.share(body)
+
+@primitive("jit", is_move=False)
+@_traced_once
+def _jit(eqn: Equation, *xs: Operand) -> list[Operand]:
+    p = eqn.params
+    args = map(_constrain, xs, p["in_shardings"])
+    return list(map(_constrain, eqn.evaluate(p["jaxpr"], *args), p["out_shardings"]))
 
 
 def _constrain(x: Operand, sharding: object) -> Operand:
@@ -34,21 +38,17 @@ def _constrain(x: Operand, sharding: object) -> Operand:
 
 
 @primitive("closed_call", is_move=False)
-def _call(eqn: Equation, *_: Operand) -> list[Operand]:
-    return eqn.share(lambda eqn, *xs: eqn.evaluate(eqn.params["call_jaxpr"], *xs))
+@_traced_once
+def _call(eqn: Equation, *xs: Operand) -> list[Operand]:
+    return eqn.evaluate(eqn.params["call_jaxpr"], *xs)
 
 
 @primitive("remat2", is_move=False)
-def _checkpoint(eqn: Equation, *_: Operand) -> list[Operand]:
-    def body(eqn: Equation, *xs: Operand) -> list[Operand]:
-        p = eqn.params
-        return jax.checkpoint(
-            lambda *xs: eqn.evaluate(p["jaxpr"], *xs),
-            prevent_cse=p["prevent_cse"],
-            policy=p["policy"],
-        )(*xs)
-
-    return eqn.share(body)
+@_traced_once
+def _checkpoint(eqn: Equation, *xs: Operand) -> list[Operand]:
+    p = eqn.params
+    body = functools.partial(eqn.evaluate, p["jaxpr"])
+    return jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(*xs)
 
 
 @primitive("cond", is_move=False)

@@ -7,70 +7,20 @@ W + ΔW is formed if the user allowed it; otherwise it is an error.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from .. import _compat
 from .._registry import check_free
-from ._arrays import pick
 from ._axes import Unfactorable
 from ._calls import Functions
 from ._shared import steps, variables
 from ._weight import Operand, Weight
-
-
-class ValueReadError(TypeError):
-    """Python code of the user's function reads the value of a traced array."""
-
-
-def trace(
-    f: Callable[..., Any], specs: Sequence[Any], paths: Sequence[str]
-) -> tuple[_compat.Jaxpr, Callable[..., Any]]:
-    """Traces `f` at arrays or types; returns the jaxpr, and a function from its outputs to `f`'s.
-
-    The outputs of `f` may be any pytree; leaves that are not arrays are returned as they are. If
-    Python code of `f` reads a value that does not depend on its arguments, `f` is traced again, and
-    such values are computed at once.
-    """
-    finish: list[Callable[..., Any]] = []
-
-    def flat(*leaves: jax.Array) -> list[Any]:
-        arrays, put = pick(f(*leaves), lambda x: isinstance(x, jax.Array | np.ndarray))
-        finish.append(put)
-        return arrays
-
-    def eager(*leaves: jax.Array) -> list[Any]:
-        with jax.ensure_compile_time_eval():
-            return flat(*leaves)
-
-    try:
-        jaxpr = jax.make_jaxpr(flat)(*specs)
-    except _READS:
-        try:
-            jaxpr = jax.make_jaxpr(eager)(*specs)
-        except _READS as e:
-            names = ", ".join(map(repr, paths[:3])) + (", …" if len(paths) > 3 else "")
-            raise ValueReadError(
-                "Python code of the function reads the value of an array that depends on the "
-                f"weights {names}, or on traced arguments ({type(e).__name__}). Use jax.lax.cond "
-                "or jnp.where there, or leave the weights out of the rules."
-            ) from e
-    return jaxpr, finish[-1]
-
-
-_READS = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-)
-
-
-# ------------------------------------------------------------------------ the registry and the loop
 
 
 class Primitive(NamedTuple):
@@ -124,27 +74,26 @@ def primitive(
     return register
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Equation:
     """One equation of a jaxpr, as the function of its primitive gets it.
 
     Attributes:
         traced: the equation as JAX traced it.
-        params: the parameters of its primitive.
         operands: arrays and weights.
         within: the equation whose jaxpr contains this one, or None.
         functions: the functions that equal calls share, or None if each call is evaluated in place.
     """
 
-    def __init__(
-        self,
-        eqn: _compat.JaxprEqn,
-        operands: Sequence[Operand],
-        within: "Equation | None",
-        functions: Functions | None = None,
-    ):
-        """Holds an equation of a jaxpr and its operands."""
-        self.traced, self.params = eqn, eqn.params
-        self.operands, self.within, self.functions = operands, within, functions
+    traced: _compat.JaxprEqn
+    operands: Sequence[Operand]
+    within: "Equation | None"
+    functions: Functions | None = None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters of its primitive."""
+        return self.traced.params
 
     @property
     def name(self) -> str:
@@ -181,24 +130,20 @@ class Equation:
         `f` must depend on nothing else. The equation that it gets has no operands.
         """
         f = functools.partial(f, self._without_operands())
-        operands = self.operands
-        weights = [x for x in operands if isinstance(x, Weight)]
-        if self.functions is None or not all(w.is_shareable for w in weights):
-            return f(*operands)
-        bare = [x.without_origin() if isinstance(x, Weight) else x for x in operands]
-        return self.functions.call(self.traced, f, operands, jax.tree.structure(bare))
+        if self.functions is None:
+            return f(*self.operands)
+        return self.functions.call(self.traced, f, self.operands)
 
     def _without_operands(self) -> "Equation":
         # A shared function outlives the trace of the operands.
-        return Equation(self.traced, (), self.within, self.functions)
+        return dataclasses.replace(self, operands=())
 
     def arrays(self, xs: Sequence[Any], kept: Collection[int] = ()) -> list[Any]:
         """Turns weights that leave an inner jaxpr into arrays; the outputs `kept` become None."""
-
-        def reason() -> str:
-            return f"an output of {self.where}"
-
-        return [None if i in kept else as_array(x, reason) for i, x in enumerate(xs)]
+        return [
+            None if i in kept else as_array(x, lambda: f"an output of {self.where}")
+            for i, x in enumerate(xs)
+        ]
 
 
 def evaluate(jaxpr: _compat.Jaxpr, *args: Operand) -> list[Any]:

@@ -1,13 +1,16 @@
 """Primitives that pad, concatenate or stack weights."""
 
 import dataclasses
+import functools
+import itertools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._arrays import promote
+from .._arrays import promote
 from ._axes import Axis, Factor, Unfactorable, map_factors
 from ._change import Change, Delta
 from ._interpret import Equation, primitive
@@ -82,7 +85,8 @@ def _join(eqn: Equation, parts: Sequence[Operand], dim: int) -> Weight:
         w = Factor(eqn.bind(*map(value_of, eqn.operands)), axes)
     parts = [_rename(p, axes) if isinstance(p, Weight) else p for p in parts]
     change = _one_change(parts, axes[dim]) or _side_by_side(out.shape, parts, dim)
-    origin = origin._replace(
+    origin = dataclasses.replace(
+        origin,
         paths=tuple(dict.fromkeys(path for w in weights for path in w.origin.paths)),
         materialize=all(w.origin.materialize for w in weights),
     )
@@ -111,28 +115,21 @@ def _rename(w: Weight, axes: tuple[Axis, ...]) -> Weight:
 
 def _side_by_side(shape: tuple[int, ...], parts: Sequence[Operand], dim: int) -> Change:
     """Pads all deltas with 0 and all gains with 1, so that they act only on their own part."""
-    start = 0
-    total = shape[dim]
-    deltas = []
-    gain = None
-    least = 1.0
-    for part in parts:
-        size = part.shape[dim]
-        if isinstance(part, Weight):
-            change = _padded(part, {part.axes[dim]: (start, total - start - size, 0)})
-            deltas += change.deltas
-            if change.gain is not None:
-                gain = _product_of_gains(gain, change.gain, part.axes)
-                least *= change.least
-        start += size
-    return Change(tuple(deltas), gain, least)
 
+    def multiply(x: Factor, y: Factor) -> Factor:
+        both = [*dict.fromkeys(x.axes + y.axes)]
+        return x.replace(x.expand_to(both) * y.expand_to(both), both)
 
-def _product_of_gains(x: Factor | None, y: Factor | None, axes: Sequence[Axis]) -> Factor | None:
-    if x is None or y is None:
-        return x if y is None else y
-    both = [a for a in axes if a in x.axes or a in y.axes]
-    return x.replace(x.expand_to(both) * y.expand_to(both), both)
+    ends = itertools.accumulate(part.shape[dim] for part in parts)
+    changes = [
+        _padded(part, {part.axes[dim]: (end - part.shape[dim], shape[dim] - end, 0)})
+        for part, end in zip(parts, ends, strict=True)
+        if isinstance(part, Weight)
+    ]
+    gains = [change.gain for change in changes if change.gain is not None]
+    least = math.prod(change.least for change in changes if change.gain is not None)
+    deltas = tuple(delta for change in changes for delta in change.deltas)
+    return Change(deltas, functools.reduce(multiply, gains) if gains else None, least)
 
 
 def _one_change(parts: Sequence[Operand], axis: Axis) -> Change | None:

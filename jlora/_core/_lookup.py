@@ -33,21 +33,17 @@ def _gather(eqn: Equation, w: Operand, indices: jax.Array) -> Operand:
     if any(size_of[a] != 1 or a not in indexed for a in picked):
         raise Unfactorable("more than whole rows of the weight are looked up")
     names = w.new_names()
-    kept = iter(a for a in w.axes if a not in collapsed)
     leaf = frozenset().union(*(a.leaf for a in picked))
-    axes, batch = [], []
-    for i in range(len(w.axes) - len(collapsed) + indices.ndim - 1):
-        if i not in numbers.offset_dims:  # an axis of the indices
-            axes.append(Axis(next(names), leaf))
-            batch.append(axes[-1])
-        else:  # of length 1 if it is not whole
-            axis = next(kept)
-            axes.append(axis if axis in whole else Axis(next(names)))
+    # An axis that is neither whole nor collapsed has length 1 in the result.
+    kept = (a if a in whole else Axis(next(names)) for a in w.axes if a not in collapsed)
+    dims = range(len(w.axes) - len(collapsed) + indices.ndim - 1)
+    axes = [next(kept) if i in numbers.offset_dims else Axis(next(names), leaf) for i in dims]
+    batch = [axes[i] for i in dims if i not in numbers.offset_dims]
     if fills and (gain := w.change.gain) is not None:  # rows that are filled have none
         gain = gain.repeat({a: w.lengths[a] for a in w.axes if a in indexed})
         w = w.replace(w.w, dataclasses.replace(w.change, gain=gain))
     roles = Roles((), picked, tuple(a for a in w.axes if a in whole))
-    found = _Lookup(eqn, w, indices, roles, tuple(axes), tuple(batch))
+    found = _Lookup(eqn, w, indices, roles, tuple(axes), tuple(batch), fills)
     return found.weight() if found.is_weight else found.result()
 
 
@@ -60,10 +56,12 @@ class _Lookup(Product):
         roles: axes along which one entry is picked, as inputs, and whole axes, as outputs.
         axes: the axes of the result.
         batch: the axes of the result that are axes of the indices.
+        fills: whether rows at indices out of bounds are filled.
     """
 
     axes: tuple[Axis, ...]
     batch: tuple[Axis, ...]
+    fills: bool
     kind = "embed"
 
     def base(self, x: jax.Array) -> jax.Array:
@@ -103,7 +101,7 @@ class _Lookup(Product):
         found = w.w.with_pieces({a: w.lengths[a] for a in self.roles.inputs})
         if isinstance(found, Packed):
             rows = map_factors(self.take, found).with_axes(self.axes, self.eqn.outputs[0].shape)
-            rows = self._fill(rows) if self._fills else rows
+            rows = self._fill(rows) if self.fills else rows
         else:
             rows = Factor(self.eqn.bind(found.array, self.x), self.axes)
         return w.replace(rows, change).mark_picked(self.roles.inputs).mark_varying()
@@ -131,13 +129,9 @@ class _Lookup(Product):
         if self.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
             return x
         outside = lax.stop_gradient(x)
-        if self._fills and not {*self.roles.inputs}.issubset(a for f in taken for a in f.axes):
+        if self.fills and not {*self.roles.inputs}.issubset(a for f in taken for a in f.axes):
             outside = jnp.asarray(filled, x.dtype)
         return jnp.where(self._is_row().expand_to(self.axes), x, outside)
-
-    @property
-    def _fills(self) -> bool:
-        return self.eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
 
     def _is_row(self) -> Factor:
         """Whether each index is in bounds."""

@@ -1,6 +1,7 @@
 """Primitives that move, scale or reshard a weight; its factors follow."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _compat
-from ._arrays import promote
+from .._arrays import promote
 from ._axes import REPEATED, Axis, Factor, Unfactorable, map_factors
 from ._change import Change, Delta
 from ._interpret import Equation, primitive
@@ -77,10 +78,8 @@ def _squeeze(eqn: Equation, w: Weight) -> Weight:
 
 
 @primitive("broadcast_in_dim")
-def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: jax.Array) -> Weight:
+def _broadcast_in_dim(eqn: Equation, w: Weight) -> Weight:
     p = eqn.params
-    if dynamic:
-        raise Unfactorable("its new shape is dynamic")
     old_axis = dict(zip(p["broadcast_dimensions"], range(len(w.shape)), strict=True))
     names = w.new_names()
     axes = []
@@ -94,10 +93,10 @@ def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: jax.Array) -> Weight:
 
 
 @primitive("reshape")
-def _reshape(eqn: Equation, w: Weight, *dynamic: jax.Array) -> Weight:
+def _reshape(eqn: Equation, w: Weight) -> Weight:
     p = eqn.params
-    if dynamic or p["dimensions"] is not None:
-        raise Unfactorable("the reshape is dynamic or permuted")
+    if p["dimensions"] is not None:
+        raise Unfactorable("the reshape is permuted")
     return w.reshape(p["new_sizes"], p["sharding"])
 
 
@@ -140,13 +139,10 @@ def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
 
 @primitive("split")
 def _split(eqn: Equation, w: Weight) -> list[Weight]:
-    outs = []
-    start = 0
     axis = w.axes[eqn.params["axis"]]
-    for size in map(int, eqn.params["sizes"]):
-        outs.append(w.along({axis: _cut(start, start + size)}))
-        start += size
-    return outs
+    sizes = list(map(int, eqn.params["sizes"]))
+    ends = itertools.accumulate(sizes)
+    return [w.along({axis: _cut(end - n, end)}) for n, end in zip(sizes, ends, strict=True)]
 
 
 @primitive("unstack")

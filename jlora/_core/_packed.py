@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat
-from ._arrays import explicit, fit_spec, mesh_axes
+from .._arrays import explicit, fit_spec, mesh_axes
 from ._axes import Along, Axis, Factor, Group, map_factors
 
 Move = Callable[[Factor], Factor]
@@ -34,10 +34,8 @@ class Packed:
         axes: the current axes of W.
         shape: the current shape of W.
         dtype: the current dtype of W.
-        splittable: axes along which splitting each part splits W.
-        with_plain_scales: writes out the scales of double quantization, which makes more axes
-            splittable; None if they are plain.
-        splittable_then: the axes that are splittable then.
+        splittable: axes along which splitting each part splits W, if its scales are plain.
+        with_plain_scales: writes out the scales of double quantization; None if they are plain.
         moves: remembered operations, to apply to the unpacked W.
     """
 
@@ -49,9 +47,6 @@ class Packed:
     splittable: frozenset[Axis] = dataclasses.field(default=frozenset(), metadata={"static": True})
     with_plain_scales: Callable[[Any], Any] | None = dataclasses.field(
         default=None, metadata={"static": True}
-    )
-    splittable_then: frozenset[Axis] = dataclasses.field(
-        default=frozenset(), metadata={"static": True}
     )
     moves: tuple[Move, ...] = dataclasses.field(default=(), metadata={"static": True})
 
@@ -104,16 +99,12 @@ class Packed:
         lengths = {axis: self.lengths[axis] for axis in old}
         has_all = all(lengths.items() <= f.lengths.items() for f in self.factors)
         if has_all and self.splittable.issuperset(old):
-            return self.replace(
-                parts=map_factors(move, self.parts),
-                splittable=self.splittable.union(new),
-                splittable_then=self.splittable_then.union(new),
-            )
+            parts = map_factors(move, self.parts)
+            return self.replace(parts=parts, splittable=self.splittable.union(new))
         return self._remember(move, old)
 
     def _remember(self, move: Move, axes: Collection[Axis] = ()) -> "Packed":
-        splittable, then = self.splittable.difference(axes), self.splittable_then.difference(axes)
-        return self.replace(moves=(*self.moves, move), splittable=splittable, splittable_then=then)
+        return self.replace(moves=(*self.moves, move), splittable=self.splittable.difference(axes))
 
     def each(self, f: Callable[[jax.Array], jax.Array]) -> "Packed":
         """Applies `f`, an operation on each element, to W."""
@@ -162,25 +153,19 @@ class Packed:
 
     def with_pieces(self, pieces: Mapping[Axis, int]) -> "Packed | Factor":
         """Returns W such that its parts can be split into `pieces`, or unpacks it."""
-        if self._can_split(pieces):
+        is_plain = self.with_plain_scales is None
+        # Scales of scales lack axes along which they differ.
+        can_split = self.splittable.issuperset(pieces) and all(
+            is_plain if a not in f.axes else f.length(a) == n or (n > 0 and f.length(a) % n == 0)
+            for f in self.factors
+            for a, n in pieces.items()
+        )
+        if can_split:
             return self
         if self.with_plain_scales is None:
             return Factor(self.array, self.axes)
-        plain = self.replace(
-            parts=self.with_plain_scales(self.parts),
-            splittable=self.splittable_then,
-            with_plain_scales=None,
-        )
+        plain = self.replace(parts=self.with_plain_scales(self.parts), with_plain_scales=None)
         return plain.with_pieces(pieces)
-
-    def _can_split(self, pieces: Mapping[Axis, int]) -> bool:
-        """Whether each part is constant along the axes, or can be split into `pieces`."""
-        return self.splittable.issuperset(pieces) and all(
-            f.length(a) == n or (n > 0 and f.length(a) % n == 0)
-            for f in self.factors
-            for a, n in pieces.items()
-            if a in f.axes
-        )
 
     def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
         """Computes `f(W, *xs)`, which is linear in the first of `xs`; unpacks W in each pass."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from ._arrays import promote
+from .._arrays import promote
 from ._axes import RANK, Factor, Roles, Unfactorable
 from ._change import LEAST, Delta
 from ._weight import Weight
@@ -54,8 +54,7 @@ class Product(abc.ABC):
 
     def start(self) -> tuple[jax.Array, list[jax.Array]]:
         """Returns x, scaled if the gain is along inputs, and what each delta adds to y."""
-        gain = self._gains[0]
-        x = self.x if gain is None else self._times(self.x, self.spread(gain, True))
+        x = self._scale(self.x, self._gains[0], on_x=True)
         return x, self.terms(x)
 
     def finish(self, x: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
@@ -63,12 +62,11 @@ class Product(abc.ABC):
 
         The terms are computed before x·W so that the backward pass adds their gradients last.
         """
-        gain = self._gains[1]
         y = functools.reduce(self.add, terms, self.base(x))
-        return y if gain is None else self._times(y, self.spread(gain, False))
+        return self._scale(y, self._gains[1], on_x=False)
 
-    def _times(self, x: jax.Array, gain: jax.Array) -> jax.Array:
-        return times(x, gain, self.w.change.least)
+    def _scale(self, x: jax.Array, gain: Factor | None, on_x: bool) -> jax.Array:
+        return x if gain is None else times(x, self.spread(gain, on_x), self.w.change.least)
 
     @property
     def _gains(self) -> tuple[Factor | None, Factor | None]:
@@ -95,30 +93,32 @@ class Product(abc.ABC):
         """The dtype in which the factors are multiplied."""
         return promote(self.x.dtype, self.w.dtype)
 
-    def factors(self, delta: Delta, dtype: DTypeLike | None = None) -> tuple[Factor, Factor, float]:
-        """Returns A and B in a dtype, first the one that x is multiplied with first, and s.
+    def ordered(self, delta: Delta, dtype: DTypeLike | None = None) -> Delta:
+        """Returns a delta in a dtype, whose `a` is the factor that x is multiplied with first.
 
-        Together they have all axes of W.
+        Its factors together have all axes of W. It has no key: x has dropped its entries.
         """
         dtype = dtype or self.dtype
-        scale = delta.scale
-        p, q = delta.by_order(self.roles.inputs)
+        inputs = {*self.roles.inputs}
+        q, p = sorted((delta.b, delta.a), key=lambda f: len(inputs.intersection(f.axes)))
+        delta = dataclasses.replace(delta, a=p, b=q, key=None, dropout=0.0)
         if delta.is_matrix and jnp.finfo(dtype).minexp > -100:
-            p, q, scale = _balance(p, q, scale)
-        p, q = (f.each(lambda x: x.astype(dtype)) for f in (p, q))
+            delta = _balance(delta)
+        p, q = (f.each(lambda x: x.astype(dtype)) for f in (delta.a, delta.b))
         rest = {a: n for a, n in self.w.lengths.items() if a not in (*p.axes, *q.axes)}
         of_q = {a: n for a, n in rest.items() if a in self.roles.outputs}
-        return p.repeat({a: n for a, n in rest.items() if a not in of_q}), q.repeat(of_q), scale
+        of_p = {a: n for a, n in rest.items() if a not in of_q}
+        return dataclasses.replace(delta, a=p.repeat(of_p), b=q.repeat(of_q))
 
 
-def _balance(p: Factor, q: Factor, scale: float) -> tuple[Factor, Factor, float]:
-    """Moves s and the norm of each column of p into q, for float16.
+def _balance(delta: Delta) -> Delta:
+    """Moves s and the norm of each column of A into B, for float16.
 
-    There x·p, s·p or s·x·p could be above 65,504, or round to 0, while s·p·q is neither. Columns
-    of p are divided by powers of two, so nothing else is rounded.
+    There x·A, s·A or s·x·A could be above 65,504, or round to 0, while s·A·B is neither. Columns
+    of A are divided by powers of two, so nothing else is rounded.
     """
-    others = [i for i, a in enumerate(p.axes) if a != RANK]
-    wide = lax.stop_gradient(p.value).astype(promote(p.dtype, jnp.float32))
+    others = [i for i, a in enumerate(delta.a.axes) if a != RANK]
+    wide = lax.stop_gradient(delta.a.value).astype(promote(delta.a.dtype, jnp.float32))
     norm = jnp.sqrt(jnp.square(wide).sum(others)).astype(jnp.float32)
     power = jnp.where((norm > 0) & jnp.isfinite(norm), jnp.frexp(norm)[1], 0)
 
@@ -127,7 +127,8 @@ def _balance(p: Factor, q: Factor, scale: float) -> tuple[Factor, Factor, float]
         wide = promote(f.dtype, jnp.float32)
         return f.replace(f.value.astype(wide) * f.replace(factor, [RANK]).expand_to(f.axes))
 
-    return times_power(p, -1), times_power(q, 1, scale), 1.0
+    b = times_power(delta.b, 1, delta.scale)
+    return dataclasses.replace(delta, a=times_power(delta.a, -1), b=b, scale=1.0)
 
 
 def times(x: jax.Array, gain: jax.Array, least: float = 0.0) -> jax.Array:
@@ -148,12 +149,8 @@ def _product(x: jax.Array, gain: jax.Array) -> jax.Array:
 _scaled = jax.custom_jvp(_product)
 
 
-@_scaled.defjvp
-def _scaled_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    (_, gain), (dx, dgain) = primals, tangents
-    y = _scaled(*primals)
+_scaled.defjvps(
+    lambda dx, y, x, gain: _product(dx, gain),
     # Without the barrier XLA would compute y again, from x, and keep both.
-    of_gain = jax.checkpoint(_product, prevent_cse=True)(y, dgain / gain)
-    return y, _product(dx, gain) + of_gain
+    lambda dgain, y, x, gain: jax.checkpoint(_product, prevent_cse=True)(y, dgain / gain),
+)

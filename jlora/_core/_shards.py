@@ -8,7 +8,7 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from ._arrays import AnyMesh, count_pieces, mesh_axes
+from .._arrays import AnyMesh, count_pieces, mesh_axes
 from ._axes import Axis, Factor, Unfactorable, map_factors
 from ._packed import Packed, shard_part
 from ._weight import Weight
@@ -60,6 +60,6 @@ def shard_of(
             raise Unfactorable(
                 "its statistics are of whole matrices, of which a device may have shards"
             )
-    origin = w.origin._replace(unchecked=w.origin.unchecked | unchecked)
+    origin = dataclasses.replace(w.origin, unchecked=w.origin.unchecked | unchecked)
     shard = w.replace(w.w.with_axes(w.axes, shape), map_factors(mark, w.change))
     return dataclasses.replace(shard, origin=origin)

@@ -34,13 +34,13 @@ def steps(
         weights: for each input, whether it is an adapted weight.
         primitives: the registered primitives.
     """
-    live = _live(jaxpr)
-    order = _order(live, groups(jaxpr, live, weights, primitives))
     needed = set(variables(jaxpr.outvars))
     done = []
-    for eqns in reversed(order):
-        used = {v for eqn in eqns for v in variables(eqn.invars)}
-        done.append((eqns, [v for v in used if v not in needed]))
+    for eqns in reversed(_order(jaxpr.eqns, groups(jaxpr, weights, primitives))):
+        live = [eqn for eqn in eqns if eqn.effects or needed.intersection(eqn.outvars)]
+        used = {v for eqn in live for v in variables(eqn.invars)}
+        if live:
+            done.append((live, [v for v in used if v not in needed]))
         needed |= used
     return done[::-1]
 
@@ -67,28 +67,14 @@ def _order(eqns: Sequence[Any], groups: Sequence[list[Any]]) -> list[list[Any]]:
     return order
 
 
-def _live(jaxpr: _compat.Jaxpr) -> list[Any]:
-    """Returns the equations that outputs and effects need."""
-    needed = set(variables(jaxpr.outvars))
-    live = []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or needed.intersection(eqn.outvars):
-            live.append(eqn)
-            needed.update(variables(eqn.invars))
-    return live[::-1]
-
-
 def groups(
-    jaxpr: _compat.Jaxpr,
-    eqns: Sequence[Any],
-    weights: Sequence[bool],
-    primitives: Mapping[str, Any],
+    jaxpr: _compat.Jaxpr, weights: Sequence[bool], primitives: Mapping[str, Any]
 ) -> list[list[Any]]:
     """Groups equations that multiply one activation with weights that depend on no product."""
     heavy = {v for v, is_weight in zip(jaxpr.invars, weights, strict=True) if is_weight}
     late: set[Any] = set()  # variables that depend on a product or an effect
     found: dict[Any, list[Any]] = {}
-    for eqn in eqns:
+    for eqn in jaxpr.eqns:
         used = set(variables(eqn.invars))
         known = primitives.get(eqn.primitive.name)
         is_late = eqn.effects or not late.isdisjoint(used)

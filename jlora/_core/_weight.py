@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,19 @@ from ._change import Change
 from ._packed import Packed
 
 
-class Origin(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Origin:
     """Where a weight comes from, and what may be done with it.
 
     Attributes:
-        paths: the paths of the leaves that it is made of.
+        paths: the paths of the leaves that it is made of. Equal layers differ in nothing else, so
+            they are not compared.
         materialize: whether W + ΔW may be formed where it has no factored form.
         uses: records its products and other uses while sites are searched, else None.
         unchecked: mesh axes of the enclosing `shard_map`s that do not check what varies.
     """
 
-    paths: tuple[str, ...]
+    paths: tuple[str, ...] = dataclasses.field(compare=False)
     materialize: bool
     uses: "Recorder | None" = None
     unchecked: frozenset[Any] = frozenset()
@@ -93,16 +95,6 @@ class Weight:
     def new_names(self) -> Iterator[int]:
         """Yields names that no axis of W has or had."""
         return itertools.count(max(self._names) + 1)
-
-    @property
-    def is_shareable(self) -> bool:
-        """Whether weights of the same form can share a function."""
-        # Remembered moves are closures, which are never equal.
-        return not getattr(self.w, "moves", ())
-
-    def without_origin(self) -> "Weight":
-        """Forgets the leaves that it comes from, because they differ between equal layers."""
-        return dataclasses.replace(self, origin=self.origin._replace(paths=()), picked=frozenset())
 
     @property
     def _names(self) -> list[int]:
@@ -239,12 +231,11 @@ def leaf_weight(
 ) -> Weight:
     """Makes the weight of the leaf at `path`, an array or an object with a method `packed`."""
     # Only a search for sites needs the path in an axis, and the paths of equal layers differ.
-    axes = axes_of_leaf("" if uses is None else path, value.ndim)
+    axes = tuple(map(Axis, range(value.ndim))) if uses is None else axes_of_leaf(path, value.ndim)
     unchecked = _compat.unchecked_axes()
     packed = getattr(value, "packed", None)
     w = Factor(value, axes) if packed is None else packed(axes)
-    names = {Axis(d): axis for d, axis in enumerate(axes)}
-    change = map_factors(lambda f: f.rename(names).may_vary(unchecked), change)
+    change = map_factors(lambda f: f.may_vary(unchecked), change)
     # The model must be traced with a weight that varies over the mesh as W' does.
     w = jax.tree.map(lambda x: _compat.vary_with(x, jax.tree.leaves(change)), w)
     return Weight(w, change, Origin((path,), materialize, uses, unchecked))

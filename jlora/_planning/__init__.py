@@ -1,6 +1,6 @@
 """Computes the memory that a training step needs; a checkpoint policy that saves some of it.
 
-Imports `_compat`, `_core`, `_errors`, `_progress`, `_text`, `_tree`, `_types`, `sharding`.
+Imports `_arrays`, `_compat`, `_errors`, `_progress`, `_text`, `_tree`, `_types`, `sharding`.
 """
 
 from ._mesh import has_compiler as has_compiler

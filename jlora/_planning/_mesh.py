@@ -11,7 +11,7 @@ import jax
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, NamedSharding
 
-from .._core import AnyMesh
+from .._arrays import AnyMesh
 from .._errors import InputError
 from .._tree import is_abstract, leaves_by_path, name_of
 from .._types import PyTree
@@ -59,9 +59,6 @@ def is_replicated(devices: int, base: PyTree) -> bool:
     """Whether each of several devices holds all of `base`; all its leaves have shardings."""
     leaves = [x for x in jax.tree.leaves(base) if x.ndim]
     return devices > 1 and bool(leaves) and all(x.sharding.is_fully_replicated for x in leaves)
-
-
-Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 # --------------------------------------------------------------------------- slices that are absent
@@ -116,7 +113,7 @@ def parse_topology(name: str) -> tuple[Chip, int]:
     return chip, math.prod(map(int, found[2].split("x"))) * chip.devices
 
 
-def mesh_of(name: str, axes: dict[str, int]) -> Mesh:
+def mesh_of(name: str, axes: dict[str, int]) -> AnyMesh:
     """Makes the mesh of a topology's devices, or an abstract one if libtpu is not installed."""
     chip, count = parse_topology(name)
     if math.prod(axes.values()) != count:

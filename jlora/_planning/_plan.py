@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
 from .. import sharding
-from .._core import AnyArray, AnyMesh
+from .._arrays import AnyArray, AnyMesh
 from .._errors import InputError
 from .._text import align_columns, format_bytes
 from .._tree import refuse_module

@@ -124,15 +124,9 @@ class Quantized(NotAnArray):
         parts = dataclasses.replace(self, error=None).map_arrays(
             lambda x, dims: Factor(x, tuple(OTHER if d is None else axes[d] for d in dims))
         )
-        unpack = _With(_unpack, (axes, dtype))
-        packed = Packed(parts, unpack, axes, self.shape, dtype, splittable=self._splittable(axes))
-        if self.nested is None:
-            return packed
-        free = frozenset(axes[d] for d in self.form.stack)
-        plain = _With(_with_plain_scales, (axes,))
-        return packed.replace(
-            splittable=free, with_plain_scales=plain, splittable_then=packed.splittable
-        )
+        unpack = _partial(_unpack, axes, dtype)
+        plain = None if self.nested is None else _partial(_with_plain_scales, axes)
+        return Packed(parts, unpack, axes, self.shape, dtype, self._splittable(axes), plain)
 
     def _splittable(self, axes: Sequence[Axis]) -> frozenset[Axis]:
         """Finds the axes along which splitting codes and scales splits W, if scales are numbers."""
@@ -210,15 +204,8 @@ _array = jax.jit(Quantized.array, static_argnums=1)
 # ------------------------------------------------------------------------------------- from codes
 
 
-class _With(NamedTuple):
-    """A function with its first arguments; it is equal to another one with equal arguments."""
-
-    f: Callable[..., Any]
-    args: tuple[Any, ...]
-
-    def __call__(self, parts: Quantized) -> Any:
-        """Calls the function."""
-        return self.f(*self.args, parts)
+# One object for equal arguments, so that weights of one form have equal functions.
+_partial = functools.lru_cache(4096)(functools.partial)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

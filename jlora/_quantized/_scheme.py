@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._core import explicit
+from .._arrays import explicit
 from .._errors import InputError
 from .._rules import check_pattern, is_int, rule_name
 from .._types import Layout

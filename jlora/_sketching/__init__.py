@@ -1,6 +1,6 @@
 """Statistics of sites, and ranks that are allocated by them.
 
-Imports `_adapters`, `_core`, `_errors`, `_keys`, `_linalg`, `_progress`, `_rules`, `_site`,
+Imports `_adapters`, `_arrays`, `_errors`, `_keys`, `_linalg`, `_progress`, `_rules`, `_site`,
 `_text`, `_transform`, `_tree`, `_types`.
 
 Read the modules in this order: `_kinds`, `_sketch`, `_allocate`.

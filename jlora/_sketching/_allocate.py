@@ -10,14 +10,7 @@ import numpy as np
 
 from .._adapters import LoRA, clip_rank, matrix_lengths
 from .._errors import InputError
-from .._rules import (
-    Slots,
-    check_int,
-    explain_no_match,
-    matches,
-    near_misses,
-    rule_name,
-)
+from .._rules import Slots, check_int, explain_no_match, matches, near_misses, rule_name
 from .._site import Rule, check_rules
 from .._types import short
 from ._kinds import Sketch, Spectrum

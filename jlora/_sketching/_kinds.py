@@ -10,21 +10,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from .._adapters import (
-    LoRA,
-    LowRank,
-    Probe,
-    factor_shapes,
-    from_matrices,
-    matrices,
-    matrix_lengths,
-)
-from .._core import promote
+from .._adapters import LoRA, LowRank, Probe, factor_shapes, from_matrices, matrices, matrix_lengths
+from .._arrays import promote
 from .._linalg import qr, svd_of, times
 from .._site import Site
 from .._text import align_columns
@@ -190,10 +182,7 @@ class _Matrices:
 class Gradient(_Matrices):
     r"""G: if A is a basis Q, the gradient of B is $G^T Q$; if B is Q, that of A is $G Q$."""
 
-    @staticmethod
-    def side(turn: int) -> int:
-        """Returns the side of a pass: 0 for inputs, 1 for outputs."""
-        return turn % 2
+    sides: ClassVar = (0, 1)  # of the passes, in turn
 
     @_program
     def node(self, side: int, basis: jax.Array, key: jax.Array) -> LowRank:
@@ -230,10 +219,7 @@ class Inputs(_Matrices):
     def most(self) -> int:
         return self.lengths[0]
 
-    @staticmethod
-    def side(turn: int) -> int:
-        """Returns the side of a pass: 0 for inputs, 1 for outputs."""
-        return 0
+    sides: ClassVar = (0,)
 
     @_program
     def node(self, side: int, basis: jax.Array, key: jax.Array) -> Probe:

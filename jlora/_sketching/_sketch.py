@@ -1,5 +1,6 @@
 """`sketch`, and its loop over batches."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
@@ -88,7 +89,7 @@ def sketch(
     if kind == "inputs":
         _check_inputs(sites)
     found = {s.parts: KINDS[kind].of(s, components) for s in sites}
-    sides = [KINDS[kind].side(turn) for turn in range(passes)]
+    sides = list(itertools.islice(itertools.cycle(KINDS[kind].sides), passes))
     spectra = _iterate(loss, params, found, batches, sides, key)
     _check_found(spectra, kind)
     return Sketch(spectra, kind)

@@ -1,6 +1,6 @@
 r"""Sums, differences and merges of adapters: of their ΔW, never of A and B separately.
 
-Imports `_adapters`, `_compat`, `_core`, `_errors`, `_keys`, `_linalg`, `_rules`, `_tree` and
+Imports `_adapters`, `_arrays`, `_compat`, `_errors`, `_keys`, `_linalg`, `_rules`, `_tree` and
 `_types`.
 
 To add two ΔW, their factors are concatenated, $[A_1, A_2] [B_1; B_2]$. The sum is exact, and its

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._adapters import AdapterLeaf, LowRank, from_matrices, matrices, weight_shape
+from .._arrays import explicit
 from .._compat import is_concrete
-from .._core import explicit
 from .._errors import InputError
 from .._linalg import qr, svd, svd_of, times
 from .._rules import check_int

@@ -1,7 +1,7 @@
 """Saves and restores adapters as Orbax checkpoints.
 
-Imports `_adapters`, `_core`, `_errors`, `_folders`, `_quantized`, `_rules`, `_tree`, `_types`,
-`_errors`, `_site`, `initializers`.
+Imports `_adapters`, `_arrays`, `_errors`, `_folders`, `_quantized`, `_rules`, `_site`,
+`_tree`, `_types`, `initializers`.
 
 A checkpoint contains the adapter, and the metadata to rebuild it without the training script. It
 does not contain the base.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from .._core import AnyArray
+from .._arrays import AnyArray
 from .._errors import InputError
 from .._types import PyTree
 from ._fingerprint import shapes_of

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._core import AnyArray, abstract
+from .._arrays import AnyArray, abstract
 from .._quantized import Quantized, is_quantized
 from .._tree import is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree

@@ -3,12 +3,10 @@
 import hashlib
 import importlib.metadata
 import json
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._adapters import RULES, AdapterLeaf, is_node, state, static
-from .._rules import is_finite
 from .._site import Full, Rule
 from .._tree import nest
 from .._types import Layout, Path, PyTree
@@ -110,12 +108,6 @@ def _decode_leaf(item: Fields, parts: dict[str, Any]) -> Any:
     kind = registered("node", item["node"], nodes)
     names = [name for name in kind._fields if name in item and name not in kind.labels]
     fields = {name: _to_tuples(item[name]) for name in names}
-    hints = typing.get_type_hints(kind)
-    for name, value in fields.items():
-        if hints[name] is float and not is_finite(value):
-            raise TypeError(f"`{name}` must be a number; got {value!r}")
-        if hints[name] is bool and not isinstance(value, bool):
-            raise TypeError(f"`{name}` must be true or false; got {value!r}")
     frozen = fields.get("frozen", ())
     if not isinstance(frozen, tuple) or not all(name in parts for name in frozen):
         raise TypeError(f"`frozen` must name arrays of {kind.__name__}; got {frozen!r}")

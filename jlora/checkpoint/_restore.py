@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from .._adapters import AdapterLeaf, arrays, is_node, state, static
-from .._core import AnyArray
+from .._arrays import AnyArray
 from .._errors import InputError, MissingError, shorten, show
 from .._tree import adapter_leaves, adapter_of, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree

@@ -14,15 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from .. import _folders
-from .._errors import (
-    InputError,
-    OccupiedError,
-    blame,
-    check_values,
-    not_written,
-    printable,
-    show,
-)
+from .._errors import InputError, OccupiedError, blame, check_values, not_written, printable, show
 
 # ------------------------------------------------------------------------------- several processes
 # If one process fails, all raise, and none waits for another.

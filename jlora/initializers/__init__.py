@@ -1,6 +1,7 @@
 """Initializers of A and B, a file each.
 
-Imports `_compat`, `_core`, `_linalg`, `_quantized`, `_rules`, `_site`, `_types`, `_whole`.
+Imports `_arrays`, `_compat`, `_core`, `_linalg`, `_quantized`, `_rules`, `_site`, `_types`,
+`_whole`.
 
 An initializer is a function `(key, w, site, rule) -> (w, a, b)`. `w` is W: an array, a
 `jax.ShapeDtypeStruct` or a `jlora.Quantized`. `site` says how the model uses W, `rule` is the

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._quantized import BaseLeaf
 from .._site import Site
-from ._initializer import RankRule, SketchInitializer, Start, dtype_of
+from ._initializer import RankRule, SketchInitializer, Start, draw
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -44,6 +44,5 @@ class eva(SketchInitializer):
     kind: ClassVar[str] = "inputs"
 
     def __call__(self, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
-        dtype = dtype_of(site, rule)
         a = self.spectrum_at(site, rule, rule.rank).inputs[..., : rule.rank]
-        return w, jnp.array(a, dtype), jnp.zeros(rule.factor_shapes(site)[1], dtype)
+        return draw(w, site, rule, lambda _, dtype: jnp.array(a, dtype))

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from .._arrays import promote
 from .._compat import evaluate_now
-from .._core import promote
 from .._quantized import BaseLeaf
 from .._rules import rule_name
 from .._site import Site

@@ -8,15 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._quantized import (
-    BaseLeaf,
-    Form,
-    Quantized,
-    Scheme,
-    form_of,
-    quantize_weight,
-    spell,
-)
+from .._quantized import BaseLeaf, Form, Quantized, Scheme, form_of, quantize_weight, spell
 from .._rules import check_int, name_mistake, rule_name
 from .._site import Site
 from ._initializer import Initializer, RankRule, Start

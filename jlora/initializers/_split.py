@@ -12,7 +12,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from .. import _compat
-from .._core import RANK, Axis, Change, Delta, Factor, explicit, fit_spec, leaf_weight, promote
+from .._arrays import explicit, fit_spec, promote
+from .._core import RANK, Axis, Change, Delta, Factor, leaf_weight
 from .._linalg import map_matrices, qr
 from .._quantized import BaseLeaf, Form, Quantized, is_quantized, quantize_weight
 from .._rules import rule_name
@@ -51,10 +52,8 @@ class Split(NamedTuple):
     @property
     def of_entry(self) -> "Split":
         """How each entry along the first axis is split."""
-        stack, inputs, outputs = (tuple(d - 1 for d in axes if d) for axes in self.layout[:3])
-        slots = self.layout.slots and (*self.layout.slots[:2], self.layout.slots[2] - 1)
         form = self.form and self.form.of_entry
-        return self._replace(layout=Layout(stack, inputs, outputs, slots), form=form)
+        return self._replace(layout=self.layout.of_entry, form=form)
 
 
 def split_of(w: BaseLeaf, site: Site, rule: RankRule, form: Form | None = None) -> Split:

@@ -72,10 +72,8 @@ class Adapted(Holder, keras.Model):
         leaves, self._structure = jax.tree.flatten(adapter)
         # Named by numbers, because the patterns of a layout map may match the names of W.
         self._own = [self._add(f"lora_{i}", x, True) for i, x in enumerate(leaves)]
-        self._paths = tuple(replaced)
-        self._replaced = [
-            self._add(f"base_{i}", replaced[p], False) for i, p in enumerate(replaced)
-        ]
+        items = enumerate(replaced.items())
+        self._replaced = {path: self._add(f"base_{i}", x, False) for i, (path, x) in items}
         self._adapted = {name_of(path) for path in dict(leaves_by_path(adapter, is_node))}
         self._masks = keras.random.SeedGenerator(seed)
         self._is_merged = False
@@ -99,7 +97,7 @@ class Adapted(Holder, keras.Model):
     @property
     def params(self) -> dict[str, jax.Array]:
         """The weights by their paths: those of the model, or what replaces them."""
-        replaced = {path: v.value for path, v in zip(self._paths, self._replaced, strict=True)}
+        replaced = {path: v.value for path, v in self._replaced.items()}
         return {v.path: v.value for v in self.base.weights} | replaced
 
     @property
@@ -124,7 +122,7 @@ class Adapted(Holder, keras.Model):
         self._refuse_merged()
         merged = merge(self.params, self.adapter)
         for v in self.base.weights:
-            if v.path in self._adapted or v.path in self._paths:
+            if v.path in self._adapted or v.path in self._replaced:
                 v.assign(merged[v.path])
         self._is_merged = True
         # Functions that Keras has compiled would not raise.
@@ -172,7 +170,7 @@ class Adapted(Holder, keras.Model):
     def call(self, inputs: PyTree, training: bool | None = None) -> Any:
         """Returns what the adapted model returns."""
         self._refuse_merged()
-        own = self._adapted.union(self._paths)
+        own = self._adapted.union(self._replaced)
         weights = [v for v in self.base.variables if v.path in own]
         others = [v for v in self.base.variables if v.path not in own]
         # Keras knows a loss by its id: those of the trace live until this model has its own.

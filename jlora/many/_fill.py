@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from .._adapters import AdapterLeaf, LowRank, factor_shapes, is_node, state, weight_shape
+from .._arrays import promote
 from .._compat import evaluate_now
-from .._core import promote
 from .._tree import check_fits, leaves_by_path
 from .._types import Layout, Path, PyTree
 from ..arithmetic._operands import (

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from .._core import is_floating, promote
+from .._arrays import is_floating, promote
 from .._errors import InputError
 from .._optimizer import check_transformation, is_transformation
 from .._types import PyTree

@@ -1,6 +1,6 @@
 """Modules of NNX with an adapter, for NNX's optimizers and trainers.
 
-Nothing else in jlora imports Flax. Imports `_adapters`, `_compat`, `_core`, `_merge`, `_site`,
+Nothing else in jlora imports Flax. Imports `_adapters`, `_arrays`, `_compat`, `_merge`, `_site`,
 `_transform`, `_tree`, `_types`, `sharding`.
 """
 

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapters import is_node
+from .._arrays import pick
 from .._compat import place_of
-from .._core import pick
 from .._merge import merge
 from .._site import Rule
 from .._transform import dropout, transform

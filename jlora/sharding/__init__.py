@@ -1,6 +1,6 @@
 """Shardings of adapters, of their optimizer state, and of quantized bases.
 
-Imports `_adapters`, `_compat`, `_core`, `_errors`, `_quantized`, `_rules`, `_tree` and `_types`.
+Imports `_adapters`, `_arrays`, `_compat`, `_errors`, `_quantized`, `_rules`, `_tree` and `_types`.
 """
 
 from ._places import gathered as gathered

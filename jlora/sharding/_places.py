@@ -9,8 +9,8 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from .._adapters import is_node
+from .._arrays import AnyMesh, count_pieces, mesh_axes
 from .._compat import is_concrete
-from .._core import count_pieces, mesh_axes
 from .._quantized import Quantized, is_quantized, spell
 from .._tree import check_base, leaves_by_path, name_of
 from .._types import Path, PyTree
@@ -109,9 +109,6 @@ def with_spec(place: Place, spec: PartitionSpec) -> Place:
     return NamedSharding(place.mesh, spec, memory_kind=place.memory_kind)
 
 
-Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
-
-
 # -------------------------------------------------------------------------------- quantized weights
 
 
@@ -163,12 +160,12 @@ def gathered(base: PyTree, specs: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(base, is_leaf=is_quantized), found)
 
 
-def describe(entry: object, mesh: Mesh) -> str:
+def describe(entry: object, mesh: AnyMesh) -> str:
     """Returns the mesh axes of an entry of a PartitionSpec, with their sizes, as text."""
     return " × ".join(f"{name}={mesh.shape[name]}" for name in mesh_axes(entry))
 
 
-def check_blocks(entries: Mapping[int, Any], leaf: Quantized, mesh: Mesh) -> None:
+def check_blocks(entries: Mapping[int, Any], leaf: Quantized, mesh: AnyMesh) -> None:
     """Raises `Misfit` if a device would get only a part of a block."""
     form = leaf.form
     name = spell(leaf.scheme)

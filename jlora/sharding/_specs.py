@@ -13,14 +13,13 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapters import AdapterLeaf, Node, arrays, is_node, weight_shape
-from .._core import count_pieces, mesh_axes
+from .._arrays import AnyMesh, count_pieces, mesh_axes
 from .._errors import InputError
 from .._quantized import Quantized, is_quantized
 from .._rules import near_misses
 from .._tree import adapter_leaves, leaves_by_path, name_of, problems_at
 from .._types import Path, PyTree
 from ._places import (
-    Mesh,
     Misfit,
     Place,
     Unknown,
@@ -32,7 +31,7 @@ from ._places import (
 )
 
 
-def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
+def specs(base: PyTree, adapter: PyTree, mesh: AnyMesh | None = None) -> PyTree:
     r"""Returns the shardings of an adapter, which follow those of its base.
 
     A is sharded like W's stack and inputs, B like W's stack and outputs; ranks and slots are
@@ -227,7 +226,7 @@ def _explain(path: Path, places: Mapping[Path, Any]) -> str:
 # ----------------------------------------------------------------------------- how a leaf follows
 
 
-def _follow(place: Place, leaf: AdapterLeaf | Quantized, mesh: Mesh | None) -> Any:
+def _follow(place: Place, leaf: AdapterLeaf | Quantized, mesh: AnyMesh | None) -> Any:
     """Returns the places of the arrays of a leaf of the adapter, for a W at `place`."""
     if not isinstance(place, PartitionSpec | NamedSharding):
         if len(place.device_set) == 1:
@@ -268,7 +267,7 @@ def _each(
     return leaf._replace(**{name: place(axes[name]) for name in arrays(leaf)})
 
 
-def _mesh_of(place: Place, entries: Collection[Any], given: Mesh | None) -> Mesh | None:
+def _mesh_of(place: Place, entries: Collection[Any], given: AnyMesh | None) -> AnyMesh | None:
     """Returns the mesh of `entries`; None if they have names that the mesh in scope lacks."""
     if isinstance(place, NamedSharding) or given is not None:
         return place.mesh if isinstance(place, NamedSharding) else given
@@ -276,7 +275,7 @@ def _mesh_of(place: Place, entries: Collection[Any], given: Mesh | None) -> Mesh
     return scope if {n for e in entries for n in mesh_axes(e)} <= set(scope.axis_names) else None
 
 
-def _check_entries(entries: Collection[Any], shape: tuple[int, ...], mesh: Mesh) -> None:
+def _check_entries(entries: Collection[Any], shape: tuple[int, ...], mesh: AnyMesh) -> None:
     names = [name for entry in entries for name in mesh_axes(entry)]
     for name in names:
         if name not in mesh.axis_names:

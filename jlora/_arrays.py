@@ -12,6 +12,8 @@ from jax.lax import PrecisionLike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from . import _compat
+
 AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # with values, or only its type
 AnyMesh = Mesh | AbstractMesh
 
@@ -23,6 +25,12 @@ def explicit(x: object) -> NamedSharding | None:
     if not isinstance(found, NamedSharding) or AxisType.Explicit not in found.mesh.axis_types:
         return None
     return found
+
+
+def abstract(x: AnyArray) -> jax.ShapeDtypeStruct:
+    """Returns the type of an array: its shape, its dtype in JAX, how it is sharded and varies."""
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+    return _compat.abstract(x.shape, dtype, explicit(x), like=x)
 
 
 def _join_shardings(
