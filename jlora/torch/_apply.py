@@ -1,0 +1,195 @@
+"""The call of a module, as a function of its parameters."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+from jax.sharding import NamedSharding, PartitionSpec
+from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
+from torchax.tensor import Environment, Tensor, View  # pyright: ignore[reportMissingImports]
+
+from .._errors import InputError
+from .._rules import near_misses
+from .._tree import leaves_by_path
+from .._types import PyTree
+from ._skeleton import copy_structure, find_constants, find_saved, find_ties, to_jax
+
+Shardings = Mapping[str, PartitionSpec | NamedSharding]
+
+
+class Operators(Environment):
+    """The operators of torchax, without random numbers of its own."""
+
+    def __init__(self) -> None:
+        """Starts with what torchax has, and the lookup of an embedding."""
+        super().__init__()
+        self.override_op_definition(torch.ops.aten.embedding, self._look_up)
+
+    def get_and_rotate_prng_key(self, generator: torch.Generator | None = None) -> jax.Array:
+        """Returns the key of a generator; raises without one."""
+        if generator is None:
+            raise NotImplementedError(
+                "the model draws random numbers, which would be the same in each call of a "
+                "compiled function. Give it the numbers as an argument, or a torch.Generator."
+            )
+        return super().get_and_rotate_prng_key(generator)
+
+    def _look_up(
+        self,
+        weight: Tensor,
+        ids: Tensor,
+        padding_idx: int = -1,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Tensor:
+        """Looks up rows; torchax's own is a `custom_jvp`, which has no factored form."""
+        del scale_grad_by_freq, sparse
+        at = ids.jax()
+        found = jnp.take(weight.jax(), at, axis=0)
+        if padding_idx >= 0:
+            is_padding = (at == padding_idx)[..., None]
+            found = jnp.where(is_padding, jax.lax.stop_gradient(found), found)
+        return Tensor(found, self)
+
+
+class Call(torch.nn.Module):
+    """A module whose call is the call of a method of `model`."""
+
+    def __init__(self, model: torch.nn.Module, method: str) -> None:
+        """Holds the model."""
+        super().__init__()
+        self.model = model
+        self.method = method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the method; `forward` with its hooks."""
+        call = self.model if self.method == "forward" else getattr(self.model, self.method)
+        return call(*args, **kwargs)
+
+
+class Apply:
+    """A function of the parameters of a module; see `jlora.torch.extract`.
+
+    Attributes:
+        tied: the first name of each parameter that several modules share, with the other names.
+        transposed: the modules of experts with the attribute `is_transposed`.
+    """
+
+    def __init__(self, model: torch.nn.Module, activations: Shardings | None) -> None:
+        """Copies the structure of `model`."""
+        skeleton = copy_structure(model)
+        self.tied = find_ties(skeleton)
+        self.transposed = frozenset(
+            name for name, m in skeleton.named_modules() if getattr(m, "is_transposed", False)
+        )
+        self._constants = find_constants(skeleton)
+        self._buffers = find_saved(skeleton).keys() - dict(skeleton.named_parameters()).keys()
+        self._environment = Operators()
+        self._model = skeleton
+        for pattern, sharding in (activations or {}).items():
+            self._constrain(pattern, sharding)
+
+    def __call__(
+        self, params: PyTree, /, *args: Any, method: str = "forward", **kwargs: Any
+    ) -> Any:
+        """Computes what the model computes with `params`."""
+        given = {".".join(path): x for path, x in leaves_by_path(params)}
+        stopped = {name: jax.lax.stop_gradient(given[name]) for name in self._buffers & given.keys()}
+        every = {**given, **stopped, **self._constants}
+        tensors = {f"model.{name}": self._wrap(x) for name, x in every.items()}
+        args, kwargs = _pytree.tree_map(self._to_torch, (args, kwargs))
+        with self._environment:
+            out = torch.func.functional_call(
+                Call(self._model, method), tensors, args, kwargs, strict=True
+            )
+        return _to_jax(out, "")
+
+    def _wrap(self, x: Any) -> Tensor:
+        return Tensor(jnp.asarray(x), self._environment)
+
+    def _to_torch(self, x: object) -> Any:
+        if isinstance(x, torch.Tensor):
+            raise TypeError(
+                "`apply` takes arrays of JAX or NumPy; got a torch.Tensor. Give x.numpy()."
+            )
+        return self._wrap(x) if isinstance(x, jax.Array | np.ndarray) else x
+
+    def _constrain(self, pattern: str, sharding: PartitionSpec | NamedSharding) -> None:
+        """Constrains the outputs of the modules whose last components match `pattern`."""
+        paths = {name.replace(".", "/"): m for name, m in self._model.named_modules()}
+        found = [m for path, m in paths.items() if re.fullmatch(f"(?:.*/)?(?:{pattern})", path)]
+        if not found:
+            raise InputError(
+                f"`activations` has {pattern!r}, which matches no module. "
+                + near_misses(pattern, list(paths))
+            )
+
+        def constrain(module: torch.nn.Module, args: Any, out: Any) -> Any:
+            if isinstance(out, tuple):
+                return (constrain(module, args, out[0]), *out[1:])
+            x = jax.lax.with_sharding_constraint(out.jax(), sharding)
+            return Tensor(x, self._environment)
+
+        for module in found:
+            module.register_forward_hook(constrain)
+
+
+def _to_jax(x: Any, where: str) -> Any:
+    """Replaces tensors by arrays, and registers the classes around them as pytrees."""
+    if isinstance(x, Tensor | View):
+        return x.jax()
+    if isinstance(x, torch.Tensor):
+        return to_jax(x)
+    if isinstance(x, Mapping):
+        fields = {key: _to_jax(y, f"{where}[{key!r}]") for key, y in x.items()}
+    elif dataclasses.is_dataclass(x):
+        names = [field.name for field in dataclasses.fields(x)]
+        fields = {name: _to_jax(getattr(x, name), f"{where}.{name}") for name in names}
+    elif isinstance(x, tuple | list):
+        each = [_to_jax(y, f"{where}[{i}]") for i, y in enumerate(x)]
+        return type(x)(*each) if hasattr(x, "_fields") else type(x)(each)
+    elif x is None or isinstance(x, bool | int | float | complex):
+        return x
+    else:
+        raise TypeError(
+            f"`model` returns an object of type {type(x).__name__} at output{where}, which holds "
+            "no arrays of JAX. Ask for outputs without it, for example by use_cache=False."
+        )
+    return _make_registered(type(x), fields)
+
+
+def _make_registered(kind: type[Any], fields: Mapping[str, Any]) -> Any:
+    found = _make(kind, fields)
+    if jax.tree_util.all_leaves([found]):
+        _register(kind)
+    return found
+
+
+def _make(kind: type[Any], fields: Mapping[str, Any]) -> Any:
+    """Makes an object without its constructor, which may read the values."""
+    found = kind.__new__(kind)
+    for name, x in fields.items():
+        if isinstance(found, dict):
+            found[name] = x
+        else:
+            object.__setattr__(found, name, x)
+    return found
+
+
+def _register(kind: type[Any]) -> None:
+    def items(x: Any) -> Any:
+        return x.items() if isinstance(x, dict) else vars(x).items()
+
+    jax.tree_util.register_pytree_with_keys(
+        kind,
+        lambda x: (
+            [(jax.tree_util.GetAttrKey(k), y) for k, y in items(x)],
+            tuple(k for k, _ in items(x)),
+        ),
+        lambda keys, values: _make(kind, dict(zip(keys, values, strict=True))),
+    )
