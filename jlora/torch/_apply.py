@@ -1,5 +1,6 @@
 """The call of a module, as a function of its parameters."""
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from .._errors import InputError
 from .._rules import near_misses
 from .._tree import leaves_by_path
 from .._types import PyTree
-from ._skeleton import copy_structure, find_constants, find_saved, find_ties, to_jax
+from ._skeleton import copy_structure, find_constants, find_saved, read_structure, to_jax
 
 Shardings = Mapping[str, PartitionSpec | NamedSharding]
 
@@ -76,17 +77,13 @@ class Apply:
     """A function of the parameters of a module; see `jlora.torch.extract`.
 
     Attributes:
-        tied: the first name of each parameter that several modules share, with the other names.
-        transposed: the modules of experts with the attribute `is_transposed`.
+        structure: what `jlora.torch.names` needs to know of the module.
     """
 
     def __init__(self, model: torch.nn.Module, activations: Shardings | None) -> None:
         """Copies the structure of `model`."""
         skeleton = copy_structure(model)
-        self.tied = find_ties(skeleton)
-        self.transposed = frozenset(
-            name for name, m in skeleton.named_modules() if getattr(m, "is_transposed", False)
-        )
+        self.structure = read_structure(skeleton)
         self._constants = find_constants(skeleton)
         self._buffers = find_saved(skeleton).keys() - dict(skeleton.named_parameters()).keys()
         self._environment = Operators()
@@ -103,10 +100,10 @@ class Apply:
         every = {**given, **stopped, **self._constants}
         tensors = {f"model.{name}": self._wrap(x) for name, x in every.items()}
         args, kwargs = _pytree.tree_map(self._to_torch, (args, kwargs))
+        # A copy, as modules may keep values in their attributes.
+        call = Call(copy.deepcopy(self._model), method)
         with self._environment:
-            out = torch.func.functional_call(
-                Call(self._model, method), tensors, args, kwargs, strict=True
-            )
+            out = torch.func.functional_call(call, tensors, args, kwargs, strict=True)
         return _to_jax(out, "")
 
     def _wrap(self, x: Any) -> Tensor:

@@ -9,6 +9,7 @@ import torch  # pyright: ignore[reportMissingImports]
 from torchax.ops import mappings  # pyright: ignore[reportMissingImports]
 
 from .._errors import InputError, Problem
+from ._names import Structure
 
 Array = jax.Array | jax.ShapeDtypeStruct
 
@@ -33,12 +34,26 @@ def find_saved(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters()) | buffers
 
 
-def find_ties(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
-    """Maps the first name of each parameter that has several to the others."""
-    names: dict[int, list[str]] = {}
+def read_structure(model: torch.nn.Module) -> Structure:
+    """Reads what `jlora.torch.names` needs to know."""
+    aliases: dict[int, list[str]] = {}
     for name, x in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(x), []).append(name)
-    return {first: tuple(rest) for first, *rest in names.values() if rest}
+        aliases.setdefault(id(x), []).append(name)
+    modules = dict(model.named_modules())
+    return Structure(
+        tuple(find_saved(model)),
+        {first: tuple(rest) for first, *rest in aliases.values() if rest},
+        frozenset(name for name, m in modules.items() if _is_adaptable(m)),
+        frozenset(name for name, m in modules.items() if getattr(m, "is_transposed", False)),
+    )
+
+
+def _is_adaptable(module: torch.nn.Module) -> bool:
+    """Whether PEFT adapts a module, and with one A and one B for the whole weight."""
+    if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
+        return module.groups == 1
+    known = (torch.nn.Linear, torch.nn.Embedding)
+    return isinstance(module, known) or type(module).__name__ == "Conv1D"
 
 
 def copy_structure(model: torch.nn.Module) -> torch.nn.Module:

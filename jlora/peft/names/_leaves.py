@@ -195,11 +195,11 @@ def sort_by_row(leaves: Sequence[NamedLeaf], names: Sequence[Name]) -> list[Name
 
 def find_tied_heads(leaves: Sequence[NamedLeaf]) -> dict[str, NamedLeaf]:
     """Maps each tied head to the embedding in this tree whose weight it shares."""
-    modules = {m for leaf in leaves for m in leaf.modules}
+    parameters = {name for leaf in leaves for name in leaf.parameters}
 
     def is_tied(head: str) -> bool:
         parent, dot, _ = head.rpartition(".")
-        has_parent = not dot or any(m.startswith(parent) for m in modules)
-        return head not in modules and has_parent
+        has_parent = not dot or any(name.startswith(parent) for name in parameters)
+        return f"{head}.weight" not in parameters and has_parent
 
     return {head: leaf for leaf in leaves if (head := leaf.name.tied) and is_tied(head)}

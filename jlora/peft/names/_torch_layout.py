@@ -238,8 +238,9 @@ def _reorder(
     x: np.ndarray, axes: Axes, leaf: NamedLeaf, order: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """Reorders the entries of an interleaved axis; `order` is a function of their pairs."""
-    last = leaf.name.where("o")[-1]
-    if not leaf.name.interleaved or last not in axes:
+    last = leaf.name.where("o")[-1:]
+    if not leaf.name.interleaved or not set(last) <= set(axes):
         return x
+    [last] = last
     pairs = np.arange(leaf.shape[last]).reshape(-1, 2)
     return np.take(x, order(pairs).ravel(), axes.index(last))
