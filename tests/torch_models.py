@@ -90,11 +90,29 @@ IMAGE = {"pixel_values": PIXELS}
 
 
 class Model(NamedTuple):
-    """A model: its class, the fields of its configuration, and the arguments of a call."""
+    """A model of `transformers`.
+
+    Attributes:
+        kind: its class.
+        fields: the fields of its configuration.
+        call: the arguments of a call.
+        refused: a pattern of weights of which PEFT or `transformers` refuses adapters.
+    """
 
     kind: str
     fields: dict[str, Any]
     call: dict[str, Any]
+    refused: str = "none"
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arguments that are traced."""
+        return {name: x for name, x in self.call.items() if isinstance(x, np.ndarray)}
+
+    @property
+    def static(self) -> dict[str, Any]:
+        """The other arguments."""
+        return {name: x for name, x in self.call.items() if name not in self.arrays}
 
     def make(self) -> Any:
         """Makes it, with random values in all parameters, also norms and biases."""
@@ -108,6 +126,9 @@ class Model(NamedTuple):
                 x += 0.02 * torch.randn_like(x)
         return model
 
+
+# PEFT takes the MLPs of dense layers and the shared experts for experts of `transformers` 4.
+NOT_EXPERTS = "mlp/(?:shared_experts/)?(?:gate|up|down)_proj"
 
 MODELS = {
     "llama": Model("LlamaForCausalLM", GROUPED, WORDS),
@@ -126,7 +147,7 @@ MODELS = {
     "mixtral": Model(
         "MixtralForCausalLM", GROUPED | EXPERTS | BATCHED | {"num_local_experts": 4}, WORDS
     ),
-    "deepseek-v3": Model("DeepseekV3ForCausalLM", TEXT | EXPERTS | MLA | BATCHED, WORDS),
+    "deepseek-v3": Model("DeepseekV3ForCausalLM", TEXT | EXPERTS | MLA | BATCHED, WORDS, NOT_EXPERTS),
     "gpt2": Model(
         "GPT2LMHeadModel", {"vocab_size": 71, "n_embd": 32, "n_layer": 2, "n_head": 4}, WORDS
     ),
@@ -145,6 +166,7 @@ MODELS = {
         "WhisperForConditionalGeneration",
         WHISPER,
         {"input_features": SPECTRUM, "decoder_input_ids": IDS[:, :5]} | NO_CACHE,
+        "conv[12]|embed_positions",  # whose attributes the encoder reads; PEFT's modules have none
     ),
     "wav2vec2": Model("Wav2Vec2ForCTC", TEXT | AUDIO, {"input_values": SOUND}),
     "sam": Model(
@@ -165,7 +187,7 @@ MODELS = {
         TEXT | {"mask_token_id": 2, "position_embedding_type": "rotary"},
         MASKED,
     ),
-    "mamba2": Model("Mamba2ForCausalLM", MAMBA2, WORDS),
+    "mamba2": Model("Mamba2ForCausalLM", MAMBA2, WORDS, "out_proj|conv1d|lm_head"),
     "llava": Model(
         "LlavaForConditionalGeneration",
         {

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
 from torchax.tensor import Environment, Tensor, View  # pyright: ignore[reportMissingImports]
 
@@ -24,12 +25,13 @@ Shardings = Mapping[str, PartitionSpec | NamedSharding]
 
 
 class Operators(Environment):
-    """The operators of torchax, without random numbers of its own."""
+    """The operators of torchax, and what it lacks. It draws no random numbers of its own."""
 
     def __init__(self) -> None:
-        """Starts with what torchax has, and the lookup of an embedding."""
+        """Adds operators to those of torchax, for this object alone."""
         super().__init__()
         self.override_op_definition(torch.ops.aten.embedding, self._look_up)
+        self.override_op_definition(torch.ops.aten._is_all_true, self._check)
 
     def get_and_rotate_prng_key(self, generator: torch.Generator | None = None) -> jax.Array:
         """Returns the key of a generator; raises without one."""
@@ -40,22 +42,35 @@ class Operators(Environment):
             )
         return super().get_and_rotate_prng_key(generator)
 
+    def t2j_iso(self, torchtensors: Any) -> Any:
+        """Returns the arrays in tensors; also of PyTorch's own, which models make as constants."""
+        return _pytree.tree_map_only(torch.Tensor, to_array, torchtensors)
+
+    def wrap(self, x: ArrayLike) -> Tensor:
+        """Makes a tensor of an array."""
+        return Tensor(jnp.asarray(x), self)
+
     def _look_up(
-        self,
-        weight: Tensor,
-        ids: Tensor,
-        padding_idx: int = -1,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
+        self, weight: torch.Tensor, ids: torch.Tensor, padding_idx: int = -1, *options: bool
     ) -> Tensor:
-        """Looks up rows; torchax's own is a `custom_jvp`, which has no factored form."""
-        del scale_grad_by_freq, sparse
-        at = ids.jax()
-        found = jnp.take(weight.jax(), at, axis=0)
+        """Looks up rows of an embedding; that of torchax is a `custom_jvp`, without sites."""
+        del options
+        table, at = self.t2j_iso((weight, ids))
+        found = jnp.take(table, at, axis=0)
         if padding_idx >= 0:
             is_padding = (at == padding_idx)[..., None]
             found = jnp.where(is_padding, jax.lax.stop_gradient(found), found)
-        return Tensor(found, self)
+        return self.wrap(found)
+
+    def _check(self, x: torch.Tensor) -> torch.Tensor:
+        """Whether a check of the model holds; of traced values nobody knows, so it does."""
+        holds = self.t2j_iso(x)
+        return torch.tensor(isinstance(holds, jax.core.Tracer) or bool(holds.all()))
+
+
+def to_array(x: torch.Tensor) -> jax.Array:
+    """Returns the array in a tensor of torchax, or copies one of PyTorch."""
+    return x.jax() if isinstance(x, Tensor | View) else jnp.asarray(to_jax(x))
 
 
 class Call(torch.nn.Module):
@@ -98,7 +113,7 @@ class Apply:
         given = {".".join(path): x for path, x in leaves_by_path(params)}
         stopped = {name: jax.lax.stop_gradient(given[name]) for name in self._buffers & given.keys()}
         every = {**given, **stopped, **self._constants}
-        tensors = {f"model.{name}": self._wrap(x) for name, x in every.items()}
+        tensors = {f"model.{name}": self._environment.wrap(x) for name, x in every.items()}
         args, kwargs = _pytree.tree_map(self._to_torch, (args, kwargs))
         # A copy, as modules may keep values in their attributes.
         call = Call(copy.deepcopy(self._model), method)
@@ -106,15 +121,12 @@ class Apply:
             out = torch.func.functional_call(call, tensors, args, kwargs, strict=True)
         return _to_jax(out, "")
 
-    def _wrap(self, x: Any) -> Tensor:
-        return Tensor(jnp.asarray(x), self._environment)
-
     def _to_torch(self, x: object) -> Any:
         if isinstance(x, torch.Tensor):
             raise TypeError(
                 "`apply` takes arrays of JAX or NumPy; got a torch.Tensor. Give x.numpy()."
             )
-        return self._wrap(x) if isinstance(x, jax.Array | np.ndarray) else x
+        return self._environment.wrap(x) if isinstance(x, jax.Array | np.ndarray) else x
 
     def _constrain(self, pattern: str, sharding: PartitionSpec | NamedSharding) -> None:
         """Constrains the outputs of the modules whose last components match `pattern`."""
@@ -129,8 +141,8 @@ class Apply:
         def constrain(module: torch.nn.Module, args: Any, out: Any) -> Any:
             if isinstance(out, tuple):
                 return (constrain(module, args, out[0]), *out[1:])
-            x = jax.lax.with_sharding_constraint(out.jax(), sharding)
-            return Tensor(x, self._environment)
+            x = jax.lax.with_sharding_constraint(to_array(out), sharding)
+            return self._environment.wrap(x)
 
         for module in found:
             module.register_forward_hook(constrain)
@@ -138,10 +150,8 @@ class Apply:
 
 def _to_jax(x: Any, where: str) -> Any:
     """Replaces tensors by arrays, and registers the classes around them as pytrees."""
-    if isinstance(x, Tensor | View):
-        return x.jax()
     if isinstance(x, torch.Tensor):
-        return to_jax(x)
+        return to_array(x)
     if isinstance(x, Mapping):
         fields = {key: _to_jax(y, f"{where}[{key!r}]") for key, y in x.items()}
     elif dataclasses.is_dataclass(x):

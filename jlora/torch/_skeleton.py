@@ -43,17 +43,21 @@ def read_structure(model: torch.nn.Module) -> Structure:
     return Structure(
         tuple(find_saved(model)),
         {first: tuple(rest) for first, *rest in aliases.values() if rest},
-        frozenset(name for name, m in modules.items() if _is_adaptable(m)),
+        frozenset(_find_adaptable(modules)),
         frozenset(name for name, m in modules.items() if getattr(m, "is_transposed", False)),
     )
 
 
-def _is_adaptable(module: torch.nn.Module) -> bool:
-    """Whether PEFT adapts a module, and with one A and one B for the whole weight."""
-    if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
-        return module.groups == 1
+def _find_adaptable(modules: Mapping[str, torch.nn.Module]) -> Iterator[str]:
+    """Finds the modules that PEFT adapts, and with one A and one B for the whole weight."""
     known = (torch.nn.Linear, torch.nn.Embedding)
-    return isinstance(module, known) or type(module).__name__ == "Conv1D"
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    for name, module in modules.items():
+        if isinstance(modules.get(name.rpartition(".")[0]), torch.nn.MultiheadAttention):
+            continue  # it reads the weights of its modules, and does not call them
+        is_plain = isinstance(module, convolutions) and module.groups == 1
+        if is_plain or isinstance(module, known) or type(module).__name__ == "Conv1D":
+            yield name
 
 
 def copy_structure(model: torch.nn.Module) -> torch.nn.Module:
