@@ -5,8 +5,8 @@ base, adapter = lora.init(key, variables, tokens)
 logits = lora.apply(base, adapter, tokens)
 params = jlora.merge(base, adapter)
 
-`jlora.analysis`, `checkpoint`, `keras`, `many`, `nnx`, `peft` and `torch` are imported at their first
-use.
+`jlora.analysis`, `checkpoint`, `keras`, `many`, `nnx`, `peft` and `torch` are imported when they
+are first used.
 """
 
 import typing as _typing

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torchax")
-hf_peft = pytest.importorskip("peft")
-torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
 
+import peft as hf_peft
+import torch
 from safetensors.numpy import load_file
 from small import randomize
 from torch_models import MODELS, Model
@@ -46,7 +47,10 @@ def extracted(name: str) -> Extracted:
     row = MODELS[name]
     model = row.make()
     params, apply = jlora.torch.extract(model)
-    call = lambda params, arrays: numbers(apply(params, **arrays, **row.static))
+
+    def call(params: Any, arrays: dict[str, Any]) -> dict[str, Any]:
+        return numbers(apply(params, **arrays, **row.static))
+
     sites = jlora.transform(call).sites(params, row.arrays)
     return Extracted(model, params, apply, call, sites, jlora.torch.names(sites, apply))
 
@@ -124,7 +128,7 @@ def test_ours_in_pytorch(name: str, tmp_path: pathlib.Path) -> None:
 
 @EVERY
 def test_theirs_in_jax(name: str, tmp_path: pathlib.Path) -> None:
-    """jlora computes with PEFT's file what PEFT does, and writes the same file."""
+    """With PEFT's file we compute what PEFT does, and we write the same file."""
     row, found = MODELS[name], extracted(name)
     rows = [x for x in adapted_rows(name) if not x.tied]  # PEFT alone would change one of two
     experts = [f"{x.module}.{x.parameter}" for x in rows if x.kind == "experts"]
@@ -140,12 +144,16 @@ def test_theirs_in_jax(name: str, tmp_path: pathlib.Path) -> None:
         if "lora_" in key:
             torch.nn.init.normal_(x, std=0.2)
     has_tables = any(x.kind == "embedding" for x in rows)
-    model.save_pretrained(tmp_path / "theirs", save_embedding_layers="auto" if has_tables else False)
+    model.save_pretrained(
+        tmp_path / "theirs", save_embedding_layers="auto" if has_tables else False
+    )
     adapter = peft.load(tmp_path / "theirs", found.params, found.names)
     outputs = jax.jit(jlora.transform(found.call).apply)(found.params, adapter, row.arrays)
     assert_close(outputs, run(model, row))
     fields = peft.read_config(tmp_path / "theirs")
     peft.save(tmp_path / "ours", found.params, adapter, found.names, config=fields)
-    ours, theirs = (load_file(tmp_path / x / "adapter_model.safetensors") for x in ("ours", "theirs"))
+    ours, theirs = (
+        load_file(tmp_path / x / "adapter_model.safetensors") for x in ("ours", "theirs")
+    )
     assert ours.keys() == theirs.keys()
     assert all(ours[key].tobytes() == theirs[key].tobytes() for key in ours)

@@ -12,7 +12,6 @@ TEXT = SIZES | HEADS | {"vocab_size": 71, "max_position_embeddings": 40, "pad_to
 GROUPED = TEXT | {"num_key_value_heads": 2, "head_dim": 8}
 VISION = SIZES | HEADS | {"image_size": 16, "patch_size": 8, "num_channels": 3}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
-BATCHED = {"experts_implementation": "batched_mm"}  # torchax has no grouped_mm
 MLA = {
     "n_routed_experts": 4,
     "n_group": 2,
@@ -135,19 +134,13 @@ MODELS = {
     "llama-tied": Model("LlamaForCausalLM", GROUPED | {"tie_word_embeddings": True}, WORDS),
     "qwen2": Model("Qwen2ForCausalLM", GROUPED, WORDS),
     "qwen3": Model("Qwen3ForCausalLM", GROUPED, WORDS),
-    "qwen3-moe": Model(
-        "Qwen3MoeForCausalLM", GROUPED | EXPERTS | BATCHED | {"num_experts": 4}, WORDS
-    ),
+    "qwen3-moe": Model("Qwen3MoeForCausalLM", GROUPED | EXPERTS | {"num_experts": 4}, WORDS),
     "qwen3.5": Model("Qwen3_5ForCausalLM", GROUPED | LINEAR_ATTENTION, WORDS),
     "gemma3": Model("Gemma3ForCausalLM", GROUPED | LAYERS, WORDS),
     "gemma4": Model("Gemma4ForCausalLM", GROUPED | GEMMA4, WORDS),
-    "gpt-oss": Model(
-        "GptOssForCausalLM", GROUPED | EXPERTS | BATCHED | {"num_local_experts": 4}, WORDS
-    ),
-    "mixtral": Model(
-        "MixtralForCausalLM", GROUPED | EXPERTS | BATCHED | {"num_local_experts": 4}, WORDS
-    ),
-    "deepseek-v3": Model("DeepseekV3ForCausalLM", TEXT | EXPERTS | MLA | BATCHED, WORDS, NOT_EXPERTS),
+    "gpt-oss": Model("GptOssForCausalLM", GROUPED | EXPERTS | {"num_local_experts": 4}, WORDS),
+    "mixtral": Model("MixtralForCausalLM", GROUPED | EXPERTS | {"num_local_experts": 4}, WORDS),
+    "deepseek-v3": Model("DeepseekV3ForCausalLM", TEXT | EXPERTS | MLA, WORDS, NOT_EXPERTS),
     "gpt2": Model(
         "GPT2LMHeadModel", {"vocab_size": 71, "n_embd": 32, "n_layer": 2, "n_head": 4}, WORDS
     ),
@@ -168,7 +161,8 @@ MODELS = {
         {"input_features": SPECTRUM, "decoder_input_ids": IDS[:, :5]} | NO_CACHE,
         "conv[12]|embed_positions",  # whose attributes the encoder reads; PEFT's modules have none
     ),
-    "wav2vec2": Model("Wav2Vec2ForCTC", TEXT | AUDIO, {"input_values": SOUND}),
+    # PEFT stores an adapted head only beside an input embedding, which this one has not.
+    "wav2vec2": Model("Wav2Vec2ForCTC", TEXT | AUDIO, {"input_values": SOUND}, "lm_head"),
     "sam": Model(
         "SamModel",
         {

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ class Operators(Environment):
         super().__init__()
         self.override_op_definition(torch.ops.aten.embedding, self._look_up)
         self.override_op_definition(torch.ops.aten._is_all_true, self._check)
+        self.override_op_definition(torch.ops.aten._grouped_mm, self._multiply_groups)
 
     def get_and_rotate_prng_key(self, generator: torch.Generator | None = None) -> jax.Array:
         """Returns the key of a generator; raises without one."""
@@ -61,6 +62,15 @@ class Operators(Environment):
             is_padding = (at == padding_idx)[..., None]
             found = jnp.where(is_padding, jax.lax.stop_gradient(found), found)
         return self.wrap(found)
+
+    def _multiply_groups(
+        self, x: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, *options: Any
+    ) -> Tensor:
+        """Multiplies rows that are sorted by their experts, each with the matrix of its expert."""
+        del options
+        rows, stack, ends = self.t2j_iso((x, weights, offs))
+        sizes = jnp.diff(ends, prepend=jnp.zeros(1, ends.dtype))
+        return self.wrap(jax.lax.ragged_dot(rows, stack, sizes))
 
     def _check(self, x: torch.Tensor) -> torch.Tensor:
         """Whether a check of the model holds; of traced values nobody knows, so it does."""
@@ -111,7 +121,9 @@ class Apply:
     ) -> Any:
         """Computes what the model computes with `params`."""
         given = {".".join(path): x for path, x in leaves_by_path(params)}
-        stopped = {name: jax.lax.stop_gradient(given[name]) for name in self._buffers & given.keys()}
+        stopped = {
+            name: jax.lax.stop_gradient(given[name]) for name in self._buffers & given.keys()
+        }
         every = {**given, **stopped, **self._constants}
         tensors = {f"model.{name}": self._environment.wrap(x) for name, x in every.items()}
         args, kwargs = _pytree.tree_map(self._to_torch, (args, kwargs))

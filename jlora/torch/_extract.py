@@ -1,7 +1,7 @@
 """A module of PyTorch as parameters and a function, which is what `jlora.transform` takes."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .._tree import nest
 from .._types import PyTree

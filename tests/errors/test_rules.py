@@ -10,8 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 import pytest
+from jax import lax
 from jax.nn.initializers import lecun_normal, normal, zeros
-from small import REMEDY, X, each_refusal, exactly, init, line_of, model
+from small import REMEDY, SQUARE, X, each_refusal, exactly, init, line_of, model
 
 import jlora
 from jlora import Full, LoRA, Slots, checkpoint, initializers
@@ -142,6 +143,12 @@ def test_keywords_of_peft(rule: type) -> None:
 
 # ------------------------------------------------------------------------ with their model
 
+
+def constant(p: Any, x: Any) -> Any:
+    """Uses a weight only where it gets no gradient."""
+    return x @ lax.stop_gradient(p["w"])
+
+
 IN_FULL = "Narrow the pattern, or train the leaf in full with jlora.Full."
 
 
@@ -185,8 +192,13 @@ UNFIT = {
     "(did you mean 'layer/kernel'?), or train the leaf in full with jlora.Full.": lambda: init(
         LoRA("layer", rank=2)
     ),
-    "LoRA('unused') matches 'unused' of shape (3, 5), which the traced call does not use. "
-    f"{IN_FULL}": lambda: init(LoRA("unused", rank=2)),
+    "LoRA('unused') matches 'unused' of shape (3, 5), which the traced call does not use, or only "
+    f"behind stop_gradient. {IN_FULL}": lambda: init(LoRA("unused", rank=2)),
+    "LoRA('w') matches 'w' of shape (4, 4), which the traced call does not use, or only behind "
+    f"stop_gradient. {IN_FULL}": lambda: init(LoRA("w", rank=2), apply=constant, params=SQUARE),
+    "Full('w') matches 'w' of shape (4, 4), which the traced call does not use, or only behind "
+    "stop_gradient, so it would get no gradient. Narrow the pattern, or give `init` the arguments "
+    "of a call that uses it.": lambda: init(Full("w"), apply=constant, params=SQUARE),
     "LoRA('bucket') matches 'bucket' of dtype int32, which is not floating-point. Narrow the "
     "pattern.": lambda: init(LoRA("bucket", rank=2)),
     "Full('bucket') matches 'bucket' of dtype int32, which cannot be trained. "

@@ -27,10 +27,11 @@ class Name:
             `{6*+1*+2}` is 6·i + j + 2 for the indices i and j along two stacked axes, and `{\1+3}`
             is a group plus 3. For a leaf that holds several modules, a tuple of modules.
         axes: a letter for each axis of the leaf. `i`: inputs. `o`: outputs. `v`: the rows of an
-            embedding. `k`: an axis of a convolution's window, or a further one of a parameter
-            that is no matrix. `l`: stacked, one module for each index. `e`: the experts of one PyTorch parameter. `s`: the modules of a tuple, such as k
-            and v in a leaf (2, heads, d, head_dim): `soio`. Several `i` or `o` are flattened in
-            order, such as `ioo` for the kernel (d, heads, head_dim) of a `DenseGeneral`.
+            embedding. `k`: an axis of a convolution's window, or a further axis of a parameter that
+            is no matrix. `l`: stacked, one module for each index. `e`: the experts of one PyTorch
+            parameter. `s`: the modules of a tuple, such as k and v in a leaf (2, heads, d,
+            head_dim): `soio`. Several `i` or `o` are flattened in order, such as `ioo` for the
+            kernel (d, heads, head_dim) of a `DenseGeneral`. A scalar has no letters.
         parameter: the name of the parameter in the module.
         transposed: whether PyTorch stores the weight as (inputs, outputs), as in GPT-2's `Conv1D`,
             or as (experts, inputs, outputs), as in Llama 4.
@@ -82,8 +83,7 @@ class Name:
         except re.error as e:
             return f"`path` is not a regular expression: {e}"
         counts = collections.Counter(self.axes)
-        is_scalar = not self.axes
-        lacks_o = not (counts["o"] or is_scalar)
+        lacks_o = bool(self.axes) and not counts["o"]
         if counts.keys() - set("iovkles") or max(counts["e"], counts["s"]) > 1 or lacks_o:
             return (
                 "`axes` may have the letters i, o, v, k, l, at most one e and one s, and needs an o"

@@ -205,7 +205,7 @@ def _pack(x: ArrayLike, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.
     x = np.transpose(x, [axes.index(d) for d in order])
     x = x.reshape(multiply_lengths([stacked, *groups], sizes))
     # Contiguous, as the safetensors library writes memory in its order.
-    return [np.ascontiguousarray(part) for part in x]
+    return [np.asarray(part, order="C") for part in x]
 
 
 def _unpack(
