@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
 from torchax.tensor import Environment, Tensor, View  # pyright: ignore[reportMissingImports]
 
+from .._compat import is_concrete
 from .._errors import InputError
 from .._rules import near_misses
 from .._tree import leaves_by_path
@@ -75,7 +76,7 @@ class Operators(Environment):
     def _check(self, x: torch.Tensor) -> torch.Tensor:
         """Whether a check of the model holds; of traced values nobody knows, so it does."""
         holds = self.t2j_iso(x)
-        return torch.tensor(isinstance(holds, jax.core.Tracer) or bool(holds.all()))
+        return torch.tensor(not is_concrete(holds) or bool(holds.all()))
 
 
 def to_array(x: torch.Tensor) -> jax.Array:
@@ -125,6 +126,7 @@ class Apply:
             name: jax.lax.stop_gradient(given[name]) for name in self._buffers & given.keys()
         }
         every = {**given, **stopped, **self._constants}
+        tensors: dict[str, torch.Tensor]
         tensors = {f"model.{name}": self._environment.wrap(x) for name, x in every.items()}
         args, kwargs = _pytree.tree_map(self._to_torch, (args, kwargs))
         # A copy, as modules may keep values in their attributes.
@@ -151,10 +153,12 @@ class Apply:
             )
 
         def constrain(module: torch.nn.Module, args: Any, out: Any) -> Any:
-            if isinstance(out, tuple):
-                return (constrain(module, args, out[0]), *out[1:])
-            x = jax.lax.with_sharding_constraint(to_array(out), sharding)
-            return self._environment.wrap(x)
+            del module, args
+            leaves, structure = _pytree.tree_flatten(out)
+            first = next(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))
+            x = jax.lax.with_sharding_constraint(to_array(leaves[first]), sharding)
+            leaves[first] = self._environment.wrap(x)
+            return _pytree.tree_unflatten(leaves, structure)
 
         for module in found:
             module.register_forward_hook(constrain)

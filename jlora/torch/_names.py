@@ -1,14 +1,11 @@
 """The names of leaves in PyTorch, by how the model uses them."""
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from .._site import Site
 from .._sites import Sites
 from ..peft import Name
-
-if TYPE_CHECKING:
-    from ._apply import Apply
 
 
 class Structure(NamedTuple):
@@ -27,7 +24,13 @@ class Structure(NamedTuple):
     transposed: frozenset[str]
 
 
-def names(sites: Sites, apply: "Apply | None" = None) -> tuple[Name, ...]:
+class Structured(Protocol):
+    """A function that knows the module of which it was made."""
+
+    structure: Structure
+
+
+def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
     r"""Makes the name table of a model in PyTorch: a row for each leaf, by how the model uses it.
 
     The path of a leaf is its name in PyTorch. Its use says what it is: the weight of a linear
@@ -67,7 +70,8 @@ def names(sites: Sites, apply: "Apply | None" = None) -> tuple[Name, ...]:
 def _row(site: Site, name: str, structure: Structure) -> Name:
     module, _, parameter = name.rpartition(".")
     others = [x.removesuffix(".weight") for x in structure.tied.get(name, ())]
-    axes, n = _axes(site), len(site.shape)
+    axes = _axes(site)
+    n = len(site.shape)
     is_whole = parameter == "weight" and module in structure.adaptable
     is_tied = "v" in axes and len(others) == 1
     if ("e" not in axes and not is_whole) or (others and not is_tied):

@@ -1,7 +1,7 @@
 """A module without the memory of its parameters, and its tensors as arrays."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,8 @@ def find_constants(skeleton: torch.nn.Module) -> dict[str, jax.Array]:
 
 def _compute_buffers(skeleton: torch.nn.Module) -> None:
     """Computes the buffers on the meta device that are not saved, as `transformers` does."""
-    saved, wrong = find_saved(skeleton), list[str]()
+    saved = find_saved(skeleton)
+    wrong = list[str]()
     for prefix, module, owner in _walk(skeleton):
         names = [n for n, x in module.named_buffers(recurse=False) if x.is_meta]
         names = [n for n in names if prefix + n not in saved]
@@ -97,8 +98,9 @@ def _compute_buffers(skeleton: torch.nn.Module) -> None:
             odd = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min
             setattr(module, name, torch.full(x.shape, odd, dtype=x.dtype, device="cpu"))
         if names and owner is not None:
+            initialize: Callable[[torch.nn.Module], None] = owner._init_weights
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                owner._init_weights(module)
+                initialize(module)
         wrong += [prefix + n for n in names if _is_odd(getattr(module, n))]
     if wrong:
         raise InputError(
@@ -125,7 +127,8 @@ def _walk(
 
 def to_jax(x: torch.Tensor) -> Array:
     """Copies a tensor to an array bit for bit; one on the meta device becomes its shape."""
-    dtype, shape = mappings.t2j_dtype(x.dtype), tuple(x.shape)
+    dtype = mappings.t2j_dtype(x.dtype)
+    shape = tuple(x.shape)
     if x.is_meta:
         return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
     flat = x.detach().cpu().contiguous().reshape(-1)
