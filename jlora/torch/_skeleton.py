@@ -99,7 +99,7 @@ def _compute_buffers(skeleton: torch.nn.Module) -> None:
             setattr(module, name, torch.full(x.shape, odd, dtype=x.dtype, device="cpu"))
         if names and owner is not None:
             initialize: Callable[[torch.nn.Module], None] = owner._init_weights
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 initialize(module)
         wrong += [prefix + n for n in names if _is_odd(getattr(module, n))]
     if wrong:
