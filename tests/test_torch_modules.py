@@ -1,6 +1,7 @@
 """`jlora.torch.extract` on modules of PyTorch: what is a leaf, what is refused, what stays."""
 
 import dataclasses
+import doctest
 import gc
 import warnings
 import weakref
@@ -219,6 +220,14 @@ class Cached(nn.Module):
     def forward(self, x: torch.Tensor) -> dict[str, Any]:
         """Returns its input and an object."""
         return {"x": x, "cache": nn.Identity()}
+
+
+def test_example() -> None:
+    """That of the docstring, which is skipped where PyTorch is not installed."""
+    [example] = doctest.DocTestFinder(recurse=False).find(extract, "extract")
+    for line in example.examples:
+        line.options.clear()
+    assert doctest.DocTestRunner().run(example) == (0, len(example.examples))
 
 
 def test_refused() -> None:

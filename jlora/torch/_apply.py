@@ -168,35 +168,30 @@ def _to_jax(x: Any, where: str) -> Any:
     """Replaces tensors by arrays, and registers the classes around them as pytrees."""
     if isinstance(x, torch.Tensor):
         return to_array(x)
-    if isinstance(x, Mapping):
-        fields = {key: _to_jax(y, f"{where}[{key!r}]") for key, y in x.items()}
-    elif dataclasses.is_dataclass(x):
-        names = [field.name for field in dataclasses.fields(x)]
-        fields = {name: _to_jax(getattr(x, name), f"{where}.{name}") for name in names}
-    elif isinstance(x, tuple | list):
+    if x is None or isinstance(x, bool | int | float | complex):
+        return x
+    if isinstance(x, tuple | list):
         each = [_to_jax(y, f"{where}[{i}]") for i, y in enumerate(x)]
         return type(x)(*each) if hasattr(x, "_fields") else type(x)(each)
-    elif x is None or isinstance(x, bool | int | float | complex):
-        return x
-    else:
-        raise TypeError(
-            f"`model` returns an object of type {type(x).__name__} at output{where}, which holds "
-            "no arrays of JAX. Ask for outputs without it, for example by use_cache=False."
-        )
-    return _make_registered(type(x), fields)
+    if isinstance(x, dict) or dataclasses.is_dataclass(x):
+        found = _make(type(x), {k: _to_jax(y, f"{where}[{k!r}]") for k, y in _items(x).items()})
+        if jax.tree_util.all_leaves([found]):
+            _register(type(x))
+        return found
+    raise TypeError(
+        f"`model` returns an object of type {type(x).__name__} at output{where}, which holds no "
+        "arrays of JAX. Ask for outputs without it, for example by use_cache=False."
+    )
 
 
-def _make_registered(kind: type[Any], fields: Mapping[str, Any]) -> Any:
-    found = _make(kind, fields)
-    if jax.tree_util.all_leaves([found]):
-        _register(kind)
-    return found
+def _items(x: Any) -> Mapping[str, Any]:
+    return x if isinstance(x, dict) else vars(x)
 
 
-def _make(kind: type[Any], fields: Mapping[str, Any]) -> Any:
-    """Makes an object without its constructor, which may read the values."""
-    found = kind.__new__(kind)
-    for name, x in fields.items():
+def _make(kind: type[Any], items: Mapping[str, Any]) -> Any:
+    """Makes a dict or a dataclass without its constructor, which may read the values."""
+    found: Any = kind.__new__(kind)
+    for name, x in items.items():
         if isinstance(found, dict):
             found[name] = x
         else:
@@ -205,14 +200,8 @@ def _make(kind: type[Any], fields: Mapping[str, Any]) -> Any:
 
 
 def _register(kind: type[Any]) -> None:
-    def items(x: Any) -> Any:
-        return x.items() if isinstance(x, dict) else vars(x).items()
-
     jax.tree_util.register_pytree_with_keys(
         kind,
-        lambda x: (
-            [(jax.tree_util.GetAttrKey(k), y) for k, y in items(x)],
-            tuple(k for k, _ in items(x)),
-        ),
+        lambda x: ([(jax.tree_util.GetAttrKey(k), y) for k, y in _items(x).items()], (*_items(x),)),
         lambda keys, values: _make(kind, dict(zip(keys, values, strict=True))),
     )

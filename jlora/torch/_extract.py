@@ -60,21 +60,22 @@ def extract(
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora, torch  # doctest: +SKIP
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)).eval()
-        >>> params, apply = jlora.torch.extract(model)  # doctest: +SKIP
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())  # doctest: +SKIP
+        >>> params, apply = jlora.torch.extract(net.eval())  # doctest: +SKIP
         >>> lora = jlora.transform(apply, jlora.LoRA("0/weight", rank=2))  # doctest: +SKIP
-        >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
-        ... # doctest: +SKIP
+        >>> x = jnp.ones((1, 4))  # doctest: +SKIP
+        >>> base, adapter = lora.init(jax.random.key(0), params, x)  # doctest: +SKIP
+        >>> lora.apply(base, adapter, x).shape  # doctest: +SKIP
+        (1, 8)
     """
     try:
         from ._apply import Apply
-        from ._skeleton import check_module, find_saved, to_arrays
+        from ._skeleton import check_module, find_saved, to_jax
     except ModuleNotFoundError as e:
         raise ImportError(
             f"jlora.torch.extract needs PyTorch and torchax, but {e.name!r} is not installed: "
             "pip install 'jlora[torch]'."
         ) from e
     check_module(model)
-    leaves = to_arrays(find_saved(model))
-    params = nest({tuple(name.split(".")): x for name, x in leaves.items()})
-    return params, Apply(model, activations)
+    leaves = {tuple(name.split(".")): to_jax(x) for name, x in find_saved(model).items()}
+    return nest(leaves), Apply(model, activations)

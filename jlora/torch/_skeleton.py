@@ -1,7 +1,7 @@
 """A module without the memory of its parameters, and its tensors as arrays."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -88,21 +88,21 @@ def find_constants(skeleton: torch.nn.Module) -> dict[str, jax.Array]:
 
 def _compute_buffers(skeleton: torch.nn.Module) -> None:
     """Computes the buffers on the meta device that are not saved, as `transformers` does."""
+    modules = dict(skeleton.named_modules())
     saved = find_saved(skeleton)
-    wrong = list[str]()
-    for prefix, module, owner in _walk(skeleton):
-        names = [n for n, x in module.named_buffers(recurse=False) if x.is_meta]
-        names = [n for n in names if prefix + n not in saved]
-        for name in names:  # with values that no computation leaves
-            x = getattr(module, name)
-            odd = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min
-            setattr(module, name, torch.full(x.shape, odd, dtype=x.dtype, device="cpu"))
-        if names and owner is not None:
-            initialize: Callable[[torch.nn.Module], None] = owner._init_weights
-            with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                initialize(module)
-        wrong += [prefix + n for n in names if _is_odd(getattr(module, n))]
-    if wrong:
+    lost = [n for n, x in skeleton.named_buffers() if x.is_meta and n not in saved]
+    for name in lost:  # a value that no computation leaves
+        x = skeleton.get_buffer(name)
+        odd = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min
+        module, _, last = name.rpartition(".")
+        setattr(modules[module], last, torch.full(x.shape, odd, dtype=x.dtype, device="cpu"))
+    with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for name in dict.fromkeys(name.rpartition(".")[0] for name in lost):
+            around = [m for n, m in modules.items() if not n or f"{name}.".startswith(f"{n}.")]
+            owners = [m for m in around if hasattr(m, "_init_weights")]
+            for owner in owners[-1:]:
+                owner._init_weights(modules[name])
+    if wrong := [name for name in lost if _is_odd(skeleton.get_buffer(name))]:
         raise InputError(
             "`model` has buffers on the meta device that are not saved, and that it does not "
             "compute in `_init_weights`. Make the module so that only its parameters are on the "
@@ -115,16 +115,6 @@ def _is_odd(x: torch.Tensor) -> bool:
     return bool((x.isnan() if x.is_floating_point() else x == torch.iinfo(x.dtype).min).any())
 
 
-def _walk(
-    module: torch.nn.Module, prefix: str = "", owner: torch.nn.Module | None = None
-) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Module | None]]:
-    """Yields modules with their prefixes and the innermost one around that has `_init_weights`."""
-    owner = module if hasattr(module, "_init_weights") else owner
-    yield prefix, module, owner
-    for name, child in module.named_children():
-        yield from _walk(child, f"{prefix}{name}.", owner)
-
-
 def to_jax(x: torch.Tensor) -> Array:
     """Copies a tensor to an array bit for bit; one on the meta device becomes its shape."""
     dtype = mappings.t2j_dtype(x.dtype)
@@ -134,8 +124,3 @@ def to_jax(x: torch.Tensor) -> Array:
     flat = x.detach().cpu().contiguous().reshape(-1)
     # NumPy does not know PyTorch's bfloat16, but has the same bytes.
     return jnp.array(flat.view(torch.uint8).numpy().view(dtype).reshape(shape))
-
-
-def to_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
-    """Copies tensors to arrays."""
-    return {name: to_jax(x) for name, x in tensors.items()}
