@@ -212,6 +212,11 @@ MODULES_GIVEN = {
         "the parameters, and lambda params, rest, x: model.stateless_call([params[v.path] for v in "
         "model.trainable_variables], rest, x) as the function.",
     ),
+    "torch": (
+        lambda: stand_in("torch.nn.modules.module", "Module", **CALLED),
+        "the module Mine of torch. Give what jlora.torch.extract makes of it: params, apply = "
+        "jlora.torch.extract(model).",
+    ),
     "parameters": (
         lambda: {"kernel": jnp.ones((64, 64))},  # which are not printed
         "an object of type dict. The function comes first: transform(model.apply, LoRA(...)).",
