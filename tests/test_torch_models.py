@@ -73,11 +73,11 @@ def run(model: Any, row: Model) -> dict[str, np.ndarray]:
     return numbers(arrays)
 
 
-def assert_close(actual: Any, expected: Any) -> None:
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
         scale = max(np.abs(x).max(), 1e-3)
-        np.testing.assert_allclose(actual[name] / scale, x / scale, rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(actual[name] / scale, x / scale, 0, tolerance, err_msg=name)
 
 
 @EVERY
@@ -97,6 +97,30 @@ def test_weights_are_sites(name: str) -> None:
     used = [leaves[n] for n in weights & leaves.keys() if leaves[n].used is not False]
     lost = [s.path for s in used if s.kind is None and not all(u.added for u in s.unsupported)]
     assert len(lost) <= 0.05 * len(used), lost
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "vit"])
+def test_quantized(name: str) -> None:
+    """A base in 4 bits computes what its values in floats do, adapted or not."""
+    row, found = MODELS[name], extracted(name)
+    codes = jlora.quantize(found.params, jlora.NF4(block=32), sites=found.sites)
+    lora = jlora.transform(found.call, LoRA(rank=2))
+    base, adapter = lora.init(jax.random.key(0), codes, row.arrays)
+    adapter = randomize(adapter)
+    dense = jlora.dequantize(base)
+    outputs = jax.jit(lora.apply)(base, adapter, row.arrays)
+    assert_close(outputs, jax.jit(lora.apply)(dense, adapter, row.arrays))
+    merged = jlora.merge(dense, adapter)
+    assert_close(outputs, jax.jit(found.call)(merged, row.arrays), 1e-4)
+
+
+def test_a_router_has_no_form_in_peft(tmp_path: pathlib.Path) -> None:
+    """Its module is no linear one, and PEFT would refuse the file."""
+    row, found = MODELS["qwen3-moe"], extracted("qwen3-moe")
+    lora = jlora.transform(found.call, LoRA("mlp/gate/weight", rank=2))
+    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
+    with pytest.raises(ValueError, match="mlp/gate/weight: is adapted, but is not a matrix under"):
+        peft.save(tmp_path / "adapter", base, adapter, found.names)
 
 
 def adapted_rows(name: str) -> list[peft.Name]:

@@ -34,10 +34,10 @@ def extract(
     Args:
         model: a module in evaluation mode. On PyTorch's meta device, leaves are
             `jax.ShapeDtypeStruct`s, and the constants of `apply` are computed.
-        activations: shardings of the outputs of modules, or of the first entry of these outputs.
-            Keys are patterns of module names as rules have them, such as `r"layers/\d+/mlp"`.
-            Nothing else in a PyTorch model constrains its activations: without them, XLA may spread
-            the shardings of A and B into them.
+        activations: shardings of the outputs of modules; of several outputs, of the first. Keys are
+            patterns, each for the last components of a module's name, such as `r"layers/\d+/mlp"`.
+            Nothing else in a PyTorch model constrains its activations, and XLA may then spread the
+            shardings of A and B into them.
 
     Returns:
         The parameters as a nested dict, and `apply(params, *args, method="forward", **kwargs)`:
