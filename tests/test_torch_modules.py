@@ -193,6 +193,22 @@ def test_values_are_copied_bit_for_bit(dtype: Any) -> None:
     np.testing.assert_array_equal(np.asarray(params["x"], np.float32), model.x.float().numpy())
 
 
+class Doubled(nn.Module):
+    """Has constants that it makes where it needs them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Doubles the first entries, in another order."""
+        return x[..., torch.arange(2).flip(0)] * torch.tensor(2.0)
+
+
+def test_constants_of_pytorch() -> None:
+    """They mix with arrays, and a scalar does not widen them."""
+    x = jnp.arange(3, dtype=jnp.bfloat16)
+    found = jax.jit(extract(make(Doubled))[1])({}, x)
+    assert found.dtype == jnp.bfloat16
+    assert found.tolist() == [2, 0]
+
+
 def test_activations() -> None:
     """The outputs of the modules that a pattern names are constrained, and no others."""
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))

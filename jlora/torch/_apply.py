@@ -46,7 +46,13 @@ class Operators(Environment):
 
     def t2j_iso(self, torchtensors: Any) -> Any:
         """Returns the arrays in tensors; also of PyTorch's own, which models make as constants."""
-        return _pytree.tree_map_only(torch.Tensor, to_array, torchtensors)
+
+        def convert(x: torch.Tensor) -> jax.Array | float:
+            # A scalar of PyTorch does not widen the dtype of an array.
+            is_constant = x.ndim == 0 and not isinstance(x, Tensor | View)
+            return x.item() if is_constant else to_array(x)
+
+        return _pytree.tree_map_only(torch.Tensor, convert, torchtensors)
 
     def wrap(self, x: ArrayLike) -> Tensor:
         """Makes a tensor of an array."""

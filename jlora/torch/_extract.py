@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def extract(
-    model: "torch.nn.Module",
+    model: "torch.nn.Module",  # pyright: ignore[reportAttributeAccessIssue]
     activations: "Mapping[str, PartitionSpec | NamedSharding] | None" = None,
 ) -> "tuple[PyTree, Apply]":
     r"""Makes parameters and a function of JAX from a module of PyTorch, by torchax.
