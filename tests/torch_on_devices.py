@@ -57,4 +57,4 @@ def test_streamed_onto_a_mesh(name: str, tmp_path: pathlib.Path) -> None:
             (plain, (jax.device_get(adapter), whole, ids)),
         )
     )
-    assert_same(jax.device_get(found), jax.device_get(expected), 1e-4)
+    assert_same(jax.device_get(found), jax.device_get(expected), 1e-3)
