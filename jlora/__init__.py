@@ -5,7 +5,8 @@ base, adapter = lora.init(key, variables, tokens)
 logits = lora.apply(base, adapter, tokens)
 params = jlora.merge(base, adapter)
 
-`jlora.analysis`, `checkpoint`, `keras`, `many`, `nnx` and `peft` are imported at their first use.
+`jlora.analysis`, `checkpoint`, `keras`, `many`, `nnx`, `peft` and `torch` are imported when they
+are first used.
 """
 
 import typing as _typing
@@ -55,10 +56,11 @@ if _typing.TYPE_CHECKING:
     from . import many as many
     from . import nnx as nnx
     from . import peft as peft
+    from . import torch as torch
 
     __version__: str
 
-_LATER = ("analysis", "checkpoint", "keras", "many", "nnx", "peft")
+_LATER = ("analysis", "checkpoint", "keras", "many", "nnx", "peft", "torch")
 
 
 def __getattr__(name: str) -> _typing.Any:

@@ -7,7 +7,7 @@ change, and records how each weight is used. So it finds exactly the sites that 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,7 +62,7 @@ class Traced:
 
     def _evaluate(self, weight: Callable[[Path, Any], Any]) -> None:
         """Evaluates the jaxpr on the parameters that it reads; the others cost nothing."""
-        read = self.used
+        read = self._find_read(self.jaxpr.eqns)
         n = len(self.paths)
         taken = [i for i in range(len(self.types)) if i >= n or read[self.paths[i]]]
 
@@ -77,8 +77,13 @@ class Traced:
 
     @functools.cached_property
     def used(self) -> dict[Path, bool]:
-        """Whether an output or an operation reads each of the parameters, by path."""
-        read = {id(v) for eqn in self.jaxpr.eqns for v in eqn.invars}
+        """Whether an output or an operation other than `stop_gradient` reads each parameter."""
+        eqns = (eqn for eqn in self.jaxpr.eqns if eqn.primitive.name != "stop_gradient")
+        return self._find_read(eqns)
+
+    def _find_read(self, eqns: Iterable[Any]) -> dict[Path, bool]:
+        """Finds which parameters outputs or `eqns` read."""
+        read = {id(v) for eqn in eqns for v in eqn.invars}
         read |= {id(v) for v in self.jaxpr.outvars}
         return {path: id(v) in read for path, v in zip(self.paths, self.jaxpr.invars, strict=False)}
 
@@ -107,8 +112,8 @@ def find_sites(
     except ValueReadError:
         matrices = (matrices - full).intersection(taken)
         traced = _trace(apply_fn, call, types, matrices)
-    uses = traced.uses(matrices)
     used = traced.used
+    uses = traced.uses({path for path in matrices if used.get(path)})
     sites = (_site(path, x, types[path], uses, used.get(path)) for path, x in leaves)
     return Sites(tuple(sites)), traced
 

@@ -36,6 +36,8 @@ _MODULES = {
     ("equinox", "Module"): "Split it by params, static = eqx.partition(model, eqx.is_array), and "
     "give lambda params, x: eqx.combine(params, static)(x).",
     ("keras", "Layer"): f"Give {_NAMED}.",
+    ("torch", "Module"): "Give what jlora.torch.extract makes of it: params, apply = "
+    "jlora.torch.extract(model).",
 }
 
 

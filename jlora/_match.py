@@ -87,8 +87,8 @@ def _check_full(rule: Full, site: Site) -> None:
     if site.used is False:
         raise InputError(
             f"{rule_name(rule)} matches {site.name} of shape {site.shape}, which the traced call "
-            "does not use, so it would get no gradient. Narrow the pattern, or give `init` the "
-            "arguments of a call that uses it."
+            "does not use, or only behind stop_gradient, so it would get no gradient. Narrow the "
+            "pattern, or give `init` the arguments of a call that uses it."
         )
 
 
@@ -107,7 +107,8 @@ def _explain_not_linear(rule: Rule, site: Site, sites: Sites) -> str:
         remedy = ", train the leaf in full with jlora.Full"
         remedy += ", or give LoRA(..., materialize=True), which forms W + ΔW"
     else:
-        why = f"of shape {site.shape}, which the traced call does not use"
+        why = f"of shape {site.shape}, which the traced call does not use, or only behind "
+        why += "stop_gradient"
     return f"{rule_name(rule)} matches {site.name} {why}. {narrow}{remedy}."
 
 

@@ -103,7 +103,8 @@ class Site:
             there is no such axis, or more than one.
         unsupported: its uses that have no factored form.
         materialized: the layout that it would have as a materialized site.
-        used: whether the traced call depends on it; None if it was not traced.
+        used: whether the traced call uses it, other than behind `stop_gradient`; None if it was not
+            traced.
         scheme: the scheme in which it is quantized, or None.
         rule: its rule, or None.
         asked_rank: the rank in the rule, if the site is too small for it; else None.

@@ -21,7 +21,7 @@ TREE = {
         "Understand": "internals paper section7 methods",
     },
     "loops/index": {
-        "By framework": """loops/plain loops/linen loops/nnx
+        "By framework": """loops/torch loops/plain loops/linen loops/nnx
             loops/equinox loops/haiku loops/keras loops/tunix
             loops/maxtext""",
         "By task": """loops/tokens loops/dpo loops/grpo
@@ -37,8 +37,8 @@ TREE = {
             reference/initializers reference/sketches
             reference/quantized reference/files reference/tables
             reference/meshes reference/many reference/arithmetic
-            reference/analysis reference/nnx reference/keras
-            reference/methods genindex"""
+            reference/analysis reference/torch reference/nnx
+            reference/keras reference/methods genindex"""
     },
 }
 

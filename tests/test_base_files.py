@@ -418,6 +418,44 @@ def test_leaves_in_codes(case, tmp_path):
         assert_rounded(base[x].array() if is_quantized else base[x], value)
 
 
+def test_gate_and_up_of_experts_one_by_one(tmp_path):
+    """A leaf with both, as PyTorch's module has it; of codes it cannot be made."""
+    names = [peft.Name("w", "experts", "eoi", "gate_up_proj")]
+    each = {
+        f"experts.{e}.{part}_proj.weight": draw(5, 4, seed=2 * e + j).astype(np.float32)
+        for e in range(3)
+        for j, part in enumerate(("gate", "up"))
+    }
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    save_file(each, tmp_path / "base" / "model.safetensors")
+    like = {"w": jax.ShapeDtypeStruct((3, 10, 4), jnp.float32)}
+    base = peft.load_base(tmp_path / "base", names, like=like)
+    experts = np.stack(list(each.values())).reshape(3, 10, 4)
+    np.testing.assert_array_equal(base["w"], experts)
+    files = {f"experts.{e}.{part}_proj": fp8(seed=e) for e in range(2) for part in ("gate", "up")}
+    folder = write(tmp_path / "codes", files)
+    like = {"w": jax.ShapeDtypeStruct((2, 2 * ROWS, COLUMNS), jnp.float32), "norm": ONE["norm"]}
+    with pytest.raises(ValueError, match=r"gate_up_proj: is stored as quantized single experts"):
+        peft.load_base(folder, [*names, NAMES[-1]], like=like)
+
+
+@pytest.mark.parametrize("count", [7, 2**40])
+def test_a_count(count, tmp_path):
+    """It gets the dtype of its leaf, if that can hold it."""
+    (tmp_path / "config.json").write_text("{}")
+    count = np.array(count, np.int64)
+    save_file({"bn.num_batches_tracked": count}, tmp_path / "model.safetensors")
+    names = [peft.Name("count", "bn", "", "num_batches_tracked")]
+    like = {"count": jax.ShapeDtypeStruct((), jnp.int32)}
+    if count > 2**31:
+        with pytest.raises(ValueError, match=r"tracked: has values that int32 cannot hold"):
+            peft.load_base(tmp_path, names, like=like)
+    else:
+        found = peft.load_base(tmp_path, names, like=like)["count"]
+        assert (found.shape, found.dtype, int(found)) == ((), jnp.int32, 7)
+
+
 # ------------------------------------------------------------------------------- files that lie
 
 ONE = {"up": {"kernel": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32)}}

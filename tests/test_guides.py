@@ -33,7 +33,7 @@ BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\n(?:\n```output\n(.*?)^```\n)?"
 OWN = {
     "index",
     "start",
-    *(f"loops/{page}" for page in ("hosts", "orbax", "sharding", "tunix", "maxtext")),
+    *(f"loops/{page}" for page in ("hosts", "orbax", "sharding", "torch", "tunix", "maxtext")),
 }
 
 
@@ -108,6 +108,12 @@ def test_tunix(capsys):
 def test_maxtext(capsys):
     pytest.importorskip("maxtext")  # it has an environment of its own
     test_blocks_run_and_print_what_is_shown("loops/maxtext", capsys)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchax and PyTorch
+def test_torch(capsys):
+    pytest.importorskip("torchax")  # it has an environment of its own
+    test_blocks_run_and_print_what_is_shown("loops/torch", capsys)
 
 
 def test_every_page_has_an_address_of_its_own():

@@ -189,6 +189,10 @@ MODULES_GIVEN: dict[str, tuple[Callable[[], Any], str, str]] = {
         lambda: stand_in("keras.src.layers.layer", "Layer", **CALLED),
         *("Mine of keras", "model.stateless_call("),
     ),
+    "torch": (
+        lambda: stand_in("torch.nn.modules.module", "Module", **CALLED),
+        *("Mine of torch", "jlora.torch.extract(model)"),
+    ),
     # Which are not printed.
     "parameters": (lambda: {"kernel": jnp.ones((64, 64))}, "of type dict. ", "(model.apply, "),
 }  # fmt: skip

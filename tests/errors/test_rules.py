@@ -10,9 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 import pytest
+from jax import lax
 from jax.nn.initializers import lecun_normal, normal, zeros
 from messages import each_refusal, refused
-from small import REMEDY, X, init, line_of, model
+from small import REMEDY, SQUARE, X, init, line_of, model
 
 import jlora
 from jlora import Full, LoRA, Slots, checkpoint, initializers
@@ -114,6 +115,11 @@ def test_keywords_of_peft(rule: type) -> None:
 # ------------------------------------------------------------------------ with their model
 
 
+def constant(p: Any, x: Any) -> Any:
+    """Uses a weight only where it gets no gradient."""
+    return x @ lax.stop_gradient(p["w"])
+
+
 def started(change: Callable[..., Any]) -> Callable[[], Any]:
     """`init` by an initializer that gives something else than W, A and B."""
 
@@ -143,6 +149,12 @@ UNFIT: dict[str, Callable[[], Any]] = {
     ),
     "'layer/bias' ... shape (6,) ... 'layer/kernel'?": lambda: init(LoRA("layer", rank=2)),
     "'unused' ... shape (3, 5) ... jlora.Full.": lambda: init(LoRA("unused", rank=2)),
+    "LoRA('w') ... behind stop_gradient. ... jlora.Full.": lambda: init(
+        LoRA("w", rank=2), apply=constant, params=SQUARE
+    ),
+    "Full('w') ... no gradient ... a call that uses it": lambda: init(
+        Full("w"), apply=constant, params=SQUARE
+    ),
     "LoRA('bucket') ... int32 ... Narrow": lambda: init(LoRA("bucket", rank=2)),
     "Full('bucket') ... int32 ... Narrow": lambda: init(Full("bucket")),
     "`rank` ... 'layer/kernel' ... is 5 ... Lower the rank": lambda: init(LoRA("kernel", rank=5)),

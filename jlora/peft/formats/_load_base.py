@@ -22,7 +22,7 @@ from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import INDEX, ONE, open_checkpoint
 from .._file import DTYPES
-from ..names._leaves import NamedLeaf
+from ..names._leaves import NamedLeaf, split_gate_and_up
 from ..names._names import Name
 from ..names._torch_layout import join_weight, take_part
 from ..names._weights import explain_narrowing, name_all, split_all
@@ -30,6 +30,8 @@ from ._codes import make_leaf, take_part_of_codes
 from ._format import Format, open_format, read_checked
 from ._gguf import Gguf, GgufTensors
 from ._tensors import Unreadable
+
+INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # of buffers
 
 
 def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTree) -> PyTree:
@@ -58,7 +60,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
             shardings matter. A quantized weight has this dtype unless the file has one for it.
 
     Returns:
-        A tree like `like`. A float leaf has the dtype of the file.
+        A tree like `like`. A float leaf has the dtype of the file, an integer leaf that of `like`.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
@@ -87,12 +89,13 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     else:
         format = open_format(open_checkpoint(path, "path", follow_links=True))
     quantized = set(format.find())
-    leaves = name_all(like, names, "like", quantized.union(format.tensors))
+    there = quantized.union(format.tensors)
+    leaves = name_all(like, names, "like", there)
     values, wrong = [], []
     unread: tuple[str, ...] = ()  # modules with tensors that were not read
     for leaf in progress(leaves, "load", unit="leaf"):
         try:
-            values.append(_place(_read(leaf, format, quantized), leaf.value))
+            values.append(_place(_read(leaf, format, quantized, there), leaf.value))
         except Unreadable as e:
             wrong.append(e.problem)
             unread += leaf.modules
@@ -106,12 +109,18 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     return jax.tree.unflatten(flatten(like)[1], values)
 
 
-def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str]) -> Any:
+def _read(
+    leaf: NamedLeaf, format: Format, quantized: Collection[str], there: Collection[str]
+) -> Any:
     name, whole, keys = leaf.name, leaf.weight_shape, leaf.parameters
     is_matrix = name.kind in ("embedding", "experts") or (
         name.kind == "linear" and not name.transposed
     )
     coded = [key for key in keys if is_matrix and key in quantized]
+    if keys[0] not in there and (parts := split_gate_and_up(leaf, there)):
+        return _join([_read(part, format, quantized, there) for part in parts], leaf)
+    if jnp.issubdtype(leaf.value.dtype, jnp.integer):
+        return _read_integers(leaf, format)
     if not coded:
         each = (take_part(_read_dense(format, key, whole), name) for key in keys)
         return jnp.asarray(join_weight(leaf, list(each)))
@@ -128,6 +137,28 @@ def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str]) -> Any:
     shape = (*whole[:-2], *whole[-2:][::-1]) if name.transposed else whole
     read = (read_checked(format, key, leaf.value.dtype, shape) for key in keys)
     return make_leaf(leaf, [take_part_of_codes(x, name) for x in read])
+
+
+def _join(parts: Sequence[Any], leaf: NamedLeaf) -> jax.Array:
+    """Concatenates gate and up of experts along their outputs."""
+    if any(map(is_quantized, parts)):
+        raise Unreadable(
+            leaf.parameters[0],
+            "is stored as quantized single experts, which cannot be joined to one leaf; give "
+            "rows with a `part` for gate and up, or a checkpoint that is not quantized",
+        )
+    [axis] = leaf.name.where("o")
+    return jnp.concatenate(parts, axis)
+
+
+def _read_integers(leaf: NamedLeaf, format: Format) -> jax.Array:
+    """Reads a buffer, such as the count of a batch normalization, in the dtype of the leaf."""
+    [key] = leaf.parameters
+    x = format.tensors.read(key, INTEGERS, leaf.weight_shape)
+    found = x.astype(leaf.value.dtype)
+    if not np.array_equal(found, x):
+        raise Unreadable(key, f"has values that {leaf.value.dtype} cannot hold")
+    return jnp.asarray(found)
 
 
 def _read_dense(format: Format, key: str, shape: tuple[int, ...]) -> np.ndarray:

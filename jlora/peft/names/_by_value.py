@@ -329,8 +329,7 @@ def _list_axes(site: Site, shape: tuple[int, ...]) -> Iterator[str]:
     n = len(shape)
     if site.kind is None:
         letters = [("o", "l", "e")] * n if n < 4 else []
-        more = {2: ["vo", "io", "oi"]}.get(n, [])
-        yield from more
+        yield from ["vo", "io", "oi"] if n == 2 else ["o" + "k" * (n - 1)] if n > 2 else []
         yield from sorted(map("".join, itertools.product(*letters)), key=lambda x: x.count("e"))
         return
     own = ["" for _ in shape]

@@ -1,6 +1,7 @@
 """The leaves of a JAX tree with their rows of a name table."""
 
 import collections
+import dataclasses
 import itertools
 import math
 import re
@@ -141,9 +142,9 @@ def split_experts(leaf: NamedLeaf, there: Container[str]) -> NamedLeaf:
     j, n = name.part or (0, 1)
     if name.kind != "experts" or leaf.parameters[0] in there:
         return leaf
-    for parts in FUSED.get(parameter, ()):
+    for parts in (x for x in FUSED.get(parameter, ()) if len(x) == n):
         each = [[f"{m}.{e}.{parts[j]}" for m in leaf.modules] for e in range(leaf.experts)]
-        if len(parts) == n and f"{each[0][0]}.weight" in there:
+        if f"{each[0][0]}.weight" in there:
             stacked = name.where("le")
             axes = name.axes.replace("e", "l")
             lengths = [leaf.shape[d] for d in (*name.where("e"), *name.where("l"))]
@@ -151,6 +152,20 @@ def split_experts(leaf: NamedLeaf, there: Container[str]) -> NamedLeaf:
             row = Name(name.path, "{}" * len(stacked), axes, times=name.times)
             return leaf._replace(name=row, modules=tuple(modules.flat))
     return leaf
+
+
+def split_gate_and_up(leaf: NamedLeaf, there: Container[str]) -> list[NamedLeaf]:
+    """Splits a leaf that has gate and up of all experts, if only those of single ones are `there`.
+
+    Returns the two halves along its outputs, or an empty list.
+    """
+    outputs = leaf.name.where("o")
+    if leaf.name.kind != "experts" or leaf.name.part or len(outputs) != 1:
+        return []
+    shape = tuple(n // 2 if d in outputs else n for d, n in enumerate(leaf.shape))
+    rows = [dataclasses.replace(leaf.name, part=(j, 2)) for j in (0, 1)]
+    parts = [split_experts(leaf._replace(shape=shape, name=row), there) for row in rows]
+    return [] if any(part.name.part for part in parts) else parts
 
 
 def path_in_names(path: Path) -> str:
@@ -195,11 +210,11 @@ def sort_by_row(leaves: Sequence[NamedLeaf], names: Sequence[Name]) -> list[Name
 
 def find_tied_heads(leaves: Sequence[NamedLeaf]) -> dict[str, NamedLeaf]:
     """Maps each tied head to the embedding in this tree whose weight it shares."""
-    modules = {m for leaf in leaves for m in leaf.modules}
+    parameters = {name for leaf in leaves for name in leaf.parameters}
 
     def is_tied(head: str) -> bool:
         parent, dot, _ = head.rpartition(".")
-        has_parent = not dot or any(m.startswith(parent) for m in modules)
-        return head not in modules and has_parent
+        has_parent = not dot or any(name.startswith(parent) for name in parameters)
+        return f"{head}.weight" not in parameters and has_parent
 
     return {head: leaf for leaf in leaves if (head := leaf.name.tied) and is_tied(head)}

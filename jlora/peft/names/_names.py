@@ -27,10 +27,11 @@ class Name:
             `{6*+1*+2}` is 6·i + j + 2 for the indices i and j along two stacked axes, and `{\1+3}`
             is a group plus 3. For a leaf that holds several modules, a tuple of modules.
         axes: a letter for each axis of the leaf. `i`: inputs. `o`: outputs. `v`: the rows of an
-            embedding. `k`: an axis of a convolution's window. `l`: stacked, one module for each
-            index. `e`: the experts of one PyTorch parameter. `s`: the modules of a tuple, such as k
-            and v in a leaf (2, heads, d, head_dim): `soio`. Several `i` or `o` are flattened in
-            order, such as `ioo` for the kernel (d, heads, head_dim) of a `DenseGeneral`.
+            embedding. `k`: an axis of a convolution's window, or a further axis of a parameter that
+            is no matrix. `l`: stacked, one module for each index. `e`: the experts of one PyTorch
+            parameter. `s`: the modules of a tuple, such as k and v in a leaf (2, heads, d,
+            head_dim): `soio`. Several `i` or `o` are flattened in order, such as `ioo` for the
+            kernel (d, heads, head_dim) of a `DenseGeneral`. A scalar has no letters.
         parameter: the name of the parameter in the module.
         transposed: whether PyTorch stores the weight as (inputs, outputs), as in GPT-2's `Conv1D`,
             or as (experts, inputs, outputs), as in Llama 4.
@@ -82,7 +83,8 @@ class Name:
         except re.error as e:
             return f"`path` is not a regular expression: {e}"
         counts = collections.Counter(self.axes)
-        if counts.keys() - set("iovkles") or max(counts["e"], counts["s"]) > 1 or not counts["o"]:
+        lacks_o = bool(self.axes) and not counts["o"]
+        if counts.keys() - set("iovkles") or max(counts["e"], counts["s"]) > 1 or lacks_o:
             return (
                 "`axes` may have the letters i, o, v, k, l, at most one e and one s, and needs an o"
             )
@@ -111,7 +113,7 @@ class Name:
     @property
     def kind(self) -> str | None:
         """`linear`, `embedding`, `conv` or `experts`; None for a parameter that is no matrix."""
-        if not set("ivk") & set(self.axes):
+        if not set("iv") & set(self.axes):
             return None
         kinds = {"e": "experts", "v": "embedding", "k": "conv", "i": "linear"}
         return next((kind for letter, kind in kinds.items() if letter in self.axes), None)
@@ -157,7 +159,7 @@ class Name:
         i, o = self.where("iv"), self.where("o")
         experts = [(d,) for d in self.where("e")]
         if self.kind is None:
-            return [*experts, o]
+            return [*experts, *([o] if o else []), *((d,) for d in self.where("k"))]
         if self.kind == "embedding" or self.transposed:
             return [*experts, i, o]
         return [*experts, o, i, *((d,) for d in self.where("k"))]

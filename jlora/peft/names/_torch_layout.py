@@ -205,7 +205,7 @@ def _pack(x: ArrayLike, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.
     x = np.transpose(x, [axes.index(d) for d in order])
     x = x.reshape(multiply_lengths([stacked, *groups], sizes))
     # Contiguous, as the safetensors library writes memory in its order.
-    return [np.ascontiguousarray(part) for part in x]
+    return [np.asarray(part, order="C") for part in x]
 
 
 def _unpack(
@@ -238,8 +238,9 @@ def _reorder(
     x: np.ndarray, axes: Axes, leaf: NamedLeaf, order: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """Reorders the entries of an interleaved axis; `order` is a function of their pairs."""
-    last = leaf.name.where("o")[-1]
-    if not leaf.name.interleaved or last not in axes:
+    last = leaf.name.where("o")[-1:]
+    if not leaf.name.interleaved or not set(last) <= set(axes):
         return x
+    [last] = last
     pairs = np.arange(leaf.shape[last]).reshape(-1, 2)
     return np.take(x, order(pairs).ravel(), axes.index(last))

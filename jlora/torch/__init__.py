@@ -1,0 +1,8 @@
+"""Models written in PyTorch, as functions of JAX.
+
+Nothing else in jlora imports PyTorch or torchax. Imports `_compat`, `_errors`, `_rules`,
+`_site`, `_sites`, `_tree`, `_types`, `peft`.
+"""
+
+from ._extract import extract as extract
+from ._names import names as names

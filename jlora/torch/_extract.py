@@ -1,0 +1,81 @@
+"""A module of PyTorch as parameters and a function, which is what `jlora.transform` takes."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .._tree import nest
+from .._types import PyTree
+
+if TYPE_CHECKING:
+    import torch  # pyright: ignore[reportMissingImports]
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from ._apply import Apply
+
+
+def extract(
+    model: "torch.nn.Module",  # pyright: ignore[reportAttributeAccessIssue]
+    activations: "Mapping[str, PartitionSpec | NamedSharding] | None" = None,
+) -> "tuple[PyTree, Apply]":
+    r"""Makes parameters and a function of JAX from a module of PyTorch, by torchax.
+
+    $$\mathrm{apply}(params, x) = \mathrm{model}(x)$$
+
+    The module does not change, and neither result holds its memory. In `params`,
+    `model.layers.0.self_attn.q_proj.weight` has the path `model/layers/0/self_attn/q_proj/weight`,
+    so that patterns are as for other models. A tensor that several modules share is one leaf, at
+    the path of the first.
+
+    Buffers that are saved with the model, such as the statistics of a batch normalization, are
+    leaves too: they belong to the base. `apply` reads them behind `jax.lax.stop_gradient`, so no
+    rule takes them. Buffers that the model computes for itself, such as rotary tables, are not
+    saved. They are constants of `apply`.
+
+    Args:
+        model: a module in evaluation mode. On PyTorch's meta device, leaves are
+            `jax.ShapeDtypeStruct`s, and the constants of `apply` are computed.
+        activations: shardings of the outputs of modules; of several outputs, of the first. Keys are
+            patterns, each for the last components of a module's name, such as `r"layers/\d+/mlp"`.
+            Nothing else in a PyTorch model constrains its activations, and XLA may then spread the
+            shardings of A and B into them.
+
+    Returns:
+        The parameters as a nested dict, and `apply(params, *args, method="forward", **kwargs)`:
+
+        - Arrays in `args` and `kwargs` are traced. Other values, such as `use_cache=False`, are
+          static: under `jax.jit`, name them in `static_argnames`.
+        - `method` is the name of the method to call.
+        - The outputs are arrays in the model's own dict or dataclass, which is registered as a
+          pytree of JAX when it is first returned.
+        - A row at `padding_idx` of an embedding gets no gradient, as in PyTorch.
+
+    Raises:
+        ImportError: if PyTorch or torchax is not installed.
+        TypeError: if `model` is not a module; later, if an argument is a tensor of PyTorch, or an
+            output is no pytree of arrays.
+        ValueError: if `model` is in training mode; if a pattern matches no module; if a buffer on
+            the meta device cannot be computed.
+        NotImplementedError: later, if the model draws random numbers, or uses an operator that
+            torchax does not have.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora, torch  # doctest: +SKIP
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())  # doctest: +SKIP
+        >>> params, apply = jlora.torch.extract(net.eval())  # doctest: +SKIP
+        >>> lora = jlora.transform(apply, jlora.LoRA("0/weight", rank=2))  # doctest: +SKIP
+        >>> x = jnp.ones((1, 4))  # doctest: +SKIP
+        >>> base, adapter = lora.init(jax.random.key(0), params, x)  # doctest: +SKIP
+        >>> lora.apply(base, adapter, x).shape  # doctest: +SKIP
+        (1, 8)
+    """
+    try:
+        from ._apply import Apply
+        from ._skeleton import check_module, find_saved, to_jax
+    except ModuleNotFoundError as e:
+        raise ImportError(
+            f"jlora.torch.extract needs PyTorch and torchax, but {e.name!r} is not installed: "
+            "pip install 'jlora[torch]'."
+        ) from e
+    check_module(model)
+    leaves = {tuple(name.split(".")): to_jax(x) for name, x in find_saved(model).items()}
+    return nest(leaves), Apply(model, activations)

@@ -1,0 +1,126 @@
+"""A module without the memory of its parameters, and its tensors as arrays."""
+
+import copy
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import torch  # pyright: ignore[reportMissingImports]
+from torchax.ops import mappings  # pyright: ignore[reportMissingImports]
+
+from .._errors import InputError, Problem
+from ._names import Structure
+
+Array = jax.Array | jax.ShapeDtypeStruct
+
+
+def check_module(model: object) -> None:
+    """Raises unless `model` is a module whose calls are functions of their arguments."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
+    if training := [name or "the root" for name, m in model.named_modules() if m.training]:
+        raise InputError(
+            "`model` must be in evaluation mode: in training mode its dropout would draw random "
+            "numbers, and its batch normalization would change its statistics. Call model.eval(). "
+            f"For dropout, give LoRA(..., dropout=0.1). In training mode: {training[0]}"
+            f"{f' and {len(training) - 1} more modules' if training[1:] else ''}."
+        )
+
+
+def find_saved(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Finds the parameters, and the buffers that are saved, each once and by its first name."""
+    saved = model.state_dict(keep_vars=True).keys()
+    buffers = {name: x for name, x in model.named_buffers() if name in saved}
+    return dict(model.named_parameters()) | buffers
+
+
+def read_structure(model: torch.nn.Module) -> Structure:
+    """Reads what `jlora.torch.names` needs to know."""
+    aliases: dict[int, list[str]] = {}
+    for name, x in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(x), []).append(name)
+    modules = dict(model.named_modules())
+    return Structure(
+        tuple(find_saved(model)),
+        {first: tuple(rest) for first, *rest in aliases.values() if rest},
+        frozenset(_find_adaptable(modules)),
+        frozenset(name for name, m in modules.items() if getattr(m, "is_transposed", False)),
+    )
+
+
+def _find_adaptable(modules: Mapping[str, torch.nn.Module]) -> Iterator[str]:
+    """Finds the modules that PEFT adapts, and with one A and one B for the whole weight."""
+    known = (torch.nn.Linear, torch.nn.Embedding)
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    for name, module in modules.items():
+        if isinstance(modules.get(name.rpartition(".")[0]), torch.nn.MultiheadAttention):
+            continue  # it reads the weights of its modules, and does not call them
+        is_plain = isinstance(module, convolutions) and module.groups == 1
+        if is_plain or isinstance(module, known) or type(module).__name__ == "Conv1D":
+            yield name
+
+
+def copy_structure(model: torch.nn.Module) -> torch.nn.Module:
+    """Copies a module; what is saved is on the meta device, other tensors are buffers."""
+    memo = {id(x): _without_memory(x) for x in find_saved(model).values()}
+    skeleton = copy.deepcopy(model, memo)
+    for module in skeleton.modules():
+        for name, x in list(vars(module).items()):
+            if isinstance(x, torch.Tensor):
+                delattr(module, name)
+                module.register_buffer(name, x, persistent=False)
+    return skeleton
+
+
+def _without_memory(x: torch.Tensor) -> torch.Tensor:
+    shell = torch.empty_like(x, device="meta")
+    is_trained = isinstance(x, torch.nn.Parameter)
+    return torch.nn.Parameter(shell, x.requires_grad) if is_trained else shell
+
+
+def find_constants(skeleton: torch.nn.Module) -> dict[str, jax.Array]:
+    """Returns the buffers that are not saved; those on the meta device are computed before."""
+    _compute_buffers(skeleton)
+    saved = find_saved(skeleton)
+    every = {name: x for name, x in skeleton.named_buffers() if name not in saved}
+    return {name: jnp.asarray(to_jax(x)) for name, x in every.items()}
+
+
+def _compute_buffers(skeleton: torch.nn.Module) -> None:
+    """Computes the buffers on the meta device that are not saved, as `transformers` does."""
+    modules = dict(skeleton.named_modules())
+    saved = find_saved(skeleton)
+    lost = [n for n, x in skeleton.named_buffers() if x.is_meta and n not in saved]
+    for name in lost:  # a value that no computation leaves
+        x = skeleton.get_buffer(name)
+        odd = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min
+        module, _, last = name.rpartition(".")
+        setattr(modules[module], last, torch.full(x.shape, odd, dtype=x.dtype, device="cpu"))
+    with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for name in dict.fromkeys(name.rpartition(".")[0] for name in lost):
+            around = [m for n, m in modules.items() if not n or f"{name}.".startswith(f"{n}.")]
+            owners = [m for m in around if hasattr(m, "_init_weights")]
+            for owner in owners[-1:]:
+                owner._init_weights(modules[name])
+    if wrong := [name for name in lost if _is_odd(skeleton.get_buffer(name))]:
+        raise InputError(
+            "`model` has buffers on the meta device that are not saved, and that it does not "
+            "compute in `_init_weights`. Make the module so that only its parameters are on the "
+            "meta device, as accelerate.init_empty_weights() does.",
+            problems=[Problem(name, "has no value") for name in wrong],
+        )
+
+
+def _is_odd(x: torch.Tensor) -> bool:
+    return bool((x.isnan() if x.is_floating_point() else x == torch.iinfo(x.dtype).min).any())
+
+
+def to_jax(x: torch.Tensor) -> Array:
+    """Copies a tensor to an array bit for bit; one on the meta device becomes its shape."""
+    dtype = mappings.t2j_dtype(x.dtype)
+    shape = tuple(x.shape)
+    if x.is_meta:
+        return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
+    flat = x.detach().cpu().contiguous().reshape(-1)
+    # NumPy does not know PyTorch's bfloat16, but has the same bytes.
+    return jnp.array(flat.view(torch.uint8).numpy().view(dtype).reshape(shape))

@@ -1,0 +1,183 @@
+"""Models of `transformers` by `jlora.torch`: outputs, sites, and PEFT's files in both directions.
+
+All of `torch_models` in the long run; some each time that torchax is there.
+"""
+
+import functools
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("torchax")
+pytest.importorskip("peft")
+
+import peft as hf_peft
+import torch
+from safetensors.numpy import load_file
+from small import randomize
+from torch_models import MODELS, Model
+
+import jlora
+from jlora import LoRA, peft
+
+# What torchax, PEFT and `transformers` warn of is theirs.
+pytestmark = pytest.mark.filterwarnings("default")
+EVERY = pytest.mark.parametrize("name", MODELS)
+WEIGHTS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
+
+
+class Extracted(NamedTuple):
+    """A model as parameters and a function of parameters and arrays, with its sites."""
+
+    model: Any
+    params: Any
+    apply: Any
+    call: Any
+    sites: Any
+    names: tuple[peft.Name, ...]
+
+
+@functools.cache
+def extracted(name: str) -> Extracted:
+    row = MODELS[name]
+    model = row.make()
+    params, apply = jlora.torch.extract(model)
+
+    def call(params: Any, arrays: dict[str, Any]) -> dict[str, Any]:
+        return numbers(apply(params, **arrays, **row.static))
+
+    sites = jlora.transform(call).sites(params, row.arrays)
+    return Extracted(model, params, apply, call, sites, jlora.torch.names(sites, apply))
+
+
+def numbers(outputs: Any) -> dict[str, Any]:
+    """The outputs that are floating-point arrays, by name; of outputs in outputs, the leaves."""
+    return {
+        jax.tree_util.keystr(path): x
+        for path, x in jax.tree_util.tree_leaves_with_path(outputs)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    }
+
+
+def run(model: Any, row: Model) -> dict[str, np.ndarray]:
+    """What PyTorch computes, by the names that JAX has."""
+    given = {name: torch.as_tensor(x) for name, x in row.arrays.items()}
+    with torch.no_grad():
+        outputs = model(**given, **row.static)
+    arrays = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.numpy(), outputs)
+    return numbers(arrays)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        scale = max(np.abs(x).max(), 1e-3)
+        np.testing.assert_allclose(actual[name] / scale, x / scale, 0, tolerance, err_msg=name)
+
+
+@EVERY
+def test_outputs(name: str) -> None:
+    found = extracted(name)
+    outputs = jax.jit(found.call)(found.params, MODELS[name].arrays)
+    assert_close(outputs, run(found.model, MODELS[name]))
+
+
+@EVERY
+def test_weights_are_sites(name: str) -> None:
+    """Of those that the call uses, and not as tokens of their own, at least 95%."""
+    found = extracted(name)
+    modules = found.model.named_modules()
+    weights = {n for n, m in modules if isinstance(m, WEIGHTS) or type(m).__name__ == "Conv1D"}
+    leaves = {".".join(s.parts[:-1]): s for s in found.sites.leaves if s.parts[-1] == "weight"}
+    used = [leaves[n] for n in weights & leaves.keys() if leaves[n].used is not False]
+    lost = [s.path for s in used if s.kind is None and not all(u.added for u in s.unsupported)]
+    assert len(lost) <= 0.05 * len(used), lost
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "vit"])
+def test_quantized(name: str) -> None:
+    """A base in 4 bits computes what its values in floats do, adapted or not."""
+    row, found = MODELS[name], extracted(name)
+    codes = jlora.quantize(found.params, jlora.NF4(block=32), sites=found.sites)
+    lora = jlora.transform(found.call, LoRA(rank=2))
+    base, adapter = lora.init(jax.random.key(0), codes, row.arrays)
+    adapter = randomize(adapter)
+    dense = jlora.dequantize(base)
+    outputs = jax.jit(lora.apply)(base, adapter, row.arrays)
+    assert_close(outputs, jax.jit(lora.apply)(dense, adapter, row.arrays))
+    merged = jlora.merge(dense, adapter)
+    assert_close(outputs, jax.jit(found.call)(merged, row.arrays), 1e-4)
+
+
+def test_a_router_has_no_form_in_peft(tmp_path: pathlib.Path) -> None:
+    """Its module is no linear one, and PEFT would refuse the file."""
+    row, found = MODELS["qwen3-moe"], extracted("qwen3-moe")
+    lora = jlora.transform(found.call, LoRA("mlp/gate/weight", rank=2))
+    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
+    with pytest.raises(ValueError, match="mlp/gate/weight: is adapted, but is not a matrix under"):
+        peft.save(tmp_path / "adapter", base, adapter, found.names)
+
+
+def adapted_rows(name: str) -> list[peft.Name]:
+    """The rows of the weights that PEFT can adapt."""
+    refused = re.compile(MODELS[name].refused)
+    return [x for x in extracted(name).names if x.kind and not refused.search(x.path)]
+
+
+@EVERY
+def test_ours_in_pytorch(name: str, tmp_path: pathlib.Path) -> None:
+    """PEFT computes with jlora's file what jlora does; so does `transformers` once it is merged."""
+    row, found = MODELS[name], extracted(name)
+    every = "|".join(x.path for x in adapted_rows(name))
+    lora = jlora.transform(found.call, LoRA(every, rank=2, alpha=3))
+    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
+    adapter = randomize(adapter)
+    expected = jax.jit(lora.apply)(base, adapter, row.arrays)
+    peft.save(tmp_path / "adapter", base, adapter, found.names)
+    model = hf_peft.PeftModel.from_pretrained(row.make(), tmp_path / "adapter").eval()
+    assert_close(run(model, row), expected)
+    found.model.save_pretrained(tmp_path / "base")
+    peft.export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged, told = type(found.model).from_pretrained(
+        tmp_path / "merged", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(told.values()), told
+    assert_close(run(merged.eval(), row), expected)
+
+
+@EVERY
+def test_theirs_in_jax(name: str, tmp_path: pathlib.Path) -> None:
+    """With PEFT's file we compute what PEFT does, and we write the same file."""
+    row, found = MODELS[name], extracted(name)
+    rows = [x for x in adapted_rows(name) if not x.tied]  # PEFT alone would change one of two
+    experts = [f"{x.module}.{x.parameter}" for x in rows if x.kind == "experts"]
+    config = hf_peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=[x.module for x in rows if x.kind != "experts"],
+        target_parameters=experts or None,
+    )
+    model = hf_peft.get_peft_model(row.make(), config).eval()
+    torch.manual_seed(1)
+    for key, x in model.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(x, std=0.2)
+    has_tables = any(x.kind == "embedding" for x in rows)
+    model.save_pretrained(
+        tmp_path / "theirs", save_embedding_layers="auto" if has_tables else False
+    )
+    adapter = peft.load(tmp_path / "theirs", found.params, found.names)
+    outputs = jax.jit(jlora.transform(found.call).apply)(found.params, adapter, row.arrays)
+    assert_close(outputs, run(model, row))
+    fields = peft.read_config(tmp_path / "theirs")
+    peft.save(tmp_path / "ours", found.params, adapter, found.names, config=fields)
+    ours, theirs = (
+        load_file(tmp_path / x / "adapter_model.safetensors") for x in ("ours", "theirs")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].tobytes() == theirs[key].tobytes() for key in ours)
