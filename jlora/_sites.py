@@ -58,6 +58,7 @@ class Uses:
         """Records a use of the weight `w` that is not a product; a looked-up row counts as one."""
         for path in w.origin.paths:
             axes = tuple(_of(path, [a]) for a, n in zip(w.axes, w.shape, strict=True) if n > 1)
+            # Along these axes of the leaf rows were looked up, as of an embedding.
             picked = frozenset(d for p, d in w.picked if p == path)
             if picked:
                 rest = frozenset().union(*axes) - picked
