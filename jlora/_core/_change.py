@@ -20,6 +20,8 @@ from .. import _compat
 from .._arrays import einsum, promote
 from ._axes import RANK, Axis, Factor, Unfactorable
 
+Pair = tuple[jax.Array, jax.Array]
+
 LEAST = 2.0**-60  # a gain that is at least this large can be divided out of a product again
 FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
 
@@ -148,10 +150,12 @@ def plus(w: jax.Array, change: jax.Array) -> jax.Array:
     return jnp.where(new == old, old, new).astype(w.dtype)
 
 
-plus.defjvps(
-    lambda dw, new, *_: dw,
-    lambda change, new, *_: jnp.broadcast_to(change, new.shape).astype(new.dtype),
-)
+@plus.defjvp
+def _plus_jvp(primals: Pair, tangents: Pair) -> Pair:
+    # Added here, as under explicit sharding the two may lie differently.
+    wide = promote(primals[0].dtype, jnp.float32)
+    tangent = tangents[0].astype(wide) + tangents[1].astype(wide)
+    return plus(*primals), tangent.astype(primals[0].dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

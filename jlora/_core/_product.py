@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from .._arrays import promote
 from ._axes import RANK, Factor, Roles, Unfactorable
-from ._change import LEAST, Delta
+from ._change import LEAST, Delta, Pair
 from ._weight import Weight
 
 
@@ -149,8 +149,10 @@ def _product(x: jax.Array, gain: jax.Array) -> jax.Array:
 _scaled = jax.custom_jvp(_product)
 
 
-_scaled.defjvps(
-    lambda dx, y, x, gain: _product(dx, gain),
+@_scaled.defjvp
+def _scaled_jvp(primals: Pair, tangents: Pair) -> Pair:
+    (_, gain), (dx, dgain) = primals, tangents
+    y = _scaled(*primals)
     # Without the barrier XLA would compute y again, from x, and keep both.
-    lambda dgain, y, x, gain: jax.checkpoint(_product, prevent_cse=True)(y, dgain / gain),
-)
+    of_gain = jax.checkpoint(_product, prevent_cse=True)(y, dgain / gain)
+    return y, _product(dx, gain) + of_gain
