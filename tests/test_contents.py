@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import peft_models as models
 import pytest
+from messages import refused
 from peft_files import TENSORS, Folder, assert_equal
 
 from jlora import peft
 from jlora.peft.adapter._config import DEFAULTS, ROWS_DEFAULTS
-from jlora.types import Layout, LowRank
+from jlora.types import Layout, LowRank, Replaced
 
 # The fields that choose modules, ranks, scales and rows.
 CHOOSING = (
@@ -89,6 +90,23 @@ def test_some_of_the_leaves(tmp_path: Folder) -> None:
     assert peft.write(tmp_path / "a", contents)["target_modules"] == [*some]
     found = peft.load(tmp_path / "a", case.base, case.names)
     assert len(jax.tree.leaves(found)) == 2 * len(some)
+
+
+def alone(*each: tuple[int, ...]) -> peft.Contents:
+    """Rows alone, of an embedding each."""
+    layout = Layout((), (0,), (1,))
+    rows = {f"m.e{i}": Replaced(jnp.ones((len(x), 2)), x, layout) for i, x in enumerate(each)}
+    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [3, 4], "target_modules": ["e0"]}
+    return peft.Contents(rows, config)
+
+
+def test_rows_alone_are_those_of_the_leaves(tmp_path: Folder) -> None:
+    """Not those that the configuration had; and PEFT has one list for all."""
+    assert peft.write(tmp_path / "a", alone((5, 6)))["token_indices"] == [5, 6]
+    found = peft.read(tmp_path / "a").leaves["m.e0"]
+    assert isinstance(found, Replaced) and found.rows == (5, 6)
+    with refused(ValueError, "contents", "m.e1", "rows (5, 6)", "by itself"):
+        peft.write(tmp_path / "b", alone((3, 4), (5, 6)))
 
 
 Q = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), 1.0, Layout((), (1,), (0,)))

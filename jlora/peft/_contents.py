@@ -96,7 +96,8 @@ def write(
 
     Values are written bit for bit. The fields that choose modules, ranks, alphas and rows are kept
     if they describe the leaves. Otherwise they are replaced: modules are then chosen by their whole
-    names. To have them so, leave `target_modules` out of `contents.config`.
+    names. If you leave out leaves, leave `target_modules` out of `contents.config` too: its short
+    names would go on choosing their modules.
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
@@ -212,12 +213,22 @@ def _describe(contents: Contents, own: Parameters) -> dict[str, Any]:
     keys = {part.key: part.kind == "experts" for part in own.parts}
     heads = [contents.tied[key] for key in keys if key in contents.tied]
     if is_alone:
-        return _select(fields, dict.fromkeys(rows, False), ())
+        return _select(fields | _list_rows(rows), dict.fromkeys(rows, False), ())
     fields = _save(_select(fields, keys, heads), own)
     listed, _ = find_rows(fields, rows, problems := Problems(""))
     if listed != rows or problems.found:
         fields[INDICES] = {module: list(own) for module, own in rows.items()} or None
     return set_scales(fields, find_scales(own.parts, contents.tied)) if keys else fields
+
+
+def _list_rows(rows: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Lists the rows of an adapter of rows alone; PEFT has one list for all embeddings."""
+    lists = set(rows.values())
+    if len(lists) > 1:
+        each = [Problem(module, f"rows {own}") for module, own in rows.items()]
+        why = "`contents` has different rows of embeddings, but `TRAINABLE_TOKENS` has one list."
+        raise InputError(why, problems=each, remedy="Write each embedding by itself.")
+    return {"token_indices": list(*lists)} if lists else {}
 
 
 def _select(
