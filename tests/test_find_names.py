@@ -1,5 +1,6 @@
 """`peft.find_names`: which tensor each leaf holds, by its values. Never a wrong one."""
 
+import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -193,6 +194,7 @@ def test_each_table_is_found(table: str, dtype: Any, tmp_path: Folder) -> None:
     assert found.left == ()
     assert what(params, found) == what(params, names)
     assert eval(str(found), {"Name": Name}) is not None  # what it prints is code
+    assert copy.copy(found) == found and copy.copy(found).left == found.left
 
 
 # -------------------------------------------------- layouts of others, written here by hand

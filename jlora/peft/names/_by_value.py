@@ -59,7 +59,7 @@ class Found(tuple[Name, ...]):
 
     left: tuple[Problem, ...]
 
-    def __new__(cls, rows: Sequence[Name], left: Sequence[Problem]) -> "Found":
+    def __new__(cls, rows: Sequence[Name], left: Sequence[Problem] = ()) -> "Found":
         """Makes the table of `rows`."""
         found = super().__new__(cls, rows)
         found.left = tuple(left)
@@ -76,8 +76,8 @@ def find_names(params: PyTree, folder: str | os.PathLike[str], sites: HasSites) 
     For models whose own code loads Hugging Face's checkpoints. A leaf may hold one tensor, or
     several that are stacked (layers, experts, modules such as k and v), or a part of one (gate or
     up). Axes may be transposed or split, the last one interleaved; values may be rounded, or
-    multiplied by a number. A tensor is recognized by its sums along each axis. Each file is read
-    once, and what has parts once more, a tensor at a time.
+    multiplied by a number. A tensor is recognized by its sums along each axis. Tensors are read
+    one at a time: all of them once, and those that no leaf holds whole again for each part.
 
     Args:
         params: the parameters, as the model loaded them from `folder`.
@@ -169,13 +169,14 @@ class _Table(NamedTuple):
     norms: np.ndarray
     keys: np.ndarray
 
-    def find(self, x: np.ndarray, far: float) -> np.ndarray:
-        """Finds the arrays that have the values of `x`, up to a factor."""
+    def find(self, x: np.ndarray, far: float) -> dict[str, float]:
+        """Finds the arrays that have the values of `x` up to a factor, and the factors."""
         one = _measure([("", x)])
         size = np.linalg.norm(one.sums)
         [near] = np.nonzero(np.abs(self.keys - one.keys) <= 6 * far * size)
         differ = np.linalg.norm(self.sums[near] - one.sums, axis=1)
-        return near[(differ <= far * size) & ((self.norms[near] > 0) == (one.norms > 0))]
+        found = near[(differ <= far * size) & ((self.norms[near] > 0) == (one.norms > 0))]
+        return {self.names[n]: float(one.norms[0] / (self.norms[n] or 1)) or 1.0 for n in found}
 
 
 def _measure(arrays: Iterable[tuple[str, np.ndarray]]) -> _Table:
@@ -237,7 +238,7 @@ class _Tensors:
         factors = list[float]()
         for x in split_weight(leaf, leaf.value).values():
             found = table.find(x, ROUNDED if x.dtype.itemsize == 2 else EXACT)
-            names = [table.names[n] for n in found]
+            names = [*found]
             if row.kind == "embedding" and names:
                 row, names = self._tie(row, names)
             if len(names) > 1:
@@ -245,8 +246,7 @@ class _Tensors:
             if not names:
                 return None
             keys += names
-            norm = float(np.linalg.norm(x.astype(np.float64)))
-            factors.append(norm / float(table.norms[found[0]]) if norm else 1.0)
+            factors.append(found[names[0]])
         factor = _round_factor(float(np.median(factors)))
         is_one = all(math.isclose(x, factor, rel_tol=ROUNDED) for x in factors)
         is_telling = leaf.weight_shape[-1] >= SHORT and bool(np.ptp(leaf.value))
