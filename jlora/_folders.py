@@ -110,16 +110,16 @@ def commit(stage: Path, final: Path, argument: str) -> None:
         raise
 
 
-def discard(stage: Path) -> None:
-    """Removes a folder, and Orbax's folders beside it, whose names begin with its name."""
-    deadline = time.monotonic() + PATIENCE
-    while left := list(stage.parent.glob(f"{glob.escape(stage.name)}*")):
+def discard(stage: Path, quiet: float = 0.02) -> None:
+    """Removes a folder, and Orbax's folders beside it, whose names begin with its name.
+
+    Threads that still write make folders anew, so it looks again after `quiet` seconds.
+    """
+    deadline, pattern = time.monotonic() + PATIENCE, f"{glob.escape(stage.name)}*"
+    while (left := list(stage.parent.glob(pattern))) and time.monotonic() < deadline:
         for path in left:
             shutil.rmtree(path, ignore_errors=True)
-        if time.monotonic() > deadline:
-            return
-        if any(path.exists() for path in left):
-            time.sleep(0.02)
+        time.sleep(quiet)
 
 
 def remove_leftovers(final: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -34,6 +35,28 @@ def test_nothing_is_left_of_what_failed(error: BaseException, tmp_path: Folder) 
     with pytest.raises(type(error)), fresh(tmp_path / "m", "OUT") as folder:
         (folder / "file").write_text("x")
         raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_a_write_that_ends_late(tmp_path: Folder) -> None:
+    """A thread of TensorStore makes its folder anew after it was removed."""
+
+    def write_late() -> None:
+        while not (found := [*tmp_path.glob(".m.*.orbax-checkpoint-tmp")]):
+            time.sleep(0.001)
+        while found[0].exists():
+            time.sleep(0.001)
+        time.sleep(0.05)
+        found[0].mkdir()
+        made.append(found[0])
+
+    made: list[Folder] = []
+    thread = threading.Thread(target=write_late)
+    thread.start()
+    with disks.full(), pytest.raises(OSError, match="File too large"):
+        checkpoint.save(tmp_path / "m", ADAPTER, ())
+    thread.join()
+    assert made
     assert not list(tmp_path.iterdir())
 
 

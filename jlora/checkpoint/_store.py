@@ -184,7 +184,8 @@ def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.Checkpoint
         raise not_written("path", final, one_line(e)) from e
     finally:
         if stage is not final and jax.process_index() == 0:
-            _folders.discard(Path(stage))
+            # TensorStore ends the writes that had begun, in any process, after Orbax has raised.
+            _folders.discard(Path(stage), quiet=0.2)
 
 
 def _check(final: epath.Path, local: bool) -> None:
