@@ -27,6 +27,16 @@ def explicit(x: object) -> NamedSharding | None:
     return found
 
 
+def put(x: np.ndarray) -> jax.Array:
+    """Copies an array to the default device, or to all devices of the mesh in scope.
+
+    `jnp.asarray` does so too, but compiles a program for each shape.
+    """
+    mesh = jax.sharding.get_mesh()
+    # Without a copy, JAX may use the memory of x, which may be a mapped file.
+    return jax.device_put(np.array(x), None if mesh.empty else NamedSharding(mesh, PartitionSpec()))
+
+
 def abstract(x: AnyArray) -> jax.ShapeDtypeStruct:
     """Returns the type of an array: its shape, its dtype in JAX, how it is sharded and varies."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)

@@ -115,7 +115,8 @@ def discard(stage: Path, quiet: float = 0.02) -> None:
 
     Threads that still write make folders anew, so it looks again after `quiet` seconds.
     """
-    deadline, pattern = time.monotonic() + PATIENCE, f"{glob.escape(stage.name)}*"
+    deadline = time.monotonic() + PATIENCE
+    pattern = f"{glob.escape(stage.name)}*"
     while (left := list(stage.parent.glob(pattern))) and time.monotonic() < deadline:
         for path in left:
             shutil.rmtree(path, ignore_errors=True)

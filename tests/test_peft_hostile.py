@@ -30,7 +30,7 @@ from jlora.peft._problems import Problems
 from jlora.peft.adapter import _patterns
 from jlora.peft.adapter._config import problems_of
 from jlora.peft.adapter._patterns import Clock, Job, match
-from jlora.peft.adapter._roles import list_idle, list_unused, resolve
+from jlora.peft.adapter._roles import list_parents, list_unused, resolve
 from jlora.peft.merge import _ties
 from jlora.peft.merge._renaming import find_models
 
@@ -196,7 +196,7 @@ def test_ranks_are_looked_up_as_peft_does(patterns: dict[str, int], names: list[
     for name, role in resolve(fields, names, Clock()).items():
         assert role.rank == looked_up(patterns, name)
     idle = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", n) for n in names)]
-    assert list_unused(fields, names, Clock()) == [
+    assert list_unused(fields, names, (), None, "it", Clock()) == [
         f"rank_pattern: {p!r} matches no adapted module" for p in idle
     ]
 
@@ -224,10 +224,11 @@ def test_names_are_selected_as_peft_does(
                 )
                 assert (key in role.parameters) == wanted
     idle = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
-    assert list_idle(fields, names, "it") == [
-        f"{field}: {t!r} matches no module of it"
-        for field in ("target_modules", "target_parameters")
-        for t in idle
+    lost = [x for x in saved if not any(p.endswith(x) for n in names for p in list_parents(n))]
+    assert list_unused(fields, (), names, names, "it", Clock()) == [
+        *(f"target_modules: {t!r} matches no module of it" for t in idle),
+        *(f"target_parameters: {t!r} matches no module of it" for t in idle),
+        *(f"modules_to_save: {x!r} matches none of the adapter's tensors" for x in lost),
     ]
 
 

@@ -1,7 +1,7 @@
 """Reads and writes PEFT's files.
 
-Imports `_adapters`, `_errors`, `_folders`, `_progress`, `_quantized`, `_rules`, `_site`, `_tree`,
-`_types` and `sharding`.
+Imports `_adapters`, `_arrays`, `_errors`, `_folders`, `_progress`, `_quantized`, `_rules`, `_site`,
+`_tree`, `_types` and `sharding`.
 
 adapter = peft.load("adapter", base, peft.LLAMA)
 peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))

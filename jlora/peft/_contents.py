@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .._adapters import Decomposed, LowRank, Replaced, weight_shape
+from .._arrays import put
 from .._errors import InputError, Problem
 from .._types import Layout, short
 from ._file import Source
@@ -155,7 +155,7 @@ def _read(files: Files, problems: Problems) -> Contents:
         for x in own.parts
         if is_table[x.name] or x.name not in twins
     }
-    rows = {x.module: Replaced(jnp.asarray(x.v), x.rows, _ROWS) for x in own.tokens.values()}
+    rows = {x.module: Replaced(put(x.v), x.rows, _ROWS) for x in own.tokens.values()}
     return Contents({**nodes, **rows, **own.full}, files.fields, tied, own.frozen)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from .._adapters import is_node
+from .._arrays import put
 from .._tree import leaves_by_path, nest
 from .._types import PyTree
 from ._file import Source
@@ -100,7 +99,7 @@ def _value(leaf: NamedLeaf, own: Tokens | list[Any], static: Mapping[str, Any]) 
     if isinstance(own, Tokens):
         return join_rows(leaf, own.rows, own.v)
     if not isinstance(own[0], Part):
-        return jnp.asarray(join_weight(leaf, own))
+        return put(join_weight(leaf, own))
     scale = own[0].scale * leaf.factor
     return join_factors(leaf, [part.arrays for part in own], scale=scale, **static)
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..._errors import Problem
-from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, shorten, show
+from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, show
 from .._problems import Problems
 from ._config import ROWS_ALONE
-from ._roles import Names, Role, list_idle, list_parents, list_unused
-from ._sorted import HEADS, Adapter, Parameters, Part, may_tie
+from ._roles import Role, list_unused
+from ._sorted import Adapter, Parameters, Part, may_tie
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -44,7 +44,7 @@ def assign_parameters(
             them. The order then distinguishes parameters of one shape.
     """
     order = {name: i for i, name in enumerate(shapes or ())}
-    roles, fields = adapter.roles, adapter.fields
+    roles = adapter.roles
     found = list[Part]()
     for module, parts in adapter.modules.items():
         names = [f"{module}.{parameter}" for parameter in roles[module].parameters]
@@ -54,12 +54,13 @@ def assign_parameters(
             found += _assign_by_shape(adapter, module, names, parts, shapes, ordered, problems)
         elif parts:
             found += _check_module(adapter, module, parts, where, problems)
+    known = None
     if shapes is not None:
         problems.found += list_missing(adapter, shapes)
         known = [n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) > 1]
-        problems.unused += list_idle(fields, [*(part.key for part in found), *known], where)
-    problems.unused += _list_idle_names(adapter)
-    problems.unused += list_unused(fields, [part.key for part in found], adapter.clock)
+    keys = [part.key for part in found]
+    saved = {name.rpartition(".")[0] for name in adapter.full}
+    problems.unused += list_unused(adapter.fields, keys, saved, known, where, adapter.clock)
     if not (found or adapter.full or adapter.tokens or problems.found):
         problems.add(TENSORS, "has neither A and B nor a parameter in full")
     return Parameters(found, adapter.full, adapter.frozen, adapter.tokens, adapter.biases)
@@ -178,17 +179,6 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
 
     lost = filter(is_missing, shapes)
     return [Problem(name, f"selected by {CONFIG}, but missing in {TENSORS}") for name in lost]
-
-
-def _list_idle_names(adapter: Adapter) -> list[str]:
-    """Lists the entries of `modules_to_save` that match no tensor."""
-    modules = {name.rpartition(".")[0] for name in adapter.full}
-    holders = Names({parent for module in modules for parent in list_parents(module)})
-    return [
-        f"modules_to_save: {shorten(name)} matches none of the adapter's tensors"
-        for name in adapter.fields.get("modules_to_save") or []
-        if name not in HEADS and not holders.end_in(name)
-    ]
 
 
 def identify(x: TensorInfo | np.ndarray, is_table: bool = False) -> tuple[Any, ...]:

@@ -7,13 +7,15 @@ by their ends in sorted lists, patterns that are names in tables, and the others
 import bisect
 import collections
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._file import shorten
 from ._config import DEFAULTS
 from ._patterns import PLAIN, Clock, Job, match, unescape, wrap_key, wrap_layer
 
+# PEFT lists both names for every sequence classifier, whatever its head is called.
+HEADS = ("classifier", "score")
 _LAYERS = 10  # patterns of layers that are plain and need no process
 Fields = Mapping[str, Any]
 
@@ -75,33 +77,45 @@ def resolve(fields: Fields, names: Iterable[str], clock: Clock) -> dict[str, Rol
     return roles
 
 
-def list_unused(fields: Fields, keys: Collection[str], clock: Clock) -> list[str]:
-    """Lists the entries of `rank_pattern` and `alpha_pattern` that match no adapted key."""
-    names = list(keys)
-    unused = list[str]()
-    each = {key: _Values(fields.get(key)) for key in ("rank_pattern", "alpha_pattern")}
-    found = match([job for values in each.values() for job in values.jobs.values()], names, clock)
-    for field, values in each.items():
-        each_name = clock.watch(enumerate(names))
-        used = {n for i, name in each_name for own in values.matching(i, name, found) for n in own}
-        left = (pattern for n, pattern in enumerate(values.names) if n not in used)
-        unused += [f"{field}: {shorten(pattern)} matches no adapted module" for pattern in left]
-    return unused
-
-
-def list_idle(fields: Fields, keys: Iterable[str], where: str) -> list[str]:
-    """Lists the targets that match none of the `keys` of a model, which is called `where`.
+def list_unused(
+    fields: Fields,
+    keys: Sequence[str],
+    saved: Iterable[str],
+    modules: Iterable[str] | None,
+    where: str,
+    clock: Clock,
+) -> list[str]:
+    """Lists the names in a configuration that match nothing, which PEFT accepts.
 
     Targets that are excluded, or in other layers, are not listed, as PEFT writes them too.
+
+    Args:
+        fields: the configuration.
+        keys: what is adapted.
+        saved: the modules that the adapter has in full.
+        modules: those of the model, which is called `where`; None if unknown.
+        where: what the texts call the model.
+        clock: the time that is left.
     """
-    names = Names("." + key for key in keys)
-    return [
-        f"{field}: {shorten(target)} matches no module of {where}"
-        for field in ("target_modules", "target_parameters")
-        if isinstance(listed := fields.get(field), list)
-        for target in listed
-        if not names.end_in("." + target)
-    ]
+    unused = list[str]()
+    if modules is not None:
+        names = Names("." + key for key in (*keys, *modules))
+        for field in ("target_modules", "target_parameters"):
+            targets = listed if isinstance(listed := fields.get(field), list) else []
+            left = (target for target in targets if not names.end_in("." + target))
+            unused += [f"{field}: {shorten(x)} matches no module of {where}" for x in left]
+    holders = Names({parent for module in saved for parent in list_parents(module)})
+    whole = (x for x in fields.get("modules_to_save") or [] if x not in HEADS)
+    left = (name for name in whole if not holders.end_in(name))
+    unused += [f"modules_to_save: {shorten(x)} matches none of the adapter's tensors" for x in left]
+    each = {field: _Values(fields.get(field)) for field in ("rank_pattern", "alpha_pattern")}
+    found = match([job for values in each.values() for job in values.jobs.values()], keys, clock)
+    for field, values in each.items():
+        each_key = clock.watch(enumerate(keys))
+        used = {n for i, key in each_key for own in values.matching(i, key, found) for n in own}
+        left = (pattern for n, pattern in enumerate(values.names) if n not in used)
+        unused += [f"{field}: {shorten(x)} matches no adapted module" for x in left]
+    return unused
 
 
 def make_saves(fields: Fields) -> Callable[[str], bool]:

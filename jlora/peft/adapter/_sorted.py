@@ -26,8 +26,6 @@ SHARED = re.compile(
     r"|vocab_projector|pred_layer\.proj|output)$"
     r"|(^|\.)(embeddings|predictions\.decoder)$|^decoder$"
 )
-# PEFT lists both names for every sequence classifier, whatever its head is called.
-HEADS = ("classifier", "score")
 # Where PEFT has the new and the old values of a module in `modules_to_save`.
 _WRAPPERS = re.compile(r"\.(modules_to_save|original_module)\.")
 FACTOR = re.compile(

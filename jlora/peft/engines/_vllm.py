@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from .._file import show
 from ..adapter._config import STARTS
 from ..adapter._one_rank import RANKS
-from ..adapter._sorted import HEADS
+from ..adapter._roles import HEADS
 from . import _findings as rules
 from ._engine import Engine, Finding, Served, register
 from ._findings import is_fused, report

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from ..._arrays import put
 from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme, spell
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
@@ -102,7 +103,7 @@ class Dense(NamedTuple):
 
     def array(self, dtype: DTypeLike) -> jax.Array:
         """Computes the values, (…, rows, columns)."""
-        return jnp.asarray(self.values).astype(dtype)
+        return put(self.values).astype(dtype)
 
     @property
     def bound(self) -> float:
@@ -204,15 +205,14 @@ def _quantize(m: Codes, form: Form, dtype: DTypeLike) -> Quantized:
     counts = [-(-n // block) for n, block in zip(inner.shape, inner.blocks, strict=True)]
     whole = tuple(d for d in inner.order if inner.is_whole(d))
     scale, zero = (
-        None if x is None else jnp.asarray(np.squeeze(arrange(x, counts), whole))
-        for x in (m.scale, m.zero)
+        None if x is None else put(np.squeeze(arrange(x, counts), whole)) for x in (m.scale, m.zero)
     )
     nested = None
     if m.nested is not None:
         lead = [form.shape[d] for d in form.stack]
-        scales, offset = map(jnp.asarray, m.nested)
+        scales, offset = map(put, m.nested)
         nested = Nested(scales.reshape(*lead, scales.shape[-1]), offset.reshape(lead))
-    return Quantized(jnp.asarray(data), scale, zero, nested, None, m.scheme, form, jnp.dtype(dtype))
+    return Quantized(put(data), scale, zero, nested, None, m.scheme, form, jnp.dtype(dtype))
 
 
 def _pack(codes: np.ndarray, axis: int, block: int) -> np.ndarray:

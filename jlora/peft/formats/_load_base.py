@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
 from ... import sharding
+from ..._arrays import put
 from ..._errors import InputError, Problem
 from ..._folders import fresh
 from ..._progress import progress
@@ -123,7 +124,7 @@ def _read(
         return _read_integers(leaf, format)
     if not coded:
         each = (take_part(_read_dense(format, key, whole), name) for key in keys)
-        return jnp.asarray(join_weight(leaf, list(each)))
+        return put(join_weight(leaf, list(each)))
     if not name.is_plain or (name.transposed and format.keeps_axes):
         raise Unreadable(
             coded[0],
@@ -158,7 +159,7 @@ def _read_integers(leaf: NamedLeaf, format: Format) -> jax.Array:
     found = x.astype(leaf.value.dtype)
     if not np.array_equal(found, x):
         raise Unreadable(key, f"has values that {leaf.value.dtype} cannot hold")
-    return jnp.asarray(found)
+    return put(found)
 
 
 def _read_dense(format: Format, key: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Name tables: the names of leaves in PyTorch, and how their axes correspond.
 
-Imports `_adapters`, `_errors`, `_progress`, `_site`, `_tree`, `_types`, `peft._checkpoint` and
-`peft._file`.
-"""
+Imports `_adapters`, `_arrays`, `_errors`, `_progress`, `_site`, `_tree`, `_types`,
+`peft._checkpoint` and `peft._file`."""
 
 from . import tables as tables

@@ -8,11 +8,11 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, without_slots
+from ..._arrays import put
 from ..._types import Layout
 from ._leaves import NamedLeaf
 from ._names import RANK, Axes, Groups, Name, multiply_lengths
@@ -75,7 +75,7 @@ def join_rows(leaf: NamedLeaf, rows: tuple[int, ...], v: np.ndarray) -> Replaced
     [axis] = leaf.name.where("v")
     axes = (axis, *leaf.name.where("o"))
     v = _unpack([v], axes, leaf.name.weight_groups, leaf, {axis: len(rows)})
-    return Replaced(jnp.asarray(v), rows, leaf.layout)
+    return Replaced(put(v), rows, leaf.layout)
 
 
 # --------------------------------------------------------------------------------------- A and B
@@ -130,7 +130,7 @@ def join_factors(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> L
     each = zip(leaf.name.factor_groups.items(), zip(*modules, strict=True), strict=False)
     for (name, groups), parts in each:
         x = _unpack(parts, _axes(leaf.layout, name), groups, leaf, {RANK: rank})
-        found[name] = jnp.asarray(np.expand_dims(x, _ones(leaf.layout, name)))
+        found[name] = put(np.expand_dims(x, _ones(leaf.layout, name)))
     if "m" in found:
         return Decomposed(**found, scale=static["scale"], layout=leaf.layout)
     return LowRank(**found, **static, layout=leaf.layout)

@@ -5,9 +5,9 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from ..._arrays import put
 from ..._errors import InputError, Problem
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
@@ -59,8 +59,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
         raise InputError("`tensors` do not fit `like`.", problems=wrong)
     each = {key: np.asarray(x) for key, x in tensors.items()}
     values = [
-        jnp.asarray(join_weight(x, [take_part(each[key], x.name) for key in x.parameters]))
-        for x in leaves
+        put(join_weight(x, [take_part(each[key], x.name) for key in x.parameters])) for x in leaves
     ]
     return jax.tree.unflatten(flatten(like)[1], values)
 
