@@ -56,6 +56,15 @@ def test_written_as_it_was_read(name: str, tmp_path: Folder) -> None:
     assert peft.read_config(tmp_path / "a") == fields == {**whole, **old}
 
 
+def test_reading_compiles_nothing(caplog: Any) -> None:
+    """A file may have thousands of shapes."""
+    folder = models.case("conv").folder
+    jax.clear_caches()
+    with jax.log_compiles():
+        peft.read(folder)
+    assert not [x.getMessage() for x in caplog.records if "Compiling" in x.getMessage()]
+
+
 @every_case
 def test_a_configuration_is_made(name: str, tmp_path: Folder) -> None:
     """The model takes what is written without the fields that choose."""

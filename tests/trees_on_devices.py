@@ -78,8 +78,8 @@ def test_dropout_masks_differ_by_shard() -> None:
     assert len({row.tobytes() for row in rows}) == len(rows), "two shards drew one mask"
 
 
-def test_files_are_merged_under_a_mesh(tmp_path: Path) -> None:
-    """They are those that are merged without one."""
+def test_files_under_a_mesh(tmp_path: Path) -> None:
+    """Those that are merged are those without one; what is read lies on all of its devices."""
     names = [peft.Name(r"(\w+)/kernel", r"\1", "io")]
     params = {"up": {"kernel": np.ones((16, 8), np.float32)}}
     lora = jlora.transform(lambda p, x: x @ p["up"]["kernel"], jlora.LoRA(rank=2))
@@ -89,5 +89,9 @@ def test_files_are_merged_under_a_mesh(tmp_path: Path) -> None:
     peft.export_merged(tmp_path / "base", adapter, tmp_path / "alone", names=names)
     with jax.set_mesh(MESH):
         peft.export_merged(tmp_path / "base", adapter, tmp_path / "mesh", names=names)
+        peft.save(tmp_path / "adapter", base, adapter, names)
+        read = peft.load(tmp_path / "adapter", base, names)
+    assert_lies(read, jax.tree.map(lambda x: jax.device_put(x, NamedSharding(MESH, P())), read))
+    assert_close(read, adapter, 0)
     one, other = (tmp_path / name / "model.safetensors" for name in ("alone", "mesh"))
     assert one.read_bytes() == other.read_bytes()
