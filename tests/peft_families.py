@@ -225,6 +225,9 @@ _RENAMED: dict[str, Any] = {
 }
 
 
+_CLASSES = frozenset(dir(transformers))  # of the installed version; `hasattr` would import each
+
+
 def _with_sizes(families: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
     pairs = {name: (x, {}) if isinstance(x, str) else x for name, x in families.items()}
     whole = (
@@ -236,7 +239,7 @@ def _with_sizes(families: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]
     return {
         name: (cls, own if any(k.endswith(whole) for k in own) else SIZES | own)
         for name, (cls, own) in pairs.items()
-        if cls in dir(transformers)  # of the installed version; `hasattr` would import it
+        if cls in _CLASSES
     }
 
 
