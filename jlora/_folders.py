@@ -39,6 +39,23 @@ def fresh(path: Where, argument: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def fresh_file(path: Where, argument: str) -> Iterator[Path]:
+    """Yields a path to write a file to; it becomes `path` at the end, or is removed on failure.
+
+    Raises:
+        FileExistsError: if `path` exists.
+        OSError: as `fresh`.
+    """
+    final = Path(os.path.abspath(path))
+    with scratch(final, argument) as stage:
+        yield stage / final.name
+        _sync(stage / final.name)
+        if os.path.lexists(final):
+            raise _occupied(final, argument)
+        os.rename(stage / final.name, final)
+
+
+@contextlib.contextmanager
 def scratch(path: Where, argument: str) -> Iterator[Path]:
     """Yields a folder next to `path`, on the same disk, and removes it in the end."""
     final = Path(os.path.abspath(path))

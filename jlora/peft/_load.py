@@ -3,7 +3,6 @@
 import functools
 import os
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,10 +10,10 @@ import jax.numpy as jnp
 from .._adapters import is_node
 from .._tree import leaves_by_path, nest
 from .._types import PyTree
-from ._file import Source
 from ._problems import Problems
-from .adapter._files import Files, list_tensors, open_files
+from .adapter._files import Files, list_tensors
 from .adapter._fit_tree import match_to_tree, refuse_wide
+from .adapter._image import open_adapter
 from .adapter._parameters import assign_parameters, refuse_biases
 from .adapter._sorted import Part, sort_tensors
 from .adapter._tokens import Tokens
@@ -32,6 +31,7 @@ def load(
     names: Sequence[Name],
     *,
     ignore: Collection[str] = (),
+    prefix: str | None = None,
 ) -> PyTree:
     r"""Reads an adapter that PEFT or `save` wrote.
 
@@ -86,7 +86,8 @@ def load(
         path,
         functools.cache(lambda: advise(names, lost) if lost else ""),
     )
-    files = open_files(Source(Path(path)), ignore)
+    modules = {module for leaf in leaves for module in leaf.modules}
+    files = open_adapter(path, "path", ignore, prefix, modules)
     fields, each = fit(files, leaves, problems)
     static: dict[str, Any] = {"dropout": float(fields.get("lora_dropout", 0.0))}
     if fields.get("use_dora") and (rate := static["dropout"]):

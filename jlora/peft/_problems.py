@@ -1,7 +1,7 @@
 """Collects all problems with a user's files, and raises them together."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from .._errors import InputError, Problem
@@ -16,6 +16,7 @@ class Problems:
         found: the problems.
         cause: a likely cause of them, with a remedy; empty if none is known.
         unused: names in the configuration that match nothing. PEFT accepts them, as does jlora.
+        keys: the keys that a file has, by PEFT's, if it is of another dialect.
     """
 
     def __init__(self, title: str, path: object = None, advice: Callable[[], str] = lambda: ""):
@@ -24,6 +25,7 @@ class Problems:
         self.found: list[Problem] = []
         self.cause = ""
         self.unused: list[str] = []
+        self.keys: Mapping[str, str] = {}
 
     def add(self, where: str, why: str, remedy: str = "") -> Literal[False]:
         """Adds a problem with a tensor, module or field; `where` may be any text of a file.
@@ -31,7 +33,7 @@ class Problems:
         Returns:
             False, so that a predicate can return it.
         """
-        self.found.append(Problem(where, why, remedy))
+        self.found.append(Problem(self.keys.get(where, where), why, remedy))
         return False
 
     def add_homeless(self, where: str, why: str) -> Literal[False]:

@@ -11,8 +11,12 @@ from .._errors import show
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+IMAGE = "pytorch_lora_weights.safetensors"  # of diffusers
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_STEMS = ("model", "diffusion_pytorch_model")  # of transformers and diffusers
+# The one file of a model's weights, or the index of several.
+MODELS = tuple((f"{stem}.safetensors", f"{stem}.safetensors.index.json") for stem in _STEMS)
+WEIGHTS = tuple(itertools.chain(*MODELS))
 # Of Orbax: the first is in every checkpoint, the second in checkpoints of one tree.
 ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "jlora")
 _HEAD = 2**20  # bytes of a file that are searched
@@ -31,10 +35,7 @@ class Kind(NamedTuple):
 
 
 _MLX = Kind("an adapter of MLX", "Merge it into its model with mlx_lm.fuse")
-_DIFFUSION = (
-    "Load it with load_lora_weights of diffusers, and save the adapter of the unet or transformer "
-    "with save_pretrained of PEFT"
-)
+_DIFFUSION = "Give the file itself, under another name than that of PEFT's file"
 # What is in the headers of other libraries' files.
 _HEADERS = (
     (re.compile(rb'"ss_[a-z_]+"|"lora_(unet|te\d?|transformer)_|\.lora_(down|up)\.'), "kohya"),
@@ -87,7 +88,7 @@ def _recognize_file(path: Path) -> Kind | None:
     for pattern, library in _HEADERS:
         if pattern.search(head):
             what = f"an adapter of a diffusion model in the format of {library}, {show(path.name)}"
-            return Kind(what, _DIFFUSION)
+            return Kind(what, f"Give the file itself, {show(str(path))}")
     return None
 
 

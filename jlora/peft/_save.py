@@ -13,10 +13,10 @@ from .._types import PyTree
 from ._file import DTYPES, Source, read_json
 from ._load import fit
 from ._problems import Problems
-from .adapter._arranged import Tree, arrange, check_one_method, make_tensors
+from .adapter._arranged import Tree, arrange, check_one_method
 from .adapter._config import DEFAULTS, LIMIT, ROWS_DEFAULTS, problems_of
 from .adapter._describe import Fields, describe, describe_rows_alone, find_frozen, find_full
-from .adapter._files import as_files, write_files
+from .adapter._draft import Draft, make_draft
 from .adapter._one_rank import with_profile
 from .adapter._sorted import Parameters
 from .names._leaves import NamedLeaf
@@ -34,6 +34,8 @@ def save(
     base_model: str | os.PathLike[str] | None = None,
     profile: str | None = None,
     config: Mapping[str, Any] | None = None,
+    dialect: str = "peft",
+    prefix: str | None = None,
 ) -> None:
     r"""Writes an adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -78,8 +80,8 @@ def save(
         >>> fields["target_modules"], fields["r"], fields["lora_alpha"]
         (['q_proj'], 2, 4)
     """
-    fields, found = _files(base, adapter, names, base_model, profile, config)
-    write_files(path, "path", fields, found)
+    draft = _draft(base, adapter, names, base_model, profile, config, dialect, prefix)
+    draft.write(path, "path")
 
 
 def tensors(
@@ -123,31 +125,34 @@ def tensors(
         base_model.model.model.q_proj.lora_A.weight (2, 4)
         base_model.model.model.q_proj.lora_B.weight (3, 2)
     """
-    return _files(base, adapter, names, None, profile, config)[1]
+    return _draft(base, adapter, names, None, profile, config).tensors
 
 
-def _files(
+def _draft(
     base: PyTree,
     adapter: PyTree,
     names: Sequence[Name],
     base_model: str | os.PathLike[str] | None,
     profile: str | None,
     config: Mapping[str, Any] | None,
-) -> tuple[Fields, dict[str, np.ndarray]]:
-    """Makes the configuration and the tensors, and checks that `load` would read them."""
+    dialect: str = "peft",
+    prefix: str | None = None,
+) -> Draft:
+    """Makes the files, and checks that `load` would read them."""
     tree = arrange(base, adapter, names)
     given = dict(config or {})
     if base_model is not None:
         given["base_model_name_or_path"] = _name_model(base_model)
     parameters = _rows_alone if len(tree.rows) == len(tree.found) else _as_lora
     fields, own = with_profile(profile, *parameters(tree, given))
-    found = make_tensors(fields, own, tree.tied)
+    draft = make_draft(fields, own, tree.tied, dialect, prefix)
     title = (
         "`adapter` cannot be written so that `load` reads the same adapter. A common reason is "
         "that its modules cannot be selected apart from others"
     )
-    fit(as_files(fields, found, "config"), tree.leaves, Problems(title))
-    return fields, found
+    modules = {module for leaf in tree.leaves for module in leaf.modules}
+    fit(draft.as_files("config", modules), tree.leaves, Problems(title))
+    return draft
 
 
 def _name_model(given: str | os.PathLike[str]) -> str:

@@ -24,6 +24,7 @@ def export_merged(
     follow_links: bool = False,
     untie: bool = False,
     ignore: Collection[str] = (),
+    prefix: str | None = None,
 ) -> list[str]:
     r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
 
@@ -114,7 +115,9 @@ def export_merged(
         checkpoint, _ = dequantized(checkpoint)
     title = "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
     problems = Problems(title)
-    target, contents = match_to_checkpoint(checkpoint, adapter, names, untie, problems, ignore)
+    target, contents = match_to_checkpoint(
+        checkpoint, adapter, names, untie, problems, ignore, prefix
+    )
     edits = find_edits(target.model, contents, problems)
     problems.stop()
     checkpoint = target.checkpoint
