@@ -17,6 +17,7 @@ from ._load import load as load
 from ._save import save as save
 from ._save import tensors as tensors
 from .adapter._config import read_config as read_config
+from .adapter._draft import DIALECTS as DIALECTS
 from .engines import ENGINES as ENGINES
 from .engines import Finding as Finding
 from .engines._check import Checked as Checked

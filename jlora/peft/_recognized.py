@@ -24,6 +24,15 @@ _MOST = 1000  # entries of a folder that are looked at
 _SHOWN = 9  # folders in a message
 
 
+def find_image(path: str | os.PathLike[str]) -> Path | None:
+    """Finds the file of image LoRA that a path is, or that is in it."""
+    path = Path(path)
+    if path.is_dir():
+        return path / IMAGE if (path / IMAGE).exists() else None
+    is_other = path.suffix != ".safetensors" or path.name in (TENSORS, *WEIGHTS)
+    return None if is_other else path
+
+
 class Kind(NamedTuple):
     """What a folder or file is, and what to do with it."""
 
