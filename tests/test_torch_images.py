@@ -31,11 +31,13 @@ EVERY = pytest.mark.parametrize("name", MODELS)
 BOTH = [(name, "diffusers") for name in MODELS]
 BOTH += [(name, "kohya") for name, row in MODELS.items() if row.kohya]
 FILE = "pytorch_lora_weights.safetensors"
-# Two ranks, two alphas, matrices and convolutions.
-MIXED = (
-    LoRA(r"to_(q|out/0)/weight", rank=2, alpha=3),
-    LoRA(r"(to_k|conv1)/weight", rank=3, alpha=1),
-)
+# Two ranks and alphas; in a UNet one of attention, and one of convolutions.
+MIXED = {"unet": ("to_(q|k|out/0)", "conv1"), "transformer": ("to_(q|out/0)", "to_k")}
+
+
+def mixed(*patterns: str) -> list[LoRA]:
+    settings = [{"rank": 2, "alpha": 3}, {"rank": 3, "alpha": 1}]
+    return [LoRA(f"{p}/weight", **x) for p, x in zip(patterns, settings, strict=True)]
 
 
 class Extracted(NamedTuple):
@@ -131,7 +133,7 @@ def test_ours_in_diffusers(
     found = extracted(name)
     unread = MODELS[name].kohya if dialect == "kohya" else None
     every = [every_module(name, unread[1] if unread else "none")]
-    rules = every if which == "every module" else MIXED
+    rules = every if which == "every module" else mixed(*MIXED[MODELS[name].prefix])
     base, adapter, outputs = trained(name, rules)
     config = {"use_rslora": which == "rsLoRA"}
     given = {"dialect": dialect, "prefix": prefix_of(name, dialect), "config": config}
@@ -139,17 +141,25 @@ def test_ours_in_diffusers(
     assert_close(load_in_diffusers(name, tmp_path / "adapter", caplog), outputs)
 
 
-@pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
-def test_dora(dialect: str, tmp_path: pathlib.Path, caplog: Any) -> None:
-    """Diffusers drops the magnitudes of kohya's files; this says when it does not any more."""
+# What diffusers computes something else with, in kohya's dialect, by the rules.
+MISREAD = {
+    "magnitudes": [DoRA(r"(to_q|conv1)/weight", rank=2)],
+    "several alphas of attention": mixed(*MIXED["transformer"]),
+}
+
+
+@pytest.mark.parametrize("case", MISREAD)
+def test_what_diffusers_misreads(case: str, tmp_path: pathlib.Path, caplog: Any) -> None:
+    """It is right in its own dialect; `save` warns of kohya's, until diffusers reads it."""
     found = extracted("sd15")
-    base, adapter, outputs = trained("sd15", [DoRA(r".*/(to_q|conv1)/weight", rank=2)])
-    peft.save(tmp_path / "a", base, adapter, found.names, dialect=dialect, prefix="unet")
-    if dialect == "diffusers":
-        assert_close(load_in_diffusers("sd15", tmp_path / "a", caplog), outputs)
-    else:
-        with pytest.raises(AssertionError, match="Not equal"):
-            assert_close(load_in_diffusers("sd15", tmp_path / "a", caplog), outputs)
+    base, adapter, outputs = trained("sd15", MISREAD[case])
+    own = {"dialect": "diffusers", "prefix": "unet"}
+    peft.save(tmp_path / "a", base, adapter, found.names, **own)
+    assert_close(load_in_diffusers("sd15", tmp_path / "a", caplog), outputs)
+    with pytest.warns(UserWarning, match="diffusers"):
+        peft.save(tmp_path / "b", base, adapter, found.names, dialect="kohya")
+    with pytest.raises(AssertionError, match="Not equal"):
+        assert_close(load_in_diffusers("sd15", tmp_path / "b", caplog), outputs)
 
 
 @EVERY

@@ -108,7 +108,7 @@ MODELS = {
         TOKENS
         | {"pooled_projections": wave(2, 8), "timestep": TIME / 1000}
         | {"img_ids": GRID, "txt_ids": np.zeros((5, 3), np.float32)},
-        *("transformer", "Flux", ("transformer", "ff|norm1|single_.*/(norm|proj)")),
+        *("transformer", "Flux", ("transformer", "ff|norm1|proj_(mlp|out)|single_.*/norm")),
     ),
     "flux2": Model(
         "Flux2Transformer2DModel",

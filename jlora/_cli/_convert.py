@@ -23,7 +23,8 @@ from ._inputs import IGNORE, NAMES, PREFIX, format_of_adapter, table
 @click.option(
     "--dialect",
     type=click.Choice(jlora.peft.DIALECTS),
-    help="Write PEFT's folder, or one file of image LoRA: in the folder OUT, or to OUT.safetensors.",
+    help="Write PEFT's folder, or one file of image LoRA: in a folder OUT, or a file with the name "
+    "OUT.safetensors.",
 )
 @PREFIX
 @click.option("--names", metavar="TABLE", help=NAMES)

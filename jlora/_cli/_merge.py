@@ -35,8 +35,8 @@ def merge(
     Adds ADAPTER to the weights of BASE, and writes the model to OUT. BASE is a Hugging Face
     checkpoint (safetensors), or an Orbax checkpoint of parameters. OUT has the same files, names
     and dtypes; a quantized BASE gives floats. New tokens and heads of ADAPTER are added. ADAPTER is
-    in PEFT's format, a file of image LoRA, or Orbax. --names is needed to merge Orbax into Hugging Face, or PEFT into
-    Orbax.
+    in PEFT's format, a file of image LoRA, or Orbax. --names is needed to merge Orbax into Hugging
+    Face, or PEFT into Orbax.
     """
     call(check_vacant, out)
     kind, adapter_kind = format_of(base, model=True), format_of(adapter)

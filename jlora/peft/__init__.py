@@ -6,6 +6,7 @@ Imports `_adapters`, `_errors`, `_folders`, `_progress`, `_quantized`, `_rules`,
 adapter = peft.load("adapter", base, peft.LLAMA)
 peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))
 peft.write("served", peft.read("adapter"), profile="vllm")
+peft.save("style.safetensors", base, adapter, names, dialect="diffusers", prefix="unet")
 """
 
 from ._checkpoint import holds as holds

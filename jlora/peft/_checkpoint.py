@@ -25,7 +25,8 @@ from ._file import (
     shorten,
     show,
 )
-from ._recognized import IMAGE, MODELS, WEIGHTS, find_image, recognize
+from ._recognized import IMAGE, WEIGHTS, find_image, recognize
+from ._recognized import MODELS as MODELS
 from ._source import explain_no_folder
 from ._vocabulary import copy_config, find_vocabulary, walk_objects
 

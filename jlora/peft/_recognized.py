@@ -44,7 +44,9 @@ class Kind(NamedTuple):
 
 
 _MLX = Kind("an adapter of MLX", "Merge it into its model with mlx_lm.fuse")
-_DIFFUSION = "Give the file itself, under another name than that of PEFT's file"
+_DIFFUSION = (
+    "Load it with load_lora_weights of diffusers, and save it with save_lora_adapter of the model"
+)
 # What is in the headers of other libraries' files.
 _HEADERS = (
     (re.compile(rb'"ss_[a-z_]+"|"lora_(unet|te\d?|transformer)_|\.lora_(down|up)\.'), "kohya"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,7 @@ from safetensors.numpy import save_file
 
 from ..._errors import InputError, Problem
 from ..._folders import fresh, fresh_file
-from .._file import CONFIG, DTYPES, TENSORS, TensorInfo, make_header
-from .._recognized import IMAGE
+from .._file import CONFIG, DTYPES, IMAGE, TENSORS, TensorInfo, make_header
 from ._arranged import make_tensors
 from ._config import DEFAULTS, dumps
 from ._describe import find_alpha
@@ -20,6 +20,7 @@ from ._files import Files, as_files
 from ._image import ALPHA, ENDS, FIELDS, MAGNITUDES, MANGLED, A, B, Image, decode, spell
 from ._sorted import Parameters
 
+_SAVE_FOR_IT = "save with dialect='diffusers' for it"
 DIALECTS = ("peft", "diffusers", "kohya")
 
 
@@ -29,14 +30,14 @@ class Draft(NamedTuple):
     Attributes:
         fields: the configuration.
         tensors: the tensors, by the keys of the dialect.
-        prefix: the prefix of the keys, in other dialects than PEFT's.
         metadata: the texts in the header of the one file; None for PEFT's two files.
+        misread: what diffusers computes something else with; empty if nothing.
     """
 
     fields: dict[str, Any]
     tensors: dict[str, np.ndarray]
-    prefix: str
-    metadata: Mapping[str, str] | None
+    metadata: Mapping[str, str] | None = None
+    misread: str = ""
 
     def as_files(self, argument: str, modules: Collection[str]) -> Files:
         """Presents the draft as `open_adapter` would its files."""
@@ -44,10 +45,12 @@ class Draft(NamedTuple):
         if self.metadata is None:
             return files
         image = Image(files.tensors, self.metadata, files.read, "the file", argument, True)
-        return decode(image, (), self.prefix, modules)
+        return decode(image, (), None, modules)
 
     def write(self, path: str | os.PathLike[str], argument: str) -> None:
         """Writes the files to a new folder `path`, or to a new file in other dialects."""
+        if self.misread:
+            warnings.warn(f"{self.misread}; {_SAVE_FOR_IT}", stacklevel=3)
         if self.metadata is not None and Path(path).suffix == ".safetensors":
             with fresh_file(path, argument) as file:
                 self._write_one(file)
@@ -83,9 +86,23 @@ def make_draft(
     if dialect != "kohya":
         _refuse_mangled(part.key for part in own.parts)
     if dialect == "peft":
-        return Draft(fields, make_tensors(fields, own, tied), prefix, None)
+        return Draft(fields, make_tensors(fields, own, tied))
     metadata, tensors = _encode(dialect, prefix, fields, own)
-    return Draft(fields, tensors, prefix, metadata)
+    return Draft(fields, tensors, metadata, _explain_misread(dialect, own))
+
+
+def _explain_misread(dialect: str, own: Parameters) -> str:
+    """Says what diffusers 0.42 does not read in kohya's dialect."""
+    if dialect != "kohya":
+        return ""
+    if any(x.m is not None for x in own.parts):
+        return "diffusers ignores dora_scale, the magnitudes of DoRA, in kohya's files"
+    alphas = {find_alpha(x.scale, x.rank) for x in own.parts}
+    if len(alphas) < 2:
+        return ""
+    listed = ", ".join(map(str, sorted(alphas)[:9]))
+    where = "attention modules of a UNet, in kohya's files"
+    return f"diffusers mistakes alphas that differ between {where}; got {listed}"
 
 
 def _check_dialect(dialect: str, prefix: str | None) -> str:
@@ -131,7 +148,7 @@ def _encode(
         )
     found = dict[str, np.ndarray]()
     for x in own.parts:
-        values = dict(zip((A, B, MAGNITUDES), x.arrays, strict=False))
+        values = dict[str, np.ndarray](zip((A, B, MAGNITUDES), x.arrays, strict=False))
         if dialect == "kohya":
             values[ALPHA] = _narrow(find_alpha(x.scale, x.rank))
             if x.m is not None:
@@ -141,8 +158,9 @@ def _encode(
         found |= {f"{name}.{end}": y for end, y in each.items()}
     metadata = {"format": "pt"}
     if dialect == "diffusers":
-        kept = {k: x for k, x in fields.items() if k not in DEFAULTS or x != DEFAULTS[k]}
-        kept |= {k: fields[k] for k in ("peft_type", "r", "lora_alpha", "target_modules")}
+        always = ("peft_type", "r", "lora_alpha", "target_modules")
+        kept = {k: x for k, x in fields.items() if k in always or x != DEFAULTS.get(k)}
+        kept.pop("peft_version", None)  # which older versions refuse
         own_fields = {spell(dialect, prefix, k): x for k, x in kept.items()}
         metadata[FIELDS] = json.dumps(own_fields, indent=2, sort_keys=True)
     return metadata, found

@@ -4,32 +4,24 @@ One file holds A and B of one or several models, each under a prefix. PEFT's con
 header, or else follows from the shapes and alphas.
 """
 
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..._errors import InputError, Problem, blame
 from .._file import (
-    CONFIG,
     COUNTS,
     DTYPES,
     PREFIX,
-    TENSORS,
-    Source,
     TensorInfo,
     parse,
-    read_header,
-    read_tensors,
     show,
 )
-from .._recognized import IMAGE, find_image
 from ._config import LIMIT, leave_out
 from ._describe import find_common
-from ._files import Files, open_files
+from ._files import Files
 
 FIELDS = "lora_adapter_metadata"  # of the header, with LoraConfig's fields by prefix
 ALPHA, MAGNITUDES, BIAS = "alpha", "lora_magnitude_vector", "lora_B.bias"
@@ -100,52 +92,13 @@ class _Entry(NamedTuple):
     tensor: TensorInfo
 
 
-def open_adapter(
-    path: str | os.PathLike[str],
-    argument: str,
-    ignore: Collection[str],
-    prefix: str | None,
-    modules: Collection[str] = (),
-) -> Files:
-    """Opens an adapter in any dialect.
-
-    Args:
-        path: PEFT's folder, a file of another dialect, or a folder with `IMAGE`.
-        argument: the user's argument with it, for errors.
-        ignore: fields of the configuration to leave out.
-        prefix: which model's adapter to read; None for that of a single model.
-        modules: the modules of the model, which kohya's names are matched to.
-    """
-    path = Path(path)
-    file = find_image(path)
-    if file is None:
-        if prefix is not None:
-            raise InputError(
-                f"`prefix` chooses from the models in a file of diffusers or kohya, but {path} has "
-                f"no {IMAGE}; got {prefix!r}. Leave it out, or give such a file.",
-            )
-        return open_files(Source(path, argument), ignore)
-    if file != path and (found := [x for x in (CONFIG, TENSORS) if (path / x).exists()]):
-        why = f"has two adapters: {found[0]}, and {IMAGE}. Give the file that you mean, or move it."
-        raise InputError(f"`{argument}`: {path} {why}", path=path)
-    source, name = Source(file.parent, argument), file.name
-    header = read_header(source, name)
-    read = lambda wanted: read_tensors(source, header, wanted, name)  # noqa: E731
-    tensors = [*header.entries.values()]
-    image = Image(tensors, header.metadata, read, str(file), argument)
-    return decode(image, ignore, prefix, modules)
-
-
-# ----------------------------------------------------------------------------------------- reading
-
-
 def decode(
     image: Image, ignore: Collection[str], prefix: str | None, modules: Collection[str]
 ) -> Files:
     """Translates a file to PEFT's keys and configuration; see `open_adapter`."""
-    entries, configs = _parse_keys(image), _parse_configs(image)
+    configs = _parse_configs(image)
     groups = dict[str, list[_Entry]]()
-    for x in entries:
+    for x in _parse_keys(image):
         groups.setdefault(_find_prefix(x, configs), []).append(x)
     own, prefix = _choose(image, groups, prefix)
     names = _name_modules(image, own, prefix, modules)

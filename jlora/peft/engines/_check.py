@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 from ..._errors import InputError
 from .._checkpoint import open_checkpoint
-from .._file import DTYPES, PREFIX, Source
-from .._recognized import find_image
+from .._file import DTYPES, PREFIX, Source, find_image
 from ..adapter._config import list_misformed
 from ..adapter._files import Files, open_files
 from ..adapter._sorted import FACTOR
