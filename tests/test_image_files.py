@@ -233,7 +233,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     ),
     "diff": ({f"{MANGLED}.diff": ONE}, None, (f"{MANGLED}.diff", "difference")),
     "diff_b": (pair(MANGLED) | {f"{MANGLED}.diff_b": ONE}, None, (f"{MANGLED}.diff_b",)),
-    "OFT": ({f"{MANGLED}.oft_blocks": ONE}, None, (f"{MANGLED}.oft_blocks", "OFT")),
+    "OFT": ({f"{MANGLED}.oft_blocks": ONE}, None, (f"{MANGLED}.oft_blocks", "unexpected")),
     "mixed": (pair(MANGLED) | pair(Q), None, (f"{Q}.lora_A.weight", "diffusers")),
     "no B": (
         without(pair(Q), "B.weight"),
@@ -303,6 +303,35 @@ def test_refused(case: str, tmp_path: Folder) -> None:
     path = put(tmp_path / "x.safetensors", tensors, metadata)
     with refused(ValueError, "path", *facts, case=case), bounded(4):
         peft.load(path, BASE, NAMES)
+
+
+MANY: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "prefixes": (
+        {f"{'a.' * 40}{i}.q.lora_A.weight": ONE for i in range(5_000)},
+        {f"{'a.' * 40}{i}.r": 1 for i in range(20_000)},
+        "has adapters of several models",
+    ),
+    "modules": (
+        {f"lora_unet_{i}.{end}": ONE for i in range(10_000) for end in ("lora_up.weight", "alpha")},
+        None,
+        "no module of the model has this name",
+    ),
+    "ranks": (
+        {f"{Q}{i}.lora_{x}.weight": np.ones((i, i)) for i in range(1, 150) for x in "AB"},
+        None,
+        "matches no leaf",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_many(case: str, tmp_path: Folder) -> None:
+    """In bounded time, with a short text."""
+    tensors, metadata, text = MANY[case]
+    path = put(tmp_path / "x.safetensors", tensors, metadata)
+    with pytest.raises(ValueError, match=text) as caught, bounded(4):
+        peft.load(path, BASE, NAMES)
+    assert len(str(caught.value)) < 40_000
 
 
 def test_names_that_are_mangled_alike(tmp_path: Folder) -> None:
