@@ -116,6 +116,15 @@ def test_keys_of_diffusers(tmp_path: Folder) -> None:
     assert fields == {"unet.peft_type": "LORA", "unet.r": 1, "unet.lora_alpha": 1}
 
 
+def test_no_prefix(tmp_path: Folder) -> None:
+    """As `save_lora_adapter` writes."""
+    adapter, _ = ADAPTERS["linear"]
+    peft.save(tmp_path / "a", BASE, adapter, NAMES, dialect="diffusers", prefix="")
+    ends = ("lora_A.weight", "lora_B.weight")
+    assert load_file(tmp_path / "a" / FILE).keys() == {f"{x}.{y}" for x in LINEAR for y in ends}
+    assert_equal(peft.load(tmp_path / "a", BASE, NAMES), adapter)
+
+
 @quiet
 @pytest.mark.parametrize(("case", "dtype"), [("alphas", np.float64), ("DoRA", np.float32)])
 def test_keys_of_kohya(case: str, dtype: Any, tmp_path: Folder) -> None:
@@ -187,15 +196,20 @@ def test_files_of_others(case: str, tmp_path: Folder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "prefixes"),
+    ("tensors", "metadata", "prefixes"),
     [
-        (TEXT, ("text_encoder", "unet")),
-        (pair("lora_te1_layers_0_q") | pair(MANGLED, 3), ("te1", "unet")),
+        (TEXT, None, ("text_encoder", "unet")),
+        (
+            TEXT,
+            {f"{x}.r": r for x, r in (("text_encoder", 2), ("unet", 3))},
+            ("text_encoder", "unet"),
+        ),
+        (pair("lora_te1_layers_0_q") | pair(MANGLED, 3), None, ("te1", "unet")),
     ],
 )
-def test_several_models(tensors: Any, prefixes: Any, tmp_path: Folder) -> None:
+def test_several_models(tensors: Any, metadata: Any, prefixes: Any, tmp_path: Folder) -> None:
     """One is chosen by `prefix`, never by chance; a command names its option."""
-    path = put(tmp_path / "a" / FILE, tensors)
+    path = put(tmp_path / "a" / FILE, tensors, metadata)
     for given in (path, path.parent):
         with refused(ValueError, "path", path, *prefixes, case=prefixes[0]):
             peft.load(given, BASE, NAMES)
