@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora import peft
+from jlora import checkpoint, peft
 from jlora._cli._app import cli
 from jlora.types import Decomposed, LowRank
 
@@ -223,6 +223,13 @@ def test_several_models(tensors: Any, metadata: Any, prefixes: Any, tmp_path: Fo
     assert failed.exit_code == 2 and "Give --prefix, one of" in failed.stderr
     done = CliRunner().invoke(cli, ["inspect", str(path), "--prefix", "unet"])
     assert done.exit_code == 0 and "image adapter: 1 sites" in done.stdout
+
+
+def test_a_prefix_that_no_header_has(tmp_path: Folder) -> None:
+    """It is a part of names unless it is given."""
+    path = put(tmp_path / "x.safetensors", pair("dit.mid.attn.to_q") | pair("dit.conv", 3))
+    assert {*peft.read(path).leaves} == {"dit.mid.attn.to_q", "dit.conv"}
+    assert {*peft.read(path, prefix="dit").leaves} == {"mid.attn.to_q", "conv"}
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -479,8 +486,11 @@ def test_two_checkpoints_in_a_folder(tmp_path: Folder) -> None:
 
 
 def test_converted(tmp_path: Folder) -> None:
-    """PEFT to diffusers, that to kohya, and diffusers back to PEFT, by the command."""
-    peft.save(tmp_path / "p", BASE, ADAPTERS["every module"][0], NAMES)
+    """From PEFT and Orbax to diffusers, that to kohya, and both back, by the command."""
+    adapter, _ = ADAPTERS["every module"]
+    peft.save(tmp_path / "p", BASE, adapter, NAMES)
+    checkpoint.save(tmp_path / "o", adapter, (), base=BASE)
+    names = ("--names", f"{__file__}:NAMES")
 
     def convert(*args: str) -> None:
         words = [str(tmp_path / x) if len(x) < 3 else x for x in args]
@@ -490,9 +500,11 @@ def test_converted(tmp_path: Folder) -> None:
     convert("p", "d", "--dialect", "diffusers", "--prefix", "unet")
     convert("d", "k", "--dialect", "kohya", "--prefix", "unet")
     convert("d", "q", "--dialect", "peft")
-    for name in "dkq":
-        found = peft.load(tmp_path / name, BASE, NAMES)
-        assert_equal(found, ADAPTERS["every module"][0])
+    convert("o", "e", "--dialect", "diffusers", "--prefix", "unet", *names)
+    for name in "dkqe":
+        assert_equal(peft.load(tmp_path / name, BASE, NAMES), adapter)
+    convert("k", "r", "--base", str(tmp_path / "o"), "--prefix", "unet", *names)
+    assert_equal(checkpoint.restore(tmp_path / "r"), adapter)
 
 
 # -------------------------------------------------------------------------------- fuzz

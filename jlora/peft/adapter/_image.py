@@ -93,9 +93,10 @@ def decode(
 ) -> Files:
     """Translates a file to PEFT's keys and configuration; see `open_adapter`."""
     configs = _parse_configs(image)
+    known = {*configs} if prefix is None else {*configs, prefix}
     groups = dict[str, list[_Entry]]()
     for x in _parse_keys(image):
-        groups.setdefault(_find_prefix(x, configs), []).append(x)
+        groups.setdefault(_find_prefix(x, known), []).append(x)
     own, prefix = _choose(image, groups, prefix)
     names = _name_modules(image, own, prefix, modules)
     sides = {end: dict[str, TensorInfo]() for end in ENDS["diffusers"]}
@@ -181,12 +182,12 @@ def _parse_configs(image: Image) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _find_prefix(x: _Entry, configs: Collection[str]) -> str:
-    """Finds the prefix of a key: one of the header's, or else a component of a pipeline."""
+def _find_prefix(x: _Entry, known: Collection[str]) -> str:
+    """Finds the prefix of a key: a `known` one, or else a component of a pipeline."""
     pattern = MANGLED if x.dialect == "kohya" else _MODEL
-    found = None if "" in configs else pattern.fullmatch(x.module)
+    found = None if "" in known else pattern.fullmatch(x.module)
     parents = list_parents(x.module.rpartition(".")[0])
-    return next((p for p in parents if p in configs), found["prefix"] if found else "")
+    return next((p for p in parents if p in known), found["prefix"] if found else "")
 
 
 def _choose(
