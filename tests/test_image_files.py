@@ -206,6 +206,7 @@ def test_files_of_others(case: str, tmp_path: Folder) -> None:
         ),
         (pair("lora_te1_layers_0_q") | pair(MANGLED, 3), None, ("te1", "unet")),
     ],
+    ids=["text_encoder", "metadata", "te1"],
 )
 def test_several_models(tensors: Any, metadata: Any, prefixes: Any, tmp_path: Folder) -> None:
     """One is chosen by `prefix`, never by chance; a command names its option."""
