@@ -246,6 +246,11 @@ SCALES = {f"{MANGLED}.dora_scale": np.ones((1, 5), np.float32)}
 BAD: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     "unknown key": (pair(Q) | {"unet.x.lora.down.weight": ONE}, None, ("unet.x.lora.down.weight",)),
     "PEFT's key in full": (pair(Q) | {"unet.norm.weight": ONE}, None, ("unet.norm.weight",)),
+    "no difference": (
+        {"model.diffusion_model.x.lora_down.weight": ONE},
+        None,
+        ("model.diffusion_model.x.lora_down.weight", "unexpected"),
+    ),
     "LoHa": ({f"{MANGLED}.hada_w1_a": ONE}, None, (f"{MANGLED}.hada_w1_a", "LoHa")),
     "LoKr": ({f"{MANGLED}.lokr_w1": ONE}, None, (f"{MANGLED}.lokr_w1", "LoKr")),
     "LoCon": (

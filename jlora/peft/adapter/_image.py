@@ -33,12 +33,13 @@ ENDS = {
 MANGLED = re.compile(r"lora_(?P<prefix>[A-Za-z]+\d*)_[^.]+")
 # The models of a pipeline, in files whose header does not name them.
 _MODEL = re.compile(r"(?P<prefix>(?:unet|transformer|text_encoder|prior)(?:_\d+)?)\..+")
-# Methods of LyCORIS, by a part of their keys.
+# Methods of LyCORIS, by a part of their keys, with a dot after these.
 _OTHERS = {
     ".hada_": "LoHa",
     ".lokr_": "LoKr",
     ".lora_mid.": "LoCon with a core between A and B",
-    ".diff": "a difference of all weights",
+    ".diff.": "a difference of all weights",
+    ".diff_b.": "a difference of all biases",
 }
 _NOT_READ = "cannot be read; nothing was loaded."
 _MERGE = "jlora reads LoRA and DoRA: merge others with the tool that wrote them."
@@ -141,7 +142,7 @@ def _parse_keys(image: Image) -> list[_Entry]:
     for x in image.tensors:
         if entry := _parse_key(x):
             found.append(entry)
-        elif method := next((name for part, name in _OTHERS.items() if part in x.key), None):
+        elif method := next((name for part, name in _OTHERS.items() if part in f"{x.key}."), None):
             wrong.append(Problem(x.key, f"is {method}, which jlora does not read", _MERGE))
         else:
             wrong.append(Problem(x.key, "unexpected", _RESAVE))
