@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: each is written beside its final path, then renamed."""
+"""Folders and files that appear whole or not at all, as each is written beside its final path."""
 
 import contextlib
 import errno
@@ -36,6 +36,23 @@ def fresh(path: Where, argument: str) -> Iterator[Path]:
     with scratch(final, argument) as stage:
         yield stage
         commit(stage, final, argument)
+
+
+@contextlib.contextmanager
+def fresh_file(path: Where, argument: str) -> Iterator[Path]:
+    """Yields a path to write a file to; it becomes `path` at the end, or is removed on failure.
+
+    Raises:
+        FileExistsError: if `path` exists.
+        OSError: as `fresh`.
+    """
+    final = Path(os.path.abspath(path))
+    with scratch(final, argument) as stage:
+        yield stage / final.name
+        _sync(stage / final.name)
+        if os.path.lexists(final):
+            raise _occupied(final, argument)
+        os.rename(stage / final.name, final)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ import numpy as np
 import peft_models as models
 import pytest
 from messages import refused
-from peft_files import TENSORS, Folder, assert_equal
+from peft_files import ENDS, TENSORS, Folder, assert_equal, write
+from safetensors.numpy import save_file
 
 from jlora import peft
 from jlora.peft.adapter._config import DEFAULTS, ROWS_DEFAULTS
@@ -143,3 +144,20 @@ def test_refused(case: str, tmp_path: Folder) -> None:
 def test_another_profile(tmp_path: Folder) -> None:
     with pytest.raises(ValueError, match="`profile` must be None or 'vllm'; got 'tgi'"):
         peft.write(tmp_path / "a", peft.Contents({"m.q": Q}), "tgi")
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [((2, 6), (5, 3)), ((2, 6), (2, 5, 1)), ((2, 6, 3, 3), (5, 2, 3, 3))]
+)
+def test_a_and_b_of_two_ranks(a: Any, b: Any, tmp_path: Folder) -> None:
+    """They are refused with the key, with a model or without one."""
+    factors = zip(ENDS, (np.ones(a, np.float32), np.ones(b, np.float32)), strict=True)
+    folder = write(tmp_path / "a", {f"q{end}": x for end, x in factors}, r=2)
+    with pytest.raises(ValueError, match=r"q\.lora_B\.weight: expected 2 columns"):
+        peft.read(folder)
+    (tmp_path / "base").mkdir()
+    save_file(
+        {"q.weight": np.ones((b[0], *a[1:]), np.float32)}, tmp_path / "base" / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match="`adapter` cannot be merged"):
+        peft.export_merged(tmp_path / "base", folder, tmp_path / "out")

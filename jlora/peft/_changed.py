@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ._checkpoint import INDEX, Checkpoint, Opener
+from ._checkpoint import Checkpoint, Opener
 from ._file import DTYPES, Header, TensorInfo, make_header
 from ._vocabulary import find_vocabulary
 
@@ -38,10 +38,10 @@ def rearrange(
             headers[file], heads[file] = make_header(entries)
         where |= dict.fromkeys((entry.key for entry in entries), file)
     texts: dict[str, Any] = {} if config == checkpoint.config else {"config.json": config}
-    if INDEX in checkpoint.kept:
+    if (index := checkpoint.names[1]) in checkpoint.kept:
         every = [x for header in headers.values() for x in header.entries.values()]
         size = sum(x.stop - x.start for x in every)
-        texts[INDEX] = {"metadata": {"total_size": size}, "weight_map": where}
+        texts[index] = {"metadata": {"total_size": size}, "weight_map": where}
     kept = {n: functools.partial(checkpoint.open, n) for n in where if n in checkpoint.where}
     return dataclasses.replace(
         checkpoint,

@@ -25,11 +25,11 @@ from ._file import (
     shorten,
     show,
 )
-from ._recognized import WEIGHTS, recognize
+from ._recognized import IMAGE, WEIGHTS, find_image, recognize
+from ._recognized import MODELS as MODELS
 from ._source import explain_no_folder
 from ._vocabulary import copy_config, find_vocabulary, walk_objects
 
-ONE, INDEX = WEIGHTS
 QUANTIZATION = "quantization_config"  # of `config.json`
 PIECE = 4 * 2**20  # bytes
 DEEPEST = 32  # nested folders
@@ -62,6 +62,7 @@ class Checkpoint:
         heads: the bytes of the headers that are not those on disk, by file.
         texts: the JSON of other files that is not that on disk.
         openers: how to open the tensors whose values are not where `headers` says.
+        names: the names of such a checkpoint's one file, and of an index of several files.
     """
 
     source: Source
@@ -74,6 +75,7 @@ class Checkpoint:
     heads: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     texts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     openers: Mapping[str, Opener] = dataclasses.field(default_factory=dict)
+    names: tuple[str, str] = MODELS[0]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -153,7 +155,7 @@ def open_checkpoint(
         ValueError: if the folder has no safetensors checkpoint, or a damaged one.
     """
     source = Source(Path(path), argument, follow_links)
-    files, mapped = _files(source)
+    files, mapped, names = _files(source)
     headers = {file: read_header(source, file) for file in files}
     where: dict[str, str] = {}
     wrong = []
@@ -173,7 +175,7 @@ def open_checkpoint(
             path=source.folder,
             problems=wrong,
         )
-    kept, left_out, odd = _others(source, {*files, INDEX} if mapped else set(files))
+    kept, left_out, odd = _others(source, {*files, names[1]} if mapped else set(files))
     if odd := [name for name in odd if copied or name == "config.json"]:
         raise InputError(
             f"`{argument}`: {source.folder} has entries that are not files, but have names "
@@ -185,10 +187,10 @@ def open_checkpoint(
     for name in kept if not follow_links else ():
         resolve(source, source.folder / name)
     if mapped is not None:
-        kept.append(INDEX)
+        kept.append(names[1])
     config = read_json(source, "config.json", LIMIT) if "config.json" in kept else {}
     vocabulary = find_vocabulary(config, headers)
-    return Checkpoint(source, headers, where, kept, left_out, vocabulary, config)
+    return Checkpoint(source, headers, where, kept, left_out, vocabulary, config, names=names)
 
 
 def holds(path: str | os.PathLike[str]) -> set[str]:
@@ -198,12 +200,13 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
         path: the folder.
 
     Returns:
-        A subset of `"adapter"` (PEFT's files), `"model"` (a Hugging Face model) and `"weights"`
-        (the model's safetensors).
+        A subset of `"adapter"` (PEFT's files, or the one of diffusers), `"model"` (a Hugging Face
+        model) and `"weights"` (the model's safetensors). A single file of safetensors is an
+        adapter.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if it is a file.
+        ValueError: if it is another file.
 
     Examples:
         >>> import pathlib, tempfile
@@ -213,12 +216,14 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
         ...     peft.holds(folder)
         {'model'}
     """
+    if os.path.isfile(path) and find_image(path):
+        return {"adapter"}
     if not os.path.isdir(path):
         raise explain_no_folder("path", Path(path))
     names = set(os.listdir(path))
     found = {
-        "adapter": names & {CONFIG, TENSORS, *PICKLES[:2]},
-        "weights": names & {ONE, INDEX},
+        "adapter": names & {CONFIG, TENSORS, IMAGE, *PICKLES[:2]},
+        "weights": names & {*WEIGHTS},
         "model": "config.json" in names or any(n.endswith(".safetensors") for n in names),
     }
     return {what for what, there in found.items() if there}
@@ -250,39 +255,46 @@ def explain_shorter(source: Source, name: str) -> Iterator[None]:
         ) from None
 
 
-def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
-    """Returns the list of safetensors files, and the index or None."""
-    one, index = ((source.folder / name).exists() for name in (ONE, INDEX))
-    if not index:
-        if not one and source.folder.is_dir():
+def _files(source: Source) -> tuple[list[str], dict[str, str] | None, tuple[str, str]]:
+    """Returns the safetensors files, the index or None, and the names of file and index."""
+    there = {name for name in WEIGHTS if (source.folder / name).exists()}
+    one, index = next((pair for pair in MODELS if not there.isdisjoint(pair)), MODELS[0])
+    if odd := there - {one, index}:
+        raise InputError(
+            f"`{source.argument}`: {source.folder} has two checkpoints: "
+            f"{', '.join(sorted({one, index} & there))}, and {', '.join(sorted(odd))}. Remove one.",
+            path=source.folder,
+        )
+    if index not in there:
+        if one not in there and source.folder.is_dir():
             kind = recognize(source.folder, WEIGHTS) or (
                 "Save the model as safetensors, in transformers with "
                 "save_pretrained(..., safe_serialization=True)."
             )
             raise InputError(
-                f"`{source.argument}`: {source.folder} has neither {ONE} nor {INDEX}. {kind}",
+                f"`{source.argument}`: {source.folder} has neither {one} nor {index}. {kind}",
                 path=source.folder,
             )
-        return [ONE], None
-    mapped = read_json(source, INDEX, LIMIT).get("weight_map")
+        return [one], None, (one, index)
+    mapped = read_json(source, index, LIMIT).get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
         why = f"has no `weight_map`; got {shorten(mapped)}."
-        raise InputError(f"`{source.argument}`: {INDEX} {why}", path=INDEX)
+        raise InputError(f"`{source.argument}`: {index} {why}", path=index)
     for file in mapped.values():
         # With a name that leads out of the folder, the copy would be written there too.
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.\-]*\.safetensors", file):
             raise InputError(
-                f"`{source.argument}`: {INDEX} names {shorten(file)}; expected a safetensors file "
+                f"`{source.argument}`: {index} names {shorten(file)}; expected a safetensors file "
                 "in the same folder.",
-                path=INDEX,
+                path=index,
             )
-    if one and ONE not in mapped.values():
+    if one in there and one not in mapped.values():
         raise InputError(
-            f"`{source.argument}`: {source.folder} has two checkpoints: {ONE}, and {INDEX} for "
+            f"`{source.argument}`: {source.folder} has two checkpoints: {one}, and {index} for "
             "other files. Remove one.",
             path=source.folder,
         )
-    return sorted(set(mapped.values())), mapped
+    return sorted(set(mapped.values())), mapped, (one, index)
 
 
 def _describe(source: Source, name: str) -> Problem:

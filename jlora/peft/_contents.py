@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,14 +12,14 @@ from .._adapters import Decomposed, LowRank, Replaced, weight_shape
 from .._arrays import put
 from .._errors import InputError, Problem
 from .._types import Layout, short
-from ._file import Source
 from ._problems import Problems
-from .adapter._arranged import make_tensors
 from .adapter._config import DEFAULTS, ROWS_ALONE, ROWS_DEFAULTS, problems_of
 from .adapter._describe import find_scales, set_scales
-from .adapter._files import Files, as_files, fill, list_tensors, open_files, write_files
+from .adapter._draft import make_draft
+from .adapter._files import Files, fill, list_tensors
 from .adapter._fit_tree import refuse_wide
 from .adapter._one_rank import with_profile
+from .adapter._open import open_adapter
 from .adapter._parameters import assign_parameters, find_twins, refuse_biases
 from .adapter._patterns import Clock
 from .adapter._roles import resolve
@@ -56,16 +55,23 @@ class Contents:
     frozen: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def read(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> Contents:
+def read(
+    path: str | os.PathLike[str], *, ignore: Collection[str] = (), prefix: str | None = None
+) -> Contents:
     r"""Reads an adapter without its model, to inspect it, or to change and `write` it.
 
     The file is checked as in `load`, but not against a model. If several parameters of a module of
     experts are adapted, the file does not distinguish them. They are then assigned in the order of
     `target_parameters` for which ranks and numbers of experts agree.
 
+    A file of kohya has `_` for the dots of module names. Without a model the two cannot be told
+    apart, so that leaves have the names of its keys, such as `lora_unet_mid_block_0_to_q`. `write`
+    can write such an adapter in the same dialect only.
+
     Args:
-        path: the adapter's folder.
+        path: the adapter's folder, or a file of image LoRA.
         ignore: as in `load`. The result does not have these fields.
+        prefix: as in `load`.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
@@ -86,11 +92,15 @@ def read(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> Conte
         (2, 3)
     """
     problems = Problems(f"`path`: the adapter in {path} cannot be read", path)
-    return _read(open_files(Source(Path(path)), ignore), problems)
+    return _read(open_adapter(path, "path", ignore, prefix), problems)
 
 
 def write(
-    path: str | os.PathLike[str], contents: Contents, profile: str | None = None
+    path: str | os.PathLike[str],
+    contents: Contents,
+    profile: str | None = None,
+    dialect: str = "peft",
+    prefix: str | None = None,
 ) -> dict[str, Any]:
     r"""Writes an adapter without its model; inverts `read`.
 
@@ -104,9 +114,11 @@ def write(
         contents: from `read` or `combine`, or made of leaves.
         profile: as in `save`: `"vllm"` pads A and B with zeros to one rank, and multiplies the
             scales into B.
+        dialect: as in `save`.
+        prefix: as in `save`.
 
     Returns:
-        The fields that were written.
+        The fields that were written. In other dialects than PEFT's, a file does not have them all.
 
     Raises:
         FileExistsError: if `path` exists and is not an empty folder.
@@ -130,10 +142,10 @@ def write(
     """
     own = _as_parameters(contents)
     fields, own = with_profile(profile, _describe(contents, own), own)
-    tensors = make_tensors(fields, own, contents.tied)
+    draft = make_draft(fields, own, contents.tied, dialect, prefix)
     title = "`contents` cannot be written so that `read` reads the same adapter"
-    _read(as_files(fields, tensors, "contents"), Problems(title))
-    write_files(path, "path", fields, tensors)
+    _read(draft.as_files("contents", contents.leaves), Problems(title))
+    draft.write(path, "path")
     return fields
 
 

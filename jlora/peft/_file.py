@@ -6,7 +6,7 @@ the reader allocate at most as many bytes as the file has, and only for tensors 
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from .._errors import InputError, blame, check_values
 from .._errors import shorten as shorten
 from .._errors import show as show
 from ._recognized import CONFIG as CONFIG
+from ._recognized import IMAGE as IMAGE
 from ._recognized import PICKLES as PICKLES
 from ._recognized import TENSORS as TENSORS
+from ._recognized import find_image as find_image
 from ._source import Source as Source
 from ._source import open_file as open_file
 from ._source import resolve as resolve
@@ -91,6 +93,9 @@ OTHERS = {
 }
 
 
+_FORMAT = {"format": "pt"}
+
+
 class TensorInfo(NamedTuple):
     """A tensor of a file, before its values are read.
 
@@ -110,11 +115,12 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """The header of a file: tensors by name, the offset of their data, and the file's size."""
+    """The header of a file: tensors by name, the offset of their data, the size, and texts."""
 
     entries: dict[str, TensorInfo]
     data: int
     size: int
+    metadata: Mapping[str, str] = {}
 
 
 def read_header(source: Source, name: str = TENSORS) -> Header:
@@ -130,19 +136,20 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
             raw = parse(file.read(count))
         entries = _parse_entries(raw)
         _check_extents(entries, size - 8 - count)
-    return Header(entries, 8 + count, size)
+    return Header(entries, 8 + count, size, raw.get("__metadata__", {}))
 
 
 def _parse_entries(raw: dict[str, Any]) -> dict[str, TensorInfo]:
     """Returns the tensors of a header by name."""
-    metadata = raw.pop("__metadata__", {})
+    metadata = raw.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError(f"must have an object of strings as __metadata__; got {shorten(metadata)}")
-    if len(raw) > TENSORS_LIMIT:
-        why = f"has {len(raw)} tensors; expected at most {TENSORS_LIMIT}"
+    tensors = {key: x for key, x in raw.items() if key != "__metadata__"}
+    if len(tensors) > TENSORS_LIMIT:
+        why = f"has {len(tensors)} tensors; expected at most {TENSORS_LIMIT}"
         raise ValueError(f"{why}. Save it in shards")
     entries = {}
-    for key, fields in raw.items():
+    for key, fields in tensors.items():
         if len(key) > NAME_LIMIT or key.count(".") > DEPTH_LIMIT or not key.isprintable():
             raise ValueError(
                 f"has a tensor named {shorten(key)}; expected at most {NAME_LIMIT} printable "
@@ -155,11 +162,13 @@ def _parse_entries(raw: dict[str, Any]) -> dict[str, TensorInfo]:
     return entries
 
 
-def make_header(tensors: Iterable[TensorInfo]) -> tuple[Header, bytes]:
+def make_header(
+    tensors: Iterable[TensorInfo], metadata: Mapping[str, str] = _FORMAT
+) -> tuple[Header, bytes]:
     """Makes the header of a file, and its bytes, as the safetensors library writes them."""
     sizes = {name: x.itemsize for name, x in DTYPES.items()} | OTHERS
     entries, fields, at = dict[str, TensorInfo](), dict[str, Any](), 0
-    fields["__metadata__"] = {"format": "pt"}
+    fields["__metadata__"] = metadata
     for x in sorted(tensors, key=lambda x: (-sizes[x.dtype], x.dtype == "F16", x.key)):
         start = at
         at += math.prod(x.shape) * sizes[x.dtype]
@@ -167,9 +176,8 @@ def make_header(tensors: Iterable[TensorInfo]) -> tuple[Header, bytes]:
         fields[x.key] = {"dtype": x.dtype, "shape": x.shape, "data_offsets": [start, at]}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return Header(entries, 8 + len(text), 8 + len(text) + at), len(text).to_bytes(
-        8, "little"
-    ) + text
+    header = Header(entries, 8 + len(text), 8 + len(text) + at, metadata)
+    return header, len(text).to_bytes(8, "little") + text
 
 
 def _parse_tensor(key: str, fields: object) -> TensorInfo | None:
@@ -207,11 +215,11 @@ def _check_extents(entries: dict[str, TensorInfo], size: int) -> None:
 
 
 def read_tensors(
-    source: Source, header: Header, tensors: Iterable[TensorInfo]
+    source: Source, header: Header, tensors: Iterable[TensorInfo], name: str = TENSORS
 ) -> dict[str, np.ndarray]:
     """Reads tensors of an adapter by their names."""
     found = {}
-    with open_file(source, TENSORS) as (file, _):
+    with open_file(source, name) as (file, _):
         for x in tensors:
             file.seek(header.data + x.start)
             data = np.frombuffer(file.read(x.stop - x.start), (DTYPES | COUNTS)[x.dtype])

@@ -3,17 +3,16 @@
 import functools
 import os
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from .._adapters import is_node
 from .._arrays import put
 from .._tree import leaves_by_path, nest
 from .._types import PyTree
-from ._file import Source
 from ._problems import Problems
-from .adapter._files import Files, list_tensors, open_files
+from .adapter._files import Files, list_tensors
 from .adapter._fit_tree import match_to_tree, refuse_wide
+from .adapter._open import open_adapter
 from .adapter._parameters import assign_parameters, refuse_biases
 from .adapter._sorted import Part, sort_tensors
 from .adapter._tokens import Tokens
@@ -31,17 +30,21 @@ def load(
     names: Sequence[Name],
     *,
     ignore: Collection[str] = (),
+    prefix: str | None = None,
 ) -> PyTree:
-    r"""Reads an adapter that PEFT or `save` wrote.
+    r"""Reads an adapter that PEFT, diffusers, kohya's scripts or `save` wrote.
 
     Args:
         path: the adapter's folder. Only its `adapter_config.json` and `adapter_model.safetensors`
-            are read.
+            are read, or the one file of image LoRA, `pytorch_lora_weights.safetensors`. Such a file
+            may also be given itself. Its keys show whether it is of diffusers or kohya.
         base: the frozen tree that the adapter is for: arrays or `jax.ShapeDtypeStruct`s.
         names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
         ignore: names of fields of `adapter_config.json` to read the adapter without: fields that
             jlora does not know, and that you know not to change what the adapter computes. Names
             that the file does not have are fine.
+        prefix: for a file of image LoRA with adapters of several models, the one to read, such as
+            `"unet"` or `"transformer"`. With kohya's keys `lora_te1_…` it is `"te1"`.
 
     Returns:
         An adapter for `apply` and `merge`, with $\Delta W = s \cdot A B$. A and B have the dtype of
@@ -53,7 +56,8 @@ def load(
         FileNotFoundError: if the folder or a file is missing.
         ValueError: if a tensor or field is missing, unexpected, misshapen, of a wrong dtype, not
             finite, duplicate or not supported; or if jlora knows a field in `ignore`. The error
-            lists all problems. Nothing is loaded.
+            lists all problems. Nothing is loaded. So does a file of image LoRA with several
+            prefixes and no `prefix`, or with LoHa, LoKr or LoCon.
 
     Warns:
         UserWarning: if a name in the configuration matches nothing, which PEFT accepts; or if
@@ -85,7 +89,8 @@ def load(
         path,
         functools.cache(lambda: advise(names, lost) if lost else ""),
     )
-    files = open_files(Source(Path(path)), ignore)
+    modules = {module for leaf in leaves for module in leaf.modules}
+    files = open_adapter(path, "path", ignore, prefix, modules)
     fields, each = fit(files, leaves, problems)
     static: dict[str, Any] = {"dropout": float(fields.get("lora_dropout", 0.0))}
     if fields.get("use_dora") and (rate := static["dropout"]):

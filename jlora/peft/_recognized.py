@@ -11,13 +11,26 @@ from .._errors import show
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+IMAGE = "pytorch_lora_weights.safetensors"  # of diffusers
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_STEMS = ("model", "diffusion_pytorch_model")  # of transformers and diffusers
+# The one file of a model's weights, or the index of several.
+MODELS = tuple((f"{stem}.safetensors", f"{stem}.safetensors.index.json") for stem in _STEMS)
+WEIGHTS = tuple(itertools.chain(*MODELS))
 # Of Orbax: the first is in every checkpoint, the second in checkpoints of one tree.
 ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "jlora")
 _HEAD = 2**20  # bytes of a file that are searched
 _MOST = 1000  # entries of a folder that are looked at
 _SHOWN = 9  # folders in a message
+
+
+def find_image(path: str | os.PathLike[str]) -> Path | None:
+    """Finds the file of image LoRA that a path is, or that is in it."""
+    path = Path(path)
+    if path.is_dir():
+        return path / IMAGE if (path / IMAGE).exists() else None
+    is_other = path.suffix != ".safetensors" or path.name in (TENSORS, *WEIGHTS)
+    return None if is_other else path
 
 
 class Kind(NamedTuple):
@@ -32,14 +45,14 @@ class Kind(NamedTuple):
 
 _MLX = Kind("an adapter of MLX", "Merge it into its model with mlx_lm.fuse")
 _DIFFUSION = (
-    "Load it with load_lora_weights of diffusers, and save the adapter of the unet or transformer "
-    "with save_pretrained of PEFT"
+    "Load it with load_lora_weights of diffusers, and save it with save_lora_adapter of the model"
 )
 # What is in the headers of other libraries' files.
 _HEADERS = (
     (re.compile(rb'"ss_[a-z_]+"|"lora_(unet|te\d?|transformer)_|\.lora_(down|up)\.'), "kohya"),
     (re.compile(rb'"(unet|transformer|text_encoder\w*)\.[^"]*lora'), "diffusers"),
 )
+_ITSELF = "Give the file itself"
 _MLX_HEADER = re.compile(rb'\.lora_[ab]"')
 
 
@@ -52,7 +65,9 @@ def recognize(path: Path, marks: Collection[str] = (CONFIG,)) -> Kind | None:
     """
     if path.is_file():
         remedy = f"Give the folder that it is in, {path.parent}"
-        return _recognize_file(path) or Kind("a file", remedy)
+        kind = _recognize_file(path) or Kind("a file", remedy)
+        is_image = kind.remedy.startswith(_ITSELF)
+        return kind._replace(remedy="Read it with jlora.peft.read") if is_image else kind
     names = _list_names(path)
     is_adapter = CONFIG in marks
     files = (path / name for name in names if is_adapter and name not in (TENSORS, *WEIGHTS))
@@ -87,7 +102,7 @@ def _recognize_file(path: Path) -> Kind | None:
     for pattern, library in _HEADERS:
         if pattern.search(head):
             what = f"an adapter of a diffusion model in the format of {library}, {show(path.name)}"
-            return Kind(what, _DIFFUSION)
+            return Kind(what, f"{_ITSELF}, {show(str(path))}")
     return None
 
 

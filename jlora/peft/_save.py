@@ -13,10 +13,10 @@ from .._types import PyTree
 from ._file import DTYPES, Source, read_json
 from ._load import fit
 from ._problems import Problems
-from .adapter._arranged import Tree, arrange, check_one_method, make_tensors
+from .adapter._arranged import Tree, arrange, check_one_method
 from .adapter._config import DEFAULTS, LIMIT, ROWS_DEFAULTS, problems_of
 from .adapter._describe import Fields, describe, describe_rows_alone, find_frozen, find_full
-from .adapter._files import as_files, write_files
+from .adapter._draft import Draft, make_draft
 from .adapter._one_rank import with_profile
 from .adapter._sorted import Parameters
 from .names._leaves import NamedLeaf
@@ -34,6 +34,8 @@ def save(
     base_model: str | os.PathLike[str] | None = None,
     profile: str | None = None,
     config: Mapping[str, Any] | None = None,
+    dialect: str = "peft",
+    prefix: str | None = None,
 ) -> None:
     r"""Writes an adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -55,14 +57,28 @@ def save(
             are padded with zeros, and the scales are multiplied into B (alpha = r).
         config: fields of `adapter_config.json` to keep, such as those of `read_config`. Fields for
             modules, ranks and alphas are replaced unless they describe the adapter.
+        dialect: what reads the files. `"peft"`: two files, as above. For image LoRA, one file:
+            `pytorch_lora_weights.safetensors` in the folder `path`, or `path` itself if it ends in
+            `.safetensors`. `"diffusers"`: keys `prefix.module.lora_A.weight`, and the configuration
+            in the file's header. `"kohya"`: keys `lora_prefix_module.lora_down.weight`, with `_`
+            for the dots of module, and an `alpha` for each module; other tools than diffusers read
+            it.
+        prefix: for `"diffusers"` the model's name in its pipeline, such as `"unet"` or
+            `"transformer"`; `""` for none, as `save_lora_adapter` writes. For `"kohya"` `"unet"`
+            unless given, such as `"te1"`.
 
     Raises:
         FileExistsError: if `path` exists and is not an empty folder.
         FileNotFoundError: if `base_model` is a folder without `config.json`.
         TypeError: if `adapter` is no adapter of arrays.
-        ValueError: if a leaf of the adapter has no name or no form in PEFT. All are listed.
+        ValueError: if a leaf of the adapter has no name, or no form in PEFT or in the `dialect`;
+            image LoRA has only linear and convolutional sites. All are listed.
 
-    Source: PEFT 0.21, `peft.PeftModel.save_pretrained`.
+    Warns:
+        UserWarning: for `"kohya"`, if diffusers would compute something else with the file: with
+            DoRA, whose magnitudes it drops, or with several alphas.
+
+    Source: PEFT 0.21, `peft.PeftModel.save_pretrained`; diffusers 0.42, `load_lora_adapter`.
 
     Examples:
         >>> import json, pathlib, tempfile, jax, jax.numpy as jnp, jlora
@@ -77,9 +93,19 @@ def save(
         ...     fields = peft.read_config(f"{folder}/adapter")
         >>> fields["target_modules"], fields["r"], fields["lora_alpha"]
         (['q_proj'], 2, 4)
+
+        For a pipeline of diffusers:
+
+        >>> from safetensors.numpy import load_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = f"{folder}/style.safetensors"
+        ...     peft.save(file, base, adapter, names, dialect="diffusers", prefix="unet")
+        ...     keys = list(load_file(file))
+        >>> keys
+        ['unet.model.q_proj.lora_A.weight', 'unet.model.q_proj.lora_B.weight']
     """
-    fields, found = _files(base, adapter, names, base_model, profile, config)
-    write_files(path, "path", fields, found)
+    draft = _draft(base, adapter, names, base_model, profile, config, dialect, prefix)
+    draft.write(path, "path")
 
 
 def tensors(
@@ -123,31 +149,34 @@ def tensors(
         base_model.model.model.q_proj.lora_A.weight (2, 4)
         base_model.model.model.q_proj.lora_B.weight (3, 2)
     """
-    return _files(base, adapter, names, None, profile, config)[1]
+    return _draft(base, adapter, names, None, profile, config).tensors
 
 
-def _files(
+def _draft(
     base: PyTree,
     adapter: PyTree,
     names: Sequence[Name],
     base_model: str | os.PathLike[str] | None,
     profile: str | None,
     config: Mapping[str, Any] | None,
-) -> tuple[Fields, dict[str, np.ndarray]]:
-    """Makes the configuration and the tensors, and checks that `load` would read them."""
+    dialect: str = "peft",
+    prefix: str | None = None,
+) -> Draft:
+    """Makes the files, and checks that `load` would read them."""
     tree = arrange(base, adapter, names)
     given = dict(config or {})
     if base_model is not None:
         given["base_model_name_or_path"] = _name_model(base_model)
     parameters = _rows_alone if len(tree.rows) == len(tree.found) else _as_lora
     fields, own = with_profile(profile, *parameters(tree, given))
-    found = make_tensors(fields, own, tree.tied)
+    draft = make_draft(fields, own, tree.tied, dialect, prefix)
     title = (
         "`adapter` cannot be written so that `load` reads the same adapter. A common reason is "
         "that its modules cannot be selected apart from others"
     )
-    fit(as_files(fields, found, "config"), tree.leaves, Problems(title))
-    return fields, found
+    modules = {module for leaf in tree.leaves for module in leaf.modules}
+    fit(draft.as_files("config", modules), tree.leaves, Problems(title))
+    return draft
 
 
 def _name_model(given: str | os.PathLike[str]) -> str:

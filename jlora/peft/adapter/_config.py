@@ -103,6 +103,11 @@ def read_config(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -
 
 def read_fields(source: Source, ignore: Collection[str] = ()) -> dict[str, Any]:
     """Reads a configuration without the fields in `ignore`, which jlora must not know."""
+    return leave_out(read_json(source, CONFIG, LIMIT), ignore)
+
+
+def leave_out(fields: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:
+    """Returns a configuration without the fields in `ignore`, which jlora must not know."""
     if isinstance(ignore, str):
         raise TypeError(f"`ignore` must be a tuple of names, such as ({ignore!r},); got a string.")
     if known := [name for name in ignore if name in _KNOWN]:
@@ -110,7 +115,6 @@ def read_fields(source: Source, ignore: Collection[str] = ()) -> dict[str, Any]:
             f"`ignore` is for fields that jlora does not know, but it knows {', '.join(known)}: "
             "without it, the adapter would mean something else. Leave it out of `ignore`.",
         )
-    fields = read_json(source, CONFIG, LIMIT)
     return {name: x for name, x in fields.items() if name not in ignore}
 
 

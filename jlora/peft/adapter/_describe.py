@@ -266,9 +266,9 @@ def set_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) 
     if all(same):
         return fields
     ranks = {key: rank for key, (rank, _) in scales.items()}
-    alphas = {k: _find_alpha(scale, find_divisor(fields, r)) for k, (r, scale) in scales.items()}
-    r, rank_pattern = _find_common(ranks)
-    alpha, alpha_pattern = _find_common(alphas)
+    alphas = {k: find_alpha(scale, find_divisor(fields, r)) for k, (r, scale) in scales.items()}
+    r, rank_pattern = find_common(ranks)
+    alpha, alpha_pattern = find_common(alphas)
     new = {
         "r": r,
         "lora_alpha": alpha,
@@ -278,12 +278,13 @@ def set_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) 
     return fields | new
 
 
-def _find_alpha(scale: float, divisor: float) -> float:
+def find_alpha(scale: float, divisor: float) -> float:
+    """Finds the alpha of a scale, an integer if it can be."""
     alpha = scale * divisor
     return round(alpha) if round(alpha) / divisor == scale else alpha
 
 
-def _find_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def find_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Finds the most common value, and a pattern for each other one."""
     [(most, _)] = collections.Counter(values.values()).most_common(1)
     short = _find_short_names(values)

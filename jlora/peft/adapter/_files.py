@@ -1,27 +1,22 @@
-"""The two files of an adapter: in a folder, or in memory before they are written."""
+"""The two files of an adapter, in a folder or in memory."""
 
 import functools
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
-from ..._folders import fresh
 from ..._types import PyTree
 from .._file import (
-    CONFIG,
     DTYPES,
-    TENSORS,
     Source,
     TensorInfo,
     read_header,
     read_tensors,
 )
 from .._problems import Problems
-from ._config import dumps, read_fields
+from ._config import read_fields
 
 MAGNITUDE = ".lora_magnitude_vector"
 
@@ -35,6 +30,7 @@ class Files(NamedTuple):
         read: a function that reads the values of some tensors, by key.
         argument: the user's argument with the files, for errors.
         is_own: whether this process made them, so that they can be trusted.
+        keys: what a file of another dialect has, by PEFT's keys and names of files.
     """
 
     fields: dict[str, Any]
@@ -42,6 +38,7 @@ class Files(NamedTuple):
     read: Callable[[Iterable[TensorInfo]], dict[str, np.ndarray]]
     argument: str
     is_own: bool = False
+    keys: Mapping[str, str] = {}
 
     def values(self, tree: PyTree, problems: Problems) -> dict[str, np.ndarray]:
         """Reads the tensors of a tree; raises first if there are problems.
@@ -92,16 +89,3 @@ def as_files(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argum
     found = [TensorInfo(key, types[x.dtype], x.shape) for key, x in tensors.items()]
     read = lambda wanted: {x.key: tensors[x.key] for x in wanted}  # noqa: E731
     return Files(dict(fields), found, read, argument, True)
-
-
-def write_files(
-    path: str | os.PathLike[str],
-    argument: str,
-    fields: Mapping[str, Any],
-    tensors: dict[str, np.ndarray],
-) -> None:
-    """Writes both files to a new folder `path`, the `argument` of the caller."""
-    with fresh(path, argument) as folder:
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        # As bytes, as text would get other line ends on Windows.
-        (folder / CONFIG).write_bytes(dumps(fields).encode())

@@ -88,6 +88,9 @@ def _check_module(
     if part.a.shape[0] != role.rank:
         why = f"expected rank {role.rank} by {CONFIG}, got an A of shape {part.a.shape}"
         problems.add(key, why)
+    if not where and math.prod(part.b.shape[1:]) != part.rank:  # else the model's shape tells
+        why = f"expected {part.rank} columns, as A has rows, got shape {part.b.shape}"
+        problems.add(part.b.key, why)
     if part.m is not None and part.m.shape != (shape := part.magnitude_shape):
         problems.add(part.m.key, f"expected shape {shape}, got {part.m.shape}")
     return parts
@@ -151,7 +154,7 @@ def list_orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
     rank, rows, columns = part.a.shape[0], part.b.shape[0], part.a.shape[1:]
     experts = shape[:1] if part.kind == "experts" else ()
     is_conv = len(columns) > 1
-    if rank != part.b.shape[1] or 0 in experts or rank % math.prod(experts):
+    if rank != math.prod(part.b.shape[1:]) or 0 in experts or rank % math.prod(experts):
         return []
     if is_conv != (part.kind == "conv") or (is_conv and part.transposed):
         return []

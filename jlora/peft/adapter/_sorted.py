@@ -154,6 +154,7 @@ def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) 
         modules: modules of the model, whose roles are needed too.
     """
     fields = files.fields
+    problems.keys = files.keys
     problems.stop(*problems_of(fields))
     problems.examine(files.tensors)
     clock = Clock(files.argument)
@@ -310,7 +311,7 @@ def _parts(
         there = [*pair.values()]
         shapes = tuple(pair[side].shape for side in sorted(pair))
         if lost := [side for side in "AB" if side not in pair]:
-            problems.add(f"{key}.{end.format(*lost)}", _without(there[0]))
+            problems.add(f"{key}.{end.format(*lost)}", _without(there[0], problems))
         elif min(map(len, shapes)) < 2:
             problems.add(key, f"expected matrices as A and B, got shapes {shapes}")
         else:
@@ -320,7 +321,7 @@ def _parts(
             scale = roles[module].scale
             found[module].append(Part(name, kind, module, pair["A"], pair["B"], scale, m=m))
             if is_dora and m is None:
-                problems.add(PREFIX + module + MAGNITUDE, _without(pair["A"]))
+                problems.add(PREFIX + module + MAGNITUDE, _without(pair["A"], problems))
     for module, depth in shallowest.items():
         if depth:
             problems.add(PREFIX + module, "adapted more than once")
@@ -333,5 +334,5 @@ def _parts(
     return found
 
 
-def _without(there: TensorInfo) -> str:
-    return f"missing, though {show(there.key)} is there"
+def _without(there: TensorInfo, problems: Problems) -> str:
+    return f"missing, though {show(problems.keys.get(there.key, there.key))} is there"

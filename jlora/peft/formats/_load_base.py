@@ -21,7 +21,7 @@ from ..._progress import progress
 from ..._quantized import Quantized, is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
-from .._checkpoint import INDEX, ONE, open_checkpoint
+from .._checkpoint import MODELS, open_checkpoint
 from .._file import DTYPES
 from ..names._leaves import NamedLeaf, split_gate_and_up
 from ..names._names import Name
@@ -221,8 +221,9 @@ def save_base(
         source = open_checkpoint(config, "config", copied=True)
         config = source.config_of_floats
     with fresh(path, "path") as folder:
-        save_file(tensors, folder / ONE, metadata={"format": "pt"})
+        (name, _) = MODELS[0] if source is None else source.names
+        save_file(tensors, folder / name, metadata={"format": "pt"})
         if source is not None:
-            kept = [x for x in source.kept if x != INDEX]
+            kept = [x for x in source.kept if x != source.names[1]]
             dataclasses.replace(source, kept=kept).copy_others(folder)
         (folder / "config.json").write_bytes(json.dumps(dict(config or {}), indent=2).encode())

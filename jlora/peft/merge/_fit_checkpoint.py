@@ -4,7 +4,6 @@ import itertools
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -16,10 +15,11 @@ from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
 from .._changed import with_values
 from .._checkpoint import Checkpoint
-from .._file import COUNT, COUNTS, DTYPES, Source
+from .._file import COUNT, COUNTS, DTYPES
 from .._problems import Problems
 from ..adapter._arranged import arrange
-from ..adapter._files import Files, fill, open_files
+from ..adapter._files import Files, fill
+from ..adapter._open import open_adapter
 from ..adapter._parameters import assign_parameters, list_missing, list_orientations
 from ..adapter._sorted import Adapter, Parameters, Part, explain_resized, sort_tensors
 from ..adapter._tokens import list_misfits, list_unequal
@@ -49,6 +49,7 @@ def match_to_checkpoint(
     is_untied: bool,
     problems: Problems,
     ignore: Collection[str] = (),
+    prefix: str | None = None,
 ) -> tuple[Target, Parameters]:
     """Reads a PEFT folder, or a tree with `names`, and finds its parameters in the checkpoint.
 
@@ -63,7 +64,8 @@ def match_to_checkpoint(
             raise InputError(
                 "`names` is for an adapter tree; PEFT's files have PyTorch's names. Leave it out."
             )
-        files = open_files(Source(Path(adapter), "adapter"), ignore)
+        modules = {name.rpartition(".")[0] for name in checkpoint.where}
+        files = open_adapter(adapter, "adapter", ignore, prefix, modules)
         target, found = _match_files(checkpoint, files, is_untied, problems)
     elif names is None:
         raise InputError(

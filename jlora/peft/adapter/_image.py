@@ -1,0 +1,299 @@
+"""Image LoRA: the files of diffusers and of kohya's scripts, translated to PEFT's and back.
+
+One file holds A and B of one or several models, each under a prefix. PEFT's configuration is in the
+header, or else follows from the shapes and alphas.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..._errors import InputError, Problem, blame
+from .._file import CONFIG, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, parse, show
+from ._config import LIMIT, leave_out
+from ._describe import find_common
+from ._files import Files
+from ._roles import list_parents
+
+FIELDS = "lora_adapter_metadata"  # of the header, with LoraConfig's fields by prefix
+ALPHA, MAGNITUDES, BIAS = "alpha", "lora_magnitude_vector", "lora_B.bias"
+A, B = "lora_A.weight", "lora_B.weight"
+# What keys end in, in each dialect, and what that is in PEFT's.
+ENDS = {
+    "diffusers": {end: end for end in (A, B, BIAS, MAGNITUDES, ALPHA)},
+    "kohya": {
+        "lora_down.weight": A,
+        "lora_up.weight": B,
+        "dora_scale": MAGNITUDES,
+        ALPHA: ALPHA,
+    },
+}
+MANGLED = re.compile(r"lora_(?P<prefix>[A-Za-z]+\d*)_[^.]+")
+# The models of a pipeline, in files whose header does not name them.
+_MODEL = re.compile(r"(?P<prefix>(?:unet|transformer|text_encoder|prior)(?:_\d+)?)\..+")
+# Methods of LyCORIS, by a part of their keys, with a dot after these.
+_OTHERS = {
+    ".hada_": "LoHa",
+    ".lokr_": "LoKr",
+    ".lora_mid.": "LoCon with a core between A and B",
+    ".diff.": "a difference of all weights",
+    ".diff_b.": "a difference of all biases",
+}
+_NOT_READ = "cannot be read; nothing was loaded."
+_MERGE = "jlora reads LoRA and DoRA: merge others with the tool that wrote them."
+_ORIGINAL = (
+    "If these are names of the model's first implementation, such as input_blocks or double_blocks,"
+    " load the file with load_lora_weights of diffusers, and save it with save_lora_adapter of the "
+    "model."
+)
+_RESAVE = (
+    "Expected PEFT's names, as diffusers saves them (….lora_A.weight, ….lora_B.weight), or kohya's "
+    "(lora_unet_….lora_down.weight, .lora_up.weight, .alpha, .dora_scale). Load other files with "
+    "load_lora_weights of diffusers, and save them with save_lora_adapter of the model."
+)
+
+
+class Image(NamedTuple):
+    """One file with adapters of the models of a pipeline.
+
+    Attributes:
+        tensors: its tensors.
+        metadata: the texts in its header.
+        read: a function that reads the values of some tensors, by key.
+        where: the file, for errors.
+        argument: the user's argument with it.
+        is_own: as in `Files`.
+    """
+
+    tensors: Sequence[TensorInfo]
+    metadata: Mapping[str, str]
+    read: Callable[[Iterable[TensorInfo]], dict[str, np.ndarray]]
+    where: str
+    argument: str
+    is_own: bool = False
+
+    def refuse(self, why: str, problems: Sequence[Problem] = (), remedy: str = "") -> InputError:
+        """Makes an error about the file."""
+        text = f"`{self.argument}`: {self.where} {why}"
+        return InputError(text, path=self.where, problems=problems, remedy=remedy)
+
+
+class _Entry(NamedTuple):
+    """A tensor of a file: its dialect, the module as the key has it, and PEFT's end of the key."""
+
+    dialect: str
+    module: str
+    end: str
+    tensor: TensorInfo
+
+
+def decode(
+    image: Image, ignore: Collection[str], prefix: str | None, modules: Collection[str]
+) -> Files:
+    """Translates a file to PEFT's keys and configuration; see `open_adapter`."""
+    configs = _parse_configs(image)
+    known = {*configs} if prefix is None else {*configs, prefix}
+    groups = dict[str, list[_Entry]]()
+    for x in _parse_keys(image):
+        groups.setdefault(_find_prefix(x, known), []).append(x)
+    own, prefix = _choose(image, groups, prefix)
+    names = _name_modules(image, own, prefix, modules)
+    sides = {end: dict[str, TensorInfo]() for end in ENDS["diffusers"]}
+    for x in own:
+        sides[x.end][names[x.module]] = x.tensor
+    wrong = list[Problem]()
+    alphas = sides.pop(ALPHA)
+    fields = configs.get(prefix)
+    if fields is None:
+        fields = _infer_fields(sides, _read_alphas(image, alphas, sides[A], wrong))
+    else:
+        why = f"unexpected beside {FIELDS} in the header, which has the alphas"
+        wrong += [Problem(x.key, why) for x in alphas.values()]
+    if own[0].dialect == "kohya":
+        sides[MAGNITUDES] = _shape_magnitudes(sides, wrong)
+    if wrong:
+        raise image.refuse(_NOT_READ, wrong)
+    fields = {"peft_type": "LORA", "target_modules": [*names.values()]} | fields
+    keys = {f"{PREFIX}{name}": module for module, name in names.items()}
+    ends = ENDS[own[0].dialect].items()
+    keys |= {f"{ours}.{end}": f"{x}.{e}" for ours, x in keys.items() for e, end in ends}
+    keys |= {CONFIG: "the configuration", TENSORS: "the file"}  # in errors
+    found = [
+        x._replace(key=f"{PREFIX}{name}.{end}")
+        for end, each in sides.items()
+        for name, x in each.items()
+    ]
+    given = {x.key: x for x in image.tensors}
+
+    def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
+        wanted = [*wanted]
+        values = image.read([given[keys[x.key]] for x in wanted])
+        return {x.key: values[keys[x.key]].reshape(x.shape) for x in wanted}
+
+    fields = leave_out(fields, ignore)
+    return Files(fields, found, read, image.argument, image.is_own, keys)
+
+
+def _parse_keys(image: Image) -> list[_Entry]:
+    """Splits all keys; raises for keys of other methods, unknown ones, and mixed dialects."""
+    found, wrong = list[_Entry](), list[Problem]()
+    for x in image.tensors:
+        if entry := _parse_key(x):
+            found.append(entry)
+        elif method := next((name for part, name in _OTHERS.items() if part in f"{x.key}."), None):
+            wrong.append(Problem(x.key, f"is {method}, which jlora does not read", _MERGE))
+        else:
+            wrong.append(Problem(x.key, "unexpected", _RESAVE))
+    if wrong:
+        raise image.refuse(_NOT_READ, wrong)
+    if not found:
+        raise image.refuse("has no tensors.")
+    first = {x.dialect: x.tensor.key for x in reversed(found)}
+    if len(first) > 1:
+        each = [Problem(key, f"a key of {dialect}") for dialect, key in sorted(first.items())]
+        raise image.refuse("mixes two dialects.", each, "Save each by itself.")
+    return found
+
+
+def _parse_key(x: TensorInfo) -> _Entry | None:
+    for dialect, ends in ENDS.items():
+        for end, ours in ends.items():
+            module = x.key.removesuffix(f".{end}")
+            is_kohya = dialect == "kohya"
+            if module != x.key and bool(MANGLED.fullmatch(module)) == is_kohya:
+                return _Entry(dialect, module, ours, x)
+    return None
+
+
+def _parse_configs(image: Image) -> dict[str, dict[str, Any]]:
+    """Parses the configurations in the header, by prefix."""
+    text = image.metadata.get(FIELDS)
+    if text is None:
+        return {}
+    with blame(image.argument, image.where, f"{FIELDS} in the header of "):
+        if len(text) > LIMIT:
+            raise ValueError(f"has {len(text)} characters; expected at most {LIMIT}")
+        raw = parse(text.encode())
+    found = dict[str, dict[str, Any]]()
+    for key, x in raw.items():
+        prefix, _, field = key.rpartition(".")
+        found.setdefault(prefix, {})[field] = x
+    return found
+
+
+def _find_prefix(x: _Entry, known: Collection[str]) -> str:
+    """Finds the prefix of a key: a `known` one, or else a component of a pipeline."""
+    pattern = MANGLED if x.dialect == "kohya" else _MODEL
+    found = None if "" in known else pattern.fullmatch(x.module)
+    parents = list_parents(x.module.rpartition(".")[0])
+    return next((p for p in parents if p in known), found["prefix"] if found else "")
+
+
+def _choose(
+    image: Image, groups: Mapping[str, list[_Entry]], prefix: str | None
+) -> tuple[list[_Entry], str]:
+    """Chooses the entries of one model."""
+    listed = ", ".join(show(repr(x)) for x in sorted(groups)[:9]) + ", …" * (len(groups) > 9)
+    if prefix is None and len(groups) > 1:
+        raise image.refuse(
+            f"has adapters of several models. Give `prefix`, one of {listed}, and read each."
+        )
+    chosen = next(iter(groups)) if prefix is None else prefix
+    if chosen not in groups:
+        raise InputError(
+            f"`prefix` must be one of the prefixes in {image.where}, {listed}; got {chosen!r}.",
+        )
+    return groups[chosen], chosen
+
+
+def _name_modules(
+    image: Image, entries: Collection[_Entry], prefix: str, modules: Collection[str]
+) -> dict[str, str]:
+    """Names modules as the model does; kohya's names stay as they are without a model."""
+    found = dict.fromkeys(x.module for x in entries)
+    if next(iter(entries)).dialect == "diffusers":
+        return {module: module[len(prefix) + 1 :] if prefix else module for module in found}
+    known = dict[str, list[str]]()
+    for name in modules:
+        if (spelled := spell("kohya", prefix, name)) in found:
+            known.setdefault(spelled, []).append(name)
+    twice = [
+        Problem(key, f"may be {' or '.join(map(show, sorted(own)))}, as kohya writes dots as _")
+        for key, own in known.items()
+        if len(own) > 1
+    ]
+    if twice:
+        raise image.refuse("has ambiguous names.", twice, "Save it in the dialect of diffusers.")
+    if lost := [module for module in found if modules and module not in known]:
+        why = "no module of the model has this name with _ for dots"
+        raise image.refuse(_NOT_READ, [Problem(module, why, _ORIGINAL) for module in lost])
+    return {module: known[module][0] if known else module for module in found}
+
+
+def _shape_magnitudes(
+    sides: Mapping[str, Mapping[str, TensorInfo]], wrong: list[Problem]
+) -> dict[str, TensorInfo]:
+    """Gives kohya's magnitudes PEFT's shapes; there is one for each output."""
+    found = dict[str, TensorInfo]()
+    for name, x in sides[MAGNITUDES].items():
+        b = sides[B][name].shape if name in sides[B] else x.shape
+        if x.shape != (expected := (*b[:1], *[1] * (len(b) - 1))):
+            why = f"expected shape {expected}, one number for each output; got {x.shape}"
+            wrong.append(Problem(x.key, why))
+        shape = b[:1] if len(b) == 2 else (1, *expected[:1], *expected[2:])
+        found[name] = x._replace(shape=shape)
+    return found
+
+
+def _read_alphas(
+    image: Image,
+    alphas: Mapping[str, TensorInfo],
+    factors: Mapping[str, TensorInfo],
+    wrong: list[Problem],
+) -> dict[str, float]:
+    """Reads the alphas of modules."""
+    fitting = list[TensorInfo]()
+    for name, x in alphas.items():
+        if name not in factors:
+            wrong.append(Problem(x.key, "has no A and B"))
+        elif x.dtype not in DTYPES | COUNTS or np.prod(x.shape) != 1:
+            wrong.append(Problem(x.key, f"expected one number, got {x.dtype} of shape {x.shape}"))
+        else:
+            fitting.append(x)
+    values = image.read(fitting)
+    found = dict[str, float]()
+    for name, x in alphas.items():
+        if x.key in values:
+            found[name] = number = float(values[x.key].reshape(()))
+            if not np.isfinite(number):
+                wrong.append(Problem(x.key, f"expected a finite number, got {number}"))
+    return found
+
+
+def _infer_fields(
+    sides: Mapping[str, Mapping[str, TensorInfo]], alphas: Mapping[str, float]
+) -> dict[str, Any]:
+    """Makes a configuration from ranks and alphas; without an alpha it is the rank."""
+    ranks = {name: x.shape[0] for name, x in sides[A].items() if x.shape}
+    if not ranks:
+        return {}
+    each = {name: alphas.get(name, rank) for name, rank in ranks.items()}
+    r, rank_pattern = find_common(ranks)
+    alpha, alpha_pattern = find_common(each)
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "use_dora": bool(sides[MAGNITUDES]),
+        "lora_bias": bool(sides[BIAS]),
+    }
+
+
+def spell(dialect: str, prefix: str, name: str) -> str:
+    """Returns a module's name as keys of a dialect have it."""
+    if dialect == "diffusers":
+        return f"{prefix}.{name}" if prefix else name
+    return name if MANGLED.fullmatch(name) else f"lora_{prefix}_{name.replace('.', '_')}"
