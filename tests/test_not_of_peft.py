@@ -60,7 +60,6 @@ MLX, KOHYA = (
     "It is an adapter of MLX.",
     "It is an adapter of a diffusion model in the format of kohya",
 )
-DIFFUSERS = "pytorch_lora_weights.safetensors"
 MUCH = {"ss_network_dim": "4", "ss_tag_frequency": "x" * 100_000}
 ONE_OF = "It is a folder with adapters in it."
 # What is given for an adapter, what the error says of it, and what to do.
@@ -70,15 +69,15 @@ GIVEN: dict[str, tuple[Callable[[Folder], Folder], str, str]] = {
     "older MLX": (lambda root: touch(root / "x" / "adapters.npz"), MLX, "mlx_lm.fuse"),
     "kohya": (
         lambda root: holding(root / "x" / "a.safetensors", "lora_unet_down_0.lora_down.weight"),
-        *(KOHYA, "load_lora_"),
+        *(KOHYA, "Give the file itself, "),
     ),
     "kohya with much metadata": (
         lambda root: holding(root / "x" / "a.safetensors", "lora_te1_x.alpha", metadata=MUCH),
-        *(KOHYA, "load_lora_"),
+        *(KOHYA, "Give the file itself, "),
     ),
-    "diffusers": (
-        lambda root: holding(root / "x" / DIFFUSERS, "unet.up.attn.to_q.lora_A.weight"),
-        *(f"in the format of diffusers, {DIFFUSERS}", "load_lora_"),
+    "diffusers under another name": (
+        lambda root: holding(root / "x" / "b.safetensors", "unet.up.attn.to_q.lora_A.weight"),
+        *("in the format of diffusers, b.safetensors", "Give the file itself, "),
     ),
     "llama.cpp": (
         lambda root: touch(root / "x" / "a.gguf"),

@@ -9,8 +9,9 @@ import jlora
 from .._folders import check_vacant
 from .._tree import adapter_leaves, count
 from .._types import PyTree
+from ..peft._recognized import find_image
 from ._command import FOLDER, Answer, Arg, Command, call
-from ._inputs import IGNORE, NAMES, format_of_adapter, table
+from ._inputs import IGNORE, NAMES, PREFIX, format_of_adapter, table
 
 
 @click.command(cls=Command)
@@ -19,6 +20,13 @@ from ._inputs import IGNORE, NAMES, format_of_adapter, table
 @click.option(
     "--profile", type=click.Choice(["vllm"]), help="Write PEFT's format in the form for vLLM."
 )
+@click.option(
+    "--dialect",
+    type=click.Choice(jlora.peft.DIALECTS),
+    help="Write PEFT's folder, or one file of image LoRA: in a folder OUT, or a file with the name "
+    "OUT.safetensors.",
+)
+@PREFIX
 @click.option("--names", metavar="TABLE", help=NAMES)
 @click.option(
     "--base",
@@ -29,24 +37,34 @@ from ._inputs import IGNORE, NAMES, format_of_adapter, table
 @click.option("--config", type=FOLDER, help="A PEFT adapter whose configuration to keep.")
 @IGNORE
 def convert(
-    source: Arg, out: Arg, profile: str | None, ignore: tuple[str, ...], **options: Any
+    source: Arg,
+    out: Arg,
+    profile: str | None,
+    dialect: str | None,
+    prefix: str | None,
+    ignore: tuple[str, ...],
+    **options: Any,
 ) -> Answer:
-    """Convert an adapter from Orbax to PEFT, or from PEFT to Orbax.
+    """Convert an adapter from Orbax to PEFT, from PEFT to Orbax, or between dialects.
 
     Writes the adapter IN to OUT in the other format. Without --profile, A and B are kept bit for
     bit. With --profile vllm, OUT has PEFT's format, one rank for all modules, and the scales
-    multiplied into B.
+    multiplied into B. With --dialect, OUT is a file of diffusers or kohya, with keys that start
+    with --prefix, or PEFT's folder; IN may be any of them.
     """
     call(check_vacant, out)
     kind = format_of_adapter(source)
-    written = "peft"
+    form = {"profile": profile, "dialect": dialect or "peft"}
+    form["prefix"] = prefix if dialect in ("diffusers", "kohya") else None
+    written = form["dialect"]
     if kind == "orbax":
-        adapter = _to_peft(source, out, profile, ignore, **options)
-    elif profile is None:
-        adapter = _to_orbax(source, out, ignore, **options)
+        adapter = _to_peft(source, out, form, ignore, **options)
+    elif profile is None and dialect is None:
+        adapter = _to_orbax(source, out, ignore, prefix, **options)
         written = "orbax"
     else:
-        adapter = _to_profile(source, out, ignore, **options)
+        given = prefix if find_image(source.value) else None
+        adapter = _to_form(source, out, form, ignore, given, **options)
     fields: dict[str, Any] = {
         "in": str(source),
         "out": str(out),
@@ -65,7 +83,7 @@ def convert(
 def _to_peft(
     source: Arg,
     out: Arg,
-    profile: str | None,
+    form: dict[str, Any],
     ignore: tuple[str, ...],
     names: str | None,
     base: Arg | None,
@@ -84,7 +102,7 @@ def _to_peft(
     else:
         params = Arg("the base", None, call(jlora.checkpoint.base_shapes, source))
     given = source.with_value(adapter)
-    call(jlora.peft.save, out, params, given, rows, profile=profile, config=fields)
+    call(jlora.peft.save, out, params, given, rows, config=fields, **form)
     return adapter
 
 
@@ -92,6 +110,7 @@ def _to_orbax(
     source: Arg,
     out: Arg,
     ignore: tuple[str, ...],
+    prefix: str | None,
     names: str | None,
     base: Arg | None,
     config: Arg | None,
@@ -105,15 +124,24 @@ def _to_orbax(
             "(only shapes are read), or of an adapter that was saved with its base."
         )
     shapes = call(jlora.checkpoint.base_shapes, base)
-    adapter = call(jlora.peft.load, source, base.with_value(shapes), rows, ignore=ignore)
+    adapter = call(
+        jlora.peft.load, source, base.with_value(shapes), rows, ignore=ignore, prefix=prefix
+    )
     call(jlora.checkpoint.save, out, adapter, (), base=shapes)
     return adapter
 
 
-def _to_profile(source: Arg, out: Arg, ignore: tuple[str, ...], **options: Any) -> PyTree:
+def _to_form(
+    source: Arg,
+    out: Arg,
+    form: dict[str, Any],
+    ignore: tuple[str, ...],
+    prefix: str | None,
+    **options: Any,
+) -> PyTree:
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"--{name} is not needed: IN and OUT are PEFT adapters. Leave it out.")
-    found = call(jlora.peft.read, source, ignore=ignore)
-    call(jlora.peft.write, out, source.with_value(found), profile="vllm")
+    found = call(jlora.peft.read, source, ignore=ignore, prefix=prefix)
+    call(jlora.peft.write, out, source.with_value(found), **form)
     return dict(found.leaves)

@@ -13,7 +13,7 @@ import jlora
 
 from .._tree import adapter_leaves, name_of
 from .._types import PyTree
-from ..peft._recognized import ORBAX, recognize
+from ..peft._recognized import ORBAX, find_image, recognize
 from ._command import Arg, call
 
 TABLES = f"{', '.join(jlora.peft.TABLES)}, module:ATTRIBUTE or file.py:ATTRIBUTE"
@@ -26,6 +26,12 @@ IGNORE = click.option(
     "what the adapter computes. Can be given several times.",
 )
 
+PREFIX = click.option(
+    "--prefix",
+    metavar="NAME",
+    help="For image LoRA: a model's name in the file, such as unet, transformer or (kohya) te1.",
+)
+
 
 class OpenAdapter(NamedTuple):
     """An adapter, with its leaves by PyTorch's names (PEFT) or by paths (Orbax)."""
@@ -35,12 +41,14 @@ class OpenAdapter(NamedTuple):
     about: dict[str, Any]
 
 
-def open_adapter(given: Arg, ignore: tuple[str, ...]) -> OpenAdapter:
-    """Opens an adapter in PEFT's format or Orbax."""
+def open_adapter(given: Arg, ignore: tuple[str, ...], prefix: str | None = None) -> OpenAdapter:
+    """Opens an adapter in PEFT's format, of image LoRA, or Orbax."""
     if format_of_adapter(given) == "peft":
-        found = call(jlora.peft.read, given, ignore=ignore)
+        found = call(jlora.peft.read, given, ignore=ignore, prefix=prefix)
         about = {"base_model": found.config.get("base_model_name_or_path")}
-        return OpenAdapter("peft", dict(found.leaves), about)
+        return OpenAdapter(
+            "image" if find_image(given.value) else "peft", dict(found.leaves), about
+        )
     saved = call(jlora.checkpoint.read, given)
     about = {"step": saved.step, "versions": saved.versions}
     return OpenAdapter("orbax", by_name(call(jlora.checkpoint.restore, given)), about)
@@ -62,13 +70,13 @@ def format_of_adapter(given: Arg, expected: str = "PEFT or Orbax") -> str:
 
 
 def format_of(given: Arg, *, model: bool = False) -> str:
-    """Returns `peft`, `orbax` or `huggingface`.
+    """Returns `peft` (also for image LoRA), `orbax` or `huggingface`.
 
     A folder with both is an adapter, or with `model=True` a model.
     """
     folder = given.value
     held = call(jlora.peft.holds, given)
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if model and "weights" in held:
         return "huggingface"
     if "adapter" in held:

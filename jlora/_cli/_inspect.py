@@ -15,7 +15,7 @@ from .._progress import progress
 from .._text import align_columns, format_bytes
 from .._tree import count, size_in_bytes
 from ._command import FOLDER, Answer, Arg, Command, call
-from ._inputs import IGNORE, format_of, open_adapter
+from ._inputs import IGNORE, PREFIX, format_of, open_adapter
 
 SHOWN = 4  # singular values in the table
 BLOCK = 2**18  # numbers of A and B that are measured together
@@ -29,20 +29,23 @@ Fields = dict[str, Any]  # of JSON
 @click.command(cls=Command)
 @click.argument("folder", type=FOLDER, metavar="DIR")
 @click.option("--all", "every", is_flag=True, help="Print a row for each matrix of a stack.")
+@PREFIX
 @IGNORE
-def inspect(folder: Arg, every: bool, ignore: tuple[str, ...]) -> Answer:
+def inspect(folder: Arg, every: bool, ignore: tuple[str, ...], prefix: str | None) -> Answer:
     """Show the sites of an adapter, and how much each changes its weight.
 
     The columns are inputs × outputs, rank r, scale s, the Frobenius norm of ΔW = s·A·B, its stable
     and effective rank, and its largest singular values, computed from A and B. For stacked layers
     and experts, a row has the median (least…largest).
 
+    DIR may be a file of image LoRA, by diffusers or kohya; kohya writes _ for the dots of names.
+
     If DIR is a quantized model, show its quantized matrices and their sizes.
     """
     is_model = format_of(folder) == "huggingface" and "weights" in jlora.peft.holds(folder.value)
     if is_model and (found := call(jlora.peft.matrices, folder)):
         return _list_quantized(folder, found)
-    adapter = open_adapter(folder, ignore)
+    adapter = open_adapter(folder, ignore, prefix)
     leaves = adapter.leaves
     rows = {name: x.v for name, x in leaves.items() if isinstance(x, Replaced)}
     full = {name: x for name, x in leaves.items() if not is_node(x)}

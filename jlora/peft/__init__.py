@@ -6,6 +6,7 @@ Imports `_adapters`, `_errors`, `_folders`, `_progress`, `_quantized`, `_rules`,
 adapter = peft.load("adapter", base, peft.LLAMA)
 peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))
 peft.write("served", peft.read("adapter"), profile="vllm")
+peft.save("style.safetensors", base, adapter, names, dialect="diffusers", prefix="unet")
 """
 
 from ._checkpoint import holds as holds
@@ -17,6 +18,7 @@ from ._load import load as load
 from ._save import save as save
 from ._save import tensors as tensors
 from .adapter._config import read_config as read_config
+from .adapter._draft import DIALECTS as DIALECTS
 from .engines import ENGINES as ENGINES
 from .engines import Finding as Finding
 from .engines._check import Checked as Checked

@@ -25,7 +25,8 @@ from ._file import (
     shorten,
     show,
 )
-from ._recognized import IMAGE, MODELS, WEIGHTS, recognize
+from ._recognized import IMAGE, WEIGHTS, find_image, recognize
+from ._recognized import MODELS as MODELS
 from ._source import explain_no_folder
 from ._vocabulary import copy_config, find_vocabulary, walk_objects
 
@@ -215,7 +216,7 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
         ...     peft.holds(folder)
         {'model'}
     """
-    if os.path.isfile(path) and Path(path).suffix == ".safetensors":
+    if os.path.isfile(path) and find_image(path):
         return {"adapter"}
     if not os.path.isdir(path):
         raise explain_no_folder("path", Path(path))

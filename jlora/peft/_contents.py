@@ -18,8 +18,8 @@ from .adapter._describe import find_scales, set_scales
 from .adapter._draft import make_draft
 from .adapter._files import Files, fill, list_tensors
 from .adapter._fit_tree import refuse_wide
-from .adapter._image import open_adapter
 from .adapter._one_rank import with_profile
+from .adapter._open import open_adapter
 from .adapter._parameters import assign_parameters, find_twins, refuse_biases
 from .adapter._patterns import Clock
 from .adapter._roles import resolve
@@ -64,9 +64,14 @@ def read(
     experts are adapted, the file does not distinguish them. They are then assigned in the order of
     `target_parameters` for which ranks and numbers of experts agree.
 
+    A file of kohya has `_` for the dots of module names. Without a model the two cannot be told
+    apart, so that leaves have the names of its keys, such as `lora_unet_mid_block_0_to_q`. `write`
+    can write such an adapter in the same dialect only.
+
     Args:
-        path: the adapter's folder.
+        path: the adapter's folder, or a file of image LoRA.
         ignore: as in `load`. The result does not have these fields.
+        prefix: as in `load`.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
@@ -109,9 +114,11 @@ def write(
         contents: from `read` or `combine`, or made of leaves.
         profile: as in `save`: `"vllm"` pads A and B with zeros to one rank, and multiplies the
             scales into B.
+        dialect: as in `save`.
+        prefix: as in `save`.
 
     Returns:
-        The fields that were written.
+        The fields that were written. In other dialects than PEFT's, a file does not have them all.
 
     Raises:
         FileExistsError: if `path` exists and is not an empty folder.

@@ -16,8 +16,10 @@ from .._errors import InputError, blame, check_values
 from .._errors import shorten as shorten
 from .._errors import show as show
 from ._recognized import CONFIG as CONFIG
+from ._recognized import IMAGE as IMAGE
 from ._recognized import PICKLES as PICKLES
 from ._recognized import TENSORS as TENSORS
+from ._recognized import find_image as find_image
 from ._source import Source as Source
 from ._source import open_file as open_file
 from ._source import resolve as resolve

@@ -13,7 +13,7 @@ from .._types import PyTree
 from ._problems import Problems
 from .adapter._files import Files, list_tensors
 from .adapter._fit_tree import match_to_tree, refuse_wide
-from .adapter._image import open_adapter
+from .adapter._open import open_adapter
 from .adapter._parameters import assign_parameters, refuse_biases
 from .adapter._sorted import Part, sort_tensors
 from .adapter._tokens import Tokens
@@ -33,16 +33,19 @@ def load(
     ignore: Collection[str] = (),
     prefix: str | None = None,
 ) -> PyTree:
-    r"""Reads an adapter that PEFT or `save` wrote.
+    r"""Reads an adapter that PEFT, diffusers, kohya's scripts or `save` wrote.
 
     Args:
         path: the adapter's folder. Only its `adapter_config.json` and `adapter_model.safetensors`
-            are read.
+            are read, or the one file of image LoRA, `pytorch_lora_weights.safetensors`. Such a file
+            may also be given itself. Its keys show whether it is of diffusers or kohya.
         base: the frozen tree that the adapter is for: arrays or `jax.ShapeDtypeStruct`s.
         names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
         ignore: names of fields of `adapter_config.json` to read the adapter without: fields that
             jlora does not know, and that you know not to change what the adapter computes. Names
             that the file does not have are fine.
+        prefix: for a file of image LoRA with adapters of several models, the one to read, such as
+            `"unet"` or `"transformer"`. With kohya's keys `lora_te1_…` it is `"te1"`.
 
     Returns:
         An adapter for `apply` and `merge`, with $\Delta W = s \cdot A B$. A and B have the dtype of
@@ -54,7 +57,8 @@ def load(
         FileNotFoundError: if the folder or a file is missing.
         ValueError: if a tensor or field is missing, unexpected, misshapen, of a wrong dtype, not
             finite, duplicate or not supported; or if jlora knows a field in `ignore`. The error
-            lists all problems. Nothing is loaded.
+            lists all problems. Nothing is loaded. So does a file of image LoRA with several
+            prefixes and no `prefix`, or with LoHa, LoKr or LoCon.
 
     Warns:
         UserWarning: if a name in the configuration matches nothing, which PEFT accepts; or if

@@ -24,6 +24,15 @@ _MOST = 1000  # entries of a folder that are looked at
 _SHOWN = 9  # folders in a message
 
 
+def find_image(path: str | os.PathLike[str]) -> Path | None:
+    """Finds the file of image LoRA that a path is, or that is in it."""
+    path = Path(path)
+    if path.is_dir():
+        return path / IMAGE if (path / IMAGE).exists() else None
+    is_other = path.suffix != ".safetensors" or path.name in (TENSORS, *WEIGHTS)
+    return None if is_other else path
+
+
 class Kind(NamedTuple):
     """What a folder or file is, and what to do with it."""
 
@@ -35,7 +44,9 @@ class Kind(NamedTuple):
 
 
 _MLX = Kind("an adapter of MLX", "Merge it into its model with mlx_lm.fuse")
-_DIFFUSION = "Give the file itself, under another name than that of PEFT's file"
+_DIFFUSION = (
+    "Load it with load_lora_weights of diffusers, and save it with save_lora_adapter of the model"
+)
 # What is in the headers of other libraries' files.
 _HEADERS = (
     (re.compile(rb'"ss_[a-z_]+"|"lora_(unet|te\d?|transformer)_|\.lora_(down|up)\.'), "kohya"),

@@ -57,14 +57,28 @@ def save(
             are padded with zeros, and the scales are multiplied into B (alpha = r).
         config: fields of `adapter_config.json` to keep, such as those of `read_config`. Fields for
             modules, ranks and alphas are replaced unless they describe the adapter.
+        dialect: what reads the files. `"peft"`: two files, as above. For image LoRA, one file:
+            `pytorch_lora_weights.safetensors` in the folder `path`, or `path` itself if it ends in
+            `.safetensors`. `"diffusers"`: keys `prefix.module.lora_A.weight`, and the configuration
+            in the file's header. `"kohya"`: keys `lora_prefix_module.lora_down.weight`, with `_`
+            for the dots of module, and an `alpha` for each module; other tools than diffusers read
+            it.
+        prefix: for `"diffusers"` the model's name in its pipeline, such as `"unet"` or
+            `"transformer"`; `""` for none, as `save_lora_adapter` writes. For `"kohya"` `"unet"`
+            unless given, such as `"te1"`.
 
     Raises:
         FileExistsError: if `path` exists and is not an empty folder.
         FileNotFoundError: if `base_model` is a folder without `config.json`.
         TypeError: if `adapter` is no adapter of arrays.
-        ValueError: if a leaf of the adapter has no name or no form in PEFT. All are listed.
+        ValueError: if a leaf of the adapter has no name, or no form in PEFT or in the `dialect`;
+            image LoRA has only linear and convolutional sites. All are listed.
 
-    Source: PEFT 0.21, `peft.PeftModel.save_pretrained`.
+    Warns:
+        UserWarning: for `"kohya"`, if diffusers would compute something else with the file: with
+            DoRA, whose magnitudes it drops, or with several alphas.
+
+    Source: PEFT 0.21, `peft.PeftModel.save_pretrained`; diffusers 0.42, `load_lora_adapter`.
 
     Examples:
         >>> import json, pathlib, tempfile, jax, jax.numpy as jnp, jlora
@@ -79,6 +93,16 @@ def save(
         ...     fields = peft.read_config(f"{folder}/adapter")
         >>> fields["target_modules"], fields["r"], fields["lora_alpha"]
         (['q_proj'], 2, 4)
+
+        For a pipeline of diffusers:
+
+        >>> from safetensors.numpy import load_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = f"{folder}/style.safetensors"
+        ...     peft.save(file, base, adapter, names, dialect="diffusers", prefix="unet")
+        ...     keys = list(load_file(file))
+        >>> keys
+        ['unet.model.q_proj.lora_A.weight', 'unet.model.q_proj.lora_B.weight']
     """
     draft = _draft(base, adapter, names, base_model, profile, config, dialect, prefix)
     draft.write(path, "path")

@@ -1,21 +1,27 @@
 """An adapter in memory, before it is written as PEFT's two files, or as one file of image LoRA."""
 
+import json
 import os
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from ..._errors import InputError, Problem
 from ..._folders import fresh, fresh_file
-from .._file import CONFIG, DTYPES, TENSORS, TensorInfo, make_header
-from .._recognized import IMAGE
+from .._file import CONFIG, DTYPES, IMAGE, TENSORS, TensorInfo, make_header
 from ._arranged import make_tensors
-from ._config import dumps
+from ._config import DEFAULTS, dumps
+from ._describe import find_alpha
 from ._files import Files, as_files
-from ._image import Image, check_dialect, decode, encode, refuse_mangled
+from ._image import ALPHA, ENDS, FIELDS, MAGNITUDES, MANGLED, A, B, Image, decode, spell
 from ._sorted import Parameters
+
+_SAVE_FOR_IT = "save with dialect='diffusers' for it"
+DIALECTS = ("peft", "diffusers", "kohya")
 
 
 class Draft(NamedTuple):
@@ -24,14 +30,14 @@ class Draft(NamedTuple):
     Attributes:
         fields: the configuration.
         tensors: the tensors, by the keys of the dialect.
-        prefix: the prefix of the keys, in other dialects than PEFT's.
         metadata: the texts in the header of the one file; None for PEFT's two files.
+        misread: what diffusers computes something else with; empty if nothing.
     """
 
     fields: dict[str, Any]
     tensors: dict[str, np.ndarray]
-    prefix: str
-    metadata: Mapping[str, str] | None
+    metadata: Mapping[str, str] | None = None
+    misread: str = ""
 
     def as_files(self, argument: str, modules: Collection[str]) -> Files:
         """Presents the draft as `open_adapter` would its files."""
@@ -39,10 +45,12 @@ class Draft(NamedTuple):
         if self.metadata is None:
             return files
         image = Image(files.tensors, self.metadata, files.read, "the file", argument, True)
-        return decode(image, (), self.prefix, modules)
+        return decode(image, (), None, modules)
 
     def write(self, path: str | os.PathLike[str], argument: str) -> None:
         """Writes the files to a new folder `path`, or to a new file in other dialects."""
+        if self.misread:
+            warnings.warn(f"{self.misread}; {_SAVE_FOR_IT}", stacklevel=3)
         if self.metadata is not None and Path(path).suffix == ".safetensors":
             with fresh_file(path, argument) as file:
                 self._write_one(file)
@@ -74,10 +82,102 @@ def make_draft(
     prefix: str | None,
 ) -> Draft:
     """Makes the files of an adapter in a dialect."""
-    prefix = check_dialect(dialect, prefix)
+    prefix = _check_dialect(dialect, prefix)
     if dialect != "kohya":
-        refuse_mangled(part.key for part in own.parts)
+        _refuse_mangled(part.key for part in own.parts)
     if dialect == "peft":
-        return Draft(fields, make_tensors(fields, own, tied), prefix, None)
-    metadata, tensors = encode(dialect, prefix, fields, own)
-    return Draft(fields, tensors, prefix, metadata)
+        return Draft(fields, make_tensors(fields, own, tied))
+    metadata, tensors = _encode(dialect, prefix, fields, own)
+    return Draft(fields, tensors, metadata, _explain_misread(dialect, own))
+
+
+def _explain_misread(dialect: str, own: Parameters) -> str:
+    """Says what diffusers 0.42 does not read in kohya's dialect."""
+    if dialect != "kohya":
+        return ""
+    if any(x.m is not None for x in own.parts):
+        return "diffusers ignores dora_scale, the magnitudes of DoRA, in kohya's files"
+    alphas = {find_alpha(x.scale, x.rank) for x in own.parts}
+    if len(alphas) < 2:
+        return ""
+    listed = ", ".join(map(str, sorted(alphas)[:9]))
+    where = "attention modules of a UNet, in kohya's files"
+    return f"diffusers mistakes alphas that differ between {where}; got {listed}"
+
+
+def _check_dialect(dialect: str, prefix: str | None) -> str:
+    """Returns the prefix to write; raises for an unknown dialect, or a prefix that cannot be."""
+    if dialect not in DIALECTS:
+        listed = ", ".join(map(repr, DIALECTS))
+        raise InputError(f"`dialect` must be one of {listed}; got {dialect!r}.")
+    if dialect == "peft" and prefix is not None:
+        raise InputError(f"`prefix` is for other dialects than 'peft'; got {prefix!r}.")
+    if dialect == "diffusers" and prefix is None:
+        raise InputError(
+            "`prefix` must be the model's name in its pipeline for dialect 'diffusers', such as "
+            "'unet' or 'transformer', or '' for load_lora_adapter(..., prefix=None); got None.",
+        )
+    if dialect == "kohya" and not MANGLED.fullmatch(f"lora_{prefix or 'unet'}_x"):
+        why = "such as 'unet', 'te1' or 'transformer', for dialect 'kohya'"
+        raise InputError(f"`prefix` must be letters and digits, {why}; got {prefix!r}.")
+    return prefix or ("unet" if dialect == "kohya" else "")
+
+
+def _encode(
+    dialect: str, prefix: str, fields: Mapping[str, Any], own: Parameters
+) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Translates an adapter: the texts of the header, and the tensors.
+
+    Raises:
+        ValueError: if the dialect has no form for a part, or one name for two modules.
+    """
+    wrong = [Problem(name, "trained in full") for name in (own.full | own.frozen)]
+    wrong += [Problem(x.module, "rows of an embedding") for x in own.tokens.values()]
+    odd = (x for x in own.parts if x.kind not in ("linear", "conv"))
+    wrong += [Problem(x.key, f"of kind {x.kind}") for x in odd]
+    names = dict[str, str]()
+    for x in own.parts:
+        spelled = spell(dialect, prefix, x.key)
+        if names.setdefault(spelled, x.key) != x.key:
+            why = f"would have the name of {names[spelled]}, {spelled}"
+            wrong.append(Problem(x.key, why, "Save it in the dialect of diffusers."))
+    if wrong:
+        raise InputError(
+            f"`dialect` {dialect!r} holds only LoRA of linear and convolutional sites; got:",
+            problems=wrong,
+        )
+    found = dict[str, np.ndarray]()
+    for x in own.parts:
+        values = dict[str, np.ndarray](zip((A, B, MAGNITUDES), x.arrays, strict=False))
+        if dialect == "kohya":
+            values[ALPHA] = _narrow(find_alpha(x.scale, x.rank))
+            if x.m is not None:
+                values[MAGNITUDES] = x.m.reshape(-1, *[1] * (x.a.ndim - 1))
+        name = spell(dialect, prefix, x.key)
+        each = {end: values[ours] for end, ours in ENDS[dialect].items() if ours in values}
+        found |= {f"{name}.{end}": y for end, y in each.items()}
+    metadata = {"format": "pt"}
+    if dialect == "diffusers":
+        always = ("peft_type", "r", "lora_alpha", "target_modules")
+        kept = {k: x for k, x in fields.items() if k in always or x != DEFAULTS.get(k)}
+        kept.pop("peft_version", None)  # which older versions refuse
+        own_fields = {spell(dialect, prefix, k): x for k, x in kept.items()}
+        metadata[FIELDS] = json.dumps(own_fields, indent=2, sort_keys=True)
+    return metadata, found
+
+
+def _narrow(alpha: float) -> np.ndarray:
+    """Makes a scalar of float32 if it is exact, else of float64."""
+    narrow = np.asarray(alpha, np.float32)
+    return narrow if float(narrow) == alpha else np.asarray(alpha, np.float64)
+
+
+def _refuse_mangled(names: Iterable[str]) -> None:
+    """Raises for kohya's names, which other dialects cannot have."""
+    if found := [Problem(x, "is kohya's") for x in names if MANGLED.fullmatch(x)]:
+        raise InputError(
+            "`contents` has kohya's names, in which dots and _ are the same, so that only "
+            "dialect 'kohya' can hold them:",
+            problems=found,
+            remedy="Load the file onto its model with jlora.peft.load, and save that.",
+        )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..._errors import InputError
 from .._checkpoint import open_checkpoint
-from .._file import DTYPES, PREFIX, Source
+from .._file import DTYPES, PREFIX, Source, find_image
 from ..adapter._config import list_misformed
 from ..adapter._files import Files, open_files
 from ..adapter._sorted import FACTOR
@@ -93,6 +93,9 @@ def check(
         raise InputError(f"`engine` must be one of {', '.join(ENGINES)}; got {engine!r}.")
     server = ENGINES[engine]
     rank = _rank(server, max_lora_rank)
+    if image := find_image(path):
+        why = f"serves no image LoRA; {image} is no adapter of PEFT in a folder"
+        raise InputError(f"`path`: {server.title} {why}.", path=image)
     files = open_files(source := Source(Path(path)), ignore)
     if wrong := list_misformed(files.fields):
         findings = [Finding(x.where, x.why, AGAIN, False) for x in wrong]

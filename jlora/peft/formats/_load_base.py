@@ -20,8 +20,7 @@ from ..._progress import progress
 from ..._quantized import Quantized, is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
-from .._checkpoint import open_checkpoint
-from .._recognized import MODELS
+from .._checkpoint import MODELS, open_checkpoint
 from .._file import DTYPES
 from ..names._leaves import NamedLeaf, split_gate_and_up
 from ..names._names import Name

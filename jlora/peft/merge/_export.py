@@ -63,9 +63,10 @@ def export_merged(
 
     Args:
         src_dir: a folder with `model.safetensors`, or with shards and
-            `model.safetensors.index.json`. Its files, and those of `adapter`, may be links within
+            `model.safetensors.index.json`; for diffusers with `diffusion_pytorch_model` instead of
+            `model`. Its files, and those of `adapter`, may be links within
             the folder, or in the Hub's cache within the folder of their model (`models--…`).
-        adapter: a folder that PEFT or `save` wrote, or an adapter tree. The modules in a folder
+        adapter: a folder or file that `load` reads, or an adapter tree. The modules in a folder
             have the names of the checkpoint's tensors, or those of `transformers` 5 in memory; a
             first component such as `bert.` may differ. Any other names are those of the checkpoint
             after one replacement, if only one place fits all modules. The checkpoint may fuse
@@ -78,6 +79,7 @@ def export_merged(
             tied with them, and to set `tie_word_embeddings` to false. An adapter can then change
             only one of the two; where an encoder and a decoder share the embedding, only the head.
         ignore: for an adapter in a folder, as in `load`.
+        prefix: for a file of image LoRA, as in `load`.
 
     Returns:
         The files of `src_dir` that were not copied, as paths in it.

@@ -19,7 +19,7 @@ from .._file import COUNT, COUNTS, DTYPES
 from .._problems import Problems
 from ..adapter._arranged import arrange
 from ..adapter._files import Files, fill
-from ..adapter._image import open_adapter
+from ..adapter._open import open_adapter
 from ..adapter._parameters import assign_parameters, list_missing, list_orientations
 from ..adapter._sorted import Adapter, Parameters, Part, explain_resized, sort_tensors
 from ..adapter._tokens import list_misfits, list_unequal

@@ -1,0 +1,46 @@
+"""Opens an adapter of any dialect, by what is in its path."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from ..._errors import InputError
+from .._file import CONFIG, IMAGE, TENSORS, Source, find_image, read_header, read_tensors
+from ._files import Files, open_files
+from ._image import Image, decode
+
+
+def open_adapter(
+    path: str | os.PathLike[str],
+    argument: str,
+    ignore: Collection[str],
+    prefix: str | None,
+    modules: Collection[str] = (),
+) -> Files:
+    """Opens an adapter in any dialect.
+
+    Args:
+        path: PEFT's folder, a file of another dialect, or a folder with `IMAGE`.
+        argument: the user's argument with it, for errors.
+        ignore: fields of the configuration to leave out.
+        prefix: which model's adapter to read; None for that of a single model.
+        modules: the modules of the model, which kohya's names are matched to.
+    """
+    path = Path(path)
+    file = find_image(path)
+    if file is None:
+        if prefix is not None:
+            raise InputError(
+                f"`prefix` chooses from the models in a file of diffusers or kohya, but {path} has "
+                f"no {IMAGE}; got {prefix!r}. Leave it out, or give such a file.",
+            )
+        return open_files(Source(path, argument), ignore)
+    if file != path and (found := [x for x in (CONFIG, TENSORS) if (path / x).exists()]):
+        why = f"has two adapters: {found[0]}, and {IMAGE}. Give the file that you mean, or move it."
+        raise InputError(f"`{argument}`: {path} {why}", path=path)
+    source = Source(file.parent, argument)
+    header = read_header(source, file.name)
+    read = lambda wanted: read_tensors(source, header, wanted, file.name)  # noqa: E731
+    tensors = [*header.entries.values()]
+    image = Image(tensors, header.metadata, read, str(file), argument)
+    return decode(image, ignore, prefix, modules)

@@ -1,0 +1,210 @@
+"""Image LoRA: diffusers computes with jlora's files what jlora does, and jlora with its files."""
+
+import functools
+import json
+import logging
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("torchax")
+pytest.importorskip("diffusers")
+
+import peft as hf_peft
+import torch
+from diffusers.loaders import lora_pipeline
+from safetensors.numpy import load_file, save_file
+from small import randomize
+from torch_images import MODELS
+
+import jlora
+from jlora import DoRA, LoRA, peft
+
+# What torchax, PEFT and diffusers warn of is theirs.
+pytestmark = pytest.mark.filterwarnings("default")
+EVERY = pytest.mark.parametrize("name", MODELS)
+BOTH = [(name, "diffusers") for name in MODELS]
+BOTH += [(name, "kohya") for name, row in MODELS.items() if row.kohya]
+FILE = "pytorch_lora_weights.safetensors"
+# Two ranks and alphas; in a UNet one of attention, and one of convolutions.
+MIXED = {"unet": ("to_(q|k|out/0)", "conv1"), "transformer": ("to_(q|out/0)", "to_k")}
+
+
+def mixed(*patterns: str) -> list[LoRA]:
+    settings = [{"rank": 2, "alpha": 3}, {"rank": 3, "alpha": 1}]
+    return [LoRA(f"{p}/weight", **x) for p, x in zip(patterns, settings, strict=True)]
+
+
+class Extracted(NamedTuple):
+    """A model, its parameters, and a function of them and the arguments, with names."""
+
+    model: Any
+    params: Any
+    call: Any
+    names: tuple[peft.Name, ...]
+
+
+@functools.cache
+def extracted(name: str) -> Extracted:
+    row = MODELS[name]
+    model = row.make()
+    params, apply = jlora.torch.extract(model)
+
+    def call(params: Any, arrays: dict[str, Any]) -> Any:
+        return apply(params, **arrays, **row.static, return_dict=False)[0]
+
+    sites = jlora.transform(call).sites(params, row.call)
+    return Extracted(model, params, call, jlora.torch.names(sites, apply))
+
+
+class Trained(NamedTuple):
+    """A base and its adapter, and what they compute."""
+
+    base: Any
+    adapter: Any
+    outputs: np.ndarray
+
+
+def trained(name: str, rules: Sequence[Any]) -> Trained:
+    row, found = MODELS[name], extracted(name)
+    lora = jlora.transform(found.call, *rules)
+    base, adapter = lora.init(jax.random.key(0), found.params, row.call)
+    adapter = randomize(adapter)
+    return Trained(base, adapter, np.asarray(jax.jit(lora.apply)(base, adapter, row.call)))
+
+
+def every_module(name: str, unread: str = "none") -> LoRA:
+    rows = [x.path for x in extracted(name).names if x.kind in ("linear", "conv")]
+    assert len(rows) > 20
+    return LoRA("|".join(x for x in rows if not re.search(unread, x)), rank=2, alpha=3)
+
+
+def run(model: Any, name: str) -> np.ndarray:
+    row = MODELS[name]
+    given = jax.tree.map(torch.as_tensor, row.call)
+    with torch.no_grad():
+        return model(**given, **row.static, return_dict=False)[0].numpy()
+
+
+def load_in_diffusers(name: str, folder: pathlib.Path, caplog: Any) -> np.ndarray:
+    """Computes with a file as a pipeline does; diffusers logs what it does not load."""
+    row = MODELS[name]
+    mixin = getattr(lora_pipeline, f"{row.pipeline}LoraLoaderMixin")
+    found = mixin.lora_state_dict(folder, return_lora_metadata=True)
+    state, alphas, metadata = found if len(found) == 3 else (found[0], None, found[1])
+    model = row.make()
+    caplog.clear()  # of what is said of magnitudes
+    with caplog.at_level(logging.WARNING, "diffusers"):
+        model.load_lora_adapter(state, prefix=row.prefix, network_alphas=alphas, metadata=metadata)
+    assert not caplog.records
+    loaded = {k for k, _ in model.named_parameters() if ".lora_A." in k}
+    assert len(loaded) == len(
+        {k for k in load_file(folder / FILE) if re.search("lora_(A|down)", k)}
+    )
+    return run(model, name)
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual / scale, expected / scale, 0, 1e-5)
+
+
+def prefix_of(name: str, dialect: str) -> str:
+    row = MODELS[name]
+    return row.kohya[0] if dialect == "kohya" and row.kohya else row.prefix
+
+
+@EVERY
+def test_outputs(name: str) -> None:
+    found = extracted(name)
+    assert_close(jax.jit(found.call)(found.params, MODELS[name].call), run(found.model, name))
+
+
+@pytest.mark.parametrize(("name", "dialect"), BOTH)
+@pytest.mark.parametrize("which", ["every module", "several ranks", "rsLoRA"])
+def test_ours_in_diffusers(
+    name: str, dialect: str, which: str, tmp_path: pathlib.Path, caplog: Any
+) -> None:
+    found = extracted(name)
+    unread = MODELS[name].kohya if dialect == "kohya" else None
+    every = [every_module(name, unread[1] if unread else "none")]
+    rules = every if which == "every module" else mixed(*MIXED[MODELS[name].prefix])
+    base, adapter, outputs = trained(name, rules)
+    config = {"use_rslora": which == "rsLoRA"}
+    given = {"dialect": dialect, "prefix": prefix_of(name, dialect), "config": config}
+    peft.save(tmp_path / "adapter", base, adapter, found.names, **given)
+    assert_close(load_in_diffusers(name, tmp_path / "adapter", caplog), outputs)
+
+
+# What diffusers computes something else with, in kohya's dialect, by the rules.
+MISREAD = {
+    "magnitudes": [DoRA(r"(to_q|conv1)/weight", rank=2)],
+    "several alphas of attention": mixed(*MIXED["transformer"]),
+}
+
+
+@pytest.mark.parametrize("case", MISREAD)
+def test_what_diffusers_misreads(case: str, tmp_path: pathlib.Path, caplog: Any) -> None:
+    """It is right in its own dialect; `save` warns of kohya's, until diffusers reads it."""
+    found = extracted("sd15")
+    base, adapter, outputs = trained("sd15", MISREAD[case])
+    own = {"dialect": "diffusers", "prefix": "unet"}
+    peft.save(tmp_path / "a", base, adapter, found.names, **own)
+    assert_close(load_in_diffusers("sd15", tmp_path / "a", caplog), outputs)
+    with pytest.warns(UserWarning, match="diffusers"):
+        peft.save(tmp_path / "b", base, adapter, found.names, dialect="kohya")
+    with pytest.raises(AssertionError, match="Not equal"):
+        assert_close(load_in_diffusers("sd15", tmp_path / "b", caplog), outputs)
+
+
+@EVERY
+def test_theirs_in_jax(name: str, tmp_path: pathlib.Path) -> None:
+    """A file of `save_lora_adapter`, and one of a pipeline, with the same and with no metadata."""
+    row, found = MODELS[name], extracted(name)
+    modules = [x.module for x in found.names if x.kind in ("linear", "conv")]
+    model = row.make()
+    model.add_adapter(hf_peft.LoraConfig(r=4, lora_alpha=4, target_modules=modules))
+    torch.manual_seed(1)
+    for key, x in model.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(x, std=0.1)
+    expected = run(model, name)
+    model.save_lora_adapter(tmp_path / "model")
+    state = hf_peft.get_peft_model_state_dict(model, adapter_name="default")
+    state = {f"{row.prefix}.{key}": x.detach().numpy() for key, x in state.items()}
+    (tmp_path / "old").mkdir()
+    save_file(state, tmp_path / "old" / FILE)
+    mixin = getattr(lora_pipeline, f"{row.pipeline}LoraLoaderMixin")
+    layers = {
+        f"{row.prefix}_lora_layers": {
+            k.partition(".")[2]: torch.as_tensor(x) for k, x in state.items()
+        }
+    }
+    fields = {f"{row.prefix}_lora_adapter_metadata": model.peft_config["default"].to_dict()}
+    mixin.save_lora_weights(tmp_path / "pipeline", **layers, **fields)
+    for kind in ("model", "pipeline", "old"):
+        adapter = peft.load(tmp_path / kind, found.params, found.names)
+        lora = jlora.transform(found.call)
+        assert_close(jax.jit(lora.apply)(found.params, adapter, row.call), expected)
+
+
+@pytest.mark.parametrize(("shards", "dialect"), [("10GB", "diffusers"), ("20KB", "kohya")])
+def test_merged(shards: str, dialect: str, tmp_path: pathlib.Path) -> None:
+    """Into diffusers' own folder of a model, of one file or several."""
+    found = extracted("sd15")
+    base, adapter, outputs = trained("sd15", [every_module("sd15")])
+    peft.save(tmp_path / "a", base, adapter, found.names, dialect=dialect, prefix="unet")
+    found.model.save_pretrained(tmp_path / "base", max_shard_size=shards)
+    assert (tmp_path / "base" / "diffusion_pytorch_model.safetensors").exists() == (
+        shards == "10GB"
+    )
+    peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+    merged, told = type(found.model).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(told.values()), told
+    assert_close(run(merged, "sd15"), outputs)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["_class_name"]
