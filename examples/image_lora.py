@@ -19,6 +19,7 @@ import functools
 import itertools
 import pathlib
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -48,18 +49,10 @@ RANK = 8
 DENOISE = 25  # steps from noise to an image
 EACH = 20  # samples of a digit
 OUT = pathlib.Path("out/image_lora")
-UNET = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "layers_per_block": 1,
-    "block_out_channels": (32, 64),
-    "norm_num_groups": 8,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 10,
-    "attention_head_dim": 2,
-}
+UNET = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1}
+UNET |= {"block_out_channels": (32, 64), "norm_num_groups": 8, "attention_head_dim": 2}
+UNET |= {"cross_attention_dim": 10, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+UNET |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
 PROMPTS = np.eye(10, dtype=np.float32)[:, None]  # of each digit one token, in place of a text's
 
 
@@ -162,6 +155,18 @@ class Seen(NamedTuple):
     stripes: float
 
 
+def make_reader(ink: np.ndarray, labels: np.ndarray) -> Callable[..., Seen]:
+    """A function of images and their digits, with a classifier of digits in all styles."""
+    styled = [ink, slant(ink), stripe(ink), stripe(slant(ink))]
+    classifier = svm.SVC(C=10).fit(np.concatenate(styled).reshape(-1, 64), np.tile(labels, 4))
+
+    def read(ink: np.ndarray, digits: np.ndarray) -> Seen:
+        right = classifier.predict(ink.reshape(-1, 64)) == digits
+        return Seen(float(right.mean()), measure_slant(ink), measure_stripes(ink))
+
+    return read
+
+
 def draw(path: pathlib.Path, rows: dict[str, np.ndarray]) -> None:
     """Writes a picture with two images of each digit for each name."""
     grids = [np.block([[*x[k::EACH]] for k in (0, EACH // 2)]) for x in rows.values()]
@@ -172,14 +177,30 @@ def draw(path: pathlib.Path, rows: dict[str, np.ndarray]) -> None:
     picture.save(path)
 
 
-def compare(model: Any, folder: pathlib.Path, values: Any, ours: Any, arguments: Any) -> float:
-    """The largest difference to what diffusers computes with an adapter's file."""
+def run_in_diffusers(model: Any, values: Any, folder: pathlib.Path, arguments: Any) -> np.ndarray:
+    """What diffusers computes with these values of the base and an adapter's file."""
     model.load_state_dict({k: torch.tensor(np.asarray(x)) for k, x in values.items()})
-    model.load_lora_adapter(folder, prefix="unet")
-    x, t, prompts = (torch.tensor(np.asarray(x)) for x in arguments)
+    model.load_lora_adapter(folder, prefix="unet", use_safetensors=True)
+    x, t, prompts = map(torch.tensor, arguments)
     with torch.no_grad():
-        theirs = model(x, 1000 * t, prompts).sample
-    return float(abs(theirs.numpy() - ours).max())
+        return model(x, 1000 * t, prompts).sample.numpy()
+
+
+def learn(apply: Any, lora: Any, params: Any, example: Any, data: Any, args: Any) -> Any:
+    """The base, trained on all images, and the adapters: none, one for each style, and both."""
+    tx = optax.adam(optax.cosine_decay_schedule(2e-3, args.steps))
+    step = make_step(lambda params, _, *rest: apply(params, *rest), tx)
+    params = train("base", step, params, tx.init(params), {}, data, args.steps)
+    base, start = lora.init(jax.random.key(0), params, *example)
+    tx = jlora.optimizer(optax.adam(optax.cosine_decay_schedule(3e-3, args.style_steps)))
+    step = make_step(lambda adapter, base, *rest: lora.apply(base, adapter, *rest), tx)
+    ink, labels = (x[data[1] < 5] for x in data)
+    adapters = {"base": {}}
+    for name, style in STYLES.items():
+        few = style(ink), labels
+        adapters[name] = train(name, step, start, tx.init(start), base, few, args.style_steps)
+    adapters["both"] = arithmetic.add([adapters[name] for name in STYLES], weights=[1.0, 1.0])
+    return base, adapters
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[dict[str, Seen], float]:
@@ -191,60 +212,39 @@ def main(argv: Sequence[str] | None = None) -> tuple[dict[str, Seen], float]:
     parser.add_argument("--style-steps", type=int, default=STYLE_STEPS)
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", "Explicitly requested dtype int64")  # of PyTorch's indices
     print(f"{args.steps} steps; {STEPS} take four minutes on two cores", flush=True)
+
     pixels, labels = datasets.load_digits(return_X_y=True)
     ink = pixels.reshape(-1, 8, 8) / 16
-    few = labels < 5  # what the styles are learned from
-
     torch.manual_seed(0)
     model = UNet2DConditionModel(**UNET).eval()
     params, model_fn = jlora.torch.extract(model)
     apply = lambda p, x, t, prompts: model_fn(p, x, 1000 * t, prompts, return_dict=False)[0]  # noqa: E731
-    tx = optax.adam(optax.cosine_decay_schedule(2e-3, args.steps))
-    step = make_step(lambda params, _, *rest: apply(params, *rest), tx)
-    params = train("base", step, params, tx.init(params), {}, (ink, labels), args.steps)
-
     lora = jlora.transform(apply, jlora.LoRA(rank=RANK))
     example = np.zeros((2, 1, 8, 8), np.float32), np.ones(2, np.float32), PROMPTS[:2]
-    base, start = lora.init(jax.random.key(0), params, *example)
-    tx = jlora.optimizer(optax.adam(optax.cosine_decay_schedule(3e-3, args.style_steps)))
-    step = make_step(lambda adapter, base, *rest: lora.apply(base, adapter, *rest), tx)
-    adapters = {"base": {}}
-    for name, style in STYLES.items():
-        drawn = style(ink[few]), labels[few]
-        adapters[name] = train(name, step, start, tx.init(start), base, drawn, args.style_steps)
-    adapters["both"] = arithmetic.add([adapters[name] for name in STYLES], weights=[1.0, 1.0])
+    base, adapters = learn(apply, lora, params, example, (ink, labels), args)
 
-    styled = [ink, slant(ink), stripe(ink), slant(stripe(ink))]
-    reader = svm.SVC(C=10).fit(np.concatenate(styled).reshape(-1, 64), np.tile(labels, 4))
-    digits = np.repeat(np.arange(10), EACH)
+    digits, read = np.repeat(np.arange(10), EACH), make_reader(ink, labels)
     rows = {k: sample(k, apply, jlora.merge(base, x), digits) for k, x in adapters.items()}
-    found = {
-        name: Seen(
-            float(np.mean(reader.predict(x.reshape(-1, 64)) == digits)),
-            measure_slant(x),
-            measure_stripes(x),
-        )
-        for name, x in rows.items()
-    }
     args.out.mkdir(parents=True, exist_ok=True)
     draw(args.out / "samples.png", rows)
     names = jlora.torch.names(lora.sites(params, *example), model_fn)
     for name in STYLES:
         shutil.rmtree(args.out / name, ignore_errors=True)  # of an earlier run
-        adapter = adapters[name]
-        peft.save(args.out / name, base, adapter, names, dialect="diffusers", prefix="unet")
-    ours = lora.apply(base, adapters["slant"], *example)
-    values = peft.to_tensors(base, names)
-    difference = compare(model, args.out / "slant", values, ours, example)
+        written = base, adapters[name], names
+        peft.save(args.out / name, *written, dialect="diffusers", prefix="unet")
 
-    print(f"        read  slant  stripes   of {len(digits)} samples")
+    found = {name: read(x, digits) for name, x in rows.items()}
+    found["data"] = read(stripe(slant(ink)), labels)  # what both would be at best
+    print(f"{len(digits)} samples of each: digits read, slant, stripes")
     for name, x in found.items():
-        print(f"{name:<7} {x.read:4.0%}  {x.slant:5.2f}  {x.stripes:7.2f}")
-    target = measure_slant(slant(ink)), measure_stripes(stripe(ink))
-    print("images       {:7.2f}  {:7.2f}   of the styles, that were learned from".format(*target))
-    print(f"diffusers with {args.out / 'slant'}: the largest difference is {difference:.0e}")
-    print(f"written: {args.out / 'samples.png'}")
+        print(f"  {name:<7} {x.read:4.0%}  {x.slant:5.2f}  {x.stripes:5.2f}")
+    values = peft.to_tensors(base, names)
+    theirs = run_in_diffusers(model, values, args.out / "slant", example)
+    difference = float(abs(theirs - lora.apply(base, adapters["slant"], *example)).max())
+    print(f"{args.out}: samples.png, {' and '.join(STYLES)} for diffusers, whose outputs with")
+    print(f"the first differ from those here by at most {difference:.0e}")
     return found, difference
 
 
