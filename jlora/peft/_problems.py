@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from .._errors import InputError, Problem
-from ._file import CONFIG, TensorInfo
+from ._file import CONFIG, TENSORS, TensorInfo
 from ._recognized import find_cause
 
 
@@ -16,7 +16,7 @@ class Problems:
         found: the problems.
         cause: a likely cause of them, with a remedy; empty if none is known.
         unused: names in the configuration that match nothing. PEFT accepts them, as does jlora.
-        keys: the keys that a file has, by PEFT's, if it is of another dialect.
+        keys: what a file of another dialect has, by PEFT's keys and names of files.
     """
 
     def __init__(self, title: str, path: object = None, advice: Callable[[], str] = lambda: ""):
@@ -33,6 +33,8 @@ class Problems:
         Returns:
             False, so that a predicate can return it.
         """
+        for name in (CONFIG, TENSORS):
+            why = why.replace(name, self.keys.get(name, name))
         self.found.append(Problem(self.keys.get(where, where), why, remedy))
         return False
 
@@ -63,4 +65,5 @@ class Problems:
         """Warns about unused names. The warning points at the caller of the public function."""
         if self.unused:
             text = "; ".join(self.unused[:9])
-            warnings.warn(f"{CONFIG} of the adapter: {text}.", stacklevel=3)
+            where = self.keys.get(CONFIG, CONFIG)
+            warnings.warn(f"{where} of the adapter: {text}.", stacklevel=3)

@@ -117,7 +117,8 @@ def _check_dialect(dialect: str, prefix: str | None) -> str:
             "`prefix` must be the model's name in its pipeline for dialect 'diffusers', such as "
             "'unet' or 'transformer', or '' for load_lora_adapter(..., prefix=None); got None.",
         )
-    if dialect == "kohya" and not MANGLED.fullmatch(f"lora_{prefix or 'unet'}_x"):
+    found = MANGLED.fullmatch(f"lora_{prefix or 'unet'}_x")
+    if dialect == "kohya" and (found is None or found["prefix"] != (prefix or "unet")):
         why = "such as 'unet', 'te1' or 'transformer', for dialect 'kohya'"
         raise InputError(f"`prefix` must be letters and digits, {why}; got {prefix!r}.")
     return prefix or ("unet" if dialect == "kohya" else "")

@@ -30,7 +30,7 @@ class Files(NamedTuple):
         read: a function that reads the values of some tensors, by key.
         argument: the user's argument with the files, for errors.
         is_own: whether this process made them, so that they can be trusted.
-        keys: the keys that a file of another dialect has, by PEFT's.
+        keys: what a file of another dialect has, by PEFT's keys and names of files.
     """
 
     fields: dict[str, Any]

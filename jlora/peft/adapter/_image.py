@@ -12,9 +12,11 @@ import numpy as np
 
 from ..._errors import InputError, Problem, blame
 from .._file import (
+    CONFIG,
     COUNTS,
     DTYPES,
     PREFIX,
+    TENSORS,
     TensorInfo,
     parse,
     show,
@@ -51,6 +53,11 @@ _OTHERS = {
 }
 _NOT_READ = "cannot be read; nothing was loaded."
 _MERGE = "jlora reads LoRA and DoRA: merge others with the tool that wrote them."
+_ORIGINAL = (
+    "If these are names of the model's first implementation, such as input_blocks or double_blocks,"
+    " load the file with load_lora_weights of diffusers, and save it with save_lora_adapter of the "
+    "model."
+)
 _RESAVE = (
     "Expected PEFT's names, as diffusers saves them (….lora_A.weight, ….lora_B.weight), or kohya's "
     "(lora_unet_….lora_down.weight, .lora_up.weight, .alpha, .dora_scale). Load other files with "
@@ -121,6 +128,7 @@ def decode(
     keys = {f"{PREFIX}{name}": module for module, name in names.items()}
     ends = ENDS[own[0].dialect].items()
     keys |= {f"{ours}.{end}": f"{x}.{e}" for ours, x in keys.items() for e, end in ends}
+    keys |= {CONFIG: "the configuration", TENSORS: "the file"}  # in errors
     found = [
         x._replace(key=f"{PREFIX}{name}.{end}")
         for end, each in sides.items()
@@ -147,8 +155,10 @@ def _parse_keys(image: Image) -> list[_Entry]:
             wrong.append(Problem(x.key, f"is {method}, which jlora does not read", _MERGE))
         else:
             wrong.append(Problem(x.key, "unexpected", _RESAVE))
-    if wrong or not found:
-        raise image.refuse(_NOT_READ, wrong, "" if wrong else _RESAVE)
+    if wrong:
+        raise image.refuse(_NOT_READ, wrong)
+    if not found:
+        raise image.refuse("has no tensors.")
     first = {x.dialect: x.tensor.key for x in reversed(found)}
     if len(first) > 1:
         each = [Problem(key, f"a key of {dialect}") for dialect, key in sorted(first.items())]
@@ -210,9 +220,9 @@ def _choose(
 
 
 def _name_modules(
-    image: Image, entries: Iterable[_Entry], prefix: str, modules: Iterable[str]
+    image: Image, entries: Collection[_Entry], prefix: str, modules: Collection[str]
 ) -> dict[str, str]:
-    """Names modules as the model does; kohya's names stay as they are if the model has none."""
+    """Names modules as the model does; kohya's names stay as they are without a model."""
     found = dict.fromkeys(x.module for x in entries)
     if next(iter(entries)).dialect == "diffusers":
         return {module: module[len(prefix) + 1 :] if prefix else module for module in found}
@@ -221,13 +231,16 @@ def _name_modules(
         if (spelled := spell("kohya", prefix, name)) in found:
             known.setdefault(spelled, []).append(name)
     twice = [
-        Problem(key, f"may be {' or '.join(map(show, own))}, as kohya writes dots as _")
+        Problem(key, f"may be {' or '.join(map(show, sorted(own)))}, as kohya writes dots as _")
         for key, own in known.items()
         if len(own) > 1
     ]
     if twice:
         raise image.refuse("has ambiguous names.", twice, "Save it in the dialect of diffusers.")
-    return {module: known[module][0] if module in known else module for module in found}
+    if lost := [module for module in found if modules and module not in known]:
+        why = "no module of the model has this name with _ for dots"
+        raise image.refuse(_NOT_READ, [Problem(module, why, _ORIGINAL) for module in lost])
+    return {module: known[module][0] if known else module for module in found}
 
 
 def _shape_magnitudes(
