@@ -98,8 +98,9 @@ def make_step(predict: Callable[..., jax.Array], tx: optax.GradientTransformatio
     """A step by which ``predict(tree, base, x, t, prompts)`` learns to find the noise in x."""
 
     def loss_fn(tree, base, images, prompts, key):
-        noise = jax.random.normal(key, images.shape)  # (B, 1, 8, 8)
-        t = jax.random.uniform(key, (len(images), 1, 1, 1))
+        keys = jax.random.split(key)
+        noise = jax.random.normal(keys[0], images.shape)  # (B, 1, 8, 8)
+        t = jax.random.uniform(keys[1], (len(images), 1, 1, 1))
         found = predict(tree, base, mix(images, noise, t), t.ravel(), prompts)
         return jnp.mean((found - noise) ** 2)
 
@@ -169,11 +170,12 @@ def make_reader(ink: np.ndarray, labels: np.ndarray) -> Callable[..., Seen]:
 
 def draw(path: pathlib.Path, rows: dict[str, np.ndarray]) -> None:
     """Writes a picture with two images of each digit for each name."""
-    grids = [np.block([[*x[k::EACH]] for k in (0, EACH // 2)]) for x in rows.values()]
-    ink = np.pad(np.concatenate(grids), ((0, 0), (12, 0)))
-    picture = Image.fromarray(np.uint8(255 - 255 * ink)).resize(ink.T.shape * np.array(5), 0)
+    framed = [np.pad(x, ((0, 0), (1, 1), (1, 1))) for x in rows.values()]
+    grids = [np.block([[*x[k::EACH]] for k in (0, EACH // 2)]) for x in framed]
+    ink = np.pad(np.concatenate(grids), ((0, 0), (10, 0)))
+    picture = Image.fromarray(np.uint8(255 - 255 * ink)).resize(6 * np.array(ink.T.shape), 0)
     for i, name in enumerate(rows):
-        ImageDraw.Draw(picture).text((4, 80 * i + 34), name, fill=0)
+        ImageDraw.Draw(picture).text((8, 120 * i + 54), name, fill=0)
     picture.save(path)
 
 
@@ -222,7 +224,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[dict[str, Seen], float]:
     params, model_fn = jlora.torch.extract(model)
     apply = lambda p, x, t, prompts: model_fn(p, x, 1000 * t, prompts, return_dict=False)[0]  # noqa: E731
     lora = jlora.transform(apply, jlora.LoRA(rank=RANK))
-    example = np.zeros((2, 1, 8, 8), np.float32), np.ones(2, np.float32), PROMPTS[:2]
+    noise = np.random.default_rng(0).standard_normal((2, 1, 8, 8))
+    example = np.float32(noise), np.float32([0.3, 0.9]), PROMPTS[:2]
     base, adapters = learn(apply, lora, params, example, (ink, labels), args)
 
     digits, read = np.repeat(np.arange(10), EACH), make_reader(ink, labels)

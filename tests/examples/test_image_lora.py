@@ -35,7 +35,7 @@ def test_a_short_run(tmp_path, monkeypatch):
     assert [*found] == ["base", "slant", "stripe", "both", "data"]
     assert np.isfinite([*found.values()]).all()
     assert difference < 1e-5
-    assert Image.open(tmp_path / "samples.png").size == (5 * (80 + 12), 5 * 4 * 16)
+    assert Image.open(tmp_path / "samples.png").size == (6 * 11 * 10, 6 * 8 * 10)
     for name in image_lora.STYLES:
         tensors = load_file(tmp_path / name / "pytorch_lora_weights.safetensors")
         assert all(key.startswith("unet.") and np.isfinite(x).all() for key, x in tensors.items())
