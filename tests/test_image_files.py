@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora import peft
+from jlora import checkpoint, peft
 from jlora._cli._app import cli
 from jlora.types import Decomposed, LowRank
 
@@ -116,6 +116,15 @@ def test_keys_of_diffusers(tmp_path: Folder) -> None:
     assert fields == {"unet.peft_type": "LORA", "unet.r": 1, "unet.lora_alpha": 1}
 
 
+def test_no_prefix(tmp_path: Folder) -> None:
+    """As `save_lora_adapter` writes."""
+    adapter, _ = ADAPTERS["linear"]
+    peft.save(tmp_path / "a", BASE, adapter, NAMES, dialect="diffusers", prefix="")
+    ends = ("lora_A.weight", "lora_B.weight")
+    assert load_file(tmp_path / "a" / FILE).keys() == {f"{x}.{y}" for x in LINEAR for y in ends}
+    assert_equal(peft.load(tmp_path / "a", BASE, NAMES), adapter)
+
+
 @quiet
 @pytest.mark.parametrize(("case", "dtype"), [("alphas", np.float64), ("DoRA", np.float32)])
 def test_keys_of_kohya(case: str, dtype: Any, tmp_path: Folder) -> None:
@@ -187,15 +196,21 @@ def test_files_of_others(case: str, tmp_path: Folder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "prefixes"),
+    ("tensors", "metadata", "prefixes"),
     [
-        (TEXT, ("text_encoder", "unet")),
-        (pair("lora_te1_layers_0_q") | pair(MANGLED, 3), ("te1", "unet")),
+        (TEXT, None, ("text_encoder", "unet")),
+        (
+            TEXT,
+            {f"{x}.r": r for x, r in (("text_encoder", 2), ("unet", 3))},
+            ("text_encoder", "unet"),
+        ),
+        (pair("lora_te1_layers_0_q") | pair(MANGLED, 3), None, ("te1", "unet")),
     ],
+    ids=["text_encoder", "metadata", "te1"],
 )
-def test_several_models(tensors: Any, prefixes: Any, tmp_path: Folder) -> None:
+def test_several_models(tensors: Any, metadata: Any, prefixes: Any, tmp_path: Folder) -> None:
     """One is chosen by `prefix`, never by chance; a command names its option."""
-    path = put(tmp_path / "a" / FILE, tensors)
+    path = put(tmp_path / "a" / FILE, tensors, metadata)
     for given in (path, path.parent):
         with refused(ValueError, "path", path, *prefixes, case=prefixes[0]):
             peft.load(given, BASE, NAMES)
@@ -209,6 +224,13 @@ def test_several_models(tensors: Any, prefixes: Any, tmp_path: Folder) -> None:
     assert failed.exit_code == 2 and "Give --prefix, one of" in failed.stderr
     done = CliRunner().invoke(cli, ["inspect", str(path), "--prefix", "unet"])
     assert done.exit_code == 0 and "image adapter: 1 sites" in done.stdout
+
+
+def test_a_prefix_that_no_header_has(tmp_path: Folder) -> None:
+    """It is a part of names unless it is given."""
+    path = put(tmp_path / "x.safetensors", pair("dit.mid.attn.to_q") | pair("dit.conv", 3))
+    assert {*peft.read(path).leaves} == {"dit.mid.attn.to_q", "dit.conv"}
+    assert {*peft.read(path, prefix="dit").leaves} == {"mid.attn.to_q", "conv"}
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -233,7 +255,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     ),
     "diff": ({f"{MANGLED}.diff": ONE}, None, (f"{MANGLED}.diff", "difference")),
     "diff_b": (pair(MANGLED) | {f"{MANGLED}.diff_b": ONE}, None, (f"{MANGLED}.diff_b",)),
-    "OFT": ({f"{MANGLED}.oft_blocks": ONE}, None, (f"{MANGLED}.oft_blocks", "OFT")),
+    "OFT": ({f"{MANGLED}.oft_blocks": ONE}, None, (f"{MANGLED}.oft_blocks", "unexpected")),
     "mixed": (pair(MANGLED) | pair(Q), None, (f"{Q}.lora_A.weight", "diffusers")),
     "no B": (
         without(pair(Q), "B.weight"),
@@ -303,6 +325,35 @@ def test_refused(case: str, tmp_path: Folder) -> None:
     path = put(tmp_path / "x.safetensors", tensors, metadata)
     with refused(ValueError, "path", *facts, case=case), bounded(4):
         peft.load(path, BASE, NAMES)
+
+
+MANY: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "prefixes": (
+        {f"{'a.' * 40}{i}.q.lora_A.weight": ONE for i in range(5_000)},
+        {f"{'a.' * 40}{i}.r": 1 for i in range(20_000)},
+        "has adapters of several models",
+    ),
+    "modules": (
+        {f"lora_unet_{i}.{end}": ONE for i in range(10_000) for end in ("lora_up.weight", "alpha")},
+        None,
+        "no module of the model has this name",
+    ),
+    "ranks": (
+        {f"{Q}{i}.lora_{x}.weight": np.ones((i, i)) for i in range(1, 150) for x in "AB"},
+        None,
+        "matches no leaf",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_many(case: str, tmp_path: Folder) -> None:
+    """In bounded time, with a short text."""
+    tensors, metadata, text = MANY[case]
+    path = put(tmp_path / "x.safetensors", tensors, metadata)
+    with pytest.raises(ValueError, match=text) as caught, bounded(4):
+        peft.load(path, BASE, NAMES)
+    assert len(str(caught.value)) < 40_000
 
 
 def test_names_that_are_mangled_alike(tmp_path: Folder) -> None:
@@ -436,8 +487,11 @@ def test_two_checkpoints_in_a_folder(tmp_path: Folder) -> None:
 
 
 def test_converted(tmp_path: Folder) -> None:
-    """PEFT to diffusers, that to kohya, and diffusers back to PEFT, by the command."""
-    peft.save(tmp_path / "p", BASE, ADAPTERS["every module"][0], NAMES)
+    """From PEFT and Orbax to diffusers, that to kohya, and both back, by the command."""
+    adapter, _ = ADAPTERS["every module"]
+    peft.save(tmp_path / "p", BASE, adapter, NAMES)
+    checkpoint.save(tmp_path / "o", adapter, (), base=BASE)
+    names = ("--names", f"{__file__}:NAMES")
 
     def convert(*args: str) -> None:
         words = [str(tmp_path / x) if len(x) < 3 else x for x in args]
@@ -447,9 +501,11 @@ def test_converted(tmp_path: Folder) -> None:
     convert("p", "d", "--dialect", "diffusers", "--prefix", "unet")
     convert("d", "k", "--dialect", "kohya", "--prefix", "unet")
     convert("d", "q", "--dialect", "peft")
-    for name in "dkq":
-        found = peft.load(tmp_path / name, BASE, NAMES)
-        assert_equal(found, ADAPTERS["every module"][0])
+    convert("o", "e", "--dialect", "diffusers", "--prefix", "unet", *names)
+    for name in "dkqe":
+        assert_equal(peft.load(tmp_path / name, BASE, NAMES), adapter)
+    convert("k", "r", "--base", str(tmp_path / "o"), "--prefix", "unet", *names)
+    assert_equal(checkpoint.restore(tmp_path / "r"), adapter)
 
 
 # -------------------------------------------------------------------------------- fuzz

@@ -144,7 +144,8 @@ def _encode(
             wrong.append(Problem(x.key, why, "Save it in the dialect of diffusers."))
     if wrong:
         raise InputError(
-            f"`dialect` {dialect!r} holds only LoRA of linear and convolutional sites; got:",
+            f"`dialect` {dialect!r} holds only LoRA of linear and convolutional sites, each under "
+            "a name of its own; got:",
             problems=wrong,
         )
     found = dict[str, np.ndarray]()

@@ -11,19 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..._errors import InputError, Problem, blame
-from .._file import (
-    CONFIG,
-    COUNTS,
-    DTYPES,
-    PREFIX,
-    TENSORS,
-    TensorInfo,
-    parse,
-    show,
-)
+from .._file import CONFIG, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, parse, show
 from ._config import LIMIT, leave_out
 from ._describe import find_common
 from ._files import Files
+from ._roles import list_parents
 
 FIELDS = "lora_adapter_metadata"  # of the header, with LoraConfig's fields by prefix
 ALPHA, MAGNITUDES, BIAS = "alpha", "lora_magnitude_vector", "lora_B.bias"
@@ -46,10 +38,7 @@ _OTHERS = {
     ".hada_": "LoHa",
     ".lokr_": "LoKr",
     ".lora_mid.": "LoCon with a core between A and B",
-    ".oft_": "OFT",
     ".diff": "a difference of all weights",
-    ".w_norm": "a norm in full",
-    ".b_norm": "a norm in full",
 }
 _NOT_READ = "cannot be read; nothing was loaded."
 _MERGE = "jlora reads LoRA and DoRA: merge others with the tool that wrote them."
@@ -104,9 +93,10 @@ def decode(
 ) -> Files:
     """Translates a file to PEFT's keys and configuration; see `open_adapter`."""
     configs = _parse_configs(image)
+    known = {*configs} if prefix is None else {*configs, prefix}
     groups = dict[str, list[_Entry]]()
     for x in _parse_keys(image):
-        groups.setdefault(_find_prefix(x, configs), []).append(x)
+        groups.setdefault(_find_prefix(x, known), []).append(x)
     own, prefix = _choose(image, groups, prefix)
     names = _name_modules(image, own, prefix, modules)
     sides = {end: dict[str, TensorInfo]() for end in ENDS["diffusers"]}
@@ -170,8 +160,8 @@ def _parse_key(x: TensorInfo) -> _Entry | None:
     for dialect, ends in ENDS.items():
         for end, ours in ends.items():
             module = x.key.removesuffix(f".{end}")
-            is_mangled = bool(MANGLED.fullmatch(module))
-            if module != x.key and is_mangled == (dialect == "kohya"):
+            is_kohya = dialect == "kohya"
+            if module != x.key and bool(MANGLED.fullmatch(module)) == is_kohya:
                 return _Entry(dialect, module, ours, x)
     return None
 
@@ -192,21 +182,19 @@ def _parse_configs(image: Image) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _find_prefix(x: _Entry, configs: Collection[str]) -> str:
-    """Finds the prefix of a key: of those in the header, or else a component of a pipeline."""
-    if x.dialect == "kohya" or not configs:
-        found = (MANGLED if x.dialect == "kohya" else _MODEL).fullmatch(x.module)
-        return found["prefix"] if found else ""
-    fits = [p for p in configs if p and x.module.startswith(f"{p}.")]
-    found = _MODEL.fullmatch(x.module) if "" not in configs else None
-    return max(fits, key=len, default=found["prefix"] if found else "")
+def _find_prefix(x: _Entry, known: Collection[str]) -> str:
+    """Finds the prefix of a key: a `known` one, or else a component of a pipeline."""
+    pattern = MANGLED if x.dialect == "kohya" else _MODEL
+    found = None if "" in known else pattern.fullmatch(x.module)
+    parents = list_parents(x.module.rpartition(".")[0])
+    return next((p for p in parents if p in known), found["prefix"] if found else "")
 
 
 def _choose(
     image: Image, groups: Mapping[str, list[_Entry]], prefix: str | None
 ) -> tuple[list[_Entry], str]:
     """Chooses the entries of one model."""
-    listed = ", ".join(show(repr(x)) for x in sorted(groups))
+    listed = ", ".join(show(repr(x)) for x in sorted(groups)[:9]) + ", …" * (len(groups) > 9)
     if prefix is None and len(groups) > 1:
         raise image.refuse(
             f"has adapters of several models. Give `prefix`, one of {listed}, and read each."
