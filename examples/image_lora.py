@@ -1,7 +1,7 @@
 """Image LoRA: a diffusion model of diffusers learns two styles, one by one, and blends them.
 
     pip install "jlora[torch]" diffusers peft scikit-learn
-    python examples/image_lora.py                # four minutes on two CPU cores
+    python examples/image_lora.py                # five minutes of one CPU core
     python examples/image_lora.py --steps 3000   # better digits
 
 A UNet is trained on the digits of scikit-learn, 8×8 pixels, with a prompt that says which digit.
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[dict[str, Seen], float]:
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", "Explicitly requested dtype int64")  # of PyTorch's indices
-    print(f"{args.steps} steps; {STEPS} take four minutes on two cores", flush=True)
+    print(f"{args.steps} steps; {STEPS} take five minutes of one CPU core", flush=True)
 
     pixels, labels = datasets.load_digits(return_X_y=True)
     ink = pixels.reshape(-1, 8, 8) / 16

@@ -35,7 +35,8 @@ def test_a_short_run(tmp_path, monkeypatch):
     assert [*found] == ["base", "slant", "stripe", "both", "data"]
     assert np.isfinite([*found.values()]).all()
     assert difference < 1e-5
-    assert Image.open(tmp_path / "samples.png").size == (6 * 11 * 10, 6 * 8 * 10)
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.size == (6 * 11 * 10, 6 * 8 * 10)
     for name in image_lora.STYLES:
         tensors = load_file(tmp_path / name / "pytorch_lora_weights.safetensors")
         assert all(key.startswith("unet.") and np.isfinite(x).all() for key, x in tensors.items())
