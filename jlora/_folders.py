@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: each is written beside its final path, then renamed."""
+"""Folders and files that appear whole or not at all, as each is written beside its final path."""
 
 import contextlib
 import errno

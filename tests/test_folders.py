@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 import jlora
 from jlora import _folders, checkpoint, peft
-from jlora._folders import fresh
+from jlora._folders import fresh, fresh_file
 
 
 def test_a_folder_appears_whole(tmp_path: Folder) -> None:
@@ -37,15 +37,41 @@ def test_nothing_is_left_of_what_failed(error: BaseException, tmp_path: Folder) 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_appears_whole(tmp_path: Folder) -> None:
+    """Also beside others in its folder; it replaces none that was made meanwhile."""
+    (tmp_path / "other").touch()
+    with fresh_file(tmp_path / "m.x", "OUT") as file:
+        file.write_text("x")
+        assert not (tmp_path / "m.x").exists()
+    assert (tmp_path / "m.x").read_text() == "x"
+    for error in (OSError("disk full"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), fresh_file(tmp_path / "n.x", "OUT") as file:
+            file.write_text("x")
+            raise error
+    other = tmp_path / "o.x"
+    with refused(FileExistsError, "OUT", other), fresh_file(other, "OUT") as file:
+        file.write_text("x")
+        other.touch()
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["m.x", "o.x", "other"]
+    assert not (tmp_path / "o.x").read_text()
+
+
 LAYOUT = jlora.types.Layout((), (0,), (1,))
 A, B, W = (np.ones(shape, np.float32) for shape in ((4, 1), (1, 3), (4, 3)))
 ADAPTER = {"w": {"kernel": jlora.types.LowRank(A, B, 1.0, LAYOUT)}}
 ROWS = [peft.Name("(.*)/kernel", r"\1", "io")]
 WRITERS = {
     "peft": lambda path: peft.save(path, {"w": {"kernel": W}}, ADAPTER, ROWS),
+    "image": lambda path: peft.save(
+        path, {"w": {"kernel": W}}, ADAPTER, ROWS, dialect="diffusers", prefix="unet"
+    ),
     "orbax": lambda path: checkpoint.save(path, ADAPTER, ()),
 }
-READERS = {"peft": lambda path: peft.read(path).leaves, "orbax": checkpoint.restore}
+READERS = {
+    "peft": lambda path: peft.read(path).leaves,
+    "image": lambda path: peft.read(path).leaves,
+    "orbax": checkpoint.restore,
+}
 writers = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 
 

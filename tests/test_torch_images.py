@@ -167,34 +167,34 @@ def test_what_diffusers_misreads(case: str, tmp_path: pathlib.Path, caplog: Any)
         assert_close(load_in_diffusers("sd15", tmp_path / "b", caplog), outputs)
 
 
-@EVERY
-def test_theirs_in_jax(name: str, tmp_path: pathlib.Path) -> None:
-    """A file of `save_lora_adapter`, and one of a pipeline, with the same and with no metadata."""
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [(x, {"r": 4, "lora_alpha": 4}) for x in MODELS]
+    + [("sd15", {"r": 2, "lora_alpha": 3, "use_dora": True, "rank_pattern": {"to_k": 3}})],
+)
+def test_theirs_in_jax(name: str, config: Any, tmp_path: pathlib.Path) -> None:
+    """Of `save_lora_adapter`, of a pipeline, and as older versions wrote, without a header."""
     row, found = MODELS[name], extracted(name)
     modules = [x.module for x in found.names if x.kind in ("linear", "conv")]
     model = row.make()
-    model.add_adapter(hf_peft.LoraConfig(r=4, lora_alpha=4, target_modules=modules))
+    model.add_adapter(hf_peft.LoraConfig(target_modules=modules, **config))
     torch.manual_seed(1)
     for key, x in model.named_parameters():
-        if "lora_" in key:
+        if "lora_" in key and "magnitude" not in key:
             torch.nn.init.normal_(x, std=0.1)
     expected = run(model, name)
     model.save_lora_adapter(tmp_path / "model")
-    state = hf_peft.get_peft_model_state_dict(model, adapter_name="default")
-    state = {f"{row.prefix}.{key}": x.detach().numpy() for key, x in state.items()}
-    (tmp_path / "old").mkdir()
-    save_file(state, tmp_path / "old" / FILE)
+    layers = hf_peft.get_peft_model_state_dict(model, adapter_name="default")
     mixin = getattr(lora_pipeline, f"{row.pipeline}LoraLoaderMixin")
-    layers = {
-        f"{row.prefix}_lora_layers": {
-            k.partition(".")[2]: torch.as_tensor(x) for k, x in state.items()
-        }
-    }
-    fields = {f"{row.prefix}_lora_adapter_metadata": model.peft_config["default"].to_dict()}
-    mixin.save_lora_weights(tmp_path / "pipeline", **layers, **fields)
-    for kind in ("model", "pipeline", "old"):
+    fields = model.peft_config["default"].to_dict()
+    given = {"lora_layers": layers, "lora_adapter_metadata": fields}
+    given = {f"{row.prefix}_{key}": x for key, x in given.items()}
+    mixin.save_lora_weights(tmp_path / "pipeline", **given)
+    (tmp_path / "old").mkdir()
+    save_file(load_file(tmp_path / "pipeline" / FILE), tmp_path / "old" / FILE)
+    lora = jlora.transform(found.call)
+    for kind in ("model", "pipeline", "old")[: 2 if "rank_pattern" in config else 3]:
         adapter = peft.load(tmp_path / kind, found.params, found.names)
-        lora = jlora.transform(found.call)
         assert_close(jax.jit(lora.apply)(found.params, adapter, row.call), expected)
 
 

@@ -52,6 +52,7 @@ _HEADERS = (
     (re.compile(rb'"ss_[a-z_]+"|"lora_(unet|te\d?|transformer)_|\.lora_(down|up)\.'), "kohya"),
     (re.compile(rb'"(unet|transformer|text_encoder\w*)\.[^"]*lora'), "diffusers"),
 )
+_ITSELF = "Give the file itself"
 _MLX_HEADER = re.compile(rb'\.lora_[ab]"')
 
 
@@ -64,7 +65,9 @@ def recognize(path: Path, marks: Collection[str] = (CONFIG,)) -> Kind | None:
     """
     if path.is_file():
         remedy = f"Give the folder that it is in, {path.parent}"
-        return _recognize_file(path) or Kind("a file", remedy)
+        kind = _recognize_file(path) or Kind("a file", remedy)
+        is_image = kind.remedy.startswith(_ITSELF)
+        return kind._replace(remedy="Read it with jlora.peft.read") if is_image else kind
     names = _list_names(path)
     is_adapter = CONFIG in marks
     files = (path / name for name in names if is_adapter and name not in (TENSORS, *WEIGHTS))
@@ -99,7 +102,7 @@ def _recognize_file(path: Path) -> Kind | None:
     for pattern, library in _HEADERS:
         if pattern.search(head):
             what = f"an adapter of a diffusion model in the format of {library}, {show(path.name)}"
-            return Kind(what, f"Give the file itself, {show(str(path))}")
+            return Kind(what, f"{_ITSELF}, {show(str(path))}")
     return None
 
 
