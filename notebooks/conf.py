@@ -21,9 +21,9 @@ TREE = {
         "Understand": "internals paper section7 methods",
     },
     "loops/index": {
-        "By framework": """loops/torch loops/plain loops/linen loops/nnx
-            loops/equinox loops/haiku loops/keras loops/tunix
-            loops/maxtext""",
+        "By framework": """loops/torch loops/image_lora loops/plain
+            loops/linen loops/nnx loops/equinox loops/haiku
+            loops/keras loops/tunix loops/maxtext""",
         "By task": """loops/tokens loops/dpo loops/grpo
             loops/evaluation loops/stopping loops/orbax adapters""",
         "By size": """loops/accumulation loops/precision quantized

@@ -33,7 +33,8 @@ BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\n(?:\n```output\n(.*?)^```\n)?"
 OWN = {
     "index",
     "start",
-    *(f"loops/{page}" for page in ("hosts", "orbax", "sharding", "torch", "tunix", "maxtext")),
+    *(f"loops/{page}" for page in ("hosts", "orbax", "sharding", "tunix", "maxtext")),
+    *(f"loops/{page}" for page in ("torch", "image_lora")),
 }
 
 
@@ -114,6 +115,13 @@ def test_maxtext(capsys):
 def test_torch(capsys):
     pytest.importorskip("torchax")  # it has an environment of its own
     test_blocks_run_and_print_what_is_shown("loops/torch", capsys)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchax, PyTorch and diffusers
+def test_image_lora(capsys):
+    pytest.importorskip("torchax")  # they have an environment of their own
+    pytest.importorskip("diffusers")
+    test_blocks_run_and_print_what_is_shown("loops/image_lora", capsys)
 
 
 def test_every_page_has_an_address_of_its_own():
