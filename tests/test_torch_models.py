@@ -18,8 +18,8 @@ pytest.importorskip("peft")
 
 import peft as hf_peft
 import torch
-from safetensors.numpy import load_file
-from small import randomize
+from safetensors.numpy import load_file, save_file
+from small import randomize, raw
 from torch_models import MODELS, Model
 
 import jlora
@@ -121,6 +121,39 @@ def test_a_router_has_no_form_in_peft(tmp_path: pathlib.Path) -> None:
     base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
     with pytest.raises(ValueError, match="mlp/gate/weight: is adapted, but is not a matrix under"):
         peft.save(tmp_path / "adapter", base, adapter, found.names)
+
+
+@EVERY
+def test_folders(name: str, tmp_path: pathlib.Path) -> None:
+    """A folder as `transformers` writes it, whose names may be others than the model's."""
+    found = extracted(name)
+    found.model.save_pretrained(tmp_path / "base")
+    base = peft.load_base(tmp_path / "base", found.names, like=found.params)
+    assert raw(base) == raw(found.params)
+
+
+# Models, and what their folders on the Hub call otherwise than `transformers` writes it today.
+OLDER = {
+    "gpt2": (r"^transformer\.", ""),
+    "llava": (r"^vision_tower\.", "vision_tower.vision_model."),
+    "roberta": (r"LayerNorm\.weight$", "LayerNorm.gamma"),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_older_folders(name: str, tmp_path: pathlib.Path) -> None:
+    """`from_pretrained` reads them, and so does `load_base`."""
+    found = extracted(name)
+    found.model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    renamed = {re.sub(*OLDER[name], key): x for key, x in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, file, {"format": "pt"})
+    _, told = type(found.model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values()), told
+    base = peft.load_base(tmp_path, found.names, like=found.params)
+    assert raw(base) == raw(found.params)
 
 
 def adapted_rows(name: str) -> list[peft.Name]:
