@@ -23,7 +23,9 @@ from small import randomize, raw
 from torch_models import MODELS, Model
 
 import jlora
-from jlora import LoRA, peft
+from jlora import LoRA, many, peft
+from jlora._tree import leaves_by_path, name_of
+from jlora.many._route import FORMS
 
 # What torchax, PEFT and `transformers` warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -112,6 +114,66 @@ def test_quantized(name: str) -> None:
     assert_close(outputs, jax.jit(lora.apply)(dense, adapter, row.arrays))
     merged = jlora.merge(dense, adapter)
     assert_close(outputs, jax.jit(found.call)(merged, row.arrays), 1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_many(name: str, form: str) -> None:
+    """Each row of a batch is what its adapter gives alone; the base where it has none."""
+    row, found = MODELS[name], extracted(name)
+    ids = np.arange(2, 26).reshape(3, 8)
+    lora = jlora.transform(lambda p, x: found.apply(p, x, **row.static).logits, LoRA(rank=2))
+    base, adapter = lora.init(jax.random.key(0), found.params, ids[:1])
+    first = randomize(adapter)
+    second = jax.tree.map(lambda x: -x / 2, first)
+    table = many.stack([first, second], base=base)
+    outputs = jax.jit(many.route(lora.apply, form=form))(base, table, jnp.array([1, -1, 0]), ids)
+    rows = zip((second, {}, first), ids, strict=True)
+    expected = jnp.concatenate([lora.apply(base, own, x[None]) for own, x in rows])
+    assert_close({"logits": outputs}, {"logits": expected})
+
+
+def test_many_of_experts_in_groups() -> None:
+    """JAX cannot map their product over rows, and the error says so."""
+    row, found = MODELS["qwen3-moe"], extracted("qwen3-moe")
+    lora = jlora.transform(found.call, LoRA(rank=2))
+    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
+    table = many.stack([adapter, adapter], base=base)
+    with pytest.raises(NotImplementedError, match=r"ragged_dot_general.*apply each adapter to its"):
+        many.route(lora.apply)(base, table, jnp.array([0, 1]), row.arrays)
+
+
+@pytest.mark.parametrize("share", ["inputs", "outputs"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_shared_factors_of_experts(name: str, share: Any) -> None:
+    row, found = MODELS[name], extracted(name)
+    lora = jlora.transform(found.call, LoRA("gate_up_proj|down_proj", rank=2, share=share))
+    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
+    adapter = randomize(adapter)
+    merged = found.call(jlora.merge(base, adapter), row.arrays)
+    assert_close(lora.apply(base, adapter, row.arrays), merged)
+    assert np.abs(merged[".logits"] - found.call(base, row.arrays)[".logits"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_sketch(name: str) -> None:
+    """The largest singular values of a gradient are those of NumPy."""
+    row, found = MODELS[name], extracted(name)
+    path = next(s.path for s in found.sites.leaves if s.kind == "dense")
+
+    def loss(params: Any, ids: jax.Array) -> jax.Array:
+        return (found.apply(params, ids, **row.static).logits ** 2).mean()
+
+    ids = row.arrays["input_ids"]
+    told = jlora.sketch(loss, found.params, LoRA(path, rank=2), [ids], kind="gradient")
+    gradient = dict(by_path(jax.grad(loss)(found.params, ids)))[path]
+    expected = np.linalg.svd(gradient, compute_uv=False)
+    values = np.ravel(told.sites[path].values)
+    np.testing.assert_allclose(values[:2], expected[:2], rtol=1e-3)
+
+
+def by_path(tree: Any) -> list[tuple[str, Any]]:
+    return [(name_of(path), x) for path, x in leaves_by_path(tree)]
 
 
 def test_a_router_has_no_form_in_peft(tmp_path: pathlib.Path) -> None:
