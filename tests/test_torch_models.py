@@ -218,6 +218,75 @@ def test_older_folders(name: str, tmp_path: pathlib.Path) -> None:
     assert raw(base) == raw(found.params)
 
 
+def save_theirs(name: str, parameters: list[str], folder: pathlib.Path) -> Any:
+    """Saves an adapter of PEFT's on parameters, and returns its model."""
+    config = hf_peft.LoraConfig(r=2, target_modules=[], target_parameters=parameters)
+    model = hf_peft.get_peft_model(MODELS[name].make(), config).eval()
+    for key, x in model.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(x, std=0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_matrix_as_a_parameter(tmp_path: pathlib.Path) -> None:
+    """PEFT adapts the weight of a linear module also as one of `target_parameters`."""
+    model = save_theirs("llama", ["0.self_attn.q_proj.weight"], tmp_path)
+    row, found = MODELS["llama"], extracted("llama")
+    adapter = peft.load(tmp_path, found.params, found.names)
+    outputs = jlora.transform(found.call).apply(found.params, adapter, row.arrays)
+    assert_close(outputs, run(model, row))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "why"),
+    [
+        ("qwen3-moe", "mlp.gate.weight", "gate/weight is a parameter that LoRA cannot adapt"),
+        ("gpt-oss", "mlp.router.weight", "router/weight is a parameter that LoRA cannot adapt"),
+        ("gpt2", "attn.c_attn.weight", r"target_parameters, but .* stored as \(inputs, outputs\)"),
+    ],
+)
+def test_parameters_that_are_refused(
+    name: str, parameter: str, why: str, tmp_path: pathlib.Path
+) -> None:
+    """Routers and transposed matrices that PEFT adapts as `target_parameters`."""
+    save_theirs(name, [parameter], tmp_path)
+    with pytest.raises(ValueError, match=why):
+        peft.load(tmp_path, extracted(name).params, extracted(name).names)
+
+
+class Attending(torch.nn.Module):
+    """Has PyTorch's own attention, with queries, keys and values in one parameter."""
+
+    def __init__(self) -> None:
+        """Draws its parameters."""
+        super().__init__()
+        self.attn = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attends to itself."""
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+def test_pytorchs_own_attention(tmp_path: pathlib.Path) -> None:
+    """Its weights are adapted and merged, and refused in PEFT's files in both directions."""
+    x = np.random.default_rng(0).standard_normal((2, 5, 16), np.float32)
+    model = Attending().eval()
+    params, apply = jlora.torch.extract(model)
+    lora = jlora.transform(apply, LoRA("in_proj_weight|out_proj/weight", rank=2))
+    base, adapter = lora.init(jax.random.key(0), params, x)
+    adapter = randomize(adapter)
+    merged = apply(jlora.merge(base, adapter), x)
+    assert_close({"": lora.apply(base, adapter, x)}, {"": merged})
+    names = jlora.torch.names(lora.sites(params, x), apply)
+    with pytest.raises(ValueError, match=r"(?s)attn/in_proj_weight: is adapted.*attn/out_proj"):
+        peft.save(tmp_path / "ours", base, adapter, names)
+    config = hf_peft.LoraConfig(r=2, target_modules=["attn"])
+    hf_peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"model\.attn: unexpected; it matches no leaf"):
+        peft.load(tmp_path / "theirs", params, names)
+
+
 def adapted_rows(name: str) -> list[peft.Name]:
     """The rows of the weights that PEFT can adapt."""
     refused = re.compile(MODELS[name].refused)
