@@ -8,6 +8,7 @@ import optax
 import plan_jobs
 import pytest
 import sharding_models as models
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of, put
 from small import some
@@ -63,3 +64,25 @@ def test_a_compiled_plan_is_the_step():
     held = used.argument_size_in_bytes + used.temp_size_in_bytes + used.output_size_in_bytes
     assert found.moments == 0
     assert found.peak == pytest.approx(held - used.alias_size_in_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("constrains", ["nothing", "a weight", "an activation", "types"])
+def test_what_constrains_activations(constrains):
+    """On automatic axes, constraints of activations do, in loops too; those of weights do not."""
+    kind = AxisType.Explicit if constrains == "types" else AxisType.Auto
+    mesh = mesh_of(kind)
+    by_rows = NamedSharding(mesh, P("fsdp"))
+    place = jax.lax.with_sharding_constraint
+
+    def layer(x, w):
+        w = place(w, NamedSharding(mesh, P())) if constrains == "a weight" else w
+        x = jnp.tanh(x @ w)
+        return place(x, by_rows) if constrains == "an activation" else x, None
+
+    spec = P(None, None, "fsdp" if constrains != "types" else None)
+    w = jax.ShapeDtypeStruct((2, 8, 8), jnp.float32, sharding=NamedSharding(mesh, spec))
+    x = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=by_rows)
+    with jax.set_mesh(mesh):
+        found = jlora.plan(lambda w, _, x: jax.lax.scan(layer, x, w)[0].var(), {}, w, (x,))
+    assert found.unconstrained == (constrains in ("nothing", "a weight"))
+    assert ("compiled, nothing constrains" in str(found)) == found.unconstrained

@@ -18,12 +18,14 @@ pytest.importorskip("peft")
 
 import peft as hf_peft
 import torch
-from safetensors.numpy import load_file
-from small import randomize
+from safetensors.numpy import load_file, save_file
+from small import randomize, raw
 from torch_models import MODELS, Model
 
 import jlora
-from jlora import LoRA, peft
+from jlora import LoRA, many, peft
+from jlora._tree import leaves_by_path, name_of
+from jlora.many._route import FORMS
 
 # What torchax, PEFT and `transformers` warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -114,6 +116,66 @@ def test_quantized(name: str) -> None:
     assert_close(outputs, jax.jit(found.call)(merged, row.arrays), 1e-4)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_many(name: str, form: str) -> None:
+    """Each row of a batch is what its adapter gives alone; the base where it has none."""
+    row, found = MODELS[name], extracted(name)
+    ids = np.arange(2, 26).reshape(3, 8)
+    lora = jlora.transform(lambda p, x: found.apply(p, x, **row.static).logits, LoRA(rank=2))
+    base, adapter = lora.init(jax.random.key(0), found.params, ids[:1])
+    first = randomize(adapter)
+    second = jax.tree.map(lambda x: -x / 2, first)
+    table = many.stack([first, second], base=base)
+    outputs = jax.jit(many.route(lora.apply, form=form))(base, table, jnp.array([1, -1, 0]), ids)
+    rows = zip((second, {}, first), ids, strict=True)
+    expected = jnp.concatenate([lora.apply(base, own, x[None]) for own, x in rows])
+    assert_close({"logits": outputs}, {"logits": expected})
+
+
+def test_many_of_experts_in_groups() -> None:
+    """JAX cannot map their product over rows, and the error says so."""
+    row, found = MODELS["qwen3-moe"], extracted("qwen3-moe")
+    lora = jlora.transform(found.call, LoRA(rank=2))
+    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
+    table = many.stack([adapter, adapter], base=base)
+    with pytest.raises(NotImplementedError, match=r"ragged_dot_general.*apply each adapter to its"):
+        many.route(lora.apply)(base, table, jnp.array([0, 1]), row.arrays)
+
+
+@pytest.mark.parametrize("share", ["inputs", "outputs"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_shared_factors_of_experts(name: str, share: Any) -> None:
+    row, found = MODELS[name], extracted(name)
+    lora = jlora.transform(found.call, LoRA("gate_up_proj|down_proj", rank=2, share=share))
+    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
+    adapter = randomize(adapter)
+    merged = found.call(jlora.merge(base, adapter), row.arrays)
+    assert_close(lora.apply(base, adapter, row.arrays), merged)
+    assert np.abs(merged[".logits"] - found.call(base, row.arrays)[".logits"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_sketch(name: str) -> None:
+    """The largest singular values of a gradient are those of NumPy."""
+    row, found = MODELS[name], extracted(name)
+    path = next(s.path for s in found.sites.leaves if s.kind == "dense")
+
+    def loss(params: Any, ids: jax.Array) -> jax.Array:
+        return (found.apply(params, ids, **row.static).logits ** 2).mean()
+
+    ids = row.arrays["input_ids"]
+    told = jlora.sketch(loss, found.params, LoRA(path, rank=2), [ids], kind="gradient")
+    gradient = dict(by_path(jax.grad(loss)(found.params, ids)))[path]
+    expected = np.linalg.svd(gradient, compute_uv=False)
+    values = np.ravel(told.sites[path].values)
+    np.testing.assert_allclose(values[:2], expected[:2], rtol=1e-3)
+
+
+def by_path(tree: Any) -> list[tuple[str, Any]]:
+    return [(name_of(path), x) for path, x in leaves_by_path(tree)]
+
+
 def test_a_router_has_no_form_in_peft(tmp_path: pathlib.Path) -> None:
     """Its module is no linear one, and PEFT would refuse the file."""
     row, found = MODELS["qwen3-moe"], extracted("qwen3-moe")
@@ -121,6 +183,108 @@ def test_a_router_has_no_form_in_peft(tmp_path: pathlib.Path) -> None:
     base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
     with pytest.raises(ValueError, match="mlp/gate/weight: is adapted, but is not a matrix under"):
         peft.save(tmp_path / "adapter", base, adapter, found.names)
+
+
+@EVERY
+def test_folders(name: str, tmp_path: pathlib.Path) -> None:
+    """A folder as `transformers` writes it, whose names may be others than the model's."""
+    found = extracted(name)
+    found.model.save_pretrained(tmp_path / "base")
+    base = peft.load_base(tmp_path / "base", found.names, like=found.params)
+    assert raw(base) == raw(found.params)
+
+
+# Models, and what their folders on the Hub call otherwise than `transformers` writes it today.
+OLDER = {
+    "gpt2": (r"^transformer\.", ""),
+    "llava": (r"^vision_tower\.", "vision_tower.vision_model."),
+    "roberta": (r"LayerNorm\.weight$", "LayerNorm.gamma"),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_older_folders(name: str, tmp_path: pathlib.Path) -> None:
+    """`from_pretrained` reads them, and so does `load_base`."""
+    found = extracted(name)
+    found.model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    renamed = {re.sub(*OLDER[name], key): x for key, x in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, file, {"format": "pt"})
+    _, told = type(found.model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values()), told
+    base = peft.load_base(tmp_path, found.names, like=found.params)
+    assert raw(base) == raw(found.params)
+
+
+def save_theirs(name: str, parameters: list[str], folder: pathlib.Path) -> Any:
+    """Saves an adapter of PEFT's on parameters, and returns its model."""
+    config = hf_peft.LoraConfig(r=2, target_modules=[], target_parameters=parameters)
+    model = hf_peft.get_peft_model(MODELS[name].make(), config).eval()
+    for key, x in model.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(x, std=0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_matrix_as_a_parameter(tmp_path: pathlib.Path) -> None:
+    """PEFT adapts the weight of a linear module also as one of `target_parameters`."""
+    model = save_theirs("llama", ["0.self_attn.q_proj.weight"], tmp_path)
+    row, found = MODELS["llama"], extracted("llama")
+    adapter = peft.load(tmp_path, found.params, found.names)
+    outputs = jlora.transform(found.call).apply(found.params, adapter, row.arrays)
+    assert_close(outputs, run(model, row))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "why"),
+    [
+        ("qwen3-moe", "mlp.gate.weight", "gate/weight is a parameter that LoRA cannot adapt"),
+        ("gpt-oss", "mlp.router.weight", "router/weight is a parameter that LoRA cannot adapt"),
+        ("gpt2", "attn.c_attn.weight", r"target_parameters, but .* stored as \(inputs, outputs\)"),
+    ],
+)
+def test_parameters_that_are_refused(
+    name: str, parameter: str, why: str, tmp_path: pathlib.Path
+) -> None:
+    """Routers and transposed matrices that PEFT adapts as `target_parameters`."""
+    save_theirs(name, [parameter], tmp_path)
+    with pytest.raises(ValueError, match=why):
+        peft.load(tmp_path, extracted(name).params, extracted(name).names)
+
+
+class Attending(torch.nn.Module):
+    """Has PyTorch's own attention, with queries, keys and values in one parameter."""
+
+    def __init__(self) -> None:
+        """Draws its parameters."""
+        super().__init__()
+        self.attn = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attends to itself."""
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+def test_pytorchs_own_attention(tmp_path: pathlib.Path) -> None:
+    """Its weights are adapted and merged, and refused in PEFT's files in both directions."""
+    x = np.random.default_rng(0).standard_normal((2, 5, 16), np.float32)
+    model = Attending().eval()
+    params, apply = jlora.torch.extract(model)
+    lora = jlora.transform(apply, LoRA("in_proj_weight|out_proj/weight", rank=2))
+    base, adapter = lora.init(jax.random.key(0), params, x)
+    adapter = randomize(adapter)
+    merged = apply(jlora.merge(base, adapter), x)
+    assert_close({"": lora.apply(base, adapter, x)}, {"": merged})
+    names = jlora.torch.names(lora.sites(params, x), apply)
+    with pytest.raises(ValueError, match=r"(?s)attn/in_proj_weight: is adapted.*attn/out_proj"):
+        peft.save(tmp_path / "ours", base, adapter, names)
+    config = hf_peft.LoraConfig(r=2, target_modules=["attn"])
+    hf_peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"model\.attn: unexpected; it matches no leaf"):
+        peft.load(tmp_path / "theirs", params, names)
 
 
 def adapted_rows(name: str) -> list[peft.Name]:

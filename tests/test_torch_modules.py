@@ -209,6 +209,58 @@ def test_constants_of_pytorch() -> None:
     assert found.tolist() == [2, 0]
 
 
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(len(shape)).standard_normal(shape, dtype=np.float32)
+
+
+QUERY, KEY_4, GROUPED = normal(2, 4, 5, 8), normal(2, 4, 6, 8), normal(2, 2, 6, 8)
+SEEN = np.tri(5, 6, dtype=bool)
+ATTENTION: dict[str, tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]] = {
+    "plain": ((QUERY, KEY_4, -KEY_4), {"scale": 0.3}),
+    "causal": ((QUERY, KEY_4, -KEY_4), {"is_causal": True}),
+    "grouped": ((QUERY, GROUPED, -GROUPED), {"enable_gqa": True, "is_causal": True}),
+    "masked": ((QUERY, KEY_4, -KEY_4), {"attn_mask": SEEN[None, None]}),
+    "mask of two axes": ((QUERY, KEY_4, -KEY_4), {"attn_mask": SEEN}),
+    "bias": ((QUERY, KEY_4, -KEY_4), {"attn_mask": normal(1, 4, 5, 6)}),
+    "larger values": ((QUERY, KEY_4, normal(2, 4, 6, 10)), {}),
+    "three axes": ((QUERY[0], KEY_4[0], -KEY_4[0]), {"is_causal": True}),
+    "queries of one row": ((QUERY[:1], KEY_4, -KEY_4), {"attn_mask": SEEN}),
+}
+
+
+class Attention(nn.Module):
+    """PyTorch's own function."""
+
+    def forward(self, q: Any, k: Any, v: Any, attn_mask: Any = None, **options: Any) -> Any:
+        """Attends."""
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, **options)
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention(case: str) -> None:
+    heads, options = ATTENTION[case]
+    found = make(Attention)
+    mask = {k: torch.as_tensor(x) for k, x in options.items() if isinstance(x, np.ndarray)}
+    expected = found(*map(torch.as_tensor, heads), **(options | mask))
+    np.testing.assert_allclose(extract(found)[1]({}, *heads, **options), expected, atol=1e-6)
+
+
+class Matmul(nn.Module):
+    """Multiplies with arguments of four axes in the three ways that PyTorch has."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Adds the products."""
+        return x @ y + torch.matmul(x, y) + x.matmul(y)
+
+
+def test_products_keep_their_axes() -> None:
+    """PyTorch's own would merge those of the batch, which a mesh cannot shard."""
+    x, y = normal(2, 4, 5, 8), normal(2, 4, 8, 3)
+    apply = extract(make(Matmul))[1]
+    np.testing.assert_allclose(apply({}, x, y), 3 * (x @ y), atol=1e-5)
+    assert "reshape" not in str(jax.make_jaxpr(apply)({}, x, y))
+
+
 def test_activations() -> None:
     """The outputs of the modules that a pattern names are constrained, and no others."""
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))

@@ -1,5 +1,8 @@
 """A model of PyTorch's meta device on a mesh of eight: streamed, constrained, trained."""
 
+import functools
+import json
+import math
 import pathlib
 
 import jax
@@ -11,14 +14,23 @@ from jax.sharding import PartitionSpec as P
 pytest.importorskip("torchax")
 
 import torch
+from safetensors.numpy import load_file, save_file
 from small import KEY, assert_same, randomize
-from torch_models import MODELS
+from torch_models import GROUPED, MODELS, NO_CACHE, Model
 
 import jlora
 from jlora import LoRA, peft, sharding
+from jlora._quantized import is_quantized
 
 pytestmark = pytest.mark.filterwarnings("default")  # what torchax warns of is its own
 LAYERS = r"embed_tokens|layers/\d+(/mlp|/self_attn)?"
+
+
+def place(mesh: jax.sharding.Mesh, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    spec = P(*[None] * (x.ndim - 2), "tensor", "fsdp") if x.ndim > 1 else P()
+    fits = all(n % (mesh.shape[a] if a else 1) == 0 for n, a in zip(x.shape, spec))  # noqa: B905
+    where = NamedSharding(mesh, spec if fits else P())
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe", "gemma4"])
@@ -32,13 +44,7 @@ def test_streamed_onto_a_mesh(name: str, tmp_path: pathlib.Path) -> None:
     with torch.device("meta"):
         shapes, apply = jlora.torch.extract(type(model)(model.config).eval(), {LAYERS: rows})
 
-    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = P(*[None] * (x.ndim - 2), "tensor", "fsdp") if x.ndim > 1 else P()
-        fits = all(n % (mesh.shape[a] if a else 1) == 0 for n, a in zip(x.shape, spec))  # noqa: B905
-        place = NamedSharding(mesh, spec if fits else P())
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
-    like = jax.tree.map(place, shapes)
+    like = jax.tree.map(functools.partial(place, mesh), shapes)
     ids = np.tile(MODELS[name].arrays["input_ids"], (4, 1))
     lora = jlora.transform(lambda p, x: apply(p, x, use_cache=False).logits, LoRA(rank=2))
     names = jlora.torch.names(lora.sites(shapes, ids), apply)
@@ -58,3 +64,50 @@ def test_streamed_onto_a_mesh(name: str, tmp_path: pathlib.Path) -> None:
         )
     )
     assert_same(jax.device_get(found), jax.device_get(expected), 1e-3)
+
+
+def draw_codes(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Draws a matrix as bitsandbytes stores it: blocks of 64, two codes in a byte."""
+    size = math.prod(shape)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [*shape]}
+    return {
+        key: rng.integers(0, 256, (size // 2, 1), np.uint8),
+        f"{key}.absmax": rng.random(size // 64, np.float32),
+        f"{key}.quant_map": np.asarray(jlora.NF4.table),
+        f"{key}.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8),
+    }
+
+
+def test_codes_on_a_mesh(tmp_path: pathlib.Path) -> None:
+    """A base in NF4 is streamed as codes, and trains as its values in floats do on one device."""
+    sizes = GROUPED | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+    model = Model("LlamaForCausalLM", sizes, NO_CACHE).make()
+    model.save_pretrained(tmp_path)
+    file, tensors = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
+    for seed, key in enumerate([key for key in tensors if "_proj" in key]):
+        tensors |= draw_codes(key, tensors.pop(key).shape, np.random.default_rng(seed))
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    mesh = jax.sharding.Mesh(np.reshape(jax.devices(), (4, 2)), ("fsdp", "tensor"))
+    rows = NamedSharding(mesh, P("fsdp"))
+    with torch.device("meta"):
+        shapes, apply = jlora.torch.extract(type(model)(model.config).eval(), {LAYERS: rows})
+    ids = np.arange(64).reshape(8, 8)
+    lora = jlora.transform(lambda p, x: apply(p, x, use_cache=False).logits, LoRA(rank=2))
+    names = jlora.torch.names(lora.sites(shapes, ids), apply)
+    like = jax.tree.map(functools.partial(place, mesh), shapes)
+    base = peft.load_base(tmp_path, names, like=like)
+    codes = [x for x in jax.tree.leaves(base, is_leaf=is_quantized) if is_quantized(x)]
+    assert len(codes) == 14
+    assert all(len(x.data.sharding.device_set) == 8 for x in codes)
+    assert not any(x.data.sharding.is_fully_replicated for x in codes)
+    _, adapter = lora.init(KEY, base, ids)
+    adapter = randomize(adapter)
+    placed = jax.device_put(adapter, sharding.specs(like, adapter))
+    loss = jax.grad(lambda a, b, x: (lora.apply(b, a, x) ** 2).mean())
+    found = jax.jit(loss)(placed, base, jax.device_put(ids, rows))
+    dense = jax.device_get(jlora.dequantize(base))
+    assert_same(jax.device_get(found), jax.device_get(loss(adapter, dense, ids)), 1e-3)

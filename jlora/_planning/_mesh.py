@@ -4,7 +4,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, NamedSharding
 
 from .._arrays import AnyMesh
+from .._compat import Jaxpr, JaxprEqn
 from .._errors import InputError
 from .._tree import is_abstract, leaves_by_path, name_of
 from .._types import PyTree
@@ -59,6 +60,37 @@ def is_replicated(devices: int, base: PyTree) -> bool:
     """Whether each of several devices holds all of `base`; all its leaves have shardings."""
     leaves = [x for x in jax.tree.leaves(base) if x.ndim]
     return devices > 1 and bool(leaves) and all(x.sharding.is_fully_replicated for x in leaves)
+
+
+def is_unconstrained(mesh: AnyMesh | None, jaxpr: Jaxpr, *weights: PyTree) -> bool:
+    """Whether XLA alone decides how all activations of a program are sharded over a mesh.
+
+    A constraint on what has the shape of a weight, or of a layer of a stack, is one of the weight.
+    """
+    if mesh is None or mesh.size == 1 or set(mesh.axis_types) != {AxisType.Auto}:
+        return False
+    own = {shape for x in jax.tree.leaves(weights) for shape in (x.shape, x.shape[1:])}
+    return not any(
+        eqn.primitive.name == "shard_map"
+        or (
+            eqn.primitive.name == "sharding_constraint"
+            and getattr(eqn.outvars[0].aval, "shape", None) not in own
+        )
+        for eqn in _equations(jaxpr)
+    )
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """Finds the equations of a program, also within others."""
+
+    def has_equations(x: object) -> bool:
+        return hasattr(x, "eqns")
+
+    for eqn in jaxpr.eqns:
+        yield eqn
+        values = jax.tree.leaves(list(eqn.params.values()), is_leaf=has_equations)
+        for inner in filter(has_equations, values):
+            yield from _equations(inner)
 
 
 # --------------------------------------------------------------------------- slices that are absent

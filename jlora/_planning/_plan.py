@@ -16,7 +16,7 @@ from .._errors import InputError
 from .._text import align_columns, format_bytes
 from .._tree import refuse_module
 from .._types import PyTree, short
-from ._mesh import CHIPS, check_places, is_replicated, mesh_of_leaves
+from ._mesh import CHIPS, check_places, is_replicated, is_unconstrained, mesh_of_leaves
 
 if TYPE_CHECKING:
     import optax
@@ -40,6 +40,9 @@ class Plan(NamedTuple):
         program: the compiled step `(adapter, state, base, args) -> (adapter, state, loss)`, with
             its HLO, if it was compiled and fits, else None.
         replicated: whether there are several devices and each holds the whole base.
+        unconstrained: whether the step was compiled for a mesh of several devices, but nothing in
+            `loss` constrains how activations are sharded. XLA may then shard them as A and B are,
+            and move and hold more: plan the step with constraints too.
     """
 
     devices: int
@@ -55,6 +58,7 @@ class Plan(NamedTuple):
     capacity: int | None
     program: jax.stages.Compiled | None = None
     replicated: bool = False
+    unconstrained: bool = False
 
     @property
     def exact(self) -> int:
@@ -82,7 +86,8 @@ class Plan(NamedTuple):
         if self.activations is None or self.peak is None:
             rows += [("sum without activations", self.exact, "exact")]
         else:
-            rows += [("activations", self.activations, "compiled"), ("peak", self.peak, "compiled")]
+            how = "compiled" + (", nothing constrains their shardings" * self.unconstrained)
+            rows += [("activations", self.activations, how), ("peak", self.peak, "compiled")]
         axes = " × ".join(f"{name}={size}" for name, size in self.mesh.items())
         where = f"{self.devices} × {self.device or 'device'}" + (f", {axes}" if axes else "")
         cells = [(name, format_bytes(size), how) for name, size, how in rows]
@@ -196,19 +201,22 @@ def plan(
     exact = (of_base, of_adapter, of_state, of_args, of_adapter)
     device = _device(mesh)
     capacity = _capacity(device) if capacity is None else capacity
-    peak, program = None, None
+    peak, program, unconstrained = None, None, False
     step = _step(loss, tx)
     if compile is False or abstract:
         jax.eval_shape(step, *operands)  # so that errors of the loss are raised
     else:
-        peak, capacity, program = _compile(step, operands, compiler_options, capacity)
+        traced = _trace(step, operands)
+        unconstrained = is_unconstrained(mesh, traced.jaxpr, operands[0], base)
+        peak, capacity, program = _compile(traced, compiler_options, capacity)
     axes = {} if mesh is None else dict(mesh.shape)
     count = 1 if mesh is None else mesh.size
     kind = getattr(device, "device_kind", None)
     # At least 0: a compiled step need not hold all gradients at once.
     activations = None if peak is None else max(0, peak - sum(exact))
     numbers = (*exact, activations, peak, capacity)
-    return Plan(count, kind, axes, *numbers, program, is_replicated(count, base))
+    replicated = is_replicated(count, base)
+    return Plan(count, kind, axes, *numbers, program, replicated, unconstrained)
 
 
 def _describe(x: object) -> str:
@@ -274,21 +282,24 @@ def _capacity(device: Any) -> int | None:
 NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMGT])\)")
 
 
+def _trace(step: Callable[..., Any], operands: tuple[Any, ...]) -> jax.stages.Traced:
+    adapter, state = (jax.tree.map(lambda x: x.sharding, tree) for tree in operands[:2])
+    places = (adapter, state, None)
+    program = jax.jit(step, donate_argnums=(0, 1), out_shardings=places, keep_unused=True)
+    return program.trace(*operands)
+
+
 def _compile(
-    step: Callable[..., Any],
-    operands: tuple[Any, ...],
+    traced: jax.stages.Traced,
     options: dict[str, Any] | None,
     capacity: int | None,
 ) -> tuple[int | None, int | None, jax.stages.Compiled | None]:
     """Returns the peak of the compiled step if known, the capacity of a device, and the program."""
     from .._progress import progress  # not at the import of jlora
 
-    adapter, state = (jax.tree.map(lambda x: x.sharding, tree) for tree in operands[:2])
-    places = (adapter, state, None)
-    program = jax.jit(step, donate_argnums=(0, 1), out_shardings=places, keep_unused=True)
     try:
         with progress(total=1, desc="compile", leave=False):
-            compiled = program.lower(*operands).compile(compiler_options=options)
+            compiled = traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as e:
         found = NEEDED.search(str(e))
         if "RESOURCE_EXHAUSTED" not in str(e) or found is None:

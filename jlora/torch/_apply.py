@@ -13,6 +13,7 @@ import torch  # pyright: ignore[reportMissingImports]
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
+from torchax.ops import jtorch  # pyright: ignore[reportMissingImports]
 from torchax.tensor import Environment, Tensor, View  # pyright: ignore[reportMissingImports]
 
 from .._compat import is_concrete
@@ -34,6 +35,9 @@ class Operators(Environment):
         self.override_op_definition(torch.ops.aten.embedding, self._look_up)
         self.override_op_definition(torch.ops.aten._is_all_true, self._check)
         self.override_op_definition(torch.ops.aten._grouped_mm, self._multiply_groups)
+        for multiply in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+            self.override_op_definition(multiply, self._multiply)
+        self.override_op_definition(torch.nn.functional.scaled_dot_product_attention, self._attend)
 
     def get_and_rotate_prng_key(self, generator: torch.Generator | None = None) -> jax.Array:
         """Returns the key of a generator; raises without one."""
@@ -69,6 +73,37 @@ class Operators(Environment):
             is_padding = (at == padding_idx)[..., None]
             found = jnp.where(is_padding, jax.lax.stop_gradient(found), found)
         return self.wrap(found)
+
+    def _multiply(self, x: torch.Tensor, y: torch.Tensor) -> Tensor:
+        """Multiplies; PyTorch would merge the axes of a batch, which a mesh may shard."""
+        return self.wrap(jnp.matmul(*self.t2j_iso((x, y))))
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Attends, with softmax in float32; what JAX's function does not take, torchax does."""
+        is_plain = query.ndim == 4 and query.shape[0] == key.shape[0] and key.shape == value.shape
+        if dropout_p or not is_plain or (attn_mask is not None and attn_mask.ndim != 4):
+            return jtorch.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+            )
+        *heads, mask = self.t2j_iso((query, key, value, attn_mask))
+        is_bias = mask is not None and mask.dtype != bool
+        found = jax.nn.dot_product_attention(
+            *(jnp.swapaxes(x, 1, 2) for x in heads),
+            **{"bias" if is_bias else "mask": mask},
+            scale=scale,
+            is_causal=is_causal,
+        )
+        return self.wrap(jnp.swapaxes(found, 1, 2))
 
     def _multiply_groups(
         self, x: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, *options: Any

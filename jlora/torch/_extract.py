@@ -48,6 +48,8 @@ def extract(
         - The outputs are arrays in the model's own dict or dataclass, which is registered as a
           pytree of JAX when it is first returned.
         - A row at `padding_idx` of an embedding gets no gradient, as in PyTorch.
+        - `scaled_dot_product_attention` is that of `jax.nn` where it takes the shapes: softmax is
+          in float32, and a query that sees no key gets the mean of the values, not zeros.
 
     Raises:
         ImportError: if PyTorch or torchax is not installed.

@@ -52,7 +52,8 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     A weight becomes a `jlora.Quantized` leaf with the codes of the file, if its axes can be split
     into the blocks of the file. All others are dequantized exactly. So are codes that no scheme of
     jlora has: inputs that are reordered by activation, and 8 bits with zero points. Scales of
-    activations are ignored. Experts of one parameter may be stored one by one.
+    activations are ignored. Experts of one parameter may be stored one by one, and a parameter
+    under another name that its row of `names` has in `stored`.
 
     Args:
         path: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.

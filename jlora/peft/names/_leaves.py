@@ -56,7 +56,7 @@ class NamedLeaf(NamedTuple):
     @property
     def parameters(self) -> list[str]:
         """PyTorch's parameters, in the order of `modules`."""
-        return [f"{module}.{self.name.parameter}" for module in self.modules]
+        return [f"{module}.{self.name.parameter}".removeprefix(".") for module in self.modules]
 
     def key(self, module: str) -> str:
         """Returns the name that patterns match: the module, or the parameter of experts."""
@@ -166,6 +166,24 @@ def split_gate_and_up(leaf: NamedLeaf, there: Container[str]) -> list[NamedLeaf]
     rows = [dataclasses.replace(leaf.name, part=(j, 2)) for j in (0, 1)]
     parts = [split_experts(leaf._replace(shape=shape, name=row), there) for row in rows]
     return [] if any(part.name.part for part in parts) else parts
+
+
+def find_stored(leaf: NamedLeaf, there: Container[str]) -> NamedLeaf:
+    """Returns a leaf under the first of its names that is `there`, experts also one by one."""
+    for stored in leaf.name.stored:
+        if is_there(leaf, there):
+            break
+        module, _, parameter = stored.rpartition(".")
+        row = dataclasses.replace(leaf.name, parameter=parameter)
+        other = leaf._replace(name=row, modules=(module,))
+        leaf = other if is_there(other, there) else leaf
+    return leaf
+
+
+def is_there(leaf: NamedLeaf, there: Container[str]) -> bool:
+    """Whether the parameters of a leaf are `there`, or those of its single experts."""
+    is_whole = leaf.parameters[0] in there
+    return is_whole or split_experts(leaf, there) != leaf or bool(split_gate_and_up(leaf, there))
 
 
 def path_in_names(path: Path) -> str:

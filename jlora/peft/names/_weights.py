@@ -12,7 +12,7 @@ from ..._errors import InputError, Problem
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from ._advice import advise
-from ._leaves import NamedLeaf, path_in_names, resolve, split_experts
+from ._leaves import NamedLeaf, find_stored, path_in_names, resolve, split_experts
 from ._names import Name
 from ._torch_layout import join_parts, join_weight, split_weight, take_part
 
@@ -118,7 +118,7 @@ def name_all(
 
     Experts are named one by one if `there` has those names, and not that of their parameter.
     """
-    leaves = [split_experts(leaf, there) for leaf in resolve(tree, names)]
+    leaves = [split_experts(find_stored(leaf, there), there) for leaf in resolve(tree, names)]
     named = {leaf.path for leaf in leaves}
     parts = [leaf for leaf in leaves if leaf.name.part]
     counts = collections.Counter(key for leaf in parts for key in leaf.parameters)
