@@ -12,7 +12,14 @@ import messages
 import pytest
 
 # With PyTorch, which the default tests do without; what CI's part `benchmarks` runs.
-collect_ignore = ["fixtures", "peft_families.py", "tables/pytorch.py", "torch_models.py", "bench"]
+collect_ignore = [
+    "fixtures",
+    "peft_families.py",
+    "tables/pytorch.py",
+    "torch_images.py",
+    "torch_models.py",
+    "bench",
+]
 # Run by `test_eight_devices.py`; imported, for their doctests, only where there are devices.
 collect_ignore_glob = (
     [] if "device_count" in os.environ.get("XLA_FLAGS", "") else ["*_on_devices.py"]
