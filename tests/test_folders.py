@@ -38,25 +38,22 @@ def test_nothing_is_left_of_what_failed(error: BaseException, tmp_path: Folder) 
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_left_of_a_write_that_ends_late(tmp_path: Folder) -> None:
+def test_nothing_is_left_of_a_write_that_ends_late(
+    tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A thread of TensorStore makes its folder anew after it was removed."""
+    remove, late = shutil.rmtree, list[threading.Timer]()
 
-    def write_late() -> None:
-        while not (found := [*tmp_path.glob(".m.*.orbax-checkpoint-tmp")]):
-            time.sleep(0.001)
-        while found[0].exists():
-            time.sleep(0.001)
-        time.sleep(0.05)
-        found[0].mkdir()
-        made.append(found[0])
+    def remove_and_write(path: Folder, **options: Any) -> None:
+        remove(path, **options)
+        if not late:
+            late.append(threading.Timer(0.05, path.mkdir))
+            late[0].start()
 
-    made: list[Folder] = []
-    thread = threading.Thread(target=write_late)
-    thread.start()
+    monkeypatch.setattr(shutil, "rmtree", remove_and_write)
     with disks.full(), pytest.raises(OSError, match="File too large"):
         checkpoint.save(tmp_path / "m", ADAPTER, ())
-    thread.join()
-    assert made
+    late[0].join()
     assert not list(tmp_path.iterdir())
 
 
