@@ -61,7 +61,8 @@ def read(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> Conte
 
     The file is checked as in `load`, but not against a model. If several parameters of a module of
     experts are adapted, the file does not distinguish them. They are then assigned in the order of
-    `target_parameters` for which ranks and numbers of experts agree.
+    `target_parameters` for which ranks and numbers of experts agree. But gate_up_proj is what has
+    twice the outputs that down_proj has inputs, whatever the order.
 
     Args:
         path: the adapter's folder.
