@@ -12,7 +12,8 @@ from .._file import DTYPES, PREFIX, Source
 from ..adapter._config import list_misformed
 from ..adapter._files import Files, open_files
 from ..adapter._sorted import FACTOR
-from . import ENGINES, Base, Engine, Finding, Served, Side
+from . import ENGINES
+from ._engine import Base, Engine, Finding, Served, Side
 from ._findings import AGAIN
 
 
@@ -71,7 +72,7 @@ def check(
         ValueError: if there is no such `engine`, the engine does not allow `max_lora_rank`, or the
             files are damaged.
 
-    Source: vLLM 0.33.0, tpu-inference 0.32.0 and SGLang 0.5.23.
+    Source: vLLM 0.32.0, run on a CPU; tpu-inference 0.32.0 and SGLang 0.5.23, read.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
