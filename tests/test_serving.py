@@ -306,6 +306,24 @@ BASES: dict[str, tuple[Any, ...]] = {
         named(r"model\.model\.", "model.model.language_model."),
         lambda w, c: (renamed(w, "^model", "language_model.model"), {"text_config": c})
     ),
+    "the adapter within another": (
+        named(r"model\.layers", "model.language_model.layers"), adding({}),
+        "vt~ model.language_model.layers.0.mlp.down_proj and 13 more"
+    ),
+    "the adapter within another, for Gemma 4": (
+        named(r"model\.layers", "model.language_model.layers"),
+        adding({}, architectures=["Gemma4ForCausalLM"])
+    ),
+    "a model that takes none": (
+        of(), adding({}, architectures=["GPT2LMHeadModel"]), "vt! GPT2LMHeadModel"
+    ),
+    "a model whose embeddings stay": (
+        holding(
+            embedding("model.embed_tokens", 11),
+            target_modules=[*good()[0]["target_modules"], "embed_tokens"],
+        ),
+        adding({}, architectures=["Qwen2ForCausalLM"]), "vt! model.embed_tokens"
+    ),
     "a base without its head": (of(), lambda w, c: (renamed(w, r"^model\.", ""), c)),
     "a tower": (
         holding(pair("visual.blocks.0.q_proj")),
@@ -391,6 +409,16 @@ def test_what_older_versions_drop(engine: str, tmp_path: Folder) -> None:
     check_text("\n".join(notes))
     assert text.splitlines()[1:] == [f"note: {x}" for x in notes] or engine == SGLANG
     assert (" supports it: " in text) == (engine != SGLANG)
+
+
+@pytest.mark.parametrize(("name", "count"), [("LlamaForCausalLM", 0), ("OtherForCausalLM", 1)])
+def test_what_was_not_run(name: str, count: int, tmp_path: Folder) -> None:
+    """Whether a model's embeddings are adapted."""
+    change = holding(embedding("model.embed_tokens", 11))
+    place, base = write_both(tmp_path, change, adding({}, architectures=[name]))
+    answer = peft.check(place, "vllm", base=base)
+    assert not answer.findings and len(answer.notes) == count
+    check_text("\n".join(answer.notes), case=name)
 
 
 def test_an_adapter_that_is_taken(tmp_path: Folder) -> None:

@@ -53,8 +53,9 @@ def check(
 ) -> Checked:
     r"""Finds out which parts of an adapter an engine refuses, and which it drops silently.
 
-    Only configurations and headers are read, no weights. The rules are about adapters. Whether an
-    engine supports adapters for a model at all, or for its embeddings, is in its list of models.
+    Only configurations and headers are read, no weights. The rules for vLLM are those that runs of
+    it confirm; the guide "Serve an adapter" has their table. Of other models than those that were
+    run, it is not known whether an engine supports adapters at all, or of embeddings.
 
     Args:
         path: the adapter's folder, as PEFT or `save` wrote it.

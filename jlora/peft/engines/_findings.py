@@ -9,7 +9,7 @@ from ._engine import Finding, Served, Side
 
 PROFILE = "Write it for vLLM: jlora convert DIR OUT --profile vllm, or profile='vllm' of peft.save"
 MERGED = "serve the merged model (jlora merge BASE DIR OUT)"
-MERGE = MERGED.capitalize()
+MERGE = f"S{MERGED[1:]}"
 LEAVE_OUT = f"Leave it out of the rules and train again, or {MERGED}"
 RENAME = f"Name the modules as in the base (in jlora by the rows of `names`), or {MERGED}"
 MIXED = f"Start the server with --enable-mixed-moe-lora-format, give is_3d_lora_weight, or {MERGED}"
