@@ -484,11 +484,11 @@ def test_vllm_41754(tmp_path: pathlib.Path) -> None:
     assert found == said == {names[0]: SERVED, names[1]: SERVED, names[2]: IGNORED}
 
 
-def test_vllm_47088(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("model", ["qwen3-moe", "qwen3.5-moe", "gemma4-moe"])
+def test_vllm_47088(model: str, tmp_path: pathlib.Path) -> None:
     """Experts together, of a model that reads them one by one: what the remedy says is right."""
-    found, said = ask(
-        tmp_path, "qwen3-moe", ["experts", "experts for vLLM"], enable_mixed_moe_lora_format=True
-    )
+    names = ["experts", "experts for vLLM"]
+    found, said = ask(tmp_path, model, names, enable_mixed_moe_lora_format=True)
     assert set(found.values()) == {SERVED}
     assert set(said.values()) == {REFUSED}  # without that option
 
