@@ -107,8 +107,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     peft.save(args.out / "0", base, adapter, names, profile="vllm")
     os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # the server listens to this machine only
     result, state, last = Result([], [], []), tx.init(adapter), adapter
-    options = ["--dtype", "float32", "--no-enable-prefix-caching"]  # which is by name
-    with served.serve(args.vllm, folder, args.out / "0", *options) as url:
+    with served.serve(args.vllm, folder, args.out / "0", "--dtype", "float32") as url:
         for i in range(args.steps):
             place = args.out.absolute() / f"{i + 1}"
             peft.save(place, base, adapter, names, profile="vllm")
