@@ -4,6 +4,7 @@
     python examples/chat.py --base DIR --data FILE   # your model, your conversations
     python examples/chat.py --quantize nf4           # on frozen weights of 4 bits
     python examples/chat.py --resume                 # go on after Ctrl-C, kill -9, a full disk
+    python examples/chat.py --vllm served/bin/python # serve the adapter too, and ask it
 
 DIR is a checkpoint of Llama, Qwen 2, Qwen 3 or SmolLM 2: config.json, tokenizer, safetensors. A
 line of FILE is a conversation, {"messages": [{"role": "user", "content": "..."}, {"role":
@@ -32,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import served
 from conversations import (
     DEFINITIONS,
     Rows,
@@ -117,11 +119,13 @@ def train(
 
 
 class Result(NamedTuple):
-    """The negative log-likelihood of held-out answers per token, and the training losses."""
+    """The negative log-likelihood of held-out answers per token, the training losses, answers."""
 
     before: float
     after: float
     losses: list[float]
+    answers: list[str]
+    served: list[str]  # the same by vLLM, with --vllm
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
@@ -204,7 +208,16 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
         progress.write(f"{peft.check(saved, engine, base=folder)}")
     progress.write(f"merged: vllm serve {merged}")
     delete(args.out / "checkpoints")
-    return Result(before, after, losses)
+    answers = serve(args, folder, saved, shown) if args.vllm else []
+    for old, new in zip(then, answers, strict=bool(answers)):
+        progress.write(f"JAX:  {old}\nvLLM: {new}")
+    return Result(before, after, losses, then, answers)
+
+
+def serve(args, folder, saved, shown) -> list[str]:
+    """What vLLM answers with the adapter."""
+    with served.serve(args.vllm, folder, saved, "--dtype", args.dtype) as url:
+        return [served.ask(url, text.messages[:-1]) for text in shown]
 
 
 def delete(folder: pathlib.Path) -> None:
@@ -230,6 +243,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     on_cpu = jax.default_backend() == "cpu"
     add("--base", type=pathlib.Path, help="folder of the model; SmolLM2-135M-Instruct by default")
     add("--data", type=pathlib.Path, default=DEFINITIONS, help="JSON lines of conversations")
+    add("--vllm", help="the Python of an environment with vLLM: serve the adapter, and ask it")
     add("--quantize", choices=SCHEMES, help="what the frozen weights are kept in")
     add("--dtype", choices=("float32", "bfloat16"), default="float32" if on_cpu else "bfloat16")
     add("--out", type=pathlib.Path, default=pathlib.Path("out/chat"))

@@ -59,12 +59,9 @@ shapes that `axes` and `sizes` say.
 A quantization scheme is a frozen dataclass, a subclass of `Scheme` with `encode`. It also defines
 `form` if blocks are not along the last axis, and `decode` if a weight is not code × scale. For a
 primitive that moves weights, write a function under `@primitive(name)`: it gets an `Equation` and
-its operands, and returns a `Weight` or raises `Unfactorable`. For an engine, give an `Engine` to
-`register_engine`; its functions each yield a `Finding`. Primitives and engines that have a rule are
-refused too, unless with `override=True`. CONTRIBUTING.md has an example of each.
+its operands, and returns a `Weight` or raises `Unfactorable`. A primitive that has a rule is
+refused, unless with `override=True`. CONTRIBUTING.md has an example of each.
 '''
-
-from typing import TYPE_CHECKING, Any
 
 from ._adapters import Node as Node
 from ._adapters import register as register
@@ -83,17 +80,3 @@ from ._quantized import Form as Form
 from ._quantized import Scheme as Scheme
 from ._quantized import one_block as one_block
 from ._site import Rule as Rule
-
-if TYPE_CHECKING:
-    from .peft.engines import Engine as Engine
-    from .peft.engines import Finding as Finding
-
-_ENGINES = {"Engine": "Engine", "Finding": "Finding", "register_engine": "register"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _ENGINES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .peft import engines  # imported at its first use, like `jlora.peft`
-
-    return getattr(engines, _ENGINES[name])

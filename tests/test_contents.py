@@ -1,6 +1,7 @@
 """`peft.read` and `peft.write`: an adapter without its model, as it was, renamed, or in part."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import peft_models as models
 import pytest
 from messages import refused
-from peft_files import ENDS, TENSORS, Folder, assert_equal, write
+from peft_files import CONFIG, ENDS, TENSORS, Folder, assert_equal, write
 from safetensors.numpy import save_file
 
 from jlora import peft
@@ -64,6 +65,38 @@ def test_reading_compiles_nothing(caplog: Any) -> None:
     with jax.log_compiles():
         peft.read(folder)
     assert not [x.getMessage() for x in caplog.records if "Compiling" in x.getMessage()]
+
+
+def exchange(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A and B of three experts, as those of the transposed weights: as PEFT before 0.21 wrote."""
+    found = dict(tensors)
+    for key in [key for key in tensors if "experts." in key and ".lora_A." in key]:
+        other = key.replace("lora_A", "lora_B")
+        a, b = tensors[key], tensors[other]
+        a, b = a.reshape(3, -1, a.shape[1]), b.reshape(len(b), -1, 3)
+        found[key] = np.ascontiguousarray(b.transpose(2, 1, 0).reshape(-1, len(b)))
+        found[other] = np.ascontiguousarray(a.transpose(2, 1, 0).reshape(a.shape[2], -1))
+    return found
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_experts_for_vllm(exchanged: bool, reverse: bool, tmp_path: Folder) -> None:
+    """The same products with the inputs in A, whatever is in the file's A and first in its list."""
+    case = models.case("experts")
+    peft.write(tmp_path / "a", peft.read(case.folder), profile="vllm")
+    fields, tensors = peft.read_config(tmp_path / "a"), models.read(tmp_path / "a" / TENSORS)
+    if reverse:
+        fields["target_parameters"].reverse()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / CONFIG).write_text(json.dumps(fields))
+    save_file(exchange(tensors) if exchanged else tensors, tmp_path / "b" / TENSORS)
+    peft.write(tmp_path / "c", peft.read(tmp_path / "b"), profile="vllm")
+    assert_equal(models.read(tmp_path / "c" / TENSORS), tensors)
+    pairs = (peft.load(x, case.base, case.names) for x in (case.folder, tmp_path / "c"))
+    for one, two in zip(*(tree["experts"].values() for tree in pairs), strict=True):
+        products = [x.scale * jnp.einsum("eir,ero->eio", x.a, x.b) for x in (one, two)]
+        np.testing.assert_allclose(*products, atol=1e-6)
 
 
 @every_case

@@ -107,7 +107,10 @@ NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
     ),
     # By vLLM.
     "a convolution": (of_kind("kio", 3, 4, 6), VLLM, "profile", "m", "of kind conv"),
-    "experts": (of_kind("eio", 3, 4, 6, parameter="up"), VLLM, "profile", "m.up", "kind experts"),
+    "experts": (
+        of_kind("eio", 3, 4, 6, parameter="up"), VLLM,
+        *("profile", "m.up", "experts without m.gate_up_proj"),
+    ),
     "a bias": (
         ({"q": {"kernel": np.ones((4, 6), "f"), "bias": np.ones(6, "f")}},
          {"q": {"kernel": LOW["w"], "bias": np.ones(6, "f")}}, NAMES),

@@ -62,7 +62,8 @@ def read(
 
     The file is checked as in `load`, but not against a model. If several parameters of a module of
     experts are adapted, the file does not distinguish them. They are then assigned in the order of
-    `target_parameters` for which ranks and numbers of experts agree.
+    `target_parameters` for which ranks and numbers of experts agree. But gate_up_proj is what has
+    twice the outputs that down_proj has inputs, whatever the order.
 
     A file of kohya has `_` for the dots of module names. Without a model the two cannot be told
     apart, so that leaves have the names of its keys, such as `lora_unet_mid_block_0_to_q`. `write`

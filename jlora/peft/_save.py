@@ -54,7 +54,8 @@ def save(
             folder as a `pathlib.Path`. The name is then `_name_or_path` in its `config.json`, or
             else its path.
         profile: `"vllm"` for vLLM: all modules get one rank, which vLLM has kernels for. A and B
-            are padded with zeros, and the scales are multiplied into B (alpha = r).
+            are padded with zeros, and the scales are multiplied into B (alpha = r). A of experts
+            has the inputs, where PEFT's may have the outputs.
         config: fields of `adapter_config.json` to keep, such as those of `read_config`. Fields for
             modules, ranks and alphas are replaced unless they describe the adapter.
         dialect: what reads the files. `"peft"`: two files, as above. For image LoRA, one file:

@@ -35,7 +35,8 @@ def write_chat_model(folder: pathlib.Path, config: llama.Config) -> pathlib.Path
     folder.mkdir()
     small = Small(llama, llama.Llama, config)
     small.write(folder)
-    path, more = folder / "config.json", {"architectures": ["LlamaForCausalLM"]}
+    more = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": config.tied}
+    path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
     tokenizer = train_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "he user")
     PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""Gives adapters the form for vLLM: one rank, no patterns, only A and B."""
+"""Gives adapters the form for vLLM: one rank, no patterns, only A and B, with the inputs in A."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from ..._errors import InputError, Problem
-from ._sorted import Parameters
+from ..names._torch_layout import swap
+from ._sorted import Parameters, Part
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -15,6 +16,8 @@ def with_profile(
     profile: str | None, fields: Mapping[str, Any], own: Parameters
 ) -> tuple[dict[str, Any], Parameters]:
     """Pads all parts to one rank for the profile "vllm", and multiplies their scales into B.
+
+    A and B of experts are exchanged where A has the outputs.
 
     Raises:
         ValueError: if vLLM does not support a part, or if there are parameters in full or rows.
@@ -26,29 +29,25 @@ def with_profile(
     wrong = [Problem(name, "trained in full") for name in own.full]
     wrong += [Problem(x.module, "rows of an embedding") for x in own.tokens.values()]
     wrong += [Problem(x.key, "DoRA") for x in own.parts if x.m is not None]
-    odd = (x for x in own.parts if x.kind not in ("linear", "embedding"))
-    wrong += [Problem(x.key, f"of kind {x.kind}") for x in odd]
+    wrong += [Problem(x.key, "of kind conv") for x in own.parts if x.kind == "conv"]
+    experts = {x.name: x for x in own.parts if x.kind == "experts"}
+    lone = (x for x in experts.values() if _other(x.name) not in experts)
+    wrong += [Problem(x.key, f"experts without {_other(x.name)}") for x in lone]
     if wrong:
         raise InputError(
-            "`profile` 'vllm' supports only LoRA of linear and embedding sites; got:",
+            "`profile` 'vllm' supports only LoRA of linear and embedding sites, and of experts' "
+            "gate_up_proj and down_proj together; got:",
             problems=wrong,
             remedy="Leave these out of the rules, or merge the adapter and serve the merged model.",
         )
-    largest = max(x.a.shape[0] for x in own.parts)
+    largest = max(x.rank for x in own.parts)
     rank = next((r for r in RANKS if r >= largest), None)
     if rank is None:
         raise InputError(
             f"`profile` 'vllm' supports ranks up to {RANKS[-1]}; got {largest}. Lower it with "
             "jlora.arithmetic.truncate.",
         )
-    parts = [
-        x._replace(
-            a=np.pad(x.a, ((0, rank - len(x.a)), (0, 0))),
-            b=np.pad(x.b * np.asarray(x.scale, x.b.dtype), ((0, 0), (0, rank - x.b.shape[1]))),
-            scale=1.0,
-        )
-        for x in own.parts
-    ]
+    turned = (_turn(x, experts) if x.kind == "experts" else x for x in own.parts)
     flat = {
         "r": rank,
         "lora_alpha": rank,
@@ -56,4 +55,31 @@ def with_profile(
         "alpha_pattern": {},
         "use_rslora": False,
     }
-    return dict(fields) | flat, own._replace(parts=parts)
+    return dict(fields) | flat, own._replace(parts=[_pad(x, rank) for x in turned])
+
+
+def _pad(x: Part, rank: int) -> Part:
+    """Pads A and B, those of each expert, and multiplies the scale into B."""
+    more = ((0, 0), (0, rank - x.rank), (0, 0))
+    a = np.pad(x.a.reshape(x.experts, x.rank, -1), more)
+    b = np.pad((x.b * np.asarray(x.scale, x.b.dtype)).reshape(-1, x.rank, x.experts), more)
+    return x._replace(a=a.reshape(-1, a.shape[-1]), b=b.reshape(len(b), -1), scale=1.0)
+
+
+def _turn(x: Part, experts: Mapping[str, Part]) -> Part:
+    """Returns experts with the inputs in A, where PEFT's A may have the outputs.
+
+    Then A of gate_up_proj has the columns that B of down_proj has rows; otherwise these are twice
+    as many as those.
+    """
+    one, two = (x, experts[_other(x.name)])[:: 1 if x.name.endswith("gate_up_proj") else -1]
+    if one.a.shape[1] == two.b.shape[0]:
+        return x
+    a, b = map(np.ascontiguousarray, swap(x.a, x.b, x.experts))
+    return x._replace(a=a, b=b)
+
+
+def _other(name: str) -> str:
+    """Returns the parameter that vLLM reads together with one of experts."""
+    module, _, last = name.rpartition(".")
+    return f"{module}.{'down_proj' if last == 'gate_up_proj' else 'gate_up_proj'}"

@@ -117,8 +117,10 @@ def _assign_by_shape(
         is_one = shapes is not None or len({x.experts for x in found}) == 1
         if len(found) == len(parts) and is_one:
             fitting.append(found)
-            if ordered or shapes is None or len(fitting) > 1:
+            if ordered or (shapes is not None and len(fitting) > 1):
                 break
+    if shapes is None:  # the list need not be in the order in which PEFT wraps them
+        fitting = sorted(fitting, key=_is_gated, reverse=True)[:1]
     if len(fitting) == 1:
         return fitting[0]
     listed = ", ".join(f"{n} {shapes[n]}" if shapes else f"{n} {roles[n].rank}" for n in names)
@@ -131,6 +133,14 @@ def _assign_by_shape(
     why = f"{got} {what} {'' if shapes else 'the ranks of '}{listed}"
     problems.add(PREFIX + module, why, remedy if fitting else "")
     return []
+
+
+def _is_gated(found: Sequence[Part]) -> bool:
+    """Whether gate_up_proj has twice the outputs that down_proj has inputs; A may have either."""
+    own = {x.name.rpartition(".")[2]: x.matrix for x in found}
+    rows, columns = own.get("gate_up_proj", (0, 0))
+    outputs, inputs = own.get("down_proj", (0, 0))
+    return (columns, rows) == (outputs, 2 * inputs) or (rows, columns) == (inputs, 2 * outputs)
 
 
 def _try_parameter(role: Role, name: str, part: Part, shapes: Shapes | None) -> Part | None:

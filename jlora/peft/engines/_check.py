@@ -12,7 +12,8 @@ from .._file import DTYPES, PREFIX, Source, find_image
 from ..adapter._config import list_misformed
 from ..adapter._files import Files, open_files
 from ..adapter._sorted import FACTOR
-from . import ENGINES, Base, Engine, Finding, Served, Side
+from . import ENGINES
+from ._engine import Base, Engine, Finding, Served, Side
 from ._findings import AGAIN
 
 
@@ -52,8 +53,9 @@ def check(
 ) -> Checked:
     r"""Finds out which parts of an adapter an engine refuses, and which it drops silently.
 
-    Only configurations and headers are read, no weights. The rules are about adapters. Whether an
-    engine supports adapters for a model at all, or for its embeddings, is in its list of models.
+    Only configurations and headers are read, no weights. The rules for vLLM are those that runs of
+    it confirm; the guide "Serve an adapter" has their table. Of other models than those that were
+    run, it is not known whether an engine supports adapters at all, or of embeddings.
 
     Args:
         path: the adapter's folder, as PEFT or `save` wrote it.
@@ -71,7 +73,7 @@ def check(
         ValueError: if there is no such `engine`, the engine does not allow `max_lora_rank`, or the
             files are damaged.
 
-    Source: vLLM 0.33.0, tpu-inference 0.32.0 and SGLang 0.5.23.
+    Source: vLLM 0.32.0, run on a CPU; tpu-inference 0.32.0 and SGLang 0.5.23, read.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora

@@ -66,11 +66,11 @@ class Base:
         self.modules = {parent for module in own for parent in list_parents(module)}
         self.lasts = {module.rpartition(".")[2] for module in self.modules}
 
-    def number(self, key: str) -> int | None:
-        """Returns a number of the configuration, preferably that of the language model."""
-        text = self.config.get("text_config")
-        found = [part.get(key) for part in (text, self.config) if isinstance(part, dict)]
-        return next((n for n in found if type(n) is int), None)
+    @property
+    def architecture(self) -> str:
+        """The model's class, the first of those in the configuration; "" if it has none."""
+        listed = self.config.get("architectures")
+        return str(listed[0]) if isinstance(listed, list) and listed else ""
 
     def called(self, module: str) -> str | None:
         """Returns the checkpoint's name for a module; None if an engine finds no such module.
@@ -81,8 +81,15 @@ class Base:
         if module == "lm_head" and "lm_head" not in self.lasts:
             module = next((m for m in self.modules if m.endswith("embed_tokens")), module)
         names = [module]
-        names += [new + module.removeprefix(old) for old, new in _WAYS if module.startswith(old)]
+        ways = _WAYS + (_INNER if self._is_nested else ())
+        names += [new + module.removeprefix(old) for old, new in ways if module.startswith(old)]
         return next((name for name in names if name in self.modules), None)
+
+    @property
+    def _is_nested(self) -> bool:
+        """Whether the model has a model of other inputs too, or comes from such a checkpoint."""
+        parts = {"text_config", "vision_config", "audio_config"} & self.config.keys()
+        return bool(parts) or self.architecture.startswith(("Gemma4", "Qwen3_5"))
 
     def shape(self, module: str) -> tuple[int, ...]:
         """Returns the shape of a module's weight; () if it is not known."""
@@ -101,9 +108,9 @@ class Base:
 _WAYS = (
     ("model.language_model.", "language_model.model."),
     ("language_model.model.", "model.language_model."),
-    ("model.language_model.", "model."),
     ("model.", ""),
 )
+_INNER = (("model.language_model.", "model."),)
 
 
 @dataclasses.dataclass
@@ -147,13 +154,6 @@ class Served:
         return found
 
 
-Rule = Callable[[Served], Iterable[Finding]]
-
-
-def _no_notes(served: Served) -> list[str]:
-    return []
-
-
 class Engine(NamedTuple):
     """An engine that serves adapters.
 
@@ -171,22 +171,8 @@ class Engine(NamedTuple):
     name: str
     title: str
     version: str
-    rules: tuple[Rule, ...]
+    rules: tuple[Callable[[Served], Iterable[Finding]], ...]
     start: str
     ranks: tuple[int, ...] = ()
     rank: int | None = None
-    notes: Callable[[Served], Iterable[str]] = _no_notes
-
-
-ENGINES: dict[str, Engine] = {}
-
-
-def register(engine: Engine, *, override: bool = False) -> Engine:
-    """Registers an engine for `check`; `TypeError` if its name is taken, unless by `override`."""
-    if engine.name in ENGINES and not override:
-        raise TypeError(
-            f"the engine {engine.name!r} is registered already. Rename yours, or give "
-            "override=True to replace it."
-        )
-    ENGINES[engine.name] = engine
-    return engine
+    notes: Callable[[Served], Iterable[str]] = lambda served: ()

@@ -7,18 +7,12 @@ from .._file import shorten, show
 from ..adapter._config import METHODS, find_features
 from ._engine import Finding, Served, Side
 
-PROFILE = (
-    "Write it with one rank and the scales in B (jlora convert DIR OUT --profile vllm, or "
-    "jlora.peft.save(..., profile='vllm'))"
-)
+PROFILE = "Write it for vLLM: jlora convert DIR OUT --profile vllm, or profile='vllm' of peft.save"
 MERGED = "serve the merged model (jlora merge BASE DIR OUT)"
-MERGE = MERGED.capitalize()
+MERGE = f"S{MERGED[1:]}"
 LEAVE_OUT = f"Leave it out of the rules and train again, or {MERGED}"
 RENAME = f"Name the modules as in the base (in jlora by the rows of `names`), or {MERGED}"
-MIXED = (
-    "Start the server with --enable-mixed-moe-lora-format and request the adapter with "
-    f"is_3d_lora_weight=True, or {MERGED}"
-)
+MIXED = f"Start the server with --enable-mixed-moe-lora-format, give is_3d_lora_weight, or {MERGED}"
 TOWERS = f"Start the server with --enable-tower-connector-lora, which some models have, or {MERGED}"
 WITHOUT = "Train without it, or merge it in PEFT (merge_and_unload) and serve the merged model"
 CONVERT = "Convert it in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
@@ -129,15 +123,14 @@ def check_ranks(
 
 def check_shapes(x: Served, silent: bool = False) -> list[Finding]:
     """Requires B·A to have the shape of the base's weight. A smaller one may be `silent`."""
-    wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    wrong = list[tuple[str, tuple[int, ...], tuple[int, ...], bool]]()
     for (module, _), pair in x.pairs.items():
-        if x.base is None or len(pair) < 2 or any(len(s.shape) != 2 for s in pair.values()):
-            continue
-        ours = (pair["B"].shape[0], pair["A"].shape[1])
-        theirs = x.base.shape(module)
-        if len(theirs) == 2 and ours not in (theirs, theirs[::-1]):
-            wrong[module] = ours, theirs
-    ours, theirs = next(iter(wrong.values()), ((0, 0), (0, 0)))
+        theirs = x.base.shape(module) if x.base else ()
+        if len(pair) == len(theirs) == 2 and all(len(s.shape) == 2 for s in pair.values()):
+            ours = (pair["B"].shape[0], pair["A"].shape[1])
+            if ours not in (theirs, theirs[::-1]):
+                wrong.append((module, ours, theirs, pair["A"].table))
+    _, ours, theirs, table = next(iter(wrong), ("", (0, 0), (0, 0), False))
     why = f"A and B are for a weight of shape {ours}, but the base's has shape {theirs}"
-    is_smaller = ours[0] <= theirs[0] and ours[1] <= theirs[1]
-    return report(wrong, why, OTHER_BASE, silent=silent and is_smaller)
+    is_smaller = not table and ours[0] <= theirs[0] and ours[1] <= theirs[1]
+    return report((m for m, *_ in wrong), why, OTHER_BASE, silent=silent and is_smaller)

@@ -1,15 +1,12 @@
 """SGLang, by `sglang.srt.lora`: it reads tensors by the layer's number and the end of the name."""
 
-import collections
-import itertools
 import re
 from collections.abc import Iterator
 
-from .._file import read_json, show
-from ..adapter._config import LIMIT, STARTS
+from ..adapter._config import STARTS
 from ..adapter._roles import Names
 from . import _findings as rules
-from ._engine import Engine, Finding, Served, register
+from ._engine import Engine, Finding, Served
 from ._findings import is_fused, report
 
 SILENT = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
@@ -22,16 +19,9 @@ TARGETS = {
 }
 EMBEDDINGS = ("embed_tokens", "lm_head")
 _FROZEN = tuple(f"{name}.base_layer.weight" for name in EMBEDDINGS)
-# The modules that it packs into one, and the module that a layer must also adapt.
-_PACKED = (
-    {"q_proj", "k_proj", "v_proj", "qkv_proj"},
-    {"gate_proj", "up_proj", "gate_up_proj"},
-    {"q_a_proj", "kv_a_proj_with_mqa"},
-)
-_WITH = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-_ADDED = "added_tokens.json"
+# The modules that it packs into one.
+_PACKED = ({"q_proj", "k_proj", "v_proj", "qkv_proj"}, {"gate_proj", "up_proj", "gate_up_proj"})
 _LAYER = re.compile(r"layers\.(\d{1,9})\.")
-_EXPERT = re.compile(r"experts\.\d+\.")
 _SCALE = "is not read: the scale is lora_alpha / r everywhere"
 _RANK = "is not read: the rank is `r` everywhere"
 _UNKNOWN = "SGLang has no buffers for a module of this name"
@@ -54,19 +44,6 @@ def _configuration(x: Served) -> Iterator[Finding]:
     yield from rules.forbid_unread(x, "use_dora", *SILENT)
     if x.max_lora_rank is not None and x.rank > x.max_lora_rank:
         yield rules.report_rank(x.rank, x.max_lora_rank, x.rank)
-    listed = x.fields.get("target_modules")
-    if isinstance(listed, list):
-        odd = (name for name in listed if name.rpartition(".")[2] not in TARGETS)
-        yield from report(odd, _UNKNOWN, rules.LEAVE_OUT, of="target_modules")
-    elif listed not in ("all", "all-linear"):
-        remedy = "List the modules by the ends of their names, as jlora.peft.save does"
-        yield Finding("target_modules", "must be a list of names", remedy, False)
-    size = x.base.number("vocab_size") if x.base else None
-    if size is not None and (x.source.folder / _ADDED).exists():
-        added = read_json(x.source, _ADDED, LIMIT)
-        new = (token for token, i in added.items() if type(i) is int and i >= size)
-        remedy = f"Remove {_ADDED} if the adapter does not use these tokens, or {rules.MERGED}"
-        yield from report(new, f"adds tokens to the {size} of the base", remedy, of=_ADDED)
 
 
 def _tensors(x: Served) -> Iterator[Finding]:
@@ -97,38 +74,16 @@ def _modules(x: Served) -> Iterator[Finding]:
     yield from report(unlisted, why, remedy, silent=True)
 
 
-def _together(x: Served) -> Iterator[Finding]:
-    groups = collections.defaultdict[tuple[int | None, str], list[str]](list)
-    for s in x.factors:
-        expert = _EXPERT.search(s.module)
-        if _layer(s.module) is not None and s.side == "A" and not is_fused(s):
-            groups[_layer(s.module), (expert[0] if expert else "") + s.last].append(s.module)
-    for name, other in _WITH.items():
-        alone = (own for (i, n), own in groups.items() if n == name and (i, other) not in groups)
-        why = f"is packed with {other}, which is not adapted in its layer"
-        remedy = f"Adapt both and train again, or {rules.MERGED}"
-        yield from report(itertools.chain(*alone), why, remedy)
-    # Modules of one layer, expert and last component are the same module to it.
-    if twice := [own for own in groups.values() if len(own) > 1]:
-        why = f"is mistaken for {show(twice[0][1])}, which has the same layer and last component"
-        yield from report((own[0] for own in twice), why, rules.MERGE, silent=True)
-
-
 def _base(x: Served) -> Iterator[Finding]:
     if x.base is None:
         return
-    layers = {s.module: at for s in x.factors if (at := _LAYER.search(s.module))}
-    count = x.base.number("num_hidden_layers")
-    odd = (m for m, at in layers.items() if count is not None and int(at[1]) >= count)
-    yield from report(odd, f"the base has {count} layers", rules.OTHER_BASE)
     names = Names("." + name for name in x.base.modules)
-    lost = (m for m, at in layers.items() if not names.end_in("." + m[at.start() :]))
+    layers = ((s.module, at.start()) for s in x.factors if (at := _LAYER.search(s.module)))
+    lost = (m for m, at in layers if not names.end_in("." + m[at:]))
     yield from report(lost, "the base has no such module", rules.OTHER_BASE, silent=True)
 
 
-RULES = (_configuration, _tensors, _modules, _together, _base, rules.check_shapes)
-START = (
-    "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
-    "--lora-paths NAME={dir}"
-)
-register(Engine("sglang", "SGLang", "0.5.23", RULES, START))
+RULES = (_configuration, _tensors, _modules, _base, rules.check_shapes)
+_SERVER = "python -m sglang.launch_server --model-path {base} --enable-lora"
+START = f"{_SERVER} --max-lora-rank {{rank}} --lora-paths NAME={{dir}}"
+SGLANG = Engine("sglang", "SGLang", "0.5.23 (read, not run)", RULES, START)

@@ -1,4 +1,4 @@
-"""vLLM, by `vllm.lora`: its `peft_helper`, `lora_model`, `model_manager` and `utils`."""
+"""vLLM, whose rules `tests/test_served.py` compares with the engine itself; vLLM on TPUs."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from ..adapter._config import STARTS
 from ..adapter._one_rank import RANKS
 from ..adapter._roles import HEADS
 from . import _findings as rules
-from ._engine import Engine, Finding, Served, register
+from ._engine import Base, Engine, Finding, Served
 from ._findings import is_fused, report
 
 # Features that it refuses by name.
@@ -17,12 +17,20 @@ FEATURES = (
     *("use_bdlora", "use_qalora"),
 )
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
+# Models that vLLM was asked about, without the ends of their names: whether it adapts embeddings.
+WITH_EMBEDDINGS = ["Exaone", "Granite", "Llama", "Mixtral", "Phi3", "Qwen3", "Qwen3Moe", "Qwen3_5"]
+LAYERS_ONLY = ["Gemma", "Gemma2", "Gemma3", "Gemma4", "GptOss", "Mistral", "Qwen2", "Qwen2Moe"]
+NOTHING = ["Bloom", "Falcon", "GPT2LMHeadModel", "GPTJ", "Gemma3n", "Mamba", "Mamba2", "StableLm"]
+# Models that read the adapters of all experts together; the others read them one by one.
+FUSED = (
+    *("GptOssForCausalLM", "Qwen3OmniMoeForConditionalGeneration"),
+    *("Qwen3VLMoeForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+)
 # Frozen values, which it skips, and the heads of classifiers.
 _SKIPPED = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _HEAD = re.compile(rf"(.*\.)?({'|'.join(HEADS)})\.(weight|bias)")
 # Models of images and sounds, next to a language model.
 _TOWER = re.compile(r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector)\.")
-Shapes = dict[int, dict[str, tuple[int, ...]]]  # of A and B, by depth
 _OLD = "is not read before vLLM 0.32, where all modules have `r` and `lora_alpha`"
 
 
@@ -42,19 +50,28 @@ def _configuration(x: Served) -> Iterator[Finding]:
     elif x.max_lora_rank is not None and rank > x.max_lora_rank:
         yield rules.report_rank(rank, x.max_lora_rank, next(r for r in RANKS if r >= rank))
     saved = x.fields.get("modules_to_save") or []
-    of = "modules_to_save"
     if others := [name for name in saved if name not in HEADS]:
         why = f"only {' and '.join(HEADS)} may be saved in full"
-        yield from report(others, why, rules.LEAVE_OUT, of=of)
+        yield from report(others, why, rules.LEAVE_OUT, of="modules_to_save")
     elif not _classifies(x):
         why = "only classifiers may have a head in full"
-        yield from report(saved, why, rules.LEAVE_OUT, of=of)
+        yield from report(saved, why, rules.LEAVE_OUT, of="modules_to_save")
 
 
 def _classifies(x: Served) -> bool:
     if x.base is None:
         return x.fields.get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
-    return "Classification" in str(x.base.config.get("architectures"))
+    return "Classification" in x.base.architecture
+
+
+def _models(x: Served) -> Iterator[Finding]:
+    name, _, kind = x.base.architecture.partition("For") if x.base else ("", "", "")
+    if name in NOTHING:
+        yield Finding(name, "vLLM adapts no weights of this model", rules.MERGE, False)
+    if name in LAYERS_ONLY or kind == "ConditionalGeneration":
+        found = (s.module for s in x.factors if s.last in EMBEDDINGS)
+        why = f"neither the embedding nor the head of {name} is adapted"
+        yield from report(found, why, rules.LEAVE_OUT)
 
 
 def _tensors(x: Served) -> Iterator[Finding]:
@@ -67,36 +84,30 @@ def _tensors(x: Served) -> Iterator[Finding]:
     odd = (s.module for s in tables if s.last not in EMBEDDINGS)
     why = f"only the embeddings {', '.join(EMBEDDINGS)} may be adapted"
     yield from report(odd, why, rules.LEAVE_OUT)
-    size = x.base.number("vocab_size") if x.base else None
-    for s in tables:
-        if size is not None and s.side == "A" and s.last in EMBEDDINGS and s.shape[-1] != size:
-            why = f"has {s.shape[-1]} tokens, but the base's `vocab_size` is {size}"
-            yield from report([s.key], why, rules.LEAVE_OUT)
 
 
 def _experts(x: Served) -> Iterator[Finding]:
     """Checks experts that are adapted together. down_proj wraps gate_up_proj, whose depth is 1."""
-    found: dict[str, Shapes] = {}
-    for s in filter(is_fused, x.factors):
-        found.setdefault(s.module, {}).setdefault(s.depth, {})[s.side] = s.shape
-    lone = (m for m, own in found.items() if own.keys() != {0, 1})
+    found = dict.fromkeys(s.module for s in x.factors if is_fused(s))
+    gate_up, down = ({m: x.pairs.get((m, i), {}) for m in found} for i in (1, 0))
+    lone = (m for m in found if not (gate_up[m] and down[m]))
     why = "only one of gate_up_proj and down_proj is adapted; expected both"
     yield from report(lone, why, rules.LEAVE_OUT)
-    if (base := x.base) is None:
-        return
-    hidden = base.number("hidden_size")
-    other = (m for m, own in found.items() if hidden and _is_transposed(own, hidden))
-    why = f"A of gate_up_proj is read with {hidden} columns, B of down_proj with {hidden} rows"
-    yield from report(other, why, rules.MERGE, silent=True)
-    apart = (m for m in found if f"{base.called(m)}.0" in base.modules)
-    why = "adapts all experts together, but the base has a module for each"
-    yield from report(apart, why, rules.MIXED)
+    columns = {m: pair["A"].shape[-1] for m, pair in gate_up.items() if "A" in pair}
+    rows = {m: pair["B"].shape[0] for m, pair in down.items() if "B" in pair}
+    other = (m for m in columns.keys() & rows.keys() if columns[m] != rows[m])
+    yield from report(sorted(other), "has the outputs in A, not the inputs", rules.PROFILE)
+    if x.base and x.base.architecture not in FUSED:
+        why = "adapts all experts together, but vLLM reads those of this model one by one"
+        yield from report(filter(x.base.called, found), why, rules.MIXED)
 
 
-def _is_transposed(own: Shapes, hidden: int) -> bool:
-    """Whether A of gate_up_proj has its outputs, or B of down_proj its inputs."""
-    a, b = own.get(1, {}).get("A"), own.get(0, {}).get("B")
-    return 1 in own and ((a is not None and a[-1] != hidden) or (b is not None and b[0] != hidden))
+def _is_found(module: str, base: Base) -> bool:
+    """Whether a base has a module, or all experts in one place, where vLLM finds each of them."""
+    place = module.partition(".experts.")[0] + ".experts"
+    is_apart = f"{base.called(place)}.0" in base.modules
+    one_by_one = base.architecture not in FUSED and not is_apart and ".experts." in module
+    return base.called(place if one_by_one else module) is not None
 
 
 def _names(x: Served) -> Iterator[Finding]:
@@ -104,9 +115,9 @@ def _names(x: Served) -> Iterator[Finding]:
         return
     if {"vision_config", "audio_config"} & base.config.keys():
         found = (s.module for s in x.factors if _TOWER.search(s.module))
-        why = "only the language model is adapted"
+        why = "only the language model is adapted (read, not run)"
         yield from report(found, why, rules.TOWERS, silent=True)
-    lost = [m for m in dict.fromkeys(s.module for s in x.factors) if not base.called(m)]
+    lost = [m for m in dict.fromkeys(s.module for s in x.factors) if not _is_found(m, base)]
     # vLLM checks the last component of a name, and then looks up its own names as a whole.
     quiet = [m for m in lost if m.rpartition(".")[2] in base.lasts and ".experts." not in m]
     loud = [m for m in lost if m not in quiet]
@@ -117,14 +128,30 @@ def _names(x: Served) -> Iterator[Finding]:
 
 
 def notes(x: Served) -> list[str]:
-    """Says what versions before the one of these rules drop."""
+    """Says what versions before the one of these rules drop, and what no run has shown."""
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if x.fields.get(key)]
-    return [f"{key} {_OLD}. {rules.PROFILE}, if yours is older." for key in patterns]
+    found = [f"{key} {_OLD}. {rules.PROFILE}, if yours is older." for key in patterns]
+    name = x.base.architecture.partition("For")[0] if x.base else "this model"
+    if any(s.last in EMBEDDINGS for s in x.factors) and name not in WITH_EMBEDDINGS + LAYERS_ONLY:
+        found.append(f"not run: whether it adapts the embedding and the head of {name}.")
+    return found
+
+
+def _experts_on_tpus(x: Served) -> list[Finding]:
+    found = (s.module for s in x.factors if ".experts." in f".{s.module}.")
+    return report(found, "experts have no adapters on TPUs", rules.LEAVE_OUT)
 
 
 RULES = (
-    *(_configuration, _tensors, _experts, _names),
+    *(_configuration, _models, _tensors, _experts, _names),
     lambda x: rules.check_shapes(x, silent=True),
 )
 START = "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME={dir}"
-register(Engine("vllm", "vLLM", "0.33.0", RULES, START, RANKS, 16, notes))
+VLLM = Engine("vllm", "vLLM", "0.32.0", RULES, START, RANKS, 16, notes)
+TPU_INFERENCE = VLLM._replace(
+    name="tpu-inference",
+    title="tpu-inference",
+    version="0.32.0 (read, not run)",
+    rules=(*RULES, _experts_on_tpus),
+    start=f"MODEL_IMPL_TYPE=vllm {START}",
+)
