@@ -72,9 +72,7 @@ def check(found, paths, f, like):
     assert_lies(found, like)
 
 
-@pytest.mark.parametrize(
-    ("name", "paths"), every(FUNCTIONS, [ONE, ALL], daily=[("add", ALL), ("ties", ONE)])
-)
+@pytest.mark.parametrize(("name", "paths"), every(FUNCTIONS, [ONE, ALL], daily=[("add", ALL)]))
 def test_what_is_moved(name, paths):
     """At most a part of A and B, of 256 rows; by what sums and scales, nothing."""
     f, (trees, base, mesh) = FUNCTIONS[name], placed(paths, AxisType.Auto)

@@ -49,7 +49,7 @@ def alone(params, which, ids):
 
 @pytest.mark.parametrize(
     ("form", "apply"),
-    every(FORMS, [constrained, model], daily=zip(FORMS, [constrained, model], strict=True)),
+    every(FORMS, [constrained, model], daily=[("gathered", model)]),
 )
 def test_rows_are_what_they_are_alone(form, apply):
     """Outputs and gradients; no collective has the size of a weight or of a table.
