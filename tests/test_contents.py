@@ -67,6 +67,14 @@ def test_reading_compiles_nothing(caplog: Any) -> None:
     assert not [x.getMessage() for x in caplog.records if "Compiling" in x.getMessage()]
 
 
+def test_reading_while_jax_traces() -> None:
+    """For shapes and dtypes alone."""
+    folder = models.case("conv").folder
+    shapes = jax.eval_shape(lambda: dict(peft.read(folder).leaves))
+    for name, x in peft.read(folder).leaves.items():
+        assert jax.tree.map(jnp.shape, x) == jax.tree.map(jnp.shape, shapes[name])
+
+
 def exchange(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A and B of three experts, as those of the transposed weights: as PEFT before 0.21 wrote."""
     found = dict(tensors)

@@ -311,6 +311,9 @@ BAD: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
         pair(Q), {"unet.r": 2, "unet.target_modules": ["to_q"], "unet.x": 3}, ("x", "is not known")
     ),
     "another method": (pair(Q), {"unet.peft_type": "LOHA"}, ("peft_type", "'LOHA'")),
+    "metadata of no key": (
+        pair("mid.attn.to_q"), {"unet.r": 2, "unet.lora_alpha": 16}, ("'unet'", "no key begins")
+    ),
     "other modules": (pair(Q), {"unet.r": 2, "unet.target_modules": ["to_k"]}, ()),
     "a list": (pair(Q), "[1]", ()),
     "no JSON": (pair(Q), "{", ()),

@@ -52,7 +52,6 @@ _HEADERS = (
     (re.compile(rb'"ss_[a-z_]+"|"lora_(unet|te\d?|transformer)_|\.lora_(down|up)\.'), "kohya"),
     (re.compile(rb'"(unet|transformer|text_encoder\w*)\.[^"]*lora'), "diffusers"),
 )
-_ITSELF = "Give the file itself"
 _MLX_HEADER = re.compile(rb'\.lora_[ab]"')
 
 
@@ -65,9 +64,7 @@ def recognize(path: Path, marks: Collection[str] = (CONFIG,)) -> Kind | None:
     """
     if path.is_file():
         remedy = f"Give the folder that it is in, {path.parent}"
-        kind = _recognize_file(path) or Kind("a file", remedy)
-        is_image = kind.remedy.startswith(_ITSELF)
-        return kind._replace(remedy="Read it with jlora.peft.read") if is_image else kind
+        return _recognize_file(path, "Read it with jlora.peft.read") or Kind("a file", remedy)
     names = _list_names(path)
     is_adapter = CONFIG in marks
     files = (path / name for name in names if is_adapter and name not in (TENSORS, *WEIGHTS))
@@ -87,8 +84,11 @@ def recognize(path: Path, marks: Collection[str] = (CONFIG,)) -> Kind | None:
     return None
 
 
-def _recognize_file(path: Path) -> Kind | None:
-    """Recognizes an adapter of another library by its name or the start of its header."""
+def _recognize_file(path: Path, of_image: str = "") -> Kind | None:
+    """Recognizes an adapter of another library by its name or the start of its header.
+
+    `of_image` is the remedy for image LoRA; without it, to give the file itself.
+    """
     if path.suffix == ".gguf":
         return Kind(f"a file of llama.cpp, {show(path.name)}", "Give what it was made from")
     if path.name == "adapters.npz":
@@ -102,7 +102,7 @@ def _recognize_file(path: Path) -> Kind | None:
     for pattern, library in _HEADERS:
         if pattern.search(head):
             what = f"an adapter of a diffusion model in the format of {library}, {show(path.name)}"
-            return Kind(what, f"{_ITSELF}, {show(str(path))}")
+            return Kind(what, of_image or f"Give the file itself, {show(str(path))}")
     return None
 
 

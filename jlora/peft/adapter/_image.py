@@ -107,6 +107,9 @@ def decode(
     alphas = sides.pop(ALPHA)
     fields = configs.get(prefix)
     if fields is None:
+        # Its scale may be meant, so that one which follows from the shapes may be wrong.
+        why = f"is in {FIELDS} of the header, but no key begins with it"
+        wrong += [Problem(show(repr(p)), why) for p in sorted(configs.keys() - groups.keys())]
         fields = _infer_fields(sides, _read_alphas(image, alphas, sides[A], wrong))
     else:
         why = f"unexpected beside {FIELDS} in the header, which has the alphas"
