@@ -332,7 +332,7 @@ BASES: dict[str, tuple[Any, ...]] = {
     ),
     "two towers": (
         holding(pair("vision.layers.0.self_attn.q_proj")),
-        adding({"vision.layers.0.self_attn.q_proj": (8, 8)})
+        adding({"vision.layers.0.self_attn.q_proj": (8, 8)}), f"s~ {Q}"
     ),
     "no layers": (
         holding(pair("model.h.0.q_proj") | pair("model.h.0.v_proj")),

@@ -1,8 +1,10 @@
 """SGLang, by `sglang.srt.lora`: it reads tensors by the layer's number and the end of the name."""
 
+import collections
 import re
 from collections.abc import Iterator
 
+from .._file import show
 from ..adapter._config import STARTS
 from ..adapter._roles import Names
 from . import _findings as rules
@@ -20,8 +22,13 @@ TARGETS = {
 EMBEDDINGS = ("embed_tokens", "lm_head")
 _FROZEN = tuple(f"{name}.base_layer.weight" for name in EMBEDDINGS)
 # The modules that it packs into one.
-_PACKED = ({"q_proj", "k_proj", "v_proj", "qkv_proj"}, {"gate_proj", "up_proj", "gate_up_proj"})
+_PACKED = (
+    {"q_proj", "k_proj", "v_proj", "qkv_proj"},
+    {"gate_proj", "up_proj", "gate_up_proj"},
+    {"q_a_proj", "kv_a_proj_with_mqa"},
+)
 _LAYER = re.compile(r"layers\.(\d{1,9})\.")
+_EXPERT = re.compile(r"experts\.\d+\.")
 _SCALE = "is not read: the scale is lora_alpha / r everywhere"
 _RANK = "is not read: the rank is `r` everywhere"
 _UNKNOWN = "SGLang has no buffers for a module of this name"
@@ -74,6 +81,17 @@ def _modules(x: Served) -> Iterator[Finding]:
     yield from report(unlisted, why, remedy, silent=True)
 
 
+def _mistaken(x: Served) -> Iterator[Finding]:
+    """Finds modules of one layer, expert and last component, which are the same module to it."""
+    groups = collections.defaultdict[tuple[int | None, str, str], list[str]](list)
+    for s in x.factors:
+        if _layer(s.module) is not None and s.side == "A" and not is_fused(s):
+            groups[_layer(s.module), "".join(_EXPERT.findall(s.module)), s.last].append(s.module)
+    if twice := [own for own in groups.values() if len(own) > 1]:
+        why = f"is mistaken for {show(twice[0][1])}, which has the same layer and last component"
+        yield from report((own[0] for own in twice), why, rules.MERGE, silent=True)
+
+
 def _base(x: Served) -> Iterator[Finding]:
     if x.base is None:
         return
@@ -83,7 +101,7 @@ def _base(x: Served) -> Iterator[Finding]:
     yield from report(lost, "the base has no such module", rules.OTHER_BASE, silent=True)
 
 
-RULES = (_configuration, _tensors, _modules, _base, rules.check_shapes)
+RULES = (_configuration, _tensors, _modules, _mistaken, _base, rules.check_shapes)
 _SERVER = "python -m sglang.launch_server --model-path {base} --enable-lora"
 START = f"{_SERVER} --max-lora-rank {{rank}} --lora-paths NAME={{dir}}"
 SGLANG = Engine("sglang", "SGLang", "0.5.23 (read, not run)", RULES, START)
