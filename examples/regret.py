@@ -10,6 +10,7 @@
     rates      1.3 hours   the best rate of full fine-tuning, and of LoRA, by rank and scale
     layers     1.3 hours   all layers, attention or feed-forward alone, with as many parameters
     batches    1.3 hours   batches of 4 to 256 at equally many examples
+    widths     1.5 hours   the best rate by width and depth: GPTs pretrained here learn the Bible
     reinforce  1.0 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
 
 The first seed's rates are half decades from the middle outward, as long as the loss falls, so that
@@ -44,9 +45,10 @@ import optax
 import tables
 import trials
 import variants
+import small_gpts
 from models import gpt, smollm2
 from progress import progress
-from quickstart import Batch
+from quickstart import Batch, take
 from trials import Task
 
 import jlora
@@ -124,12 +126,23 @@ def capacity() -> dict[Setting, int]:
     }
 
 
+def widths() -> dict[Setting, int]:
+    """Two ranks and full fine-tuning, at all widths and depths."""
+    sizes = (128, 4), (64, 4), (256, 4), (128, 2), (128, 8), (512, 4)
+    return {
+        scaled("widths", f"gpt-{width}x{depth}", rank, 16): -5 if rank else -6
+        for width, depth in sizes
+        for rank in (8, 64, 0)
+    }
+
+
 PLANS = {  # the settings of an experiment, each with the middle of its rates, and the seeds
     "first": ({x: -6 if x.rank else -8 for x in rates("first")}, 3),
     "capacity": (capacity(), 2),
     "rates": (rates("rates"), 3),
     "layers": (layers(), 5),
     "batches": (batches(), 2),
+    "widths": (widths(), 3),
     "reinforce": (
         {scaled("reinforce", "sums", r, 32): -8 if r else -10 for r in (8, 1, 128, 0)},
         3,
@@ -153,6 +166,23 @@ def strings(count: int, batch: int) -> Task:
     )  # fmt: skip
 
 
+def bible(width: int, depth: int) -> Task:
+    """The Bible, by a GPT that has seen other English."""
+    config, variables = small_gpts.load(width, depth)
+    train, test = map(_as_batch, small_gpts.bible())
+    return Task(
+        gpt.GPT(config).apply, variables, lambda rows: (rows.ids,), trials.score_tokens, (),
+        rank=8, rate=-5, steps=128, batch=16, train=take(train, slice(512, None)),
+        validation=take(train, slice(512)), held_out=take(test, slice(1024)),
+        widths=(small_gpts.LENGTH,),
+    )  # fmt: skip
+
+
+def _as_batch(ids: np.ndarray) -> Batch:
+    """Rows of text of which every token counts."""
+    return Batch(ids, np.ones_like(ids), np.ones(ids.shape, np.float32))
+
+
 @functools.lru_cache(1)
 def make_task(setting: Setting) -> Task:
     """What a setting learns, in the steps and batches that it does."""
@@ -161,6 +191,9 @@ def make_task(setting: Setting) -> Task:
         return trials.movies(SHORT, EXAMPLES // batch, batch, widths=(SHORT,))
     if setting.task.startswith("strings"):
         return strings(int(setting.task.partition("-")[2]), batch)
+    if setting.task.startswith("gpt"):
+        width, depth = map(int, setting.task.removeprefix("gpt-").split("x"))
+        return bible(width, depth)
     task = trials.TASKS[setting.task]()
     if setting.experiment == "first":
         task = task._replace(steps=FIRST, schedule=lambda steps: optax.constant_schedule(1.0))

@@ -1,4 +1,4 @@
-"""Transformations to chain with an optimizer: LoRA+ and Riemannian preconditioning."""
+"""Transformations to chain with an optimizer: LoRA+, Riemannian preconditioning, LoRA-Muon."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from ._adapters import is_node
 from ._arrays import einsum, promote
 from ._compat import is_concrete
-from ._linalg import inverse
+from ._linalg import inverse, inverse_root, times
 from ._optimizer import AllParams, is_masked
 from ._rules import is_finite
 from ._types import Params, PyTree
@@ -103,32 +103,107 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
     """
     _check_positive("damping", damping)
 
+    def matrix(gram: jax.Array, of_update: jax.Array) -> jax.Array:
+        del of_update
+        eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+        return inverse(gram + jnp.asarray(damping, gram.dtype) * eye)
+
+    return _of_factors("precondition", matrix)
+
+
+def lora_muon(momentum: float = 0.95) -> "optax.GradientTransformationExtraArgs":
+    r"""Takes the step of Muon in ΔW, along what A and B can change.
+
+    With the means $M_A$ and $M_B$ of the gradients, $S_A = A^\top A$, $S_B = B B^\top$, and
+    $\operatorname{sign}(U \Sigma V^\top) = U V^\top$,
+
+    $$\bar A = \frac{1}{2 s}\operatorname{sign}(M_A S_B^{-1/2})\, S_B^{-1/2},\qquad
+    \bar B = \frac{1}{2 s}\, S_A^{-1/2} \operatorname{sign}(S_A^{-1/2} M_B).$$
+
+    So a learning rate η changes s·A·B by a matrix whose spectral norm is about η, whatever the
+    rank, the scale and the sizes of A and B are. Chain the rate after it, and nothing else that
+    depends on the size of gradients. The state has the size of the adapter, half that of Adam's.
+    Leaves that are neither A nor B keep their means: give them an optimizer of their own, with
+    `optax.partition` and `jlora.labels`.
+
+    Args:
+        momentum: the weight of the mean so far, β in M ← β·M + (1 - β)·gradient.
+
+    Returns:
+        An optax transformation, for an adapter or `Params(base, adapter)`. Its `update` needs the
+        parameters.
+
+    Raises:
+        TypeError: in `init` and `update`, if the tree holds no adapter.
+        ValueError: in `update`, if it gets no parameters.
+
+    Source: Cesista et al., arXiv 2606.12921. Weight decay λ of ΔW is that of A and B by λ/2 each:
+    `optax.add_decayed_weights(λ/2)` after it.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> params = {"w": jlora.types.LowRank(jnp.ones((4, 1)), jnp.ones((1, 9)), 1.0, layout)}
+        >>> tx = jlora.lora_muon()
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> (updates["w"].a @ params["w"].b)[0, 0].round(3)  # 1/2 over √(4·9)
+        Array(0.083, dtype=float32)
+    """
+    import optax
+
+    def matrix(gram: jax.Array, of_update: jax.Array) -> jax.Array:
+        root = inverse_root(gram)  # sign(X) is X·(XᵀX)^(-1/2)
+        return 0.5 * times(times(root, inverse_root(times(times(root, of_update), root))), root)
+
+    steps = _of_factors("lora_muon", matrix, by_scale=True)
+    return optax.chain(optax.ema(momentum, debias=False), steps)
+
+
+def _of_factors(
+    name: str, matrix: Callable[[jax.Array, jax.Array], jax.Array], by_scale: bool = False
+) -> "optax.GradientTransformationExtraArgs":
+    """Multiplies the update of each factor by an r × r matrix.
+
+    It is made of xᵀx, with x the other factor, and of the same of the update. `by_scale` divides by
+    s.
+    """
+
     def of_node(update: PyTree, param: PyTree) -> PyTree:
         if not is_node(update) or not {"a", "b"} <= set(update.labels.values()):
             return update
         factors = [getattr(update, x) for x, label in update.labels.items() if label in ("a", "b")]
-        is_trained = not all(map(is_masked, factors))
-        return _precondition(damping, update, param) if is_trained else update
+        if all(map(is_masked, factors)):
+            return update
+        _refuse_hidden(name, param)
+        return _times_matrices(matrix, update, param, by_scale)
 
     def update(updates: PyTree, params: PyTree | None) -> PyTree:
         if params is None:
             raise ValueError(
-                "The update of jlora.precondition needs the parameters: call "
+                f"The update of jlora.{name} needs the parameters: call "
                 "update(grads, state, params)."
             )
         stop = lambda x: is_node(x) or is_masked(x)  # noqa: E731
         return jax.tree.map(of_node, updates, params, is_leaf=stop)
 
-    return _make_transformation("precondition", update)
+    return _make_transformation(name, update)
 
 
-def _precondition(damping: ArrayLike, update: PyTree, param: PyTree) -> PyTree:
+def _refuse_hidden(name: str, param: PyTree) -> None:
     if is_masked(param.a) or is_masked(param.b):
         raise ValueError(
-            "jlora.precondition needs A and B, but the transformation around it hides the frozen "
-            "one. Chain jlora.precondition before that transformation: "
+            f"jlora.{name} needs A and B, but the transformation around it hides the frozen "
+            f"one. Chain jlora.{name} before that transformation: "
             "optax.chain(jlora.precondition(1e-6), optax.MultiSteps(tx, 4))."
         )
+
+
+def _times_matrices(
+    matrix: Callable[[jax.Array, jax.Array], jax.Array],
+    update: PyTree,
+    param: PyTree,
+    by_scale: bool,
+) -> PyTree:
     wide = promote(param.a.dtype, param.b.dtype, jnp.float32)
     values = {"a": param.a.astype(wide), "b": param.b.astype(wide)}
     named = param.axes(param.layout)
@@ -142,19 +217,19 @@ def _precondition(damping: ArrayLike, update: PyTree, param: PyTree) -> PyTree:
     def with_other_rank(name: str) -> tuple[Any, ...]:
         return tuple(OTHER if d == RANK else d for d in axes[name])
 
-    def times_inverse(name: str, other: str) -> Any:
-        """Multiplies the update of one factor by the inverse of xᵀx + δI, with x the other one."""
+    def gram(name: str, x: jax.Array) -> jax.Array:
+        return einsum(axes[name], with_other_rank(name), square, x, x, **how)
+
+    def multiplied(name: str, other: str) -> Any:
         old = getattr(update, name)
-        x = values[other]
         if is_masked(old):
             return old
-        gram = einsum(axes[other], with_other_rank(other), square, x, x, **how)
-        eye = jnp.eye(gram.shape[-1], dtype=wide)
-        matrix = inverse(gram + jnp.asarray(damping, wide) * eye)
-        new = einsum(axes[name], square, with_other_rank(name), old.astype(wide), matrix, **how)
-        return new.astype(old.dtype)
+        x = old.astype(wide)
+        by = matrix(gram(other, values[other]), gram(name, x))
+        new = einsum(axes[name], square, with_other_rank(name), x, by, **how)
+        return (new / param.scale if by_scale else new).astype(old.dtype)
 
-    return update._replace(a=times_inverse("a", "b"), b=times_inverse("b", "a"))
+    return update._replace(a=multiplied("a", "b"), b=multiplied("b", "a"))
 
 
 # ---------------------------------------------------------------------------------- what they share

@@ -115,6 +115,31 @@ def test_is_the_formula(name: str) -> None:
             np.testing.assert_array_equal(updates.m, -grad.m)
 
 
+@models("slots", "dora")
+def test_muon_is_the_formula(name: str) -> None:
+    """By NumPy, matrix by matrix, of the mean of two gradients; ΔW changes by a norm of 1/2."""
+    model, tx = MODELS[name], jlora.optimizer(jlora.lora_muon(0.9))
+    with jax.enable_x64(True):
+        _, adapter, grads = made(name)
+        other = jax.tree.map(lambda x: normal(7, *x.shape), grads)
+        update = jax.jit(tx.update)
+        _, state = update(other, tx.init(adapter), adapter)
+        updates = update(grads, state, adapter)[0]["w"]
+        (node,), (one,), (two,) = adapter.values(), grads.values(), other.values()
+        factors = {"a": model.a, "b": model.b}
+        for mine, its in itertools.permutations(factors):
+            x = matrices(getattr(node, its), factors[its])
+            means = 0.09 * getattr(two, mine) + 0.1 * getattr(one, mine)
+            actual = matrices(getattr(updates, mine), factors[mine])
+            for x, mean, found in zip(x, matrices(means, factors[mine]), actual, strict=True):
+                values, vectors = np.linalg.eigh(x.T @ x)
+                root = vectors * values**-0.5 @ vectors.T
+                u, _, vt = np.linalg.svd(mean @ root, full_matrices=False)
+                np.testing.assert_allclose(found, u @ vt @ root / 2 / node.scale, rtol=1e-6)
+                change = np.linalg.norm(found @ x.T * node.scale, 2)
+                assert change == pytest.approx(0.5, rel=1e-6)
+
+
 @models("slots")
 def test_a_step_changes_the_weight_alike_however_it_is_split(name: str) -> None:
     """With A·M and M⁻¹·B, whose gradients are Ā·M⁻ᵀ and Mᵀ·B̄, ΔW has the same first change."""
