@@ -10,6 +10,7 @@
     rates      1.3 hours   the best rate of full fine-tuning, and of LoRA, by rank and scale
     layers     1.3 hours   all layers, attention or feed-forward alone, with as many parameters
     batches    1.3 hours   batches of 4 to 256 at equally many examples
+    optimizers 7.0 hours   Adam, LoRA+, preconditioning and Muon, by rank, on three tasks
     widths     1.5 hours   the best rate by width and depth: GPTs pretrained here learn the Bible
     reinforce  1.0 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
 
@@ -42,10 +43,10 @@ import grpo
 import jax
 import numpy as np
 import optax
+import small_gpts
 import tables
 import trials
 import variants
-import small_gpts
 from models import gpt, smollm2
 from progress import progress
 from quickstart import Batch, take
@@ -78,6 +79,7 @@ class Setting(NamedTuple):
     layers: str
     scale: float
     batch: int
+    method: str = "lora"  # with Adam; or the transformation, or the optimizer instead
 
 
 # ---- the experiments ----------------------------------------------------------------------------
@@ -127,12 +129,25 @@ def capacity() -> dict[Setting, int]:
 
 
 def widths() -> dict[Setting, int]:
-    """Two ranks and full fine-tuning, at all widths and depths."""
-    sizes = (128, 4), (64, 4), (256, 4), (128, 2), (128, 8), (512, 4)
+    """Two ranks, full fine-tuning and another optimizer, at all widths and depths."""
+    found = {}
+    for width, depth in ((128, 4), (64, 4), (256, 4), (128, 2), (128, 8), (512, 4)):
+        eight, more, full = (
+            scaled("widths", f"gpt-{width}x{depth}", rank, 16) for rank in (8, 64, 0)
+        )
+        found |= {eight: -5, more: -5, full: -6, eight._replace(method="muon"): -3}
+    return found
+
+
+OPTIMIZERS = {"lora": -6, "lora_plus": -7, "preconditioned": -6, "muon": -3}
+
+
+def optimizers(task: str, batch: int) -> dict[Setting, int]:
+    """Four optimizers at four ranks."""
     return {
-        scaled("widths", f"gpt-{width}x{depth}", rank, 16): -5 if rank else -6
-        for width, depth in sizes
-        for rank in (8, 64, 0)
+        scaled("optimizers", task, rank, batch)._replace(method=method): middle
+        for rank in (8, 2, 32, 128)
+        for method, middle in OPTIMIZERS.items()
     }
 
 
@@ -143,6 +158,10 @@ PLANS = {  # the settings of an experiment, each with the middle of its rates, a
     "layers": (layers(), 5),
     "batches": (batches(), 2),
     "widths": (widths(), 3),
+    "optimizers": (
+        optimizers("definitions", 4) | optimizers("movies", 16) | optimizers("order", 16),
+        5,
+    ),
     "reinforce": (
         {scaled("reinforce", "sums", r, 32): -8 if r else -10 for r in (8, 1, 128, 0)},
         3,
@@ -200,10 +219,17 @@ def make_task(setting: Setting) -> Task:
     return task
 
 
-def make_rule(setting: Setting) -> Any:
-    """What a setting trains beside the head."""
+def make_setup(setting: Setting, task: Task) -> variants.Setup:
+    """What a setting trains, and how."""
     pattern, rank = LAYERS[setting.layers], setting.rank
-    return variants.lora(pattern, rank, setting.scale) if rank else jlora.Full(pattern or "params")
+    rule = variants.lora(pattern, rank, setting.scale) if rank else jlora.Full(pattern or "params")
+    how = {
+        "lora": {},
+        "lora_plus": {"after": (jlora.lora_plus(16.0),)},
+        "preconditioned": {"before": (jlora.precondition(1e-6),)},
+        "muon": {"instead": jlora.lora_muon()},
+    }
+    return variants.Setup((*task.head, rule), **how[setting.method])
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -221,8 +247,8 @@ def make_train(setting: Setting) -> Callable[[float, int], dict[str, Any]]:
     """Runs of a setting, a function of rate and seed to columns of the table."""
     if setting.experiment == "reinforce":
         return functools.partial(reinforce, setting)
-    task = make_task(setting._replace(rank=0, layers="all", scale=1.0))
-    variant = variants.Variant("", variants.simple(lambda task: make_rule(setting)))
+    task = make_task(setting._replace(rank=0, layers="all", scale=1.0, method="lora"))
+    variant = variants.Variant("", functools.partial(make_setup, setting))
     runner = variants.make_runner(task, variant)
 
     def train(rate: float, seed: int) -> dict[str, Any]:

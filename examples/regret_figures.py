@@ -17,7 +17,7 @@ decade more.
 import collections
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -95,6 +95,12 @@ def setting_of(row: Row) -> Setting:
     return Setting(*(row[name] for name in Setting._fields))
 
 
+def sizes_of(setting: Setting) -> tuple[int, int]:
+    """Width and depth of the GPT of a setting."""
+    width, _, depth = setting.task.removeprefix("gpt-").partition("x")
+    return int(width), int(depth)
+
+
 def group(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
     """The runs of each setting, in the order of the plans, with bits, right sums or a loss."""
     found, scores = collections.defaultdict(list), {"reinforce": "sampled_after"}
@@ -111,7 +117,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     at = {setting: find_vertices(runs) for setting, runs in groups.items()}
     for setting, runs in groups.items():
         error = find_error(x for other, x in at.items() if other.experiment == setting.experiment)
-        full = at.get(setting._replace(rank=0, scale=1.0)) if setting.rank else None
+        full = at.get(setting._replace(rank=0, scale=1.0, method="lora")) if setting.rank else None
         about, mean, standard_error = tables.best(runs, "score", 1)
         row = setting._asdict() | {"trained": runs[0]["trained"], "runs": len(runs), **about}
         row |= _interval("best_rate", error, at[setting])
@@ -158,10 +164,12 @@ def markdown(rows: Sequence[Row], experiment: str) -> str:
 def loss_lines(rows: Sequence[Row]) -> list[list[str]]:
     """Cells: the best rates, and the losses there; of what varies, and of what is known."""
     table, lines = sorted(summary(rows), key=lambda row: _order(setting_of(row))), []
-    varies = {name for name in ("task", "layers", "batch") if len({row[name] for row in table}) > 1}
+    columns = "task", "layers", "batch", "method"
+    varies = {name for name in columns if len({row[name] for row in table}) > 1}
     for row in table:
-        names = {"task": row["task"], "rank": label(row), "layers": row["layers"]}
-        cells = {"": ", ".join(x for name, x in names.items() if name in varies | {"rank"})}
+        method = METHODS[row["method"]] if row["rank"] else ""
+        names = {"task": row["task"], "rank": label(row), "layers": row["layers"], "method": method}
+        cells = {"": ", ".join(x for k, x in names.items() if x and k in varies | {"rank"})}
         cells["s"] = f"{row['scale']:.3g}" if row["rank"] else ""
         cells["batch"] = str(row["batch"]) if "batch" in varies else ""
         cells |= {"best rate": _cell(row, "best_rate"), "÷ full's": _cell(row, "of_full")}
@@ -189,7 +197,18 @@ def bit_lines(rows: Sequence[Row]) -> list[list[str]]:
 def _order(x: Setting) -> tuple[Any, ...]:
     """By task, batch and layers; s = 32/r before s = 2; by rank, and full fine-tuning last."""
     is_fixed = x.rank > 0 and not SCALES["s = 32/r"](x)
-    return len(x.task), x.task, x.batch, x.layers, is_fixed, x.rank or np.inf
+    size = sizes_of(x)[::-1] if x.task.startswith("gpt") else ()
+    by_method = list(METHODS).index(x.method)
+    return (
+        len(x.task) * (not size),
+        *size,
+        x.task,
+        x.batch,
+        x.layers,
+        is_fixed,
+        x.rank or np.inf,
+        by_method,
+    )
 
 
 def reward_lines(rows: Sequence[Row]) -> list[list[str]]:
@@ -232,6 +251,9 @@ def _scientific(x: float) -> str:
     return f"{x:.1e}".replace("e-0", "e-")
 
 
+METHODS = {"lora": "Adam", "lora_plus": "LoRA+", "preconditioned": "preconditioned", "muon": "Muon"}
+
+
 def label(row: Row) -> str:
     """The rank in words."""
     return f"r = {row['rank']}" if row["rank"] else "full"
@@ -245,6 +267,9 @@ AXES = {
     "rates": ("learning rate", "validation loss"),
     "layers": ("learning rate", "validation loss"),
     "batches": ("batch, at equally many examples", "held-out loss"),
+    "at depth 4": ("width", "best learning rate"),
+    "at width 128": ("depth", "best learning rate"),
+    "optimizers": ("rank", "best learning rate"),
     "at the best rate": ("step", "reward, mean of 8 steps"),  # a panel of its own
     "held-out sums": ("learning rate", "share right"),
 }
@@ -267,6 +292,10 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
         elif experiment == "layers":
             line, panels = setting.layers, [setting.task]
         best, more = tables.best(runs, "score", 1)[0]["rate"], _levels(runs)
+        if experiment in RATED:
+            for panel, name, x in RATED[experiment](setting):
+                found[panel][name][x] = list(10 ** find_vertices(runs))
+            continue
         for row in runs:
             is_best = row["rate"] == best
             points = {row["rate"]: row["validation"] - more[row["seed"]]}
@@ -284,6 +313,23 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
                 for x, y in points.items():
                     lines[line].setdefault(x, []).append(y)
     return found
+
+
+def _by_size(setting: Setting) -> Iterator[tuple[str, str, float]]:
+    """Panel, line and x of a setting of `widths`."""
+    width, depth = sizes_of(setting)
+    line = label(setting._asdict())
+    line += f", {METHODS[setting.method]}" if setting.method != "lora" else ""
+    if depth == 4:
+        yield "at depth 4", line, width
+    if width == 128:
+        yield "at width 128", line, depth
+
+
+RATED = {  # experiments of which best rates are shown: panel, line and x of a setting
+    "widths": _by_size,
+    "optimizers": lambda setting: [(setting.task, METHODS[setting.method], setting.rank)],
+}
 
 
 def curve(row: Row) -> dict[int, float]:
@@ -335,10 +381,10 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
         xlabel, ylabel = AXES[title if title in AXES else experiment]
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.set_xscale("linear" if xlabel == "step" else "log")
-        if experiment == "batches":
+        if experiment in ("batches", *RATED):
             axis.set_xticks(x, x)
             axis.minorticks_off()
-        axis.set_yscale("log" if experiment == "capacity" else "linear")
+        axis.set_yscale("log" if experiment in ("capacity", *RATED) else "linear")
         for side in (axis.xaxis, axis.yaxis):  # labels between powers of ten would overlap
             side.set_minor_formatter(NullFormatter())
         axis.legend(fontsize=8)

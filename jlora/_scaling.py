@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
-from jax.typing import ArrayLike
 
 from ._adapters import is_node
 from ._arrays import einsum, promote

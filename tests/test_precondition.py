@@ -128,10 +128,11 @@ def test_muon_is_the_formula(name: str) -> None:
         (node,), (one,), (two,) = adapter.values(), grads.values(), other.values()
         factors = {"a": model.a, "b": model.b}
         for mine, its in itertools.permutations(factors):
-            x = matrices(getattr(node, its), factors[its])
+            others = matrices(getattr(node, its), factors[its])
             means = 0.09 * getattr(two, mine) + 0.1 * getattr(one, mine)
             actual = matrices(getattr(updates, mine), factors[mine])
-            for x, mean, found in zip(x, matrices(means, factors[mine]), actual, strict=True):
+            each = zip(others, matrices(means, factors[mine]), actual, strict=True)
+            for x, mean, found in each:
                 values, vectors = np.linalg.eigh(x.T @ x)
                 root = vectors * values**-0.5 @ vectors.T
                 u, _, vt = np.linalg.svd(mean @ root, full_matrices=False)
