@@ -22,9 +22,11 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Package(NamedTuple):
@@ -195,26 +197,50 @@ def _hash(text: str) -> int:
     return int(hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest(), 16)
 
 
-def glosses() -> tuple[list[str], list[str]]:
-    """What WordNet says of each of its meanings, for training and for testing, shuffled.
+class Meaning(NamedTuple):
+    """A word of WordNet, what kind of word it is, and one of its meanings, with examples."""
 
-    Some 117,000 short texts: "an entity that has physical existence".
+    word: str
+    kind: str
+    gloss: str
+
+
+KINDS = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
+
+
+@functools.cache
+def meanings() -> tuple[list[Meaning], list[Meaning]]:
+    """Some 117,000 meanings, for training and for testing, shuffled; each gloss is there once.
+
+    A gloss reads "an entity that has physical existence".
     """
     files = [fetch(WORDNET) / Path(member).name for member in WORDNET.members]
-    lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
-    return _split(line.partition(" | ")[2].strip() for line in lines if line[:1] != " ")
+    found = []
+    for line in [line for file in files for line in file.read_text("utf-8").splitlines()]:
+        if line[:1] != " ":  # as the license is
+            fields, _, gloss = line.partition(" | ")
+            _, _, kind, _, word, *_ = fields.split()
+            found.append(Meaning(word.partition("(")[0], KINDS[kind], gloss.strip()))
+    return _split(found, lambda meaning: meaning.gloss)
+
+
+def glosses() -> tuple[list[str], list[str]]:
+    """What WordNet says of each of its meanings."""
+    train, test = meanings()
+    return [x.gloss for x in train], [x.gloss for x in test]
 
 
 def verses() -> tuple[list[str], list[str]]:
     """The paragraphs of the King James Bible, for training and for testing, shuffled."""
     file = fetch(KING_JAMES) / Path(*KING_JAMES.members).name
     text = file.read_text("utf-8").split('"""')[1]  # it is Python, which does not run here
-    return _split(line.replace("[", "").replace("]", "") for line in text.splitlines() if line)
+    lines = (line.replace("[", "").replace("]", "") for line in text.splitlines())
+    return _split(line for line in lines if line)
 
 
-def _split(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+def _split(items: Iterable[T], text: Callable[[T], str] = str) -> tuple[list[T], list[T]]:
     """Each text once, in the order of its hash; one in ten is for testing."""
-    found = {_hash(text): text for text in texts}
+    found = {_hash(text(item)): item for item in items}
     train = [found[key] for key in sorted(found) if key % 10]
     return train, [found[key] for key in sorted(found) if not key % 10]
 

@@ -10,7 +10,9 @@
     rates      1.3 hours   the best rate of full fine-tuning, and of LoRA, by rank and scale
     layers     1.3 hours   all layers, attention or feed-forward alone, with as many parameters
     batches    1.3 hours   batches of 4 to 256 at equally many examples
-    optimizers 7.0 hours   Adam, LoRA+, preconditioning and Muon, by rank, on three tasks
+    forgetting 3.0 hours   what is learned and what is forgotten, by rank and method
+    parts      4.0 hours   as `layers`, on four tasks and more held-out rows
+    optimizers 5.0 hours   Adam, LoRA+, preconditioning and Muon, by rank, on three tasks
     widths     1.5 hours   the best rate by width and depth: GPTs pretrained here learn the Bible
     reinforce  1.0 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
 
@@ -47,27 +49,31 @@ import small_gpts
 import tables
 import trials
 import variants
+from conversations import Text, lay
 from models import gpt, smollm2
 from progress import progress
 from quickstart import Batch, take
 from trials import Task
 
 import jlora
+from jlora import analysis
+from jlora import initializers as starts
 
 ALPHA, SCALE = 32.0, 2.0  # s is ALPHA / r, or SCALE
 RATES = 7  # that are tried at most
 EXAMPLES = 4096  # that a run with any batch sees
+LOOKS, LOOKED = 8, 512  # how often `forgetting` looks at what is new and old, and at how many rows
 FIRST, REWARDED = 20, 32  # steps of `first`, and of `reinforce`
 SHORT = 24  # tokens of its sentences, so that all batches are alike
 ALPHABET, LENGTH = 64, 16  # of random strings
 LAYERS = {
     "all": None,
-    "attention": r"(encoder|layers)/.*(query|key|value|out)/kernel",
-    "feed-forward": r"(encoder|layers)/.*(gate|up|down)/kernel",
+    "attention": r"((encoder|layers)/.*(query|key|value|out)|h/attn/.*)/kernel",
+    "feed-forward": r"((encoder|layers)/.*(gate|up|down)|h/mlp/.*)/kernel",
     "blocks": "h/.*kernel",  # of the tiny GPT, also for full fine-tuning
 }
 OUT = variants.OUT
-OWN = "first", "reinforce"  # whose tables have other columns
+OWN = "first", "forgetting", "reinforce"  # whose tables have other columns
 
 
 class Setting(NamedTuple):
@@ -151,6 +157,33 @@ def optimizers(task: str, batch: int) -> dict[Setting, int]:
     }
 
 
+def forgetting() -> dict[Setting, int]:
+    """Ranks, two methods and full fine-tuning, each on two models."""
+    found = {}
+    for task, batch in (("gpt-256x4", 16), ("glosses", 4)):
+        own = {scaled("forgetting", task, rank, batch): -5 for rank in (8, 1, 64, 256)}
+        eight = next(iter(own))
+        full = scaled("forgetting", task, 0, batch)
+        found |= {**own, full: -7, eight._replace(method="dora"): -5}
+        found |= {eight._replace(method="pissa"): -7}
+    return found
+
+
+def parts() -> dict[Setting, int]:
+    """As `layers`, on four tasks, with more held-out rows."""
+    ranks = {
+        ("gpt-256x4", 16): (8, 21, 13),
+        ("order", 16): (9, 20, 16),
+        ("movies", 16): (9, 20, 16),
+        ("glosses", 4): (8, 21, 13),
+    }
+    return {
+        scaled("parts", task, rank, batch, name): -6
+        for (task, batch), each in ranks.items()
+        for name, rank in zip(LAYERS, each, strict=False)
+    }
+
+
 PLANS = {  # the settings of an experiment, each with the middle of its rates, and the seeds
     "first": ({x: -6 if x.rank else -8 for x in rates("first")}, 3),
     "capacity": (capacity(), 2),
@@ -159,9 +192,11 @@ PLANS = {  # the settings of an experiment, each with the middle of its rates, a
     "batches": (batches(), 2),
     "widths": (widths(), 3),
     "optimizers": (
-        optimizers("definitions", 4) | optimizers("movies", 16) | optimizers("order", 16),
+        optimizers("movies", 16) | optimizers("order", 16) | optimizers("gpt-128x4", 16),
         5,
     ),
+    "forgetting": (forgetting(), 3),
+    "parts": (parts(), 5),
     "reinforce": (
         {scaled("reinforce", "sums", r, 32): -8 if r else -10 for r in (8, 1, 128, 0)},
         3,
@@ -197,6 +232,17 @@ def bible(width: int, depth: int) -> Task:
     )  # fmt: skip
 
 
+def before(setting: Setting) -> Batch:
+    """The text that a task's model has learned before: glosses, or English sentences."""
+    if setting.task.startswith("gpt"):
+        return _as_batch(small_gpts.glosses()[1])
+    *_, tokenizer = smollm2.load(data.smollm2())
+    sentences = data.snippets("editorials")[1]
+    found = [np.array(tokenizer(x.text)["input_ids"][:64], np.int32) for x in sentences]
+    rows = lay([[Text([], ids, np.ones(len(ids), np.float32))] for ids in found])
+    return Batch(rows.ids, rows.segments, rows.counts)
+
+
 def _as_batch(ids: np.ndarray) -> Batch:
     """Rows of text of which every token counts."""
     return Batch(ids, np.ones_like(ids), np.ones(ids.shape, np.float32))
@@ -213,6 +259,8 @@ def make_task(setting: Setting) -> Task:
     if setting.task.startswith("gpt"):
         width, depth = map(int, setting.task.removeprefix("gpt-").split("x"))
         return bible(width, depth)
+    if setting.task == "glosses":
+        return trials.glosses()
     task = trials.TASKS[setting.task]()
     if setting.experiment == "first":
         task = task._replace(steps=FIRST, schedule=lambda steps: optax.constant_schedule(1.0))
@@ -229,7 +277,11 @@ def make_setup(setting: Setting, task: Task) -> variants.Setup:
         "preconditioned": {"before": (jlora.precondition(1e-6),)},
         "muon": {"instead": jlora.lora_muon()},
     }
-    return variants.Setup((*task.head, rule), **how[setting.method])
+    if setting.method == "dora":
+        rule = jlora.DoRA(pattern, rank=rank, alpha=setting.scale * rank)
+    elif setting.method == "pissa":
+        rule = variants.lora(pattern, rank, setting.scale, init=starts.pissa_niter(16))
+    return variants.Setup((*task.head, rule), **how.get(setting.method, {}))
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -255,7 +307,46 @@ def make_train(setting: Setting) -> Callable[[float, int], dict[str, Any]]:
         found = {"steps": task.steps, **runner(rate, seed), "processor": processor()}
         return found | numbered("loss", runner.curve if setting.experiment == "first" else ())
 
-    return train
+    return (
+        functools.partial(forget, setting, task, runner)
+        if setting.experiment == "forgetting"
+        else train
+    )
+
+
+def forget(
+    setting: Setting, task: Task, runner: trials.Runner, rate: float, seed: int
+) -> dict[str, Any]:
+    """Columns of a run that looks `LOOKS` times at what is new and at the text of before."""
+    each, last = {"new": [], "old": []}, {}
+    own = {"new": take(task.held_out, slice(LOOKED)), "old": take(before(setting), slice(LOOKED))}
+
+    def watch(step: int, trained: Any, base: Any) -> None:
+        if step * LOOKS % task.steps == 0:
+            for name, rows in own.items():
+                each[name].append(runner.evaluate(trained, base, rows)[0])
+        if step == task.steps:
+            last["intruders"] = count_intruders(task.params, jlora.merge(base, trained))
+
+    found = {"steps": task.steps, **runner(rate, seed, watch), **last}
+    found["processor"] = processor()
+    for name, losses in each.items():
+        found |= numbered(name, losses)
+    return found
+
+
+def count_intruders(before: Any, after: Any) -> float:
+    """Of the ten largest directions of a weight, how many are none of its own; the mean."""
+    kernels = [
+        x for path, x in jax.tree_util.tree_leaves_with_path(before) if "kernel" in str(path[-1])
+    ]
+    new = [x for path, x in jax.tree_util.tree_leaves_with_path(after) if "kernel" in str(path[-1])]
+    found = []
+    for old, x in zip(kernels, new, strict=True):
+        square = lambda x: x.reshape(*x.shape[:2], -1) if x.ndim > 2 else x  # noqa: E731
+        is_one = analysis.intruder_dimensions(square(old), square(x - old))
+        found += list(np.asarray(is_one).reshape(-1, is_one.shape[-1]).sum(-1))
+    return float(np.mean(found))
 
 
 def numbered(name: str, curve: Any) -> dict[str, float]:

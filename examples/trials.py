@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import quickstart
 import tables
-from conversations import DEFINITIONS, lay, read
+from conversations import DEFINITIONS, Text, encode, lay, read
 from models import llama, smollm2
 from progress import progress
 from quickstart import WARMUP, Batch, take
@@ -151,9 +151,42 @@ def order() -> Task:
 
 def definitions(steps: int = 40, batch: int = 4) -> Task:
     """The definitions of words of `chat.py`, by SmolLM2-135M."""
-    config, variables, tokenizer = smollm2.load(data.smollm2())
-    found = lay([[text] for text in read(DEFINITIONS, tokenizer, WIDTHS[-1])])
-    rows = Batch(found.ids, found.segments, found.counts)
+    model = smollm2.load(data.smollm2())
+    rows = _as_rows(read(DEFINITIONS, model[2], WIDTHS[-1]))
+    parts = take(rows, slice(64, None)), take(rows, slice(32)), take(rows, slice(32, 64))
+    return _answer(model, steps, batch, *parts)
+
+
+def glosses(steps: int = 64, batch: int = 4, held_out: int = 512) -> Task:
+    """The meanings of words of WordNet, by SmolLM2-135M."""
+    model = smollm2.load(data.smollm2())
+    train, test = data.meanings()
+
+    def as_rows(meanings: Sequence[data.Meaning]) -> Batch:
+        found = (
+            [
+                {"role": "user", "content": f'Define the {x.kind} "{x.word.replace("_", " ")}".'},
+                {"role": "assistant", "content": x.gloss.partition('; "')[0]},
+            ]
+            for x in meanings
+        )
+        texts = (encode(messages, model[2]) for messages in found)
+        return _as_rows([text for text in texts if len(text.ids) <= WIDTHS[-1]])
+
+    rows = as_rows(train[: 128 + 2 * steps * batch])
+    parts = take(rows, slice(128, None)), take(rows, slice(128)), as_rows(test[:held_out])
+    return _answer(model, steps, batch, *parts)
+
+
+def _as_rows(texts: Sequence[Text]) -> Batch:
+    found = lay([[text] for text in texts])
+    return Batch(found.ids, found.segments, found.counts)
+
+
+def _answer(model: Any, steps: int, batch: int, *parts: Batch) -> Task:
+    """Answers by SmolLM2-135M; `parts` are for training, for validation and held out."""
+    config, variables, _ = model
+    train, validation, held_out = parts
     return Task(
         llama.Llama(config).apply,
         variables,
@@ -164,9 +197,9 @@ def definitions(steps: int = 40, batch: int = 4) -> Task:
         rate=-6,
         steps=steps,
         batch=batch,
-        train=take(rows, slice(64, None)),
-        validation=take(rows, slice(32)),
-        held_out=take(rows, slice(32, 64)),
+        train=train,
+        validation=validation,
+        held_out=held_out,
     )
 
 
@@ -238,8 +271,13 @@ class Runner:
         self.step, self.score = step, jax.jit(score)
         self.curve = np.zeros(0)  # the losses of the last run's steps
 
-    def __call__(self, rate: float, seed: int) -> dict[str, Any]:
-        """Trains and evaluates, to six digits; `seconds` are the processor's."""
+    def __call__(
+        self, rate: float, seed: int, watch: Callable[[int, Any, Any], None] = lambda *_: None
+    ) -> dict[str, Any]:
+        """Trains and evaluates, to six digits; `seconds` are the processor's.
+
+        `watch` is called with the number of steps so far, what is trained and the base.
+        """
         start, task, losses = time.process_time(), self.task, []
         example = task.inputs(take(task.train, slice(task.batch)))
         base, trained = self.init(jax.random.key(seed), task.params, *example)
@@ -247,9 +285,11 @@ class Runner:
         state = self.tx.init(trained)
         shape = np.asarray(jax.jit(jax.vmap(task.schedule(task.steps)))(np.arange(task.steps)))
         batches = draw_batches(task, task.steps, seed)
+        watch(0, trained, base)
         for i, rows in enumerate(progress(batches, leave=False)):
             trained, state, loss = self.step(trained, state, base, rows, rate * shape[i])
             losses.append(loss)
+            watch(i + 1, trained, base)
         self.curve = np.array(jax.device_get(losses))
         found["loss"] = float(self.curve[-20:].mean())
         for name in ("validation", "held_out"):
