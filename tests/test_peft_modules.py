@@ -237,7 +237,7 @@ def tree_of(path: str, shape: tuple[int, ...]) -> Any:
 FOREIGN = ("params/layers_0/kernel", "linear/w")
 
 
-@pytest.mark.parametrize("table", some(peft.TABLES, "bert", "easydel"))
+@pytest.mark.parametrize("table", some(peft.TABLES, "bert", "llama4"))
 def test_a_table_refuses_other_models(table: str, tmp_path: Folder) -> None:
     """Both ways, and says what it is for and what else to give."""
     names = peft.TABLES[table]
@@ -272,7 +272,7 @@ def test_a_table_refuses_the_models_of_others(table: str) -> None:
 
 
 # Whose layers are called the same.
-ALIKE = {"llama", "llama-scanned", "easydel", "gpt-oss", "llama4"}
+ALIKE = {"llama", "llama-scanned", "gpt-oss", "llama4"}
 
 
 def first_alike(table: str) -> str:
