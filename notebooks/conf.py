@@ -25,6 +25,7 @@ TREE = {
             loops/linen loops/nnx loops/equinox loops/haiku
             loops/keras loops/tunix loops/maxtext""",
         "By task": """loops/tokens loops/dpo loops/grpo
+            loops/privacy loops/mixing
             loops/evaluation loops/stopping loops/orbax adapters""",
         "By size": """loops/accumulation loops/precision quantized
             loops/remat loops/sharding loops/hosts pods""",
