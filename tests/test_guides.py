@@ -4,6 +4,8 @@ The blocks of a page run in order and share their names. A block of output right
 it prints, and what it leaves in `losses` has fallen.
 """
 
+import importlib
+import inspect
 import json
 import os
 import pathlib
@@ -128,6 +130,21 @@ def test_every_page_has_an_address_of_its_own():
     """A page and a notebook of one name would be written to one place."""
     pages = [p.with_suffix("") for kind in ("*.md", "*.ipynb") for p in GUIDES.rglob(kind)]
     assert len(set(pages)) == len(pages)
+
+
+HIDDEN = {"jlora.extend.Node", "jlora.types.RankRule", "jlora.many.init"}  # their own arguments
+
+
+def test_the_reference_shows_what_to_give():
+    """No class or function hides its arguments behind `*args, **kwargs`."""
+    pages = "".join(path.read_text() for path in (GUIDES / "reference").glob("*.md"))
+    found = set(re.findall(r"auto(?:class|function):: (jlora[\w.]*)\.(\w+)\n", pages))
+    assert len(found) > 100
+    for module, name in found - {x for x in found if x[0] in ("jlora.keras", "jlora.torch")}:
+        if f"{module}.{name}" not in HIDDEN:
+            thing = getattr(importlib.import_module(module), name)
+            own = inspect.signature(thing) if callable(thing) else ""
+            assert not re.search(r"\*args\b|\*\*kwargs\b", str(own)), (name, own)
 
 
 def texts() -> dict[str, str]:
