@@ -12,13 +12,14 @@ from sphinx import addnodes
 # The pages below each page, by caption. Their titles are their labels.
 TREE = {
     "index": {
-        "": """start concepts loops/index files_and_serving
-            reference/index"""
+        "": """start choose loops/index files_and_serving
+            reference/index project"""
     },
-    "start": {"": "quickstart versions migration errors changelog"},
-    "concepts": {
-        "Choose": "rules variants costs",
-        "Understand": "internals paper section7 methods",
+    "start": {"": "quickstart concepts errors"},
+    "choose": {"": "rules variants costs"},
+    "project": {
+        "Releases": "versions migration changelog",
+        "Background": "internals paper section7 methods",
     },
     "loops/index": {
         "By framework": """loops/torch loops/image_lora loops/plain
