@@ -6,6 +6,7 @@ what only a TPU has. Needs vllm-tpu and PEFT.
 
 import importlib.util
 import pathlib
+import types
 
 import pytest
 
@@ -62,12 +63,24 @@ VERDICTS: dict[str, dict[str, list[str]]] = {
 
 @pytest.mark.parametrize("model", VERDICTS)
 def test_verdicts(model: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`check` gives that of the engine, whose models are those of PyTorch."""
-    monkeypatch.setenv("MODEL_IMPL_TYPE", "vllm")
+    """`check` gives that of the engine, with models in PyTorch; it has no Phi-3 in JAX."""
+    monkeypatch.setenv("MODEL_IMPL_TYPE", "auto" if model == "phi3" else "vllm")
     wanted = {name: verdict for verdict, names in VERDICTS[model].items() for name in names}
     found, said = ask(tmp_path, model, list(wanted), engine=ENGINE, worker=WORKER, **OPTIONS)
     assert found == wanted
     assert said == {name: IGNORED if x == OTHERS else x for name, x in wanted.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("Llama", "flax_nnx"), ("GptOss", "vllm"), ("Qwen3Moe", "vllm")]
+)
+def test_auto(name: str, path: str) -> None:
+    """Which models the engine takes by default, of those that it has in both."""
+    from tpu_inference.models.common.model_loader import resolve_model_architecture
+
+    config = types.SimpleNamespace(architectures=[f"{name}ForCausalLM"])
+    model = types.SimpleNamespace(hf_config=config)
+    assert resolve_model_architecture(types.SimpleNamespace(model_config=model), False) == path
 
 
 # Why the engine serves no adapter of a base, with `--enable-lora`.
