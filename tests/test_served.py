@@ -236,6 +236,7 @@ OURS: dict[str, tuple[tuple[LoRA, ...], Fields]] = {
     "ours on NF4": (MIXED, VLLM | {"scheme": jlora.NF4()}),
 }
 
+BY_EXPERTS = "ours shared by experts"
 ALSO = " for vLLM"  # an adapter, written with the profile
 # Adapters that say what another says.
 LIKE = {
@@ -295,7 +296,7 @@ VERDICTS: dict[str, dict[str, list[str]]] = {
     "qwen3.5-moe": {SERVED: ["experts one by one"], REFUSED: ["experts", "experts for vLLM"]},
     "gemma4-moe": {SERVED: ["experts one by one"], REFUSED: ["experts", "experts for vLLM"]},
     "gpt-oss": {
-        SERVED: ["experts", "experts for vLLM", "experts swapped for vLLM"],
+        SERVED: ["experts", "experts for vLLM", "experts swapped for vLLM", BY_EXPERTS],
         REFUSED: ["experts swapped", "half of experts", "experts one by one"],
     },
     "mixtral": {IGNORED: ["experts", "experts for vLLM"]},
@@ -366,6 +367,26 @@ def save_ours(base: pathlib.Path, folder: pathlib.Path, rules: Any, options: Fie
     peft.save(folder, frozen, adapter, names, profile=options.get("profile"))
 
 
+def save_by_experts(folder: pathlib.Path) -> None:
+    """Of jlora, of all experts of gpt-oss together: all have the same A, or the same B."""
+
+    def model(params: Any, x: jax.Array) -> jax.Array:  # (d)
+        def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
+            each = jnp.einsum("i,eio->eo", x, p["gate_up"])[:, ::2]
+            return jnp.einsum("eo,eod->d", each, p["down"]), None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    place, form = "model.layers.{}.mlp.experts", {"transposed": True, "is_transposed": True}
+    names = [peft.Name(x, place, "leio", f"{x}_proj", **form) for x in ("gate_up", "down")]
+    params = {"gate_up": jnp.ones((2, 4, 128, 384)), "down": jnp.ones((2, 4, 192, 128))}
+    rules = LoRA("gate_up", rank=3, share="inputs"), LoRA("down", rank=3, share="outputs")
+    frozen, adapter = jlora.transform(model, *rules).init(jax.random.key(0), params, jnp.ones(128))
+    leaves, tree = jax.tree.flatten(adapter)
+    moved = [x + 0.15 * jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
+    peft.save(folder, frozen, jax.tree.unflatten(tree, moved), names, profile="vllm")
+
+
 def make(base: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.Path:
     """Writes the adapter of this name into its folder, after the one that it is made of."""
     place = folder / name
@@ -377,6 +398,8 @@ def make(base: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.Path:
         make_adapter(base, place, OPTIONS[name])
     elif name in EDITS:
         edit(make(base, folder, LIKE.get(name, "plain")), place, EDITS[name])
+    elif name == BY_EXPERTS:
+        save_by_experts(place)
     else:
         save_ours(base, place, *OURS[name])
     return place
