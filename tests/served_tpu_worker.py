@@ -1,7 +1,8 @@
 """Serves adapters by tpu-inference on a CPU: `python served_tpu_worker.py BASE OUT ADAPTER...`.
 
 Does what `served_worker.py` does. What only a TPU has is replaced: the kernel of attention by the
-same in JAX, options of the compiler by none, and the size of the memory by a constant.
+same in JAX, options of the compiler by none, and the size of the memory by a constant. In 32 bits,
+weights are copied once more. `tests/test_served_tpu.py` runs it.
 """
 
 import os
@@ -40,8 +41,7 @@ def attend(
     token, request = jnp.arange(len(q)), jnp.searchsorted(starts[1:], jnp.arange(len(q)), "right")
     is_real, request = request < counts[-1], jnp.minimum(request, len(lengths) - 1)
     at = lengths[request] - starts[request + 1] + token
-    flat = cache.reshape(-1, *cache.shape[2:4], cache.shape[-1])
-    flat = flat.reshape(len(flat), -1, cache.shape[-1])
+    flat = cache.reshape(len(cache) * size, -1, cache.shape[-1])
     new = jnp.stack([k, v], 2).reshape(len(k), 2 * heads, width)
     slot = jnp.where(is_real, slots[request, at], len(flat))
     flat = flat.at[slot, : 2 * heads, :width].set(new.astype(flat.dtype), mode="drop")
