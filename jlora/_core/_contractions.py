@@ -187,9 +187,8 @@ class _Ragged(Product):
     group_sizes: jax.Array
 
     def base(self, x: jax.Array) -> jax.Array:
-        return self.w.w.multiply(
-            lambda w, x, sizes: self.eqn.bind(x, w, sizes), x, self.group_sizes
-        )
+        w = self.w.w.in_turn(*self.roles.stack)
+        return w.multiply(lambda w, x, sizes: self.eqn.bind(x, w, sizes), x, self.group_sizes)
 
     def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
         x = delta.drop(x.astype(self.dtype))

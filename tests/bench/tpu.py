@@ -8,9 +8,10 @@ differentiated by JAX.
 "At least" is what the small products read and compute, as if all else were part of the products
 with W.
 
-The counts are the same on every machine; they are no times. The body of a scan counts once. XLA's
-bytes are those that its operations access, in any memory; those "moved" are to and from main
-memory, and so are what a TPU's bandwidth bounds.
+The counts are the same on every machine; they are no times. The body of a scan counts once, of a
+loop that unpacks experts only where bytes "moved" are not meant. XLA's bytes are those that its
+operations access, in any memory; those "moved" are to and from main memory, and so are what a TPU's
+bandwidth bounds.
 """
 
 import functools
@@ -254,7 +255,8 @@ def step(shape: Layer, chip: str, *trained: Any, options: Any = None) -> Cost:
     devices = shape.mesh[0] * shape.mesh[1]
     slices = {1: "2x2x1" if chip == "v5p" else "2x2", 8: "2x2x2" if chip == "v5p" else "2x4"}
     mesh = mesh_for(f"{chip}:{slices[devices]}", shape.mesh)
-    return _cost(compile_step(shape, mesh, *trained, options=options))
+    runs = 1 if shape.layers else max(shape.experts, 1)  # of the loop that unpacks experts
+    return _cost(compile_step(shape, mesh, *trained, options=options), runs)
 
 
 def compile_step(
@@ -303,9 +305,9 @@ def _compiled(
     return jax.jit(both).lower(trained, frozen, x, x).compile(options)
 
 
-def _cost(program: jax.stages.Compiled) -> Cost:
+def _cost(program: jax.stages.Compiled, runs: int = 1) -> Cost:
     cost: Any = program.cost_analysis()
-    return Cost(cost["flops"], cost["bytes accessed"], traffic.main_memory(program.as_text()))
+    return Cost(cost["flops"], cost["bytes accessed"], traffic.main_memory(program.as_text(), runs))
 
 
 @functools.cache
