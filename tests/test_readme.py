@@ -117,7 +117,6 @@ def test_the_reference_has_every_public_name(module: str) -> None:
         if not name.startswith("_") and callable(value) and value.__module__.startswith("jlora")
     }
     pages = "".join(p.read_text() for p in (ROOT / "notebooks" / "reference").glob("*.md"))
-    said = set(
-        re.findall(rf"^\.\. auto\w+:: {re.escape(found.__name__)}\.(\w+)(?:\(.*\))?$", pages, re.MULTILINE)
-    )
+    entry = rf"^\.\. auto\w+:: {re.escape(found.__name__)}\.(\w+)(?:\(.*\))?$"
+    said = set(re.findall(entry, pages, re.MULTILINE))
     assert public - said == set()
