@@ -14,14 +14,14 @@ import contextlib
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 import pod_plan
-from jax.experimental import pallas as pl
+from home import flash
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
@@ -143,37 +143,6 @@ def pallas_for(mesh: Any) -> Iterator[None]:
 def rotated_flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """With the rotations of `h100`."""
     return flash(*h100.rotate(q, k), v)
-
-
-@jax.custom_vjp
-def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """What XLA sees of a flash attention: kernels of these operands and results, which do nothing.
-
-    cuDNN's own cannot be compiled where its library is missing.
-    """
-    return _forward(q, k, v)[0]
-
-
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
-    batch, length, heads, _ = q.shape
-    sums = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-    mixed, sums = _kernel(q, sums)(q, k, v)
-    return mixed, (q, k, v, mixed, sums)
-
-
-def _backward(saved: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(_kernel(*saved[:3])(*saved, g))
-
-
-flash.defvjp(_forward, _backward)
-
-
-def _kernel(*results: Any) -> Callable[..., list[jax.Array]]:
-    def body(*refs: Any) -> None:
-        first = (0,) * refs[-1].ndim
-        refs[-1][first] = jnp.zeros((), refs[-1].dtype)
-
-    return pl.pallas_call(body, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results])
 
 
 LAYER = tpu.SHAPES["grouped queries"]._replace(length=4096)  # 2 × 4,096 tokens of Llama 3 8B

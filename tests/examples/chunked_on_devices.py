@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from laws import assert_close
-from methods_on_devices import is_explicit
 from meshes import adapter_of, compiled, lines, mesh_of, moved, normal, put
+from methods_on_devices import is_explicit
 from test_chunked import whole
 
 import jlora
@@ -24,19 +24,23 @@ HEADS = {
     "DoRA": jlora.DoRA("w|head", rank=2),
     "Full": jlora.Full("head"),
     "NF4": jlora.LoRA("w|head", rank=2),
+    "tied": jlora.LoRA("w|table", rank=2),
+    "tied Full": jlora.Full("table"),
+    "tied Rows": jlora.Rows("table", (3, 17)),
 }
 
 
-def slope_of(form, rule):
+def slope_of(form, kind):
     """The sum of the log-probabilities with a weight each, and its gradient in the adapter."""
 
     def model(p, ids):
         rows = jax.typeof(ids).sharding.spec[:1]
         out = P(*rows, None, None) if is_explicit() else None
         h = jnp.tanh(p["table"].at[ids[:, :-1]].get(out_sharding=out) @ p["w"])
-        return form(lambda h: h @ p["head"], h, ids[:, 1:])
+        head = p["table"].T if kind.startswith("tied") else p["head"]
+        return form(lambda h: h @ head, h, ids[:, 1:])
 
-    lora = jlora.transform(model, rule)
+    lora = jlora.transform(model, HEADS[kind])
 
     def f(adapter, base, ids, weights):
         return (weights * lora.apply(base, adapter, ids)).sum()
@@ -51,8 +55,8 @@ def by_chunks(*args):
 @pytest.mark.parametrize("kind", HEADS)
 def test_eight_devices_are_one(kind):
     """Values and gradients; what is moved is no more than with whole logits, in each chunk."""
-    lora, expected = slope_of(whole, HEADS[kind])
-    _, found = slope_of(by_chunks, HEADS[kind])
+    lora, expected = slope_of(whole, kind)
+    _, found = slope_of(by_chunks, kind)
     params, mesh = PARAMS, mesh_of()
     if kind == "NF4":
         params = jlora.quantize(PARAMS, jlora.NF4("w|head", block=32))
@@ -66,7 +70,7 @@ def test_eight_devices_are_one(kind):
         program = compiled(found, *args, put(WEIGHTS, mesh, P("fsdp")))
         eight = program(*args, put(WEIGHTS, mesh, P("fsdp")))
     assert_close(jax.device_get(eight), jax.device_get(one), 1e-10, "eight devices are one")
-    sizes = [size for _, size in moved(program)]; print(moved(program))
+    sizes = [size for _, size in moved(program)]
     assert max(sizes) < ROWS * LENGTH * DIM  # the hidden states of all rows are nowhere
 
 
@@ -74,11 +78,11 @@ def test_eight_devices_are_one(kind):
 def test_explicit_axes(kind):
     """The head says how its logits are sharded, as along explicit axes every product does."""
     mesh = lines()[AxisType.Explicit]
-    lora, expected = slope_of(whole, HEADS[kind])
+    lora, expected = slope_of(whole, kind)
     adapter = adapter_of(lora, PARAMS, IDS)
     one = jax.jit(expected)(adapter, PARAMS, IDS, WEIGHTS)
     with jax.set_mesh(mesh):
-        _, found = slope_of(by_chunks, HEADS[kind])
+        _, found = slope_of(by_chunks, kind)
         args = (put(x, mesh, spec) for x, spec in ((adapter, P()), (PARAMS, P()), (IDS, P("d"))))
         eight = jax.jit(found)(*args, put(WEIGHTS, mesh, P("d")))
     assert_close(jax.device_get(eight), jax.device_get(one), 1e-10, "explicit axes")

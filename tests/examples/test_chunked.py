@@ -138,7 +138,8 @@ def test_the_model_of_the_examples(tied, last):
 class Bare(ast.NodeTransformer):
     """Drops what a page has no room for: docstrings and annotations."""
 
-    def visit_FunctionDef(self, node):  # noqa: N802
+    def visit_FunctionDef(self, node):
+        """Of a function."""
         self.generic_visit(node)
         node.returns = None
         if ast.get_docstring(node):
@@ -146,6 +147,7 @@ class Bare(ast.NodeTransformer):
         return node
 
     def visit_arg(self, node):
+        """Of an argument."""
         node.annotation = None
         return node
 
