@@ -12,9 +12,9 @@ The decoder has the shapes of the models: their products, experts, cache-free at
 vocabulary. Norms of queries, biases, sinks and windows are left out, which take no memory to speak
 of. Lengths are 8 to 15 times a power of two. A length fits if the compiled step's peak is at most
 the device's memory: a device of 16, 24, 40 or 80 GB has 0.95 of as many GiB, and runs the program
-of the compiler for H100s; a v5e has what its own compiler allows.
+of the compiler for H100s; a v5e has what its own compiler allows, which is told to hurry.
 
-Each compiled step is a row of OUT/home.csv, so that a run that was stopped goes on.
+Each compiled step is a row of `--out`, so that a run that was stopped goes on.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SHARE = 0.95  # of a GPU's memory, as with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
 CHUNK = 512
 LENGTHS = [m * 2**k for k in range(7, 16) for m in range(8, 16)]  # 1,024 to 491,520
 FIRST = 8192  # to compile
-# The TPU's compiler in a hurry; peaks change by 1%.
+# The TPU's compiler in a hurry: else a step takes it minutes. The peaks are those of this program.
 FAST = {"optimization_level": "O0"}
 
 
