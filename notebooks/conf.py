@@ -29,7 +29,8 @@ TREE = {
             loops/privacy loops/mixing
             loops/evaluation loops/stopping loops/orbax adapters""",
         "By size": """loops/accumulation loops/precision quantized
-            loops/remat loops/sharding loops/hosts pods""",
+            loops/remat loops/logits loops/home loops/sharding
+            loops/hosts pods""",
     },
     "files_and_serving": {
         "": "loops/checkpoints files untrusted serve"

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from bench import tpu, traffic
+from bench import logits, tpu, traffic
 from jax.sharding import PartitionSpec
 from small import some, some_rows
 
@@ -69,6 +69,14 @@ def test_a_layer_of_llama_7b():
     assert ours.size <= 1.24 * floor.size
     assert ours.moved <= 1.24 * floor.moved
     assert ours.moved <= 0.99 * plain.moved
+
+
+@pytest.mark.parametrize("head", some(logits.HEADS, "frozen"))
+def test_logits_are_never_whole(head):
+    whole, ours = (logits.step("v5e", head, form) for form in logits.FORMS)
+    assert whole.has_logits and not ours.has_logits
+    assert ours.peak <= whole.peak - 3.5e9
+    assert ours.flops <= logits.LIMITS[head] * whole.flops
 
 
 @pytest.mark.parametrize("rank", some([8, 64], 64))
