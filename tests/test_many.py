@@ -27,8 +27,8 @@ LAYOUT = jlora.types.Layout((), (0,), (1,))
 
 
 def is_routed(case: Case) -> bool:
-    """Whether the whole call of a case can be a row: its model can be mapped over."""
-    return case.sites > 0 and case.jit and case.vmap and case.subject != "model"
+    """Whether the whole call of a case can be a row."""
+    return case.sites > 0 and case.jit and case.subject != "model"
 
 
 DAILY = ("convolution-side by side", "experts-gathered")  # of the first case of a subject

@@ -20,6 +20,7 @@ from .._adapters import (
     stop_gradients,
     weight_shape,
 )
+from .._core import ROWS
 from .._errors import InputError
 from .._tree import check_fits, leaves_by_path, nest
 from .._types import Path, PyTree, short
@@ -118,7 +119,8 @@ def route(
                 return move_rows_first(out, out_axes, length)
 
             first = rows[::length]
-            over_runs = jax.vmap(apply_run, (0, 0, batch.axes), spmd_axis_name=spmd_axis_name)
+            names = {"axis_name": ROWS, "spmd_axis_name": spmd_axis_name}
+            over_runs = jax.vmap(apply_run, (0, 0, batch.axes), **names)
             out = over_runs(first, _gather(own, first, base), batch.cut(length))
             return join_runs(out, out_axes)
 
