@@ -116,12 +116,12 @@ def route(
                 chosen = {path: _with_gate(x, i) for path, x in beside.items()}
                 args, kwargs = batch.arguments(run)
                 out = apply(base, nest(own | chosen), *args, **kwargs)
-                return move_rows_first(out, out_axes, length)
+                return _mark(move_rows_first(out, out_axes, length), i >= slots)
 
             first = rows[::length]
             names = {"axis_name": ROWS, "spmd_axis_name": spmd_axis_name}
             over_runs = jax.vmap(apply_run, (0, 0, batch.axes), **names)
-            out = over_runs(first, _gather(own, first, base), batch.cut(length))
+            out = over_runs(first, _gather(own, first, slots, base), batch.cut(length))
             return join_runs(out, out_axes)
 
         try:
@@ -211,28 +211,33 @@ def _concatenate(node: LowRank, slots: int) -> Routed:
 
 
 def _with_gate(node: Routed, i: jax.Array) -> Routed:
-    """Returns a node with the gate of slot `i`, or NaN if there is no such slot."""
+    """Returns a node with the gate of slot `i`."""
     gate = (jnp.arange(node.slots) == i).astype(jnp.float32)
-    gate = jnp.where(i < node.slots, gate, jnp.nan)
     return node._replace(gate=jnp.repeat(gate, node.a.shape[-1] // node.slots))
 
 
-def _gather(leaves: Leaves, ids: jax.Array | np.ndarray, base: PyTree) -> Leaves:
-    """Returns the leaves of each slot in `ids`; -1 gives the base, an id out of range NaN."""
-    ids = jnp.asarray(ids)
+def _gather(leaves: Leaves, ids: jax.Array | np.ndarray, slots: int, base: PyTree) -> Leaves:
+    """Returns the leaves of each slot in `ids`, and the base where an id is no slot."""
     params = dict(leaves_by_path(base)) if leaves else {}
-
-    def take(x: jax.Array, without: ArrayLike) -> jax.Array:
-        found = jnp.take(x, ids, axis=0, mode="fill", fill_value=jnp.nan)
-        is_slot = lax.expand_dims(ids >= 0, range(1, x.ndim))
-        return jnp.where(is_slot, found, jnp.asarray(without, x.dtype))
+    take = functools.partial(jnp.take, indices=jnp.where(ids < 0, slots, ids), axis=0, mode="fill")
 
     def take_leaf(path: Path, leaf: AdapterLeaf) -> AdapterLeaf:
-        if not isinstance(leaf, Node):
-            return take(leaf, params[path])
-        return jax.tree.map(lambda x: take(x, 0), leaf)
+        if isinstance(leaf, Node):
+            return jax.tree.map(lambda x: take(x, fill_value=0), leaf)
+        is_slot = lax.expand_dims((ids >= 0) & (ids < slots), range(1, leaf.ndim))
+        return jnp.where(is_slot, take(leaf, fill_value=0), jnp.asarray(params[path], leaf.dtype))
 
     return {path: take_leaf(path, leaf) for path, leaf in leaves.items()}
+
+
+def _mark(out: PyTree, is_wrong: jax.Array) -> Any:
+    """Returns NaN in place of results for an id that is out of range."""
+
+    def mark(x: jax.Array) -> jax.Array:
+        floating = jnp.issubdtype(x.dtype, jnp.inexact)
+        return jnp.where(is_wrong, jnp.asarray(jnp.nan, x.dtype), x) if floating else x
+
+    return jax.tree.map(mark, out)
 
 
 # ------------------------------------------------------------------------- the rows of a batch
