@@ -51,8 +51,13 @@ def route(
       infinity in one slot's A does not reach the outputs of other rows, but it reaches gradients
       through the site. One in B reaches all rows. Where W is used transposed, as in a tied head, A
       and B change roles.
-    - gathered: each row takes its A and B out of the table. The rank is r only, but A and B are
-      read for each row, and rows are multiplied one at a time. A slot never reaches other rows.
+    - gathered: each row takes its A and B out of the table where they are used. The rank is r only,
+      but A and B are read for each row, and rows are multiplied one at a time. A slot never reaches
+      other rows.
+
+    Products of groups of tokens with experts, `jax.lax.ragged_dot`, are computed for all rows at
+    once, adapted or not. JAX cannot take a gradient of one inside of `apply`; differentiate the
+    routed function instead.
 
     `stack` and `insert` refuse known values that are not finite, so both forms are safe. Leaves
     trained in full are gathered.
