@@ -93,6 +93,19 @@ def test_merging_forms_no_delta(rank):
     assert traffic.main_memory(merge.as_text()) == pytest.approx(2 * 4 * 2 * n * n, rel=0.02)
 
 
+WIDE = tpu.SMALL._replace(dim=2048, hidden=5632, heads=16, groups=16, batch=64)
+ROUTED = [(32, 0, 1.5), (1, 0, 2.1), (1, 4, 2.1)]  # tokens, layers, bytes over one adapter's
+
+
+@pytest.mark.parametrize(("length", "layers", "moved"), some_rows(ROUTED, ROUTED[2]))
+def test_gathered_adapters(length, layers, moved):
+    """64 of rank 16 take one's operations; a scan takes rows of its own layer out of the table."""
+    shape = WIDE._replace(length=length, layers=layers)
+    one, ours = tpu.routed(shape, 1, None), tpu.routed(shape, 64, "gathered", prepared=True)
+    assert ours.flops <= 1.05 * one.flops
+    assert ours.moved <= moved * one.moved
+
+
 @pytest.mark.slow
 def test_query_and_value():
     floor, ours = (step(tpu.SMALL, "v5e", *form) for form in (["floor"], ["jlora", 8, r"[qv]"]))

@@ -15,6 +15,7 @@ bandwidth bounds.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -178,14 +179,15 @@ def routes(quick: bool) -> list[dict[str, Any]]:
         shape = layer._replace(batch=64, length=length, layers=layers)
         one = routed(shape, 1, None)
         for slots in (8, 64):
-            for form in (*FORMS, "prepared"):
-                cost = routed(shape, slots, form)
+            for form, prepared in itertools.product(FORMS, (False, True)):
+                cost = routed(shape, slots, form, prepared)
                 rows.append(
                     {
                         "tokens a row": length,
                         "scanned": layers,
                         "adapters": slots,
                         "form": form,
+                        "prepared": prepared,
                         "FLOPs": cost.flops / one.flops,
                         "bytes": cost.size / one.size,
                         "moved": cost.moved / one.moved,
@@ -194,7 +196,7 @@ def routes(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def routed(shape: Layer, slots: int, form: str | None) -> Cost:
+def routed(shape: Layer, slots: int, form: str | None, prepared: bool = False) -> Cost:
     """A forward pass of rows with `slots` adapters, or of one for all without a form."""
     mesh = mesh_for("v5e:2x2", (1, 1))
     w = {k: spec(mesh, s, PartitionSpec()) for k, s in _stacked(shape).items()}
@@ -204,9 +206,8 @@ def routed(shape: Layer, slots: int, form: str | None) -> Cost:
         return _cost(jax.jit(lora.apply).lower({"w": w}, adapter, x).compile())
     table = jax.tree.map(lambda v: spec(mesh, (slots, *v.shape), PartitionSpec()), adapter)
     ids = jax.ShapeDtypeStruct((shape.batch,), jnp.int32, sharding=x.sharding)
-    if form == "prepared":
-        form = FORMS[0]
-        table = jax.eval_shape(functools.partial(many.prepare, form=form), table)
+    if prepared:
+        table = jax.eval_shape(many.prepare, table)
         table = jax.tree.map(lambda v: spec(mesh, v.shape, PartitionSpec()), table)
     f = many.route(lora.apply, form=form)
     return _cost(jax.jit(f).lower({"w": w}, table, ids, x).compile())
