@@ -6,6 +6,7 @@ takes a tenth of the time. What is fused is the same.
 
 from typing import Any
 
+import jlora
 from jlora._compat import HURRIED
 from jlora._progress import progress
 
@@ -13,21 +14,24 @@ from . import report, tpu
 
 WIDE = tpu.Layer(dim=5120, hidden=13824, heads=40, groups=8, batch=1, length=4096)
 ATTENTION = {"xla_tpu_dot_dot_fusion_duplicated": "true"}
-OPTIONS = {"": {}, "sums": tpu.FUSED, "attention": ATTENTION, "both": tpu.FUSED | ATTENTION}
 RANK = 8
 
 
 def run(quick: bool) -> None:
     """A row for each chip, choice of options and of what is trained."""
     shape, chips = (tpu.SMALL, ("v5e",)) if quick else (WIDE, ("v5e", "v6e", "v5p"))
-    work = [(chip, fused) for chip in chips for fused in OPTIONS]
+    ours = jlora.compiler_options("tpu")
+    options = {"": {}, "sums": ours, "attention": ATTENTION, "both": ours | ATTENTION}
+    work = [(chip, *choice) for chip in chips for choice in options.items()]
     rows = [row for args in progress(work, "fusions") for row in measure(shape, *args)]
     report.table(f"fusions: r = {RANK}, over the frozen step's without options", rows)
 
 
-def measure(shape: tpu.Layer, chip: str, fused: str) -> list[dict[str, Any]]:
+def measure(
+    shape: tpu.Layer, chip: str, fused: str, options: dict[str, Any]
+) -> list[dict[str, Any]]:
     """The rows of a chip with one choice of options."""
-    options = HURRIED | OPTIONS[fused]
+    options = HURRIED | options
     floor = tpu.step(shape, chip, "floor", options=HURRIED)
     programs = {"floor": tpu.step(shape, chip, "floor", options=options)}
     programs["at least"] = tpu.at_least(shape, RANK, programs["floor"])

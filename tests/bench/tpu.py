@@ -31,8 +31,6 @@ from jlora.many._route import FORMS
 from . import report, traffic
 
 SCALE = 2.0
-# Makes x·W + h·B one operation, where XLA else writes one product, reads it again and adds.
-FUSED = {"xla_tpu_enable_multi_level_output_dot_dot_fusion": "true"}
 ATTENTION = functools.partial(jax.nn.dot_product_attention, is_causal=True)
 WEIGHTS = {  # of a matrix, along the axes of the mesh
     **dict.fromkeys(("q", "k", "v", "gate", "up"), PartitionSpec("fsdp", "tensor")),
