@@ -63,6 +63,16 @@ def test_a_wide_layer(chip):
     assert ours.size <= 1.06 * floor.size
 
 
+@pytest.mark.parametrize(
+    ("chip", "limit"), some_rows([("v5e", 1.38), ("v6e", 1.38), ("v5p", 1.38)], ("v5e", 1.38))
+)
+def test_a_layer_with_a_flash_attention(chip, limit):
+    """Of Llama 7B, whose bytes to and from main memory are few; LoRA cannot do without 22%."""
+    floor = tpu.step(fusions.FLASH, chip, "floor", options=HURRIED)
+    ours = tpu.step(fusions.FLASH, chip, "jlora", fusions.RANK, options=HURRIED | OPTIONS)
+    assert ours.moved <= limit * floor.moved
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("layer", "limit"), LIMITS)
 def test_all_linear(layer, limit):
