@@ -214,7 +214,8 @@ def plan(
     exact = (of_base, of_adapter, of_state, of_args, of_adapter)
     device = _device(mesh)
     capacity = _capacity(device) if capacity is None else capacity
-    peak, program, unconstrained, missing = None, None, False, ()
+    peak, program, unconstrained = None, None, False
+    missing: tuple[str, ...] = ()
     step = _step(loss, tx)
     if compile is False or abstract:
         jax.eval_shape(step, *operands)  # so that errors of the loss are raised
