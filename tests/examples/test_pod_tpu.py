@@ -76,8 +76,6 @@ FORMS = {
     "scan": jlora.LoRA(rank=8),
     "share": jlora.LoRA("layers/.*kernel", rank=8, share="inputs"),
 }
-
-
 BETWEEN = [(form, topology) for topology in CHIPS for form in FORMS]
 DAILY = [("scan", "v5e:4x4"), ("plain", V5P), ("share", "v6e:4x4")]
 
