@@ -83,7 +83,7 @@ def make_step(apply: Callable[..., jax.Array], tx: optax.GradientTransformation)
         total, count = answer_nll(Partial(apply, base, adapter), rows)
         return total / count
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=jlora.compiler_options())
     def step(state, base, rows):
         loss, grads = jax.value_and_grad(loss_fn)(state.adapter, base, rows)
         updates, optimizer = tx.update(grads, state.optimizer, state.adapter)

@@ -99,7 +99,7 @@ def make_programs(
         kl = (weights * kl).sum()
         return beta * kl - (weights * gains[:, None] * own).sum(), kl
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=jlora.compiler_options())
     def step(state, base, *answers):
         grads, kl = jax.grad(loss_fn, has_aux=True)(state.adapter, base, *answers)
         updates, optimizer = tx.update(grads, state.optimizer, state.adapter)

@@ -172,7 +172,7 @@ def _make_step(name: str, rank: int, sizes: Sizes, mesh: Any) -> Step:
         adapter = {"layers": {k: base["layers"][k] for k in norms}}
         base = {**base, "layers": {k: x for k, x in base["layers"].items() if k not in norms}}
     loss = partial(_loss, apply)
-    options = None
+    options = jlora.compiler_options(None if mesh is None else "tpu")
     plan = jlora.plan(loss, base, adapter, (ids,), tx, compile=True, compiler_options=options)
     return Step(plan, adapter, base, ids, tx)
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
@@ -33,8 +34,6 @@ from jlora.many._route import FORMS
 from . import report, traffic
 
 SCALE = 2.0
-# Makes x·W + h·B one operation, where XLA else writes one product, reads it again and adds.
-FUSED = {"xla_tpu_enable_multi_level_output_dot_dot_fusion": "true"}
 ATTENTION = functools.partial(jax.nn.dot_product_attention, is_causal=True)
 WEIGHTS = {  # of a matrix, along the axes of the mesh
     **dict.fromkeys(("q", "k", "v", "gate", "up"), PartitionSpec("fsdp", "tensor")),
@@ -80,6 +79,13 @@ class Layer(NamedTuple):
         attention = {"norm1": (d,), "q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d)}
         perceptron = {"norm2": (d,), "gate": (*e, d, f), "up": (*e, d, f), "down": (*e, f, d)}
         return attention | perceptron
+
+
+def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The causal attention of Pallas, of arrays of tokens, then heads."""
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5
+    return flash_attention(q, k, v, causal=True, sm_scale=scale).transpose(0, 2, 1, 3)
 
 
 LLAMA = Layer(dim=4096, hidden=11008, heads=32, groups=32, batch=2, length=2048)
