@@ -5,6 +5,10 @@
         print(kind, count, size)
 
 Counted in XLA's optimized HLO, where a loop's body stands once and its trip count beside it.
+
+Bytes are those that a device receives from others, with an all-reduce done in a ring. So they do
+not depend on the way that XLA takes: an all-gather's result has the device's own part in it, and
+the permutations of which XLA makes it where it multiplies part by part have not.
 """
 
 import math
@@ -23,6 +27,12 @@ _TRIPS = re.compile(r'known_trip_count[^\d]*"?n"?[^\d]*(\d+)')
 _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _CONSTANT = re.compile(r"^(\d+)\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+# How many devices join: `replica_groups=[4,2]<=[8]` has groups of 2, as `{{0,1},{2,3}}` has, and
+# `mesh['x'=4,'y'=2] {'x'}` of 4.
+_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_GROUP = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_DEVICES = re.compile(r"num_partitions=(\d+)")
 
 
 class Collective(NamedTuple):
@@ -30,7 +40,7 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: as HLO calls it, such as `all-reduce`.
-        size: bytes of its result on a device, each time.
+        size: bytes that a device receives, each time.
         count: how often it runs.
         shape: of its result, as HLO writes it.
     """
@@ -48,6 +58,7 @@ def collectives(hlo: str) -> list[Collective]:
         ValueError: if a loop with a collective in it has no known trip count.
     """
     computations, entry = _parse(hlo)
+    all_devices = _DEVICES.search(hlo)
     found: dict[tuple[str, str], Collective] = {}
     for number, (shape, op, rest, count) in enumerate(_run(computations, entry, 1)):
         kind = op.removesuffix("-start")
@@ -57,12 +68,14 @@ def collectives(hlo: str) -> list[Collective]:
         if kind in KINDS and key not in found:
             if count is None:
                 raise ValueError(f"{op} of {shape} is in a loop without a known trip count.")
-            found[key] = Collective(kind, _size(_result(shape, op)), count, shape)
+            devices = _devices(rest) or (int(all_devices[1]) if all_devices else 1)
+            size = _received(kind, _size(_result(shape, op)), devices)
+            found[key] = Collective(kind, size, count, shape)
     return list(found.values())
 
 
 def summary(found: list[Collective]) -> dict[str, tuple[int, int]]:
-    """For each kind how often it runs and the bytes of all its results; and of all as `total`."""
+    """For each kind how often it runs and the bytes of all of them; and of all kinds as `total`."""
     rows = {}
     for kind in (*KINDS, "total"):
         mine = [c for c in found if kind in (c.kind, "total")]
@@ -112,6 +125,27 @@ def _trips(computations: Mapping[str, list[Instruction]], loop: str) -> int | No
     constants = [_CONSTANT.match(rest) for _, op, rest in instructions if op == "constant"]
     bounds = [int(c[1]) for c in constants if c]
     return bounds[0] if len(bounds) == 1 else None
+
+
+def _devices(instruction: str) -> int | None:
+    """How many devices a collective joins; None for all."""
+    if groups := _GROUPS.search(instruction):
+        return int(groups[1])
+    if group := _GROUP.search(instruction):
+        return len(group[1].split(","))
+    if mesh := _MESH.search(instruction):
+        sizes = dict(axis.split("=") for axis in mesh[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in mesh[2].split(","))
+    return None
+
+
+def _received(kind: str, result: int, devices: int) -> int:
+    """Bytes that each of some devices receives in a collective with a result of so many bytes."""
+    if kind == "collective-permute":
+        return result
+    if kind == "reduce-scatter":
+        return result * (devices - 1)
+    return result * (devices - 1) * (2 if kind == "all-reduce" else 1) // devices
 
 
 def _result(shape: str, op: str) -> str:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.tree_util import Partial
 from quickstart import take
 from transformers import PreTrainedTokenizerFast
@@ -156,16 +155,16 @@ def lay(rows: Sequence[Sequence[Text]], multiple: int = 1) -> Rows:
     return laid
 
 
-def answer_nll(logits_fn: Callable[..., jax.Array], rows: Rows) -> tuple[jax.Array, jax.Array]:
+def answer_nll(model_fn: Callable[..., jax.Array], rows: Rows) -> tuple[jax.Array, jax.Array]:
     """The negative log-likelihood of the answers in nats, and their number of tokens."""
-    logits = logits_fn(rows.ids[:, :-1], rows.segments[:, :-1], rows.positions[:, :-1])
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows.ids[:, 1:])
+    given = (x[:, :-1] for x in (rows.ids, rows.segments, rows.positions))
+    log_probs = model_fn(*given, labels=rows.ids[:, 1:])
     counts = rows.counts[:, 1:]  # (rows, length - 1)
-    return (nll * counts).sum(), counts.sum()
+    return -(log_probs * counts).sum(), counts.sum()
 
 
-def mean_nll(logits_fn: Partial, rows: Rows, batch: int) -> float:
+def mean_nll(model_fn: Partial, rows: Rows, batch: int) -> float:
     """The mean negative log-likelihood per answer token, over `batch` rows at a time."""
     nll, starts = jax.jit(answer_nll), range(0, len(rows.ids), batch)
-    total, count = np.sum([nll(logits_fn, take(rows, slice(s, s + batch))) for s in starts], axis=0)
+    total, count = np.sum([nll(model_fn, take(rows, slice(s, s + batch))) for s in starts], axis=0)
     return float(total / count)

@@ -90,9 +90,8 @@ def make_programs(
 
     def loss_fn(adapter, base, ids, counts, gains):
         def log_probs(adapter):  # of the answers' tokens, (B, T)
-            logits, _ = apply(base, adapter, ids[:, :-1], cache=start(base, adapter, ids))
-            nats = optax.softmax_cross_entropy_with_integer_labels
-            return -nats(logits[:, -TOKENS:], ids[:, -TOKENS:])
+            cache, answers = start(base, adapter, ids), ids[:, -TOKENS:]
+            return apply(base, adapter, ids[:, :-1], cache=cache, labels=answers)[0]
 
         own, reference = log_probs(adapter), log_probs({})
         kl = jnp.exp(reference - own) - (reference - own) - 1  # at least 0; its mean is the KL
@@ -100,7 +99,7 @@ def make_programs(
         kl = (weights * kl).sum()
         return beta * kl - (weights * gains[:, None] * own).sum(), kl
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=jlora.compiler_options())
     def step(state, base, *answers):
         grads, kl = jax.grad(loss_fn, has_aux=True)(state.adapter, base, *answers)
         updates, optimizer = tx.update(grads, state.optimizer, state.adapter)

@@ -282,7 +282,10 @@ def make_job(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Job:
         start=jax.jit(start, out_shardings=places_of(base)),
         init=jax.jit(init, out_shardings=places_of(state)),
         step=jax.jit(
-            make_step(loss_fn, tx), donate_argnums=0, out_shardings=(places_of(state), every)
+            make_step(loss_fn, tx),
+            donate_argnums=0,
+            out_shardings=(places_of(state), every),
+            compiler_options=jlora.compiler_options(),
         ),
     )
 

@@ -90,12 +90,14 @@ def measure(
     names: Any,
     options: dict[str, Any] | None = None,
 ) -> Row:
-    """Compiles a step for a topology, with the compiler's `options`.
+    """Compiles a step for a topology, with jlora's options for the compiler and others.
 
     `names` are the rules for the model's logical axes.
     """
     mesh = mesh_of(topology, axes)
     loss, base, adapter, args, tx = job(method, mesh)
+    platform = "cuda" if topology.startswith("cuda") else "tpu"
+    options = jlora.compiler_options(platform) | (options or {})
     with jax.set_mesh(mesh), nn.logical_axis_rules(names):
         plan = jlora.plan(loss, base, adapter, args, tx, compiler_options=options)
         jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(adapter, base, *args)

@@ -144,6 +144,8 @@ def check_kept(params: PyTree) -> Callable[[], None]:
 def _remedy_for(x: object) -> str:
     if _is_a("keras", "Variable", x):
         return f" Give {_NAMED}."
+    if _is_a("flax.nnx", "HijaxVariable", x):
+        return " Make the module without HiJAX: with flax.nnx.var_defaults(hijax=False)."
     if callable(x):
         return (
             " Separate the arrays from the rest and combine both in the function. In Equinox: "

@@ -97,6 +97,8 @@ def _explain_not_linear(rule: Rule, site: Site, sites: Sites) -> str:
     if not jnp.issubdtype(site.dtype, jnp.floating):
         why = f"of dtype {site.dtype}, which is not floating-point"
         remedy = ""
+        if jnp.issubdtype(site.dtype, jnp.integer):
+            narrow += ", or, if these are codes of a weight, quantize it with jlora.quantize"
     elif len(site.shape) < 2:
         why = f"of shape {site.shape}, which is not a matrix"
         if better := _suggest_pattern(rule, site, sites):

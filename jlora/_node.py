@@ -1,6 +1,7 @@
 """The base class of nodes, and what `Node.axes` determines."""
 
 import dataclasses
+import inspect
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar, NoReturn, Self, TypeGuard
@@ -50,6 +51,7 @@ class Node(tuple[Any, ...]):
     _fields: ClassVar[tuple[str, ...]] = ()
     _field_defaults: ClassVar[Mapping[str, Any]]
     _made: ClassVar[Any]  # the named tuple with the fields of the class
+    __signature__: ClassVar[inspect.Signature]  # of its fields, for help() and the reference
     _expected: ClassVar[tuple[tuple[int, str, Callable[[Any], bool]], ...]]  # static fields
     __array_ufunc__: ClassVar = None  # so that NumPy's numbers leave products to the node
 

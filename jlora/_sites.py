@@ -77,7 +77,8 @@ class Sites:
     """The sites of a model: the weights that can be adapted. Iteration yields each `Site`.
 
     `print` shows a table, in which three or more equal layers share a row: it reads
-    `layer_0…11/query/kernel` with the shape `12 × 768×768` and the parameters of all twelve.
+    `layer_0…11/query/kernel` with the shape `12 × 768×768` and the parameters of all twelve. Below
+    it stands why weights are not sites, by the number of the note.
 
     Attributes:
         leaves: every parameter leaf in tree order, also those that are not sites.
@@ -124,8 +125,9 @@ class Sites:
         columns = dict(_COLUMNS)
         if all(s.scheme is None for s in shown):
             del columns["scheme"]
-        if all(s.kind is not None or s.rule is not None for s in shown):
-            del columns["reason"]
+        reasons = list(dict.fromkeys(filter(None, map(_reason, shown))))
+        if reasons:
+            columns["note"] = lambda s, n: str(reasons.index(r) + 1) if (r := _reason(s)) else "-"
         paths = [s.path or "(root)" for s in shown]
         cells = [tuple(cell(s, 1) for cell in columns.values()) for s in shown]
         folded = fold_numbers(paths, cells) if fold else [(p, [n]) for n, p in enumerate(paths)]
@@ -133,7 +135,8 @@ class Sites:
             (path, *(cell(shown[ns[0]], len(ns)) for cell in columns.values()))
             for path, ns in folded
         ]
-        lines = align_columns(("path", *columns), rows, {"parameters", "rank", "trainable"})
+        numbers = {"parameters", "rank", "trainable", "note"}
+        lines = align_columns(("path", *columns), rows, numbers)
         rule = "─" * max(map(len, lines))
         share = 100 * self.trainable / max(self.total, 1)
         adapted = sum(s.is_adapted for s in self.leaves)
@@ -143,13 +146,14 @@ class Sites:
         )
         if self.missed:
             total += f"; {len(self.missed)} more weights have no factored form"
-        return "\n".join([lines[0], rule, *lines[1:], rule, total])
+        notes = [f"note {i}: {reason}" for i, reason in enumerate(reasons, 1)]
+        return "\n".join([lines[0], rule, *lines[1:], rule, total, *notes])
 
 
 def _reason(site: Site) -> str:
-    """Says why a leaf is not a site."""
+    """Says why a leaf is not a site; "" if it is one."""
     no_site = site.kind is None and site.rule is None and site.unsupported_uses
-    return f"used in {site.unsupported_uses[0]}" if no_site else "-"
+    return f"used in {site.unsupported_uses[0]}" if no_site else ""
 
 
 def _shape(site: Site, n: int) -> str:
@@ -180,5 +184,4 @@ _COLUMNS = {  # functions of a site and of the number of equal sites in its row
     "rank": lambda s, n: _rank(s),
     "trainable": lambda s, n: "-" if s.rule is None else f"{n * s.trainable:,}",
     "scheme": lambda s, n: "-" if s.scheme is None else spell(s.scheme),
-    "reason": lambda s, n: _reason(s),
 }

@@ -12,22 +12,25 @@ from sphinx import addnodes
 # The pages below each page, by caption. Their titles are their labels.
 TREE = {
     "index": {
-        "": """start concepts loops/index files_and_serving
-            reference/index"""
+        "": """start choose loops/index files_and_serving
+            reference/index project"""
     },
-    "start": {"": "quickstart versions migration errors changelog"},
-    "concepts": {
-        "Choose": "rules variants costs",
-        "Understand": "internals paper section7 methods",
+    "start": {"": "quickstart concepts errors"},
+    "choose": {"": "rules variants costs"},
+    "project": {
+        "Releases": "versions migration changelog",
+        "Background": "internals paper section7 methods",
     },
     "loops/index": {
         "By framework": """loops/torch loops/image_lora loops/plain
             loops/linen loops/nnx loops/equinox loops/haiku
             loops/keras loops/tunix loops/maxtext""",
         "By task": """loops/tokens loops/dpo loops/grpo
+            loops/privacy loops/mixing
             loops/evaluation loops/stopping loops/orbax adapters""",
         "By size": """loops/accumulation loops/precision quantized
-            loops/remat loops/sharding loops/hosts pods""",
+            loops/remat loops/logits loops/home loops/sharding
+            loops/hosts pods""",
     },
     "files_and_serving": {
         "": "loops/checkpoints files untrusted serve"

@@ -30,14 +30,13 @@ def start(base: str, **options: Any) -> Any:
     return LLM(
         model=base,
         skip_tokenizer_init=True,
-        enable_lora=True,
         max_lora_rank=16,
         dtype="float32",
         max_model_len=64,
         max_num_seqs=2,
         enforce_eager=True,
         seed=0,
-        **options,
+        **{"enable_lora": True} | options,
     )
 
 
@@ -111,8 +110,9 @@ def main(base: str, out: str, *adapters: str) -> None:
     try:
         engine = start(base, **options)
         answers[""] = answer(engine, None, kind)
-    except ValueError as error:  # a model that takes no adapters
-        answers = {pathlib.Path(path).name: str(error) for path in adapters}
+    except Exception as error:  # a model that takes no adapters
+        text = f"{type(error).__name__}: {error}"
+        answers = {pathlib.Path(path).name: text for path in adapters}
         adapters = ()
     for i, path in enumerate(adapters, 1):
         name = pathlib.Path(path).name

@@ -7,11 +7,11 @@ x·W + h·B alone: it is part of a product, or of a kernel that the frozen layer
 import functools
 
 import pytest
-from small import some_rows
+from small import some, some_rows
 
 pytest.importorskip("jax_cuda12_plugin")
 
-from bench import gpu
+from bench import gpu, logits
 
 step = functools.cache(gpu.step)
 # layer, kernels of products, the most bytes of all-linear and of q, v over the floor's
@@ -43,3 +43,11 @@ def test_query_and_value(layer, kernels, _, limit):
     floor, ours = (step(layer, kernels, *gpu.FORMS[form]) for form in ("floor", "q, v"))
     assert ours.size <= limit * floor.size
     assert ours.passes <= floor.passes + 2
+
+
+@pytest.mark.parametrize("head", some(logits.HEADS, "frozen"))
+def test_logits_are_never_whole(head):
+    whole, ours = (logits.step("H100", head, form) for form in logits.FORMS)
+    assert whole.has_logits and not ours.has_logits
+    assert ours.peak <= whole.peak - 3.5e9
+    assert ours.flops <= logits.LIMITS[head] * whole.flops

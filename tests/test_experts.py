@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from messages import refused
 from peft_files import Folder, come_back
-from small import array, every, randomize
+from small import array, assert_same, every, randomize
 
 import jlora
-from jlora import DoRA, LoRA, checkpoint, initializers, many, peft
+from jlora import DoRA, Full, LoRA, checkpoint, initializers, many, peft
 
 # Qwen3-30B-A3B: its layers, experts and widths.
 LAYERS, EXPERTS, WIDTH, HIDDEN, QUERIES, KEYS = 48, 128, 2048, 768, 32 * 128, 4 * 128
@@ -82,24 +82,112 @@ def make(*rules: LoRA) -> tuple[Any, Any, jlora.types.Transformed, jax.Array]:
 
 
 def test_ragged_products_cannot_be_mapped() -> None:
-    """Over adapters or rows: JAX has no rule for them, and the error names the weight."""
+    """Over adapters: JAX has no rule for them, and the error names the weight."""
 
     def apply(p: Any, x: jax.Array) -> jax.Array:
-        rows = x.reshape(-1, 6)  # `route` gives a batch of one
-        return jax.lax.ragged_dot(rows, p["w"], jnp.array([1, 2])).reshape(*x.shape[:-1], 4)
+        return jax.lax.ragged_dot(x, p["w"], jnp.array([1, 2]))
 
     params, x = {"w": array(2, 6, 4)}, array(3, 6)
     base, adapter = (lora := jlora.transform(apply, LoRA("w", rank=2))).init(
         jax.random.key(0), params, x
     )
     table = many.stack([adapter, adapter])
-    facts = "'w'", "which JAX cannot map", "Use jax.lax.map"
+    facts = "'w'", "which JAX cannot map", "Use jlora.many.route or jax.lax.map"
     with refused(NotImplementedError, "ragged_dot_general", *facts):
         jax.vmap(lora.apply, (None, 0, None))(base, table, x)
-    with refused(NotImplementedError, "ragged_dot_general", *facts):
-        many.route(lora.apply)(base, table, jnp.array([0, 1]), jnp.stack([x, x]))
     y = jax.lax.map(lambda a: lora.apply(base, a, x), table)
     np.testing.assert_allclose(y[1], lora.apply(base, adapter, x), rtol=1e-6)
+
+
+DEPTH, LENGTH, CHOICES = 2, 7, 4  # tokens that choose the last of four are in no group
+
+
+def routers(p: Any, x: jax.Array) -> jax.Array:
+    """Layers in a scan, each with a dense weight, a router and experts in groups: (rows, 7, 8)."""
+
+    @jax.checkpoint
+    def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
+        h = jnp.tanh(x.reshape(-1, 8) @ p["q"])
+        choice = jnp.argmax(h[:, :CHOICES], axis=1)
+        order = jnp.argsort(choice)
+        sizes = jnp.bincount(choice, length=CHOICES)[:3].astype(jnp.int32)
+        up = jnp.tanh(jax.lax.ragged_dot(h[order], p["up"], sizes))
+        y = jnp.zeros_like(h).at[order].set(jax.lax.ragged_dot(up, p["down"], sizes))
+        return x + y.reshape(x.shape), None
+
+    return jax.lax.scan(layer, x, p)[0]
+
+
+ROUTERS = {"q": (DEPTH, 8, 8), "up": (DEPTH, 3, 8, 12), "down": (DEPTH, 3, 12, 8)}
+OF_TABLES: dict[str, tuple[tuple[Any, ...], Any, Any]] = {  # rules, scheme, dtype
+    "all": ((LoRA(rank=2),), None, "float32"),
+    "dense alone": ((LoRA("q", rank=2),), None, "float32"),
+    "sharing inputs": ((LoRA("up|q", rank=2, share="inputs"),), None, "float32"),
+    "in full": ((LoRA("q", rank=2), Full("up")), None, "float32"),
+    "bfloat16": ((LoRA(rank=2),), None, "bfloat16"),
+    "NF4": ((LoRA(rank=2),), jlora.NF4("q|up|down", double=False), "float32"),
+    "NF4, dense alone": ((LoRA("q", rank=2),), jlora.NF4("q|up|down", double=False), "float32"),
+    "Int8, sharing outputs": (
+        (LoRA("down|q", rank=2, share="outputs"),),
+        jlora.Int8("q|up|down"),
+        "float32",
+    ),
+}
+FORMS_OF = [None, "side by side", "gathered"]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    every(OF_TABLES, FORMS_OF, daily=[("all", FORMS_OF[1]), ("NF4, dense alone", FORMS_OF[2])]),
+)
+def test_each_row_of_routed_experts_is_its_adapters(name: str, form: Any) -> None:
+    """Of traced and of known ids, in one program and eagerly; ranks differ, -1 is the base."""
+    rules, scheme, dtype = OF_TABLES[name]
+    params = {path: jnp.asarray(array(*s) / 2, dtype) for path, s in ROUTERS.items()}
+    x = jnp.asarray(array(6, LENGTH, 8), dtype)
+    adapters = []
+    for rank in (2, 1):
+        of_rank = (r if isinstance(r, Full) else r.of_rank(rank) for r in rules)
+        lora = jlora.transform(routers, *of_rank)
+        base, adapter = jax.jit(lora.init)(jax.random.key(1), params, x[:1])
+        adapters.append(randomize(adapter))
+    base = base if scheme is None else jlora.quantize(base, scheme, sites=lora.sites(params, x[:1]))
+    ids = np.array([0, 0, 1, 1, -1, -1])
+    alone = jax.jit(lora.apply)
+    rows = [alone(base, adapters[i] if i >= 0 else {}, x[k : k + 1]) for k, i in enumerate(ids)]
+    expected = jnp.concatenate(rows).astype(jnp.float32)
+    assert jnp.abs(expected[:2] - alone(base, {}, x[:2])).max() > 0.05
+    table = many.stack(adapters, base=base)
+    routed = many.route(lora.apply, form=form)
+    for y in (
+        jax.jit(routed)(base, table, jnp.asarray(ids), x),
+        jax.jit(lambda *args: routed(*args[:2], ids, args[2]))(base, table, x),
+        routed(base, table, ids, x),
+    ):
+        assert_same(y.astype(np.float32), expected, 1e-5 if dtype == "float32" else 0.02)
+
+
+def test_no_adapter_of_experts_reaches_other_rows() -> None:
+    """Values and gradients of rows whose slots are finite are finite where they are gathered."""
+    params = {path: array(*shape) / 2 for path, shape in ROUTERS.items()}
+    lora, x = jlora.transform(routers, LoRA(rank=2)), array(3, LENGTH, 8)
+    base, adapter = jax.jit(lora.init)(jax.random.key(1), params, x[:1])
+    good = randomize(adapter)
+    table = many.stack([good, good])
+    broken = jax.tree.map(lambda v: v.at[1].set(jnp.nan), table)
+
+    @jax.jit
+    def both(table: Any) -> Any:
+        def loss(x: jax.Array) -> Any:
+            route = many.route(lora.apply, form="gathered")
+            y = route(base, table, jnp.array([0, 1, -1]), x)
+            return y.sum(), y
+
+        return jax.grad(loss, has_aux=True)(x)
+
+    for actual, expected in zip(both(broken), both(table), strict=True):
+        np.testing.assert_allclose(actual[::2], expected[::2], rtol=1e-5, atol=1e-5)
+        assert np.isnan(actual[1]).any()
 
 
 OUTER = [LoRA("up", rank=2, share="inputs"), LoRA("down", rank=2, share="outputs")]

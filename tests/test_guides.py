@@ -4,6 +4,8 @@ The blocks of a page run in order and share their names. A block of output right
 it prints, and what it leaves in `losses` has fallen.
 """
 
+import importlib
+import inspect
 import json
 import os
 import pathlib
@@ -130,6 +132,21 @@ def test_every_page_has_an_address_of_its_own():
     assert len(set(pages)) == len(pages)
 
 
+HIDDEN = {"jlora.extend.Node", "jlora.types.RankRule", "jlora.many.init"}  # their own arguments
+
+
+def test_the_reference_shows_what_to_give():
+    """No class or function hides its arguments behind `*args, **kwargs`."""
+    pages = "".join(path.read_text() for path in (GUIDES / "reference").glob("*.md"))
+    found = set(re.findall(r"auto(?:class|function):: (jlora[\w.]*)\.(\w+)\n", pages))
+    assert len(found) > 100
+    for module, name in found - {x for x in found if x[0] in ("jlora.keras", "jlora.torch")}:
+        if f"{module}.{name}" not in HIDDEN:
+            thing = getattr(importlib.import_module(module), name)
+            own = inspect.signature(thing) if callable(thing) else ""
+            assert not re.search(r"\*args\b|\*\*kwargs\b", str(own)), (name, own)
+
+
 def texts() -> dict[str, str]:
     """The Markdown of all pages, of notebooks and of the README, by path."""
     root = GUIDES.parent
@@ -221,6 +238,50 @@ def _nnx(names: Names) -> None:
     merged.eval()
     close(adapted(x), merged(x))
     assert np.abs(merged.layers[1].mean[...]).max() > 0.01
+
+
+@of("nnx", 2)
+def _nnx_optimizer(names: Names) -> None:
+    """What was saved is A, B, their moments and two counts of steps; all comes back."""
+    assert jlora.count(names["found"]) == 3 * jlora.count(names["adapted"].adapter) + 2
+
+
+@of("nnx", 5)
+def _nnx_table(names: Names) -> None:
+    """Each row gets what its adapter gives it alone."""
+    y, x, model = (names[name] for name in ("y", "x", "model"))
+    close(y[2], model(x[2:3])[0])
+    close(y[1], names["adapted"](x[1:2])[0])
+
+
+@of("privacy", 1)
+def _privacy(names: Names) -> None:
+    """The noise is new at each step; the norm is that of clipped gradients, and of noise."""
+    grads = jax.vmap(jax.grad(names["loss_fn"]), (None, None, 0, 0))
+    each = grads(names["adapter"], names["base"], names["x"], names["y"])
+    first, state = names["private"].update(each, names["private"].init(names["adapter"]))
+    second, _ = names["private"].update(each, state)
+    noise = optax.tree.norm(jax.tree.map(jnp.subtract, first, second)) / 2**0.5
+    expected = 0.5 / len(names["x"]) * jlora.count(first) ** 0.5
+    assert abs(noise - expected) < 0.1 * expected
+    assert optax.tree.norm(first) < 1 + 2 * expected
+
+
+@of("mixing")
+def _mixing(names: Names) -> None:
+    """The weighted sum, exactly."""
+    change = lambda node: node.scale * node.a @ node.b  # noqa: E731
+    style, subject, mixed = (names[name]["up"] for name in ("style", "subject", "mixed"))
+    close(change(mixed), 0.7 * change(style) + change(subject))
+
+
+@of("plain", 1)
+def _second_derivatives(names: Names) -> None:
+    """The gradient through the inner step, beside a finite difference."""
+    adapter, grads, meta = (names[name] for name in ("adapter", "grads", "meta"))
+    along = lambda h: meta(jax.tree.map(lambda v, g: v + h * g, adapter, grads))  # noqa: E731
+    slope = (along(1e-3) - along(-1e-3)) / 2e-3
+    assert abs(slope - optax.tree.norm(grads) ** 2) < 0.01 * abs(slope)
 
 
 @of("accumulation")

@@ -27,8 +27,8 @@ LAYOUT = jlora.types.Layout((), (0,), (1,))
 
 
 def is_routed(case: Case) -> bool:
-    """Whether the whole call of a case can be a row: its model can be mapped over."""
-    return case.sites > 0 and case.jit and case.vmap and case.subject != "model"
+    """Whether the whole call of a case can be a row."""
+    return case.sites > 0 and case.jit and case.subject != "model"
 
 
 DAILY = ("convolution-side by side", "experts-gathered")  # of the first case of a subject
@@ -140,7 +140,7 @@ def test_ranks_scales_and_full_leaves_differ(form: str | None) -> None:
         loss = lambda *args: (lora.apply(*args) ** 2).sum()  # noqa: E731
         return [many.route(f, form=form)(base, table, ids, X) for f in (lora.apply, loss)]
 
-    prepared = jax.jit(functools.partial(many.prepare, form=form))(table)
+    prepared = jax.jit(many.prepare)(table)
     expected = alone(adapters)
     for given in (table, prepared):
         y, losses = routed(given, jnp.array(IDS))
@@ -187,11 +187,11 @@ def test_form_follows_from_the_size() -> None:
     """Side by side are the sites of which A and B of all slots are a quarter of W, or less."""
     lora, base, [adapter] = made(1)
 
-    def forms(slots: int) -> dict[str, str]:
+    def are_beside(slots: int) -> dict[str, bool]:
         seen = {}
 
         def apply(base: Any, adapter: Any, x: jax.Array) -> jax.Array:
-            seen.update({path: type(node).__name__ for path, node in adapter.items()})
+            seen.update({path: adapter[path].gate.ndim == 1 for path in ("w", "v")})
             return lora.apply(base, adapter, x)
 
         def routed(adapter: Any) -> jax.Array:
@@ -199,11 +199,11 @@ def test_form_follows_from_the_size() -> None:
             return many.route(apply)(base, table, np.array(IDS) % slots, X)
 
         jax.eval_shape(routed, adapter)
-        return {path: seen[path] for path in ("w", "v")}
+        return seen
 
-    assert forms(1) == {"w": "Routed", "v": "LowRank"}  # 112 of 3,072, 52 of 192
-    assert forms(6) == {"w": "Routed", "v": "LowRank"}
-    assert forms(7) == {"w": "LowRank", "v": "LowRank"}
+    assert are_beside(1) == {"w": True, "v": False}  # 112 of 3,072, 52 of 192
+    assert are_beside(6) == {"w": True, "v": False}
+    assert are_beside(7) == {"w": False, "v": False}
 
 
 def test_rows_lie_along_any_axis() -> None:
@@ -400,7 +400,7 @@ def given() -> types.SimpleNamespace:
         base=base,
         adapters=adapters,
         table=table_of_all(),
-        prepared=jax.jit(functools.partial(many.prepare, form="side by side"))(table_of_all()),
+        prepared=jax.jit(many.prepare)(table_of_all()),
         broken=adapters[0] | broken,
         two=many.stack([{"w": node(2)}, {"w": node(1)}]),
         dora=dora,
@@ -444,7 +444,7 @@ WRONG: dict[type[Exception], dict[str, Callable[[Any], Any]]] = {
         "`adapters` ... v ... is not finite": lambda t: many.insert(t.table, 0, t.broken),
         # Zeros in DoRA's magnitudes are no adapter of the base: neither -1 nor an empty slot.
         "`adapters` ... w ... a Decomposed": lambda t: call(t.dora.apply, t.params, t.doras),
-        "`adapters` ... w ... is a Decomposed": lambda t: many.prepare(t.doras, form="gathered"),
+        "`adapters` ... w ... is a Decomposed": lambda t: many.prepare(t.doras),
         "`adapters` ... w ... Decomposed": lambda t: many.insert(t.doras, 0, {}),
         "`adapters` ... w ... (6, 5)": lambda t: many.insert(t.two, 0, {"w": node(1, (6, 5))}),
         "`adapters` ... v ... is not a site of the table": lambda t: many.insert(
@@ -470,9 +470,6 @@ WRONG: dict[type[Exception], dict[str, Callable[[Any], Any]]] = {
         "`adapters` ... c ... Give `base`": lambda t: many.remove(t.table, 0),
         "c ... in `base`, got (4,)": lambda t: many.remove(
             t.table, 0, base=t.base | {"c": jnp.ones(5)}
-        ),
-        "`form` ... is 'gathered' ... prepared side by side": lambda t: call(
-            t.apply, t.base, t.prepared, form="gathered"
         ),
         "`form` ... one of 'side by s": lambda t: many.route(t.apply, form="x"),
         "argument [0][0] after `ids` must": lambda t: call(t.apply, t.base, t.table, [0, 1]),

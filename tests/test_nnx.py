@@ -162,6 +162,14 @@ def test_lora_plus_says_what_to_chain_instead() -> None:
         nnx.Optimizer(adapted, jlora.precondition(1e-6), wrt=nnx.LoRAParam)
 
 
+def test_variables_of_hijax_are_refused() -> None:
+    rngs = nnx.Rngs(0)
+    with nnx.var_defaults(hijax=True):
+        model = nnx.Linear(4, 8, rngs=rngs)
+    with refused(TypeError, "params", "HijaxVariable", "flax.nnx.var_defaults(hijax=False)"):
+        jlora.nnx.adapt(model, jlora.LoRA("kernel"), rngs=rngs, example=(jnp.ones((1, 4)),))
+
+
 def test_a_base_that_a_start_changes_is_another_module() -> None:
     model = Layers()
     kernel = model.up.kernel[...]

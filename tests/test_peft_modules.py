@@ -237,7 +237,7 @@ def tree_of(path: str, shape: tuple[int, ...]) -> Any:
 FOREIGN = ("params/layers_0/kernel", "linear/w")
 
 
-@pytest.mark.parametrize("table", some(peft.TABLES, "bert", "easydel"))
+@pytest.mark.parametrize("table", some(peft.TABLES, "bert", "llama4"))
 def test_a_table_refuses_other_models(table: str, tmp_path: Folder) -> None:
     """Both ways, and says what it is for and what else to give."""
     names = peft.TABLES[table]
@@ -271,8 +271,18 @@ def test_a_table_refuses_the_models_of_others(table: str) -> None:
             assert re.search(f"for paths such as {path}. For these .*'{other}'", said)
 
 
+def test_rows_that_begin_with_params_and_rows_of_biases() -> None:
+    """The error says what such a row needs."""
+    params = {"params": {"q": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}}
+    with refused(ValueError, "names", "without the first `params/`: leave it out"):
+        peft.to_tensors(params, [Name("params/(.*)/kernel", r"\1", "io")])
+    rows = [Name("(.*)/kernel", r"\1", "io"), Name("(.*)/bias", r"\1", "o")]
+    with refused(ValueError, "", "q.weight", "needs parameter='bias'"):
+        peft.to_tensors(params, rows)
+
+
 # Whose layers are called the same.
-ALIKE = {"llama", "llama-scanned", "easydel", "gpt-oss", "llama4"}
+ALIKE = {"llama", "llama-scanned", "gpt-oss", "llama4"}
 
 
 def first_alike(table: str) -> str:

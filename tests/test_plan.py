@@ -49,7 +49,14 @@ def test_the_table():
     sizes = (2**20, 512, 1024, 64, 512)
     found = jlora.types.Plan(8, None, dict(MESH.shape), *sizes, 2**30, 2**31, capacity=None)
     exact = found._replace(activations=None, peak=None, capacity=2**30)
-    for plan in (found, found._replace(capacity=2**30), exact, exact._replace(capacity=2**20)):
+    bare = found._replace(missing_options=("xla_one", "xla_two"))
+    for plan in (
+        found,
+        found._replace(capacity=2**30),
+        exact,
+        exact._replace(capacity=2**20),
+        bare,
+    ):
         check_text(str(plan))
 
 
@@ -168,7 +175,7 @@ SLICE = ("--topology", "v5p:2x2x2", "--mesh", "fsdp=4,tensor=2", "--arithmetic")
 def test_command(name):
     found = json.loads(run("plan", f"{JOBS}:{name}", *SLICE, "--json").stdout)
     expected = jlora.plan(*getattr(plan_jobs, name)(MESH))._asdict()
-    assert expected.pop("program") is None
+    assert expected.pop("program") is None and expected.pop("missing_options") == ()
     capacity = _mesh.CHIPS["v5p"].capacity
     assert found == expected | {
         "topology": "v5p:2x2x2",
@@ -216,6 +223,12 @@ def test_without_libtpu_it_says_so(monkeypatch):
     text = run("plan", f"{JOBS}:job", *SLICE[:-1]).stdout
     assert "without the compiler for TPUs" in text
     check_text(text)
+
+
+def test_options_of_a_compiler_that_is_not_there(monkeypatch):
+    """None are known, nor are there any for other platforms."""
+    monkeypatch.setattr(_mesh.importlib.util, "find_spec", lambda name: None)
+    assert [jlora.compiler_options(p) for p in (None, "tpu", "cpu", "cuda")] == [{}] * 4
 
 
 def test_the_job_of_the_guide(tmp_path):

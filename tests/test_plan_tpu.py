@@ -6,8 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import plan_jobs
 import pytest
 from small import without_progress
+
+import jlora
+from jlora._compat import HURRIED
+from jlora._planning import _options, mesh_of
 
 pytest.importorskip("libtpu")
 
@@ -35,6 +40,25 @@ def test_compiled():
     assert found["unconstrained"]
     assert found["peak"] > found["activations"] > 0
     assert {exact[k] for k in compiled} == {None}
+
+
+def test_options_for_the_compiler(monkeypatch):
+    """Those that it knows; a plan of a step that was compiled without them says so."""
+    options = jlora.compiler_options("tpu")
+    assert options == _options.OPTIONS
+    monkeypatch.setitem(_options.OPTIONS, "xla_tpu_no_such_option", True)
+    assert jlora.compiler_options("tpu") == options
+    job = plan_jobs.job(mesh_of("v5e:2x2", {"fsdp": 2, "tensor": 2}), layers=1)
+    bare, with_one, with_all = (
+        jlora.plan(*job, compiler_options=HURRIED | given)
+        for given in ({}, dict([*options.items()][:1]), options)
+    )
+    assert bare.missing_options == tuple(options)
+    assert with_one.missing_options == tuple(options)[1:]
+    assert with_all.missing_options == ()
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{with_one.missing_options[0]}=150")
+    [other] = _options.missing_options("tpu", {})
+    assert other == bare.missing_options[0]
 
 
 def test_what_does_not_fit():

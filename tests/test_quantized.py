@@ -1,5 +1,6 @@
 """Quantized bases: what a scheme keeps, which leaves it takes, and what the step makes of them."""
 
+import functools
 import itertools
 
 import hypothesis
@@ -15,7 +16,8 @@ from own_schemes import Pairs
 from small import some
 
 import jlora
-from jlora._quantized import Scheme
+from jlora._core import Axis
+from jlora._quantized import Scheme, _leaf
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -313,6 +315,19 @@ def test_derivatives_and_batches():
 
     f = jax.jit(transformed)
     laws.assert_close(f(base), f(jlora.dequantize(base)), 1e-5)
+
+
+@schemes
+def test_entries_that_are_decoded_in_turn(scheme):
+    """What TPUs do with the experts of a ragged product."""
+    packed = jlora.quantize({"w": normal(3, 128, 64)}, scheme)["w"].packed(map(Axis, range(3)))
+    plain = packed.with_plain_scales or (lambda parts: parts)
+    decode = functools.partial(_leaf._decode, packed.axes, packed.dtype)
+    turns = functools.partial(_leaf._decode_in_turn, decode, packed.axes[0])
+    both = jax.jit(lambda parts: (turns(plain(parts)), decode(plain(parts))))
+    actual, expected = both(packed.parts)
+    assert actual.axes == expected.axes
+    np.testing.assert_array_equal(actual.value, expected.value)
 
 
 def test_a_scale_that_is_trained_has_its_gradient():

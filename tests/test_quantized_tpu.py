@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pod
 import pytest
-from bench import tpu
+from bench import tpu, traffic
 from chain import FORMS
 from collectives import collectives
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -93,7 +93,7 @@ def test_codes_are_gathered(form, layers, spec):
         return sum(c.size * c.count for c in found if c.kind == "all-gather")
 
     dense, ours = map(gathered, (None, NF4(r"w\d*")))
-    assert dense >= layers * W
+    assert dense >= layers * W * 3 / 4  # a quarter is there
     assert ours <= 0.55 * dense
 
 
@@ -115,6 +115,57 @@ def test_the_work_is_that_of_a_dense_base():
     ours = jax.jit(both).lower(adapter, base, x, x).compile(HURRIED).cost_analysis()["flops"]
     dense = tpu.step(tpu.SMALL, "v5e", "jlora", rank, options=HURRIED).flops
     assert ours <= 1.02 * dense
+
+
+# ---------------------------------------------------------------------------------------- experts
+
+
+EXPERTS, HIDDEN, EACH = 8, 3584, 512  # a stack that a core's own memory has no room for
+
+
+def ragged(w, x):
+    return jax.lax.ragged_dot(x, w, jnp.full(EXPERTS, EACH))
+
+
+def batched(w, x):
+    return jnp.einsum("etd,edf->etf", x.reshape(EXPERTS, EACH, DIM), w)
+
+
+def one_by_one(w, x):
+    """The rows of each expert with its matrix, in a loop."""
+    return jax.lax.map(lambda own: own[0] @ own[1], (x.reshape(EXPERTS, EACH, DIM), w))
+
+
+# The bytes that move to and from main memory on a base in few bits, over those in bfloat16.
+MOVED = [
+    *((ragged, NF4("w"), 1.1), (ragged, jlora.Int8("w"), 1.25)),
+    *((one_by_one, NF4("w"), 0.45), (batched, NF4("w"), 2.2)),
+]
+
+
+@functools.cache
+def moved(form, scheme):
+    """Bytes of the forward and backward pass of one product with all experts."""
+    mesh = tpu.mesh_for("v5e:2x2", (1, 1))
+    base = {"w": tpu.spec(mesh, (EXPERTS, DIM, HIDDEN), P())}
+    x = tpu.spec(mesh, (EXPERTS * EACH, DIM), P())
+    lora = jlora.transform(lambda p, x: form(p["w"], x), LoRA(rank=8, dtype=jnp.bfloat16))
+    adapter = jax.eval_shape(lora.init, jax.random.key(0), base, x)[1]
+    base = base if scheme is None else jlora.quantize(base, scheme)
+    everywhere = NamedSharding(mesh, P())
+    base, adapter = (placed(t, jax.tree.map(lambda _: everywhere, t)) for t in (base, adapter))
+
+    def both(adapter, base, x):
+        y, back = jax.vjp(lambda adapter, x: lora.apply(base, adapter, x), adapter, x)
+        return y, back(y)
+
+    return traffic.main_memory(jax.jit(both).lower(adapter, base, x).compile().as_text(), EXPERTS)
+
+
+@pytest.mark.parametrize(("form", "scheme", "limit"), some_rows(MOVED, MOVED[0]))
+def test_experts(form, scheme, limit):
+    """For `ragged_dot` each is unpacked on its own; a stack of all is written and read again."""
+    assert moved(form, scheme) <= limit * moved(form, None)
 
 
 # --------------------------------------------------------------------------------- Llama as it is

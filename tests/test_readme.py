@@ -34,10 +34,24 @@ def test_the_first_code_is_the_example() -> None:
     """All of it in the guide, so that it can be pasted; in the README the lines about jlora."""
     [shown, *_] = blocks(ROOT / "notebooks" / "start.md")
     assert shown.strip() == read_code()
-    [excerpt, *_] = blocks(ROOT / "README.md")
+    _, excerpt, *_ = blocks(ROOT / "README.md")
     assert f"\n{excerpt}" in read_code()
     assert excerpt.startswith("rules =") and "jlora.merge(" in excerpt
     assert len(read_code().splitlines()) <= 45 and len(excerpt.splitlines()) <= 24
+
+
+def test_the_first_lines_print_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """At most seven, with the example's model; the site shows the README's."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [first, *_] = blocks(ROOT / "README.md")
+    names: dict[str, object] = {}
+    exec(read_code().partition("rules =")[0] + "import jax.numpy as jnp\n" + first, names)
+    printed = "".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines())
+    assert f"```\n\n{printed}\n" in text
+    assert len(first.splitlines()) <= 7 and max(map(len, first.splitlines())) <= 56
+    index = (ROOT / "notebooks" / "index.md").read_text(encoding="utf-8")
+    marks = re.findall(r":(?:start-after|end-before): (<!-- \w+ -->)", index)
+    assert marks and all(text.count(mark) == 1 for mark in marks)
 
 
 def is_shown(page: str, printed: list[str]) -> bool:
@@ -103,7 +117,6 @@ def test_the_reference_has_every_public_name(module: str) -> None:
         if not name.startswith("_") and callable(value) and value.__module__.startswith("jlora")
     }
     pages = "".join(p.read_text() for p in (ROOT / "notebooks" / "reference").glob("*.md"))
-    said = set(
-        re.findall(rf"^\.\. auto\w+:: {re.escape(found.__name__)}\.(\w+)$", pages, re.MULTILINE)
-    )
+    entry = rf"^\.\. auto\w+:: {re.escape(found.__name__)}\.(\w+)(?:\(.*\))?$"
+    said = set(re.findall(entry, pages, re.MULTILINE))
     assert public - said == set()

@@ -33,7 +33,7 @@ from served_worker import PROMPT, STEPS, Answer
 import jlora
 from jlora import LoRA, peft
 from jlora.peft.adapter._one_rank import RANKS
-from jlora.peft.engines._vllm import EMBEDDINGS, FUSED, LAYERS_ONLY, NOTHING, WITH_EMBEDDINGS
+from jlora.peft.engines._vllm import EMBEDDINGS, FUSED, LAYERS_ONLY, NOTHING
 
 pytestmark = pytest.mark.filterwarnings("default")  # what PEFT and PyTorch warn of is their own
 WORKER = pathlib.Path(__file__).with_name("served_worker.py")
@@ -89,6 +89,7 @@ OPTIONS: dict[str, Fields] = {
     "k alone": {"target_modules": ["k_proj"]},
     "up alone": {"target_modules": ["up_proj"]},
     "lm_head": {"target_modules": ["q_proj", "lm_head"]},
+    "the head alone": {"target_modules": ["lm_head"]},
     "embed_tokens": {"target_modules": ["q_proj", "embed_tokens"]},
     "fused": {"target_modules": ["qkv_proj", "gate_up_proj"]},
     "all fused": {"target_modules": "all-linear"},
@@ -235,6 +236,7 @@ OURS: dict[str, tuple[tuple[LoRA, ...], Fields]] = {
     "ours on NF4": (MIXED, VLLM | {"scheme": jlora.NF4()}),
 }
 
+BY_EXPERTS = "ours shared by experts"
 ALSO = " for vLLM"  # an adapter, written with the profile
 # Adapters that say what another says.
 LIKE = {
@@ -259,7 +261,7 @@ VERDICTS: dict[str, dict[str, list[str]]] = {
                 "bfloat16",
             ),
             *("a regular expression", "one layer", "k alone", "up alone", "lm_head"),
-            *("embed_tokens", "orthogonal", *OURS),
+            *("the head alone", "embed_tokens", "orthogonal", *OURS),
         ],
         REFUSED: [
             *("a rank of 17", "ranks above", "DoRA", "biases", "a bias of B", "a norm in full"),
@@ -294,7 +296,7 @@ VERDICTS: dict[str, dict[str, list[str]]] = {
     "qwen3.5-moe": {SERVED: ["experts one by one"], REFUSED: ["experts", "experts for vLLM"]},
     "gemma4-moe": {SERVED: ["experts one by one"], REFUSED: ["experts", "experts for vLLM"]},
     "gpt-oss": {
-        SERVED: ["experts", "experts for vLLM", "experts swapped for vLLM"],
+        SERVED: ["experts", "experts for vLLM", "experts swapped for vLLM", BY_EXPERTS],
         REFUSED: ["experts swapped", "half of experts", "experts one by one"],
     },
     "mixtral": {IGNORED: ["experts", "experts for vLLM"]},
@@ -365,6 +367,26 @@ def save_ours(base: pathlib.Path, folder: pathlib.Path, rules: Any, options: Fie
     peft.save(folder, frozen, adapter, names, profile=options.get("profile"))
 
 
+def save_by_experts(folder: pathlib.Path) -> None:
+    """Of jlora, of all experts of gpt-oss together: all have the same A, or the same B."""
+
+    def model(params: Any, x: jax.Array) -> jax.Array:  # (d)
+        def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
+            each = jnp.einsum("i,eio->eo", x, p["gate_up"])[:, ::2]
+            return jnp.einsum("eo,eod->d", each, p["down"]), None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    place, form = "model.layers.{}.mlp.experts", {"transposed": True, "is_transposed": True}
+    names = [peft.Name(x, place, "leio", f"{x}_proj", **form) for x in ("gate_up", "down")]
+    params = {"gate_up": jnp.ones((2, 4, 128, 384)), "down": jnp.ones((2, 4, 192, 128))}
+    rules = LoRA("gate_up", rank=3, share="inputs"), LoRA("down", rank=3, share="outputs")
+    frozen, adapter = jlora.transform(model, *rules).init(jax.random.key(0), params, jnp.ones(128))
+    leaves, tree = jax.tree.flatten(adapter)
+    moved = [x + 0.15 * jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
+    peft.save(folder, frozen, jax.tree.unflatten(tree, moved), names, profile="vllm")
+
+
 def make(base: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.Path:
     """Writes the adapter of this name into its folder, after the one that it is made of."""
     place = folder / name
@@ -376,6 +398,8 @@ def make(base: pathlib.Path, folder: pathlib.Path, name: str) -> pathlib.Path:
         make_adapter(base, place, OPTIONS[name])
     elif name in EDITS:
         edit(make(base, folder, LIKE.get(name, "plain")), place, EDITS[name])
+    elif name == BY_EXPERTS:
+        save_by_experts(place)
     else:
         save_ours(base, place, *OURS[name])
     return place
@@ -437,18 +461,31 @@ def judge(found: Answer | str, base: Answer, wanted: Answer | None) -> str:
     return SERVED if wanted is not None and is_close(found, wanted) else OTHERS
 
 
-def ask(
-    folder: pathlib.Path, model: str, names: Iterable[str], **options: Any
-) -> tuple[dict[str, str], dict[str, str]]:
-    """What the engine does with adapters of a base, and what `check` says that it does."""
-    base, adapters, out = make_base(model, folder), folder / "adapters", folder / "out.json"
-    given = [make(base, adapters, name) for name in names]
-    command = [sys.executable, WORKER, base, out, *given]
-    options["loads"] = model in LOADED
+def run(
+    worker: pathlib.Path, base: pathlib.Path, adapters: Iterable[pathlib.Path] = (), **options: Any
+) -> dict[str, Answer | str]:
+    """The answers of an engine."""
+    out = base.with_name("out.json")
+    command = [sys.executable, worker, base, out, *adapters]
     environment = os.environ | {"SERVED_OPTIONS": json.dumps(options)}
     subprocess.run(list(map(str, command)), check=True, env=environment)
-    loads = model in LOADED
-    answers, ours = json.loads(out.read_text()), answer(open_base(base), loads)
+    return json.loads(out.read_text())
+
+
+def ask(
+    folder: pathlib.Path,
+    model: str,
+    names: Iterable[str],
+    *,
+    engine: str = "vllm",
+    worker: pathlib.Path = WORKER,
+    **options: Any,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What the engine does with adapters of a base, and what `check` says that it does."""
+    base, adapters, loads = make_base(model, folder), folder / "adapters", model in LOADED
+    given = [make(base, adapters, name) for name in names]
+    answers = run(worker, base, given, loads=loads, **options)
+    ours = answer(open_base(base), loads)
     if loads:
         for x in answers.values():
             if isinstance(x, dict):
@@ -459,7 +496,7 @@ def ask(
         like = name.removesuffix(ALSO)
         like = make(base, adapters, LIKE.get(like, like))
         found[name] = judge(answers[name], ours, answer_by_peft(base, like, loads))
-        findings = peft.check(path, "vllm", base=base).findings
+        findings = peft.check(path, engine, base=base).findings
         loud = any(not x.silent for x in findings)
         said[name] = REFUSED if loud else IGNORED if findings else SERVED
     return found, said
@@ -500,6 +537,9 @@ def test_vllm_52194(tmp_path: pathlib.Path) -> None:
     assert found == said == {names[0]: SERVED, names[1]: REFUSED, names[2]: SERVED}
 
 
+WITH_EMBEDDINGS = ["Exaone", "Granite", "Llama", "Mixtral", "Phi3", "Qwen3", "Qwen3Moe", "Qwen3_5"]
+
+
 @pytest.mark.parametrize("name", [*WITH_EMBEDDINGS, *LAYERS_ONLY, *NOTHING])
 def test_models(name: str) -> None:
     """What the engine says that it adapts of a model, in its own registry."""
@@ -515,12 +555,16 @@ def test_models(name: str) -> None:
         assert bool(tables) == (name in WITH_EMBEDDINGS)
 
 
-@pytest.mark.parametrize("name", FUSED)
-def test_models_with_fused_experts(name: str) -> None:
-    """Whether the engine reads adapters of all experts together."""
+def test_models_with_fused_experts() -> None:
+    """Whether the engine reads adapters of all experts together, of each of its models."""
     from vllm.model_executor.models.registry import ModelRegistry
 
-    assert ModelRegistry.models[name].load_model_cls().is_3d_moe_weight
+    found = dict[str, bool]()
+    for name, model in ModelRegistry.models.items():
+        if "Moe" in name or "GptOss" in name:
+            found[name] = getattr(model.load_model_cls(), "is_3d_moe_weight", False)
+    assert sum(found.values()) == 4
+    assert found == {name: bool(FUSED.fullmatch(name)) for name in found}
 
 
 def test_ranks() -> None:

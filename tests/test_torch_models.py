@@ -117,7 +117,7 @@ def test_quantized(name: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3-moe"])
 def test_many(name: str, form: str) -> None:
     """Each row of a batch is what its adapter gives alone; the base where it has none."""
     row, found = MODELS[name], extracted(name)
@@ -131,16 +131,6 @@ def test_many(name: str, form: str) -> None:
     rows = zip((second, {}, first), ids, strict=True)
     expected = jnp.concatenate([lora.apply(base, own, x[None]) for own, x in rows])
     assert_close({"logits": outputs}, {"logits": expected})
-
-
-def test_many_of_experts_in_groups() -> None:
-    """JAX cannot map their product over rows, and the error says so."""
-    row, found = MODELS["qwen3-moe"], extracted("qwen3-moe")
-    lora = jlora.transform(found.call, LoRA(rank=2))
-    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
-    table = many.stack([adapter, adapter], base=base)
-    with pytest.raises(NotImplementedError, match=r"ragged_dot_general.*apply each adapter to its"):
-        many.route(lora.apply)(base, table, jnp.array([0, 1]), row.arrays)
 
 
 @pytest.mark.parametrize("share", ["inputs", "outputs"])

@@ -436,6 +436,8 @@ def test_the_table_word_for_word() -> None:
     sites = jlora.transform(f, *rules).sites(params, Struct((2, 4), jnp.int32))
     table = re.sub(r"at \S*py:\d+ \(.*\)", "at …", str(sites))
     check_text(re.sub("─+", "─", table))
+    rows, _, _ = str(sites).partition("\nnote 1: used in")
+    assert max(map(len, rows.splitlines())) <= 120  # whatever the file is called
     assert sites.trainable == 2 * 3 * 2 * (8 + 8) + 4 * (40 + 8) + 8 + 4 * (1000 + 8)
     # As a collection: of sites, by path, with sums over all leaves.
     assert [site.path for site in sites] == ["blocks", "conv", "head", "tokens"]

@@ -69,10 +69,10 @@ class Place(NamedTuple):
     seen: jax.Array
     lengths: jax.Array
 
-    def checked(self, logits: jax.Array) -> jax.Array:
-        """Logits (batch, length, vocab), NaN where there was no slot left."""
-        full = self.positions >= self.seen.shape[-1]
-        return jnp.where(full[..., None], jnp.nan, logits)
+    def checked(self, out: jax.Array) -> jax.Array:
+        """`out` (batch, last tokens, ...), NaN where there was no slot left."""
+        full = self.positions[:, -out.shape[1] :] >= self.seen.shape[-1]
+        return jnp.where(jnp.expand_dims(full, range(2, out.ndim)), jnp.nan, out)
 
 
 def empty(
@@ -106,11 +106,11 @@ def _seen(keys: jax.Array, queries: jax.Array) -> jax.Array:
     return (keys != 0) & ((keys == queries) | (queries == 0))
 
 
-def end(place: Place | None, logits: jax.Array, written: Any) -> Any:
-    """What a model returns: the logits, and the cache with `written` keys and values if any."""
+def end(place: Place | None, out: jax.Array, written: Any) -> Any:
+    """What a model returns: logits, say, and the cache with `written` keys and values if any."""
     if place is None:
-        return logits
-    return place.checked(logits), Cache(*written, place.lengths)
+        return out
+    return place.checked(out), Cache(*written, place.lengths)
 
 
 def write(cached: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import chunked
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,7 @@ class Llama(nn.Module):
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
+        labels: jax.Array | None = None,
     ) -> Any:
         """Embeds, applies the layers, and reads the logits off the embedding or the head.
 
@@ -239,9 +241,11 @@ class Llama(nn.Module):
             positions: ``(B, L)`` or ``(1, L)``; None is 0, 1, 2, …. Those with a cache follow from
                 what it holds, and must not be given.
             cache: of the tokens before these, which are seen too.
+            labels: ``(B, T)``, what follows the last T tokens.
 
         Returns:
-            The logits; with a cache, these and the cache that holds these tokens too.
+            The logits; with labels, their log-probabilities ``(B, T)``, for which the logits are
+            never whole. With a cache, these and the cache that holds these tokens too.
         """
         c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         place, positions, seen = caches.begin(cache, ids, mask, positions)
@@ -253,13 +257,22 @@ class Llama(nn.Module):
             Block, c.layers, "layers", table(ids), *tokens, **how, config=c, **options
         )
         x = constrain(rms_norm(c.norm_eps, **options, name="norm")(x), "batch", "length", None)
-        if c.tied:
-            logits = table.attend(x)
-        else:
+        head = table
+        if not c.tied:
             head = dense(c.vocab, ("embed", "vocab"), use_bias=False, **options, name="head")
-            logits = head(x)
-        logits = constrain(logits.astype(jnp.float32), "batch", "length", "vocab")
-        return caches.end(place, logits, written)
+        if labels is None:
+            return caches.end(place, read_logits(head, x), written)
+        alone, weights = head.unbind()  # so that a loop can call it
+        found = chunked.log_probs(
+            lambda x: read_logits(alone.bind(weights), x), x[:, -labels.shape[1] :], labels
+        )
+        return caches.end(place, found, written)
+
+
+def read_logits(head: nn.Embed | nn.Dense, x: jax.Array) -> jax.Array:
+    """The logits ``(B, L, V)`` of ``(B, L, D)`` by the embedding or the head."""
+    logits = head.attend(x) if isinstance(head, nn.Embed) else head(x)
+    return constrain(logits.astype(jnp.float32), "batch", "length", "vocab")
 
 
 # ---- checkpoints --------------------------------------------------------------------------------

@@ -157,10 +157,10 @@ def definitions() -> Task:
 
     def measure(lora, base, adapter):
         nll = jax.jit(jax.vmap(answer_nll, in_axes=(None, 0)))
-        logits_fn = Partial(lora.apply, base, adapter)
+        model_fn = Partial(lora.apply, base, adapter)
         n, size = len(held_out.ids), BATCH["definitions"]
         chunks = np.array_split(np.arange(n), -(-n // size))
-        each = [nll(logits_fn, quickstart.take(held_out, chunk[:, None])) for chunk in chunks]
+        each = [nll(model_fn, quickstart.take(held_out, chunk[:, None])) for chunk in chunks]
         return mean_a_token(*np.concatenate(each, axis=1).astype(np.float64))
 
     return Task(

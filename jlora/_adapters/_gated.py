@@ -9,6 +9,7 @@ and automatic differentiation sums it over all inputs that the model multiplies 
 loops, rematerialized layers and meshes.
 """
 
+import dataclasses
 from typing import ClassVar
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from .. import _compat
 from .._arrays import promote
-from .._core import Change, Delta
+from .._core import Change, Delta, Factor
 from .._node import Axes, Node
 from .._quantized import Quantized
 from .._types import Layout
@@ -36,7 +37,8 @@ class Routed(Node):
             slots·r.
         b: the B of all slots, concatenated likewise.
         gate: g, shape (slots·r,). Where it is 0, x·A counts as 0, even if it is not finite; so does
-            x·Bᵀ in a tied head. None until a call chooses its columns.
+            x·Bᵀ in a tied head. Or the index of a slot, whose A and B are taken out of `a` and `b`
+            where they are used; -1 is none. None until a call chooses.
         slots: how many adapters there are.
         scale: as in `LowRank`.
         layout: which axes of W are which.
@@ -70,11 +72,14 @@ class Routed(Node):
                 "each row: call jlora.many.route(lora.apply)(base, table, ids, ...)."
             )
         node = without_slots(self, w.shape)
-        if self.layout.slots is not None:  # the rank is slots·r then
-            node = node._replace(gate=jnp.tile(self.gate, node.a.shape[-1] // self.a.shape[-1]))
         key = None if node.key is None else node.factor("key")
-        a, b, gate = (node.factor(name) for name in ("a", "b", "gate"))
-        return Change((Delta(a, b, node.scale, key, node.dropout, gate),))
+        delta = Delta(node.factor("a"), node.factor("b"), node.scale, key, node.dropout)
+        repeats = node.a.shape[-1] // self.a.shape[-1]  # above 1 for slots of a fused weight
+        if self.gate.ndim == 0:
+            how = {"slot": Factor(self.gate, ()), "parts": (repeats, self.slots)}
+        else:
+            how = {"gate": node._replace(gate=jnp.tile(self.gate, repeats)).factor("gate")}
+        return Change((dataclasses.replace(delta, **how),))
 
 
 @register

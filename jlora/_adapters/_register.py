@@ -109,6 +109,7 @@ def _make_node(cls: type[Node]) -> None:
     for name in vars(made).keys() - own - {"__doc__"}:
         setattr(cls, name, vars(made)[name])
     cls._made = made
+    cls.__signature__ = inspect.signature(made)
     static = [name for name in names if name not in cls.labels]
     cls._expected = tuple((names.index(x), *_KINDS.get(hints[x], _ANY)) for x in static)
     jax.tree_util.register_dataclass(cls, list(cls.labels), static)

@@ -14,6 +14,7 @@ from .._planning import has_compiler, mesh_of, mesh_of_leaves, parse_topology
 from ._command import Answer, Command, call
 from ._inputs import attribute
 
+WITH = "compiled with jlora.compiler_options(): give jax.jit the same compiler_options"
 WITHOUT = 'activations are unknown without the compiler for TPUs: pip install "jax[tpu]"'
 
 
@@ -35,7 +36,8 @@ def plan(job: str, topology: str, mesh: str, fast: bool, arithmetic: bool) -> An
     Shows what each device needs, without the slice. JOB is module:FUNCTION or file.py:FUNCTION. The
     function gets the mesh, and returns the arguments of jlora.plan: (loss, base, adapter, args) or
     (loss, base, adapter, args, tx), as shapes with shardings on the mesh. With libtpu installed,
-    the step is compiled for the slice. Without it, everything but the activations is known.
+    the step is compiled for the slice, with jlora.compiler_options(). Without it, everything but
+    the activations is known.
     """
     chip, _ = call(parse_topology, topology)
     where = call(mesh_of, topology, _axes(mesh))
@@ -53,17 +55,18 @@ def plan(job: str, topology: str, mesh: str, fast: bool, arithmetic: bool) -> An
                 "the base and of the arguments a sharding: jax.ShapeDtypeStruct(shape, dtype, "
                 "sharding=NamedSharding(mesh, spec))."
             )
+        options = {} if arithmetic else jlora.compiler_options("tpu")
         found = jlora.plan(
             *returned,
             capacity=chip.capacity,
             compile=False if arithmetic else None,
-            compiler_options=_compat.HURRIED if fast else None,
+            compiler_options=options | (_compat.HURRIED if fast else {}),
         )
     found = found._replace(device=chip.kind)
-    text = str(found) if has_compiler() or arithmetic else f"{found}\n{WITHOUT}"
+    note = "" if arithmetic else f"\n{WITH if has_compiler() else WITHOUT}"
     fields = {"topology": topology, **found._asdict(), "fits": found.fits}
-    del fields["program"]
-    return Answer(text, fields, int(found.fits is False))
+    del fields["program"], fields["missing_options"]  # none is missing
+    return Answer(f"{found}{note}", fields, int(found.fits is False))
 
 
 def _axes(text: str) -> dict[str, int]:

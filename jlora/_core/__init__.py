@@ -2,10 +2,11 @@
 
 It evaluates a traced function in which some parameters are a `Weight`: W with its `Change`, which
 is all that the interpreter knows of a method. Read the modules in this order: `_axes`, `_change`,
-`_weight`, `_interpret`, `_moves`, `_product`, `_contractions`, `_factored`, `_control`.
+`_weight`, `_interpret`, `_moves`, `_product`, `_contractions`, `_ragged`, `_factored`,
+`_control`.
 """
 
-from . import _contractions, _control, _joins, _lookup, _moves  # noqa: F401
+from . import _contractions, _control, _joins, _lookup, _moves, _ragged  # noqa: F401
 from ._axes import RANK as RANK
 from ._axes import REPEATED as REPEATED
 from ._axes import Axis as Axis
@@ -21,6 +22,7 @@ from ._interpret import evaluate as evaluate
 from ._interpret import primitive as primitive
 from ._packed import Packed as Packed
 from ._packed import shard_part as shard_part
+from ._ragged import ROWS as ROWS
 from ._weight import Operand as Operand
 from ._weight import Weight as Weight
 from ._weight import leaf_weight as leaf_weight

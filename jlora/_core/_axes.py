@@ -179,6 +179,11 @@ class Factor:
         del shape
         return self.replace(self.value, axes)
 
+    def in_turn(self, axis: Axis) -> "Factor":
+        """Returns itself, because nothing is to be unpacked."""
+        del axis
+        return self
+
     def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
         """Computes `f(W, *xs)`, which is linear in the first of `xs`."""
         return f(self.value, *xs)

@@ -8,6 +8,7 @@ interpreter knows nothing else of a method.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,6 +46,9 @@ class Delta:
         gate: a factor along the rank, or None. Where it is 0, x·A may have any value.
         gating: a function of x·A and the gate, whose result replaces x·A. If it is not
             `multiply_gate`, there is no ΔW, and the delta only acts on activations.
+        slot: the index of the adapter whose columns count, if A and B have those of several; -1
+            is none of them, None all.
+        parts: the lengths of the first two axes of (repeats, slots, r), to which the rank splits.
     """
 
     a: Factor
@@ -56,9 +60,29 @@ class Delta:
     gating: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(
         default=multiply_gate, metadata={"static": True}
     )
+    slot: Factor | None = None
+    parts: tuple[int, int] = dataclasses.field(default=(1, 1), metadata={"static": True})
+
+    def of_slot(self) -> "Delta":
+        """Takes the columns of A and the rows of B of its slot."""
+        if self.slot is None:
+            return self
+        slot, parts = self.slot.value, self.parts
+
+        def take(f: Factor) -> Factor:
+            d = f.axis(RANK)
+            r = f.length(RANK) // math.prod(parts)
+            x = f.value.reshape(*f.shape[:d], *parts, r, *f.shape[d + 1 :])
+            x = lax.dynamic_index_in_dim(x, slot, d + 1, keepdims=False)
+            x = jnp.where(slot < 0, jnp.zeros((), x.dtype), x)
+            return f.replace(x.reshape(*f.shape[:d], parts[0] * r, *f.shape[d + 1 :]))
+
+        return dataclasses.replace(self, a=take(self.a), b=take(self.b), slot=None)
 
     def form(self, axes: Sequence[Axis], dtype: DTypeLike) -> jax.Array:
         """Forms ΔW; it has length 1 along axes of W that neither A nor B has."""
+        if self.slot is not None:
+            return self.of_slot().form(axes, dtype)
         wide = promote(dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
         a, b = (f.replace(f.value.astype(wide)) for f in (self.a, self.b))
         a = a.replace(self.scale * self.drop(jnp.ones((), wide)) * a.value)

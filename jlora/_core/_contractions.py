@@ -1,4 +1,4 @@
-"""Contractions with a weight: `dot_general`, a matrix for each group of rows, convolutions."""
+"""Contractions with a weight: `dot_general` and convolutions."""
 
 import dataclasses
 import functools
@@ -155,73 +155,6 @@ def _plus_both(y: jax.Array, first: Contraction, second: Contraction) -> jax.Arr
             cross = jnp.einsum(f"{','.join(names)}->{out}", *(f.value for f in factors), **how)
             y = y + jnp.asarray(x.scale * w.scale, y.dtype) * cross
     return y
-
-
-@primitive("ragged_dot_general", is_move=False)
-def _ragged_dot_general(eqn: Equation, x: Operand, w: Operand, group_sizes: jax.Array) -> jax.Array:
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (x_contracted, contracted), batch = numbers.dot_dimension_numbers
-    groups = tuple(numbers.rhs_group_dimensions)
-    rows = tuple(numbers.lhs_ragged_dimensions)
-    are_rows = (rows, tuple(x_contracted)) == ((0,), (1,))
-    if not are_rows or isinstance(x, Weight) or not isinstance(w, Weight) or len(w.shape) != 3:
-        raise Unfactorable("the groups are not rows of a matrix")
-    if len(groups) != 1 or len(contracted) != 1 or tuple(batch) != ((), ()):
-        raise Unfactorable("the weight is not one matrix for each group")
-    [outer] = {0, 1, 2} - {groups[0], contracted[0]}
-    roles = Roles(*((w.axes[d],) for d in (groups[0], contracted[0], outer)))
-    try:
-        return _Ragged(eqn, w, x, roles, group_sizes).result()
-    except NotImplementedError as e:  # JAX's, within `vmap`
-        raise NotImplementedError(
-            f"the weight {' + '.join(w.origin.paths)!r} reaches {eqn.where}, which JAX cannot map: "
-            f"{e}. Use jax.lax.map instead of jax.vmap; instead of jlora.many.route, apply each "
-            "adapter to its rows; or multiply the experts by jnp.einsum."
-        ) from e
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ragged(Product):
-    """A product of groups of rows x, each with its own matrix of W."""
-
-    group_sizes: jax.Array
-
-    def base(self, x: jax.Array) -> jax.Array:
-        return self.w.w.multiply(
-            lambda w, x, sizes: self.eqn.bind(x, w, sizes), x, self.group_sizes
-        )
-
-    def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
-        x = delta.drop(x.astype(self.dtype))
-        delta = self.ordered(delta)
-        [inner], [outer] = self.roles.inputs, self.roles.outputs
-        if inner in delta.b.axes or outer in delta.a.axes:
-            raise Unfactorable("its inputs and outputs are mixed")
-        h = self._dot(x, delta.a, inner, RANK)
-        if delta.gate is not None:
-            h = delta.gating(h, self._by_row(delta.gate, RANK))
-        return self._dot(delta.scale * h, delta.b, RANK, outer)
-
-    def spread(self, gain: Factor, on_x: bool) -> jax.Array:
-        [axis] = self.roles.inputs if on_x else self.roles.outputs
-        return self._by_row(gain, axis)
-
-    def _dot(self, x: jax.Array, f: Factor, *axes: Axis) -> jax.Array:
-        precision = self.eqn.params["precision"]
-        if {*f.axes}.isdisjoint(self.roles.stack):  # all groups share it
-            return jnp.matmul(x, f.expand_to(axes), precision=precision)
-        value = f.expand_to((*self.roles.stack, *axes))
-        offset = self.eqn.params["group_offset"]
-        how = {"precision": precision, "group_offset": offset}
-        return lax.ragged_dot(x, value, self.group_sizes, **how)
-
-    def _by_row(self, f: Factor, axis: Axis) -> jax.Array:
-        """Returns `f` along rows and `axis`."""
-        [group] = self.roles.stack
-        value = f.expand_to((group, axis))
-        if group not in f.axes:
-            return value
-        return jnp.repeat(value, self.group_sizes, 0, total_repeat_length=len(self.x))
 
 
 @primitive("conv_general_dilated", is_move=False)

@@ -31,11 +31,13 @@ class Primitive(NamedTuple):
         is_move: whether its outputs are weights again, unless it raises.
         together: evaluates several equations, each with one result, that multiply the same
             activation; raises `Unfactorable` if each should be evaluated on its own.
+        always: whether `function` also evaluates equations without a `Weight`.
     """
 
     function: Callable[..., Any]
     is_move: bool = True
     together: Callable[..., list[Any]] | None = None
+    always: bool = False
 
 
 PRIMITIVES: dict[str, Primitive] = {}
@@ -46,6 +48,7 @@ def primitive(
     override: bool = False,
     is_move: bool = True,
     together: Callable[..., list[Any]] | None = None,
+    always: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers `f(eqn: Equation, *operands) -> outputs` for JAX's primitives of these names.
 
@@ -54,6 +57,7 @@ def primitive(
         override: whether `f` may replace the function that a primitive has.
         is_move: as in `Primitive`.
         together: as in `Primitive`.
+        always: as in `Primitive`.
 
     Returns:
         A decorator for `f`, which returns `f`. At least one operand of `f` is a `Weight`. Its
@@ -68,7 +72,7 @@ def primitive(
         for name in primitives:
             old = PRIMITIVES[name].function if name in PRIMITIVES else None
             check_free(f"the primitive {name!r}", old, f, override)
-        PRIMITIVES.update(dict.fromkeys(primitives, Primitive(f, is_move, together)))
+        PRIMITIVES.update(dict.fromkeys(primitives, Primitive(f, is_move, together, always)))
         return f
 
     return register
@@ -210,9 +214,10 @@ def _apply(eqns: Sequence[Equation]) -> list[Sequence[Any]]:
 def _apply_one(eqn: Equation) -> Sequence[Any]:
     traced, operands = eqn.traced, eqn.operands
     with _compat.context(traced):
-        if not any(isinstance(x, Weight) for x in operands):
-            return _compat.bind(traced, *operands)
         found = PRIMITIVES.get(eqn.name)
+        always = found is not None and found.always
+        if not always and not any(isinstance(x, Weight) for x in operands):
+            return _compat.bind(traced, *operands)
         try:
             if found is None:
                 raise Unfactorable

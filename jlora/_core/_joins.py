@@ -109,7 +109,8 @@ def _packed_join(eqn: Equation, axes: tuple[Axis, ...]) -> Packed:
 def _rename(w: Weight, axes: tuple[Axis, ...]) -> Weight:
     """Renames the axes of a weight to `axes`; the parts of a packed weight keep their names."""
     names = dict(zip(w.axes, axes, strict=True))
-    change = map_factors(lambda f: f.rename(names), w.change)
+    deltas = tuple(d.of_slot() for d in w.change.deltas)  # slots of parts could differ
+    change = map_factors(lambda f: f.rename(names), dataclasses.replace(w.change, deltas=deltas))
     return w.replace(w.w.with_axes(axes, w.shape), change)
 
 

@@ -30,7 +30,8 @@ class Packed:
 
     Attributes:
         parts: a pytree of `Factor`.
-        unpack: computes W from `parts`, before `moves`.
+        unpack: computes W from `parts`, before `moves`. That of a leaf, which alone has splittable
+            axes, takes `in_turn`, one of them: TPUs unpack its entries one after another.
         axes: the current axes of W.
         shape: the current shape of W.
         dtype: the current dtype of W.
@@ -40,7 +41,7 @@ class Packed:
     """
 
     parts: Any
-    unpack: Callable[[Any], Factor] = dataclasses.field(metadata={"static": True})
+    unpack: Callable[..., Factor] = dataclasses.field(metadata={"static": True})
     axes: tuple[Axis, ...] = dataclasses.field(metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
@@ -166,6 +167,15 @@ class Packed:
             return Factor(self.array, self.axes)
         plain = self.replace(parts=self.with_plain_scales(self.parts), with_plain_scales=None)
         return plain.with_pieces(pieces)
+
+    def in_turn(self, axis: Axis) -> "Packed":
+        """Returns W such that TPUs unpack its entries along `axis` one after another, if they can.
+
+        The loop is over the shard of a device: a mesh must not shard `axis`.
+        """
+        if axis not in self.splittable or explicit(self.factors[0].value) is not None:
+            return self
+        return self.replace(unpack=functools.partial(self.unpack, in_turn=axis))
 
     def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
         """Computes `f(W, *xs)`, which is linear in the first of `xs`; unpacks W in each pass."""

@@ -99,6 +99,7 @@ class Product(abc.ABC):
         Its factors together have all axes of W. It has no key: x has dropped its entries.
         """
         dtype = dtype or self.dtype
+        delta = delta.of_slot()
         inputs = {*self.roles.inputs}
         q, p = sorted((delta.b, delta.a), key=lambda f: len(inputs.intersection(f.axes)))
         delta = dataclasses.replace(delta, a=p, b=q, key=None, dropout=0.0)

@@ -1,4 +1,4 @@
-"""Computes the memory that a training step needs; a checkpoint policy that saves some of it.
+"""Computes the memory that a training step needs; a policy and options that make it cost less.
 
 Imports `_arrays`, `_compat`, `_errors`, `_progress`, `_text`, `_tree`, `_types`, `sharding`.
 """
@@ -7,6 +7,7 @@ from ._mesh import has_compiler as has_compiler
 from ._mesh import mesh_of as mesh_of
 from ._mesh import mesh_of_leaves as mesh_of_leaves
 from ._mesh import parse_topology as parse_topology
+from ._options import compiler_options as compiler_options
 from ._plan import Plan as Plan
 from ._plan import plan as plan
 from ._policy import checkpoint_policy as checkpoint_policy

@@ -17,6 +17,7 @@ from .._text import align_columns, format_bytes
 from .._tree import refuse_module
 from .._types import PyTree, short
 from ._mesh import CHIPS, check_places, is_replicated, is_unconstrained, mesh_of_leaves
+from ._options import missing_options
 
 if TYPE_CHECKING:
     import optax
@@ -43,6 +44,8 @@ class Plan(NamedTuple):
         unconstrained: whether the step was compiled for a mesh of several devices, but nothing in
             `loss` constrains how activations are sharded. XLA may then shard them as A and B are,
             and move and hold more: plan the step with constraints too.
+        missing_options: names of the options that `compiler_options` returns on a TPU and that the
+            step was compiled without.
     """
 
     devices: int
@@ -59,6 +62,7 @@ class Plan(NamedTuple):
     program: jax.stages.Compiled | None = None
     replicated: bool = False
     unconstrained: bool = False
+    missing_options: tuple[str, ...] = ()
 
     @property
     def exact(self) -> int:
@@ -92,7 +96,7 @@ class Plan(NamedTuple):
         where = f"{self.devices} × {self.device or 'device'}" + (f", {axes}" if axes else "")
         cells = [(name, format_bytes(size), how) for name, size, how in rows]
         lines = align_columns((where, "a device", ""), cells, {"a device"})
-        return "\n".join([*lines, self._verdict()])
+        return "\n".join([*lines, self._verdict(), *self._advice()])
 
     def _verdict(self) -> str:
         if self.capacity is None:
@@ -103,6 +107,14 @@ class Plan(NamedTuple):
                 f"leaves {format_bytes(self.capacity - self.exact)} of {capacity} for activations"
             )
         return f"{'fits' if self.fits else 'does not fit'} in {capacity}"
+
+    def _advice(self) -> list[str]:
+        if not self.missing_options:
+            return []
+        return [
+            f"compiled without {', '.join(self.missing_options)}, with which the step moves fewer "
+            "bytes: give jax.jit compiler_options=jlora.compiler_options()"
+        ]
 
 
 def plan(
@@ -141,7 +153,8 @@ def plan(
             reports.
         compile: whether to compile the step; by default it is compiled if possible. True raises if
             it is not possible.
-        compiler_options: as for `jax.stages.Lowered.compile`.
+        compiler_options: as for `jax.stages.Lowered.compile`; give those that you give `jax.jit`,
+            such as `compiler_options()`.
 
     Returns:
         A `Plan`. If the step does not fit, its peak is the number in the compiler's error.
@@ -202,6 +215,7 @@ def plan(
     device = _device(mesh)
     capacity = _capacity(device) if capacity is None else capacity
     peak, program, unconstrained = None, None, False
+    missing: tuple[str, ...] = ()
     step = _step(loss, tx)
     if compile is False or abstract:
         jax.eval_shape(step, *operands)  # so that errors of the loss are raised
@@ -209,6 +223,7 @@ def plan(
         traced = _trace(step, operands)
         unconstrained = is_unconstrained(mesh, traced.jaxpr, operands[0], base)
         peak, capacity, program = _compile(traced, compiler_options, capacity)
+        missing = missing_options(device.platform, compiler_options or {})
     axes = {} if mesh is None else dict(mesh.shape)
     count = 1 if mesh is None else mesh.size
     kind = getattr(device, "device_kind", None)
@@ -216,7 +231,8 @@ def plan(
     activations = None if peak is None else max(0, peak - sum(exact))
     numbers = (*exact, activations, peak, capacity)
     replicated = is_replicated(count, base)
-    return Plan(count, kind, axes, *numbers, program, replicated, unconstrained)
+    flags = (replicated, unconstrained, missing)
+    return Plan(count, kind, axes, *numbers, program, *flags)
 
 
 def _describe(x: object) -> str:

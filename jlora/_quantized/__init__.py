@@ -1,6 +1,6 @@
 """Weights in 4 and 8 bits, a file for each scheme.
 
-Imports `_arrays`, `_core`, `_errors`, `_linalg`, `_rules` and `_types`.
+Imports `_arrays`, `_compat`, `_core`, `_errors`, `_linalg`, `_rules` and `_types`.
 
 Read the modules in this order: `_scheme`, `_leaf`, `_encode`, `_nf4`.
 """

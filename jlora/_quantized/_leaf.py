@@ -9,8 +9,10 @@ from typing import Any, ClassVar, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
+from .. import _compat
 from .._core import Axis, Factor, Packed, shard_part
 from .._types import NotAnArray, PyTree
 from .._types import short as short_name
@@ -208,15 +210,49 @@ _array = jax.jit(Quantized.array, static_argnums=1)
 _partial = functools.lru_cache(4096)(functools.partial)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _unpack(axes: tuple[Axis, ...], dtype: jnp.dtype, parts: Quantized) -> Factor:
-    """Unpacks W with the axes `axes`, or a piece of it if its arrays were split or sliced."""
-    form, used = parts.form, parts.used
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="in_turn")
+def _unpack(
+    axes: tuple[Axis, ...], dtype: jnp.dtype, parts: Quantized, in_turn: Axis | None = None
+) -> Factor:
+    """Unpacks W with the axes `axes`, or a piece of it if its arrays were split or sliced.
+
+    With `in_turn`, TPUs unpack the entries along this axis one after another.
+    """
+    used = parts.used
     # In a shard_map of the model, the arrays are shards.
     if used is not None and not jax.sharding.get_abstract_mesh().manual_axes:
         parts = parts.map_arrays(lambda f, _: shard_part(f, used, axes))
     parts = _with_plain_scales(axes, parts)
-    data, zero = parts.data, parts.zero
+    decode = functools.partial(_decode, axes, dtype)
+    if in_turn is None:
+        return decode(parts)
+    loop = functools.partial(_decode_in_turn, decode, in_turn)
+    return lax.platform_dependent(parts, tpu=loop, default=decode)
+
+
+def _decode_in_turn(decode: Callable[[Quantized], Factor], axis: Axis, parts: Quantized) -> Factor:
+    """Decodes the entries along `axis` in a loop.
+
+    A TPU's core has room for one entry on its way from codes to the layout that a product needs,
+    where XLA would write all entries to main memory for each step of that way.
+    """
+    whole = jax.eval_shape(decode, parts)
+    arrays = jax.tree.leaves(parts)
+
+    def step(i: jax.Array, w: jax.Array) -> jax.Array:
+        one = {axis: lambda x, d: lax.dynamic_slice_in_dim(x, i, 1, d)}
+        entry = decode(parts.map_arrays(lambda f, _: f.along(one)))
+        return lax.dynamic_update_slice_in_dim(w, entry.value, i, whole.axis(axis))
+
+    # All of it is overwritten. A constant would be shared by loops, and written for each.
+    start = jnp.broadcast_to(arrays[0].ravel()[0].astype(whole.dtype), whole.shape)
+    w = lax.fori_loop(0, whole.length(axis), step, _compat.vary_with(start, arrays))
+    return whole.replace(w)
+
+
+def _decode(axes: tuple[Axis, ...], dtype: jnp.dtype, parts: Quantized) -> Factor:
+    """Computes W from codes and scales that are numbers."""
+    form, data, zero = parts.form, parts.data, parts.zero
     axis = OTHER if form.flat else axes[form.axis]
     block = form.blocks[form.axis]
     of_axis = {axis: block} if form.flat else dict(zip(axes, form.blocks, strict=True))

@@ -12,14 +12,13 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from .._adapters import (
-    AdapterLeaf,
     LowRank,
-    Node,
     Routed,
     leading_axes,
     stop_gradients,
     weight_shape,
 )
+from .._core import ROWS
 from .._errors import InputError
 from .._tree import check_fits, leaves_by_path, nest
 from .._types import Path, PyTree, short
@@ -52,8 +51,13 @@ def route(
       infinity in one slot's A does not reach the outputs of other rows, but it reaches gradients
       through the site. One in B reaches all rows. Where W is used transposed, as in a tied head, A
       and B change roles.
-    - gathered: each row takes its A and B out of the table. The rank is r only, but A and B are
-      read for each row, and rows are multiplied one at a time. A slot never reaches other rows.
+    - gathered: each row takes its A and B out of the table where they are used. The rank is r only,
+      but A and B are read for each row, and rows are multiplied one at a time. A slot never reaches
+      other rows.
+
+    Products of groups of tokens with experts, `jax.lax.ragged_dot`, are computed for all rows at
+    once, adapted or not. JAX cannot take a gradient of one inside of `apply`; differentiate the
+    routed function instead.
 
     `stack` and `insert` refuse known values that are not finite, so both forms are safe. Leaves
     trained in full are gathered.
@@ -79,8 +83,8 @@ def route(
     Raises:
         TypeError: if `table` is not a table, or `ids` are not integers.
         ValueError: if an argument or a result has no axis of rows, or an id is out of range; if the
-            table does not fit the base, has a method other than LoRA, or was prepared in another
-            form; if an initializer changed the base, as -1 would not be the original model.
+            table does not fit the base or has a method other than LoRA; if an initializer changed
+            the base, as -1 would not be the original model.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -101,25 +105,27 @@ def route(
     def routed(
         base: PyTree, table: PyTree, ids: ArrayLike | Sequence[int], /, *args: Any, **kwargs: Any
     ) -> Any:
-        leaves, slots = _prepare(table, form)
-        beside = {path: x for path, x in leaves.items() if isinstance(x, Routed)}
-        own = {path: x for path, x in leaves.items() if path not in beside}
-        check_fits(base, beside | {p: jax.tree.map(_type_of_slot, x) for p, x in own.items()})
+        leaves, slots = _prepare(table)
+        nodes = {path: x for path, x in leaves.items() if isinstance(x, Routed)}
+        full = {path: x for path, x in leaves.items() if path not in nodes}
+        types = {path: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for path, x in full.items()}
+        check_fits(base, nodes | types)
         rows = check_ids(ids, slots)
         batch = Batch((args, kwargs), (in_axes, 0), len(rows))
 
         def apply_in_runs(length: int) -> Any:
             """Calls `apply` for each run of `length` rows of one slot."""
 
-            def apply_run(i: jax.Array, own: Leaves, run: list[jax.Array]) -> Any:
-                chosen = {path: _with_gate(x, i) for path, x in beside.items()}
+            def apply_run(i: jax.Array, full: Leaves, run: list[jax.Array]) -> Any:
+                chosen = {path: _with_gate(x, i, form) for path, x in nodes.items()}
                 args, kwargs = batch.arguments(run)
-                out = apply(base, nest(own | chosen), *args, **kwargs)
-                return move_rows_first(out, out_axes, length)
+                out = apply(base, nest(full | chosen), *args, **kwargs)
+                return _mark(move_rows_first(out, out_axes, length), i >= slots)
 
             first = rows[::length]
-            over_runs = jax.vmap(apply_run, (0, 0, batch.axes), spmd_axis_name=spmd_axis_name)
-            out = over_runs(first, _gather(own, first, base), batch.cut(length))
+            names = {"axis_name": ROWS, "spmd_axis_name": spmd_axis_name}
+            over_runs = jax.vmap(apply_run, (0, 0, batch.axes), **names)
+            out = over_runs(first, _gather(full, first, slots, base), batch.cut(length))
             return join_runs(out, out_axes)
 
         try:
@@ -130,8 +136,8 @@ def route(
     return routed
 
 
-def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
-    """Concatenates A and B for `route` in advance, at the sites that it computes side by side.
+def prepare(table: PyTree) -> PyTree:
+    """Concatenates A and B of all slots for `route` in advance.
 
     Prepare a table once for many calls. Otherwise each call concatenates, which copies A and B if
     layers are stacked, as under `jax.lax.scan`. Prepare again after an `insert` into the original
@@ -139,11 +145,10 @@ def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
 
     Args:
         table: from `stack` or `init`.
-        form: as in `route`.
 
     Returns:
         A table that only `route` accepts, with the same dtypes and number of parameters. The ranks
-        of all slots, at the sites side by side, are one axis.
+        of all slots are one axis.
 
     Raises:
         TypeError: if `table` is not a table.
@@ -156,27 +161,19 @@ def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
         >>> jlora.many.prepare(jlora.many.stack([one] * 3))
         {'w': Routed(a=float32[64,3], b=float32[3,64], slots=3, scale=1.0)}
     """
-    return nest(_prepare(table, form)[0])
+    return nest(_prepare(table)[0])
 
 
-def _prepare(table: PyTree, form: str | None) -> tuple[Leaves, int]:
-    """Returns the leaves of a table, concatenated ones as `Routed`, and the number of slots."""
+def _prepare(table: PyTree) -> tuple[Leaves, int]:
+    """Returns the leaves of a table, nodes as `Routed`, and the number of slots."""
     found, slots = table_leaves(table, is_prepared=True)
     others = {path: x for path, x in found.items() if not isinstance(x, Routed)}
     check_methods(others.items())
     why = f"{RESIDUAL}, so -1 would not be the model"
     residual = {path: why for path, x in others.items() if is_residual(x)}
     refuse("`route` cannot use the leaves of `table`", residual, FROM_THE_START)
-    if form == FORMS[1] and len(others) < len(found):
-        raise InputError(
-            f"`form` is {form!r}, but `table` was prepared side by side. Give the table from stack."
-        )
-    beside = {p: _concatenate(x, slots) for p, x in others.items() if _is_beside(x, form)}
-    return found | beside, slots
-
-
-def _type_of_slot(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    nodes = {p: _concatenate(x, slots) for p, x in others.items() if isinstance(x, LowRank)}
+    return found | nodes, slots
 
 
 # ---------------------------------------------------------------------- which slot, which form
@@ -189,12 +186,11 @@ def _length_of_runs(ids: jax.Array | np.ndarray) -> int:
     return math.gcd(len(ids), *(int(i) + 1 for i in np.flatnonzero(np.diff(ids))))
 
 
-def _is_beside(leaf: AdapterLeaf, form: str | None) -> bool:
+def _is_beside(node: Routed, form: str | None) -> bool:
     """Whether a site is computed side by side."""
-    if not isinstance(leaf, LowRank) or form is not None:
-        return isinstance(leaf, LowRank) and form == FORMS[0]
-    weight = math.prod(weight_shape(jax.tree.map(_type_of_slot, leaf)))
-    return SHARE * (leaf.a.size + leaf.b.size) <= weight
+    if form is not None:
+        return form == FORMS[0]
+    return SHARE * (node.a.size + node.b.size) <= math.prod(weight_shape(node))
 
 
 def _concatenate(node: LowRank, slots: int) -> Routed:
@@ -208,29 +204,34 @@ def _concatenate(node: LowRank, slots: int) -> Routed:
     return Routed(a, b, None, slots, *fields)
 
 
-def _with_gate(node: Routed, i: jax.Array) -> Routed:
-    """Returns a node with the gate of slot `i`, or NaN if there is no such slot."""
+def _with_gate(node: Routed, i: jax.Array, form: str | None) -> Routed:
+    """Returns a node that uses slot `i`: its gate is a mask or, where A and B are gathered, `i`."""
+    if not _is_beside(node, form):
+        return node._replace(gate=i)
     gate = (jnp.arange(node.slots) == i).astype(jnp.float32)
-    gate = jnp.where(i < node.slots, gate, jnp.nan)
     return node._replace(gate=jnp.repeat(gate, node.a.shape[-1] // node.slots))
 
 
-def _gather(leaves: Leaves, ids: jax.Array | np.ndarray, base: PyTree) -> Leaves:
-    """Returns the leaves of each slot in `ids`; -1 gives the base, an id out of range NaN."""
-    ids = jnp.asarray(ids)
-    params = dict(leaves_by_path(base)) if leaves else {}
+def _gather(full: Leaves, ids: jax.Array | np.ndarray, slots: int, base: PyTree) -> Leaves:
+    """Returns the leaves in full of each slot in `ids`, and the base's where an id is no slot."""
+    params = dict(leaves_by_path(base)) if full else {}
 
-    def take(x: jax.Array, without: ArrayLike) -> jax.Array:
-        found = jnp.take(x, ids, axis=0, mode="fill", fill_value=jnp.nan)
-        is_slot = lax.expand_dims(ids >= 0, range(1, x.ndim))
-        return jnp.where(is_slot, found, jnp.asarray(without, x.dtype))
+    def take(path: Path, leaf: jax.Array) -> jax.Array:
+        is_slot = lax.expand_dims((ids >= 0) & (ids < slots), range(1, leaf.ndim))
+        found = jnp.take(leaf, ids, axis=0, mode="clip")
+        return jnp.where(is_slot, found, jnp.asarray(params[path], leaf.dtype))
 
-    def take_leaf(path: Path, leaf: AdapterLeaf) -> AdapterLeaf:
-        if not isinstance(leaf, Node):
-            return take(leaf, params[path])
-        return jax.tree.map(lambda x: take(x, 0), leaf)
+    return {path: take(path, leaf) for path, leaf in full.items()}
 
-    return {path: take_leaf(path, leaf) for path, leaf in leaves.items()}
+
+def _mark(out: PyTree, is_wrong: jax.Array) -> Any:
+    """Returns NaN in place of results for an id that is out of range."""
+
+    def mark(x: jax.Array) -> jax.Array:
+        floating = jnp.issubdtype(x.dtype, jnp.inexact)
+        return jnp.where(is_wrong, jnp.asarray(jnp.nan, x.dtype), x) if floating else x
+
+    return jax.tree.map(mark, out)
 
 
 # ------------------------------------------------------------------------- the rows of a batch

@@ -1,6 +1,7 @@
 """Reads and writes adapters without their model."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -181,7 +182,12 @@ def _as_leaf(part: Part) -> NamedLeaf:
         "conv": ("oi" + "k" * (len(part.a.shape) - 2), (rows, *part.a.shape[1:])),
         "experts": ("eoi", (part.experts, rows, columns)),
     }[part.kind]
-    return NamedLeaf((), None, shape, Name("", "", axes), ("",))
+    return NamedLeaf((), None, shape, _name(axes), ("",))
+
+
+@functools.cache
+def _name(axes: str) -> Name:
+    return Name("", "", axes)
 
 
 def _as_parameters(contents: Contents) -> Parameters:

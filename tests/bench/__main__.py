@@ -13,7 +13,7 @@ from . import steps
 FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 NAMES = ("floor", "real", "memory", "quantized", "peers", "growth", "adapters", "sweep")
 NAMES += ("overheads", "h100")
-BY_NAME = ("tpu", "fusions", "gpu")  # need the compilers for these
+BY_NAME = ("tpu", "fusions", "gpu", "logits")  # need the compilers for these
 
 
 def main() -> None:

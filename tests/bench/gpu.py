@@ -14,20 +14,20 @@ import contextlib
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 import pod_plan
-from jax.experimental import pallas as pl
+from home import flash
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
 from jlora._progress import progress
 
-from . import h100, report, steps, tpu, traffic
+from . import h100, report, tpu, traffic
 from .peers import llama_work
 
 KERNELS = {"Triton": {}, "cuBLAS": {"xla_gpu_enable_triton_gemm": False}}
@@ -90,9 +90,8 @@ def memory(quick: bool) -> Iterator[dict[str, Any]]:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree
         )
 
-    key, ids = jax.random.key(0), jax.ShapeDtypeStruct((work.batch, work.length), jnp.int32)
+    key, ids = jax.random.key(0), jax.ShapeDtypeStruct((work.batch, work.length + 1), jnp.int32)
     params = place(jax.eval_shape(functools.partial(h100.start, work), key))
-    labelled = place(jax.ShapeDtypeStruct((work.batch, work.length + 1), jnp.int32))
     for kept, how in h100.KEPT.items():
         shape = h100.shape_of(work)._replace(**how, attention=rotated_flash)
         apply = functools.partial(h100.model, shape)
@@ -101,11 +100,11 @@ def memory(quick: bool) -> Iterator[dict[str, Any]]:
             base, adapter = jax.eval_shape(lora.init, key, params, ids)
 
             def loss(adapter: Any, base: Any, ids: Any, lora: Any = lora) -> jax.Array:
-                return steps.next_token(lambda p, x: lora.apply(p, adapter, x), base, ids)
+                return -lora.apply(base, adapter, ids).mean()
 
             with pallas_for(mesh):
                 found = jlora.plan(
-                    loss, place(base), place(adapter), (labelled,), optax.adamw(1e-4)
+                    loss, place(base), place(adapter), (place(ids),), optax.adamw(1e-4)
                 )
             sizes = {"base": found.base, "kept and temporary": found.activations}
             yield {"kept": kept, "trained": trained} | {
@@ -144,37 +143,6 @@ def pallas_for(mesh: Any) -> Iterator[None]:
 def rotated_flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """With the rotations of `h100`."""
     return flash(*h100.rotate(q, k), v)
-
-
-@jax.custom_vjp
-def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """What XLA sees of a flash attention: kernels of these operands and results, which do nothing.
-
-    cuDNN's own cannot be compiled where its library is missing.
-    """
-    return _forward(q, k, v)[0]
-
-
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
-    batch, length, heads, _ = q.shape
-    sums = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-    mixed, sums = _kernel(q, sums)(q, k, v)
-    return mixed, (q, k, v, mixed, sums)
-
-
-def _backward(saved: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(_kernel(*saved[:3])(*saved, g))
-
-
-flash.defvjp(_forward, _backward)
-
-
-def _kernel(*results: Any) -> Callable[..., list[jax.Array]]:
-    def body(*refs: Any) -> None:
-        first = (0,) * refs[-1].ndim
-        refs[-1][first] = jnp.zeros((), refs[-1].dtype)
-
-    return pl.pallas_call(body, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results])
 
 
 LAYER = tpu.SHAPES["grouped queries"]._replace(length=4096)  # 2 × 4,096 tokens of Llama 3 8B

@@ -1,5 +1,8 @@
 """How a step's time and its compilation grow: with layers, tokens and rank."""
 
+import json
+import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 import jlora
 
@@ -45,6 +49,8 @@ def run(quick: bool) -> None:
     report.table("growth-rank: ratios to the frozen step, four layers, 512 tokens", rows)
     rows = [{"leaves": n, **search(n)} for n in LEAVES]
     report.table("growth-leaves: finding the sites, over tracing the model", rows)
+    rows = [{"tensors": n, **read(n)} for n in LEAVES]
+    report.table("growth-tensors: peft.read, which `jlora inspect` prints", rows)
 
 
 def search(leaves: int) -> dict[str, float]:
@@ -73,6 +79,26 @@ def search(leaves: int) -> dict[str, float]:
         "init": seconds(lambda f: lora(f).init, key, params, x),
     }
     return {"make_jaxpr s": floor} | {name: x / floor for name, x in found.items()}
+
+
+def read(tensors: int) -> dict[str, float]:
+    """CPU time of `peft.read` over that of copying each array to the device, of tiny matrices."""
+    low = {}
+    for i in range(tensors // 2):
+        low[f"base_model.model.layers.{i}.q_proj.lora_A.weight"] = np.ones((1, 2), np.float32)
+        low[f"base_model.model.layers.{i}.q_proj.lora_B.weight"] = np.ones((2, 1), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+        pathlib.Path(folder, "adapter_config.json").write_text(json.dumps(fields))
+        save_file(low, f"{folder}/adapter_model.safetensors")
+        start = time.process_time()
+        jlora.peft.read(folder)
+        middle = time.process_time()
+        jax.block_until_ready(
+            [jax.device_put(x) for x in load_file(f"{folder}/adapter_model.safetensors").values()]
+        )
+        floor = time.process_time() - middle
+    return {"device_put s": floor, "read": (middle - start) / floor}
 
 
 def measure(

@@ -67,7 +67,8 @@ def compile_step(
     concrete = all(isinstance(x, jax.Array) for x in jax.tree.leaves(trained))
     moments = tx.init(trained) if concrete else jax.eval_shape(tx.init, trained)
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=(1, 2)).lower(frozen, trained, moments, batch).compile()
+    lowered = jax.jit(step, donate_argnums=(1, 2)).lower(frozen, trained, moments, batch)
+    compiled = lowered.compile(jlora.compiler_options())
     return Program(compiled, frozen, trained, moments, time.perf_counter() - start)
 
 

@@ -4,7 +4,8 @@ On a GPU every kernel reads its operands from main memory and writes its results
 XLA's own count adds what is copied between main memory (HBM) and a core's own (VMEM) to what the
 products then read there, so that a schedule which copies further ahead counts as more, though no
 byte more comes from main memory. Here an operand or a result counts where it lies in main memory
-alone, a copy between the two once, and the body of a loop once, as XLA counts it.
+alone, a copy between the two once, and the body of a loop once, as XLA counts it, unless the caller
+says how often it runs.
 """
 
 import math
@@ -19,6 +20,7 @@ _MOVES_NOTHING = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("copy-done", "slice-done", "async-done"),
 }
+_ALLOCATE = 'custom_call_target="AllocateBuffer"'
 _CUBLAS = 'custom_call_target="__cublas$'
 _WORKSPACE = re.compile(r"s8\[\d+\]")  # beside the result, written or not
 
@@ -45,13 +47,13 @@ class Kernel(NamedTuple):
     multiplies: bool
 
 
-def main_memory(program: str) -> int:
+def main_memory(program: str, runs: int = 1) -> int:
     """Bytes to and from main memory, of the text of a compiled program."""
-    return sum(kernel.size for kernel in kernels(program))
+    return sum(kernel.size for kernel in kernels(program, runs))
 
 
-def kernels(program: str) -> list[Kernel]:
-    """What runs, of the text of a compiled program; the body of a loop once."""
+def kernels(program: str, runs: int = 1) -> list[Kernel]:
+    """What runs, of the text of a compiled program; the body of each loop `runs` times."""
     computations: dict[str, dict[str, _Instruction]] = {}
     current: dict[str, _Instruction] = {}
     entry = ""
@@ -65,21 +67,22 @@ def kernels(program: str) -> list[Kernel]:
             current[name] = _Instruction(name, kind, op, operands, rest)
             if root:
                 current["ROOT"] = current[name]
-    return list(_Program(computations).kernels(entry))
+    return list(_Program(computations, runs).kernels(entry))
 
 
 class _Program:
-    def __init__(self, computations: dict[str, dict[str, _Instruction]]) -> None:
+    def __init__(self, computations: dict[str, dict[str, _Instruction]], runs: int) -> None:
         self.computations = computations
+        self.runs = runs
 
     def kernels(self, computation: str) -> Iterator[Kernel]:
         """Those of one run of a computation."""
         inside = self.computations[computation]
         for name, i in inside.items():
-            if name == "ROOT" or i.op in _MOVES_NOTHING:
+            if name == "ROOT" or i.op in _MOVES_NOTHING or _ALLOCATE in i.rest:
                 continue
             if i.op == "while":
-                yield from self.kernels(_called(i, "body"))
+                yield from list(self.kernels(_called(i, "body"))) * self.runs
             elif i.op == "call":
                 yield from self.kernels(_called(i, "to_apply"))
             else:
@@ -136,7 +139,7 @@ class _Program:
             for key, user in inside.items():
                 if key == "ROOT" or name not in user.operands:
                     continue
-                if user.op == "bitcast":
+                if user.op in ("bitcast", "copy"):
                     names.append(key)
                 elif user.op == "fusion":
                     for use in self.uses(_called(user, "calls"), user.operands.index(name)):

@@ -199,9 +199,10 @@ def test_what_all_linear_misses_is_listed_with_the_reason(outside: Outside) -> N
     used = rf"{what}.*/(test_uses|small)\.py:\d+ \({outside.apply.__name__}"
     sites = lora.sites(params, X)
     assert [s.path for s in sites.missed] == ["w"]
-    *_, [line], _, last = [[x] if x.startswith("w ") else x for x in str(sites).split("\n")]
-    assert re.fullmatch("1 of 1 sites adapted; .*; 1 more weights have no factored form", last)
-    assert re.search(f"  used in {used}", line)
+    *_, line, _, total, note = str(sites).split("\n")
+    assert line.split()[0] == "w" and line.endswith(" 1")  # the number of the note
+    assert re.fullmatch("1 of 1 sites adapted; .*; 1 more weights have no factored form", total)
+    assert re.match(f"note 1: used in {used}", note)
     with pytest.warns(UserWarning, match=rf"^LoRA\(\) does not adapt 1 weights.*w \({used}"):
         _, adapter = lora.init(KEY, params, X)
     assert set(adapter) == {"v"}

@@ -8,10 +8,10 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 MESH = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
-# What each device does with its two rows of three float32, and what is counted of it.
+# What each device does with its two rows of three float32, and the bytes that it receives.
 PROGRAMS = {
-    "all-reduce": (lambda x: lax.psum(x, "x"), 24),
-    "all-gather": (lambda x: lax.all_gather(x, "x").sum(0), 8 * 24),
+    "all-reduce": (lambda x: lax.psum(x, "x"), 2 * 24 * 7 // 8),
+    "all-gather": (lambda x: lax.all_gather(x, "x").sum(0), 7 * 24),
     "collective-permute": (lambda x: lax.ppermute(x, "x", [(i, i ^ 1) for i in range(8)]), 24),
 }
 

@@ -7,6 +7,7 @@ activation or a weight.
 
 import argparse
 import csv
+import dataclasses
 import functools
 
 import jax
@@ -21,6 +22,7 @@ from models import gpt, llama
 from models.parts import RULES, SEQUENCE_RULES
 from small import some_rows
 
+import jlora
 from jlora import _compat
 
 LENGTH = {"llama": 1024, "gpt": 1024, "7b": 2048}
@@ -66,6 +68,32 @@ def test_collectives(model, topology, axes, sequence, method, monkeypatch):
     assert count <= 1.01 * least + leaves
     # Gathered in bfloat16, and the gradient summed in float32.
     assert size <= 1.01 * smallest + 1.5 * adapter
+
+
+CHIPS = {"v5e:4x4": (4, 4), V5P: (4, 2), "v6e:4x4": (4, 4)}
+FORMS = {
+    "plain": jlora.LoRA(rank=8),
+    "scan": jlora.LoRA(rank=8),
+    "share": jlora.LoRA("layers/.*kernel", rank=8, share="inputs"),
+}
+BETWEEN = [(form, topology) for topology in CHIPS for form in FORMS]
+DAILY = [("scan", "v5e:4x4"), ("plain", V5P), ("share", "v6e:4x4")]
+
+
+@pytest.mark.parametrize(("form", "topology"), some_rows(BETWEEN, *DAILY))
+def test_between_chips(form, topology, monkeypatch):
+    """Two layers of Llama 7B: no device receives more than in the frozen step."""
+    config = dataclasses.replace(llama.SIZES["llama2-7b"], layers=2)
+    model = llama.Llama(config, **pod.LARGE, scan=form != "plain")
+    monkeypatch.setitem(pod.SHAPES, form, pod.Shape(model, 2048))
+    monkeypatch.setattr(pod, "make_rules", lambda *_: (FORMS[form],))
+    monkeypatch.setitem(LENGTH, form, 2048)
+    hurried = tuple(_compat.HURRIED.items())
+    floor, ours = (
+        row(form, topology, CHIPS[topology], False, method, hurried).collectives["total"][1]
+        for method in ("floor", "all")
+    )
+    assert ours <= 1.01 * floor
 
 
 @pytest.mark.slow

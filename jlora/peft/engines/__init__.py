@@ -8,4 +8,4 @@ from ._engine import Finding as Finding
 from ._sglang import SGLANG
 from ._vllm import TPU_INFERENCE, VLLM
 
-ENGINES = {engine.name: engine for engine in (VLLM, TPU_INFERENCE, SGLANG)}
+ENGINES = {"vllm": VLLM, "tpu-inference": TPU_INFERENCE, "sglang": SGLANG}

@@ -53,9 +53,10 @@ def check(
 ) -> Checked:
     r"""Finds out which parts of an adapter an engine refuses, and which it drops silently.
 
-    Only configurations and headers are read, no weights. The rules for vLLM are those that runs of
-    it confirm; the guide "Serve an adapter" has their table. Of other models than those that were
-    run, it is not known whether an engine supports adapters at all, or of embeddings.
+    Only configurations and headers are read, no weights. The rules for vLLM, also on TPUs, are
+    those that runs confirm; the guide "Serve an adapter" has their tables. Of other models than
+    those that were run, it is not known whether an engine supports adapters at all, or of
+    embeddings.
 
     Args:
         path: the adapter's folder, as PEFT or `save` wrote it.
@@ -73,7 +74,7 @@ def check(
         ValueError: if there is no such `engine`, the engine does not allow `max_lora_rank`, or the
             files are damaged.
 
-    Source: vLLM 0.32.0, run on a CPU; tpu-inference 0.32.0 and SGLang 0.5.23, read.
+    Source: vLLM 0.32.0 and tpu-inference 0.32.0, run on a CPU; SGLang 0.5.23, read.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora

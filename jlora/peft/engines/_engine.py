@@ -81,15 +81,12 @@ class Base:
         if module == "lm_head" and "lm_head" not in self.lasts:
             module = next((m for m in self.modules if m.endswith("embed_tokens")), module)
         names = [module]
-        ways = _WAYS + (_INNER if self._is_nested else ())
+        # The model has one of other inputs too, or comes from such a checkpoint.
+        others = {"text_config", "vision_config", "audio_config"} & self.config.keys()
+        is_nested = others or self.architecture.startswith(("Gemma4", "Qwen3_5"))
+        ways = _WAYS + (_INNER if is_nested else ())
         names += [new + module.removeprefix(old) for old, new in ways if module.startswith(old)]
         return next((name for name in names if name in self.modules), None)
-
-    @property
-    def _is_nested(self) -> bool:
-        """Whether the model has a model of other inputs too, or comes from such a checkpoint."""
-        parts = {"text_config", "vision_config", "audio_config"} & self.config.keys()
-        return bool(parts) or self.architecture.startswith(("Gemma4", "Qwen3_5"))
 
     def shape(self, module: str) -> tuple[int, ...]:
         """Returns the shape of a module's weight; () if it is not known."""
@@ -158,7 +155,6 @@ class Engine(NamedTuple):
     """An engine that serves adapters.
 
     Attributes:
-        name: its name on the command line.
         title: its name in texts.
         version: the version whose source the rules follow.
         rules: the checks of an adapter.
@@ -168,7 +164,6 @@ class Engine(NamedTuple):
         notes: a function that returns what the user should know of an adapter that is served.
     """
 
-    name: str
     title: str
     version: str
     rules: tuple[Callable[[Served], Iterable[Finding]], ...]

@@ -1,6 +1,6 @@
 """Rules that several engines need; each returns findings. And remedies."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .._file import shorten, show
@@ -18,6 +18,8 @@ WITHOUT = "Train without it, or merge it in PEFT (merge_and_unload) and serve th
 CONVERT = "Convert it in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
 OTHER_BASE = "Give the base that the adapter was trained on"
 AGAIN = "Save the adapter again"
+# Frozen values beside the A and B of an embedding or a head, which engines skip.
+FROZEN = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
 # Fields that matter only in training.
 _TRAINING = ("velora_config", "corda_config", "loftq_config", "lora_ga_config")
 
@@ -99,16 +101,14 @@ def report_rank(rank: int, limit: int, least: int) -> Finding:
 # ---------------------------------------------------------------------------------- the tensors
 
 
-def check_pairs(x: Served, silent: bool = False) -> list[Finding]:
+def check_pairs(x: Served, silent: bool = False) -> Iterator[Finding]:
     """Requires matrices A and B in pairs. An adapter without any may be dropped silently."""
     if not x.factors:
-        return [Finding("adapter_model.safetensors", "has no A and B", AGAIN, silent)]
+        yield Finding("adapter_model.safetensors", "has no A and B", AGAIN, silent)
     lone = (s.key for pair in x.pairs.values() if len(pair) == 1 for s in pair.values())
+    yield from report(lone, "is without its A or B", AGAIN)
     odd = (s.key for s in x.factors if len(s.shape) != 2)
-    return [
-        *report(lone, "is without its A or B", AGAIN),
-        *report(odd, "A and B must be matrices", LEAVE_OUT),
-    ]
+    yield from report(odd, "A and B must be matrices", LEAVE_OUT)
 
 
 def check_ranks(

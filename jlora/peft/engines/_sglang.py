@@ -20,7 +20,6 @@ TARGETS = {
     *("in_proj", "in_proj_qkvz", "qkvr", "wo_ud", "embed_tokens", "lm_head"),
 }
 EMBEDDINGS = ("embed_tokens", "lm_head")
-_FROZEN = tuple(f"{name}.base_layer.weight" for name in EMBEDDINGS)
 # The modules that it packs into one.
 _PACKED = (
     {"q_proj", "k_proj", "v_proj", "qkv_proj"},
@@ -56,7 +55,7 @@ def _configuration(x: Served) -> Iterator[Finding]:
 def _tensors(x: Served) -> Iterator[Finding]:
     taken = (key for key in x.others if _layer(key) is not None)
     yield from report(taken, "is neither A nor B, but read as a B", rules.LEAVE_OUT)
-    lost = (key for key in x.others if _layer(key) is None and not key.endswith(_FROZEN))
+    lost = (key for key in x.others if _layer(key) is None and not key.endswith(rules.FROZEN))
     yield from report(lost, "is neither A nor B, and is ignored", rules.LEAVE_OUT, silent=True)
     yield from rules.check_pairs(x, silent=True)
     yield from rules.check_ranks(x, lambda _: x.rank, rules.PROFILE)
@@ -104,4 +103,4 @@ def _base(x: Served) -> Iterator[Finding]:
 RULES = (_configuration, _tensors, _modules, _mistaken, _base, rules.check_shapes)
 _SERVER = "python -m sglang.launch_server --model-path {base} --enable-lora"
 START = f"{_SERVER} --max-lora-rank {{rank}} --lora-paths NAME={{dir}}"
-SGLANG = Engine("sglang", "SGLang", "0.5.23 (read, not run)", RULES, START)
+SGLANG = Engine("SGLang", "0.5.23 (read, not run)", RULES, START)

@@ -10,7 +10,19 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ..._arrays import put
-from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme, spell
+from ..._quantized import (
+    FP4,
+    FP8,
+    NF4,
+    Form,
+    Int4,
+    Int8,
+    Nested,
+    Quantized,
+    Scheme,
+    dequantize,
+    spell,
+)
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._torch_layout import take_part
@@ -58,7 +70,7 @@ class Codes(NamedTuple):
         """Computes the values, (…, rows, columns)."""
         *lead, i, j = range(self.codes.ndim)
         form = self.scheme.form(self.codes.shape, tuple(lead), (i, j), 1)
-        return _quantize(self, form, dtype).array()
+        return dequantize(_quantize(self, form, dtype))
 
     @property
     def bound(self) -> float:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -130,7 +131,7 @@ class Name:
         """Whether the leaf differs from PyTorch's parameter only in its axes."""
         return self.times is None and not self.interleaved
 
-    @property
+    @functools.cached_property
     def layout(self) -> Layout:
         """The layout of a `LowRank` node."""
         count = len(self.modules)
@@ -142,7 +143,7 @@ class Name:
         """Whether PEFT's A is jlora's B."""
         return self.transposed and self.kind == "experts" and not self.is_transposed
 
-    @property
+    @functools.cached_property
     def factor_groups(self) -> dict[str, Groups]:
         """For PEFT's A, B and magnitudes: the axes of the weight that each axis flattens.
 

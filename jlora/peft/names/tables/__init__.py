@@ -1,6 +1,5 @@
 """Name tables: a module for each library, and `TABLES` with all by name."""
 
-from . import easydel as easydel
 from . import gemma as gemma
 from . import keras_hub as keras_hub
 from . import maxtext as maxtext
@@ -43,6 +42,5 @@ WITH_PATHS = {
     "maxtext-gemma4": (maxtext.GEMMA4, "decoder/scanned_blocks/global_layer/mlp/wi_0/kernel"),
     "maxtext-gpt-oss": (maxtext.GPT_OSS, "decoder/layers/layers_0/GptOssAttention/query/kernel"),
     "maxtext-llama4": (maxtext.LLAMA4, "decoder/layers/layers_0/mlp/wi_0/kernel"),
-    "easydel": (easydel.EASYDEL, "model/layers/0/self_attn/q_proj/kernel"),
 }
 TABLES = {name: table for name, (table, _) in WITH_PATHS.items()}

@@ -1,0 +1,66 @@
+"""`examples/home.py`: what is kept where changes no gradient, and the page has the longest rows."""
+
+import functools
+import pathlib
+
+import home
+import jax
+import jax.numpy as jnp
+import pytest
+import tables
+from laws import assert_close
+from small import normal, randomize
+
+import jlora
+
+SHAPES = {
+    "dense": home.Shape(3, 16, 32, 4, 2, 4, 48),
+    "experts": home.Shape(2, 16, 8, 4, 2, 4, 48, tied=False, experts=4, chosen=2),
+}
+IDS = jax.random.randint(jax.random.key(0), (2, 13), 0, 48)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_where_inputs_are_kept_changes_nothing(kind):
+    """The values and gradients of layers that are computed again from the device or the host."""
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    shapes, attend = (
+        home.weights(SHAPES[kind]),
+        functools.partial(jax.nn.dot_product_attention, is_causal=True),
+    )
+    leaves, structure = jax.tree.flatten(shapes, is_leaf=is_shape)
+    drawn = [normal(i, *s, dtype=jnp.float32) / 4 for i, s in enumerate(leaves)]
+    params = jax.tree.unflatten(structure, drawn)
+
+    def slope(saved):
+        model = functools.partial(home.log_probs, SHAPES[kind], attend, saved)
+        lora = jlora.transform(model, jlora.LoRA("layers/[qkvo]", rank=2))
+        base, adapter = lora.init(jax.random.key(1), params, IDS)
+        f = jax.value_and_grad(lambda a, base: lora.apply(base, a, IDS).mean())
+        traced = jax.jit(f).trace(randomize(adapter), base)
+        return traced.lower().compile()(randomize(adapter), base), str(traced.jaxpr)
+
+    (on_device, text), (on_host, other) = map(slope, home.SAVED)
+    assert "device_put" not in text and "device_put" in other  # to the host and back
+    assert_close(on_host, on_device, 1e-6, "offloaded")
+    assert any(jnp.any(x != 0) for x in jax.tree.leaves(on_host[1]))
+
+
+@pytest.mark.parametrize("slope", [1000, 50_000, 10_000_000])
+@pytest.mark.parametrize("bend", [0, 1e-3])
+def test_the_search_ends_at_the_longest(slope, bend):
+    """Of peaks that are a line, or nearly."""
+    peaks, capacity = {0: 6_000_000_000}, 16_000_000_000
+    peak = lambda n: int(6.5e9 + slope * n * (1 + bend * (n % 3)))  # noqa: E731
+    while (length := home.next_length(peaks, capacity)) is not None:
+        assert length not in peaks
+        peaks[length] = peak(length)
+    expected = max((n for n in home.LENGTHS if peak(n) <= capacity), default=0)
+    assert home.longest(peaks, capacity) == expected
+    assert len(peaks) < 6
+
+
+def test_the_page_has_the_table():
+    page = pathlib.Path(home.__file__).parents[1] / "notebooks" / "loops" / "home.md"
+    rows = tables.read(home.HERE / "results" / "home.csv")
+    assert home.table(rows) in page.read_text(encoding="utf-8")
