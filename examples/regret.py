@@ -8,6 +8,7 @@
     first      0.5 hours   the first 20 steps of SmolLM2-135M at all ranks, with s = 32/r and s = 2
     capacity   0.6 hours   how many bits a tiny GPT learns by heart, by rank
     rates      1.3 hours   the best rate of full fine-tuning, and of LoRA, by rank and scale
+    long       1.5 hours   the same with 1,024 strings, in 8,000 steps
     layers     1.3 hours   all layers, attention or feed-forward alone, with as many parameters
     batches    1.3 hours   batches of 4 to 256 at equally many examples
     forgetting 3.0 hours   what is learned and what is forgotten, by rank and method
@@ -63,6 +64,7 @@ ALPHA, SCALE = 32.0, 2.0  # s is ALPHA / r, or SCALE
 RATES = 7  # that are tried at most
 EXAMPLES = 4096  # that a run with any batch sees
 LOOKS, LOOKED = 8, 512  # how often `forgetting` looks at what is new and old, and at how many rows
+LONG = 8000  # steps of `long`
 FIRST, REWARDED = 20, 32  # steps of `first`, and of `reinforce`
 SHORT = 24  # tokens of its sentences, so that all batches are alike
 ALPHABET, LENGTH = 64, 16  # of random strings
@@ -184,9 +186,17 @@ def parts() -> dict[Setting, int]:
     }
 
 
+def long() -> dict[Setting, int]:
+    """Ranks and full fine-tuning with the most strings, in steps enough for the lowest rank."""
+    return {
+        scaled("long", "strings-1024", rank, 64, "blocks"): -5 for rank in (8, 1, 64, 0, 2, 4, 16)
+    }
+
+
 PLANS = {  # the settings of an experiment, each with the middle of its rates, and the seeds
     "first": ({x: -6 if x.rank else -8 for x in rates("first")}, 3),
-    "capacity": (capacity(), 2),
+    "capacity": (capacity(), 5),
+    "long": (long(), 5),
     "rates": (rates("rates"), 3),
     "layers": (layers(), 5),
     "batches": (batches(), 2),
@@ -198,7 +208,8 @@ PLANS = {  # the settings of an experiment, each with the middle of its rates, a
     "forgetting": (forgetting(), 3),
     "parts": (parts(), 5),
     "reinforce": (
-        {scaled("reinforce", "sums", r, 32): -8 if r else -10 for r in (8, 1, 128, 0)},
+        {scaled("reinforce", "sums", r, 32): -8 if r else -10 for r in (8, 1, 128, 0)}
+        | {scaled("reinforce", "sums", 8, 32)._replace(method="free"): -8},
         3,
     ),
 }
@@ -255,7 +266,8 @@ def make_task(setting: Setting) -> Task:
     if setting.task == "movies":
         return trials.movies(SHORT, EXAMPLES // batch, batch, widths=(SHORT,))
     if setting.task.startswith("strings"):
-        return strings(int(setting.task.partition("-")[2]), batch)
+        steps = LONG if setting.experiment == "long" else 2000
+        return strings(int(setting.task.partition("-")[2]), batch)._replace(steps=steps)
     if setting.task.startswith("gpt"):
         width, depth = map(int, setting.task.removeprefix("gpt-").split("x"))
         return bible(width, depth)
@@ -375,7 +387,14 @@ def reinforce(setting: Setting, rate: float, seed: int) -> dict[str, Any]:
     (model, before), start = untrained(), time.process_time()
     rank = f"--rank={setting.rank}" if setting.rank else "--full"
     sizes = f"--groups={setting.batch // 8}", f"--steps={REWARDED}"
-    options = rank, f"--rate={rate}", f"--seed={seed}", *sizes, f"--save-every={REWARDED + 1}"
+    options = (
+        rank,
+        *(["--beta=0"] if setting.method == "free" else []),
+        f"--rate={rate}",
+        f"--seed={seed}",
+        *sizes,
+        f"--save-every={REWARDED + 1}",
+    )
     trained, result, steps = rewarded(options, model, before)
     rewards, kl = np.array([(row["reward"], row["kl"]) for row in steps]).T
     found = {"steps": REWARDED, "trained": trained, "validation": 1 - rewards[-10:].mean()}

@@ -24,10 +24,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tables
 from matplotlib.ticker import NullFormatter
-from regret import ALPHA, ALPHABET, LENGTH, OUT, OWN, PLANS, SCALE, Setting
+from regret import ALPHA, ALPHABET, LENGTH, LOOKS, OUT, OWN, PLANS, SCALE, Setting
 from scipy import stats
 from tables import Row
 
+BITS = "capacity", "long"  # experiments in which bits are learned
 SCALES = {  # ways to choose s
     "s = 32/r": lambda setting: np.isclose(setting.scale * setting.rank, ALPHA),
     "s = 2": lambda setting: setting.scale == SCALE,
@@ -106,7 +107,7 @@ def group(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
     found, scores = collections.defaultdict(list), {"reinforce": "sampled_after"}
     for row in rows:
         name = row["experiment"]
-        score = learned(row) if name == "capacity" else row[scores.get(name, "held_out")]
+        score = learned(row) if name in BITS else row[scores.get(name, "held_out")]
         found[setting_of(row)].append(row | {"score": score})
     return {x: found[x] for settings, _ in PLANS.values() for x in settings if x in found}
 
@@ -156,7 +157,10 @@ def exponents(rows: Sequence[Row]) -> str:
 
 def markdown(rows: Sequence[Row], experiment: str) -> str:
     """The table of an experiment as the guide has it."""
-    make = {"reinforce": reward_lines, "capacity": bit_lines}.get(experiment, loss_lines)
+    make = {"reinforce": reward_lines, "forgetting": forgotten_lines} | dict.fromkeys(
+        BITS, bit_lines
+    )
+    make = make.get(experiment, loss_lines)
     rows = [row for row in rows if row["experiment"] == experiment]
     return "".join(f"| {' | '.join(line)} |\n" for line in make(rows))
 
@@ -251,7 +255,15 @@ def _scientific(x: float) -> str:
     return f"{x:.1e}".replace("e-0", "e-")
 
 
-METHODS = {"lora": "Adam", "lora_plus": "LoRA+", "preconditioned": "preconditioned", "muon": "Muon"}
+METHODS = {
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "lora": "Adam",
+    "lora_plus": "LoRA+",
+    "preconditioned": "preconditioned",
+    "muon": "Muon",
+    "free": "no KL",
+}
 
 
 def label(row: Row) -> str:
@@ -264,6 +276,9 @@ def label(row: Row) -> str:
 AXES = {
     "first": ("step", "training loss"),
     "capacity": ("bits in the strings", "bits learned"),
+    "long": ("rank", "bits learned"),
+    "parts": ("learning rate", "validation loss"),
+    "forgetting": ("loss on the new text", "loss on the text of before"),
     "rates": ("learning rate", "validation loss"),
     "layers": ("learning rate", "validation loss"),
     "batches": ("batch, at equally many examples", "held-out loss"),
@@ -289,9 +304,13 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
         line, panels = label(setting._asdict()), [""]
         if experiment in ("first", "rates"):
             panels = [name for name, has in SCALES.items() if has(setting) or not setting.rank]
-        elif experiment == "layers":
+        elif experiment in ("layers", "parts"):
             line, panels = setting.layers, [setting.task]
         best, more = tables.best(runs, "score", 1)[0]["rate"], _levels(runs)
+        if experiment == "forgetting":
+            for x, y in zip(*looks(runs), strict=True):
+                found[setting.task][name_of(setting)].setdefault(x, []).append(y)
+            continue
         if experiment in RATED:
             for panel, name, x in RATED[experiment](setting):
                 found[panel][name][x] = list(10 ** find_vertices(runs))
@@ -301,8 +320,9 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
             points = {row["rate"]: row["validation"] - more[row["seed"]]}
             if experiment == "first":
                 points = curve(row) if row["seed"] in set.intersection(*each) else {}
-            elif experiment in ("batches", "capacity"):
-                x = setting.batch if experiment == "batches" else bits(setting.task)
+            elif experiment in ("batches", *BITS):
+                x = {"batches": setting.batch, "long": setting.rank or 128}.get(experiment)
+                x = x or bits(setting.task)
                 points = {x: row["score"]} if is_best else {}
             shown = dict.fromkeys(panels, points)
             if experiment == "reinforce":
@@ -315,11 +335,42 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
     return found
 
 
+def name_of(setting: Setting) -> str:
+    """The rank in words, and the method if it is not LoRA with Adam."""
+    more = f", {METHODS[setting.method]}" if setting.method != "lora" else ""
+    return label(setting._asdict()) + more
+
+
+def looks(runs: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """The losses on the new text and on that of before at the best rate, as means of the seeds."""
+    best = tables.best(runs, "score", 1)[0]["rate"]
+    own = [row for row in runs if row["rate"] == best]
+    new, old = (
+        np.mean([[row[f"{name}_{i}"] for i in range(1, LOOKS + 2)] for row in own], 0)
+        for name in ("new", "old")
+    )
+    return [float(x) for x in new], [float(x) for x in old]
+
+
+def forgotten_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """Cells: the loss on the text of before, where all have learned as much of the new one."""
+    lines = [["", "loss on the new text", "on that of before", "intruders"], 4 * ["---"]]
+    groups = sorted(group(rows).items(), key=lambda item: _order(item[0]))
+    for task in dict.fromkeys(setting.task for setting, _ in groups):
+        own = {x: (*looks(runs), runs) for x, runs in groups if x.task == task}
+        shared = max(min(new) for new, _, _ in own.values())
+        for setting, (new, old, runs) in own.items():
+            there = np.interp(-shared, [-x for x in np.minimum.accumulate(new)], old)
+            each = [row["intruders"] for row in runs]
+            cells = f"{shared:.3f}", f"{there - old[0]:+.3f}", f"{np.mean(each):.2f}"
+            lines.append([f"{task}, {name_of(setting)}", *cells])
+    return lines
+
+
 def _by_size(setting: Setting) -> Iterator[tuple[str, str, float]]:
     """Panel, line and x of a setting of `widths`."""
     width, depth = sizes_of(setting)
-    line = label(setting._asdict())
-    line += f", {METHODS[setting.method]}" if setting.method != "lora" else ""
+    line = name_of(setting)
     if depth == 4:
         yield "at depth 4", line, width
     if width == 128:
@@ -364,27 +415,27 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
         for name in sorted(lines, key=_place):
             seeds = [np.array(each) for _, each in sorted(lines[name].items())]
             x, y = np.array(sorted(lines[name])), np.array([each.mean() for each in seeds])
-            if experiment == "capacity":  # fewer than none have no place on this axis
+            if experiment in BITS:  # fewer than none have no place on this axis
                 y = np.where(y > 0, y, np.nan)
             error = np.array([each.std() / max(len(each) - 1, 1) ** 0.5 for each in seeds])
             is_full = name == "full"
             i = names.index(name)
             color = "black" if is_full else plt.get_cmap("viridis")(0.9 * i / len(names))
-            style = f"{'os^DvX'[i]}{'--' if is_full else '-'}"
+            style = f"{'os^DvX<>'[i]}{'--' if is_full else '-'}"
             every = 1 + len(x) // 12
             axis.plot(x, y, style, color=color, markersize=4, markevery=every, label=name)
             axis.fill_between(x, y - error, y + error, color=color, alpha=0.2, linewidth=0)
-        if experiment in ("rates", "layers"):  # what diverges is not shown
+        if experiment in ("rates", "layers", "parts"):  # what diverges is not shown
             losses = np.concatenate([line.get_ydata() for line in axis.lines])
             low, high = np.nanmin(losses), np.nanmax(losses)
             axis.set_ylim(low - 0.05, min(low + 0.8, high + 0.05))
         xlabel, ylabel = AXES[title if title in AXES else experiment]
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.set_xscale("linear" if xlabel == "step" else "log")
-        if experiment in ("batches", *RATED):
+        if experiment in ("batches", "long", *RATED):
             axis.set_xticks(x, x)
             axis.minorticks_off()
-        axis.set_yscale("log" if experiment in ("capacity", *RATED) else "linear")
+        axis.set_yscale("log" if experiment in (*BITS, *RATED) else "linear")
         for side in (axis.xaxis, axis.yaxis):  # labels between powers of ten would overlap
             side.set_minor_formatter(NullFormatter())
         axis.legend(fontsize=8)

@@ -15,7 +15,12 @@ from test_grpo import CONFIG, PARAMS, Tokenizer
 
 GUIDES = pathlib.Path(__file__).parents[2] / "notebooks"
 RESULTS = [f"regret_{name}.csv" for name in ("runs", *regret.OWN)]
-CURVES = {"first": ("loss", regret.FIRST), "reinforce": ("reward", regret.REWARDED)}
+LOOKS = regret.LOOKS + 1
+CURVES = {
+    "first": [("loss", regret.FIRST)],
+    "reinforce": [("reward", regret.REWARDED)],
+    "forgetting": [("new", LOOKS), ("old", LOOKS)],
+}
 RIGHT = [f"{x}_{when}" for x in ("sampled", "greedy") for when in ("before", "after")]
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -34,8 +39,10 @@ def asked(monkeypatch):
             loss = (np.log10(rate) - best) ** 2 + 0.01 * seed
             scores = dict.fromkeys(("validation", "held_out", "loss"), loss)
             scores |= dict.fromkeys(("held_out_right", *RIGHT), 1 - loss) | {"trained": 10}
-            name, steps = CURVES.get(setting.experiment, ("", 0))
-            return scores | regret.numbered(name, steps * [loss])
+            scores |= {"intruders": 0} if setting.experiment == "forgetting" else {}
+            for name, steps in CURVES.get(setting.experiment, ()):
+                scores |= regret.numbered(name, [loss + 1 - i / steps for i in range(steps)])
+            return scores
 
         return train
 
@@ -61,7 +68,7 @@ def test_every_experiment(tmp_path, name, asked):
     text = regret_figures.write(tmp_path)
     assert (tmp_path / f"regret_{name}.png").stat().st_size > 5000
     table = regret_figures.markdown(regret_figures.read(tmp_path), name)
-    settings = {x.rank for x in PLANS[name][0]} if name == "capacity" else PLANS[name][0]
+    settings = {x.rank for x in PLANS[name][0]} if name in regret_figures.BITS else PLANS[name][0]
     assert table in text
     assert len(table.splitlines()) == 2 + (name == "reinforce") + len(settings)
 
@@ -97,7 +104,8 @@ def test_a_run_on_rewards(monkeypatch):
 
 def test_the_committed_table_is_that_of_the_committed_runs(tmp_path):
     for name in RESULTS:
-        shutil.copy(regret.OUT / name, tmp_path)
+        if (regret.OUT / name).exists():
+            shutil.copy(regret.OUT / name, tmp_path)
     rows = regret_figures.read(tmp_path)
     keys = [tuple(row[name] for name in (*Setting._fields, "rate", "seed")) for row in rows]
     assert len(keys) == len(set(keys))
