@@ -54,6 +54,7 @@ SLOW = {"adapters", "rules", "pods"} | {
     f"loops/{page}" for page in ("accumulation", "dpo", "equinox", "evaluation", "grpo", "haiku")
 }
 SLOW |= {f"loops/{page}" for page in ("keras", "nnx", "precision", "remat", "stopping", "tokens")}
+SLOW |= {"loops/vision"}
 PARAMETERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
     for page in PAGES
@@ -282,6 +283,14 @@ def _second_derivatives(names: Names) -> None:
     along = lambda h: meta(jax.tree.map(lambda v, g: v + h * g, adapter, grads))  # noqa: E731
     slope = (along(1e-3) - along(-1e-3)) / 2e-3
     assert abs(slope - optax.tree.norm(grads) ** 2) < 0.01 * abs(slope)
+
+
+@of("vision", 3)
+def _vision(names: Names) -> None:
+    """Adapters learn nearly as well as full fine-tuning, and are a tenth as large."""
+    for lora, full in names["curves"].values():
+        assert lora[0] == full[0] < 0.3 and lora[-1] > max(0.65, full[-1] - 0.1)
+    assert jlora.count(names["adapter"]) < 0.12 * jlora.count(names["params"])
 
 
 @of("accumulation")
