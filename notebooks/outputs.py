@@ -122,7 +122,12 @@ def main():
     for path in sorted(FOLDER.glob("*.ipynb")):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         read = nbformat.read(path, 4)
-        _, ran = cache.merge_match_into_notebook(read)
+        try:
+            _, ran = cache.merge_match_into_notebook(read)
+        except KeyError:
+            raise SystemExit(
+                f"{path.name} is not in {args.cache} as it is: build first"
+            ) from None
         wrong += [f"{path.name}, {x}" for x in refresh(notebook, ran)]
         if args.write:
             text = json.dumps(notebook, indent=1, ensure_ascii=False)
