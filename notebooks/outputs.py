@@ -126,7 +126,7 @@ def main():
             _, ran = cache.merge_match_into_notebook(read)
         except KeyError:
             raise SystemExit(
-                f"{path.name} is not in {args.cache} as it is: build first"
+                f"{path.name} has changed: build the site first"
             ) from None
         wrong += [f"{path.name}, {x}" for x in refresh(notebook, ran)]
         if args.write:
