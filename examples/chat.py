@@ -92,8 +92,9 @@ def make_step(
 
     @functools.partial(jax.jit, compiler_options=jlora.compiler_options())
     def step(state, base, rows):
-        each = jax.value_and_grad(nll, has_aux=True)
-        sums = optax.microbatch(each, argnums=2, microbatch_size=len(rows.ids) // parts)
+        sums = jax.value_and_grad(nll, has_aux=True)
+        if parts > 1:
+            sums = optax.microbatch(sums, argnums=2, microbatch_size=len(rows.ids) // parts)
         (total, count), grads = sums(state.adapter, base, rows)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, optimizer = tx.update(grads, state.optimizer, state.adapter)
