@@ -293,6 +293,15 @@ def _vision(names: Names) -> None:
     assert jlora.count(names["adapter"]) < 0.12 * jlora.count(names["params"])
 
 
+@of("chat", 2)
+def _chat(names: Names) -> None:
+    """It stopped three evaluations after the best adapter, which it kept."""
+    ids, counts = names["ids"][64:], names["counts"][64:]
+    total, count = names["nll"](names["best"], names["base"], ids, counts)
+    assert total / count == pytest.approx(float(names["lowest"]), rel=1e-5)
+    assert len(names["losses"]) == names["found"] + 30 < 500
+
+
 @of("accumulation")
 def _accumulation(names: Names) -> None:
     found = jax.tree.leaves(names["state"], is_leaf=lambda x: isinstance(x, optax.MultiStepsState))

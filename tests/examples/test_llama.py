@@ -5,6 +5,9 @@ SmolLM2 itself, from its GGUF file, is slow.
 
 import contextlib
 import io
+import pathlib
+import re
+import shlex
 import shutil
 
 import chat
@@ -194,6 +197,15 @@ def test_the_best_adapter_is_kept(argv, tmp_path, monkeypatch):
     assert (rest.losses, rest.step, rest.after) == (whole.losses[4:], 3, 3.0)
     saved = [tmp_path / x / "adapter" / "adapter_model.safetensors" for x in ("whole", "rest")]
     assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
+def test_the_guide_has_flags_that_exist():
+    """Each command of the page on chat."""
+    page = pathlib.Path(__file__).parents[2] / "notebooks" / "loops" / "chat.md"
+    commands = re.findall(r"^python examples/chat.py(.*)", page.read_text("utf-8"), re.M)
+    assert len(commands) > 5
+    for command in commands:
+        chat.parse(shlex.split(command, comments=True))
 
 
 def test_patience_needs_evaluations(capsys):
