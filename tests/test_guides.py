@@ -390,6 +390,9 @@ def _tunix_stops(names: Names) -> None:
     trainer, history = names["trainer"], names["patience"].history
     assert 4 <= trainer.train_steps < 40 and trainer.iter_steps == 2 * trainer.train_steps
     assert min(history[-2:]) > min(history)
+    inputs = trainer.gen_model_input_fn(names["other"])
+    best = jax.tree.leaves(trainer.eval_loss_fn(names["adapted"], **inputs))[0]
+    assert best == pytest.approx(min(history), rel=1e-4)
     found = [x for x in jax.tree.leaves(nnx.state(trainer.optimizer)) if x.dtype == jnp.int32]
     assert trainer.train_steps in [int(x) for x in found if x.ndim == 0]
     text = str(jax.make_jaxpr(lambda ids: trainer.model(ids, *names["call"][1:])[0])(names["ids"]))
