@@ -377,6 +377,8 @@ def _maxtext_pre_training(names: Names) -> None:
     adapted, losses = names["adapted"], names["losses"]
     assert float(names["found"]) == pytest.approx(losses[-1], rel=0.1)
     assert losses[0] == losses[1] and losses[2] == losses[3]
+    kept = jax.tree.leaves(names["best"])
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(adapted.adapter), kept)
     axes = nnx.logical_axis_rules(names["config"].logical_axis_rules)
     with jax.set_mesh(names["mesh"]), axes:
         before = names["from_config"](names["config"], mesh=names["mesh"], rngs=nnx.Rngs(0))
