@@ -22,15 +22,14 @@ import re
 FOLDER = pathlib.Path(__file__).parent
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 CLOSE = 0.02
-COLORS = 64  # of a picture
 
 
 def shrink(png):
-    """The same picture with few colors, in base 64."""
+    """The same picture with 256 colors, in base 64."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    image.quantize(COLORS).save(
+    image.quantize(256).save(
         small := io.BytesIO(), "PNG", optimize=True
     )
     return base64.b64encode(small.getvalue()).decode()
