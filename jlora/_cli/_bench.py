@@ -104,7 +104,8 @@ def _apply(params: Any, ids: jax.Array, unroll: bool) -> jax.Array:
         return x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"], None
 
     layer = jax.checkpoint(layer)
-    x, _ = jax.lax.scan(layer, params["embed"][ids], params["layers"], unroll=unroll)
+    x = params["embed"][ids] + params["shift"]
+    x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
     return (_norm(x, params["norm"]) @ params["embed"].T).astype(jnp.float32)
 
 
@@ -113,12 +114,6 @@ def _loss(apply: Any, adapter: Any, base: Any, ids: jax.Array) -> jax.Array:
 
     logits = apply(base, adapter, ids[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
-
-
-def _join(apply: Any, base: Any, adapter: Any, ids: jax.Array) -> jax.Array:
-    """Applies the model to parameters of which some are trained."""
-    layers = {**base.get("layers", {}), **adapter.get("layers", {})}
-    return apply({**base, **adapter, "layers": layers}, ids)
 
 
 def _shapes(sizes: Sizes, mesh: Any) -> Any:
@@ -135,7 +130,8 @@ def _shapes(sizes: Sizes, mesh: Any) -> Any:
 
     layers = {name: shape((sizes.layers, *x), None, "data") for name, x in linear.items()}
     layers |= {name: shape((sizes.layers, *x)) for name, x in norms.items()}
-    params = {"embed": shape((VOCABULARY, dim), "data"), "norm": shape((dim,)), "layers": layers}
+    params = {"embed": shape((VOCABULARY, dim), "data"), "layers": layers}
+    params |= {"norm": shape((dim,)), "shift": shape((dim,))}
     rows = sizes.batch * (1 if mesh is None else mesh.size)
     return params, shape((rows, sizes.length), "data", dtype=jnp.int32)
 
@@ -163,18 +159,17 @@ def _make_step(name: str, rank: int, sizes: Sizes, mesh: Any) -> Step:
         base = jax.tree.map(draw, base)
         ids = jax.random.randint(jax.random.key(1), ids.shape, 0, VOCABULARY)
     model = partial(_apply, unroll=mesh is not None)
-    apply, adapter = partial(_join, model), base
+    apply, adapter = lambda base, adapter, ids: model({**base, **adapter}, ids), base
     if name == "LoRA":
-        lora = jlora.transform(model, jlora.LoRA(rank=rank))
+        lora = jlora.transform(model, jlora.LoRA(rank=rank), jlora.Full("shift"))
         apply = lora.apply
         make = jax.jit(lora.init) if mesh is None else partial(jax.eval_shape, lora.init)
         _, adapter = make(jax.random.key(2), base, ids)
     elif name == "full":
         base = {}
-    else:  # the norms train, so that all gradients but those of the linear layers are computed
-        norms = ("norm_1", "norm_2")
-        adapter = {"layers": {k: base["layers"][k] for k in norms}}
-        base = {**base, "layers": {k: x for k, x in base["layers"].items() if k not in norms}}
+    else:  # trains what is added to embeddings: all gradients but those of weights are computed
+        adapter = {"shift": base["shift"]}
+        base = {k: x for k, x in base.items() if k != "shift"}
     loss = partial(_loss, apply)
     options = jlora.compiler_options(None if mesh is None else "tpu")
     plan = jlora.plan(loss, base, adapter, (ids,), tx, compile=True, compiler_options=options)
