@@ -18,7 +18,7 @@ TREE = {
     "start": {"": "quickstart concepts errors"},
     "choose": {"": "rules variants costs"},
     "project": {
-        "Releases": "versions migration changelog",
+        "Releases": "versions results migration changelog",
         "Background": "internals paper section7 methods",
     },
     "loops/index": {
