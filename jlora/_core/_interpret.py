@@ -33,7 +33,8 @@ class Primitive(NamedTuple):
         is_move: whether its outputs are weights again, unless it raises.
         together: evaluates several equations, each with one result, that multiply the same
             activation; raises `Unfactorable` if each should be evaluated on its own.
-        for_rows: whether `function` also evaluates equations without a `Weight` in `many.route`.
+        for_rows: whether `function` also evaluates equations without a `Weight`, and those around
+            them, where `many.route` maps them over rows.
     """
 
     function: Callable[..., Any]

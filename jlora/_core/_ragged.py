@@ -53,11 +53,8 @@ class _Ragged(Product):
 
     def base(self, x: jax.Array) -> jax.Array:
         group = self.w.axes.index(self.roles.stack[0])
-
-        def dot(w: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
-            return _multiply(self.eqn.bind, x, w, sizes, group)
-
-        return self.w.w.in_turn(*self.roles.stack).multiply(dot, x, self.group_sizes)
+        dot = lambda w, x, sizes: _multiply(self.eqn.bind, x, w, sizes, group)  # noqa: E731
+        return self.w.w.multiply(dot, x, self.group_sizes, in_turn=self.roles.stack[0])
 
     def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
         x = delta.drop(x.astype(self.dtype))
@@ -79,12 +76,8 @@ class _Ragged(Product):
         if {*f.axes}.isdisjoint(self.roles.stack):  # all groups share it
             return jnp.matmul(x, f.expand_to(axes), precision=precision)
         value = f.expand_to((*self.roles.stack, *axes))
-        offset = self.eqn.params["group_offset"]
-
-        def dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-            return lax.ragged_dot(x, w, sizes, precision=precision, group_offset=offset)
-
-        return _multiply(dot, x, value, self.group_sizes)
+        how = {"precision": precision, "group_offset": self.eqn.params["group_offset"]}
+        return _multiply(functools.partial(lax.ragged_dot, **how), x, value, self.group_sizes)
 
     def _by_row(self, f: Factor, axis: Axis) -> jax.Array:
         """Returns `f` along rows and `axis`."""
