@@ -76,8 +76,8 @@ class Routed(Node):
         delta = Delta(node.factor("a"), node.factor("b"), node.scale, key, node.dropout)
         repeats = node.a.shape[-1] // self.a.shape[-1]  # above 1 for slots of a fused weight
         if self.gate.ndim == 0:
-            slot, parts = Factor(self.gate, ()), (repeats, self.slots)
-            return Change((dataclasses.replace(delta, slot=slot, parts=parts),))
+            how = {"slot": Factor(self.gate, ()), "parts": (repeats, self.slots)}
+            return Change((dataclasses.replace(delta, **how),))
         gate = node._replace(gate=jnp.tile(self.gate, repeats)).factor("gate")
         return Change((dataclasses.replace(delta, gate=gate),))
 

@@ -1,8 +1,9 @@
 """The loop that evaluates a jaxpr with weights in it, and the registry of primitives.
 
-No primitive is named here. Equations without a `Weight` are bound as they are. The others go to the
-function that is registered for their primitive. If there is none, or it finds no factored form,
-W + ΔW is formed if the user allowed it; otherwise it is an error.
+No primitive is named here. Equations without a `Weight` are bound as they are, except those that
+`many.route` needs for its rows. The others go to the function that is registered for their
+primitive. If there is none, or it finds no factored form, W + ΔW is formed if the user allowed it;
+otherwise it is an error.
 """
 
 import collections
