@@ -66,7 +66,8 @@ def primitive(
     Returns:
         A decorator for `f`, which returns `f`. At least one operand of `f` is a `Weight`, unless
         `for_rows` is true. Its outputs are a list, or one value if the primitive has one result.
-        `f` raises `Unfactorable` if the result has no factored form. CONTRIBUTING.md has an example.
+        `f` raises `Unfactorable` if the result has no factored form. CONTRIBUTING.md has an
+        example.
 
     Raises:
         TypeError: if a primitive has a function already.
