@@ -820,6 +820,7 @@ def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row[: len(max(names, key=len))].rstrip() for row in table] == ["", *names]
     report = json.loads(line)
     assert (report["device"], report["dim"], report["rank"]) == ("cpu", 64, 2)
+    assert re.fullmatch(r"\S.*, \d+ cores", report["processor"])
     for what in ("GFLOP", "GB of memory"):
         frozen, lora, full = (report["steps"][name][what] for name in _bench.STEPS)
         assert frozen <= lora <= full
