@@ -822,6 +822,7 @@ def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (report["device"], report["dim"], report["rank"]) == ("cpu", 64, 2)
     frozen, lora, full = (report["steps"][name]["GB of memory"] for name in _bench.STEPS)
     assert frozen <= lora <= full
+    assert re.fullmatch(r"\S.*, \d+ cores", report["processor"])
     assert all(row["tokens/s"] > 0 for row in report["steps"].values())
     assert run("bench", "--sizes", "64,2,2,16", "--rank", 2, "--json").stdout.startswith("{")
 

@@ -1,6 +1,7 @@
 """`jlora bench`: a training step with LoRA beside a frozen and a full one, on this device."""
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -76,9 +77,10 @@ def bench(rank: int, sizes: str | None, aot: str | None) -> Answer:
         if row is not first
     }
     device = aot or jax.devices()[0].device_kind
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     versions = {name: version(name) for name in ("jlora", "jax", "jaxlib")}
     shape = own._replace(dtype=jnp.dtype(own.dtype).name)._asdict() | {"rank": rank}
-    fields = {"device": device, "processor": platform.processor(), **versions, **shape}
+    fields = {"device": device, "processor": machine, **versions, **shape}
     fields |= {"steps": rows, "ratios": ratios}
     lines = [(name, *(_cell(row.get(k)) for k in first)) for name, row in (rows | ratios).items()]
     table = align_columns(("", *first), lines, {*first})
