@@ -50,7 +50,7 @@ def bench(rank: int, sizes: str | None, aot: str | None) -> Answer:
     """Time a training step with LoRA beside a frozen and a full one.
 
     The model is a Llama with random weights; LoRA is on all linear layers. Prints a table, and a
-    line of JSON to report. Takes three minutes on two cores, less on an accelerator. With --aot
+    line of JSON to report. Takes a minute on two cores. With --aot, which takes several,
     nothing runs: it counts operations, bytes and memory of the compiled steps on each device.
     """
     own = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATOR
