@@ -161,7 +161,8 @@ def _make_step(name: str, rank: int, sizes: Sizes, mesh: Any) -> Step:
         base = jax.tree.map(draw, base)
         ids = jax.random.randint(jax.random.key(1), ids.shape, 0, VOCABULARY)
     model = partial(_apply, unroll=mesh is not None)
-    apply, adapter = lambda base, adapter, ids: model({**base, **adapter}, ids), base
+    apply = lambda base, adapter, ids: model({**base, **adapter}, ids)  # noqa: E731
+    adapter = base
     if name == "LoRA":
         lora = jlora.transform(model, jlora.LoRA(rank=rank), jlora.Full("shift"))
         apply = lora.apply
