@@ -4,6 +4,8 @@
     python examples/chat.py --base DIR --data FILE   # your model, your conversations
     python examples/chat.py --quantize nf4           # on frozen weights of 4 bits
     python examples/chat.py --resume                 # go on after Ctrl-C, kill -9, a full disk
+    python examples/chat.py --evaluate-every 10 --patience 3   # keep the best adapter, stop early
+    python examples/chat.py --accumulate 4           # steps of four batches
     python examples/chat.py --vllm served/bin/python # serve the adapter too, and ask it
 
 DIR is a checkpoint of Llama, Qwen 2, Qwen 3 or SmolLM 2: config.json, tokenizer, safetensors. A
@@ -18,6 +20,7 @@ them; those of an earlier run are replaced. A run that has finished cannot be re
 """
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import random
@@ -76,45 +79,87 @@ def prepare(args: argparse.Namespace) -> tuple[pathlib.Path, llama.Config, Any, 
     return folder, config, tokenizer, texts
 
 
-def make_step(apply: Callable[..., jax.Array], tx: optax.GradientTransformation) -> Any:
-    """The compiled training step: (state, base, rows) to (state, loss)."""
+def make_step(
+    apply: Callable[..., jax.Array], tx: optax.GradientTransformation, parts: int = 1
+) -> Any:
+    """The compiled training step: (state, base, rows) to (state, loss).
 
-    def loss_fn(adapter, base, rows):
-        total, count = answer_nll(Partial(apply, base, adapter), rows)
-        return total / count
+    The loss is the mean over all answer tokens of the rows, which run in `parts`, one by one.
+    """
+
+    def nll(adapter, base, rows):
+        return answer_nll(Partial(apply, base, adapter), rows)
 
     @functools.partial(jax.jit, compiler_options=jlora.compiler_options())
     def step(state, base, rows):
-        loss, grads = jax.value_and_grad(loss_fn)(state.adapter, base, rows)
+        sums = jax.value_and_grad(nll, has_aux=True)
+        if parts > 1:
+            sums = optax.microbatch(sums, argnums=2, microbatch_size=len(rows.ids) // parts)
+        (total, count), grads = sums(state.adapter, base, rows)
+        grads = jax.tree.map(lambda g: g / count, grads)
         updates, optimizer = tx.update(grads, state.optimizer, state.adapter)
-        return State(optax.apply_updates(state.adapter, updates), optimizer), loss
+        return State(optax.apply_updates(state.adapter, updates), optimizer), total / count
 
     return step
 
 
-Save = Callable[[int, State], Any]
+class Best(NamedTuple):
+    """The adapter with the lowest NLL of held-out answers so far."""
+
+    adapter: Any
+    nll: float
+    step: int
+
+
+@dataclasses.dataclass
+class Watch:
+    """What is done between steps: it measures the adapter, keeps the best, and saves."""
+
+    args: argparse.Namespace
+    measure: Callable[[Any], float]
+    save: Callable[[int, State], Any]
+    best: Best
+
+    def is_over(self, done: int) -> bool:
+        """Whether the last `--patience` evaluations found nothing better."""
+        patience = self.args.patience and self.args.patience * self.args.evaluate_every
+        return bool(patience) and done - self.best.step >= patience
+
+    def look(self, done: int, state: State) -> None:
+        """Measures and saves where it is time to, after `done` steps."""
+        every = self.args.evaluate_every
+        if every and (done % every == 0 or done == self.args.steps):
+            nll = self.measure(state.adapter)
+            progress.write(f"held-out NLL after {done} steps: {nll:.3f}")
+            if nll < self.best.nll:
+                self.best = Best(state.adapter, nll, done)
+        self.save(done, State(state.adapter, (state.optimizer, self.best)))
 
 
 def train(
-    state: State, base: Any, rows: Rows, step_fn: Any, plan: np.ndarray, start: int, save: Save
+    state: State, base: Any, rows: Rows, step_fn: Any, plan: np.ndarray, start: int, watch: Watch
 ) -> tuple[State, list[float]]:
     """The state after a step for each row of `plan`, from `start` on, and the loss of each."""
     losses, tokens, began = [], 0, 0.0
     with progress(plan[start:], initial=start, total=len(plan)) as bar:
         for done, index in enumerate(bar, start + 1):
+            if watch.is_over(done - 1):
+                break
             batch = take(rows, index)
             state, loss = step_fn(state, base, batch)
             losses.append(float(loss))
             seconds = time.perf_counter() - began
             if len(losses) == 1:  # with the time to compile
                 began += seconds
-                continue
-            tokens, left = tokens + np.count_nonzero(batch.segments), len(plan) - done
-            if len(losses) == 2:
-                progress.write(f"{left} more steps take {left * seconds:.0f} s")
-            speed = f"{tokens / seconds:.0f} tokens/s"
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed}", refresh=False)
-            save(done, state)
+            else:
+                tokens, left = tokens + np.count_nonzero(batch.segments), len(plan) - done
+                if len(losses) == 2:
+                    progress.write(f"{left} more steps take {left * seconds:.0f} s")
+                speed = f"{tokens / seconds:.0f} tokens/s"
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed}", refresh=False)
+            paused = time.perf_counter()
+            watch.look(done, state)
+            began += time.perf_counter() - paused
     return state, losses
 
 
@@ -124,6 +169,7 @@ class Result(NamedTuple):
     before: float
     after: float
     losses: list[float]
+    step: int  # of the adapter that was written
     answers: list[str]
     served: list[str]  # the same by vLLM, with --vllm
 
@@ -174,11 +220,14 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
     prompts = [tokenizer.apply_chat_template(text.messages[:-1], **ask) for text in shown]
 
     def measure(adapter):
+        return mean_nll(Partial(apply, base, adapter), held_out, args.batch)
+
+    def answer(adapter):
         model_fn = Partial(apply, base, adapter)
         answers = beam.greedy(model_fn, prompts, config.cache, tokenizer.eos_token_id)
-        return mean_nll(model_fn, held_out, args.batch), tokenizer.batch_decode(answers)
+        return tokenizer.batch_decode(answers)
 
-    before, first = measure(adapter)  # B is zero: the model as it came
+    before, first = measure(adapter), answer(adapter)  # B is zero: the model as it came
     progress.write(f"held-out NLL per token of the answers, before: {before:.3f}")
     warmup = min(WARMUP, args.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps)
@@ -186,23 +235,30 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
     settings = {name: str(x) for name, x in vars(args).items() if name not in ("out", "resume")}
     options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.save_every)
     with ocp.CheckpointManager(args.out.absolute() / "checkpoints", options=options) as manager:
-        start, state = restore(manager, State(adapter, tx.init(adapter)), base, settings)
-        plan = draw(len(rows.ids), args.steps, args.batch, args.seed)
-        keep = functools.partial(save, manager, rules=rules, base=base, run=settings)
-        state, losses = train(state, base, rows, make_step(apply, tx), plan, start, keep)
+        best = Best(adapter, before, 0)
+        like = State(adapter, (tx.init(adapter), best))
+        start, (adapter, (optimizer, best)) = restore(manager, like, base, settings)
+        plan = draw(len(rows.ids), args.steps, args.batch * args.accumulate, args.seed)
 
+        keep = functools.partial(save, manager, rules=rules, base=base, run=settings)
+        watch = Watch(args, measure, keep, best)
+        step_fn, state = make_step(apply, tx, args.accumulate), State(adapter, optimizer)
+        state, losses = train(state, base, rows, step_fn, plan, start, watch)
+
+    best = watch.best if args.evaluate_every else Best(state.adapter, np.nan, args.steps)
     saved, merged = args.out / "adapter", args.out / "merged"
     for earlier in (saved, merged):
         shutil.rmtree(earlier, ignore_errors=True)
     own = llama.names(config)
-    peft.save(saved, base, state.adapter, own, base_model=str(folder), profile="vllm")
+    peft.save(saved, base, best.adapter, own, base_model=str(folder), profile="vllm")
     peft.export_merged(folder, saved, merged)
-    after, then = measure(state.adapter)
+    after, then = measure(best.adapter), answer(best.adapter)
     for text, old, new in zip(shown, first, then, strict=True):
         question, given = (message["content"] for message in text.messages[-2:])
         progress.write(f"\n{question}\n  given:  {given}\n  before: {old}\n  after:  {new}")
     progress.write(
-        f"\nheld-out NLL per token of the answers: {before:.3f} before, {after:.3f} after"
+        f"\nheld-out NLL per token of the answers: {before:.3f} before, {after:.3f} after "
+        f"{best.step} steps"
     )
     for engine in peft.ENGINES:  # as `jlora check` does
         progress.write(f"{peft.check(saved, engine, base=folder)}")
@@ -211,7 +267,7 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
     answers = serve(args, folder, saved, shown) if args.vllm else []
     for old, new in zip(then, answers, strict=bool(answers)):
         progress.write(f"JAX:  {old}\nvLLM: {new}")
-    return Result(before, after, losses, then, answers)
+    return Result(before, after, losses, best.step, then, answers)
 
 
 def serve(args, folder, saved, shown) -> list[str]:
@@ -249,8 +305,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=pathlib.Path, default=pathlib.Path("out/chat"))
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--length", type=count, default=256, help="tokens of a row")
-    add("--batch", type=count, default=2, help="rows a step")
+    add("--batch", type=count, default=2, help="rows at once")
+    add("--accumulate", type=count, default=1, help="batches a step")
     add("--steps", type=count, default=40)
+    add("--evaluate-every", type=count, help="steps; writes the best adapter, not the last")
+    add("--patience", type=count, help="stop after so many evaluations without a better one")
     add("--save-every", type=count, default=20, help="steps from checkpoint to checkpoint")
     add("--held-out", type=count, default=24, help="conversations to measure on")
     add("--rank", type=count, default=8)
@@ -259,6 +318,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the adapter, the split and the order")
     add("--remat", action="store_true", help="recompute the layers in the backward pass")
     args = parser.parse_args(argv)
+    if args.patience and not args.evaluate_every:
+        parser.error("--patience counts evaluations: give --evaluate-every too")
     unfinished = (args.out / "checkpoints").exists()
     if unfinished and not args.resume:
         parser.error(f"{args.out} has an unfinished run: pass --resume to go on, or another --out")

@@ -135,7 +135,9 @@ def _devices(instruction: str) -> int | None:
         return len(group[1].split(","))
     if mesh := _MESH.search(instruction):
         sizes = dict(axis.split("=") for axis in mesh[1].split(","))
-        return math.prod(int(sizes[axis]) for axis in mesh[2].split(","))
+        # Of an axis or of a part of it: `'x'`, or two devices of each four as `'x':(2)2`.
+        axes = (axis.partition(")") for axis in mesh[2].split(","))
+        return math.prod(int(part or sizes[axis]) for axis, _, part in axes)
     return None
 
 

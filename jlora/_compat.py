@@ -77,6 +77,15 @@ def bind(eqn: JaxprEqn, *args: Any) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
+def equations(eqn: JaxprEqn) -> Iterator[JaxprEqn]:
+    """Finds `eqn` and the equations inside of it."""
+    yield eqn
+    for x in eqn.params.values():
+        for jaxpr in x if isinstance(x, tuple | list) else [x]:
+            for inner in getattr(jaxpr, "eqns", ()):
+                yield from equations(inner)
+
+
 # Frames in these folders belong to a library, not to the user.
 _LIBRARIES = tuple(
     os.path.realpath(p) + os.sep
@@ -96,6 +105,14 @@ def source_line(eqn: JaxprEqn) -> str | None:
         if not os.path.realpath(frame.file_name).startswith(_LIBRARIES):
             return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
     return None
+
+
+def mapped_index(axis: str) -> jax.Array | None:
+    """Returns the index along an axis that an enclosing `vmap` names; None if none does."""
+    try:
+        return jax.lax.axis_index(axis)
+    except NameError:
+        return None
 
 
 def varying(x: jax.Array) -> frozenset[Any]:

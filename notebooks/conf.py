@@ -18,14 +18,15 @@ TREE = {
     "start": {"": "quickstart concepts errors"},
     "choose": {"": "rules variants costs"},
     "project": {
-        "Releases": "versions migration changelog",
+        "Releases": "versions results migration changelog",
         "Background": "internals paper section7 methods",
     },
     "loops/index": {
         "By framework": """loops/torch loops/image_lora loops/plain
             loops/linen loops/nnx loops/equinox loops/haiku
             loops/keras loops/tunix loops/maxtext""",
-        "By task": """loops/tokens loops/dpo loops/grpo
+        "By task": """loops/chat loops/vision loops/tokens loops/dpo
+            loops/grpo
             loops/privacy loops/mixing
             loops/evaluation loops/stopping loops/orbax adapters""",
         "By size": """loops/accumulation loops/precision quantized

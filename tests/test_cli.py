@@ -820,9 +820,9 @@ def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row[: len(max(names, key=len))].rstrip() for row in table] == ["", *names]
     report = json.loads(line)
     assert (report["device"], report["dim"], report["rank"]) == ("cpu", 64, 2)
-    for what in ("GFLOP", "GB of memory"):
-        frozen, lora, full = (report["steps"][name][what] for name in _bench.STEPS)
-        assert frozen <= lora <= full
+    frozen, lora, full = (report["steps"][name]["GB of memory"] for name in _bench.STEPS)
+    assert frozen <= lora <= full
+    assert re.fullmatch(r"\S.*, \d+ cores", report["processor"])
     assert all(row["tokens/s"] > 0 for row in report["steps"].values())
     assert run("bench", "--sizes", "64,2,2,16", "--rank", 2, "--json").stdout.startswith("{")
 

@@ -190,6 +190,95 @@ def test_no_adapter_of_experts_reaches_other_rows() -> None:
         assert np.isnan(actual[1]).any()
 
 
+SIZES = np.array([2, 1, 1], np.int32)
+
+
+def grouped(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(x, w, jnp.asarray(SIZES))
+
+
+@jax.custom_jvp
+def own_derivative(x: jax.Array, w: jax.Array) -> jax.Array:
+    return grouped(x, w)
+
+
+own_derivative.defjvp(lambda xs, dxs: jax.jvp(grouped, xs, dxs))
+WITHIN: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "jit": jax.jit(grouped),
+    "checkpoint": jax.checkpoint(grouped),
+    "scan": lambda x, w: jax.lax.scan(lambda x, _: (grouped(x, w), None), x, None, 2)[0],
+    "loop": lambda x, w: jax.lax.fori_loop(0, 2, lambda _, x: grouped(x, w), x),
+    "cond": lambda x, w: jax.lax.cond(x.sum() > 0, grouped, lambda x, w: -grouped(x, w), x, w),
+    "platform": lambda x, w: jax.lax.platform_dependent(x, w, tpu=grouped, default=grouped),
+    "jit in scan": lambda x, w: jax.lax.scan(
+        lambda x, _: (jax.jit(grouped)(x, w), None), x, None, 2
+    )[0],
+}
+
+
+def of_two(
+    product: Callable[[jax.Array, jax.Array], jax.Array], rule: LoRA
+) -> tuple[Any, list[Any], Callable[..., jax.Array], jax.Array]:
+    """A base, two adapters and the empty one, `apply` of a batch, and three rows."""
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        return product(jnp.tanh(x[0] @ p["q"]), p["w"])[None]
+
+    params, x = {"q": array(6, 6) / 2, "w": array(3, 6, 6) / 2}, array(3, 4, 6)
+    lora = jlora.transform(apply, rule)
+    base, adapter = jax.jit(lora.init)(jax.random.key(0), params, x[:1])
+    adapters = [randomize(adapter), jax.tree.map(lambda v: v / 2, randomize(adapter)), {}]
+    return base, adapters, lora.apply, x
+
+
+@pytest.mark.parametrize(("name", "pattern"), every(WITHIN, ["q", "q|w"], daily=[("jit", "q")]))
+def test_routed_experts_within_other_functions(name: str, pattern: str) -> None:
+    """Adapted or not, in what JAX traces on its own."""
+    base, adapters, apply, x = of_two(WITHIN[name], LoRA(pattern, rank=1))
+    y = many.route(apply)(base, many.stack(adapters[:2]), jnp.array([0, 1, -1]), x)
+    expected = [apply(base, adapters[i], x[i : i + 1]) for i in range(3)]
+    assert_same(y, jnp.concatenate(expected), 1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["q", "q|w"])
+def test_rows_of_a_vmap_within_route(pattern: str) -> None:
+    """Each of the rows that `route` maps is mapped again."""
+    base, adapters, apply, x = of_two(grouped, LoRA(pattern, rank=1))
+
+    def twice(base: Any, adapter: Any, x: jax.Array) -> jax.Array:
+        return jax.vmap(lambda x: apply(base, adapter, x[None])[0])(x)
+
+    table, ids = many.stack(adapters[:2]), np.array([0, 0, 1])
+    for of_ids in (ids, jnp.asarray(ids)):
+        y = many.route(twice)(base, table, of_ids, x)
+        expected = [apply(base, adapters[i], x[k : k + 1]) for k, i in enumerate(ids)]
+        assert_same(y, jnp.concatenate(expected), 1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["q", "q|w"])
+def test_what_routed_experts_refuse(pattern: str) -> None:
+    """A derivative within the function of `route`, and a product with a derivative of its own."""
+    base, adapters, apply, x = of_two(grouped, LoRA(pattern, rank=1))
+    table, ids = many.stack(adapters[:2]), jnp.array([0, 1, -1])
+
+    def energy(base: Any, adapter: Any, x: jax.Array) -> jax.Array:
+        return (apply(base, adapter, x) ** 2).sum()
+
+    def slope(base: Any, adapter: Any, x: jax.Array) -> jax.Array:
+        return jax.jvp(lambda x: apply(base, adapter, x), (x,), (x,))[1]
+
+    for inner in (jax.grad(energy, 2), jax.grad(jax.jit(energy), 2), slope):
+        routed = many.route(inner)
+        for call in (routed, jax.jit(routed)):
+            with refused(ValueError, "", "many.route", "Differentiate the routed function"):
+                call(base, table, ids, x)
+    jax.grad(lambda x: many.route(energy)(base, table, ids, x).sum())(x)
+    rule = LoRA(pattern, rank=1, materialize=True)
+    base, adapters, apply, x = of_two(own_derivative, rule)
+    with refused(NotImplementedError, "custom_jvp_call", "ragged_dot", "einsum"):
+        many.route(apply)(base, many.stack(adapters[:2]), ids, x)
+
+
 OUTER = [LoRA("up", rank=2, share="inputs"), LoRA("down", rank=2, share="outputs")]
 
 

@@ -54,6 +54,7 @@ SLOW = {"adapters", "rules", "pods"} | {
     f"loops/{page}" for page in ("accumulation", "dpo", "equinox", "evaluation", "grpo", "haiku")
 }
 SLOW |= {f"loops/{page}" for page in ("keras", "nnx", "precision", "remat", "stopping", "tokens")}
+SLOW |= {"loops/vision"}
 PARAMETERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
     for page in PAGES
@@ -284,6 +285,23 @@ def _second_derivatives(names: Names) -> None:
     assert abs(slope - optax.tree.norm(grads) ** 2) < 0.01 * abs(slope)
 
 
+@of("vision", 3)
+def _vision(names: Names) -> None:
+    """Adapters learn nearly as well as full fine-tuning, and are a tenth as large."""
+    for lora, full in names["curves"].values():
+        assert lora[0] == full[0] < 0.3 and lora[-1] > max(0.65, full[-1] - 0.1)
+    assert jlora.count(names["adapter"]) < 0.12 * jlora.count(names["params"])
+
+
+@of("chat", 2)
+def _chat(names: Names) -> None:
+    """It stopped three evaluations after the best adapter, which it kept."""
+    ids, counts = names["ids"][64:], names["counts"][64:]
+    total, count = names["nll"](names["best"], names["base"], ids, counts)
+    assert total / count == pytest.approx(float(names["lowest"]), rel=1e-5)
+    assert len(names["losses"]) == names["found"] + 30 < 500
+
+
 @of("accumulation")
 def _accumulation(names: Names) -> None:
     found = jax.tree.leaves(names["state"], is_leaf=lambda x: isinstance(x, optax.MultiStepsState))
@@ -359,6 +377,8 @@ def _maxtext_pre_training(names: Names) -> None:
     adapted, losses = names["adapted"], names["losses"]
     assert float(names["found"]) == pytest.approx(losses[-1], rel=0.1)
     assert losses[0] == losses[1] and losses[2] == losses[3]
+    kept = jax.tree.leaves(names["best"])
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(adapted.adapter), kept)
     axes = nnx.logical_axis_rules(names["config"].logical_axis_rules)
     with jax.set_mesh(names["mesh"]), axes:
         before = names["from_config"](names["config"], mesh=names["mesh"], rngs=nnx.Rngs(0))
@@ -372,6 +392,9 @@ def _tunix_stops(names: Names) -> None:
     trainer, history = names["trainer"], names["patience"].history
     assert 4 <= trainer.train_steps < 40 and trainer.iter_steps == 2 * trainer.train_steps
     assert min(history[-2:]) > min(history)
+    inputs = trainer.gen_model_input_fn(names["other"])
+    best = jax.tree.leaves(trainer.eval_loss_fn(names["adapted"], **inputs))[0]
+    assert best == pytest.approx(min(history), rel=1e-4)
     found = [x for x in jax.tree.leaves(nnx.state(trainer.optimizer)) if x.dtype == jnp.int32]
     assert trainer.train_steps in [int(x) for x in found if x.ndim == 0]
     text = str(jax.make_jaxpr(lambda ids: trainer.model(ids, *names["call"][1:])[0])(names["ids"]))

@@ -42,6 +42,17 @@ def test_compiled():
     assert {exact[k] for k in compiled} == {None}
 
 
+def test_bench_counts():
+    """Of a small layer: the frozen step has the fewest operations and bytes, the full one most."""
+    command = [sys.executable, "-m", "jlora", "bench", "--aot", "v5e:2x2", "--sizes", "128,1,1,64"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    for what in ("GFLOP", "GB accessed", "GB of memory"):
+        frozen, lora, full = (report["steps"][name][what] for name in ("frozen", "LoRA", "full"))
+        assert 0 < frozen <= lora <= full, what
+
+
 def test_options_for_the_compiler(monkeypatch):
     """Those that it knows; a plan of a step that was compiled without them says so."""
     options = jlora.compiler_options("tpu")

@@ -77,9 +77,9 @@ class Routed(Node):
         repeats = node.a.shape[-1] // self.a.shape[-1]  # above 1 for slots of a fused weight
         if self.gate.ndim == 0:
             how = {"slot": Factor(self.gate, ()), "parts": (repeats, self.slots)}
-        else:
-            how = {"gate": node._replace(gate=jnp.tile(self.gate, repeats)).factor("gate")}
-        return Change((dataclasses.replace(delta, **how),))
+            return Change((dataclasses.replace(delta, **how),))
+        gate = node._replace(gate=jnp.tile(self.gate, repeats)).factor("gate")
+        return Change((dataclasses.replace(delta, gate=gate),))
 
 
 @register

@@ -1,6 +1,7 @@
 """`jlora bench`: a training step with LoRA beside a frozen and a full one, on this device."""
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -36,6 +37,7 @@ class Sizes(NamedTuple):
 
 ON_CPU = Sizes(256, 4, 4, 128, jnp.float32)
 ON_ACCELERATOR = Sizes(4096, 4, 2, 2048, jnp.bfloat16)  # four layers of a Llama of 7B
+COUNTED = ON_ACCELERATOR._replace(layers=1)  # as the compiler for TPUs takes a minute for a layer
 
 
 @click.command(cls=Command)
@@ -48,10 +50,11 @@ def bench(rank: int, sizes: str | None, aot: str | None) -> Answer:
     """Time a training step with LoRA beside a frozen and a full one.
 
     The model is a Llama with random weights; LoRA is on all linear layers. Prints a table, and a
-    line of JSON to report. Takes three minutes on two cores, less on an accelerator. With --aot
+    line of JSON to report. Takes a minute on two cores. With --aot, which takes several,
     nothing runs: it counts operations, bytes and memory of the compiled steps on each device.
     """
-    own = ON_CPU if aot is None and jax.default_backend() == "cpu" else ON_ACCELERATOR
+    own = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATOR
+    own = own if aot is None else COUNTED
     given = [int(x) if x.isdecimal() else 0 for x in sizes.split(",")] if sizes else own[:4]
     if len(given) != 4 or min(rank, *given) < 1 or given[0] % HEAD or given[3] < 2:
         raise ValueError(
@@ -65,7 +68,8 @@ def bench(rank: int, sizes: str | None, aot: str | None) -> Answer:
     with jax.enable_x64(False):
         steps = {x: _make_step(x, rank, own, mesh) for x in progress(STEPS, "compile")}
         times = {} if mesh else _time(steps)
-    rows = {name: _count(step.plan, times.get(name), own) for name, step in steps.items()}
+    count = _count if mesh else partial(_rate, times, own)
+    rows = {name: count(name, step.plan) for name, step in steps.items()}
     first = rows["frozen"]
     ratios = {
         f"{name} / frozen": {k: round(x / y, 3) for k, x in row.items() if x and (y := first[k])}
@@ -73,9 +77,10 @@ def bench(rank: int, sizes: str | None, aot: str | None) -> Answer:
         if row is not first
     }
     device = aot or jax.devices()[0].device_kind
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     versions = {name: version(name) for name in ("jlora", "jax", "jaxlib")}
     shape = own._replace(dtype=jnp.dtype(own.dtype).name)._asdict() | {"rank": rank}
-    fields = {"device": device, "processor": platform.processor(), **versions, **shape}
+    fields = {"device": device, "processor": machine, **versions, **shape}
     fields |= {"steps": rows, "ratios": ratios}
     lines = [(name, *(_cell(row.get(k)) for k in first)) for name, row in (rows | ratios).items()]
     table = align_columns(("", *first), lines, {*first})
@@ -90,8 +95,8 @@ def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     return (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True))).astype(x.dtype) * scale
 
 
-def _apply(params: Any, ids: jax.Array) -> jax.Array:
-    """Token ids (B, L) to logits (B, L, V)."""
+def _apply(params: Any, ids: jax.Array, unroll: bool) -> jax.Array:
+    """Token ids (B, L) to logits (B, L, V); XLA counts the body of a loop once."""
 
     def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
         h = _norm(x, p["norm_1"])
@@ -100,8 +105,9 @@ def _apply(params: Any, ids: jax.Array) -> jax.Array:
         h = _norm(x, p["norm_2"])
         return x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"], None
 
-    # Unrolled, as XLA counts the operations of a loop's body once.
-    x, _ = jax.lax.scan(jax.checkpoint(layer), params["embed"][ids], params["layers"], unroll=True)
+    layer = jax.checkpoint(layer)
+    x = params["embed"][ids] + params["shift"]
+    x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
     return (_norm(x, params["norm"]) @ params["embed"].T).astype(jnp.float32)
 
 
@@ -110,12 +116,6 @@ def _loss(apply: Any, adapter: Any, base: Any, ids: jax.Array) -> jax.Array:
 
     logits = apply(base, adapter, ids[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
-
-
-def _join(base: Any, adapter: Any, ids: jax.Array) -> jax.Array:
-    """Applies the model to parameters of which some are trained."""
-    layers = {**base.get("layers", {}), **adapter.get("layers", {})}
-    return _apply({**base, **adapter, "layers": layers}, ids)
 
 
 def _shapes(sizes: Sizes, mesh: Any) -> Any:
@@ -132,7 +132,8 @@ def _shapes(sizes: Sizes, mesh: Any) -> Any:
 
     layers = {name: shape((sizes.layers, *x), None, "data") for name, x in linear.items()}
     layers |= {name: shape((sizes.layers, *x)) for name, x in norms.items()}
-    params = {"embed": shape((VOCABULARY, dim), "data"), "norm": shape((dim,)), "layers": layers}
+    params = {"embed": shape((VOCABULARY, dim), "data"), "layers": layers}
+    params |= {"norm": shape((dim,)), "shift": shape((dim,))}
     rows = sizes.batch * (1 if mesh is None else mesh.size)
     return params, shape((rows, sizes.length), "data", dtype=jnp.int32)
 
@@ -159,18 +160,19 @@ def _make_step(name: str, rank: int, sizes: Sizes, mesh: Any) -> Step:
         draw = lambda x: 0.02 * jax.random.normal(jax.random.key(0), x.shape, x.dtype)  # noqa: E731
         base = jax.tree.map(draw, base)
         ids = jax.random.randint(jax.random.key(1), ids.shape, 0, VOCABULARY)
-    apply, adapter = _join, base
+    model = partial(_apply, unroll=mesh is not None)
+    apply = lambda base, adapter, ids: model({**base, **adapter}, ids)  # noqa: E731
+    adapter = base
     if name == "LoRA":
-        lora = jlora.transform(_apply, jlora.LoRA(rank=rank))
+        lora = jlora.transform(model, jlora.LoRA(rank=rank), jlora.Full("shift"))
         apply = lora.apply
         make = jax.jit(lora.init) if mesh is None else partial(jax.eval_shape, lora.init)
         _, adapter = make(jax.random.key(2), base, ids)
     elif name == "full":
         base = {}
-    else:  # the norms train, so that all gradients but those of the linear layers are computed
-        norms = ("norm_1", "norm_2")
-        adapter = {"layers": {k: base["layers"][k] for k in norms}}
-        base = {**base, "layers": {k: x for k, x in base["layers"].items() if k not in norms}}
+    else:  # trains what is added to embeddings: all gradients but those of weights are computed
+        adapter = {"shift": base["shift"]}
+        base = {k: x for k, x in base.items() if k != "shift"}
     loss = partial(_loss, apply)
     options = jlora.compiler_options(None if mesh is None else "tpu")
     plan = jlora.plan(loss, base, adapter, (ids,), tx, compile=True, compiler_options=options)
@@ -195,12 +197,21 @@ def _time(steps: dict[str, Step]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in found.items() if times}
 
 
-def _count(plan: Plan, seconds: float | None, sizes: Sizes) -> dict[str, float | None]:
+def _rate(times: dict[str, float], sizes: Sizes, name: str, plan: Plan) -> dict[str, float | None]:
+    rate = sizes.batch * (sizes.length - 1) / times[name] if name in times else None
+    return {"tokens/s": rate and round(rate, 1), "GB of memory": plan.peak and _giga(plan.peak)}
+
+
+def _count(name: str, plan: Plan) -> dict[str, float | None]:
+    del name
     cost = (plan.program and plan.program.cost_analysis()) or {}
     counted = {"GFLOP": cost.get("flops"), "GB accessed": cost.get("bytes accessed")}
     counted["GB of memory"] = plan.peak
-    rate = seconds and round(sizes.batch * (sizes.length - 1) / seconds, 1)
-    return {"tokens/s": rate} | {k: x and round(x / 1e9, 3) for k, x in counted.items()}
+    return {key: x and _giga(x) for key, x in counted.items()}
+
+
+def _giga(x: float) -> float:
+    return round(x / 1e9, 3)
 
 
 def _cell(x: float | None) -> str:

@@ -16,13 +16,13 @@ from ._axes import Unfactorable as Unfactorable
 from ._change import LEAST as LEAST
 from ._change import Change as Change
 from ._change import Delta as Delta
+from ._interpret import ROWS as ROWS
 from ._interpret import Equation as Equation
 from ._interpret import as_array as as_array
 from ._interpret import evaluate as evaluate
 from ._interpret import primitive as primitive
 from ._packed import Packed as Packed
 from ._packed import shard_part as shard_part
-from ._ragged import ROWS as ROWS
 from ._weight import Operand as Operand
 from ._weight import Weight as Weight
 from ._weight import leaf_weight as leaf_weight

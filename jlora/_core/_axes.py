@@ -179,13 +179,11 @@ class Factor:
         del shape
         return self.replace(self.value, axes)
 
-    def in_turn(self, axis: Axis) -> "Factor":
-        """Returns itself, because nothing is to be unpacked."""
-        del axis
-        return self
-
-    def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
+    def multiply(
+        self, f: Callable[..., jax.Array], *xs: jax.Array, in_turn: Axis | None = None
+    ) -> jax.Array:
         """Computes `f(W, *xs)`, which is linear in the first of `xs`."""
+        del in_turn  # nothing is to be unpacked
         return f(self.value, *xs)
 
     # ------------------------------------------------------------------------- for A, B and gains

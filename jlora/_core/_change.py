@@ -8,7 +8,6 @@ interpreter knows nothing else of a method.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,24 +66,23 @@ class Delta:
         """Takes the columns of A and the rows of B of its slot."""
         if self.slot is None:
             return self
-        slot, parts = self.slot.value, self.parts
+        slot = self.slot.value
 
         def take(f: Factor) -> Factor:
             d = f.axis(RANK)
-            r = f.length(RANK) // math.prod(parts)
-            x = f.value.reshape(*f.shape[:d], *parts, r, *f.shape[d + 1 :])
+            before, after = f.shape[:d], f.shape[d + 1 :]
+            x = f.value.reshape(*before, *self.parts, -1, *after)
             x = lax.dynamic_index_in_dim(x, slot, d + 1, keepdims=False)
             x = jnp.where(slot < 0, jnp.zeros((), x.dtype), x)
-            return f.replace(x.reshape(*f.shape[:d], parts[0] * r, *f.shape[d + 1 :]))
+            return f.replace(x.reshape(*before, f.length(RANK) // self.parts[1], *after))
 
         return dataclasses.replace(self, a=take(self.a), b=take(self.b), slot=None)
 
     def form(self, axes: Sequence[Axis], dtype: DTypeLike) -> jax.Array:
         """Forms ΔW; it has length 1 along axes of W that neither A nor B has."""
-        if self.slot is not None:
-            return self.of_slot().form(axes, dtype)
+        own = self.of_slot()
         wide = promote(dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
-        a, b = (f.replace(f.value.astype(wide)) for f in (self.a, self.b))
+        a, b = (f.replace(f.value.astype(wide)) for f in (own.a, own.b))
         a = a.replace(self.scale * self.drop(jnp.ones((), wide)) * a.value)
         return _sum_over_rank(tuple(axes), self.factor_with_gate(a), b)
 

@@ -1,8 +1,9 @@
 """The loop that evaluates a jaxpr with weights in it, and the registry of primitives.
 
-No primitive is named here. Equations without a `Weight` are bound as they are. The others go to the
-function that is registered for their primitive. If there is none, or it finds no factored form,
-W + ΔW is formed if the user allowed it; otherwise it is an error.
+No primitive is named here. Equations without a `Weight` are bound as they are, except those that
+`many.route` needs for its rows. The others go to the function that is registered for their
+primitive. If there is none, or it finds no factored form, W + ΔW is formed if the user allowed it;
+otherwise it is an error.
 """
 
 import collections
@@ -22,6 +23,8 @@ from ._calls import Functions
 from ._shared import steps, variables
 from ._weight import Operand, Weight
 
+ROWS = "rows of jlora.many.route"  # the axis that `route` maps over
+
 
 class Primitive(NamedTuple):
     """How the equations of a primitive are evaluated if one of their operands is a `Weight`.
@@ -31,13 +34,14 @@ class Primitive(NamedTuple):
         is_move: whether its outputs are weights again, unless it raises.
         together: evaluates several equations, each with one result, that multiply the same
             activation; raises `Unfactorable` if each should be evaluated on its own.
-        always: whether `function` also evaluates equations without a `Weight`.
+        for_rows: whether `function` also evaluates equations without a `Weight`, and those around
+            them, where `many.route` maps them over rows.
     """
 
     function: Callable[..., Any]
     is_move: bool = True
     together: Callable[..., list[Any]] | None = None
-    always: bool = False
+    for_rows: bool = False
 
 
 PRIMITIVES: dict[str, Primitive] = {}
@@ -48,7 +52,7 @@ def primitive(
     override: bool = False,
     is_move: bool = True,
     together: Callable[..., list[Any]] | None = None,
-    always: bool = False,
+    for_rows: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers `f(eqn: Equation, *operands) -> outputs` for JAX's primitives of these names.
 
@@ -57,12 +61,13 @@ def primitive(
         override: whether `f` may replace the function that a primitive has.
         is_move: as in `Primitive`.
         together: as in `Primitive`.
-        always: as in `Primitive`.
+        for_rows: as in `Primitive`.
 
     Returns:
-        A decorator for `f`, which returns `f`. At least one operand of `f` is a `Weight`. Its
-        outputs are a list, or one value if the primitive has one result. `f` raises `Unfactorable`
-        if the result has no factored form. CONTRIBUTING.md has an example.
+        A decorator for `f`, which returns `f`. At least one operand of `f` is a `Weight`, unless
+        `for_rows` is true. Its outputs are a list, or one value if the primitive has one result.
+        `f` raises `Unfactorable` if the result has no factored form. CONTRIBUTING.md has an
+        example.
 
     Raises:
         TypeError: if a primitive has a function already.
@@ -72,7 +77,7 @@ def primitive(
         for name in primitives:
             old = PRIMITIVES[name].function if name in PRIMITIVES else None
             check_free(f"the primitive {name!r}", old, f, override)
-        PRIMITIVES.update(dict.fromkeys(primitives, Primitive(f, is_move, together, always)))
+        PRIMITIVES.update(dict.fromkeys(primitives, Primitive(f, is_move, together, for_rows)))
         return f
 
     return register
@@ -215,9 +220,14 @@ def _apply_one(eqn: Equation) -> Sequence[Any]:
     traced, operands = eqn.traced, eqn.operands
     with _compat.context(traced):
         found = PRIMITIVES.get(eqn.name)
-        always = found is not None and found.always
-        if not always and not any(isinstance(x, Weight) for x in operands):
+        if not any(isinstance(x, Weight) for x in operands) and not _is_for_rows(traced):
             return _compat.bind(traced, *operands)
+        if found is None and _is_for_rows(traced):
+            raise NotImplementedError(
+                f"{eqn.where} has a ragged_dot inside, which JAX cannot map over the rows of "
+                "jlora.many.route. Call ragged_dot outside of it, apply each adapter to its rows "
+                "by itself, or multiply the experts by jnp.einsum."
+            )
         try:
             if found is None:
                 raise Unfactorable
@@ -227,6 +237,13 @@ def _apply_one(eqn: Equation) -> Sequence[Any]:
             reason = functools.partial(_reason, eqn, e)
             arrays = [as_array(x, reason, e.added) for x in operands]
         return _compat.bind(traced, *arrays)
+
+
+def _is_for_rows(traced: _compat.JaxprEqn) -> bool:
+    """Whether an equation, or one inside of it, has a function that `many.route` needs here."""
+    known = (PRIMITIVES.get(inner.primitive.name) for inner in _compat.equations(traced))
+    needed = any(found is not None and found.for_rows for found in known)
+    return needed and _compat.mapped_index(ROWS) is not None
 
 
 def _reason(eqn: Equation, e: Unfactorable) -> str:

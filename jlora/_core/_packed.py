@@ -168,18 +168,18 @@ class Packed:
         plain = self.replace(parts=self.with_plain_scales(self.parts), with_plain_scales=None)
         return plain.with_pieces(pieces)
 
-    def in_turn(self, axis: Axis) -> "Packed":
-        """Returns W such that TPUs unpack its entries along `axis` one after another, if they can.
+    def multiply(
+        self, f: Callable[..., jax.Array], *xs: jax.Array, in_turn: Axis | None = None
+    ) -> jax.Array:
+        """Computes `f(W, *xs)`, which is linear in the first of `xs`; unpacks W in each pass.
 
-        The loop is over the shard of a device: a mesh must not shard `axis`.
+        TPUs unpack the entries along the axis `in_turn` one after another, if they can. The loop is
+        over the shard of a device: a mesh must not shard this axis.
         """
-        if axis not in self.splittable or explicit(self.factors[0].value) is not None:
-            return self
-        return self.replace(unpack=functools.partial(self.unpack, in_turn=axis))
-
-    def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
-        """Computes `f(W, *xs)`, which is linear in the first of `xs`; unpacks W in each pass."""
-        return multiply_unpacked(lambda w, *xs: f(w.array, *xs), self, *xs)
+        packed = self
+        if in_turn in self.splittable and explicit(self.factors[0].value) is None:
+            packed = self.replace(unpack=functools.partial(self.unpack, in_turn=in_turn))
+        return multiply_unpacked(lambda w, *xs: f(w.array, *xs), packed, *xs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -1,23 +1,25 @@
 """A matrix for each group of rows: `ragged_dot`, as experts have it; also under `many.route`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .. import _compat
 from ._axes import RANK, Axis, Factor, Roles, Unfactorable
 from ._change import Delta
-from ._interpret import Equation, primitive
+from ._interpret import ROWS, Equation, primitive
 from ._product import Product
 from ._weight import Operand, Weight
 
-ROWS = "rows of jlora.many.route"  # the axis that `route` maps over
 Dot = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # of x, W and the sizes of groups
 
 
-@primitive("ragged_dot_general", is_move=False, always=True)
+@primitive("ragged_dot_general", is_move=False, for_rows=True)
 def _ragged_dot_general(eqn: Equation, x: Operand, w: Operand, group_sizes: jax.Array) -> jax.Array:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_contracted, contracted), batch = numbers.dot_dimension_numbers
@@ -51,11 +53,8 @@ class _Ragged(Product):
 
     def base(self, x: jax.Array) -> jax.Array:
         group = self.w.axes.index(self.roles.stack[0])
-
-        def dot(w: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
-            return _multiply(self.eqn.bind, x, w, sizes, group)
-
-        return self.w.w.in_turn(*self.roles.stack).multiply(dot, x, self.group_sizes)
+        dot = lambda w, x, sizes: _multiply(self.eqn.bind, x, w, sizes, group)  # noqa: E731
+        return self.w.w.multiply(dot, x, self.group_sizes, in_turn=self.roles.stack[0])
 
     def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
         x = delta.drop(x.astype(self.dtype))
@@ -77,12 +76,8 @@ class _Ragged(Product):
         if {*f.axes}.isdisjoint(self.roles.stack):  # all groups share it
             return jnp.matmul(x, f.expand_to(axes), precision=precision)
         value = f.expand_to((*self.roles.stack, *axes))
-        offset = self.eqn.params["group_offset"]
-
-        def dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-            return lax.ragged_dot(x, w, sizes, precision=precision, group_offset=offset)
-
-        return _multiply(dot, x, value, self.group_sizes)
+        how = {"precision": precision, "group_offset": self.eqn.params["group_offset"]}
+        return _multiply(functools.partial(lax.ragged_dot, **how), x, value, self.group_sizes)
 
     def _by_row(self, f: Factor, axis: Axis) -> jax.Array:
         """Returns `f` along rows and `axis`."""
@@ -101,23 +96,38 @@ def _multiply(dot: Dot, x: jax.Array, w: jax.Array, sizes: jax.Array, group: int
 
     `group` is the axis of groups of W.
     """
-    try:
-        row = lax.axis_index(ROWS)
-    except NameError:  # nothing is mapped
+    row = _compat.mapped_index(ROWS)
+    if row is None:
         return dot(x, w, sizes)
-    mapped = jax.custom_batching.custom_vmap(dot)
+    # JAX differentiates this function, rather than its rule, only within the function of `route`.
+    mapped = jax.custom_batching.custom_vmap(lambda *xs: _refuse_gradient(dot(*xs[:3])))
 
     @mapped.def_vmap
-    def _(
-        rows: int, batched: list[bool], x: jax.Array, w: jax.Array, sizes: jax.Array
-    ) -> tuple[jax.Array, bool]:
+    def _(rows: int, batched: list[bool], *xs: jax.Array) -> tuple[jax.Array, bool]:
+        x, w, sizes, _ = xs
         x = x if batched[0] else jnp.broadcast_to(x, (rows, *x.shape))
+        sizes = sizes if batched[2] else jnp.broadcast_to(sizes, (rows, *sizes.shape))
         if batched[1]:
             return _multiply_own(dot, x, w, sizes, group), True
-        return _multiply_shared(dot, x, w, sizes), True
+        # A `vmap` within the function of `route` leaves the rows to be mapped.
+        of_all = dot if batched[3] else functools.partial(_multiply, dot, group=group)
+        return _multiply_shared(of_all, x, w, sizes), True
 
-    # A function that is not mapped would have no gradient.
-    return mapped(x, w, sizes + 0 * row.astype(sizes.dtype))
+    return mapped(x, w, sizes, row)  # mapped with `row`, whatever else is
+
+
+@jax.custom_jvp
+def _refuse_gradient(y: jax.Array) -> jax.Array:
+    return y
+
+
+@_refuse_gradient.defjvp
+def _refuse_gradient_jvp(*_: object) -> NoReturn:
+    raise ValueError(
+        "a derivative is taken inside of the function given to jlora.many.route, through a "
+        "ragged_dot, which JAX cannot map over rows there. Differentiate the routed function "
+        "instead, as in jax.grad(lambda table: jlora.many.route(loss)(base, table, ids, x).sum())."
+    )
 
 
 def _multiply_shared(dot: Dot, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:

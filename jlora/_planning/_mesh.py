@@ -4,7 +4,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, NamedSharding
 
 from .._arrays import AnyMesh
-from .._compat import Jaxpr, JaxprEqn
+from .._compat import Jaxpr, equations
 from .._errors import InputError
 from .._tree import is_abstract, leaves_by_path, name_of
 from .._types import PyTree
@@ -76,21 +76,9 @@ def is_unconstrained(mesh: AnyMesh | None, jaxpr: Jaxpr, *weights: PyTree) -> bo
             eqn.primitive.name == "sharding_constraint"
             and getattr(eqn.outvars[0].aval, "shape", None) not in own
         )
-        for eqn in _equations(jaxpr)
+        for outer in jaxpr.eqns
+        for eqn in equations(outer)
     )
-
-
-def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """Finds the equations of a program, also within others."""
-
-    def has_equations(x: object) -> bool:
-        return hasattr(x, "eqns")
-
-    for eqn in jaxpr.eqns:
-        yield eqn
-        values = jax.tree.leaves(list(eqn.params.values()), is_leaf=has_equations)
-        for inner in filter(has_equations, values):
-            yield from _equations(inner)
 
 
 # --------------------------------------------------------------------------- slices that are absent

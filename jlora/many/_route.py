@@ -56,8 +56,9 @@ def route(
       other rows.
 
     Products of groups of tokens with experts, `jax.lax.ragged_dot`, are computed for all rows at
-    once, adapted or not. JAX cannot take a gradient of one inside of `apply`; differentiate the
-    routed function instead.
+    once, adapted or not. JAX cannot take a derivative of one inside of `apply`; differentiate the
+    routed function instead. Nor can it map one inside of a function with a derivative of its own,
+    such as `jax.custom_vjp` makes. Both raise.
 
     `stack` and `insert` refuse known values that are not finite, so both forms are safe. Leaves
     trained in full are gathered.
@@ -84,7 +85,9 @@ def route(
         TypeError: if `table` is not a table, or `ids` are not integers.
         ValueError: if an argument or a result has no axis of rows, or an id is out of range; if the
             table does not fit the base or has a method other than LoRA; if an initializer changed
-            the base, as -1 would not be the original model.
+            the base, as -1 would not be the original model; for a derivative of a `ragged_dot`
+            inside of `apply`.
+        NotImplementedError: for a `ragged_dot` inside of a function with its own derivative.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora

@@ -15,7 +15,7 @@ WIDE = dataclasses.replace(TINY, dim=512, hidden=512, heads=8, kv_heads=8, layer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--quantize=nf4"]])
+@pytest.mark.parametrize("more", [[], ["--quantize=nf4"], ["--accumulate=2"]])
 def test_eight_devices_are_one(more, tmp_path, monkeypatch):
     """The same losses but for rounding, and no kernel is whole on a device."""
     bases, given = [], jlora.transform

@@ -27,6 +27,7 @@ GROUPS = [
     (", replica_groups={{0,2},{1,3}}, dimensions={0}", 2),
     (", replica_groups=mesh['x'=2,'y'=2] {'y'}, dimensions={0}", 2),
     (", replica_groups=mesh['x'=2,'y'=2] {'x','y'}", 4),
+    (", replica_groups=mesh['x'=8,'y'=2] {'x':(2)4,'y'}", 8),
 ]
 
 

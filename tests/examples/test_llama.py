@@ -5,6 +5,9 @@ SmolLM2 itself, from its GGUF file, is slow.
 
 import contextlib
 import io
+import pathlib
+import re
+import shlex
 import shutil
 
 import chat
@@ -13,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
+import optax
 import pytest
 from cases._case import fill
 from conversations import lay
@@ -84,6 +88,24 @@ def test_packed_is_unpacked():
     assert abs(both_of(adapter, mixed)[0] - other) > 1e-3
 
 
+def test_a_step_of_parts_is_one_of_all_rows():
+    """Also if the parts have few answers, many or none."""
+    rng, sizes = np.random.default_rng(0), [9, 30, 5, 21]
+    texts = [
+        conversations.Text([], rng.integers(3, 260, n), np.float32(np.arange(n) > n // 3))
+        for n in sizes
+    ]
+    rows = lay([[text] for text in texts], 6)  # two are empty
+    model = llama.Llama(TINY)
+    lora, tx = jlora.transform(model.apply, jlora.LoRA(rank=2)), jlora.optimizer(optax.sgd(1.0))
+    tiny = fill(llama.shapes(TINY), jnp.float32, 0.3)
+    base, adapter = lora.init(jax.random.key(0), tiny, rows.ids[:1])
+    state = chat.State(fill(adapter, jnp.float32, 0.1), tx.init(adapter))
+    one, six = (chat.make_step(lora.apply, tx, parts)(state, base, rows) for parts in (1, 6))
+    np.testing.assert_allclose(one[1], six[1], rtol=1e-5)
+    laws.assert_close(one[0].adapter, six[0].adapter, 1e-3)
+
+
 # ---- chat ---------------------------------------------------------------------------------------
 
 
@@ -95,20 +117,25 @@ def argv(base, tmp_path_factory):
     return [f"--base={base}", f"--data={path}", "--held-out=8", *sizes.split()]
 
 
-@pytest.fixture(scope="module")
-def whole(argv, tmp_path_factory):
-    """What a run returned, where it wrote, what it printed, and a copy of its checkpoints."""
-    out, stopped, delete = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("s"), chat.delete
+def copy_to(stopped, delete=chat.delete):
+    """Keeps the checkpoints that a run deletes."""
 
     def copy_first(folder):
         shutil.copytree(folder, stopped / "checkpoints")
         delete(folder)
 
+    return copy_first
+
+
+@pytest.fixture(scope="module")
+def whole(argv, tmp_path_factory):
+    """What a run returned, where it wrote, what it printed, and a copy of its checkpoints."""
+    out, stopped = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("s")
     with (
         contextlib.redirect_stdout(io.StringIO()) as printed,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(chat, "delete", copy_first)
+        patch.setattr(chat, "delete", copy_to(stopped))
         return chat.main([*argv, f"--out={out}"]), out, printed.getvalue(), stopped
 
 
@@ -148,6 +175,43 @@ def test_a_stopped_run_goes_on(argv, whole):
     assert rest.after == whole[0].after
     files = [x / "adapter" / "adapter_model.safetensors" for x in (out, whole[1])]
     assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_the_best_adapter_is_kept(argv, tmp_path, monkeypatch):
+    """The run stops when three evaluations were not better; also one that goes on."""
+    found, seen = [5.0, 4.0, 3.0, 3.5, 3.2, 3.0, 2.0], {}
+
+    def nll(model_fn, *_):  # by adapter, in the order in which they are first seen
+        key = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(model_fn.args[1]))
+        return seen.setdefault(key, found[len(seen)])
+
+    monkeypatch.setattr(chat, "mean_nll", nll)
+    monkeypatch.setattr(chat, "delete", copy_to(tmp_path / "rest"))
+    argv = [*argv, "--steps=8", "--evaluate-every=1", "--patience=3"]
+    whole = chat.main([*argv, f"--out={tmp_path / 'whole'}"])
+    assert (len(whole.losses), whole.step, whole.after) == (6, 3, 3.0)  # the first step's rate is 0
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "rest" / "checkpoints" / "6")
+    monkeypatch.setattr(chat, "mean_nll", nll)
+    rest = chat.main([*argv, f"--out={tmp_path / 'rest'}", "--resume"])
+    assert (rest.losses, rest.step, rest.after) == (whole.losses[4:], 3, 3.0)
+    saved = [tmp_path / x / "adapter" / "adapter_model.safetensors" for x in ("whole", "rest")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
+def test_the_guide_has_flags_that_exist():
+    """Each command of the page on chat."""
+    page = pathlib.Path(__file__).parents[2] / "notebooks" / "loops" / "chat.md"
+    commands = re.findall(r"^python examples/chat.py(.*)", page.read_text("utf-8"), re.M)
+    assert len(commands) > 5
+    for command in commands:
+        chat.parse(shlex.split(command, comments=True))
+
+
+def test_patience_needs_evaluations(capsys):
+    with pytest.raises(SystemExit):
+        chat.parse(["--patience=3"])
+    assert "give --evaluate-every too" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,15 +1,58 @@
-"""Every notebook is stored without outputs. The build of the site runs them."""
+"""Notebooks are stored with what they print. The build of the site runs them and compares."""
 
+import base64
 import json
 import pathlib
+import re
+import sys
+import types
 
 import pytest
 
-NOTEBOOKS = sorted((pathlib.Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+FOLDER = pathlib.Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+sys.path.insert(0, str(FOLDER))
+
+import outputs  # noqa: E402
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_stored_without_outputs(path):
-    notebook = json.loads(path.read_text())
+def test_what_is_stored_is_small_and_the_same_everywhere(path):
+    """No progress, warnings, counts of runs, paths of a machine, or large pictures."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert cells and all((x["outputs"], x["execution_count"]) == ([], None) for x in cells)
+    kept = [x for cell in cells for x in cell["outputs"]]
+    assert kept and {cell["execution_count"] for cell in cells} == {None}
+    assert {x.get("name", "stdout") for x in kept} == {"stdout"}
+    pictures = [x["data"]["image/png"] for x in kept if "image/png" in x.get("data", {})]
+    assert all(len(base64.b64decode(x)) < 60_000 for x in pictures)
+    assert not re.search(r"(^|[\s'\"(=])/\w+/|\d(it/s|s/it)|0x\w{6}", outputs.text_of(kept))
+
+
+@pytest.mark.parametrize(
+    ("kept", "fresh", "drifts", "same"),
+    [
+        ("85.2% of 1,000", "85.9%  of 1,000", False, True),
+        ("85.2% of 1,000", "81.9% of 1,000", False, False),
+        ("85.2% of 1,000", "85.2% of 1,001", False, False),  # a count
+        ("0.02 nats", "0.03 nats", False, True),  # another rounding
+        ("off by 1.3e-06", "off by 2.6e-06", False, False),
+        ("off by 1.3e-06", "off by 2.6e-06", True, True),
+        ("off by 1.3e-06", "wrong by 1.3e-06", True, False),
+        ("", "loss 0.5", True, False),
+    ],
+)
+def test_what_agrees(kept, fresh, drifts, same):
+    assert outputs.agree(kept, fresh, drifts) == same
+
+
+def test_outputs_are_refreshed():
+    """Lines that were printed apart are one text, progress is dropped; what changed is said."""
+    text = [("stdout", "loss "), ("stdout", "0.5\n"), ("stderr", "100%"), ("stdout", "done\n")]
+    ran = [{"output_type": "stream", "name": name, "text": x} for name, x in text]
+    cell = {"cell_type": "code", "metadata": {}, "outputs": []}
+    notebook, found = {"cells": [cell]}, types.SimpleNamespace(outputs=ran)
+    for changed in (1, 0):
+        wrong = list(outputs.refresh(notebook, types.SimpleNamespace(cells=[found])))
+        assert len(wrong) == changed
+    assert outputs.text_of(cell["outputs"]) == "loss 0.5\ndone\n"

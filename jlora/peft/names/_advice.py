@@ -18,11 +18,11 @@ def advise(names: Sequence[Name], lost: Mapping[Path, tuple[int, ...]]) -> str:
     if lost and fit:
         which = " or ".join(f"jlora.peft.TABLES[{name}]" for name in fit)
         return f"{_purpose(names)} For these leaves use {which}."
-    row = r"jlora.peft.Name(r'(.*)/kernel', r'\1', 'io')"
     if any(row.path.startswith("params/") for row in names):
         return (
             f"{_purpose(names)} Patterns are for paths without the first `params/`: leave it out."
         )
+    row = r"jlora.peft.Name(r'(.*)/kernel', r'\1', 'io')"
     return (
         f"{_purpose(names)} Give the table of this model, or add rows of your own, such as {row}."
     )
