@@ -262,13 +262,18 @@ def write_sst2(folder: Path, margin: float = 0.8) -> None:
 # ---- fetching -----------------------------------------------------------------------------------
 
 
+def cache_folder() -> Path:
+    """Where all that the examples fetch or make is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora"
+
+
 def fetch(package: Package) -> Path:
     """The cache folder that holds the members of `package`, downloaded if it is not there.
 
     Raises:
         DataError: the network, the cache folder or the content is not as it should be.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora"
+    cache = cache_folder()
     folder = cache / f"{package.name}-{package.version}"
     try:
         if not folder.exists():

@@ -107,7 +107,7 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
         eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
         return inverse(gram + jnp.asarray(damping, gram.dtype) * eye)
 
-    return _of_factors("precondition", matrix)
+    return _of_factors("precondition(1e-6)", matrix)
 
 
 def lora_muon(momentum: float = 0.95) -> "optax.GradientTransformationExtraArgs":
@@ -134,7 +134,7 @@ def lora_muon(momentum: float = 0.95) -> "optax.GradientTransformationExtraArgs"
 
     Raises:
         TypeError: in `init` and `update`, if the tree holds no adapter.
-        ValueError: in `update`, if it gets no parameters.
+        ValueError: if `momentum` is not in [0, 1); in `update`, if it gets no parameters.
 
     Source: Cesista et al., arXiv 2606.12921. Weight decay λ of ΔW is that of A and B by λ/2 each:
     `optax.add_decayed_weights(λ/2)` after it.
@@ -150,22 +150,26 @@ def lora_muon(momentum: float = 0.95) -> "optax.GradientTransformationExtraArgs"
     """
     import optax
 
+    if is_concrete(momentum) and not (is_finite(momentum) and 0 <= momentum < 1):
+        raise ValueError(f"`momentum` must be at least 0 and below 1; got {momentum!r}.")
+
     def matrix(gram: jax.Array, of_update: jax.Array) -> jax.Array:
         root = inverse_root(gram)  # sign(X) is X·(XᵀX)^(-1/2)
         return 0.5 * times(times(root, inverse_root(times(times(root, of_update), root))), root)
 
-    steps = _of_factors("lora_muon", matrix, by_scale=True)
+    steps = _of_factors("lora_muon()", matrix, by_scale=True)
     return optax.chain(optax.ema(momentum, debias=False), steps)
 
 
 def _of_factors(
-    name: str, matrix: Callable[[jax.Array, jax.Array], jax.Array], by_scale: bool = False
+    call: str, matrix: Callable[[jax.Array, jax.Array], jax.Array], by_scale: bool = False
 ) -> "optax.GradientTransformationExtraArgs":
     """Multiplies the update of each factor by an r × r matrix.
 
     It is made of xᵀx, with x the other factor, and of the same of the update. `by_scale` divides by
-    s.
+    s. `call` is how users call the transformation.
     """
+    name = call.partition("(")[0]
 
     def of_node(update: PyTree, param: PyTree) -> PyTree:
         if not is_node(update) or not {"a", "b"} <= set(update.labels.values()):
@@ -173,7 +177,7 @@ def _of_factors(
         factors = [getattr(update, x) for x, label in update.labels.items() if label in ("a", "b")]
         if all(map(is_masked, factors)):
             return update
-        _refuse_hidden(name, param)
+        _refuse_hidden(call, param)
         return _times_matrices(matrix, update, param, by_scale)
 
     def update(updates: PyTree, params: PyTree | None) -> PyTree:
@@ -188,12 +192,13 @@ def _of_factors(
     return _make_transformation(name, update)
 
 
-def _refuse_hidden(name: str, param: PyTree) -> None:
+def _refuse_hidden(call: str, param: PyTree) -> None:
     if is_masked(param.a) or is_masked(param.b):
+        name = call.partition("(")[0]
         raise ValueError(
             f"jlora.{name} needs A and B, but the transformation around it hides the frozen "
             f"one. Chain jlora.{name} before that transformation: "
-            "optax.chain(jlora.precondition(1e-6), optax.MultiSteps(tx, 4))."
+            f"optax.chain(jlora.{call}, optax.MultiSteps(tx, 4))."
         )
 
 

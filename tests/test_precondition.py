@@ -168,6 +168,20 @@ def test_a_step_changes_the_weight_alike_however_it_is_split(name: str) -> None:
         assert not np.allclose(actual, expected, rtol=1e-2, atol=1e-2)  # without it they differ
 
 
+@pytest.mark.parametrize("momentum", [1.0, -0.1, float("nan"), "0.9"])
+def test_a_momentum_that_is_none(momentum: Any) -> None:
+    with refused(ValueError, "momentum", "at least 0 and below 1"):
+        jlora.lora_muon(momentum)
+
+
+def test_muon_misses_a_factor_that_is_hidden() -> None:
+    _, adapter, grads = made("plain")
+    adapter, grads = ({"w": x["w"]._replace(frozen=("a",))} for x in (adapter, grads))
+    masked = optax.masked(jlora.lora_muon(), jlora.mask)
+    with refused(ValueError, "", "optax.chain(jlora.lora_muon(), optax.MultiSteps(tx, 4))"):
+        masked.update(grads, masked.init(adapter), adapter)
+
+
 def test_comes_before_the_transformation_and_lora_plus_after() -> None:
     """What `tx` sees are the new gradients, so that Adam's first step is their sign."""
     _, adapter, grads = made("plain")

@@ -88,6 +88,14 @@ def step(chip: str, trained: str, form: str) -> Cost:
     return Cost(found.peak, pod_plan.flops(jaxpr), has_logits(found.program.as_text()))
 
 
+def check(chip: str, trained: str) -> None:
+    """Asserts what chunks promise: no array of all logits, a lower peak, operations alike."""
+    whole, ours = (step(chip, trained, form) for form in FORMS)
+    assert whole.has_logits and not ours.has_logits
+    assert ours.peak <= whole.peak - 3.5e9
+    assert ours.flops <= LIMITS[trained] * whole.flops
+
+
 def has_logits(program: str) -> bool:
     """Whether a program has an array of as many elements as there are logits."""
     found = re.findall(r"\[([\d,]+)\]", program)

@@ -74,6 +74,17 @@ def test_snippets_of_every_source(source):
         assert 0.2 < sum(snippet.label for snippet in part) / len(part) < 0.8
 
 
+@pytest.mark.slow  # 34 megabytes
+def test_texts():
+    """No gloss and no paragraph is trained on and held out; each meaning has its word."""
+    train, test = data.meanings()
+    assert len(train) > 100_000 and {x.kind for x in train} == set(data.KINDS.values())
+    [entity] = [x.word for x in train + test if x.gloss == "an entity that has physical existence"]
+    assert entity == "physical_entity"
+    for train, test in (data.glosses(), data.verses()):
+        assert len(test) > 400 and not set(train) & set(test)
+
+
 def test_word_order():
     """Half the sentences are as they were, the others have their words in another order."""
     movies = [{" ".join(x.text.split()) for x in part} for part in data.movie_snippets()]

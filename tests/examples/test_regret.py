@@ -5,10 +5,12 @@ import re
 import shutil
 
 import grpo
+import jax
 import numpy as np
 import pytest
 import regret
 import regret_figures
+import small_gpts
 from regret import PLANS, Setting
 from small import some
 from test_grpo import CONFIG, PARAMS, Tokenizer
@@ -97,6 +99,64 @@ def test_a_run_on_rewards(monkeypatch):
     rewards = list(regret_figures.curve(row).values())
     assert len(rewards) == 3
     assert row["validation"] == pytest.approx(1 - np.mean(rewards), abs=1e-5)
+
+
+@pytest.fixture
+def texts(monkeypatch, tmp_path):
+    """Other texts for the GPTs, in few steps, and a cache of its own."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(50)]
+    parts = [[" ".join(rng.choice(words, 30)) for _ in range(n)] for n in (1600, 100)]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("glosses", "verses"):
+        monkeypatch.setattr(small_gpts.data, name, lambda: parts)
+    for name, value in {"STEPS": 8, "WARMUP": 1, "KEEP": 4, "BATCH": 4}.items():
+        monkeypatch.setattr(small_gpts, name, value)
+    cached = (small_gpts.tokenizer, small_gpts.glosses, small_gpts.bible, small_gpts.load)
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+def test_pretraining_goes_on_where_it_ended(texts, monkeypatch):
+    """To the same parameters as without a stop; a whole one is read."""
+    _, whole = small_gpts.load(64, 1)
+    folder = small_gpts.data.cache_folder()
+    kept = {}
+
+    def stop(steps, **_):
+        for i in steps:
+            if i == 5 and not kept:
+                kept.update(stopped=True)
+                raise KeyboardInterrupt
+            yield i
+
+    (folder / "gpt-64x1.msgpack").unlink()
+    stop.write = print
+    monkeypatch.setattr(small_gpts, "progress", stop)
+    small_gpts.load.cache_clear()
+    with pytest.raises(KeyboardInterrupt):
+        small_gpts.load(64, 1)
+    _, resumed = small_gpts.load(64, 1)
+    small_gpts.load.cache_clear()
+    _, read = small_gpts.load(64, 1)
+    for other in (resumed, read):
+        assert jax.tree.all(jax.tree.map(np.array_equal, other, whole))
+
+
+@pytest.mark.parametrize("method", some(["lora", "dora", "pissa", "muon"], "pissa"))
+def test_a_run_that_looks_back(texts, monkeypatch, method):
+    """What is new falls from look to look, beside what is old; the base counts no intruder."""
+    bible = regret.bible
+    monkeypatch.setattr(regret, "bible", lambda *args: bible(*args)._replace(steps=16))
+    monkeypatch.setattr(regret, "LOOKED", 8)
+    setting = regret.scaled("forgetting", "gpt-64x1", 8, 16)._replace(method=method)
+    regret.make_task.cache_clear()
+    row = regret.make_train(setting)(3e-3, 0)
+    new, old = ([row[f"{x}_{i}"] for i in range(1, regret.LOOKS + 2)] for x in ("new", "old"))
+    assert np.isfinite(old).all() and new[-1] < new[0]
+    params = regret.make_task(setting._replace(rank=0, scale=1.0, method="lora")).params
+    assert regret.count_intruders(params, params) == 0 <= row["intruders"] <= 10
 
 
 # ---- what is written ----------------------------------------------------------------------------
