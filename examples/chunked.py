@@ -34,7 +34,7 @@ def log_probs(
         length: of a chunk at most. It need not divide L.
     """
     rows, tokens = labels.shape
-    chunks = -(-tokens // length)
+    chunks = max(1, -(-tokens // length))
 
     def cut(x: jax.Array) -> jax.Array:  # (B, L, ...) to (chunks, B, l, ...)
         x = jnp.pad(x, [(0, 0), (0, -tokens % chunks), *[(0, 0)] * (x.ndim - 2)])

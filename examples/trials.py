@@ -226,6 +226,8 @@ def draw(width: np.ndarray, steps: int, size: int, seed: int) -> list[np.ndarray
         order = rng.permutation(len(width))
         alike = [order[width[order] == w] for w in np.unique(width)]
         cuts = [(rows, i) for rows in alike for i in range(0, len(rows) - size + 1, size)]
+        if not cuts:
+            raise ValueError(f"no {size} rows have the same width: take a smaller batch")
         batches += [cuts[i][0][cuts[i][1] :][:size] for i in rng.permutation(len(cuts))]
     return batches[:steps]
 

@@ -108,6 +108,12 @@ def test_no_row_has_all_logits():
     assert sum(f"7,{VOCAB}]" in line or f"7,{DIM}]" in line for line in products) == 2
 
 
+def test_no_tokens_have_no_log_probabilities():
+    head = normal(0, DIM, VOCAB)
+    found = chunked.log_probs(lambda h: h @ head, jnp.zeros((ROWS, 0, DIM)), IDS[:, :0])
+    assert found.shape == (ROWS, 0)
+
+
 def test_what_is_only_evaluated_has_one_product():
     """The gradient by the hidden states, which nobody reads, is not computed."""
     transform, base, adapter = make("frozen")
