@@ -144,6 +144,12 @@ def movies(
     return minilm(*parts, length, cut, steps=steps, batch=batch, **fields)
 
 
+def sentences(length: int, steps: int, batch: int, **fields: Any) -> Task:
+    """The sentiment of reviews, tweets and editorials, of which a quarter is held out."""
+    parts = data.sentences(quickstart.MARGIN)
+    return minilm(*parts, length, steps=steps, batch=batch, **fields)
+
+
 def order() -> Task:
     """Whether two words have changed places, of which a probe of frozen features knows nothing."""
     return minilm(*data.word_order(), length=32, steps=192, batch=16)
