@@ -465,7 +465,7 @@ def advise(table: Sequence[tables.Row], width: int, batch: int, rows: int) -> st
     levels, powers = fit(table)
     level = np.mean([x for model, x in levels.items() if model != "GPT"])  # those are for the width
     low = int(np.floor(2 * (level + np.log10([width, batch]) @ powers)))
-    rates = [f"{trials.to_rate(n):g}" for n in (low, low + 1)]
+    rates = [f"{trials.to_rate(n):.0e}".replace("e-0", "e-") for n in (low, low + 1)]
     wider, larger = 2 ** powers[0], 4 ** powers[1]
     off = ", ".join(f"{model} {10 ** abs(x - level):.1f}" for model, x in levels.items())
     rank, room = 8, 2 * 18 * width * DEPTH  # bits of rank 1
@@ -473,15 +473,16 @@ def advise(table: Sequence[tables.Row], width: int, batch: int, rows: int) -> st
         rank *= 2
     return f"""\
 rank {rank}
-    Two bits for each parameter of {DEPTH} layers are {rank * room:,}.
-    {rows:,} rows of {TAUGHT} bits have {rows * TAUGHT:,}. This rule never allows less than 8.
+    {DEPTH} layers of it have room for {rank * room:,} bits, two for each parameter.
+    {rows:,} rows have {rows * TAUGHT:,}, if each has {TAUGHT} to learn by heart.
+    Never take less than 8: room does not tell how well an adapter generalizes.
 scale {ALPHA / rank:g}
     With 32/r the best rate hardly depends on the rank.
 rates {" and ".join(rates)}, and then the neighbor of the better one
     Twice the width took {wider:.2f} times the rate, four times the batch {larger:.2f} times.
-    How many times the best rate of a measured model was off: {off}.
+    By so many times was the best rate of each measured model off: {off}.
 steps {rows // batch}
-    They are one pass. With less than 16, take a smaller batch.
+    This is one pass. If it has fewer than 16 steps, take a smaller batch.
 """
 
 

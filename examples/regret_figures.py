@@ -334,8 +334,9 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
                 found[setting.task][name_of(setting)].setdefault(x, []).append(y)
             continue
         if experiment in RATED:
-            for panel, name, x in RATED[experiment](setting):
-                found[panel][name][x] = list(10 ** find_vertices(runs))
+            places = find_vertices(runs)
+            for panel, name, x in RATED[experiment](setting) if len(places) else ():
+                found[panel][name][x] = list(10**places)
             continue
         for row in runs:
             is_best = row["rate"] == best
@@ -459,7 +460,8 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.set_xscale("linear" if xlabel == "step" else "log")
         if xlabel in TICKED:
-            axis.set_xticks(x, x)
+            ticks = sorted({x for points in lines.values() for x in points})
+            axis.set_xticks(ticks, ticks)
             axis.minorticks_off()
         axis.set_yscale("log" if experiment in (*BITS, *RATED) else "linear")
         for side in (axis.xaxis, axis.yaxis):  # labels between powers of ten would overlap

@@ -81,7 +81,9 @@ def test_some_of_the_runs_are_shown(tmp_path, name, asked):
     regret.main(["--experiments", name, "--seeds", "1", "--out", str(tmp_path)])
     rows = regret_figures.read(tmp_path)
     for n in (1, 2, 3, 5, len(rows) // 2, len(rows) - 1):
-        assert regret_figures.collect(name, rows[:n])
+        panels = regret_figures.collect(name, rows[:n])
+        if panels:
+            regret_figures.draw(tmp_path / "some.png", name, panels)
         shown = regret_figures.group(rows[:n])
         assert len(regret_figures.summary(rows[:n])) == len(shown)
         assert len(regret_figures.markdown(rows[:n], name).splitlines()) > 2
@@ -127,7 +129,7 @@ def test_the_advice_follows_the_runs():
     expected = {"GPT": 0, "MiniLM": np.log10(0.05), "SmolLM2": np.log10(0.2)}
     assert levels == pytest.approx(expected, abs=1e-9)
     text = regret.advise(table, 1000, 100, 10**6)  # 0.1 · 100^0.5 / 1000
-    assert "rates 0.001 and 0.003," in text and "SmolLM2 2.0" in text and "GPT 10.0" in text
+    assert "rates 1e-3 and 3e-3," in text and "SmolLM2 2.0" in text and "GPT 10.0" in text
     ranks = [regret.advise(table, 576, 16, 10**n).split()[1] for n in (1, 4, 5, 9)]
     assert ranks == ["8", "8", "64", "64"]
 
