@@ -456,7 +456,7 @@ def fit(table: Sequence[tables.Row]) -> tuple[dict[str, float], tuple[float, flo
     mean = np.array([[x == y for y in names] for x in names], float)
     mean /= mean.sum(1, keepdims=True)  # of the rows of a row's model
     sizes = np.stack([width, batch], 1)
-    powers = np.linalg.lstsq(sizes - mean @ sizes, rate - mean @ rate)[0]
+    powers = np.linalg.lstsq(sizes - mean @ sizes, rate - mean @ rate, rcond=1e-6)[0]
     return dict(zip(names, mean @ (rate - sizes @ powers), strict=True)), tuple(powers)
 
 
@@ -466,7 +466,8 @@ def advise(table: Sequence[tables.Row], width: int, batch: int, rows: int) -> st
     level = np.mean([x for model, x in levels.items() if model != "GPT"])  # those are for the width
     low = int(np.floor(2 * (level + np.log10([width, batch]) @ powers)))
     rates = [f"{trials.to_rate(n):.0e}".replace("e-0", "e-") for n in (low, low + 1)]
-    wider, larger = 2 ** powers[0], 4 ** powers[1]
+    steps = (("twice the width", 2 ** powers[0]), ("four times the batch", 4 ** powers[1]))
+    took = " and ".join(f"{name} multiplied it by {x:.2f}" for name, x in steps if round(x, 6) != 1)
     off = ", ".join(f"{model} {10 ** abs(x - level):.1f}" for model, x in levels.items())
     rank, room = 8, 2 * 18 * width * DEPTH  # bits of rank 1
     while rank < 64 and rank * room < rows * TAUGHT:
@@ -479,8 +480,8 @@ rank {rank}
 scale {ALPHA / rank:g}
     With 32/r the best rate hardly depends on the rank.
 rates {" and ".join(rates)}, and then the neighbor of the better one
-    Twice the width took {wider:.2f} times the rate, four times the batch {larger:.2f} times.
-    By so many times was the best rate of each measured model off: {off}.
+    The best rate within a model: {took}.
+    By what factor the best rates of measured models were off: {off}.
 steps {rows // batch}
     This is one pass. If it has fewer than 16 steps, take a smaller batch.
 """
