@@ -84,7 +84,13 @@ MODELS = {  # of tasks, with their widths; a GPT's task has its own
     **dict.fromkeys(("movies", "sentences", "order"), ("MiniLM", 384)),
     **dict.fromkeys(("definitions", "glosses"), ("SmolLM2", 576)),
 }
-DEPTH, TAUGHT = 12, 100  # layers, and bits that a row has to teach, as `advise` takes them to be
+ADVISED = {  # sizes that advice depends on, and what they are if nothing is said
+    "width": (576, "channels of the model"),
+    "batch": (16, "rows of a step"),
+    "rows": (10_000, "rows for training"),
+    "depth": (12, "layers of the model"),
+    "bits": (100, "what a row has to teach beyond what the model knows"),
+}
 
 
 class Setting(NamedTuple):
@@ -460,7 +466,9 @@ def fit(table: Sequence[tables.Row]) -> tuple[dict[str, float], tuple[float, flo
     return dict(zip(names, mean @ (rate - sizes @ powers), strict=True)), tuple(powers)
 
 
-def advise(table: Sequence[tables.Row], width: int, batch: int, rows: int) -> str:
+def advise(
+    table: Sequence[tables.Row], width: int, batch: int, rows: int, depth: int, bits: int
+) -> str:
     """Rank, scale and two rates to try, and why; from the rows of `regret.csv`."""
     levels, powers = fit(table)
     level = np.mean([x for model, x in levels.items() if model != "GPT"])  # those are for the width
@@ -469,13 +477,13 @@ def advise(table: Sequence[tables.Row], width: int, batch: int, rows: int) -> st
     steps = (("twice the width", 2 ** powers[0]), ("four times the batch", 4 ** powers[1]))
     took = " and ".join(f"{name} multiplied it by {x:.2f}" for name, x in steps if round(x, 6) != 1)
     off = ", ".join(f"{model} {10 ** abs(x - level):.1f}" for model, x in levels.items())
-    rank, room = 8, 2 * 18 * width * DEPTH  # bits of rank 1
-    while rank < 64 and rank * room < rows * TAUGHT:
+    rank, room = 8, 2 * 18 * width * depth  # bits of rank 1
+    while rank < 64 and rank * room < rows * bits:
         rank *= 2
     return f"""\
 rank {rank}
-    {DEPTH} layers of it have room for {rank * room:,} bits, two for each parameter.
-    {rows:,} rows have {rows * TAUGHT:,}, if each has {TAUGHT} to learn by heart.
+    {depth} layers of it have room for {rank * room:,} bits, two for each parameter.
+    {rows:,} rows have {rows * bits:,}, if each has {bits} to teach.
     Never take less than 8: room does not tell how well an adapter generalizes.
 scale {ALPHA / rank:g}
     With 32/r the best rate hardly depends on the rank.
@@ -526,13 +534,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="at most")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     parser.add_argument("--advise", action="store_true", help="runs nothing, says what to try")
-    for name, default in {"width": 576, "batch": 16, "rows": 10_000}.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help="for --advise")
+    for name, (default, what) in ADVISED.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what}; for --advise")
     args = parser.parse_args(argv)
     if args.advise:
-        print(
-            advise(tables.read(args.out / "regret.csv"), args.width, args.batch, args.rows), end=""
-        )
+        sizes = {name: getattr(args, name) for name in ADVISED}
+        print(advise(tables.read(args.out / "regret.csv"), **sizes), end="")
         return
     for name in args.experiments:
         path = args.out / f"regret_{name if name in OWN else 'runs'}.csv"
