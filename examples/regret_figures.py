@@ -145,7 +145,7 @@ def trends(rows: Sequence[Row]) -> str:
             (f"with {name}, ten times the rank", "rank", 10, lambda x, has=has: x.rank and has(x))
             for name, has in SCALES.items()
         ]
-        lines += [("four times the batch", "batch", 4, lambda x: x.batch and not is_fixed(x))]
+        lines += [("four times the batch", "batch", 4, lambda x: not is_fixed(x))]
         for words, name, step, is_in in lines:
             shown = {x: each for x, each in at.items() if is_in(x)}
             if len({getattr(x, name) for x in shown}) > 2:

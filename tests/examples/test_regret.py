@@ -235,6 +235,17 @@ def test_the_committed_table_is_that_of_the_committed_runs(tmp_path):
     assert made == kept
 
 
+def test_how_the_best_rate_grows():
+    """A line for each rank; the two scatter by as much as their seeds differ."""
+    at = {}
+    for setting in regret.batches("batches", "movies"):
+        best = 0.5 * np.log10(setting.batch) - (4 if setting.rank else 5)
+        at[setting] = best + np.array([-0.01, 0.01])
+    found = regret_figures._factor(at, "batch", 4)
+    low, high = map(float, re.fullmatch(r"2\.00 \((.*) to (.*)\)", found).groups())
+    assert 1.95 < low < 2 < high < 2.05 and low * high == pytest.approx(4, abs=0.03)
+
+
 def claims(guide, rows):
     """What a guide says of the tables in words."""
     has_scale = regret_figures.SCALES["s = 32/r"]
