@@ -471,12 +471,12 @@ def advise(
 ) -> str:
     """Rank, scale and two rates to try, and why; from the rows of `regret.csv`."""
     levels, powers = fit(table)
-    level = np.mean([x for model, x in levels.items() if model != "GPT"])  # those are for the width
+    level = (min(levels.values()) + max(levels.values())) / 2
     low = int(np.floor(2 * (level + np.log10([width, batch]) @ powers)))
     rates = [f"{trials.to_rate(n):.0e}".replace("e-0", "e-") for n in (low, low + 1)]
     steps = (("twice the width", 2 ** powers[0]), ("four times the batch", 4 ** powers[1]))
     took = " and ".join(f"{name} multiplied it by {x:.2f}" for name, x in steps if round(x, 6) != 1)
-    off = ", ".join(f"{model} {10 ** abs(x - level):.1f}" for model, x in levels.items())
+    off = ", ".join(f"{model} {10 ** (x - level):.2f}" for model, x in levels.items())
     rank, room = 8, 2 * 18 * width * depth  # bits of rank 1
     while rank < 64 and rank * room < rows * bits:
         rank *= 2
@@ -489,7 +489,7 @@ scale {ALPHA / rank:g}
     With 32/r the best rate hardly depends on the rank.
 rates {" and ".join(rates)}, and then the neighbor of the better one
     The best rate within a model: {took}.
-    By what factor the best rates of measured models were off: {off}.
+    Times as high as this advice were the best rates of: {off}.
 steps {rows // batch}
     This is one pass. If it has fewer than 16 steps, take a smaller batch.
 """
