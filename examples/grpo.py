@@ -3,6 +3,7 @@
     python examples/grpo.py                      # two minutes of one CPU core
     python examples/grpo.py --resume             # go on after Ctrl-C, kill -9, a full disk
     python examples/grpo.py --full --rate 1e-5   # all weights, for comparison
+    python examples/grpo.py --allocate           # ranks by the gradient, with as many parameters
     for rank in 1 8 128; do python examples/grpo.py --rank $rank --out out/grpo-$rank; done
 
 A step samples a group of answers to each of some sums, from the model with its adapter. An answer
@@ -40,6 +41,7 @@ SHOTS, PROMPT = "14+5=19\n62+8=70\n", "{}+{}="
 PAIRS = np.random.default_rng(0).permutation([(a, b) for a in range(10, 100) for b in range(1, 10)])
 HELD_OUT, TRAIN = PAIRS[:128], PAIRS[128:]
 TOKENS = 4  # T: three digits, and what is none
+SKETCHED = 4  # batches whose gradient gives the ranks of --allocate
 
 
 def reward(pair: Sequence[int], answer: str) -> float:
@@ -111,33 +113,76 @@ def make_programs(
 # ---- the whole run ------------------------------------------------------------------------------
 
 
+def answer(
+    rollout: Callable[..., Any],
+    tokenizer: Any,
+    base: Any,
+    adapter: Any,
+    pairs: np.ndarray,
+    key: jax.Array,
+    temperature: float = 1.0,
+) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    """Ids and counts of a rollout on pairs (B, 2), and the reward of each answer."""
+    prompts = np.array(tokenizer([PROMPT.format(*pair) for pair in pairs])["input_ids"])
+    ids, counts = rollout(base, adapter, prompts, key, temperature)
+    texts = tokenizer.batch_decode(np.asarray(ids[:, -TOKENS:]))
+    return ids, counts, np.array([reward(*x) for x in zip(pairs, texts, strict=True)])
+
+
+def draw_pairs(args: argparse.Namespace, *seed: int) -> np.ndarray:
+    """Sums for training, each as often as it is answered."""
+    found = np.random.default_rng(seed).choice(TRAIN, args.groups, replace=False)
+    return found.repeat(args.size, axis=0)
+
+
+def allocate(args: argparse.Namespace, model: Any, rule: jlora.LoRA) -> tuple[Any, ...]:
+    """Rules with as many parameters, and ranks of up to four times by the first steps' gradient."""
+    config, params, tokenizer = model
+    apply, shots = llama.Llama(config).apply, np.array(tokenizer([SHOTS])["input_ids"])
+    alone = lambda params, _, *args, **options: apply(params, *args, **options)  # noqa: E731
+    rollout, _ = make_programs(alone, config, tokenizer, None, 0.0)
+    rows = []
+    for i in range(SKETCHED):
+        pairs, key = draw_pairs(args, args.seed, 0, i), jax.random.key(i)
+        ids, counts, found = answer(rollout, tokenizer, params, {}, pairs, key)
+        gains = advantages(found.reshape(args.groups, args.size)).ravel()
+        ids = np.concatenate([shots.repeat(len(ids), 0), ids], 1)
+        rows.append((ids, counts / counts.sum(1, keepdims=True) / len(counts), gains))
+
+    def loss(params: Any, rows: Any) -> jax.Array:
+        ids, weights, gains = rows
+        own = apply(params, ids[:, :-1], labels=ids[:, -TOKENS:])
+        return -(weights * gains[:, None] * own).sum()
+
+    most = 4 * rule.rank
+    sketch = jlora.sketch(loss, params, rule, rows, kind="gradient", components=most, passes=2)
+    return jlora.allocate(sketch, rule, max_rank=most)
+
+
 def run(args: argparse.Namespace, model: Any, before: dict[str, float] | None) -> State:
     """Trains from the last checkpoint, if any, to the last step."""
     rules = (jlora.Full(".*") if args.full else jlora.LoRA(rank=args.rank, alpha=args.alpha),)
+    if args.allocate:
+        rules = allocate(args, model, *rules)
     config, params, tokenizer = model
     lora, key = jlora.transform(llama.Llama(config).apply, *rules), jax.random.key(args.seed)
     base, adapter = lora.init(key, params, np.zeros((1, 2), np.int32))
     adam = optax.inject_hyperparams(optax.adam)(args.rate)  # one program for all rates
     tx = adam if args.full else jlora.optimizer(adam)
     rollout, step_fn = make_programs(lora.apply, config, tokenizer, tx, args.beta)
-
-    def answer(adapter, pairs, key, temperature=1.0):
-        prompts = np.array(tokenizer([PROMPT.format(*pair) for pair in pairs])["input_ids"])
-        ids, counts = rollout(base, adapter, prompts, key, temperature)
-        texts = tokenizer.batch_decode(np.asarray(ids[:, -TOKENS:]))
-        return ids, counts, np.array([reward(*x) for x in zip(pairs, texts, strict=True)])
+    ask = functools.partial(answer, rollout, tokenizer, base)
 
     def measure(adapter, when):
         rows, found = args.groups * args.size, {}
         for name, temperature in (("sampled", 1.0), ("greedy", 1e-4)):
             parts = np.split(HELD_OUT, range(rows, len(HELD_OUT), rows))
             parts = progress(parts, f"held out, {name}", leave=False)
-            rewards = [answer(adapter, x, jax.random.key(0), temperature)[2] for x in parts]
+            rewards = [ask(adapter, x, jax.random.key(0), temperature)[2] for x in parts]
             found[f"{name}_{when}"] = np.concatenate(rewards).mean()
         progress.write(", ".join(f"{name} {x:.3f}" for name, x in found.items()))
         return found
 
-    names, log = "rank alpha full rate beta groups size seed", args.out / "steps.csv"
+    names, log = "rank alpha full allocate rate beta groups size seed", args.out / "steps.csv"
     settings = {name: getattr(args, name) for name in names.split()}
     progress.write(f"{jlora.count(adapter):,} parameters train")
     state = State(jax.tree.map(jnp.copy, adapter), tx.init(adapter))  # a step takes its arrays
@@ -153,9 +198,8 @@ def run(args: argparse.Namespace, model: Any, before: dict[str, float] | None) -
         with progress(range(done + 1, args.steps + 1), initial=done, total=args.steps) as bar:
             for step in bar:
                 began, now = time.perf_counter(), jax.random.fold_in(key, step)
-                rng = np.random.default_rng((args.seed, step))
-                pairs = rng.choice(TRAIN, args.groups, replace=False).repeat(args.size, axis=0)
-                ids, counts, found = answer(state.adapter, pairs, now)
+                pairs = draw_pairs(args, args.seed, step)
+                ids, counts, found = ask(state.adapter, pairs, now)
                 gains = advantages(found.reshape(args.groups, args.size)).ravel()
                 state, kl = step_fn(state, base, ids, counts, gains)
                 rewards.append(found.mean())
@@ -181,7 +225,9 @@ def main(argv: Sequence[str] | None = None, model: Any = None, before: Any = Non
     add = parser.add_argument
     add("--rank", type=int, default=8)
     add("--alpha", type=float, default=32.0, help="the adapter is scaled by alpha / rank")
-    add("--full", action="store_true", help="train all weights instead")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", action="store_true", help="train all weights instead")
+    size.add_argument("--allocate", action="store_true", help="choose ranks by the gradient")
     add("--rate", type=float, default=1e-4, help="of Adam")
     add("--beta", type=float, default=0.02, help="weight of the KL term")
     add("--groups", type=int, default=4, help="sums a step")

@@ -4,6 +4,7 @@
     taskset -c 0 python examples/regret.py            # hours of a core; goes on where it ended
     python examples/regret.py --experiments first     # this one only
     python examples/regret_figures.py                 # table and pictures
+    python examples/regret.py --advise --width 576 --batch 16 --rows 10000    # what to try
 
     first      0.5 hours   the first 20 steps of SmolLM2-135M at all ranks, with s = 32/r and s = 2
     capacity   1.5 hours   how many bits a tiny GPT learns by heart, by rank
@@ -11,11 +12,13 @@
     rates      1.3 hours   the best rate of full fine-tuning, and of LoRA, by rank and scale
     layers     1.3 hours   all layers, attention or feed-forward alone, with as many parameters
     batches    1.3 hours   batches of 4 to 256 at equally many examples
+    sentences  5.0 hours   as `rates` and `batches`, on 2,000 held-out sentences and five seeds
+    third      0.5 hours   the best rates of another model: a BERT of three layers
     forgetting 3.0 hours   what is learned and what is forgotten, by rank and method
     parts      4.0 hours   as `layers`, on four tasks and more held-out rows
     optimizers 5.0 hours   Adam, LoRA+, preconditioning and Muon, by rank, on three tasks
     widths     1.5 hours   the best rate by width and depth: GPTs pretrained here learn the Bible
-    reinforce  1.0 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
+    reinforce  1.5 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
 
 The first seed's rates are half decades from the middle outward, as long as the loss falls, so that
 the best one has a worse one on either side; further seeds run at these three, those of `reinforce`
@@ -76,6 +79,18 @@ LAYERS = {
 }
 OUT = variants.OUT
 OWN = "first", "forgetting", "reinforce"  # whose tables have other columns
+MODELS = {  # of tasks, with their widths; a GPT's task has its own
+    "paraphrase": ("MiniLM-L3", 384),
+    **dict.fromkeys(("movies", "sentences", "order"), ("MiniLM", 384)),
+    **dict.fromkeys(("definitions", "glosses"), ("SmolLM2", 576)),
+}
+ADVISED = {  # sizes that advice depends on, and what they are if nothing is said
+    "width": (576, "channels of the model"),
+    "batch": (16, "rows of a step"),
+    "rows": (10_000, "rows for training"),
+    "depth": (12, "layers of the model"),
+    "bits": (100, "what a row has to teach beyond what the model knows"),
+}
 
 
 class Setting(NamedTuple):
@@ -87,7 +102,7 @@ class Setting(NamedTuple):
     layers: str
     scale: float
     batch: int
-    method: str = "lora"  # with Adam; or the transformation, or the optimizer instead
+    method: str = "lora"  # with Adam; or what is otherwise: an optimizer, ranks, no KL term
 
 
 # ---- the experiments ----------------------------------------------------------------------------
@@ -98,14 +113,14 @@ def scaled(experiment: str, task: str, rank: int, batch: int, layers: str = "all
     return Setting(experiment, task, rank, layers, round(ALPHA / (rank or ALPHA), 6), batch)
 
 
-def rates(experiment: str) -> dict[Setting, int]:
-    """All ranks with both scales, and full fine-tuning, on definitions."""
+def rates(experiment: str, task: str = "definitions", batch: int = 4) -> dict[Setting, int]:
+    """All ranks with both scales, and full fine-tuning."""
     found = {}
     for rank in (16, 1, 256, 4, 64):
-        own = scaled(experiment, "definitions", rank, 4)
+        own = scaled(experiment, task, rank, batch)
         middle = round(-6 - 2 * np.log10(SCALE * rank / ALPHA))  # Adam's first ΔW: s·r·rate
         found |= {own: -6, own._replace(scale=SCALE): middle}
-    return found | {scaled(experiment, "definitions", 0, 4): -8}
+    return found | {scaled(experiment, task, 0, batch): -8}
 
 
 def layers() -> dict[Setting, int]:
@@ -118,11 +133,11 @@ def layers() -> dict[Setting, int]:
     }
 
 
-def batches() -> dict[Setting, int]:
+def batches(experiment: str, task: str) -> dict[Setting, int]:
     """Two ranks and full fine-tuning, with batches of all sizes; larger ones take larger steps."""
     middles = (4, -7), (64, -7), (0, -9)
     sizes = enumerate((4, 16, 64, 256))
-    return {scaled("batches", "movies", r, n): m + i for i, n in sizes for r, m in middles}
+    return {scaled(experiment, task, r, n): m + i for i, n in sizes for r, m in middles}
 
 
 def capacity() -> dict[Setting, int]:
@@ -172,11 +187,11 @@ def forgetting() -> dict[Setting, int]:
 
 
 def parts() -> dict[Setting, int]:
-    """As `layers`, on four tasks, with more held-out rows."""
+    """As `layers`, on four tasks, with 500 to 2,200 held-out rows."""
     ranks = {
         ("gpt-256x4", 16): (8, 21, 13),
         ("order", 16): (9, 20, 16),
-        ("movies", 16): (9, 20, 16),
+        ("sentences", 16): (9, 20, 16),
         ("glosses", 4): (8, 21, 13),
     }
     return {
@@ -188,18 +203,20 @@ def parts() -> dict[Setting, int]:
 
 def long() -> dict[Setting, int]:
     """Ranks and full fine-tuning with the most strings, in steps enough for the lowest rank."""
-    return {
-        scaled("long", "strings-1024", rank, 64, "blocks"): -5 for rank in (8, 1, 64, 0, 2, 4, 16)
-    }
+    ranks = 8, 1, 64, 0, 2, 4, 16, 32
+    return {scaled("long", "strings-1024", rank, 64, "blocks"): -5 for rank in ranks}
 
 
+REWARDS = {"free": "--beta=0", "allocated": "--allocate"}  # methods of `reinforce`
 PLANS = {  # the settings of an experiment, each with the middle of its rates, and the seeds
     "first": ({x: -6 if x.rank else -8 for x in rates("first")}, 3),
     "capacity": (capacity(), 5),
     "long": (long(), 5),
     "rates": (rates("rates"), 3),
     "layers": (layers(), 5),
-    "batches": (batches(), 2),
+    "batches": (batches("batches", "movies"), 2),
+    "third": ({scaled("third", "paraphrase", r, 16): -6 if r else -8 for r in (8, 64, 0)}, 5),
+    "sentences": (rates("sentences", "sentences", 16) | batches("sentences", "sentences"), 5),
     "widths": (widths(), 3),
     "optimizers": (
         optimizers("movies", 16) | optimizers("order", 16) | optimizers("gpt-128x4", 16),
@@ -209,7 +226,7 @@ PLANS = {  # the settings of an experiment, each with the middle of its rates, a
     "parts": (parts(), 5),
     "reinforce": (
         {scaled("reinforce", "sums", r, 32): -8 if r else -10 for r in (8, 1, 128, 0)}
-        | {scaled("reinforce", "sums", 8, 32)._replace(method="free"): -8},
+        | {scaled("reinforce", "sums", 8, 32)._replace(method=x): -8 for x in REWARDS},
         3,
     ),
 }
@@ -259,18 +276,24 @@ def _as_batch(ids: np.ndarray) -> Batch:
     return Batch(ids, np.ones_like(ids), np.ones(ids.shape, np.float32))
 
 
+SENTENCES = {  # tasks of all batches
+    "movies": trials.movies,
+    "sentences": trials.sentences,
+    "paraphrase": functools.partial(trials.sentences, load=trials.paraphrase),
+}
+
+
 @functools.lru_cache(1)
 def make_task(setting: Setting) -> Task:
     """What a setting learns, in the steps and batches that it does."""
     batch = setting.batch
-    if setting.task == "movies":
-        return trials.movies(SHORT, EXAMPLES // batch, batch, widths=(SHORT,))
+    if setting.task in SENTENCES:
+        return SENTENCES[setting.task](SHORT, EXAMPLES // batch, batch, widths=(SHORT,))
     if setting.task.startswith("strings"):
         steps = LONG if setting.experiment == "long" else 2000
         return strings(int(setting.task.partition("-")[2]), batch)._replace(steps=steps)
     if setting.task.startswith("gpt"):
-        width, depth = map(int, setting.task.removeprefix("gpt-").split("x"))
-        return bible(width, depth)
+        return bible(*sizes_of(setting.task))
     if setting.task == "glosses":
         return trials.glosses()
     task = trials.TASKS[setting.task]()
@@ -389,7 +412,7 @@ def reinforce(setting: Setting, rate: float, seed: int) -> dict[str, Any]:
     sizes = f"--groups={setting.batch // 8}", f"--steps={REWARDED}"
     options = (
         rank,
-        *(["--beta=0"] if setting.method == "free" else []),
+        *(option for method, option in REWARDS.items() if method == setting.method),
         f"--rate={rate}",
         f"--seed={seed}",
         *sizes,
@@ -402,6 +425,77 @@ def reinforce(setting: Setting, rate: float, seed: int) -> dict[str, Any]:
     found |= {"kl": kl.max(), "seconds": round(time.process_time() - start, 1)}
     found = {name: round(x, 6) for name, x in found.items()}
     return found | {"processor": processor()} | numbered("reward", rewards)
+
+
+# ---- advice -------------------------------------------------------------------------------------
+
+
+def sizes_of(task: str) -> tuple[int, int]:
+    """Width and depth of the GPT of a task."""
+    width, _, depth = task.removeprefix("gpt-").partition("x")
+    return int(width), int(depth)
+
+
+def is_default(row: tables.Row) -> bool:
+    """Whether a row of the table has the best rate of LoRA on all layers with s = 32/r and Adam."""
+    is_plain = row["layers"] == "all" and row["method"] == "lora" and row["rank"] > 0
+    return is_plain and np.isclose(row["scale"] * row["rank"], ALPHA) and row["best_rate"] > 0
+
+
+def fit(table: Sequence[tables.Row]) -> tuple[dict[str, float], tuple[float, float]]:
+    """How the best rate of LoRA with s = 32/r depends on the model, its width and the batch.
+
+    It is level · width^p · batch^q. How a rate differs within one model gives p and q.
+
+    Returns:
+        The decimal logarithm of each model's level; p and q, 0 if no model has two widths or
+        batches.
+    """
+    found = []
+    for row in table:
+        task = row["task"]
+        if is_default(row) and (task in MODELS or task.startswith("gpt")):
+            model, width = MODELS[task] if task in MODELS else ("GPT", sizes_of(task)[0])
+            found.append((model, width, row["batch"], row["best_rate"]))
+    names, *numbers = zip(*found, strict=True)
+    width, batch, rate = np.log10(np.array(numbers))
+    mean = np.array([[x == y for y in names] for x in names], float)
+    mean /= mean.sum(1, keepdims=True)  # of the rows of a row's model
+    sizes = np.stack([width, batch], 1)
+    powers = np.linalg.lstsq(sizes - mean @ sizes, rate - mean @ rate, rcond=1e-6)[0]
+    return dict(zip(names, mean @ (rate - sizes @ powers), strict=True)), tuple(powers)
+
+
+def advise(
+    table: Sequence[tables.Row], width: int, batch: int, rows: int, depth: int, bits: int
+) -> str:
+    """Rank, scale and two rates to try, and why; from the rows of `regret.csv`."""
+    levels, powers = fit(table)
+    level = (min(levels.values()) + max(levels.values())) / 2
+    low = int(np.floor(2 * (level + np.log10([width, batch]) @ powers)))
+    rates = [f"{trials.to_rate(n):.0e}".replace("e-0", "e-") for n in (low, low + 1)]
+    steps = (("twice the width", 2 ** powers[0]), ("four times the batch", 4 ** powers[1]))
+    took = " and ".join(f"{name} multiplied it by {x:.2f}" for name, x in steps if round(x, 6) != 1)
+    off = ", ".join(f"{model} {10 ** (x - level):.2f}" for model, x in levels.items())
+    rank, room = 8, 2 * 18 * width * depth  # bits of rank 1
+    while rank < 64 and rank * room < rows * bits:
+        rank *= 2
+    return f"""\
+rank {rank}
+    {depth} layers of it have room for {rank * room:,} bits, two for each parameter.
+    {rows:,} rows have {rows * bits:,}, if each has {bits} to teach.
+    Never take less than 8: room does not tell how well an adapter generalizes.
+scale {ALPHA / rank:g}
+    With 32/r the best rate hardly depends on the rank.
+rates {" and ".join(rates)}, and then the neighbor of the better one
+    The best rate within a model: {took}.
+    Times as high as this advice were the best rates of: {off}.
+steps {rows // batch}
+    This is one pass. If it has fewer than 16 steps, take a smaller batch.
+"""
+
+
+# ---- all runs -----------------------------------------------------------------------------------
 
 
 def run(path: pathlib.Path, setting: Setting, middle: int, seed: int) -> None:
@@ -439,7 +533,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--experiments", nargs="+", choices=PLANS, default=list(PLANS))
     parser.add_argument("--seeds", type=int, default=5, help="at most")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
+    parser.add_argument("--advise", action="store_true", help="runs nothing, says what to try")
+    for name, (default, what) in ADVISED.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what}; for --advise")
     args = parser.parse_args(argv)
+    if args.advise:
+        sizes = {name: getattr(args, name) for name in ADVISED}
+        print(advise(tables.read(args.out / "regret.csv"), **sizes), end="")
+        return
     for name in args.experiments:
         path = args.out / f"regret_{name if name in OWN else 'runs'}.csv"
         settings, seeds = PLANS[name]

@@ -24,11 +24,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tables
 from matplotlib.ticker import NullFormatter
-from regret import ALPHA, ALPHABET, LENGTH, LOOKS, OUT, OWN, PLANS, SCALE, Setting
+from regret import ALPHA, ALPHABET, LENGTH, LOOKS, OUT, OWN, PLANS, SCALE, Setting, sizes_of
 from scipy import stats
 from tables import Row
 
 BITS = "capacity", "long"  # experiments in which bits are learned
+BATCH = 16  # of the ranks of `sentences`
 SCALES = {  # ways to choose s
     "s = 32/r": lambda setting: np.isclose(setting.scale * setting.rank, ALPHA),
     "s = 2": lambda setting: setting.scale == SCALE,
@@ -96,12 +97,6 @@ def setting_of(row: Row) -> Setting:
     return Setting(*(row[name] for name in Setting._fields))
 
 
-def sizes_of(setting: Setting) -> tuple[int, int]:
-    """Width and depth of the GPT of a setting."""
-    width, _, depth = setting.task.removeprefix("gpt-").partition("x")
-    return int(width), int(depth)
-
-
 def group(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
     """The runs of each setting, in the order of the plans, with bits, right sums or a loss."""
     found, scores = collections.defaultdict(list), {"reinforce": "sampled_after"}
@@ -139,20 +134,39 @@ def _interval(name: str, error: float, *each: np.ndarray) -> Row:
     return dict(zip(names, powers, strict=True))
 
 
-def exponents(rows: Sequence[Row]) -> str:
-    """How the best rate depends on the rank, for each way to choose s, with its interval."""
-    at = {x: find_vertices(runs) for x, runs in group(rows).items() if x.experiment == "rates"}
+def trends(rows: Sequence[Row]) -> str:
+    """Sentences: what a larger rank or batch does to the best rate, with its interval."""
     found = []
-    for name, has_scale in SCALES.items():
-        known = [x for x in at if len(at[x]) and np.isfinite(at[x]).all()]
-        ranked = [x for x in known if x.rank and has_scale(x)]
-        if len(ranked) > 2:
-            x = np.log10([setting.rank for setting in ranked])
-            power = np.polyfit(x, [at[setting].mean() for setting in ranked], 1)[0]
-            error = find_error(at.values()) / min(len(at[setting]) for setting in ranked) ** 0.5
-            error /= len(x) ** 0.5 * x.std()
-            found.append(f"With {name} the best rate goes as r^({power:z.2f} ± {error:.2f}).\n")
+    for experiment in ("rates", "batches", "sentences"):
+        own = ((x, runs) for x, runs in group(rows).items() if x.experiment == experiment)
+        at = {x: find_vertices(runs) for x, runs in own}
+        at = {x: each for x, each in at.items() if len(each) and np.isfinite(each).all()}
+        lines = [
+            (f"with {name}, ten times the rank", "rank", 10, lambda x, has=has: x.rank and has(x))
+            for name, has in SCALES.items()
+        ]
+        lines += [("four times the batch", "batch", 4, lambda x: not is_fixed(x))]
+        for words, name, step, is_in in lines:
+            shown = {x: each for x, each in at.items() if is_in(x)}
+            if len({getattr(x, name) for x in shown}) > 2:
+                about = f"On {next(iter(shown)).task}, {words} takes"
+                found.append(f"{about} {_factor(shown, name, step)} times the learning rate.\n")
     return "".join(found)
+
+
+def _factor(at: dict[Setting, np.ndarray], name: str, step: float) -> str:
+    """By how much the best rate grows with a field of settings that differ in no other; see above.
+
+    The logarithms lie on parallel lines, one for each value of the other fields.
+    """
+    lines = collections.defaultdict(list)
+    for setting, each in at.items():
+        other = setting._replace(**{name: 0, "scale": 0.0})
+        lines[other].append((np.log10(getattr(setting, name)), each.mean()))
+    x, y = np.concatenate([np.array(line) - np.mean(line, 0) for line in lines.values()]).T
+    error = find_error(at.values()) / min(map(len, at.values())) ** 0.5 / (x @ x) ** 0.5
+    power, least, most = (step ** (x @ y / (x @ x) + e) for e in (0, -error, error))
+    return f"{power:.2f} ({least:.2f} to {most:.2f})"
 
 
 def markdown(rows: Sequence[Row], experiment: str) -> str:
@@ -198,10 +212,14 @@ def bit_lines(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
+def is_fixed(x: Setting) -> bool:
+    """Whether s is not 32/r."""
+    return x.rank > 0 and not SCALES["s = 32/r"](x)
+
+
 def _order(x: Setting) -> tuple[Any, ...]:
     """By task, batch and layers; s = 32/r before s = 2; by rank, and full fine-tuning last."""
-    is_fixed = x.rank > 0 and not SCALES["s = 32/r"](x)
-    size = sizes_of(x)[::-1] if x.task.startswith("gpt") else ()
+    size = sizes_of(x.task)[::-1] if x.task.startswith("gpt") else ()
     by_method = list(METHODS).index(x.method)
     return (
         len(x.task) * (not size),
@@ -209,7 +227,7 @@ def _order(x: Setting) -> tuple[Any, ...]:
         x.task,
         x.batch,
         x.layers,
-        is_fixed,
+        is_fixed(x),
         x.rank or np.inf,
         by_method,
     )
@@ -231,9 +249,7 @@ def reward_lines(rows: Sequence[Row]) -> list[list[str]]:
             falls = ((x.max(), x[x.argmax() :].min()) for x in each)
             high, low = max(falls, key=lambda x: x[0] - x[1])
             cells += [f"{np.mean([row['score'] for row in above]):.0%}", f"{high:.2f} to {low:.2f}"]
-        lines.append(
-            [label(setting._asdict()), _scientific(rate), *cells, *(4 - len(cells)) * [""]]
-        )
+        lines.append([name_of(setting), _scientific(rate), *cells, *(4 - len(cells)) * [""]])
     return lines
 
 
@@ -263,6 +279,7 @@ METHODS = {
     "preconditioned": "preconditioned",
     "muon": "Muon",
     "free": "no KL",
+    "allocated": "ranks by the gradient",
 }
 
 
@@ -282,12 +299,16 @@ AXES = {
     "rates": ("learning rate", "validation loss"),
     "layers": ("learning rate", "validation loss"),
     "batches": ("batch, at equally many examples", "held-out loss"),
+    "sentences": ("learning rate", "validation loss"),
+    "third": ("learning rate", "validation loss"),
+    "by batch": ("batch, at equally many examples", "held-out loss"),  # a panel of it
     "at depth 4": ("width", "best learning rate"),
     "at width 128": ("depth", "best learning rate"),
     "optimizers": ("rank", "best learning rate"),
     "at the best rate": ("step", "reward, mean of 8 steps"),  # a panel of its own
     "held-out sums": ("learning rate", "share right"),
 }
+TICKED = "rank", "width", "depth", AXES["batches"][0]  # axes on which each x has its label
 Panels = dict[str, dict[str, dict[float, list[float]]]]  # of lines of x to the y of each seed
 
 
@@ -300,9 +321,10 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
     found: Panels = collections.defaultdict(lambda: collections.defaultdict(dict))
     groups = {x: runs for x, runs in group(rows).items() if x.experiment == experiment}
     each = [{row["seed"] for row in runs} for runs in groups.values()]
+    sized = {x.rank for x in groups if x.batch != BATCH}  # ranks with batches of several sizes
     for setting, runs in groups.items():
-        line, panels = label(setting._asdict()), [""]
-        if experiment in ("first", "rates"):
+        line, panels = name_of(setting), [""]
+        if experiment in ("first", "rates", "sentences"):
             panels = [name for name, has in SCALES.items() if has(setting) or not setting.rank]
         elif experiment in ("layers", "parts"):
             line, panels = setting.layers, [setting.task]
@@ -312,8 +334,9 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
                 found[setting.task][name_of(setting)].setdefault(x, []).append(y)
             continue
         if experiment in RATED:
-            for panel, name, x in RATED[experiment](setting):
-                found[panel][name][x] = list(10 ** find_vertices(runs))
+            places = find_vertices(runs)
+            for panel, name, x in RATED[experiment](setting) if len(places) else ():
+                found[panel][name][x] = list(10**places)
             continue
         for row in runs:
             is_best = row["rate"] == best
@@ -325,6 +348,10 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
                 x = x or bits(setting.task)
                 points = {x: row["score"]} if is_best else {}
             shown = dict.fromkeys(panels, points)
+            if experiment == "sentences":
+                shown = shown if setting.batch == BATCH else {}
+                if is_best and setting.rank in sized and not is_fixed(setting):
+                    shown |= {"by batch": {setting.batch: row["score"]}}
             if experiment == "reinforce":
                 points = rewards(row) if is_best else {}
                 shown = {"at the best rate": points, "held-out sums": {row["rate"]: row["score"]}}
@@ -369,7 +396,7 @@ def forgotten_lines(rows: Sequence[Row]) -> list[list[str]]:
 
 def _by_size(setting: Setting) -> Iterator[tuple[str, str, float]]:
     """Panel, line and x of a setting of `widths`."""
-    width, depth = sizes_of(setting)
+    width, depth = sizes_of(setting.task)
     line = name_of(setting)
     if depth == 4:
         yield "at depth 4", line, width
@@ -425,15 +452,16 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
             every = 1 + len(x) // 12
             axis.plot(x, y, style, color=color, markersize=4, markevery=every, label=name)
             axis.fill_between(x, y - error, y + error, color=color, alpha=0.2, linewidth=0)
-        if experiment in ("rates", "layers", "parts"):  # what diverges is not shown
+        xlabel, ylabel = AXES[title if title in AXES else experiment]
+        if ylabel == "validation loss":  # what diverges is not shown
             losses = np.concatenate([line.get_ydata() for line in axis.lines])
             low, high = np.nanmin(losses), np.nanmax(losses)
             axis.set_ylim(low - 0.05, min(low + 0.8, high + 0.05))
-        xlabel, ylabel = AXES[title if title in AXES else experiment]
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.set_xscale("linear" if xlabel == "step" else "log")
-        if experiment in ("batches", "long", *RATED):
-            axis.set_xticks(x, x)
+        if xlabel in TICKED:
+            ticks = sorted({x for points in lines.values() for x in points})
+            axis.set_xticks(ticks, ticks)
             axis.minorticks_off()
         axis.set_yscale("log" if experiment in (*BITS, *RATED) else "linear")
         for side in (axis.xaxis, axis.yaxis):  # labels between powers of ten would overlap
@@ -460,7 +488,7 @@ def write(out: pathlib.Path) -> str:
     for name in PLANS:
         if panels := collect(name, rows):
             draw(out / f"regret_{name}.png", name, panels)
-    return "\n".join([*(markdown(rows, name) for name in PLANS), exponents(rows)])
+    return "\n".join([*(markdown(rows, name) for name in PLANS), trends(rows)])
 
 
 if __name__ == "__main__":

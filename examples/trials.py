@@ -22,9 +22,10 @@ import optax
 import quickstart
 import tables
 from conversations import DEFINITIONS, Text, encode, lay, read
-from models import llama, smollm2
+from models import bert, llama, onnx_bert, smollm2
 from progress import progress
 from quickstart import WARMUP, Batch, take
+from tokenizers import Tokenizer
 
 import jlora
 
@@ -97,6 +98,7 @@ def minilm(
     test: Sequence[data.Snippet],
     length: int,
     cut: bool = False,
+    load: Callable[[], tuple[Any, Any, Tokenizer]] = quickstart.load,
     **fields: Any,
 ) -> Task:
     """MiniLM with a new head on sentences of two classes.
@@ -106,9 +108,10 @@ def minilm(
         test: held-out sentences.
         length: the most tokens of a sentence.
         cut: whether longer sentences are cut; else they are left out.
+        load: the model with a new head, its variables and its tokenizer.
         **fields: of the task.
     """
-    model, variables, tokenizer = quickstart.load()
+    model, variables, tokenizer = load()
     tokenizer.enable_padding(length=length)
     if cut:
         tokenizer.enable_truncation(length)
@@ -142,6 +145,19 @@ def movies(
     """The sentiment of the quickstart's sentences."""
     parts = data.movie_snippets(quickstart.MARGIN)
     return minilm(*parts, length, cut, steps=steps, batch=batch, **fields)
+
+
+def sentences(length: int, steps: int, batch: int, **fields: Any) -> Task:
+    """The sentiment of reviews, tweets and editorials, of which a quarter is held out."""
+    parts = data.sentences(quickstart.MARGIN)
+    return minilm(*parts, length, steps=steps, batch=batch, **fields)
+
+
+def paraphrase() -> tuple[bert.Bert, dict[str, Any], Tokenizer]:
+    """paraphrase-MiniLM-L3-v2 with a new head, its variables and its tokenizer."""
+    config, variables = onnx_bert.load(data.paraphrase(), data.minilm())
+    tokenizer = Tokenizer.from_file(str(data.minilm() / "tokenizer.json"))
+    return bert.Bert(config, classes=2), bert.add_head(variables, classes=2), tokenizer
 
 
 def order() -> Task:

@@ -74,6 +74,22 @@ def test_snippets_of_every_source(source):
         assert 0.2 < sum(snippet.label for snippet in part) / len(part) < 0.8
 
 
+def test_sentences_of_all_sources():
+    """A quarter is held out, and of a document all or nothing."""
+    train, test = data.sentences(0.8)
+    texts = [x.text for x in train + test]
+    assert len(set(texts)) == len(texts)
+    assert 0.2 < len(test) / len(texts) < 0.3
+    held_out = {x.text for x in test}
+    for source in ("products", "editorials"):
+        sides = {}
+        for document, snippet in data._rated(source, 0.8):
+            sides.setdefault(document, set()).add(snippet.text in held_out)
+        assert "" not in sides
+        # A sentence that two documents share is on the side of the first.
+        assert sum(len(found) == 2 for found in sides.values()) < 0.02 * len(sides)
+
+
 @pytest.mark.slow  # 34 megabytes
 def test_texts():
     """No gloss and no paragraph is trained on and held out; each meaning has its word."""

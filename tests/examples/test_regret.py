@@ -75,6 +75,66 @@ def test_every_experiment(tmp_path, name, asked):
     assert len(table.splitlines()) == 2 + (name == "reinforce") + len(settings)
 
 
+@pytest.mark.parametrize("name", some(PLANS, "sentences"))
+def test_some_of_the_runs_are_shown(tmp_path, name, asked):
+    """While others are still to come."""
+    regret.main(["--experiments", name, "--seeds", "1", "--out", str(tmp_path)])
+    rows = regret_figures.read(tmp_path)
+    for n in (1, 2, 3, 5, len(rows) // 2, len(rows) - 1):
+        panels = regret_figures.collect(name, rows[:n])
+        if panels:
+            regret_figures.draw(tmp_path / "some.png", name, panels)
+        shown = regret_figures.group(rows[:n])
+        assert len(regret_figures.summary(rows[:n])) == len(shown)
+        assert len(regret_figures.markdown(rows[:n], name).splitlines()) > 2
+        regret_figures.trends(rows[:n])
+
+
+def advised(capsys, *options):
+    """Rank, scale, rates and steps that the calculator prints."""
+    regret.main(["--advise", *options])
+    found = re.findall(r"(?m)^(rank|scale|rates|steps) (.*)$", capsys.readouterr().out)
+    return {name: [float(x) for x in re.findall(r"[\d.e-]+\d|\d", text)] for name, text in found}
+
+
+@pytest.mark.parametrize("model", ["MiniLM", "SmolLM2"])
+def test_the_advice_is_near_what_was_measured(capsys, model):
+    """The best rate of a model, with its batch, is one to try or a neighbor of one."""
+    [width] = {width for name, width in regret.MODELS.values() if name == model}
+    rows = [x for x in regret.tables.read(regret.OUT / "regret.csv") if regret.is_default(x)]
+    rows = [row for row in rows if regret.MODELS.get(row["task"], "")[:1] == (model,)]
+    assert rows
+    for batch in {row["batch"] for row in rows}:
+        found = advised(capsys, f"--width={width}", f"--batch={batch}", "--rows=4096")
+        assert (found["rank"], found["scale"], found["steps"]) == ([8], [4], [4096 // batch])
+        low, high = found["rates"]
+        assert high / low == pytest.approx(10**0.5, rel=0.1)
+        for row in rows:
+            if row["batch"] == batch:
+                assert low / 3.4 < row["best_rate"] < high * 3.4
+
+
+def test_the_advice_follows_the_runs():
+    """Powers of width and batch from within models; more rows to learn take a higher rank."""
+    row = dict(zip(Setting._fields, regret.scaled("widths", "", 8, 16), strict=True))
+    sizes = [("gpt-64x4", 64), ("gpt-256x4", 256), ("movies", 384), ("definitions", 576)]
+    table = [
+        row | {"task": task, "batch": batch, "best_rate": level * batch**0.5 / width}
+        for task, width in sizes
+        for batch in (4, 16)
+        for level in [{"definitions": 0.2, "movies": 0.05}.get(task, 1)]
+    ]
+    levels, powers = regret.fit([*table, row | {"task": "sums", "best_rate": 1.0}])
+    np.testing.assert_allclose(powers, (-1, 0.5), atol=1e-9)
+    expected = {"GPT": 0, "MiniLM": np.log10(0.05), "SmolLM2": np.log10(0.2)}
+    assert levels == pytest.approx(expected, abs=1e-9)
+    text = regret.advise(table, 1000, 100, 10**6, 12, 100)  # (1 · 0.05)^0.5 · 100^0.5 / 1000
+    assert "rates 1e-3 and 3e-3," in text and "GPT 4.47, MiniLM 0.22, SmolLM2 0.89." in text
+    sizes = [(10, 12, 100), (10**4, 12, 100), (10**5, 12, 100), (10**4, 4, 100), (10**9, 12, 1)]
+    ranks = [regret.advise(table, 576, 16, *x).split()[1] for x in sizes]
+    assert ranks == ["8", "8", "64", "16", "64"]
+
+
 @pytest.mark.slow
 def test_strings_are_learned(monkeypatch):
     """By full fine-tuning, more than by rank 1."""
@@ -175,6 +235,17 @@ def test_the_committed_table_is_that_of_the_committed_runs(tmp_path):
     assert made == kept
 
 
+def test_how_the_best_rate_grows():
+    """A line for each rank; the two scatter by as much as their seeds differ."""
+    at = {}
+    for setting in regret.batches("batches", "movies"):
+        best = 0.5 * np.log10(setting.batch) - (4 if setting.rank else 5)
+        at[setting] = best + np.array([-0.01, 0.01])
+    found = regret_figures._factor(at, "batch", 4)
+    low, high = map(float, re.fullmatch(r"2\.00 \((.*) to (.*)\)", found).groups())
+    assert 1.95 < low < 2 < high < 2.05 and low * high == pytest.approx(4, abs=0.03)
+
+
 def claims(guide, rows):
     """What a guide says of the tables in words."""
     has_scale = regret_figures.SCALES["s = 32/r"]
@@ -207,7 +278,7 @@ def test_the_guides_have_the_tables_and_the_numbers(guide):
         assert whole(rows) <= pictures
     for name in pictures:
         assert regret_figures.markdown(rows, name) in text, name
-    for sentence in re.findall(r"With s = \S+ the best rate goes .*\n", text):
-        assert sentence in regret_figures.exponents(rows)
+    for sentence in re.findall(r"On \w+, .* takes .* times the learning rate\.\n", text):
+        assert sentence in regret_figures.trends(rows)
     for claim in claims(guide, rows):
         assert claim in " ".join(text.split()), claim
