@@ -25,8 +25,8 @@ TREE = {
         "By framework": """loops/torch loops/image_lora loops/plain
             loops/linen loops/nnx loops/equinox loops/haiku
             loops/keras loops/tunix loops/maxtext""",
-        "By task": """loops/chat loops/vision loops/tokens loops/dpo
-            loops/grpo
+        "By task": """loops/chat loops/vision loops/audio loops/graphs
+            loops/tokens loops/dpo loops/grpo
             loops/privacy loops/mixing
             loops/evaluation loops/stopping loops/orbax adapters""",
         "By size": """loops/accumulation loops/precision quantized
@@ -99,6 +99,7 @@ html_theme_options = {
     "secondary_sidebar_items": {
         "**": ["page-toc"],
         "index": [],
+        "loops/index": [],
         "paper": [],
         "start": [],
         "genindex": [],

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -54,7 +55,7 @@ SLOW = {"adapters", "rules", "pods"} | {
     f"loops/{page}" for page in ("accumulation", "dpo", "equinox", "evaluation", "grpo", "haiku")
 }
 SLOW |= {f"loops/{page}" for page in ("keras", "nnx", "precision", "remat", "stopping", "tokens")}
-SLOW |= {"loops/vision"}
+SLOW |= {"loops/vision", "loops/audio", "loops/graphs"}
 PARAMETERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
     for page in PAGES
@@ -187,6 +188,19 @@ def test_the_table_leads_to_every_loop():
     assert sorted(listed) == sorted(page.removeprefix("loops/") for page in LOOPS)
 
 
+def test_cards_are_drawn_from_their_pages():
+    """By the script beside them; and a card's numbers are those of its picture or its page."""
+    pictures, text = GUIDES / "pictures", (GUIDES / "loops" / "index.md").read_text("utf-8")
+    found = runpy.run_path(str(pictures / "cards.py"))["cards"]()
+    assert {name: (pictures / f"{name}.svg").read_text("utf-8") for name in found} == found
+    cards = re.findall(r"\[!\[.*?\]\((.*?)\)<br>.*?\]\((.*?)\)<br>(.*?) \|", text)
+    assert len(cards) == 10
+    for picture, page, line in cards:
+        sources = [GUIDES / "loops" / x for x in (picture, page)]
+        told = "".join(x.read_text("utf-8") for x in sources if x.suffix != ".png")
+        assert [x for x in re.findall(r"\d[\d.]*", line) if x.rstrip(".") not in told] == []
+
+
 # ---------------------------------------------------------------------- what the pages say of them
 
 CHECKS: dict[tuple[str, int], list[Callable[[Names], None]]] = {}
@@ -291,6 +305,23 @@ def _vision(names: Names) -> None:
     for lora, full in names["curves"].values():
         assert lora[0] == full[0] < 0.3 and lora[-1] > max(0.65, full[-1] - 0.1)
     assert jlora.count(names["adapter"]) < 0.12 * jlora.count(names["params"])
+
+
+@of("audio", 4)
+def _audio(names: Names) -> None:
+    """The adapter learns the children as well as full fine-tuning does; the base knows the men."""
+    lora, full = (curve[-1] for curve in names["curves"]["children"])
+    assert names["curves"]["children"][0][0] < 0.4 and lora > max(0.7, full - 0.08)
+    assert names["curves"]["men"][0][0] > 0.8
+    assert jlora.count(names["adapter"]) < 0.12 * jlora.count(names["params"])
+
+
+@of("graphs", 3)
+def _graphs(names: Names) -> None:
+    """The adapter is as good as full fine-tuning; without the first material it is far off."""
+    lora, full, fresh = (curve[-1] for curve in names["curves"]["error"])
+    assert lora < min(0.2, 1.2 * full, 0.7 * fresh)
+    assert jlora.count(names["adapter"]) < 0.1 * jlora.count(names["params"])
 
 
 @of("chat", 2)
