@@ -118,6 +118,7 @@ def texts(monkeypatch, tmp_path):
         function.cache_clear()
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_where_it_ended(texts, monkeypatch):
     """To the same parameters as without a stop; a whole one is read."""
     _, whole = small_gpts.load(64, 1)
