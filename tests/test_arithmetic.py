@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import nodes
 import numpy as np
 import pytest
-from messages import each_refusal, refused
+from messages import all_refused, refused
 from nodes import PLAIN, delta, draw, matrices
 from own_methods import GainNode
 from small import as_jax, some
@@ -333,10 +333,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
 }
 
 
-@each_refusal(REFUSED)
-def test_refused(error: Any, call: Any, facts: Any) -> None:
-    with refused(error, *facts):
-        call()
+test_refused = all_refused(REFUSED)
 
 
 def test_keys_are_refused() -> None:

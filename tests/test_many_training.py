@@ -16,7 +16,7 @@ import optax
 import pytest
 import small
 from cases import CASES, Case
-from messages import each_refusal, refused
+from messages import all_refused, refused
 from small import ADAPTED, PARAMS, X, some, some_rows
 
 import jlora
@@ -475,7 +475,4 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
 }
 
 
-@each_refusal(MISTAKES)
-def test_mistakes(error: Any, call: Any, facts: Any) -> None:
-    with refused(error, *facts):
-        call()
+test_mistakes = all_refused(MISTAKES)

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from laws import leaks_checked
-from messages import each_refusal, refused
+from messages import all_refused, refused
 from own_methods import Diagonal, Gain
 from small import array, assert_same, every
 
@@ -502,7 +502,4 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
 }
 
 
-@each_refusal(MISTAKES)
-def test_mistakes(error: Any, call: Any, facts: Any) -> None:
-    with refused(error, *facts):
-        call()
+test_mistakes = all_refused(MISTAKES)
