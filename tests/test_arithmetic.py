@@ -37,7 +37,7 @@ def adapters(site: str) -> tuple[Any, ...]:
     return {"w": nodes[0]}, {"w": nodes[1]}, {"w": nodes[2], "more": {"x": other}}
 
 
-def regauged(node: LowRank, seed: int = 0) -> LowRank:
+def regauged(node: LowRank, seed: int) -> LowRank:
     """Other factors of the same ΔW: A·G and G⁻¹·B."""
     r = node.a.shape[-1]
     g = np.random.default_rng(seed).standard_normal((r, r)) + 2 * np.eye(r)

@@ -118,8 +118,9 @@ def argv(base, tmp_path_factory):
     return [f"--base={base}", f"--data={path}", "--held-out=8", *sizes.split()]
 
 
-def copy_to(stopped, delete=chat.delete):
+def copy_to(stopped):
     """Keeps the checkpoints that a run deletes."""
+    delete = chat.delete
 
     def copy_first(folder):
         shutil.copytree(folder, stopped / "checkpoints")
