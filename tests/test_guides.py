@@ -54,7 +54,7 @@ SLOW = {"adapters", "rules", "pods"} | {
     f"loops/{page}" for page in ("accumulation", "dpo", "equinox", "evaluation", "grpo", "haiku")
 }
 SLOW |= {f"loops/{page}" for page in ("keras", "nnx", "precision", "remat", "stopping", "tokens")}
-SLOW |= {"loops/chat", "loops/privacy", "loops/vision"}
+SLOW |= {f"loops/{page}" for page in ("chat", "home", "logits", "privacy", "vision")}
 PARAMETERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
     for page in PAGES

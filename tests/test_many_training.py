@@ -299,7 +299,7 @@ def close(actual: Any, expected: Any) -> None:
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", some(OPTIMIZERS, "adamw", "lora_plus"))
+@pytest.mark.parametrize("name", some(OPTIMIZERS, "lora_plus"))
 def test_each_run_is_its_own(name: str) -> None:
     """Parameters and states of each slot are those of a single run; the state is no larger."""
     table, grads = table_and_grads()

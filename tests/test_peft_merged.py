@@ -233,6 +233,7 @@ def test_memory_is_bounded(shape: tuple[int, int], tmp_path: Folder) -> None:
     assert memory < 80 * 2**20
 
 
+@pytest.mark.slow
 def test_memory_of_quantized_weights(tmp_path: Folder) -> None:
     """One matrix at a time is dequantized: less than three in float32 are held."""
     shape, grid, weights = (4096, 8192), (32, 64), dict[str, np.ndarray]()
