@@ -38,6 +38,17 @@ def put(x: np.ndarray) -> jax.Array:
     return jax.device_put(np.array(x))
 
 
+def count_not_finite(x: Any) -> int | None:
+    """Counts the values that are NaN or infinite, in one program; None if none are known yet."""
+    found = _compat.evaluate_now(_count_not_finite, x)
+    return None if found is None else int(found)
+
+
+@jax.jit
+def _count_not_finite(x: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(x))
+
+
 def abstract(x: AnyArray) -> jax.ShapeDtypeStruct:
     """Returns the type of an array: its shape, its dtype in JAX, how it is sharded and varies."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)

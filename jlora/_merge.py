@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from ._adapters import Node, arrays, state
+from ._arrays import count_not_finite
 from ._compat import is_concrete, place_of
 from ._core import Axis
 from ._errors import InputError
@@ -173,9 +174,9 @@ def _sharding_of(w: BaseLeaf) -> Sharding | None:
 
 def _check_finite(params: PyTree) -> None:
     bad = [
-        f"{'/'.join(path)}: {int(n)} of {np.size(x)} values"
+        f"{'/'.join(path)}: {n} of {np.size(x)} values"
         for path, x in leaves_by_path(params)
-        if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and (n := jnp.sum(~jnp.isfinite(x)))
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and (n := count_not_finite(x))
     ]
     if bad:
         raise InputError(

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from . import sharding
+from ._arrays import count_not_finite
 from ._compat import evaluate_now, is_concrete, place_of
 from ._errors import InputError
 from ._match import first_matches
@@ -187,7 +188,7 @@ def _quantize_leaf(x: BaseLeaf, path: Path, scheme: Scheme, form: Form) -> Quant
     if is_abstract(x):
         return jax.eval_shape(lambda x: quantize_weight(x, scheme, form), x)
     x = evaluate_now(jnp.asarray, x) if isinstance(x, np.ndarray) else x
-    if bad := evaluate_now(lambda x: jnp.sum(~jnp.isfinite(x)), x):
+    if bad := count_not_finite(x):
         raise InputError(
             f"{name_of(path)!r} of `params` has {bad} values that are NaN or infinite, for which "
             f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite."

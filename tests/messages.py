@@ -5,7 +5,7 @@ import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -152,3 +152,16 @@ def each_refusal(table: Mapping[Any, Mapping[str, Any]]) -> Any:
             facts = (named[1], *facts[1:]) if named else ("", *facts)
             cases.append(pytest.param(error, call, facts, id=key))
     return pytest.mark.parametrize(("error", "call", "facts"), cases)
+
+
+def all_refused(
+    table: Mapping[Any, Mapping[str, Any]], provoke: Callable[[Any], Any] = lambda call: call()
+) -> Callable[..., None]:
+    """Makes a test of each call of a table, as in `each_refusal`; `provoke` gets the call."""
+
+    @each_refusal(table)
+    def test(error: Any, call: Any, facts: Any) -> None:
+        with refused(error, *facts):
+            provoke(call)
+
+    return test

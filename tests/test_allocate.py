@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from messages import each_refusal, refused
+from messages import all_refused
 from small import KEY, array, some
 
 import jlora
@@ -215,7 +215,4 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
 }
 
 
-@each_refusal(REFUSED)
-def test_refused(error: Any, call: Any, facts: Any) -> None:
-    with refused(error, *facts):
-        call()
+test_refused = all_refused(REFUSED)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import nodes
 import numpy as np
 import pytest
-from messages import each_refusal, refused
+from messages import all_refused, refused
 from nodes import PLAIN, delta, draw, matrices
 from own_methods import GainNode
 from small import as_jax, some
@@ -37,7 +37,7 @@ def adapters(site: str) -> tuple[Any, ...]:
     return {"w": nodes[0]}, {"w": nodes[1]}, {"w": nodes[2], "more": {"x": other}}
 
 
-def regauged(node: LowRank, seed: int = 0) -> LowRank:
+def regauged(node: LowRank, seed: int) -> LowRank:
     """Other factors of the same ΔW: A·G and G⁻¹·B."""
     r = node.a.shape[-1]
     g = np.random.default_rng(seed).standard_normal((r, r)) + 2 * np.eye(r)
@@ -333,10 +333,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
 }
 
 
-@each_refusal(REFUSED)
-def test_refused(error: Any, call: Any, facts: Any) -> None:
-    with refused(error, *facts):
-        call()
+test_refused = all_refused(REFUSED)
 
 
 def test_keys_are_refused() -> None:

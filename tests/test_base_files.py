@@ -60,7 +60,7 @@ def grouped(codes, zero, scale, order):
     return (codes - (zero[:, order] if zero.ndim else zero)) * scale[:, order]
 
 
-def order_of(group, mixed=False):
+def order_of(group, mixed):
     """The group of each input, next to each other or not."""
     order = np.arange(COLUMNS) // group
     return np.random.default_rng(9).permutation(order) if mixed else order
@@ -130,7 +130,7 @@ def int8(seed=0, zero=None, each=True):
     return File(config, matrix, **tensors)
 
 
-def floats8(seed=0):
+def floats8(seed):
     return np.random.default_rng(seed).standard_normal((ROWS, COLUMNS)).astype(E4M3)
 
 

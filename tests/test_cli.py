@@ -824,7 +824,6 @@ def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     assert frozen <= lora <= full
     assert re.fullmatch(r"\S.*, \d+ cores", report["processor"])
     assert all(row["tokens/s"] > 0 for row in report["steps"].values())
-    assert run("bench", "--sizes", "64,2,2,16", "--rank", 2, "--json").stdout.startswith("{")
 
 
 def test_bench_refuses_sizes() -> None:

@@ -22,7 +22,7 @@ import optax
 import pytest
 from cases import CASES, Case
 from jax.sharding import PartitionSpec as P
-from messages import each_refusal, refused
+from messages import all_refused, each_refusal, refused
 from own_methods import Diagonal, Gain, GainNode
 from small import array, some
 
@@ -360,10 +360,9 @@ INCOMPLETE: dict[str, Callable[[], Any]] = {
 }
 
 
-@each_refusal({TypeError: INCOMPLETE})
-def test_an_incomplete_class_is_refused(error: Any, call: Any, facts: Any) -> None:
-    with refused(error, *facts):
-        register(call())
+test_an_incomplete_class_is_refused = all_refused(
+    {TypeError: INCOMPLETE}, lambda call: register(call())
+)
 
 
 def test_a_node_has_the_fields_of_a_class_that_is_not_registered() -> None:

@@ -55,7 +55,9 @@ SLOW = {"adapters", "rules", "pods"} | {
     f"loops/{page}" for page in ("accumulation", "dpo", "equinox", "evaluation", "grpo", "haiku")
 }
 SLOW |= {f"loops/{page}" for page in ("keras", "nnx", "precision", "remat", "stopping", "tokens")}
-SLOW |= {"loops/vision", "loops/audio", "loops/graphs"}
+SLOW |= {
+    f"loops/{page}" for page in ("chat", "home", "logits", "privacy", "vision", "audio", "graphs")
+}
 PARAMETERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
     for page in PAGES

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from messages import each_refusal, refused
+from messages import all_refused, refused
 from own_methods import Diagonal, Gain
 from small import every
 
@@ -312,7 +312,4 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
 }
 
 
-@each_refusal(MISTAKES)
-def test_mistakes(error: Any, call: Any, facts: Any) -> None:
-    with refused(error, *facts):
-        call()
+test_mistakes = all_refused(MISTAKES)

@@ -394,6 +394,7 @@ def test_functions_of_the_parameters_get_all_of_them(name: str, freeze_a: bool) 
     make, wanted = SEARCHES[name]
 
     def stepped(tree: Any, loss: Any, tx: Any) -> Any:
+        @jax.jit
         def step(tree: Any, state: Any) -> tuple[Any, Any]:
             value, grad = jax.value_and_grad(loss)(tree)
             slope = lambda tree, _: jax.grad(loss)(tree)  # noqa: E731

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr, tree_leaves_with_path
 from meshes import mesh_of, on
-from messages import each_refusal, refused
+from messages import all_refused
 from small import some
 
 import jlora
@@ -241,10 +241,7 @@ REFUSALS: dict[type[Exception], dict[str, Callable[[], Any]]] = {
 }
 
 
-@each_refusal(REFUSALS)
-def test_refusals(error: Any, call: Any, facts: Any) -> None:
-    with refused(error, *facts):
-        call()
+test_refusals = all_refused(REFUSALS)
 
 
 def test_names_that_the_mesh_in_scope_lacks_are_logical() -> None:

@@ -13,7 +13,7 @@ import laws
 import numpy as np
 import pytest
 from cases import CASES, Case
-from messages import each_refusal, refused
+from messages import all_refused, refused
 from nodes import matrices
 from sketch_models import MODELS, Model, normal, of_all
 from small import some
@@ -373,10 +373,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
 }
 
 
-@each_refusal(REFUSED)
-def test_refused(error: Any, call: Any, facts: Any) -> None:
-    with refused(error, *facts):
-        one(**call)
+test_refused = all_refused(REFUSED, lambda call: one(**call))
 
 
 def test_what_is_multiplied_with_another_weight_has_no_inputs() -> None:

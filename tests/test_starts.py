@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from cases import CASES, Case
 from jax.sharding import PartitionSpec as P
-from messages import each_refusal, refused
+from messages import all_refused, each_refusal, refused
 from own_schemes import Pairs
 from peft_files import edit_metadata
 from safetensors.numpy import save_file
@@ -312,10 +312,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
 }
 
 
-@each_refusal(REFUSED)
-def test_refused(error: Any, call: Any, facts: Any) -> None:
-    with refused(error, *facts):
-        call()
+test_refused = all_refused(REFUSED)
 
 
 # ----------------------------------------------------------------------------- a base in fewer bits

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from .. import _compat
-from .._arrays import explicit, fit_spec, promote
+from .._arrays import count_not_finite, explicit, fit_spec, promote
 from .._core import RANK, Axis, Change, Delta, Factor, leaf_weight
 from .._linalg import map_matrices, qr
 from .._quantized import BaseLeaf, Form, Quantized, is_quantized, quantize_weight
@@ -186,8 +186,7 @@ def check_values(w: BaseLeaf, site: Site, rule: RankRule) -> jax.Array | Quantiz
     w = check_whole(f"{name} factors", w, site.path)
     if isinstance(w, Quantized):
         return w
-    bad = _compat.evaluate_now(lambda w: jnp.sum(~jnp.isfinite(w)), w)
-    if bad:
+    if bad := count_not_finite(w):
         raise ValueError(
             f"{site.path!r} of `params` has {bad} values that are NaN or infinite, which {name} "
             "cannot factor. Use a checkpoint whose values are finite."

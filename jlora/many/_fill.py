@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._adapters import AdapterLeaf, LowRank, factor_shapes, is_node, state, weight_shape
-from .._arrays import promote
-from .._compat import evaluate_now
+from .._arrays import count_not_finite, promote
 from .._tree import check_fits, leaves_by_path
 from .._types import Layout, Path, PyTree
 from ..arithmetic._operands import (
@@ -52,8 +51,7 @@ def check_methods(leaves: Iterable[tuple[Path, Any]]) -> None:
 def _is_finite(leaf: AdapterLeaf) -> bool:
     """Whether all known values are finite."""
     values = jax.tree.leaves(state(leaf) if is_node(leaf) else leaf)
-    found = [evaluate_now(lambda x: jnp.isfinite(x).all(), x) for x in values]
-    return all(bool(x) for x in found if x is not None)
+    return not any(map(count_not_finite, values))
 
 
 def mismatch_in_table(leaves: Sequence[Any]) -> str | None:

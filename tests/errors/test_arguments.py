@@ -15,7 +15,7 @@ from flax import nnx
 from flax.errors import FlaxError
 from flax.training.train_state import TrainState
 from laws import assert_close
-from messages import check_text, each_refusal, refused
+from messages import all_refused, check_text, refused
 from small import (
     ADAPTED,
     KEY,
@@ -252,11 +252,8 @@ WRONG: dict[type[Exception], dict[str, Any]] = {
 }
 
 
-@each_refusal(WRONG)
-def test_wrong_argument(error: type[Exception], call: Callable[[], Any], facts: Any) -> None:
-    """The argument or the path is named."""
-    with refused(error, *facts):
-        call()
+# The argument or the path is named.
+test_wrong_argument = all_refused(WRONG)
 
 
 ROWS = [jlora.peft.Name("(.*)/kernel", r"\1", "io")]

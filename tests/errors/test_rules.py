@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax import lax
 from jax.nn.initializers import lecun_normal, normal, zeros
-from messages import each_refusal, refused
+from messages import all_refused, refused
 from small import REMEDY, SQUARE, X, init, line_of, model
 
 import jlora
@@ -91,11 +91,8 @@ MALFORMED: dict[type[Exception], dict[str, Callable[[], Any]]] = {
 }
 
 
-@each_refusal(MALFORMED)
-def test_malformed_rule(error: Any, call: Callable[[], Any], facts: Any) -> None:
-    """A rule, slots or optimizer that cannot mean anything is refused where it is written."""
-    with refused(error, *facts):
-        call()
+# A rule, slots or optimizer that cannot mean anything is refused where it is written.
+test_malformed_rule = all_refused(MALFORMED)
 
 
 @pytest.mark.parametrize("rule", [LoRA, jlora.DoRA])
@@ -171,11 +168,8 @@ UNFIT: dict[str, Callable[[], Any]] = {
 }
 
 
-@each_refusal({ValueError: UNFIT})
-def test_unfit_rule(error: Any, call: Callable[[], Any], facts: Any) -> None:
-    """A rule that would train nothing, or cannot apply to a leaf that it matches."""
-    with refused(error, *facts):
-        call()
+# A rule that would train nothing, or cannot apply to a leaf that it matches.
+test_unfit_rule = all_refused({ValueError: UNFIT})
 
 
 def test_added_position() -> None:

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from laws import assert_close
 from meshes import adapter_of, compiled, lines, mesh_of, moved, normal, put
 from methods_on_devices import is_explicit
+from small import some
 from test_chunked import whole
 
 import jlora
@@ -52,7 +53,7 @@ def by_chunks(*args):
     return chunked.log_probs(*args, CHUNK)
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", some(HEADS, "adapted", "tied Rows"))
 def test_eight_devices_are_one(kind):
     """Values and gradients; no array is moved that is larger than with whole logits."""
     lora, expected = slope_of(whole, kind)
@@ -75,7 +76,7 @@ def test_eight_devices_are_one(kind):
     assert now <= before
 
 
-@pytest.mark.parametrize("kind", ["frozen", "adapted"])
+@pytest.mark.parametrize("kind", some(["frozen", "adapted"], "adapted"))
 def test_explicit_axes(kind):
     """The head says how its logits are sharded, as along explicit axes every product does."""
     mesh = lines()[AxisType.Explicit]

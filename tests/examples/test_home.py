@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 import tables
 from laws import assert_close
-from small import normal, randomize
+from small import normal, randomize, some
 
 import jlora
 
@@ -20,7 +20,7 @@ SHAPES = {
 IDS = jax.random.randint(jax.random.key(0), (2, 13), 0, 48)
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", some(SHAPES, "experts"))
 def test_where_inputs_are_kept_changes_nothing(kind):
     """The values and gradients of layers that are computed again from the device or the host."""
     is_shape = lambda x: isinstance(x, tuple)  # noqa: E731

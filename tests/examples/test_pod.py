@@ -80,9 +80,9 @@ def steps_of(out: pathlib.Path) -> list[int]:
     return sorted(int(x.name) for x in (out / "checkpoints").iterdir() if x.name.isdigit())
 
 
-def check_losses(losses: dict[int, float], whole: dict[int, float], atol: float = 1e-6) -> None:
+def check_losses(losses: dict[int, float], whole: dict[int, float]) -> None:
     """They are those of the whole run."""
-    np.testing.assert_allclose(list(losses.values()), [whole[n] for n in losses], 0, atol)
+    np.testing.assert_allclose(list(losses.values()), [whole[n] for n in losses], 0, 1e-6)
 
 
 def check_end(out: pathlib.Path) -> None:

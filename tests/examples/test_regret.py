@@ -178,6 +178,7 @@ def texts(monkeypatch, tmp_path):
         function.cache_clear()
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_where_it_ended(texts, monkeypatch):
     """To the same parameters as without a stop; a whole one is read."""
     _, whole = small_gpts.load(64, 1)
@@ -204,7 +205,8 @@ def test_pretraining_goes_on_where_it_ended(texts, monkeypatch):
         assert jax.tree.all(jax.tree.map(np.array_equal, other, whole))
 
 
-@pytest.mark.parametrize("method", some(["lora", "dora", "pissa", "muon"], "pissa"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "muon"])
 def test_a_run_that_looks_back(texts, monkeypatch, method):
     """What is new falls from look to look, beside what is old; the base counts no intruder."""
     bible = regret.bible

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..._errors import InputError
 from ._dialects import find_dialects
-from ._replace import Fits, Place, Shapes, find_places
+from ._replace import Fits, Place, Shapes, find_places, module_of
 from ._views import (
     Experts,
     Named,
@@ -168,7 +168,7 @@ def _make_model(
         # The model has single experts, or such modules, only if the adapter adapts one of them.
         pieces = {piece.tensor for view in joined.values() for piece in view.pieces}
         single = {name for name, view in named.items() if view.tensor in pieces}
-        if not {_module(name) for name in wanted} & {_module(name) for name in single}:
+        if not set(map(module_of, wanted)) & set(map(module_of, single)):
             model = Model({name: view for name, view in model.items() if name not in single})
         model = Model(joined | model if joined.keys() & wanted else model)
     model.prefix = None if add or (strip and as_stored) else strip
@@ -188,10 +188,6 @@ def _list_readings(
     unused = {name for name, first in new.items() if first not in used}
     kept = [(x.tensor, stored[x.tensor]) if n in unused else (n, x) for n, x in named.items()]
     return [named, dict(kept[::-1])] if unused else [named]
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _make_finder(rules: Iterable[tuple[str, str]]) -> Callable[[str], Any]:

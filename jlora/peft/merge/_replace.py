@@ -137,7 +137,7 @@ def find_places(wanted: Collection[str], shapes: Shapes, fits: Fits) -> list[Pla
     wanted = [name for name in wanted if name.count(".") < _DEEPEST]
     lost = [name for name in wanted if name not in shapes]
     kept = set(wanted) - set(lost)
-    needed = _group(lost, {_module(name) for name in kept})
+    needed = _group(lost, {module_of(name) for name in kept})
     if not needed:
         return []
     names = Names(shapes)
@@ -149,7 +149,7 @@ def find_places(wanted: Collection[str], shapes: Shapes, fits: Fits) -> list[Pla
     each = {name: names.find_images(name, ways, fits) for name in lost}
     for way in ways:
         images = {name: own[way] for name, own in each.items() if way in own}
-        is_whole = set(map(_module, images)) >= needed.keys()
+        is_whole = set(map(module_of, images)) >= needed.keys()
         if is_whole and len({*images.values(), *kept}) == len(images) + len(kept):
             is_plausible = _is_plausible(names, way, wanted, images.values())
             found.append(Place(way, images, _rename(names, way, images) if is_plausible else None))
@@ -160,12 +160,13 @@ def _group(lost: Iterable[str], modules: Collection[str]) -> dict[str, list[str]
     """Groups names by modules that have none of the other names, and may not be tied."""
     found = collections.defaultdict[str, list[str]](list)
     for name in lost:
-        if (module := _module(name)) not in modules and not SHARED.search(module):
+        if (module := module_of(name)) not in modules and not SHARED.search(module):
             found[module].append(name)
     return found
 
 
-def _module(name: str) -> str:
+def module_of(name: str) -> str:
+    """Returns the module of a parameter."""
     return name.rpartition(".")[0]
 
 
