@@ -63,13 +63,22 @@ def test_a_wide_layer(chip):
     assert ours.size <= 1.06 * floor.size
 
 
+FLASH_LIMITS = [
+    *((chip, fusions.FLASH, 1.38) for chip in ("v5e", "v6e", "v5p")),
+    *(("v5e", fusions.SPLIT, 1.21), ("v6e", fusions.SPLIT, 1.15), ("v5p", fusions.SPLIT, 1.12)),
+]
+
+
 @pytest.mark.parametrize(
-    ("chip", "limit"), some_rows([("v5e", 1.38), ("v6e", 1.38), ("v5p", 1.38)], ("v5e", 1.38))
+    ("chip", "layer", "limit"), some_rows(FLASH_LIMITS, FLASH_LIMITS[0], FLASH_LIMITS[3])
 )
-def test_a_layer_with_a_flash_attention(chip, limit):
-    """Of Llama 7B, whose bytes to and from main memory are few; LoRA cannot do without 22%."""
+def test_a_layer_with_a_flash_attention(chip, layer, limit):
+    """Of Llama 7B, over the frozen layer; weights that are split into heads save copies.
+
+    LoRA cannot do without 22%. Frozen, a layer with such weights moves 0.88.
+    """
     floor = tpu.step(fusions.FLASH, chip, "floor", options=HURRIED)
-    ours = tpu.step(fusions.FLASH, chip, "jlora", fusions.RANK, options=HURRIED | OPTIONS)
+    ours = tpu.step(layer, chip, "jlora", fusions.RANK, options=HURRIED | OPTIONS)
     assert ours.moved <= limit * floor.moved
 
 

@@ -14,6 +14,7 @@ from jlora._progress import progress
 from . import report, tpu
 
 FLASH = tpu.LLAMA._replace(attention=tpu.flash)
+SPLIT = FLASH._replace(split=True)
 WIDE = tpu.Layer(dim=5120, hidden=13824, heads=40, groups=8, batch=1, length=4096)
 ATTENTION = {"xla_tpu_dot_dot_fusion_duplicated": "true"}
 RANK = 8
@@ -24,7 +25,11 @@ def run(quick: bool) -> None:
     ours = jlora.compiler_options("tpu")
     few = {"": {}, "ours": ours}
     many = few | {"attention": ATTENTION, "both": ours | ATTENTION}
-    shapes = {"small": (tpu.SMALL, few)} if quick else {"flash": (FLASH, few), "wide": (WIDE, many)}
+    shapes = (
+        {"small": (tpu.SMALL, few)}
+        if quick
+        else {"flash": (FLASH, few), "split": (SPLIT, few), "wide": (WIDE, many)}
+    )
     work = [
         (name, shape, chip, *choice)
         for name, (shape, options) in shapes.items()

@@ -57,6 +57,7 @@ class Layer(NamedTuple):
         mesh: devices along fsdp and tensor.
         policy: what is kept nevertheless where a layer is computed again.
         attention: of queries, keys and values.
+        split: whether weights of attention are reshaped to have heads, rather than their products.
     """
 
     dim: int
@@ -71,6 +72,7 @@ class Layer(NamedTuple):
     mesh: tuple[int, int] = (1, 1)
     policy: Callable[..., bool] | None = None
     attention: Callable[..., jax.Array] = ATTENTION
+    split: bool = False
 
     def weights(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters of one layer."""
@@ -362,7 +364,8 @@ def _layer(params: dict[str, Any], x: jax.Array, shape: Layer) -> jax.Array:
     dense = functools.partial(_dense, params, shape)
     h = norm(x, w["norm1"])
     q, k, v = (dense(name, h).reshape(*rows, -1, shape.dim // shape.heads) for name in "qkv")
-    x = x + dense("o", shape.attention(q, k, v).reshape(x.shape))
+    y = shape.attention(q, k, v)
+    x = x + dense("o", y if shape.split else y.reshape(x.shape))
     h = norm(x, w["norm2"])
     return x + dense("down", jax.nn.silu(dense("gate", h)) * dense("up", h))
 
@@ -375,12 +378,25 @@ def norm(x: jax.Array, g: jax.Array) -> jax.Array:
 
 def _dense(params: dict[str, Any], shape: Layer, name: str, x: jax.Array) -> jax.Array:
     w = params["w"][name]
-    dot = _by_expert(shape, x) if w.ndim == 3 else jnp.matmul
-    y = dot(x, w)
+    flat = _by_expert(shape, x) if w.ndim == 3 else jnp.matmul
+    first = _from_heads if x.ndim == 4 else flat
+    last = functools.partial(_to_heads, shape) if shape.split and name in "qkv" else flat
+    y = (last if first is flat else first)(x, w)
     if "ab" not in params:
         return y
     a, b = params["ab"][name]
-    return y + SCALE * dot(dot(x, a), b)
+    return y + SCALE * last(first(x, a), b)
+
+
+def _to_heads(shape: Layer, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The product of each token with a matrix, as heads."""
+    w = w.reshape(len(w), -1, shape.dim // shape.heads)
+    return jnp.einsum("bli,ihk->blhk", x, w)
+
+
+def _from_heads(x: jax.Array, w: jax.Array) -> jax.Array:
+    """The product of each token with a matrix; of its heads as one vector."""
+    return jnp.einsum("blhk,hko->blo", x, w.reshape(*x.shape[2:], -1))
 
 
 def _by_expert(shape: Layer, x: jax.Array) -> Callable[..., jax.Array]:
