@@ -486,11 +486,13 @@ rank {rank}
     {rows:,} rows have {rows * bits:,}, if each has {bits} to teach.
     Never take less than 8: room does not tell how well an adapter generalizes.
 scale {ALPHA / rank:g}
-    With 32/r the best rate hardly depends on the rank.
+    It is {ALPHA:g}/r, as with alpha={ALPHA:g}, the default. The best rate hardly
+    depends on the rank then.
 rates {" and ".join(rates)}, and then the neighbor of the better one
+    A rate is the highest of its schedule: after warm-up, before cosine decay.
     The best rate within a model: {took}.
-    Times as high as this advice were the best rates of: {off}.
-steps {rows // batch}
+    Measured best rates over those of this formula: {off}.
+steps {-(-rows // batch)}
     This is one pass. If it has fewer than 16 steps, take a smaller batch.
 """
 
@@ -539,6 +541,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.advise:
         sizes = {name: getattr(args, name) for name in ADVISED}
+        if small := [f"--{name}={n}" for name, n in sizes.items() if n < 1]:
+            parser.error(f"{', '.join(small)}: expected 1 or more")
         print(advise(tables.read(args.out / "regret.csv"), **sizes), end="")
         return
     for name in args.experiments:

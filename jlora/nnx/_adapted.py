@@ -202,7 +202,7 @@ def adapt(
     if not isinstance(example, tuple) and not callable(example):
         raise TypeError(
             "`example` must be the tuple of the arguments of a call, such as (x,), or a function "
-            f"of the model; got {type(example).__name__}."
+            f"of the model; got {type(example).__name__}. Write example=(x,) for one array."
         )
     graph, params, rest = _split(model)
 

@@ -204,8 +204,9 @@ def _check_writable(
 
 def _why_unwritable(path: Path, x: AdapterLeaf, leaves: Mapping[Path, NamedLeaf]) -> str | None:
     if (leaf := leaves.get(path)) is None:
-        axes = len(weight_shape(x) if isinstance(x, Node) else x.shape)
-        return f"no row of `names` fits {path_in_names(path)!r} with {axes} axes"
+        count = len(weight_shape(x) if isinstance(x, Node) else x.shape)
+        axes = "1 axis" if count == 1 else f"{count} axes"
+        return f"no row of `names` fits {path_in_names(path)!r} with {axes}"
     if is_node(x) and not isinstance(x, (*_FACTORED, Replaced)):
         return f"PEFT has no form for a {type(x).__name__}"
     arrays: list[Any] = list(state(x).values()) if is_node(x) else [x]
