@@ -458,6 +458,7 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
             low, high = np.nanmin(losses), np.nanmax(losses)
             axis.set_ylim(low - 0.05, min(low + 0.8, high + 0.05))
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axis.tick_params(labelbottom=True)  # of shared ones too
         axis.set_xscale("linear" if xlabel == "step" else "log")
         if xlabel in TICKED:
             ticks = sorted({x for points in lines.values() for x in points})
