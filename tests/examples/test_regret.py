@@ -119,12 +119,14 @@ def test_the_advice_follows_the_runs():
     row = dict(zip(Setting._fields, regret.scaled("widths", "", 8, 16), strict=True))
     sizes = [("gpt-64x4", 64), ("gpt-256x4", 256), ("movies", 384), ("definitions", 576)]
     table = [
-        row | {"task": task, "batch": batch, "best_rate": level * batch**0.5 / width}
+        row | {"task": task, "batch": batch, "best_rate": rate, "best_rate_low": rate / 2}
         for task, width in sizes
         for batch in (4, 16)
-        for level in [{"definitions": 0.2, "movies": 0.05}.get(task, 1)]
+        for rate in [{"definitions": 0.2, "movies": 0.05}.get(task, 1) * batch**0.5 / width]
     ]
-    levels, powers = regret.fit([*table, row | {"task": "sums", "best_rate": 1.0}])
+    once = row | {"task": "gpt-512x4", "best_rate": 1.0, "best_rate_low": float("nan")}
+    sums = row | {"task": "sums", "best_rate": 1.0, "best_rate_low": 1.0}
+    levels, powers = regret.fit([*table, sums, once])  # neither of them counts
     np.testing.assert_allclose(powers, (-1, 0.5), atol=1e-9)
     expected = {"GPT": 0, "MiniLM": np.log10(0.05), "SmolLM2": np.log10(0.2)}
     assert levels == pytest.approx(expected, abs=1e-9)
