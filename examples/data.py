@@ -174,12 +174,7 @@ def snippets(source: str, margin: float = 0.0) -> tuple[list[Snippet], list[Snip
     at the default those without a sign, of the movies' 37. Shuffling and splitting go by the hash
     of the text, so a sentence never changes sides, and a repeated one is kept once.
     """
-    found = {}  # hash of the text -> Snippet
-    for _, snippet in _rated(source, margin):
-        found.setdefault(_hash(snippet.text), snippet)
-    train = [found[key] for key in sorted(found) if key % 10]
-    test = [found[key] for key in sorted(found) if not key % 10]
-    return train, test
+    return _split((snippet for _, snippet in _rated(source, margin)), lambda x: x.text)
 
 
 def sentences(margin: float = 0.0) -> tuple[list[Snippet], list[Snippet]]:
@@ -188,12 +183,12 @@ def sentences(margin: float = 0.0) -> tuple[list[Snippet], list[Snippet]]:
     A document is a review of a product or an editorial; elsewhere each sentence is one of its own.
     Order, margin and repeated sentences are as in `snippets`.
     """
-    found = {}  # hash of the text -> hash of the document, Snippet
-    for source in RATED:
-        for document, snippet in _rated(source, margin):
-            own = _hash(f"{source} {document or snippet.text}"), snippet
-            found.setdefault(_hash(snippet.text), own)
-    shuffled = [found[key] for key in sorted(found)]
+    found = [
+        (_hash(f"{source} {document or snippet.text}"), snippet)
+        for source in RATED
+        for document, snippet in _rated(source, margin)
+    ]
+    shuffled = _shuffle(found, lambda pair: pair[1].text).values()
     train = [snippet for document, snippet in shuffled if document % 4]
     return train, [snippet for document, snippet in shuffled if not document % 4]
 
@@ -258,7 +253,7 @@ def meanings() -> tuple[list[Meaning], list[Meaning]]:
             fields, _, gloss = line.partition(" | ")
             _, _, kind, _, word, *_ = fields.split()
             found.append(Meaning(word.partition("(")[0], KINDS[kind], gloss.strip()))
-    return _split(found, lambda meaning: meaning.gloss)
+    return _split(reversed(found), lambda meaning: meaning.gloss)
 
 
 def glosses() -> tuple[list[str], list[str]]:
@@ -276,10 +271,18 @@ def verses() -> tuple[list[str], list[str]]:
 
 
 def _split(items: Iterable[T], text: Callable[[T], str] = str) -> tuple[list[T], list[T]]:
-    """Each text once, in the order of its hash; one in ten is for testing."""
-    found = {_hash(text(item)): item for item in items}
-    train = [found[key] for key in sorted(found) if key % 10]
-    return train, [found[key] for key in sorted(found) if not key % 10]
+    """Items as `_shuffle` orders them; one in ten is for testing."""
+    found = _shuffle(items, text)
+    train = [item for key, item in found.items() if key % 10]
+    return train, [item for key, item in found.items() if not key % 10]
+
+
+def _shuffle(items: Iterable[T], text: Callable[[T], str]) -> dict[int, T]:
+    """The first item of each text, by the text's hash and in the order of the hashes."""
+    found: dict[int, T] = {}
+    for item in items:
+        found.setdefault(_hash(text(item)), item)
+    return dict(sorted(found.items(), key=lambda pair: pair[0]))
 
 
 def write_sst2(folder: Path, margin: float = 0.8) -> None:

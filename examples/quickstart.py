@@ -89,10 +89,12 @@ def take(batch: Any, rows: Any) -> Any:
 # ---- model --------------------------------------------------------------------------------------
 
 
-def load() -> tuple[bert.Bert, dict[str, Any], Tokenizer]:
-    """MiniLM with a new head, its variables and its tokenizer."""
+def load(
+    read: Callable[[pathlib.Path], tuple[bert.Config, dict[str, Any]]] = bert.load,
+) -> tuple[bert.Bert, dict[str, Any], Tokenizer]:
+    """MiniLM with a new head, its variables and its tokenizer; `read` takes it from its folder."""
     folder = data.minilm()
-    config, variables = bert.load(folder)
+    config, variables = read(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return bert.Bert(config, classes=2), bert.add_head(variables, classes=2), tokenizer
 

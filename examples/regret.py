@@ -17,7 +17,7 @@
     forgetting 3.0 hours   what is learned and what is forgotten, by rank and method
     parts      4.0 hours   as `layers`, on four tasks and more held-out rows
     optimizers 5.0 hours   Adam, LoRA+, preconditioning and Muon, by rank, on three tasks
-    widths     1.5 hours   the best rate by width and depth: GPTs pretrained here learn the Bible
+    widths     5.0 hours   the best rate by width and depth: GPTs pretrained here learn the Bible
     reinforce  1.5 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
 
 The first seed's rates are half decades from the middle outward, as long as the loss falls, so that

@@ -155,9 +155,7 @@ def sentences(length: int, steps: int, batch: int, **fields: Any) -> Task:
 
 def paraphrase() -> tuple[bert.Bert, dict[str, Any], Tokenizer]:
     """paraphrase-MiniLM-L3-v2 with a new head, its variables and its tokenizer."""
-    config, variables = onnx_bert.load(data.paraphrase(), data.minilm())
-    tokenizer = Tokenizer.from_file(str(data.minilm() / "tokenizer.json"))
-    return bert.Bert(config, classes=2), bert.add_head(variables, classes=2), tokenizer
+    return quickstart.load(lambda folder: onnx_bert.load(data.paraphrase(), folder))
 
 
 def order() -> Task:
