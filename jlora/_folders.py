@@ -19,6 +19,16 @@ PATIENCE = 10.0  # seconds to wait for threads that still write
 Where = str | os.PathLike[str]
 
 
+def to_path(path: Where, argument: str = "path") -> Path:
+    """Returns the path that an argument is; raises `TypeError` if it is none."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"`{argument}` must be a path, a str or an os.PathLike; got a {type(path).__name__}. "
+            "Is it in the place of another argument?"
+        )
+    return Path(path)
+
+
 @contextlib.contextmanager
 def fresh(path: Where, argument: str) -> Iterator[Path]:
     """Yields a folder to write into; it becomes `path` at the end, or is removed on failure.
@@ -31,7 +41,7 @@ def fresh(path: Where, argument: str) -> Iterator[Path]:
         FileExistsError: if `path` exists and is not an empty folder, or is a mount point.
         OSError: if there is no room or no permission to write it.
     """
-    final = Path(os.path.abspath(path))
+    final = Path(os.path.abspath(to_path(path, argument)))
     check_vacant(final, argument)
     with scratch(final, argument) as stage:
         yield stage
@@ -46,7 +56,7 @@ def fresh_file(path: Where, argument: str) -> Iterator[Path]:
         FileExistsError: if `path` exists.
         OSError: as `fresh`.
     """
-    final = Path(os.path.abspath(path))
+    final = Path(os.path.abspath(to_path(path, argument)))
     with scratch(final, argument) as stage:
         yield stage / final.name
         _sync(stage / final.name)
@@ -58,7 +68,7 @@ def fresh_file(path: Where, argument: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def scratch(path: Where, argument: str) -> Iterator[Path]:
     """Yields a folder next to `path`, on the same disk, and removes it in the end."""
-    final = Path(os.path.abspath(path))
+    final = Path(os.path.abspath(to_path(path, argument)))
     remove_leftovers(final)
     stage = beside(final, token())
     try:

@@ -82,7 +82,7 @@ def quantize(
         if not isinstance(scheme, Scheme):
             raise TypeError(
                 "`schemes` must be jlora.NF4, jlora.FP4, jlora.Int8, jlora.Int4, jlora.FP8 or "
-                f"jlora.MXFP4; got {name_mistake(scheme, 'quantize(params, *schemes)')}."
+                f"jlora.MXFP4; got {name_mistake(scheme, unpack=True)}."
             )
     leaves, tree = flatten(params)
     paths = [path for path, _ in leaves_by_path(params)]

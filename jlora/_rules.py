@@ -197,10 +197,10 @@ def is_finite(x: object) -> TypeGuard[float]:
         return False
 
 
-def name_mistake(x: object, unpacked: str | None = None) -> str:
-    """Describes what was given instead of a rule; `unpacked` is a call that unpacks a list."""
+def name_mistake(x: object, unpack: bool = False) -> str:
+    """Describes what was given instead of a rule; `unpack`, whether a list may be unpacked."""
     if isinstance(x, type) and dataclasses.is_dataclass(x):
         return f"the class {x.__name__}; call it, {x.__name__}(...)"
-    if unpacked is not None and isinstance(x, Sequence) and not isinstance(x, str):
-        return f"a {type(x).__name__}; unpack it with `*`, {unpacked}"
+    if unpack and isinstance(x, Sequence) and not isinstance(x, str):
+        return f"a {type(x).__name__}; unpack it with `*`"
     return type(x).__name__ if isinstance(x, Mapping) or hasattr(x, "dtype") else repr(x)

@@ -212,14 +212,14 @@ class Full(Rule):
         return math.prod(shape)
 
 
-def check_rules(rules: object, unpacked: str | None = None) -> tuple[Rule, ...]:
+def check_rules(rules: object, unpack: bool = False) -> tuple[Rule, ...]:
     """Returns one or several rules as a tuple; raises `TypeError` for anything else."""
     if isinstance(rules, Rule | str | Mapping) or not isinstance(rules, Iterable):
         rules = (rules,)
     found = []
     for rule in rules:
         if not isinstance(rule, Rule):
-            got = name_mistake(rule, unpacked)
+            got = name_mistake(rule, unpack)
             raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
         if rule.pattern is not None:
             check_pattern(rule, rule.pattern)

@@ -80,7 +80,7 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
         1 of 2 sites adapted; 40 of 48 parameters trainable (83.3%)
     """
     check_apply_fn(apply_fn)
-    for rule in check_rules(rules, "transform(apply_fn, *rules)"):
+    for rule in check_rules(rules, unpack=True):
         if not is_registered(rule):
             raise TypeError(f"`rules` has {rule_name(rule)}, but {explain_unregistered(rule)}")
     # Partial applications of this module's functions, so that what is returned can be pickled.

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from .._arrays import AnyArray
 from .._errors import InputError
+from .._folders import to_path
 from .._types import PyTree
 from ._fingerprint import shapes_of
 from ._restore import read
@@ -46,7 +47,7 @@ def base_shapes(path: Where) -> PyTree:
         ...     checkpoint.base_shapes(f"{folder}/base")["w"].shape
         (2, 3)
     """
-    folder = Path(path)
+    folder = to_path(path)
     if (folder / METADATA).exists():
         saved = read(folder)
         if saved.base is None:
@@ -83,7 +84,7 @@ def base_values(path: Where) -> PyTree:
         ...     checkpoint.base_values(f"{folder}/base")["w"].sum()
         np.float32(6.0)
     """
-    _, values = _read(Path(path), lambda _: True)
+    _, values = _read(to_path(path), lambda _: True)
     return _with_variables(jax.tree.map(lambda x: x if _is_key(x) else np.asarray(x), values))
 
 

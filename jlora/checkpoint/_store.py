@@ -90,7 +90,7 @@ def one_line(error: Exception) -> str:
     return printable(text)
 
 
-Where = str | os.PathLike[str]
+Where = _folders.Where
 
 # ------------------------------------------------------------------------------------ Orbax's files
 
@@ -111,6 +111,7 @@ _BY_PROCESS = "array_metadatas"  # a folder of such files
 
 def place(path: Where) -> epath.Path:
     """Returns `path` in Orbax's form: absolute, or a URL such as `gs://…`."""
+    _folders.to_path(path)  # raises if it is none
     name = os.fspath(path)
     return epath.Path(name if "://" in name else os.path.abspath(name))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .._errors import InputError, Problem
+from .._folders import to_path
 from ._file import (
     CONFIG,
     PICKLES,
@@ -154,7 +155,7 @@ def open_checkpoint(
         FileNotFoundError: if the folder or a shard is missing.
         ValueError: if the folder has no safetensors checkpoint, or a damaged one.
     """
-    source = Source(Path(path), argument, follow_links)
+    source = Source(to_path(path, argument), argument, follow_links)
     files, mapped, names = _files(source)
     headers = {file: read_header(source, file) for file in files}
     where: dict[str, str] = {}
@@ -216,10 +217,11 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
         ...     peft.holds(folder)
         {'model'}
     """
-    if os.path.isfile(path) and find_image(path):
+    path = to_path(path)
+    if path.is_file() and find_image(path):
         return {"adapter"}
-    if not os.path.isdir(path):
-        raise explain_no_folder("path", Path(path))
+    if not path.is_dir():
+        raise explain_no_folder("path", path)
     names = set(os.listdir(path))
     found = {
         "adapter": names & {CONFIG, TENSORS, IMAGE, *PICKLES[:2]},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .._errors import show
+from .._folders import to_path
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -26,7 +27,7 @@ _SHOWN = 9  # folders in a message
 
 def find_image(path: str | os.PathLike[str]) -> Path | None:
     """Finds the file of image LoRA that a path is, or that is in it."""
-    path = Path(path)
+    path = to_path(path)
     if path.is_dir():
         return path / IMAGE if (path / IMAGE).exists() else None
     is_other = path.suffix != ".safetensors" or path.name in (TENSORS, *WEIGHTS)

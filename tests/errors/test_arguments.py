@@ -31,7 +31,7 @@ from small import (
 )
 
 import jlora
-from jlora import Full, LoRA, Params
+from jlora import Full, LoRA, Params, checkpoint, peft
 
 
 def base_with(path: str, leaf: Any) -> Any:
@@ -339,6 +339,34 @@ def test_parameters_that_are_not_the_first_argument() -> None:
         check_text(caught.value.__notes__[-1])
     with refused(ValueError, "params", "LoRA('w')", "of shape (2, 4)", "in the wrong order?"):
         lora.init(KEY, X, W)
+
+
+FULL, NAMES = Full("layer/kernel"), (peft.Name("(.*)", r"\1", "io"),)
+PATHS: dict[str, Callable[[Any], Any]] = {
+    "load": lambda path: peft.load(path, "adapter", peft.LLAMA),
+    "save": lambda path: peft.save(path, *init(FULL), NAMES),
+    "read": peft.read,
+    "read_config": peft.read_config,
+    "find_names": lambda path: peft.find_names(W, path, jlora.transform(dense).sites(W, X)),
+    "matrices": peft.matrices,
+    "export_merged": lambda path: peft.export_merged(path, "adapter", "out"),
+    "holds": peft.holds,
+    "load_base": lambda path: peft.load_base(path, peft.LLAMA, like=PARAMS),
+    "save_base": lambda path: peft.save_base(path, W, NAMES),
+    "check": lambda path: peft.check(path, "vllm"),
+    "checkpoint.save": lambda path: checkpoint.save(path, init(FULL)[1], FULL),
+    "checkpoint.restore": lambda path: checkpoint.restore(path, like={}),
+    "checkpoint.base_shapes": checkpoint.base_shapes,
+    "checkpoint.base_values": checkpoint.base_values,
+    "checkpoint.export": lambda path: checkpoint.export(path, {"w": jnp.ones(2)}),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_tree_in_the_place_of_a_path(name: str) -> None:
+    """Every function of files says which argument is no path."""
+    with refused(TypeError, "", "a str or an os.PathLike; got a dict. Is it in the place of"):
+        PATHS[name](PARAMS)
 
 
 def test_errors_of_the_model_pass() -> None:

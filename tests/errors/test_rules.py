@@ -77,11 +77,11 @@ MALFORMED: dict[type[Exception], dict[str, Callable[[], Any]]] = {
         "`apply_fn` ... of type LoRA ... transform(model.apply, LoRA(...))": lambda: (
             jlora.transform(LoRA("w"), LoRA("w"))
         ),
-        "`rules` ... a list ... *rules": lambda: jlora.transform(model, [LoRA("w")]),
+        "`rules` ... a list ... unpack it": lambda: jlora.transform(model, [LoRA("w")]),
         "`rules` ... got 'kernel'.": lambda: jlora.transform(model, "kernel"),
         "`rules` ... class LoRA ... LoRA(...)": lambda: jlora.transform(model, LoRA),
         "`rules` ... got NF4(": lambda: jlora.transform(model, jlora.NF4()),
-        "`schemes` ... a list ... *schemes": lambda: jlora.quantize({}, [jlora.NF4()]),
+        "`schemes` ... a list ... unpack it": lambda: jlora.quantize({}, [jlora.NF4()]),
         "`scheme` ... loftq ... class Int8 ... Int8(...)": lambda: initializers.loftq(jlora.Int8),
         "`rules` ... class Full ... Full(...)": lambda: checkpoint.save(
             "nowhere", {"w": jnp.ones((2, 2))}, [Full]

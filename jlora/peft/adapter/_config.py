@@ -3,10 +3,10 @@
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from ..._errors import InputError, Problem
+from ..._folders import to_path
 from ..._rules import is_finite
 from .._file import CONFIG, Source, read_json, shorten
 from ._patterns import PLAIN, explain_refused, wrap_key, wrap_layer
@@ -98,7 +98,7 @@ def read_config(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -
         >>> config["task_type"]
         'CAUSAL_LM'
     """
-    return read_fields(Source(Path(path)), ignore)
+    return read_fields(Source(to_path(path)), ignore)
 
 
 def read_fields(source: Source, ignore: Collection[str] = ()) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Collection
-from pathlib import Path
 
 from ..._errors import InputError
+from ..._folders import to_path
 from .._file import CONFIG, IMAGE, TENSORS, Source, find_image, read_header, read_tensors
 from ._files import Files, open_files
 from ._image import Image, decode
@@ -26,7 +26,7 @@ def open_adapter(
         prefix: which model's adapter to read; None for that of a single model.
         modules: the modules of the model, which kohya's names are matched to.
     """
-    path = Path(path)
+    path = to_path(path, argument)
     file = find_image(path)
     if file is None:
         if prefix is not None:

@@ -3,10 +3,10 @@
 import os
 import shlex
 from collections.abc import Collection
-from pathlib import Path
 from typing import NamedTuple
 
 from ..._errors import InputError
+from ..._folders import to_path
 from .._checkpoint import open_checkpoint
 from .._file import DTYPES, PREFIX, Source, find_image
 from ..adapter._config import list_misformed
@@ -99,7 +99,7 @@ def check(
     if image := find_image(path):
         why = f"serves no image LoRA; {image} is no adapter of PEFT in a folder"
         raise InputError(f"`path`: {server.title} {why}.", path=image)
-    files = open_files(source := Source(Path(path)), ignore)
+    files = open_files(source := Source(to_path(path)), ignore)
     if wrong := list_misformed(files.fields):
         findings = [Finding(x.where, x.why, AGAIN, False) for x in wrong]
         notes = []

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from safetensors.numpy import save_file
 from ... import sharding
 from ..._arrays import put
 from ..._errors import InputError, Problem
-from ..._folders import fresh
+from ..._folders import fresh, to_path
 from ..._progress import progress
 from ..._quantized import Quantized, is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
@@ -85,7 +84,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
         >>> base["up"]["kernel"].shape
         (64, 32)
     """
-    path = Path(path)
+    path = to_path(path)
     if path.suffix == ".gguf":
         format = Gguf(GgufTensors(path), {})
     else:
