@@ -254,12 +254,13 @@ def claims(guide, rows):
     """What a guide says of the tables in words."""
     has_scale = regret_figures.SCALES["s = 32/r"]
     table = [x for x in regret_figures.summary(rows) if has_scale(regret_figures.setting_of(x))]
-    by_name = {x: [row for row in table if row["experiment"] == x] for x in ("rates", "batches")}
+    names = "rates", "batches", "third"
+    by_name = {x: [row for row in table if row["experiment"] == x] for x in names}
     ratios = {x: [round(row["of_full"]) for row in each] for x, each in by_name.items()}
     losses = [row["score"] for row in by_name["rates"] if row["rank"] > 1]
-    found = [f"{min(each)} to {max(each)} times" for each in ratios.values()]
+    found = [f"{min(ratios[x])} to {max(ratios[x])} times" for x in ("rates", "batches")]
     if guide == "variants.md":
-        every = [*ratios["rates"], *ratios["batches"]]
+        every = sum(ratios.values(), [])
         found[1] = f"{min(every)} to {max(every)} times"
         found.append(f"within {np.ceil(100 * (max(losses) - min(losses))) / 100} nats")
     return found
