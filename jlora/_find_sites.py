@@ -204,4 +204,5 @@ def _layout(
     if not outputs and not kept:  # the model contracts single vectors: their stack is the outputs
         outputs = stack
         stack = []
-    return Layout(tuple(stack), tuple(inputs), tuple(outputs)) if inputs and outputs else None
+    is_matrix = inputs and outputs and all(shape[d] for d in inputs + outputs)
+    return Layout(tuple(stack), tuple(inputs), tuple(outputs)) if is_matrix else None

@@ -73,13 +73,14 @@ def test_no_more_is_trained_than_a_weight_has(rule, model, shape, rank):
 
 
 def test_what_is_an_activation_is_listed_without_a_warning():
-    """A position that is added, a token that is joined, a bias of two axes."""
+    """Positions that are added, once tiled, a token that is joined, a bias of two axes."""
 
     def model(p, x):
-        x = jnp.concatenate([p["token"], x + p["position"]])
+        x = jnp.concatenate([p["token"], x + p["position"] + jnp.tile(p["period"], (1, 2))])
         return jnp.einsum("ti,iho->tho", x, p["w"]) + p["bias"]
 
     shapes = {"token": (1, 4), "position": (3, 4), "w": (4, 2, 3), "bias": (2, 3)}
+    shapes["period"] = (3, 2)
     params, x = {n: jnp.ones(s) for n, s in shapes.items()}, jnp.ones((3, 4))
     lora = jlora.transform(model, LoRA(rank=2))
     sites = lora.sites(params, x)
@@ -87,7 +88,17 @@ def test_what_is_an_activation_is_listed_without_a_warning():
     assert (sites["bias"].kind, sites["bias"].layout) == (None, ((), (), (), None))
     lora.init(KEY, params, x)  # warnings are errors
     rows = str(sites).partition(" sites adapted")[0].split("\n")[2:-2]
-    assert {line.split()[0] for line in rows} == {"position", "w", "bias"}
+    assert {line.split()[0] for line in rows} == {"position", "period", "w", "bias"}
+
+
+@pytest.mark.parametrize("rule", [LoRA(), DoRA()])
+def test_an_empty_matrix_is_no_site(rule):
+    """As of a block that a configuration leaves without features."""
+    params = {"w": jnp.ones((16, 0)), "v": jnp.ones((0, 3)), "u": jnp.ones((3, 4))}
+    lora = jlora.transform(lambda p, x: x @ p["w"] @ p["v"] @ p["u"], rule)
+    base, adapter = lora.init(KEY, params, X)
+    assert adapter.keys() == {"u"}
+    assert not lora.apply(base, adapter, X).any()
 
 
 def test_full_leaf_that_is_not_used():

@@ -38,16 +38,17 @@ def _scale(eqn: Equation, x: Operand, y: Operand | int = -1) -> Weight:
     if isinstance(other, Weight) or jnp.size(other) != 1:
         raise Unfactorable("it is scaled by more than a scalar")
     scalar = jnp.reshape(other, ())
-    unchecked = frozenset[Any]()
+    # Its reciprocal may be out of the range of its dtype, and it out of that of B's.
+    scalar = scalar.astype(promote(scalar.dtype, jnp.float32))
     scalar = 1 / scalar if eqn.name == "div" else scalar
+    unchecked = frozenset[Any]()
     if not _compat.is_concrete(other):
         # It may need a derivative, and a product with a packed weight has none for it.
         unchecked = w.origin.unchecked
         w = w.replace(Factor(w.array, w.axes))
 
     def delta(d: Delta) -> Delta:
-        # The scalar may be complex, or out of the range of B's dtype.
-        dtype = promote(d.b.dtype, jnp.result_type(scalar))
+        dtype = promote(d.b.dtype, scalar.dtype)
         b = d.b.each(lambda b: b.astype(dtype) * scalar.astype(dtype))
         return dataclasses.replace(d, b=b.may_vary(unchecked))
 
@@ -90,6 +91,19 @@ def _broadcast_in_dim(eqn: Equation, w: Weight) -> Weight:
         else:
             axes.append(Axis(next(names), frozenset({REPEATED} if length > 1 else ())))
     return w.transpose(axes, p["shape"], p["sharding"])
+
+
+@primitive("tile")
+def _tile(eqn: Equation, w: Weight) -> Weight:
+    names = w.new_names()
+    axes, shape = [], []
+    for axis, length, repeats in zip(w.axes, w.shape, eqn.params["reps"], strict=True):
+        if repeats != 1:
+            axes.append(Axis(next(names), frozenset({REPEATED})))
+            shape.append(repeats)
+        axes.append(axis)
+        shape.append(length)
+    return w.transpose(axes, shape).reshape(eqn.outputs[0].shape)
 
 
 @primitive("reshape")

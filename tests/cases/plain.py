@@ -156,6 +156,7 @@ LOW_PRECISION = {
     "bfloat16_base": ("bfloat16", "bfloat16", lambda w, x: x @ w),
     "bfloat16_base_promoted": ("bfloat16", "f4", lambda w, x: x @ w),
     "float16_base": ("f2", "f2", lambda w, x: x @ w),
+    "float16_divided_by_little": ("f2", "f2", lambda w, x: x @ (w * 1e-3 / 1e-5)),
     "bfloat16_result": (
         *("f4", "f4"),
         lambda w, x: jnp.matmul(x, w, preferred_element_type=jnp.bfloat16),
@@ -528,6 +529,12 @@ for field, (given, *sizes) in SHARING_FIELDS.items():
 def stack_repeated_along_itself(p, x):
     """`jnp.repeat` over the axis of a stack."""
     return jnp.einsum("bln,lnm->blm", x, jnp.repeat(p["w"], 2, axis=0))
+
+
+@rearranged("experts", 3 * 2 * (4 + 5), (3, 4, 5), (2, 6, 4))
+def stack_tiled(p, x):
+    """`jnp.tile` over the axis of a stack."""
+    return jnp.einsum("bln,lnm->blm", x, jnp.tile(p["w"], (2, 1, 1)))
 
 
 @rearranged(
