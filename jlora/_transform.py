@@ -213,17 +213,18 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        bound, put = pick((args, kwargs), _is_weight, _is_weight)
-        found = leaves_by_path((args, kwargs), is_adapted)
+        given = args, kwargs
+        _, put = pick(given, _is_weight, _is_weight)
+        bound = jax.tree.map(lambda x: x if _is_weight(x) else None, given, is_leaf=_is_weight)
         # Paths start with 0 or 1 for args or kwargs, then the argument.
-        paths = ["/".join(path[2:]) for path, x in found if _is_weight(x)]
-        weights = [_weight(leaf, path) for leaf, path in zip(bound, paths, strict=True)]
+        found = [("/".join(path[2:]), leaf) for path, leaf in leaves_by_path(bound, is_adapted)]
+        weights = [_weight(leaf, path) for path, leaf in found]
 
         def plain(*values: Any) -> Any:
             args, kwargs = put(values)
             return fn(*args, **kwargs)
 
-        jaxpr, finish = trace(plain, [w.type for w in weights], paths)
+        jaxpr, finish = trace(plain, [w.type for w in weights], [path for path, _ in found])
         outs = evaluate(jaxpr, *weights)
         # A literal is no array yet.
         return finish([jnp.asarray(as_array(x, lambda: "the function's outputs")) for x in outs])

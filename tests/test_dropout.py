@@ -281,6 +281,7 @@ USES: dict[str, Any] = {
     "cast once": lambda w, x: _twice(_dot)(w.astype(jnp.bfloat16), x.astype(jnp.bfloat16)),
     "tied": lambda w, x: jnp.stack([w[jnp.arange(64)].sum(0)[None], jnp.ones((1, 64)) @ w]),
     "scan": lambda w, x: lax.scan(lambda _, i: (None, x @ w), None, jnp.arange(3))[1],
+    "sliced": lambda w, x: lax.map(lambda w: x @ w, jnp.broadcast_to(w, (3, 64, 64))),
     "carried": lambda w, x: lax.scan(lambda w, i: (w, x @ w), w, jnp.arange(3))[1],
     "layers": lambda w, x: lax.scan(lambda _, i: (None, _twice(_dot)(w, x)), None, jnp.arange(2))[
         1
@@ -289,7 +290,7 @@ USES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", some([*USES], "nested", "tied", "while"))
+@pytest.mark.parametrize("name", some([*USES], "nested", "tied", "sliced", "while"))
 def test_each_use_has_its_own_mask(name: str) -> None:
     """So says JAX's checker of keys too; without a key all uses are alike."""
     x, w = draw(3, 1, 64), {"w": draw(4, 64, 64)}

@@ -74,15 +74,17 @@ def test_bound_trees_in_any_argument() -> None:
     """By position and by keyword, within other trees, beside plain arguments and plain trees."""
     one, two = setup(), setup("list")
 
-    def f(x: jax.Array, models: list[Any], *, scale: float, teacher: Any, flag: bool) -> Any:
+    def f(batch: Any, models: list[Any], *, scale: float, teacher: Any, flag: bool) -> Any:
         assert flag is True
         student, plain = models
+        x = batch["x/y"] + batch["x"]["y"]
         return {"y": scale * one.f(student, x) - two.f(teacher, x), "z": one.f(plain, x)}
 
     def both(one: Any, two: Any, x: Any, join: Any) -> Any:
         student = [join(*one), one[0]]
         call = jlora.wrap(f) if join is jlora.bind else f
-        return call(x, student, scale=2.0, teacher=join(*two), flag=True)
+        batch = {"x/y": x, "x": {"y": 1.0}}  # equal paths, but not of weights
+        return call(batch, student, scale=2.0, teacher=join(*two), flag=True)
 
     trees = (one.base, one.adapter), (two.base, two.adapter), one.x
     actual, expected = (

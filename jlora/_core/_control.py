@@ -124,17 +124,16 @@ def _scan(eqn: Equation, *operands: Operand) -> list[Operand]:
         and (source == n_consts + i if i < n_carry else source >= first)
     }
 
-    # Slices have keys of their own.
-    numbers = jnp.arange(p["length"]) if _have_keys(operands[:first]) else None
+    numbers = jnp.arange(p["length"]) if _have_keys(operands) else None
 
     def body(
         state: list[jax.Array], own: tuple[jax.Array | None, list[Operand]]
     ) -> tuple[list[Any], list[Any]]:
         i, slices = own
-        whole = _fold_in(i, *operands[:n_consts], *_put_back(state, kept))
-        inside = [x.as_slice() if isinstance(x, Weight) else x for x in slices]
-        outs = eqn.evaluate(jaxpr, *whole, *inside)
-        outs = eqn.arrays(outs, kept)
+        slices = [x.as_slice() if isinstance(x, Weight) else x for x in slices]
+        # Slices too: those of a weight that is repeated have one key.
+        inside = _fold_in(i, *operands[:n_consts], *_put_back(state, kept), *slices)
+        outs = eqn.arrays(eqn.evaluate(jaxpr, *inside), kept)
         return outs[:n_carry], outs[n_carry:]
 
     state, ys = lax.scan(
