@@ -7,7 +7,7 @@ change, and records how each weight is used. So it finds exactly the sites that 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,9 +62,10 @@ class Traced:
 
     def _evaluate(self, weight: Callable[[Path, Any], Any]) -> None:
         """Evaluates the jaxpr on the parameters that it reads; the others cost nothing."""
-        read = self._find_read(self.jaxpr.eqns)
+        read = {id(v) for eqn in self.jaxpr.eqns for v in eqn.invars}
+        read.update(map(id, self.jaxpr.outvars))
         n = len(self.paths)
-        taken = [i for i in range(len(self.types)) if i >= n or read[self.paths[i]]]
+        taken = [i for i, v in enumerate(self.jaxpr.invars) if i >= n or id(v) in read]
 
         def call(*values: Any) -> None:
             given: list[Any] = [None] * len(self.types)
@@ -78,14 +79,19 @@ class Traced:
     @functools.cached_property
     def used(self) -> dict[Path, bool]:
         """Whether an output or an operation other than `stop_gradient` reads each parameter."""
-        eqns = (eqn for eqn in self.jaxpr.eqns if eqn.primitive.name != "stop_gradient")
-        return self._find_read(eqns)
+        return dict(zip(self.paths, _find_used(self.jaxpr), strict=False))
 
-    def _find_read(self, eqns: Iterable[Any]) -> dict[Path, bool]:
-        """Finds which parameters outputs or `eqns` read."""
-        read = {id(v) for eqn in eqns for v in eqn.invars}
-        read |= {id(v) for v in self.jaxpr.outvars}
-        return {path: id(v) in read for path, v in zip(self.paths, self.jaxpr.invars, strict=False)}
+
+def _find_used(jaxpr: Any) -> list[bool]:
+    """Finds which inputs are used, also in the functions that the user put under `jit`."""
+    used = set(map(id, jaxpr.outvars))
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("jit", "remat2"):
+            inner = _find_used(eqn.params["jaxpr"])
+            used.update(id(v) for v, is_used in zip(eqn.invars, inner, strict=True) if is_used)
+        elif eqn.primitive.name != "stop_gradient":
+            used.update(map(id, eqn.invars))
+    return [id(v) in used for v in jaxpr.invars]
 
 
 def find_sites(

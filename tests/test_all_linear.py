@@ -101,8 +101,9 @@ def test_an_empty_matrix_is_no_site(rule):
     assert not lora.apply(base, adapter, X).any()
 
 
-def test_full_leaf_that_is_not_used():
-    lora = jlora.transform(head_of_two, LoRA("layer"), jlora.Full("spare"))
+@pytest.mark.parametrize("compiled", [lambda f: f, jax.jit, lambda f: jax.jit(jax.checkpoint(f))])
+def test_full_leaf_that_is_not_used(compiled):
+    lora = jlora.transform(compiled(head_of_two), LoRA("layer"), jlora.Full("spare"))
     message = r"Full\('spare'\) matches 'spare' of shape \(3,\), which "
     with pytest.raises(ValueError, match=message):
         lora.init(KEY, PARAMS | {"spare": jnp.ones(3)}, X)
