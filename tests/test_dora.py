@@ -149,3 +149,17 @@ def test_formed_weight_has_the_dtype_of_the_weight() -> None:
     jaxpr = jax.make_jaxpr(lora.apply)(base, adapter, x)
     [formed] = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "tanh"]
     assert formed.outvars[0].aval.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", some(["int8", "bfloat16"], "int8"))
+def test_a_tied_head_scales_inputs_of_any_dtype(dtype: str) -> None:
+    """In the dtype of the product: the gain of an embedding is along the head's inputs."""
+
+    def model(p: Any, x: jax.Array) -> Any:
+        return p["w"][jnp.array([1])], jax.lax.dot_general(x, p["w"], (((1,), (1,)), ((), ())))
+
+    x = jnp.asarray([[1, 2, 3], [-1, 0, 2]], dtype)
+    dora = jlora.transform(model, DoRA("w", rank=2))
+    base, adapter = dora.init(jax.random.key(0), {"w": jnp.asarray(W)}, x)
+    adapter = laws.randomize(adapter)
+    laws.assert_close(dora.apply(base, adapter, x), model(jlora.merge(base, adapter), x), 1e-5)

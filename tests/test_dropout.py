@@ -22,6 +22,7 @@ from messages import refused
 from small import as_jax, raw, some
 
 import jlora
+from jlora.extend import RANK, Delta, Factor
 
 KEY = jax.random.key(7)
 
@@ -308,6 +309,27 @@ def test_each_use_has_its_own_mask(name: str) -> None:
         slopes = [jax.grad(lambda a, g=g: laws.scalar(g(a))) for g in (f, jax.checkpoint(f))]
         slope, again = jax.jit(lambda a: [g(a) for g in slopes])(adapter)
         assert_close(again, slope, 1e-2 if "cast" in name else 1e-5)
+
+
+def test_low_precision_keeps_the_mean() -> None:
+    """1 - p rounds to another number in bfloat16."""
+    factors = (Factor(jnp.ones(shape), (RANK,)) for shape in [1, 1])
+    delta = Delta(*factors, 1.0, key=Factor(KEY, ()), dropout=0.1)
+    x = draw(3, 4096).astype(jnp.bfloat16)
+    dropped = np.asarray(delta.drop(x), np.float64)
+    kept = dropped != 0
+    mean = np.abs(dropped).sum() / np.abs(np.asarray(x, np.float64))[kept].sum()
+    assert mean == pytest.approx(1 / 0.9, rel=2e-4)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "bfloat16"])
+def test_inputs_of_any_dtype(dtype: str) -> None:
+    """Entries of integers too are dropped and rescaled in the dtype of the product."""
+    apply = lambda p, x: lax.dot_general(x, p["w"], (((1,), (0,)), ((), ())))  # noqa: E731
+    lora, base, adapter = adapt(apply, {"w": draw(4, 64, 5)}, ONE, dropout=0.5)
+    noisy, x = jlora.dropout(adapter, KEY), jnp.ones((3, 64))
+    expected = lora.apply(base, noisy, x)
+    assert_close(lora.apply(base, noisy, x.astype(dtype)), expected, 1e-5)
 
 
 # -------------------------------------------------------------------------------- keys and trees

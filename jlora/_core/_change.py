@@ -105,12 +105,14 @@ class Delta:
             return lax.stop_gradient(x)
         if self.key is None:
             return x
-        key = self.key.value if self.key.value.ndim == 0 else self.key.value.ravel()[0]
+        key = self.key.value.ravel()[0]
         # In a shard_map of the model, the shards of x are different inputs.
         for axis in sorted(_compat.varying(x) - _compat.varying(key), key=str):
             key = jax.random.fold_in(key, lax.axis_index(axis))
         keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-        return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros((), x.dtype))
+        # In bfloat16 both 1 - p and its reciprocal round to another number.
+        kept = x.astype(promote(x.dtype, jnp.float32)) / (1 - self.dropout)
+        return jnp.where(keep, kept.astype(x.dtype), jnp.zeros((), x.dtype))
 
     @property
     def is_matrix(self) -> bool:

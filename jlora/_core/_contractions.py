@@ -41,7 +41,7 @@ class Contraction(Product):
         return self.w.w.multiply(dot, x)
 
     def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
-        return low_rank([self.term(delta)], delta.drop(x).astype(self.dtype))[0]
+        return low_rank([self.term(delta)], delta.drop(x.astype(self.dtype)))[0]
 
     def spread(self, gain: Factor, on_x: bool) -> jax.Array:
         return gain.expand_to(self.x_axes if on_x else self.y_axes)
@@ -119,7 +119,7 @@ def _multiply_together(products: Sequence[Contraction]) -> list[jax.Array]:
     }
     if len(forms) != 1:
         raise Unfactorable
-    return low_rank(terms, first.w.change.deltas[0].drop(first.x).astype(first.dtype))
+    return low_rank(terms, first.w.change.deltas[0].drop(first.x.astype(first.dtype)))
 
 
 @primitive("dot_general", is_move=False, together=_together)

@@ -66,7 +66,10 @@ class Product(abc.ABC):
         return self._scale(y, self._gains[1], on_x=False)
 
     def _scale(self, x: jax.Array, gain: Factor | None, on_x: bool) -> jax.Array:
-        return x if gain is None else times(x, self.spread(gain, on_x), self.w.change.least)
+        if gain is None:
+            return x
+        x = x.astype(self.dtype) if on_x else x  # integers cannot hold their product with a gain
+        return times(x, self.spread(gain, on_x), self.w.change.least)
 
     @property
     def _gains(self) -> tuple[Factor | None, Factor | None]:
