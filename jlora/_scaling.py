@@ -49,7 +49,7 @@ def lora_plus(ratio: float | jax.Array) -> "optax.GradientTransformationExtraArg
         >>> updates["w"].a.tolist(), updates["w"].b.tolist()
         ([[1.0], [1.0]], [[16.0, 16.0]])
     """
-    _check_positive("ratio", ratio)
+    _check_number("ratio", ratio, lambda x: x > 0, "a positive finite number")
 
     def scale(x: object) -> Any:
         if not is_node(x):
@@ -100,7 +100,7 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
         >>> updates["w"].a.round(3).tolist()
         [[0.5], [0.5]]
     """
-    _check_positive("damping", damping)
+    _check_number("damping", damping, lambda x: x > 0, "a positive finite number")
 
     def matrix(gram: jax.Array, of_update: jax.Array) -> jax.Array:
         del of_update
@@ -110,7 +110,7 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
     return _of_factors("precondition(1e-6)", matrix)
 
 
-def lora_muon(momentum: float = 0.95) -> "optax.GradientTransformationExtraArgs":
+def lora_muon(momentum: float | jax.Array = 0.95) -> "optax.GradientTransformationExtraArgs":
     r"""Takes the step of Muon in ΔW, along what A and B can change.
 
     With the means $M_A$ and $M_B$ of the gradients, $S_A = A^\top A$, $S_B = B B^\top$, and
@@ -126,7 +126,7 @@ def lora_muon(momentum: float = 0.95) -> "optax.GradientTransformationExtraArgs"
     `optax.partition` and `jlora.labels`.
 
     Args:
-        momentum: the weight of the mean so far, β in M ← β·M + (1 - β)·gradient.
+        momentum: the weight of the mean so far, β in M ← β·M + (1 - β)·gradient; it may be traced.
 
     Returns:
         An optax transformation, for an adapter or `Params(base, adapter)`. Its `update` needs the
@@ -150,8 +150,7 @@ def lora_muon(momentum: float = 0.95) -> "optax.GradientTransformationExtraArgs"
     """
     import optax
 
-    if is_concrete(momentum) and not (is_finite(momentum) and 0 <= momentum < 1):
-        raise ValueError(f"`momentum` must be at least 0 and below 1; got {momentum!r}.")
+    _check_number("momentum", momentum, lambda x: 0 <= x < 1, "at least 0 and below 1")
 
     def matrix(gram: jax.Array, of_update: jax.Array) -> jax.Array:
         root = inverse_root(gram)  # sign(X) is X·(XᵀX)^(-1/2)
@@ -281,10 +280,10 @@ def _remedy(name: str, tree: PyTree) -> str:
     )
 
 
-def _check_positive(name: str, x: object) -> None:
-    """Raises `ValueError` unless `x` is a positive finite number, or traced."""
+def _check_number(name: str, x: object, holds: Callable[[float], bool], must: str) -> None:
+    """Raises `ValueError` unless `x` is traced, or a finite number for which `holds`."""
     if not is_concrete(x):
         return
     number = x.item() if isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 else x
-    if not is_finite(number) or number <= 0:
-        raise ValueError(f"`{name}` must be a positive finite number; got {x!r}.")
+    if not is_finite(number) or not holds(number):
+        raise ValueError(f"`{name}` must be {must}; got {x!r}.")

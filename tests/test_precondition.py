@@ -168,6 +168,17 @@ def test_a_step_changes_the_weight_alike_however_it_is_split(name: str) -> None:
         assert not np.allclose(actual, expected, rtol=1e-2, atol=1e-2)  # without it they differ
 
 
+def test_a_momentum_may_be_injected() -> None:
+    """Optax makes an array of it, with a value where nothing is traced."""
+    _, adapter, grads = made("slots")
+    injected = optax.inject_hyperparams(jlora.lora_muon)(momentum=0.5)
+    expected, actual = (
+        tx.update(grads, tx.init(adapter), adapter)[0]
+        for tx in map(jlora.optimizer, (jlora.lora_muon(0.5), injected))
+    )
+    laws.assert_close(actual, expected, 1e-5)
+
+
 @pytest.mark.parametrize("momentum", [1.0, -0.1, float("nan"), "0.9"])
 def test_a_momentum_that_is_none(momentum: Any) -> None:
     with refused(ValueError, "momentum", "at least 0 and below 1"):
