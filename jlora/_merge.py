@@ -41,7 +41,7 @@ def merge(
         adapter: the adapter. Its dropout keys are ignored. With `{}` it changes no value.
         check: whether to raise if a merged leaf is not finite. This needs concrete values, so it
             does not work under `jit`.
-        requantize: whether to quantize adapted weights again, each in its own scheme, and keep the
+        requantize: whether to quantize trained weights again, each in its own scheme, and keep the
             other quantized weights. This rounds ΔW to a few bits, which may undo the training;
             `print(jlora.summary(merged))` lists the error of each leaf.
 
@@ -110,9 +110,11 @@ def _combine(base: PyTree, adapter: PyTree, sign: int, requantize: bool = False)
         to_codes = requantize and is_quantized(old)
         if is_adapted(x):
             x = _apply_change(x, name_of(path), sign)
-            leaves.append(_quantize_like(x, old) if to_codes else x)
-        else:
-            leaves.append(old if to_codes or sign < 0 else _cast_like(x, old))
+        elif sign < 0:
+            x = old
+        elif x is not old or not to_codes:
+            x = _cast_like(x, old)
+        leaves.append(_quantize_like(x, old) if to_codes and x is not old else x)
     return jax.tree.unflatten(tree, leaves)
 
 
