@@ -118,7 +118,7 @@ def _combine(base: PyTree, adapter: PyTree, sign: int, requantize: bool = False)
     return jax.tree.unflatten(tree, leaves)
 
 
-def _quantize_like(w: jax.Array, old: Quantized) -> Quantized:
+def _quantize_like(w: Any, old: Quantized) -> Quantized:
     """Quantizes `w` with the scheme, form and sharding of `old`."""
     leaf = quantize_weight(w, old.scheme, old.form)
     if not is_concrete(leaf.data) or place_of(old.data) is None:
