@@ -16,7 +16,7 @@ from ._errors import InputError
 from ._node import Adapted, PartialWeightError, lower
 from ._quantized import BaseLeaf, Quantized, dequantize, is_quantized, quantize_weight
 from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
-from ._types import PyTree
+from ._types import Path, PyTree
 
 
 def merge(
@@ -63,15 +63,7 @@ def merge(
         >>> jlora.merge(base, adapter)["w"].dtype.name
         'bfloat16'
     """
-    merged = _combine(base, adapter, 1, requantize)
-    if check:
-        if not all(map(is_concrete, jax.tree.leaves(merged))):
-            raise InputError(
-                "`check` of merge needs concrete values, which jit, grad and vmap do not have. "
-                "Merge without `check` there, and check the result outside."
-            )
-        _check_finite(merged)
-    return merged
+    return _combine(base, adapter, 1, check, requantize)
 
 
 def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
@@ -102,10 +94,13 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
     return _combine(params, adapter, -1)
 
 
-def _combine(base: PyTree, adapter: PyTree, sign: int, requantize: bool = False) -> PyTree:
+def _combine(
+    base: PyTree, adapter: PyTree, sign: int, check: bool = False, requantize: bool = False
+) -> PyTree:
     bound = leaves_by_path(bind(base, adapter), is_adapted)
     old_leaves, tree = flatten(base)
     leaves = []
+    wrong = []
     for (path, x), old in zip(bound, old_leaves, strict=True):
         to_codes = requantize and is_quantized(old)
         if is_adapted(x):
@@ -114,7 +109,15 @@ def _combine(base: PyTree, adapter: PyTree, sign: int, requantize: bool = False)
             x = old
         elif x is not old or not to_codes:
             x = _cast_like(x, old)
+        # Codes may not tell that a value is not finite.
+        wrong += _find_not_finite(path, x) if check else []
         leaves.append(_quantize_like(x, old) if to_codes and x is not old else x)
+    if wrong:
+        raise InputError(
+            "`merge` computed values that are not finite at:\n  "
+            + "\n  ".join(wrong)
+            + "\nThe adapter or the base holds NaN or infinity there; use an earlier checkpoint."
+        )
     return jax.tree.unflatten(tree, leaves)
 
 
@@ -174,15 +177,13 @@ def _sharding_of(w: BaseLeaf) -> Sharding | None:
     return place_of(w)
 
 
-def _check_finite(params: PyTree) -> None:
-    bad = [
-        f"{'/'.join(path)}: {n} of {np.size(x)} values"
-        for path, x in leaves_by_path(params)
-        if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and (n := count_not_finite(x))
-    ]
-    if bad:
+def _find_not_finite(path: Path, x: Any) -> list[str]:
+    """Counts the values of a merged leaf that are not finite; empty if there are none."""
+    if not all(map(is_concrete, jax.tree.leaves(x))):
         raise InputError(
-            "`merge` computed values that are not finite at:\n  "
-            + "\n  ".join(bad)
-            + "\nThe adapter or the base holds NaN or infinity there; use an earlier checkpoint."
+            "`check` of merge needs concrete values, which jit, grad and vmap do not have. "
+            "Merge without `check` there, and check the result outside."
         )
+    x = dequantize(x) if is_quantized(x) else x
+    n = count_not_finite(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else 0
+    return [f"{'/'.join(path)}: {n} of {np.size(x)} values"] if n else []

@@ -383,9 +383,12 @@ def test_merging():
     found = {e.path: e.error for e in jlora.summary(again).quantized}
     error = np.linalg.norm(back - dense) / np.linalg.norm(dense)
     assert found["w",] == pytest.approx(error, rel=1e-3)
-    trained = jlora.merge(base, {"v": jnp.ones(base["v"].shape)}, requantize=True)["v"]
+    full = {"v": jnp.ones(base["v"].shape)}
+    trained = jlora.merge(base, full, check=True, requantize=True)["v"]
     assert trained.scheme == base["v"].scheme
-    laws.assert_close(trained.array(), jnp.ones(base["v"].shape), 1e-2)
+    laws.assert_close(trained.array(), full["v"], 1e-2)
+    with refused(ValueError, "", "not finite", f"v: {full['v'].size} of"):
+        jlora.merge(base, {"v": jnp.nan * full["v"]}, check=True, requantize=True)
 
 
 HALF = jnp.asarray(0.5, jnp.bfloat16)
