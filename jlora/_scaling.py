@@ -176,7 +176,12 @@ def _of_factors(
         factors = [getattr(update, x) for x, label in update.labels.items() if label in ("a", "b")]
         if all(map(is_masked, factors)):
             return update
-        _refuse_hidden(call, param)
+        if is_masked(param.a) or is_masked(param.b):
+            raise ValueError(
+                f"jlora.{name} needs A and B, but the transformation around it hides the frozen "
+                f"one. Chain jlora.{name} before that transformation: "
+                f"optax.chain(jlora.{call}, optax.MultiSteps(tx, 4))."
+            )
         return _times_matrices(matrix, update, param, by_scale)
 
     def update(updates: PyTree, params: PyTree | None) -> PyTree:
@@ -189,16 +194,6 @@ def _of_factors(
         return jax.tree.map(of_node, updates, params, is_leaf=stop)
 
     return _make_transformation(name, update)
-
-
-def _refuse_hidden(call: str, param: PyTree) -> None:
-    if is_masked(param.a) or is_masked(param.b):
-        name = call.partition("(")[0]
-        raise ValueError(
-            f"jlora.{name} needs A and B, but the transformation around it hides the frozen "
-            f"one. Chain jlora.{name} before that transformation: "
-            f"optax.chain(jlora.{call}, optax.MultiSteps(tx, 4))."
-        )
 
 
 def _times_matrices(

@@ -234,8 +234,8 @@ def _apply_one(eqn: Equation) -> Sequence[Any]:
             outs = found.function(eqn, *operands)
             return outs if traced.primitive.multiple_results else [outs]
         except Unfactorable as e:
-            reason = functools.partial(_reason, eqn, e)
-            arrays = [as_array(x, reason, e.added) for x in operands]
+            why = f": {e}" if e.args else ""
+            arrays = [as_array(x, lambda: f"{eqn.where}{why}", e.added) for x in operands]
         return _compat.bind(traced, *arrays)
 
 
@@ -244,10 +244,6 @@ def _is_for_rows(traced: _compat.JaxprEqn) -> bool:
     known = (PRIMITIVES.get(inner.primitive.name) for inner in _compat.equations(traced))
     needed = any(found is not None and found.for_rows for found in known)
     return needed and _compat.mapped_index(ROWS) is not None
-
-
-def _reason(eqn: Equation, e: Unfactorable) -> str:
-    return f"{eqn.where}: {e}" if e.args else eqn.where
 
 
 def as_array(x: Operand, reason: Callable[[], str], added: bool = False) -> jax.Array:
