@@ -200,12 +200,13 @@ def _reshard(eqn: Equation, w: Weight) -> Weight:
     return w.replace(placed.w, w.change if stays else placed.change)
 
 
-@primitive("all_gather")
+@primitive("all_gather", "all_gather_invariant")
 def _all_gather(eqn: Equation, w: Weight) -> Weight:
     p = eqn.params
-    if not p["tiled"] or p["axis_index_groups"] is not None:
+    if not p["tiled"] or p.get("axis_index_groups") is not None:
         raise Unfactorable("it is gathered along a new axis or in groups of devices")
     gathered = w.axes[p["all_gather_dimension"]]
+    to = "varying" if eqn.name == "all_gather" else "invarying"
     over = {p["axis_name"]} if isinstance(p["axis_name"], str) else set(p["axis_name"])
 
     def gather(f: Factor) -> Factor:
@@ -219,7 +220,7 @@ def _all_gather(eqn: Equation, w: Weight) -> Weight:
         return f
 
     def gather_along(x: jax.Array, i: int) -> jax.Array:
-        return lax.all_gather(x, p["axis_name"], axis=i, tiled=True)
+        return lax.all_gather(x, p["axis_name"], axis=i, tiled=True, to=to)
 
     out = map_factors(gather, w.replace(w.w.with_pieces({gathered: 1})))
     return out.replace(out.w.with_axes(w.axes, eqn.outputs[0].shape))

@@ -321,6 +321,10 @@ SHARDED = {
         lambda w, x: jnp.tanh(x @ lax.all_gather(w, "d", axis=0, tiled=True)),
         *(ROWS, ROWS, ROWS, {}),
     ),
+    "shard_map_gathers_the_weight_to_invarying": (
+        lambda w, x: jnp.tanh(x @ lax.all_gather(w, "d", axis=0, tiled=True, to="invarying")),
+        *(ROWS, P(), P(), {}),
+    ),
 }
 for name, (body, of_w, of_x, of_y, options) in SHARDED.items():
 
