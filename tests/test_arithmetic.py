@@ -277,6 +277,14 @@ def test_ties_keeps_the_largest_entries(density: float) -> None:
     np.testing.assert_array_equal(ties({"w": x})["w"], np.where(np.abs(x) >= least, x, 0))
 
 
+def test_ties_compiles_once_for_a_shape(caplog: pytest.LogCaptureFixture) -> None:
+    """Though there are hundreds of sites of one shape."""
+    arithmetic.ties([{"v": NODE}])
+    with jax.log_compiles():
+        arithmetic.ties([{f"w{i}": NODE for i in range(2)}])
+    assert not [x.getMessage() for x in caplog.records if "Compiling" in x.getMessage()]
+
+
 def test_one_leaf_in_full() -> None:
     """That of one adapter alone needs no base in a sum; merges trim and drop it all the same."""
     head = jnp.ones(64)

@@ -1,5 +1,6 @@
 """Merges by entries: TIES keeps large entries of the majority's sign, DARE drops random entries."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -71,8 +72,12 @@ def ties(
 
 def _keep_largest(x: jax.Array, density: float, matrix: int) -> jax.Array:
     """Keeps the largest entries of each matrix, the last axes of `x`; the others become 0."""
+    return _keep(x, max(1, round(density * math.prod(x.shape[-matrix:]))), matrix)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # so that the loop is compiled once for a shape
+def _keep(x: jax.Array, count: int, matrix: int) -> jax.Array:
     axes = tuple(range(-matrix, 0))
-    count = max(1, round(density * math.prod(x.shape[-matrix:])))
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
     # Finds the smallest entry to keep bit by bit: sorting would gather all entries on one device.
