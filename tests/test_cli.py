@@ -239,6 +239,21 @@ def test_inspect_of_what_is_not_finite_or_zero(
     assert text in run("inspect", tmp_path / "a").stdout
 
 
+def test_scales_are_no_part_of_programs(tmp_path: Folder, caplog: Any) -> None:
+    """A file of kohya may have an alpha for each of hundreds of modules."""
+    one, norms = site(jnp.ones((4, 2)), jnp.ones((2, 3))), []
+    checkpoint.save(tmp_path / "one", {"w": one}, ())
+    for i, scale in enumerate((0.3, -2.0)):
+        checkpoint.save(tmp_path / f"{i}", {"w": one.replace(scale=scale)}, ())
+        with jax.log_compiles(i > 0):
+            [found] = json.loads(run("inspect", tmp_path / f"{i}", "--json").stdout)["sites"]
+            run("diff", tmp_path / f"{i}", tmp_path / "one", code=1)
+        norms.append(found["matrices"][0]["norm"])
+    np.testing.assert_allclose(norms, 48**0.5 * np.asarray([0.3, 2]), rtol=1e-14)
+    compiled = [x.getMessage() for x in caplog.records if "Compiling" in x.getMessage()]
+    assert not [text for text in compiled if "_measure" in text]
+
+
 ODD = {
     "depth": ["m.base_layer.lora_A.weight", "m.base_layer.lora_B.weight"],
     "depths": [f"m{'.base_layer' * n}.lora_{x}.weight" for n in (1, 2) for x in "AB"],
@@ -615,6 +630,8 @@ B: diff p nowhere; diff p deep
 ADAPTERS: combine p deep x
 IN: convert hf x; convert unknown x --names llama; convert lost x --names llama
 IN: convert o x --names rows.py:OTHER; convert deep x --profile vllm
+--profile: convert p x --profile vllm --dialect kohya
+--prefix: convert p x --dialect peft --prefix unet; convert o x --names llama --prefix unet
 IN: convert p x --names rows.py:OTHER --base base; convert p x --names llama --base small
 OUT: convert o p --names llama; merge base o p; merge base o /
 --names: diff p o; convert o x; merge base p x; convert p x --profile vllm --names llama

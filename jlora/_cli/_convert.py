@@ -54,17 +54,21 @@ def convert(
     """
     call(check_vacant, out)
     kind = format_of_adapter(source)
-    form = {"profile": profile, "dialect": dialect or "peft"}
-    form["prefix"] = prefix if dialect in ("diffusers", "kohya") else None
-    written = form["dialect"]
+    written = dialect or "peft"
+    if profile is not None and written != "peft":
+        raise ValueError(
+            f"--profile is for PEFT's format; got --dialect {dialect}. Leave one of them out."
+        )
+    of_source = prefix if find_image(source.value) else None
+    form = {"profile": profile, "dialect": written}
+    form["prefix"] = prefix if written != "peft" or of_source is None else None
     if kind == "orbax":
         adapter = _to_peft(source, out, form, ignore, **options)
     elif profile is None and dialect is None:
         adapter = _to_orbax(source, out, ignore, prefix, **options)
         written = "orbax"
     else:
-        given = prefix if find_image(source.value) else None
-        adapter = _to_form(source, out, form, ignore, given, **options)
+        adapter = _to_form(source, out, form, ignore, of_source, **options)
     fields: dict[str, Any] = {
         "in": str(source),
         "out": str(out),

@@ -87,11 +87,11 @@ def _list_leaves(leaves: Mapping[str, Any]) -> list[Fields]:
 
 
 def widen(x: object) -> LowRank:
-    """Converts A and B of a node to float64."""
+    """Converts A and s·B of a node to float64; a scale would be part of the program."""
     if not isinstance(x, LowRank | Decomposed):
         raise TypeError(f"only a LowRank or Decomposed is measured; got {x!r}.")
     a, b = (np.asarray(y, np.float64) for y in (x.a, x.b))
-    return LowRank(a, b, x.scale, x.layout)  # pyright: ignore[reportArgumentType]
+    return LowRank(a, x.scale * b, 1.0, x.layout)  # pyright: ignore[reportArgumentType]
 
 
 @jax.jit
@@ -111,7 +111,7 @@ def _sites(nodes: Mapping[str, Any]) -> list[Fields]:
     """Measures nodes, some of one form at a time."""
     forms: dict[Any, list[str]] = {}
     for name, x in nodes.items():
-        form = (type(x), x.a.shape, x.b.shape, x.scale, x.layout)
+        form = (x.a.shape, x.b.shape, x.layout)
         forms.setdefault(form, []).append(name)
     found = {}
     for names in progress(_blocks(nodes, forms.values()), "sites", leave=False):
