@@ -10,7 +10,7 @@ import numpy as np
 import peft_models as models
 import pytest
 from messages import refused
-from peft_files import CONFIG, ENDS, TENSORS, Folder, assert_equal, write
+from peft_files import CONFIG, ENDS, TENSORS, Folder, assert_equal, pair, write
 from safetensors.numpy import save_file
 
 from jlora import peft
@@ -143,6 +143,14 @@ def test_some_of_the_leaves(tmp_path: Folder) -> None:
     assert len(jax.tree.leaves(found)) == 2 * len(some)
 
 
+def test_counted_batches(tmp_path: Folder) -> None:
+    """A BatchNorm that is saved as a whole has an integer."""
+    count = {"m.norm.num_batches_tracked": np.asarray(7)}
+    folder = write(tmp_path / "a", pair("m.q", 1, 3, 2) | count, modules_to_save=["norm"])
+    peft.write(tmp_path / "b", peft.read(folder))
+    assert_equal(models.read(tmp_path / "b" / TENSORS), models.read(folder / TENSORS))
+
+
 def alone(*each: tuple[int, ...]) -> peft.Contents:
     """Rows alone, of an embedding each."""
     layout = Layout((), (0,), (1,))
@@ -167,6 +175,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no leaf": ({"m.q": 1.0}, {}, NODE.format("m.q") + r".*; got 1\.0"),
     "an array of no module": ({"q": np.ones(3)}, {}, NODE.format("q")),
     "nothing": ({}, {}, "has neither A and B nor a parameter in full"),
+    "integers": ({"m.q.weight": np.ones((2, 3), int)}, {}, "expected a dtype of F64.*int64"),
+    "shapes": ({"m.q": jax.eval_shape(lambda: Q)}, {}, "m.q: .*got jax.ShapeDtypeStruct"),
     "not finite": ({"m.q": Q.replace(a=Q.a * jnp.inf)}, {}, "3 of 3 values are not finite"),
     "a field": ({"m.q": Q}, {"bias": "x"}, "`contents` has a configuration .*\n.*bias: expected"),
     "A and B, and rows alone": ({"m.q": Q}, {"peft_type": "TRAINABLE_TOKENS"}, "token_indices: "),
@@ -180,6 +190,21 @@ def test_refused(case: str, tmp_path: Folder) -> None:
     with pytest.raises(ValueError, match=message):
         peft.write(tmp_path / "a", peft.Contents(leaves, config))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_scales_for_vllm_are_rounded_once(dtype: Any, tmp_path: Folder) -> None:
+    """With B, and not before."""
+    b = jnp.linspace(1, 2, 64).astype(dtype)[None]
+    adapter = Q.replace(a=jnp.ones((3, 1), dtype), b=b, scale=1 / 3)
+    peft.write(tmp_path / "a", peft.Contents({"m.q": adapter}), "vllm")
+    found = peft.read(tmp_path / "a").leaves["m.q"].b
+    np.testing.assert_array_equal(found, (np.asarray(b, np.float32) / 3).astype(dtype))
+
+
+def test_nothing_for_vllm(tmp_path: Folder) -> None:
+    with refused(ValueError, "contents", "has neither A and B nor a parameter in full"):
+        peft.write(tmp_path / "a", peft.Contents({}), "vllm")
 
 
 def test_another_profile(tmp_path: Folder) -> None:

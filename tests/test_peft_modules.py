@@ -355,6 +355,17 @@ def test_parts_of_untrained_factors(tmp_path: Folder) -> None:
     assert_equal(peft.load(tmp_path / "a", zeros(adapter), PARTS[:2]), adapter)
 
 
+@pytest.mark.parametrize("scales", [(0.0, 0.0), (0.0, 1.5), (1.5, 0.0)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_parts_of_scale_0(shared: bool, scales: Any, tmp_path: Folder) -> None:
+    """A part that changes nothing, beside one that does, or by itself."""
+    adapter = nodes("gate", "up", shared=shared)
+    adapter = {n: x.replace(scale=s) for (n, x), s in zip(adapter.items(), scales, strict=True)}
+    again = come_back(tmp_path / "a", zeros(adapter), adapter, PARTS[:2])
+    if not any(scales):
+        assert_equal(again, adapter)
+
+
 @pytest.mark.parametrize("alternating", [False, True])
 @pytest.mark.parametrize("table", [PARTS, LINEAR_PARTS], ids=["experts", "linear"])
 def test_parts_of_weights(table: Any, alternating: bool) -> None:

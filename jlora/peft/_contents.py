@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._adapters import Decomposed, LowRank, Replaced, weight_shape
+from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from .._arrays import put
 from .._errors import InputError, Problem
 from .._types import Layout, short
+from ._file import COUNT, COUNTS, DTYPES
 from ._problems import Problems
+from .adapter._arranged import explain_unstored
 from .adapter._config import DEFAULTS, ROWS_ALONE, ROWS_DEFAULTS, problems_of
 from .adapter._describe import find_scales, set_scales
 from .adapter._draft import make_draft
@@ -195,7 +197,12 @@ def _as_parameters(contents: Contents) -> Parameters:
     parts, tokens, full = list[Part](), dict[str, Tokens](), dict[str, np.ndarray]()
     wrong = list[Problem]()
     for name, x in contents.leaves.items():
-        if isinstance(x, np.ndarray | jax.Array) and "." in name:
+        is_array = isinstance(x, np.ndarray | jax.Array)
+        arrays = state(x).values() if is_node(x) else [x] * is_array
+        dtypes = COUNTS if name.endswith(COUNT) else DTYPES
+        if odd := next(filter(None, (explain_unstored(y, dtypes) for y in arrays)), None):
+            wrong.append(Problem(name, odd))
+        elif is_array and "." in name:
             full[name] = np.asarray(x)
         elif isinstance(x, Replaced) and x.layout == _ROWS:
             tokens[f"{name}.weight"] = Tokens(name, x.rows, np.asarray(x.v))

@@ -24,7 +24,14 @@ from .._file import DTYPES, PREFIX
 from ..names._advice import advise
 from ..names._leaves import NamedLeaf, find_tied_heads, path_in_names, resolve, sort_by_row
 from ..names._names import Name
-from ..names._torch_layout import join_outputs, keep_adapted, split_factors, split_rows, swap
+from ..names._torch_layout import (
+    join_outputs,
+    keep_adapted,
+    rescale,
+    split_factors,
+    split_rows,
+    swap,
+)
 from ._config import ROWS_ALONE
 from ._files import MAGNITUDE
 from ._roles import make_saves
@@ -120,16 +127,17 @@ def _join_parts(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:
     ):
         ends = [a[0].shape[1]] * count
         a = a[:1]
+    scale = next((x.scale for x in own.values() if x.scale), first.scale)
     b = np.zeros((count, len(first.b), ends[-1], experts), first.b.dtype)
     for (j, x), end in zip(own.items(), ends, strict=True):
         factor = x.b.reshape(len(x.b), -1, experts)
-        b[j, :, end - factor.shape[1] : end] = factor * np.asarray(x.scale / first.scale, b.dtype)
+        b[j, :, end - factor.shape[1] : end] = rescale(factor, x.scale / scale if scale else 1.0)
     whole = np.concatenate(a, 1).reshape(-1, first.a.shape[1])
     b = join_outputs(b, leaf.name)
     m = None
     if first.m is not None:
         m = join_outputs(np.stack([own[j].m for j in range(count)]), leaf.name)
-    return first._replace(a=whole, b=b.reshape(len(b), -1), m=m)
+    return first._replace(a=whole, b=b.reshape(len(b), -1), scale=scale, m=m)
 
 
 def _swap(leaf: NamedLeaf, part: Part) -> Part:
@@ -212,10 +220,8 @@ def _why_unwritable(path: Path, x: AdapterLeaf, leaves: Mapping[Path, NamedLeaf]
     arrays: list[Any] = list(state(x).values()) if is_node(x) else [x]
     if empty := [array.shape for array in arrays if 0 in array.shape]:
         return f"has an array without values, of shape {empty[0]}"
-    if any(isinstance(y, jax.ShapeDtypeStruct) for y in arrays):
-        return "expected arrays, got jax.ShapeDtypeStruct"
-    if odd := [y.dtype for y in arrays if y.dtype not in DTYPES.values()]:
-        return f"expected a dtype of {', '.join(DTYPES)}, got {odd[0]}"
+    if odd := next(filter(None, map(explain_unstored, arrays)), None):
+        return odd
     if any(not np.isfinite(np.asarray(y)).all() for y in arrays):
         return "has values that are not finite"
     if not is_node(x):
@@ -229,6 +235,14 @@ def _why_unwritable(path: Path, x: AdapterLeaf, leaves: Mapping[Path, NamedLeaf]
     if not (set(wanted.inputs) <= set(ours.inputs) and set(wanted.outputs) <= set(ours.outputs)):
         return f"expected {wanted} by `names`, got {ours}"
     return _why_no_magnitudes(x, leaf) if isinstance(x, Decomposed) else None
+
+
+def explain_unstored(x: Any, dtypes: Mapping[str, np.dtype] = DTYPES) -> str | None:
+    """Explains why an array cannot be stored as one of the `dtypes`, if it cannot."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return "expected arrays, got jax.ShapeDtypeStruct"
+    known = x.dtype in dtypes.values()
+    return None if known else f"expected a dtype of {', '.join(dtypes)}, got {x.dtype}"
 
 
 def _why_no_magnitudes(x: Decomposed, leaf: NamedLeaf) -> str | None:

@@ -8,13 +8,7 @@ import jax
 import numpy as np
 
 from ..._types import PyTree
-from .._file import (
-    DTYPES,
-    Source,
-    TensorInfo,
-    read_header,
-    read_tensors,
-)
+from .._file import COUNTS, DTYPES, Source, TensorInfo, read_header, read_tensors
 from .._problems import Problems
 from ._config import read_fields
 
@@ -85,7 +79,7 @@ def open_files(source: Source, ignore: Collection[str] = ()) -> Files:
 
 def as_files(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argument: str) -> Files:
     """Presents a configuration and tensors in memory as files."""
-    types = {dtype: name for name, dtype in DTYPES.items()}
+    types = {dtype: name for name, dtype in (DTYPES | COUNTS).items()}
     found = [TensorInfo(key, types[x.dtype], x.shape) for key, x in tensors.items()]
     read = lambda wanted: {x.key: tensors[x.key] for x in wanted}  # noqa: E731
     return Files(dict(fields), found, read, argument, True)

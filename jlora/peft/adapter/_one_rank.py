@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..._errors import InputError, Problem
-from ..names._torch_layout import swap
+from ..names._torch_layout import rescale, swap
 from ._sorted import Parameters, Part
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -40,7 +40,7 @@ def with_profile(
             problems=wrong,
             remedy="Leave these out of the rules, or merge the adapter and serve the merged model.",
         )
-    largest = max(x.rank for x in own.parts)
+    largest = max((x.rank for x in own.parts), default=1)
     rank = next((r for r in RANKS if r >= largest), None)
     if rank is None:
         raise InputError(
@@ -62,7 +62,7 @@ def _pad(x: Part, rank: int) -> Part:
     """Pads A and B, those of each expert, and multiplies the scale into B."""
     more = ((0, 0), (0, rank - x.rank), (0, 0))
     a = np.pad(x.a.reshape(x.experts, x.rank, -1), more)
-    b = np.pad((x.b * np.asarray(x.scale, x.b.dtype)).reshape(-1, x.rank, x.experts), more)
+    b = np.pad(rescale(x.b, x.scale).reshape(-1, x.rank, x.experts), more)
     return x._replace(a=a.reshape(-1, a.shape[-1]), b=b.reshape(len(b), -1), scale=1.0)
 
 

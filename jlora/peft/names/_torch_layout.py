@@ -228,10 +228,15 @@ def _rescale(
     x: np.ndarray, axes: Axes, leaf: NamedLeaf, operation: Callable[..., np.ndarray]
 ) -> np.ndarray:
     """Multiplies or divides an array by the factor of a row, rounded once; A and B stay."""
-    if leaf.name.times is None or RANK in axes:
-        return x
+    return x if leaf.name.times is None or RANK in axes else rescale(x, leaf.factor, operation)
+
+
+def rescale(
+    x: np.ndarray, factor: float, operation: Callable[..., np.ndarray] = np.multiply
+) -> np.ndarray:
+    """Multiplies an array by a number, or divides it, rounded once."""
     wide = x.astype(np.promote_types(x.dtype, np.float32))
-    return operation(wide, leaf.factor).astype(x.dtype)
+    return operation(wide, factor).astype(x.dtype)
 
 
 def _reorder(
