@@ -259,9 +259,10 @@ def test_leaves_in_full_alone(tmp_path: Folder) -> None:
     adapter, names = jax.tree.map(jnp.ones_like, base), [Name("(.*)/kernel", r"\1", "io")]
     assert_equal(come_back(tmp_path / "a", base, adapter, names), adapter)
     assert peft.read_config(tmp_path / "a")["target_modules"] == "dummy-target-modules"
-    given = {"target_modules": ["other"]}
-    peft.save(tmp_path / "b", base, adapter, names, config=given)
-    assert peft.read_config(tmp_path / "b")["target_modules"] == ["other"]
+    for i, given in enumerate((["other"], ["head"], [])):  # of which PEFT finds none to adapt
+        folder = tmp_path / f"{i}"
+        peft.save(folder, base, adapter, names, config={"target_modules": given})
+        assert peft.read_config(folder)["target_modules"] == "dummy-target-modules"
 
 
 def test_patterns_of_many_ranks(tmp_path: Folder) -> None:
@@ -277,6 +278,30 @@ def test_patterns_of_many_ranks(tmp_path: Folder) -> None:
     assert raw(come_back(tmp_path / "a", base, nested(made), [name])) == raw(nested(made))
 
 
+def test_the_first_pattern_of_a_file_counts(tmp_path: Folder) -> None:
+    """A file has them in order, whatever order a configuration has them in."""
+    base, _, names = of_modules("m.q m.k", "", "")
+    sites = {m: {"kernel": node(names[0], (4, 4), 2, s)} for m, s in (("q", 5.0), ("k", 2.0))}
+    given = {"alpha_pattern": {"q": 10, ".*": 4}}  # in the order of a file, q is 4 too
+    peft.save(tmp_path / "a", base, {"m": sites}, names, config=given)
+    adapter = peft.load(tmp_path / "a", base, names)
+    assert_equal(adapter, {"m": sites})
+    write_config(tmp_path / "a", lora_alpha=1, **given)
+    for again in (
+        lambda out: peft.write(out, peft.read(tmp_path / "a")),
+        lambda out: peft.save(out, base, adapter, names, config=peft.read_config(tmp_path / "a")),
+    ):
+        again(tmp_path / "b")
+        assert_equal(peft.load(tmp_path / "b", base, names), adapter)
+        shutil.rmtree(tmp_path / "b")
+
+
+def write_config(folder: Folder, **fields: Any) -> None:
+    """Changes fields of a configuration, and keeps the order."""
+    found = json.loads((folder / CONFIG).read_text()) | fields
+    (folder / CONFIG).write_text(json.dumps(found))
+
+
 # Linear modules, norms, the adapted modules, and the names by which PEFT finds these alone.
 SHORT: dict[str, tuple[str, str, str, list[str]]] = {
     "all with a word": ("0.q 1.q 0.k", "0.norm", "0.q 1.q", ["q"]),
@@ -288,6 +313,7 @@ SHORT: dict[str, tuple[str, str, str, list[str]]] = {
     "a word of norms": ("a.proj b.q", "c.proj", "a.proj", ["a.proj"]),
     "no word": ("a.q-1 b.q", "", "a.q-1", ["a.q-1"]),
     "no parent": ("0 2", "1", "0 2", ["0", "2"]),
+    "the end of a name": ("q a.q b.q.k", "c.q", "q b.q.k", ["k", "q"]),
 }
 
 
@@ -315,7 +341,8 @@ def test_names_are_short_where_they_are_words(case: str, tmp_path: Folder) -> No
     assert found in (expected, wide["target_modules"])
     others = {*linear.split(), *norms.split()} - set(adapted.split())
     others |= {m[:i] for m in f"{linear} {norms}".split() for i in range(len(m)) if m[i] == "."}
-    assert not [m for m in others for t in found if f".{m}".endswith(f".{t}")]
+    taken = {m for m in others for t in found if f".{m}".endswith(f".{t}")}
+    assert taken == {*(peft.read_config(tmp_path / "b")["exclude_modules"] or ())}
 
 
 def test_names_of_thousands_of_modules_are_short() -> None:

@@ -190,8 +190,16 @@ def resnet() -> Any:
     return transformers.ResNetForImageClassification(config)
 
 
+def one_end() -> Any:
+    """Modules whose whole names other names end with: those of a module, and of a container."""
+    nn = torch.nn
+    low = nn.Sequential(OrderedDict(head=nn.Linear(4, 4), body=nn.Sequential(nn.Linear(4, 4))))
+    return nn.Sequential(OrderedDict(low=low, body=nn.Linear(4, 4), head=nn.Linear(4, 3)))
+
+
 # A model of numbered modules, and those that are adapted.
 NUMBERED: dict[str, tuple[Any, list[str]]] = {
+    "end of others": (one_end, ["head", "body"]),
     "first": (in_order, ["body.0"]),
     "both": (in_order, ["body.0", "head.3"]),
     "all": (in_order, ["body.0", "body.2", "head.1", "head.3"]),

@@ -85,9 +85,22 @@ NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
         (BASE | {"v": BASE["w"]}, LOW, [Name("[wv]", "m", "io")]), {},
         *("names", "m.weight", "v, w", "Narrow its patterns."),
     ),
-    "inseparable": (
-        (BASE | {"v": BASE["w"]}, LOW, [W, Name("v", "x.m", "io")]), {},
+    "inseparable": (  # of three names, each of which ends with the next
+        (dict.fromkeys("uvw", BASE["w"]), dict.fromkeys("uw", LOW["w"]),
+         [W, Name("v", "x.m", "io"), Name("u", "y.x.m", "io")]), {},
         *("adapter", "", "cannot be selected apart from others"),
+    ),
+    "A and B in what is saved": (  # by its name, which ends like the other
+        ({"w": BASE["w"], "v": np.ones((4, 6), "f")}, LOW | {"v": np.ones((4, 6), "f")},
+         [Name("w", "x.m", "io"), Name("v", "m", "io")]), {},
+        *("adapter", "w", "x.m", "['m']", "or merge the adapter"),
+    ),
+    "no value for JSON": (
+        (BASE, LOW, [W]), {"config": {"base_model_name_or_path": 1j}},
+        *("config", "base_model_name_or_path", "expected a value for JSON, got 1j"),
+    ),
+    "a number as a pattern": (
+        (BASE, LOW, [W]), {"config": {"rank_pattern": {5: 2}}}, "config", "rank_pattern", "{5: 2}"
     ),
     "integers beside it": (with_bias(np.int32), {}, "base", "q/bias", "got int32", TYPED),
     "eight bits beside it": (

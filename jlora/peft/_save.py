@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from .._adapters import is_node
 from .._errors import InputError, Problem
 from .._tree import is_abstract, name_of
 from .._types import PyTree
-from ._file import DTYPES, Source, read_json
+from ._file import DTYPES, Source, read_json, shorten
 from ._load import fit
 from ._problems import Problems
 from .adapter._arranged import Tree, arrange, check_one_method
@@ -198,6 +199,7 @@ def _as_lora(tree: Tree, given: Fields) -> tuple[Fields, Parameters]:
     _refuse_config(problems_of(fields, is_file=False))
     fields = describe(fields, given, tree, parts)
     saved = find_full(fields, tree)
+    _refuse_adapted([leaf for leaf in saved if is_node(tree.found.get(leaf.path))], fields)
     frozen = find_frozen(fields, tree)
     _check_values([*(x for x in saved if x.path not in tree.found), *frozen.values()])
     full = dict[str, np.ndarray]()
@@ -221,6 +223,17 @@ def _rows_alone(tree: Tree, given: Fields) -> tuple[Fields, Parameters]:
 def _refuse_config(wrong: Sequence[Problem]) -> None:
     if wrong:
         raise InputError("`config` cannot be written:", problems=wrong)
+
+
+def _refuse_adapted(leaves: Sequence[NamedLeaf], fields: Fields) -> None:
+    if leaves:
+        raise InputError(
+            "`adapter` has A and B, or rows, at modules that PEFT saves as a whole, as their names "
+            f"end with one of modules_to_save, {shorten(fields['modules_to_save'])}:",
+            problems=[Problem(name_of(leaf.path), ", ".join(leaf.modules)) for leaf in leaves],
+            remedy="Train these leaves in full too, or take them out of the rules, or merge the "
+            "adapter: jlora.peft.export_merged, or jlora merge.",
+        )
 
 
 def _check_values(leaves: Sequence[NamedLeaf]) -> None:

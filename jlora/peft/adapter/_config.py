@@ -63,6 +63,7 @@ _PLAIN = COMMON | {
 }
 DEFAULTS = _PLAIN | _READ | _UNREAD
 METHODS = tuple(_READ)
+PATTERNS = ("rank_pattern", "alpha_pattern")
 ROWS_ALONE = "TRAINABLE_TOKENS"  # another method
 ROWS_DEFAULTS = COMMON | {"init_weights": True, "peft_type": ROWS_ALONE, "token_indices": []}
 _KNOWN = DEFAULTS.keys() | ROWS_DEFAULTS.keys()
@@ -142,7 +143,11 @@ def problems_of(fields: Mapping[str, Any], *, is_file: bool = True) -> list[Prob
         found.append(Problem("peft_type", f"expected 'LORA', got {shorten(method)}", remedy))
     found += list_unsupported(strange, is_file=is_file)
     found += [] if method == ROWS_ALONE else _list_contradictions(fields)
-    return found + list_misformed(fields)
+    found += list_misformed(fields)
+    if found or is_file:
+        return found
+    odd = ((key, x) for key, x in fields.items() if not _is_json(x))
+    return [Problem(key, f"expected a value for JSON, got {shorten(x)}") for key, x in odd]
 
 
 _NAME = "set it to the method of the adapter"
@@ -150,6 +155,14 @@ _CONVERT = (
     "convert it to LoRA in PEFT with peft.save_as_lora; if PEFT cannot (AdaLoRA), merge it there "
     "with merge_and_unload"
 )
+
+
+def _is_json(x: object) -> bool:
+    try:
+        json.dumps(x)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def list_unsupported(fields: Mapping[str, Any], *, is_file: bool) -> list[Problem]:
@@ -203,7 +216,7 @@ def _list_refused_patterns(fields: Mapping[str, Any]) -> list[Problem]:
     found = [(key, x, x) for key in keys if isinstance(x := fields.get(key), str)]
     layers = fields.get("layers_pattern") or []
     forms = {"layers_pattern": ([layers] if isinstance(layers, str) else layers, wrap_layer)}
-    forms |= {key: (fields.get(key) or (), wrap_key) for key in ("rank_pattern", "alpha_pattern")}
+    forms |= {key: (fields.get(key) or (), wrap_key) for key in PATTERNS}
     for key, (patterns, form) in forms.items():
         found += [(key, x, x if PLAIN.fullmatch(x) else form(x)) for x in patterns]
     refused = explain_refused([whole for _, _, whole in found])
@@ -242,7 +255,8 @@ def _listing(fits: _Fits) -> _Fits:
 
 
 def _by_name(fits: _Fits) -> _Fits:
-    return lambda x: isinstance(x, dict) and len(x) <= ENTRIES and all(map(fits, x.values()))
+    fit = lambda x: all(map(_is_text, x)) and all(map(fits, x.values()))  # noqa: E731
+    return lambda x: isinstance(x, dict) and len(x) <= ENTRIES and fit(x)
 
 
 def _or_null(*kinds: _Fits) -> _Fits:

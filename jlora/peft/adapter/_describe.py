@@ -13,7 +13,7 @@ from ..._types import Path
 from .._problems import Problems
 from ..names._leaves import NamedLeaf
 from ._arranged import Tree
-from ._config import ENTRIES, ROWS_ALONE, list_misformed
+from ._config import ENTRIES, PATTERNS, ROWS_ALONE, list_misformed
 from ._patterns import Clock
 from ._roles import Role, find_divisor, list_parents, list_tails, make_saves, resolve, saves_bias
 from ._sorted import SAVED_BY_NAME, Part, may_tie
@@ -50,17 +50,20 @@ def _set_targets(fields: Fields, tree: Tree) -> Fields:
             if leaf.name.kind:
                 keys[leaf.name.kind == "experts"][leaf.key(module)] = name in adapted
     if is_described:
-        selects = adapted or fields["target_modules"] or fields["target_parameters"]
-        return fields if selects else fields | {"target_modules": NO_MODULE}
+        return fields if adapted else fields | {"target_modules": NO_MODULE}
     is_tied = any(_ties({"ensure_weight_tying": True}, module) for module in tied)
     if not is_tied:  # PEFT does not tie this head by itself, so it is selected by name
         keys[False] |= dict.fromkeys(tied.values(), True)
     # If it were selected by its last name alone, PEFT would store its frozen weight too.
     whole = [m for m in keys[False] if m.rpartition(".")[2] in SAVED_BY_NAME]
+    targets = _select(keys[False], whole)
+    # A whole name also selects the modules whose names end with it.
+    unwanted = (name for name, is_chosen in keys[False].items() if not is_chosen)
+    excluded = [name for name in unwanted if not {*targets}.isdisjoint(list_tails(name))]
     return fields | {
-        "target_modules": _select(keys[False], whole),
+        "target_modules": targets if adapted else NO_MODULE,
         "target_parameters": _select(keys[True]) or None,
-        "exclude_modules": None,
+        "exclude_modules": excluded or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "ensure_weight_tying": is_tied,
@@ -257,6 +260,8 @@ def find_scales(parts: Iterable[Part], tied: Mapping[str, str]) -> dict[str, tup
 
 def set_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """Sets rank, alpha and patterns so that each key gets its rank and scale."""
+    # The first pattern that matches counts, and files have them in order.
+    fields = fields | {key: dict(sorted(fields[key].items())) for key in PATTERNS if fields[key]}
     roles = resolve(fields, scales, Clock())
     # The factor of a row of `names` may have changed the last bit of a scale.
     same = (

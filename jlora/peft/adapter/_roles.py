@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._file import shorten
-from ._config import DEFAULTS
+from ._config import DEFAULTS, PATTERNS
 from ._patterns import PLAIN, Clock, Job, match, unescape, wrap_key, wrap_layer
 
 # PEFT lists both names for every sequence classifier, whatever its head is called.
@@ -59,7 +59,7 @@ def resolve(fields: Fields, names: Iterable[str], clock: Clock) -> dict[str, Rol
     names = list(dict.fromkeys(names))
     targets, excluded = (_Choice(fields.get(k)) for k in ("target_modules", "exclude_modules"))
     layers = _Layers(fields)
-    ranks, alphas = (_Values(fields.get(k)) for k in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = (_Values(fields.get(k)) for k in PATTERNS)
     jobs = [*targets.jobs, *excluded.jobs, *layers.jobs]
     found = match([*jobs, *ranks.jobs.values(), *alphas.jobs.values()], names, clock)
     saves = make_saves(fields)
@@ -108,7 +108,7 @@ def list_unused(
     whole = (x for x in fields.get("modules_to_save") or [] if x not in HEADS)
     left = (name for name in whole if not holders.end_in(name))
     unused += [f"modules_to_save: {shorten(x)} matches none of the adapter's tensors" for x in left]
-    each = {field: _Values(fields.get(field)) for field in ("rank_pattern", "alpha_pattern")}
+    each = {field: _Values(fields.get(field)) for field in PATTERNS}
     found = match([job for values in each.values() for job in values.jobs.values()], keys, clock)
     for field, values in each.items():
         each_key = clock.watch(enumerate(keys))

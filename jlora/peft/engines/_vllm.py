@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from .._file import show
-from ..adapter._config import STARTS
+from ..adapter._config import PATTERNS, STARTS
 from ..adapter._one_rank import RANKS
 from ..adapter._roles import HEADS
 from . import _findings as rules
@@ -115,7 +115,7 @@ def _names(x: Served) -> Iterator[Finding]:
 
 def _notes(x: Served) -> list[str]:
     """Says what versions before the one of these rules drop."""
-    patterns = [key for key in ("rank_pattern", "alpha_pattern") if x.fields.get(key)]
+    patterns = [key for key in PATTERNS if x.fields.get(key)]
     return [f"{key} {_OLD}. {rules.PROFILE}, if yours is older." for key in patterns]
 
 
