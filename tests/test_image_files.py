@@ -220,10 +220,16 @@ def test_several_models(tensors: Any, metadata: Any, prefixes: Any, tmp_path: Fo
         assert found["mid.attn.to_q"]["weight"].b.shape == (3, 6)
     [text] = peft.read(path, prefix=prefixes[0]).leaves
     assert text == ("layers.0.q" if prefixes[0] == "text_encoder" else "lora_te1_layers_0_q")
-    failed = CliRunner().invoke(cli, ["inspect", str(path)])
-    assert failed.exit_code == 2 and "Give --prefix, one of" in failed.stderr
-    done = CliRunner().invoke(cli, ["inspect", str(path), "--prefix", "unet"])
-    assert done.exit_code == 0 and "image adapter: 1 sites" in done.stdout
+    combine = ["combine", *[str(path)] * 2, str(tmp_path / "out")]
+    for command, said in (
+        (["inspect", str(path)], "image adapter: 1 sites"),
+        (["diff", str(path), str(path)], "1 of 1 common sites are equal"),
+        *[(combine, "2 adapters by add, 1 sites of rank 6")] * (prefixes[0] == "text_encoder"),
+    ):
+        failed = CliRunner().invoke(cli, command)
+        assert failed.exit_code == 2 and "Give --prefix, one of" in failed.stderr
+        done = CliRunner().invoke(cli, [*command, "--prefix", "unet"])
+        assert done.exit_code == 0 and said in done.stdout
 
 
 def test_a_prefix_that_no_header_has(tmp_path: Folder) -> None:
@@ -438,6 +444,8 @@ def test_kohya_without_names(tmp_path: Folder) -> None:
     for given in ({}, {"dialect": "diffusers", "prefix": "unet"}):
         with refused(ValueError, "contents", MANGLED, "jlora.peft.load"):
             peft.write(tmp_path / "a", found, **given)
+    with refused(ValueError, "prefix", "'unet'", "'te1'"):
+        peft.write(tmp_path / "a", found, dialect="kohya", prefix="te1")
     assert not (tmp_path / "a").exists()
 
 

@@ -1,5 +1,7 @@
 """`jlora combine`: several PEFT adapters to one."""
 
+from typing import Any
+
 import click
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from .._folders import check_vacant
 from .._tree import count
 from .._types import PyTree
 from ._command import FOLDER, Answer, Arg, Command, call
-from ._inputs import IGNORE, by_name
+from ._inputs import IGNORE, PREFIX, by_name
 
 SHARE = click.FloatRange(0, 1, min_open=True)
 
@@ -29,6 +31,7 @@ SHARE = click.FloatRange(0, 1, min_open=True)
 )
 @click.option("--density", type=SHARE, help="The share of entries that ties or dare keeps.")
 @click.option("--rank", type=click.IntRange(1), help="Truncate each site to at most this rank.")
+@PREFIX
 @IGNORE
 def combine(
     adapters: tuple[Arg, ...],
@@ -37,7 +40,7 @@ def combine(
     method: str,
     density: float | None,
     rank: int | None,
-    ignore: tuple[str, ...],
+    **reading: Any,
 ) -> Answer:
     """Combine several PEFT adapters into one.
 
@@ -57,7 +60,7 @@ def combine(
         found = getattr(jlora.arithmetic, method)(_widen(trees), numbers, **options)
         return found if rank is None else jlora.arithmetic.truncate(found, rank)
 
-    each = [x.with_value(call(jlora.peft.read, x, ignore=ignore)) for x in adapters]
+    each = [x.with_value(call(jlora.peft.read, x, **reading)) for x in adapters]
     made = call(jlora.peft.combine, each, merge)
     call(jlora.peft.write, out, Arg("ADAPTERS", None, made))
     found = by_name(dict(made.leaves))

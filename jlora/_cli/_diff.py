@@ -15,8 +15,9 @@ from .._adapters import AdapterLeaf, Decomposed, LowRank, Replaced, is_node, sta
 from .._node import static
 from .._progress import progress
 from .._text import align_columns
+from ..peft._recognized import find_image
 from ._command import FOLDER, Answer, Arg, Command, call
-from ._inputs import IGNORE, NAMES, OpenAdapter, by_name, format_of, open_adapter, table
+from ._inputs import IGNORE, NAMES, PREFIX, OpenAdapter, by_name, format_of, open_adapter, table
 from ._inspect import widen
 
 
@@ -30,10 +31,9 @@ from ._inspect import widen
     help="Treat sites as equal if ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖ is at most this, even if their ranks "
     "differ.",
 )
+@PREFIX
 @IGNORE
-def diff(
-    a: Arg, b: Arg, names: str | None, tolerance: float | None, ignore: tuple[str, ...]
-) -> Answer:
+def diff(a: Arg, b: Arg, names: str | None, tolerance: float | None, **options: Any) -> Answer:
     """Compare two adapters, A and B.
 
     Shows ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖ for each site that differs, and what differs. The exit code is 0 if
@@ -41,7 +41,7 @@ def diff(
     """
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"--tolerance must be a number of at least 0; got {tolerance}.")
-    ours, theirs = _open_alike(a, b, names, ignore)
+    ours, theirs = _open_alike(a, b, names, **options)
     common = [name for name in ours.leaves if name in theirs.leaves]
     bar = progress(common, "sites", leave=False)
     compared: list[dict[str, Any]] = [
@@ -73,15 +73,19 @@ def diff(
     return Answer("\n".join(lines), fields, int(not equal))
 
 
-def _open_alike(a: Arg, b: Arg, names: str | None, ignore: tuple[str, ...]) -> list[OpenAdapter]:
+def _open_alike(
+    a: Arg, b: Arg, names: str | None, ignore: tuple[str, ...], prefix: str | None
+) -> list[OpenAdapter]:
     """Opens two adapters with the same names. A PEFT adapter gets those of the Orbax adapter."""
     formats = {format_of(x): x for x in (a, b)}
     if formats.keys() != {"peft", "orbax"}:
-        return [open_adapter(a, ignore), open_adapter(b, ignore)]
+        images = [x for x in (a, b) if find_image(x.value)] or [a, b]
+        return [open_adapter(x, ignore, prefix if x in images else None) for x in (a, b)]
     orbax = formats["orbax"]
     shapes = call(jlora.checkpoint.base_shapes, orbax)
     base = Arg(f"the base of {orbax.what}", orbax.path, shapes)
-    tree = call(jlora.peft.load, formats["peft"], base, table(names), ignore=ignore)
+    options = {"ignore": ignore, "prefix": prefix}
+    tree = call(jlora.peft.load, formats["peft"], base, table(names), **options)
     ours = open_adapter(orbax, ignore)
     theirs = OpenAdapter("peft", by_name(tree), {})
     return [ours if x is orbax else theirs for x in (a, b)]

@@ -82,9 +82,8 @@ def make_draft(
     prefix: str | None,
 ) -> Draft:
     """Makes the files of an adapter in a dialect."""
-    prefix = _check_dialect(dialect, prefix)
-    if dialect != "kohya":
-        _refuse_mangled(part.key for part in own.parts)
+    given, prefix = prefix, _check_dialect(dialect, prefix)
+    _refuse_mangled((part.key for part in own.parts), dialect, given)
     if dialect == "peft":
         return Draft(fields, make_tensors(fields, own, tied))
     metadata, tensors = _encode(dialect, prefix, fields, own)
@@ -174,12 +173,17 @@ def _narrow(alpha: float) -> np.ndarray:
     return narrow if float(narrow) == alpha else np.asarray(alpha, np.float64)
 
 
-def _refuse_mangled(names: Iterable[str]) -> None:
-    """Raises for kohya's names, which other dialects cannot have."""
-    if found := [Problem(x, "is kohya's") for x in names if MANGLED.fullmatch(x)]:
+def _refuse_mangled(names: Iterable[str], dialect: str, prefix: str | None) -> None:
+    """Raises for kohya's names, which other dialects cannot have, and which have a prefix."""
+    mangled = {x: found["prefix"] for x in names if (found := MANGLED.fullmatch(x))}
+    if mangled and dialect != "kohya":
         raise InputError(
             "`contents` has kohya's names, in which dots and _ are the same, so that only "
             "dialect 'kohya' can hold them:",
-            problems=found,
+            problems=[Problem(x, "is kohya's") for x in mangled],
             remedy="Load the file onto its model with jlora.peft.load, and save that.",
+        )
+    if other := next((p for p in mangled.values() if prefix not in (None, p)), None):
+        raise InputError(
+            f"`prefix` must be {other!r}, as kohya's names have it already, or None; got {prefix!r}.",
         )
