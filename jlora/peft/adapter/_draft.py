@@ -185,5 +185,5 @@ def _refuse_mangled(names: Iterable[str], dialect: str, prefix: str | None) -> N
         )
     if other := next((p for p in mangled.values() if prefix not in (None, p)), None):
         raise InputError(
-            f"`prefix` must be {other!r}, as kohya's names have it already, or None; got {prefix!r}.",
+            f"`prefix` must be {other!r}, as kohya's names have it, or None; got {prefix!r}.",
         )
