@@ -82,11 +82,11 @@ def make_draft(
     prefix: str | None,
 ) -> Draft:
     """Makes the files of an adapter in a dialect."""
-    given, prefix = prefix, _check_dialect(dialect, prefix)
-    _refuse_mangled((part.key for part in own.parts), dialect, given)
+    spelled = _check_dialect(dialect, prefix)
+    _refuse_mangled((part.key for part in own.parts), dialect, prefix)
     if dialect == "peft":
         return Draft(fields, make_tensors(fields, own, tied))
-    metadata, tensors = _encode(dialect, prefix, fields, own)
+    metadata, tensors = _encode(dialect, spelled, fields, own)
     return Draft(fields, tensors, metadata, _explain_misread(dialect, own))
 
 
