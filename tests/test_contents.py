@@ -198,8 +198,8 @@ def test_scales_for_vllm_are_rounded_once(dtype: Any, tmp_path: Folder) -> None:
     b = jnp.linspace(1, 2, 64).astype(dtype)[None]
     adapter = Q.replace(a=jnp.ones((3, 1), dtype), b=b, scale=1 / 3)
     peft.write(tmp_path / "a", peft.Contents({"m.q": adapter}), "vllm")
-    found = peft.read(tmp_path / "a").leaves["m.q"].b
-    np.testing.assert_array_equal(found, (np.asarray(b, np.float32) / 3).astype(dtype))
+    found: Any = peft.read(tmp_path / "a").leaves["m.q"]
+    np.testing.assert_array_equal(found.b, (np.asarray(b, np.float32) / 3).astype(dtype))
 
 
 def test_nothing_for_vllm(tmp_path: Folder) -> None:

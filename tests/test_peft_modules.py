@@ -18,7 +18,9 @@ from peft_files import (
     Folder,
     assert_close,
     assert_equal,
+    assert_same_files,
     come_back,
+    node,
     normal,
     pair,
     write,
@@ -290,6 +292,42 @@ ALIKE = {"llama", "llama-scanned", "gpt-oss", "llama4"}
 def first_alike(table: str) -> str:
     """The first of the tables with the same rows."""
     return next(name for name, rows in peft.TABLES.items() if rows == peft.TABLES[table])
+
+
+# --------------------------------------------------------------------------- bare parameters
+
+BARE = [
+    Name("router/w", "m.router", "oi", "w"),
+    Name("router/bias", "m.router", "o", "bias"),
+    Name("([qkv])/kernel", r"m.\1", "oi"),
+]
+
+
+def test_a_bare_parameter(tmp_path: Folder) -> None:
+    """PEFT selects it by its name, and its module's bias with it."""
+    base = {"router": {"w": jnp.zeros((4, 6)), "bias": jnp.zeros(4)}, "q": {"kernel": jnp.eye(6)}}
+    adapter = {"router": {"w": node(BARE[0], (4, 6)), "bias": jnp.ones(4)}}
+    assert_equal(come_back(tmp_path / "a", base, adapter, BARE), adapter)
+    fields = peft.read_config(tmp_path / "a")
+    assert (fields["target_parameters"], fields["target_modules"]) == (["w"], [])
+    given = {"bias": "lora_only"}
+    peft.save(tmp_path / "b", base, adapter, BARE, config=given)
+    peft.write(tmp_path / "c", peft.read(tmp_path / "b"))
+    assert_same_files(tmp_path / "c", tmp_path / "b")
+    assert_equal(peft.load(tmp_path / "c", base, BARE), adapter)
+
+
+@pytest.mark.parametrize("pattern", ["q.weight", "q"])
+def test_a_weight_by_its_own_name(pattern: str, tmp_path: Folder) -> None:
+    """Patterns match the name by which it is selected."""
+    base = {m: {"kernel": jnp.zeros((6, 6))} for m in "qkv"}
+    scales = {"q": 4.5, "k": 1.5, "v": 1.5}
+    adapter = {m: {"kernel": node(BARE[2], (6, 6), scale=s)} for m, s in scales.items()}
+    given = {"target_parameters": ["q.weight"], "target_modules": ["k", "v"]}
+    given |= {"r": 2, "lora_alpha": 3, "alpha_pattern": {pattern: 9}}
+    peft.save(tmp_path / "a", base, adapter, BARE, config=given)
+    assert_equal(peft.load(tmp_path / "a", base, BARE), adapter)
+    assert peft.read_config(tmp_path / "a")["target_parameters"] == ["q.weight"]
 
 
 # --------------------------------------------------------------------------- parts of a parameter

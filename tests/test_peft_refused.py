@@ -146,6 +146,11 @@ NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
     "DoRA of experts": (
         (STACKED, {"w": DORA}, [Name("w", "e", "eio", "e")]), {}, "adapter", "w", "of experts"
     ),
+    "dropout of experts": (
+        (STACKED, {"w": node(STACK.layout, (3, 8, 6))._replace(dropout=0.1)},
+         [Name("w", "e", "eio", "e")]), {},
+        *("adapter", "", "the dropout rate 0.1", "config={'lora_dropout': 0.0}"),
+    ),
     "other norms": (
         (STACKED, {"w": node(NORMS, (3, 8, 6), cls=Decomposed)}, [STACK]), {},
         *("adapter", "w", "norms over axes (0, 1)"),

@@ -285,7 +285,7 @@ def _save(fields: dict[str, Any], own: Parameters) -> dict[str, Any]:
     """Saves the modules of parameters in full, if not all are saved."""
     homes = {name: name.rpartition(".")[::2] for name in own.full}
     roles = resolve(fields, {module for module, _ in homes.values()}, Clock())
-    adapted = {part.key for part in own.parts}
+    adapted = {part.name.rpartition(".")[0] for part in own.parts}
     lost = dict.fromkeys(
         module
         for module, parameter in homes.values()

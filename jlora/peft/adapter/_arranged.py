@@ -247,8 +247,8 @@ def explain_unstored(x: Any, dtypes: Mapping[str, np.dtype] = DTYPES) -> str | N
 
 def _why_no_magnitudes(x: Decomposed, leaf: NamedLeaf) -> str | None:
     """Explains why PEFT cannot represent magnitudes, if it cannot."""
-    if leaf.name.kind == "experts":
-        return "is DoRA, but PEFT has only LoRA for parameters of experts"
+    if leaf.is_bare:
+        return "is DoRA, but PEFT has only LoRA for bare parameters, such as those of experts"
     if set(x.layout.inputs) != set(leaf.name.layout.inputs):
         return f"has norms over axes {x.layout.inputs}, PEFT over {leaf.name.layout.inputs}"
     if not np.asarray(x.m).any():

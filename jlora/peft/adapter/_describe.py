@@ -27,8 +27,17 @@ NO_MODULE = "dummy-target-modules"  # PEFT's word for "no module"
 def describe(fields: Fields, given: Mapping[str, Any], tree: Tree, parts: Iterable[Part]) -> Fields:
     """Replaces the `fields` that do not describe an adapter; `given` has the user's own."""
     fields = _set_targets(fields, tree)
-    fields = _set_full(set_scales(fields, find_scales(parts, tree.tied)), tree)
+    roles = resolve(fields, tree.modules, Clock())
+    scales = find_scales(_key(parts, roles), tree.tied)
+    fields = _set_full(set_scales(fields, scales), tree)
     return _set_tokens(_set_training(fields, given, tree), tree)
+
+
+def _key(parts: Iterable[Part], roles: Mapping[str, Role]) -> Iterator[Part]:
+    """Gives parts that are selected by the names of parameters those as keys."""
+    for part in parts:
+        module, _, parameter = part.name.rpartition(".")
+        yield part._replace(key=part.name) if parameter in roles[module].parameters else part
 
 
 # ------------------------------------------------------------------------- which are adapted
@@ -40,7 +49,7 @@ def _set_targets(fields: Fields, tree: Tree) -> Fields:
     tied = {m: head for m, head in tree.tied.items() if f"{m}.weight" in adapted}
     others = _find_others(tree)
     roles = resolve(fields, [*tree.modules, *others, *tied.values()], Clock())
-    # By whether a key is of experts: whether it is adapted.
+    # By whether a key is of a bare parameter: whether it is adapted.
     keys: dict[bool, dict[str, bool]] = {False: dict.fromkeys(others, False), True: {}}
     is_described = all(_ties(fields, m) or roles[head].adapts for m, head in tied.items())
     is_described &= not any(roles[module].adapts for module in others)
@@ -48,7 +57,7 @@ def _set_targets(fields: Fields, tree: Tree) -> Fields:
         for module, name in zip(leaf.modules, leaf.parameters, strict=True):
             is_described &= _adapts(roles[module], leaf) == (name in adapted)
             if leaf.name.kind:
-                keys[leaf.name.kind == "experts"][leaf.key(module)] = name in adapted
+                keys[leaf.is_bare][leaf.key(module)] = name in adapted
     if is_described:
         return fields if adapted else fields | {"target_modules": NO_MODULE}
     is_tied = any(_ties({"ensure_weight_tying": True}, module) for module in tied)
@@ -72,7 +81,7 @@ def _set_targets(fields: Fields, tree: Tree) -> Fields:
 
 def _find_others(tree: Tree) -> set[str]:
     """Finds the modules that PEFT cannot adapt as a whole: containers, experts, norms."""
-    linear = (x for x in tree.leaves if x.name.kind and x.name.kind != "experts")
+    linear = (x for x in tree.leaves if x.name.kind and not x.is_bare)
     return _with_parents(tree.modules) - {module for leaf in linear for module in leaf.modules}
 
 
@@ -86,7 +95,7 @@ def _adapts(role: Role, leaf: NamedLeaf) -> bool:
         return False
     if leaf.name.parameter in role.parameters:
         return True
-    return role.adapts and leaf.name.kind != "experts" and leaf.name.parameter == "weight"
+    return role.adapts and not leaf.is_bare
 
 
 def _ties(fields: Mapping[str, Any], module: str) -> bool:
@@ -166,10 +175,17 @@ def _set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Field
     new: Fields = {}
     if "lora_dropout" not in given:
         new["lora_dropout"] = next(iter(dropouts), 0.0)
+    is_bare = any(leaf.is_bare for leaf in tree.low)
     if "fan_in_fan_out" not in given:
         linear = (leaf.name for leaf in tree.low if leaf.name.kind == "linear")
-        new["fan_in_fan_out"] = any(name.transposed for name in linear)
-    return fields | new
+        new["fan_in_fan_out"] = not is_bare and any(name.transposed for name in linear)
+    fields = fields | new
+    if is_bare and (rate := fields["lora_dropout"]):
+        raise InputError(
+            f"`adapter` has the dropout rate {rate}, but PEFT refuses dropout beside experts and "
+            "other bare parameters. Write it without: config={'lora_dropout': 0.0}.",
+        )
+    return fields
 
 
 def _set_tokens(fields: Fields, tree: Tree) -> Fields:

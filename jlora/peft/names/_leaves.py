@@ -58,9 +58,14 @@ class NamedLeaf(NamedTuple):
         """PyTorch's parameters, in the order of `modules`."""
         return [f"{module}.{self.name.parameter}".removeprefix(".") for module in self.modules]
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether PEFT selects the parameter by its own name: one of experts, or no `weight`."""
+        return self.name.kind == "experts" or self.name.parameter != "weight"
+
     def key(self, module: str) -> str:
-        """Returns the name that patterns match: the module, or the parameter of experts."""
-        return f"{module}.{self.name.parameter}" if self.name.kind == "experts" else module
+        """Returns the name by which PEFT selects the parameter: its own, or the module's."""
+        return f"{module}.{self.name.parameter}" if self.is_bare else module
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the shapes of A and B of one module in the file."""
