@@ -132,6 +132,17 @@ def test_renamed(name: str, tmp_path: Folder) -> None:
     assert_equal(dict(found.frozen), dict(new.frozen))
 
 
+@pytest.mark.parametrize("view", [np.asfortranarray, lambda x: x[::-1], lambda x: x[:, ::2]])
+def test_views_of_memory(view: Any, tmp_path: Folder) -> None:
+    """The safetensors library would write the memory behind them, or what is after it."""
+    x = view(np.arange(12, dtype=np.float32).reshape(3, 4))
+    rows = Replaced(x, (1, 2, 3), Layout((), (0,), (1,)))
+    peft.write(tmp_path / "a", peft.Contents({"m.q": Q, "m.e": rows, "m.p.weight": x}))
+    found: Any = peft.read(tmp_path / "a").leaves
+    np.testing.assert_array_equal(found["m.p.weight"], x)
+    np.testing.assert_array_equal(found["m.e"].v, x)
+
+
 def test_some_of_the_leaves(tmp_path: Folder) -> None:
     """Without `target_modules`, those that are there are named, and no others of the model."""
     case = models.case("all_linear")

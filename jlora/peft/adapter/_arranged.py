@@ -172,12 +172,14 @@ def make_tensors(
         is_wrapped = name in own.frozen or (module in adapted and not saves(module))
         tensors[f"{PREFIX}{module}{BASE * is_wrapped}.{parameter}"] = x
     delta = DELTA_ALONE if fields["peft_type"] == ROWS_ALONE else DELTA
-    return tensors | {f"{PREFIX}{x.module}{delta}": x.v for x in own.tokens.values()}
+    tensors |= {f"{PREFIX}{x.module}{delta}": x.v for x in own.tokens.values()}
+    # Contiguous, as the safetensors library writes memory in its order.
+    return {key: np.asarray(x, order="C") for key, x in tensors.items()}
 
 
 def _make_head(table: Part, head: str) -> Part:
     """Makes the part of the head that shares the weight of an embedding."""
-    a, b = (np.ascontiguousarray(x.T) for x in (table.b, table.a))
+    a, b = table.b.T, table.a.T
     return table._replace(name=f"{head}.weight", kind="linear", key=head, a=a, b=b)
 
 

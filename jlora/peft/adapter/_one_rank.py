@@ -75,7 +75,7 @@ def _turn(x: Part, experts: Mapping[str, Part]) -> Part:
     one, two = (x, experts[_other(x.name)])[:: 1 if x.name.endswith("gate_up_proj") else -1]
     if one.a.shape[1] == two.b.shape[0]:
         return x
-    a, b = map(np.ascontiguousarray, swap(x.a, x.b, x.experts))
+    a, b = swap(x.a, x.b, x.experts)
     return x._replace(a=a, b=b)
 
 
