@@ -4,7 +4,7 @@ import bisect
 import collections
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..._errors import InputError
@@ -24,20 +24,24 @@ Fields = dict[str, Any]
 NO_MODULE = "dummy-target-modules"  # PEFT's word for "no module"
 
 
-def describe(fields: Fields, given: Mapping[str, Any], tree: Tree, parts: Iterable[Part]) -> Fields:
+def describe(fields: Fields, given: Mapping[str, Any], tree: Tree, parts: Sequence[Part]) -> Fields:
     """Replaces the `fields` that do not describe an adapter; `given` has the user's own."""
     fields = _set_targets(fields, tree)
-    roles = resolve(fields, tree.modules, Clock())
-    scales = find_scales(_key(parts, roles), tree.tied)
+    scales = find_scales(_key(parts, fields), tree.tied)
     fields = _set_full(set_scales(fields, scales), tree)
     return _set_tokens(_set_training(fields, given, tree), tree)
 
 
-def _key(parts: Iterable[Part], roles: Mapping[str, Role]) -> Iterator[Part]:
-    """Gives parts that are selected by the names of parameters those as keys."""
-    for part in parts:
-        module, _, parameter = part.name.rpartition(".")
-        yield part._replace(key=part.name) if parameter in roles[module].parameters else part
+def _key(parts: Sequence[Part], fields: Fields) -> Iterable[Part]:
+    """Gives parts whose parameters are selected by name these names as keys."""
+    if not fields["target_parameters"]:
+        return parts
+    homes = [part.name.rpartition(".")[::2] for part in parts]
+    roles = resolve(fields, (module for module, _ in homes), Clock())
+    return [
+        part._replace(key=part.name) if parameter in roles[module].parameters else part
+        for part, (module, parameter) in zip(parts, homes, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------- which are adapted
