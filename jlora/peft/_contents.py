@@ -17,7 +17,7 @@ from ._file import COUNT, COUNTS, DTYPES
 from ._problems import Problems
 from .adapter._arranged import explain_unstored
 from .adapter._config import DEFAULTS, ROWS_ALONE, ROWS_DEFAULTS, problems_of
-from .adapter._describe import find_scales, set_scales
+from .adapter._describe import NO_MODULE, find_scales, set_scales
 from .adapter._draft import make_draft
 from .adapter._files import Files, fill, list_tensors
 from .adapter._fit_tree import refuse_wide
@@ -233,6 +233,8 @@ def _describe(contents: Contents, own: Parameters) -> dict[str, Any]:
     fields = {**(ROWS_DEFAULTS if is_alone else DEFAULTS), **contents.config}
     if own.parts:
         fields["use_dora"] = any(part.m is not None for part in own.parts)
+    elif not is_alone:
+        fields["target_modules"] = NO_MODULE
     if wrong := problems_of(fields, is_file=False):
         raise InputError("`contents` has a configuration that cannot be written:", problems=wrong)
     rows = {x.module: x.rows for x in own.tokens.values()}
