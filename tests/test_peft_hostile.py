@@ -114,6 +114,14 @@ def test_answers_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(found[job][i] and not found[job][100] for i, job in enumerate(jobs))
 
 
+def test_too_many_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 5 seconds there are answers of gigabytes."""
+    monkeypatch.setattr(_patterns.subprocess, "run", None)
+    jobs = [Job("match", f"z{i}|y*z") for i in range(10_000)]
+    with refused(ValueError, "config", "512 MB"):
+        match(jobs, [f"q{i}" for i in range(2_001)], Clock())
+
+
 def test_a_busy_machine_refuses_nothing(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that runs a thousand times as fast changes no answer."""
     start, clock = time.monotonic(), time.monotonic

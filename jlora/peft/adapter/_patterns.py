@@ -15,6 +15,7 @@ from .._file import shorten
 
 T = TypeVar("T")
 SECONDS = 5.0  # of CPU time, for all patterns of an adapter
+COMPARISONS = 20_000_000  # of a pattern with a name; the answers to more would not fit in 512 MB
 _NO_PATTERN = "is not a regular expression"
 LENGTH = 10_000  # characters of a pattern
 # A pattern that is a name, whose dots may be escaped. It matches without backtracking.
@@ -143,6 +144,8 @@ def match(jobs: Iterable[Job], names: Sequence[str], clock: Clock) -> dict[Job, 
     others = [job for job in jobs if not job.is_plain]
     if not others or not names:
         return found | {job: [] for job in others}
+    if len(others) * len(names) > COMPARISONS:
+        clock.spend(math.inf)
     answers, seconds = _ask(others, names, clock.left) or ((), math.inf)
     clock.spend(seconds)
     for job, answer in zip(others, answers, strict=True):
