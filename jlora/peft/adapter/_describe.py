@@ -179,12 +179,11 @@ def _set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Field
     new: Fields = {}
     if "lora_dropout" not in given:
         new["lora_dropout"] = next(iter(dropouts), 0.0)
-    is_bare = any(leaf.is_bare for leaf in tree.low)
     if "fan_in_fan_out" not in given:
         linear = (leaf.name for leaf in tree.low if leaf.name.kind == "linear")
-        new["fan_in_fan_out"] = not is_bare and any(name.transposed for name in linear)
+        new["fan_in_fan_out"] = any(name.transposed for name in linear)
     fields = fields | new
-    if is_bare and (rate := fields["lora_dropout"]):
+    if (rate := fields["lora_dropout"]) and any(leaf.is_bare for leaf in tree.low):
         raise InputError(
             f"`adapter` has the dropout rate {rate}, but PEFT refuses dropout beside experts and "
             "other bare parameters. Write it without: config={'lora_dropout': 0.0}.",
