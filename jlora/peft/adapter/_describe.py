@@ -71,8 +71,9 @@ def _set_targets(fields: Fields, tree: Tree) -> Fields:
     whole = [m for m in keys[False] if m.rpartition(".")[2] in SAVED_BY_NAME]
     targets = _select(keys[False], whole)
     # A whole name also selects the modules whose names end with it.
+    chosen = frozenset(targets)
     unwanted = (name for name, is_chosen in keys[False].items() if not is_chosen)
-    excluded = [name for name in unwanted if not {*targets}.isdisjoint(list_tails(name))]
+    excluded = [name for name in unwanted if not chosen.isdisjoint(list_tails(name))]
     return fields | {
         "target_modules": targets if adapted else NO_MODULE,
         "target_parameters": _select(keys[True]) or None,
