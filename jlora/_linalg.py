@@ -61,7 +61,7 @@ def _factor(f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
 def _blocks(n: int, r: int) -> int:
     """Counts the blocks of equal size: a power of two, as in meshes, of at least 4·r rows each."""
     blocks = 1
-    while n % (2 * blocks) == 0 and n >= 2 * blocks * TALL * r:
+    while n % (2 * blocks) == 0 and n >= 2 * blocks * TALL * max(r, 1):
         blocks *= 2
     return blocks
 

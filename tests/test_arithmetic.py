@@ -246,6 +246,41 @@ def test_dtypes_stay(name: str) -> None:
         assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
 
 
+def test_dtypes_may_differ() -> None:
+    """The wider one holds the result, under strict promotion too; products are rounded once."""
+    one = adapters("plain")[0]["w"]
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), one)
+    head = {"head": jnp.ones(3, jnp.bfloat16)}
+    narrow, wide = {"w": half} | head, {"w": one, "head": jnp.ones(3)}
+    options = {"base": {"w": jnp.zeros((12, 9)), "head": jnp.zeros(3)}, "weights": WEIGHTS[:2]}
+    with jax.numpy_dtype_promotion("strict"):
+        for f in (arithmetic.add, arithmetic.ties, functools.partial(arithmetic.dare, key=KEY)):
+            for trees in ([narrow, wide], [wide, narrow]):
+                found = jax.eval_shape(functools.partial(f, **options), trees)
+                assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
+        weights = jnp.array([0.3, 1.0])
+        summed = arithmetic.add([narrow, wide], weights, base=options["base"])["w"]
+        b = arithmetic.scale({"w": half}, 0.3)["w"].b
+    np.testing.assert_array_equal(summed.b[:2], np.float32(half.b) * np.float32(0.3))
+    np.testing.assert_array_equal(b, (np.float32(half.b) * np.float32(0.3)).astype(b.dtype))
+
+
+def test_float8_in_full() -> None:
+    one = {"w": jnp.ones(3, jnp.float8_e4m3fn)}
+    assert arithmetic.add([one, one], base=one)["w"].dtype == jnp.float8_e4m3fn
+
+
+def test_rank_0_stays() -> None:
+    """Also where columns are factored in blocks of rows."""
+    nothing = {"w": draw(0, (64, 9), PLAIN, 0, 1.0)}
+    for found in (
+        arithmetic.truncate(nothing, energy=0.5),
+        arithmetic.ties([nothing, {}]),
+        arithmetic.dare([nothing], key=KEY),
+    ):
+        assert (found["w"].a.shape, found["w"].b.shape) == ((64, 0), (0, 9))
+
+
 # --------------------------------------------------------------------------- leaves in full
 
 
@@ -309,6 +344,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
     ValueError: {
         "`weights` ... got 2.": lambda: arithmetic.add([{"w": NODE}], [1, 2]),
         "`weights` ... got nan.": lambda: arithmetic.add([{"w": NODE}], jnp.array([jnp.nan])),
+        "`weights` ... got float32[2].": lambda: arithmetic.add([{"w": NODE}], jnp.ones((1, 2))),
         "`adapters` ... w ... ((12, 8), (), (0,), (1,)) ... belong to one base.": lambda: (
             arithmetic.add([{"w": NODE}, {"w": draw(0, (12, 8), PLAIN, 2, 1.0)}])
         ),
@@ -323,6 +359,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
             {"v": GAIN, "w": NODE, "deep": {"w": GAIN}}, 1
         ),
         "`factor` ... got inf.": lambda: arithmetic.scale({"w": NODE}, float("inf")),
+        "`factor` ... got float32[9].": lambda: jax.jit(arithmetic.scale)({"w": NODE}, jnp.ones(9)),
         "`adapters` ... b ... has the shapes [(3,), (2,)]": lambda: arithmetic.add(
             [{"w": NODE, **FULL}, {"w": jnp.ones((12, 9)), "b": jnp.ones(2)}]
         ),

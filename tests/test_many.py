@@ -387,6 +387,26 @@ def test_take_is_the_inverse_of_stack() -> None:
     assert (padded.a.shape, exact["w"].a.shape) == ((64, 3), (64, 1))
 
 
+def test_numbers_are_rounded_once() -> None:
+    """B of 8 bits of another scale, in a table of float32 and of 8 bits; a scale of 0 is any."""
+    one, half = node(2), node(1, dtype="bfloat16")
+    half, zero = half._replace(scale=3 * one.scale / 7), one._replace(scale=0.0)
+    table = many.stack([{"w": one}, {"w": half}])["w"]
+    exact = np.float32(half.b) * np.float32(3 / 7)
+    np.testing.assert_allclose(table.b[1, :1] * (table.scale / one.scale), exact, rtol=1e-6)
+    zeros = many.insert(many.stack([{"w": zero}, {}]), 1, {"w": one})
+    assert delta_is(zeros, 0, 0 * one.a @ one.b)
+    assert delta_is(zeros, 1, one.scale * one.a @ one.b)
+    small = jax.tree.map(lambda x: x.astype("float8_e4m3fn"), many.stack([{"w": one}]))
+    same = many.insert(small, 0, many.take(small, 0))
+    assert {x.dtype for x in jax.tree.leaves(same)} == {jnp.dtype("float8_e4m3fn")}
+
+
+def delta_is(table: Any, slot: int, expected: Any) -> bool:
+    found = many.take(table, slot)["w"]
+    return np.allclose(found.scale * found.a @ found.b, expected, rtol=1e-5)
+
+
 # ---------------------------------------------------------------------------------- refusals
 
 
@@ -477,6 +497,9 @@ WRONG: dict[type[Exception], dict[str, Callable[[Any], Any]]] = {
         ),
         "`form` ... one of 'side by s": lambda t: many.route(t.apply, form="x"),
         "argument [0][0] after `ids` must": lambda t: call(t.apply, t.base, t.table, [0, 1]),
+        "argument [1]['by'] after ... by position, with None": lambda t: many.route(t.apply)(
+            t.base, t.table, np.array(IDS), X, by=jnp.ones(())
+        ),
         "`ids` ... in [-1, 3)": lambda t: call(t.apply, t.base, t.table, [0] * 5 + [3]),
         "result of `apply` ... rows along axis 0": lambda t: call(
             lambda *args: t.apply(*args)[0], t.base, t.table

@@ -85,7 +85,7 @@ def _keep(x: jax.Array, count: int, matrix: int) -> jax.Array:
         more = least | (jnp.ones_like(least) << (bits.dtype.itemsize * 8 - 1 - i))
         return jnp.where((bits >= more).sum(axes, keepdims=True) >= count, more, least)
 
-    start = jnp.zeros_like(bits.max(axes, keepdims=True))
+    start = jnp.zeros_like(bits.max(axes, keepdims=True, initial=0))
     least = jax.lax.fori_loop(0, 8 * bits.dtype.itemsize, with_bit, start)
     return jnp.where(bits >= least, x, 0)
 
@@ -136,10 +136,10 @@ def dare(
         return jax.random.split(fold(key, path), len(given.weights))
 
     def drop(x: jax.Array, key: jax.Array) -> jax.Array:
-        return jax.random.bernoulli(key, density, x.shape) * x / density
+        return jnp.where(jax.random.bernoulli(key, density, x.shape), x / density, 0)
 
     def merge(deltas: Sequence[jax.Array], keys: jax.Array) -> jax.Array:
-        return sum(map(drop, deltas, keys), start=jnp.zeros(()))
+        return functools.reduce(jnp.add, map(drop, deltas, keys))
 
     return combine_leaves(
         given,

@@ -15,7 +15,7 @@ from .._linalg import qr, svd, svd_of, times
 from .._rules import check_int
 from .._tree import nest
 from .._types import PyTree
-from ._operands import MERGE, flatten_each, join, refuse_other_methods
+from ._operands import MERGE, dtype_of_all, flatten_each, join, refuse_other_methods
 
 
 def build(
@@ -30,8 +30,8 @@ def build(
     def factors(nodes: Sequence[LowRank], *operands: Any) -> tuple[jax.Array, jax.Array]:
         a, b = make(nodes, *operands)
         node = from_matrices(a, b, like.layout, weight_shape(like))
-        a = node.a.astype(jnp.result_type(*(x.a for x in nodes)))
-        return a, node.b.astype(jnp.result_type(*(x.b for x in nodes)))
+        a = node.a.astype(dtype_of_all(x.a for x in nodes))
+        return a, node.b.astype(dtype_of_all(x.b for x in nodes))
 
     places = explicit(like.a), explicit(like.b)
     in_place: Any = factors

@@ -4,18 +4,21 @@ At a path, scales and slots may differ, because the same ΔW can be written with
 must be equal. Dropout becomes 0 if it differs.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from .._adapters import AdapterLeaf, LowRank, is_node, weight_shape, without_slots
+from .._arrays import promote
 from .._compat import is_concrete
 from .._errors import InputError
 from .._tree import adapter_leaves, check_fits, is_empty, leaves_by_path, nest, problems_at
-from .._types import Path, PyTree
+from .._types import Path, PyTree, short
 
 RESIDUAL = "belongs to a base that its initializer changed"
 FROM_THE_START = (
@@ -98,6 +101,27 @@ def join(nodes: Sequence[LowRank], a: jax.Array, b: jax.Array, scale: float) -> 
     )
 
 
+def scale_b(b: jax.Array, *factors: ArrayLike) -> jax.Array:
+    """Multiplies B by numbers and rounds once, to its dtype; returns B itself if all are 1."""
+    if all(map(is_one, factors)):
+        return b
+    wide = promote(b.dtype, jnp.float32)
+    return functools.reduce(jnp.multiply, [jnp.asarray(x, wide) for x in (b, *factors)]).astype(
+        b.dtype
+    )
+
+
+def is_one(w: object) -> bool:
+    """Whether a weight is the number 1, not an array."""
+    return isinstance(w, int | float) and w == 1
+
+
+def dtype_of_all(arrays: Iterable[Any]) -> jnp.dtype:
+    """Returns the dtype of arrays, or what holds all of their dtypes."""
+    first, *others = {x.dtype for x in arrays}
+    return promote(first, *others) if others else first
+
+
 # ----------------------------------------------------------------- the arguments of sums and merges
 
 Weights = Sequence[Any] | jax.Array | None
@@ -130,7 +154,7 @@ def check_operands(
         raise InputError(
             f"`weights` must have one number for each of the {len(trees)} adapters; got {len(w)}."
         )
-    check_finite("weights", w)
+    check_numbers("each of `weights`", w)
     refuse_other_methods(refusal, (leaf for tree in trees for leaf in tree.items()), MERGE)
     for tree in trees if base is not None else ():
         check_fits(base, tree)
@@ -162,10 +186,12 @@ def _entries(weights: Sequence[Any] | jax.Array) -> list[Any]:
     return list(np.asarray(weights) if has_values else weights)
 
 
-def check_finite(argument: str, values: Sequence[Any]) -> None:
-    """Raises if a number has a value that is not finite."""
-    if wrong := [x for x in values if is_concrete(x) and not np.isfinite(x)]:
-        raise InputError(f"`{argument}` must be finite; got {wrong[0]}.")
+def check_numbers(what: str, values: Sequence[Any]) -> None:
+    """Raises for an array with axes, or a number whose value is not finite."""
+    wrong = [x for x in values if np.shape(x) or (is_concrete(x) and not np.isfinite(x))]
+    if wrong:
+        got = short(wrong[0]) if np.shape(wrong[0]) else wrong[0]
+        raise InputError(f"{what} must be a finite number; got {got}.")
 
 
 def combine_leaves(
@@ -196,16 +222,9 @@ def combine_leaves(
             return low_rank(with_equal_slots(leaves), w, path)
         if is_kept(pairs):
             return leaves[0]
-        start = jnp.asarray(params[path])
-        wide = jnp.promote_types(start.dtype, jnp.float32)
-        start = start.astype(wide)
-        dtype = leaves[0].dtype
+        wide = promote(jnp.result_type(params[path]), jnp.float32)
+        start = jnp.asarray(params[path], wide)
         changes = [v * (x.astype(wide) - start) for x, v in zip(leaves, w, strict=True)]
-        return (start + full(changes, path)).astype(dtype)
+        return (start + full(changes, path)).astype(dtype_of_all(leaves))
 
     return nest({path: combine(path, pairs) for path, pairs in given.sites.items()})
-
-
-def is_one(w: object) -> bool:
-    """Whether a weight is the number 1, not an array."""
-    return isinstance(w, int | float) and w == 1

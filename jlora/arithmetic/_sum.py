@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from .._adapters import LowRank, leading_axes
 from .._compat import evaluate_now
@@ -15,13 +14,14 @@ from ._operands import (
     RESIDUAL,
     Operands,
     Weights,
-    check_finite,
+    check_numbers,
     check_operands,
     combine_leaves,
-    is_one,
+    dtype_of_all,
     is_residual,
     join,
     refuse,
+    scale_b,
 )
 
 ROUNDING = 1e-5  # how far a sum of weights may be from 1 or 0
@@ -85,7 +85,7 @@ def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) ->
         >>> float(arithmetic.scale(one, -0.5)["w"].b[0, 0])
         -0.5
     """
-    check_finite("factor", [factor])
+    check_numbers("`factor`", [factor])
     return _sum(check_operands([adapter], [factor], base, "`adapter` cannot be scaled"))
 
 
@@ -125,8 +125,10 @@ def _sum(given: Operands) -> PyTree:
 
     def low_rank(nodes: list[LowRank], w: list[Any], path: Path) -> LowRank:
         scale = nodes[0].scale or 1.0
-        b = [_scale_b(x.b, v, x.scale / scale) for x, v in zip(nodes, w, strict=True)]
-        a = jnp.concatenate([x.a for x in nodes], -1)
+        of_a, of_b = (dtype_of_all(getattr(x, name) for x in nodes) for name in "ab")
+        a = jnp.concatenate([x.a.astype(of_a) for x in nodes], -1)
+        pairs = zip(nodes, w, strict=True)
+        b = [scale_b(x.b.astype(of_b), v, x.scale / scale) for x, v in pairs]
         node = join(nodes, a, jnp.concatenate(b, leading_axes(nodes[0])), scale)
         return node._replace(residual=path in residual)
 
@@ -153,10 +155,3 @@ def _residual(given: Operands) -> Collection[Path]:
     }
     refuse(given.refusal, wrong, FROM_THE_START)
     return sites if near == [1] else ()
-
-
-def _scale_b(b: jax.Array, *factors: ArrayLike) -> jax.Array:
-    """Multiplies B by numbers, in its dtype; returns B itself if all are 1."""
-    for x in factors:
-        b = b if is_one(x) else (b * x).astype(b.dtype)
-    return b

@@ -13,12 +13,14 @@ from .._types import Layout, Path, PyTree
 from ..arithmetic._operands import (
     FROM_THE_START,
     RESIDUAL,
+    dtype_of_all,
     flatten_each,
     is_residual,
     join,
     mismatch,
     refuse,
     refuse_other_methods,
+    scale_b,
     with_equal_slots,
 )
 
@@ -73,7 +75,7 @@ def zeros_for(leaves: Sequence[Any], rank: int | None) -> Any:
     largest = max(x.a.shape[-1] for x in nodes) if rank is None else rank
     shapes = factor_shapes(nodes[0].layout, weight_shape(nodes[0]), largest)
     zeros = (zeros_for([getattr(x, name) for x in nodes], None) for name in "ab")
-    scales = {x.scale for x in nodes}
+    scales = {x.scale for x in nodes} - {0.0}  # which is any other one with B = 0
     scale = scales.pop() if len(scales) == 1 else 1.0
     a, b = map(resize, zeros, shapes)
     return join(nodes, a, b, scale)
@@ -115,7 +117,7 @@ def _why_no_room(leaf: LowRank | jax.Array, empty: LowRank | jax.Array | None) -
     if why := mismatch_in_table([empty, leaf]):
         return why
     for x, room in zip(jax.tree.leaves(leaf), jax.tree.leaves(empty), strict=True):
-        if promote(x.dtype, room.dtype) != room.dtype:
+        if dtype_of_all((x, room)) != room.dtype:
             return f"has dtype {x.dtype}, which the table's {room.dtype} cannot represent"
     if not isinstance(leaf, LowRank) or not isinstance(empty, LowRank):
         return None
@@ -139,7 +141,6 @@ def _convert(leaf: LowRank | jax.Array, empty: LowRank | jax.Array) -> LowRank |
     if not isinstance(leaf, LowRank) or not isinstance(empty, LowRank):
         return jnp.asarray(leaf, jnp.result_type(empty))
     node = with_equal_slots([empty, leaf])[1]
-    if node.scale != empty.scale:
-        node = node._replace(b=node.b * (node.scale / empty.scale))
-    a, b = resize(node.a, empty.a.shape), resize(node.b, empty.b.shape)
-    return empty._replace(a=a.astype(empty.a.dtype), b=b.astype(empty.b.dtype))
+    pairs = (node.a, empty.a), (node.b, empty.b)
+    a, b = (resize(x, room.shape).astype(room.dtype) for x, room in pairs)
+    return empty._replace(a=a, b=scale_b(b, node.scale / empty.scale))

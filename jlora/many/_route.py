@@ -244,6 +244,13 @@ class NoRowsError(Exception):
     """A result for several rows has no axis of rows."""
 
 
+REMEDIES = (
+    "Give its axis of rows as `in_axes` of route, or None if all rows share it.",
+    "Each keyword argument has rows. Give what all rows share by position, with None as its "
+    "`in_axes` of route.",
+)
+
+
 class Batch:
     """The arguments of a call: some have an axis of rows, and all rows share the others.
 
@@ -265,8 +272,7 @@ class Batch:
             if not -x.ndim <= axis < x.ndim or x.shape[axis] != count:
                 raise ValueError(
                     f"argument {jax.tree_util.keystr(path)} after `ids` must have {count} rows "
-                    f"along axis {axis}, like `ids`; got {short(x)}. Give its axis of rows as "
-                    "`in_axes` of route, or None if all rows share it."
+                    f"along axis {axis}, like `ids`; got {short(x)}. {REMEDIES[path[0].idx]}"
                 )
             self.axes.append(axis % x.ndim)
 

@@ -195,7 +195,8 @@ def restart(
     Raises:
         TypeError: if `slots` is neither indices nor a mask, or if the optimizer has no such
             hyperparameter.
-        ValueError: if an index is out of range, or a value has a wrong shape.
+        ValueError: if an index is out of range, or a value has a wrong shape; if it is a float, and
+            the state has integers.
 
     Examples:
         >>> import jax.numpy as jnp, jlora, optax
@@ -215,8 +216,9 @@ def restart(
     mask = mask_of(slots, n)
     values = dict(state.hyperparams)
     for name, x in hyperparams.items():
-        new = _per_run(name, x, n).astype(values[name].dtype)
-        values[name] = jnp.where(mask, new, values[name])
+        values[name] = jnp.where(
+            mask, _like(values[name], name, _per_run(name, x, n)), values[name]
+        )
     return jax.vmap(_choose)(mask, tx.init(table, **values), state)
 
 
@@ -252,6 +254,16 @@ def _per_run(name: str, value: object, n: int) -> jax.Array:
             f"{x.shape}."
         )
     return jnp.broadcast_to(x, (n,)).astype(x.dtype)
+
+
+def _like(old: jax.Array, name: str, new: jax.Array) -> jax.Array:
+    """Casts `new` to the dtype of the state; raises if that would cut off fractions."""
+    if is_floating(new.dtype) and not is_floating(old.dtype):
+        raise InputError(
+            f"`{name}` must be an integer, as in the state; got {new.dtype}. Give many.optimizer a "
+            "float, such as 1.0, for a number that may have a fraction."
+        )
+    return new.astype(old.dtype)
 
 
 def _choose(first: jax.Array, a: PyTree, b: PyTree) -> PyTree:
