@@ -7,6 +7,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import plan_jobs
 import pytest
@@ -135,6 +136,21 @@ def test_numbers_need_no_sharding():
     step = lambda adapter, base, x, count: LOSS(adapter, base, x) + count  # noqa: E731
     found = jlora.plan(step, BASE, ADAPTER, (X, count))
     assert found.batch == planned().batch + 4
+
+
+def test_arguments_count_as_in_a_step():
+    """NumPy's integers have 32 bits in JAX, and a Python number widens no activation."""
+    seen = []
+
+    def loss(adapter, base, ids, factor):
+        rows = (base["table"] + adapter["table"])[ids] * factor
+        seen.append(rows.dtype)
+        return rows.sum()
+
+    base = {"table": jnp.ones((8, 4), jnp.bfloat16)}
+    found = jlora.plan(loss, base, base, (np.arange(6), 0.5), compile=False)
+    assert found.batch == 4 * 6 + 4
+    assert set(seen) == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_compiling_needs_devices():

@@ -77,6 +77,17 @@ def test_specs(name: str, form: str) -> None:
         assert memory is None or {s.memory_kind for s in jax.tree.leaves(found)} == {memory}
 
 
+@pytest.mark.parametrize("name", some(models.MODELS, "lists", "fused"))
+def test_specs_of_a_table(name: str) -> None:
+    """The axis of slots is not sharded; the others are as without it."""
+    model = models.MODELS[name]()
+    one = models.adapter_of(model, abstract=True)
+    table = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), one)
+    found, alone = sharding.specs(model.base, table, MESH), sharding.specs(model.base, one, MESH)
+    expected = jax.tree.map(lambda s: NamedSharding(MESH, P(None, *s.spec)), alone)
+    assert nodes(found) == nodes(expected)
+
+
 @pytest.mark.parametrize("name", some([n for n in models.MODELS if n != "nnx"], "scanned"))
 def test_specs_of_one_device(name: str) -> None:
     """Arrays of one device, without metadata: so that a script is the same there."""

@@ -12,6 +12,7 @@ from .._node import AdapterLeaf as AdapterLeaf
 from .._node import Node as Node
 from .._node import arrays as arrays
 from .._node import is_node as is_node
+from .._node import is_table as is_table
 from .._node import state as state
 from .._node import static as static
 from .._node import trained as trained

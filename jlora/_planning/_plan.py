@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
 from .. import sharding
-from .._arrays import AnyArray, AnyMesh
+from .._arrays import AnyArray, AnyMesh, abstract
 from .._errors import InputError
 from .._text import align_columns, format_bytes
 from .._tree import refuse_module
@@ -198,8 +198,8 @@ def plan(
         refuse_module(x, argument)
     mesh = mesh_of_leaves(base, adapter, args)
     check_places(mesh, base, adapter, args)
-    abstract = isinstance(mesh, AbstractMesh)
-    if compile and abstract:
+    is_abstract = isinstance(mesh, AbstractMesh)
+    if compile and is_abstract:
         raise InputError(
             "`compile` needs a mesh of devices, but the shardings are on an AbstractMesh. Make a "
             "mesh of devices; jax.experimental.topologies.get_topology_desc has those of TPU "
@@ -217,7 +217,7 @@ def plan(
     peak, program, unconstrained = None, None, False
     missing: tuple[str, ...] = ()
     step = _step(loss, tx)
-    if compile is False or abstract:
+    if compile is False or is_abstract:
         jax.eval_shape(step, *operands)  # so that errors of the loss are raised
     else:
         traced = _trace(step, operands)
@@ -253,7 +253,7 @@ def _operands(
         x = x if isinstance(x, AnyArray) else jnp.asarray(x)
         own = getattr(x, "sharding", None)
         own = own if isinstance(own, NamedSharding) else place or whole
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)
+        return abstract(x).update(sharding=own)
 
     base, args = jax.tree.map(shape, (base, tuple(args)))
     if mesh is not None and mesh_of_leaves(adapter) is None:

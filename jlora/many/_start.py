@@ -29,8 +29,8 @@ def init(
 ) -> tuple[PyTree, PyTree]:
     r"""Initializes an adapter for each key, on one base. Slot i equals `lora.init(keys[i], ...)`.
 
-    Works under `jax.eval_shape`, and under `jax.jit` with `out_shardings`, such as those of
-    `jlora.sharding.specs` with a leading axis.
+    Works under `jax.eval_shape`, and under `jax.jit` with `out_shardings`, such as those that
+    `jlora.sharding.specs` returns for the table.
 
     Args:
         lora: from `jlora.transform`.

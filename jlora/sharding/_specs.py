@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._adapters import AdapterLeaf, Node, arrays, is_node, weight_shape
+from .._adapters import AdapterLeaf, Node, arrays, is_node, is_table, weight_shape
 from .._arrays import AnyMesh, count_pieces, mesh_axes
 from .._errors import InputError
 from .._quantized import Quantized, is_quantized
@@ -52,8 +52,9 @@ def specs(base: PyTree, adapter: PyTree, mesh: AnyMesh | None = None) -> PyTree:
               variables with `out_sharding`. If their array is on a mesh, its sharding counts
               instead. Leaves beside them that have no sharding are replicated, as by
               `get_partition_spec`.
-        adapter: an adapter from `init`, of arrays or `jax.ShapeDtypeStruct`s; or a base with
-            quantized weights, whose codes and scales are sharded like W.
+        adapter: an adapter from `init`, of arrays or `jax.ShapeDtypeStruct`s; or a table of
+            `jlora.many`, whose slots are replicated; or a base with quantized weights, whose codes
+            and scales are sharded like W.
         mesh: a mesh, to get NamedShardings on it instead of PartitionSpecs.
 
     Returns:
@@ -85,9 +86,10 @@ def specs(base: PyTree, adapter: PyTree, mesh: AnyMesh | None = None) -> PyTree:
     found = _leaves(adapter)
     _check_known(places, found)
     own, wrong = [], {}
+    before = (None,) * any(is_node(x) and is_table(x) for x in found.values())
     for path, leaf in found.items():
         try:
-            own.append(_follow(places[path], leaf, mesh))
+            own.append(_follow(places[path], leaf, mesh, before))
         except Misfit as e:
             wrong[path] = str(e)
     if wrong:
@@ -226,14 +228,19 @@ def _explain(path: Path, places: Mapping[Path, Any]) -> str:
 # ----------------------------------------------------------------------------- how a leaf follows
 
 
-def _follow(place: Place, leaf: AdapterLeaf | Quantized, mesh: AnyMesh | None) -> Any:
-    """Returns the places of the arrays of a leaf of the adapter, for a W at `place`."""
+def _follow(
+    place: Place, leaf: AdapterLeaf | Quantized, mesh: AnyMesh | None, before: tuple[None, ...]
+) -> Any:
+    """Returns the places of the arrays of a leaf of the adapter, for a W at `place`.
+
+    The arrays have axes `before` those that follow W: that of the slots of a table.
+    """
     if not isinstance(place, PartitionSpec | NamedSharding):
         if len(place.device_set) == 1:
             return _each(leaf, (), lambda _: place)
         raise Misfit(f"a {type(place).__name__} names no axes; expected a NamedSharding")
     spec = place if isinstance(place, PartitionSpec) else place.spec
-    shape = weight_shape(leaf) if isinstance(leaf, Node) else tuple(leaf.shape)
+    shape = weight_shape(leaf) if isinstance(leaf, Node) else tuple(leaf.shape)[len(before) :]
     if len(spec) > len(shape):
         raise Misfit(f"{spec} has {len(spec)} entries for a weight of shape {shape}")
     entries = dict(enumerate((*spec, *[None] * (len(shape) - len(spec)))))
@@ -250,7 +257,7 @@ def _follow(place: Place, leaf: AdapterLeaf | Quantized, mesh: AnyMesh | None) -
         place = NamedSharding(mesh, spec)
 
     def place_along(dims: Sequence[Any]) -> Place:
-        return with_spec(place, PartitionSpec(*(entries.get(d) for d in dims)))
+        return with_spec(place, PartitionSpec(*before, *(entries.get(d) for d in dims)))
 
     return _each(leaf, range(len(spec)), place_along)
 
