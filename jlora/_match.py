@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from ._errors import InputError
-from ._rules import compile_pattern, explain_no_match, matches, rule_name
+from ._rules import compile_pattern, explain_no_match, is_for, matches, rule_name
 from ._site import Full, Rule, Site
 from ._sites import Sites
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 def match(sites: Sites, rules: Sequence[Rule]) -> Sites:
     """Gives each leaf the first rule that matches it; raises if a rule gets no leaf."""
-    first = first_matches(rules, sites.leaves, _is_match, "rules")
+    first = first_matches(rules, sites.leaves, lambda r, s: is_for(r, s.path, s.kind), "rules")
     for i, rule in enumerate(rules):
         if i not in first:
             _raise_idle(rule, sites)
@@ -42,12 +42,6 @@ def first_matches(
                 f"match wins; reorder the {what} or drop this one."
             )
     return first
-
-
-def _is_match(rule: Rule, site: Site) -> bool:
-    if rule.pattern is None:
-        return site.kind in ("dense", "conv")
-    return matches(rule, site.path)
 
 
 def _fit(site: Site, rule: Rule, sites: Sites) -> Site:

@@ -105,6 +105,11 @@ def matches(rule: HasPattern, path: str) -> bool:
     return pattern is not None and compile_pattern(pattern).search(path) is not None
 
 
+def is_for(rule: HasPattern, path: str, kind: str | None) -> bool:
+    """Whether `rule` is for a leaf; without a pattern, it is for dense and convolutional sites."""
+    return kind in ("dense", "conv") if rule.pattern is None else matches(rule, path)
+
+
 def rule_name(rule: HasPattern) -> str:
     """Returns the name of a rule for errors and tables: its type and pattern."""
     return type(rule).__name__ + ("()" if rule.pattern is None else f"({rule.pattern!r})")

@@ -187,6 +187,20 @@ def test_other_rules_keep_their_places() -> None:
     )
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_all_linear_rules_are_for_no_embedding(first: int) -> None:
+    """As in `transform`, whatever sites the sketch has."""
+    ids, params = jnp.arange(6), {"embed": array(9, 4), "w": array(4, 5)}
+    model = lambda p, ids: p["embed"][ids] @ p["w"]  # noqa: E731
+    loss = lambda p, ids: (model(p, ids) ** 2).sum()  # noqa: E731
+    each = [LoRA(rank=1), LoRA("embed", rank=2)]
+    rules = [each[first], each[1 - first]]
+    sketch = jlora.sketch(loss, params, rules, [ids], kind="gradient")
+    found = {rule.pattern: rule.scale for rule in jlora.allocate(sketch, rules)}
+    assert found == {"^w$": each[0].scale, "^embed$": each[1].scale}
+    assert [rule.pattern for rule in jlora.allocate(sketch, each[0])] == ["^w$"]
+
+
 # ---------------------------------------------------------------------------------------- refusals
 
 TWO: dict[str, Site] = {"a": (1, (4, 4), (3.0, 2.0)), "head": (1, (4, 4), (0.5,))}

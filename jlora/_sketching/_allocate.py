@@ -10,7 +10,7 @@ import numpy as np
 
 from .._adapters import LoRA, clip_rank, matrix_lengths
 from .._errors import InputError
-from .._rules import Slots, check_int, explain_no_match, matches, near_misses, rule_name
+from .._rules import Slots, check_int, explain_no_match, is_for, near_misses, rule_name
 from .._site import Rule, check_rules
 from .._types import short
 from ._kinds import Sketch, Spectrum
@@ -79,14 +79,14 @@ def allocate(
     """
     given = check_rules(rules)
     _check_arguments(sketch, budget, min_rank, max_rank)
-    places = {path: _find_rule(path, given) for path in sketch.sites}
+    places = {path: _find_rule(path, s.use, given) for path, s in sketch.sites.items()}
     _check_matches(sketch, given, set(places.values()))
     taken = {p: given[i] for p, i in places.items() if i < len(given)}
     sites = {p: rule for p, rule in taken.items() if isinstance(rule, LoRA)}
     for path, rule in sites.items():
         _check_slots(path, rule, sketch.sites[path])
     ranks = _choose_ranks(sketch, sites, budget, min_rank, max_rank)
-    _check_left_out([path for path, rank in ranks.items() if not rank], given)
+    _check_left_out({path: sketch.sites[path] for path, n in ranks.items() if not n}, given)
     found: list[Rule] = []
     for i, rule in enumerate(given):
         if not isinstance(rule, LoRA):
@@ -102,13 +102,9 @@ def _rule_of_site(rule: LoRA, path: str, rank: int) -> LoRA:
     return dataclasses.replace(rule.of_rank(rank), pattern=f"^{re.escape(path)}$")
 
 
-def _is_for(rule: Rule, path: str) -> bool:
-    return rule.pattern is None or matches(rule, path)
-
-
-def _find_rule(path: str, given: Sequence[Rule]) -> int:
-    """Returns the index of the first rule that matches the site at `path`; len(given) if none."""
-    return next((i for i, rule in enumerate(given) if _is_for(rule, path)), len(given))
+def _find_rule(path: str, use: str | None, given: Sequence[Rule]) -> int:
+    """Returns the index of the first rule that is for the site at `path`; len(given) if none."""
+    return next((i for i, rule in enumerate(given) if is_for(rule, path, use)), len(given))
 
 
 # ------------------------------------------------------------------------------------- the choice
@@ -204,11 +200,11 @@ def _check_slots(path: str, rule: LoRA, site: Spectrum) -> None:
         )
 
 
-def _check_left_out(paths: Sequence[str], given: Sequence[Rule]) -> None:
+def _check_left_out(sites: Mapping[str, Spectrum], given: Sequence[Rule]) -> None:
     """Raises if a rule of another method would match a site of rank 0."""
     others = [rule for rule in given if not isinstance(rule, LoRA)]
-    for path in paths:
-        if found := [rule for rule in others if _is_for(rule, path)]:
+    for path, site in sites.items():
+        if found := [rule for rule in others if is_for(rule, path, site.use)]:
             raise ValueError(
                 f"{path!r} has rank 0, so {rule_name(found[0])} would match it. Narrow the "
                 "pattern of that rule, or give `min_rank`."

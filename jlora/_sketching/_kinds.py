@@ -38,6 +38,7 @@ class Spectrum:
             sketched.
         shape: the shape of W.
         layout: the layout of W, with the slots of the rule.
+        use: how the model uses W: the `kind` of its `Site`.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -54,6 +55,7 @@ class Spectrum:
     outputs: jax.Array | None
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     layout: Layout = dataclasses.field(metadata={"static": True})
+    use: str | None = dataclasses.field(default="dense", metadata={"static": True})
 
     def __repr__(self) -> str:
         names = ("values", "total", "inputs", "outputs")
@@ -122,6 +124,7 @@ class _Matrices:
         dtype: the dtype of the basis.
         components: how many singular vectors to compute, at most as many as there are.
         materialize: whether the rule allows W + ΔW to be formed.
+        use: the kind of the site.
     """
 
     shape: tuple[int, ...]
@@ -129,6 +132,7 @@ class _Matrices:
     dtype: Any
     components: int
     materialize: bool
+    use: str | None
 
     @classmethod
     def of(cls, site: Site, components: int | None) -> Any:
@@ -136,7 +140,7 @@ class _Matrices:
         assert isinstance(site.rule, LoRA)
         k = min(components or 2 * site.rule.rank, *matrix_lengths(site.layout, site.shape))
         dtype = promote(site.dtype, jnp.float32)
-        return cls(site.shape, site.layout, dtype, k, site.rule.materialize)
+        return cls(site.shape, site.layout, dtype, k, site.rule.materialize, site.kind)
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -205,7 +209,8 @@ class Gradient(_Matrices):
         along = times(basis[..., :n], rotation.mT)
         total = jnp.sum(values**2, -1) + _estimate_rest(image[..., n:], image[..., n:])
         node = self._node(side, along[..., :k], across[..., :k])
-        return Spectrum(values[..., :k], total, node.a, node.b, self.shape, self.layout)
+        found = values[..., :k], total, node.a, node.b
+        return Spectrum(*found, self.shape, self.layout, self.use)
 
     def _node(self, side: int, along: jax.Array, across: jax.Array) -> LowRank:
         a, b = (across, along) if side else (along, across)
@@ -249,7 +254,7 @@ class Inputs(_Matrices):
         along = times(basis[..., :n], vectors[..., :k])
         inputs = along.reshape(factor_shapes(self.layout, self.shape, k)[0])
         values = jnp.sqrt(jnp.maximum(squares[..., :k], 0))
-        return Spectrum(values, total, inputs, None, self.shape, self.layout)
+        return Spectrum(values, total, inputs, None, self.shape, self.layout, self.use)
 
 
 KINDS: dict[str, type[Inputs] | type[Gradient]] = {"inputs": Inputs, "gradient": Gradient}
