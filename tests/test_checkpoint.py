@@ -37,9 +37,10 @@ TABLE = [
     pytest.param(case, id=case.name, marks=[] if case.name in DAILY else [pytest.mark.slow])
     for case in CASES
 ]
+SLOTS = Slots(np.int64(3), (np.int32(0), 2), axis=np.int8(0))
 RULES = (
     LoRA("up", rank=2, alpha=3.0, dropout=0.25, rslora=True, init=jlora.initializers.gaussian),
-    LoRA("qkv", rank=3, slots=Slots(3, (0, 2)), materialize=True, dtype=jnp.bfloat16),
+    LoRA("qkv", rank=3, slots=SLOTS, materialize=True, dtype=jnp.bfloat16),
     LoRA(rank=2),
     Full("norm"),
 )
@@ -431,6 +432,8 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         checkpoint.save(path, {"x": 1.0}, ())
     with refused(TypeError, "adapter", "up/a: S", "must have arrays to be saved"):
         checkpoint.save(path, abstract(adapter), RULES)
+    with refused(TypeError, "adapter", "no registered rule", "up: Routed", "jlora.many.prepare"):
+        checkpoint.save(path, jlora.many.prepare(jlora.many.stack([{"up": adapter["up"]}])), RULES)
     with refused(TypeError, "rules", "got 'up'"):
         checkpoint.save(path, adapter, ("up",))
     with refused(ValueError, "adapter", "norm", "Use the adapter with the parameters"):

@@ -202,8 +202,10 @@ def test_a_base_that_a_start_changes(tmp_path: Any) -> None:
     other = adapt(network(), PISSA, example=X, seed=3)
     other.load_weights(tmp_path / "own.weights.h5")
     np.testing.assert_array_equal(other(X), changed)
-    again = Adapted(model, adapted.adapter, params=adapted.params)
-    np.testing.assert_array_equal(again(X), changed)
+    on_host = jax.tree.map(np.asarray, adapted.params)
+    for params in (adapted.params, on_host):
+        again = Adapted(model, adapted.adapter, params=params)
+        np.testing.assert_array_equal(again(X), changed)
     with refused(ValueError, "", "weights at network/dense_32/kernel", "params=a"):
         Adapted(model, adapted.adapter)
     np.testing.assert_allclose(
@@ -304,6 +306,9 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
         ),
         "arrays of their paths ... got Quantized of shape (16, 32) at net": lambda: adapt(
             network(), CODED, example=X
+        ),
+        "got int of shape None at network/dense": lambda: Adapted(
+            network(), {}, params={"network/dense": 1}
         ),
         "of shape (3,) at network/dense": lambda: Adapted(
             network(), {}, params={"network/dense": jnp.ones(3)}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .._adapters import RULES, AdapterLeaf, is_node, state, static
+from .._adapters import RULES, AdapterLeaf, Node, is_node, state, static
 from .._site import Full, Rule
 from .._tree import nest
 from .._types import Layout, Path, PyTree
@@ -104,14 +104,18 @@ def _decode_leaf(item: Fields, parts: dict[str, Any]) -> Any:
     if "layout" not in item:
         (full,) = parts.values()
         return full
-    nodes = {x.node.__name__: x.node for x in RULES.values() if x is not Full}
-    kind = registered("node", item["node"], nodes)
+    kind = registered("node", item["node"], node_types())
     names = [name for name in kind._fields if name in item and name not in kind.labels]
     fields = {name: _to_tuples(item[name]) for name in names}
     frozen = fields.get("frozen", ())
     if not isinstance(frozen, tuple) or not all(name in parts for name in frozen):
         raise TypeError(f"`frozen` must name arrays of {kind.__name__}; got {frozen!r}")
     return kind(**parts | fields | {"layout": _layout(**fields["layout"])})
+
+
+def node_types() -> dict[str, type[Node]]:
+    """Returns the classes of nodes that checkpoints know, by name: those of registered rules."""
+    return {x.node.__name__: x.node for x in RULES.values() if x is not Full}
 
 
 def _layout(**fields: Any) -> Layout:

@@ -22,7 +22,7 @@ from .._tree import (
 )
 from .._types import Path, PyTree
 from ._fingerprint import fingerprint, is_fingerprint, shapes_of
-from ._meta import encode, flatten_leaves
+from ._meta import encode, flatten_leaves, node_types
 from ._store import Where, by_all, write
 
 ADAPTER, METADATA = "adapter", "jlora"
@@ -59,8 +59,9 @@ def save(
         FileExistsError: if `path` exists and is not an empty folder.
         OSError: if a process cannot write it. Nothing is left of it then.
         RuntimeError: with several processes, if another one raised; it says which, and why.
-        TypeError: if `adapter` is no adapter of arrays, such as parameters, a bound tree or the
-            state of an optimizer; or if another argument has a wrong type.
+        TypeError: if `adapter` is no adapter of arrays, such as parameters, a bound tree, the state
+            of an optimizer or a table from `jlora.many.prepare`; or if another argument has a wrong
+            type.
         ValueError: if `adapter` does not fit `base`.
 
     Examples:
@@ -168,6 +169,7 @@ def _check(
     _check_arrays(flatten_leaves(found), "adapter")
     given = check_rules(rules)
     _check_full(found, given)
+    _check_nodes(found)
     if base is not None:
         check_fits(base, found)
     elif hash_values:
@@ -188,6 +190,18 @@ def _check_full(found: dict[Path, Any], rules: tuple[Rule, ...]) -> None:
             f"`adapter` has arrays at {', '.join(full)}, as parameters have, but `rules` has no "
             "jlora.Full, which alone trains leaves as they are. Give the adapter that `init` "
             "returned, or all rules that made it."
+        )
+
+
+def _check_nodes(found: dict[Path, Any]) -> None:
+    """Raises for nodes whose class `restore` would not know."""
+    nodes = {name_of(path): type(x) for path, x in found.items() if is_node(x)}
+    known = node_types().values()
+    if wrong := [f"{name}: {x.__name__}" for name, x in nodes.items() if x not in known]:
+        raise TypeError(
+            f"`adapter` has nodes that no registered rule makes, so that no checkpoint of them can "
+            f"be read: {', '.join(wrong)}. Register their rule. Of a table, save what you gave to "
+            "jlora.many.prepare."
         )
 
 

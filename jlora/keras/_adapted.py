@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import keras
+import numpy as np
 
 from .._adapters import is_node
 from .._merge import merge
@@ -248,10 +249,11 @@ def _check_params(
     """Returns those of `params` that replace weights; raises unless the adapter fits them."""
     replaced = {path: x for path, x in params.items() if x is not found.get(path)}
     for path, x in replaced.items():
-        if not isinstance(x, jax.Array) or path not in found or x.shape != found[path].shape:
+        is_array = isinstance(x, jax.Array | np.ndarray)
+        if not is_array or path not in found or x.shape != found[path].shape:
             raise ValueError(
                 "weights that replace those of `model` must be arrays of their paths and shapes; "
-                f"got {type(x).__name__} of shape {x.shape} at {path}."
+                f"got {type(x).__name__} of shape {getattr(x, 'shape', None)} at {path}."
             )
     bind({**found, **replaced}, adapter)  # raises unless it fits
     nodes = {name_of(path): x for path, x in leaves_by_path(adapter, is_node) if is_node(x)}
