@@ -7,6 +7,7 @@ Faults of disks and processes are in `test_checkpoint_faults.py`, meshes in
 import dataclasses
 import functools
 import json
+import operator
 import os
 import pathlib
 import re
@@ -469,6 +470,28 @@ def test_what_is_no_checkpoint_is_refused(saved, tmp_path):
         checkpoint.restore(path)
     (path / "jlora" / "metadata").write_text("[]")
     with refused(ValueError, "path", path, "are damaged (TypeError"):
+        checkpoint.restore(path)
+
+
+LIES = {
+    "shape": (("arrays", "a", 0), [8, 2], "the values of out/a are not those"),
+    "no array has it": (("arrays", "a", 0), [2**62, 2**62], "cannot be read"),
+    "dtype": (("arrays", "a", 1), "key<fry>", "cannot be read"),
+    "slots": (("layout", "slots"), [0, [0], 1], "are damaged"),
+    "axis": (("layout", "slots"), [1, [0], 0], "are damaged"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_metadata_that_do_not_describe_the_arrays(lie, saved):
+    """Although their hash is right."""
+    path, _, _ = saved
+    items = fields_of(path)["adapter"]
+    [item] = [x for x in items if x["path"] == ["out"]]
+    (*keys, last), value, fact = LIES[lie]
+    functools.reduce(operator.getitem, keys, item)[last] = value
+    edit(path, adapter=items)
+    with refused(ValueError, "path", path, fact, "Take another checkpoint"):
         checkpoint.restore(path)
 
 

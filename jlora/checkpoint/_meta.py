@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._adapters import RULES, AdapterLeaf, Node, is_node, state, static
+from .._rules import Slots
 from .._site import Full, Rule
 from .._tree import nest
 from .._types import Layout, Path, PyTree
@@ -123,6 +124,11 @@ def _layout(**fields: Any) -> Layout:
     axes = (*found.stack, *found.inputs, *found.outputs)
     if not all(type(d) is int and d >= 0 for d in axes) or len(set(axes)) < len(axes):
         raise ValueError(f"{found} must have each axis once")
+    if found.slots is not None:
+        count, chosen, axis = found.slots
+        Slots(count, chosen)  # raises unless it is possible
+        if axis not in found.outputs:
+            raise ValueError(f"{found} must have its slots along an output axis")
     return found
 
 

@@ -17,7 +17,6 @@ from ._fingerprint import (
     Leaf,
     differences,
     fingerprint,
-    hash_of,
     is_fingerprint,
     leaf_of,
     shapes_of,
@@ -139,7 +138,7 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
         by_all(lambda: _check_base(path, saved, base))
     wanted = by_all(lambda: _check_like(path, saved, like))
     flat = _read_arrays(path, flatten_leaves(wanted))
-    _check_hashes(path, saved.hashes, flat)
+    _check_arrays(path, saved, flat)
     leaves = {p: _fill(x, p, flat) for p, x in wanted.items()}
     if like is None:
         return nest(leaves)
@@ -156,12 +155,12 @@ def _fill(x: AdapterLeaf, path: Path, flat: dict[Path, Any]) -> AdapterLeaf:
 
 def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
     folder = place(path)
-    template = nest({p: _template(x) for p, x in wanted.items()})
-    args = ocp.args.Composite(**{ADAPTER: ocp.args.StandardRestore(template)})
     with (
         damage(folder, f"the arrays of {folder} cannot be read, as it is truncated or damaged"),
         ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
     ):
+        template = nest({p: _template(x) for p, x in wanted.items()})
+        args = ocp.args.Composite(**{ADAPTER: ocp.args.StandardRestore(template)})
         tree = in_step(lambda: checkpointer.restore(folder, args=args)[ADAPTER])
     return dict(leaves_by_path(tree))
 
@@ -177,9 +176,13 @@ def _template(x: AnyArray) -> Any:
 # ---------------------------------------------------------------------------------------- checking
 
 
-def _check_hashes(path: Where, hashes: dict[Path, str], flat: dict[Path, Any]) -> None:
-    wrong = [name_of(_place_of(p)) for p, x in flat.items() if hash_of(x) != hashes[p]]
-    if wrong:
+def _check_arrays(path: Where, saved: Saved, flat: dict[Path, Any]) -> None:
+    """Raises unless the arrays have the shapes, dtypes and hashes of the metadata."""
+    expected = flatten_leaves(adapter_leaves(saved.adapter))
+    forms = {
+        p: leaf_of(x, values=False)._replace(hash=saved.hashes[p]) for p, x in expected.items()
+    }
+    if wrong := [name_of(_place_of(p)) for p, x in flat.items() if leaf_of(x, True) != forms[p]]:
         raise InputError(
             f"`path`: {place(path)} is damaged: the values of {', '.join(wrong)} are not those "
             "that were saved. Take another checkpoint.",
