@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from cases import CASES
 from flax import nnx
 from laws import from_numpy, make
@@ -493,6 +494,23 @@ def test_metadata_that_do_not_describe_the_arrays(lie, saved):
     edit(path, adapter=items)
     with refused(ValueError, "path", path, fact, "Take another checkpoint"):
         checkpoint.restore(path)
+
+
+def test_arrays_that_no_file_holds_are_refused(saved, tmp_path):
+    """Orbax would make up 2 GB for each."""
+    path, base, _ = saved
+    checkpoint.export(tmp_path / "base", base)
+    for folder, inner, name, read in (
+        (path, "adapter", "norm.full", checkpoint.restore),
+        (tmp_path / "base", "", "norm", checkpoint.base_values),
+    ):
+        files = {"driver": "file", "path": f"{folder / inner}/"}
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": files}).result()
+        key = f"{name}/.zarray"
+        fields = json.loads(store.read(key).result().value)
+        store.write(key, json.dumps(fields | {"shape": [2**29]})).result()
+        with refused(ValueError, "path", folder, "its arrays need 21474", "can hold"):
+            read(folder)
 
 
 # ---------------------------------------------------------------------------- checkpoints of before

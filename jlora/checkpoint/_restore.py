@@ -23,7 +23,7 @@ from ._fingerprint import (
 )
 from ._meta import FORMAT, FULL, Saved, decode, digest, flatten_leaves
 from ._save import ADAPTER, METADATA
-from ._store import Where, by_all, check_files, damage, in_step, place
+from ._store import Where, by_all, check_files, check_size, damage, in_step, place
 
 NEWER = "Update jlora."
 OLDER = (
@@ -159,10 +159,17 @@ def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
         damage(folder, f"the arrays of {folder} cannot be read, as it is truncated or damaged"),
         ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
     ):
+        by_all(lambda: check_size(folder, _types_in(folder)))
         template = nest({p: _template(x) for p, x in wanted.items()})
         args = ocp.args.Composite(**{ADAPTER: ocp.args.StandardRestore(template)})
         tree = in_step(lambda: checkpointer.restore(folder, args=args)[ADAPTER])
     return dict(leaves_by_path(tree))
+
+
+def _types_in(folder: epath.Path) -> list[Any]:
+    """Returns Orbax's metadata of each array in the files."""
+    found: Any = ocp.StandardCheckpointHandler().metadata(folder / ADAPTER)
+    return jax.tree.leaves(found.tree)
 
 
 def _template(x: AnyArray) -> Any:

@@ -1,9 +1,10 @@
 """Orbax's files: checks before reading, and one atomic write by all processes together."""
 
 import contextlib
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,6 +97,7 @@ Where = _folders.Where
 
 SAVE_AGAIN = "Take another checkpoint, or save this one again."
 LIMIT = 64 * 2**20  # bytes of a file with metadata
+DENSEST = 100_000  # bytes of an array in a byte of a file, of which zeros need a third
 _DESCRIBING = {
     "metadata",
     "_METADATA",
@@ -155,6 +157,19 @@ def check_files(folder: Where) -> None:
                 raise InputError(f"`path`: {path} {why}", path=path)
             with blame("path", path):
                 check_values(path.read_bytes())
+
+
+def check_size(folder: Where, arrays: Iterable[Any]) -> None:
+    """Raises `ValueError` for arrays that the files of a local folder cannot hold.
+
+    Where a file lacks a part of an array, reading makes it up, however large it is.
+    """
+    if "://" in os.fspath(folder):
+        return
+    held = sum(x.stat().st_size for x in Path(folder).rglob("*") if x.is_file())
+    needed = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in arrays)
+    if needed > DENSEST * held:
+        raise ValueError(f"its arrays need {needed} bytes, more than its files can hold")
 
 
 def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> None:
