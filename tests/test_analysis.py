@@ -10,7 +10,7 @@ import pytest
 from messages import refused
 from small import array, some
 
-from jlora import analysis
+from jlora import analysis, many
 from jlora.types import Layout, LowRank
 
 SLOTS = (Layout((0,), (1,), (2,), (3, (0, 2), 2)), Layout((0, 2), (1,), (3,)))
@@ -231,3 +231,17 @@ def test_refused(name: str) -> None:
     for other, given in OTHERS.items():
         with refused(ValueError, "", other):
             function(*given, 1)
+
+
+@pytest.mark.parametrize("name", ["norm", "delta_spectrum", "distance", "subspace_similarity"])
+def test_a_table_is_for_vmap(name: str) -> None:
+    """Its ΔW would be one matrix, of the rows of all adapters."""
+    function = getattr(analysis, name)
+    table = many.stack([{"w": site("plain")}] * 2)["w"]
+    given = [table] * (1 + (name in ("distance", "subspace_similarity")))
+    alone = function(*[site("plain")] * len(given))
+    np.testing.assert_allclose(jax.vmap(function)(*given), jnp.stack([alone] * 2), atol=1e-5)
+    with refused(
+        TypeError, "", "`node` must be of one adapter", "Call the function under jax.vmap."
+    ):
+        function(*given)

@@ -374,6 +374,12 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
     TypeError: {
         "`adapters` ... got dict.": lambda: arithmetic.add({"w": NODE}),
         "`adapters` ... got an empty one.": lambda: arithmetic.add([]),
+        **{
+            f"`adapters` must be single adapters{end}": lambda f=f: f(
+                [jlora.many.stack([{"w": NODE}])]
+            )
+            for end, f in {"": arithmetic.add, ", but arrays at w": jlora.many.stack}.items()
+        },
     },
 }
 

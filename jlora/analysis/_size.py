@@ -7,7 +7,7 @@ $s \cdot R_1 R_2^\top$. Its singular vectors are those of this matrix, times $Q_
 import jax
 import jax.numpy as jnp
 
-from .._adapters import LowRank, matrices, weight_shape, without_slots
+from .._adapters import LowRank, is_table, matrices, weight_shape, without_slots
 from .._linalg import norm as norm_of
 from .._linalg import times
 
@@ -16,6 +16,11 @@ def factors(node: LowRank) -> tuple[jax.Array, jax.Array]:
     """Returns s·A as (stack…, inputs, r) and B as (stack…, r, outputs); slots are concatenated."""
     if not isinstance(node, LowRank):
         raise TypeError(f"`node` must be a jlora.types.LowRank, whose ΔW is s·A·B; got {node!r}.")
+    if is_table(node):
+        raise TypeError(
+            "`node` must be of one adapter, but its arrays have a leading axis, as in a table of "
+            f"jlora.many; got {node!r}. Call the function under jax.vmap."
+        )
     return matrices(without_slots(node, weight_shape(node)))
 
 
@@ -35,7 +40,7 @@ def delta_spectrum(node: LowRank) -> jax.Array:
         those beyond min(inputs, outputs) are zero.
 
     Raises:
-        TypeError: if `node` is not a `LowRank`.
+        TypeError: if `node` is not the `LowRank` of one adapter.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -61,7 +66,7 @@ def norm(node: LowRank) -> jax.Array:
         Shape (stack…), in float32 or better.
 
     Raises:
-        TypeError: if `node` is not a `LowRank`.
+        TypeError: if `node` is not the `LowRank` of one adapter.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -87,7 +92,7 @@ def distance(node: LowRank, other: LowRank) -> jax.Array:
         Shape (stack…), in float32 or better.
 
     Raises:
-        TypeError: if one of the two is not a `LowRank`.
+        TypeError: if one of the two is not the `LowRank` of one adapter.
         ValueError: if the two adapt weights with different shapes or axes, or only one belongs to a
             base that an initializer changed.
 

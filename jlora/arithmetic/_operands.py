@@ -13,11 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from .._adapters import AdapterLeaf, LowRank, is_node, weight_shape, without_slots
+from .._adapters import AdapterLeaf, LowRank, is_node, is_table, weight_shape, without_slots
 from .._arrays import promote
 from .._compat import is_concrete
 from .._errors import InputError
-from .._tree import adapter_leaves, check_fits, is_empty, leaves_by_path, nest, problems_at
+from .._tree import (
+    adapter_leaves,
+    check_fits,
+    is_empty,
+    leaves_by_path,
+    name_of,
+    nest,
+    problems_at,
+)
 from .._types import Path, PyTree, short
 
 RESIDUAL = "belongs to a base that its initializer changed"
@@ -28,13 +36,20 @@ FROM_THE_START = (
 
 
 def flatten_each(adapters: Sequence[PyTree]) -> list[dict[Path, Any]]:
-    """Returns the leaves of each adapter by path; raises for other trees and for dropout keys."""
+    """Returns the leaves of each adapter by path; raises for other trees, tables, dropout keys."""
     if not isinstance(adapters, list | tuple) or not adapters or is_node(adapters):
         raise TypeError(
             "`adapters` must be a list of adapters, as `init` returns them; got "
             f"{'an empty one' if isinstance(adapters, list | tuple) else type(adapters).__name__}."
         )
     trees = [{} if is_empty(x) else adapter_leaves(x) for x in adapters]
+    tables = [name_of(p) for tree in trees for p, x in tree.items() if is_node(x) and is_table(x)]
+    if tables:
+        raise TypeError(
+            f"`adapters` must be single adapters, but arrays at {', '.join(dict.fromkeys(tables))} "
+            "have a leading axis, as in a table of jlora.many. Call the function under jax.vmap, "
+            "or take adapters out by jlora.many.take."
+        )
     keyed = [p for tree in trees for p, x in tree.items() if is_node(x) and x.key is not None]
     refuse(
         "`adapters` must not have dropout keys, but they have some",
