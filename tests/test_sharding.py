@@ -77,6 +77,10 @@ def test_specs(name: str, form: str) -> None:
         assert memory is None or {s.memory_kind for s in jax.tree.leaves(found)} == {memory}
 
 
+def test_specs_of_no_adapter() -> None:
+    assert sharding.specs({"w": P("fsdp")}, {}, MESH) == {}
+
+
 @pytest.mark.parametrize("name", some(models.MODELS, "lists", "fused"))
 def test_specs_of_a_table(name: str) -> None:
     """The axis of slots is not sharded; the others are as without it."""

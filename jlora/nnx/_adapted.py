@@ -243,7 +243,7 @@ def _variables(params: nnx.State, adapter: PyTree) -> PyTree:
             found.set_metadata(out_sharding=tuple(spec))
         return found
 
-    return jax.tree.map(variable, adapter, specs(nest(names), adapter) if adapter else {})
+    return jax.tree.map(variable, adapter, specs(nest(names), adapter))
 
 
 def _place(base: nnx.State, adapter: PyTree) -> PyTree:

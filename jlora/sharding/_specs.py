@@ -17,7 +17,7 @@ from .._arrays import AnyMesh, count_pieces, mesh_axes
 from .._errors import InputError
 from .._quantized import Quantized, is_quantized
 from .._rules import near_misses
-from .._tree import adapter_leaves, leaves_by_path, name_of, problems_at
+from .._tree import adapter_leaves, is_empty, leaves_by_path, name_of, problems_at
 from .._types import Path, PyTree
 from ._places import (
     Misfit,
@@ -106,7 +106,7 @@ def specs(base: PyTree, adapter: PyTree, mesh: AnyMesh | None = None) -> PyTree:
 def _leaves(adapter: PyTree) -> dict[Path, Any]:
     leaves = leaves_by_path(adapter, is_node)
     is_base = any(is_quantized(x) for _, x in leaves)
-    return dict(leaves) if is_base else adapter_leaves(adapter)
+    return dict(leaves) if is_base or is_empty(adapter) else adapter_leaves(adapter)
 
 
 def replicated(specs: PyTree, *axes: str) -> PyTree:
