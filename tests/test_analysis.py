@@ -245,3 +245,14 @@ def test_a_table_is_for_vmap(name: str) -> None:
         TypeError, "", "`node` must be of one adapter", "Call the function under jax.vmap."
     ):
         function(*given)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_narrow_weights_are_widened(dtype: Any) -> None:
+    """Under strict promotion too, and 8 bits, which JAX never widens by itself."""
+    w, node = array(12, 9).astype(dtype), site("plain")
+    wide = w.astype(jnp.float32)
+    for function in (analysis.amplification, analysis.intruder_dimensions):
+        with jax.numpy_dtype_promotion("strict"):
+            found = function(w, node, 2)
+        np.testing.assert_array_equal(found, function(wide, node, 2))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._adapters import LowRank, weight_shape
+from .._arrays import promote
 from .._linalg import norm, svd, times
 from ._size import factors
 
@@ -191,7 +192,7 @@ def _svd(delta: jax.Array | LowRank) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _widen(x: jax.Array) -> jax.Array:
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    return jnp.asarray(x, promote(jnp.result_type(x), jnp.float32))
 
 
 def _check(name: str, value: int, most: int, of: str) -> None:
