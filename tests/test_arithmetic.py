@@ -363,6 +363,12 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "`adapters` ... b ... has the shapes [(3,), (2,)]": lambda: arithmetic.add(
             [{"w": NODE, **FULL}, {"w": jnp.ones((12, 9)), "b": jnp.ones(2)}]
         ),
+        **{
+            f"`adapters` must be single adapters{end}": lambda f=f: f(
+                [jlora.many.stack([{"w": NODE}])]
+            )
+            for end, f in {"": arithmetic.add, " ... w ... leading axis": jlora.many.stack}.items()
+        },
         "got `rank` 1, `energy` 0.5.": lambda: arithmetic.truncate({"w": NODE}, rank=1, energy=0.5),
         "`rank` ... got 0.": lambda: arithmetic.truncate({"w": NODE}, rank=0),
         "`energy` ... got 0.0.": lambda: arithmetic.truncate({"w": NODE}, energy=0.0),
@@ -374,12 +380,6 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
     TypeError: {
         "`adapters` ... got dict.": lambda: arithmetic.add({"w": NODE}),
         "`adapters` ... got an empty one.": lambda: arithmetic.add([]),
-        **{
-            f"`adapters` must be single adapters{end}": lambda f=f: f(
-                [jlora.many.stack([{"w": NODE}])]
-            )
-            for end, f in {"": arithmetic.add, ", but arrays at w": jlora.many.stack}.items()
-        },
     },
 }
 

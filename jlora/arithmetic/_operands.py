@@ -4,7 +4,6 @@ At a path, scales and slots may differ, because the same ΔW can be written with
 must be equal. Dropout becomes 0 if it differs.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,15 +16,7 @@ from .._adapters import AdapterLeaf, LowRank, is_node, is_table, weight_shape, w
 from .._arrays import promote
 from .._compat import is_concrete
 from .._errors import InputError
-from .._tree import (
-    adapter_leaves,
-    check_fits,
-    is_empty,
-    leaves_by_path,
-    name_of,
-    nest,
-    problems_at,
-)
+from .._tree import adapter_leaves, check_fits, is_empty, leaves_by_path, nest, problems_at
 from .._types import Path, PyTree, short
 
 RESIDUAL = "belongs to a base that its initializer changed"
@@ -43,14 +34,13 @@ def flatten_each(adapters: Sequence[PyTree]) -> list[dict[Path, Any]]:
             f"{'an empty one' if isinstance(adapters, list | tuple) else type(adapters).__name__}."
         )
     trees = [{} if is_empty(x) else adapter_leaves(x) for x in adapters]
-    tables = [name_of(p) for tree in trees for p, x in tree.items() if is_node(x) and is_table(x)]
-    if tables:
-        raise TypeError(
-            f"`adapters` must be single adapters, but arrays at {', '.join(dict.fromkeys(tables))} "
-            "have a leading axis, as in a table of jlora.many. Call the function under jax.vmap, "
-            "or take adapters out by jlora.many.take."
-        )
-    keyed = [p for tree in trees for p, x in tree.items() if is_node(x) and x.key is not None]
+    nodes = [(p, x) for tree in trees for p, x in tree.items() if is_node(x)]
+    refuse(
+        "`adapters` must be single adapters, but some are tables of jlora.many",
+        {p: f"has a leading axis, {x!r}" for p, x in nodes if is_table(x)},
+        "Call the function under jax.vmap, or take adapters out by jlora.many.take.",
+    )
+    keyed = [p for p, x in nodes if x.key is not None]
     refuse(
         "`adapters` must not have dropout keys, but they have some",
         dict.fromkeys(keyed, "has a key"),
@@ -120,10 +110,10 @@ def scale_b(b: jax.Array, *factors: ArrayLike) -> jax.Array:
     """Multiplies B by numbers and rounds once, to its dtype; returns B itself if all are 1."""
     if all(map(is_one, factors)):
         return b
-    wide = promote(b.dtype, jnp.float32)
-    return functools.reduce(jnp.multiply, [jnp.asarray(x, wide) for x in (b, *factors)]).astype(
-        b.dtype
-    )
+    scaled = jnp.asarray(b, promote(b.dtype, jnp.float32))
+    for x in factors:
+        scaled *= jnp.asarray(x, scaled.dtype)
+    return scaled.astype(b.dtype)
 
 
 def is_one(w: object) -> bool:
