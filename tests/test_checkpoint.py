@@ -568,20 +568,6 @@ def test_rules_are_one_or_several(given, tmp_path):
     assert checkpoint.read(tmp_path / "a").rules == (Full("w"),)
 
 
-def test_numbers_of_numpy(tmp_path):
-    """As a sweep has them: they are saved as Python's."""
-    zero, one, two = np.arange(3)
-    rules = (
-        LoRA("qkv", rank=two, alpha=np.float32(4), slots=Slots(two, (one,), zero)),
-        LoRA("up", rank=two, init=jlora.initializers.pissa_niter(two)),
-    )
-    lora = jlora.transform(lambda p, x: x @ p["qkv"] @ p["up"], *rules)
-    params = {"qkv": jnp.eye(4, 6), "up": jnp.eye(6, 3)}
-    adapter = lora.init(KEY, params, jnp.ones((1, 4)))[1]
-    checkpoint.save(tmp_path / "a", adapter, rules)
-    assert checkpoint.read(tmp_path / "a").rules == rules
-
-
 @pytest.mark.parametrize("name", [[], {}, None, "Other"], ids=repr)
 def test_unknown_names(name, saved):
     """Whatever stands in the place of a method's is said; nothing registers schemes."""

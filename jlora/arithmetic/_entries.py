@@ -59,7 +59,7 @@ def ties(
     given = check_merge(adapters, weights, base, density)
 
     def merge(deltas: Sequence[jax.Array], matrix: int = 2) -> jax.Array:
-        kept = jnp.stack([_keep_largest(x, density, matrix) for x in deltas])
+        kept = jnp.stack([_keep_largest(x, float(density), matrix) for x in deltas])
         agrees = (kept * jnp.sign(sum(kept)) > 0).astype(kept.dtype)
         return (kept * agrees).sum(0) / jnp.maximum(agrees.sum(0), 1)
 
@@ -70,14 +70,11 @@ def ties(
     )
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))  # so that the loop is compiled once for a shape
 def _keep_largest(x: jax.Array, density: float, matrix: int) -> jax.Array:
     """Keeps the largest entries of each matrix, the last axes of `x`; the others become 0."""
-    return _keep(x, max(1, round(density * math.prod(x.shape[-matrix:]))), matrix)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))  # so that the loop is compiled once for a shape
-def _keep(x: jax.Array, count: int, matrix: int) -> jax.Array:
     axes = tuple(range(-matrix, 0))
+    count = max(1, round(density * math.prod(x.shape[-matrix:])))
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
     # Finds the smallest entry to keep bit by bit: sorting would gather all entries on one device.

@@ -260,7 +260,7 @@ def claims(guide, rows):
     losses = [row["score"] for row in by_name["rates"] if row["rank"] > 1]
     found = [f"{min(ratios[x])} to {max(ratios[x])} times" for x in ("rates", "batches")]
     if guide == "variants.md":
-        every = sum(ratios.values(), [])
+        every = [x for each in ratios.values() for x in each]
         found[1] = f"{min(every)} to {max(every)} times"
         found.append(f"within {np.ceil(100 * (max(losses) - min(losses))) / 100} nats")
     return found
