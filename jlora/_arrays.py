@@ -27,6 +27,15 @@ def explicit(x: object) -> NamedSharding | None:
     return found
 
 
+def follow(known: NamedSharding, x: AnyArray, axes: Sequence[int | None]) -> NamedSharding:
+    """Returns the sharding of an array whose axes follow the axes `axes` of one sharded as `known`.
+
+    None in `axes` is an axis that follows no other.
+    """
+    spec = [None if d is None else known.spec[d] for d in axes]
+    return NamedSharding(known.mesh, fit_spec(spec, x.shape, known.mesh))
+
+
 def put(x: np.ndarray) -> jax.Array:
     """Copies an array to the default device, or to all devices of the mesh in scope.
 

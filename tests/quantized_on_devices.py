@@ -202,12 +202,16 @@ def test_shards_that_are_no_blocks(scheme):
 # ------------------------------------------------------------------------- where leaves come to lie
 
 
+meshes = pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+
+
+@meshes
 @each(SCHEMES, ("stacked", [True, False]))
-def test_quantized_where_it_lies(scheme, stacked):
+def test_quantized_where_it_lies(scheme, stacked, mesh):
     """Of arrays on the mesh, and in a program with `out_shardings`: there, and the same codes."""
     params, specs = params_of(stacked)
-    expected, params = jlora.quantize(params, scheme), put(params, AUTO, specs)
-    places = sharding.specs(on(AUTO, specs), expected)
+    expected, params = jlora.quantize(params, scheme), put(params, mesh, specs)
+    places = sharding.specs(on(mesh, specs), expected)
     quantize = lambda p: jlora.quantize(p, scheme)  # noqa: E731
     for base in (quantize(params), jax.jit(quantize, out_shardings=places)(params)):
         assert_lies(base, places)
@@ -230,16 +234,17 @@ KEEPING = {
 }
 
 
+@meshes
 @pytest.mark.parametrize("name", KEEPING)
 @each(FEW)
-def test_kept_where_it_lies(scheme, name):
+def test_kept_where_it_lies(scheme, name, mesh):
     f, (_, base, adapter, x, specs) = KEEPING[name], problem(scheme)
     adapter = {"up": adapter["up"]}
     expected = f(base, adapter)
-    base, adapter, _ = on_mesh(AUTO, base, adapter, x, specs)
+    base, adapter, _ = on_mesh(mesh, base, adapter, x, specs)
     found = f(base, adapter)
     laws.assert_close(jlora.dequantize(found), jlora.dequantize(expected), 1e-6)
-    assert_lies(found, base if name == "requantized" else on(AUTO, specs))
+    assert_lies(found, base if name == "requantized" else on(mesh, specs))
 
 
 def test_loaded_where_it_is_to_lie(tmp_path):

@@ -10,15 +10,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._arrays import explicit, follow
 from .._linalg import norm
 from ._dynamic import quantize_scales
 from ._leaf import Nested, Quantized
 from ._scheme import Form, Scheme, join, pack, split
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def quantize_weight(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
-    """Quantizes a weight, and measures the error of each of its matrices."""
+    """Quantizes a weight, and measures the error of each of its matrices.
+
+    Along explicit mesh axes, codes and scales are sharded like W.
+    """
+    if (known := explicit(w)) is None:
+        return _encode(w, scheme, form)
+    encode = functools.partial(_encode, scheme=scheme, form=form)
+    shapes = jax.eval_shape(encode, jax.ShapeDtypeStruct(w.shape, w.dtype))
+    places = shapes.map_arrays(functools.partial(follow, known))
+    in_place: Any = jax.sharding.auto_axes(encode, out_sharding=places)
+    return in_place(w)
+
+
+@functools.partial(jax.jit, static_argnames=("scheme", "form"))
+def _encode(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
     x = w.astype(jnp.float32)
     inner = form.of_codes
     if form.flat:

@@ -13,6 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from .. import _compat
+from .._arrays import explicit
 from .._core import Axis, Factor, Packed, shard_part
 from .._types import NotAnArray, PyTree
 from .._types import short as short_name
@@ -281,8 +282,14 @@ def _with_plain_scales(axes: tuple[Axis, ...], parts: Quantized) -> Quantized:
     inner = [OTHER] if form.flat else [axes[d] for d in form.order if d in form.scaled]
     lead = [a for a in codes.axes if a not in inner]
     x = codes.expand_to([*lead, *inner])
-    flat = x.reshape(*x.shape[: len(lead)], math.prod(x.shape[len(lead) :]))
-    of_groups, offset = nested.scale.expand_to([*lead, OTHER]), nested.offset.expand_to(lead)
-    scale = dequantize_scales(flat, of_groups, offset).reshape(x.shape)
+
+    def plain(x: jax.Array, *nested: jax.Array) -> jax.Array:
+        flat = x.reshape(*x.shape[: len(lead)], math.prod(x.shape[len(lead) :]))
+        return dequantize_scales(flat, *nested).reshape(x.shape)
+
+    # Groups run across shards.
+    place = explicit(x)
+    compute: Any = jax.sharding.auto_axes(plain, out_sharding=place) if place else plain
+    scale = compute(x, nested.scale.expand_to([*lead, OTHER]), nested.offset.expand_to(lead))
     scale = codes.replace(scale, [*lead, *inner])
     return dataclasses.replace(parts, scale=scale, nested=None)

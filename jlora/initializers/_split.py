@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from .. import _compat
-from .._arrays import count_not_finite, explicit, fit_spec, promote
+from .._arrays import count_not_finite, explicit, follow, promote
 from .._core import RANK, Axis, Change, Delta, Factor, leaf_weight
 from .._linalg import map_matrices, qr
 from .._quantized import BaseLeaf, Form, Quantized, is_quantized, quantize_weight
@@ -226,11 +226,7 @@ def _shardings(
     b: jax.ShapeDtypeStruct,
 ) -> tuple[Any, NamedSharding, NamedSharding]:
     """Returns the shardings of W, A and B over the mesh of `known`, the sharding of W."""
-
-    def place(x: jax.ShapeDtypeStruct, axes: Sequence[int | None]) -> NamedSharding:
-        spec = [None if d is None else known.spec[d] for d in axes]
-        return NamedSharding(known.mesh, fit_spec(spec, x.shape, known.mesh))
-
+    place = functools.partial(follow, known)
     stack, inputs, outputs, slots = spec.layout
     beside = (*stack, *((None,) if slots is not None else ()))
     of_a, of_b = place(a, (*beside, *inputs, None)), place(b, (*beside, None, *outputs))
