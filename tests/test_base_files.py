@@ -378,13 +378,23 @@ def experts_one_by_one() -> Laid:
     return files, names, values
 
 
+def experts_before_layers() -> Laid:
+    """As MaxText stacks them."""
+    files = {f"h.{i}.up": mxfp4(seed=i) for i in range(2)}
+    values = np.stack([file.matrix.swapaxes(1, 2) for file in files.values()], 1)
+    return files, [peft.Name("w", "h.{}.up", "elio", "w", transposed=True)], {"w": values}
+
+
 def parts_in_blocks_of_outputs() -> Laid:
-    """Of codes whose blocks run on from one output to the next."""
-    shape, file = (2, ROWS, COLUMNS // 2), four_bits(double=False)
-    file |= {key: state(shape=shape)(file[key]) for key in file if "quant_state" in key}
-    names = [peft.Name(x, "up", "eio", "weight", part=(j, 2)) for j, x in enumerate("ab")]
-    values = np.split(file.matrix.reshape(shape).swapaxes(1, 2), 2, 2)
-    return {"up": file}, names, dict(zip("ab", values, strict=True))
+    """Of codes whose blocks run on from one output to the next, experts before layers."""
+    shape = (4, ROWS // 2, COLUMNS // 2)
+    files = {f"h.{i}.up": four_bits(seed=i, double=False) for i in range(2)}
+    for file in files.values():
+        file |= {key: state(shape=shape)(file[key]) for key in file if "quant_state" in key}
+    names = [peft.Name(x, "h.{}.up", "elio", "weight", part=(j, 2)) for j, x in enumerate("ab")]
+    each = [file.matrix.reshape(shape).swapaxes(1, 2) for file in files.values()]
+    values = np.split(np.stack(each, 1), 2, 3)
+    return files, names, dict(zip("ab", values, strict=True))
 
 
 def heads(*lengths: int) -> Laid:
@@ -399,6 +409,7 @@ LEAVES = {
     "alternating parts": (lambda: parts_of_experts(True), True),
     "parts": (lambda: parts_of_experts(False), True),
     "one by one": (experts_one_by_one, True),
+    "experts before layers": (experts_before_layers, True),
     "blocks of outputs": (parts_in_blocks_of_outputs, False),
     "blocks in heads": (lambda: heads(2, 64), True),
     "blocks as heads": (lambda: heads(4, 32), True),
@@ -454,6 +465,17 @@ def test_a_count(count, tmp_path):
     else:
         found = peft.load_base(tmp_path, names, like=like)["count"]
         assert (found.shape, found.dtype, int(found)) == ((), jnp.int32, 7)
+
+
+def test_integers_of_layers(tmp_path):
+    """The positions of a window, which each layer has."""
+    (tmp_path / "config.json").write_text("{}")
+    each = np.arange(12).reshape(2, 2, 3)
+    save_file({f"h.{i}.index": x for i, x in enumerate(each)}, tmp_path / "model.safetensors")
+    names = [peft.Name("index", "h.{}", "olk", "index")]
+    like = {"index": jax.ShapeDtypeStruct((2, 2, 3), jnp.int32)}
+    found = peft.load_base(tmp_path, names, like=like)["index"]
+    np.testing.assert_array_equal(found, each.swapaxes(0, 1))
 
 
 # ------------------------------------------------------------------------------- files that lie
@@ -542,6 +564,11 @@ def groups_of(*sizes):
     return {"config_groups": {f"group_{n}": {"weights": {"group_size": n}} for n in sizes}}
 
 
+def blocks_of(*block):
+    """A configuration of compressed-tensors with blocks, of which the last may be smaller."""
+    return {"config_groups": {"group_0": {"weights": {"block_structure": block}}}}
+
+
 def bits_of(*bits):
     """A configuration of compressed-tensors with a group of modules for each number of bits."""
     return {"config_groups": {f"group_{n}": {"weights": {"num_bits": n}} for n in bits}}
@@ -569,6 +596,7 @@ CONFIGURATIONS = [  # what is in a configuration, and what is said of it
             ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "'sparse-24-bitmask' is not"),
             ({"transform_config": {"config_groups": {}}}, "rotated weights are not supported"),
             (groups_of(48, 64), "up", "4 groups of scales for 128 inputs contradict"),
+            (blocks_of(1, 48), "up", "4 groups of scales for 128 inputs contradict"),
             (bits_of(8), "its shape (64, 16) is that of 4 bits, and `num_bits`"),
         )
     ),
@@ -634,6 +662,16 @@ def test_what_is_wrong_of_every_layer_is_said_once(tmp_path):
     with refused(ValueError, "path", "`bits` of the quantization", "got 3") as e:
         peft.load_base(folder, names, like=tree | {"norm": ONE["norm"]})
     assert len(e.value.problems) == 1
+
+
+def test_codes_and_floats_of_one_name(tmp_path):
+    tensors = tensors_of({"up": gptq()}) | {"up.weight": np.ones((ROWS, COLUMNS), np.float32)}
+    folder = write(tmp_path / "base", {"up": gptq()})
+    save_file(tensors, folder / "model.safetensors")
+    with refused(ValueError, "src_dir", "up.weight", "is there in codes and in floats"):
+        peft.dequantize_checkpoint(folder, tmp_path / "dense")
+    with refused(ValueError, "path", "up.weight", "unexpected"):
+        peft.load_base(folder, NAMES, like=ONE)
 
 
 def test_an_order_that_is_not_known_yet(tmp_path):

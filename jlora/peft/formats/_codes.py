@@ -153,15 +153,19 @@ def make_leaf(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
     """
     name = leaf.name
     dtype = modules[0].dtype or leaf.value.dtype
-    stack, first, last = name.where("les"), name.where("o"), name.where("i")
+    first, last = name.where("o"), name.where("i")
     if name.kind == "embedding":
         first, last = name.where("v"), name.where("o")
     order = (*first, *last)
+    stack = (*name.where("ls"), *name.where("e"))  # experts are within modules
     coded = [m for m in modules if isinstance(m, Codes)]
     if len(coded) == len(modules) and len(set(map(_signature, coded))) == 1:
-        form = _cut(coded[0].scheme, leaf.shape, stack, order, len(last))
+        form = _cut(coded[0].scheme, leaf.shape, tuple(sorted(stack)), order, len(last))
         if form is not None:
-            stacked = jax.tree.map(lambda *xs: np.stack(xs), *(m[1:5] for m in coded))
+            lengths = [leaf.shape[d] for d in stack]
+            axes = [*map(int, np.argsort(stack)), len(stack)]
+            join = lambda *xs: np.stack(xs).reshape(*lengths, -1).transpose(axes)  # noqa: E731
+            stacked = jax.tree.map(join, *(m[1:5] for m in coded))
             return _quantize(Codes(coded[0].scheme, *stacked), form, dtype)
     x = jnp.stack([m.array(dtype) for m in modules]).reshape(
         [leaf.shape[d] for d in (*stack, *order)]

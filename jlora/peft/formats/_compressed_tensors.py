@@ -80,6 +80,7 @@ class CompressedTensors(Format):
             order = None if (order == -1).any() else order  # -1 means not set
         zero = self._zero(f"{name}_zero_point", bits, scale.shape)
         sizes = [weights.get("group_size") for weights in self._weights()]
+        sizes += [width for _, width in self._blocks()]
         return read_affine(name.removesuffix(".weight"), bits, codes, scale, zero, order, sizes)
 
     def _zero(self, name: str, bits: int, shape: tuple[int, ...]) -> np.ndarray | None:

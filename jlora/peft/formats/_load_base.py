@@ -154,11 +154,11 @@ def _join(parts: Sequence[Any], leaf: NamedLeaf) -> jax.Array:
 
 def _read_integers(leaf: NamedLeaf, format: Format) -> jax.Array:
     """Reads a buffer, such as the count of a batch normalization, in the dtype of the leaf."""
-    [key] = leaf.parameters
-    x = format.tensors.read(key, INTEGERS, leaf.weight_shape)
+    keys = leaf.parameters
+    x = join_weight(leaf, [format.tensors.read(k, INTEGERS, leaf.weight_shape) for k in keys])
     found = x.astype(leaf.value.dtype)
     if not np.array_equal(found, x):
-        raise Unreadable(key, f"has values that {leaf.value.dtype} cannot hold")
+        raise Unreadable(keys[0], f"has values that {leaf.value.dtype} cannot hold")
     return put(found)
 
 
