@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from . import sharding
 from ._arrays import count_not_finite
 from ._compat import evaluate_now, is_concrete, place_of
 from ._errors import InputError
@@ -29,6 +28,7 @@ from ._site import Full, Site
 from ._sites import Sites
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
+from .sharding._specs import place_codes
 
 
 def quantize(
@@ -195,6 +195,5 @@ def _quantize_leaf(x: BaseLeaf, path: Path, scheme: Scheme, form: Form) -> Quant
         )
     leaf = quantize_weight(jnp.asarray(x), scheme, form)
     place = place_of(x) if is_concrete(leaf.data) else None
-    if not isinstance(place, NamedSharding):
-        return leaf
-    return jax.device_put(leaf, sharding.specs({"w": place}, {"w": leaf})["w"])
+    is_on_mesh = isinstance(place, NamedSharding)
+    return place_codes(path, leaf, place, "params") if is_on_mesh else leaf

@@ -263,6 +263,22 @@ def test_loaded_where_it_is_to_lie(tmp_path):
     laws.assert_close(jlora.dequantize(loaded), jax.tree.map(np.float32, expected), 1e-6)
 
 
+def test_blocks_that_shards_would_break(tmp_path):
+    """Of a scheme and of a file: the error has the argument and the path."""
+    place = on(AUTO, P("fsdp"))
+    params = {"mlp": {"up": jax.device_put(normal(0, D, F), place)}}
+    said = r"mlp/up: axis 0 of length 256 over fsdp=4 gives each device 64, which is not a multiple"
+    with pytest.raises(ValueError, match=f"(?s)`params` has a weight.*{said}"):
+        jlora.quantize(params, NF4("up", block=128))
+    base_files.write(tmp_path / "base", {"mlp": base_files.gptq(group=64)})
+    shape = (base_files.COLUMNS, base_files.ROWS)
+    like = {"mlp": {"up": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)}}
+    names = (peft.Name("mlp/up", "mlp", "io"), peft.Name("norm", "norm", "o"))
+    like["norm"] = jax.ShapeDtypeStruct(shape[1:], jnp.float32)
+    with pytest.raises(ValueError, match=r"(?s)`like` has a weight.*mlp/up: axis 0 of length 128"):
+        peft.load_base(tmp_path / "base", names, like=like)
+
+
 @each(FEW)
 def test_init(scheme):
     """The adapter of a base on the mesh, eagerly and where `out_shardings` says."""

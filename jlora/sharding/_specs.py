@@ -103,6 +103,18 @@ def specs(base: PyTree, adapter: PyTree, mesh: AnyMesh | None = None) -> PyTree:
     return jax.tree.unflatten(structure, own)
 
 
+def place_codes(path: Path, leaf: Quantized, place: NamedSharding, argument: str) -> Quantized:
+    """Shards a quantized leaf like the weight at `path` of the tree `argument`."""
+    try:
+        return jax.device_put(leaf, _follow(place, leaf, None))
+    except Misfit as e:
+        raise InputError(
+            f"`{argument}` has a weight that is not sharded along whole blocks of codes.",
+            problems=problems_at({path: str(e)}),
+            remedy="Shard its other axes.",
+        ) from None
+
+
 def _leaves(adapter: PyTree) -> dict[Path, Any]:
     leaves = leaves_by_path(adapter, is_node)
     is_base = any(is_quantized(x) for _, x in leaves)

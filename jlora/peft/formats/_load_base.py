@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
-from ... import sharding
 from ..._arrays import put
 from ..._errors import InputError, Problem
 from ..._folders import fresh, to_path
@@ -20,6 +19,7 @@ from ..._progress import progress
 from ..._quantized import Quantized, is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
+from ...sharding._specs import place_codes
 from .._checkpoint import MODELS, open_checkpoint
 from .._file import DTYPES
 from ..names._leaves import NamedLeaf, split_gate_and_up
@@ -96,7 +96,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     unread: tuple[str, ...] = ()  # modules with tensors that were not read
     for leaf in progress(leaves, "load", unit="leaf"):
         try:
-            values.append(_place(_read(leaf, format, quantized, there), leaf.value))
+            values.append(_place(_read(leaf, format, quantized, there), leaf))
         except Unreadable as e:
             wrong.append(e.problem)
             unread += leaf.modules
@@ -171,13 +171,13 @@ def _read_dense(format: Format, key: str, shape: tuple[int, ...]) -> np.ndarray:
     return x
 
 
-def _place(x: jax.Array | Quantized, like: object) -> jax.Array | Quantized:
-    """Shards a leaf like `like`, if that is on a mesh."""
-    place = getattr(like, "sharding", None)
+def _place(x: jax.Array | Quantized, leaf: NamedLeaf) -> jax.Array | Quantized:
+    """Shards a value like its leaf, if that is on a mesh."""
+    place = getattr(leaf.value, "sharding", None)
     if not isinstance(place, NamedSharding):
         return x
     if is_quantized(x):
-        place = sharding.specs({"w": place}, {"w": x})["w"]
+        return place_codes(leaf.path, x, place, "like")
     return jax.device_put(x, place)
 
 
