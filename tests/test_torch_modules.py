@@ -306,6 +306,17 @@ def test_refused() -> None:
     model.norm.train()
     with pytest.raises(ValueError, match=r"in training mode .* Call model.eval\(\).*mode: norm\."):
         extract(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        normed = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 2))).eval()
+    with pytest.raises(ValueError, match=r"(?s)0\.weight: is computed.*parametrizations, or call"):
+        extract(normed)
+    nn.utils.remove_weight_norm(normed[0])
+    extract(normed)
+    big = nn.Linear(3, 2).eval()
+    big.register_buffer("primes", torch.tensor([31, 2**40 + 15]), persistent=False)
+    with pytest.raises(ValueError, match=r"integers in primes that int32 cannot hold. Set jax_ena"):
+        extract(big)
     with pytest.raises(NotImplementedError, match="the model draws random numbers"):
         extract(make(Noisy))[1]({}, X)
     with pytest.raises(TypeError, match=r"of type Identity at output\['cache'\], which"):

@@ -55,8 +55,9 @@ def extract(
         ImportError: if PyTorch or torchax is not installed.
         TypeError: if `model` is not a module; later, if an argument is a tensor of PyTorch, or an
             output is no pytree of arrays.
-        ValueError: if `model` is in training mode; if a pattern matches no module; if a buffer on
-            the meta device cannot be computed.
+        ValueError: if `model` is in training mode, or has attributes computed from its parameters;
+            if a pattern matches no module; if a buffer on the meta device cannot be computed, or
+            has integers that need jax_enable_x64.
         NotImplementedError: later, if the model draws random numbers, or uses an operator that
             torchax does not have.
 
@@ -79,5 +80,5 @@ def extract(
             "pip install 'jlora[torch]'."
         ) from e
     check_module(model)
-    leaves = {tuple(name.split(".")): to_jax(x) for name, x in find_saved(model).items()}
+    leaves = {tuple(name.split(".")): to_jax(x, name) for name, x in find_saved(model).items()}
     return nest(leaves), Apply(model, activations)

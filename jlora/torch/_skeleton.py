@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torchax.ops import mappings  # pyright: ignore[reportMissingImports]
 
@@ -24,6 +25,19 @@ def check_module(model: object) -> None:
             "numbers, and its batch normalization would change its statistics. Call model.eval(). "
             f"For dropout, give LoRA(..., dropout=0.1). In training mode: {training[0]}"
             f"{f' and {len(training) - 1} more modules' if training[1:] else ''}."
+        )
+    computed = [
+        Problem(f"{name}.{key}".removeprefix("."), "is computed from parameters")
+        for name, m in model.named_modules()
+        for key, x in (*vars(m).items(), *m.named_buffers(recurse=False))
+        if isinstance(x, torch.Tensor) and not x.is_leaf
+    ]
+    if computed:
+        raise InputError(
+            "`model` has tensors that would not follow the parameters of `apply`.",
+            problems=computed,
+            remedy="Compute them in `forward`. For torch.nn.utils.weight_norm, use that of "
+            "torch.nn.utils.parametrizations, or call torch.nn.utils.remove_weight_norm.",
         )
 
 
@@ -123,7 +137,7 @@ def find_constants(skeleton: torch.nn.Module) -> dict[str, jax.Array]:
     _compute_buffers(skeleton)
     saved = find_saved(skeleton)
     every = {name: x for name, x in skeleton.named_buffers() if name not in saved}
-    return {name: jnp.asarray(to_jax(x)) for name, x in every.items()}
+    return {name: jnp.asarray(to_jax(x, name)) for name, x in every.items()}
 
 
 def _compute_buffers(skeleton: torch.nn.Module) -> None:
@@ -155,12 +169,20 @@ def _is_odd(x: torch.Tensor) -> bool:
     return bool((x.isnan() if x.is_floating_point() else x == torch.iinfo(x.dtype).min).any())
 
 
-def to_jax(x: torch.Tensor) -> Array:
-    """Copies a tensor to an array bit for bit; one on the meta device becomes its shape."""
+def to_jax(x: torch.Tensor, name: str = "a constant") -> Array:
+    """Copies a tensor to an array bit for bit; one on the meta device becomes its shape.
+
+    Without jax_enable_x64 floats of 64 bits are rounded, and integers must fit into 32.
+    """
     dtype = mappings.t2j_dtype(x.dtype)
     shape = tuple(x.shape)
     if x.is_meta:
         return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
     flat = x.detach().cpu().contiguous().reshape(-1)
     # NumPy does not know PyTorch's bfloat16, but has the same bytes.
-    return jnp.array(flat.view(torch.uint8).numpy().view(dtype).reshape(shape))
+    values = flat.view(torch.uint8).numpy().view(dtype).reshape(shape)
+    held = jax.dtypes.canonicalize_dtype(dtype)
+    if values.dtype.kind == "i" and not np.array_equal(values.astype(held), values):
+        why = f"`model` has integers in {name} that {held} cannot hold. Set jax_enable_x64."
+        raise InputError(why)
+    return jnp.array(values)
