@@ -385,6 +385,22 @@ def test_ports_of_others(port: str, tmp_path: Folder) -> None:
         np.testing.assert_allclose(x, tensors[name], rtol=1e-6)
 
 
+@pytest.mark.parametrize("start", [0, 2])
+def test_numbers_with_zeros(start: int, tmp_path: Folder) -> None:
+    """PyTorch has none before its numbers; `start` numbers its layers otherwise."""
+    rows = [
+        Row(f"layer_{i:02d}/{name}/w", f"h.{i + start}.{name}.weight", (6, 5), turn, IO)
+        for i in range(11)
+        for name in "ab"
+    ]
+    # Rows list the numbers where the layers of one name have different forms.
+    rows += [
+        Row(f"block_{i:02d}/w", f"b.{i}.{'cd'[i // 6]}.weight", (6, 5), turn, IO) for i in range(11)
+    ]
+    params, sites = made(rows, tmp_path / "base", tensors_of(rows))
+    check(peft.find_names(params, tmp_path / "base", sites), params, rows)
+
+
 # ------------------------------------------------------------------------- a thousand at random
 
 

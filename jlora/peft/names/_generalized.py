@@ -67,12 +67,15 @@ def _make_path(
     members: Sequence[Held], is_listed: bool = False
 ) -> tuple[str, list[tuple[int, ...]]]:
     """Makes the pattern of paths that differ in numbers, and lists the numbers it captures."""
-    numbers = [tuple(map(int, _NUMBER.findall(held.path))) for held in members]
+    digits = [_NUMBER.findall(held.path) for held in members]
+    numbers = [tuple(map(int, own)) for own in digits]
     each = [sorted(set(own)) for own in zip(*numbers, strict=True)]
     varying = [n for n, own in enumerate(each) if len(own) > 1]
     texts = [re.escape(text) for text in re.split(r"(\d+)", members[0].path)]
     for n in varying:
-        texts[2 * n + 1] = f"({'|'.join(map(str, each[n]))})" if is_listed else r"(\d+)"
+        zeros = "0*" if any(re.match(r"0\d", own[n]) for own in digits) else ""
+        number = "|".join(map(str, each[n])) if is_listed else r"\d+"
+        texts[2 * n + 1] = f"{zeros}({number})"
     return "".join(texts), [tuple(own[n] for n in varying) for own in numbers]
 
 
