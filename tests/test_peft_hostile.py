@@ -31,6 +31,7 @@ from jlora.peft.adapter import _patterns
 from jlora.peft.adapter._config import problems_of
 from jlora.peft.adapter._patterns import Clock, Job, match
 from jlora.peft.adapter._roles import list_parents, list_unused, resolve
+from jlora.peft.formats._dequantize import dequantized
 from jlora.peft.merge import _ties
 from jlora.peft.merge._renaming import find_models
 
@@ -332,6 +333,36 @@ def test_a_gguf_file_claims_much(claim: str, counts: tuple[int, int], tmp_path: 
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + key + GGUF_CLAIMS[claim])
     with bounded(1), refused(ValueError, "", "is not a valid GGUF file: it"):
         peft.load_base(path, [peft.Name("w", "w", "io")], like={"w": ONE})
+
+
+def of_codes(folder: Folder, count: int, config: Any) -> Folder:
+    """A checkpoint of modules with one code and one scale."""
+    code, one = ONE.astype(jnp.float8_e4m3fn), ONE[0]
+    modules = [f"m{i}.weight" for i in range(count)]
+    tensors = dict.fromkeys(modules, code) | dict.fromkeys([f"{m}_scale" for m in modules], one)
+    return base(folder, tensors, quantization_config=config)
+
+
+@pytest.mark.slow
+def test_many_modules_in_codes(tmp_path: Folder) -> None:
+    folder = of_codes(tmp_path / "b", 12_000, {"quant_method": "fp8"})
+    with bounded(8):
+        assert len(dequantized(open_checkpoint(folder, copied=True))[1]) == 12_000
+
+
+def test_groups_of_modules(tmp_path: Folder) -> None:
+    """Thousands of them, for thousands of modules."""
+    groups = {str(i): {"weights": {"block_structure": [i + 1, 1]}} for i in range(10_000)}
+    for count in (1000, 10_000):
+        own = dict(list(groups.items())[:count])
+        config = {"quant_method": "compressed-tensors", "config_groups": own}
+        folder = of_codes(tmp_path / str(count), 1000, config)
+        with bounded(3):
+            if count == 1000:
+                assert len(peft.matrices(folder)) == 1000
+            else:
+                with refused(ValueError, "path", "expected at most 1000, got 10000"):
+                    peft.matrices(folder)
 
 
 def test_copies_are_read_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

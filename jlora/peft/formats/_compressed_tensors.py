@@ -1,5 +1,6 @@
 """compressed-tensors, of llm-compressor and vLLM: integers of 4 and 8 bits, and FP8."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from ._tensors import FLOATS, Unreadable, unpack
 KNOWN = ("dense", "float-quantized", "int-quantized", "mixed-precision", "naive-quantized")
 KNOWN += ("pack-quantized",)
 BITS = (4, 8)  # of packed codes
+MOST = 1000  # groups of modules
 
 
 @register("compressed-tensors")
@@ -40,7 +42,7 @@ class CompressedTensors(Format):
         zero = f"{name}_zero_point"  # some versions wrote one, of zeros
         if zero in self.tensors and self.tensors.bytes(zero).any():
             raise Unreadable(zero, f"expected zeros for {name} in FP8")
-        return read_float8(self.tensors, name, f"{name}_scale", self._blocks())
+        return read_float8(self.tensors, name, f"{name}_scale", self._blocks)
 
     def _packed(self, name: str) -> Codes | Dense:
         outputs, inputs = map(int, self.tensors.read(f"{name}_shape", ("I64", "I32"), (2,)))
@@ -50,7 +52,7 @@ class CompressedTensors(Format):
         if not fits:
             wanted = " or ".join(f"{bits} bits, shape {form}" for bits, form in forms.items())
             raise Unreadable(f"{name}_packed", f"expected {wanted}; got {words}")
-        each = [weights.get("num_bits") for weights in self._weights()]
+        each = [weights.get("num_bits") for weights in self._weights]
         known = each if each and None not in each else BITS
         found = [bits for bits in fits if bits in known]
         if len(found) != 1:  # up to 4 inputs fit one word in either
@@ -79,8 +81,8 @@ class CompressedTensors(Format):
             order = tensors.read(f"{name}_g_idx", ("I32", "I64"), codes.shape[1:])
             order = None if (order == -1).any() else order  # -1 means not set
         zero = self._zero(f"{name}_zero_point", bits, scale.shape)
-        sizes = [weights.get("group_size") for weights in self._weights()]
-        sizes += [width for _, width in self._blocks()]
+        sizes = [weights.get("group_size") for weights in self._weights]
+        sizes += [width for _, width in self._blocks]
         return read_affine(name.removesuffix(".weight"), bits, codes, scale, zero, order, sizes)
 
     def _zero(self, name: str, bits: int, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -100,7 +102,7 @@ class CompressedTensors(Format):
 
     def _check(self) -> None:
         """Raises if the configuration gives the tensors a meaning that is not supported."""
-        formats = [self.config.get("format"), *(group.get("format") for group in self._groups())]
+        formats = [self.config.get("format"), *(group.get("format") for group in self._groups)]
         if odd := [x for x in formats if x is not None and x not in KNOWN]:
             raise Unreadable(
                 "`format` of the quantization",
@@ -116,18 +118,26 @@ class CompressedTensors(Format):
                 "`transform_config` of the quantization", "rotated weights are not supported"
             )
 
+    @functools.cached_property
     def _groups(self) -> list[dict[str, Any]]:
-        found = self.config.get("config_groups")
-        return [g for g in found.values() if isinstance(g, dict)] if isinstance(found, dict) else []
+        given = self.config.get("config_groups")
+        each = given.values() if isinstance(given, dict) else ()
+        found = [group for group in each if isinstance(group, dict)]
+        if len(found) > MOST:
+            why = f"expected at most {MOST}, got {len(found)}"
+            raise Unreadable("`config_groups` of the quantization", why)
+        return found
 
+    @functools.cached_property
     def _weights(self) -> list[dict[str, Any]]:
-        found = (group.get("weights") for group in self._groups())
+        found = (group.get("weights") for group in self._groups)
         return [weights for weights in found if isinstance(weights, dict)]
 
+    @functools.cached_property
     def _blocks(self) -> list[Block]:
         """Lists the block sizes in the configuration."""
         found = list[Block]()
-        for weights in self._weights():
+        for weights in self._weights:
             given = weights.get("block_structure")
             pair = given.split("x") if isinstance(given, str) else given
             if isinstance(pair, list) and len(pair) == 2 and all(str(n).isdecimal() for n in pair):

@@ -147,10 +147,11 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
         order = (rows, columns) if not lead or format.keeps_axes else (columns, rows)
         spelling = next(key for key, known in DTYPES.items() if known == (x.dtype or dtype))
         weight = TensorInfo(name, spelling, (*lead, *order))
-        if name in format.tensors and name not in format.tensors.taken:
-            raise Unreadable(name, "is there in codes and in floats", "remove one of them")
-        new = sorted(format.tensors.taken - places.keys())
+        new = sorted(x for x in format.tensors.taken if x not in places)
+        format.tensors.taken.clear()
         places |= dict.fromkeys(new) | {new[0]: weight}
+        if name in format.tensors and name not in places:
+            raise Unreadable(name, "is there in codes and in floats", "remove one of them")
     left = list_left(format.tensors, places)
     if left or not matrices:
         method = shorten(checkpoint.quantization.get("quant_method"))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -93,16 +94,15 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     there = quantized.union(format.tensors)
     leaves = name_all(like, names, "like", there)
     values, wrong = [], []
-    unread: tuple[str, ...] = ()  # modules with tensors that were not read
+    unread = set[str]()  # modules with tensors that were not read
     for leaf in progress(leaves, "load", unit="leaf"):
         try:
             values.append(_place(_read(leaf, format, quantized, there), leaf))
         except Unreadable as e:
             wrong.append(e.problem)
-            unread += leaf.modules
-    prefixes = tuple(f"{module}." for module in unread)
-    tensors = format.tensors
-    left = [n for n in tensors if n not in tensors.taken and not n.startswith(prefixes)]
+            unread.update(leaf.modules)
+    left = [n for n in format.tensors if n not in format.tensors.taken]
+    left = [n for n in left if unread.isdisjoint(accumulate(n.split("."), "{}.{}".format))]
     # With a wrong configuration, all leaves have the same problem.
     wrong = list(dict.fromkeys(wrong)) + [Problem(name, "unexpected") for name in left]
     if wrong:
