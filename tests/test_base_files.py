@@ -332,6 +332,23 @@ def test_stacked_layers(format, dtype, tmp_path):
     assert found == peft.matrices(folder)
 
 
+@pytest.mark.parametrize("model", ["gpt2", "gpt_bigcode"])
+def test_conv1d(model, tmp_path):
+    """In codes it is a linear module; in floats its inputs are before its outputs."""
+    folder = write(tmp_path / "base", {"h.0.c_proj": gptq()})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": model}))
+    peft.dequantize_checkpoint(folder, tmp_path / "dense")
+    found = load_file(tmp_path / "dense" / "model.safetensors")["h.0.c_proj.weight"]
+    matrix = gptq().matrix.T if model == "gpt2" else gptq().matrix
+    assert_rounded(found, matrix.astype(jnp.bfloat16))
+    names = [peft.Name("w", "h.0.c_proj", "io", transposed=model == "gpt2"), NAMES[-1]]
+    base = peft.load_base(
+        folder, names, like={"w": jnp.zeros((COLUMNS, ROWS))} | {"norm": ONE["norm"]}
+    )
+    assert_rounded(base["w"].array(), gptq().matrix.T)
+
+
 @pytest.mark.parametrize("double", [True, False])
 def test_experts_of_bitsandbytes(double, tmp_path):
     """Their codes run along all of them; square ones do not tell inputs from outputs."""

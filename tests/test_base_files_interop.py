@@ -17,7 +17,14 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 torch = pytest.importorskip("torch")
 functional = pytest.importorskip("bitsandbytes.functional")
 
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import (  # noqa: E402
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 CONFIG = llama.Config(vocab=96, layers=2, dim=128, hidden=192, heads=4, kv_heads=2, tied=False)
 KINDS = {
@@ -84,6 +91,35 @@ def test_every_leaf_to_a_bit(folder, kind, scan):
         packed = "proj" in name
         expected = values_of(module, kind) if packed else module.weight.detach()
         np.testing.assert_array_equal(np.float32(x), expected.float().numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_conv1d(kind, tmp_path):
+    """GPT-2's `Conv1D` is quantized as a linear module, and (inputs, outputs) again in floats."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "float")
+    bits = "load_in_8bit" if kind == "int8" else "load_in_4bit"
+    load = functools.partial(GPT2LMHeadModel.from_pretrained, dtype=torch.float32)
+    config = BitsAndBytesConfig(**{bits: True}, **KINDS[kind])
+    model = load(tmp_path / "float", quantization_config=config, device_map="cpu")
+    model.train().save_pretrained(tmp_path / "codes")
+    peft.dequantize_checkpoint(tmp_path / "codes", tmp_path / "dense")
+    dense = dict(load(tmp_path / "dense").named_modules())
+    names = [peft.Name(r"(\w+)", r"transformer.h.0.attn.\1", "io", transposed=True)]
+    for name in ("c_attn", "c_proj"):
+        full = f"transformer.h.0.attn.{name}"
+        expected = values_of(model.get_submodule(full), kind).float().numpy().T
+        np.testing.assert_allclose(dense[full].weight.detach().numpy(), expected, rtol=1e-6)
+        tensors = load_file(tmp_path / "codes" / "model.safetensors")
+        own = {key: x for key, x in tensors.items() if key.startswith(f"{full}.weight")}
+        own |= {key: x for key, x in tensors.items() if key == f"{full}.SCB"}
+        said = json.loads((tmp_path / "codes" / "config.json").read_text())
+        folder = written(tmp_path / name, own, said["quantization_config"])
+        like = {name: jax.ShapeDtypeStruct(expected.shape, jnp.float32)}
+        leaf = peft.load_base(folder, names, like=like)[name]
+        assert isinstance(leaf, jlora.Quantized)
+        np.testing.assert_allclose(leaf.array(), expected, rtol=1e-6)
 
 
 # ---------------------------------------------------------------------- the formats' own converters

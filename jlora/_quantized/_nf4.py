@@ -79,7 +79,8 @@ class NF4(Table):
             every dense site except embeddings, the head, and leaves trained in full.
         block: entries that share a scale: 32, 64, 128, 256, 512, 1,024, 2,048 or 4,096.
         double: whether to store the scales in 8 bits (double quantization) rather than in float32:
-            with blocks of 64, this takes 4.127 bits per parameter rather than 4.5.
+            with blocks of 64, this takes 4.127 bits per parameter rather than 4.5. For a scale
+            halfway between two codes, bitsandbytes may choose the other.
 
     Raises:
         TypeError: if a field has the wrong type.

@@ -3,23 +3,29 @@
 import contextlib
 import functools
 import os
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from ..._errors import InputError
 from ..._folders import fresh
 from .._changed import opener, rearrange
 from .._checkpoint import Checkpoint, explain_shorter, open_checkpoint
 from .._file import DTYPES, TensorInfo, shorten
+from .._vocabulary import walk_objects
 from .._write import write_tensors
 from ._codes import Codes, Dense
-from ._format import Format, open_format, read_checked
+from ._format import open_format, read_checked
 from ._tensors import Unreadable, list_left
+
+# The models of `transformers` with a `Conv1D`, and the names of these modules: their weights are
+# (inputs, outputs) in floats, and (outputs, inputs) in codes.
+_MODELS = {"clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
+_CONV1D = re.compile(r".*\.(c_attn|c_fc|c_proj|q_attn)\.weight")
 
 
 class Matrix(NamedTuple):
@@ -137,6 +143,9 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
     """
     format = open_format(checkpoint)
     dtype = _float_dtype(checkpoint)
+    models = {str(part.get("model_type")) for part in walk_objects(checkpoint.config)}
+    has_conv1d = not models.isdisjoint(_MODELS)
+    turned = set[str]()  # whose inputs are before outputs in floats
     matrices = dict[str, Matrix]()
     # Each tensor that is read, with the weight that is written for it, if any.
     places: dict[str, TensorInfo | None] = {}
@@ -144,10 +153,12 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
         x = read_checked(format, name, dtype)
         matrices[name] = _matrix(name, x)
         *lead, rows, columns = x.shape
-        order = (rows, columns) if not lead or format.keeps_axes else (columns, rows)
+        if not format.keeps_axes if lead else has_conv1d and _CONV1D.fullmatch(name):
+            turned.add(name)
+        order = (columns, rows) if name in turned else (rows, columns)
         spelling = next(key for key, known in DTYPES.items() if known == (x.dtype or dtype))
         weight = TensorInfo(name, spelling, (*lead, *order))
-        new = sorted(x for x in format.tensors.taken if x not in places)
+        new = sorted(n for n in format.tensors.taken if n not in places)
         format.tensors.taken.clear()
         places |= dict.fromkeys(new) | {new[0]: weight}
         if name in format.tensors and name not in places:
@@ -172,7 +183,8 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
     def read(name: str) -> bytes:
         of_name = explain_shorter(checkpoint.source, name)
         with lock, _errors_about(checkpoint.source.argument), of_name:
-            return _values(format, name, DTYPES[found.entry(name).dtype])
+            w = np.asarray(format.read(name).array(DTYPES[found.entry(name).dtype]))
+        return (w.swapaxes(-1, -2) if name in turned else w).tobytes()
 
     openers = {name: opener(functools.partial(read, name)) for name in matrices}
     found = rearrange(checkpoint, files, checkpoint.config_of_floats, openers)
@@ -188,8 +200,3 @@ def _float_dtype(checkpoint: Checkpoint) -> Any:
     config = checkpoint.config
     dtype = config.get("dtype", config.get("torch_dtype"))
     return jnp.dtype(dtype if dtype in ("float32", "float16") else "bfloat16")
-
-
-def _values(format: Format, name: str, dtype: DTypeLike) -> bytes:
-    w = np.asarray(format.read(name).array(dtype))
-    return (w if w.ndim == 2 or format.keeps_axes else w.swapaxes(-1, -2)).tobytes()

@@ -47,7 +47,9 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     - FP8: one scale for each tensor, output or block
     - MXFP4: experts
 
-    In a `.gguf` file, Q4_0, Q4_1, Q8_0 and MXFP4 stay quantized. Other types are dequantized.
+    In a `.gguf` file, Q4_0, Q4_1, Q8_0 and MXFP4 stay quantized. Other types are dequantized. The
+    values are those of the file: llama.cpp alternates the halves of each head of Llama's queries
+    and keys, and adds 1 to Gemma's norms.
 
     A weight becomes a `jlora.Quantized` leaf with the codes of the file, if its axes can be split
     into the blocks of the file. All others are dequantized exactly. So are codes that no scheme of
@@ -114,9 +116,7 @@ def _read(
     leaf: NamedLeaf, format: Format, quantized: Collection[str], there: Collection[str]
 ) -> Any:
     name, whole, keys = leaf.name, leaf.weight_shape, leaf.parameters
-    is_matrix = name.kind in ("embedding", "experts") or (
-        name.kind == "linear" and not name.transposed
-    )
+    is_matrix = name.kind in ("embedding", "experts", "linear")
     coded = [key for key in keys if is_matrix and key in quantized]
     if keys[0] not in there and (parts := split_gate_and_up(leaf, there)):
         return _join([_read(part, format, quantized, there) for part in parts], leaf)
@@ -125,7 +125,8 @@ def _read(
     if not coded:
         each = (take_part(_read_dense(format, key, whole), name) for key in keys)
         return put(join_weight(leaf, list(each)))
-    if not name.is_plain or (name.transposed and format.keeps_axes):
+    is_swapped = name.kind == "experts" and name.transposed and format.keeps_axes
+    if not name.is_plain or is_swapped:
         raise Unreadable(
             coded[0],
             "is quantized, but `names` changes the values or their order; load a "
