@@ -102,6 +102,19 @@ def test_nothing_is_nan_where_the_change_cancels_the_weight(dtype: Any) -> None:
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, grads)))
 
 
+@pytest.mark.parametrize("case", [("bi,ihd->bhd", (8, 2, 4)), ("bhd,hdo->bo", (2, 4, 8))])
+def test_heads_in_16_bits(case: tuple[str, tuple[int, ...]]) -> None:
+    """Norms of weights with several axes of outputs, or of inputs."""
+    equation, shape = case
+    w = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    f = lambda params, x: jnp.einsum(equation, x, params["w"])  # noqa: E731
+    dora = jlora.transform(f, DoRA("w", rank=2))
+    x = jnp.ones((2, *shape[: equation.index(",") - 1]), jnp.bfloat16)
+    _, adapter = dora.init(jax.random.key(0), {"w": w}, x)
+    expected = jnp.linalg.norm(w.astype(jnp.float32).reshape(8, 8), axis=0)
+    np.testing.assert_allclose(adapter["w"].m.ravel(), expected, rtol=1e-6)
+
+
 def test_a_column_of_zeros_stays() -> None:
     w, x = jnp.asarray(np.ones((4, 3), np.float32) * [1, 0, 1], jnp.float32), jnp.ones((1, 4))
     dora, adapter = one(w)

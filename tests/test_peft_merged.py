@@ -536,6 +536,18 @@ def test_square_experts(known: str, tmp_path: Folder) -> None:
     np.testing.assert_allclose(merged["m.down"], each, rtol=1e-4, atol=1e-5)
 
 
+def test_square_experts_of_a_table(tmp_path: Folder) -> None:
+    """Its row has their axes."""
+    draw = np.random.default_rng(0).standard_normal
+    w, a, b = draw((2, 4, 4)), draw((2, 4, 3)), draw((2, 3, 4))
+    row = peft.Name("w", "m", "eio", "w")
+    checkpoint(tmp_path / "base", {"m.w": np.float32(w)})
+    node = LowRank(jnp.float32(a), jnp.float32(b), 1.0, row.layout)
+    peft.export_merged(tmp_path / "base", {"w": node}, tmp_path / "out", names=[row])
+    found = load_file(tmp_path / "out" / "model.safetensors")["m.w"]
+    np.testing.assert_allclose(found, w + (a @ b).swapaxes(1, 2), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("version", ["0.21.2", "0.18.1", "0.19.0", "0.19.1.dev0@0123abc", None])
 def test_square_experts_alone(version: str | None, tmp_path: Folder) -> None:
     """Single experts are (outputs, inputs); which of these A has is PEFT's version."""

@@ -215,7 +215,13 @@ def _column_norms(w: jax.Array, direction: LowRank) -> jax.Array:
     squares = jnp.square(w.astype(wide)).sum(inputs)
     kept = [d for d in range(w.ndim) if d not in inputs]
     squares = squares.transpose([kept.index(d) for d in (*stack, *outputs)])
-    p = times(of_a, range(w.ndim), of_b, a, w.astype(narrow))
+    p = lax.platform_dependent(
+        a,
+        w.astype(narrow),
+        # XLA's CPU compiler lacks this product of 16 bits if W has several axes of outputs.
+        cpu=lambda a, w: times(of_a, range(w.ndim), of_b, a.astype(wide), w.astype(wide)),
+        default=functools.partial(times, of_a, range(w.ndim), of_b),
+    )
     g = times(of_a, (*stack, *inputs, "s"), (*stack, "r", "s"), a, a)
     b = b.astype(wide)
     gb = times((*stack, "r", "s"), (*stack, "s", *outputs), of_b, g, b)

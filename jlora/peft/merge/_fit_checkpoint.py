@@ -99,7 +99,9 @@ def _match_tree(
     if is_untied:
         target, found = untie(target, found, problems)
     target = fit_vocabulary(target, found, problems)
-    found = found._replace(parts=orient(found.parts, target.model.shapes, False))
+    parts = orient(found.parts, target.model.shapes, False)
+    # Where shapes do not tell it, the table does.
+    found = found._replace(parts=[x._replace(transposed=bool(x.transposed)) for x in parts])
     _check(target, found, problems)
     problems.stop()
     return target, found
