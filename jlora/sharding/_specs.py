@@ -106,7 +106,7 @@ def specs(base: PyTree, adapter: PyTree, mesh: AnyMesh | None = None) -> PyTree:
 def place_codes(path: Path, leaf: Quantized, place: NamedSharding, argument: str) -> Quantized:
     """Shards a quantized leaf like the weight at `path` of the tree `argument`."""
     try:
-        return jax.device_put(leaf, _follow(place, leaf, None))
+        return jax.device_put(leaf, _follow(place, leaf, None, ()))
     except Misfit as e:
         raise InputError(
             f"`{argument}` has a weight that is not sharded along whole blocks of codes.",
