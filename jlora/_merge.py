@@ -121,9 +121,9 @@ def _combine(
     return jax.tree.unflatten(tree, leaves)
 
 
-def _quantize_like(w: Any, old: Quantized) -> Quantized:
+def _quantize_like(w: BaseLeaf, old: Quantized) -> Quantized:
     """Quantizes `w` with the scheme, form and sharding of `old`."""
-    leaf = quantize_weight(w, old.scheme, old.form)
+    leaf = quantize_weight(jnp.asarray(w), old.scheme, old.form)
     if not is_concrete(leaf.data) or place_of(old.data) is None:
         return leaf
     place = jax.tree.map(lambda x: x.sharding, dataclasses.replace(old, error=None))

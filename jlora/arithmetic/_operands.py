@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from .._adapters import AdapterLeaf, LowRank, is_node, is_table, weight_shape, without_slots
 from .._arrays import promote
@@ -106,13 +105,14 @@ def join(nodes: Sequence[LowRank], a: jax.Array, b: jax.Array, scale: float) -> 
     )
 
 
-def scale_b(b: jax.Array, *factors: ArrayLike) -> jax.Array:
+def scale_b(b: jax.Array, *factors: float | jax.Array) -> jax.Array:
     """Multiplies B by numbers and rounds once, to its dtype; returns B itself if all are 1."""
     if all(map(is_one, factors)):
         return b
     scaled = jnp.asarray(b, promote(b.dtype, jnp.float32))
     for x in factors:
-        scaled *= jnp.asarray(x, scaled.dtype)
+        # A number that this dtype cannot hold makes infinities, which are refused by name.
+        scaled *= x.astype(scaled.dtype) if isinstance(x, jax.Array) else float(x)
     return scaled.astype(b.dtype)
 
 
