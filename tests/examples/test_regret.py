@@ -263,6 +263,10 @@ def claims(guide, rows):
         every = [x for each in ratios.values() for x in each]
         found[1] = f"{min(every)} to {max(every)} times"
         found.append(f"within {np.ceil(100 * (max(losses) - min(losses))) / 100} nats")
+        levels, (width, batch) = regret.fit(table)
+        ends = np.array([min(levels.values()), max(levels.values())])
+        found.append(f"{10 ** ends.mean():.2g} · width^{width:.2f} · batch^{batch:.2f}, is")
+        found.append(f"within a factor of {np.ceil(10 ** (1 + np.ptp(ends) / 2)) / 10} of each")
     return found
 
 
