@@ -278,6 +278,8 @@ def test_a_function_that_gives_something_else(tmp_path: Folder) -> None:
     ):
         with refused(ValueError, "merge", "one LowRank for each module"):
             combine([folder], tmp_path / "out", merge)
+    with refused(ValueError, "contents", "at least one adapter; got none"):
+        combine([], tmp_path / "out", arithmetic.add)
     assert not (tmp_path / "out").exists()
 
 

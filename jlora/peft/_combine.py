@@ -48,9 +48,9 @@ def combine(contents: Sequence[Contents], merge: Callable[[list[PyTree]], PyTree
         What `merge` returned, with a configuration for it; to `write`.
 
     Raises:
-        ValueError: if the adapters are for different models; if one cannot be combined without its
-            model (DoRA, leaves in full, rows of embeddings, several parameters of one module); if
-            `merge` returns other modules. All problems are listed.
+        ValueError: if there is no adapter; if the adapters are for different models; if one cannot
+            be combined without its model (DoRA, leaves in full, rows of embeddings, several
+            parameters of one module); if `merge` returns other modules. All problems are listed.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -69,6 +69,8 @@ def combine(contents: Sequence[Contents], merge: Callable[[list[PyTree]], PyTree
         >>> fields["r"]
         4
     """
+    if not contents:
+        raise InputError("`contents` must have at least one adapter; got none.")
     if wrong := [*_find_contradictions(contents), *_find_unsupported(contents)]:
         why = "`contents`: the adapters cannot be combined."
         raise InputError(why, problems=wrong, remedy=REMEDY)
