@@ -66,9 +66,8 @@ def fresh_file(path: Where, argument: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def scratch(path: Where, argument: str) -> Iterator[Path]:
-    """Yields a folder next to `path`, on the same disk, and removes it in the end."""
-    final = Path(os.path.abspath(to_path(path, argument)))
+def scratch(final: Path, argument: str) -> Iterator[Path]:
+    """Yields a folder next to `final`, on the same disk, and removes it in the end."""
     remove_leftovers(final)
     stage = beside(final, token())
     try:

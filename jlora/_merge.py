@@ -186,4 +186,4 @@ def _find_not_finite(path: Path, x: Any) -> list[str]:
         )
     x = dequantize(x) if is_quantized(x) else x
     n = count_not_finite(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else 0
-    return [f"{'/'.join(path)}: {n} of {np.size(x)} values"] if n else []
+    return [f"{name_of(path)}: {n} of {np.size(x)} values"] if n else []

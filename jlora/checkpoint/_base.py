@@ -11,12 +11,12 @@ import orbax.checkpoint as ocp
 
 from .._arrays import AnyArray
 from .._errors import InputError
-from .._folders import to_path
+from .._folders import Where, to_path
 from .._types import PyTree
 from ._fingerprint import shapes_of
 from ._restore import read
 from ._save import METADATA
-from ._store import Where, check_files, check_size, damage
+from ._store import check_files, check_size, damage
 
 
 class _Variable(NamedTuple):

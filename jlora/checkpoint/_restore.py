@@ -1,6 +1,7 @@
 """Restores an adapter from an Orbax checkpoint, and checks that it fits."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from etils import epath
 from .._adapters import AdapterLeaf, arrays, is_node, state, static
 from .._arrays import AnyArray
 from .._errors import InputError, MissingError, shorten, show
+from .._folders import Where
 from .._tree import adapter_leaves, adapter_of, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from ._fingerprint import (
@@ -23,7 +25,7 @@ from ._fingerprint import (
 )
 from ._meta import FORMAT, FULL, Saved, decode, digest, flatten_leaves
 from ._save import ADAPTER, METADATA
-from ._store import Where, by_all, check_files, check_size, damage, in_step, place
+from ._store import by_all, check_files, check_size, damage, in_step, place
 
 NEWER = "Update jlora."
 OLDER = (
@@ -166,10 +168,10 @@ def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
     return dict(leaves_by_path(tree))
 
 
-def _types_in(folder: epath.Path) -> list[Any]:
-    """Returns Orbax's metadata of each array in the files."""
+def _types_in(folder: epath.Path) -> Iterator[Any]:
+    """Yields Orbax's metadata of each array in the files, which are read when they are needed."""
     found: Any = ocp.StandardCheckpointHandler().metadata(folder / ADAPTER)
-    return jax.tree.leaves(found.tree)
+    yield from jax.tree.leaves(found.tree)
 
 
 def _template(x: AnyArray) -> Any:

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 
 from .._adapters import is_node
 from .._errors import InputError
+from .._folders import Where
 from .._quantized import is_quantized
 from .._site import Full, Rule, check_rules
 from .._tree import (
@@ -23,7 +24,7 @@ from .._tree import (
 from .._types import Path, PyTree
 from ._fingerprint import fingerprint, is_fingerprint, shapes_of
 from ._meta import encode, flatten_leaves, node_types
-from ._store import Where, by_all, write
+from ._store import by_all, write
 
 ADAPTER, METADATA = "adapter", "jlora"
 

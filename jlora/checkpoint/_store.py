@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from .. import _folders
 from .._errors import InputError, OccupiedError, blame, check_values, not_written, printable, show
+from .._folders import Where
 
 # ------------------------------------------------------------------------------- several processes
 # If one process fails, all raise, and none waits for another.
@@ -90,8 +91,6 @@ def one_line(error: Exception) -> str:
     text = re.split(r" \[(?:tensorstore_spec|source locations)", text)[0].rstrip(".")
     return printable(text)
 
-
-Where = _folders.Where
 
 # ------------------------------------------------------------------------------------ Orbax's files
 

@@ -254,18 +254,21 @@ def claims(guide, rows):
     """What a guide says of the tables in words."""
     has_scale = regret_figures.SCALES["s = 32/r"]
     table = [x for x in regret_figures.summary(rows) if has_scale(regret_figures.setting_of(x))]
-    names = "rates", "batches", "third"
+    table = [row for row in table if row["method"] == "lora"]
+    names = "rates", "batches", "third", "widths"
     by_name = {x: [row for row in table if row["experiment"] == x] for x in names}
-    ratios = {x: [round(row["of_full"]) for row in each] for x, each in by_name.items()}
+    ratios = {x: [row["of_full"] for row in each] for x, each in by_name.items()}
     losses = [row["score"] for row in by_name["rates"] if row["rank"] > 1]
-    found = [f"{min(ratios[x])} to {max(ratios[x])} times" for x in ("rates", "batches")]
+    between = lambda each: f"{min(each):.2g} to {max(each):.2g} times"  # noqa: E731
+    found = [between([round(x) for x in ratios[name]]) for name in ("rates", "batches")]
     if guide == "variants.md":
-        every = [x for each in ratios.values() for x in each]
-        found[1] = f"{min(every)} to {max(every)} times"
+        found[1] = between([x for each in ratios.values() for x in each])
         found.append(f"within {np.ceil(100 * (max(losses) - min(losses))) / 100} nats")
         levels, (width, batch) = regret.fit(table)
         ends = np.array([min(levels.values()), max(levels.values())])
-        found.append(f"{10 ** ends.mean():.2g} · width^{width:.2f} · batch^{batch:.2f}, is")
+        found.append(
+            f"{10 ** ends.mean():.2g} · width^{width:.2f} · batch^{batch:.2f}, for s = 32/r"
+        )
         found.append(f"within a factor of {np.ceil(10 ** (1 + np.ptp(ends) / 2)) / 10} of each")
     return found
 
