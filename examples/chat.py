@@ -37,6 +37,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import served
+import tables
+from advice import ALPHA, TABLE, best_rate
 from conversations import (
     DEFINITIONS,
     Rows,
@@ -76,6 +78,10 @@ def prepare(args: argparse.Namespace) -> tuple[pathlib.Path, llama.Config, Any, 
     tokenizer = load_tokenizer(folder)
     texts = read(args.data, tokenizer, args.length, more_than=args.held_out)
     random.Random(args.seed).shuffle(texts)
+    if args.learning_rate is None:
+        batch = args.batch * args.accumulate
+        args.learning_rate = float(f"{best_rate(tables.read(TABLE), config.dim, batch):.1e}")
+        progress.write(f"learning rate {args.learning_rate}, by the width and the batch")
     return folder, config, tokenizer, texts
 
 
@@ -313,11 +319,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--save-every", type=count, default=20, help="steps from checkpoint to checkpoint")
     add("--held-out", type=count, default=24, help="conversations to measure on")
     add("--rank", type=count, default=8)
-    add("--alpha", type=float, default=16.0, help="the adapter is scaled by alpha / rank")
-    add("--learning-rate", type=float, default=1e-3, help="at the end of the warmup")
+    add("--alpha", type=float, default=ALPHA, help="the adapter is scaled by alpha / rank")
+    add("--learning-rate", type=float, help="at the end of the warmup; see `advice.py`")
     add("--seed", type=int, default=0, help="of the adapter, the split and the order")
     add("--remat", action="store_true", help="recompute the layers in the backward pass")
     args = parser.parse_args(argv)
+    if args.alpha != ALPHA and args.learning_rate is None:
+        parser.error(f"the rate of `advice.py` is for --alpha {ALPHA:g}: give --learning-rate too")
     if args.patience and not args.evaluate_every:
         parser.error("--patience counts evaluations: give --evaluate-every too")
     unfinished = (args.out / "checkpoints").exists()

@@ -254,6 +254,27 @@ def test_scales_are_no_part_of_programs(tmp_path: Folder, caplog: Any) -> None:
     assert not [text for text in compiled if "_measure" in text]
 
 
+def test_many_shapes_are_few_programs(tmp_path: Folder, caplog: Any) -> None:
+    """A file may have a shape for each of thousands of modules."""
+    draw, kept = np.random.default_rng(0), []
+    for which in "xy":
+        each = {n: (draw.normal(size=(n, 1 + n % 3)), n) for n in range(5, 61)}
+        sites = {f"m{n}": site(a, draw.normal(size=(1 + n % 3, 70 - n))) for a, n in each.values()}
+        checkpoint.save(tmp_path / which, sites, ())
+        kept.append({name: np.asarray(x.a) @ np.asarray(x.b) for name, x in sites.items()})
+    with jax.log_compiles():
+        found = json.loads(run("inspect", tmp_path / "x", "--json").stdout)["sites"]
+        apart = run("diff", tmp_path / "x", tmp_path / "y", "--json", code=1).stdout
+    texts = [x.getMessage() for x in caplog.records if "Compiling" in x.getMessage()]
+    assert 0 < sum("_measure" in text for text in texts) < len(found)
+    for x, change in zip(found, json.loads(apart)["sites"], strict=True):
+        delta, other = (each[x["name"]] for each in kept)
+        spectrum = np.linalg.svd(delta, compute_uv=False)[: x["rank"]]
+        np.testing.assert_allclose(x["matrices"][0]["spectrum"], spectrum, 1e-12)
+        expected = np.linalg.norm(delta - other) / np.linalg.norm(delta)
+        np.testing.assert_allclose(change["relative"], expected, 1e-12)
+
+
 ODD = {
     "depth": ["m.base_layer.lora_A.weight", "m.base_layer.lora_B.weight"],
     "depths": [f"m{'.base_layer' * n}.lora_{x}.weight" for n in (1, 2) for x in "AB"],

@@ -14,6 +14,8 @@ from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_sh
 from .._progress import progress
 from .._text import align_columns, format_bytes
 from .._tree import count, size_in_bytes
+from .._types import Layout
+from ..analysis._size import factors
 from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import IGNORE, PREFIX, format_of, open_adapter
 
@@ -87,11 +89,32 @@ def _list_leaves(leaves: Mapping[str, Any]) -> list[Fields]:
 
 
 def widen(x: object) -> LowRank:
-    """Converts A and s·B of a node to float64; a scale would be part of the program."""
+    """Converts A and s·B of a node to matrices of float64, of lengths that are powers of two.
+
+    The zeros that are added give ΔW no singular values but zeros. So few programs are compiled,
+    whatever the shapes and scales of a file are.
+    """
     if not isinstance(x, LowRank | Decomposed):
         raise TypeError(f"only a LowRank or Decomposed is measured; got {x!r}.")
     a, b = (np.asarray(y, np.float64) for y in (x.a, x.b))
-    return LowRank(a, x.scale * b, 1.0, x.layout)  # pyright: ignore[reportArgumentType]
+    own = factors(LowRank(a, x.scale * b, 1.0, x.layout))  # pyright: ignore[reportArgumentType]
+    a, b = (np.pad(y, [(0, _power(n) - n) for n in y.shape]) for y in own)
+    n = a.ndim - 2
+    layout = Layout(tuple(range(n)), (n,), (n + 1,))
+    return LowRank(a, b, 1.0, layout)  # pyright: ignore[reportArgumentType]
+
+
+def _power(n: int) -> int:
+    """Returns the least power of two that is at least n."""
+    return 2 ** (n - 1).bit_length()
+
+
+def _lengths(x: LowRank | Decomposed) -> tuple[tuple[int, ...], int, int, int]:
+    """Returns the stack of a node, and the inputs, outputs and rank of each of its matrices."""
+    shape = weight_shape(x)
+    stack, inputs, outputs = (tuple(shape[d] for d in axes) for axes in x.layout[:3])
+    slots = 1 if x.layout.slots is None else len(x.layout.slots[1])
+    return stack, math.prod(inputs), math.prod(outputs), slots * x.a.shape[-1]
 
 
 @jax.jit
@@ -111,7 +134,8 @@ def _sites(nodes: Mapping[str, Any]) -> list[Fields]:
     """Measures nodes, some of one form at a time."""
     forms: dict[Any, list[str]] = {}
     for name, x in nodes.items():
-        form = (x.a.shape, x.b.shape, x.layout)
+        stack, *lengths = _lengths(x)
+        form = *map(_power, stack), *map(_power, lengths)
         forms.setdefault(form, []).append(name)
     found = {}
     for names in progress(_blocks(nodes, forms.values()), "sites", leave=False):
@@ -126,30 +150,30 @@ def _blocks(nodes: Mapping[str, Any], groups: Iterable[list[str]]) -> list[list[
     """Splits groups of nodes of one form so that A and B together have at most `BLOCK` numbers."""
     found = []
     for names in groups:
-        x = nodes[names[0]]
-        step = max(1, BLOCK // max(x.a.size + x.b.size, 1))
+        largest = max(nodes[name].a.size + nodes[name].b.size for name in names)
+        step = max(1, BLOCK // max(largest, 1))
         found += [names[i : i + step] for i in range(0, len(names), step)]
     return found
 
 
 def _site(name: str, x: LowRank | Decomposed, measured: Mapping[str, np.ndarray]) -> Fields:
     """Describes the ΔW of a node, a matrix each. For DoRA this is s·A·B, before normalization."""
-    shape = weight_shape(x)
-    inputs, outputs = (math.prod(shape[d] for d in axes) for axes in x.layout[1:3])
+    stack, inputs, outputs, rank = _lengths(x)
+    measured = {**measured, "spectrum": measured["spectrum"][..., :rank]}
     return {
         "name": name,
         "method": "LoRA" if isinstance(x, LowRank) else "DoRA",
-        "shape": shape,
+        "shape": weight_shape(x),
         "inputs": inputs,
         "outputs": outputs,
-        "rank": measured["spectrum"].shape[-1],
+        "rank": rank,
         "scale": x.scale,
         "dropout": x.dropout,
         "dtype": str(x.a.dtype),
         "parameters": count(state(x)),
         "matrices": [
             {"indices": i} | {k: v[i].tolist() for k, v in measured.items()}
-            for i in np.ndindex(measured["norm"].shape)
+            for i in np.ndindex(stack)
         ],
     }
 

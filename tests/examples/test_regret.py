@@ -4,6 +4,7 @@ import pathlib
 import re
 import shutil
 
+import advice
 import grpo
 import jax
 import numpy as np
@@ -100,9 +101,9 @@ def advised(capsys, *options):
 @pytest.mark.parametrize("model", ["MiniLM", "SmolLM2"])
 def test_the_advice_is_near_what_was_measured(capsys, model):
     """The best rate of a model, with its batch, is one to try or a neighbor of one."""
-    [width] = {width for name, width in regret.MODELS.values() if name == model}
-    rows = [x for x in regret.tables.read(regret.OUT / "regret.csv") if regret.is_default(x)]
-    rows = [row for row in rows if regret.MODELS.get(row["task"], "")[:1] == (model,)]
+    [width] = {width for name, width in advice.MODELS.values() if name == model}
+    rows = [x for x in regret.tables.read(regret.OUT / "regret.csv") if advice.is_default(x)]
+    rows = [row for row in rows if advice.MODELS.get(row["task"], "")[:1] == (model,)]
     assert rows
     for batch in {row["batch"] for row in rows}:
         found = advised(capsys, f"--width={width}", f"--batch={batch}", "--rows=4096")
@@ -126,14 +127,14 @@ def test_the_advice_follows_the_runs():
     ]
     once = row | {"task": "gpt-512x4", "best_rate": 1.0, "best_rate_low": float("nan")}
     sums = row | {"task": "sums", "best_rate": 1.0, "best_rate_low": 1.0}
-    levels, powers = regret.fit([*table, sums, once])  # neither of them counts
+    levels, powers = advice.fit([*table, sums, once])  # neither of them counts
     np.testing.assert_allclose(powers, (-1, 0.5), atol=1e-9)
     expected = {"GPT": 0, "MiniLM": np.log10(0.05), "SmolLM2": np.log10(0.2)}
     assert levels == pytest.approx(expected, abs=1e-9)
-    text = regret.advise(table, 1000, 100, 10**6, 12, 100)  # (1 · 0.05)^0.5 · 100^0.5 / 1000
+    text = advice.advise(table, 1000, 100, 10**6, 12, 100)  # (1 · 0.05)^0.5 · 100^0.5 / 1000
     assert "rates 1e-3 and 3e-3," in text and "GPT 4.47, MiniLM 0.22, SmolLM2 0.89." in text
     sizes = [(10, 12, 100), (10**4, 12, 100), (10**5, 12, 100), (10**4, 4, 100), (10**9, 12, 1)]
-    ranks = [regret.advise(table, 576, 16, *x).split()[1] for x in sizes]
+    ranks = [advice.advise(table, 576, 16, *x).split()[1] for x in sizes]
     assert ranks == ["8", "8", "64", "16", "64"]
 
 
@@ -264,7 +265,7 @@ def claims(guide, rows):
     if guide == "variants.md":
         found[1] = between([x for each in ratios.values() for x in each])
         found.append(f"within {np.ceil(100 * (max(losses) - min(losses))) / 100} nats")
-        levels, (width, batch) = regret.fit(table)
+        levels, (width, batch) = advice.fit(table)
         ends = np.array([min(levels.values()), max(levels.values())])
         found.append(
             f"{10 ** ends.mean():.2g} · width^{width:.2f} · batch^{batch:.2f}, for s = 32/r"

@@ -1,0 +1,105 @@
+"""Which rank, scale and learning rate to try, from what `regret.py` measured.
+
+The numbers are those of the rows of `results/regret.csv`.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import tables
+
+ALPHA = 32.0  # of LoRA's scale, s = ALPHA / r
+TABLE = pathlib.Path(__file__).with_name("results") / "regret.csv"
+MODELS = {  # of tasks, with their widths; a GPT's task has its own
+    "paraphrase": ("MiniLM-L3", 384),
+    **dict.fromkeys(("movies", "sentences", "order"), ("MiniLM", 384)),
+    **dict.fromkeys(("definitions", "glosses"), ("SmolLM2", 576)),
+}
+ADVISED = {  # sizes that advice depends on, and what they are if nothing is said
+    "width": (576, "channels of the model"),
+    "batch": (16, "rows of a step"),
+    "rows": (10_000, "rows for training"),
+    "depth": (12, "layers of the model"),
+    "bits": (100, "what a row has to teach beyond what the model knows"),
+}
+
+
+def sizes_of(task: str) -> tuple[int, int]:
+    """Width and depth of the GPT of a task."""
+    width, _, depth = task.removeprefix("gpt-").partition("x")
+    return int(width), int(depth)
+
+
+def is_default(row: tables.Row) -> bool:
+    """Whether a row of the table has the best rate of LoRA on all layers with s = 32/r and Adam.
+
+    It needs an interval, which one seed does not give.
+    """
+    is_plain = row["layers"] == "all" and row["method"] == "lora" and row["rank"] > 0
+    return is_plain and np.isclose(row["scale"] * row["rank"], ALPHA) and row["best_rate_low"] > 0
+
+
+def fit(table: Sequence[tables.Row]) -> tuple[dict[str, float], tuple[float, float]]:
+    """How the best rate of LoRA with s = 32/r depends on the model, its width and the batch.
+
+    It is level · width^p · batch^q. How a rate differs within one model gives p and q.
+
+    Returns:
+        The decimal logarithm of each model's level; p and q, 0 if no model has two widths or
+        batches.
+    """
+    found = []
+    for row in table:
+        task = row["task"]
+        if is_default(row) and (task in MODELS or task.startswith("gpt")):
+            model, width = MODELS[task] if task in MODELS else ("GPT", sizes_of(task)[0])
+            found.append((model, width, row["batch"], row["best_rate"]))
+    names, *numbers = zip(*found, strict=True)
+    width, batch, rate = np.log10(np.array(numbers))
+    mean = np.array([[x == y for y in names] for x in names], float)
+    mean /= mean.sum(1, keepdims=True)  # of the rows of a row's model
+    sizes = np.stack([width, batch], 1)
+    powers = np.linalg.lstsq(sizes - mean @ sizes, rate - mean @ rate, rcond=1e-6)[0]
+    return dict(zip(names, mean @ (rate - sizes @ powers), strict=True)), tuple(powers)
+
+
+def best_rate(table: Sequence[tables.Row], width: int, batch: int) -> float:
+    """The best rate of LoRA with s = 32/r on a model that was not measured.
+
+    It is halfway, on a logarithmic scale, between the lowest and the highest that `fit` finds.
+    """
+    levels, powers = fit(table)
+    level = (min(levels.values()) + max(levels.values())) / 2
+    return 10 ** (level + np.log10([width, batch]) @ powers)
+
+
+def advise(
+    table: Sequence[tables.Row], width: int, batch: int, rows: int, depth: int, bits: int
+) -> str:
+    """Rank, scale and two rates to try, and why; from the rows of `regret.csv`."""
+    (levels, powers), rate = fit(table), best_rate(table, width, batch)
+    low = int(np.floor(2 * np.log10(rate)))
+    rates = [f"{10 ** (n / 2):.0e}".replace("e-0", "e-") for n in (low, low + 1)]
+    steps = (("twice the width", 2 ** powers[0]), ("four times the batch", 4 ** powers[1]))
+    took = " and ".join(f"{name} multiplied it by {x:.2f}" for name, x in steps if round(x, 6) != 1)
+    of_size = (width ** powers[0] * batch ** powers[1]) / rate
+    off = ", ".join(f"{model} {10**x * of_size:.2f}" for model, x in levels.items())
+    rank, room = 8, 2 * 18 * width * depth  # bits of rank 1
+    while rank < 64 and rank * room < rows * bits:
+        rank *= 2
+    return f"""\
+rank {rank}
+    {depth} layers of it have room for {rank * room:,} bits, two for each parameter.
+    {rows:,} rows have {rows * bits:,}, if each has {bits} to teach.
+    Never take less than 8: room does not tell how well an adapter generalizes.
+scale {ALPHA / rank:g}
+    It is {ALPHA:g}/r, as with alpha={ALPHA:g}, the default. The best rate hardly
+    depends on the rank then.
+rates {" and ".join(rates)}, and then the neighbor of the better one
+    A rate is the highest of its schedule: after warm-up, before cosine decay.
+    The best rate within a model: {took}.
+    Measured best rates over those of this formula: {off}.
+steps {-(-rows // batch)}
+    This is one pass. If it has fewer than 16 steps, take a smaller batch.
+"""
