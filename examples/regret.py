@@ -14,7 +14,7 @@
     batches    1.3 hours   batches of 4 to 256 at equally many examples
     sentences  5.0 hours   as `rates` and `batches`, on 2,000 held-out sentences and five seeds
     third      0.5 hours   the best rates of another model: a BERT of three layers
-    forgetting 3.0 hours   what is learned and what is forgotten, by rank and method
+    forgetting 2.0 hours   what is learned and what is forgotten, by rank and method
     parts      4.0 hours   as `layers`, on four tasks and more held-out rows
     optimizers 5.0 hours   Adam, LoRA+, preconditioning and Muon, by rank, on three tasks
     widths     5.0 hours   the best rate by width and depth: GPTs pretrained here learn the Bible
@@ -22,8 +22,9 @@
 
 The first seed's rates are half decades from the middle outward, as long as the loss falls, so that
 the best one has a worse one on either side; further seeds run at these three, those of `reinforce`
-at the best and the one above. There the loss is the share of wrong answers in the last ten steps,
-so that no held-out sum chooses a rate. All settings have the first seed before any has the second.
+at the best and the one above, all of `forgetting` at the best and three below. In `reinforce` the
+loss is the share of wrong answers in the last ten steps, so that no held-out sum chooses a rate.
+All settings have the first seed before any has the second.
 A run adds a row to OUT/regret_runs.csv, or to its experiment's own table, and is not repeated.
 Several processes share the work: what one of them has taken, the others leave alone; at the end run
 it once more. Runs that train together in one step took longer here than one after another: one is
@@ -67,7 +68,7 @@ from jlora import initializers as starts
 SCALE = 2.0  # s is this, or ALPHA / r
 RATES = 7  # that are tried at most
 EXAMPLES = 4096  # that a run with any batch sees
-LOOKS, LOOKED = 8, 512  # how often `forgetting` looks at what is new and old, and at how many rows
+LOOKED, LOWER = 512, 3  # rows of both texts of `forgetting`, and how many rates below the best
 LONG = 8000  # steps of `long`
 FIRST, REWARDED = 20, 32  # steps of `first`, and of `reinforce`
 SHORT = 24  # tokens of its sentences, so that all batches are alike
@@ -341,22 +342,19 @@ def make_train(setting: Setting) -> Callable[[float, int], dict[str, Any]]:
 def forget(
     setting: Setting, task: Task, runner: trials.Runner, rate: float, seed: int
 ) -> dict[str, Any]:
-    """Columns of a run that looks `LOOKS` times at what is new and at the text of before."""
-    each, last = {"new": [], "old": []}, {}
+    """Columns of a run that looks at what is new and at the text of before, at its ends."""
     own = {"new": take(task.held_out, slice(LOOKED)), "old": take(before(setting), slice(LOOKED))}
+    ends, found = {0: "before", task.steps: "after"}, {}
 
     def watch(step: int, trained: Any, base: Any) -> None:
-        if step * LOOKS % task.steps == 0:
+        if when := ends.get(step):
             for name, rows in own.items():
-                each[name].append(runner.evaluate(trained, base, rows)[0])
+                found[f"{name}_{when}"] = round(runner.evaluate(trained, base, rows)[0], 5)
         if step == task.steps:
-            last["intruders"] = count_intruders(task.params, jlora.merge(base, trained))
+            found["intruders"] = count_intruders(task.params, jlora.merge(base, trained))
 
-    found = {"steps": task.steps, **runner(rate, seed, watch), **last}
-    found["processor"] = processor()
-    for name, losses in each.items():
-        found |= numbered(name, losses)
-    return found
+    columns = {"steps": task.steps, **runner(rate, seed, watch)}
+    return columns | found | {"processor": processor()}
 
 
 def count_intruders(before: Any, after: Any) -> float:
@@ -427,7 +425,8 @@ def run(path: pathlib.Path, setting: Setting, middle: int, seed: int) -> None:
         loss(middle, seed)
         return
     best = trials.best_rate(loss, middle, RATES)
-    for rate in (best, best + 1, best - 1)[: 2 if setting.experiment == "reinforce" else 3]:
+    rates = {"reinforce": (best, best + 1), "forgetting": range(best, best - LOWER - 1, -1)}
+    for rate in rates.get(setting.experiment, (best, best + 1, best - 1)):
         loss(rate, seed)
 
 

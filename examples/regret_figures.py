@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tables
 from matplotlib.ticker import NullFormatter
-from regret import ALPHA, ALPHABET, LENGTH, LOOKS, OUT, OWN, PLANS, SCALE, Setting, sizes_of
+from regret import ALPHA, ALPHABET, LENGTH, OUT, OWN, PLANS, SCALE, Setting, sizes_of
 from scipy import stats
 from tables import Row
 
@@ -330,8 +330,8 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
             line, panels = setting.layers, [setting.task]
         best, more = tables.best(runs, "score", 1)[0]["rate"], _levels(runs)
         if experiment == "forgetting":
-            for x, y in zip(*looks(runs), strict=True):
-                found[setting.task][name_of(setting)].setdefault(x, []).append(y)
+            for new, old in learned_and_forgotten(runs):
+                found[setting.task][name_of(setting)][float(new.mean())] = old.tolist()
             continue
         if experiment in RATED:
             places = find_vertices(runs)
@@ -368,30 +368,56 @@ def name_of(setting: Setting) -> str:
     return label(setting._asdict()) + more
 
 
-def looks(runs: Sequence[Row]) -> tuple[list[float], list[float]]:
-    """The losses on the new text and on that of before at the best rate, as means of the seeds."""
-    best = tables.best(runs, "score", 1)[0]["rate"]
-    own = [row for row in runs if row["rate"] == best]
-    new, old = (
-        np.mean([[row[f"{name}_{i}"] for i in range(1, LOOKS + 2)] for row in own], 0)
-        for name in ("new", "old")
-    )
-    return [float(x) for x in new], [float(x) for x in old]
+def learned_and_forgotten(runs: Sequence[Row]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The losses of all seeds on the new text and on that of before, from the best rate down."""
+    best, at = tables.best(runs, "score", 1)[0]["rate"], collections.defaultdict(list)
+    for row in sorted(runs, key=lambda row: (-row["rate"], row["seed"])):
+        at[row["rate"]].append((row["new_after"], row["old_after"]))
+    return [
+        tuple(np.array(each).T)
+        for rate, each in at.items()
+        if rate <= best and len(each) == len(at[best])
+    ]
 
 
 def forgotten_lines(rows: Sequence[Row]) -> list[list[str]]:
-    """Cells: the loss on the text of before, where all have learned as much of the new one."""
-    lines = [["", "loss on the new text", "on that of before", "intruders"], 4 * ["---"]]
-    groups = sorted(group(rows).items(), key=lambda item: _order(item[0]))
-    for task in dict.fromkeys(setting.task for setting, _ in groups):
-        own = {x: (*looks(runs), runs) for x, runs in groups if x.task == task}
-        shared = max(min(new) for new, _, _ in own.values())
-        for setting, (new, old, runs) in own.items():
-            there = np.interp(-shared, [-x for x in np.minimum.accumulate(new)], old)
-            each = [row["intruders"] for row in runs]
-            cells = f"{shared:.3f}", f"{there - old[0]:+.3f}", f"{np.mean(each):.2f}"
+    """Cells: both losses at the best rate, and that of before where all learn as much as the worst.
+
+    How much a run learns depends on its rate.
+    """
+    names = "new text", "text of before", "of before, at equal new loss", "intruders"
+    lines, groups = [["", *names], 5 * ["---"]], group(rows)
+    for task in dict.fromkeys(setting.task for setting in groups):
+        own = sorted(
+            ((x, y) for x, y in groups.items() if x.task == task), key=lambda x: _order(x[0])
+        )
+        each = {x: learned_and_forgotten(runs) for x, runs in own}
+        shared = max(points[0][0].mean() for points in each.values())
+        first = own[0][1][0]
+        lines.append(
+            [f"{task}, before", f"{first['new_before']:.3f}", f"{first['old_before']:.3f}"]
+        )
+        lines[-1] += [f"at {shared:.3f}", ""]
+        for setting, runs in own:
+            new, old = np.array(each[setting]).transpose(1, 2, 0)  # of seeds, by rate
+            curves = (
+                (x[order], y[order])
+                for x, y in zip(new, old, strict=True)
+                for order in [np.argsort(x)]
+            )
+            there = [np.interp(shared, x, y, right=np.nan) for x, y in curves]
+            best = tables.best(runs, "intruders", 1)[1]
+            cells = [*map(_mean, (new[:, 0], old[:, 0], np.array(there))), f"{best:.2f}"]
             lines.append([f"{task}, {name_of(setting)}", *cells])
     return lines
+
+
+def _mean(each: np.ndarray) -> str:
+    """A mean and its standard error, as far as there are any."""
+    error = each.std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else np.nan
+    return (
+        "" if np.isnan(each.mean()) else f"{each.mean():.3f} ± {error:.3f}".removesuffix(" ± nan")
+    )
 
 
 def _by_size(setting: Setting) -> Iterator[tuple[str, str, float]]:

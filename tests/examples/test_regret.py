@@ -18,11 +18,9 @@ from test_grpo import CONFIG, PARAMS, Tokenizer
 
 GUIDES = pathlib.Path(__file__).parents[2] / "notebooks"
 RESULTS = [f"regret_{name}.csv" for name in ("runs", *regret.OWN)]
-LOOKS = regret.LOOKS + 1
 CURVES = {
     "first": [("loss", regret.FIRST)],
     "reinforce": [("reward", regret.REWARDED)],
-    "forgetting": [("new", LOOKS), ("old", LOOKS)],
 }
 RIGHT = [f"{x}_{when}" for x in ("sampled", "greedy") for when in ("before", "after")]
 
@@ -42,7 +40,9 @@ def asked(monkeypatch):
             loss = (np.log10(rate) - best) ** 2 + 0.01 * seed
             scores = dict.fromkeys(("validation", "held_out", "loss"), loss)
             scores |= dict.fromkeys(("held_out_right", *RIGHT), 1 - loss) | {"trained": 10}
-            scores |= {"intruders": 0} if setting.experiment == "forgetting" else {}
+            if setting.experiment == "forgetting":
+                old = {"old_before": 1.0, "old_after": 1 + 10 * rate, "intruders": 0}
+                scores |= {"new_before": loss + 1, "new_after": loss, **old}
             for name, steps in CURVES.get(setting.experiment, ()):
                 scores |= regret.numbered(name, [loss + 1 - i / steps for i in range(steps)])
             return scores
@@ -73,7 +73,26 @@ def test_every_experiment(tmp_path, name, asked):
     table = regret_figures.markdown(regret_figures.read(tmp_path), name)
     settings = {x.rank for x in PLANS[name][0]} if name in regret_figures.BITS else PLANS[name][0]
     assert table in text
-    assert len(table.splitlines()) == 2 + (name == "reinforce") + len(settings)
+    before = {"reinforce": 1, "forgetting": 2}.get(name, 0)
+    assert len(table.splitlines()) == 2 + before + len(settings)
+
+
+def test_what_is_forgotten_at_equal_loss():
+    """Where each has learned as much as the worst at its best rate, on a line from rate to rate."""
+    runs = {1: [(9, 9), (2, 5), (3, 4)], 8: [(9, 9), (1, 6), (3, 4)]}  # new and old, by rate
+    rows = []
+    for rank, each in runs.items():
+        setting = regret.scaled("forgetting", "glosses", rank, 4)._asdict()
+        for (new, old), rate in zip(each, (1e-2, 1e-3, 3e-4), strict=True):
+            for seed in (0, 1):
+                ends = {"new_after": new, "old_after": old + 0.2 * seed, "intruders": rank}
+                losses = {"validation": new, "held_out": new, "new_before": 9, "old_before": 3}
+                rows.append(setting | ends | losses | {"rate": rate, "seed": seed})
+    lines = regret_figures.forgotten_lines(rows)[2:]
+    assert lines[0] == ["glosses, before", "9.000", "3.000", "at 2.000", ""]
+    one = ["2.000 ± 0.000", "5.100 ± 0.100", "5.100 ± 0.100", "1.00"]
+    eight = ["1.000 ± 0.000", "6.100 ± 0.100", "5.100 ± 0.100", "8.00"]
+    assert [line[1:] for line in lines[1:]] == [one, eight]
 
 
 @pytest.mark.parametrize("name", some(PLANS, "sentences"))
@@ -218,8 +237,8 @@ def test_a_run_that_looks_back(texts, monkeypatch, method):
     setting = regret.scaled("forgetting", "gpt-64x1", 8, 16)._replace(method=method)
     regret.make_task.cache_clear()
     row = regret.make_train(setting)(3e-3, 0)
-    new, old = ([row[f"{x}_{i}"] for i in range(1, regret.LOOKS + 2)] for x in ("new", "old"))
-    assert np.isfinite(old).all() and new[-1] < new[0]
+    assert np.isfinite([row["old_before"], row["old_after"]]).all()
+    assert row["new_after"] < row["new_before"]
     params = regret.make_task(setting._replace(rank=0, scale=1.0, method="lora")).params
     assert regret.count_intruders(params, params) == 0 <= row["intruders"] <= 10
 
