@@ -14,7 +14,7 @@
     batches    1.3 hours   batches of 4 to 256 at equally many examples
     sentences  5.0 hours   as `rates` and `batches`, on 2,000 held-out sentences and five seeds
     third      0.5 hours   the best rates of another model: a BERT of three layers
-    forgetting 2.0 hours   what is learned and what is forgotten, by rank and method
+    forgetting 4.0 hours   what is learned and what is forgotten, by rank and method
     parts      4.0 hours   as `layers`, on four tasks and more held-out rows
     optimizers 5.0 hours   Adam, LoRA+, preconditioning and Muon, by rank, on three tasks
     widths     5.0 hours   the best rate by width and depth: GPTs pretrained here learn the Bible
@@ -68,7 +68,8 @@ from jlora import initializers as starts
 SCALE = 2.0  # s is this, or ALPHA / r
 RATES = 7  # that are tried at most
 EXAMPLES = 4096  # that a run with any batch sees
-LOOKED, LOWER = 512, 3  # rows of both texts of `forgetting`, and how many rates below the best
+BEFORE = {"gpt": 512, "glosses": 256}  # rows of the text that a model has learned before
+LOWER = 3  # rates of `forgetting` below the best
 LONG = 8000  # steps of `long`
 FIRST, REWARDED = 20, 32  # steps of `first`, and of `reinforce`
 SHORT = 24  # tokens of its sentences, so that all batches are alike
@@ -212,7 +213,7 @@ PLANS = {  # the settings of an experiment, each with the middle of its rates, a
         optimizers("movies", 16) | optimizers("order", 16) | optimizers("gpt-128x4", 16),
         5,
     ),
-    "forgetting": (forgetting(), 3),
+    "forgetting": (forgetting(), 2),
     "parts": (parts(), 5),
     "reinforce": (
         {scaled("reinforce", "sums", r, 32): -8 if r else -10 for r in (8, 1, 128, 0)}
@@ -253,9 +254,9 @@ def bible(width: int, depth: int) -> Task:
 def before(setting: Setting) -> Batch:
     """The text that a task's model has learned before: glosses, or English sentences."""
     if setting.task.startswith("gpt"):
-        return _as_batch(small_gpts.glosses()[1])
+        return take(_as_batch(small_gpts.glosses()[1]), slice(BEFORE["gpt"]))
     *_, tokenizer = smollm2.load(data.smollm2())
-    sentences = data.snippets("editorials")[1]
+    sentences = data.snippets("editorials")[1][: BEFORE[setting.task]]
     found = [np.array(tokenizer(x.text)["input_ids"][:64], np.int32) for x in sentences]
     rows = lay([[Text([], ids, np.ones(len(ids), np.float32))] for ids in found])
     return Batch(rows.ids, rows.segments, rows.counts)
@@ -332,29 +333,28 @@ def make_train(setting: Setting) -> Callable[[float, int], dict[str, Any]]:
         found = {"steps": task.steps, **runner(rate, seed), "processor": processor()}
         return found | numbered("loss", runner.curve if setting.experiment == "first" else ())
 
-    return (
-        functools.partial(forget, setting, task, runner)
-        if setting.experiment == "forgetting"
-        else train
-    )
+    return forget(setting, task, runner) if setting.experiment == "forgetting" else train
 
 
-def forget(
-    setting: Setting, task: Task, runner: trials.Runner, rate: float, seed: int
-) -> dict[str, Any]:
-    """Columns of a run that looks at what is new and at the text of before, at its ends."""
-    own = {"new": take(task.held_out, slice(LOOKED)), "old": take(before(setting), slice(LOOKED))}
-    ends, found = {0: "before", task.steps: "after"}, {}
+def forget(setting: Setting, task: Task, runner: trials.Runner) -> Callable[..., dict[str, Any]]:
+    """Runs of a setting, with the losses on the text of before and, untrained, on the new one."""
+    old, untrained = before(setting), {}
 
-    def watch(step: int, trained: Any, base: Any) -> None:
-        if when := ends.get(step):
-            for name, rows in own.items():
-                found[f"{name}_{when}"] = round(runner.evaluate(trained, base, rows)[0], 5)
-        if step == task.steps:
-            found["intruders"] = count_intruders(task.params, jlora.merge(base, trained))
+    def train(rate: float, seed: int) -> dict[str, Any]:
+        found = {}
 
-    columns = {"steps": task.steps, **runner(rate, seed, watch)}
-    return columns | found | {"processor": processor()}
+        def watch(step: int, trained: Any, base: Any) -> None:
+            loss = lambda rows: round(runner.evaluate(trained, base, rows)[0], 5)  # noqa: E731
+            if not untrained:
+                untrained.update(new_before=loss(task.held_out), old_before=loss(old))
+            if step == task.steps:
+                found["old_after"] = loss(old)
+                found["intruders"] = count_intruders(task.params, jlora.merge(base, trained))
+
+        columns = {"steps": task.steps, **runner(rate, seed, watch)}
+        return columns | untrained | found | {"processor": processor()}
+
+    return train
 
 
 def count_intruders(before: Any, after: Any) -> float:

@@ -372,7 +372,7 @@ def learned_and_forgotten(runs: Sequence[Row]) -> list[tuple[np.ndarray, np.ndar
     """The losses of all seeds on the new text and on that of before, from the best rate down."""
     best, at = tables.best(runs, "score", 1)[0]["rate"], collections.defaultdict(list)
     for row in sorted(runs, key=lambda row: (-row["rate"], row["seed"])):
-        at[row["rate"]].append((row["new_after"], row["old_after"]))
+        at[row["rate"]].append((row["held_out"], row["old_after"]))
     return [
         tuple(np.array(each).T)
         for rate, each in at.items()
@@ -485,7 +485,8 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
             axis.set_ylim(low - 0.05, min(low + 0.8, high + 0.05))
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.tick_params(labelbottom=True)  # of shared ones too
-        axis.set_xscale("linear" if xlabel == "step" else "log")
+        is_linear = xlabel in ("step", AXES["forgetting"][0])
+        axis.set_xscale("linear" if is_linear else "log")
         if xlabel in TICKED:
             ticks = sorted({x for points in lines.values() for x in points})
             axis.set_xticks(ticks, ticks)

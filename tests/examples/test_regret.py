@@ -42,7 +42,7 @@ def asked(monkeypatch):
             scores |= dict.fromkeys(("held_out_right", *RIGHT), 1 - loss) | {"trained": 10}
             if setting.experiment == "forgetting":
                 old = {"old_before": 1.0, "old_after": 1 + 10 * rate, "intruders": 0}
-                scores |= {"new_before": loss + 1, "new_after": loss, **old}
+                scores |= {"new_before": loss + 1, **old}
             for name, steps in CURVES.get(setting.experiment, ()):
                 scores |= regret.numbered(name, [loss + 1 - i / steps for i in range(steps)])
             return scores
@@ -85,9 +85,9 @@ def test_what_is_forgotten_at_equal_loss():
         setting = regret.scaled("forgetting", "glosses", rank, 4)._asdict()
         for (new, old), rate in zip(each, (1e-2, 1e-3, 3e-4), strict=True):
             for seed in (0, 1):
-                ends = {"new_after": new, "old_after": old + 0.2 * seed, "intruders": rank}
-                losses = {"validation": new, "held_out": new, "new_before": 9, "old_before": 3}
-                rows.append(setting | ends | losses | {"rate": rate, "seed": seed})
+                losses = {"validation": new, "held_out": new, "old_after": old + 0.2 * seed}
+                before = {"new_before": 9, "old_before": 3, "intruders": rank}
+                rows.append(setting | losses | before | {"rate": rate, "seed": seed})
     lines = regret_figures.forgotten_lines(rows)[2:]
     assert lines[0] == ["glosses, before", "9.000", "3.000", "at 2.000", ""]
     one = ["2.000 ± 0.000", "5.100 ± 0.100", "5.100 ± 0.100", "1.00"]
@@ -233,12 +233,12 @@ def test_a_run_that_looks_back(texts, monkeypatch, method):
     """What is new falls from look to look, beside what is old; the base counts no intruder."""
     bible = regret.bible
     monkeypatch.setattr(regret, "bible", lambda *args: bible(*args)._replace(steps=16))
-    monkeypatch.setattr(regret, "LOOKED", 8)
+    monkeypatch.setitem(regret.BEFORE, "gpt", 8)
     setting = regret.scaled("forgetting", "gpt-64x1", 8, 16)._replace(method=method)
     regret.make_task.cache_clear()
     row = regret.make_train(setting)(3e-3, 0)
     assert np.isfinite([row["old_before"], row["old_after"]]).all()
-    assert row["new_after"] < row["new_before"]
+    assert row["held_out"] < row["new_before"]
     params = regret.make_task(setting._replace(rank=0, scale=1.0, method="lora")).params
     assert regret.count_intruders(params, params) == 0 <= row["intruders"] <= 10
 
