@@ -53,3 +53,9 @@ def test_a_resized_vocabulary(family: str, tmp_path: pathlib.Path) -> None:
 
 def test_the_slice_has_every_configuration() -> None:
     assert {configuration for _, configuration in SLICE} == set(NAMES)
+
+
+def test_the_readme_says_how_many() -> None:
+    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"{len(NAMES)} kinds of PEFT's adapters into more than 50 models" in text
+    assert len(families.FAMILIES) > 50

@@ -188,8 +188,8 @@ def operations(root: Folder, good: Folder) -> Iterator[tuple[str, str, Callable[
         ("orbax", "inspect", orbax),
         ("adapter", "merge", good / "base", adapter, next(out)),
         ("base", "merge", base, good / "adapter", next(out)),
-        ("adapter", "convert", adapter, next(out), "--to", "vllm"),
-        ("adapter base", "check", adapter, "--engine", "vllm", "--base", base),
+        ("adapter", "convert", adapter, next(out), "--profile", "vllm"),
+        ("adapter base", "check", adapter, "--for", "vllm", "--base", base),
         ("adapter", "diff", adapter, good / "adapter"),
     ):
         yield read, str(command[0]), lambda c=command: command_line(*c)
@@ -199,6 +199,7 @@ def command_line(*args: Any) -> str:
     result = click.testing.CliRunner().invoke(cli, [str(x) for x in args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
+    assert "Usage: " not in result.output, result.output  # it would have read nothing
     return result.output
 
 
