@@ -280,9 +280,9 @@ def claims(guide, rows):
     ratios = {x: [row["of_full"] for row in each] for x, each in by_name.items()}
     losses = [row["score"] for row in by_name["rates"] if row["rank"] > 1]
     between = lambda each: f"{min(each):.2g} to {max(each):.2g} times"  # noqa: E731
-    found = [between([round(x) for x in ratios[name]]) for name in ("rates", "batches")]
+    found = [between([x for each in ratios.values() for x in each])]
     if guide == "variants.md":
-        found[1] = between([x for each in ratios.values() for x in each])
+        found.append(between([round(x) for x in ratios["rates"]]))
         found.append(f"within {np.ceil(100 * (max(losses) - min(losses))) / 100} nats")
         levels, (width, batch) = advice.fit(table)
         ends = np.array([min(levels.values()), max(levels.values())])
