@@ -241,9 +241,7 @@ def test_a_table_is_for_vmap(name: str) -> None:
     given = [table] * (1 + (name in ("distance", "subspace_similarity")))
     alone = function(*[site("plain")] * len(given))
     np.testing.assert_allclose(jax.vmap(function)(*given), jnp.stack([alone] * 2), atol=1e-5)
-    with refused(
-        TypeError, "", "` must be of one adapter", "Call the function under jax.vmap."
-    ):
+    with refused(TypeError, "", "` must be of one adapter", "Call the function under jax.vmap."):
         function(*given)
 
 
