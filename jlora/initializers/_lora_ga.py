@@ -34,8 +34,8 @@ class lora_ga(SketchInitializer):
     Raises:
         TypeError: if `sketch` is not a sketch.
         ValueError: if `sketch` is of another kind, or `gamma` is not positive; in `init`, if the
-            sketch lacks a site, or has it with another shape or fewer than 2·r components, or W is
-            quantized.
+            sketch lacks a site, is zero there, or has it with another shape or fewer than 2·r
+            components, or W is quantized.
 
     Source: Wang et al., arXiv 2407.05000, in PEFT's default form: `direction` ArB2r, `scale`
     stable.
