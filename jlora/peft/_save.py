@@ -72,9 +72,11 @@ def save(
     Raises:
         FileExistsError: if `path` exists and is not an empty folder.
         FileNotFoundError: if `base_model` is a folder without `config.json`.
-        TypeError: if `adapter` is no adapter of arrays.
+        OSError: if `path` cannot be written. Nothing is left of it then.
+        TypeError: if `adapter` is no adapter of arrays, or `names` is not a table.
         ValueError: if a leaf of the adapter has no name, or no form in PEFT or in the `dialect`;
-            image LoRA has only linear and convolutional sites. All are listed.
+            image LoRA has only linear and convolutional sites. All are listed. Or if `profile`,
+            `dialect`, `prefix` or `config` has a value that cannot be.
 
     Warns:
         UserWarning: for `"kohya"`, if diffusers would compute something else with the file: with
