@@ -69,9 +69,10 @@ def export_merged(
             Hub's cache within the folder of their model (`models--…`).
         adapter: a folder or file that `load` reads, or an adapter tree. The modules in a folder
             have the names of the checkpoint's tensors, or those of `transformers` 5 in memory; a
-            first component such as `bert.` may differ. Any other names are those of the checkpoint
-            after one replacement, if only one place fits all modules. The checkpoint may fuse
-            modules that `transformers` splits on loading, such as q, k and v; it stays fused.
+            first component such as `bert.` may differ. Other names must become those of the
+            checkpoint by one replacement of components in all of them, and no other replacement may
+            fit. The checkpoint may fuse modules that `transformers` splits on loading, such as q, k
+            and v; it stays fused.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
         names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.LLAMA`.
