@@ -42,9 +42,10 @@ def save(
 
     The values of A and B are written bit for bit. Each layer of a scan becomes a module. Axes are
     flattened to PyTorch's. The slots of a fused kernel become one A of rank slots·r, and one B with
-    zeros outside each slot. PEFT has one DoRA flag for all sites. Rows of an embedding become
-    `trainable_token_indices`; an adapter of rows alone becomes `TRAINABLE_TOKENS`. PEFT saves some
-    modules only as a whole: then frozen parameters are written too, with the values in `base`.
+    zeros outside each slot. PEFT has one DoRA flag for all sites, so LoRA beside DoRA is refused.
+    Rows of an embedding become `trainable_token_indices`; an adapter of rows alone becomes
+    `TRAINABLE_TOKENS`. PEFT saves some modules only as a whole: then frozen parameters are written
+    too, with the values in `base`.
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
