@@ -131,7 +131,7 @@ class Node(tuple[Any, ...]):
     def replace(self, **fields: Any) -> Self:
         """Returns a copy with other values of some fields.
 
-        >>> import jax.numpy as jnp, jlora
+        >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
         >>> _, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
         >>> adapter["w"].replace(b=jnp.ones((2, 3))).b.sum().item()

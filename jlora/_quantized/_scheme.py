@@ -95,6 +95,7 @@ def one_block(
     """Makes a form with one block for the last `inputs` axes of `order`; see `Form`.
 
     Examples:
+        >>> from jlora.extend import one_block
         >>> one_block(shape=(64, 8), stack=(), order=(1, 0), inputs=1).blocks
         (64, 1)
     """
