@@ -221,7 +221,13 @@ class Adapted(NotAnArray):
 
 
 class PartialWeightError(Exception):
-    """A method needs a whole weight, but an enclosing `shard_map` may have sharded it."""
+    """A method needs a whole weight, but an enclosing `shard_map` may have sharded it.
+
+    Args:
+        need: what the method needs, as a sentence without a full stop, such as "DoRA takes norms
+            over all inputs of W".
+        mesh_axes: the axes of the mesh over which the weight may be sharded.
+    """
 
     def __init__(self, need: str, mesh_axes: Collection[Any]) -> None:
         names = ", ".join(sorted(map(repr, mesh_axes)))
