@@ -10,9 +10,10 @@ of attention. Embedding, head and norms are bfloat16, and so are activations.
 
 The decoder has the shapes of the models: their products, experts, cache-free attention and
 vocabulary. Norms of queries, biases, sinks and windows are left out, which take no memory to speak
-of. Lengths are 8 to 15 times a power of two. A length fits if the compiled step's peak is at most
-the device's memory: a device of 16, 24, 40 or 80 GB has 0.95 of as many GiB, and runs the program
-of the compiler for H100s; a v5e has what its own compiler allows, which is told to hurry.
+of. Lengths are 8 to 15 times a power of two, up to 491,520. A length fits if the compiled step's
+peak is at most the device's memory: a device of 16, 24, 40 or 80 GB has 0.95 of as many GiB, and
+runs the program of the compiler for H100s; a v5e has what its own compiler allows, which is told to
+hurry.
 
 Each compiled step is a row of `--out`, so that a run that was stopped goes on.
 """

@@ -142,7 +142,7 @@ def minilm(
 def movies(
     length: int = 48, steps: int = 128, batch: int = 16, cut: bool = False, **fields: Any
 ) -> Task:
-    """The sentiment of the quickstart's sentences."""
+    """The sentiment of sentences of movie reviews."""
     parts = data.movie_snippets(quickstart.MARGIN)
     return minilm(*parts, length, cut, steps=steps, batch=batch, **fields)
 

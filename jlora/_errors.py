@@ -95,7 +95,10 @@ class ArgumentError(Exception):
 
 
 class InputError(ArgumentError, ValueError):
-    """An argument, or a file or tree in it, has a wrong value.
+    """A `ValueError`: an argument, or a file or tree in it, has a wrong value.
+
+    Programs read its fields: `argument`, the name of the argument; `path`, the file or folder, or
+    None; `problems`, a tuple of `Problem`; and `remedy`, what to do about all problems.
 
     Examples:
         >>> import jlora

@@ -50,8 +50,10 @@ def merge(
 
     Raises:
         TypeError: if `adapter` is not an adapter.
-        ValueError: if `adapter` does not fit `base`; with `check`, if values are not finite. The
-            error names the paths.
+        ValueError: if `adapter` does not fit `base`; with `check`, if values are not finite, or
+            traced. The error names the paths.
+        NotImplementedError: in a `shard_map` that may shard a weight which `DoRA`, `Rows` or
+            slots need whole.
 
     Source: Hu et al., arXiv 2106.09685, section 4.1 (no additional inference latency).
 
@@ -82,6 +84,7 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
         TypeError: if `adapter` is not an adapter.
         ValueError: if `adapter` does not fit `params`, an adapted weight is quantized, or W cannot
             be computed from W', as with `DoRA` and `Rows`.
+        NotImplementedError: as in `merge`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora

@@ -131,7 +131,7 @@ class Node(tuple[Any, ...]):
     def replace(self, **fields: Any) -> Self:
         """Returns a copy with other values of some fields.
 
-        >>> import jax.numpy as jnp, jlora
+        >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
         >>> _, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
         >>> adapter["w"].replace(b=jnp.ones((2, 3))).b.sum().item()
@@ -221,7 +221,13 @@ class Adapted(NotAnArray):
 
 
 class PartialWeightError(Exception):
-    """A method needs a whole weight, but an enclosing `shard_map` may have sharded it."""
+    """A method needs a whole weight, but an enclosing `shard_map` may have sharded it.
+
+    Args:
+        need: what the method needs, as a sentence without a full stop, such as "DoRA takes norms
+            over all inputs of W".
+        mesh_axes: the axes of the mesh over which the weight may be sharded.
+    """
 
     def __init__(self, need: str, mesh_axes: Collection[Any]) -> None:
         names = ", ".join(sorted(map(repr, mesh_axes)))

@@ -122,7 +122,7 @@ def mask(tree: PyTree) -> PyTree:
     Use it as the mask of a transformation such as `optax.add_decayed_weights`. Do not use it to
     freeze the base: `optax.masked(tx, jlora.mask)` passes the gradients of the base through as
     updates, and `optax.apply_updates` adds them to the base. To freeze the base, use
-    `jlora.optimizer(tx)`, which is short for
+    `jlora.optimizer(tx)`, which is in essence
 
         words = {True: "trained", False: "frozen"}
         group = lambda params: jax.tree.map(words.get, jlora.mask(params))

@@ -58,10 +58,11 @@ def quantize(
 
     Raises:
         TypeError: if one of `schemes` is not a scheme.
-        ValueError: if a scheme matches nothing, or has no pattern while `sites` is missing; if a
-            leaf has fewer than two axes, is not floating-point, is quantized already, has an axis
-            that the blocks of the scheme must divide but do not, or has values that are not finite
-            (this is not checked under `jit`).
+        ValueError: if a scheme matches nothing, or has no pattern while `sites` is missing; if
+            `sites` are of another tree; if a leaf has fewer than two axes, is not floating-point,
+            is quantized already, is trained in full, has an axis that the blocks of the scheme must
+            divide but do not, is sharded within a block, or has values that are not finite (this is
+            not checked under `jit`).
 
     Source: Dettmers et al., QLoRA, arXiv 2305.14314.
 

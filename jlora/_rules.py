@@ -36,8 +36,8 @@ class Slots:
         axis: which of the site's output axes is fused; by default the first.
 
     Raises:
-        TypeError: if a field has the wrong type.
-        ValueError: if a field is out of range.
+        TypeError: if `chosen` or `axis` has the wrong type.
+        ValueError: if a field is out of range, or `count` is not an integer.
 
     Examples:
         GPT-2's `c_attn` computes q, k and v in one product. The paper adapts q and v.

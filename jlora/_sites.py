@@ -76,9 +76,11 @@ def _of(path: str, axes: Iterable[Axis]) -> frozenset[int]:
 class Sites:
     """The sites of a model: the weights that can be adapted. Iteration yields each `Site`.
 
+    `sites[path]` is the leaf at a path, a site or not; a path that is none raises `KeyError`.
+
     `print` shows a table, in which three or more equal layers share a row: it reads
-    `layer_0…11/query/kernel` with the shape `12 × 768×768` and the parameters of all twelve. Below
-    it stands why weights are not sites, by the number of the note.
+    `layer_0…11/query/kernel` with the shape `12 × 768×768` and the parameters of all twelve. Notes
+    below it, by their numbers, say why weights are not sites.
 
     Attributes:
         leaves: every parameter leaf in tree order, also those that are not sites.

@@ -46,8 +46,9 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
         - `init(key, params, *args, **kwargs) -> (base, adapter)`. The arguments after `params` are
           those of `apply_fn`, as arrays or `jax.ShapeDtypeStruct`s; they are only traced. `base`
           holds the arrays of `params` themselves, unless an initializer changes them. `adapter` is
-          a nested dict with the adapted paths only. Its leaves are `LowRank` nodes or, for `Full`,
-          copies of the arrays. Each path has its own key, folded from `key`.
+          a nested dict with the adapted paths only. Its leaves are nodes, such as the `LowRank` of
+          `LoRA`, and, for `Full`, copies of the arrays. Each path has its own key, folded from
+          `key`.
         - `apply(base, adapter, *args, **kwargs)` returns what `apply_fn` returns with adapted
           weights. With `{}` as the adapter it is the base model.
         - `sites(params, *args, **kwargs) -> Sites` lists the weights that can be adapted (*sites*),
@@ -56,9 +57,10 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     Raises:
         TypeError: if one of `rules` is not a rule, or a tree has the wrong type.
         ValueError: in `init` and `sites`, if a rule matches no leaf, or a leaf that it cannot
-            adapt; in `apply`, if the adapter does not fit the base.
+            adapt; in `init`, if there are no rules; in `apply`, if the adapter does not fit the
+            base.
         NotImplementedError: if the model uses an adapted weight where W + s·A·B has no factored
-            form.
+            form; in `apply`, as in `merge`.
 
     Source: Hu et al., LoRA, arXiv 2106.09685, section 4.
 

@@ -1,4 +1,4 @@
-'''Adds methods, quantization schemes, primitives and serving engines of your own.
+'''Adds methods, quantization schemes and primitives of your own.
 
 A method is two classes. A *node* is what the adapter holds for one weight: its arrays, the axes of
 W that they follow, and the `Change` that they make to W. A *rule* is what the user writes; it makes

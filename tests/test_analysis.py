@@ -11,7 +11,7 @@ from messages import refused
 from small import array, some
 
 from jlora import analysis, many
-from jlora.types import Layout, LowRank
+from jlora.types import Decomposed, Layout, LowRank
 
 SLOTS = (Layout((0,), (1,), (2,), (3, (0, 2), 2)), Layout((0, 2), (1,), (3,)))
 SITES = nodes.SITES | {
@@ -241,10 +241,19 @@ def test_a_table_is_for_vmap(name: str) -> None:
     given = [table] * (1 + (name in ("distance", "subspace_similarity")))
     alone = function(*[site("plain")] * len(given))
     np.testing.assert_allclose(jax.vmap(function)(*given), jnp.stack([alone] * 2), atol=1e-5)
-    with refused(
-        TypeError, "", "`node` must be of one adapter", "Call the function under jax.vmap."
-    ):
+    with refused(TypeError, "", "` must be of one adapter", "Call the function under jax.vmap."):
         function(*given)
+
+
+@pytest.mark.parametrize("name", [*MOST, "subspace_similarity"])
+def test_nodes_of_other_methods(name: str) -> None:
+    """They are no arrays either."""
+    x = site("plain")
+    dora = Decomposed(x.a, x.b, jnp.ones(9), x.scale, x.layout)
+    given = (array(12, 9), dora, 1) if name in MOST else (x, dora)
+    argument = "delta" if name in MOST else "a2"
+    with refused(TypeError, "", f"`{argument}` must be a jlora.types.LowRank", "got Decomposed"):
+        getattr(analysis, name)(*given)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])

@@ -451,8 +451,9 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
 
 def test_what_is_no_checkpoint_is_refused(saved, tmp_path):
     path, _, _ = saved
-    with refused(FileNotFoundError, "path", tmp_path / "nowhere", "there is no checkpoint at"):
-        checkpoint.restore(tmp_path / "nowhere")
+    for read in (checkpoint.restore, checkpoint.base_shapes, checkpoint.base_values):
+        with refused(FileNotFoundError, "path", tmp_path / "nowhere", "there is no checkpoint at"):
+            read(tmp_path / "nowhere")
     text = tmp_path / "text"
     text.mkdir()
     (text / "adapter_config.json").touch()

@@ -4,6 +4,8 @@ The blocks of a page run in order and share their names. A block of output right
 it prints, and what it leaves in `losses` has fallen.
 """
 
+import builtins
+import doctest
 import importlib
 import inspect
 import json
@@ -13,6 +15,7 @@ import re
 import runpy
 import socket
 import subprocess
+import symtable
 import sys
 import tempfile
 from collections.abc import Callable
@@ -139,16 +142,32 @@ def test_every_page_has_an_address_of_its_own():
 HIDDEN = {"jlora.extend.Node", "jlora.types.RankRule", "jlora.many.init"}  # their own arguments
 
 
-def test_the_reference_shows_what_to_give():
-    """No class or function hides its arguments behind `*args, **kwargs`."""
+def in_reference() -> dict[str, Any]:
+    """The classes and functions of the reference, without those of Keras and PyTorch."""
     pages = "".join(path.read_text() for path in (GUIDES / "reference").glob("*.md"))
     found = set(re.findall(r"auto(?:class|function):: (jlora[\w.]*)\.(\w+)\n", pages))
     assert len(found) > 100
-    for module, name in found - {x for x in found if x[0] in ("jlora.keras", "jlora.torch")}:
-        if f"{module}.{name}" not in HIDDEN:
-            thing = getattr(importlib.import_module(module), name)
+    others = {x for x in found if x[0] in ("jlora.keras", "jlora.torch")}
+    return {f"{m}.{n}": getattr(importlib.import_module(m), n) for m, n in found - others}
+
+
+def test_the_reference_shows_what_to_give():
+    """No class or function hides its arguments behind `*args, **kwargs`."""
+    for name, thing in in_reference().items():
+        if name not in HIDDEN:
             own = inspect.signature(thing) if callable(thing) else ""
             assert not re.search(r"\*args\b|\*\*kwargs\b", str(own)), (name, own)
+
+
+def test_examples_import_what_they_use():
+    """As a reader pastes them; doctests run among the names of the module."""
+    for name, thing in in_reference().items():
+        examples = doctest.DocTestParser().get_examples(inspect.getdoc(thing) or "")
+        top = symtable.symtable("".join(x.source for x in examples), name, "exec")
+        inner = [x for table in top.get_children() for x in table.get_symbols() if x.is_global()]
+        used = {x.get_name() for x in (*top.get_symbols(), *inner) if x.is_referenced()}
+        bound = {x.get_name() for x in top.get_symbols() if x.is_assigned() or x.is_imported()}
+        assert used <= bound | vars(builtins).keys(), name
 
 
 def texts() -> dict[str, str]:

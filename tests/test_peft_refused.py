@@ -66,6 +66,7 @@ def with_bias(dtype: Any) -> Any:
 # Base, adapter and table; the options of `save`; the argument, the place, what was got, the remedy.
 NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
     "no names": ((BASE, LOW, []), {}, "names", "", "got [].", "such as jlora.peft.LLAMA"),
+    "one name": ((BASE, LOW, W), {}, "names", "", "must be a table", "got Name("),
     "unnamed": ((BASE, LOW, [Name("v", "m", "io")]), {}, "adapter", "w", "no row of `names` fits"),
     "unnamed in a collection": (  # as rows have it, whose paths leave out a leading params/
         ({"params": BASE}, {"params": LOW}, [Name("params/w", "m", "io")]), {},
@@ -184,7 +185,7 @@ def test_save_refuses(case: str, tmp_path: Folder) -> None:
     """Before a file is made; `tensors` does, too."""
     trees, options, *facts = NOT_WRITTEN[case]
     for call in (peft.tensors, functools.partial(peft.save, tmp_path / "a")):
-        with refused(ValueError if trees[2] else TypeError, *facts):
+        with refused(TypeError if case in ("no names", "one name") else ValueError, *facts):
             call(*trees, **options)
     assert not list(tmp_path.iterdir())
 

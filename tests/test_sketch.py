@@ -449,5 +449,6 @@ def test_lora_ga_refuses_what_is_quantized() -> None:
     lora = jlora.transform(lambda p, x: x @ p["w"], rule)
     with refused(ValueError, "", "cannot change W at 'w', which is quantized. Call init"):
         lora.init(jax.random.key(0), base, np.eye(4))
-    with refused(ValueError, "gamma", "of lora_ga must be positive; got 0"):
-        lora_ga(found, gamma=0)
+    for gamma in (0, float("inf"), "16"):
+        with refused(ValueError, "gamma", "must be a positive finite number", f"got {gamma!r}"):
+            lora_ga(found, gamma=gamma)

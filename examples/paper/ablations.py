@@ -3,11 +3,11 @@
     python examples/paper ablations                  # goes on where it stopped
     python examples/paper ablations --tasks movies --seeds 0
 
-MiniLM learns the sentiment of movie reviews as in `quickstart.py`, SmolLM2-135M definitions of
-words as in `chat.py`, with shorter texts. Each run adapts some of the attention's matrices
-(query, key, value, out), all layers alike, in one or two minutes of a core; there are 60. All runs
-of a task have the same alpha, learning rate, schedule, steps and held-out texts, and all of a seed
-see the same texts in the same order.
+MiniLM learns the sentiment of movie reviews, SmolLM2-135M definitions of words as in `chat.py`,
+with shorter texts. Each run adapts some of the attention's matrices (query, key, value, out), all
+layers alike, in one or two minutes of a core; there are 60. All runs of a task have the same alpha,
+learning rate, schedule, steps and held-out texts, and all of a seed see the same texts in the same
+order.
 
 Each run adds a row to RESULTS/ablations.csv: the held-out accuracy, or nats a token, with its
 standard error over sentences, or over definitions. A run that is there already is skipped; to do

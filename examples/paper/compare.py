@@ -3,7 +3,7 @@
     taskset -c 0 python examples/paper compare         # 2.5 hours of a core; goes on where it ended
     python examples/paper compare --methods lora full  # these only: processes can share the work
 
-MiniLM learns what `quickstart.py` teaches it, by each of `methods.METHODS`, with a head trained in
+MiniLM learns the sentiment of the reviews, by each of `methods.METHODS`, with a head trained in
 full. Every method sees the same number of sentences. Its learning rate is the one, among half
 decades, whose accuracy is best on sentences set aside from the training ones; then come more seeds.
 A run is one line of OUT/methods_runs.csv and takes place once. When all have run, `compare_costs`
@@ -66,7 +66,7 @@ def build(model: nn.Module, name: str) -> Method:
 
 
 def movies() -> Task:
-    """The sentences of `quickstart.py`, in batches of one width each."""
+    """Sentences of movie reviews, cut to `LENGTH` tokens, in batches of one width each."""
     return trials.movies(LENGTH, STEPS, BATCH, cut=True, widths=(24, 32, LENGTH))
 
 

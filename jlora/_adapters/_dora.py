@@ -126,9 +126,10 @@ class DoRA(LoRA):
         share: `"inputs"` if the experts of a weight share A, or None.
 
     Raises:
-        TypeError: if a field has the wrong type.
-        ValueError: if `pattern` is not a regular expression, a number is out of range, `dropout`
-            is not 0, experts share B, or a factor is frozen, as by `init=miss`.
+        TypeError: as in `LoRA`.
+        ValueError: as in `LoRA`; if `dropout` is not 0, experts share B, or a factor is frozen, as
+            by `init=miss`; in `init`, if W is a `jax.ShapeDtypeStruct`.
+        NotImplementedError: in `init`, within a `shard_map` that may shard W.
 
     Source: Liu et al., DoRA, arXiv 2402.09353, equation 5 and section 4.3.
 

@@ -95,8 +95,9 @@ class LoRA(Rule):
             has no experts but is a stack of scanned layers, the layers share.
 
     Raises:
-        TypeError: if a field has the wrong type.
-        ValueError: if `pattern` is not a regular expression or a number is out of range.
+        TypeError: if `pattern`, `slots`, `init`, `dtype` or a flag has the wrong type.
+        ValueError: if `pattern` is not a regular expression, or another field is not as above; in
+            `init` and `sites`, if `rank`, `slots` or `share` does not fit a site.
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
 

@@ -101,7 +101,9 @@ class Rows(Rule):
     Raises:
         TypeError: if a field has the wrong type.
         ValueError: if `pattern` is not a regular expression, or an index is negative or there
-            twice; in `init`, if the leaf is not an embedding or does not have the rows.
+            twice; in `init`, if the leaf is not an embedding, does not have the rows, or is a
+            `jax.ShapeDtypeStruct`.
+        NotImplementedError: in `init`, within a `shard_map` that may shard W.
 
     Source: PEFT's `trainable_token_indices`.
 

@@ -76,6 +76,8 @@ class Factor:
         varying: mesh axes over which it may vary within a `shard_map` that does not check this.
 
     Examples:
+        >>> import jax.numpy as jnp
+        >>> from jlora.extend import RANK, Axis, Factor
         >>> a = Factor(jnp.ones((4, 2)), (Axis(0), RANK))
         >>> a.length(RANK)
         2

@@ -137,6 +137,8 @@ class Change:
             memory: see `times`.
 
     Examples:
+        >>> import jax.numpy as jnp
+        >>> from jlora.extend import RANK, Axis, Change, Delta, Factor
         >>> a = Factor(jnp.ones((4, 2)), (Axis(0), RANK))
         >>> b = Factor(jnp.ones((2, 3)), (RANK, Axis(1)))
         >>> change = Change((Delta(a, b, scale=0.5),))

@@ -31,11 +31,9 @@ class Primitive(NamedTuple):
 
     Attributes:
         function: `(equation, *operands) -> outputs`.
-        is_move: whether its outputs are weights again, unless it raises.
-        together: evaluates several equations, each with one result, that multiply the same
-            activation; raises `Unfactorable` if each should be evaluated on its own.
-        for_rows: whether `function` also evaluates equations without a `Weight`, and those around
-            them, where `many.route` maps them over rows.
+        is_move: as in `primitive`.
+        together: as in `primitive`.
+        for_rows: as in `primitive`.
     """
 
     function: Callable[..., Any]
@@ -59,9 +57,11 @@ def primitive(
     Args:
         *primitives: names of JAX primitives.
         override: whether `f` may replace the function that a primitive has.
-        is_move: as in `Primitive`.
-        together: as in `Primitive`.
-        for_rows: as in `Primitive`.
+        is_move: whether the outputs of `f` are weights again, unless it raises.
+        together: a function that evaluates several equations, each with one result, that multiply
+            the same activation; it raises `Unfactorable` if each should be evaluated on its own.
+        for_rows: whether `f` also evaluates equations without a `Weight`, and those around them,
+            where `many.route` maps them over rows.
 
     Returns:
         A decorator for `f`, which returns `f`. At least one operand of `f` is a `Weight`, unless

@@ -160,7 +160,8 @@ def plan(
         A `Plan`. If the step does not fit, its peak is the number in the compiler's error.
 
     Raises:
-        TypeError: if `args` is not a tuple; if `base` or `adapter` is a module from `jlora.nnx`.
+        TypeError: if `args` is not a tuple; if `base` or `adapter` is a module from `jlora.nnx` or
+            `jlora.keras`.
         ValueError: if `compile` is True and the mesh is an `AbstractMesh`, or a
             `jax.ShapeDtypeStruct` has no sharding on a mesh of several devices.
 

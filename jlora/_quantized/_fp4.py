@@ -24,7 +24,7 @@ class FP4(Table):
         double: whether to store the scales in 8 bits (double quantization) rather than in float32.
 
     Raises:
-        TypeError: if a field has the wrong type.
+        TypeError: if `pattern` is not a string, or `double` not a flag.
         ValueError: if `pattern` is not a regular expression, or `block` is not one of these.
 
     Source: bitsandbytes. Dettmers et al., QLoRA, arXiv 2305.14314, section 4, compare FP4 with NF4.

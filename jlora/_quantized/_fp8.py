@@ -24,7 +24,7 @@ class FP8(Scheme):
             scale.
 
     Raises:
-        TypeError: if a field has the wrong type.
+        TypeError: if `pattern` is not a string.
         ValueError: if `pattern` is not a regular expression, or `block` is not one of these.
 
     Source: Micikevicius et al., arXiv 2209.05433, for the type; DeepSeek-V3, arXiv 2412.19437,

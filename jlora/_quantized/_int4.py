@@ -25,7 +25,7 @@ class Int4(Scheme):
         group: entries along the last input axis that share s and z, a power of 2 from 16 to 1,024.
 
     Raises:
-        TypeError: if a field has the wrong type.
+        TypeError: if `pattern` is not a string.
         ValueError: if `pattern` is not a regular expression, or `group` is not one of these.
 
     Source: Frantar et al., GPTQ, arXiv 2210.17323; Lin et al., AWQ, arXiv 2306.00978.

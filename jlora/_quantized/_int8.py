@@ -28,7 +28,7 @@ class Int8(Scheme):
             With None, each output has one scale.
 
     Raises:
-        TypeError: if a field has the wrong type.
+        TypeError: if `pattern` is not a string.
         ValueError: if `pattern` is not a regular expression, or `block` is not one of these.
 
     Source: Dettmers et al., LLM.int8(), arXiv 2208.07339; its 8-bit products are not implemented.

@@ -83,7 +83,7 @@ class NF4(Table):
             halfway between two codes, bitsandbytes may choose the other.
 
     Raises:
-        TypeError: if a field has the wrong type.
+        TypeError: if `pattern` is not a string, or `double` not a flag.
         ValueError: if `pattern` is not a regular expression, or `block` is not one of these.
 
     Source: Dettmers et al., QLoRA, arXiv 2305.14314, section 3.

@@ -95,6 +95,7 @@ def one_block(
     """Makes a form with one block for the last `inputs` axes of `order`; see `Form`.
 
     Examples:
+        >>> from jlora.extend import one_block
         >>> one_block(shape=(64, 8), stack=(), order=(1, 0), inputs=1).blocks
         (64, 1)
     """
@@ -179,6 +180,10 @@ class Scheme:
     Attributes:
         pattern: a regular expression that matches whole components of a leaf's path. None matches
             every dense site except embeddings, the head, and leaves trained in full.
+        bits: bits of a code: 8, or 4 for two codes a byte.
+        legal: values of the field `block` or `group`, which has the length of blocks; () for any.
+        is_optional: whether None is legal too, for one block an output.
+        scales: legal dtypes of scales, also of those from files.
 
     Examples:
         >>> import dataclasses, jax.numpy as jnp, jlora
@@ -195,10 +200,10 @@ class Scheme:
 
     pattern: str | None = None
 
-    bits: ClassVar[int] = 8  # of a code
-    legal: ClassVar[tuple[int, ...]] = ()  # values of the field `block` or `group`
-    is_optional: ClassVar[bool] = False  # whether None is legal too
-    scales: ClassVar[tuple[str, ...]] = ("float32",)  # legal dtypes of scales, also from files
+    bits: ClassVar[int] = 8
+    legal: ClassVar[tuple[int, ...]] = ()
+    is_optional: ClassVar[bool] = False
+    scales: ClassVar[tuple[str, ...]] = ("float32",)
 
     def __post_init__(self) -> None:
         if self.pattern is not None:

@@ -54,10 +54,10 @@ def allocate(
         *rules).sites(...)` prints them as a table.
 
     Raises:
-        TypeError: if an argument has the wrong type.
-        ValueError: if a rule matches no site of the sketch, a rule has other slots than the sketch,
-            a rule of another method would match a site that is left out, or the budget is too small
-            for `min_rank`, or for any rank of 1.
+        TypeError: if `sketch` is not a sketch, or a rule not a rule.
+        ValueError: if a number is out of range, a rule matches no site of the sketch, a rule has
+            other slots than the sketch, a rule of another method would match a site that is left
+            out, or the budget is too small for `min_rank`, or for any rank of 1.
 
     Source: Paischer et al., EVA, arXiv 2410.07170, which counts ranks and not parameters; He et
     al., GoRA, arXiv 2502.12171, for ranks by gradients.

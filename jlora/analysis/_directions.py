@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._adapters import LowRank, weight_shape
+from .._adapters import LowRank, is_node, weight_shape
 from .._arrays import promote
 from .._linalg import norm, svd, times
-from ._size import factors
+from ._size import check_node, factors
 
 
 def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax.Array:
@@ -34,6 +34,7 @@ def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax
         columns.
 
     Raises:
+        TypeError: if a node is not the `LowRank` of one adapter.
         ValueError: if the two differ in inputs or leading axes.
 
     Source: Hu et al., arXiv 2106.09685, section 7.2 (its A is the transpose of ours).
@@ -45,6 +46,7 @@ def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax
         >>> float(analysis.subspace_similarity(a1, a2)[1, 1])
         0.5
     """
+    _check_nodes(a1=a1, a2=a2)
     x, y = _columns(a1), _columns(a2)
     if x.ndim < 2 or x.shape[:-1] != y.shape[:-1]:
         raise ValueError(
@@ -75,6 +77,7 @@ def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Ar
         directions.
 
     Raises:
+        TypeError: if a node is not the `LowRank` of one adapter.
         ValueError: if the shapes do not fit, or `rank` is below 1 or above what A and B allow.
 
     Source: Hu et al., arXiv 2106.09685, section 7.3.
@@ -86,6 +89,7 @@ def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Ar
         >>> float(analysis.amplification(w, delta, rank=1))
         5.0
     """
+    _check_nodes(delta=delta)
     w = _matrices(w, delta)
     u, values, v = _svd(delta)
     _check("rank", rank, values.shape[-1], "ΔW")
@@ -120,6 +124,7 @@ def intruder_dimensions(
         Booleans, shape (stack…, k); their sum is the number of intruders.
 
     Raises:
+        TypeError: if a node is not the `LowRank` of one adapter.
         ValueError: if the shapes do not fit, or `k` is below 1 or above min(inputs, outputs).
 
     Source: Shuttleworth et al., LoRA vs full fine-tuning, arXiv 2410.21228.
@@ -132,6 +137,7 @@ def intruder_dimensions(
         >>> analysis.intruder_dimensions(w, delta, k=2, threshold=0.9).tolist()
         [True, True]
     """
+    _check_nodes(delta=delta)
     w = _matrices(w, delta)
     change = times(*factors(delta)) if isinstance(delta, LowRank) else _widen(delta)
     _check("k", k, min(w.shape[-2:]), "W + ΔW")
@@ -140,6 +146,13 @@ def intruder_dimensions(
     cosines = jnp.abs(times(after[..., :k, :], before.mT))
     cosines = jnp.where(_is_nonzero(old, w.shape)[..., None, :], cosines, 0)
     return _is_nonzero(new, w.shape)[..., :k] & (cosines.max(-1) < threshold)
+
+
+def _check_nodes(**given: object) -> None:
+    """Raises `TypeError` for nodes of other methods and of tables; the others are arrays."""
+    for name, x in given.items():
+        if is_node(x):
+            check_node(x, name)
 
 
 def _columns(x: jax.Array | LowRank) -> jax.Array:

@@ -12,15 +12,20 @@ from .._linalg import norm as norm_of
 from .._linalg import times
 
 
-def factors(node: LowRank) -> tuple[jax.Array, jax.Array]:
-    """Returns s·A as (stack…, inputs, r) and B as (stack…, r, outputs); slots are concatenated."""
+def check_node(node: object, name: str = "node") -> None:
+    """Raises `TypeError` unless the argument `name` is the `LowRank` of one adapter."""
     if not isinstance(node, LowRank):
-        raise TypeError(f"`node` must be a jlora.types.LowRank, whose ΔW is s·A·B; got {node!r}.")
+        raise TypeError(f"`{name}` must be a jlora.types.LowRank, whose ΔW is s·A·B; got {node!r}.")
     if is_table(node):
         raise TypeError(
-            "`node` must be of one adapter, but its arrays have a leading axis, as in a table of "
-            f"jlora.many; got {node!r}. Call the function under jax.vmap."
+            f"`{name}` must be of one adapter, but its arrays have a leading axis, as in a table "
+            f"of jlora.many; got {node!r}. Call the function under jax.vmap."
         )
+
+
+def factors(node: LowRank) -> tuple[jax.Array, jax.Array]:
+    """Returns s·A as (stack…, inputs, r) and B as (stack…, r, outputs); slots are concatenated."""
+    check_node(node)
     return matrices(without_slots(node, weight_shape(node)))
 
 

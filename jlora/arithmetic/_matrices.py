@@ -103,7 +103,7 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
     Source: Eckart and Young, Psychometrika 1, 1936.
 
     Examples:
-        >>> import jax.numpy as jnp, jlora
+        >>> import jax, jax.numpy as jnp, jlora
         >>> from jlora import analysis, arithmetic
         >>> layout = jlora.types.Layout((), (0,), (1,))
         >>> b = jnp.diag(jnp.array([5.0, 4.0, 1.0]))

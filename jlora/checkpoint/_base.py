@@ -1,22 +1,22 @@
 """Reads the shapes or the values of a base model from an Orbax checkpoint."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from .._arrays import AnyArray
 from .._errors import InputError
-from .._folders import Where, to_path
+from .._folders import Where
 from .._types import PyTree
 from ._fingerprint import shapes_of
 from ._restore import read
 from ._save import METADATA
-from ._store import check_files, check_size, damage
+from ._store import check_files, check_size, damage, find
 
 
 class _Variable(NamedTuple):
@@ -36,6 +36,7 @@ def base_shapes(path: Where) -> PyTree:
         NNX variable does not end with `value`.
 
     Raises:
+        FileNotFoundError: if `path` does not exist.
         ValueError: if the checkpoint has no parameters or is damaged, or if the adapter was saved
             without its base.
 
@@ -47,7 +48,7 @@ def base_shapes(path: Where) -> PyTree:
         ...     checkpoint.base_shapes(f"{folder}/base")["w"].shape
         (2, 3)
     """
-    folder = to_path(path)
+    folder = find(path)
     if (folder / METADATA).exists():
         saved = read(folder)
         if saved.base is None:
@@ -74,6 +75,7 @@ def base_values(path: Where) -> PyTree:
         `base_shapes`.
 
     Raises:
+        FileNotFoundError: if `path` does not exist.
         ValueError: if the checkpoint has no parameters, or is damaged.
 
     Examples:
@@ -84,11 +86,11 @@ def base_values(path: Where) -> PyTree:
         ...     checkpoint.base_values(f"{folder}/base")["w"].sum()
         np.float32(6.0)
     """
-    _, values = _read(to_path(path), lambda _: True)
+    _, values = _read(find(path), lambda _: True)
     return _with_variables(jax.tree.map(lambda x: x if _is_key(x) else np.asarray(x), values))
 
 
-def _read(folder: Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree, PyTree]:
+def _read(folder: epath.Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree, PyTree]:
     """Returns Orbax's metadata of each leaf, and the values of the wanted leaves on the host.
 
     Random keys are returned as JAX arrays. Orbax calls them uint32 until it reads them.
@@ -110,7 +112,7 @@ def _read(folder: Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree, PyTre
         "Give the whole folder of a checkpoint that it or jlora.checkpoint.export wrote.",
     ):
         with ocp.StandardCheckpointer() as checkpointer:
-            found = checkpointer.metadata(folder.absolute()).item_metadata
+            found = checkpointer.metadata(folder).item_metadata
         if found is None or not jax.tree.leaves(found.tree):
             raise ValueError("its metadata are missing or damaged, or it has no parameters")
         check_size(folder, jax.tree.leaves(found.tree))
@@ -119,7 +121,7 @@ def _read(folder: Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree, PyTre
             return found.tree, item
         with ocp.PyTreeCheckpointer() as checkpointer:
             args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
-            return found.tree, checkpointer.restore(folder.absolute(), args=args)
+            return found.tree, checkpointer.restore(folder, args=args)
 
 
 def _struct(x: AnyArray) -> jax.ShapeDtypeStruct:

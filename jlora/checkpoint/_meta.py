@@ -30,7 +30,8 @@ class Saved(NamedTuple):
         step: the training step, or None.
         versions: the versions of jlora, JAX, jaxlib and Orbax that wrote it.
         base: the fingerprint of the base, or None.
-        hashes: 64 bits for the values of each array, by path and `"a"`, `"b"` or `"full"`.
+        hashes: 64 bits for the values of each array, by path and its name in the node, such as
+            `"a"`, or `"full"`.
     """
 
     adapter: PyTree

@@ -11,7 +11,7 @@ from etils import epath
 
 from .._adapters import AdapterLeaf, arrays, is_node, state, static
 from .._arrays import AnyArray
-from .._errors import InputError, MissingError, shorten, show
+from .._errors import InputError, shorten, show
 from .._folders import Where
 from .._tree import adapter_leaves, adapter_of, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
@@ -25,7 +25,7 @@ from ._fingerprint import (
 )
 from ._meta import FORMAT, FULL, Saved, decode, digest, flatten_leaves
 from ._save import ADAPTER, METADATA
-from ._store import by_all, check_files, check_size, damage, in_step, place
+from ._store import by_all, check_files, check_size, damage, find, in_step, place
 
 NEWER = "Update jlora."
 OLDER = (
@@ -58,9 +58,7 @@ def read(path: Where) -> Saved:
         >>> saved.rules, saved.step, saved.adapter["head"].shape
         ((Full(pattern='head'),), 7, (2, 3))
     """
-    folder = place(path)
-    if not folder.exists():
-        raise MissingError(f"`path`: there is no checkpoint at {folder}.", path=folder)
+    folder = find(path)
     file = folder / METADATA / "metadata"
     if not folder.is_dir() or not file.exists():
         raise InputError(f"`path`: {folder} {_explain(folder)}", path=folder)

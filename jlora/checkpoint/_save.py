@@ -63,7 +63,8 @@ def save(
         TypeError: if `adapter` is no adapter of arrays, such as parameters, a bound tree, the state
             of an optimizer or a table from `jlora.many.prepare`; or if another argument has a wrong
             type.
-        ValueError: if `adapter` does not fit `base`.
+        ValueError: if `adapter` does not fit `base`, or has keys that Orbax confuses: it treats a
+            dot in a key as a level of the tree.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -148,6 +149,7 @@ def export(path: Where, merged: PyTree) -> None:
         OSError: as in `save`.
         RuntimeError: as in `save`.
         TypeError: if `merged` has no leaf, or a leaf that is not a plain array.
+        ValueError: if it has keys that Orbax confuses, as in `save`.
 
     Examples:
         >>> import tempfile, jax.numpy as jnp

@@ -15,7 +15,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from .. import _folders
-from .._errors import InputError, OccupiedError, blame, check_values, not_written, printable, show
+from .._errors import (
+    InputError,
+    MissingError,
+    OccupiedError,
+    blame,
+    check_values,
+    not_written,
+    printable,
+    show,
+)
 from .._folders import Where
 
 # ------------------------------------------------------------------------------- several processes
@@ -115,6 +124,14 @@ def place(path: Where) -> epath.Path:
     _folders.to_path(path)  # raises if it is none
     name = os.fspath(path)
     return epath.Path(name if "://" in name else os.path.abspath(name))
+
+
+def find(path: Where) -> epath.Path:
+    """Returns the place of a checkpoint; raises `FileNotFoundError` if nothing is there."""
+    folder = place(path)
+    if not folder.exists():
+        raise MissingError(f"`path`: there is no checkpoint at {folder}.", path=folder)
+    return folder
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ class eva(SketchInitializer):
 
     Raises:
         TypeError: if `sketch` is not a sketch.
-        ValueError: if `sketch` is of another kind; in `init`, if it lacks a site, or has it with
-            another shape or fewer components than the rank.
+        ValueError: if `sketch` is of another kind; in `init`, if it lacks a site, is zero there,
+            or has it with another shape or fewer components than the rank.
 
     Source: Paischer et al., arXiv 2410.07170. As in PEFT, the mean of the inputs is subtracted. An
     input counts here if the loss depends on it; in PEFT, if its label is not masked.

@@ -12,6 +12,8 @@ from ._initializer import RankRule, Start, draw, fan_in
 def gaussian(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     r"""Draws A from a normal distribution of variance 1 / inputs, and sets B to zero.
 
+    For an embedding the variance is 1, because each lookup has one input.
+
     Args:
         key: a PRNG key.
         w: W, an array, a `jax.ShapeDtypeStruct` or a `jlora.Quantized`.

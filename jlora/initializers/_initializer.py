@@ -120,7 +120,19 @@ def fan_in(site: Site) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-    """The base class of initializers with options, which are its fields; named like functions."""
+    """The base class of initializers with options, which are its fields; named like functions.
+
+    Examples:
+        >>> import dataclasses, jlora
+        >>> @dataclasses.dataclass(frozen=True, repr=False)
+        ... class wider(jlora.initializers.Initializer):
+        ...     by: float = 2.0
+        ...     def __call__(self, key, w, site, rule):
+        ...         w, a, b = jlora.initializers.gaussian(key, w, site, rule)
+        ...         return w, self.by * a, b
+        >>> jlora.LoRA("w", init=wider(by=3.0)).init
+        wider(by=3.0)
+    """
 
     def __call__(self, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
         """Returns `(w, a, b)`."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._quantized import BaseLeaf, Quantized
+from .._rules import is_finite
 from .._site import Site
 from ._initializer import RankRule, SketchInitializer, Start, dtype_of
 from ._split import split_of, subtract
@@ -29,13 +30,13 @@ class lora_ga(SketchInitializer):
 
     Args:
         sketch: from `jlora.sketch` with `kind="gradient"`, the same rules, and 2·r components.
-        gamma: $\gamma$, positive.
+        gamma: $\gamma$, a positive number.
 
     Raises:
         TypeError: if `sketch` is not a sketch.
-        ValueError: if `sketch` is of another kind, or `gamma` is not positive; in `init`, if the
-            sketch lacks a site, or has it with another shape or fewer than 2·r components, or W is
-            quantized.
+        ValueError: if `sketch` is of another kind, or `gamma` is not positive and finite; in
+            `init`, if the sketch lacks a site, is zero there, or has it with another shape or fewer
+            than 2·r components, or W is quantized.
 
     Source: Wang et al., arXiv 2407.05000, in PEFT's default form: `direction` ArB2r, `scale`
     stable.
@@ -58,8 +59,10 @@ class lora_ga(SketchInitializer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.gamma > 0:
-            raise ValueError(f"`gamma` of lora_ga must be positive; got {self.gamma!r}.")
+        if not is_finite(self.gamma) or self.gamma <= 0:
+            raise ValueError(
+                f"`gamma` of lora_ga must be a positive finite number; got {self.gamma!r}."
+            )
 
     def __call__(self, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
         if isinstance(w, Quantized):

@@ -220,7 +220,7 @@ def adapt(model: keras.Model, *rules: Rule, example: PyTree, seed: int = 0) -> A
         TypeError: if `model` is not a model of Keras.
         ValueError: if a rule matches no weight, or a weight that it cannot adapt; if an initializer
             quantizes W; if the model is not built, has an adapter already, or has two weights with
-            the same path.
+            the same path; if `seed` is not an integer of at least 0.
 
     Examples:
         >>> import jlora.keras, keras, numpy as np

@@ -83,10 +83,10 @@ def route(
 
     Raises:
         TypeError: if `table` is not a table, or `ids` are not integers.
-        ValueError: if an argument or a result has no axis of rows, or an id is out of range; if the
-            table does not fit the base or has a method other than LoRA; if an initializer changed
-            the base, as -1 would not be the original model; for a derivative of a `ragged_dot`
-            inside of `apply`.
+        ValueError: if there is no such `form`; if an argument or a result has no axis of rows, or
+            an id is out of range; if the table does not fit the base or has a method other than
+            LoRA; if an initializer changed the base, as -1 would not be the original model; for a
+            derivative of a `ragged_dot` inside of `apply`.
         NotImplementedError: for a `ragged_dot` inside of a function with its own derivative.
 
     Examples:

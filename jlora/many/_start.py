@@ -53,8 +53,8 @@ def init(
 
     Raises:
         TypeError: if `keys` are not such keys, or `ranks` are not known integers.
-        ValueError: if `ranks` are out of range or not n; or if an initializer changes the base
-            differently for each key or rank, so that adapters cannot share it.
+        ValueError: if `ranks` are out of range or not n, or no rule has a rank; if an initializer
+            changes the base differently for each key or rank, so that adapters cannot share it.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora

@@ -53,9 +53,10 @@ def stack(
 
     Raises:
         TypeError: if `adapters` is not a list of adapters.
-        ValueError: if sites do not fit one another, have a method other than LoRA, or have other
-            frozen factors (`LowRank.frozen`); if a rank exceeds `rank`, a slot lacks a site of a
-            changed base, an adapter has dropout keys, or a value is not finite. It names all paths.
+        ValueError: if `size` is less than the number of adapters; if sites do not fit one another,
+            have a method other than LoRA, or have other frozen factors (`LowRank.frozen`); if a
+            rank exceeds `rank`, a slot lacks a site of a changed base, an adapter has dropout keys,
+            or a value is not finite. It names all paths.
 
     Examples:
         >>> import jax.numpy as jnp, jlora

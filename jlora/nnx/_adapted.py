@@ -30,12 +30,12 @@ OWN = ("base", "lora", "rngs", "deterministic")  # attributes of an `Adapted`, n
 class Adapted(Holder, nnx.Module):
     r"""A module that computes what `model` computes with W + s·A·B instead of each adapted W.
 
-    Train it with `nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)`. `tx` is a transformation of optax
-    itself: `jlora.optimizer`, `lora_plus` and `precondition` raise here and say what to give
-    instead, and there is no base to freeze. Differentiate only with respect to the adapter, by
+    Train it with `nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)`, where `tx` is of optax alone:
+    there is no base to freeze. `jlora.optimizer`, `lora_plus` and `precondition` raise here, and
+    say what to give instead. Differentiate only with respect to the adapter, by
     `argnums=nnx.DiffState(0, nnx.LoRAParam)`. Do not write `nnx.Param`, which includes
     `nnx.LoRAParam` but also trains the base. The model's methods are adapted like its call. Its
-    other attributes are read and set there, but for its parts, whose calls would not be adapted.
+    other attributes can be read and set, except its parts, whose calls would not be adapted.
 
     Args:
         model: the module. Its arrays are shared, not copied.

@@ -77,6 +77,9 @@ def read(
         ignore: as in `load`. The result does not have these fields.
         prefix: as in `load`.
 
+    Returns:
+        Leaves, configuration, ties and frozen values.
+
     Raises:
         FileNotFoundError: if the folder or a file is missing.
         ValueError: as in `load`.
@@ -126,6 +129,7 @@ def write(
 
     Raises:
         FileExistsError: if `path` exists and is not an empty folder.
+        OSError: if `path` cannot be written. Nothing is left of it then.
         ValueError: if a leaf has other axes than PyTorch's weights; if `read` would refuse the
             files, such as for values that are not finite; if the `profile` does not support a leaf.
 

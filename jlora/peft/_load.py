@@ -54,10 +54,11 @@ def load(
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
+        TypeError: if `names` is not a table, or `ignore` is a string.
         ValueError: if a tensor or field is missing, unexpected, misshapen, of a wrong dtype, not
-            finite, duplicate or not supported; or if jlora knows a field in `ignore`. The error
-            lists all problems. Nothing is loaded. So does a file of image LoRA with several
-            prefixes and no `prefix`, or with LoHa, LoKr or LoCon.
+            finite, duplicate or not supported; if jlora knows a field in `ignore`; if a file of
+            image LoRA has several prefixes and `prefix` is None, or has LoHa, LoKr or LoCon. The
+            error lists all problems, and nothing is loaded.
 
     Warns:
         UserWarning: if a name in the configuration matches nothing, which PEFT accepts; or if

@@ -42,9 +42,10 @@ def save(
 
     The values of A and B are written bit for bit. Each layer of a scan becomes a module. Axes are
     flattened to PyTorch's. The slots of a fused kernel become one A of rank slots·r, and one B with
-    zeros outside each slot. PEFT has one DoRA flag for all sites. Rows of an embedding become
-    `trainable_token_indices`; an adapter of rows alone becomes `TRAINABLE_TOKENS`. PEFT saves some
-    modules only as a whole: then frozen parameters are written too, with the values in `base`.
+    zeros outside each slot. PEFT has one DoRA flag for all sites, so LoRA beside DoRA is refused.
+    Rows of an embedding become `trainable_token_indices`; an adapter of rows alone becomes
+    `TRAINABLE_TOKENS`. PEFT saves some modules only as a whole: then frozen parameters are written
+    too, with the values in `base`.
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
@@ -72,9 +73,11 @@ def save(
     Raises:
         FileExistsError: if `path` exists and is not an empty folder.
         FileNotFoundError: if `base_model` is a folder without `config.json`.
-        TypeError: if `adapter` is no adapter of arrays.
+        OSError: if `path` cannot be written. Nothing is left of it then.
+        TypeError: if `adapter` is no adapter of arrays, or `names` is not a table.
         ValueError: if a leaf of the adapter has no name, or no form in PEFT or in the `dialect`;
-            image LoRA has only linear and convolutional sites. All are listed.
+            image LoRA has only linear and convolutional sites. All are listed. Or if `profile`,
+            `dialect`, `prefix` or `config` has a value that cannot be.
 
     Warns:
         UserWarning: for `"kohya"`, if diffusers would compute something else with the file: with

@@ -120,7 +120,8 @@ def gathered(base: PyTree, specs: PyTree) -> PyTree:
     """Returns a base whose quantized weights are all-gathered as codes, before dequantization.
 
     Use it if FSDP shards quantized weights that each device needs whole: otherwise XLA dequantizes
-    the shards first and all-gathers four times the bytes. Within `jax.jit` jlora cannot know the
+    the shards first and all-gathers their values, in bfloat16 four times the bytes of 4-bit codes.
+    Within `jax.jit` jlora cannot know the
     FSDP axes of the mesh, so name them inside the loss function:
 
         base = sharding.gathered(base, sharding.replicated(specs, "fsdp"))

@@ -46,8 +46,8 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
             parameters, which heads share the weight of an embedding, and which modules PEFT can
             adapt: adapters elsewhere are then refused by `jlora.peft.save`. For a model of
             `transformers` 5 it knows the names that `from_pretrained` renames, so that `load_base`
-            reads the folder as it is. Without it, each weight is of such a module, no head is tied
-            and no name is another in a folder.
+            reads the folder as it is. Without it, each weight counts as one of such a module, no
+            head as tied, and no name as another one in a folder.
 
     Returns:
         Rows for `jlora.peft.save`, `load`, `load_base` and all others that take `names`.

@@ -54,9 +54,8 @@ def check(
     r"""Finds out which parts of an adapter an engine refuses, and which it drops silently.
 
     Only configurations and headers are read, no weights. The rules for vLLM, also on TPUs, are
-    those that runs confirm; the guide "Serve an adapter" has their tables. Of other models than
-    those that were run, it is not known whether an engine supports adapters at all, or of
-    embeddings.
+    those that runs confirm; the guide "Serve an adapter" has their tables. For models that were not
+    run, it is not known whether the engine supports adapters at all, or adapters of embeddings.
 
     Args:
         path: the adapter's folder, as PEFT or `save` wrote it.

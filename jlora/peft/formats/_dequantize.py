@@ -95,6 +95,7 @@ def dequantize_checkpoint(
     Raises:
         FileExistsError: if `out` exists and is not an empty folder.
         FileNotFoundError: if the folder or a file is missing.
+        OSError: if `out` cannot be written. Nothing is left of it then.
         ValueError: if the checkpoint is damaged, or not quantized.
 
     Examples:

@@ -69,6 +69,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     Raises:
         FileNotFoundError: if the folder or a file is missing.
         ImportError: for a GGUF file if the package `gguf` is not installed.
+        TypeError: if `names` is not a table.
         ValueError: if tensors are missing, unexpected, misshapen, not finite, of 64 bits without
             jax_enable_x64, or contradict the configuration. All problems are listed, and nothing is
             loaded.
@@ -203,6 +204,8 @@ def save_base(
 
     Raises:
         FileExistsError: if `path` exists and is not an empty folder.
+        OSError: if `path` cannot be written. Nothing is left of it then.
+        TypeError: if `names` is not a table.
         ValueError: if a leaf has no name or is quantized, or `config` is not a checkpoint.
 
     Examples:

@@ -36,9 +36,10 @@ def export_merged(
 
     - If the vocabulary was resized, and the adapter holds all rows, embedding and head get these
       rows, and `config.json` their number. The tokenizer is that of `src_dir`.
-    - A head in `modules_to_save` that the checkpoint lacks is added. Its class and its number of
-      labels go to `config.json`. Weights that neither has, such as a new pooler, stay missing; an
-      old head stays too, and `transformers` ignores it.
+    - A head in `modules_to_save` that the checkpoint lacks is added. Its class and its labels go to
+      `config.json`, as `LABEL_0` and so on, because the adapter does not have their names. Weights
+      that neither has, such as a new pooler, stay missing; an old head stays too, and
+      `transformers` ignores it.
     - With `untie`, a tied output head gets a weight of its own.
 
     All other files in `src_dir` are copied: configuration, generation and tokenizer files, code,
@@ -52,9 +53,9 @@ def export_merged(
 
     B·A is computed in float32 by fused multiply-adds in the order of the rank. It is multiplied by
     s, added to W in float32 (float64 if W is), and rounded once to W's dtype. In float32, PEFT's
-    `merge_and_unload` has the same bits for ranks up to 192 and sides of at least 64; otherwise
-    PyTorch's product sums in another order. If `JAX_PLATFORMS` leaves out the CPU, NumPy computes
-    the same, but slower. There are four more differences:
+    `merge_and_unload` has the same bits, on a CPU with fused multiply-adds, for ranks up to 192 and
+    sides of at least 64; otherwise PyTorch's product sums in another order. If `JAX_PLATFORMS`
+    leaves out the CPU, NumPy computes the same, but slower. There are four more differences:
 
     - In bfloat16 and float16, PEFT rounds the ΔW of embeddings and experts before the sum.
     - `modules_to_save` keep the model's dtype in PEFT. Here they get W's.
@@ -64,13 +65,14 @@ def export_merged(
     Args:
         src_dir: a folder with `model.safetensors`, or with shards and
             `model.safetensors.index.json`; for diffusers with `diffusion_pytorch_model` instead of
-            `model`. Its files, and those of `adapter`, may be links within
-            the folder, or in the Hub's cache within the folder of their model (`models--…`).
+            `model`. Its files, and those of `adapter`, may be links within the folder, or in the
+            Hub's cache within the folder of their model (`models--…`).
         adapter: a folder or file that `load` reads, or an adapter tree. The modules in a folder
             have the names of the checkpoint's tensors, or those of `transformers` 5 in memory; a
-            first component such as `bert.` may differ. Any other names are those of the checkpoint
-            after one replacement, if only one place fits all modules. The checkpoint may fuse
-            modules that `transformers` splits on loading, such as q, k and v; it stays fused.
+            first component such as `bert.` may differ. Other names must become those of the
+            checkpoint by one replacement of components in all of them, and no other replacement may
+            fit. The checkpoint may fuse modules that `transformers` splits on loading, such as q, k
+            and v; it stays fused.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
         names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.LLAMA`.
@@ -87,6 +89,7 @@ def export_merged(
     Raises:
         FileExistsError: if `out` exists and is not an empty folder.
         FileNotFoundError: if a folder or a file is missing.
+        OSError: if `out` cannot be written. Nothing is left of it then.
         TypeError: if `adapter` is neither a path nor an adapter tree.
         ValueError: if the checkpoint is damaged, the adapter does not fit it, or merged values
             are not finite. All problems are listed, and nothing is written.

@@ -73,7 +73,7 @@ class Found(tuple[Name, ...]):
 def find_names(params: PyTree, folder: str | os.PathLike[str], sites: HasSites) -> Found:
     r"""Finds a name table by the values: which tensor of a checkpoint each leaf holds.
 
-    For models whose own code loads Hugging Face's checkpoints. A leaf may hold one tensor, or
+    Use it if the model's own code loads Hugging Face's checkpoints. A leaf may hold one tensor, or
     several that are stacked (layers, experts, modules such as k and v), or a part of one (gate or
     up). Axes may be transposed or split, the last one interleaved; values may be rounded, or
     multiplied by a number. A tensor is recognized by its sums along each axis. Tensors are read

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,7 +104,7 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
         TypeError: if `names` is not a table.
         ValueError: if two leaves have the same name.
     """
-    rows = list(names)
+    rows = list(names) if isinstance(names, Iterable) else []
     if not rows or not all(isinstance(row, Name) for row in rows):
         raise TypeError(
             "`names` must be a table of jlora.peft.Name rows, such as jlora.peft.LLAMA; "

@@ -1,4 +1,7 @@
-"""Name tables for the models of `transformers` in Flax.
+"""Name tables for models with the modules of `transformers`, and Flax's names of leaves.
+
+Such are the Flax models of `transformers` 4, and your own with paths like
+`model/layers/0/self_attn/q_proj/kernel`.
 
 | table | models |
 |---|---|
