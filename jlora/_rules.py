@@ -9,6 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeGuard, runtime_checkable
 
+import jax
+import numpy as np
+
 from ._errors import InputError
 
 
@@ -202,6 +205,13 @@ def is_finite(x: object) -> TypeGuard[float]:
         return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
     except OverflowError:
         return False
+
+
+def number_of(x: object) -> object:
+    """Returns the number that an array without axes holds; other objects as they are."""
+    if isinstance(x, jax.Array | np.ndarray | np.generic) and x.ndim == 0:
+        return x.item()
+    return x
 
 
 def name_mistake(x: object, unpack: bool = False) -> str:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import GetAttrKey
 
 from ._adapters import is_node
@@ -13,7 +12,7 @@ from ._arrays import einsum, promote
 from ._compat import is_concrete
 from ._linalg import inverse, inverse_root, times
 from ._optimizer import AllParams, is_masked
-from ._rules import is_finite
+from ._rules import is_finite, number_of
 from ._types import Params, PyTree
 
 if TYPE_CHECKING:
@@ -279,6 +278,6 @@ def _check_number(name: str, x: object, holds: Callable[[float], bool], must: st
     """Raises `ValueError` unless `x` is traced, or a finite number for which `holds`."""
     if not is_concrete(x):
         return
-    number = x.item() if isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 else x
+    number = number_of(x)
     if not is_finite(number) or not holds(number):
         raise ValueError(f"`{name}` must be {must}; got {x!r}.")

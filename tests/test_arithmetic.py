@@ -375,7 +375,11 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "`energy` ... needs concrete values ... Give `rank`.": lambda: jax.jit(
             lambda t: arithmetic.truncate(t, energy=0.5)
         )({"w": NODE}),
+        "`energy` ... got '1'.": lambda: arithmetic.truncate({"w": NODE}, energy="1"),  # pyright: ignore
         "`density` ... got 2.": lambda: arithmetic.ties([{"w": NODE}], density=2),
+        "`density` ... got '1'.": lambda: arithmetic.ties([{"w": NODE}], density="1"),  # pyright: ignore
+        "`factor` ... got '1'.": lambda: arithmetic.scale({"w": NODE}, "1"),  # pyright: ignore
+        "`size` ... got 2.5.": lambda: jlora.many.stack([{"w": NODE}], size=2.5),  # pyright: ignore
     },
     TypeError: {
         "`adapters` ... got dict.": lambda: arithmetic.add({"w": NODE}),

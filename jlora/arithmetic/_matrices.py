@@ -12,7 +12,7 @@ from .._arrays import explicit
 from .._compat import is_concrete
 from .._errors import InputError
 from .._linalg import qr, svd, svd_of, times
-from .._rules import check_int
+from .._rules import check_int, is_finite
 from .._tree import nest
 from .._types import PyTree
 from ._operands import MERGE, dtype_of_all, flatten_each, join, refuse_other_methods
@@ -121,7 +121,7 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
         )
     if rank is not None:
         check_int("`rank`", rank, 1)
-    elif not 0 < (energy or 0) <= 1:
+    elif not is_finite(energy) or not 0 < energy <= 1:
         raise InputError(f"`energy` must be in (0, 1]; got {energy!r}.")
     [found] = flatten_each([adapter])
     refuse_other_methods("`adapter` cannot be truncated", found.items(), MERGE)

@@ -15,6 +15,7 @@ from .._adapters import AdapterLeaf, LowRank, is_node, is_table, weight_shape, w
 from .._arrays import promote
 from .._compat import is_concrete
 from .._errors import InputError
+from .._rules import is_finite, number_of
 from .._tree import adapter_leaves, check_fits, is_empty, leaves_by_path, nest, problems_at
 from .._types import Path, PyTree, short
 
@@ -176,7 +177,7 @@ def check_merge(
     adapters: Sequence[PyTree], weights: Weights, base: PyTree, density: float
 ) -> Operands:
     """Checks the arguments of a merge by entries, for which ΔW = 0 must be the original model."""
-    if not 0 < density <= 1:
+    if not is_finite(density) or not 0 < density <= 1:
         raise InputError(f"`density` must be in (0, 1]; got {density!r}.")
     given = check_operands(adapters, weights, base, "`adapters` cannot be combined")
     residual = [path for path, [(x, _), *_] in given.sites.items() if is_residual(x)]
@@ -193,9 +194,9 @@ def _entries(weights: Sequence[Any] | jax.Array) -> list[Any]:
 
 def check_numbers(what: str, values: Sequence[Any]) -> None:
     """Raises for an array with axes, or a number whose value is not finite."""
-    wrong = [x for x in values if np.shape(x) or (is_concrete(x) and not np.isfinite(x))]
+    wrong = [x for x in values if np.shape(x) or (is_concrete(x) and not is_finite(number_of(x)))]
     if wrong:
-        got = short(wrong[0]) if np.shape(wrong[0]) else wrong[0]
+        got = short(wrong[0]) if np.shape(wrong[0]) else repr(number_of(wrong[0]))
         raise InputError(f"{what} must be a finite number; got {got}.")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from .._adapters import AdapterLeaf, Node, Routed, arrays, is_node
 from .._compat import is_concrete
 from .._errors import InputError
+from .._rules import check_int
 from .._tree import adapter_leaves, name_of, nest
 from .._types import PyTree, short
 from ..arithmetic._operands import refuse
@@ -68,8 +69,7 @@ def stack(
     """
     trees = check_adapters(adapters)
     count = len(trees) if size is None else size
-    if count < len(trees):
-        raise InputError(f"`size` must be at least the {len(trees)} adapters; got {size}.")
+    check_int("`size`, as many as there are adapters,", count, len(trees))
     sites = {
         path: [tree[path] for tree in trees if path in tree]
         for path in dict.fromkeys(path for tree in trees for path in tree)
