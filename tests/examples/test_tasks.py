@@ -4,10 +4,12 @@ The files are small, with the layouts of the real ones.
 """
 
 import doctest
+import functools
 import json
 import re
 
 import pytest
+import tables
 from models import beam, hf
 from paper.tasks import batches, files, glue, metrics, ngrams, nlg, problems, seeds, table, training
 
@@ -153,6 +155,19 @@ def test_damaged_files(tmp_path, task, name, content, place):
     write(tmp_path, {name: content})
     with pytest.raises(files.FormatError, match=f"{place}: expected "):
         (glue if task in LAYOUTS else nlg).read(tmp_path, task, "dev")
+
+
+def test_a_folder_is_claimed_once(tmp_path):
+    """Its settings stay as they are while it has seeds."""
+    claim = functools.partial(seeds.claim, tmp_path / "run")
+    assert claim({"rank": 4}) == claim({"rank": 8})
+    tables.append(claim({"rank": 8}), {"seed": 0})
+    path = tmp_path / "run" / seeds.SETTINGS
+    before = path.stat().st_mtime_ns
+    claim({"rank": 8})
+    assert path.stat().st_mtime_ns == before and json.loads(path.read_text()) == {"rank": 8}
+    with pytest.raises(ValueError, match="has seeds of other settings: rank was 8, is 4"):
+        claim({"rank": 4})
 
 
 # ---- metrics ------------------------------------------------------------------------------------
