@@ -83,12 +83,15 @@ def randomize(adapter: Any) -> Any:
 
 def some(rows: Iterable[Any], *daily: Any) -> list[Any]:
     """The values of one parameter, of which all but `daily` are for the long run."""
+    rows = list(rows)
+    assert all(x in rows for x in daily), daily
     return [x if x in daily else pytest.param(x, marks=pytest.mark.slow) for x in rows]
 
 
 def some_rows(rows: Iterable[tuple[Any, ...]], *daily: tuple[Any, ...]) -> list[Any]:
     """The values of several parameters, of which all but `daily` are for the long run."""
-    marks = pytest.mark.slow
+    rows, marks = list(rows), pytest.mark.slow
+    assert all(x in rows for x in daily), daily
     return [pytest.param(*x, marks=() if x in daily else marks) for x in rows]
 
 
