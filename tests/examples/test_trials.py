@@ -15,7 +15,7 @@ import variants_table
 from cases._case import fill
 from models import bert, parts
 from quickstart import Batch
-from small import some
+from small import raw, some
 
 import jlora
 
@@ -45,9 +45,10 @@ def task():
 @pytest.mark.parametrize("name", some(variants.VARIANTS, "lora_all"))
 def test_every_variant_trains(task, name):
     """And is measured by the model's own loss."""
-    runner = variants.make_runner(task, variants.VARIANTS[name])
-    found = runner(1e-3, 0)
+    runner, seen = variants.make_runner(task, variants.VARIANTS[name]), {}
+    found = runner(1e-3, 0, lambda step, trained, _: seen.setdefault(step, raw(trained)))
     assert all(math.isfinite(x) for x in found.values())
+    assert len(seen) == len({tuple(x) for x in seen.values()}) == 4  # each step changes something
     params = runner.task.params
     base, adapter = runner.init(jax.random.key(0), params, *task.inputs(task.train))
     assert found["trained"] == jlora.count(adapter)
