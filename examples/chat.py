@@ -222,7 +222,8 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
     def apply(base, *args, **more):
         return lora.apply(sharding.gathered(base, whole), *args, **more)
 
-    shown, ask = texts[:SHOWN], {"add_generation_prompt": True, "return_dict": False}
+    shown = texts[: min(SHOWN, args.held_out)]
+    ask = {"add_generation_prompt": True, "return_dict": False}
     prompts = [tokenizer.apply_chat_template(text.messages[:-1], **ask) for text in shown]
 
     def measure(adapter):

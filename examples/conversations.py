@@ -71,20 +71,23 @@ def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
 
 def read_jsonl(path: pathlib.Path) -> list[Messages]:
     """The conversations of a JSON-lines file."""
-    found, keys = [], {"role", "content"}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            messages = json.loads(line)["messages"]
-            wrong = not all(x.keys() >= keys and isinstance(x["content"], str) for x in messages)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            wrong = True
-        if wrong:
-            form = '{"messages": [{"role": "user", "content": "…"}, …]}'
-            raise ValueError(f"{path}, line {number}: expected {form}, got {line[:80]}")
-        if all(x["role"] != "assistant" for x in messages[1:]):
-            raise ValueError(f'{path}, line {number}: no message after the first is "assistant"\'s')
-        found.append(messages)
-    return found
+    with path.open(encoding="utf-8-sig") as lines:  # `str.splitlines` cuts at U+2028 too
+        return [_messages(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _messages(line: str, place: str) -> Messages:
+    keys = {"role", "content"}
+    try:
+        messages = json.loads(line)["messages"]
+        wrong = not all(x.keys() >= keys and isinstance(x["content"], str) for x in messages)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        wrong = True
+    if wrong:
+        form = '{"messages": [{"role": "user", "content": "…"}, …]}'
+        raise ValueError(f"{place}: expected {form}, got {line.strip()[:80]}")
+    if all(x["role"] != "assistant" for x in messages[1:]):
+        raise ValueError(f'{place}: no message after the first is "assistant"\'s')
+    return messages
 
 
 def encode(messages: Messages, tokenizer: Any) -> Text:

@@ -41,6 +41,7 @@ SLOTS = 8  # of the table: four are in use
 EACH = 150  # requests for an adapter
 AT_FIRST = ("movies", "products", "tweets")
 LATER = "editorials"
+NOT_THERE = "there is no such adapter yet"
 OUT = pathlib.Path("out/serve")
 
 
@@ -76,8 +77,8 @@ def get_adapter(
 
 def read(file: pathlib.Path) -> list[Request]:
     """Requests from JSON lines."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [Request(**json.loads(line)) for line in lines if line.strip()]
+    with file.open(encoding="utf-8-sig") as lines:
+        return [Request(**json.loads(line)) for line in lines if line.strip()]
 
 
 def draw_requests(names: Sequence[str], each: int) -> list[Request]:
@@ -131,19 +132,11 @@ def serve(
             if LATER not in slots and len(answers) >= len(requests) / 2:
                 slots[LATER] = len(slots)
                 table = many.insert(table, slots[LATER], adapters[LATER], base=base)
-            known = [row for row in rows if row.adapter in slots]
-            answers += [
-                {"adapter": row.adapter, "error": "there is no such adapter yet"}
-                for row in rows
-                if row.adapter not in slots
-            ]
-            if known:
-                ids, tokens, mask = pad_batch(known, slots, tokenizer, batch)
-                found = np.asarray(step(base, table, ids, tokens, mask))[: len(known)]
-                answers += [
-                    row._asdict() | {"positive": round(float(p), 4)}
-                    for row, p in zip(known, found[:, 1], strict=True)
-                ]
+            found = step(base, table, *pad_batch(rows, slots, tokenizer, batch))
+            for row, p in zip(rows, np.asarray(found)[:, 1].tolist(), strict=False):
+                known = row.adapter in slots
+                more = {"positive": round(p, 4)} if known else {"error": NOT_THERE}
+                answers.append(row._asdict() | more)
             bar.update(len(rows))
     return Served(answers, len(compiled), accuracy(answers))
 
@@ -151,10 +144,10 @@ def serve(
 def pad_batch(
     rows: Sequence[Request], slots: dict[str, int], tokenizer: Any, batch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Slots (B,), tokens (B, L) and mask (B, L) of a full batch: what is missing is the base's."""
+    """Slots (B,), tokens (B, L) and mask (B, L) of a full batch: what has no slot is the base's."""
     encoded = quickstart.encode(tokenizer, [data.Snippet(row.text, 0) for row in rows])
     more = batch - len(rows)
-    ids = np.pad([slots[row.adapter] for row in rows], (0, more), constant_values=-1)
+    ids = np.pad([slots.get(row.adapter, -1) for row in rows], (0, more), constant_values=-1)
     tokens, mask = (np.pad(x, ((0, more), (0, 0)), "edge") for x in (encoded.ids, encoded.mask))
     return jnp.asarray(ids, jnp.int32), tokens, mask
 
@@ -174,11 +167,14 @@ def accuracy(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
 def speeds(
     lora: jlora.types.Transformed, base: Any, adapters: dict[str, Any], tokenizer: Any, batch: int
 ) -> dict[str, float]:
-    """Tokens a second of one batch, by how its rows come to their adapters; medians of turns."""
-    sentences = draw_requests(list(adapters), batch // len(adapters))
+    """Tokens a second of one batch, by how its rows come to their adapters; medians of turns.
+
+    All adapters get equally many rows, at least one each.
+    """
+    sentences = draw_requests(list(adapters), max(1, batch // len(adapters)))
     slots = {name: slot for slot, name in enumerate(adapters)}
     table = many.stack(list(adapters.values()), size=SLOTS, base=base)
-    ids, tokens, mask = pad_batch(sentences, slots, tokenizer, batch)
+    ids, tokens, mask = pad_batch(sentences, slots, tokenizer, len(sentences))
     apply = jax.jit(lora.apply)
     merged = {name: jlora.merge(base, adapter) for name, adapter in adapters.items()}
     rows = {name: np.flatnonzero(np.asarray(ids) == slot) for name, slot in slots.items()}

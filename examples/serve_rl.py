@@ -103,13 +103,14 @@ def main(argv: Sequence[str] | None = None) -> Result:
         updates, state = tx.update(jax.grad(loss_fn)(adapter), state, adapter)
         return optax.apply_updates(adapter, updates), state
 
-    shutil.rmtree(args.out, ignore_errors=True)
-    peft.save(args.out / "0", base, adapter, names, profile="vllm")
+    folders = args.out.absolute() / "adapters"
+    shutil.rmtree(folders, ignore_errors=True)  # of an earlier run
+    peft.save(folders / "0", base, adapter, names, profile="vllm")
     os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # the server listens to this machine only
     result, state, last = Result([], [], []), tx.init(adapter), adapter
-    with served.serve(args.vllm, folder, args.out / "0", "--dtype", "float32") as url:
+    with served.serve(args.vllm, folder, folders / "0", "--dtype", "float32") as url:
         for i in range(args.steps):
-            place = args.out.absolute() / f"{i + 1}"
+            place = folders / f"{i + 1}"
             peft.save(place, base, adapter, names, profile="vllm")
             new = {"lora_name": served.NAME, "lora_path": str(place), "load_inplace": True}
             served.post(url, "/v1/load_lora_adapter", **new)

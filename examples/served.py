@@ -17,7 +17,6 @@ import shlex
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -61,7 +60,7 @@ def wait(process: subprocess.Popen[bytes], url: str, log: pathlib.Path) -> None:
     """Returns when the server answers."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(urllib.error.URLError):
+        with contextlib.suppress(OSError):  # it is refused, cut short, or takes too long
             urllib.request.urlopen(f"{url}/health", timeout=10).close()
             return
         time.sleep(1)

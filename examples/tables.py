@@ -50,10 +50,13 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replaces the file by one with these rows, whose fields are the same."""
-    path.unlink(missing_ok=True)
+    """Replaces the file, at once, by one with these rows, whose fields are the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(b"")
     for row in rows:
-        append(path, row)
+        append(part, row)
+    part.replace(path)
 
 
 def _number(text: str) -> Any:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from cases import Case, Problem
 from own_schemes import Pairs
+from small import assert_close as assert_close
 from small import randomize as randomize
 
 import jlora
@@ -298,29 +299,6 @@ def derivatives(f: Callable[..., Any], along: Any, case: Case) -> Callable[..., 
         return found
 
     return of_each_order
-
-
-def assert_close(
-    actual: Any, expected: Any, tolerance: float, law: str = "", least: float = 1e-6
-) -> None:
-    """Equal structures; floating leaves within `tolerance` of their scale, others equal.
-
-    The scale is the largest entry of a leaf, and at least `least`.
-    """
-    chex.assert_trees_all_equal_structs(actual, expected)
-    flat, _ = jax.tree_util.tree_flatten_with_path(expected)
-    for (path, x), y in zip(flat, jax.tree.leaves(actual), strict=True):
-        where = f"{law} {jax.tree_util.keystr(path)}"
-        if not isinstance(x, jax.Array | np.ndarray):
-            assert y == x, where
-            continue
-        assert y.shape == x.shape, where
-        assert y.dtype == x.dtype, where
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        x, y = (np.asarray(v, np.result_type(v.dtype, np.float64)) for v in (x, y))
-        scale = max(np.max(np.abs(x), initial=0.0), least, 1e-6)
-        np.testing.assert_allclose(y / scale, x / scale, rtol=0, atol=tolerance, err_msg=where)
 
 
 def assert_same_codes(actual: Any, expected: Any) -> None:

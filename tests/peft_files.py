@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import peft_models as models
 from safetensors.numpy import save_file
+from small import assert_close as assert_close
 from small import normal as normal
 from small import raw as raw
 
@@ -48,13 +49,6 @@ def assert_equal(actual: Any, expected: Any) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     assert jax.tree.map(lambda x: x.dtype, actual) == jax.tree.map(lambda x: x.dtype, expected)
     assert raw(actual) == raw(expected)
-
-
-def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """Leaf by leaf, relative to the largest entry."""
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max())
 
 
 SECONDS = 10

@@ -83,12 +83,15 @@ def randomize(adapter: Any) -> Any:
 
 def some(rows: Iterable[Any], *daily: Any) -> list[Any]:
     """The values of one parameter, of which all but `daily` are for the long run."""
+    rows = list(rows)
+    assert all(x in rows for x in daily), daily
     return [x if x in daily else pytest.param(x, marks=pytest.mark.slow) for x in rows]
 
 
 def some_rows(rows: Iterable[tuple[Any, ...]], *daily: tuple[Any, ...]) -> list[Any]:
     """The values of several parameters, of which all but `daily` are for the long run."""
-    marks = pytest.mark.slow
+    rows, marks = list(rows), pytest.mark.slow
+    assert all(x in rows for x in daily), daily
     return [pytest.param(*x, marks=() if x in daily else marks) for x in rows]
 
 
@@ -110,13 +113,27 @@ def line_of(f: Callable[..., Any], mark: str) -> str:
     return f"{inspect.getsourcefile(f)}:{found}"
 
 
-def assert_same(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """Equal structures and leaves, relative to each leaf's largest entry."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert (x.shape, x.dtype) == (y.shape, y.dtype)
-        scale = max(float(jnp.max(jnp.abs(y))), 1e-6)
-        np.testing.assert_allclose(x / scale, y / scale, rtol=0, atol=tolerance)
+def assert_close(
+    actual: Any, expected: Any, tolerance: float = 1e-5, law: str = "", least: float = 1e-6
+) -> None:
+    """Equal structures; floating leaves within `tolerance` of their scale, others equal.
+
+    The scale is the largest finite entry of a leaf, and at least `least`.
+    """
+    assert jax.tree.structure(actual) == jax.tree.structure(expected), law
+    flat, _ = jax.tree_util.tree_flatten_with_path(expected)
+    for (path, x), y in zip(flat, jax.tree.leaves(actual), strict=True):
+        where = f"{law} {jax.tree_util.keystr(path)}"
+        if not isinstance(x, jax.Array | np.ndarray):
+            assert y == x, where
+            continue
+        assert y.shape == x.shape, where
+        assert y.dtype == x.dtype, where
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        x, y = (np.asarray(v, np.result_type(v.dtype, np.float64)) for v in (x, y))
+        scale = max(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)), least, 1e-6)
+        np.testing.assert_allclose(y / scale, x / scale, rtol=0, atol=tolerance, err_msg=where)
 
 
 def raw(tree: Any) -> list[bytes]:

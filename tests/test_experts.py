@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from messages import refused
 from peft_files import Folder, come_back
-from small import array, assert_same, every, randomize, some
+from small import array, assert_close, every, randomize, some
 
 import jlora
 from jlora import DoRA, Full, LoRA, checkpoint, initializers, many, peft
@@ -168,7 +168,7 @@ def test_each_row_of_routed_experts_is_its_adapters(name: str, form: Any) -> Non
         jax.jit(routed)(base, table, jnp.asarray(ids), x),
         jax.jit(lambda *args: routed(*args[:2], ids, args[2]))(base, table, x),
     ):
-        assert_same(y.astype(np.float32), expected, 1e-5 if dtype == "float32" else 0.02)
+        assert_close(y.astype(np.float32), expected, 1e-5 if dtype == "float32" else 0.02)
 
 
 def test_no_adapter_of_experts_reaches_other_rows() -> None:
@@ -247,7 +247,7 @@ def test_routed_experts_within_other_functions(name: str, pattern: str) -> None:
     """Adapted or not, in what JAX traces on its own; outside of a program."""
     base, adapters, apply, x = of_two(WITHIN[name], LoRA(pattern, rank=1))
     y = many.route(apply)(base, many.stack(adapters[:2]), jnp.array([0, 1, -1]), x)
-    assert_same(y, each_alone(apply, base, adapters, (0, 1, 2), x), 1e-5)
+    assert_close(y, each_alone(apply, base, adapters, (0, 1, 2), x), 1e-5)
 
 
 @pytest.mark.parametrize("pattern", some(["q", "q|w"], "q|w"))
@@ -261,7 +261,7 @@ def test_rows_of_a_vmap_within_route(pattern: str) -> None:
     table, ids = many.stack(adapters[:2]), np.array([0, 0, 1])
     expected = each_alone(apply, base, adapters, (0, 0, 1), x)
     for of_ids in (ids, jnp.asarray(ids)):
-        assert_same(many.route(twice)(base, table, of_ids, x), expected, 1e-5)
+        assert_close(many.route(twice)(base, table, of_ids, x), expected, 1e-5)
 
 
 @pytest.mark.parametrize("pattern", ["q", "q|w"])

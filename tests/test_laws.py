@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import laws
+import numpy as np
 import pytest
 from cases import CASES, EVERY_DAY, Case
 
@@ -35,6 +36,14 @@ def test_laws(case: Case, dtype: Any, every_law: bool) -> None:
         if every_law:
             laws.table_is_that_of_init(made)
             laws.quantized_is_dequantized(made, max(tolerance, 1e-5))
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_what_is_not_finite_hides_nothing(odd: float) -> None:
+    """The entries beside it must agree too."""
+    laws.assert_close(np.array([1.0, odd]), np.array([1.0, odd]), 1e-5)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        laws.assert_close(np.array([2.0, odd]), np.array([1.0, odd]), 1e-5)
 
 
 def test_the_tables_are_whole() -> None:

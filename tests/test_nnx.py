@@ -11,10 +11,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from laws import leaks_checked
+from laws import assert_close, leaks_checked
 from messages import all_refused, refused
 from own_methods import Diagonal, Gain
-from small import array, assert_same, every
+from small import array, every
 
 import jlora
 from jlora import DoRA, Full, LoRA, Rows
@@ -249,7 +249,7 @@ def test_it_goes_where_the_model_goes(kind: str, form: str, mode: str, is_closed
         assert actual is expected
     else:
         np.testing.assert_allclose(actual, expected, 1e-5, 1e-5)
-    assert_same(state, expected_state)
+    assert_close(state, expected_state)
 
 
 def test_no_trace_outlives_the_call() -> None:
@@ -343,7 +343,7 @@ def test_a_cache_that_a_method_makes() -> None:
     for x in array(3, 2, 1, 8):
         np.testing.assert_allclose(*(call(model, x) for model in models), 1e-5, 1e-5)
     states = [nnx.to_pure_dict(nnx.state(x, nnx.Cache)) for x in (adapted.base, models[1])]
-    assert_same(*states)
+    assert_close(*states)
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(states[0]))
 
 

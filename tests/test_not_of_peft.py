@@ -226,9 +226,13 @@ def test_keys_have_a_cause(case: str, tmp_path: Folder) -> None:
 def test_a_compiled_model_as_a_whole(tmp_path: Folder) -> None:
     """Its first component may differ, as any may."""
     base, adapter = folders(tmp_path)
-    tensors = {f"{PREFIX}_orig_mod.{key}": x for key, x in pair("q", 2, 8, 8).items()}
-    save_file(tensors, adapter / TENSORS)
-    peft.export_merged(base, adapter, tmp_path / "out")
+    merged = []
+    for first in ("", "_orig_mod."):
+        tensors = {PREFIX + first + key: x for key, x in pair("q", 2, 8, 8).items()}
+        save_file(tensors, adapter / TENSORS)
+        peft.export_merged(base, adapter, out := tmp_path / f"out{first}")
+        merged.append((out / "model.safetensors").read_bytes())
+    assert merged[0] == merged[1] != (base / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("shapes", [((2, 0), (8, 2)), ((2, 8), (0, 2)), ((0,), (0,))])

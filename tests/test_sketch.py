@@ -105,6 +105,7 @@ def test_gradient_is_that_of_all_batches(case: Case) -> None:
         gradient = jax.jit(jax.grad(loss, allow_int=True))
         # Not that of the mean: a custom derivative may be nonlinear in the cotangent.
         gradients = [by_path(gradient(problem.params, args)) for args in batches]
+    assert len(found.sites) == case.sites
     for path, s in found.sites.items():
         g = matrices(sum(each[path] for each in gradients) / 2, s.layout)
         g = g.reshape(-1, *g.shape[-2:])

@@ -322,7 +322,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not run.folder(args.out).exists():
                 execute(load(task), run, steps[task], args.out)
         folders = [run.folder(args.out) for run in shown]
-        np.savez_compressed(path, **dict(subspaces(load(task), folders)))
+        part = path.with_suffix(".part.npz")
+        np.savez_compressed(part, **dict(subspaces(load(task), folders)))
+        part.replace(path)
     found = {task: args.results / f"{task}.npz" for task in TASKS}
     if all(path.exists() for path in found.values()):
         arrays = {task: np.load(path) for task, path in found.items()}

@@ -47,13 +47,12 @@ def measure(
         settings: batch and tokens, and how many rounds.
     """
     trained = {name: trained_by(runner, variables) for name, runner in runners.items()}
-    path = out / "methods_costs.csv"
-    is_there = trained == {row["method"]: row["trained"] for row in tables.read(path)}
-    if not is_there:
+    path, latency = out / "methods_costs.csv", out / "methods_latency.csv"
+    if trained != {row["method"]: row["trained"] for row in tables.read(path)}:
+        latency.unlink(missing_ok=True)  # it is of other sizes
         tables.write(path, costs(variables, runners))
-    path = out / "methods_latency.csv"
-    if not (is_there and path.exists()):
-        tables.write(path, latencies(model, variables, runners, settings))
+    if not latency.exists():
+        tables.write(latency, latencies(model, variables, runners, settings))
 
 
 def trained_by(runner: Any, variables: Any) -> int:

@@ -53,6 +53,9 @@ def test_samples_follow_the_adapter(tmp_path: pathlib.Path) -> None:
     base = write_chat_model(tmp_path / "base", SMALL)
     places = [f"--base={base}", f"--out={tmp_path / 'out'}", f"--vllm={sys.executable}"]
     sizes = "--steps 3 --batch 4 --tokens 6 --rate 0.02"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "of_the_user").touch()
     found = serve_rl.main([*places, *sizes.split()])
+    assert (tmp_path / "out" / "of_the_user").exists()
     assert max(found.differences) < 1e-4
     assert min(found.stale[1:]) > 1e-2

@@ -60,6 +60,14 @@ def test_no_sum_is_held_out_and_trained():
     assert len({*map(tuple, every)}) == len(every) == 810
 
 
+def test_rewards_and_advantages():
+    """The number counts, not what follows; a group whose answers are alike says nothing."""
+    answers = ("19\n6", "19", "190", "1", "019")
+    assert [grpo.reward((14, 5), x) for x in answers] == [1, 1, 0, 0, 0]
+    found = grpo.advantages(np.array([[0.0, 1.0], [1.0, 1.0]]))
+    np.testing.assert_allclose(found, [[-1, 1], [0, 0]], atol=1e-3)
+
+
 SLOW = pytest.param(("--full",), id="full", marks=pytest.mark.slow)
 
 

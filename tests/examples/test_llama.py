@@ -4,11 +4,15 @@ SmolLM2 itself, from its GGUF file, is slow.
 """
 
 import contextlib
+import http.server
 import io
+import json
 import pathlib
 import re
 import shlex
 import shutil
+import threading
+import types
 
 import chat
 import conversations
@@ -18,6 +22,7 @@ import laws
 import numpy as np
 import optax
 import pytest
+import served
 from cases._case import fill
 from conversations import lay
 from folders import CHATML, say, write_chat_model, write_conversations
@@ -51,6 +56,18 @@ def test_only_answers_count(base):
     rendered = tokenizer.apply_chat_template(text.messages, tokenize=False)
     whole = tokenizer.decode(text.ids, skip_special_tokens=False)
     assert whole == rendered.removesuffix("\n")
+
+
+def test_a_line_of_a_file_is_a_conversation(tmp_path):
+    """Whatever characters it has; the error says which line is none."""
+    path, found = tmp_path / "data.jsonl", [say("A\u2028B\x85", "C"), say("D", "E")]
+    lines = [json.dumps({"messages": x}, ensure_ascii=False) + "\n" for x in found]
+    path.write_text("".join(lines), encoding="utf-8-sig")
+    assert conversations.read_jsonl(path) == found
+    for wrong, said in {"[]": "expected", lines[0].replace("assist", "import"): "no"}.items():
+        path.write_text("".join([*lines, wrong]), encoding="utf-8")
+        with pytest.raises(ValueError, match=f"data.jsonl, line 3: {said} "):
+            conversations.read_jsonl(path)
 
 
 def test_a_template_that_changes_earlier_turns_is_refused(base):
@@ -157,6 +174,29 @@ def test_learns_and_writes_what_is_served(argv, whole, base):
     assert {x: x.read_bytes() for x in folder.rglob("*") if x.is_file()} == before
 
 
+def test_a_server_that_hangs_up_is_asked_again(tmp_path):
+    """As one does that starts."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            """Answers the second request."""
+            asked.append(self.path)
+            if len(asked) > 1:
+                self.send_response(200)
+                self.end_headers()
+
+        def log_message(self, *_):
+            """Prints nothing."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        process = types.SimpleNamespace(poll=lambda: None)
+        served.wait(process, f"http://127.0.0.1:{server.server_port}", tmp_path)
+        server.shutdown()
+    assert asked == ["/health", "/health"]
+
+
 @pytest.mark.slow
 def test_on_4_bits(argv, whole, tmp_path):
     """NF4 of the weights, and bfloat16."""
@@ -190,9 +230,10 @@ def test_the_best_adapter_is_kept(is_stopped, argv, tmp_path, monkeypatch):
 
     monkeypatch.setattr(chat, "mean_nll", nll)
     monkeypatch.setattr(chat, "delete", copy_to(tmp_path / "rest"))
-    argv = [*argv, "--steps=8", "--evaluate-every=1", "--patience=3"]
+    argv = [*argv, "--steps=8", "--evaluate-every=1", "--patience=3", "--held-out=2"]
     whole = chat.main([*argv, f"--out={tmp_path / 'whole'}"])
     assert (len(whole.losses), whole.step, whole.after) == (6, 3, 3.0)  # the first step's rate is 0
+    assert len(whole.answers) == 2  # of conversations that are held out
     if not is_stopped:
         return
     monkeypatch.undo()

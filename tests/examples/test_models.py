@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases._case import fill
+from laws import assert_close
 from models import bert, deberta, gpt, hf, llama
 from paper import counts
 from small import some
@@ -84,13 +85,6 @@ SMALL = {
 ONE_EACH = ("gpt", "llama_untied", "roberta_lm", "deberta")
 IDS = np.random.default_rng(0).integers(2, 61, (3, 9)).astype(np.int32)
 MASK = (np.arange(9) < np.array([[9], [5], [1]])).astype(np.int32)
-
-
-def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """Relative to the largest value of each array."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(), 1e-6))
 
 
 # ---- one function, whichever way it is compiled ------------------------------------------------

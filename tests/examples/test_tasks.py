@@ -4,12 +4,30 @@ The files are small, with the layouts of the real ones.
 """
 
 import doctest
+import functools
 import json
+import math
 import re
 
+import numpy as np
 import pytest
+import tables
+from folders import train_tokenizer
 from models import beam, hf
-from paper.tasks import batches, files, glue, metrics, ngrams, nlg, problems, seeds, table, training
+from paper.tasks import (
+    batches,
+    encoding,
+    files,
+    glue,
+    metrics,
+    ngrams,
+    nlg,
+    problems,
+    seeds,
+    table,
+    texts,
+    training,
+)
 
 MODULES = [hf, batches, beam, files, ngrams, nlg, problems, seeds, table, training]
 
@@ -76,6 +94,40 @@ def test_glue(tmp_path, task):
         hub = split.replace("dev", "validation")
         write(tmp_path / "hub", {f"{spec.folder}/{hub}.jsonl": "".join(lines)})
         assert glue.read(tmp_path / "hub", task, split) == [expected] * len(labels)
+
+
+def test_damaged_lines_of_qqp(tmp_path):
+    """Some are left out, as is said; other tasks have none."""
+    rows = ["1|2|3|a|b|1", "4|5|6|a", "7|8|9|c|d|0"]
+    write(tmp_path, {"QQP/dev.tsv": tsv(QQP, *rows)})
+    with pytest.warns(UserWarning, match=r"left out 1 lines with too few fields: \[3\]"):
+        found = glue.read(tmp_path, "qqp", "dev")
+    assert found == [glue.Example(("a", "b"), 1), glue.Example(("c", "d"), 0)]
+    write(tmp_path, {"QQP/dev.tsv": tsv(QQP, *["4|5|6|a"] * 51)})
+    with pytest.raises(files.FormatError, match=r"line 52: .* after 50 damaged lines"):
+        glue.read(tmp_path, "qqp", "dev")
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+def test_every_epoch_has_every_row_in_another_order():
+    rows = [{"ids": np.arange(3), "label": np.array(i)} for i in range(5)]
+    data = batches.batches(rows, 2, (4,), seed=0, epochs=2)
+    each = [batch["label"][batch["weight"] > 0] for batch in (data[i] for i in range(len(data)))]
+    first, second = np.concatenate(each).reshape(2, 5).tolist()
+    assert sorted(first) == sorted(second) == [*range(5)] and first != second
+
+
+def test_a_long_prompt_loses_its_beginning():
+    tokenizer = train_tokenizer([texts.END], "no")
+    prompt, answer = (tokenizer.encode(text).ids for text in ("abcdefgh", " yes"))
+    [row] = encoding.generation([("abcdefgh", " yes")], tokenizer, 9, stop=0, start=0)
+    kept = 9 - 2 - len(answer)
+    assert row["ids"].tolist() == [*prompt[-kept:], 0, *answer, 0] and 0 < kept < len(prompt)
+    assert row["counts"].tolist() == [0] * (kept + 1) + [1] * (len(answer) + 1)
+    with pytest.raises(ValueError, match="answer 0 has"):
+        encoding.generation([("a", " yes")], tokenizer, len(answer) + 1, 0, 0)
 
 
 # ---- generation: files --------------------------------------------------------------------------
@@ -155,6 +207,19 @@ def test_damaged_files(tmp_path, task, name, content, place):
         (glue if task in LAYOUTS else nlg).read(tmp_path, task, "dev")
 
 
+def test_a_folder_is_claimed_once(tmp_path):
+    """Its settings stay as they are while it has seeds."""
+    claim = functools.partial(seeds.claim, tmp_path / "run")
+    assert claim({"rank": 4}) == claim({"rank": 8})
+    tables.append(claim({"rank": 8}), {"seed": 0})
+    path = tmp_path / "run" / seeds.SETTINGS
+    before = path.stat().st_mtime_ns
+    claim({"rank": 8})
+    assert path.stat().st_mtime_ns == before and json.loads(path.read_text()) == {"rank": 8}
+    with pytest.raises(ValueError, match="has seeds of other settings: rank was 8, is 4"):
+        claim({"rank": 4})
+
+
 # ---- metrics ------------------------------------------------------------------------------------
 
 
@@ -170,15 +235,20 @@ SACREBLEU = (
 
 
 def test_generation_scores():
-    texts, references = SACREBLEU
-    scores = metrics.generation(texts, references)
+    written, references = SACREBLEU
+    scores = metrics.generation(written, references)
     assert scores["bleu"] == pytest.approx(48.530827, abs=1e-6)
     # What coco-caption (pycocoevalcap 1.2) computes from the same tokens.
     assert scores["cider"] == pytest.approx(3.493110954239988, rel=1e-12)
     assert scores["rouge_l"] == pytest.approx(72.22222222222221, rel=1e-12)
-    perfect = metrics.generation(texts, [[text] for text in texts])
+    perfect = metrics.generation(written, [[text] for text in written])
     assert (perfect["bleu"], perfect["rouge_l"]) == pytest.approx((100, 100))
     fewer = [references[0][:1], *references[1:]]
-    assert 0 < metrics.bleu(texts, fewer) <= scores["bleu"]
+    assert 0 < metrics.bleu(written, fewer) <= scores["bleu"]
+    # Information of log2(3) and log2(3/2) bits in two tokens, halved as a third of them is lacking.
+    assert metrics.nist(["a b"], [["a b b"]]) == pytest.approx(math.log2(4.5) / 4)
+    given = [nlg.Example("", (text,), text[0]) for text in ("a b c d e", "v w x y z")]
+    found = texts.score("webnlg", ["a b c d e", "1 2 3 4 5"], given, given[:1])
+    assert found["bleu_lower_seen"] == pytest.approx(100) and found["bleu_lower_unseen"] < 10
     # One of four words must be inserted.
     assert metrics.ter(["the cat sat"], [["the cat sat down"]]) == pytest.approx(25)

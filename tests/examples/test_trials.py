@@ -15,7 +15,7 @@ import variants_table
 from cases._case import fill
 from models import bert, parts
 from quickstart import Batch
-from small import some
+from small import raw, some
 
 import jlora
 
@@ -45,9 +45,10 @@ def task():
 @pytest.mark.parametrize("name", some(variants.VARIANTS, "lora_all"))
 def test_every_variant_trains(task, name):
     """And is measured by the model's own loss."""
-    runner = variants.make_runner(task, variants.VARIANTS[name])
-    found = runner(1e-3, 0)
+    runner, seen = variants.make_runner(task, variants.VARIANTS[name]), {}
+    found = runner(1e-3, 0, lambda step, trained, _: seen.setdefault(step, raw(trained)))
     assert all(math.isfinite(x) for x in found.values())
+    assert len(seen) == len({tuple(x) for x in seen.values()}) == 4  # each step changes something
     params = runner.task.params
     base, adapter = runner.init(jax.random.key(0), params, *task.inputs(task.train))
     assert found["trained"] == jlora.count(adapter)
@@ -60,6 +61,17 @@ def test_every_variant_trains(task, name):
 def test_a_batch_that_no_rows_fill_is_refused():
     with pytest.raises(ValueError, match="no 3 rows have the same width"):
         trials.draw(np.array([8, 8, 16]), steps=1, size=3, seed=0)
+
+
+def test_a_table_is_replaced_at_once(tmp_path):
+    """One that cannot be written leaves the one that is there."""
+    path, rows = tmp_path / "new" / "table.csv", [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+    tables.write(path, rows)
+    with pytest.raises(ValueError, match="has the columns"):
+        tables.write(path, [{"a": 3}, {"c": 4}])
+    assert tables.read(path) == rows
+    tables.write(path, [{"a": 3}])
+    assert tables.read(path) == [{"a": 3}]
 
 
 def test_tokens_are_scored_by_the_one_before():

@@ -23,16 +23,17 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> Path:
         ValueError: it is of others.
     """
     path, now = folder / SETTINGS, json.loads(json.dumps(settings, default=str))
-    if tables.read(folder / ROWS):
-        was = json.loads(path.read_text())
-        names = [n for n in {**was, **now} if was.get(n) != now.get(n)]
-        if names:
-            changed = "; ".join(f"{n} was {was.get(n)!r}, is {now.get(n)!r}" for n in names)
-            raise ValueError(
-                f"`--out`: {folder} has seeds of other settings: {changed}. Give another folder."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=1) + "\n")
+    if not tables.read(folder / ROWS):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now, indent=1) + "\n")
+        return folder / ROWS
+    was = json.loads(path.read_text())
+    names = [n for n in {**was, **now} if was.get(n) != now.get(n)]
+    if names:
+        changed = "; ".join(f"{n} was {was.get(n)!r}, is {now.get(n)!r}" for n in names)
+        raise ValueError(
+            f"`--out`: {folder} has seeds of other settings: {changed}. Give another folder."
+        )
     return folder / ROWS
 
 
