@@ -156,7 +156,8 @@ def sweep(grid: Grid, task: Task, runs: Sequence[Run], together: int = TOGETHER)
         starts = range(0, len(held_out[0]), task.batch)
         batches = (take(held_out, slice(i, i + task.batch)) for i in starts)
         totals, counts = np.sum([each_nll(table, base, rows) for rows in batches], axis=0)
-        return np.nan_to_num(np.where(running, totals / counts, np.inf), nan=np.inf)
+        losses = totals / counts
+        return np.where(running & np.isfinite(losses), losses, np.inf)
 
     plan = draw(len(task.train[0]), task.steps, task.batch, seed=0)
     rungs = {int(share * task.steps) for share in RUNGS}

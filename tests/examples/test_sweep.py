@@ -77,6 +77,14 @@ def test_a_run_whose_last_step_diverges_is_not_the_best():
     assert result.best == 1 and result.scores[0] == np.inf > result.scores[1]
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_all_diverge(steps):
+    """In the last step, and before."""
+    task = tiny(steps=steps)
+    with pytest.raises(SystemExit, match="Every run diverged"):
+        sweep.sweep(GRID._replace(steps=steps), task, [sweep.Run(3e38, 1, 0)] * 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sweep.MODELS)
 def test_real_models(name, tmp_path):
