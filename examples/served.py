@@ -52,8 +52,17 @@ def serve(
             wait(process, url := f"http://127.0.0.1:{port}", log)
             yield url
         finally:
-            process.terminate()
-            process.wait(60)
+            end(process)
+
+
+def end(process: subprocess.Popen[bytes], seconds: float = 60) -> None:
+    """Asks a process to end, and kills it if it has not after so many seconds."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def wait(process: subprocess.Popen[bytes], url: str, log: pathlib.Path) -> None:

@@ -11,6 +11,9 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import types
 
@@ -195,6 +198,18 @@ def test_a_server_that_hangs_up_is_asked_again(tmp_path):
         served.wait(process, f"http://127.0.0.1:{server.server_port}", tmp_path)
         server.shutdown()
     assert asked == ["/health", "/health"]
+
+
+def test_a_server_that_does_not_end_is_killed():
+    """One that ignores SIGTERM."""
+    code = (
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(99)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    served.end(process, 0.1)
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow
