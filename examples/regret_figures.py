@@ -45,11 +45,13 @@ def vertices(losses: np.ndarray) -> np.ndarray:
         losses: of n seeds at the three rates, ``(n, 3)``.
 
     Returns:
-        A place for each seed, ``(n,)``; NaN if the loss has no lowest place.
+        A place for each seed, ``(n,)``; NaN if the loss has no lowest place, or, in the mean, none
+        among the rates.
     """
     low, middle, high = losses.T
     curvature = (low - 2 * middle + high).mean()
-    return (low - high) / 2 / (curvature if curvature > 0 else np.nan)
+    found = (low - high) / 2 / (curvature if curvature > 0 else np.nan)
+    return np.where(abs(found.mean()) <= 1, found, np.nan)
 
 
 def find_vertices(runs: Sequence[Row]) -> np.ndarray:

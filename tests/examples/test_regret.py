@@ -259,6 +259,13 @@ def test_the_committed_table_is_that_of_the_committed_runs(tmp_path):
     assert made == kept
 
 
+def test_the_best_rate_lies_among_the_three():
+    """Where the parabola is lowest beyond them, or nowhere, it is not known."""
+    each = [[2, 1, 2], [3, 2, 1.5], [1, 2, 1]]
+    found = [regret_figures.vertices(np.array([losses, losses], float)) for losses in each]
+    np.testing.assert_array_equal(found, [[0, 0], [np.nan] * 2, [np.nan] * 2])
+
+
 def test_how_the_best_rate_grows():
     """A line for each rank; the two scatter by as much as their seeds differ."""
     at = {}
