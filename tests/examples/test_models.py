@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases._case import fill
-from laws import assert_close
 from models import bert, deberta, gpt, hf, llama
 from paper import counts
-from small import some
+from small import assert_close, some
 
 import jlora
 
