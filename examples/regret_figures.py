@@ -193,8 +193,7 @@ def loss_lines(rows: Sequence[Row]) -> list[list[str]]:
         cells["s"] = f"{row['scale']:.3g}" if row["rank"] else ""
         cells["batch"] = str(row["batch"]) if "batch" in varies else ""
         cells |= {"best rate": _cell(row, "best_rate"), "÷ full's": _cell(row, "of_full")}
-        score = f"{row['score']:.3f} ± {row['standard_error']:.3f}".removesuffix(" ± nan")
-        lines.append(cells | {"held-out loss": score})
+        lines.append(cells | {"held-out loss": _loss(row["score"], row["standard_error"])})
     names = [name for name in lines[0] if any(cells[name] for cells in lines)] if lines else []
     return [names, len(names) * ["---"], *([cells[name] for name in names] for cells in lines)]
 
@@ -389,37 +388,31 @@ def forgotten_lines(rows: Sequence[Row]) -> list[list[str]]:
     """
     names = "new text", "text of before", "of before, at equal new loss", "intruders"
     lines, groups = [["", *names], 5 * ["---"]], group(rows)
-    for task in dict.fromkeys(setting.task for setting in groups):
-        own = sorted(
-            ((x, y) for x, y in groups.items() if x.task == task), key=lambda x: _order(x[0])
-        )
-        each = {x: learned_and_forgotten(runs) for x, runs in own}
-        shared = max(points[0][0].mean() for points in each.values())
-        first = own[0][1][0]
-        lines.append(
-            [f"{task}, before", f"{first['new_before']:.3f}", f"{first['old_before']:.3f}"]
-        )
-        lines[-1] += [f"at {shared:.3f}", ""]
-        for setting, runs in own:
-            new, old = np.array(each[setting]).transpose(1, 2, 0)  # of seeds, by rate
-            curves = (
-                (x[order], y[order])
-                for x, y in zip(new, old, strict=True)
-                for order in [np.argsort(x)]
-            )
-            there = [np.interp(shared, x, y, right=np.nan) for x, y in curves]
-            best = tables.best(runs, "intruders", 1)[1]
-            cells = [*map(_mean, (new[:, 0], old[:, 0], np.array(there))), f"{best:.2f}"]
-            lines.append([f"{task}, {name_of(setting)}", *cells])
+    settings = sorted(groups, key=_order)
+    for task in dict.fromkeys(setting.task for setting in settings):
+        own = {x: learned_and_forgotten(groups[x]) for x in settings if x.task == task}
+        shared = max(points[0][0].mean() for points in own.values())
+        first = groups[next(iter(own))][0]
+        before = (f"{first[name]:.3f}" for name in ("new_before", "old_before"))
+        lines.append([f"{task}, before", *before, f"at {shared:.3f}", ""])
+        for setting, points in own.items():
+            new, old = np.array(points).transpose(1, 2, 0)  # of seeds, by rate
+            there = [_old_loss(shared, x, y) for x, y in zip(new, old, strict=True)]
+            losses = (_loss(*tables.mean(each)) for each in (new[:, 0], old[:, 0], there))
+            intruders = tables.best(groups[setting], "intruders", 1)[1]
+            lines.append([f"{task}, {name_of(setting)}", *losses, f"{intruders:.2f}"])
     return lines
 
 
-def _mean(each: np.ndarray) -> str:
-    """A mean and its standard error, as far as there are any."""
-    error = each.std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else np.nan
-    return (
-        "" if np.isnan(each.mean()) else f"{each.mean():.3f} ± {error:.3f}".removesuffix(" ± nan")
-    )
+def _old_loss(loss: float, new: np.ndarray, old: np.ndarray) -> float:
+    """The loss on the text of before on the line through runs, at a loss on the new one."""
+    order = np.argsort(new)
+    return float(np.interp(loss, new[order], old[order], right=np.nan))
+
+
+def _loss(mean: float, error: float) -> str:
+    """A loss and its standard error, as far as they are known."""
+    return "" if np.isnan(mean) else f"{mean:.3f} ± {error:.3f}".removesuffix(" ± nan")
 
 
 def _by_size(setting: Setting) -> Iterator[tuple[str, str, float]]:

@@ -88,6 +88,11 @@ def best(runs: Sequence[Row], column: str, sign: int) -> tuple[Row, float, float
     most = max(map(len, at.values()))
     means = {x: np.mean([r["validation"] for r in at[x]]) for x in at if len(at[x]) == most}
     rate = min(means, key=lambda x: (np.nan_to_num(sign * means[x], nan=np.inf), x))
-    scores = np.array([r[column] for r in at[rate]])
-    error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else np.nan
-    return {"rate": rate, "rates": len(at), "seeds": most}, float(scores.mean()), float(error)
+    about = {"rate": rate, "rates": len(at), "seeds": most}
+    return about, *mean([r[column] for r in at[rate]])
+
+
+def mean(scores: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, NaN of one score."""
+    error = np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else np.nan
+    return float(np.mean(scores)), float(error)

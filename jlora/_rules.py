@@ -7,12 +7,14 @@ import math
 import numbers
 import re
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 
 from ._errors import InputError
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -207,7 +209,7 @@ def is_finite(x: object) -> TypeGuard[float]:
         return False
 
 
-def number_of(x: object) -> object:
+def number_of(x: T) -> T:
     """Returns the number that an array without axes holds; other objects as they are."""
     if isinstance(x, jax.Array | np.ndarray | np.generic) and x.ndim == 0:
         return x.item()

@@ -12,7 +12,7 @@ import pytest
 from messages import all_refused, refused
 from nodes import PLAIN, delta, draw, matrices
 from own_methods import GainNode
-from small import as_jax, some
+from small import as_jax, assert_close, some
 
 import jlora
 from jlora import _linalg, arithmetic
@@ -389,6 +389,17 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
 
 
 test_refused = all_refused(REFUSED)
+
+
+@pytest.mark.parametrize("make", [np.array, jnp.array, np.float32])
+def test_numbers_may_be_arrays_without_axes(make: Any) -> None:
+    """Such as a share that was computed; of one adapter with itself."""
+    half, one = make(0.5), {"w": NODE}
+    ranks = [arithmetic.truncate(one, energy=x)["w"].a.shape[-1] for x in (half, 0.5)]
+    assert ranks[0] == ranks[1]
+    for f in (arithmetic.ties, lambda t, density: arithmetic.dare(t, key=KEY, density=density)):
+        assert_close(f([one], density=half), f([one], density=0.5))
+    assert jlora.many.stack([one], size=make(3).astype(int))["w"].a.shape[0] == 3
 
 
 def test_keys_are_refused() -> None:

@@ -484,7 +484,7 @@ WRONG: dict[type[Exception], dict[str, Callable[[Any], Any]]] = {
         "`adapters` ... w ... has dtype float32": lambda _: many.insert(
             many.stack([{"w": node(2, dtype="bfloat16")}]), 0, {"w": node(1)}
         ),
-        "`size` ... at least 3; got 2": lambda t: many.stack(t.adapters, size=2),
+        "`size` ... at least the 3 adapt": lambda t: many.stack(t.adapters, size=2),
         "`adapters` ... v ... has rank 3, above": lambda t: many.stack(
             t.adapters, rank=2, base=t.base
         ),

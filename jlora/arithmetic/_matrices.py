@@ -12,10 +12,10 @@ from .._arrays import explicit
 from .._compat import is_concrete
 from .._errors import InputError
 from .._linalg import qr, svd, svd_of, times
-from .._rules import check_int, is_finite
+from .._rules import check_int
 from .._tree import nest
 from .._types import PyTree
-from ._operands import MERGE, dtype_of_all, flatten_each, join, refuse_other_methods
+from ._operands import MERGE, check_share, dtype_of_all, flatten_each, join, refuse_other_methods
 
 
 def build(
@@ -121,8 +121,8 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
         )
     if rank is not None:
         check_int("`rank`", rank, 1)
-    elif not is_finite(energy) or not 0 < energy <= 1:
-        raise InputError(f"`energy` must be in (0, 1]; got {energy!r}.")
+    else:
+        check_share("energy", energy)
     [found] = flatten_each([adapter])
     refuse_other_methods("`adapter` cannot be truncated", found.items(), MERGE)
 

@@ -177,8 +177,7 @@ def check_merge(
     adapters: Sequence[PyTree], weights: Weights, base: PyTree, density: float
 ) -> Operands:
     """Checks the arguments of a merge by entries, for which ΔW = 0 must be the original model."""
-    if not is_finite(density) or not 0 < density <= 1:
-        raise InputError(f"`density` must be in (0, 1]; got {density!r}.")
+    check_share("density", density)
     given = check_operands(adapters, weights, base, "`adapters` cannot be combined")
     residual = [path for path, [(x, _), *_] in given.sites.items() if is_residual(x)]
     wrong = dict.fromkeys(residual, f"{RESIDUAL}, so ΔW = 0 is not the original model")
@@ -190,6 +189,13 @@ def _entries(weights: Sequence[Any] | jax.Array) -> list[Any]:
     """Lists the weights; those of a concrete array stay concrete under a trace."""
     has_values = isinstance(weights, jax.Array) and is_concrete(weights)
     return list(np.asarray(weights) if has_values else weights)
+
+
+def check_share(name: str, x: object) -> None:
+    """Raises unless the argument `name` is a number in (0, 1]."""
+    share = number_of(x)
+    if not is_finite(share) or not 0 < share <= 1:
+        raise InputError(f"`{name}` must be in (0, 1]; got {x!r}.")
 
 
 def check_numbers(what: str, values: Sequence[Any]) -> None:

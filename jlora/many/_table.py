@@ -10,7 +10,7 @@ import numpy as np
 from .._adapters import AdapterLeaf, Node, Routed, arrays, is_node
 from .._compat import is_concrete
 from .._errors import InputError
-from .._rules import check_int
+from .._rules import is_int, number_of
 from .._tree import adapter_leaves, name_of, nest
 from .._types import PyTree, short
 from ..arithmetic._operands import refuse
@@ -68,8 +68,10 @@ def stack(
         {'w': LowRank(a=float32[8,4,2], b=float32[8,2,3], scale=1.0)}
     """
     trees = check_adapters(adapters)
-    count = len(trees) if size is None else size
-    check_int("`size`, as many as there are adapters,", count, len(trees))
+    count = len(trees) if size is None else number_of(size)
+    if not is_int(count) or count < len(trees):
+        most = f"an integer, at least the {len(trees)} adapters"
+        raise InputError(f"`size` must be {most}; got {size!r}.")
     sites = {
         path: [tree[path] for tree in trees if path in tree]
         for path in dict.fromkeys(path for tree in trees for path in tree)
