@@ -21,11 +21,11 @@
     reinforce  1.5 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
 
 The first seed's rates are half decades from the middle outward, as long as the loss falls, so that
-the best one has a worse one on either side; further seeds run at these three, those of `reinforce`
-at the best and the one above, all of `forgetting` at the best and three below. In `reinforce` the
-loss is the share of wrong answers in the last ten steps, so that no held-out sum chooses a rate.
-All settings have the first seed before any has the second.
-A run adds a row to OUT/regret_runs.csv, or to its experiment's own table, and is not repeated.
+the best one has a worse one on either side; further seeds run at these three. Those of `reinforce`
+run at the best and the one above. All seeds of `forgetting` run at the best and at three below. In
+`reinforce` the loss is the share of wrong answers in the last ten steps, so that no held-out sum
+chooses a rate. All settings have the first seed before any has the second. A run adds a row to
+OUT/regret_runs.csv, or to its experiment's own table, and is not repeated.
 Several processes share the work: what one of them has taken, the others leave alone; at the end run
 it once more. Runs that train together in one step took longer here than one after another: one is
 large enough for a core.
