@@ -62,6 +62,7 @@ import jlora
 from jlora import peft, sharding
 
 WARMUP = 5
+CHANGEABLE = "out", "resume", "save_every"  # options that change no number of a run
 SHOWN = 3  # of the held-out conversations, answered before and after
 SCHEMES = {"nf4": jlora.NF4(), "int8": jlora.Int8()}
 
@@ -239,7 +240,7 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
     warmup = min(WARMUP, args.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps)
     tx = jlora.optimizer(optax.adamw(schedule))
-    settings = {name: str(x) for name, x in vars(args).items() if name not in ("out", "resume")}
+    settings = {name: str(x) for name, x in vars(args).items() if name not in CHANGEABLE}
     options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.save_every)
     with ocp.CheckpointManager(args.out.absolute() / "checkpoints", options=options) as manager:
         best = Best(adapter, before, 0)

@@ -221,13 +221,13 @@ def test_on_4_bits(argv, whole, tmp_path):
 
 
 def test_a_stopped_run_goes_on(argv, whole):
-    """To the last bit; only when asked to."""
+    """To the last bit; only when asked to; also if it is saved more often."""
     out = whole[-1]
     shutil.rmtree(out / "checkpoints" / "6")
     stopped = [*argv, f"--out={out}"]
     with pytest.raises(SystemExit):
         chat.main(stopped)
-    rest = chat.main([*stopped, "--resume"])
+    rest = chat.main([*stopped, "--resume", "--save-every=1"])
     assert rest.losses == whole[0].losses[4:]
     assert rest.after == whole[0].after
     files = [x / "adapter" / "adapter_model.safetensors" for x in (out, whole[1])]
