@@ -12,11 +12,11 @@
     rates      1.3 hours   the best rate of full fine-tuning, and of LoRA, by rank and scale
     layers     1.3 hours   all layers, attention or feed-forward alone, with as many parameters
     batches    1.3 hours   batches of 4 to 256 at equally many examples
-    sentences  5.0 hours   as `rates` and `batches`, on 2,000 held-out sentences and five seeds
+    sentences  3.0 hours   as `batches`, on 2,000 held-out sentences and five seeds
     third      0.5 hours   the best rates of another model: a BERT of three layers
     forgetting 4.0 hours   what is learned and what is forgotten, by rank and method
     parts      4.0 hours   as `layers`, on four tasks and more held-out rows
-    optimizers 5.0 hours   Adam, LoRA+, preconditioning and Muon, by rank, on three tasks
+    optimizers 6.0 hours   Adam, LoRA+, preconditioning and Muon, by rank, on three tasks
     widths     5.0 hours   the best rate by width and depth: GPTs pretrained here learn the Bible
     reinforce  1.5 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
 
@@ -104,14 +104,14 @@ def scaled(experiment: str, task: str, rank: int, batch: int, layers: str = "all
     return Setting(experiment, task, rank, layers, round(ALPHA / (rank or ALPHA), 6), batch)
 
 
-def rates(experiment: str, task: str = "definitions", batch: int = 4) -> dict[Setting, int]:
+def rates(experiment: str) -> dict[Setting, int]:
     """All ranks with both scales, and full fine-tuning."""
     found = {}
     for rank in (16, 1, 256, 4, 64):
-        own = scaled(experiment, task, rank, batch)
+        own = scaled(experiment, "definitions", rank, 4)
         middle = round(-6 - 2 * np.log10(SCALE * rank / ALPHA))  # Adam's first ΔW: s·r·rate
         found |= {own: -6, own._replace(scale=SCALE): middle}
-    return found | {scaled(experiment, task, 0, batch): -8}
+    return found | {scaled(experiment, "definitions", 0, 4): -8}
 
 
 def layers() -> dict[Setting, int]:
@@ -207,11 +207,11 @@ PLANS = {  # the settings of an experiment, each with the middle of its rates, a
     "layers": (layers(), 5),
     "batches": (batches("batches", "movies"), 2),
     "third": ({scaled("third", "paraphrase", r, 16): -6 if r else -8 for r in (8, 64, 0)}, 5),
-    "sentences": (rates("sentences", "sentences", 16) | batches("sentences", "sentences"), 5),
+    "sentences": (batches("sentences", "sentences"), 5),
     "widths": (widths(), 3),
     "optimizers": (
         optimizers("movies", 16) | optimizers("order", 16) | optimizers("gpt-128x4", 16),
-        5,
+        3,
     ),
     "forgetting": (forgetting(), 2),
     "parts": (parts(), 5),

@@ -17,7 +17,7 @@ decade more.
 import collections
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -29,7 +29,6 @@ from scipy import stats
 from tables import Row
 
 BITS = "capacity", "long"  # experiments in which bits are learned
-BATCH = 16  # of the ranks of `sentences`
 SCALES = {  # ways to choose s
     "s = 32/r": lambda setting: np.isclose(setting.scale * setting.rank, ALPHA),
     "s = 2": lambda setting: setting.scale == SCALE,
@@ -300,9 +299,8 @@ AXES = {
     "rates": ("learning rate", "validation loss"),
     "layers": ("learning rate", "validation loss"),
     "batches": ("batch, at equally many examples", "held-out loss"),
-    "sentences": ("learning rate", "validation loss"),
+    "sentences": ("batch, at equally many examples", "held-out loss"),
     "third": ("learning rate", "validation loss"),
-    "by batch": ("batch, at equally many examples", "held-out loss"),  # a panel of it
     "at depth 4": ("width", "best learning rate"),
     "at width 128": ("depth", "best learning rate"),
     "optimizers": ("rank", "best learning rate"),
@@ -322,10 +320,9 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
     found: Panels = collections.defaultdict(lambda: collections.defaultdict(dict))
     groups = {x: runs for x, runs in group(rows).items() if x.experiment == experiment}
     each = [{row["seed"] for row in runs} for runs in groups.values()]
-    sized = {x.rank for x in groups if x.batch != BATCH}  # ranks with batches of several sizes
     for setting, runs in groups.items():
         line, panels = name_of(setting), [""]
-        if experiment in ("first", "rates", "sentences"):
+        if experiment in ("first", "rates"):
             panels = [name for name, has in SCALES.items() if has(setting) or not setting.rank]
         elif experiment in ("layers", "parts"):
             line, panels = setting.layers, [setting.task]
@@ -344,15 +341,9 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
             points = {row["rate"]: row["validation"] - more[row["seed"]]}
             if experiment == "first":
                 points = curve(row) if row["seed"] in set.intersection(*each) else {}
-            elif experiment in ("batches", *BITS):
-                x = {"batches": setting.batch, "long": setting.rank or 128}.get(experiment)
-                x = x or bits(setting.task)
-                points = {x: row["score"]} if is_best else {}
+            elif experiment in SCORED:
+                points = {SCORED[experiment](setting): row["score"]} if is_best else {}
             shown = dict.fromkeys(panels, points)
-            if experiment == "sentences":
-                shown = shown if setting.batch == BATCH else {}
-                if is_best and setting.rank in sized and not is_fixed(setting):
-                    shown |= {"by batch": {setting.batch: row["score"]}}
             if experiment == "reinforce":
                 points = rewards(row) if is_best else {}
                 shown = {"at the best rate": points, "held-out sums": {row["rate"]: row["score"]}}
@@ -425,6 +416,12 @@ def _by_size(setting: Setting) -> Iterator[tuple[str, str, float]]:
         yield "at width 128", line, depth
 
 
+SCORED: dict[str, Callable[[Setting], float]] = {  # of which scores at the best rate are shown: x
+    "batches": lambda setting: setting.batch,
+    "sentences": lambda setting: setting.batch,
+    "capacity": lambda setting: bits(setting.task),
+    "long": lambda setting: setting.rank or 128,  # all parameters are more than those of any rank
+}
 RATED = {  # experiments of which best rates are shown: panel, line and x of a setting
     "widths": _by_size,
     "optimizers": lambda setting: [(setting.task, METHODS[setting.method], setting.rank)],
