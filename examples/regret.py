@@ -19,7 +19,7 @@
     third      0.5 hours   the best rates of another model: a BERT of three layers
     forgetting 4.0 hours   what is learned and what is forgotten, by rank and method
     parts      4.0 hours   as `layers`, on four tasks and more held-out rows
-    optimizers 6.0 hours   Adam, LoRA+, preconditioning and Muon, by rank, on three tasks
+    optimizers 4.0 hours   Adam, LoRA+ and preconditioning, by rank, on three tasks
     widths     5.0 hours   the best rate by width and depth: GPTs pretrained here learn the Bible
     reinforce  1.5 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
 
@@ -146,21 +146,20 @@ def capacity() -> dict[Setting, int]:
 
 
 def widths() -> dict[Setting, int]:
-    """Two ranks, full fine-tuning and another optimizer, at all widths and depths."""
-    found = {}
-    for width, depth in ((128, 4), (64, 4), (256, 4), (128, 2), (128, 8), (512, 4)):
-        eight, more, full = (
-            scaled("widths", f"gpt-{width}x{depth}", rank, 16) for rank in (8, 64, 0)
-        )
-        found |= {eight: -5, more: -5, full: -6, eight._replace(method="muon"): -3}
-    return found
+    """Two ranks and full fine-tuning, at all widths and depths."""
+    sizes = (128, 4), (64, 4), (256, 4), (128, 2), (128, 8), (512, 4)
+    return {
+        scaled("widths", f"gpt-{width}x{depth}", rank, 16): -5 if rank else -6
+        for width, depth in sizes
+        for rank in (8, 64, 0)
+    }
 
 
-OPTIMIZERS = {"lora": -6, "lora_plus": -7, "preconditioned": -6, "muon": -3}
+OPTIMIZERS = {"lora": -6, "lora_plus": -7, "preconditioned": -6}
 
 
 def optimizers(task: str, batch: int) -> dict[Setting, int]:
-    """Four optimizers at four ranks."""
+    """Three optimizers at four ranks."""
     return {
         scaled("optimizers", task, rank, batch)._replace(method=method): middle
         for rank in (8, 2, 32, 128)
@@ -304,7 +303,6 @@ def make_setup(setting: Setting, task: Task) -> variants.Setup:
         "lora": {},
         "lora_plus": {"after": (jlora.lora_plus(16.0),)},
         "preconditioned": {"before": (jlora.precondition(1e-6),)},
-        "muon": {"instead": jlora.lora_muon()},
     }
     if setting.method == "dora":
         rule = jlora.DoRA(pattern, rank=rank, alpha=setting.scale * rank)

@@ -30,7 +30,6 @@ from jlora import initializers as starts
 RANK, SCALE = 2, 2.0  # of all dense layers; s of every variant that does not change it
 SEEDS = 5
 SKETCHED = 8  # batches that starts from data and ranks are found by
-HEAD = 1 / 30  # learning rate of Adam for a head, where that of factors is not Adam's
 OUT = pathlib.Path(__file__).parent / "results"
 
 
@@ -42,14 +41,12 @@ class Setup(NamedTuple):
         before: transformations of the gradients, before Adam.
         after: transformations of the updates, after Adam.
         schemes: of the base's weights.
-        instead: a transformation of A's and B's gradients instead of Adam.
     """
 
     rules: tuple[Any, ...]
     before: tuple[Any, ...] = ()
     after: tuple[Any, ...] = ()
     schemes: tuple[Any, ...] = ()
-    instead: optax.GradientTransformation | None = None
 
 
 def lora(pattern: str | None, rank: int, scale: float = SCALE, **fields: Any) -> jlora.LoRA:
@@ -159,9 +156,6 @@ def make_runner(task: Task, variant: Variant) -> Runner:
         task = task._replace(params=jlora.quantize(task.params, *own.schemes))
     lora = jlora.transform(task.apply, *own.rules)
     adam = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(WEIGHT_DECAY, decays))
-    if own.instead is not None:  # what is no factor, as a head, learns by Adam at HEAD of the rate
-        own_rate = optax.chain(adam, optax.scale(HEAD))
-        adam = optax.partition({True: own.instead, False: own_rate}, are_factors)
     tx = jlora.optimizer(optax.chain(*own.before, adam, *own.after))
 
     # An adapter of `Full` leaves alone does not say that it is one: `Params` does.
@@ -171,11 +165,6 @@ def make_runner(task: Task, variant: Variant) -> Runner:
 
     own = optax.GradientTransformation(lambda adapter: tx.init(jlora.Params({}, adapter)), update)
     return Runner(task, lora.init, lora.apply, own)
-
-
-def are_factors(tree: Any) -> Any:
-    """Whether each leaf is an A or a B."""
-    return jax.tree.map(lambda label: label in ("a", "b"), jlora.labels(tree))
 
 
 def decays(tree: Any) -> Any:

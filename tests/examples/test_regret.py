@@ -228,7 +228,7 @@ def test_pretraining_goes_on_where_it_ended(texts, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "muon"])
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa"])
 def test_a_run_that_looks_back(texts, monkeypatch, method):
     """What is new falls from look to look, beside what is old; the base counts no intruder."""
     bible = regret.bible
@@ -253,7 +253,9 @@ def test_the_committed_table_is_that_of_the_committed_runs(tmp_path):
     rows = regret_figures.read(tmp_path)
     keys = [tuple(row[name] for name in (*Setting._fields, "rate", "seed")) for row in rows]
     assert len(keys) == len(set(keys))
-    assert {Setting(*key[:-2]) for key in keys} <= {x for plan, _ in PLANS.values() for x in plan}
+    settings = {Setting(*key[:-2]) for key in keys}
+    settings = {x for x in settings if x.method != "muon"}  # LoRA-Muon, which jlora has no more
+    assert settings <= {x for plan, _ in PLANS.values() for x in plan}
     regret_figures.write(tmp_path)
     made, kept = ((folder / "regret.csv").read_text() for folder in (tmp_path, regret.OUT))
     assert made == kept
