@@ -99,13 +99,17 @@ def setting_of(row: Row) -> Setting:
 
 
 def group(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
-    """The runs of each setting, in the order of the plans, with bits, right sums or a loss."""
+    """The runs of each setting, with bits, right sums or a loss.
+
+    They are in the order of the plans. Settings that are planned no more are last.
+    """
     found, scores = collections.defaultdict(list), {"reinforce": "sampled_after"}
     for row in rows:
         name = row["experiment"]
         score = learned(row) if name in BITS else row[scores.get(name, "held_out")]
         found[setting_of(row)].append(row | {"score": score})
-    return {x: found[x] for settings, _ in PLANS.values() for x in settings if x in found}
+    planned = [x for settings, _ in PLANS.values() for x in settings if x in found]
+    return {x: found[x] for x in (*planned, *found)}
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
