@@ -168,15 +168,15 @@ def optimizers(task: str, batch: int) -> dict[Setting, int]:
 
 
 def forgetting() -> dict[Setting, int]:
-    """Ranks, two methods and full fine-tuning, each on two models."""
-    found = {}
-    for task, batch in (("gpt-256x4", 16), ("glosses", 4)):
-        own = {scaled("forgetting", task, rank, batch): -5 for rank in (8, 1, 64, 256)}
-        eight = next(iter(own))
-        full = scaled("forgetting", task, 0, batch)
-        found |= {**own, full: -7, eight._replace(method="dora"): -5}
-        found |= {eight._replace(method="pissa"): -7}
-    return found
+    """Ranks and full fine-tuning of two models, and two methods on the smaller one."""
+    small, large = ("gpt-256x4", 16), ("glosses", 4)
+    found = {
+        scaled("forgetting", task, rank, batch): -5 if rank else -7
+        for task, batch in (small, large)
+        for rank in (8, 1, 64, 256, 0)
+    }
+    eight = scaled("forgetting", small[0], 8, small[1])
+    return found | {eight._replace(method="dora"): -5, eight._replace(method="pissa"): -7}
 
 
 def parts() -> dict[Setting, int]:
