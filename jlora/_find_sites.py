@@ -83,10 +83,11 @@ class Traced:
 
 
 def _find_used(jaxpr: Any) -> list[bool]:
-    """Finds which inputs are used, also in the functions that the user put under `jit`."""
+    """Finds which inputs are used, also in functions that get all operands of an equation."""
     used = set(map(id, jaxpr.outvars))
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("jit", "remat2"):
+        # Not those with derivatives of their own, which may use what the function does not.
+        if eqn.primitive.name in ("jit", "remat2", "scan", "shard_map"):
             inner = _find_used(eqn.params["jaxpr"])
             used.update(id(v) for v, is_used in zip(eqn.invars, inner, strict=True) if is_used)
         elif eqn.primitive.name != "stop_gradient":

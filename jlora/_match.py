@@ -105,6 +105,7 @@ def _explain_not_linear(rule: Rule, site: Site, sites: Sites) -> str:
     else:
         why = f"of shape {site.shape}, which the traced call does not use, or only behind "
         why += "stop_gradient"
+        remedy = ", or give `init` the arguments of a call that uses it"
     return f"{rule_name(rule)} matches {site.name} {why}. {narrow}{remedy}."
 
 

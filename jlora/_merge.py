@@ -46,7 +46,8 @@ def merge(
             `print(jlora.summary(merged))` lists the error of each leaf.
 
     Returns:
-        A tree with the structure, shapes, dtypes and shardings of `base`.
+        A tree with the structure, shapes, dtypes and shardings of `base`. A merged leaf is strongly
+        typed, even if W is weakly typed, as `jnp.full(shape, 1.0)` is.
 
     Raises:
         TypeError: if `adapter` is not an adapter.

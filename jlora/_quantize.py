@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 
 from ._arrays import count_not_finite
 from ._compat import evaluate_now, is_concrete, place_of
@@ -38,7 +38,8 @@ def quantize(
 
     The result is a base: give it to `init`, `apply`, `merge` and the other functions instead of
     `params`. Weights are quantized one after the other, each on its own devices. `quantize` also
-    works under `jax.jit`, and turns `jax.ShapeDtypeStruct`s into shapes of codes and scales.
+    works under `jax.jit`, and turns `jax.ShapeDtypeStruct`s into shapes of codes and scales, which
+    keep the sharding of the weight.
 
     Args:
         params: a tree of arrays; those to be quantized must be floating-point.
@@ -187,7 +188,8 @@ def _form(scheme: Scheme, path: Path, x: BaseLeaf, site: Site | None) -> Form:
 def _quantize_leaf(x: BaseLeaf, path: Path, scheme: Scheme, form: Form) -> Quantized:
     scheme = dataclasses.replace(scheme, pattern=None)
     if is_abstract(x):
-        return jax.eval_shape(lambda x: quantize_weight(x, scheme, form), x)
+        leaf = jax.eval_shape(lambda x: quantize_weight(x, scheme, form), x)
+        return _place_like(x.sharding, path, leaf)
     x = evaluate_now(jnp.asarray, x) if isinstance(x, np.ndarray) else x
     if bad := count_not_finite(x):
         raise InputError(
@@ -195,6 +197,9 @@ def _quantize_leaf(x: BaseLeaf, path: Path, scheme: Scheme, form: Form) -> Quant
             f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite."
         )
     leaf = quantize_weight(jnp.asarray(x), scheme, form)
-    place = place_of(x) if is_concrete(leaf.data) else None
+    return _place_like(place_of(x) if is_concrete(leaf.data) else None, path, leaf)
+
+
+def _place_like(place: Sharding | None, path: Path, leaf: Quantized) -> Quantized:
     is_on_mesh = isinstance(place, NamedSharding)
     return place_codes(path, leaf, place, "params") if is_on_mesh else leaf

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
-from ._adapters import is_node
+from ._adapters import Node, is_node
 from ._arrays import einsum, promote
 from ._compat import is_concrete
 from ._linalg import inverse, inverse_root, times
+from ._node import SLOTS
 from ._optimizer import AllParams, is_masked
 from ._rules import is_finite, number_of
 from ._types import Params, PyTree
@@ -18,7 +19,7 @@ from ._types import Params, PyTree
 if TYPE_CHECKING:
     import optax
 
-RANK, OTHER = "rank", "other rank"  # its two axes in an r × r matrix
+OTHER = "other rank"  # the second axis of an r × r matrix
 
 
 def lora_plus(ratio: float | jax.Array) -> "optax.GradientTransformationExtraArgs":
@@ -84,7 +85,8 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
         parameters.
 
     Raises:
-        TypeError: in `init` and `update`, if the tree holds no adapter.
+        TypeError: in `init` and `update`, if the tree holds no adapter; in `update`, if a node has
+            more than one A or B.
         ValueError: if `damping` is not a positive finite number; in `update`, if it gets no
             parameters.
 
@@ -132,7 +134,8 @@ def lora_muon(momentum: float | jax.Array = 0.95) -> "optax.GradientTransformati
         parameters.
 
     Raises:
-        TypeError: in `init` and `update`, if the tree holds no adapter.
+        TypeError: in `init` and `update`, if the tree holds no adapter; in `update`, if a node has
+            more than one A or B, or no field `scale`.
         ValueError: if `momentum` is not in [0, 1); in `update`, if it gets no parameters.
 
     Source: Cesista et al., arXiv 2606.12921. Weight decay λ of ΔW is that of A and B by λ/2 each:
@@ -172,16 +175,16 @@ def _of_factors(
     def of_node(update: PyTree, param: PyTree) -> PyTree:
         if not is_node(update) or not {"a", "b"} <= set(update.labels.values()):
             return update
-        factors = [getattr(update, x) for x, label in update.labels.items() if label in ("a", "b")]
-        if all(map(is_masked, factors)):
+        *factors, _ = names = _find_factors(name, update, by_scale)
+        if all(is_masked(getattr(update, x)) for x in factors):
             return update
-        if is_masked(param.a) or is_masked(param.b):
+        if any(is_masked(getattr(param, x)) for x in factors):
             raise ValueError(
                 f"jlora.{name} needs A and B, but the transformation around it hides the frozen "
                 f"one. Chain jlora.{name} before that transformation: "
                 f"optax.chain(jlora.{call}, optax.MultiSteps(tx, 4))."
             )
-        return _times_matrices(matrix, update, param, by_scale)
+        return _times_matrices(matrix, names, update, param, by_scale)
 
     def update(updates: PyTree, params: PyTree | None) -> PyTree:
         if params is None:
@@ -195,24 +198,44 @@ def _of_factors(
     return _make_transformation(name, update)
 
 
+def _find_factors(name: str, node: Node, by_scale: bool) -> tuple[str, str, str]:
+    """Returns the names of A, of B and of the axis of the rank; raises unless there is one each.
+
+    With `by_scale` it also raises if there is no s.
+    """
+    axes = node.axes(node.layout)
+    a, b = ([x for x, label in node.labels.items() if label == which] for which in ("a", "b"))
+    shared = set.intersection(*(set(axes[x]) for x in (*a, *b)))
+    rank = [d for d in shared if isinstance(d, str) and d != SLOTS]
+    if len(a) == len(b) == len(rank) == 1 and ("scale" in node._fields or not by_scale):
+        return a[0], b[0], rank[0]
+    raise TypeError(
+        f"jlora.{name} needs nodes with one array labeled 'a' and one labeled 'b', which share one "
+        f"axis that W lacks{', and a field `scale`' * by_scale}; got {type(node).__name__}, with "
+        f"the labels {dict(node.labels)}. Give its leaves another optimizer, by optax.partition "
+        "and jlora.labels."
+    )
+
+
 def _times_matrices(
     matrix: Callable[[jax.Array, jax.Array], jax.Array],
+    names: tuple[str, str, str],
     update: PyTree,
     param: PyTree,
     by_scale: bool,
 ) -> PyTree:
-    wide = promote(param.a.dtype, param.b.dtype, jnp.float32)
-    values = {"a": param.a.astype(wide), "b": param.b.astype(wide)}
+    a, b, rank = names
+    values = {name: getattr(param, name) for name in (a, b)}
+    wide = promote(*(x.dtype for x in values.values()), jnp.float32)
+    values = {name: x.astype(wide) for name, x in values.items()}
     named = param.axes(param.layout)
-    slots = tuple(range(-1, len(named["a"]) - param.a.ndim - 1, -1))  # first axes of a table
+    slots = tuple(range(-1, len(named[a]) - values[a].ndim - 1, -1))  # first axes of a table
     axes = {name: (*slots, *named[name]) for name in values}
-    stack = tuple(d for d in axes["a"] if d in axes["b"] and d != RANK)
+    square = (*(d for d in axes[a] if d in axes[b] and d != rank), rank, OTHER)
     how = {"precision": "highest", "dtype": wide}
 
-    square = (*stack, RANK, OTHER)
-
     def with_other_rank(name: str) -> tuple[Any, ...]:
-        return tuple(OTHER if d == RANK else d for d in axes[name])
+        return tuple(OTHER if d == rank else d for d in axes[name])
 
     def gram(name: str, x: jax.Array) -> jax.Array:
         return einsum(axes[name], with_other_rank(name), square, x, x, **how)
@@ -226,7 +249,7 @@ def _times_matrices(
         new = einsum(axes[name], square, with_other_rank(name), x, by, **how)
         return (new / param.scale if by_scale else new).astype(old.dtype)
 
-    return update._replace(a=multiplied("a", "b"), b=multiplied("b", "a"))
+    return update._replace(**{a: multiplied(a, b), b: multiplied(b, a)})
 
 
 # ---------------------------------------------------------------------------------- what they share

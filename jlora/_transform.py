@@ -250,7 +250,9 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
 
     Each input of A becomes zero with the rule's probability p; otherwise it is divided by 1 - p, so
     the expectation does not change. Each site, layer of a stack, use of a weight and key has its
-    own mask: a tied weight drops other inputs at each product, and a loop at each iteration.
+    own mask: a tied weight drops other inputs at each product, and a loop at each iteration. In a
+    `shard_map` of the model, shards of an input have their own masks too, but with
+    `check_vma=False`, which hides whether inputs are shards or copies, all have the same.
 
     Args:
         adapter: an adapter from `init`. Sites whose rule has `dropout=0` do not change.

@@ -208,11 +208,18 @@ meshes = pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["auto", "explici
 @meshes
 @each(SCHEMES, ("stacked", [True, False]))
 def test_quantized_where_it_lies(scheme, stacked, mesh):
-    """Of arrays on the mesh, and in a program with `out_shardings`: there, and the same codes."""
+    """Of arrays on the mesh, and in a program with `out_shardings`: there, and the same codes.
+
+    Of shapes on the mesh: there, too.
+    """
     params, specs = params_of(stacked)
     expected, params = jlora.quantize(params, scheme), put(params, mesh, specs)
     places = sharding.specs(on(mesh, specs), expected)
     quantize = lambda p: jlora.quantize(p, scheme)  # noqa: E731
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+    assert_lies(quantize(shapes), places)
     for base in (quantize(params), jax.jit(quantize, out_shardings=places)(params)):
         assert_lies(base, places)
         laws.assert_same_codes(base, expected)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import DoRA, LoRA, Slots
@@ -101,9 +103,29 @@ def test_an_empty_matrix_is_no_site(rule):
     assert not lora.apply(base, adapter, X).any()
 
 
-@pytest.mark.parametrize("compiled", [lambda f: f, jax.jit, lambda f: jax.jit(jax.checkpoint(f))])
-def test_full_leaf_that_is_not_used(compiled):
-    lora = jlora.transform(compiled(head_of_two), LoRA("layer"), jlora.Full("spare"))
-    message = r"Full\('spare'\) matches 'spare' of shape \(3,\), which "
-    with pytest.raises(ValueError, match=message):
-        lora.init(KEY, PARAMS | {"spare": jnp.ones(3)}, X)
+def mapped(params, x):
+    mesh, specs = jax.make_mesh((1,), ("x",), (AxisType.Auto,)), (P(), P("x"))
+    return jax.shard_map(plain, mesh=mesh, in_specs=specs, out_specs=P("x"))(params, x)
+
+
+def looped(params, x):
+    return lax.scan(lambda x, w: (plain(w, x), None), x, params)[0]
+
+
+UNUSED = {
+    "plain": plain,
+    "jit": jax.jit(plain),
+    "checkpoint": jax.jit(jax.checkpoint(plain)),
+    "shard_map": mapped,
+    "scan": looped,
+}
+
+
+@pytest.mark.parametrize("model", UNUSED.values(), ids=UNUSED)
+def test_full_leaf_that_is_not_used(model):
+    params = {"w": jnp.ones((16, 16)), "spare": jnp.ones(3)}
+    if model is looped:
+        params = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    lora = jlora.transform(model, LoRA("w"), jlora.Full("spare"))
+    with pytest.raises(ValueError, match=r"Full\('spare'\) matches 'spare' of shape .* not use"):
+        lora.init(KEY, params, X)

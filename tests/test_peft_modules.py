@@ -281,8 +281,10 @@ def test_rows_that_begin_with_params_and_rows_of_biases() -> None:
     rows = [Name("(.*)/kernel", r"\1", "io"), Name("(.*)/bias", r"\1", "o")]
     with refused(ValueError, "", "q.weight", "needs parameter='bias'"):
         peft.to_tensors(params, rows)
-    with refused(ValueError, "names", "find_names", r"Name(r'(.*)/bias', r'\1', 'o', 'bias')"):
-        peft.to_tensors(params, rows[:1])
+    stacked = {"q": {"bias": jnp.ones((2, 4))}}  # as layers are in a scan
+    for tree in (params, stacked):
+        with refused(ValueError, "names", "find_names", r"Name(r'(.*)/bias', r'\1', 'o', 'bias')"):
+            peft.to_tensors(tree, rows[:1])
 
 
 # Whose layers are called the same.

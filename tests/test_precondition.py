@@ -1,10 +1,11 @@
 """`jlora.precondition(δ)`: each gradient times the inverse matrix of the other factor."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from messages import refused
 from small import normal, some
 
 import jlora
+from jlora.extend import Change, Delta, Node, register
 
 
 class Model(NamedTuple):
@@ -235,6 +237,67 @@ def test_dtypes_stay_and_zero_is_no_division() -> None:
     node, grad = node._replace(b=np.zeros_like(node.b)), grad._replace(a=np.zeros_like(grad.a))
     updates = step({"w": node}, {"w": grad}, 1e-6)["w"]
     assert not np.any(updates.a) and np.isfinite(updates.b).all()
+
+
+def axes_of(names: str, layout: jlora.types.Layout) -> Any:
+    """Those of A and B, by names of their own, of the rank too."""
+    of_a, of_b = (*layout.inputs, "width"), ("width", *layout.outputs)
+    return {x: (*layout.stack, *(of_a if x == "u" else of_b)) for x in names}
+
+
+@register
+class Renamed(Node):
+    """A and B by other names."""
+
+    u: jax.Array
+    v: jax.Array
+    scale: float
+    layout: jlora.types.Layout
+    labels: ClassVar = {"u": "a", "v": "b"}
+    axes = staticmethod(functools.partial(axes_of, "uv"))
+
+    def lower(self, w: Any) -> Change:
+        """W' = W + s·A·B."""
+        return Change((Delta(self.factor("u"), self.factor("v"), self.scale),))
+
+
+@register
+class Unscaled(Node):
+    """A and two B, without an s."""
+
+    u: jax.Array
+    v: jax.Array
+    w: jax.Array | None
+    layout: jlora.types.Layout
+    labels: ClassVar = {"u": "a", "v": "b", "w": "b"}
+    axes = staticmethod(functools.partial(axes_of, "uvw"))
+
+    def lower(self, w: Any) -> Change:
+        """W' = W + A·B + A·C."""
+        return Change(tuple(Delta(self.factor("u"), self.factor(x), 1.0) for x in "vw"))
+
+
+BY_FACTORS = {"precondition": lambda: jlora.precondition(0.1), "lora_muon": jlora.lora_muon}
+
+
+@pytest.mark.parametrize("name", BY_FACTORS)
+def test_a_and_b_are_what_is_labeled_so(name: str) -> None:
+    _, *trees = made("scanned")
+    renamed = [{"w": Renamed(*x["w"][:4])} for x in trees]
+    tx: Any = jlora.optimizer(BY_FACTORS[name]())
+    expected, actual = (
+        tx.update(grads, tx.init(adapter), adapter)[0]["w"] for adapter, grads in (trees, renamed)
+    )
+    laws.assert_close(actual[:2], expected[:2], 1e-6)
+
+
+@pytest.mark.parametrize("name", BY_FACTORS)
+def test_one_a_and_one_b_are_needed(name: str) -> None:
+    _, adapter, grads = made("plain")
+    two = [{"w": Unscaled(x["w"].a, x["w"].b, x["w"].b, x["w"].layout)} for x in (adapter, grads)]
+    tx = BY_FACTORS[name]()
+    with refused(TypeError, "", "got Unscaled", "{'u': 'a', 'v': 'b', 'w': 'b'}", case=name):
+        tx.update(two[1], tx.init(two[0]), two[0])
 
 
 def test_parameters_are_needed() -> None:

@@ -66,16 +66,21 @@ def test_merge_does_not_commit_to_a_device() -> None:
     jax.jit(s.f)(jlora.merge(s.base, s.adapter), x)
 
 
-def test_dropout_masks_differ_by_shard() -> None:
-    """Rows that lie on different devices have masks of their own, also inside of `shard_map`."""
+@pytest.mark.parametrize(("check", "masks"), [(True, 4), (False, 2)])
+def test_dropout_masks_differ_by_shard(check: bool, masks: int) -> None:
+    """Four rows on two devices, in a `shard_map`; unchecked, the devices have the same masks."""
     product = jax.shard_map(
-        lambda w, x: x @ w, mesh=MESH, in_specs=(P(), P("data")), out_specs=P("data")
+        lambda w, x: x @ w,
+        mesh=MESH,
+        in_specs=(P(), P("data")),
+        out_specs=P("data"),
+        check_vma=check,
     )
     rule, x = jlora.LoRA("w", rank=2, dropout=0.5, init=random), jnp.ones((4, 64))
     lora = jlora.transform(lambda p, x: product(p["w"], x), rule)
     base, adapter = lora.init(KEY, {"w": jnp.ones((64, 4))}, x)
     rows = np.asarray(jax.jit(lora.apply)(base, jlora.dropout(adapter, KEY), x))
-    assert len({row.tobytes() for row in rows}) == len(rows), "two shards drew one mask"
+    assert len({row.tobytes() for row in rows}) == masks
 
 
 def test_files_under_a_mesh(tmp_path: Path) -> None:

@@ -97,7 +97,13 @@ class _Lookup(Product):
     def weight(self) -> Weight:
         """Looks up rows of W and of its change."""
         w = self.w
-        change = map_factors(self.take, self.w.change)
+        picked = {a: w.lengths[a] for a in self.roles.inputs if self.fills}
+        # Rows that are filled have no ΔW: a factor must have all axes that could be out of bounds.
+        deltas = tuple(
+            d if picked.keys() <= {*d.b.axes} else dataclasses.replace(d, a=d.a.repeat(picked))
+            for d in w.change.deltas
+        )
+        change = map_factors(self.take, dataclasses.replace(w.change, deltas=deltas))
         found = w.w.with_pieces({a: w.lengths[a] for a in self.roles.inputs})
         if isinstance(found, Packed):
             rows = map_factors(self.take, found).with_axes(self.axes, self.eqn.outputs[0].shape)

@@ -17,7 +17,7 @@ from .._arrays import AnyMesh, count_pieces, mesh_axes
 from .._errors import InputError
 from .._quantized import Quantized, is_quantized
 from .._rules import near_misses
-from .._tree import adapter_leaves, is_empty, leaves_by_path, name_of, problems_at
+from .._tree import adapter_leaves, is_abstract, is_empty, leaves_by_path, name_of, problems_at
 from .._types import Path, PyTree
 from ._places import (
     Misfit,
@@ -104,15 +104,18 @@ def specs(base: PyTree, adapter: PyTree, mesh: AnyMesh | None = None) -> PyTree:
 
 
 def place_codes(path: Path, leaf: Quantized, place: NamedSharding, argument: str) -> Quantized:
-    """Shards a quantized leaf like the weight at `path` of the tree `argument`."""
+    """Shards a quantized leaf, or its shapes, like the weight at `path` of the tree `argument`."""
     try:
-        return jax.device_put(leaf, _follow(place, leaf, None, ()))
+        places = _follow(place, leaf, None, ())
     except Misfit as e:
         raise InputError(
             f"`{argument}` has a weight that is not sharded along whole blocks of codes.",
             problems=problems_at({path: str(e)}),
             remedy="Shard its other axes.",
         ) from None
+    if is_abstract(leaf.data):
+        return jax.tree.map(lambda x, place: x.update(sharding=place), leaf, places)
+    return jax.device_put(leaf, places)
 
 
 def _leaves(adapter: PyTree) -> dict[Path, Any]:

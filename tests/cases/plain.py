@@ -296,6 +296,13 @@ ALONG_ONE = {
         lambda w, x: jnp.einsum("bi,bio->bo", x, w[TWICE]),
         4 + 2,
     ),
+    "matrix_of_one_or_filled": (
+        *((4, 2), (2, 4)),
+        lambda w, x: jnp.einsum(
+            "bi,bio->bo", x, w[None].at[np.arange(2)].get(mode="fill", fill_value=2)
+        ),
+        4 + 2,
+    ),
     "row_of_two_indices": ((3, 1, 4), (2, 4), lambda w, x: x + w[TWICE, TWICE], 3 + 4),
     "place_before_the_first": (
         *((3, 2, 4), (3, 2)),

@@ -145,8 +145,8 @@ UNFIT: dict[str, Callable[[], Any]] = {
         LoRA(rank=2), apply=table, params={"table": X}
     ),
     "'layer/bias' ... shape (6,) ... 'layer/kernel'?": lambda: init(LoRA("layer", rank=2)),
-    "'unused' ... shape (3, 5) ... jlora.Full.": lambda: init(LoRA("unused", rank=2)),
-    "LoRA('w') ... behind stop_gradient. ... jlora.Full.": lambda: init(
+    "'unused' ... shape (3, 5) ... a call that uses it": lambda: init(LoRA("unused", rank=2)),
+    "LoRA('w') ... behind stop_gradient. ... a call that uses it": lambda: init(
         LoRA("w", rank=2), apply=constant, params=SQUARE
     ),
     "Full('w') ... no gradient ... a call that uses it": lambda: init(

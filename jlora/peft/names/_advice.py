@@ -22,8 +22,8 @@ def advise(names: Sequence[Name], lost: Mapping[Path, tuple[int, ...]]) -> str:
         return (
             f"{_purpose(names)} Patterns are for paths without the first `params/`: leave it out."
         )
-    is_vector = bool(lost) and all(len(shape) == 1 for shape in lost.values())
-    row = "(.*)/bias', r'\\1', 'o', 'bias" if is_vector else "(.*)/kernel', r'\\1', 'io"
+    are_biases = bool(lost) and all(p[-1:] == ("bias",) or len(x) == 1 for p, x in lost.items())
+    row = "(.*)/bias', r'\\1', 'o', 'bias" if are_biases else "(.*)/kernel', r'\\1', 'io"
     return (
         f"{_purpose(names)} Give the table of this model, have jlora.peft.find_names find its rows "
         f"in a checkpoint, or add rows of your own, such as jlora.peft.Name(r'{row}')."
