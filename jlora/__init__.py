@@ -38,7 +38,6 @@ from ._quantized import Quantized as Quantized
 from ._quantized import dequantize as dequantize
 from ._report import summary as summary
 from ._rules import Slots as Slots
-from ._scaling import lora_muon as lora_muon
 from ._scaling import lora_plus as lora_plus
 from ._scaling import precondition as precondition
 from ._site import Full as Full

@@ -106,15 +106,3 @@ def inverse(x: jax.Array) -> jax.Array:
         return jnp.where(is_row, jnp.where(is_column, 1 / pivot, row), rest)
 
     return lax.fori_loop(0, x.shape[-1], step, x)
-
-
-def inverse_root(x: jax.Array) -> jax.Array:
-    """Returns X^(-1/2) of symmetric matrices (…, r, r) without negative eigenvalues; 0 of 0.
-
-    Eigenvalues far below the largest count as ten times the precision of that one.
-    """
-    values, vectors = map_matrices(lambda x: tuple(jnp.linalg.eigh(x)), x)
-    largest = values.max(-1, keepdims=True)
-    least = 10 * jnp.finfo(x.dtype).eps * largest
-    roots = jnp.where(largest > 0, jnp.maximum(values, least) ** -0.5, 0)
-    return times(vectors * roots[..., None, :], vectors.mT)

@@ -1,4 +1,4 @@
-"""Transformations to chain with an optimizer: LoRA+, Riemannian preconditioning, LoRA-Muon."""
+"""Transformations to chain with an optimizer: LoRA+, Riemannian preconditioning."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from jax.tree_util import GetAttrKey
 from ._adapters import Node, is_node
 from ._arrays import einsum, promote
 from ._compat import is_concrete
-from ._linalg import inverse, inverse_root, times
+from ._linalg import inverse
 from ._node import SLOTS
 from ._optimizer import AllParams, is_masked
 from ._rules import is_finite, number_of
@@ -103,151 +103,70 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
     """
     _check_number("damping", damping, lambda x: x > 0, "a positive finite number")
 
-    def matrix(gram: jax.Array, of_update: jax.Array) -> jax.Array:
-        del of_update
-        eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-        return inverse(gram + jnp.asarray(damping, gram.dtype) * eye)
-
-    return _of_factors("precondition(1e-6)", matrix)
-
-
-def lora_muon(momentum: float | jax.Array = 0.95) -> "optax.GradientTransformationExtraArgs":
-    r"""Takes the step of Muon in ΔW, along what A and B can change.
-
-    With the means $M_A$ and $M_B$ of the gradients, $S_A = A^\top A$, $S_B = B B^\top$, and
-    $\operatorname{sign}(U \Sigma V^\top) = U V^\top$,
-
-    $$\bar A = \frac{1}{2 s}\operatorname{sign}(M_A S_B^{-1/2})\, S_B^{-1/2},\qquad
-    \bar B = \frac{1}{2 s}\, S_A^{-1/2} \operatorname{sign}(S_A^{-1/2} M_B).$$
-
-    So a learning rate η changes s·A·B by a matrix whose spectral norm is about η, whatever the
-    rank, the scale and the sizes of A and B are. Chain the rate after it, and nothing else that
-    depends on the size of gradients. The state has the size of the adapter, half that of Adam's.
-    Leaves that are neither A nor B keep their means: give them an optimizer of their own, with
-    `optax.partition` and `jlora.labels`.
-
-    Args:
-        momentum: the weight of the mean so far, β in M ← β·M + (1 - β)·gradient; it may be traced.
-
-    Returns:
-        An optax transformation, for an adapter or `Params(base, adapter)`. Its `update` needs the
-        parameters.
-
-    Raises:
-        TypeError: in `init` and `update`, if the tree holds no adapter; in `update`, if a node has
-            more than one A or B, or no field `scale`.
-        ValueError: if `momentum` is not in [0, 1); in `update`, if it gets no parameters.
-
-    Source: Cesista et al., arXiv 2606.12921. Weight decay λ of ΔW is that of A and B by λ/2 each:
-    `optax.add_decayed_weights(λ/2)` after it.
-
-    Examples:
-        >>> import jax.numpy as jnp, jlora
-        >>> layout = jlora.types.Layout((), (0,), (1,))
-        >>> params = {"w": jlora.types.LowRank(jnp.ones((4, 1)), jnp.ones((1, 9)), 1.0, layout)}
-        >>> tx = jlora.lora_muon()
-        >>> updates, _ = tx.update(params, tx.init(params), params)
-        >>> (updates["w"].a @ params["w"].b)[0, 0].round(3)  # 1/2 over √(4·9)
-        Array(0.083, dtype=float32)
-    """
-    import optax
-
-    _check_number("momentum", momentum, lambda x: 0 <= x < 1, "at least 0 and below 1")
-
-    def matrix(gram: jax.Array, of_update: jax.Array) -> jax.Array:
-        root = inverse_root(gram)  # sign(X) is X·(XᵀX)^(-1/2)
-        return 0.5 * times(times(root, inverse_root(times(times(root, of_update), root))), root)
-
-    steps = _of_factors("lora_muon()", matrix, by_scale=True)
-    return optax.chain(optax.ema(momentum, debias=False), steps)
-
-
-def _of_factors(
-    call: str, matrix: Callable[[jax.Array, jax.Array], jax.Array], by_scale: bool = False
-) -> "optax.GradientTransformationExtraArgs":
-    """Multiplies the update of each factor by an r × r matrix.
-
-    It is made of xᵀx, with x the other factor, and of the same of the update. `by_scale` divides by
-    s. `call` is how users call the transformation.
-    """
-    name = call.partition("(")[0]
-
     def of_node(update: PyTree, param: PyTree) -> PyTree:
         if not is_node(update) or not {"a", "b"} <= set(update.labels.values()):
             return update
-        *factors, _ = names = _find_factors(name, update, by_scale)
+        *factors, _ = names = _find_factors(update)
         if all(is_masked(getattr(update, x)) for x in factors):
             return update
         if any(is_masked(getattr(param, x)) for x in factors):
             raise ValueError(
-                f"jlora.{name} needs A and B, but the transformation around it hides the frozen "
-                f"one. Chain jlora.{name} before that transformation: "
-                f"optax.chain(jlora.{call}, optax.MultiSteps(tx, 4))."
+                "jlora.precondition needs A and B, but the transformation around it hides the "
+                "frozen one. Chain jlora.precondition before that transformation: "
+                "optax.chain(jlora.precondition(1e-6), optax.MultiSteps(tx, 4))."
             )
-        return _times_matrices(matrix, names, update, param, by_scale)
+        return _times_inverses(names, update, param, damping)
 
     def update(updates: PyTree, params: PyTree | None) -> PyTree:
         if params is None:
             raise ValueError(
-                f"The update of jlora.{name} needs the parameters: call "
+                "The update of jlora.precondition needs the parameters: call "
                 "update(grads, state, params)."
             )
         stop = lambda x: is_node(x) or is_masked(x)  # noqa: E731
         return jax.tree.map(of_node, updates, params, is_leaf=stop)
 
-    return _make_transformation(name, update)
+    return _make_transformation("precondition", update)
 
 
-def _find_factors(name: str, node: Node, by_scale: bool) -> tuple[str, str, str]:
-    """Returns the names of A, of B and of the axis of the rank; raises unless there is one each.
-
-    With `by_scale` it also raises if there is no s.
-    """
+def _find_factors(node: Node) -> tuple[str, str, str]:
+    """Returns the names of A, of B and of the axis of the rank; raises unless there is one each."""
     axes = node.axes(node.layout)
     a, b = ([x for x, label in node.labels.items() if label == which] for which in ("a", "b"))
     shared = set.intersection(*(set(axes[x]) for x in (*a, *b)))
     rank = [d for d in shared if isinstance(d, str) and d != SLOTS]
-    if len(a) == len(b) == len(rank) == 1 and ("scale" in node._fields or not by_scale):
+    if len(a) == len(b) == len(rank) == 1:
         return a[0], b[0], rank[0]
     raise TypeError(
-        f"jlora.{name} needs nodes with one array labeled 'a' and one labeled 'b', which share one "
-        f"axis that W lacks{', and a field `scale`' * by_scale}; got {type(node).__name__}, with "
-        f"the labels {dict(node.labels)}. Give its leaves another optimizer, by optax.partition "
-        "and jlora.labels."
+        "jlora.precondition needs nodes with one array labeled 'a' and one labeled 'b', which "
+        f"share one axis that W lacks; got {type(node).__name__}, with the labels "
+        f"{dict(node.labels)}. Give its leaves another optimizer, by optax.partition and "
+        "jlora.labels."
     )
 
 
-def _times_matrices(
-    matrix: Callable[[jax.Array, jax.Array], jax.Array],
-    names: tuple[str, str, str],
-    update: PyTree,
-    param: PyTree,
-    by_scale: bool,
+def _times_inverses(
+    names: tuple[str, str, str], update: PyTree, param: PyTree, damping: float | jax.Array
 ) -> PyTree:
     a, b, rank = names
     values = {name: getattr(param, name) for name in (a, b)}
     wide = promote(*(x.dtype for x in values.values()), jnp.float32)
-    values = {name: x.astype(wide) for name, x in values.items()}
     named = param.axes(param.layout)
     slots = tuple(range(-1, len(named[a]) - values[a].ndim - 1, -1))  # first axes of a table
     axes = {name: (*slots, *named[name]) for name in values}
     square = (*(d for d in axes[a] if d in axes[b] and d != rank), rank, OTHER)
     how = {"precision": "highest", "dtype": wide}
 
-    def with_other_rank(name: str) -> tuple[Any, ...]:
-        return tuple(OTHER if d == rank else d for d in axes[name])
-
-    def gram(name: str, x: jax.Array) -> jax.Array:
-        return einsum(axes[name], with_other_rank(name), square, x, x, **how)
-
     def multiplied(name: str, other: str) -> Any:
         old = getattr(update, name)
         if is_masked(old):
             return old
-        x = old.astype(wide)
-        by = matrix(gram(other, values[other]), gram(name, x))
-        new = einsum(axes[name], square, with_other_rank(name), x, by, **how)
-        return (new / param.scale if by_scale else new).astype(old.dtype)
+        turned = {x: tuple(OTHER if d == rank else d for d in axes[x]) for x in axes}
+        x = values[other].astype(wide)
+        gram = einsum(axes[other], turned[other], square, x, x, **how)
+        by = inverse(gram + jnp.asarray(damping, wide) * jnp.eye(gram.shape[-1], dtype=wide))
+        new = einsum(axes[name], square, turned[name], old.astype(wide), by, **how)
+        return new.astype(old.dtype)
 
     return update._replace(**{a: multiplied(a, b), b: multiplied(b, a)})
 

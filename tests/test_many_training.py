@@ -232,7 +232,6 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "plateau": (optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)), {}),
     "adafactor": (optax.adafactor(1e-2), {}),
     "preconditioned": (preconditioned, {"damping": jnp.array([1e-3, 1e-2, 1.0])}),
-    "muon": (jlora.optimizer(optax.chain(jlora.lora_muon(), optax.scale(-1e-2))), {}),
 }
 EACH = pytest.mark.parametrize("name", some(OPTIMIZERS, "lora_plus"))
 ROUNDS, BAD = 4, 1
