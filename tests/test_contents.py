@@ -200,6 +200,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "not finite": ({"m.q": Q.replace(a=Q.a * jnp.inf)}, {}, "3 of 3 values are not finite"),
     "a field": ({"m.q": Q}, {"bias": "x"}, "`contents` has a configuration .*\n.*bias: expected"),
     "A and B, and rows alone": ({"m.q": Q}, {"peft_type": "TRAINABLE_TOKENS"}, "token_indices: "),
+    "a deep name": ({f"{'m.' * 101}q": Q}, {}, r"\.lora_A\.weight.*: expected at most 1000 print"),
     "both": ({"m.q": Q, "m.q.weight": np.ones((2, 3))}, {}, r"m\.q.* also has A and B"),
 }
 

@@ -116,6 +116,10 @@ NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
          [Name("([vw])", r"m.\1", "io")]), {}, "adapter", "", "the dropout rates [0.0, 0.1]",
     ),
     "another profile": ((BASE, LOW, [W]), {"profile": "tgi"}, "profile", "", "got 'tgi'"),
+    "a long name": (
+        (BASE, LOW, [Name("w", "m" * 1000, "io")]), {},
+        *("adapter", "", "expected at most 1000 printable characters, with at most 100 dots"),
+    ),
     "a feature": (
         (BASE, LOW, [W]), {"config": {"use_qalora": True}}, "config", "use_qalora", "True is a fea"
     ),

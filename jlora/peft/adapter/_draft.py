@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from ..._errors import InputError, Problem
 from ..._folders import fresh, fresh_file
-from .._file import CONFIG, DTYPES, IMAGE, TENSORS, TensorInfo, make_header
+from .._file import CONFIG, DTYPES, FORMAT, IMAGE, TENSORS, TensorInfo, make_header
 from ._arranged import make_tensors
 from ._config import DEFAULTS, dumps
 from ._describe import find_alpha
@@ -59,7 +59,7 @@ class Draft(NamedTuple):
             if self.metadata is not None:
                 self._write_one(folder / IMAGE)
                 return
-            save_file(self.tensors, folder / TENSORS, metadata={"format": "pt"})
+            save_file(self.tensors, folder / TENSORS, metadata=FORMAT)
             # As bytes, as text would get other line ends on Windows.
             (folder / CONFIG).write_bytes(dumps(self.fields).encode())
 
@@ -157,7 +157,7 @@ def _encode(
         name = spell(dialect, prefix, x.key)
         each = {end: values[ours] for end, ours in ENDS[dialect].items() if ours in values}
         found |= {f"{name}.{end}": y for end, y in each.items()}
-    metadata = {"format": "pt"}
+    metadata = dict[str, str]()
     if dialect == "diffusers":
         always = ("peft_type", "r", "lora_alpha", "target_modules")
         kept = {k: x for k, x in fields.items() if k in always or x != DEFAULTS.get(k)}
