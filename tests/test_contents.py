@@ -184,7 +184,7 @@ def test_rows_alone_are_those_of_the_leaves(tmp_path: Folder) -> None:
     assert peft.write(tmp_path / "a", alone((5, 6)))["token_indices"] == [5, 6]
     found = peft.read(tmp_path / "a").leaves["m.e0"]
     assert isinstance(found, Replaced) and found.rows == (5, 6)
-    with refused(ValueError, "contents", "m.e1", "rows (5, 6)", "by itself"):
+    with refused(ValueError, "contents", "m.e1", "rows (5, 6)", "Save each embedding by itself"):
         peft.write(tmp_path / "b", alone((3, 4), (5, 6)))
 
 

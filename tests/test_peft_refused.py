@@ -175,7 +175,7 @@ NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
     "different rows alone": (
         (TABLE | {"u": TABLE["t"]}, {"t": ROWS, "u": ROWS._replace(rows=(1, 2, 3))},
          [Name("[tu]", r"m.\g<0>", "vo")]), {},
-        *("adapter", "t, u", "different rows", "Save each embedding by itself"),
+        *("adapter", "t", "rows (6, 1, 3)", "Save each embedding by itself"),
     ),
     "another method": (
         (BASE, LOW, [W]), {"config": {"peft_type": "VERA"}},

@@ -165,9 +165,7 @@ def explain_name(key: str) -> str:
     return f"expected at most {NAME_LIMIT} printable characters, with at most {DEPTH_LIMIT} dots"
 
 
-def make_header(
-    tensors: Iterable[TensorInfo], metadata: Mapping[str, str]
-) -> tuple[Header, bytes]:
+def make_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> tuple[Header, bytes]:
     """Makes the header of a file, and its bytes, as the safetensors library writes them."""
     metadata = {**FORMAT, **metadata}
     sizes = {name: x.itemsize for name, x in DTYPES.items()} | OTHERS

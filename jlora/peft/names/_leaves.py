@@ -65,7 +65,7 @@ class NamedLeaf(NamedTuple):
 
     def key(self, module: str) -> str:
         """Returns the name by which PEFT selects the parameter: its own, or the module's."""
-        return f"{module}.{self.name.parameter}" if self.is_bare else module
+        return f"{module}.{self.name.parameter}".removeprefix(".") if self.is_bare else module
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the shapes of A and B of one module in the file."""
