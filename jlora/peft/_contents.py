@@ -153,7 +153,7 @@ def write(
     draft = make_draft(fields, own, contents.tied, dialect, prefix)
     title = "`contents` cannot be written so that `read` reads the same adapter"
     _read(draft.as_files("contents", contents.leaves), Problems(title))
-    draft.write(path, "path")
+    draft.write(path)
     return fields
 
 

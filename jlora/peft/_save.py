@@ -117,7 +117,7 @@ def save(
         ['unet.model.q_proj.lora_A.weight', 'unet.model.q_proj.lora_B.weight']
     """
     draft = _draft(base, adapter, names, base_model, profile, config, dialect, prefix)
-    draft.write(path, "path")
+    draft.write(path)
 
 
 def tensors(

@@ -4,7 +4,7 @@ import bisect
 import collections
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..._errors import InputError, Problem
@@ -266,7 +266,8 @@ def _find_short_names(values: Mapping[str, Any]) -> dict[str, str]:
         end = stop[bisect.bisect_left(order, back, key=lambda entry: entry[0])]
         return end == len(order) or not order[end][0].startswith(back)
 
-    return {name: next(filter(has_one_value, _endings(name)), name) for name in values}
+    shortest_first = ((name, reversed([*list_tails(name)])) for name in values)
+    return {name: next(filter(has_one_value, tails), name) for name, tails in shortest_first}
 
 
 def _select(
@@ -288,11 +289,6 @@ def _select(
         if len(found) <= ENTRIES:
             break
     return found
-
-
-def _endings(name: str) -> Iterator[str]:
-    """Lists the endings of `name` that start after a dot, the shortest first, then `name`."""
-    return reversed([*list_tails(name)])
 
 
 # ------------------------------------------------------------------------- ranks and scales
