@@ -15,6 +15,7 @@ from peft_files import CONFIG, ENDS, TENSORS, Folder, assert_equal, pair, write
 from safetensors.numpy import save_file
 
 from jlora import peft
+from jlora._adapters._gated import Routed
 from jlora.peft.adapter._config import DEFAULTS, ROWS_DEFAULTS
 from jlora.types import Layout, LowRank, Replaced
 
@@ -163,6 +164,13 @@ def test_some_of_the_leaves(tmp_path: Folder) -> None:
     assert len(jax.tree.leaves(found)) == 2 * len(some)
 
 
+def test_biases_of_what_is_adapted(tmp_path: Folder) -> None:
+    """The rest of the model may have others."""
+    contents = peft.Contents({"m.q": Q, "m.q.bias": np.ones(2, np.float32)})
+    assert peft.write(tmp_path / "a", contents)["bias"] == "lora_only"
+    assert_same_leaves(peft.read(tmp_path / "a").leaves, contents.leaves)
+
+
 def test_counted_batches(tmp_path: Folder) -> None:
     """A BatchNorm that is saved as a whole has an integer."""
     count = {"m.norm.num_batches_tracked": np.asarray(7)}
@@ -189,9 +197,11 @@ def test_rows_alone_are_those_of_the_leaves(tmp_path: Folder) -> None:
 
 
 Q = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), 1.0, Layout((), (1,), (0,)))
+ROUTED = Routed(jnp.ones((2, 3, 1)), jnp.ones((2, 1, 2)), None, 2, 1.0, Layout((), (0,), (1,)))
 AXES, NODE = Layout((), (0, 1), (2,)), r"{}: expected a node with the axes of PyTorch's weight"
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "axes": ({"m.q": Q.replace(layout=AXES)}, {}, NODE.format("m.q")),
+    "another node": ({"m.q": ROUTED}, {}, NODE.format("m.q")),
     "no leaf": ({"m.q": 1.0}, {}, NODE.format("m.q") + r".*; got 1\.0"),
     "an array of no module": ({"q": np.ones(3)}, {}, NODE.format("q")),
     "nothing": ({}, {}, "has neither A and B nor a parameter in full"),

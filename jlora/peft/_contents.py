@@ -221,7 +221,8 @@ def _name_leaf(name: str, x: Any) -> NamedLeaf | None:
     if _is_array(x):
         row = _name("o"[: x.ndim] + "k" * (x.ndim - 1), parameter)
         return NamedLeaf((name,), x, x.shape, row, (module,)) if module else None
-    is_known = isinstance(x, LowRank | Decomposed) or (is_node(x) and x.layout == _ROWS)
+    is_rows = isinstance(x, Replaced) and x.layout == _ROWS
+    is_known = is_rows or isinstance(x, LowRank | Decomposed)
     if not is_known or (axes := _AXES.get(x.layout)) is None:
         return None
     own = (_name(axes, parameter), (module,)) if axes == "eoi" else (_name(axes), (name,))

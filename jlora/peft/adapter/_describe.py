@@ -134,11 +134,11 @@ def _set_full(fields: Fields, tree: Tree) -> Fields:
     is_described = saved(fields) == wanted and not is_nested(fields, tree.modules)
     if is_described and all(may_tie(fields, head) or saves(head) for head in heads):
         return fields
-    every, of_lora = (
-        saved(fields | {"modules_to_save": None, "bias": bias}) for bias in ("all", "lora_only")
+    of_lora, every = (
+        saved(fields | {"modules_to_save": None, "bias": bias}) for bias in ("lora_only", "all")
     )
     # With "all", PEFT would store the biases of `modules_to_save` three times.
-    bias = "all" if wanted == every else "lora_only" if wanted & of_lora else "none"
+    bias = "all" if wanted == every != of_lora else "lora_only" if wanted & of_lora else "none"
     rest = {"all": set(), "lora_only": wanted - of_lora, "none": wanted}[bias]
     modules = dict.fromkeys(m for leaf in tree.leaves if leaf.path in rest for m in leaf.modules)
     modules |= dict.fromkeys(heads)
