@@ -203,6 +203,16 @@ _RENAMED: dict[str, Any] = {
     "gte": "GteForMaskedLM",
     "hrm": ("HrmTextForCausalLM", HEADS | {"num_key_value_heads": 2}),
     "dinov2-giant": ("Dinov2ForImageClassification", {"use_swiglu_ffn": True}),
+    "kimi-k2.5": (
+        "Kimi_K25ForConditionalGeneration",
+        {"text_config": SIZES | MLA | {"model_type": "deepseek_v3", "num_attention_heads": 2}}
+        | {"vision_config": SIZES | {"num_attention_heads": 4}, "projection_hidden_size": 128},
+    ),
+    "minimax-m3": (
+        "MiniMaxM3SparseForConditionalGeneration",
+        {"text_config": SIZES | HEADS | {"dense_intermediate_size": 40}}
+        | {"vision_config": SIZES, "projector_hidden_size": 32},
+    ),
     "trocr": (
         "VisionEncoderDecoderModel",
         {"encoder": SIZES | {"model_type": "vit"}}

@@ -1,4 +1,4 @@
-"""Checkpoints that fuse what the model has apart.
+"""Checkpoints that fuse what the model has apart, and the other way round.
 
 The law: a base that fuses modules is merged as one that has them apart, to the bit; all other rows
 stay.
@@ -30,11 +30,19 @@ class Fusion(NamedTuple):
         parts: the modules, in the order of their rows.
         fused: the module in the checkpoint that has the rows of all.
         others: weights of the checkpoint by which the family is known.
+        rotated: how many of `parts` have rows in another order: the two halves of a head alternate.
     """
 
     parts: list[str]
     fused: str
     others: list[str]
+    rotated: int = 0
+
+    def fuse(self, each: list[np.ndarray], heads: int = 2) -> np.ndarray:
+        """Concatenates rows in the order of the checkpoint."""
+        pairs = [x.reshape(heads, 2, -1, *x.shape[1:]) for x in each[: self.rotated]]
+        rotated = [x.swapaxes(1, 2).reshape(-1, *x.shape[3:]) for x in pairs]
+        return np.concatenate([*rotated, *each[self.rotated :]])
 
 
 QKV = ["q_proj", "k_proj", "v_proj"]
@@ -73,7 +81,11 @@ FUSIONS = {
         "layer.#.mlp.weights_in",
         ["layer.#.attention.attention.query"],
     ),
+    "kimi": Fusion(
+        under("model.vision_tower.layers.#.attn", QKV), "vision_tower.encoder.blocks.#.wqkv", [], 2
+    ),
 }  # fmt: skip
+CONFIG = {"vision_config": {"vt_num_attention_heads": 2}}
 
 
 class Kind(NamedTuple):
@@ -140,11 +152,11 @@ def test_as_if_they_were_apart(family: str, kind: str, which: slice, tmp_path: F
         for ends in zip(*each, strict=True):
             end = ends[0].rpartition(".")[2]
             values = [own[name] for own, name in zip(each, ends, strict=True)]
-            fused[f"{fusion.fused.replace('#', i)}.{end}"] = np.concatenate(values)
+            fused[f"{fusion.fused.replace('#', i)}.{end}"] = fusion.fuse(values)
         modules += parts[which]
         fused |= {f"{other.replace('#', i)}.weight": ones(5, COLUMNS) for other in fusion.others}
     given, fields = give(modules, of)
-    config: dict[str, Any] = {"dtype": "float32"}
+    config = CONFIG | {"dtype": "float32"}
     if kind == "8 bits":
         config |= {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
     expected = merge(tmp_path, apart, given, config, **fields)
@@ -157,7 +169,7 @@ def test_as_if_they_were_apart(family: str, kind: str, which: slice, tmp_path: F
             np.testing.assert_array_equal(x, fused[name], err_msg=name)
             continue
         values = [expected[f"{part.replace('#', i)}.{end}"] for part in fusion.parts]
-        np.testing.assert_array_equal(x, np.concatenate(values), err_msg=name)
+        np.testing.assert_array_equal(x, fusion.fuse(values), err_msg=name)
         assert x.dtype == values[0].dtype
         is_changed = end == "weight" or ".bias" in of.tensors or ".lora_B.bias" in of.tensors
         assert kind == "8 bits" or (x != fused[name]).any() == is_changed
@@ -173,6 +185,32 @@ def test_rows_between_are_copied_in_blocks(
     [(name, x)] = merge(tmp_path, weights, given).items()
     np.testing.assert_array_equal(x[:300], weights[name][:300])
     np.testing.assert_allclose(x, whole[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_apart_in_the_checkpoint(use_dora: bool, tmp_path: Folder) -> None:
+    """The adapter has one module for both, as in MiniMax M3; or each, as stored."""
+    place = "language_model.model.layers.0.block_sparse_moe.shared_experts"
+    home = "model.language_model.layers.0.mlp.shared_experts"
+    weights = {f"{place}.{x}_proj.weight": random(ROWS, COLUMNS) for x in ("gate", "up", "down")}
+    given: dict[str, Any] = {f"{home}.gate_up_proj": low_rank((2 * ROWS, COLUMNS), 2)}
+    if use_dora:
+        given[f"{home}.gate_up_proj.lora_magnitude_vector"] = random(2 * ROWS)
+    gate, up, down = weights.values()
+    both = {f"{home}.gate_up_proj.weight": np.concatenate([gate, up])}
+    merged = merge(tmp_path, weights, given, use_dora=use_dora)
+    [expected] = merge(tmp_path, both, given, use_dora=use_dora).values()
+    assert merged.keys() == weights.keys()
+    pair = [merged[f"{place}.{x}_proj.weight"] for x in ("gate", "up")]
+    np.testing.assert_array_equal(np.concatenate(pair), expected)
+    np.testing.assert_array_equal(merged[f"{place}.down_proj.weight"], down)
+    saved = {f"{home}.gate_up_proj.weight": random(2 * ROWS, COLUMNS)}
+    with refused(ValueError, "adapter", "in full, but the checkpoint has it in parts"):
+        merge(tmp_path, weights, saved, modules_to_save=["gate_up_proj"])
+    alone = {f"{home}.up_proj": low_rank((ROWS, COLUMNS), 2)}
+    merged = merge(tmp_path, weights, alone)
+    changed = [name for name, x in weights.items() if (merged[name] != x).any()]
+    assert changed == [f"{place}.up_proj.weight"]
 
 
 def test_a_tree(tmp_path: Folder) -> None:
@@ -223,7 +261,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] =
         {"trainable_token_indices": {"q_proj": [1]}},
         "is not an embedding in the checkpoint",
     ),
-    "rows in another order": (
+    "heads that are not known": (
         {WQKV: ones(12, 6)}, {KIMI: low_rank((4, 6), 2)}, {}, "not in the checkpoint"
     ),
 }  # fmt: skip

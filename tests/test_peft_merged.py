@@ -332,11 +332,16 @@ def test_experts_that_are_no_parameter(tmp_path: Folder) -> None:
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_what_helps_where_a_module_is_not_there(is_tied: bool, tmp_path: Folder) -> None:
-    """To save the base in another way; to untie it, only if it may be a head."""
-    advice = "with its head, and in `transformers` 5 with save_pretrained(..., save_original_form"
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (9, 6)])
+def test_what_helps_where_a_module_is_not_there(
+    is_tied: bool, shape: tuple[int, int], tmp_path: Folder
+) -> None:
+    """Other names, only if a tensor has its shape; an untied head, only if it may be one."""
+    advice = "save the base model as it was adapted, with its head"
+    if sorted(shape) == [4, 6]:
+        advice += ", and in `transformers` 5 with save_pretrained(..., save_original_format=False)"
     weights = {"m.qkv.weight": ones(4, 6), "m.embed_tokens.weight": TABLE}
-    given, config = {"m.v_proj": low_rank((4, 6), 2)}, TIED if is_tied else {}
+    given, config = {"m.v_proj": low_rank(shape, 2)}, TIED if is_tied else {}
     with refused(ValueError, "adapter", "m.v_proj.weight", "not in the checkpoint", advice):
         merge(tmp_path, weights, given, config)
 

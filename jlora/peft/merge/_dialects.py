@@ -44,7 +44,7 @@ _FLASH: Dialect = (
 )
 # Replacements, in order, from a checkpoint's names to the modules of `transformers` 5. Every
 # checkpoint of a dialect has a name that matches its first pattern. Braces list the modules that
-# each have an equal part of a tensor's rows, in order.
+# each have an equal part of a tensor's rows, in order; `~` as in `split`.
 DIALECTS: tuple[Dialect, ...] = (
     ((r"\.block_sparse_moe\.", ".mlp."),),  # Mixtral, MiniMax
     ((r"\.block_sparse_moe\.gate\.", ".mlp.router."), (r"\.block_sparse_moe\.", ".mlp.")),  # PhiMoE
@@ -87,6 +87,24 @@ DIALECTS: tuple[Dialect, ...] = (
         (r"^(thinker\.)?model\.(?!(language_model|visual|audio_tower)\.)", "model.language_model."),
         (r"^thinker\.", ""),
     ),
+    (  # DeepSeek V4
+        (r"\.attn\.wq_a\.", ".attn.q_a_proj."),
+        (r"\.indexer\.compressor\.", ".compressor.indexer."),
+        (r"\.indexer\.weights_proj\.", ".compressor.indexer.scorer.weights_proj."),
+        (r"\.indexer\.wq_b\.", ".compressor.indexer.q_b_proj."),
+        (r"\.wq_b\.", ".q_b_proj."),
+        (r"\.wkv\.", ".kv_proj."),
+        (r"\.wgate\.", ".gate_proj."),
+        (r"\.wo_([ab])\.", r".o_\1_proj."),
+        (r"\.attn\.", ".self_attn."),
+        (r"\.ffn\.gate\.bias$", ".mlp.gate.e_score_correction_bias"),
+        (r"\.ffn\.", ".mlp."),
+        (r"\.shared_experts\.w1\.", ".shared_experts.gate_proj."),
+        (r"\.shared_experts\.w2\.", ".shared_experts.down_proj."),
+        (r"\.shared_experts\.w3\.", ".shared_experts.up_proj."),
+        (r"^(model\.)?embed\.", r"\1embed_tokens."),
+        (r"^head\.", "lm_head."),
+    ),
     (  # Nomic
         (r"\.mlp\.fc11\.", ".mlp.up_proj."),
         (r"\.mlp\.fc12\.", ".mlp.gate_proj."),
@@ -109,7 +127,8 @@ DIALECTS: tuple[Dialect, ...] = (
         (r"\.attn\.o_proj\.", ".self_attn.o_proj."),
         (r"\.mlp\.gate_up_proj\.", ".mlp.{gate,up}_proj."),
     ),
-    (  # Kimi K2.5, but for `wqkv`, whose rows have another order
+    (  # Kimi K2.5
+        (r"(\.blocks\.\d+)\.wqkv\.", r"\1.attn.{q~,k~,v}_proj."),
         (r"\.encoder\.blocks\.(\d+)\.wo\.", r".layers.\1.attn.proj."),
         (r"\.encoder\.blocks\.(\d+)\.(mlp\.fc|norm)1\.", r".layers.\1.\g<2>2."),
         (r"\.encoder\.blocks\.(\d+)\.(mlp\.fc|norm)0\.", r".layers.\1.\g<2>1."),
@@ -117,6 +136,13 @@ DIALECTS: tuple[Dialect, ...] = (
         (r"\.blocks\.", ".layers."),
         (r"^mm_projector\.proj\.0\.", "mm_projector.in_proj."),
         (r"^mm_projector\.proj\.2\.", "mm_projector.out_proj."),
+        *_LLAVA,
+    ),
+    (  # MiniMax M3
+        (r"\.block_sparse_moe\.", ".mlp."),
+        (r"^patch_merge_mlp\.", "multi_modal_projector.merge_"),
+        (r"\.vision_model\.(encoder\.)?", "."),
+        (r"\.index_([qk])_", r".indexer.\1_"),
         *_LLAVA,
     ),
     (  # DETR, RT-DETR

@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -95,7 +95,7 @@ def _match_tree(
     parts = {part.name: [part] for part in found.parts}
     fits = _make_fits(parts, found, is_transposed=True)
     wanted = [*parts, *full, *tokens]
-    target = Target(checkpoint, next(find_models(wanted, checkpoint.shapes, fits)))
+    target = Target(checkpoint, next(_find_models(wanted, checkpoint, fits)))
     if is_untied:
         target, found = untie(target, found, problems)
     target = fit_vocabulary(target, found, problems)
@@ -113,7 +113,7 @@ def _match_files(
     adapter = sort_tensors(files, problems)
     is_transposed = bool(files.fields.get("fan_in_fan_out"))
     fits = _make_fits(adapter.parts, adapter, is_transposed)
-    models = find_models(adapter.names, checkpoint.shapes, fits)
+    models = _find_models(adapter.names, checkpoint, fits)
     old = first = next(models)
     for model in itertools.chain([first], models):
         adapter = adapter.resolve(name.rpartition(".")[0] for name in model.shapes)
@@ -143,6 +143,13 @@ def _match_files(
     names = [n for n in found.frozen if n in old and old[n].shape != model[n].shape]
     values = {model.tensor(name): found.frozen[name] for name in names}
     return target._replace(checkpoint=with_values(checkpoint, values)), found
+
+
+def _find_models(wanted: Collection[str], checkpoint: Checkpoint, fits: Fits) -> Iterator[Model]:
+    vision = checkpoint.config.get("vision_config")
+    fields = vision.items() if isinstance(vision, dict) else ()
+    heads = [n for key, n in fields if key.endswith("num_attention_heads") and type(n) is int]
+    return find_models(wanted, checkpoint.shapes, fits, heads[0] if len(heads) == 1 else 0)
 
 
 def _make_fits(

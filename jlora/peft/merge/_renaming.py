@@ -19,6 +19,7 @@ from ._views import (
     View,
     find_experts,
     join_experts,
+    join_modules,
     split,
     view_tensors,
 )
@@ -47,7 +48,9 @@ class Model(dict[str, View]):
 _FIRSTS = 100  # first components of names that are tried
 
 
-def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator[Model]:
+def find_models(
+    wanted: Collection[str], shapes: Shapes, fits: Fits, heads: int = 0
+) -> Iterator[Model]:
     """Finds the parameters of the model, under the names that match most of `wanted`.
 
     If none match all, one replacement in all names is searched that makes them match.
@@ -56,6 +59,7 @@ def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator
         wanted: the names of the adapter's parameters.
         shapes: the shapes of the checkpoint's tensors.
         fits: whether a tensor of a shape can be the parameter of a name.
+        heads: the heads of a vision tower, if they are known.
 
     Yields:
         The possible models: those of several versions of `transformers` that match equally many,
@@ -67,7 +71,7 @@ def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator
     best, most = list[tuple[Named, list[tuple[str, str]]]](), -1
     stored = view_tensors(shapes)
     experts = find_experts(shapes)
-    tried = list(_list_named(stored, experts))
+    tried = list(_list_named(wanted, stored, experts, heads))
     for named, joined in tried:
         there = named.keys() | joined.keys() if joined else named.keys()
         # A model may partly have the names of the checkpoint.
@@ -97,16 +101,19 @@ def find_models(wanted: Collection[str], shapes: Shapes, fits: Fits) -> Iterator
             yield _make_model(wanted, reading, *way, stored, experts)
 
 
-def _list_named(stored: Named, experts: Experts) -> Iterator[tuple[Named, Named]]:
+def _list_named(
+    wanted: Collection[str], stored: Named, experts: Experts, heads: int
+) -> Iterator[tuple[Named, Named]]:
     """Yields the parameters in each dialect: those in one tensor, and those of several."""
     tried = list[Named]()
     possible = list(find_dialects(stored.keys()))
     old = list(filter(_make_finder(rule for dialect in possible for rule in dialect), stored))
     for dialect in possible:
-        named = _rename(dialect, stored, old)
+        named = _rename(dialect, stored, old, heads)
         if named not in tried:
             tried.append(named)
-            yield named, join_experts(named, stored, experts)
+            joined = join_experts(named, stored, experts) | join_modules(named, wanted)
+            yield named, joined
 
 
 def _replace(
@@ -155,12 +162,15 @@ def _make_model(
             new: x for new, n in names.items() if (x := named[n]).tensor not in as_stored
         } | own
     stacks = join_experts(named, stored, experts)
-    # The model has single experts only if the adapter adapts one of them.
-    pieces = {piece.tensor for view in stacks.values() for piece in view.pieces}
-    single = {name for name, view in named.items() if view.tensor in pieces}
-    if not set(map(module_of, wanted)) & set(map(module_of, single)):
-        named = {name: view for name, view in named.items() if name not in single}
-    model = Model({**stacks, **named} if stacks.keys() & wanted else named)
+    pairs = join_modules(named, wanted)
+    model = Model(named)
+    for joined in (stacks, pairs) if pairs.keys() & wanted else (stacks,):
+        # The model has single experts, or such modules, only if the adapter adapts one of them.
+        pieces = {piece.tensor for view in joined.values() for piece in view.pieces}
+        single = {name for name, view in named.items() if view.tensor in pieces}
+        if not set(map(module_of, wanted)) & set(map(module_of, single)):
+            model = Model({name: view for name, view in model.items() if name not in single})
+        model = Model(joined | model if joined.keys() & wanted else model)
     model.prefix = None if add or (strip and as_stored) else strip
     return model
 
@@ -186,7 +196,7 @@ def _make_finder(rules: Iterable[tuple[str, str]]) -> Callable[[str], Any]:
 
 
 def _rename(
-    dialect: Sequence[tuple[str, str]], stored: Named, old: Iterable[str]
+    dialect: Sequence[tuple[str, str]], stored: Named, old: Iterable[str], heads: int
 ) -> dict[str, View]:
     """Gives the parameters in a checkpoint new names; only `old` names are renamed."""
     renamed = {}
@@ -199,7 +209,7 @@ def _rename(
     found: dict[str, View] = {}
     for name, view in stored.items():
         new = renamed.get(name, name)
-        parts = split(new, view) if "{" in new and "{" not in name else {new: view}
+        parts = split(new, view, heads) if "{" in new and "{" not in name else {new: view}
         for part, x in parts.items():
             found.setdefault(part, x)
     return found

@@ -46,17 +46,32 @@ def list_absent(checkpoint: Checkpoint, model: Model, found: Parameters) -> list
     kept = {identify(x) for name, x in whole.items() if name in model} if lone else set()
     lost += [name for name, x in lone.items() if identify(x) not in kept]
     why = "not in the checkpoint"
-    return [Problem(n, why, _OF_TIED if may_be_shared(checkpoint, n) else _SAVE) for n in lost]
+    return [Problem(name, why, _advise(name, checkpoint, found)) for name in lost]
 
 
 _UNTIE = "give `untie=True`, which stores both, or save the base model untied"
-_OF_TIED = (
-    f"if it shares the input embedding's weight, the adapter must change both equally: {_UNTIE}"
-)
-_SAVE = (
-    "save the base model as it was adapted, with its head, and in `transformers` 5 with "
-    "save_pretrained(..., save_original_format=False)"
-)
+
+
+def _advise(name: str, checkpoint: Checkpoint, found: Parameters) -> str:
+    if may_be_shared(checkpoint, name):
+        return (
+            "if it shares the input embedding's weight, the adapter must change both equally: "
+            + _UNTIE
+        )
+    renamed = (
+        ", and in `transformers` 5 with save_pretrained(..., save_original_format=False)"
+        if may_be_renamed(name, checkpoint, found)
+        else ""
+    )
+    return f"save the base model as it was adapted, with its head{renamed}"
+
+
+def may_be_renamed(name: str, checkpoint: Checkpoint, found: Parameters) -> bool:
+    """Whether a tensor of the checkpoint has the shape of a parameter that it seems to lack."""
+    shapes = {n: x.shape for n, x in (found.full | found.frozen).items()}
+    shapes |= {part.name: part.matrix for part in found.parts}
+    wanted = sorted(shapes[name][-2:])
+    return any(sorted(x[-2:]) == wanted for x in checkpoint.shapes.values())
 
 
 def list_untied(checkpoint: Checkpoint, model: Model, found: Parameters) -> list[Problem]:

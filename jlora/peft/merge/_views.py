@@ -8,7 +8,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from ..names._leaves import FUSED
+from ._blocks import Rows
 from ._replace import Shapes
 
 
@@ -21,6 +24,8 @@ class Piece(NamedTuple):
         start: the first row, in the expert or the parameter.
         rows: the number of rows; 0 for all.
         at: the place of the first row in the tensor; None if the tensor has no other rows.
+        heads: the heads in which rows of the first and the second half alternate in the tensor, for
+            rotary embeddings; 0 if the rows have the parameter's order.
     """
 
     tensor: str
@@ -28,11 +33,14 @@ class Piece(NamedTuple):
     start: int = 0
     rows: int = 0
     at: int | None = None
+    heads: int = 0
 
     @property
-    def own(self) -> slice:
-        """The rows of the expert, or of the parameter."""
-        return slice(self.start, self.start + self.rows)
+    def own(self) -> Rows:
+        """The rows of the expert, or of the parameter, in the order of the tensor."""
+        if not self.heads:
+            return slice(self.start, self.start + self.rows)
+        return np.arange(self.rows).reshape(self.heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 class View(NamedTuple):
@@ -63,21 +71,22 @@ def view_tensors(shapes: Shapes) -> dict[str, View]:
     return {name: View(shape, (Piece(name),)) for name, shape in shapes.items()}
 
 
-def split(name: str, view: View) -> dict[str, View]:
+def split(name: str, view: View, heads: int) -> dict[str, View]:
     """Finds the parameters that each have an equal part of a tensor's rows.
 
-    Braces list them in order, such as `attn.{q,k,v}_proj.weight`.
+    Braces list them in order, such as `attn.{q~,k~,v}_proj.weight`. Where `~` is, the halves of
+    each of the `heads` alternate.
     """
     before, _, rest = name.partition("{")
     inside, _, after = rest.partition("}")
     parts = inside.split(",")
     rows, odd = divmod(sum(view.shape[:1]), len(parts))
-    if odd or not rows:
+    if odd or not rows or ("~" in inside and (heads < 1 or rows % (2 * heads))):
         return {view.tensor: view}
     found = {}
     for i, part in enumerate(parts):
-        piece = Piece(view.tensor, rows=rows, at=i * rows)
-        found[before + part + after] = View((rows, *view.shape[1:]), (piece,))
+        piece = Piece(view.tensor, None, 0, rows, i * rows, heads * part.endswith("~"))
+        found[before + part.removesuffix("~") + after] = View((rows, *view.shape[1:]), (piece,))
     return found
 
 
@@ -101,6 +110,21 @@ def join_experts(named: Named, stored: Mapping[str, View], experts: Experts) -> 
             for way in ways:
                 if view := _stack([parts.get(part, {}) for part in way]):
                     views[f"{module}.{parameter}"] = view
+    return views
+
+
+def join_modules(named: Named, wanted: Iterable[str]) -> dict[str, View]:
+    """Makes the weights of gates that are two in the checkpoint, if one of them is `wanted`."""
+    gate, up, both = "gate_proj.weight", "up_proj.weight", "gate_up_proj.weight"
+    views = {}
+    for name, first in named.items() if any(name.endswith(f".{both}") for name in wanted) else ():
+        second = named.get(name.removesuffix(gate) + up)
+        if not (name.endswith(f".{gate}") and second and first.is_tensor and second.is_tensor):
+            continue
+        if len(first.shape) == 2 and first.shape[1:] == second.shape[1:]:
+            n, m = first.shape[0], second.shape[0]
+            pieces = Piece(first.tensor, rows=n), Piece(second.tensor, start=n, rows=m)
+            views[name.removesuffix(gate) + both] = View((n + m, first.shape[1]), pieces)
     return views
 
 
