@@ -23,7 +23,7 @@ def to_path(path: Where, argument: str = "path") -> Path:
     """Returns the path that an argument is; raises `TypeError` if it is none."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
-            f"`{argument}` must be a path, a str or an os.PathLike; got a {type(path).__name__}. "
+            f"`{argument}` must be a path, a str or a pathlib.Path; got a {type(path).__name__}. "
             "Is it in the place of another argument?"
         )
     return Path(path)

@@ -15,6 +15,7 @@ from peft_files import CONFIG, ENDS, TENSORS, Folder, assert_equal, pair, write
 from safetensors.numpy import save_file
 
 from jlora import peft
+from jlora._adapters._gated import Routed
 from jlora.peft.adapter._config import DEFAULTS, ROWS_DEFAULTS
 from jlora.types import Layout, LowRank, Replaced
 
@@ -163,6 +164,13 @@ def test_some_of_the_leaves(tmp_path: Folder) -> None:
     assert len(jax.tree.leaves(found)) == 2 * len(some)
 
 
+def test_biases_of_what_is_adapted(tmp_path: Folder) -> None:
+    """The rest of the model may have others."""
+    contents = peft.Contents({"m.q": Q, "m.q.bias": np.ones(2, np.float32)})
+    assert peft.write(tmp_path / "a", contents)["bias"] == "lora_only"
+    assert_same_leaves(peft.read(tmp_path / "a").leaves, contents.leaves)
+
+
 def test_counted_batches(tmp_path: Folder) -> None:
     """A BatchNorm that is saved as a whole has an integer."""
     count = {"m.norm.num_batches_tracked": np.asarray(7)}
@@ -184,14 +192,16 @@ def test_rows_alone_are_those_of_the_leaves(tmp_path: Folder) -> None:
     assert peft.write(tmp_path / "a", alone((5, 6)))["token_indices"] == [5, 6]
     found = peft.read(tmp_path / "a").leaves["m.e0"]
     assert isinstance(found, Replaced) and found.rows == (5, 6)
-    with refused(ValueError, "contents", "m.e1", "rows (5, 6)", "by itself"):
+    with refused(ValueError, "contents", "m.e1", "rows (5, 6)", "Save each embedding by itself"):
         peft.write(tmp_path / "b", alone((3, 4), (5, 6)))
 
 
 Q = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), 1.0, Layout((), (1,), (0,)))
+ROUTED = Routed(jnp.ones((2, 3, 1)), jnp.ones((2, 1, 2)), None, 2, 1.0, Layout((), (0,), (1,)))
 AXES, NODE = Layout((), (0, 1), (2,)), r"{}: expected a node with the axes of PyTorch's weight"
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "axes": ({"m.q": Q.replace(layout=AXES)}, {}, NODE.format("m.q")),
+    "another node": ({"m.q": ROUTED}, {}, NODE.format("m.q")),
     "no leaf": ({"m.q": 1.0}, {}, NODE.format("m.q") + r".*; got 1\.0"),
     "an array of no module": ({"q": np.ones(3)}, {}, NODE.format("q")),
     "nothing": ({}, {}, "has neither A and B nor a parameter in full"),
@@ -200,6 +210,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "not finite": ({"m.q": Q.replace(a=Q.a * jnp.inf)}, {}, "3 of 3 values are not finite"),
     "a field": ({"m.q": Q}, {"bias": "x"}, "`contents` has a configuration .*\n.*bias: expected"),
     "A and B, and rows alone": ({"m.q": Q}, {"peft_type": "TRAINABLE_TOKENS"}, "token_indices: "),
+    "a deep name": ({f"{'m.' * 101}q": Q}, {}, r"\.lora_A\.weight.*: expected at most 1000 print"),
     "both": ({"m.q": Q, "m.q.weight": np.ones((2, 3))}, {}, r"m\.q.* also has A and B"),
 }
 

@@ -4,6 +4,7 @@ The law behind most tests: what is read means what PyTorch computed, what is wri
 would have written, and whatever is wrong is refused as a whole, by name.
 """
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -490,6 +491,20 @@ def test_what_peft_ties_itself_alone(tmp_path: Folder) -> None:
     files.tensors(lambda t: t.update({names[0].replace("embed_tokens", "proj"): table}))
     with refused(ValueError, "path", PREFIX + "proj.weight", "unexpected"):
         peft.read(files.folder)
+
+
+def test_a_module_in_one_that_is_saved(tmp_path: Folder) -> None:
+    """PEFT does not load it if both are listed; the outer one has it."""
+    names = [Name("head/scale", "m.head", "o", "scale"), Name("(.*)/kernel", r"m.\1", "io")]
+    adapter = {"q": {"kernel": node(names[1], (4, 6))}}
+    adapter["head"] = {"scale": normal(0, 3), "dense": {"kernel": normal(1, 4, 6)}}
+    base = {"q": {"kernel": normal(2, 4, 6)}, "head": adapter["head"]}
+    for i, config in enumerate(({}, {"modules_to_save": ["head", "head.dense"]})):
+        peft.save(tmp_path / f"{i}", base, adapter, names, config=config)
+        assert peft.read_config(tmp_path / f"{i}")["modules_to_save"] == ["m.head"]
+        assert_equal(peft.load(tmp_path / f"{i}", base, names), adapter)
+        contents = dataclasses.replace(peft.read(tmp_path / f"{i}"), config=config)
+        assert peft.write(tmp_path / f"{i}b", contents)["modules_to_save"] == ["m.head"]
 
 
 HEAD = PREFIX + "lm_head"

@@ -23,6 +23,7 @@ import peft_models as models
 import pytest
 from messages import refused
 from peft_files import ENDS, PREFIX, TENSORS, Files, Folder, bounded, measure, write
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small import some
 
@@ -32,6 +33,7 @@ from jlora.types import LowRank
 
 Tensors = Mapping[str, np.ndarray]
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+METADATA = {"format": "mlx"}
 
 
 def checkpoint(folder: Folder, tensors: Tensors, shards: int = 1, **config: Any) -> Folder:
@@ -39,13 +41,13 @@ def checkpoint(folder: Folder, tensors: Tensors, shards: int = 1, **config: Any)
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)
     if shards == 1:
-        save_file(dict(tensors), folder / ONE, metadata={"format": "pt"})
+        save_file(dict(tensors), folder / ONE, metadata=METADATA)
     else:
         files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
         where = {name: files[i % shards] for i, name in enumerate(names)}
         for file in files:
             part = {name: tensors[name] for name in names if where[name] == file}
-            save_file(part, folder / file, metadata={"format": "pt"})
+            save_file(part, folder / file, metadata=METADATA)
         index = {"metadata": {"total_size": 1}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
@@ -113,7 +115,7 @@ def test_files_are_those_of_the_library(shards: int, tmp_path: Folder) -> None:
     case, base = fixture("modules_to_save", tmp_path, shards)
     peft.export_merged(base, case.folder, tmp_path / "out")
     for file in (tmp_path / "out").glob("*.safetensors"):
-        save_file(load_file(file), tmp_path / "again", metadata={"format": "pt"})
+        save_file(load_file(file), tmp_path / "again", metadata=METADATA)
         assert file.read_bytes() == (tmp_path / "again").read_bytes()
     assert bytes_of(tmp_path / "out").keys() == bytes_of(base).keys()
 
@@ -675,11 +677,14 @@ def grow(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors and the configuration of a merged checkpoint that may be larger than its base.
 
-    Every tensor is where its index says.
+    Every tensor is where its index says. Files keep their metadata, which may describe codes.
     """
     base = checkpoint(folder / "base", weights, shards, **config)
     source = adapter(folder / "a", {"m.q": low_rank((4, 6), 2), **given}, **fields)
     peft.export_merged(base, source, folder / "out", untie=untie)
+    expected = {"format": "pt"} if "quantization_config" in config else METADATA
+    for file in (folder / "out").glob("*.safetensors"):
+        assert safe_open(file, "np").metadata() == expected
     if shards > 1:
         index = json.loads((folder / "out" / INDEX).read_text())
         where = {

@@ -116,6 +116,10 @@ NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
          [Name("([vw])", r"m.\1", "io")]), {}, "adapter", "", "the dropout rates [0.0, 0.1]",
     ),
     "another profile": ((BASE, LOW, [W]), {"profile": "tgi"}, "profile", "", "got 'tgi'"),
+    "a long name": (
+        (BASE, LOW, [Name("w", "m" * 1000, "io")]), {},
+        *("adapter", "", "expected at most 1000 printable characters, with at most 100 dots"),
+    ),
     "a feature": (
         (BASE, LOW, [W]), {"config": {"use_qalora": True}}, "config", "use_qalora", "True is a fea"
     ),
@@ -171,7 +175,7 @@ NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
     "different rows alone": (
         (TABLE | {"u": TABLE["t"]}, {"t": ROWS, "u": ROWS._replace(rows=(1, 2, 3))},
          [Name("[tu]", r"m.\g<0>", "vo")]), {},
-        *("adapter", "t, u", "different rows", "Save each embedding by itself"),
+        *("adapter", "t", "rows (6, 1, 3)", "Save each embedding by itself"),
     ),
     "another method": (
         (BASE, LOW, [W]), {"config": {"peft_type": "VERA"}},

@@ -35,7 +35,9 @@ def rearrange(
         if entries == [*checkpoint.headers[file].entries.values()]:
             headers[file] = checkpoint.headers[file]
         elif entries:
-            headers[file], heads[file] = make_header(entries)
+            # That of a quantized file describes its codes.
+            metadata = {} if checkpoint.quantization else checkpoint.headers[file].metadata
+            headers[file], heads[file] = make_header(entries, metadata)
         where |= dict.fromkeys((entry.key for entry in entries), file)
     texts: dict[str, Any] = {} if config == checkpoint.config else {"config.json": config}
     if (index := checkpoint.names[1]) in checkpoint.kept:

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -15,22 +15,19 @@ from .._errors import InputError, Problem
 from .._types import Layout, short
 from ._file import COUNT, COUNTS, DTYPES
 from ._problems import Problems
-from .adapter._arranged import explain_unstored
+from .adapter._arranged import Tree, explain_unstored, make_tree
 from .adapter._config import DEFAULTS, ROWS_ALONE, ROWS_DEFAULTS, problems_of
-from .adapter._describe import NO_MODULE, find_scales, set_scales
+from .adapter._describe import Fields, describe, describe_rows_alone
 from .adapter._draft import make_draft
 from .adapter._files import Files, fill, list_tensors
 from .adapter._fit_tree import refuse_wide
 from .adapter._one_rank import with_profile
 from .adapter._open import open_adapter
 from .adapter._parameters import assign_parameters, find_twins, refuse_biases
-from .adapter._patterns import Clock
-from .adapter._roles import resolve
-from .adapter._sorted import Parameters, Part, is_of_vocabulary, may_tie, sort_tensors
-from .adapter._tokens import INDICES, Tokens, find_rows
+from .adapter._sorted import Parameters, Part, sort_tensors
 from .names._leaves import NamedLeaf
 from .names._names import Name
-from .names._torch_layout import join_factors, split_factors
+from .names._torch_layout import join_factors
 
 Leaf = LowRank | Decomposed | Replaced | np.ndarray | jax.Array
 _ROWS = Layout((), (0,), (1,))
@@ -148,12 +145,15 @@ def write(
         >>> fields["r"], fields["lora_alpha"]
         (8, 8)
     """
-    own = _as_parameters(contents)
-    fields, own = with_profile(profile, _describe(contents, own), own)
+    tree = _as_tree(contents)
+    full = {leaf.parameters[0]: np.asarray(leaf.value) for leaf in tree.full}
+    tokens = {x.module: x for x in tree.tokens}
+    own = Parameters(tree.parts, full, dict(contents.frozen), tokens, {})
+    fields, own = with_profile(profile, _describe(contents, tree, own.parts), own)
     draft = make_draft(fields, own, contents.tied, dialect, prefix)
     title = "`contents` cannot be written so that `read` reads the same adapter"
     _read(draft.as_files("contents", contents.leaves), Problems(title))
-    draft.write(path, "path")
+    draft.write(path)
     return fields
 
 
@@ -192,111 +192,55 @@ def _as_leaf(part: Part) -> NamedLeaf:
 
 
 @functools.cache
-def _name(axes: str) -> Name:
-    return Name("", "", axes)
+def _name(axes: str, parameter: str = "weight") -> Name:
+    return Name("", "", axes, parameter)
 
 
-def _as_parameters(contents: Contents) -> Parameters:
-    """Converts the leaves to PEFT's layout."""
-    parts, tokens, full = list[Part](), dict[str, Tokens](), dict[str, np.ndarray]()
-    wrong = list[Problem]()
+def _as_tree(contents: Contents) -> Tree:
+    """Names the leaves, as those of a model whose other leaves are not known."""
+    leaves, wrong = list[NamedLeaf](), list[Problem]()
     for name, x in contents.leaves.items():
-        is_array = isinstance(x, np.ndarray | jax.Array)
-        arrays = state(x).values() if is_node(x) else [x] * is_array
+        arrays = state(x).values() if is_node(x) else [x] if _is_array(x) else []
         dtypes = COUNTS if name.endswith(COUNT) else DTYPES
         if odd := next(filter(None, (explain_unstored(y, dtypes) for y in arrays)), None):
             wrong.append(Problem(name, odd))
-        elif is_array and "." in name:
-            full[name] = np.asarray(x)
-        elif isinstance(x, Replaced) and x.layout == _ROWS:
-            tokens[f"{name}.weight"] = Tokens(name, x.rows, np.asarray(x.v))
-        elif isinstance(x, LowRank | Decomposed) and (axes := _AXES.get(x.layout)):
-            parts.append(_as_part(name, x, axes))
+        elif leaf := _name_leaf(name, x):
+            leaves.append(leaf)
         else:
             why = f"expected a node with the axes of PyTorch's weight, or an array; got {short(x)}"
             wrong.append(Problem(name, why))
     if wrong:
         raise InputError("`contents` has leaves that cannot be written.", problems=wrong)
-    return Parameters(parts, full, dict(contents.frozen), tokens, {})
+    found = {(name,): x for name, x in contents.leaves.items()}
+    return make_tree(leaves, found, contents.tied, is_whole=False)
 
 
-def _as_part(key: str, x: LowRank | Decomposed, axes: str) -> Part:
-    row = Name("", "", axes)
-    leaf = NamedLeaf((), None, weight_shape(x), row, ("",))
-    [(a, b, *m)] = split_factors(leaf, x)
-    name = key if row.kind == "experts" else f"{key}.weight"
-    return Part(name, row.kind or "", key, a, b, x.scale, None, m[0] if m else None, leaf.experts)
+def _name_leaf(name: str, x: Any) -> NamedLeaf | None:
+    """Returns the leaf that has PyTorch's axes; None if it has others."""
+    module, _, parameter = name.rpartition(".")
+    if _is_array(x):
+        row = _name("o"[: x.ndim] + "k" * (x.ndim - 1), parameter)
+        return NamedLeaf((name,), x, x.shape, row, (module,)) if module else None
+    is_rows = isinstance(x, Replaced) and x.layout == _ROWS
+    is_known = is_rows or isinstance(x, LowRank | Decomposed)
+    if not is_known or (axes := _AXES.get(x.layout)) is None:
+        return None
+    own = (_name(axes, parameter), (module,)) if axes == "eoi" else (_name(axes), (name,))
+    return NamedLeaf((name,), None, weight_shape(x), *own)
 
 
-# ------------------------------------------------------------------------------- the configuration
+def _is_array(x: object) -> TypeGuard[np.ndarray | jax.Array]:
+    return isinstance(x, np.ndarray | jax.Array)
 
 
-def _describe(contents: Contents, own: Parameters) -> dict[str, Any]:
+def _describe(contents: Contents, tree: Tree, parts: Sequence[Part]) -> Fields:
     """Makes a configuration that describes the contents; keeps the fields that do."""
     is_alone = contents.config.get("peft_type") == ROWS_ALONE
     fields = {**(ROWS_DEFAULTS if is_alone else DEFAULTS), **contents.config}
-    if own.parts:
-        fields["use_dora"] = any(part.m is not None for part in own.parts)
-    elif not is_alone:
-        fields["target_modules"] = NO_MODULE
+    if is_alone:
+        fields = describe_rows_alone(fields, tree, "contents")
+    elif parts:
+        fields["use_dora"] = any(part.m is not None for part in parts)
     if wrong := problems_of(fields, is_file=False):
         raise InputError("`contents` has a configuration that cannot be written:", problems=wrong)
-    rows = {x.module: x.rows for x in own.tokens.values()}
-    keys = {part.key: part.kind == "experts" for part in own.parts}
-    heads = [contents.tied[key] for key in keys if key in contents.tied]
-    if is_alone:
-        return _select(fields | _list_rows(rows), dict.fromkeys(rows, False), ())
-    fields = _save(_select(fields, keys, heads), own)
-    listed, _ = find_rows(fields, rows, problems := Problems(""))
-    if listed != rows or problems.found:
-        fields[INDICES] = {module: list(own) for module, own in rows.items()} or None
-    return set_scales(fields, find_scales(own.parts, contents.tied)) if keys else fields
-
-
-def _list_rows(rows: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Lists the rows of an adapter of rows alone; PEFT has one list for all embeddings."""
-    lists = set(rows.values())
-    if len(lists) > 1:
-        each = [Problem(module, f"rows {own}") for module, own in rows.items()]
-        why = "`contents` has different rows of embeddings, but `TRAINABLE_TOKENS` has one list."
-        raise InputError(why, problems=each, remedy="Write each embedding by itself.")
-    return {"token_indices": list(*lists)} if lists else {}
-
-
-def _select(
-    fields: dict[str, Any], keys: Mapping[str, bool], heads: Iterable[str]
-) -> dict[str, Any]:
-    """Selects modules, parameters of experts (True) and tied heads, if they are not all."""
-    modules = {key: key.rpartition(".")[0] if is_deep else key for key, is_deep in keys.items()}
-    roles = resolve(fields, {*modules.values(), *heads}, Clock())
-    each = [
-        key.rpartition(".")[2] in roles[modules[key]].parameters
-        if is_deep
-        else roles[key].adapts and not roles[key].saves
-        for key, is_deep in keys.items()
-    ]
-    if all(each) and all(may_tie(fields, head) or roles[head].adapts for head in heads):
-        return fields
-    named = {
-        "target_modules": [*(key for key, is_deep in keys.items() if not is_deep), *heads],
-        "target_parameters": [key for key, is_deep in keys.items() if is_deep] or None,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
-    return fields | {key: x for key, x in named.items() if key in fields}
-
-
-def _save(fields: dict[str, Any], own: Parameters) -> dict[str, Any]:
-    """Saves the modules of parameters in full, if not all are saved."""
-    homes = {name: name.rpartition(".")[::2] for name in own.full}
-    roles = resolve(fields, {module for module, _ in homes.values()}, Clock())
-    adapted = {part.name.rpartition(".")[0] for part in own.parts}
-    lost = dict.fromkeys(
-        module
-        for module, parameter in homes.values()
-        if not roles[module].saves_whole(fields, parameter, module in adapted)
-        and not may_tie(fields, module)
-        and not is_of_vocabulary(module, parameter)
-    )
-    return fields | {"modules_to_save": [*(fields["modules_to_save"] or ()), *lost] or None}
+    return fields if is_alone else describe(fields, tree, parts)

@@ -91,9 +91,7 @@ OTHERS = {
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
     **dict.fromkeys(("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
 }
-
-
-_FORMAT = {"format": "pt"}
+FORMAT = {"format": "pt"}  # without which `transformers` reads no file
 
 
 class TensorInfo(NamedTuple):
@@ -150,11 +148,8 @@ def _parse_entries(raw: dict[str, Any]) -> dict[str, TensorInfo]:
         raise ValueError(f"{why}. Save it in shards")
     entries = {}
     for key, fields in tensors.items():
-        if len(key) > NAME_LIMIT or key.count(".") > DEPTH_LIMIT or not key.isprintable():
-            raise ValueError(
-                f"has a tensor named {shorten(key)}; expected at most {NAME_LIMIT} printable "
-                f"characters, with at most {DEPTH_LIMIT} dots"
-            )
+        if why := explain_name(key):
+            raise ValueError(f"has a tensor named {shorten(key)}; {why}")
         entry = _parse_tensor(key, fields)
         if entry is None:
             raise ValueError(f"has an invalid entry for {shorten(key)}: {shorten(fields)}")
@@ -162,10 +157,17 @@ def _parse_entries(raw: dict[str, Any]) -> dict[str, TensorInfo]:
     return entries
 
 
-def make_header(
-    tensors: Iterable[TensorInfo], metadata: Mapping[str, str] = _FORMAT
-) -> tuple[Header, bytes]:
+def explain_name(key: str) -> str:
+    """Explains why a tensor cannot have a name, if it cannot."""
+    is_short = len(key) <= NAME_LIMIT and key.count(".") <= DEPTH_LIMIT
+    if is_short and key.isprintable():
+        return ""
+    return f"expected at most {NAME_LIMIT} printable characters, with at most {DEPTH_LIMIT} dots"
+
+
+def make_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> tuple[Header, bytes]:
     """Makes the header of a file, and its bytes, as the safetensors library writes them."""
+    metadata = {**FORMAT, **metadata}
     sizes = {name: x.itemsize for name, x in DTYPES.items()} | OTHERS
     entries, fields, at = dict[str, TensorInfo](), dict[str, Any](), 0
     fields["__metadata__"] = metadata

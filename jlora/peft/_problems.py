@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from .._errors import InputError, Problem
-from ._file import CONFIG, TENSORS, TensorInfo
+from ._file import CONFIG, TENSORS, TensorInfo, explain_name
 from ._recognized import find_cause
 
 
@@ -43,10 +43,12 @@ class Problems:
         return self.add(where, why, self.advice())
 
     def examine(self, tensors: Iterable[TensorInfo]) -> None:
-        """Looks for a cause in the keys and shapes of an adapter, and adds tensors of no size."""
+        """Looks for a cause in the keys and shapes; adds tensors of no size, and long names."""
         shapes = {x.key: x.shape for x in tensors}
         self.cause = find_cause(shapes)
         for key, shape in shapes.items():
+            if why := explain_name(self.keys.get(key, key)):
+                self.add(key, why)
             if 0 in shape:
                 self.add(key, f"has no values, as its shape is {shape}")
 

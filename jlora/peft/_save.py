@@ -16,7 +16,14 @@ from ._load import fit
 from ._problems import Problems
 from .adapter._arranged import Tree, arrange, check_one_method
 from .adapter._config import DEFAULTS, LIMIT, ROWS_DEFAULTS, problems_of
-from .adapter._describe import Fields, describe, describe_rows_alone, find_frozen, find_full
+from .adapter._describe import (
+    Fields,
+    describe,
+    describe_rows_alone,
+    find_frozen,
+    find_full,
+    set_training,
+)
 from .adapter._draft import Draft, make_draft
 from .adapter._one_rank import with_profile
 from .adapter._sorted import Parameters
@@ -110,7 +117,7 @@ def save(
         ['unet.model.q_proj.lora_A.weight', 'unet.model.q_proj.lora_B.weight']
     """
     draft = _draft(base, adapter, names, base_model, profile, config, dialect, prefix)
-    draft.write(path, "path")
+    draft.write(path)
 
 
 def tensors(
@@ -200,7 +207,7 @@ def _as_lora(tree: Tree, given: Fields) -> tuple[Fields, Parameters]:
     if parts:
         fields["use_dora"] = any(part.m is not None for part in parts)
     _refuse_config(problems_of(fields, is_file=False))
-    fields = describe(fields, given, tree, parts)
+    fields = set_training(describe(fields, tree, parts), given, tree)
     saved = find_full(fields, tree)
     _refuse_adapted([leaf for leaf in saved if is_node(tree.found.get(leaf.path))], fields)
     frozen = find_frozen(fields, tree)
@@ -217,7 +224,7 @@ def _as_lora(tree: Tree, given: Fields) -> tuple[Fields, Parameters]:
 
 def _rows_alone(tree: Tree, given: Fields) -> tuple[Fields, Parameters]:
     """Describes an adapter of rows alone; a tied head has the rows of its embedding too."""
-    fields = describe_rows_alone(ROWS_DEFAULTS | given, tree)
+    fields = describe_rows_alone(ROWS_DEFAULTS | given, tree, "adapter")
     _refuse_config(problems_of(fields, is_file=False))
     each = ((x, m) for x in tree.tokens for m in (x.module, tree.tied.get(x.module)) if m)
     return fields, Parameters([], {}, {}, {m: x._replace(module=m) for x, m in each}, {})

@@ -365,7 +365,7 @@ PATHS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", PATHS)
 def test_a_tree_in_the_place_of_a_path(name: str) -> None:
     """Every function of files says which argument is no path."""
-    with refused(TypeError, "", "a str or an os.PathLike; got a dict. Is it in the place of"):
+    with refused(TypeError, "", "a str or a pathlib.Path; got a dict. Is it in the place of"):
         PATHS[name](PARAMS)
 
 

@@ -52,6 +52,7 @@ class Tree(NamedTuple):
         full: the leaves in full.
         rows: the leaves with rows.
         tied: a dict from the module of an embedding to the head that shares its weight.
+        is_whole: whether `leaves` are all leaves of the model.
     """
 
     leaves: list[NamedLeaf]
@@ -59,7 +60,8 @@ class Tree(NamedTuple):
     low: list[NamedLeaf]
     full: list[NamedLeaf]
     rows: list[NamedLeaf]
-    tied: dict[str, str]
+    tied: Mapping[str, str]
+    is_whole: bool
 
     @property
     def modules(self) -> set[str]:
@@ -96,15 +98,19 @@ def arrange(base: PyTree, adapter: PyTree, names: Sequence[Name]) -> Tree:
     check_fits(base, found)
     leaves = sort_by_row(resolve(base, names), names)
     _check_writable(found, {leaf.path: leaf for leaf in leaves}, names)
+    tied = {leaf.modules[0]: head for head, leaf in find_tied_heads(leaves).items()}
+    return make_tree(leaves, found, tied)
+
+
+def make_tree(
+    leaves: list[NamedLeaf], found: dict[Path, Any], tied: Mapping[str, str], is_whole: bool = True
+) -> Tree:
+    """Sorts the leaves by what is `found` at their paths."""
     own = [(leaf, found[leaf.path]) for leaf in leaves if leaf.path in found]
-    return Tree(
-        leaves,
-        found,
-        low=[keep_adapted(leaf, x) for leaf, x in own if isinstance(x, _FACTORED)],
-        full=[leaf for leaf, x in own if not is_node(x)],
-        rows=[leaf for leaf, x in own if isinstance(x, Replaced)],
-        tied={leaf.modules[0]: head for head, leaf in find_tied_heads(leaves).items()},
-    )
+    low = [keep_adapted(leaf, x) for leaf, x in own if isinstance(x, _FACTORED)]
+    full = [leaf for leaf, x in own if not is_node(x)]
+    rows = [leaf for leaf, x in own if isinstance(x, Replaced)]
+    return Tree(leaves, found, low, full, rows, tied, is_whole)
 
 
 def _join_parts(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:

@@ -102,7 +102,7 @@ def read_config(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -
     return read_fields(Source(to_path(path)), ignore)
 
 
-def read_fields(source: Source, ignore: Collection[str] = ()) -> dict[str, Any]:
+def read_fields(source: Source, ignore: Collection[str]) -> dict[str, Any]:
     """Reads a configuration without the fields in `ignore`, which jlora must not know."""
     return leave_out(read_json(source, CONFIG, LIMIT), ignore)
 

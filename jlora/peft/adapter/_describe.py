@@ -4,19 +4,29 @@ import bisect
 import collections
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..._errors import InputError
+from ..._errors import InputError, Problem
 from ..._tree import name_of
 from ..._types import Path
+from .._file import shorten
 from .._problems import Problems
 from ..names._leaves import NamedLeaf
 from ._arranged import Tree
 from ._config import ENTRIES, PATTERNS, ROWS_ALONE, list_misformed
 from ._patterns import Clock
-from ._roles import Role, find_divisor, list_parents, list_tails, make_saves, resolve, saves_bias
-from ._sorted import SAVED_BY_NAME, Part, may_tie
+from ._roles import (
+    Role,
+    find_divisor,
+    is_nested,
+    list_parents,
+    list_tails,
+    make_saves,
+    resolve,
+    saves_bias,
+)
+from ._sorted import SAVED_BY_NAME, Part, is_of_vocabulary, may_tie
 from ._tokens import INDICES, find_rows, list_lone_heads
 
 Fields = dict[str, Any]
@@ -24,12 +34,11 @@ Fields = dict[str, Any]
 NO_MODULE = "dummy-target-modules"  # PEFT's word for "no module"
 
 
-def describe(fields: Fields, given: Mapping[str, Any], tree: Tree, parts: Sequence[Part]) -> Fields:
-    """Replaces the `fields` that do not describe an adapter; `given` has the user's own."""
+def describe(fields: Fields, tree: Tree, parts: Sequence[Part]) -> Fields:
+    """Replaces the `fields` that do not describe an adapter."""
     fields = _set_targets(fields, tree)
-    scales = find_scales(_key(parts, fields), tree.tied)
-    fields = _set_full(set_scales(fields, scales), tree)
-    return _set_tokens(_set_training(fields, given, tree), tree)
+    fields = _set_scales(fields, _key(parts, fields), tree.tied)
+    return _set_tokens(_set_full(fields, tree), tree)
 
 
 def _key(parts: Sequence[Part], fields: Fields) -> Iterable[Part]:
@@ -55,8 +64,8 @@ def _set_targets(fields: Fields, tree: Tree) -> Fields:
     roles = resolve(fields, [*tree.modules, *others, *tied.values()], Clock())
     # By whether a key is of a bare parameter: whether it is adapted.
     keys: dict[bool, dict[str, bool]] = {False: dict.fromkeys(others, False), True: {}}
-    is_described = all(_ties(fields, m) or roles[head].adapts for m, head in tied.items())
-    is_described &= not any(roles[module].adapts for module in others)
+    is_described = all(_ties(fields, m, head) or roles[head].adapts for m, head in tied.items())
+    is_described &= not any(roles[m].adapts and not roles[m].saves for m in others)
     for leaf in tree.leaves:
         for module, name in zip(leaf.modules, leaf.parameters, strict=True):
             is_described &= _adapts(roles[module], leaf) == (name in adapted)
@@ -64,23 +73,23 @@ def _set_targets(fields: Fields, tree: Tree) -> Fields:
                 keys[leaf.is_bare][leaf.key(module)] = name in adapted
     if is_described:
         return fields if adapted else fields | {"target_modules": NO_MODULE}
-    is_tied = any(_ties({"ensure_weight_tying": True}, module) for module in tied)
-    if not is_tied:  # PEFT does not tie this head by itself, so it is selected by name
-        keys[False] |= dict.fromkeys(tied.values(), True)
+    # Heads that PEFT does not tie by itself are selected by name.
+    apart = [h for m, h in tied.items() if not _ties({"ensure_weight_tying": True}, m, h)]
+    keys[False] |= dict.fromkeys(apart, True)
     # If it were selected by its last name alone, PEFT would store its frozen weight too.
     whole = [m for m in keys[False] if m.rpartition(".")[2] in SAVED_BY_NAME]
-    targets = _select(keys[False], whole)
+    targets = _select(keys[False], tree.is_whole, whole)
     # A whole name also selects the modules whose names end with it.
     chosen = frozenset(targets)
     unwanted = (name for name, is_chosen in keys[False].items() if not is_chosen)
     excluded = [name for name in unwanted if not chosen.isdisjoint(list_tails(name))]
     return fields | {
         "target_modules": targets if adapted else NO_MODULE,
-        "target_parameters": _select(keys[True]) or None,
+        "target_parameters": _select(keys[True], tree.is_whole) or None,
         "exclude_modules": excluded or None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "ensure_weight_tying": is_tied,
+        "ensure_weight_tying": len(apart) < len(tied),
     }
 
 
@@ -103,10 +112,10 @@ def _adapts(role: Role, leaf: NamedLeaf) -> bool:
     return role.adapts and not leaf.is_bare
 
 
-def _ties(fields: Mapping[str, Any], module: str) -> bool:
+def _ties(fields: Mapping[str, Any], module: str, head: str) -> bool:
     """Whether PEFT gives a tied head the same A and B as its embedding `module`."""
     # PEFT recognizes embeddings by these names alone.
-    return bool(fields.get("ensure_weight_tying")) and module.rpartition(".")[2] in SAVED_BY_NAME
+    return may_tie(fields, head) and module.rpartition(".")[2] in SAVED_BY_NAME
 
 
 # ------------------------------------------------------------------------- what is saved whole
@@ -114,28 +123,39 @@ def _ties(fields: Mapping[str, Any], module: str) -> bool:
 
 def _set_full(fields: Fields, tree: Tree) -> Fields:
     """Saves leaves in full, and heads tied to them, by `bias` or `modules_to_save`."""
-    wanted = {leaf.path for leaf in tree.full}
+    unasked = set() if tree.is_whole else {x.path for x in tree.full if _may_be_unasked(fields, x)}
+    wanted = {leaf.path for leaf in tree.full} - unasked
     heads = [h for leaf in tree.full if (h := tree.tied.get(leaf.modules[0]))]
 
     def saved(fields: Fields) -> set[Path]:
-        return {leaf.path for leaf in find_full(fields, tree)}
+        return {leaf.path for leaf in find_full(fields, tree)} - unasked
 
     saves = make_saves(fields)
-    if saved(fields) == wanted and all(may_tie(fields, head) or saves(head) for head in heads):
+    is_described = saved(fields) == wanted and not is_nested(fields, tree.modules)
+    if is_described and all(may_tie(fields, head) or saves(head) for head in heads):
         return fields
-    every, of_lora = (
-        saved(fields | {"modules_to_save": None, "bias": bias}) for bias in ("all", "lora_only")
+    of_lora, every = (
+        saved(fields | {"modules_to_save": None, "bias": bias}) for bias in ("lora_only", "all")
     )
     # With "all", PEFT would store the biases of `modules_to_save` three times.
-    bias = "all" if wanted == every else "lora_only" if wanted & of_lora else "none"
+    bias = "all" if wanted == every != of_lora else "lora_only" if wanted & of_lora else "none"
     rest = {"all": set(), "lora_only": wanted - of_lora, "none": wanted}[bias]
-    modules = [m for leaf in tree.leaves if leaf.path in rest for m in leaf.modules]
+    modules = dict.fromkeys(m for leaf in tree.leaves if leaf.path in rest for m in leaf.modules)
+    modules |= dict.fromkeys(heads)
+    # PEFT cannot load a module that is saved in another one.
+    outer = [m for m in modules if [p for p in list_parents(m) if p in modules] == [m]]
     return fields | {
         "bias": bias,
-        "modules_to_save": list(dict.fromkeys(modules + heads)) or None,
+        "modules_to_save": outer or None,
         # Without this, PEFT would separate a head from its embedding.
         "ensure_weight_tying": bool(heads) or fields["ensure_weight_tying"],
     }
+
+
+def _may_be_unasked(fields: Fields, leaf: NamedLeaf) -> bool:
+    """Whether PEFT stores a parameter although no field names its module."""
+    [module] = leaf.modules
+    return may_tie(fields, module) or is_of_vocabulary(module, leaf.name.parameter)
 
 
 def find_full(fields: Fields, tree: Tree) -> list[NamedLeaf]:
@@ -169,7 +189,7 @@ def find_frozen(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:
 # ------------------------------------------------------------------------- how it is trained
 
 
-def _set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields:
+def set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields:
     """Sets dropout and `fan_in_fan_out`."""
     dropouts = {tree.found[leaf.path].dropout for leaf in tree.low}
     if "lora_dropout" not in given and len(dropouts) > 1:
@@ -199,23 +219,25 @@ def _set_tokens(fields: Fields, tree: Tree) -> Fields:
     listed, alone = find_rows(fields, wanted, problems := Problems(""))
     if listed == wanted and not (problems.found or list_lone_heads(alone, others)):
         return fields
+
     # PEFT compares the ends of names, also within a component.
-    named = {
-        last if last.isidentifier() and not any(x.endswith(last) for x in others) else m: list(rows)
-        for m, rows in wanted.items()
-        for last in [m.rpartition(".")[2]]
-    }
-    return fields | {INDICES: named or None}
+    def shorten_name(module: str) -> str:
+        last = module.rpartition(".")[2]
+        is_clear = last.isidentifier() and not any(x.endswith(last) for x in others)
+        return last if tree.is_whole and is_clear else module
+
+    return fields | {INDICES: {shorten_name(m): list(rows) for m, rows in wanted.items()} or None}
 
 
-def describe_rows_alone(fields: Fields, tree: Tree) -> Fields:
+def describe_rows_alone(fields: Fields, tree: Tree, argument: str) -> Fields:
     """Describes an adapter of rows alone; PEFT has one list of rows for all embeddings."""
     lists = {tree.found[leaf.path].rows: name_of(leaf.path) for leaf in tree.rows}
     if len(lists) > 1:
         raise InputError(
-            "`adapter` has only rows of embeddings, and PEFT has one list of rows for all of "
-            f"them; got different rows at {', '.join(lists.values())}. Save each embedding by "
-            "itself.",
+            f"`{argument}` has only rows of embeddings, and PEFT has one list of rows for all of "
+            "them; got different lists:",
+            problems=[Problem(name, f"rows {shorten(rows)}") for rows, name in lists.items()],
+            remedy="Save each embedding by itself.",
         )
     wanted = [leaf.modules[0] for leaf in tree.rows]
     others = _with_parents(tree.modules) - set(wanted)
@@ -225,7 +247,7 @@ def describe_rows_alone(fields: Fields, tree: Tree) -> Fields:
         if {m for m, role in roles.items() if role.adapts} == set(wanted):
             return fields
     chosen = dict.fromkeys(others, False) | dict.fromkeys(wanted, True)
-    return fields | {"target_modules": _select(chosen)}
+    return fields | {"target_modules": _select(chosen, tree.is_whole)}
 
 
 # ------------------------------------------------------------------------- short names
@@ -244,16 +266,21 @@ def _find_short_names(values: Mapping[str, Any]) -> dict[str, str]:
         end = stop[bisect.bisect_left(order, back, key=lambda entry: entry[0])]
         return end == len(order) or not order[end][0].startswith(back)
 
-    return {name: next(filter(has_one_value, _endings(name)), name) for name in values}
+    shortest_first = ((name, reversed([*list_tails(name)])) for name in values)
+    return {name: next(filter(has_one_value, tails), name) for name, tails in shortest_first}
 
 
-def _select(chosen: Mapping[str, bool], kept: Collection[str] = ()) -> list[str]:
+def _select(
+    chosen: Mapping[str, bool], is_whole: bool = True, kept: Collection[str] = ()
+) -> list[str]:
     """Lists names by which PEFT finds the chosen modules and no others; `kept` are whole.
 
     A module has its last word, if all modules with this word are chosen. Otherwise it has its whole
     name, as PEFT also searches modules without parameters, which are not known here: those of
     `torch.nn.Sequential` have the same numbers. Only if a list were too long, endings are shorter.
+    Unless `chosen` has the whole model, all names are whole.
     """
+    kept = kept if is_whole else chosen
     short = _find_short_names(chosen)
     words = {name: end if end.isidentifier() else name for name, end in short.items()}
     for names in (words, short):
@@ -264,22 +291,13 @@ def _select(chosen: Mapping[str, bool], kept: Collection[str] = ()) -> list[str]
     return found
 
 
-def _endings(name: str) -> Iterator[str]:
-    """Lists the endings of `name` that start after a dot, the shortest first, then `name`."""
-    return reversed([*list_tails(name)])
-
-
 # ------------------------------------------------------------------------- ranks and scales
 
 
-def find_scales(parts: Iterable[Part], tied: Mapping[str, str]) -> dict[str, tuple[int, float]]:
-    """Maps the keys of parts, and of the heads tied to them, to rank and scale."""
+def _set_scales(fields: Fields, parts: Iterable[Part], tied: Mapping[str, str]) -> Fields:
+    """Sets rank, alpha and patterns for the keys of parts, and for the heads tied to them."""
     scales = {part.key: (part.rank, part.scale) for part in parts}
-    return scales | {head: scales[key] for key, head in tied.items() if key in scales}
-
-
-def set_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """Sets rank, alpha and patterns so that each key gets its rank and scale."""
+    scales |= {head: scales[key] for key, head in tied.items() if key in scales}
     # The first pattern that matches counts, and files have them in order.
     fields = fields | {key: dict(sorted(fields[key].items())) for key in PATTERNS if fields[key]}
     roles = resolve(fields, scales, Clock())

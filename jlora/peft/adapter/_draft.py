@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from ..._errors import InputError, Problem
 from ..._folders import fresh, fresh_file
-from .._file import CONFIG, DTYPES, IMAGE, TENSORS, TensorInfo, make_header
+from .._file import CONFIG, IMAGE, TENSORS, make_header
 from ._arranged import make_tensors
 from ._config import DEFAULTS, dumps
 from ._describe import find_alpha
-from ._files import Files, as_files
+from ._files import Files, as_files, list_infos
 from ._image import ALPHA, ENDS, FIELDS, MAGNITUDES, MANGLED, A, B, Image, decode, spell
 from ._sorted import Parameters
 
@@ -47,27 +46,23 @@ class Draft(NamedTuple):
         image = Image(files.tensors, self.metadata, files.read, "the file", argument, True)
         return decode(image, (), None, modules)
 
-    def write(self, path: str | os.PathLike[str], argument: str) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the files to a new folder `path`, or to a new file in other dialects."""
         if self.misread:
             warnings.warn(f"{self.misread}; {_SAVE_FOR_IT}", stacklevel=3)
         if self.metadata is not None and Path(path).suffix == ".safetensors":
-            with fresh_file(path, argument) as file:
-                self._write_one(file)
+            with fresh_file(path, "path") as file:
+                self._write_tensors(file)
             return
-        with fresh(path, argument) as folder:
-            if self.metadata is not None:
-                self._write_one(folder / IMAGE)
-                return
-            save_file(self.tensors, folder / TENSORS, metadata={"format": "pt"})
-            # As bytes, as text would get other line ends on Windows.
-            (folder / CONFIG).write_bytes(dumps(self.fields).encode())
+        with fresh(path, "path") as folder:
+            self._write_tensors(folder / (TENSORS if self.metadata is None else IMAGE))
+            if self.metadata is None:
+                # As bytes, as text would get other line ends on Windows.
+                (folder / CONFIG).write_bytes(dumps(self.fields).encode())
 
-    def _write_one(self, path: Path) -> None:
-        """Writes one file; safetensors would write the texts of its header in any order."""
-        types = {dtype: name for name, dtype in DTYPES.items()}
-        infos = [TensorInfo(key, types[x.dtype], x.shape) for key, x in self.tensors.items()]
-        header, start = make_header(infos, self.metadata or {})
+    def _write_tensors(self, path: Path) -> None:
+        """Writes as safetensors does, which would write the texts of the header in any order."""
+        header, start = make_header(list_infos(self.tensors), self.metadata or {})
         with open(path, "wb") as file:
             file.write(start)
             for key in header.entries:
@@ -157,7 +152,7 @@ def _encode(
         name = spell(dialect, prefix, x.key)
         each = {end: values[ours] for end, ours in ENDS[dialect].items() if ours in values}
         found |= {f"{name}.{end}": y for end, y in each.items()}
-    metadata = {"format": "pt"}
+    metadata = dict[str, str]()
     if dialect == "diffusers":
         always = ("peft_type", "r", "lora_alpha", "target_modules")
         kept = {k: x for k, x in fields.items() if k in always or x != DEFAULTS.get(k)}

@@ -64,7 +64,7 @@ def _is_tensor(x: object) -> TypeGuard[TensorInfo]:
     return isinstance(x, TensorInfo)
 
 
-def open_files(source: Source, ignore: Collection[str] = ()) -> Files:
+def open_files(source: Source, ignore: Collection[str]) -> Files:
     """Reads the configuration, without the fields in `ignore`, and the header in a folder.
 
     Raises:
@@ -79,7 +79,11 @@ def open_files(source: Source, ignore: Collection[str] = ()) -> Files:
 
 def as_files(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argument: str) -> Files:
     """Presents a configuration and tensors in memory as files."""
-    types = {dtype: name for name, dtype in (DTYPES | COUNTS).items()}
-    found = [TensorInfo(key, types[x.dtype], x.shape) for key, x in tensors.items()]
     read = lambda wanted: {x.key: tensors[x.key] for x in wanted}  # noqa: E731
-    return Files(dict(fields), found, read, argument, True)
+    return Files(dict(fields), list_infos(tensors), read, argument, True)
+
+
+def list_infos(tensors: Mapping[str, np.ndarray]) -> list[TensorInfo]:
+    """Lists what a file says of tensors in memory."""
+    types = {dtype: name for name, dtype in (DTYPES | COUNTS).items()}
+    return [TensorInfo(key, types[x.dtype], x.shape) for key, x in tensors.items()]

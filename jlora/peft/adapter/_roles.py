@@ -124,6 +124,12 @@ def make_saves(fields: Fields) -> Callable[[str], bool]:
     return lambda module: bool(saved.backwards) and any(p in saved for p in list_parents(module))
 
 
+def is_nested(fields: Fields, modules: Iterable[str]) -> bool:
+    """Whether `modules_to_save` names a module in one that it names, which PEFT cannot load."""
+    saved = Ends(fields.get("modules_to_save") or [])
+    return any(sum(p in saved for p in list_parents(module)) > 1 for module in modules)
+
+
 def find_divisor(fields: Fields, rank: int) -> float:
     """Returns the divisor of alpha: r, or √r for rsLoRA."""
     return math.sqrt(rank) if fields.get("use_rslora") else rank

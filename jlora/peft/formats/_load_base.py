@@ -22,7 +22,7 @@ from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from ...sharding._specs import place_codes
 from .._checkpoint import MODELS, open_checkpoint
-from .._file import DTYPES
+from .._file import DTYPES, FORMAT
 from ..names._leaves import NamedLeaf, split_gate_and_up
 from ..names._names import Name
 from ..names._torch_layout import join_weight, take_part
@@ -226,7 +226,7 @@ def save_base(
         config = source.config_of_floats
     with fresh(path, "path") as folder:
         (name, _) = MODELS[0] if source is None else source.names
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        save_file(tensors, folder / name, metadata=FORMAT)
         if source is not None:
             kept = [x for x in source.kept if x != source.names[1]]
             dataclasses.replace(source, kept=kept).copy_others(folder)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..._adapters import is_node
-from ..._errors import InputError, Problem
+from ..._errors import InputError, Problem, shorten
 from ..._tree import leaves_by_path, name_of
 from ..._types import Layout, Path, PyTree
 from ._names import RANK, Name, fill_indices, multiply_lengths
@@ -65,7 +65,7 @@ class NamedLeaf(NamedTuple):
 
     def key(self, module: str) -> str:
         """Returns the name by which PEFT selects the parameter: its own, or the module's."""
-        return f"{module}.{self.name.parameter}" if self.is_bare else module
+        return f"{module}.{self.name.parameter}".removeprefix(".") if self.is_bare else module
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the shapes of A and B of one module in the file."""
@@ -108,7 +108,7 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
     if not rows or not all(isinstance(row, Name) for row in rows):
         raise TypeError(
             "`names` must be a table of jlora.peft.Name rows, such as jlora.peft.LLAMA; "
-            f"got {names!r}."
+            f"got {shorten(names)}."
         )
     found = (_leaf(path, x, rows) for path, x in leaves_by_path(base, is_node))
     leaves = [leaf for leaf in found if leaf is not None]
