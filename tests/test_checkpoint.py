@@ -161,11 +161,25 @@ def test_any_tree_comes_back(form, tmp_path):
         assert_equal(checkpoint.restore(tmp_path / "a"), tree)
 
 
-def test_a_foreign_initializer_keeps_its_name_and_says_so(tmp_path):
-    def mine(key, w, site, rule):
-        return jlora.initializers.gaussian(key, w, site, rule)
+def mine(key, w, site, rule):
+    return jlora.initializers.gaussian(key, w, site, rule)
 
-    rules = (LoRA("up", rank=2, init=mine),)
+
+@dataclasses.dataclass(frozen=True)
+class Wider(jlora.initializers.Initializer):
+    """An initializer with an option."""
+
+    by: float = 2.0
+
+    def __call__(self, key, w, site, rule):
+        """Draws a wider A."""
+        w, a, b = mine(key, w, site, rule)
+        return w, self.by * a, b
+
+
+@pytest.mark.parametrize("init", [mine, Wider()], ids=["function", "class"])
+def test_a_foreign_initializer_keeps_its_name_and_says_so(init, tmp_path):
+    rules = (LoRA("up", rank=2, init=init),)
     _, adapter = made(rules)
     checkpoint.save(tmp_path / "a", adapter, rules)
     (rule,) = checkpoint.read(tmp_path / "a").rules
@@ -203,12 +217,13 @@ def test_a_start_from_a_sketch_says_that_it_needs_one(kind, name, tmp_path):
     ],
 )
 def test_other_functions_keep_their_names(name, saved):
-    rule = fields_of(saved[0])["rules"][0] | {"init": {"function": name}}
-    edit(saved[0], rules=[rule])
-    init = checkpoint.read(saved[0]).rules[0].init
+    rule = fields_of(saved[0])["rules"][0]
+    inits = {"function": name}, {"function": name, "options": {"of": "a newer version"}}
+    edit(saved[0], rules=[rule | {"init": init} for init in inits])
     got = "cannot be restored by its name" if name.startswith("jlora") else "is not a part of jlora"
-    with refused(NotImplementedError, "init", name, got, "Give"):
-        init()
+    for read in checkpoint.read(saved[0]).rules:
+        with refused(NotImplementedError, "init", name, got, "Give"):
+            read.init()
 
 
 def test_items_join_a_managers_checkpoint(tmp_path):
