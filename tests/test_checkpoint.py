@@ -142,11 +142,12 @@ def test_dropout_is_that_of_like(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "form", some(["root", "frozen", "dots", "names", "many", "scalar"], "frozen", "names")
+    "form", some(["root", "frozen", "dots", "names", "many", "scalar", "numpy"], "frozen", "names")
 )
 def test_any_tree_comes_back(form, tmp_path):
     _, adapter = made()
     many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), adapter)
+    layout = jlora.types.Layout((), (np.int64(0),), (1,))
     tree = {
         "root": jnp.arange(3.0),
         "frozen": __import__("flax").core.freeze(adapter),
@@ -154,6 +155,7 @@ def test_any_tree_comes_back(form, tmp_path):
         "names": {"": adapter["up"], "ü /\\*": {"0": adapter["norm"]}, "full": adapter["down"]},
         "many": many,
         "scalar": {"temperature": jnp.float32(0.5)},
+        "numpy": {"up": adapter["up"]._replace(scale=np.float32(1.5), layout=layout)},
     }[form]
     checkpoint.save(tmp_path / "a", tree, Full(".*"))
     assert_equal(checkpoint.restore(tmp_path / "a", like=tree), tree)
