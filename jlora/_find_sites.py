@@ -164,36 +164,29 @@ def _type(x: object, path: Path) -> jax.ShapeDtypeStruct:
     return abstract(x if is_typed else jnp.asarray(x))
 
 
-_NONE = Layout((), (), ())  # of a leaf without a kind
-
-
 def _site(path: Path, leaf: object, x: jax.ShapeDtypeStruct, uses: Uses, used: bool | None) -> Site:
     """Makes the site of a leaf of the type `x` from its uses."""
     name = "/".join(path)
     scheme = leaf.scheme if is_quantized(leaf) else None
-    if name not in uses.products and name not in uses.unsupported:
-        return Site(path, x.shape, x.dtype, None, _NONE, used=used, scheme=scheme)
     products, unsupported = uses.products[name], uses.unsupported[name]
-    kinds = {u.kind for u in products}
-    kind = next((k for k in ("embed", "conv", "dense") if k in kinds), None)
     # A tied embedding has the layout of its lookup: A has its rows.
-    first = next((u for u in products if u.kind == kind), None)
+    first = min(products, key=lambda u: ("embed", "conv", "dense").index(u.kind), default=None)
     layout = first and _layout(first.inputs, first.outputs, x.shape)
-    if first and not layout:
+    kind, expert, formed = None, None, None
+    if first and layout:
+        kind = first.kind
+        experts = [d for d in layout.stack if d in first.batch] or layout.stack
+        expert = experts[0] if len(experts) == 1 else None
+    elif first:
         lost = "products that leave it no inputs or no outputs"
         unsupported = [*unsupported, Unsupported(lost, ())]
-    stack = layout.stack if first and layout else ()
-    experts = [d for d in stack if first and d in first.batch] or stack
-    expert = experts[0] if len(experts) == 1 else None
-    formed = None
     if unsupported:
         *rest, last = range(x.ndim)
         found = (u.axes for u in unsupported if u.axes)
         each = (_layout(frozenset().union(*axes[:-1]), axes[-1], x.shape) for axes in found)
         formed = next(filter(None, each), Layout((), tuple(rest), (last,)))
-    kind = kind if layout else None
     found = (tuple(unsupported), formed, used, scheme)
-    return Site(path, x.shape, x.dtype, kind, layout or _NONE, expert, *found)
+    return Site(path, x.shape, x.dtype, kind, layout or Layout((), (), ()), expert, *found)
 
 
 def _layout(

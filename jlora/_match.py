@@ -138,18 +138,13 @@ def _matches_only_sites(pattern: str, sites: Sites) -> bool:
 def _raise_idle(rule: Rule, sites: Sites) -> None:
     """Raises for a rule that matches no leaf."""
     if rule.pattern is None:
-        reasons = [f"  {s.path or '(root)'}: used in {s.unsupported_uses[0]}" for s in sites.missed]
-        raise ValueError(
-            "\n".join(
-                [
-                    "LoRA() without a pattern adapts every dense and conv site, but the model has "
-                    "none. Name leaves by a pattern; print(transform(apply_fn).sites(...)) lists "
-                    "the sites.",
-                    *(["These have no factored form:"] if reasons else []),
-                    *reasons,
-                ]
-            )
+        missed = [f"  {s.path or '(root)'}: used in {s.unsupported_uses[0]}" for s in sites.missed]
+        why = (
+            "LoRA() without a pattern adapts every dense and conv site, but the model has none. "
+            "Name leaves by a pattern; print(transform(apply_fn).sites(...)) lists the sites."
         )
+        listed = ["These have no factored form:", *missed] if missed else []
+        raise ValueError("\n".join([why, *listed]))
     if [s.parts for s in sites.leaves] == [()]:
         raise InputError(
             f"{rule_name(rule)} matches no leaf of `params`, which is one array of shape "

@@ -245,14 +245,21 @@ def test_a_table_is_for_vmap(name: str) -> None:
         function(*given)
 
 
-@pytest.mark.parametrize("name", [*MOST, "subspace_similarity"])
+@pytest.mark.parametrize("name", [*MOST, "subspace_similarity", "distance"])
 def test_nodes_of_other_methods(name: str) -> None:
     """They are no arrays either."""
     x = site("plain")
     dora = Decomposed(x.a, x.b, jnp.ones(9), x.scale, x.layout)
     given = (array(12, 9), dora, 1) if name in MOST else (x, dora)
-    argument = "delta" if name in MOST else "a2"
+    argument = "delta" if name in MOST else {"distance": "other"}.get(name, "a2")
     with refused(TypeError, "", f"`{argument}` must be a jlora.types.LowRank", "got Decomposed"):
+        getattr(analysis, name)(*given)
+
+
+@pytest.mark.parametrize("name", ["norm", "delta_spectrum", "distance"])
+def test_arrays_are_no_nodes(name: str) -> None:
+    given = [array(12, 9)] * (1 + (name == "distance"))
+    with refused(TypeError, "", "`node` must be a jlora.types.LowRank", "got"):
         getattr(analysis, name)(*given)
 
 

@@ -142,11 +142,12 @@ def test_dropout_is_that_of_like(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "form", some(["root", "frozen", "dots", "names", "many", "scalar"], "frozen", "names")
+    "form", some(["root", "frozen", "dots", "names", "many", "scalar", "numpy"], "frozen", "names")
 )
 def test_any_tree_comes_back(form, tmp_path):
     _, adapter = made()
     many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), adapter)
+    layout = jlora.types.Layout((), (np.int64(0),), (1,))
     tree = {
         "root": jnp.arange(3.0),
         "frozen": __import__("flax").core.freeze(adapter),
@@ -154,6 +155,7 @@ def test_any_tree_comes_back(form, tmp_path):
         "names": {"": adapter["up"], "ü /\\*": {"0": adapter["norm"]}, "full": adapter["down"]},
         "many": many,
         "scalar": {"temperature": jnp.float32(0.5)},
+        "numpy": {"up": adapter["up"]._replace(scale=np.float32(1.5), layout=layout)},
     }[form]
     checkpoint.save(tmp_path / "a", tree, Full(".*"))
     assert_equal(checkpoint.restore(tmp_path / "a", like=tree), tree)
@@ -161,11 +163,25 @@ def test_any_tree_comes_back(form, tmp_path):
         assert_equal(checkpoint.restore(tmp_path / "a"), tree)
 
 
-def test_a_foreign_initializer_keeps_its_name_and_says_so(tmp_path):
-    def mine(key, w, site, rule):
-        return jlora.initializers.gaussian(key, w, site, rule)
+def mine(key, w, site, rule):
+    return jlora.initializers.gaussian(key, w, site, rule)
 
-    rules = (LoRA("up", rank=2, init=mine),)
+
+@dataclasses.dataclass(frozen=True)
+class Wider(jlora.initializers.Initializer):
+    """An initializer with an option."""
+
+    by: float = 2.0
+
+    def __call__(self, key, w, site, rule):
+        """Draws a wider A."""
+        w, a, b = mine(key, w, site, rule)
+        return w, self.by * a, b
+
+
+@pytest.mark.parametrize("init", [mine, Wider()], ids=["function", "class"])
+def test_a_foreign_initializer_keeps_its_name_and_says_so(init, tmp_path):
+    rules = (LoRA("up", rank=2, init=init),)
     _, adapter = made(rules)
     checkpoint.save(tmp_path / "a", adapter, rules)
     (rule,) = checkpoint.read(tmp_path / "a").rules
@@ -203,12 +219,13 @@ def test_a_start_from_a_sketch_says_that_it_needs_one(kind, name, tmp_path):
     ],
 )
 def test_other_functions_keep_their_names(name, saved):
-    rule = fields_of(saved[0])["rules"][0] | {"init": {"function": name}}
-    edit(saved[0], rules=[rule])
-    init = checkpoint.read(saved[0]).rules[0].init
+    rule = fields_of(saved[0])["rules"][0]
+    inits = {"function": name}, {"function": name, "options": {"of": "a newer version"}}
+    edit(saved[0], rules=[rule | {"init": init} for init in inits])
     got = "cannot be restored by its name" if name.startswith("jlora") else "is not a part of jlora"
-    with refused(NotImplementedError, "init", name, got, "Give"):
-        init()
+    for read in checkpoint.read(saved[0]).rules:
+        with refused(NotImplementedError, "init", name, got, "Give"):
+            read.init()
 
 
 def test_items_join_a_managers_checkpoint(tmp_path):

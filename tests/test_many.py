@@ -485,6 +485,8 @@ WRONG: dict[type[Exception], dict[str, Callable[[Any], Any]]] = {
             many.stack([{"w": node(2, dtype="bfloat16")}]), 0, {"w": node(1)}
         ),
         "`size` ... at least the 3 adapt": lambda t: many.stack(t.adapters, size=2),
+        "`rank` ... of at least 1; got -1": lambda t: many.stack(t.adapters, rank=-1),
+        "`rank` ... an integer ... got 2.5": lambda t: many.stack(t.adapters, rank=2.5),
         "`adapters` ... v ... has rank 3, above": lambda t: many.stack(
             t.adapters, rank=2, base=t.base
         ),

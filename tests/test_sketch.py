@@ -321,7 +321,7 @@ def test_lora_ga_of_more_than_there_are() -> None:
 def test_table_and_tree() -> None:
     *_, found = once("fused", "inputs")
     [*_, line] = str(found).splitlines()
-    assert re.fullmatch(r"w +2 +6 +15 +5 +\S+ +\d\d\.\d%", line), line
+    assert re.fullmatch(r"w +2 +6 +5 +5 +\S+ +\d\d\.\d%", line), line
     again = jax.tree.unflatten(jax.tree.structure(found), jax.tree.leaves(found))
     assert str(again) == str(found)
     assert repr(found) == "Sketch(1 sites, kind='inputs')"

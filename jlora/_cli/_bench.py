@@ -68,8 +68,10 @@ def bench(rank: int, sizes: str | None, aot: str | None) -> Answer:
     with jax.enable_x64(False):
         steps = {x: _make_step(x, rank, own, mesh) for x in progress(STEPS, "compile")}
         times = {} if mesh else _time(steps)
-    count = _count if mesh else partial(_rate, times, own)
-    rows = {name: count(name, step.plan) for name, step in steps.items()}
+    rows = {
+        name: _count(x.plan) if mesh else _rate(own, times.get(name), x.plan)
+        for name, x in steps.items()
+    }
     first = rows["frozen"]
     ratios = {
         f"{name} / frozen": {k: round(x / y, 3) for k, x in row.items() if x and (y := first[k])}
@@ -197,13 +199,12 @@ def _time(steps: dict[str, Step]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def _rate(times: dict[str, float], sizes: Sizes, name: str, plan: Plan) -> dict[str, float | None]:
-    rate = sizes.batch * (sizes.length - 1) / times[name] if name in times else None
-    return {"tokens/s": rate and round(rate, 1), "GB of memory": plan.peak and _giga(plan.peak)}
+def _rate(sizes: Sizes, seconds: float | None, plan: Plan) -> dict[str, float | None]:
+    rate = seconds and round(sizes.batch * (sizes.length - 1) / seconds, 1)
+    return {"tokens/s": rate, "GB of memory": plan.peak and _giga(plan.peak)}
 
 
-def _count(name: str, plan: Plan) -> dict[str, float | None]:
-    del name
+def _count(plan: Plan) -> dict[str, float | None]:
     cost = (plan.program and plan.program.cost_analysis()) or {}
     counted = {"GFLOP": cost.get("flops"), "GB accessed": cost.get("bytes accessed")}
     counted["GB of memory"] = plan.peak

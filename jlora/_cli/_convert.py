@@ -13,6 +13,8 @@ from ..peft._recognized import find_image
 from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import IGNORE, NAMES, PREFIX, format_of_adapter, table
 
+Fields = dict[str, Any]  # of JSON, or arguments by name
+
 
 @click.command(cls=Command)
 @click.argument("source", type=FOLDER, metavar="IN")
@@ -65,11 +67,11 @@ def convert(
     if kind == "orbax":
         adapter = _to_peft(source, out, form, ignore, **options)
     elif profile is None and dialect is None:
-        adapter = _to_orbax(source, out, ignore, prefix, **options)
+        adapter = _to_orbax(source, out, {"ignore": ignore, "prefix": prefix}, **options)
         written = "orbax"
     else:
-        adapter = _to_form(source, out, form, ignore, of_source, **options)
-    fields: dict[str, Any] = {
+        adapter = _to_form(source, out, {"ignore": ignore, "prefix": of_source}, form, **options)
+    fields: Fields = {
         "in": str(source),
         "out": str(out),
         "from": kind,
@@ -87,7 +89,7 @@ def convert(
 def _to_peft(
     source: Arg,
     out: Arg,
-    form: dict[str, Any],
+    form: Fields,
     ignore: tuple[str, ...],
     names: str | None,
     base: Arg | None,
@@ -111,13 +113,7 @@ def _to_peft(
 
 
 def _to_orbax(
-    source: Arg,
-    out: Arg,
-    ignore: tuple[str, ...],
-    prefix: str | None,
-    names: str | None,
-    base: Arg | None,
-    config: Arg | None,
+    source: Arg, out: Arg, reading: Fields, names: str | None, base: Arg | None, config: Arg | None
 ) -> PyTree:
     if config is not None:
         raise ValueError("--config is for writing PEFT, but OUT is an Orbax checkpoint.")
@@ -128,24 +124,15 @@ def _to_orbax(
             "(only shapes are read), or of an adapter that was saved with its base."
         )
     shapes = call(jlora.checkpoint.base_shapes, base)
-    adapter = call(
-        jlora.peft.load, source, base.with_value(shapes), rows, ignore=ignore, prefix=prefix
-    )
+    adapter = call(jlora.peft.load, source, base.with_value(shapes), rows, **reading)
     call(jlora.checkpoint.save, out, adapter, (), base=shapes)
     return adapter
 
 
-def _to_form(
-    source: Arg,
-    out: Arg,
-    form: dict[str, Any],
-    ignore: tuple[str, ...],
-    prefix: str | None,
-    **options: Any,
-) -> PyTree:
-    for name, value in options.items():
+def _to_form(source: Arg, out: Arg, reading: Fields, form: Fields, **unused: Any) -> PyTree:
+    for name, value in unused.items():
         if value is not None:
             raise ValueError(f"--{name} is not needed: IN and OUT are PEFT adapters. Leave it out.")
-    found = call(jlora.peft.read, source, ignore=ignore, prefix=prefix)
+    found = call(jlora.peft.read, source, **reading)
     call(jlora.peft.write, out, source.with_value(found), **form)
     return dict(found.leaves)

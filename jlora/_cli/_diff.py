@@ -148,7 +148,7 @@ def _relative(x: Any, y: Any, changes: Mapping[str, str]) -> float | None:
     """
     if isinstance(x, Decomposed):
         return None if changes else 0.0
-    if not is_node(x):
+    if not isinstance(x, LowRank):
         if "shape" in changes:
             return None
         size, y = np.asarray(x, np.float64), np.asarray(y, np.float64)

@@ -46,9 +46,8 @@ def open_adapter(given: Arg, ignore: tuple[str, ...], prefix: str | None = None)
     if format_of_adapter(given) == "peft":
         found = call(jlora.peft.read, given, ignore=ignore, prefix=prefix)
         about = {"base_model": found.config.get("base_model_name_or_path")}
-        return OpenAdapter(
-            "image" if find_image(given.value) else "peft", dict(found.leaves), about
-        )
+        kind = "image" if find_image(given.value) else "peft"
+        return OpenAdapter(kind, dict(found.leaves), about)
     saved = call(jlora.checkpoint.read, given)
     about = {"step": saved.step, "versions": saved.versions}
     return OpenAdapter("orbax", by_name(call(jlora.checkpoint.restore, given)), about)

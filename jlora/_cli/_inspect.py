@@ -88,14 +88,12 @@ def _list_leaves(leaves: Mapping[str, Any]) -> list[Fields]:
     ]
 
 
-def widen(x: object) -> LowRank:
+def widen(x: LowRank | Decomposed) -> LowRank:
     """Converts A and s·B of a node to matrices of float64, of lengths that are powers of two.
 
     The zeros that are added give ΔW no singular values but zeros. So few programs are compiled,
     whatever the shapes and scales of a file are.
     """
-    if not isinstance(x, LowRank | Decomposed):
-        raise TypeError(f"only a LowRank or Decomposed is measured; got {x!r}.")
     a, b = (np.asarray(y, np.float64) for y in (x.a, x.b))
     own = factors(LowRank(a, x.scale * b, 1.0, x.layout))  # pyright: ignore[reportArgumentType]
     a, b = (np.pad(y, [(0, _power(n) - n) for n in y.shape]) for y in own)

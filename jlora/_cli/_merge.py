@@ -7,7 +7,6 @@ import click
 import jlora
 
 from .._folders import check_vacant
-from .._types import PyTree
 from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import IGNORE, NAMES, PREFIX, format_of, format_of_adapter, table
 
@@ -26,9 +25,9 @@ def merge(
     adapter: Arg,
     out: Arg,
     names: str | None,
-    ignore: tuple[str, ...],
-    prefix: str | None,
-    **options: Any,
+    follow_links: bool,
+    untie: bool,
+    **reading: Any,
 ) -> Answer:
     """Merge an adapter into a model.
 
@@ -45,7 +44,7 @@ def merge(
             f"BASE must be a model and ADAPTER an adapter; got {base} ({kind}) and "
             f"{adapter} ({adapter_kind})."
         )
-    if options["untie"] and kind == "orbax":
+    if untie and kind == "orbax":
         raise ValueError(
             f"--untie is for a Hugging Face checkpoint; {base} is {kind}. Leave it out."
         )
@@ -53,31 +52,19 @@ def merge(
     left_out: list[str] = []
     if kind == "orbax":
         params = base.with_value(call(jlora.checkpoint.base_values, base))
-        tree = _load(adapter, adapter_kind, params, names, ignore, prefix)
+        if adapter_kind == "peft":
+            tree = call(jlora.peft.load, adapter, params, table(names), **reading)
+        else:  # it must fit if it was saved with its base
+            is_known = call(jlora.checkpoint.read, adapter).base is not None
+            tree = call(jlora.checkpoint.restore, adapter, base=params if is_known else None)
         call(jlora.checkpoint.export, out, call(jlora.merge, params, adapter.with_value(tree)))
     else:
-        options |= {"ignore": ignore, "prefix": prefix}
-        tree = adapter
+        options = {"follow_links": follow_links, "untie": untie, **reading}
         if adapter_kind == "orbax":
-            tree = adapter.with_value(call(jlora.checkpoint.restore, adapter))
+            adapter = adapter.with_value(call(jlora.checkpoint.restore, adapter))
             options["names"] = table(names)
-        left_out = call(jlora.peft.export_merged, base, tree, out, **options)
+        left_out = call(jlora.peft.export_merged, base, adapter, out, **options)
     text = f"{out}: {base} with {adapter} merged, as {kind}"
     text += f"; not copied: {', '.join(left_out)}" if left_out else ""
     fields = {"base": str(base), "adapter": str(adapter), "out": str(out), "format": kind}
     return Answer(text, fields | {"left_out": left_out})
-
-
-def _load(
-    adapter: Arg,
-    kind: str,
-    params: Arg,
-    names: str | None,
-    ignore: tuple[str, ...],
-    prefix: str | None,
-) -> PyTree:
-    """Reads an adapter onto the parameters. It must fit them if it was saved with its base."""
-    if kind == "peft":
-        return call(jlora.peft.load, adapter, params, table(names), ignore=ignore, prefix=prefix)
-    known = call(jlora.checkpoint.read, adapter).base is not None
-    return call(jlora.checkpoint.restore, adapter, base=params if known else None)

@@ -58,8 +58,8 @@ def compiler_options(platform: str | None = None) -> dict[str, Any]:
 def missing_options(platform: str, given: dict[str, Any]) -> tuple[str, ...]:
     """Names the options of a platform that the compiler knows and that nobody has given it."""
     everywhere = os.environ.get("LIBTPU_INIT_ARGS", "")
-    missing = (name for name in compiler_options(platform) if name not in given)
-    return tuple(name for name in missing if name not in everywhere)
+    known = compiler_options(platform)
+    return tuple(name for name in known if name not in given and name not in everywhere)
 
 
 def _device() -> Any:

@@ -96,7 +96,13 @@ class Plan(NamedTuple):
         where = f"{self.devices} × {self.device or 'device'}" + (f", {axes}" if axes else "")
         cells = [(name, format_bytes(size), how) for name, size, how in rows]
         lines = align_columns((where, "a device", ""), cells, {"a device"})
-        return "\n".join([*lines, self._verdict(), *self._advice()])
+        lines.append(self._verdict())
+        if self.missing_options:
+            lines.append(
+                f"compiled without {', '.join(self.missing_options)}, with which the step moves "
+                "fewer bytes: give jax.jit compiler_options=jlora.compiler_options()"
+            )
+        return "\n".join(lines)
 
     def _verdict(self) -> str:
         if self.capacity is None:
@@ -107,14 +113,6 @@ class Plan(NamedTuple):
                 f"leaves {format_bytes(self.capacity - self.exact)} of {capacity} for activations"
             )
         return f"{'fits' if self.fits else 'does not fit'} in {capacity}"
-
-    def _advice(self) -> list[str]:
-        if not self.missing_options:
-            return []
-        return [
-            f"compiled without {', '.join(self.missing_options)}, with which the step moves fewer "
-            "bytes: give jax.jit compiler_options=jlora.compiler_options()"
-        ]
 
 
 def plan(
@@ -231,8 +229,7 @@ def plan(
     # At least 0: a compiled step need not hold all gradients at once.
     activations = None if peak is None else max(0, peak - sum(exact))
     numbers = (*exact, activations, peak, capacity)
-    replicated = is_replicated(count, base)
-    flags = (replicated, unconstrained, missing)
+    flags = (is_replicated(count, base), unconstrained, missing)
     return Plan(count, kind, axes, *numbers, program, *flags)
 
 

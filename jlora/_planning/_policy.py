@@ -1,7 +1,6 @@
 """A policy for `jax.checkpoint`, made for training steps whose weights are frozen."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from .._compat import Primitive
@@ -47,18 +46,9 @@ def checkpoint_policy(prim: Primitive, *operands: Any, **params: Any) -> bool:
         ...                   jax.grad(lambda x: layer(w, x).sum())(x)))
         True
     """
-    if prim.name == "dot_general":
-        return not _is_thin(*(x.shape for x in operands), *params["dimension_numbers"])
-    return prim.name not in CHEAP
-
-
-def _is_thin(
-    x: Sequence[int],
-    y: Sequence[int],
-    contracted: Sequence[Sequence[int]],
-    batch: Sequence[Sequence[int]],
-) -> bool:
-    """Whether a product of matrices sums few terms for each element of a large result."""
-    terms = math.prod(x[d] for d in contracted[0])
-    rows = (math.prod(shape) // max(terms, 1) for shape in (x, y))
-    return not batch[0] and terms * THIN <= min(rows)
+    if prim.name != "dot_general":
+        return prim.name not in CHEAP
+    (contracted, _), (batch, _) = params["dimension_numbers"]
+    terms = math.prod(operands[0].shape[d] for d in contracted)
+    rows = min(math.prod(x.shape) // max(terms, 1) for x in operands)
+    return bool(batch) or terms * THIN > rows

@@ -81,8 +81,8 @@ def allocate(
     _check_arguments(sketch, budget, min_rank, max_rank)
     places = {path: _find_rule(path, s.use, given) for path, s in sketch.sites.items()}
     _check_matches(sketch, given, set(places.values()))
-    taken = {p: given[i] for p, i in places.items() if i < len(given)}
-    sites = {p: rule for p, rule in taken.items() if isinstance(rule, LoRA)}
+    taken = ((path, given[i]) for path, i in places.items() if i is not None)
+    sites = {path: rule for path, rule in taken if isinstance(rule, LoRA)}
     for path, rule in sites.items():
         _check_slots(path, rule, sketch.sites[path])
     ranks = _choose_ranks(sketch, sites, budget, min_rank, max_rank)
@@ -92,19 +92,16 @@ def allocate(
         if not isinstance(rule, LoRA):
             found.append(rule)
             continue
-        own = [(path, rank) for path, rank in ranks.items() if rank and places[path] == i]
-        found += [_rule_of_site(rule, path, rank) for path, rank in own]
+        for path, rank in ranks.items():
+            if rank and places[path] == i:
+                one = rule.of_rank(rank)  # with the same scale
+                found.append(dataclasses.replace(one, pattern=f"^{re.escape(path)}$"))
     return tuple(found)
 
 
-def _rule_of_site(rule: LoRA, path: str, rank: int) -> LoRA:
-    """Returns the rule for one site, with a rank and the same scale."""
-    return dataclasses.replace(rule.of_rank(rank), pattern=f"^{re.escape(path)}$")
-
-
-def _find_rule(path: str, use: str | None, given: Sequence[Rule]) -> int:
-    """Returns the index of the first rule that is for the site at `path`; len(given) if none."""
-    return next((i for i, rule in enumerate(given) if is_for(rule, path, use)), len(given))
+def _find_rule(path: str, use: str | None, given: Sequence[Rule]) -> int | None:
+    """Returns the index of the first rule that is for the site at `path`; None if there is none."""
+    return next((i for i, rule in enumerate(given) if is_for(rule, path, use)), None)
 
 
 # ------------------------------------------------------------------------------------- the choice
@@ -180,7 +177,7 @@ def _check_arguments(sketch: Any, budget: Any, min_rank: Any, max_rank: Any) -> 
             check_int(f"`{name}`", n, least)
 
 
-def _check_matches(sketch: Sketch, given: Sequence[Rule], matched: set[int]) -> None:
+def _check_matches(sketch: Sketch, given: Sequence[Rule], matched: set[int | None]) -> None:
     for i, rule in enumerate(given):
         if isinstance(rule, LoRA) and i not in matched:
             advice = near_misses if rule.pattern is None else explain_no_match

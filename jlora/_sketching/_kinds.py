@@ -8,7 +8,6 @@ estimate what the basis misses.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -92,8 +91,7 @@ class Sketch:
 
 
 def _row(path: str, s: Spectrum) -> tuple[str, ...]:
-    lengths = [math.prod(s.shape[d] for d in dims) for dims in (s.layout.inputs, s.layout.outputs)]
-    counts = (s.total.size, *lengths, s.values.shape[-1])
+    counts = (s.total.size, *matrix_lengths(s.layout, s.shape), s.values.shape[-1])
     share = min(1.0, float(jnp.sum(s.values**2) / jnp.maximum(jnp.sum(s.total), 1e-30)))
     return (
         path or "(root)",

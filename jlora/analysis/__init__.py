@@ -1,4 +1,4 @@
-"""Measures what an adapter changes. Imports `_adapters`, `_arrays` and `_linalg`.
+"""Measures what an adapter changes. Imports `_adapters`, `_arrays`, `_linalg` and `_types`.
 
 Each function works on one `LowRank` node, also under `jit` and `vmap`, where numbers of directions
 must be static. It computes everything from A and B, and forms ΔW only if it says so.

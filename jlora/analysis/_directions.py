@@ -1,15 +1,13 @@
 """Where an adapter changes a weight: the singular vectors of A, of ΔW and of W."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._adapters import LowRank, is_node, weight_shape
+from .._adapters import LowRank, Node, weight_shape
 from .._arrays import promote
 from .._linalg import norm, svd, times
-from ._size import check_node, factors
+from ._size import factors
 
 
 def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax.Array:
@@ -46,8 +44,7 @@ def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax
         >>> float(analysis.subspace_similarity(a1, a2)[1, 1])
         0.5
     """
-    _check_nodes(a1=a1, a2=a2)
-    x, y = _columns(a1), _columns(a2)
+    x, y = _columns(a1, "a1"), _columns(a2, "a2")
     if x.ndim < 2 or x.shape[:-1] != y.shape[:-1]:
         raise ValueError(
             "`a1` and `a2` must have shapes (…, inputs, r) that differ only in r; got "
@@ -89,7 +86,6 @@ def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Ar
         >>> float(analysis.amplification(w, delta, rank=1))
         5.0
     """
-    _check_nodes(delta=delta)
     w = _matrices(w, delta)
     u, values, v = _svd(delta)
     _check("rank", rank, values.shape[-1], "ΔW")
@@ -137,9 +133,8 @@ def intruder_dimensions(
         >>> analysis.intruder_dimensions(w, delta, k=2, threshold=0.9).tolist()
         [True, True]
     """
-    _check_nodes(delta=delta)
     w = _matrices(w, delta)
-    change = times(*factors(delta)) if isinstance(delta, LowRank) else _widen(delta)
+    change = times(*factors(delta)) if isinstance(delta, Node) else _widen(delta)
     _check("k", k, min(w.shape[-2:]), "W + ΔW")
     _, old, before = jnp.linalg.svd(w, full_matrices=False)
     _, new, after = jnp.linalg.svd(w + change, full_matrices=False)
@@ -148,18 +143,11 @@ def intruder_dimensions(
     return _is_nonzero(new, w.shape)[..., :k] & (cosines.max(-1) < threshold)
 
 
-def _check_nodes(**given: object) -> None:
-    """Raises `TypeError` for nodes of other methods and of tables; the others are arrays."""
-    for name, x in given.items():
-        if is_node(x):
-            check_node(x, name)
-
-
-def _columns(x: jax.Array | LowRank) -> jax.Array:
+def _columns(x: jax.Array | LowRank, name: str) -> jax.Array:
     """Returns a matrix whose columns span the directions of `x`, in float32 or better."""
-    if not isinstance(x, LowRank):
+    if not isinstance(x, Node):
         return _widen(x)
-    a, b = factors(x)
+    a, b = factors(x, name)
     return times(a, jnp.linalg.qr(b.mT, mode="r").mT)
 
 
@@ -177,13 +165,14 @@ def _is_nonzero(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _matrices(w: jax.Array, delta: jax.Array | LowRank) -> jax.Array:
     """Returns W as (stack…, inputs, outputs) in float32 or better; raises for another shape."""
-    if not isinstance(delta, LowRank):
+    if not isinstance(delta, Node):
         if jnp.ndim(w) < 2 or jnp.shape(w) != jnp.shape(delta):
             raise ValueError(
                 "`w` and `delta` must have the same shape (…, inputs, outputs); got "
                 f"{jnp.shape(w)} and {jnp.shape(delta)}."
             )
         return _widen(w)
+    a, b = factors(delta, "delta")
     if (expected := weight_shape(delta)) != jnp.shape(w):
         raise ValueError(
             f"`w` must be the weight that `delta` adapts, of shape {expected}; got shape "
@@ -191,14 +180,12 @@ def _matrices(w: jax.Array, delta: jax.Array | LowRank) -> jax.Array:
         )
     stack, inputs, outputs, _ = delta.layout
     w = _widen(w).transpose(*stack, *inputs, *outputs)
-    n = len(stack)
-    m = len(stack) + len(inputs)
-    return w.reshape(*w.shape[:n], math.prod(w.shape[n:m]), math.prod(w.shape[m:]))
+    return w.reshape(*a.shape[:-1], b.shape[-1])
 
 
 def _svd(delta: jax.Array | LowRank) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes U, S and V of ΔW."""
-    if isinstance(delta, LowRank):
+    if isinstance(delta, Node):
         return svd(*factors(delta))
     u, values, vt = jnp.linalg.svd(_widen(delta), full_matrices=False)
     return u, values, vt.mT

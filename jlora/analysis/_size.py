@@ -10,22 +10,23 @@ import jax.numpy as jnp
 from .._adapters import LowRank, is_table, matrices, weight_shape, without_slots
 from .._linalg import norm as norm_of
 from .._linalg import times
+from .._types import short
 
 
-def check_node(node: object, name: str = "node") -> None:
-    """Raises `TypeError` unless the argument `name` is the `LowRank` of one adapter."""
+def factors(node: object, name: str = "node") -> tuple[jax.Array, jax.Array]:
+    """Returns s·A as (stack…, inputs, r) and B as (stack…, r, outputs); slots are concatenated.
+
+    Raises `TypeError` unless the argument `name` is the `LowRank` of one adapter.
+    """
     if not isinstance(node, LowRank):
-        raise TypeError(f"`{name}` must be a jlora.types.LowRank, whose ΔW is s·A·B; got {node!r}.")
+        raise TypeError(
+            f"`{name}` must be a jlora.types.LowRank, whose ΔW is s·A·B; got {short(node)}."
+        )
     if is_table(node):
         raise TypeError(
             f"`{name}` must be of one adapter, but its arrays have a leading axis, as in a table "
             f"of jlora.many; got {node!r}. Call the function under jax.vmap."
         )
-
-
-def factors(node: LowRank) -> tuple[jax.Array, jax.Array]:
-    """Returns s·A as (stack…, inputs, r) and B as (stack…, r, outputs); slots are concatenated."""
-    check_node(node)
     return matrices(without_slots(node, weight_shape(node)))
 
 
@@ -109,7 +110,9 @@ def distance(node: LowRank, other: LowRank) -> jax.Array:
         >>> round(float(analysis.distance(node, node.replace(scale=4.0))), 4)
         4.2426
     """
-    if (mine := _weight(node)) != (its := _weight(other)):
+    (a, b), (c, d) = factors(node), factors(other, "other")
+    mine, its = ((weight_shape(x), *x.layout[:3]) for x in (node, other))
+    if mine != its:
         raise ValueError(
             "`node` and `other` must adapt weights with equal (shape, stack, inputs, outputs); got "
             f"{mine} and {its}."
@@ -120,7 +123,6 @@ def distance(node: LowRank, other: LowRank) -> jax.Array:
             "initializer changed the base. Give its jlora.arithmetic.difference(adapter, initial), "
             "where `initial` is the adapter that init returned."
         )
-    (a, b), (c, d) = factors(node), factors(other)
     change = core(jnp.concatenate([a, -c], -1), jnp.concatenate([b, d], -2))
     return norm_of(change, (-2, -1))
 
@@ -167,10 +169,6 @@ def effective_rank(values: jax.Array) -> jax.Array:
     shares = relative / jnp.where(total == 0, 1, total)[..., None]
     logs = jnp.log(jnp.where(shares == 0, 1, shares))
     return jnp.where(total == 0, 0, jnp.exp(-jnp.sum(shares * logs, axis=-1)))
-
-
-def _weight(node: LowRank) -> tuple[tuple[int, ...], ...]:
-    return (weight_shape(node), *node.layout[:3])
 
 
 def _relative(values: jax.Array) -> jax.Array:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .._adapters import RULES, AdapterLeaf, Node, is_node, state, static
 from .._rules import Slots
 from .._site import Full, Rule
@@ -63,7 +65,8 @@ def encode(
         "adapter": [_encode_leaf(path, x) for path, x in found.items()],
         "base": None if base is None else [[list(p), *leaf] for p, leaf in base.items()],
     }
-    return fields | {"sha256": digest(fields)}
+    plain = json.loads(json.dumps(fields, default=np.generic.item))  # without NumPy's numbers
+    return plain | {"sha256": digest(plain)}
 
 
 def digest(fields: Fields) -> str:

@@ -15,14 +15,7 @@ from .._errors import InputError, shorten, show
 from .._folders import Where
 from .._tree import adapter_leaves, adapter_of, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
-from ._fingerprint import (
-    Leaf,
-    differences,
-    fingerprint,
-    is_fingerprint,
-    leaf_of,
-    shapes_of,
-)
+from ._fingerprint import Leaf, differences, fingerprint, is_fingerprint, leaf_of, shapes_of
 from ._meta import FORMAT, FULL, Saved, decode, digest, flatten_leaves
 from ._save import ADAPTER, METADATA
 from ._store import by_all, check_files, check_size, damage, find, in_step, place

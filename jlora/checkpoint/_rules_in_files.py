@@ -68,11 +68,13 @@ def _encode_field(value: Any) -> Any:
             return [_encode_field(x) for x in value]
         case np.dtype() | type():
             return {"dtype": jnp.dtype(value).name}
-        case Initializer() if value.name in SKETCHED:
-            return {"function": f"{OWN}{value.name}"}
-        case Initializer() if all(map(_is_known, vars(value).values())):
-            options = {name: _encode_field(x) for name, x in vars(value).items()}
-            return {"function": f"{OWN}{value.name}", "options": options}
+        case Initializer():
+            name = _name(type(value))
+            if name != f"{OWN}{value.name}" or value.name in SKETCHED:
+                return {"function": name}
+            if all(map(_is_known, vars(value).values())):
+                options = {key: _encode_field(x) for key, x in vars(value).items()}
+                return {"function": name, "options": options}
         case Scheme():
             return {"scheme": type(value).__name__, "fields": dataclasses.asdict(value)}
     return {"function": value.name if isinstance(value, Foreign) else _name(value)}
@@ -93,8 +95,10 @@ def _decode_field(value: object) -> Any:
         case {"scheme": name, "fields": found}:
             return registered("scheme", name, SCHEMES, "is none of jlora's")(**found)
         case {"function": name, "options": options}:
-            made = _function(name)(**{key: _decode_field(x) for key, x in options.items()})
-            if not isinstance(made, Initializer):
+            made = _function(name)
+            if not isinstance(made, Foreign):
+                made = made(**{key: _decode_field(x) for key, x in options.items()})
+            if not isinstance(made, Initializer | Foreign):
                 raise TypeError(f"{name} has no options")
             return made
         case {"function": name}:

@@ -82,11 +82,6 @@ def in_step(work: Callable[[], T]) -> T:
     return by_all(meet)
 
 
-def from_first(text: str) -> str:
-    """Returns the text of process 0 on every process."""
-    return _gather(text)[0]
-
-
 def _gather(text: str) -> list[str]:
     """Returns the texts of all processes, cut to `LENGTH`; each process gets the same list."""
     row = np.frombuffer(text.encode()[:LENGTH].ljust(LENGTH), np.uint8)
@@ -206,7 +201,8 @@ def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.Checkpoint
     try:
         by_first(lambda: _check(final, local))
         if local:
-            stage = epath.Path(_folders.beside(Path(final), from_first(_folders.token())))
+            token, *_ = _gather(_folders.token())  # that of process 0
+            stage = epath.Path(_folders.beside(Path(final), token))
         in_step(save)  # closed on all before process 0 removes what a failure leaves
         if local:
             by_first(lambda: _folders.commit(Path(stage), Path(final), "path"))

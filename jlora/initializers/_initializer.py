@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from .._rules import rule_name
 from .._site import Site
 
 Start = tuple[BaseLeaf, jax.Array, jax.Array]  # the W of the base, A and B
-F = TypeVar("F", bound=Callable[..., Start])
 
 
 class RankRule(Protocol):
@@ -47,16 +46,6 @@ class RankRule(Protocol):
     def factor_shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the shapes of A and of B at a site."""
         ...
-
-
-def freezes(*names: str) -> Callable[[F], F]:
-    """Marks an initializer: rules with it freeze these factors, which `frozen` of it names."""
-
-    def mark(start: F) -> F:
-        vars(start)["frozen"] = names
-        return start
-
-    return mark
 
 
 def dtype_of(site: Site, rule: RankRule) -> jnp.dtype:

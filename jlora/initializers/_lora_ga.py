@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._quantized import BaseLeaf, Quantized
-from .._rules import is_finite
+from .._rules import check_field, is_finite
 from .._site import Site
 from ._initializer import RankRule, SketchInitializer, Start, dtype_of
 from ._split import split_of, subtract
@@ -59,10 +59,8 @@ class lora_ga(SketchInitializer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_finite(self.gamma) or self.gamma <= 0:
-            raise ValueError(
-                f"`gamma` of lora_ga must be a positive finite number; got {self.gamma!r}."
-            )
+        is_positive = is_finite(self.gamma) and self.gamma > 0
+        check_field(self, "gamma", is_positive, "be a positive finite number")
 
     def __call__(self, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
         if isinstance(w, Quantized):

@@ -47,5 +47,4 @@ def milora(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
 
 def _factor_smallest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> Factors:
     del key
-    u, values, vt = svd_part(w, slice(-rank, None))
-    return make_factors(u, values, vt, scale)
+    return make_factors(*svd_part(w, slice(-rank, None)), scale)

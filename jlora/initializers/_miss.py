@@ -6,10 +6,9 @@ import numpy as np
 
 from .._quantized import BaseLeaf
 from .._site import Site
-from ._initializer import RankRule, Start, dtype_of, freezes
+from ._initializer import RankRule, Start, dtype_of
 
 
-@freezes("a")
 def miss(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     r"""Sets A to identities repeated along the inputs, and freezes it; sets B to zero.
 
@@ -47,3 +46,6 @@ def miss(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     lengths = tuple(site.shape[d] for d in site.layout.inputs)
     a = jnp.eye(rule.rank, dtype=dtype)[np.arange(site.inputs) % rule.rank]
     return w, jnp.broadcast_to(a.reshape(*lengths, rule.rank), a_shape), jnp.zeros(b_shape, dtype)
+
+
+vars(miss)["frozen"] = ("a",)

@@ -6,10 +6,9 @@ from jax import lax
 
 from .._quantized import BaseLeaf
 from .._site import Site
-from ._initializer import RankRule, Start, dtype_of, freezes
+from ._initializer import RankRule, Start, dtype_of
 
 
-@freezes("a")
 def paca(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     r"""Sets A to r random columns of the identity, and freezes it; sets B to zero.
 
@@ -51,3 +50,6 @@ def paca(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     picked = lax.top_k(jax.random.uniform(key, (*stack, site.inputs)), rule.rank)[1]
     a = jax.nn.one_hot(picked, site.inputs, axis=-2, dtype=dtype)
     return w, a.reshape(a_shape), jnp.zeros(b_shape, dtype)
+
+
+vars(paca)["frozen"] = ("a",)

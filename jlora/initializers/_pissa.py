@@ -67,8 +67,7 @@ def pissa(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
 def factor_largest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> Factors:
     """Computes A and B of the largest singular values, by a full SVD."""
     del key
-    u, values, vt = svd_part(w, slice(rank))
-    return make_factors(u, values, vt, scale)
+    return make_factors(*svd_part(w, slice(rank)), scale)
 
 
 def make_factors(u: jax.Array, values: jax.Array, vt: jax.Array, scale: float) -> Factors:

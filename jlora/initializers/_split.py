@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
 
 from .. import _compat
 from .._arrays import count_not_finite, explicit, follow, promote
@@ -205,8 +204,13 @@ def keep_sharding(
     known = explicit(leaf_weight(w, Change(), "", materialize=True).type)
     if known is not None:
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (key, w))
-        places = _shardings(spec, known, *jax.eval_shape(f, *bare))
-        f = jax.sharding.auto_axes(f, out_sharding=places)
+        new, a, b = jax.eval_shape(f, *bare)
+        place = functools.partial(follow, known)
+        stack, inputs, outputs, slots = spec.layout
+        beside = (*stack, *((None,) if slots is not None else ()))
+        of_a, of_b = place(a, (*beside, *inputs, None)), place(b, (*beside, None, *outputs))
+        of_w = new.map_arrays(place) if is_quantized(new) else place(new, range(new.ndim))
+        f = jax.sharding.auto_axes(f, out_sharding=(of_w, of_a, of_b))
     new, a, b = f(key, w)
     if jax.tree.structure(new) == jax.tree.structure(w):
         new = jax.tree.map(_put_like, new, w)
@@ -216,20 +220,3 @@ def keep_sharding(
 def _put_like(new: jax.Array, old: jax.Array) -> jax.Array:
     place = _compat.place_of(old) if _compat.is_concrete(new) else None
     return new if place is None else jax.device_put(new, place)
-
-
-def _shardings(
-    spec: Split,
-    known: NamedSharding,
-    w: jax.ShapeDtypeStruct | Quantized,
-    a: jax.ShapeDtypeStruct,
-    b: jax.ShapeDtypeStruct,
-) -> tuple[Any, NamedSharding, NamedSharding]:
-    """Returns the shardings of W, A and B over the mesh of `known`, the sharding of W."""
-    place = functools.partial(follow, known)
-    stack, inputs, outputs, slots = spec.layout
-    beside = (*stack, *((None,) if slots is not None else ()))
-    of_a, of_b = place(a, (*beside, *inputs, None)), place(b, (*beside, None, *outputs))
-    if isinstance(w, jax.ShapeDtypeStruct):
-        return place(w, range(w.ndim)), of_a, of_b
-    return w.map_arrays(place), of_a, of_b

@@ -11,13 +11,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from .._adapters import (
-    LowRank,
-    Routed,
-    leading_axes,
-    stop_gradients,
-    weight_shape,
-)
+from .._adapters import LowRank, Routed, leading_axes, stop_gradients, weight_shape
 from .._core import ROWS
 from .._errors import InputError
 from .._tree import check_fits, leaves_by_path, nest
@@ -189,13 +183,6 @@ def _length_of_runs(ids: jax.Array | np.ndarray) -> int:
     return math.gcd(len(ids), *(int(i) + 1 for i in np.flatnonzero(np.diff(ids))))
 
 
-def _is_beside(node: Routed, form: str | None) -> bool:
-    """Whether a site is computed side by side."""
-    if form is not None:
-        return form == FORMS[0]
-    return SHARE * (node.a.size + node.b.size) <= math.prod(weight_shape(node))
-
-
 def _concatenate(node: LowRank, slots: int) -> Routed:
     """Concatenates the A's of all slots, and the B's."""
     n = leading_axes(node)
@@ -209,7 +196,9 @@ def _concatenate(node: LowRank, slots: int) -> Routed:
 
 def _with_gate(node: Routed, i: jax.Array, form: str | None) -> Routed:
     """Returns a node that uses slot `i`: its gate is a mask or, where A and B are gathered, `i`."""
-    if not _is_beside(node, form):
+    is_small = SHARE * (node.a.size + node.b.size) <= math.prod(weight_shape(node))
+    is_beside = is_small if form is None else form == FORMS[0]
+    if not is_beside:
         return node._replace(gate=i)
     gate = (jnp.arange(node.slots) == i).astype(jnp.float32)
     return node._replace(gate=jnp.repeat(gate, node.a.shape[-1] // node.slots))

@@ -70,8 +70,15 @@ def init(
     _check_keys(keys)
 
     def starts(lora: Transformed, keys: jax.Array) -> tuple[dict[str, Any], PyTree]:
-        one = lambda key: _start(lora, key, params, args, kwargs)  # noqa: E731
-        return jax.vmap(one, out_axes=(None, 0))(keys)
+        """Returns the leaves of the base that differ from `params`, by name, and the table."""
+
+        def start(key: jax.Array) -> tuple[dict[str, Any], PyTree]:
+            base, adapter = lora.init(key, params, *args, **kwargs)
+            pairs = zip(leaves_by_path(base), flatten(params)[0], strict=True)
+            changed = {name_of(path): w for (path, w), old in pairs if w is not old}
+            return _shared(changed) if changed else {}, adapter
+
+        return jax.vmap(start, out_axes=(None, 0))(keys)
 
     if ranks is None:
         changed, table = starts(lora, keys)
@@ -80,16 +87,6 @@ def init(
         changed, table = _start_ranks(starts, lora, keys, ranks, like)
     leaves = [changed.get(name_of(path), w) for path, w in leaves_by_path(params)]
     return jax.tree.unflatten(flatten(params)[1], leaves), table
-
-
-def _start(
-    lora: Transformed, key: jax.Array, params: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], PyTree]:
-    """Returns the leaves of the base that differ from `params`, by name, and the adapter."""
-    base, adapter = lora.init(key, params, *args, **kwargs)
-    pairs = zip(leaves_by_path(base), flatten(params)[0], strict=True)
-    changed = {name_of(path): w for (path, w), old in pairs if w is not old}
-    return _shared(changed) if changed else {}, adapter
 
 
 @jax.custom_batching.custom_vmap

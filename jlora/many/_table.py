@@ -10,7 +10,7 @@ import numpy as np
 from .._adapters import AdapterLeaf, Node, Routed, arrays, is_node
 from .._compat import is_concrete
 from .._errors import InputError
-from .._rules import is_int, number_of
+from .._rules import check_int, is_int, number_of
 from .._tree import adapter_leaves, name_of, nest
 from .._types import PyTree, short
 from ..arithmetic._operands import refuse
@@ -72,6 +72,8 @@ def stack(
     if not is_int(count) or count < len(trees):
         most = f"an integer, at least the {len(trees)} adapters"
         raise InputError(f"`size` must be {most}; got {size!r}.")
+    if rank is not None:
+        check_int("`rank`", rank, 1)
     sites = {
         path: [tree[path] for tree in trees if path in tree]
         for path in dict.fromkeys(path for tree in trees for path in tree)

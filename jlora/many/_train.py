@@ -116,8 +116,8 @@ def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Op
         steps = joins & finite
         # Adding -0.0 changes no float.
         zeros = jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates)
-        return _choose(steps, updates, zeros), state._replace(
-            inner=_choose(steps, inner, state.inner),
+        return optax.tree.where(steps, updates, zeros), state._replace(
+            inner=optax.tree.where(steps, inner, state.inner),
             running=state.running & (finite | ~joins),
             steps=state.steps + steps,
         )
@@ -216,10 +216,9 @@ def restart(
     mask = mask_of(slots, n)
     values = dict(state.hyperparams)
     for name, x in hyperparams.items():
-        values[name] = jnp.where(
-            mask, _like(values[name], name, _per_run(name, x, n)), values[name]
-        )
-    return jax.vmap(_choose)(mask, tx.init(table, **values), state)
+        new = _like(values[name], name, _per_run(name, x, n))
+        values[name] = jnp.where(mask, new, values[name])
+    return jax.vmap(optax.tree.where)(mask, tx.init(table, **values), state)
 
 
 # ----------------------------------------------------------------------------------------- helpers
@@ -264,10 +263,6 @@ def _like(old: jax.Array, name: str, new: jax.Array) -> jax.Array:
             "float, such as 1.0, for a number that may have a fraction."
         )
     return new.astype(old.dtype)
-
-
-def _choose(first: jax.Array, a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)
 
 
 def _stays_finite(old: PyTree, new: PyTree) -> jax.Array:

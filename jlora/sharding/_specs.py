@@ -150,10 +150,9 @@ def replicated(specs: PyTree, *axes: str) -> PyTree:
     """
 
     def keep(entry: object) -> Any:
-        if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        if entry is PartitionSpec.UNCONSTRAINED:
             return entry
-        kept = tuple(name for name in mesh_axes(entry) if name not in axes)
-        return kept if len(kept) > 1 else (kept[0] if kept else None)
+        return tuple(name for name in mesh_axes(entry) if name not in axes)
 
     def place(x: Place) -> Place:
         if isinstance(x, NamedSharding) and (unknown := set(axes) - set(x.mesh.axis_names)):
