@@ -79,7 +79,7 @@ LOST = {
     ),
     "one": ((LOSS, BASE | {"extra": BARE}, ADAPTER, (X,)), "base", "1 of 3 paths: extra"),
     "quantized": (
-        (LOSS, jlora.quantize(BASE, jlora.NF4(".*")), ADAPTER, (X,)),
+        (LOSS, jlora.quantize(WHOLE, jlora.NF4(".*")), ADAPTER, (X,)),
         *("base", "2 of 2 paths: down, up", "that you gave to `init`"),
     ),
     "args": ((LOSS, BASE, ADAPTER, ({"ids": BARE},)), "args", "1 of 1 paths: 0/ids"),

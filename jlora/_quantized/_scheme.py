@@ -12,7 +12,7 @@ from jax import lax
 
 from .._arrays import explicit
 from .._errors import InputError
-from .._rules import check_field, check_pattern, is_int, rule_name
+from .._rules import check_pattern, is_int, rule_name
 from .._types import Layout
 
 
@@ -212,7 +212,8 @@ class Scheme:
         if not self.legal or (n is None and self.is_optional):
             return
         legal = ", ".join(map(str, self.legal))
-        check_field(self, name, is_int(n) and n in self.legal, f"be one of {legal}")
+        if not is_int(n) or n not in self.legal:  # a subclass may lack the field
+            raise InputError(f"`{name}` of {rule_name(self)} must be one of {legal}; got {n!r}.")
         if n is not None and type(n) is not int:
             object.__setattr__(self, name, int(n))
 

@@ -138,7 +138,8 @@ def _set_full(fields: Fields, tree: Tree) -> Fields:
         saved(fields | {"modules_to_save": None, "bias": bias}) for bias in ("lora_only", "all")
     )
     # With "all", PEFT would store the biases of `modules_to_save` three times.
-    bias = "all" if wanted == every != of_lora else "lora_only" if wanted & of_lora else "none"
+    is_every = wanted == every and (tree.is_whole or every != of_lora)
+    bias = "all" if is_every else "lora_only" if wanted & of_lora else "none"
     rest = {"all": set(), "lora_only": wanted - of_lora, "none": wanted}[bias]
     modules = dict.fromkeys(m for leaf in tree.leaves if leaf.path in rest for m in leaf.modules)
     modules |= dict.fromkeys(heads)
