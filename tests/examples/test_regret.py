@@ -293,6 +293,14 @@ def claims(guide, rows):
     if guide == "variants.md":
         found.append(between([round(x) for x in ratios["rates"]]))
         found.append(f"within {np.ceil(100 * (max(losses) - min(losses))) / 100} nats")
+        told = regret_figures.trends(rows)
+        factor = re.search(r"with s = 32/r, (ten times the rank takes .*\) times) the", told)
+        found += [f"{factor[1]} the rate", re.search(r"(four times .*\)) times", told)[1]]
+        own = regret_figures.summary(x for x in rows if x["experiment"] == "layers")
+        own = {x["layers"]: x for x in own if x["task"] == "order"}
+        behind = own["attention"]["score"] - own["all"]["score"]
+        error = np.hypot(*(own[x]["standard_error"] for x in ("attention", "all")))
+        found.append(f"{behind:.2f} ± {error:.2f} nats behind")
         levels, (width, batch) = advice.fit(table)
         ends = np.array([min(levels.values()), max(levels.values())])
         found.append(
