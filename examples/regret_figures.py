@@ -276,9 +276,9 @@ def _scientific(x: float) -> str:
 
 
 METHODS = {
+    "lora": "Adam",
     "dora": "DoRA",
     "pissa": "PiSSA",
-    "lora": "Adam",
     "lora_plus": "LoRA+",
     "preconditioned": "preconditioned",
     "muon": "Muon",
