@@ -309,6 +309,15 @@ def test_isolation_is_as_stated(use: str, form: str) -> None:
 # ---------------------------------------------------------------------------------- the table
 
 
+def test_size_and_rank_may_be_arrays_without_axes() -> None:
+    _, base, adapters = made()
+    expected, actual = (
+        many.stack(adapters[:1], size=make(4), rank=make(3), base=base)
+        for make in (int, np.asarray)
+    )
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
 def test_insert_and_remove_compile_nothing() -> None:
     lora, base, adapters = made()
     traced = []

@@ -72,6 +72,7 @@ def stack(
     if not is_int(count) or count < len(trees):
         most = f"an integer, at least the {len(trees)} adapters"
         raise InputError(f"`size` must be {most}; got {size!r}.")
+    rank = number_of(rank)
     if rank is not None:
         check_int("`rank`", rank, 1)
     sites = {
