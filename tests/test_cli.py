@@ -667,7 +667,8 @@ BASE: merge p o x; merge small o x; merge linked p x; merge folders p x; merge b
 BASE: merge gone o x
 ADAPTER: merge small unknown x; merge model o x --names rows.py:OTHER; merge model p x
 ADAPTER: merge base deep x --names llama
---untie: merge base p x --untie
+--untie: merge base p x --untie; merge base p x --untie --follow-links
+--follow-links: merge base p x --follow-links
 """
 NAMED = {
     line: argument

@@ -44,9 +44,11 @@ def merge(
             f"BASE must be a model and ADAPTER an adapter; got {base} ({kind}) and "
             f"{adapter} ({adapter_kind})."
         )
-    if untie and kind == "orbax":
+    given = {"--untie": untie, "--follow-links": follow_links}
+    if kind == "orbax" and any(given.values()):
+        unused = " and ".join(name for name, is_given in given.items() if is_given)
         raise ValueError(
-            f"--untie is for a Hugging Face checkpoint; {base} is {kind}. Leave it out."
+            f"{unused}: only for a Hugging Face checkpoint; {base} is {kind}. Leave it out."
         )
     format_of_adapter(adapter)
     left_out: list[str] = []

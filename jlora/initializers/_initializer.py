@@ -70,12 +70,12 @@ def takes_shape(init: object) -> bool | None:
     """
     if isinstance(init, type) or not callable(init):
         return None
-    found = inspect.signature(init)
-    if [*found.parameters][1:2] == ["shape"]:
-        return True
     try:
+        found = inspect.signature(init)
+        if [*found.parameters][1:2] == ["shape"]:
+            return True
         found.bind(*"kwsr")
-    except TypeError:
+    except (ValueError, TypeError):  # no signature, as of some builtins, or another one
         return None
     needs_some = any(p.default is p.empty for p in found.parameters.values())
     return False if needs_some else None

@@ -20,7 +20,7 @@ from jlora import Full, LoRA, Slots, checkpoint, initializers
 from jlora._adapters._lora import KEYWORDS_OF_PEFT
 
 # Values that a field of LoRA must not have.
-UNCALLED = (initializers.loftq, initializers.eva, normal, lecun_normal)
+UNCALLED = (initializers.loftq, initializers.eva, normal, lecun_normal, max)
 FIELDS: list[tuple[str, type[Exception], tuple[Any, ...]]] = [
     ("rank", ValueError, (0, -3, 8.0, math.inf, True, "8")),
     ("alpha", ValueError, (math.nan, -math.inf, None, True, 0, -16.0, 10**400)),

@@ -126,7 +126,8 @@ def test_the_advice_is_near_what_was_measured(capsys, model):
     assert rows
     for batch in {row["batch"] for row in rows}:
         found = advised(capsys, f"--width={width}", f"--batch={batch}", "--rows=4096")
-        assert (found["rank"], found["scale"], found["steps"]) == ([8], [4], [4096 // batch])
+        expected = [8, 64], [4], [4096 // batch]
+        assert (found["rank"], found["scale"], found["steps"]) == expected
         low, high = found["rates"]
         assert high / low == pytest.approx(10**0.5, rel=0.1)
         for row in rows:
@@ -139,9 +140,12 @@ def test_the_advice_follows_the_runs():
     row = dict(zip(Setting._fields, regret.scaled("widths", "", 8, 16), strict=True))
     sizes = [("gpt-64x4", 64), ("gpt-256x4", 256), ("movies", 384), ("definitions", 576)]
     table = [
-        row | {"task": task, "batch": batch, "best_rate": rate, "best_rate_low": rate / 2}
+        row
+        | {"task": task, "batch": batch, "best_rate": rate, "best_rate_low": rate / 2}
+        | {"rank": rank, "scale": 32 / rank, "score": 1.0}
         for task, width in sizes
         for batch in (4, 16)
+        for rank in (8, 64)
         for rate in [{"definitions": 0.2, "movies": 0.05}.get(task, 1) * batch**0.5 / width]
     ]
     once = row | {"task": "gpt-512x4", "best_rate": 1.0, "best_rate_low": float("nan")}
@@ -153,8 +157,19 @@ def test_the_advice_follows_the_runs():
     text = advice.advise(table, 1000, 100, 10**6, 12, 100)  # (1 · 0.05)^0.5 · 100^0.5 / 1000
     assert "rates 1e-3 and 3e-3," in text and "GPT 4.47, MiniLM 0.22, SmolLM2 0.89." in text
     sizes = [(10, 12, 100), (10**4, 12, 100), (10**5, 12, 100), (10**4, 4, 100), (10**9, 12, 1)]
-    ranks = [advice.advise(table, 576, 16, *x).split()[1] for x in sizes]
-    assert ranks == ["8", "8", "64", "16", "64"]
+    ranks = [advice.advise(table, 576, 16, *x).split("\n")[0] for x in sizes]
+    then = ", and then 64 at the better rate"
+    assert ranks == [f"rank {x}" for x in (f"8{then}", f"8{then}", 64, f"16{then}", 64)]
+
+
+def test_what_a_higher_rank_gains():
+    """Against the one next to 8, of the same task and batch, where both ran."""
+    scores = {("a", 1): 9, ("a", 4): 3, ("a", 16): 9, ("a", 64): 1, ("b", 8): 1, ("b", 64): 2}
+    table = [
+        regret.scaled("widths", task, rank, 16)._asdict() | {"score": x, "best_rate_low": 1.0}
+        for (task, rank), x in (scores | {("c", 8): 5, ("d", 64): 5}).items()
+    ]
+    assert advice.gains(table) == {("widths", "a", 16): 2, ("widths", "b", 16): -1}
 
 
 @pytest.mark.slow
@@ -301,6 +316,11 @@ def claims(guide, rows):
         behind = own["attention"]["score"] - own["all"]["score"]
         error = np.hypot(*(own[x]["standard_error"] for x in ("attention", "all")))
         found.append(f"{behind:.2f} ± {error:.2f} nats behind")
+        gains = advice.gains(table)
+        gpts = [x for (_, task, _), x in gains.items() if task.startswith("gpt")]
+        others = [abs(x) for (_, task, _), x in gains.items() if not task.startswith("gpt")]
+        found.append(f"64 was {min(gpts):.2f} to {max(gpts):.2f} nats ahead")
+        found.append(f"end within {np.ceil(100 * max(others)) / 100} nats of each other; on small")
         levels, (width, batch) = advice.fit(table)
         ends = np.array([min(levels.values()), max(levels.values())])
         found.append(
