@@ -1,5 +1,6 @@
 """`examples/regret.py` and `regret_figures.py`: what runs when, and what is written."""
 
+import collections
 import pathlib
 import re
 import shutil
@@ -22,6 +23,7 @@ CURVES = {
     "first": [("loss", regret.FIRST)],
     "reinforce": [("reward", regret.REWARDED)],
 }
+FURTHER = {"first": 1, "reinforce": 2, "parts": 2, "sentences": 2, "forgetting": 4}  # rates
 RIGHT = [f"{x}_{when}" for x in ("sampled", "greedy") for when in ("before", "after")]
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -60,6 +62,8 @@ def test_every_experiment(tmp_path, name, asked):
     regret.main(command)
     own = list(dict.fromkeys((setting, seed) for setting, _, seed in asked))
     assert own == [(x, seed) for seed in (0, 1) for x in PLANS[name][0]]
+    further = collections.Counter(setting for setting, _, seed in asked if seed == 1)
+    assert set(further.values()) == {FURTHER.get(name, 3)}
     # A process that was stopped in a run, and in writing of it.
     path, before = tmp_path / f"regret_{name if name in regret.OWN else 'runs'}.csv", list(asked)
     lines = path.read_text().splitlines(keepends=True)
