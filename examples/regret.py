@@ -25,11 +25,11 @@
 
 The first seed's rates are half decades from the middle outward, as long as the loss falls, so that
 the best one has a worse one on either side; further seeds run at these three. Those of `reinforce`
-run at the best and the one above, those of `parts` and `sentences` at the better two. All seeds of
-`forgetting` run at the best and at three below. In `reinforce` the loss is the share of wrong
-answers in the last ten steps, so that no held-out sum chooses a rate. All settings have the first
-seed before any has the second. A run adds a row to OUT/regret_runs.csv, or to its experiment's own
-table, and is not repeated.
+run at the best and the one above, those of `long`, `parts` and `sentences` at the better two. All
+seeds of `forgetting` run at the best and at three below. In `reinforce` the loss is the share of
+wrong answers in the last ten steps, so that no held-out sum chooses a rate. All settings have the
+first seed before any has the second. A run adds a row to OUT/regret_runs.csv, or to its
+experiment's own table, and is not repeated.
 Several processes share the work: what one of them has taken, the others leave alone; at the end run
 it once more. Runs that train together in one step took longer here than one after another: one is
 large enough for a core.
@@ -428,7 +428,7 @@ def run(path: pathlib.Path, setting: Setting, middle: int, seed: int) -> None:
         return
     best = trials.best_rate(loss, middle, RATES)
     rates = {"reinforce": (best, best + 1), "forgetting": range(best, best - LOWER - 1, -1)}
-    if setting.experiment in ("parts", "sentences"):
+    if setting.experiment in ("long", "parts", "sentences"):
         score = lambda rate: np.nan_to_num(loss(rate, 0), nan=np.inf)  # noqa: E731
         rates[setting.experiment] = best, min((best + 1, best - 1), key=score)
     for rate in rates.get(setting.experiment, (best, best + 1, best - 1)):

@@ -23,7 +23,8 @@ CURVES = {
     "first": [("loss", regret.FIRST)],
     "reinforce": [("reward", regret.REWARDED)],
 }
-FURTHER = {"first": 1, "reinforce": 2, "parts": 2, "sentences": 2, "forgetting": 4}  # rates
+BETTER = dict.fromkeys(("long", "parts", "sentences"), 2)
+FURTHER = BETTER | {"first": 1, "reinforce": 2, "forgetting": 4}  # rates of further seeds
 RIGHT = [f"{x}_{when}" for x in ("sampled", "greedy") for when in ("before", "after")]
 
 # ---- runs ---------------------------------------------------------------------------------------
