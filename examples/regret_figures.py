@@ -297,7 +297,7 @@ def label(row: Row) -> str:
 AXES = {
     "first": ("step", "training loss"),
     "capacity": ("bits in the strings", "bits learned"),
-    "long": ("rank", "bits learned"),
+    "long": ("trained parameters", "bits learned"),
     "parts": ("learning rate", "validation loss"),
     "forgetting": ("loss on the new text", "loss on the text of before"),
     "rates": ("learning rate", "validation loss"),
@@ -330,6 +330,8 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
             panels = [name for name, has in SCALES.items() if has(setting) or not setting.rank]
         elif experiment in ("layers", "parts"):
             line, panels = setting.layers, [setting.task]
+        elif experiment == "long":
+            line = "LoRA" if setting.rank else "full"
         best, more = tables.best(runs, "score", 1)[0]["rate"], _levels(runs)
         if experiment == "forgetting":
             for new, old in learned_and_forgotten(runs):
@@ -346,7 +348,7 @@ def collect(experiment: str, rows: Sequence[Row]) -> Panels:
             if experiment == "first":
                 points = curve(row) if row["seed"] in set.intersection(*each) else {}
             elif experiment in SCORED:
-                points = {SCORED[experiment](setting): row["score"]} if is_best else {}
+                points = {SCORED[experiment](row): row["score"]} if is_best else {}
             shown = dict.fromkeys(panels, points)
             if experiment == "reinforce":
                 points = rewards(row) if is_best else {}
@@ -420,11 +422,11 @@ def _by_size(setting: Setting) -> Iterator[tuple[str, str, float]]:
         yield "at width 128", line, depth
 
 
-SCORED: dict[str, Callable[[Setting], float]] = {  # of which scores at the best rate are shown: x
-    "batches": lambda setting: setting.batch,
-    "sentences": lambda setting: setting.batch,
-    "capacity": lambda setting: bits(setting.task),
-    "long": lambda setting: setting.rank or 128,  # all parameters are more than those of any rank
+SCORED: dict[str, Callable[[Row], float]] = {  # of which scores at the best rate are shown: x
+    "batches": lambda row: row["batch"],
+    "sentences": lambda row: row["batch"],
+    "capacity": lambda row: bits(row["task"]),
+    "long": lambda row: row["trained"],
 }
 RATED = {  # experiments of which best rates are shown: panel, line and x of a setting
     "widths": _by_size,
