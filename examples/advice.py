@@ -82,7 +82,7 @@ def gains(table: Sequence[tables.Row]) -> dict[tuple[str, str, int], float]:
     """
     found = collections.defaultdict(dict)
     for row in table:
-        if is_default(row) and row["rank"] >= 4:
+        if is_default(row) and 4 <= row["rank"] <= 64:
             found[row["experiment"], row["task"], row["batch"]][row["rank"]] = row["score"]
     few = lambda ranks: min(ranks, key=lambda rank: abs(rank - 8))  # noqa: E731
     both = {key: each for key, each in found.items() if {64} < each.keys()}
@@ -103,16 +103,21 @@ def advise(
     rank, room = 8, 2 * 18 * width * depth  # bits of rank 1
     while rank < 64 and rank * room < rows * bits:
         rank *= 2
-    then, each = ", and then 64 at the better rate" if rank < 64 else "", gains(table).values()
+    then = ", and then 64 at the better rate" if rank < 64 else ""
+    compared, each = "", gains(table).values()
+    if each:
+        ends = f"{-max(each):.3f} to {-min(each):.3f} nats"
+        compared = (
+            f"    In {len(each)} comparisons with 4 or 8, rank 64 changed the loss by {ends}.\n"
+        )
     return f"""\
 rank {rank}{then}
     {depth} layers of it have room for {rank * room:,} bits, two for each parameter.
     {rows:,} rows have {rows * bits:,}, if each has {bits} to teach.
     Never take less than 8: room does not tell how well an adapter generalizes.
-    In {len(each)} comparisons 64 was ahead of 4 or 8 by {min(each):.3f} to {max(each):.3f} nats.
-scale {ALPHA / rank:g}
-    It is {ALPHA:g}/r, as with alpha={ALPHA:g}, the default. The best rate hardly
-    depends on the rank then.
+{compared}scale {ALPHA / rank:g}
+    It is {ALPHA:g}/r, as with alpha={ALPHA:g}, the default: {ALPHA / 64:g} at rank 64. The best rate
+    hardly depends on the rank then.
 rates {" and ".join(rates)}, and then the neighbor of the better one
     A rate is the highest of its schedule: after warm-up, before cosine decay.
     The best rate within a model: {took}.

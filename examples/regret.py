@@ -196,7 +196,7 @@ def parts() -> dict[Setting, int]:
 
 
 def long() -> dict[Setting, int]:
-    """Ranks and full fine-tuning with the most strings, in steps enough for the lowest rank."""
+    """Ranks and full fine-tuning with the most strings, in four times as many steps."""
     ranks = 8, 1, 32, 0, 2, 4, 16
     return {scaled("long", "strings-1024", rank, 64, "blocks"): -5 for rank in ranks}
 

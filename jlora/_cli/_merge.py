@@ -44,11 +44,12 @@ def merge(
             f"BASE must be a model and ADAPTER an adapter; got {base} ({kind}) and "
             f"{adapter} ({adapter_kind})."
         )
-    given = {"--untie": untie, "--follow-links": follow_links}
-    if kind == "orbax" and any(given.values()):
-        unused = " and ".join(name for name, is_given in given.items() if is_given)
+    flags = {"--untie": untie, "--follow-links": follow_links}
+    given = " and ".join(name for name in flags if flags[name])
+    if given and kind == "orbax":
         raise ValueError(
-            f"{unused}: only for a Hugging Face checkpoint; {base} is {kind}. Leave it out."
+            f"{given} can only be given for a Hugging Face checkpoint; {base} is {kind}. "
+            f"Leave {given} out."
         )
     format_of_adapter(adapter)
     left_out: list[str] = []

@@ -23,8 +23,8 @@ CURVES = {
     "first": [("loss", regret.FIRST)],
     "reinforce": [("reward", regret.REWARDED)],
 }
-BETTER = dict.fromkeys(("long", "parts", "sentences"), 2)
-FURTHER = BETTER | {"first": 1, "reinforce": 2, "forgetting": 4}  # rates of further seeds
+TWO = dict.fromkeys(("long", "parts", "reinforce", "sentences"), 2)
+FURTHER = TWO | {"first": 1, "forgetting": 4}  # rates of further seeds
 RIGHT = [f"{x}_{when}" for x in ("sampled", "greedy") for when in ("before", "after")]
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -172,9 +172,11 @@ def test_what_a_higher_rank_gains():
     scores = {("a", 1): 9, ("a", 4): 3, ("a", 16): 9, ("a", 64): 1, ("b", 8): 1, ("b", 64): 2}
     table = [
         regret.scaled("widths", task, rank, 16)._asdict() | {"score": x, "best_rate_low": 1.0}
-        for (task, rank), x in (scores | {("c", 8): 5, ("d", 64): 5}).items()
+        for (task, rank), x in (scores | {("c", 8): 5, ("d", 64): 5, ("d", 256): 4}).items()
     ]
     assert advice.gains(table) == {("widths", "a", 16): 2, ("widths", "b", 16): -1}
+    alone = [row | {"task": "movies", "best_rate": 1e-3} for row in table if row["task"] == "c"]
+    assert "comparisons" not in advice.advise(alone, 384, 16, 10, 6, 1)
 
 
 @pytest.mark.slow
