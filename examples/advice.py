@@ -116,8 +116,8 @@ rank {rank}{then}
     {rows:,} rows have {rows * bits:,}, if each has {bits} to teach.
     Never take less than 8: room does not tell how well an adapter generalizes.
 {compared}scale {ALPHA / rank:g}
-    It is {ALPHA:g}/r, as with alpha={ALPHA:g}, the default: {ALPHA / 64:g} at rank 64. The best rate
-    hardly depends on the rank then.
+    It is {ALPHA:g}/r, as with alpha={ALPHA:g}, the default: {ALPHA / 64:g} at rank 64.
+    The best rate hardly depends on the rank then.
 rates {" and ".join(rates)}, and then the neighbor of the better one
     A rate is the highest of its schedule: after warm-up, before cosine decay.
     The best rate within a model: {took}.
