@@ -17,7 +17,7 @@ from . import model, report, steps
 
 SHAPE = model.Shape(layers=4, dim=512, heads=8, batch=64, length=32)
 LONG = SHAPE._replace(layers=2, length=128)  # rows with enough tokens for products of their own
-TINY = model.Shape(layers=2, dim=64, heads=2, batch=8, length=8, vocab=128)
+TINY = model.Shape(layers=2, dim=128, heads=2, batch=8, length=8, vocab=128)
 RANK = 16
 RULES = {"q, v": model.attention, "all-linear": model.all_linear}
 ROUTES = {"route": None, "side by side": "side by side", "gathered": "gathered"}
