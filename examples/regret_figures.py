@@ -476,7 +476,7 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
             every = 1 + len(x) // 12
             axis.plot(x, y, style, color=color, markersize=4, markevery=every, label=name)
             axis.fill_between(x, y - error, y + error, color=color, alpha=0.2, linewidth=0)
-        xlabel, ylabel = AXES[title if title in AXES else experiment]
+        xlabel, ylabel = AXES[title if title in {*AXES} - {*PLANS} else experiment]
         if ylabel == "validation loss":  # what diverges is not shown
             losses = np.concatenate([line.get_ydata() for line in axis.lines])
             low, high = np.nanmin(losses), np.nanmax(losses)

@@ -301,6 +301,17 @@ def test_how_the_best_rate_grows():
     assert 1.95 < low < 2 < high < 2.05 and low * high == pytest.approx(4, abs=0.03)
 
 
+def behind(rows, task, layers):
+    """By how much the loss of these layers alone is above that of all, and the error."""
+    own, every = rows[task, layers], rows[task, "all"]
+    error = np.hypot(own["standard_error"], every["standard_error"])
+    return own["score"] - every["score"], error
+
+
+def say(loss, error):
+    return f"{loss:.3f} ± {error:.3f}"
+
+
 def claims(guide, rows):
     """What a guide says of the tables in words."""
     has_scale = regret_figures.SCALES["s = 32/r"]
@@ -318,11 +329,10 @@ def claims(guide, rows):
         told = regret_figures.trends(rows)
         factor = re.search(r"with s = 32/r, (ten times the rank takes .*\) times) the", told)
         found += [f"{factor[1]} the rate", re.search(r"(four times .*\)) times", told)[1]]
-        own = regret_figures.summary(x for x in rows if x["experiment"] == "layers")
-        own = {x["layers"]: x for x in own if x["task"] == "order"}
-        behind = own["attention"]["score"] - own["all"]["score"]
-        error = np.hypot(*(own[x]["standard_error"] for x in ("attention", "all")))
-        found.append(f"{behind:.2f} ± {error:.2f} nats behind")
+        own = regret_figures.summary(x for x in rows if x["experiment"] == "parts")
+        own = {(x["task"], x["layers"]): x for x in own}
+        least, *_, most = sorted(behind(own, task, "attention") for task in {x for x, _ in own})
+        found.append(f"{say(*least)} to {say(*most)} nats behind on all of four tasks")
         gains = advice.gains(table)
         gpts = [x for (_, task, _), x in gains.items() if task.startswith("gpt")]
         others = [abs(x) for (_, task, _), x in gains.items() if not task.startswith("gpt")]
