@@ -407,7 +407,7 @@ PLACES: dict[str, tuple[Callable[[int], str], Callable[[int], str]]] = {
     ),
     "one name": (lambda i: f"m.{i}.q", lambda i: f"t{i}.0.q"),
     "digits": (lambda i: f"m.{digits(i)}.q", lambda i: f"b.{digits(i)}.q"),
-    "deep": (lambda i: "a." * 30 + f"{i}.q", lambda i: f"b{i % 7}." + "a." * 30 + f"{i // 7}.q"),
+    "deep": (lambda i: "a." * 30 + f"{i}.q", lambda i: f"b{i % 13}." + "a." * 30 + f"{i // 13}.q"),
     "very deep": (lambda i: "a." * (9_000 * (i < 90)) + f"{i}.q", lambda i: f"b.{i}." * 30 + "q"),
 }
 

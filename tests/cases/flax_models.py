@@ -167,9 +167,12 @@ def linen_decode_with_cache(dtype):
     return Problem(model.apply, variables, (step,), {"mutable": ["cache"]})
 
 
-@case("no_site", 2 * (2 * 2 * 3 + 6) + 2 * (6 + 5), sites=2, strict=False)
+@case("no_site", 2 * (2 * 2 * 3 + 6) + 2 * (6 + 5), sites=2, strict=False, tolerance=2e-5)
 def linen_vision_transformer(dtype):
-    """Patches and head are sites; positions, class token, norms, scales and PReLU are not."""
+    """Patches and head are sites; positions, class token, norms, scales and PReLU are not.
+
+    Norms of small values enlarge what rounding differs by.
+    """
 
     class Model(nn.Module):
         @nn.compact

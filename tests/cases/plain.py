@@ -156,7 +156,6 @@ LOW_PRECISION = {
     "bfloat16_base": ("bfloat16", "bfloat16", lambda w, x: x @ w),
     "bfloat16_base_promoted": ("bfloat16", "f4", lambda w, x: x @ w),
     "float16_base": ("f2", "f2", lambda w, x: x @ w),
-    "float16_divided_by_little": ("f2", "f2", lambda w, x: x @ (w * 1e-3 / 1e-5)),
     "bfloat16_result": (
         *("f4", "f4"),
         lambda w, x: jnp.matmul(x, w, preferred_element_type=jnp.bfloat16),
