@@ -301,11 +301,14 @@ def test_how_the_best_rate_grows():
     assert 1.95 < low < 2 < high < 2.05 and low * high == pytest.approx(4, abs=0.03)
 
 
-def behind(rows, task, layers):
-    """By how much the loss of these layers alone is above that of all, and the error."""
-    own, every = rows[task, layers], rows[task, "all"]
-    error = np.hypot(own["standard_error"], every["standard_error"])
-    return own["score"] - every["score"], error
+def behind(runs, task, layers):
+    """By how much more loss these layers alone end than all, seed for seed; mean and error."""
+    ends = []
+    for name in (layers, "all"):
+        [own] = (own for x, own in runs.items() if (x.task, x.layers) == (task, name))
+        rate = regret_figures.tables.best(own, "score", 1)[0]["rate"]
+        ends.append({row["seed"]: row["score"] for row in own if row["rate"] == rate})
+    return regret_figures.tables.mean([x - ends[1][seed] for seed, x in ends[0].items()])
 
 
 def say(loss, error):
@@ -329,10 +332,12 @@ def claims(guide, rows):
         told = regret_figures.trends(rows)
         factor = re.search(r"with s = 32/r, (ten times the rank takes .*\) times) the", told)
         found += [f"{factor[1]} the rate", re.search(r"(four times .*\)) times", told)[1]]
-        own = regret_figures.summary(x for x in rows if x["experiment"] == "parts")
-        own = {(x["task"], x["layers"]): x for x in own}
-        least, *_, most = sorted(behind(own, task, "attention") for task in {x for x, _ in own})
+        own = regret_figures.group([row for row in rows if row["experiment"] == "parts"])
+        tasks = {x.task for x in own}
+        least, *_, most = sorted(behind(own, task, "attention") for task in tasks)
         found.append(f"{say(*least)} to {say(*most)} nats behind on all of four tasks")
+        each = (behind(own, task, "feed-forward") for task in tasks)
+        found.append(" to ".join(f"{x:+.3f} ± {e:.3f}" for x, e in sorted(each)[:: len(tasks) - 1]))
         gains = advice.gains(table)
         gpts = [x for (_, task, _), x in gains.items() if task.startswith("gpt")]
         others = [abs(x) for (_, task, _), x in gains.items() if not task.startswith("gpt")]
