@@ -100,6 +100,19 @@ def test_sizes_that_are_not_known_yet():
     np.testing.assert_allclose(exported.call(base, adapter, x), expected, atol=1e-4)
 
 
+def test_change_divided_by_less_than_float16_can_invert():
+    """Its derivative by B alone: XLA may multiply W by the reciprocal, which is infinite."""
+    lora = jlora.transform(lambda p, x: x @ (p["w"] / 1e-5), jlora.LoRA("w", rank=4, alpha=4))
+    w, x = array(DIM, DIM).astype(jnp.float16), array(FEW, DIM).astype(jnp.float16)
+    base, adapter = lora.init(jax.random.key(0), {"w": w}, x)
+    node = adapter["w"]
+    along = 1e-3 * array(*node.b.shape)
+    tangent = {"w": node.replace(a=jnp.zeros_like(node.a), b=along)}
+    _, found = jax.jvp(lambda adapter: lora.apply(base, adapter, x), (adapter,), (tangent,))
+    expected = x.astype(jnp.float32) @ node.a @ along / 1e-5
+    laws.assert_close(found, expected.astype(jnp.float16), 5e-3)
+
+
 def test_factors_of_fewer_bits_than_the_scale():
     """1e-8 is zero in float16, in which A and B are, but not in float32, in which W is."""
     _, base, _, x = _problem(FEW)
