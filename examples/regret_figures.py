@@ -305,10 +305,12 @@ AXES = {
     "batches": ("batch, at equally many examples", "held-out loss"),
     "sentences": ("batch, at equally many examples", "held-out loss"),
     "third": ("learning rate", "validation loss"),
+    "optimizers": ("rank", "best learning rate"),
+}
+PANELS = {  # those with axes of their own
     "at depth 4": ("width", "best learning rate"),
     "at width 128": ("depth", "best learning rate"),
-    "optimizers": ("rank", "best learning rate"),
-    "at the best rate": ("step", "reward, mean of 8 steps"),  # a panel of its own
+    "at the best rate": ("step", "reward, mean of 8 steps"),
     "held-out sums": ("learning rate", "share right"),
 }
 TICKED = "rank", "width", "depth", AXES["batches"][0]  # axes on which each x has its label
@@ -476,7 +478,7 @@ def draw(path: pathlib.Path, experiment: str, panels: Panels) -> None:
             every = 1 + len(x) // 12
             axis.plot(x, y, style, color=color, markersize=4, markevery=every, label=name)
             axis.fill_between(x, y - error, y + error, color=color, alpha=0.2, linewidth=0)
-        xlabel, ylabel = AXES[title if title in {*AXES} - {*PLANS} else experiment]
+        xlabel, ylabel = PANELS.get(title) or AXES[experiment]
         if ylabel == "validation loss":  # what diverges is not shown
             losses = np.concatenate([line.get_ydata() for line in axis.lines])
             low, high = np.nanmin(losses), np.nanmax(losses)

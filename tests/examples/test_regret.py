@@ -335,7 +335,7 @@ def claims(guide, rows):
         own = regret_figures.group([row for row in rows if row["experiment"] == "parts"])
         tasks = {x.task for x in own}
         least, *_, most = sorted(behind(own, task, "attention") for task in tasks)
-        found.append(f"{say(*least)} to {say(*most)} nats behind on all of four tasks")
+        found.append(f"{say(*least)} to {say(*most)} nats behind on each of four tasks")
         each = (behind(own, task, "feed-forward") for task in tasks)
         found.append(" to ".join(f"{x:+.3f} ± {e:.3f}" for x, e in sorted(each)[:: len(tasks) - 1]))
         gains = advice.gains(table)
