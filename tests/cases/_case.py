@@ -40,7 +40,7 @@ class Case:
         rules: The jlora rules.
         sites: Expected number of low-rank leaves.
         float64: Whether the model computes in float64 when it is built so.
-        tolerance: Relative tolerance, of models in a low precision or that enlarge roundings.
+        tolerance: Relative tolerance of models that compute or store in a low precision.
         exact_at_zero: Whether the output at B = 0 is the base model's bit for bit. False where
             the base product is rearranged, or compiled together with the low-rank one.
         jit: Whether `args` may be traced. `kwargs` are never traced.
