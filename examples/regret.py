@@ -214,7 +214,7 @@ PLANS = {  # the settings of an experiment, each with the middle of its rates, a
     "widths": (widths(), 3),
     "optimizers": (
         optimizers("movies", 16) | optimizers("order", 16) | optimizers("gpt-128x4", 16),
-        3,
+        2,
     ),
     "forgetting": (forgetting(), 2),
     "parts": (parts(), 5),
