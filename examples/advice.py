@@ -33,18 +33,16 @@ def sizes_of(task: str) -> tuple[int, int]:
 
 
 def is_default(row: tables.Row) -> bool:
-    """Whether a row of the table has the best rate of LoRA on all layers with s = 32/r and Adam.
-
-    It needs an interval, which one seed does not give.
-    """
+    """Whether a row of the table is of LoRA on all layers with s = 32/r and Adam."""
     is_plain = row["layers"] == "all" and row["method"] == "lora" and row["rank"] > 0
-    return is_plain and np.isclose(row["scale"] * row["rank"], ALPHA) and row["best_rate_low"] > 0
+    return is_plain and bool(np.isclose(row["scale"] * row["rank"], ALPHA))
 
 
 def fit(table: Sequence[tables.Row]) -> tuple[dict[str, float], tuple[float, float]]:
     """How the best rate of LoRA with s = 32/r depends on the model, its width and the batch.
 
-    It is level · width^p · batch^q. How a rate differs within one model gives p and q.
+    It is level · width^p · batch^q. How a rate differs within one model gives p and q. A rate
+    without an interval, such as that of one seed, does not count.
 
     Returns:
         The decimal logarithm of each model's level; p and q, 0 if no model has two widths or
@@ -53,7 +51,8 @@ def fit(table: Sequence[tables.Row]) -> tuple[dict[str, float], tuple[float, flo
     found = []
     for row in table:
         task = row["task"]
-        if is_default(row) and (task in MODELS or task.startswith("gpt")):
+        is_sure = is_default(row) and row["best_rate_low"] > 0
+        if is_sure and (task in MODELS or task.startswith("gpt")):
             model, width = MODELS[task] if task in MODELS else ("GPT", sizes_of(task)[0])
             found.append((model, width, row["batch"], row["best_rate"]))
     names, *numbers = zip(*found, strict=True)
@@ -78,11 +77,12 @@ def best_rate(table: Sequence[tables.Row], width: int, batch: int) -> float:
 def gains(table: Sequence[tables.Row]) -> dict[tuple[str, str, int], float]:
     """How much less loss rank 64 ends with than the rank of 4 or more that is next to 8.
 
-    The keys are the experiment, the task and the batch.
+    The keys are the experiment, the task and the batch, where both have several rates and seeds.
     """
     found = collections.defaultdict(dict)
     for row in table:
-        if is_default(row) and 4 <= row["rank"] <= 64:
+        is_sure = is_default(row) and row["rates"] > 1 and row["standard_error"] >= 0
+        if is_sure and 4 <= row["rank"] <= 64:
             found[row["experiment"], row["task"], row["batch"]][row["rank"]] = row["score"]
     few = lambda ranks: min(ranks, key=lambda rank: abs(rank - 8))  # noqa: E731
     both = {key: each for key, each in found.items() if {64} < each.keys()}
@@ -123,5 +123,5 @@ rates {" and ".join(rates)}, and then the neighbor of the better one
     The best rate within a model: {took}.
     Measured best rates over those of this formula: {off}.
 steps {-(-rows // batch)}
-    This is one pass. If it has fewer than 16 steps, take a smaller batch.
+    This is one pass. If it has fewer than 64 steps, take a smaller batch.
 """

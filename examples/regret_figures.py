@@ -162,7 +162,8 @@ def trends(rows: Sequence[Row]) -> str:
 def _factor(at: dict[Setting, np.ndarray], name: str, step: float) -> str:
     """By how much the best rate grows with a field of settings that differ in no other; see above.
 
-    The logarithms lie on parallel lines, one for each value of the other fields.
+    The logarithms lie on parallel lines, one for each value of the other fields. One seed gives no
+    interval.
     """
     lines = collections.defaultdict(list)
     for setting, each in at.items():
@@ -171,7 +172,7 @@ def _factor(at: dict[Setting, np.ndarray], name: str, step: float) -> str:
     x, y = np.concatenate([np.array(line) - np.mean(line, 0) for line in lines.values()]).T
     error = find_error(at.values()) / min(map(len, at.values())) ** 0.5 / (x @ x) ** 0.5
     power, least, most = (step ** (x @ y / (x @ x) + e) for e in (0, -error, error))
-    return f"{power:.2f} ({least:.2f} to {most:.2f})"
+    return f"{power:.2f} ({least:.2f} to {most:.2f})".removesuffix(" (nan to nan)")
 
 
 def markdown(rows: Sequence[Row], experiment: str) -> str:

@@ -128,6 +128,7 @@ def test_the_advice_is_near_what_was_measured(capsys, model):
     [width] = {width for name, width in advice.MODELS.values() if name == model}
     rows = [x for x in regret.tables.read(regret.OUT / "regret.csv") if advice.is_default(x)]
     rows = [row for row in rows if advice.MODELS.get(row["task"], "")[:1] == (model,)]
+    rows = [row for row in rows if row["best_rate"] > 0]
     assert rows
     for batch in {row["batch"] for row in rows}:
         found = advised(capsys, f"--width={width}", f"--batch={batch}", "--rows=4096")
@@ -147,7 +148,7 @@ def test_the_advice_follows_the_runs():
     table = [
         row
         | {"task": task, "batch": batch, "best_rate": rate, "best_rate_low": rate / 2}
-        | {"rank": rank, "scale": 32 / rank, "score": 1.0}
+        | {"rank": rank, "scale": 32 / rank, "score": 1.0, "rates": 3, "standard_error": 0.1}
         for task, width in sizes
         for batch in (4, 16)
         for rank in (8, 64)
@@ -171,9 +172,12 @@ def test_what_a_higher_rank_gains():
     """Against the one next to 8, of the same task and batch, where both ran."""
     scores = {("a", 1): 9, ("a", 4): 3, ("a", 16): 9, ("a", 64): 1, ("b", 8): 1, ("b", 64): 2}
     table = [
-        regret.scaled("widths", task, rank, 16)._asdict() | {"score": x, "best_rate_low": 1.0}
+        regret.scaled("widths", task, rank, 16)._asdict()
+        | {"score": x, "rates": 3, "standard_error": 0.1, "best_rate_low": 1.0}
         for (task, rank), x in (scores | {("c", 8): 5, ("d", 64): 5, ("d", 256): 4}).items()
     ]
+    table += [row | {"task": "e", "standard_error": np.nan} for row in table[:4]]
+    table += [row | {"task": "f", "rates": 1} for row in table[:4]]
     assert advice.gains(table) == {("widths", "a", 16): 2, ("widths", "b", 16): -1}
     alone = [row | {"task": "movies", "best_rate": 1e-3} for row in table if row["task"] == "c"]
     assert "comparisons" not in advice.advise(alone, 384, 16, 10, 6, 1)
@@ -301,11 +305,15 @@ def test_how_the_best_rate_grows():
     assert 1.95 < low < 2 < high < 2.05 and low * high == pytest.approx(4, abs=0.03)
 
 
-def behind(runs, task, layers):
-    """By how much more loss these layers alone end than all, seed for seed; mean and error."""
+def behind(rows, one, other):
+    """By how much more loss one setting ends than another, seed for seed; mean and error.
+
+    Both are dictionaries of those fields of a setting that tell it from others.
+    """
     ends = []
-    for name in (layers, "all"):
-        [own] = (own for x, own in runs.items() if (x.task, x.layers) == (task, name))
+    for fields in (one, other):
+        own = (row for row in rows if fields.items() <= row.items())
+        [own] = regret_figures.group(own).values()
         rate = regret_figures.tables.best(own, "score", 1)[0]["rate"]
         ends.append({row["seed"]: row["score"] for row in own if row["rate"] == rate})
     return regret_figures.tables.mean([x - ends[1][seed] for seed, x in ends[0].items()])
@@ -315,14 +323,40 @@ def say(loss, error):
     return f"{loss:.3f} ± {error:.3f}"
 
 
+def batch_claims(rows):
+    """What the guide says of batches in words."""
+    lost = [
+        [
+            say(*behind(rows, {"rank": rank, "batch": batch}, {"rank": rank, "batch": 16}))
+            for rank in (4, 64, 0)
+        ]
+        for batch in (64, 256)
+    ]
+    ahead = [
+        [
+            behind(rows, {"rank": x, "batch": n}, {"rank": 64, "batch": n})[0]
+            for n in (4, 16, 64, 256)
+        ]
+        for x in (4, 0)
+    ]
+    few, full = (f"{min(each):.3f} to {max(each):.3f}" for each in ahead)
+    return [
+        "64 loses {} nats at r = 4, {} at r = 64, and {} in full fine-tuning".format(*lost[0]),
+        "256 loses more: {}, {} and {}.".format(*lost[1]),
+        f"ahead of r = 4, by {few} nats, and of full fine-tuning, by {full}.",
+        f"with 64 steps it lost {lost[0][1]} nats, with 16 steps {lost[1][1]}.",
+    ]
+
+
 def claims(guide, rows):
     """What a guide says of the tables in words."""
     has_scale = regret_figures.SCALES["s = 32/r"]
     table = [x for x in regret_figures.summary(rows) if has_scale(regret_figures.setting_of(x))]
     table = [row for row in table if row["method"] == "lora"]
-    names = "rates", "batches", "third", "widths"
+    names = "rates", "batches", "third", "sentences", "widths"
     by_name = {x: [row for row in table if row["experiment"] == x] for x in names}
-    ratios = {x: [row["of_full"] for row in each] for x, each in by_name.items()}
+    known = {x: [row for row in each if row["of_full"] > 0] for x, each in by_name.items()}
+    ratios = {x: [row["of_full"] for row in each] for x, each in known.items()}
     losses = [row["score"] for row in by_name["rates"] if row["rank"] > 1]
     between = lambda each: f"{min(each):.2g} to {max(each):.2g} times"  # noqa: E731
     found = [between([x for each in ratios.values() for x in each])]
@@ -331,13 +365,21 @@ def claims(guide, rows):
         found.append(f"within {np.ceil(100 * (max(losses) - min(losses))) / 100} nats")
         told = regret_figures.trends(rows)
         factor = re.search(r"with s = 32/r, (ten times the rank takes .*\) times) the", told)
-        found += [f"{factor[1]} the rate", re.search(r"(four times .*\)) times", told)[1]]
-        own = regret_figures.group([row for row in rows if row["experiment"] == "parts"])
-        tasks = {x.task for x in own}
-        least, *_, most = sorted(behind(own, task, "attention") for task in tasks)
+        found += [f"{factor[1]} the rate", re.search(r"movies, (four times .*\)) times", told)[1]]
+        own = [row for row in rows if row["experiment"] == "parts"]
+        tasks = {row["task"] for row in own}
+        alone = {
+            name: sorted(
+                behind(own, {"task": task, "layers": name}, {"task": task, "layers": "all"})
+                for task in tasks
+            )
+            for name in ("attention", "feed-forward")
+        }
+        least, *_, most = alone["attention"]
         found.append(f"{say(*least)} to {say(*most)} nats behind on each of four tasks")
-        each = (behind(own, task, "feed-forward") for task in tasks)
-        found.append(" to ".join(f"{x:+.3f} ± {e:.3f}" for x, e in sorted(each)[:: len(tasks) - 1]))
+        ends = alone["feed-forward"][:: len(tasks) - 1]
+        found.append(" to ".join(f"{x:+.3f} ± {e:.3f}" for x, e in ends))
+        found += batch_claims([row for row in rows if row["experiment"] == "sentences"])
         gains = advice.gains(table)
         gpts = [x for (_, task, _), x in gains.items() if task.startswith("gpt")]
         others = [abs(x) for (_, task, _), x in gains.items() if not task.startswith("gpt")]
