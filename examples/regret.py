@@ -18,7 +18,7 @@
     sentences  3.6 hours   as `batches`, on 2,000 held-out sentences and five seeds
     third      0.5 hours   the best rates of another model: a BERT of three layers
     forgetting 4.0 hours   what is learned and what is forgotten, by rank and method
-    parts      3.7 hours   as `layers`, on four tasks and more held-out rows
+    parts      3.8 hours   as `layers`, on four tasks and more held-out rows
     optimizers 4.0 hours   Adam, LoRA+ and preconditioning, by rank, on three tasks
     widths     5.0 hours   the best rate by width and depth: GPTs pretrained here learn the Bible
     reinforce  1.5 hours   SmolLM2-135M learns sums from right or wrong, at ranks of 1 to 128
