@@ -51,8 +51,8 @@ def fit(table: Sequence[tables.Row]) -> tuple[dict[str, float], tuple[float, flo
     found = []
     for row in table:
         task = row["task"]
-        is_sure = is_default(row) and row["best_rate_low"] > 0
-        if is_sure and (task in MODELS or task.startswith("gpt")):
+        has_interval = row["best_rate_low"] > 0
+        if is_default(row) and has_interval and (task in MODELS or task.startswith("gpt")):
             model, width = MODELS[task] if task in MODELS else ("GPT", sizes_of(task)[0])
             found.append((model, width, row["batch"], row["best_rate"]))
     names, *numbers = zip(*found, strict=True)
@@ -81,8 +81,8 @@ def gains(table: Sequence[tables.Row]) -> dict[tuple[str, str, int], float]:
     """
     found = collections.defaultdict(dict)
     for row in table:
-        is_sure = is_default(row) and row["rates"] > 1 and row["standard_error"] >= 0
-        if is_sure and 4 <= row["rank"] <= 64:
+        has_error = row["rates"] > 1 and row["standard_error"] >= 0
+        if is_default(row) and has_error and 4 <= row["rank"] <= 64:
             found[row["experiment"], row["task"], row["batch"]][row["rank"]] = row["score"]
     few = lambda ranks: min(ranks, key=lambda rank: abs(rank - 8))  # noqa: E731
     both = {key: each for key, each in found.items() if {64} < each.keys()}

@@ -305,6 +305,19 @@ def test_how_the_best_rate_grows():
     assert 1.95 < low < 2 < high < 2.05 and low * high == pytest.approx(4, abs=0.03)
 
 
+def test_a_panel_has_the_axes_of_its_experiment(tmp_path, monkeypatch):
+    """Also that of a task which has the name of another experiment."""
+    drawn = []
+    monkeypatch.setattr(regret_figures.plt, "close", drawn.append)
+    panels = {
+        name: {"all": {1e-3: [1.0, 1.1], 3e-3: [1.2, 1.3]}} for name in ("sentences", "order")
+    }
+    regret_figures.draw(tmp_path / "parts.png", "parts", panels)
+    [figure] = drawn
+    labels = {(axis.get_xlabel(), axis.get_ylabel()) for axis in figure.axes}
+    assert labels == {("learning rate", "validation loss")}
+
+
 def behind(rows, one, other):
     """By how much more loss one setting ends than another, seed for seed; mean and error.
 
