@@ -71,10 +71,12 @@ def bounded(seconds: float = SECONDS) -> Iterator[None]:
 
 
 MEASURED = """
-import pathlib, re, time
+import pathlib, re, sys, time
 from jlora import peft
 # Not `ru_maxrss`, which starts with what the process had that started this one.
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+for first in sys.argv[1:]:
+    peft.export_merged(f"{first}/base", f"{first}/adapter", f"{first}/out")
 before, start = peak(), time.process_time()
 try:
     peft.export_merged("base", "adapter", "out")
@@ -84,9 +86,12 @@ print(time.process_time() - start, (peak() - before) * 1024)
 """
 
 
-def measure(folder: Folder) -> tuple[float, float]:
-    """The seconds and the memory that a process takes to merge `adapter` into `base` there."""
-    command = [sys.executable, "-c", MEASURED]
+def measure(folder: Folder, *first: Folder) -> tuple[float, float]:
+    """The seconds and the memory that a process takes to merge `adapter` into `base` there.
+
+    It merges those in `first` before, and takes what JAX needs then.
+    """
+    command = [sys.executable, "-c", MEASURED, *first]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True)
     seconds, memory = map(float, done.stdout.split())
     return seconds, memory

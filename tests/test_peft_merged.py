@@ -228,11 +228,16 @@ def ones(*shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", some([(4096, 6144), (128_256, 200)], (4096, 6144)))
 def test_memory_is_bounded(shape: tuple[int, int], tmp_path: Folder) -> None:
-    """A weight of 100 MB is merged in less than 80 MB, as blocks are what is held."""
-    checkpoint(tmp_path / "base", {"q.weight": ones(*shape)})
-    adapter(tmp_path / "adapter", {"q": low_rank(shape, 2)})
-    _, memory = measure(tmp_path)
-    assert memory < 80 * 2**20
+    """A weight of 100 MB takes less than half of that beyond one of a block, as blocks are held.
+
+    Measured are 9 to 26 MB, and before that 60 that JAX takes for its CPU and to compile.
+    """
+    rows, columns = shape
+    for folder, sizes in (("first", (2**19 // columns + 1, columns)), (".", shape)):
+        checkpoint(tmp_path / folder / "base", {"q.weight": ones(*sizes)})
+        adapter(tmp_path / folder / "adapter", {"q": low_rank(sizes, 2)})
+    _, memory = measure(tmp_path, tmp_path / "first")
+    assert memory < rows * columns * 4 / 2
 
 
 @pytest.mark.slow
