@@ -106,11 +106,30 @@ def measure(
 
 
 def mesh_of(topology: str, axes: tuple[int, int]) -> Mesh:
-    """A mesh of devices that are not there, `v5p:4x4x8` or `cuda:1x1x8`, for their compiler.
+    """A mesh of devices that are not there, for their compiler.
 
     Raises:
         ModuleNotFoundError: without that compiler.
         ValueError: if `axes` has not the topology's number of devices.
+    """
+    found = devices_of(topology)
+    if len(found) != math.prod(axes):
+        raise ValueError(
+            f"`--mesh` must have the {len(found)} devices of {topology}; got "
+            f"{' × '.join(map(str, axes))} = {math.prod(axes)}."
+        )
+    if topology.startswith("cuda"):
+        devices = np.array(found).reshape(axes)
+    else:
+        devices = mesh_utils.create_device_mesh(axes, found, allow_split_physical_axes=True)
+    return Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def devices_of(topology: str) -> list[Any]:
+    """Devices that are not there, `v5p:4x4x8` or `cuda:1x1x8`.
+
+    Raises:
+        ModuleNotFoundError: without their compiler.
     """
     os.environ.update(QUIET | dict(os.environ))
     platform, _, shape = topology.partition(":")
@@ -123,16 +142,7 @@ def mesh_of(topology: str, axes: tuple[int, int]) -> Mesh:
         )
     else:
         found = topologies.get_topology_desc(topology, platform="tpu")
-    if len(found.devices) != math.prod(axes):
-        raise ValueError(
-            f"`--mesh` must have the {len(found.devices)} devices of {topology}; got "
-            f"{' × '.join(map(str, axes))} = {math.prod(axes)}."
-        )
-    if platform == "cuda":
-        devices = np.array(found.devices).reshape(axes)
-    else:
-        devices = mesh_utils.create_device_mesh(axes, found.devices, allow_split_physical_axes=True)
-    return Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    return found.devices
 
 
 def flops(jaxpr: Any) -> float:

@@ -37,7 +37,7 @@ from small import some, some_rows, without_progress
 
 import jlora
 from jlora import checkpoint, peft
-from jlora._cli import _app, _bench
+from jlora._cli import _app
 from jlora._cli._app import cli
 from jlora._cli._inputs import attribute
 from jlora._tree import adapter_leaves, nest
@@ -844,35 +844,6 @@ def written_models(root: Folder) -> dict[str, Folder]:
     config = {"quantization_config": {"quant_method": "fp8"}}
     (root / "codes" / "config.json").write_text(json.dumps(config))
     return {name: root / name for name in ("model", "codes")}
-
-
-# ---------------------------------------------------------------------------------------- bench
-
-
-def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line of each step and a report; the frozen step costs least, the full one most."""
-    monkeypatch.setattr(_bench, "ROUNDS", 2)
-    monkeypatch.setattr(_bench, "VOCABULARY", 64)
-    result = run("bench", "--sizes", "64,2,2,16", "--rank", 2)
-    *table, line = result.stdout.splitlines()
-    names = [*_bench.STEPS, "LoRA / frozen", "full / frozen"]
-    assert [row[: len(max(names, key=len))].rstrip() for row in table] == ["", *names]
-    report = json.loads(line)
-    assert (report["device"], report["dim"], report["rank"]) == ("cpu", 64, 2)
-    frozen, lora, full = (report["steps"][name]["GB of memory"] for name in _bench.STEPS)
-    assert frozen <= lora <= full
-    assert re.fullmatch(r"\S.*, \d+ cores", report["processor"])
-    assert all(row["tokens/s"] > 0 for row in report["steps"].values())
-
-
-def test_bench_refuses_sizes() -> None:
-    for sizes in ("100,2,2,16", "64,2,2", "64,two,2,16", "64,2,2,1"):
-        said = fails("bench", "--sizes", sizes)
-        assert (
-            f"four numbers, of which DIM is a multiple of 64, and --rank at least 1; got {sizes}"
-            in said
-        )
-    assert "got None and 0" in fails("bench", "--rank", 0)
 
 
 # Interrupts itself where a module is imported.

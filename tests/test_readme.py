@@ -95,7 +95,7 @@ def test_the_picture_is_drawn_from_these_figures() -> None:
 
 
 def result_row(found: dict[str, Any]) -> str:
-    """A report of `jlora bench` as the guide has it."""
+    """A report of `examples/costs.py` as the guide has it."""
     ratios, steps = found["ratios"], found["steps"]
     sizes = "{dim} × {layers}, {batch} × {length}".format(**found)
     cells = [found["device"], found["jax"], sizes]
@@ -109,7 +109,7 @@ def result_row(found: dict[str, Any]) -> str:
 
 
 def test_results_are_those_that_were_reported() -> None:
-    lines = (ROOT / "examples" / "results" / "bench.jsonl").read_text().splitlines()
+    lines = (ROOT / "examples" / "results" / "costs.jsonl").read_text().splitlines()
     rows = [result_row(json.loads(line)) for line in lines]
     text = (ROOT / "notebooks" / "results.md").read_text(encoding="utf-8")
     found = [x for x in text.splitlines() if re.match(r"\| .* \| \d+\.\d+\.\d", x)]

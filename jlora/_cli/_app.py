@@ -7,7 +7,6 @@ import sys
 import click
 import jax
 
-from ._bench import bench
 from ._check import check
 from ._combine import combine
 from ._convert import convert
@@ -19,14 +18,14 @@ from ._plan import plan
 
 @click.group(
     "jlora",
-    commands=[inspect, merge, convert, combine, diff, check, plan, bench],
+    commands=[inspect, merge, convert, combine, diff, check, plan],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, equal, or it fits; 1 the adapters differ, it does not fit, or an "
     "engine refuses or drops a part of it; 2 an error; 130 interrupted.",
 )
 @click.version_option(package_name="jlora", prog_name="jlora")
 def cli() -> None:
-    """Inspect, compare, combine, convert, merge and check LoRA adapters; plan and time training.
+    """Inspect, compare, combine, convert, merge and check LoRA adapters; plan training.
 
     Nothing is ever overwritten. Output appears complete or not at all.
     """
@@ -35,8 +34,8 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Runs the command line, on the CPU unless JAX_PLATFORMS names another; `bench` on any."""
-    if not os.environ.get("JAX_PLATFORMS") and sys.argv[1:2] != ["bench"]:
+    """Runs the command line, on the CPU unless JAX_PLATFORMS names another."""
+    if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
     sys.unraisablehook = _report_unraisable
     cli(prog_name="jlora")
