@@ -16,11 +16,12 @@ import numpy as np
 
 from ._adapters import Node
 from ._arrays import abstract, pick
+from ._compat import scan_counts
 from ._core import Change, Operand, as_array, evaluate, leaf_weight
 from ._foreign import check_kept, check_leaf
 from ._node import weight_of
 from ._quantized import is_quantized
-from ._rules import matches
+from ._rules import matches, precedence
 from ._site import Full, Rule, Site, Unsupported
 from ._sites import Sites, Uses
 from ._trace import ValueReadError, trace
@@ -78,21 +79,53 @@ class Traced:
 
     @functools.cached_property
     def used(self) -> dict[Path, bool]:
-        """Whether an output or an operation other than `stop_gradient` reads each parameter."""
-        return dict(zip(self.paths, _find_used(self.jaxpr), strict=False))
+        """Whether the outputs depend on each parameter, other than behind `stop_gradient`."""
+        found = _find_used(self.jaxpr, [True] * len(self.jaxpr.outvars))
+        return dict(zip(self.paths, found, strict=False))
 
 
-def _find_used(jaxpr: Any) -> list[bool]:
-    """Finds which inputs are used, also in functions that get all operands of an equation."""
-    used = set(map(id, jaxpr.outvars))
-    for eqn in jaxpr.eqns:
-        # Not those with derivatives of their own, which may use what the function does not.
-        if eqn.primitive.name in ("jit", "remat2", "scan", "shard_map"):
-            inner = _find_used(eqn.params["jaxpr"])
-            used.update(id(v) for v, is_used in zip(eqn.invars, inner, strict=True) if is_used)
-        elif eqn.primitive.name != "stop_gradient":
-            used.update(map(id, eqn.invars))
-    return [id(v) in used for v in jaxpr.invars]
+def _find_used(jaxpr: Any, wanted: Sequence[bool]) -> list[bool]:
+    """Finds the inputs that the wanted outputs, or effects, depend on."""
+    live = {id(v) for v, is_wanted in zip(jaxpr.outvars, wanted, strict=True) if is_wanted}
+    for eqn in reversed(jaxpr.eqns):
+        outs = [id(v) in live for v in eqn.outvars]
+        if any(outs) or eqn.effects:
+            pairs = zip(eqn.invars, _find_read(eqn, outs), strict=True)
+            live.update(id(v) for v, is_read in pairs if is_read)
+    return [id(v) in live for v in jaxpr.invars]
+
+
+def _find_read(eqn: Any, wanted: list[bool]) -> list[bool]:
+    """Finds the operands that the wanted outputs of an equation depend on."""
+    p = eqn.params
+    match eqn.primitive.name:
+        case "stop_gradient":
+            return [False]
+        case "jit" | "remat2" | "shard_map":
+            return _find_used(p["jaxpr"], wanted)
+        case "cond":
+            branches = [_find_used(jaxpr, wanted) for jaxpr in p["branches"]]
+            return [True, *map(any, zip(*branches, strict=True))]
+        case "scan":
+            return _find_used_in_loop(p["jaxpr"], wanted, *scan_counts(p))
+        case "while":
+            n = p["cond_nconsts"]
+            tested = _find_used(p["cond_jaxpr"], [True])
+            carry = list(map(max, wanted, tested[n:]))
+            count = p["body_nconsts"], len(carry)
+            return tested[:n] + _find_used_in_loop(p["body_jaxpr"], carry, *count)
+    # A function with derivatives of its own may use in these what it does not use itself.
+    return [True] * len(eqn.invars)
+
+
+def _find_used_in_loop(body: Any, wanted: list[bool], n_consts: int, n_carry: int) -> list[bool]:
+    """Finds the operands of a loop that its wanted outputs depend on, over all iterations."""
+    used = _find_used(body, wanted)
+    end = n_consts + n_carry
+    carry = list(map(max, wanted[:n_carry], used[n_consts:end]))
+    if carry == wanted[:n_carry]:
+        return used[:n_consts] + carry + used[end:]
+    return _find_used_in_loop(body, carry + wanted[n_carry:], n_consts, n_carry)
 
 
 def find_sites(
@@ -110,9 +143,9 @@ def find_sites(
         path for path, x in types.items() if x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating)
     }
     taken: dict[Path, Rule] = {}
-    for rule, path in itertools.product(rules, types):
-        if rule.pattern is None or matches(rule, "/".join(path)):
-            taken.setdefault(path, rule)
+    for i, path in itertools.product(precedence(rules), types):
+        if rules[i].pattern is None or matches(rules[i], "/".join(path)):
+            taken.setdefault(path, rules[i])
     full = {path for path, rule in taken.items() if isinstance(rule, Full)}
     try:
         traced = _trace(apply_fn, call, types, matrices | full)

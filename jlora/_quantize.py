@@ -44,9 +44,9 @@ def quantize(
     Args:
         params: a tree of arrays; those to be quantized must be floating-point.
         *schemes: `NF4`, `FP4`, `Int8`, `Int4`, `FP8` or `MXFP4`. Each leaf gets the first scheme
-            whose pattern matches its path. A scheme without a pattern matches every dense site
-            except embeddings, the head, and leaves trained in full. (The head is the site with as
-            many outputs as the largest embedding has rows.)
+            whose pattern matches its path. A scheme without a pattern takes the dense sites that
+            are left, except embeddings, the head, and leaves trained in full. (The head is the site
+            with as many outputs as the largest embedding has rows.)
         sites: how the model uses each leaf, from `lora.sites(params, ...)`, so that blocks run
             along inputs. By default the last axis of a leaf counts as outputs, the axis before as
             inputs, and all others as a stack.

@@ -115,6 +115,11 @@ def is_for(rule: HasPattern, path: str, kind: str | None) -> bool:
     return kind in ("dense", "conv") if rule.pattern is None else matches(rule, path)
 
 
+def precedence(rules: Sequence[HasPattern]) -> list[int]:
+    """Returns the indices of rules in the order in which they match: those with a pattern first."""
+    return sorted(range(len(rules)), key=lambda i: rules[i].pattern is None)
+
+
 def rule_name(rule: HasPattern) -> str:
     """Returns the name of a rule for errors and tables: its type and pattern."""
     return type(rule).__name__ + ("()" if rule.pattern is None else f"({rule.pattern!r})")

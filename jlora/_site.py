@@ -12,9 +12,10 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._errors import InputError
 from ._node import Node
 from ._quantized import BaseLeaf, Scheme
-from ._rules import check_pattern, name_mistake
+from ._rules import check_pattern, name_mistake, rule_name
 from ._types import Layout, Path
 
 
@@ -26,7 +27,8 @@ class Rule:
 
     Attributes:
         pattern: a regular expression that matches whole components of a leaf's path. None is
-            *all-linear*: it matches every dense and convolutional site, but no embedding.
+            *all-linear*: every dense and convolutional site, but no embedding, that no rule with a
+            pattern takes.
         node: a subclass of `jlora.extend.Node`.
         materialize: whether jlora may form W + ΔW where it has no factored form.
         frozen: names of arrays of the node that are not trained.
@@ -103,8 +105,8 @@ class Site:
             there is no such axis, or more than one.
         unsupported: its uses that have no factored form.
         materialized: the layout that it would have as a materialized site.
-        used: whether the traced call uses it, other than behind `stop_gradient`; None if it was not
-            traced.
+        used: whether the outputs of the traced call depend on it, other than behind
+            `stop_gradient`; None if it was not traced.
         scheme: the scheme in which it is quantized, or None.
         rule: its rule, or None.
         asked_rank: the rank in the rule, if the site is too small for it; else None.
@@ -213,7 +215,7 @@ class Full(Rule):
 
 
 def check_rules(rules: object, unpack: bool = False) -> tuple[Rule, ...]:
-    """Returns one or several rules as a tuple; raises `TypeError` for anything else."""
+    """Returns one or several rules as a tuple; raises if they are not rules, or contradict."""
     if isinstance(rules, Rule | str | Mapping) or not isinstance(rules, Iterable):
         rules = (rules,)
     found = []
@@ -224,4 +226,10 @@ def check_rules(rules: object, unpack: bool = False) -> tuple[Rule, ...]:
         if rule.pattern is not None:
             check_pattern(rule, rule.pattern)
         found.append(rule)
+    if len(rest := [rule_name(rule) for rule in found if rule.pattern is None]) > 1:
+        raise InputError(
+            f"`rules` has {', '.join(rest)}, but only one rule may be without a pattern: it takes "
+            "every dense and conv site that no rule with a pattern takes. Give the others a "
+            "pattern."
+        )
     return tuple(found)

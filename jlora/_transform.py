@@ -38,7 +38,8 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
         apply_fn: a function that JAX can trace, such as the `apply` of a Flax module. Its first
             argument is the parameters, which it gets in their own containers.
         *rules: `LoRA`, `DoRA`, `Rows` or `Full`. Each leaf of the parameters gets the first rule
-            whose pattern matches its path.
+            whose pattern matches its path. One rule may be without a pattern: it takes the dense
+            and convolutional sites that are left, wherever it stands.
 
     Returns:
         Three pure functions:
@@ -56,9 +57,9 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
 
     Raises:
         TypeError: if one of `rules` is not a rule, or a tree has the wrong type.
-        ValueError: in `init` and `sites`, if a rule matches no leaf, or a leaf that it cannot
-            adapt; in `init`, if there are no rules; in `apply`, if the adapter does not fit the
-            base.
+        ValueError: if two rules are without a pattern; in `init` and `sites`, if a rule matches no
+            leaf, or a leaf that it cannot adapt; in `init`, if there are no rules; in `apply`, if
+            the adapter does not fit the base.
         NotImplementedError: if the model uses an adapted weight where W + s·A·B has no factored
             form; in `apply`, as in `merge`.
 

@@ -102,7 +102,7 @@ def every(*axes: Iterable[Any], daily: Iterable[tuple[Any, ...]]) -> list[Any]:
 
 REMEDY = (
     "Narrow the pattern, train the leaf in full with jlora.Full, or give LoRA(..., "
-    "materialize=True), which forms W + ΔW."
+    "materialize=True), which forms W + ΔW there: exact, but at full memory and time."
 )
 
 

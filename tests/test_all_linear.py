@@ -112,12 +112,42 @@ def looped(params, x):
     return lax.scan(lambda x, w: (plain(w, x), None), x, params)[0]
 
 
+def dead(params, x):
+    jnp.tanh(params["spare"]).sum()
+    return plain(params, x)
+
+
+def branched(params, x):
+    other = lambda p, x: plain(p, x) + lax.stop_gradient(2 * p["spare"]).sum()  # noqa: E731
+    return lax.cond(x.sum() > 0, plain, other, params, x)
+
+
+def repeated(params, x):
+    body = lambda p, spare, x: (p, 2 * spare, plain(p, x))  # noqa: E731
+    spare = params["spare"]
+    return lax.while_loop(lambda _: False, lambda c: body(*c), (params, spare, x))[2]
+
+
+def carried(params, x):
+    """The spare leaf reaches a carry that reaches no output."""
+
+    def body(carry, _):
+        x, spare, sums = carry
+        return (plain(params, x), 2 * spare, sums + spare), None
+
+    return lax.scan(body, (x, params["spare"], 0 * params["spare"]), length=2)[0][0]
+
+
 UNUSED = {
     "plain": plain,
     "jit": jax.jit(plain),
     "checkpoint": jax.jit(jax.checkpoint(plain)),
     "shard_map": mapped,
     "scan": looped,
+    "dead code": jax.jit(dead),
+    "cond": branched,
+    "while": repeated,
+    "carry": carried,
 }
 
 
@@ -129,3 +159,33 @@ def test_full_leaf_that_is_not_used(model):
     lora = jlora.transform(model, LoRA("w"), jlora.Full("spare"))
     with pytest.raises(ValueError, match=r"Full\('spare'\) matches 'spare' of shape .* not use"):
         lora.init(KEY, params, X)
+
+
+def summed(params, x):
+    """The spare leaf reaches the output in the second iteration."""
+
+    def body(carry, _):
+        x, sums, spare = carry
+        return (plain(params, x) + sums.sum(), spare, spare), None
+
+    return lax.scan(body, (x, 0 * params["spare"], params["spare"]), length=3)[0][0]
+
+
+def decided(params, x):
+    """The spare leaf decides when a loop ends."""
+    less = lambda c: c[0].sum() < c[1].sum()  # noqa: E731
+    step = lambda c: (c[0] + 1, c[1])  # noqa: E731
+    return plain(params, lax.while_loop(less, step, (x, params["spare"]))[0])
+
+
+def printed(params, x):
+    """The spare leaf is printed."""
+    jax.debug.callback(lambda x: None, params["spare"])
+    return plain(params, x)
+
+
+@pytest.mark.parametrize("model", [summed, decided, printed])
+def test_full_leaf_that_is_used_after_all(model):
+    params = {"w": jnp.ones((16, 16)), "spare": jnp.ones(3)}
+    lora = jlora.transform(model, LoRA("w"), jlora.Full("spare"))
+    assert lora.sites(params, X)["spare"].rule == jlora.Full("spare")

@@ -51,6 +51,16 @@ PATTERNS = {  # and which of the paths it matches
 }
 
 
+def multiply(params: Any, x: Any) -> Any:
+    """A product with each leaf."""
+    return sum(x @ w for w in jax.tree.leaves(params))
+
+
+def loss(params: Any, x: Any) -> Any:
+    """Squares of each product."""
+    return sum(jnp.sum((x @ w) ** 2) for w in jax.tree.leaves(params))
+
+
 def take_by_rules(*rules: Any, use: Callable[[Any], Any] = lambda w: X @ w) -> list[str]:
     """The leaves that rules take."""
     lora = jlora.transform(lambda params, x: sum(map(use, jax.tree.leaves(params))), *rules)
@@ -64,15 +74,14 @@ def take_by_scheme(pattern: str) -> list[str]:
 
 
 @functools.cache
-def sketch() -> jlora.types.Sketch:
-    """That of all sites."""
-    loss = lambda params, x: sum(jnp.sum((x @ w) ** 2) for w in jax.tree.leaves(params))  # noqa: E731
-    return jlora.sketch(loss, PARAMS, LoRA(rank=1), [X], kind="gradient")
+def sketch(*rules: Any) -> jlora.types.Sketch:
+    """That of the sites that rules take."""
+    return jlora.sketch(loss, PARAMS, rules, [X], kind="gradient")
 
 
 def take_by_rank(pattern: str) -> list[str]:
     """The sites that get a rank."""
-    rules = jlora.allocate(sketch(), LoRA(pattern, rank=1), min_rank=1)
+    rules = jlora.allocate(sketch(LoRA(rank=1)), LoRA(pattern, rank=1), min_rank=1)
     return [path for path in PATHS if any(matches(rule, path) for rule in rules)]
 
 
@@ -98,6 +107,42 @@ def each(patterns: dict[str, Any], *daily: str) -> Any:
 def test_whole_components(taker: str, pattern: str) -> None:
     """Rules, schemes and `allocate` agree."""
     assert sorted(TAKERS[taker](pattern)) == sorted(PATHS[i] for i in PATTERNS[pattern])
+
+
+def rest_by_rank(*rules: Any) -> list[str]:
+    """The sites that get a rank."""
+    found = [rule.pattern for rule in jlora.allocate(sketch(LoRA(rank=1)), rules, min_rank=1)]
+    return [path for path in PATHS if f"^{re.escape(path)}$" in found]
+
+
+def rest_by_scheme(*schemes: Any) -> list[str]:
+    """The leaves that get 4 bits."""
+    sites = jlora.transform(multiply).sites(PARAMS, X)
+    found = jlora.summary(jlora.quantize(PARAMS, *schemes, sites=sites)).quantized
+    return ["/".join(entry.path) for entry in found if isinstance(entry.scheme, NF4)]
+
+
+RULES = LoRA(rank=1), Full("head")
+REST: dict[str, tuple[Callable[..., Sequence[str]], tuple[Any, Any]]] = {
+    "transform": (
+        lambda *rules: [
+            site.path
+            for site in jlora.transform(multiply, *rules).sites(PARAMS, X)
+            if site.is_adapted
+        ],
+        RULES,
+    ),
+    "sketch": (lambda *rules: list(sketch(*rules).sites), RULES),
+    "allocate": (rest_by_rank, RULES),
+    "quantize": (rest_by_scheme, (NF4(), jlora.Int8("head"))),
+}
+
+
+@pytest.mark.parametrize("taker", REST)
+def test_without_a_pattern(taker: str) -> None:
+    """A rule takes what those with a pattern leave, wherever it stands."""
+    take, rules = REST[taker]
+    assert sorted(take(*rules)) == sorted(take(*reversed(rules))) == sorted(PATHS[:4])
 
 
 def test_the_root_has_the_empty_path() -> None:

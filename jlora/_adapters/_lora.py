@@ -70,7 +70,8 @@ class LoRA(Rule):
 
     Attributes:
         pattern: a regular expression that matches whole components of a leaf's path. None is
-            *all-linear*: it matches every dense and convolutional site, but no embedding.
+            *all-linear*: every dense and convolutional site, but no embedding, that no rule with a
+            pattern takes.
         rank: r, from 1 to min(inputs, outputs) of the site. Without a pattern, a site that is too
             small gets the largest rank, at least 1, that trains no more parameters than the weight
             has, with the same scale. `sites` shows both ranks.

@@ -10,7 +10,15 @@ import numpy as np
 
 from .._adapters import LoRA, clip_rank, matrix_lengths
 from .._errors import InputError
-from .._rules import Slots, check_int, explain_no_match, is_for, near_misses, rule_name
+from .._rules import (
+    Slots,
+    check_int,
+    explain_no_match,
+    is_for,
+    near_misses,
+    precedence,
+    rule_name,
+)
 from .._site import Rule, check_rules
 from .._types import short
 from ._kinds import Sketch, Spectrum
@@ -100,8 +108,8 @@ def allocate(
 
 
 def _find_rule(path: str, use: str | None, given: Sequence[Rule]) -> int | None:
-    """Returns the index of the first rule that is for the site at `path`; None if there is none."""
-    return next((i for i, rule in enumerate(given) if is_for(rule, path, use)), None)
+    """Returns the index of the rule that takes the site at `path`; None if there is none."""
+    return next((i for i in precedence(given) if is_for(given[i], path, use)), None)
 
 
 # ------------------------------------------------------------------------------------- the choice

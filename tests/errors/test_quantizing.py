@@ -91,7 +91,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "`pattern` ... '[' ... at position 0": lambda: NF4("["),
         "`params` ... NF4('kernal') ... layer/kernel": lambda: quantize(NF4("kernal")),
         "`params` ... NF4('w') ... no leaf": lambda: quantize(NF4("w"), params={}),
-        "NF4('kernel$|head') ... Int8('kernel|head') ... reorder the schemes": lambda: quantize(
+        "NF4('kernel$|head') ... Int8('kernel|head') ... reorder or narrow": lambda: quantize(
             Int8("kernel|head"), NF4("kernel$|head")
         ),
         "NF4() ... no pattern ... sites=lora.sites(": lambda: quantize(NF4()),

@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from jax.nn.initializers import lecun_normal, normal, zeros
 from messages import all_refused, refused
-from small import REMEDY, SQUARE, X, init, line_of, model
+from small import REMEDY, SQUARE, W, X, dense, init, line_of, model
 
 import jlora
 from jlora import Full, LoRA, Slots, checkpoint, initializers
@@ -58,6 +58,9 @@ MALFORMED: dict[type[Exception], dict[str, Callable[[], Any]]] = {
         "`pattern` ... '(query' ... at position 0": lambda: LoRA("(query"),
         "`pattern` ... '*kernel' ... at position 0": lambda: Full("*kernel"),
         "`pattern` ... 'head(?i)' ... at position 4": lambda: LoRA("head(?i)"),
+        "`rules` ... LoRA(), DoRA() ... only one": lambda: jlora.transform(
+            model, LoRA(), Full("head"), jlora.DoRA()
+        ),
         "`pattern` ... Full ... 'encoder/' ... 'encoder'.": lambda: Full("encoder/"),
         "`pattern` ... DoRA ... '/(q ... '(q|v)/w'.": lambda: jlora.DoRA("/(q|v)/w"),
         "`count` ... got 0.": lambda: Slots(0, (0,)),
@@ -138,15 +141,18 @@ UNFIT: dict[str, Callable[[], Any]] = {
     "LoRA('w') ... There is no leaf": lambda: init(
         LoRA("w", rank=2), apply=lambda p, x: x, params={}
     ),
-    "Full('kernel|fused') ... (LoRA('fused'), Full('layer')) ... reorder the rules": lambda: init(
+    "Full('kernel|fused') ... (LoRA('fused'), Full('layer')) ... reorder or narrow": lambda: init(
         LoRA("fused", rank=2), Full("layer"), Full("kernel|fused")
+    ),
+    "LoRA() ... (Full('.*')) ... without a pattern come last": lambda: init(
+        LoRA(rank=2), Full(".*"), apply=dense, params=W
     ),
     "LoRA() ... the model has none ... Name leaves by a pattern": lambda: init(
         LoRA(rank=2), apply=table, params={"table": X}
     ),
-    "'layer/bias' ... shape (6,) ... 'layer/kernel'?": lambda: init(LoRA("layer", rank=2)),
+    "'layer/bias' ... shape (6,) ... such as 'layer/kernel'": lambda: init(LoRA("layer", rank=2)),
     "'unused' ... shape (3, 5) ... a call that uses it": lambda: init(LoRA("unused", rank=2)),
-    "LoRA('w') ... behind stop_gradient. ... a call that uses it": lambda: init(
+    "LoRA('w') ... behind stop_gradient, ... a call that uses it": lambda: init(
         LoRA("w", rank=2), apply=constant, params=SQUARE
     ),
     "Full('w') ... no gradient ... a call that uses it": lambda: init(
@@ -175,5 +181,5 @@ test_unfit_rule = all_refused({ValueError: UNFIT})
 def test_added_position() -> None:
     """A position embedding that is added is no site; the line that adds it is named."""
     line = line_of(model, 'params["position"]')
-    with refused(ValueError, "add", "'position'", f"{line} (model)", REMEDY):
+    with refused(NotImplementedError, "add", "'position'", f"{line} (model)", REMEDY):
         init(LoRA("position", rank=2))
