@@ -33,6 +33,8 @@ def log_probs(
         labels: ``(B, L)`` integers.
         length: of a chunk at most. It need not divide L.
     """
+    if length < 1:
+        raise ValueError(f"`length` must be at least 1; got {length}.")
     rows, tokens = labels.shape
     chunks = max(1, -(-tokens // length))
 

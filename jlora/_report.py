@@ -10,7 +10,7 @@ from ._adapters import is_node, trained
 from ._compat import evaluate_now
 from ._quantized import Quantized, Scheme, is_quantized, spell
 from ._text import align_columns, format_bytes
-from ._tree import count, leaves_by_path, name_of, refuse_module, size_in_bytes
+from ._tree import check_base, count, leaves_by_path, name_of, refuse_module, size_in_bytes
 from ._types import Path, PyTree
 
 
@@ -108,7 +108,8 @@ def summary(base: PyTree, adapter: PyTree = None) -> Summary:
         A `Summary`, which `print` shows as a table.
 
     Raises:
-        TypeError: if one of them is a module with an adapter, from `jlora.nnx` or `jlora.keras`.
+        TypeError: if `base` is an adapter, which `jlora.count` counts alone, or has one in it; if
+            one of them is a module with an adapter, from `jlora.nnx` or `jlora.keras`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -127,8 +128,8 @@ def summary(base: PyTree, adapter: PyTree = None) -> Summary:
         w     256×256  NF4(block=64, double=True)  4.127  256.0 KiB  33.0 KiB  0.092
         257.0 KiB before, 34.0 KiB after, of which 1.0 KiB are not quantized
     """
-    for x, argument in ((base, "base"), (adapter, "adapter")):
-        refuse_module(x, argument)
+    check_base(base)
+    refuse_module(adapter, "adapter")
     leaves = [(path, x) for path, x in leaves_by_path(base) if is_quantized(x)]
     own = jax.tree.map(lambda x: trained(x) if is_node(x) else x, adapter, is_leaf=is_node)
     return Summary(

@@ -11,6 +11,8 @@ from ._rules import near_misses, rule_name
 from ._site import Site, Unsupported
 from ._text import align_columns, fold_numbers
 
+LONG = 32  # characters of a rule that several rows do not repeat
+
 
 class ProductUse(NamedTuple):
     """One product with a leaf, in the leaf's own axes.
@@ -79,8 +81,8 @@ class Sites:
     `sites[path]` is the leaf at a path, a site or not; a path that is none raises `KeyError`.
 
     `print` shows a table, in which three or more equal layers share a row: it reads
-    `layer_0…11/query/kernel` with the shape `12 × 768×768` and the parameters of all twelve. Notes
-    below it, by their numbers, say why weights are not sites.
+    `layer_0…11/query/kernel` with the shape `12 × 768×768` and the parameters of all twelve. Below
+    it, by their numbers, are long rules, and notes that say why weights are not sites.
 
     Attributes:
         leaves: every parameter leaf in tree order, also those that are not sites.
@@ -127,6 +129,9 @@ class Sites:
         columns = dict(_COLUMNS)
         if all(s.scheme is None for s in shown):
             del columns["scheme"]
+        names = list(map(_rule, shown))
+        long = [x for x in dict.fromkeys(names) if len(x) > LONG and names.count(x) > 1]
+        columns["rule"] = lambda s, n: f"rule {long.index(x) + 1}" if (x := _rule(s)) in long else x
         reasons = list(dict.fromkeys(filter(None, map(_reason, shown))))
         if reasons:
             columns["note"] = lambda s, n: str(reasons.index(r) + 1) if (r := _reason(s)) else "-"
@@ -139,7 +144,7 @@ class Sites:
         ]
         numbers = {"parameters", "rank", "trainable", "note"}
         lines = align_columns(("path", *columns), rows, numbers)
-        rule = "─" * max(map(len, lines))
+        line = "─" * max(map(len, lines))
         share = 100 * self.trainable / max(self.total, 1)
         adapted = sum(s.is_adapted for s in self.leaves)
         total = (
@@ -148,8 +153,9 @@ class Sites:
         )
         if self.missed:
             total += f"; {len(self.missed)} more weights have no factored form"
+        rules = [f"rule {i}: {name}" for i, name in enumerate(long, 1)]
         notes = [f"note {i}: {reason}" for i, reason in enumerate(reasons, 1)]
-        return "\n".join([lines[0], rule, *lines[1:], rule, total, *notes])
+        return "\n".join([lines[0], line, *lines[1:], line, total, *rules, *notes])
 
 
 def _reason(site: Site) -> str:
@@ -161,6 +167,10 @@ def _reason(site: Site) -> str:
 def _shape(site: Site, n: int) -> str:
     shape = "×".join(map(str, site.shape)) or "scalar"
     return f"{n} × {shape}" if n > 1 else shape
+
+
+def _rule(site: Site) -> str:
+    return "-" if site.rule is None else rule_name(site.rule)
 
 
 def _rank(site: Site) -> str:
@@ -182,7 +192,7 @@ _COLUMNS = {  # functions of a site and of the number of equal sites in its row
     "kind": lambda s, n: s.kind or "-",
     "axes": lambda s, n: _axes(s),
     "parameters": lambda s, n: f"{n * s.size:,}",
-    "rule": lambda s, n: "-" if s.rule is None else rule_name(s.rule),
+    "rule": lambda s, n: _rule(s),
     "rank": lambda s, n: _rank(s),
     "trainable": lambda s, n: "-" if s.rule is None else f"{n * s.trainable:,}",
     "scheme": lambda s, n: "-" if s.scheme is None else spell(s.scheme),

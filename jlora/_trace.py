@@ -43,8 +43,9 @@ def trace(
             names = ", ".join(map(repr, paths[:3])) + (", …" if len(paths) > 3 else "")
             raise ValueReadError(
                 "Python code of the function reads the value of an array that depends on the "
-                f"weights {names}, or on traced arguments ({type(e).__name__}). Use jax.lax.cond "
-                "or jnp.where there, or leave the weights out of the rules."
+                f"weights {names}, or on an argument that jax.jit traces ({type(e).__name__}). "
+                "Name a flag in jax.jit(..., static_argnames=...). For other values use "
+                "jax.lax.cond or jnp.where there, or leave the weights out of the rules."
             ) from e
     return jaxpr, finish[-1]
 

@@ -134,7 +134,7 @@ def check_base(base: PyTree) -> None:
     if _has_nodes(base):
         raise TypeError(
             "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
-            "and `adapter` swapped?"
+            "and `adapter` swapped, or is `base` missing?"
         )
 
 

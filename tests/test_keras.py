@@ -1,5 +1,8 @@
 """Models of Keras with an adapter: what the transform computes, in Keras's own loop."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -7,7 +10,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from messages import all_refused, refused
+from messages import all_refused, check_text, refused
 from own_methods import Diagonal, Gain
 from small import every
 
@@ -288,6 +291,13 @@ def twins() -> Any:
     return model
 
 
+def with_lora() -> Any:
+    """A model with an adapter of Keras's own."""
+    model = network()
+    model.layers[0].enable_lora(2)
+    return model
+
+
 KERNEL = LoRA("kernel", rank=2)
 CODED = LoRA("kernel", rank=2, init=jlora.initializers.loftq(jlora.Int8()))
 UNBUILT = keras.Sequential([layers.Dense(3)], name="bare")
@@ -304,6 +314,9 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
         "`model` ... must not have an adapter already": lambda: Adapted(
             keras.Sequential([layers.Input([16]), adapt(network(), KERNEL, example=X)]), {}
         ),
+        "`model` ... network/dense_32/lora_kernel_a. ... without it": lambda: adapt(
+            with_lora(), LoRA(), example=X
+        ),
         "arrays of their paths ... got Quantized of shape (16, 32) at net": lambda: adapt(
             network(), CODED, example=X
         ),
@@ -318,3 +331,12 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
 
 
 test_mistakes = all_refused(MISTAKES)
+
+
+def test_without_a_backend() -> None:
+    """Of an import without a setting, Keras says only that TensorFlow is missing."""
+    environment = os.environ | {"KERAS_BACKEND": "tensorflow"}
+    command = [sys.executable, "-c", "import jlora.keras"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    check_text(done.stderr.splitlines()[-1])

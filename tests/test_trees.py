@@ -451,6 +451,18 @@ def test_the_table_word_for_word() -> None:
         sites["heads"]
 
 
+def test_a_long_rule_is_named_once() -> None:
+    """By its number; a rule that one leaf has stays in its row."""
+    names = [f"{name}_projection_of_attention" for name in ("query", "value", "output")]
+    f = lambda p, x: sum(x @ p[name] for name in names)  # noqa: E731
+    both = jlora.LoRA("|".join(names[:2]), rank=2)
+    lora = jlora.transform(f, both, jlora.DoRA(names[2], rank=2))
+    lines = str(lora.sites(dict.fromkeys(names, X.T @ X), X)).splitlines()
+    assert [line.split()[0] for line in lines if "  rule 1  " in line] == names[:2]
+    assert lines[-1] == f"rule 1: LoRA({both.pattern!r})"
+    assert f"DoRA({names[2]!r})" in lines[2]
+
+
 def stacked(n: int) -> tuple[Any, dict]:
     """A model of `n` blocks by name, with two experts in each, and its parameters."""
     block = {"up": jnp.ones((8, 8)), "experts": {"e0": jnp.ones((8, 8)), "e1": jnp.ones((8, 8))}}

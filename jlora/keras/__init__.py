@@ -4,5 +4,15 @@ Nothing else in jlora imports Keras. Imports `_adapters`, `_merge`, `_rules`, `_
 `_tree`, `_types`.
 """
 
+try:
+    import keras as keras
+except ModuleNotFoundError as e:
+    if e.name == "keras":
+        raise
+    raise ImportError(
+        f"Keras cannot import its backend: {e}. Set KERAS_BACKEND=jax in the environment before "
+        "Keras is imported."
+    ) from e
+
 from ._adapted import Adapted as Adapted
 from ._adapted import adapt as adapt

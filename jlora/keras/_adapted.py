@@ -21,7 +21,8 @@ from .._tree import bind, leaves_by_path, name_of
 from .._types import Holder, PyTree
 from ._masks import GetMask, SetMask
 
-OWN = re.compile(r"lora_\d+")  # names of an adapter's variables
+# Names of an adapter's variables: of jlora, and of a layer's `enable_lora`.
+OWN = re.compile(r"lora_(\d+|\w+_[ab])")
 
 
 class Adapted(Holder, keras.Model):
@@ -283,7 +284,8 @@ def _weights(model: keras.Layer) -> dict[str, jax.Array]:
     if own := [v.path for v in model.weights if OWN.fullmatch(v.name)]:
         raise ValueError(
             "`model` must not have an adapter already, but has variables of one, such as "
-            f"{own[0]}. Give adapted.merge() or adapted.base."
+            f"{own[0]}. Give adapted.merge() or adapted.base. Of a model with `enable_lora`, load "
+            "the file of model.save_weights, which merges, into the same model without it."
         )
     found = {v.path: v.value for v in model.weights}
     if len(found) < len(model.weights):

@@ -60,7 +60,7 @@ MISFITS: dict[str, Any] = {
 }  # fmt: skip
 # The argument, and of what was got.
 WRONG_TREES: dict[str, Any] = {
-    "swapped": (lambda base, a: (a, base), "base", "", "holds LowRank nodes", "swapped?"),
+    "swapped": (lambda base, a: (a, base), "base", "", "holds LowRank nodes", "swapped"),
     "text": (lambda base, a: (base, "adapter.npz"), "adapter", "the root", "got the root: str."),
     "none": (lambda base, a: (base, None), "adapter", "", "got None, which holds none."),
     "empty": (lambda base, a: (base, {"w": {}}), "adapter", "", "got {'w': {}}, which holds none."),
@@ -237,9 +237,10 @@ WRONG: dict[type[Exception], dict[str, Any]] = {
         "`adapter` ... the root ... float32[2,4] ... apply(base, adapter, x)?": lambda: (
             jlora.transform(dense).apply(W, X)
         ),
-        "`base` ... holds LowRank nodes ... swapped?": lambda: jlora.merge(
+        "`base` ... holds LowRank nodes ... swapped": lambda: jlora.merge(
             jlora.bind(*made()), made()[1]
         ),
+        "`base` ... so it is an adapter ... is `base` missing?": lambda: jlora.summary(made()[1]),
     },
     ValueError: {
         "`check` ... needs concrete values ... check the result outside": lambda: jax.jit(
@@ -264,6 +265,7 @@ PAIRS: dict[str, Any] = {
     "merge-base": (lambda x: jlora.merge(x, made()[1]), "base"),
     "merge-adapter": (lambda x: jlora.merge(PARAMS, x), "adapter"),
     "bind": (lambda x: jlora.bind(x, {}), "base"),
+    "summary": (lambda x: jlora.summary(x), "base"),
     "dropout": (lambda x: jlora.dropout(x, KEY), "adapter"),
     "specs-base": (lambda x: jlora.sharding.specs(x, made()[1]), "base"),
     "specs-adapter": (lambda x: jlora.sharding.specs(PARAMS, x), "adapter"),

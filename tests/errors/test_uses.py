@@ -323,6 +323,17 @@ BRANCHES = {
 }
 
 
+def test_python_reads_a_traced_flag() -> None:
+    """The remedy is the one for flags, and it helps."""
+    fn = lambda p, x, train=False: dense(p, x) * (2 if train else 1)  # noqa: E731
+    base, adapter = init(RULE, apply=fn, params=SQUARE)
+    apply = jlora.transform(fn).apply
+    with refused(TypeError, "", "jax.jit(..., static_argnames=...)"):
+        jax.jit(apply)(base, adapter, X, train=True)
+    doubled = jax.jit(apply, static_argnames="train")(base, adapter, X, train=True)
+    laws.assert_close(doubled, 2 * apply(base, adapter, X))
+
+
 @pytest.mark.parametrize("case", BRANCHES)
 def test_python_reads_an_adapted_weight(case: str) -> None:
     """Python code that asks for the value of an adapted weight is refused, by both."""

@@ -116,6 +116,8 @@ def test_no_tokens_have_no_log_probabilities():
     head = normal(0, DIM, VOCAB)
     found = chunked.log_probs(lambda h: h @ head, jnp.zeros((ROWS, 0, DIM)), IDS[:, :0])
     assert found.shape == (ROWS, 0)
+    with pytest.raises(ValueError, match="`length` must be at least 1; got 0"):
+        by_chunks(0)(lambda h: h @ head, jnp.zeros((ROWS, 1, DIM)), IDS[:, :1])
 
 
 def test_what_is_only_evaluated_has_one_product():
