@@ -50,9 +50,10 @@ class Case(NamedTuple):
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, bfloat16 too."""
+    """The tensors of a safetensors file, bfloat16 and float8 too."""
     kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64}
     kinds |= {"BF16": ml_dtypes.bfloat16, "U8": np.uint8}
+    kinds |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
     return {
         name: np.frombuffer(x["data"], kinds[x["dtype"]]).reshape(x["shape"])
         for name, x in deserialize(path.read_bytes())

@@ -195,6 +195,31 @@ def test_files_of_others(case: str, tmp_path: Folder) -> None:
     assert leaf["weight"].b.shape == (rank, 6)
 
 
+@quiet
+@each_dialect
+@pytest.mark.parametrize("case", ["every module", "DoRA"])
+def test_axes_of_length_1(case: str, dialect: str, tmp_path: Folder) -> None:
+    """A matrix is a convolution of 1×1, in the file or the model; loaded and merged alike."""
+    adapter, path = ADAPTERS[case][0], tmp_path / "a.safetensors"
+    peft.save(path, BASE, adapter, NAMES, dialect=dialect, prefix="unet")
+    base = tmp_path / "base"
+    checkpoint_of(base)
+    peft.export_merged(base, path, tmp_path / "as it is")
+    tensors = load_file(path)
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    for key, x in tensors.items():
+        if "to_q" in key and "alpha" not in key:
+            tensors[key] = x.reshape(1, -1, 1, 1) if x.ndim == 1 else x[:, :, None, None]
+        if "up_1" in key.replace(".", "_") and "alpha" not in key:
+            tensors[key] = x.reshape(-1) if "magnitude" in key else x[:, :, 0, 0]
+    save_file(tensors, path, metadata)
+    assert_equal(peft.load(path, BASE, NAMES), adapter)
+    peft.export_merged(base, path, tmp_path / "other")
+    each = [tmp_path / x / f"{STEM}.safetensors" for x in ("as it is", "other")]
+    assert each[0].read_bytes() == each[1].read_bytes()
+
+
 @pytest.mark.parametrize(
     ("tensors", "metadata", "prefixes"),
     [
@@ -467,23 +492,31 @@ def test_engines_serve_none(tmp_path: Folder) -> None:
 # ------------------------------------------------------------------------------ merging
 
 
+STEM = "diffusion_pytorch_model"
+
+
+def checkpoint_of(folder: Folder, shards: int = 1) -> dict[str, np.ndarray]:
+    """The base as diffusers writes it, with random values, which are returned."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    tensors = {f"{k}.weight": draw.normal(size=x).astype(np.float32) for k, x in SHAPES.items()}
+    files = [f"{STEM}.safetensors"]
+    if shards > 1:
+        files = [f"{STEM}-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+        where = {k: files[i % shards] for i, k in enumerate(tensors)}
+        index = json.dumps({"metadata": {}, "weight_map": where})
+        (folder / f"{STEM}.safetensors.index.json").write_text(index)
+    for i, file in enumerate(files):
+        save_file(dict([*tensors.items()][i::shards]), folder / file)
+    (folder / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    return tensors
+
+
 @each_dialect
 @pytest.mark.parametrize("shards", [1, 2])
 def test_merged(dialect: str, shards: int, tmp_path: Folder) -> None:
     """Into diffusers' files, of one shard or several, by the command."""
-    (tmp_path / "base").mkdir()
-    draw = np.random.default_rng(0)
-    tensors = {f"{k}.weight": draw.normal(size=x).astype(np.float32) for k, x in SHAPES.items()}
-    stem = "diffusion_pytorch_model"
-    files = [f"{stem}.safetensors"]
-    if shards > 1:
-        files = [f"{stem}-0000{i + 1}-of-00002.safetensors" for i in range(2)]
-        where = {k: files[i % 2] for i, k in enumerate(tensors)}
-        index = json.dumps({"metadata": {}, "weight_map": where})
-        (tmp_path / "base" / f"{stem}.safetensors.index.json").write_text(index)
-    for i, file in enumerate(files):
-        save_file(dict([*tensors.items()][i::shards]), tmp_path / "base" / file)
-    (tmp_path / "base" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    tensors = checkpoint_of(tmp_path / "base", shards)
     adapter, _ = ADAPTERS["every module"]
     path = tmp_path / "x.safetensors"
     peft.save(path, BASE, adapter, NAMES, dialect=dialect, prefix="unet")
@@ -493,7 +526,8 @@ def test_merged(dialect: str, shards: int, tmp_path: Folder) -> None:
     assert sorted(x.name for x in (tmp_path / "out").iterdir()) == sorted(
         x.name for x in (tmp_path / "base").iterdir()
     )
-    found = {k: x for file in files for k, x in load_file(tmp_path / "out" / file).items()}
+    files = (tmp_path / "out").glob("*.safetensors")
+    found = {k: x for file in files for k, x in load_file(file).items()}
     params = {k: {"weight": jnp.asarray(tensors[f"{k}.weight"])} for k in SHAPES}
     for name, leaf in jlora.merge(params, adapter).items():
         np.testing.assert_allclose(found[f"{name}.weight"], leaf["weight"], 1e-5, 1e-5)

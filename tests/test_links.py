@@ -1,4 +1,4 @@
-"""Links in the folders of adapters and bases: those of the Hub's cache are followed, others not."""
+"""Links in the folders of adapters and bases: those into the Hub's cache alone are followed."""
 
 import json
 import os
@@ -118,6 +118,10 @@ CACHES: dict[str, Callable[[Folder], Folder]] = {
     "a linked cache": lambda a: link(a.parent / "hub", in_cache(a).parents[2]).joinpath(
         "models--me--adapter/snapshots/0a1b"
     ),
+    "a folder of links": lambda a: in_cache(a, "../mine"),
+    "of two models": lambda a: link_config(
+        in_cache(a), in_cache(write(a.parent / "b", pair("q"), r=2)) / CONFIG
+    ),
     "links of links": lambda a: add(in_cache(a), "../../blobs/more", CONFIG),
     "within the folder": lambda a: add(a, "other.json", CONFIG),
 }
@@ -162,13 +166,6 @@ def link_config(adapter: Folder, to: Any) -> Folder:
     return adapter
 
 
-def nested(adapter: Folder) -> Folder:
-    """A cache in a cache: the inner one may not read from the outer."""
-    inner = in_cache(adapter, "snapshots/1/models--b/snapshots/2", "models--a")
-    (inner.parents[1] / "blobs").mkdir()
-    return inner
-
-
 def linked_blobs(adapter: Folder) -> Folder:
     """`blobs` itself leads out of the model's folder."""
     folder = in_cache(adapter)
@@ -201,13 +198,8 @@ HOSTILE: dict[str, Callable[[Folder], Folder]] = {
         in_cache(a), f"../../blobs/../../{secret(a.parent).name}"
     ),
     "over a link in the cache": lambda a: link_config(in_cache(a), far(a)),
-    "another model": lambda a: link_config(
-        in_cache(a), in_cache(write(a.parent / "b", pair("q"))) / CONFIG
-    ),
     "no name of a model": lambda a: in_cache(a, model="adapters--me"),
-    "no snapshots": lambda a: in_cache(a, "versions/1"),
-    "snapshots without a revision": lambda a: in_cache(a, "snapshots"),
-    "a cache in a cache": nested,
+    "no blob": lambda a: link_config(in_cache(a), secret(a.parent / f"models--me--{a.name}")),
     "linked blobs": linked_blobs,
     "linked model": linked_model,
 }

@@ -255,6 +255,20 @@ def test_dtypes_are_kept(dtype: Any, tmp_path: Folder) -> None:
     assert_equal(come_back(tmp_path / "a", base, adapter, names), adapter)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_factors_of_8_bits_are_read_as_float32(dtype: Any, tmp_path: Folder) -> None:
+    """Exactly, as PEFT does."""
+    files, found = Files(tmp_path), []
+    for to in (dtype, np.float32):
+        files.tensors(functools.partial(cast, to))
+        found.append((files.load(), peft.read(files.folder).leaves))
+    assert_equal(*found)
+
+
+def cast(dtype: Any, tensors: dict[str, np.ndarray]) -> None:
+    tensors |= {key: x.astype(dtype) for key, x in tensors.items()}
+
+
 def test_leaves_in_full_alone(tmp_path: Folder) -> None:
     """PEFT has a word for targets that are none, and refuses an empty list."""
     base = {"head": {"kernel": jnp.zeros((3, 2))}}
@@ -473,6 +487,21 @@ def test_fields_that_change_nothing(fields: str, tmp_path: Folder) -> None:
     assert_equal(files.load(), peft.load(files.case.folder, files.case.base, files.case.names))
     each = [peft.read(x).leaves.keys() for x in (files.folder, files.case.folder)]
     assert each[0] == each[1]
+
+
+@pytest.mark.parametrize("fixture", ["qv", "experts"])
+def test_a_word_for_all_linear_modules(fixture: str, tmp_path: Folder) -> None:
+    """The file says which these are; those of `target_parameters` are not among them."""
+    files = Files(tmp_path, fixture)
+    expected = files.load()
+    files.config(target_modules="all-linear")
+    assert_equal(files.load(), expected)
+    peft.write(tmp_path / "again", contents := peft.read(files.folder))
+    assert (
+        contents.config["target_modules"] == peft.read_config(tmp_path / "again")["target_modules"]
+    )
+    files.config(target_modules=contents.config["target_modules"])
+    assert_equal(files.load(), expected)
 
 
 def test_what_peft_ties_itself_alone(tmp_path: Folder) -> None:

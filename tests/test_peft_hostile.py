@@ -454,6 +454,7 @@ def test_too_many(case: str, tmp_path: Folder) -> None:
     message, make = TOO_LARGE[case]
     folder, file, text = base(tmp_path / "b", {"q.weight": ONE}), case.split()[-1], make().encode()
     size = len(text).to_bytes(8, "little") if file == "model.safetensors" else b""
+    (folder / "model.safetensors").unlink()  # which transformers would read, not the index
     (folder / file).write_bytes(size + text)
     source = adapter(tmp_path / "a", ["q"])
     with bounded(), pytest.raises(ValueError, match=message):

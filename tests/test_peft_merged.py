@@ -1283,10 +1283,6 @@ DAMAGES: dict[str, tuple[Any, ...]] = {
         {"weights": NO_WEIGHTS | {p + k: x for k, x in WEIGHTS.items() for p in ("a.", "b.")}},
         *("adapter", "", "several prefixes, 'a.', 'b.'"),
     ),
-    "two-checkpoints": (
-        {"after": lambda base: (base / INDEX).write_text('{"weight_map": {"x": "m.safetensors"}}')},
-        *("src_dir", "", "has two checkpoints", "Remove one."),
-    ),
     "pickle": (
         {"after": lambda base: (base / ONE).rename(base / "m.bin")},
         *("src_dir", "", f"has neither {ONE} nor {INDEX}", "Save the model as safetensors"),
@@ -1328,12 +1324,7 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "undamaged": {},
     # As PEFT lists all of "all-linear", also those that it then excludes.
     "excluded": {"target_modules": ["q", "m.layers.1.k"], "exclude_modules": ["k"]},
-    # Some libraries write an index beside the only file that it names.
-    "index-of-one": {
-        "after": lambda base: (base / INDEX).write_text(
-            json.dumps({"weight_map": dict.fromkeys(WEIGHTS, ONE)})
-        )
-    },
+    "a word for all": {"target_modules": "all-linear"},
 }
 
 
@@ -1343,6 +1334,26 @@ def test_what_is_no_damage(change: str, tmp_path: Folder) -> None:
     assert len(export(tmp_path, **ALLOWED[change])) == 8
     base, out = ({p.name for p in (tmp_path / name).iterdir()} for name in ("base", "out"))
     assert base == out
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_one_file_beside_an_index(stem: str, tmp_path: Folder) -> None:
+    """With transformers the one file is read, with diffusers the index; others are left out."""
+    base = checkpoint(tmp_path / "base", {"q.weight": ones(4, 6)})
+    save_file({"q.weight": 5 * ones(4, 6)}, base / "shard.safetensors", metadata=METADATA)
+    (base / ONE).rename(base / f"{stem}.safetensors")
+    index = f"{stem}.safetensors.index.json"
+    (base / index).write_text('{"weight_map": {"q.weight": "shard.safetensors"}}')
+    given = adapter(tmp_path / "adapter", {"q": (ones(2, 6), ones(4, 2))})
+    each = {f"{stem}.safetensors"}, {"shard.safetensors", index}
+    there, left_out = each if stem == "model" else each[::-1]
+    assert {*peft.export_merged(base, given, tmp_path / "out")} == left_out
+    assert {x.name for x in (tmp_path / "out").iterdir()} == {"config.json", *there}
+    [w] = read(tmp_path / "out").values()
+    assert (w == (4 if stem == "model" else 8)).all()
+    like = {"q": jax.ShapeDtypeStruct((4, 6), jnp.float32)}
+    loaded = peft.load_base(base, [Name("q", "q", "oi")], like=like)
+    assert (loaded["q"] == w - 3).all()
 
 
 def test_arguments(tmp_path: Folder) -> None:

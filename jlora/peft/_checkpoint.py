@@ -267,16 +267,18 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None, tuple[str,
             f"{', '.join(sorted({one, index} & there))}, and {', '.join(sorted(odd))}. Remove one.",
             path=source.folder,
         )
-    if index not in there:
-        if one not in there and source.folder.is_dir():
-            kind = recognize(source.folder, WEIGHTS) or (
-                "Save the model as safetensors, in transformers with "
-                "save_pretrained(..., safe_serialization=True)."
-            )
-            raise InputError(
-                f"`{source.argument}`: {source.folder} has neither {one} nor {index}. {kind}",
-                path=source.folder,
-            )
+    if not there and source.folder.is_dir():
+        kind = recognize(source.folder, WEIGHTS) or (
+            "Save the model as safetensors, in transformers with "
+            "save_pretrained(..., safe_serialization=True)."
+        )
+        raise InputError(
+            f"`{source.argument}`: {source.folder} has neither {one} nor {index}. {kind}",
+            path=source.folder,
+        )
+    # Where both are, transformers reads the one file, and diffusers those of the index.
+    is_one = one in there and (index not in there or one == MODELS[0][0])
+    if is_one or not there:
         return [one], None, (one, index)
     mapped = read_json(source, index, LIMIT).get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
@@ -290,12 +292,6 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None, tuple[str,
                 "in the same folder.",
                 path=index,
             )
-    if one in there and one not in mapped.values():
-        raise InputError(
-            f"`{source.argument}`: {source.folder} has two checkpoints: {one}, and {index} for "
-            "other files. Remove one.",
-            path=source.folder,
-        )
     return sorted(set(mapped.values())), mapped, (one, index)
 
 

@@ -169,14 +169,14 @@ def _read(files: Files, problems: Problems) -> Contents:
     twins = find_twins(own.parts)
     is_table = {part.name: part.kind == "embedding" for part in own.parts}
     tied = {x.key: twins[x.name].key for x in own.parts if x.name in twins and is_table[x.name]}
-    dropout = float(files.fields.get("lora_dropout", 0.0))
+    dropout = float(adapter.fields.get("lora_dropout", 0.0))
     nodes = {
         x.key: join_factors(_as_leaf(x), [x.arrays], scale=x.scale, dropout=dropout)
         for x in own.parts
         if is_table[x.name] or x.name not in twins
     }
     rows = {x.module: Replaced(put(x.v), x.rows, _ROWS) for x in own.tokens.values()}
-    return Contents({**nodes, **rows, **own.full}, files.fields, tied, own.frozen)
+    return Contents({**nodes, **rows, **own.full}, adapter.fields, tied, own.frozen)
 
 
 def _as_leaf(part: Part) -> NamedLeaf:

@@ -80,6 +80,9 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
+# Dtypes of A and B that are read as float32, in which they are exact.
+SHORT = {"F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E5M2": np.dtype(jnp.float8_e5m2)}
+FLOATS = DTYPES | SHORT
 # of a BatchNorm
 COUNT = ".num_batches_tracked"
 COUNTS = {"I64": np.dtype(np.int64)}
@@ -110,6 +113,10 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     start: int = 0
     stop: int = 0
+
+    def reshape(self, shape: tuple[int, ...]) -> "TensorInfo":
+        """Returns the same tensor, which is read with another shape."""
+        return self._replace(shape=shape)
 
 
 class Header(NamedTuple):
@@ -219,11 +226,12 @@ def _check_extents(entries: dict[str, TensorInfo], size: int) -> None:
 def read_tensors(
     source: Source, header: Header, tensors: Iterable[TensorInfo], name: str = TENSORS
 ) -> dict[str, np.ndarray]:
-    """Reads tensors of an adapter by their names."""
+    """Reads tensors of an adapter by their names; those of 8 bits become float32."""
     found = {}
+    dtypes = FLOATS | COUNTS
     with open_file(source, name) as (file, _):
         for x in tensors:
             file.seek(header.data + x.start)
-            data = np.frombuffer(file.read(x.stop - x.start), (DTYPES | COUNTS)[x.dtype])
-            found[x.key] = data.reshape(x.shape)
+            data = np.frombuffer(file.read(x.stop - x.start), dtypes[x.dtype]).reshape(x.shape)
+            found[x.key] = data.astype(np.float32) if x.dtype in SHORT else data
     return found

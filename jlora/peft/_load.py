@@ -48,9 +48,9 @@ def load(
 
     Returns:
         An adapter for `apply` and `merge`, with $\Delta W = s \cdot A B$. A and B have the dtype of
-        the file. The layers of a scan are stacked. `modules_to_save` and biases are leaves in full.
-        With `use_dora`, modules have the node of `DoRA`. With `trainable_token_indices`, embeddings
-        have the node of `Rows`.
+        the file, or float32 if that has 8 bits. The layers of a scan are stacked. `modules_to_save`
+        and biases are leaves in full. With `use_dora`, modules have the node of `DoRA`. With
+        `trainable_token_indices`, embeddings have the node of `Rows`.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.

@@ -17,8 +17,8 @@ class Source(NamedTuple):
     Attributes:
         folder: the folder.
         argument: the user's argument with the folder, for errors.
-        follow_links: whether its files may be links to anywhere, or only within the folder, and in
-            the Hub's cache within the folder of their model; None if the user cannot choose.
+        follow_links: whether its files may be links to anywhere, or only within the folder and to
+            the files of models in the Hub's cache; None if the user cannot choose.
     """
 
     folder: Path
@@ -47,9 +47,9 @@ def open_file(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def resolve(source: Source, path: Path) -> Path:
-    """Follows links; raises if they lead out of the folder, and out of its model in the cache."""
+    """Follows links; raises if they lead out of the folder, to no file of the Hub's cache."""
     folder, real = (Path(os.path.realpath(x)) for x in (source.folder, path))
-    if real.is_relative_to(_find_root(folder)):
+    if real.is_relative_to(folder) or _is_in_cache(real):
         return real
     option = "" if source.follow_links is None else ", or `follow_links=True`"
     raise InputError(
@@ -60,15 +60,9 @@ def resolve(source: Source, path: Path) -> Path:
     )
 
 
-def _find_root(folder: Path) -> Path:
-    """Returns the folder that links may lead to.
-
-    In the Hub's cache, `models--ORG--NAME/snapshots/REVISION` has links to `../../blobs`.
-    """
-    for parent in folder.parents:
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            return parent.parent
-    return folder
+def _is_in_cache(path: Path) -> bool:
+    """Whether a file is a model's in the Hub's cache, `models--ORG--NAME/blobs/HASH`."""
+    return path.parent.name == "blobs" and path.parents[1].name.startswith("models--")
 
 
 def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:

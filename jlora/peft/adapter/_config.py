@@ -189,9 +189,6 @@ def _list_contradictions(fields: Mapping[str, Any]) -> list[Problem]:
         why = f"{shorten(start)} changes the base model, which the adapter needs"
         remedy = "convert the adapter in PEFT (path_initial_model_for_weight_conversion)"
         found.append(Problem("init_lora_weights", why, remedy))
-    if fields.get("target_modules") == "all-linear":
-        why = "'all-linear' is for PEFT's constructor; a file must list the modules"
-        found.append(Problem("target_modules", why))
     return found
 
 

@@ -53,6 +53,8 @@ def assign_parameters(
         if names and parts:
             found += _assign_by_shape(adapter, module, names, parts, shapes, ordered, problems)
         elif parts:
+            shape = (shapes or {}).get(f"{module}.weight", ())
+            parts = [_fit_axes(part, shape) for part in parts]
             found += _check_module(adapter, module, parts, where, problems)
     known = None
     if shapes is not None:
@@ -161,6 +163,7 @@ def _try_parameter(role: Role, name: str, part: Part, shapes: Shapes | None) -> 
 
 def list_orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
     """Lists whether a weight of a shape may be B·A (False) or its transpose (True)."""
+    part = _fit_axes(part, shape)
     rank, rows, columns = part.a.shape[0], part.b.shape[0], part.a.shape[1:]
     experts = shape[:1] if part.kind == "experts" else ()
     is_conv = len(columns) > 1
@@ -171,6 +174,22 @@ def list_orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
     known = {"conv": False, "embedding": True}.get(part.kind, part.transposed)
     each = (False, (rows, *columns)), (True, (*columns, rows))
     return [t for t, axes in each if (*experts, *axes) == shape and known in (None, t)]
+
+
+def _fit_axes(part: Part, shape: tuple[int, ...]) -> Part:
+    """Gives A and B of a matrix the axes of a 1×1 convolution of `shape`, or takes them away.
+
+    Some tools write the one for the other.
+    """
+    rest = shape[2:]
+    extra = {*rest, *part.a.shape[2:], *part.b.shape[2:]}
+    if part.kind not in ("linear", "conv") or len(shape) < 2 or extra != {1}:
+        return part
+    a, b = (x.reshape(x.shape[:2] + rest) for x in (part.a, part.b))
+    part = part._replace(kind="conv" if rest else "linear", a=a, b=b)
+    if part.m is None or math.prod(part.m.shape) != b.shape[0]:
+        return part
+    return part._replace(m=part.m.reshape(part.magnitude_shape))
 
 
 def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:

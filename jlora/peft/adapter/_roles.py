@@ -63,7 +63,7 @@ def resolve(fields: Fields, names: Iterable[str], clock: Clock) -> dict[str, Rol
     jobs = [*targets.jobs, *excluded.jobs, *layers.jobs]
     found = match([*jobs, *ranks.jobs.values(), *alphas.jobs.values()], names, clock)
     saves = make_saves(fields)
-    list_parameters = _make_parameters(fields)
+    list_parameters = make_parameters(fields)
     r, alpha = (fields.get(key, DEFAULTS[key]) for key in ("r", "lora_alpha"))
     roles = dict[str, Role]()
     for i, name in clock.watch(enumerate(names)):
@@ -177,7 +177,7 @@ class _Layers:
         return next((n for n in each if n is not None), None) in self.numbers
 
 
-def _make_parameters(fields: Fields) -> Callable[[str], tuple[str, ...]]:
+def make_parameters(fields: Fields) -> Callable[[str], tuple[str, ...]]:
     """Makes a function that lists the `target_parameters` of a module."""
     # By module, None for any module; and all of them in the order of the list.
     named = collections.defaultdict[str | None, set[str]](set)

@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..._errors import Problem
-from .._file import CONFIG, COUNT, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, show
+from .._file import CONFIG, COUNT, COUNTS, FLOATS, PREFIX, TENSORS, TensorInfo, show
 from .._problems import Problems
 from ._config import PARAMETERS, ROWS_ALONE, problems_of
 from ._files import MAGNITUDE, Files
 from ._patterns import Clock
-from ._roles import Role, resolve
+from ._roles import Role, make_parameters, resolve
 from ._tokens import DELTA, DELTA_ALONE, WRAPPED, Tokens, find_rows
 
 BASE = ".base_layer"  # the module that an adapter wraps
@@ -153,9 +153,9 @@ def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) 
         problems: collects problems.
         modules: modules of the model, whose roles are needed too.
     """
-    fields = files.fields
     problems.keys = files.keys
-    problems.stop(*problems_of(fields))
+    problems.stop(*problems_of(files.fields))
+    fields = _list_targets(files)
     problems.examine(files.tensors)
     clock = Clock(files.argument)
     if fields.get("peft_type") == ROWS_ALONE:
@@ -170,7 +170,7 @@ def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) 
         name = x.key.removeprefix(PREFIX)
         if not x.key.startswith(PREFIX):
             problems.add(x.key, f"unexpected; PEFT's keys start with {PREFIX!r}")
-        elif x.dtype not in (COUNTS if x.key.endswith(COUNT) else DTYPES):
+        elif x.dtype not in (COUNTS if x.key.endswith(COUNT) else FLOATS):
             problems.add_not_floating(x)
         elif found := FACTOR.fullmatch(name):
             module, depth, side, table = found.group("module", "depth", "side", "table")
@@ -195,6 +195,16 @@ def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) 
     return Adapter(fields, roles, clock, parts, full, frozen, tokens, added, heads)
 
 
+def _list_targets(files: Files) -> dict[str, Any]:
+    """Lists the modules with A and B as targets, where PEFT chose all linear ones of the model."""
+    if files.fields.get("target_modules") != "all-linear":
+        return files.fields
+    list_parameters = make_parameters(files.fields)
+    found = (FACTOR.fullmatch(x.key.removeprefix(PREFIX)) for x in files.tensors)
+    modules = dict.fromkeys(x["module"] for x in found if x and x["side"])
+    return files.fields | {"target_modules": [x for x in modules if not list_parameters(x)]}
+
+
 def _rows_alone(
     fields: Mapping[str, Any], tensors: Iterable[TensorInfo], clock: Clock, problems: Problems
 ) -> dict[str, Tokens]:
@@ -213,7 +223,7 @@ def _rows_alone(
         is_taken = module in selected or (selected and SHARED.search(module))
         if x.key != f"{PREFIX}{module}{DELTA_ALONE}" or not is_taken:
             problems.add(x.key, f"unexpected; {CONFIG} does not select it")
-        elif x.dtype not in DTYPES:
+        elif x.dtype not in FLOATS:
             problems.add_not_floating(x)
         else:
             found[f"{module}.weight"] = Tokens(module, rows, x)

@@ -65,8 +65,9 @@ def export_merged(
     Args:
         src_dir: a folder with `model.safetensors`, or with shards and
             `model.safetensors.index.json`; for diffusers with `diffusion_pytorch_model` instead of
-            `model`. Its files, and those of `adapter`, may be links within the folder, or in the
-            Hub's cache within the folder of their model (`models--…`).
+            `model`. If it has both, what the library reads: transformers the one file, diffusers
+            the shards. Its files, and those of `adapter`, may be links within the folder, or to
+            files of models in the Hub's cache (`models--…/blobs`).
         adapter: a folder or file that `load` reads, or an adapter tree. The modules in a folder
             have the names of the checkpoint's tensors, or those of `transformers` 5 in memory; a
             first component such as `bert.` may differ. Other names must become those of the
