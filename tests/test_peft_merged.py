@@ -34,6 +34,7 @@ from jlora.types import LowRank
 Tensors = Mapping[str, np.ndarray]
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 METADATA = {"format": "mlx"}
+LOST = f"selected by adapter_config.json, but missing in {TENSORS}"
 
 
 def checkpoint(folder: Folder, tensors: Tensors, shards: int = 1, **config: Any) -> Folder:
@@ -431,9 +432,28 @@ def test_a_mask_is_no_bias(tmp_path: Folder) -> None:
     given |= {"transformer.h.0.attn.c_attn.bias": 2 * ones(6), "transformer.ln_f.bias": 3 * ones(4)}
     merged = merge(tmp_path, weights, given, bias="all", fan_in_fan_out=True)
     assert (merged["h.0.attn.bias"] == 1).all() and (merged["ln_f.bias"] == 3).all()
-    del given["transformer.ln_f.bias"]
-    with refused(ValueError, "adapter", "transformer.ln_f.bias", "but missing"):
+    del given["transformer.h.0.attn.c_attn.bias"]
+    with refused(ValueError, "adapter", "transformer.h.0.attn.c_attn.bias", "but missing"):
         merge(tmp_path, weights, given, bias="all", fan_in_fan_out=True)
+
+
+def test_what_the_adapted_model_lacked(tmp_path: Folder) -> None:
+    """An old head, a pooler, a decoder stay as they are, with a warning; layers are whole."""
+    layers = [f"bert.encoder.layer.{i}.{part}" for i in range(2) for part in ("dense", "out.dense")]
+    old = ["bert.pooler.dense", "cls.transform.dense", "bert.decoder.layer.0.dense"]
+    weights = {f"{module}.{x}": ones(4, 4)[0 if x == "bias" else ...] for module in layers + old
+               for x in ("weight", "bias")}  # fmt: skip
+    given = {module: low_rank((4, 4), 2) for module in layers}
+    given |= {f"{module}.bias": 2 * ones(4) for module in layers}
+    fields: dict[str, Any] = {"target_modules": ["dense"], "bias": "all"}
+    with pytest.warns(UserWarning, match="bert.pooler.dense.*which the adapter lacks"):
+        merged = merge(tmp_path, weights, given, **fields)
+    for name, x in weights.items():
+        assert (merged[name] == x).all() == (name.rpartition(".")[0] in old), name
+    for lost in (layers[0], f"{layers[3]}.bias"):
+        rest = {name: x for name, x in given.items() if name != lost}
+        with refused(ValueError, "adapter", f"{lost}.weight".replace("bias.weight", "bias"), LOST):
+            merge(tmp_path, weights, rest, **fields)
 
 
 def test_rows_of_what_may_be_tied(tmp_path: Folder) -> None:
@@ -1244,7 +1264,7 @@ def index(change: Callable[[dict[str, str]], Any]) -> dict[str, Any]:
 
 # What is changed; the argument, the place, what was got there, the remedy.
 DAMAGES: dict[str, tuple[Any, ...]] = {
-    "no-layer": ({"given": {Q: None}}, "adapter", f"{Q}.weight", f"but missing in {TENSORS}"),
+    "no-layer": ({"given": {Q: None}}, "adapter", f"{Q}.weight", LOST),
     "other-names": (
         {"given": NO_GIVEN | {"m.o." + k.replace(".q", ".o.q"): x for k, x in GIVEN.items()}},
         *("adapter", "m.o.m.layers.0.o.q.weight", "not in the checkpoint", SAVE),
@@ -1273,7 +1293,7 @@ DAMAGES: dict[str, tuple[Any, ...]] = {
     ),
     "embedding": (
         {"given": {f"{Q}.base_layer.weight": 2 * ones(4, 6)}},
-        *("adapter", f"{Q}.weight", "has other values in the adapter"),
+        *("adapter", f"{Q}.weight", "with this adapter merged already"),
     ),
     "experts": (
         {"weights": EXPERTS, "given": OF_EXPERTS, "target_parameters": list(EXPERTS)},

@@ -368,8 +368,7 @@ ROWS_ALONE: Damages = {
     "A": (put(AT_Q + ENDS[0], np.ones((2, 8), np.float32)), AT_Q + ENDS[0], "does not select it"),
     "integers": (put(EMBED + ALL, np.ones((3, 8), np.int64)), EMBED + ALL, "got I64"),
     "missing": (
-        change(lambda t: t.clear() or t.update({AT_Q: ONES})),
-        *("model.embed_tokens.weight", "missing in "),
+        change(lambda t: t.clear() or t.update({AT_Q: ONES})), AT_Q, "does not select it"
     ),
     "feature": (say(r=8), "r", "8 is a feature"),
     "nothing": (say(target_modules=None), EMBED + ALL, "does not select it"),

@@ -13,7 +13,7 @@ from ._problems import Problems
 from .adapter._files import Files, list_tensors
 from .adapter._fit_tree import match_to_tree, refuse_wide
 from .adapter._open import open_adapter
-from .adapter._parameters import assign_parameters, refuse_biases
+from .adapter._parameters import assign_parameters, list_missing, refuse_biases
 from .adapter._sorted import Part, sort_tensors
 from .adapter._tokens import Tokens
 from .names._advice import advise
@@ -121,6 +121,7 @@ def fit(
     shapes = {name: leaf.weight_shape for leaf in leaves for name in leaf.parameters}
     adapter = sort_tensors(files, problems, [name.rpartition(".")[0] for name in shapes])
     refuse_biases(adapter, problems)
+    problems.found += list_missing(adapter, shapes)
     found = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
     match = match_to_tree(found, adapter.heads, leaves, problems)
     if not files.is_own:

@@ -58,7 +58,6 @@ def assign_parameters(
             found += _check_module(adapter, module, parts, where, problems)
     known = None
     if shapes is not None:
-        problems.found += list_missing(adapter, shapes)
         known = [n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) > 1]
     keys = [part.key for part in found]
     saved = {name.rpartition(".")[0] for name in adapter.full}

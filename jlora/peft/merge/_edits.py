@@ -25,8 +25,11 @@ def find_edits(model: Model, contents: Parameters, problems: Problems) -> dict[s
                 found[piece.tensor] = edit
             else:
                 parts[piece.tensor] = own | {piece.at: (piece.rows, edit)}
+    found |= {name: Parts(x) for name, x in parts.items()}
     rows = {model.tensor(name): NewRows(x) for name, x in contents.tokens.items()}
-    return found | {name: Parts(x) for name, x in parts.items()} | rows
+    for name in rows.keys() & found:
+        problems.add(name, "has new rows in the adapter, which also changes it as a whole")
+    return found | rows
 
 
 def _list_changes(

@@ -15,7 +15,7 @@ from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
 from .._changed import with_values
 from .._checkpoint import Checkpoint
-from .._file import COUNT, COUNTS, DTYPES
+from .._file import COUNT, COUNTS, DTYPES, show
 from .._problems import Problems
 from ..adapter._arranged import arrange
 from ..adapter._files import Files, fill
@@ -40,6 +40,7 @@ from ._ties import (
 from ._untie import untie
 
 T = TypeVar("T")
+_SHOWN = 9  # names in a warning
 
 
 def match_to_checkpoint(
@@ -120,6 +121,7 @@ def _match_files(
         if not list_missing(adapter, model.shapes):
             old = model
             break
+    _report_missing(adapter, old, problems)
     found = assign_parameters(adapter, old.shapes, "the checkpoint", problems)
     parts = _settle_experts(found.parts, old, str(files.fields.get("peft_version")))
     found = found._replace(parts=parts, full=_move_tied_biases(found.full, old))
@@ -133,9 +135,7 @@ def _match_files(
     tokens, heads = separate_heads(checkpoint, model, found.tokens)
     found = found._replace(parts=parts, tokens=tokens)
     _check(target, found, problems)
-    if problems.found:  # of which other names may be the cause
-        problems.stop(*list_absent(checkpoint, model, found)[:1])
-    problems.found += list_absent(checkpoint, model, found)
+    problems.found[:0] = list_absent(checkpoint, model, found)  # of the others, the likely cause
     values = files.values((found, heads), problems)
     problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
     found = fill(found, values)
@@ -143,6 +143,28 @@ def _match_files(
     names = [n for n in found.frozen if n in old and old[n].shape != model[n].shape]
     values = {model.tensor(name): found.frozen[name] for name in names}
     return target._replace(checkpoint=with_values(checkpoint, values)), found
+
+
+def _report_missing(adapter: Adapter, model: Model, problems: Problems) -> None:
+    """Adds what the configuration selects but the file lacks.
+
+    That is a problem in layers of which the adapter has some modules. Elsewhere the adapted model
+    may have lacked it, such as an old head or a pooler: it stays as it is, as in PEFT.
+    """
+    adapted = {_find_layers(name) for name in adapter.names if name in model} - {None}
+    missing = list_missing(adapter, model.shapes)
+    problems.found += [x for x in missing if _find_layers(x.where) in adapted]
+    if left := [show(x.where) for x in missing if _find_layers(x.where) not in adapted]:
+        more = f" and {n} more" if (n := len(left) - _SHOWN) > 0 else ""
+        what = f"{', '.join(left[:_SHOWN])}{more}"
+        problems.unused.append(f"selects {what}, which the adapter lacks; they stay as they are")
+
+
+def _find_layers(name: str) -> str | None:
+    """Returns the components before the first number in a name; None without a number."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return None if at is None else ".".join(parts[:at])
 
 
 def _find_models(wanted: Collection[str], checkpoint: Checkpoint, fits: Fits) -> Iterator[Model]:
@@ -262,8 +284,11 @@ def check_frozen(target: Target, found: Parameters, problems: Problems) -> None:
     for name, x in found.frozen.items():
         view = model.get(name)
         if view and not (view.is_tensor and _holds(checkpoint, view.tensor, x)):
-            why = "an adapter on a trained embedding is not supported"
-            problems.add(view.tensor, f"has other values in the adapter; {why}")
+            why = (
+                "has other values than the adapter's copy of the base: `src_dir` is another model, "
+                "or one with this adapter merged already"
+            )
+            problems.add(view.tensor, why)
 
 
 def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:

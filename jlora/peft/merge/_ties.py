@@ -46,6 +46,7 @@ def list_absent(checkpoint: Checkpoint, model: Model, found: Parameters) -> list
     kept = {identify(x) for name, x in whole.items() if name in model} if lone else set()
     lost += [name for name, x in lone.items() if identify(x) not in kept]
     why = "not in the checkpoint"
+    lost = dict.fromkeys(lost)  # PEFT's copy of a frozen weight is lost with its A and B
     return [Problem(name, why, _advise(name, checkpoint, found)) for name in lost]
 
 
