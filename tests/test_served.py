@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peft as hf_peft
+import served_models
 import torch
 import transformers
 from models import llama
@@ -33,7 +34,8 @@ from served_worker import PROMPT, STEPS, Answer
 import jlora
 from jlora import LoRA, peft
 from jlora.peft.adapter._one_rank import RANKS
-from jlora.peft.engines._vllm import EMBEDDINGS, FUSED, LAYERS_ONLY, NOTHING
+from jlora.peft.engines._vllm import EMBEDDINGS
+from jlora.peft.engines._vllm import VLLM as ENGINE
 
 pytestmark = pytest.mark.filterwarnings("default")  # what PEFT and PyTorch warn of is their own
 WORKER = pathlib.Path(__file__).with_name("served_worker.py")
@@ -60,6 +62,8 @@ BASES: dict[str, tuple[str, Fields]] = {
     "qwen3": ("Qwen3ForCausalLM", TEXT | {"head_dim": 32}),
     "gemma3": ("Gemma3ForCausalLM", TEXT | {"head_dim": 32, "query_pre_attn_scalar": 32}),
     "phi3": ("Phi3ForCausalLM", TEXT),
+    "glm": ("GlmForCausalLM", TEXT | {"head_dim": 32}),
+    "glm4": ("Glm4ForCausalLM", TEXT | {"head_dim": 32}),
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "classifier": ("LlamaForSequenceClassification", TEXT | {"num_labels": 3}),
     "gemma4": ("Gemma4ForCausalLM", TEXT | {"head_dim": 32} | GEMMA4 | {"enable_moe_block": False}),
@@ -286,6 +290,8 @@ VERDICTS: dict[str, dict[str, list[str]]] = {
         IGNORED: ["a prefix less"],
     },
     "phi3": {SERVED: ["fused", "all fused", "fused ranks"]},
+    "glm": {SERVED: ["plain", "all linear", "embed_tokens"], REFUSED: ["lm_head"]},
+    "glm4": {SERVED: ["plain"], REFUSED: ["all linear", "lm_head", "embed_tokens"]},
     "gpt2": {REFUSED: ["gpt2"]},
     "classifier": {SERVED: ["plain", "score"]},
     "gemma4": {SERVED: ["all linear"], REFUSED: ["embed_tokens"]},
@@ -537,34 +543,14 @@ def test_vllm_52194(tmp_path: pathlib.Path) -> None:
     assert found == said == {names[0]: SERVED, names[1]: REFUSED, names[2]: SERVED}
 
 
-WITH_EMBEDDINGS = ["Exaone", "Granite", "Llama", "Mixtral", "Phi3", "Qwen3", "Qwen3Moe", "Qwen3_5"]
-
-
-@pytest.mark.parametrize("name", [*WITH_EMBEDDINGS, *LAYERS_ONLY, *NOTHING])
-def test_models(name: str) -> None:
-    """What the engine says that it adapts of a model, in its own registry."""
-    from vllm.model_executor.models import supports_lora
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    whole = name if name.endswith("Model") else f"{name}ForCausalLM"
-    found = ModelRegistry.models[whole].load_model_cls()
-    tables = set(getattr(found, "embedding_modules", None) or ())
-    assert bool(supports_lora(found)) == (name not in NOTHING)
-    if name not in NOTHING:
-        assert tables <= set(EMBEDDINGS)
-        assert bool(tables) == (name in WITH_EMBEDDINGS)
-
-
-def test_models_with_fused_experts() -> None:
-    """Whether the engine reads adapters of all experts together, of each of its models."""
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    found = dict[str, bool]()
-    for name, model in ModelRegistry.models.items():
-        if "Moe" in name or "GptOss" in name:
-            found[name] = getattr(model.load_model_cls(), "is_3d_moe_weight", False)
-    assert sum(found.values()) == 4
-    assert found == {name: bool(FUSED.fullmatch(name)) for name in found}
+def test_models() -> None:
+    """What the engine's classes declare is what `check` reads; it knows no other embeddings."""
+    found = served_models.ask()
+    assert found == json.loads(served_models.FILE.read_text())
+    assert found["version"] == ENGINE.version
+    assert {name for group in found["groups"] for name in group.get("embeddings", ())} == {
+        *EMBEDDINGS
+    }
 
 
 def test_ranks() -> None:

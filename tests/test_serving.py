@@ -191,48 +191,48 @@ def moe_one_by_one(weights: Tensors, config: Fields) -> tuple[Tensors, Fields]:
     return moe(weights, config)[0], config | {"architectures": ["Gemma4ForCausalLM"]}
 
 
-VLLM, TPU, SGLANG = ENGINES = ("vllm", "tpu-inference", "sglang")
+VLLM, TPU = ENGINES = ("vllm", "tpu-inference")
 # A change of the adapter, and what engines find: their first letters, `!` for what they refuse or
 # `~` for what they drop silently, and `what`.
 ADAPTERS: dict[str, tuple[Any, ...]] = {
     "none": (of(),),
-    "no alpha": (without("lora_alpha"), "vts! lora_alpha"),
-    "no kind": (without("peft_type"), "s! peft_type"),
-    "another kind": (of(peft_type="LOHA"), "vt~ peft_type", "s! peft_type"),
-    "a rank in words": (of(r="4"), "vts! r"),
-    "a bad pattern": (of(rank_pattern={"(": 3}), "vts! rank_pattern"),
+    "no alpha": (without("lora_alpha"), "vt! lora_alpha"),
+    "no kind": (without("peft_type"),),
+    "another kind": (of(peft_type="LOHA"), "vt~ peft_type"),
+    "a rank in words": (of(r="4"), "vt! r"),
+    "a bad pattern": (of(rank_pattern={"(": 3}), "vt! rank_pattern"),
     "DoRA": (
         holding({f"{Q}.lora_magnitude_vector": (8,)}, use_dora=True),
-        "vts! use_dora; vt! .*magnitude_vector; s! .*magnitude_vector"
+        "vt! use_dora; vt! .*magnitude_vector"
     ),
     "biases": (
         holding({f"{Q}.base_layer.bias": (8,)}, bias="lora_only"),
-        "vt! bias; vt! .*base_layer.bias; s! .*base_layer.bias"
+        "vt! bias; vt! .*base_layer.bias"
     ),
     "bias of B": (
         holding({f"{Q}.lora_B.bias": (8,)}, lora_bias=True),
-        "vt! lora_bias; vt! .*q_proj.lora_B.bias; s! .*q_proj.lora_B.bias"
+        "vt! lora_bias; vt! .*q_proj.lora_B.bias"
     ),
     "aLoRA": (
-        of(alora_invocation_tokens=[1]), "vt! alora_invocation_tokens; s~ alora_invocation_tokens"
+        of(alora_invocation_tokens=[1]), "vt! alora_invocation_tokens"
     ),
-    "a later feature": (of(zora_config=[1]), "vts~ zora_config"),
+    "a later feature": (of(zora_config=[1]), "vt~ zora_config"),
     "of training": (of(velora_config={"a": 1}),),
-    "PiSSA": (of(init_lora_weights="pissa"), "vt! init_lora_weights", "s~ init_lora_weights"),
+    "PiSSA": (of(init_lora_weights="pissa"), "vt! init_lora_weights"),
     "EVA": (of(init_lora_weights="eva", eva_config={"rho": 2.0}),),
-    "rsLoRA": (of(use_rslora=True), "s~ use_rslora"),
-    "ranks": (of(rank_pattern={"nothing": 4}), "s~ rank_pattern"),
-    "alphas": (of(alpha_pattern={"q_proj": 2}), "s~ alpha_pattern"),
+    "rsLoRA": (of(use_rslora=True),),
+    "ranks": (of(rank_pattern={"nothing": 4}),),
+    "alphas": (of(alpha_pattern={"q_proj": 2}),),
     "another rank": (
-        holding(pair(Q, rank=3)), f"vt~ .*{Q}.lora_A.* and 1 more; s! .*{Q}.lora_A.* and 1 more"
+        holding(pair(Q, rank=3)), f"vt~ .*{Q}.lora_A.* and 1 more"
     ),
     "heads of none": (
         holding({"score.weight": (3, 8)}, modules_to_save=["score"]),
-        "vt! modules_to_save score; s~ .*score.weight"
+        "vt! modules_to_save score"
     ),
     "norms": (
         holding({"model.norm.weight": (8,)}, modules_to_save=["norm"]),
-        "vt! modules_to_save norm; vt! .*model.norm.weight; s~ .*model.norm.weight"
+        "vt! modules_to_save norm; vt! .*model.norm.weight"
     ),
     "a pattern of targets": (of(target_modules=".*_proj"),),
     "a word for all": (of(target_modules="all-linear"),),
@@ -241,7 +241,7 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
             f | {"target_modules": [*f["target_modules"], "query"]},
             renamed(t, "q_proj", "query"),
         ),
-        f"vts! {LAYER}.self_attn.query and 1 more; s~ {LAYER}.self_attn.query and 1 more"
+        f"vt! {LAYER}.self_attn.query and 1 more"
     ),
     "another prefix": (
         named(r"model\.layers", "decoder.layers"), "vt~ decoder.layers.0.mlp.down_proj and 13 more"
@@ -253,13 +253,12 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
         holding(
             pair("model.layers.2.self_attn.q_proj") | pair("model.layers.2.self_attn.v_proj", 4)
         ),
-        "vt~ model.layers.2.self_attn.q_proj and 1 more",
-        "s~ model.layers.2.self_attn.q_proj and 1 more"
+        "vt~ model.layers.2.self_attn.q_proj and 1 more"
     ),
-    "smaller sizes": (holding({f"{Q}.lora_A.weight": (4, 6)}), f"vt~ {Q}", f"s! {Q}"),
-    "larger sizes": (holding({f"{Q}.lora_A.weight": (4, 9)}), f"vts! {Q}"),
-    "a lone A": (holding(drop=r"0\.self_attn\.q_proj\.lora_B"), f"vts! .*{Q}.lora_A.weight"),
-    "nothing": (holding(drop="."), "vt! adapter_model.safetensors", "s~ adapter_model.safetensors"),
+    "smaller sizes": (holding({f"{Q}.lora_A.weight": (4, 6)}), f"vt~ {Q}"),
+    "larger sizes": (holding({f"{Q}.lora_A.weight": (4, 9)}), f"vt! {Q}"),
+    "a lone A": (holding(drop=r"0\.self_attn\.q_proj\.lora_B"), f"vt! .*{Q}.lora_A.weight"),
+    "nothing": (holding(drop="."), "vt! adapter_model.safetensors"),
     "q alone": (holding(drop=r"\.[vk]_proj\."),),
     "no k": (holding(drop=r"\.k_proj\."),),
     "up alone": (holding(drop=r"\.gate_proj\."),),
@@ -270,29 +269,29 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
             | pair("lm_head", 11),
             target_modules=["q_proj", "gate_proj", "down_proj", "model.embed_tokens"],
         ),
-        f"t~ lm_head and 1 more; s! {LAYER}.self_attn.o_proj and 1 more; s~ lm_head"
+        "t~ lm_head and 1 more"
     ),
     "a longer vocabulary": (
         holding(
             embedding("model.embed_tokens", 13),
             target_modules=[*good()[0]["target_modules"], "embed_tokens"],
         ),
-        "vts! model.embed_tokens; t~ model.embed_tokens"
+        "vt! model.embed_tokens; t~ model.embed_tokens"
     ),
     "a convolution": (
         holding({f"{DOWN}.lora_A.weight": (4, 12, 1), f"{DOWN}.lora_B.weight": (8, 4, 1)}),
-        f"vts! .*{DOWN}.lora_A.weight and 1 more"
+        f"vt! .*{DOWN}.lora_A.weight and 1 more"
     ),
 }  # fmt: skip
 # A change of the adapter and one of its base, and what engines find.
 BASES: dict[str, tuple[Any, ...]] = {
     "no rank": (
         lambda f, t: ({k: x for k, x in f.items() if k != "r"}, {k: np.ones((8, 8)) for k in t}),
-        lambda w, c: ({k: np.ones((8, 8)) for k in w}, c), "vts! r"
+        lambda w, c: ({k: np.ones((8, 8)) for k in w}, c), "vt! r"
     ),
     "heads": (
         holding({"score.weight": (3, 8)}, modules_to_save=["classifier", "score"]),
-        adding({}, architectures=["LlamaForSequenceClassification"]), "s~ .*score.weight"
+        adding({}, architectures=["LlamaForSequenceClassification"])
     ),
     "a model within another": (
         of(),
@@ -304,7 +303,19 @@ BASES: dict[str, tuple[Any, ...]] = {
     ),
     "both within another": (
         named(r"model\.model\.", "model.model.language_model."),
-        lambda w, c: (renamed(w, "^model", "language_model.model"), {"text_config": c})
+        lambda w, c: (
+            renamed(w, "^model", "language_model.model"),
+            {"architectures": ["LlavaForConditionalGeneration"], "text_config": c},
+        )
+    ),
+    "parts that the model has fused": (
+        holding(pair(f"{LAYER}.mlp.gate_up_proj", 24, 8)),
+        adding({f"{LAYER}.mlp.gate_up_proj": (24, 8)}, architectures=["Glm4ForCausalLM"]),
+        f"vt! {LAYER}.mlp.gate_up_proj"
+    ),
+    "what is fused in the model too": (
+        holding(pair(f"{LAYER}.mlp.gate_up_proj", 24, 8)),
+        adding({f"{LAYER}.mlp.gate_up_proj": (24, 8)}, architectures=["Phi3ForCausalLM"])
     ),
     "the adapter within another": (
         named(r"model\.layers", "model.language_model.layers"), adding({}),
@@ -325,47 +336,38 @@ BASES: dict[str, tuple[Any, ...]] = {
         adding({}, architectures=["Qwen2ForCausalLM"]),
         "vt! model.embed_tokens; t~ model.embed_tokens"
     ),
-    "a base without its head": (of(), lambda w, c: (renamed(w, r"^model\.", ""), c)),
+    "a base without its head": (of(), lambda w, c: (renamed(w, r"^model\.", ""), c),),
     "a tower": (
         holding(pair("visual.blocks.0.q_proj")),
         adding({"visual.blocks.0.q_proj": (8, 8)}, vision_config={"hidden_size": 4}),
-        "vt~ visual.blocks.0.q_proj; s~ visual.blocks.0.q_proj"
-    ),
-    "two towers": (
-        holding(pair("vision.layers.0.self_attn.q_proj")),
-        adding({"vision.layers.0.self_attn.q_proj": (8, 8)}), f"s~ {Q}"
-    ),
-    "no layers": (
-        holding(pair("model.h.0.q_proj") | pair("model.h.0.v_proj")),
-        adding({"model.h.0.q_proj": (8, 8), "model.h.0.v_proj": (8, 8)}),
-        "s~ model.h.0.q_proj and 1 more"
+        "vt~ visual.blocks.0.q_proj"
     ),
     "positions": (
         holding(embedding("model.positions", 5)),
-        adding({"model.positions": (5, 8)}), "vt! model.positions; s~ model.positions"
+        adding({"model.positions": (5, 8)}), "vt! model.positions"
     ),
     "experts": (
         holding(experts(), target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
-        moe, f"t! {EXPERTS}; s! {EXPERTS}"
+        moe, f"t! {EXPERTS}"
     ),
     "experts of the other orientation": (
         holding(experts((8, 24), (12, 8))),
-        moe, f"vt! {EXPERTS}; t! {EXPERTS}; s! {EXPERTS}"
+        moe, f"vt! {EXPERTS}; t! {EXPERTS}"
     ),
     "one of two": (
         holding(pair(EXPERTS, 24, 8, rank=8)),
-        moe, f"vt! {EXPERTS}; t! {EXPERTS}; s! {EXPERTS}"
+        moe, f"vt! {EXPERTS}; t! {EXPERTS}"
     ),
     "experts one by one in the base": (
         holding(experts()),
-        adding(EACH), f"vt! {EXPERTS}; t! {EXPERTS}; s! {EXPERTS}"
+        adding(EACH), f"vt! {EXPERTS}; t! {EXPERTS}"
     ),
     "experts together, for vLLM one by one": (
-        holding(experts()), moe_one_by_one, f"vt! {EXPERTS}; t! {EXPERTS}; s! {EXPERTS}"
+        holding(experts()), moe_one_by_one, f"vt! {EXPERTS}; t! {EXPERTS}"
     ),
     "experts one by one, in the base together": (
         holding({key: x for m, shape in EACH.items() for key, x in pair(m, *shape).items()}),
-        moe_one_by_one, f"t! {EXPERTS}.0.down_proj and 5 more; s~ {EXPERTS}.0.* and 5 more"
+        moe_one_by_one, f"t! {EXPERTS}.0.down_proj and 5 more"
     ),
     "experts one by one": (
         holding({key: x for m, shape in EACH.items() for key, x in pair(m, *shape).items()}),
@@ -373,7 +375,7 @@ BASES: dict[str, tuple[Any, ...]] = {
     ),
     "experts one by one in the adapter": (
         holding(pair(f"{EXPERTS}.0.down_proj", 8, 12)),
-        moe, f"vt! {EXPERTS}.0.down_proj; t! {EXPERTS}.0.down_proj; s~ {EXPERTS}.0.down_proj"
+        moe, f"vt! {EXPERTS}.0.down_proj; t! {EXPERTS}.0.down_proj"
     ),
 }  # fmt: skip
 DAMAGES = {name: (change, None, *lines) for name, (change, *lines) in ADAPTERS.items()} | BASES
@@ -404,12 +406,12 @@ def test_what_older_versions_drop(engine: str, tmp_path: Folder) -> None:
     """It is no finding: the exit code is that of the version that was asked for."""
     patterns = {"rank_pattern": {"nothing": 4}, "alpha_pattern": {"q_proj": 2}}
     place, _ = write_both(tmp_path, of(**patterns))
-    text = run("check", place, "--for", engine, code=int(engine == SGLANG)).stdout
+    text = run("check", place, "--for", engine).stdout
     notes = peft.check(place, engine).notes
-    assert [x.split()[0] for x in notes] == [*(patterns if engine != SGLANG else ())]
+    assert [x.split()[0] for x in notes] == [*patterns]
     check_text("\n".join(notes))
-    assert text.splitlines()[1:] == [f"note: {x}" for x in notes] or engine == SGLANG
-    assert (" supports it: " in text) == (engine != SGLANG)
+    assert text.splitlines()[1:] == [f"note: {x}" for x in notes]
+    assert " supports it: " in text
 
 
 def test_a_base_with_experts(tmp_path: Folder) -> None:
@@ -418,6 +420,15 @@ def test_a_base_with_experts(tmp_path: Folder) -> None:
     assert not peft.check(place, "vllm", base=base).notes
     [note] = peft.check(place, TPU, base=base).notes
     check_text(note)
+
+
+def test_a_model_that_vllm_has_not(tmp_path: Folder) -> None:
+    """It may run it by transformers, which adapts the embedding but not the head."""
+    change = holding(embedding("model.embed_tokens", 11) | pair("lm_head", 11))
+    place, base = write_both(tmp_path, change, adding({}, architectures=["OurForCausalLM"]))
+    found = peft.check(place, "vllm", base=base)
+    assert [(x.what, x.silent) for x in found.findings] == [("lm_head", False)]
+    check_text(str(found))
 
 
 def test_an_adapter_that_is_taken(tmp_path: Folder) -> None:
@@ -429,7 +440,6 @@ def test_an_adapter_that_is_taken(tmp_path: Folder) -> None:
     check_text(str(answer))
     assert str(answer).endswith(f"""--max-lora-rank 16 --lora-modules NAME='{tmp_path}/it'"'"'s'""")
     check_text(str(peft.check(place, "tpu-inference", max_lora_rank=64)))
-    assert "--max-lora-rank 4 --lora-paths NAME=" in str(peft.check(place, "sglang"))
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])
@@ -448,8 +458,6 @@ RANKS = {  # an engine, the rank of A and B, the option: the largest rank that t
     (VLLM, 17, 32): None,
     (VLLM, 9, 8): 8,
     (VLLM, 513, None): 512,
-    (SGLANG, 513, None): None,
-    (SGLANG, 9, 8): 8,
 }
 
 
@@ -476,12 +484,10 @@ def test_the_largest_of_many_ranks(tmp_path: Folder) -> None:
 def test_arguments(tmp_path: Folder) -> None:
     """Engines and ranks that there are not."""
     place = models.FIXTURES / "all_linear"
-    with refused(ValueError, "engine", "got 'tgi'.", "vllm, tpu-inference, sglang"):
+    with refused(ValueError, "engine", "got 'tgi'.", "vllm, tpu-inference"):
         peft.check(place, "tgi")
     with refused(ValueError, "max_lora_rank", "got 9.", "(1, 8, "):
         peft.check(place, "vllm", max_lora_rank=9)
-    with refused(ValueError, "max_lora_rank", "got 0.", "at least 1"):
-        peft.check(place, "sglang", max_lora_rank=0)
     with refused(FileNotFoundError, "base", tmp_path / "nowhere", "there is no folder"):
         peft.check(place, "vllm", base=tmp_path / "nowhere")
     with refused(ValueError, "base", place.parent, "has neither model.safetensors nor"):
@@ -505,14 +511,10 @@ def test_the_profile_helps(name: str, tmp_path: Folder) -> None:
     folder, out = models.FIXTURES / name, tmp_path / "out"
     peft.write(out, peft.read(folder), "vllm")
     for engine in ENGINES:
-        before, after = (peft.check(path, engine).findings for path in (folder, out))
-        if name in HELPED:
-            is_said = any("--profile vllm" in x.remedy for x in before)
-            assert is_said == (engine == SGLANG)
+        after = peft.check(out, engine).findings
         assert not any("--profile vllm" in x.remedy for x in after)
-        if engine != SGLANG:
-            found = [x.what for x in after if "base_layer" not in x.what and "TPUs" not in x.why]
-            assert found == ([UNKNOWN[name]] if name in UNKNOWN else [])
+        found = [x.what for x in after if "base_layer" not in x.what and "TPUs" not in x.why]
+        assert found == ([UNKNOWN[name]] if name in UNKNOWN else [])
 
 
 def test_what_jlora_saves_is_taken_by_all(tmp_path: Folder) -> None:
@@ -534,24 +536,24 @@ def test_command(tmp_path: Folder) -> None:
     for engine in ENGINES:
         text = run("check", place, "--for", engine, "--base", base).stdout
         assert text.count("\n") == 1 and " supports it: " in text
-    bad = write(tmp_path / "b", *of(use_rslora=True, use_dora=True)(*good()))
-    lines = run("check", bad, "--for", "sglang", "--base", base, code=1).stdout.splitlines()
+    bad = write(tmp_path / "b", *of(zora_config=[1], use_dora=True)(*good()))
+    lines = run("check", bad, "--for", "vllm", "--base", base, code=1).stdout.splitlines()
     found = [line.split(":")[:2] for line in lines]
-    assert found == [["refused", " use_dora"], ["dropped silently", " use_rslora"]]
+    assert found == [["refused", " use_dora"], ["dropped silently", " zora_config"]]
     run("check", place, "--for", "vllm", "--max-lora-rank", 1, code=1)
 
 
 def test_command_in_json(tmp_path: Folder) -> None:
     """All of it for programs."""
-    place = write(tmp_path / "a", *of(use_rslora=True)(*good()))
-    found = json.loads(run("check", place, "--for", "sglang", "--json", code=1).stdout)
-    answer = peft.check(place, "sglang")
-    start = "python -m sglang.launch_server --model-path BASE --enable-lora --max-lora-rank 4 "
+    place = write(tmp_path / "a", *of(use_dora=True)(*good()))
+    found = json.loads(run("check", place, "--for", "vllm", "--json", code=1).stdout)
+    answer = peft.check(place, "vllm")
+    start = "vllm serve BASE --enable-lora --max-lora-rank 16 --lora-modules NAME="
     assert found == {
         "path": str(place),
-        "engine": "SGLang 0.5.23 (read, not run)",
+        "engine": "vLLM 0.32.0",
         "findings": [x._asdict() for x in answer.findings],
-        "start": f"{start}--lora-paths NAME={place}",
+        "start": f"{start}{place}",
         "compared": False,
         "notes": [],
     }

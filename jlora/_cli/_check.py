@@ -17,7 +17,7 @@ from ._inputs import IGNORE, format_of_adapter
     "engine",
     metavar="ENGINE",
     required=True,
-    help="vllm, tpu-inference (vLLM on TPUs) or sglang.",
+    help="vllm, or tpu-inference (vLLM on TPUs).",
 )
 @click.option(
     "--base",

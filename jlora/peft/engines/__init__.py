@@ -5,7 +5,6 @@ Imports `_errors`, `_folders`, `peft._checkpoint`, `peft._file` and `peft.adapte
 
 from ._engine import Engine as Engine
 from ._engine import Finding as Finding
-from ._sglang import SGLANG
 from ._vllm import TPU_INFERENCE, VLLM
 
-ENGINES = {"vllm": VLLM, "tpu-inference": TPU_INFERENCE, "sglang": SGLANG}
+ENGINES = {"vllm": VLLM, "tpu-inference": TPU_INFERENCE}

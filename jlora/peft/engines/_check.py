@@ -54,12 +54,12 @@ def check(
     r"""Finds out which parts of an adapter an engine refuses, and which it drops silently.
 
     Only configurations and headers are read, no weights. The rules for vLLM, also on TPUs, are
-    those that runs confirm; the guide "Serve an adapter" has their tables. For models that were not
-    run, it is not known whether the engine supports adapters at all, or adapters of embeddings.
+    those that runs confirm; the guide "Serve an adapter" has their tables. Which modules of a model
+    take adapters, and by which names, is what vLLM's own class of the model declares.
 
     Args:
         path: the adapter's folder, as PEFT or `save` wrote it.
-        engine: `"vllm"`, `"tpu-inference"` (vLLM on TPUs) or `"sglang"`.
+        engine: `"vllm"`, or `"tpu-inference"`, which is vLLM on TPUs.
         base: the folder of the served model, a Hugging Face checkpoint. Without it, names and
             shapes are not compared.
         max_lora_rank: the server's option; None for its default.
@@ -73,7 +73,7 @@ def check(
         ValueError: if there is no such `engine`, the engine does not allow `max_lora_rank`, or the
             files are damaged.
 
-    Source: vLLM 0.32.0 and tpu-inference 0.32.0, run on a CPU; SGLang 0.5.23, read.
+    Source: vLLM 0.32.0 and tpu-inference 0.32.0, run on a CPU.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -107,22 +107,20 @@ def check(
         findings = [found for rule in server.rules for found in rule(served)]
         notes = list(server.notes(served))
     folder, model = (shlex.quote(os.fspath(x)) for x in (path, base or "BASE"))
-    largest = files.fields.get("r") if rank is None else rank
-    start = server.start.format(dir=folder, base=model, rank=largest)
+    start = server.start.format(dir=folder, base=model, rank=rank)
     title = f"{server.title} {server.version}"
     return Checked(os.fspath(path), title, findings, start, base is not None, notes)
 
 
-def _rank(engine: Engine, given: int | None) -> int | None:
-    """Returns the largest rank that the server supports; None for any."""
-    fits = given in engine.ranks if engine.ranks else isinstance(given, int) and given > 0
-    if given is not None and not fits:
-        wanted = f"one of {engine.ranks}" if engine.ranks else "at least 1"
-        raise InputError(f"`max_lora_rank` must be {wanted} for {engine.title}; got {given!r}.")
+def _rank(engine: Engine, given: int | None) -> int:
+    """Returns the largest rank that the server supports."""
+    if given is not None and given not in engine.ranks:
+        why = f"must be one of {engine.ranks} for {engine.title}; got {given!r}."
+        raise InputError(f"`max_lora_rank` {why}")
     return engine.rank if given is None else given
 
 
-def _served(source: Source, files: Files, base: Base | None, max_lora_rank: int | None) -> Served:
+def _served(source: Source, files: Files, base: Base | None, max_lora_rank: int) -> Served:
     factors, others = list[Side](), list[str]()
     for x in files.tensors:
         if found := FACTOR.fullmatch(x.key.removeprefix(PREFIX)):

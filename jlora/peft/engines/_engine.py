@@ -9,6 +9,7 @@ from .._file import Source
 from ..adapter._config import DEFAULTS
 from ..adapter._patterns import Clock
 from ..adapter._roles import list_parents, resolve
+from ._models import by_transformers, find_model
 
 
 class Finding(NamedTuple):
@@ -62,9 +63,13 @@ class Base:
     def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]):
         """Takes `config.json` and the shapes of all tensors, with () for codes."""
         self.config, self.shapes = config, shapes
+        self.listed = find_model(self.architecture)
+        self.model = self.listed or by_transformers()
         own = {name.rpartition(".")[0] for name in shapes}
-        self.modules = {parent for module in own for parent in list_parents(module)}
-        self.lasts = {module.rpartition(".")[2] for module in self.modules}
+        modules = {parent for module in own for parent in list_parents(module)}
+        # The checkpoint's name of each module, by the engine's name.
+        self.modules = {self.model.rename(module): module for module in modules}
+        self.lasts = {self.last(module) for module in modules}
 
     @property
     def architecture(self) -> str:
@@ -75,18 +80,17 @@ class Base:
     def called(self, module: str) -> str | None:
         """Returns the checkpoint's name for a module; None if an engine finds no such module.
 
-        A language model within another model has two names. A checkpoint of a model without its
-        head may leave out the first `model.`. A tied head has the weight of the embedding.
+        A checkpoint of a model without its head may leave out the first `model.`. A tied head has
+        the weight of the embedding.
         """
         if module == "lm_head" and "lm_head" not in self.lasts:
-            module = next((m for m in self.modules if m.endswith("embed_tokens")), module)
-        names = [module]
-        # The model has one of other inputs too, or comes from such a checkpoint.
-        others = {"text_config", "vision_config", "audio_config"} & self.config.keys()
-        is_nested = others or self.architecture.startswith(("Gemma4", "Qwen3_5"))
-        ways = _WAYS + (_INNER if is_nested else ())
-        names += [new + module.removeprefix(old) for old, new in ways if module.startswith(old)]
-        return next((name for name in names if name in self.modules), None)
+            return next((m for m in self.modules.values() if m.endswith("embed_tokens")), None)
+        names = (self.model.rename(module), module.removeprefix("model."))
+        return next((self.modules[name] for name in names if name in self.modules), None)
+
+    def last(self, module: str) -> str:
+        """Returns the last component of the engine's name for a module."""
+        return self.model.rename(module).rpartition(".")[2]
 
     def shape(self, module: str) -> tuple[int, ...]:
         """Returns the shape of a module's weight; () if it is not known."""
@@ -97,17 +101,9 @@ class Base:
         """Returns the module of the base that has the longest ending in common with `module`."""
         tail = module
         while tail := tail.partition(".")[2]:
-            if found := [m for m in self.modules if m.endswith("." + tail)]:
+            if found := [m for m in self.modules.values() if m.endswith("." + tail)]:
                 return min(found, key=lambda m: (len(m), m))
         return "others"
-
-
-_WAYS = (
-    ("model.language_model.", "language_model.model."),
-    ("language_model.model.", "model.language_model."),
-    ("model.", ""),
-)
-_INNER = (("model.language_model.", "model."),)
 
 
 @dataclasses.dataclass
@@ -120,7 +116,7 @@ class Served:
         factors: each A and B.
         others: the keys of all other tensors.
         base: the served model, or None.
-        max_lora_rank: the largest rank that the server supports; None for any.
+        max_lora_rank: the largest rank that the server supports.
     """
 
     source: Source
@@ -128,7 +124,7 @@ class Served:
     factors: list[Side]
     others: list[str]
     base: Base | None
-    max_lora_rank: int | None
+    max_lora_rank: int
 
     @property
     def rank(self) -> int:
@@ -156,11 +152,11 @@ class Engine(NamedTuple):
 
     Attributes:
         title: its name in texts.
-        version: the version whose source the rules follow.
+        version: the version that was run.
         rules: the checks of an adapter.
         start: a command that starts it, with `{base}`, `{dir}` and the largest `{rank}`.
-        ranks: the allowed values of its option `--max-lora-rank`; empty for any.
-        rank: the default of this option; None for the adapter's rank.
+        ranks: the allowed values of its option `--max-lora-rank`.
+        rank: the default of this option.
         notes: a function that returns what the user should know of an adapter that is served.
     """
 
@@ -168,6 +164,6 @@ class Engine(NamedTuple):
     version: str
     rules: tuple[Callable[[Served], Iterable[Finding]], ...]
     start: str
-    ranks: tuple[int, ...] = ()
-    rank: int | None = None
+    ranks: tuple[int, ...]
+    rank: int
     notes: Callable[[Served], Iterable[str]] = lambda served: ()

@@ -57,39 +57,33 @@ def check_field(
     return [] if is_fine else [Finding(key, f"{shorten(value)} {why}", remedy, silent)]
 
 
-def require_lora(x: Served, silent: bool = False) -> list[Finding]:
+def require_lora(x: Served) -> list[Finding]:
     """Requires the method to be LoRA."""
-    return check_field(x, "peft_type", lambda kind: kind == "LORA", "is not LORA", WITHOUT, silent)
+    return check_field(x, "peft_type", lambda kind: kind == "LORA", "is not LORA", WITHOUT, True)
 
 
-def check_start(x: Served, *known: str, silent: bool = False) -> list[Finding]:
+def check_start(x: Served, *known: str) -> list[Finding]:
     """Requires an initialization of A and B that does not change the base."""
     why = "changes the base model, but the original is served"
     leaves = lambda start: not isinstance(start, str) or start.lower() in known  # noqa: E731
-    return check_field(x, "init_lora_weights", leaves, why, CONVERT, silent)
+    return check_field(x, "init_lora_weights", leaves, why, CONVERT)
 
 
-def forbid(
-    x: Served, *keys: str, why: str = "is not supported", remedy: str = "", silent: bool = False
-) -> list[Finding]:
+def forbid(x: Served, *keys: str) -> list[Finding]:
     """Forbids features of PEFT."""
     used = [key for key in keys if x.fields.get(key)]
-    return [_feature(x, key, why, remedy or _without(key), silent) for key in used]
+    return [_feature(x, key, "is not supported", silent=False) for key in used]
 
 
 def forbid_unread(x: Served, *known: str) -> list[Finding]:
     """Forbids all other features, including those of later versions of PEFT."""
     used = [key for key in find_features(x.fields) if key not in (*known, *_TRAINING)]
-    return [_feature(x, key, "is not read", _without(key), True) for key in used]
+    return [_feature(x, key, "is not read", silent=True) for key in used]
 
 
-def _feature(x: Served, key: str, why: str, remedy: str, silent: bool) -> Finding:
+def _feature(x: Served, key: str, why: str, *, silent: bool) -> Finding:
+    remedy = f"Train without it, or {MERGED}" if key in METHODS else WITHOUT
     return Finding(show(key), f"{shorten(x.fields[key])} {why}", remedy, silent)
-
-
-def _without(key: str) -> str:
-    """Returns the remedy for a feature, which depends on whether jlora can merge it."""
-    return f"Train without it, or {MERGED}" if key in METHODS else WITHOUT
 
 
 def report_rank(rank: int, limit: int, least: int) -> Finding:
@@ -101,28 +95,26 @@ def report_rank(rank: int, limit: int, least: int) -> Finding:
 # ---------------------------------------------------------------------------------- the tensors
 
 
-def check_pairs(x: Served, silent: bool = False) -> Iterator[Finding]:
-    """Requires matrices A and B in pairs. An adapter without any may be dropped silently."""
+def check_pairs(x: Served) -> Iterator[Finding]:
+    """Requires matrices A and B in pairs."""
     if not x.factors:
-        yield Finding("adapter_model.safetensors", "has no A and B", AGAIN, silent)
+        yield Finding("adapter_model.safetensors", "has no A and B", AGAIN, False)
     lone = (s.key for pair in x.pairs.values() if len(pair) == 1 for s in pair.values())
     yield from report(lone, "is without its A or B", AGAIN)
     odd = (s.key for s in x.factors if len(s.shape) != 2)
     yield from report(odd, "A and B must be matrices", LEAVE_OUT)
 
 
-def check_ranks(
-    x: Served, rank: Callable[[str], int], remedy: str, silent: bool = False
-) -> list[Finding]:
-    """Requires A and B to have the `rank` with which the engine reads a module."""
+def check_ranks(x: Served) -> list[Finding]:
+    """Requires A and B to have the rank of the configuration, with which an engine reads them."""
     plain = (s for s in x.factors if len(s.shape) == 2 and not is_fused(s))
-    odd = [s for s in plain if s.shape[s.side == "B"] != rank(s.module)]
-    why = f"has shape {odd[0].shape}, but is read with rank {rank(odd[0].module)}" if odd else ""
-    return report((s.key for s in odd), why, remedy, silent=silent)
+    odd = [s for s in plain if s.shape[s.side == "B"] != x.ranks[s.module]]
+    why = f"has shape {odd[0].shape}, but is read with rank {x.ranks[odd[0].module]}" if odd else ""
+    return report((s.key for s in odd), why, AGAIN, silent=True)
 
 
-def check_shapes(x: Served, silent: bool = False) -> list[Finding]:
-    """Requires B·A to have the shape of the base's weight. A smaller one may be `silent`."""
+def check_shapes(x: Served) -> list[Finding]:
+    """Requires B·A to have the shape of the base's weight. A smaller one is loaded silently."""
     wrong = list[tuple[str, tuple[int, ...], tuple[int, ...], bool]]()
     for (module, _), pair in x.pairs.items():
         theirs = x.base.shape(module) if x.base else ()
@@ -133,4 +125,4 @@ def check_shapes(x: Served, silent: bool = False) -> list[Finding]:
     _, ours, theirs, table = next(iter(wrong), ("", (0, 0), (0, 0), False))
     why = f"A and B are for a weight of shape {ours}, but the base's has shape {theirs}"
     is_smaller = not table and ours[0] <= theirs[0] and ours[1] <= theirs[1]
-    return report((m for m, *_ in wrong), why, OTHER_BASE, silent=silent and is_smaller)
+    return report((m for m, *_ in wrong), why, OTHER_BASE, silent=is_smaller)

@@ -15,21 +15,17 @@ from ._findings import is_fused, report
 FEATURES = ["use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication"]
 FEATURES += ["use_bdlora", "use_qalora"]
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
-# Models, without the ends of their names, of which vLLM adapts no embeddings, and none at all.
-LAYERS_ONLY = ["Gemma", "Gemma2", "Gemma3", "Gemma4", "GptOss", "Mistral", "Qwen2", "Qwen2Moe"]
-NOTHING = ["Bloom", "Falcon", "GPT2LMHeadModel", "GPTJ", "Gemma3n", "Mamba", "Mamba2", "StableLm"]
-# Models that read the adapters of all experts together; the others read them one by one.
-FUSED = re.compile(r"GptOssForCausalLM|Qwen3(Omni|VL|_5)MoeForConditionalGeneration")
 # The heads of classifiers.
 _HEAD = re.compile(rf"(.*\.)?({'|'.join(HEADS)})\.(weight|bias)")
 # Models of images and sounds, next to a language model.
 _TOWER = re.compile(r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector)\.")
 _APART = "with experts it starts only with LORA_MODULE_PATH=q_proj,k_proj,v_proj,o_proj."
+_UNLISTED = "is no model of vLLM 0.32: it is run by transformers, if at all"
 _OLD = "is not read before vLLM 0.32, where all modules have `r` and `lora_alpha`"
 
 
 def _configuration(x: Served) -> Iterator[Finding]:
-    yield from rules.require_lora(x, silent=True)
+    yield from rules.require_lora(x)
     yield from rules.require_fields(x, "r", "lora_alpha", "target_modules")
     yield from rules.forbid(x, *FEATURES)
     yield from rules.check_field(
@@ -41,7 +37,7 @@ def _configuration(x: Served) -> Iterator[Finding]:
     if rank > RANKS[-1]:
         remedy = f"Lower it: jlora.arithmetic.truncate(adapter, {RANKS[-1]})"
         yield Finding("r", f"{rank} is above {RANKS[-1]}, the largest rank", remedy, False)
-    elif x.max_lora_rank is not None and rank > x.max_lora_rank:
+    elif rank > x.max_lora_rank:
         yield rules.report_rank(rank, x.max_lora_rank, next(r for r in RANKS if r >= rank))
     kind = x.base.architecture if x.base else str(x.fields.get("task_type"))
     heads = HEADS if "Classification" in kind or kind in ("SEQ_CLS", "TOKEN_CLS") else ()
@@ -51,13 +47,18 @@ def _configuration(x: Served) -> Iterator[Finding]:
 
 
 def _models(x: Served) -> Iterator[Finding]:
-    name, _, kind = x.base.architecture.partition("For") if x.base else ("", "", "")
-    if name in NOTHING:
-        yield Finding(name, "vLLM adapts no weights of this model", rules.MERGE, False)
-    if name in LAYERS_ONLY or kind == "ConditionalGeneration":
-        found = (s.module for s in x.factors if s.last in EMBEDDINGS)
-        why = f"neither the embedding nor the head of {name} is adapted"
-        yield from report(found, why, rules.LEAVE_OUT)
+    if (base := x.base) is None:
+        return
+    if not base.model.adapts:
+        why = "vLLM adapts no weights of this model"
+        yield Finding(base.architecture, why, rules.MERGE, False)
+        return
+    others = {*EMBEDDINGS} - {*base.model.embeddings}
+    found = (s.module for s in x.factors if base.last(s.module) in others)
+    yield from report(found, "vLLM does not adapt it in this model", rules.LEAVE_OUT)
+    found = (s.module for s in x.factors if base.last(s.module) in base.model.parts_only)
+    why = "vLLM takes adapters of its parts only, which this model has fused"
+    yield from report(found, why, rules.LEAVE_OUT)
 
 
 def _tensors(x: Served) -> Iterator[Finding]:
@@ -67,7 +68,7 @@ def _tensors(x: Served) -> Iterator[Finding]:
     )
     yield from report(odd, "is neither A nor B, nor a classifier's head", rules.LEAVE_OUT)
     yield from rules.check_pairs(x)
-    yield from rules.check_ranks(x, x.ranks.__getitem__, rules.AGAIN, silent=True)
+    yield from rules.check_ranks(x)
     odd = (s.module for s in x.factors if s.table and s.last not in EMBEDDINGS)
     why = f"only the embeddings {', '.join(EMBEDDINGS)} may be adapted"
     yield from report(odd, why, rules.LEAVE_OUT)
@@ -83,7 +84,7 @@ def _experts(x: Served) -> Iterator[Finding]:
     rows = {m: pair["B"].shape[0] for m, pair in down.items() if "B" in pair}
     other = (m for m in columns.keys() & rows.keys() if columns[m] != rows[m])
     yield from report(sorted(other), "has the outputs in A, not the inputs", rules.PROFILE)
-    if x.base and not FUSED.fullmatch(x.base.architecture):
+    if x.base and not x.base.model.joint_experts:
         why = "adapts all experts together, but vLLM reads those of this model one by one"
         yield from report(filter(x.base.called, found), why, rules.MIXED)
 
@@ -91,8 +92,8 @@ def _experts(x: Served) -> Iterator[Finding]:
 def _is_found(module: str, base: Base) -> bool:
     """Whether a base has a module, or all experts in one place, where vLLM finds each of them."""
     place = module.partition(".experts.")[0] + ".experts"
-    is_apart = f"{base.called(place)}.0" in base.modules
-    one_by_one = not FUSED.fullmatch(base.architecture) and not is_apart and ".experts." in module
+    is_apart = base.called(f"{place}.0") is not None
+    one_by_one = not base.model.joint_experts and not is_apart and ".experts." in module
     return base.called(place if one_by_one else module) is not None
 
 
@@ -105,7 +106,7 @@ def _names(x: Served) -> Iterator[Finding]:
         yield from report(found, why, rules.TOWERS, silent=True)
     lost = [m for m in dict.fromkeys(s.module for s in x.factors) if not _is_found(m, base)]
     # vLLM checks the last component of a name, and then looks up its own names as a whole.
-    quiet = [m for m in lost if m.rpartition(".")[2] in base.lasts and ".experts." not in m]
+    quiet = [m for m in lost if base.last(m) in base.lasts and ".experts." not in m]
     loud = [m for m in lost if m not in quiet]
     yield from report(loud, "the base has no module of this name", rules.OTHER_BASE)
     if quiet:
@@ -114,9 +115,12 @@ def _names(x: Served) -> Iterator[Finding]:
 
 
 def _notes(x: Served) -> list[str]:
-    """Says what versions before the one of these rules drop."""
+    """Says what versions before the one of these rules drop, and which model is not known."""
     patterns = [key for key in PATTERNS if x.fields.get(key)]
-    return [f"{key} {_OLD}. {rules.PROFILE}, if yours is older." for key in patterns]
+    notes = [f"{key} {_OLD}. {rules.PROFILE}, if yours is older." for key in patterns]
+    if x.base and x.base.architecture and not x.base.listed:
+        notes.append(f"{x.base.architecture} {_UNLISTED}")
+    return notes
 
 
 def _on_tpus(x: Served) -> Iterator[Finding]:
@@ -131,10 +135,7 @@ def _notes_on_tpus(x: Served) -> list[str]:
     return [*_notes(x), *([_APART] if x.base and "experts" in x.base.lasts else [])]
 
 
-RULES = (
-    *(_configuration, _models, _tensors, _experts, _names),
-    lambda x: rules.check_shapes(x, silent=True),
-)
+RULES = (_configuration, _models, _tensors, _experts, _names, rules.check_shapes)
 START = "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME={dir}"
 VLLM = Engine("vLLM", "0.32.0", RULES, START, RANKS, 16, _notes)
 TPU_INFERENCE = VLLM._replace(
