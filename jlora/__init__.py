@@ -24,9 +24,9 @@ from ._merge import unmerge as unmerge
 from ._optimizer import labels as labels
 from ._optimizer import mask as mask
 from ._optimizer import optimizer as optimizer
-from ._planning import checkpoint_policy as checkpoint_policy
 from ._planning import compiler_options as compiler_options
 from ._planning import plan as plan
+from ._planning import remat_policy as remat_policy
 from ._quantize import quantize as quantize
 from ._quantized import FP4 as FP4
 from ._quantized import FP8 as FP8

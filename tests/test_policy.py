@@ -1,4 +1,4 @@
-"""`jlora.checkpoint_policy`: the same gradients from fewer bytes, and no large product twice."""
+"""`jlora.remat_policy`: the same gradients from fewer bytes, and no large product twice."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def model(activation: Any, is_scanned: bool, keeps: bool) -> Any:
         return x + activation(y @ p["up"]) @ p["down"], None
 
     if keeps:
-        policy = jlora.checkpoint_policy
+        policy = jlora.remat_policy
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=not is_scanned)
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
@@ -82,6 +82,6 @@ def test_products_are_saved_and_elementwise_results_are_not() -> None:
 
     for eqn in jax.make_jaxpr(f)(w).jaxpr.eqns:
         name, operands = eqn.primitive.name, [v.aval for v in eqn.invars]
-        saved[name] = jlora.checkpoint_policy(eqn.primitive, *operands, **eqn.params)
+        saved[name] = jlora.remat_policy(eqn.primitive, *operands, **eqn.params)
     assert {n for n, s in saved.items() if not s} >= {"tanh", "mul", "add"}
     assert {n for n, s in saved.items() if s} >= {"dot_general", "rsqrt", "reduce_sum"}

@@ -200,7 +200,7 @@ class Bert(nn.Module):
         scan: whether the layers are one compiled block in a loop, ``encoder/layer`` with parameters
             stacked on axis 0, or modules ``encoder/layer_0``, ``encoder/layer_1``, ….
         remat: whether the backward pass computes each layer again instead of keeping activations.
-        policy: what is kept nevertheless, as `jlora.checkpoint_policy`.
+        policy: what is kept nevertheless, as `jlora.remat_policy`.
         dtype: of activations and products.
         param_dtype: of the parameters that `init` draws.
     """

@@ -168,7 +168,7 @@ class GPT(nn.Module):
         config: the sizes.
         scan: whether the layers are one compiled block in a loop.
         remat: whether the backward pass computes each layer again instead of keeping activations.
-        policy: what is kept nevertheless, as `jlora.checkpoint_policy`.
+        policy: what is kept nevertheless, as `jlora.remat_policy`.
         dtype: of activations and products.
         param_dtype: of the parameters that `init` draws.
     """

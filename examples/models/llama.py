@@ -211,7 +211,7 @@ class Llama(nn.Module):
         config: the sizes.
         dtype: of activations and products.
         remat: whether the backward pass computes each layer again instead of keeping activations.
-        policy: what is kept nevertheless, as `jlora.checkpoint_policy`.
+        policy: what is kept nevertheless, as `jlora.remat_policy`.
         scan: whether the layers are one compiled block in a loop.
         param_dtype: of the parameters that `init` draws.
     """

@@ -68,6 +68,9 @@ def refuse_keywords_of_peft(cls: type[T]) -> type[T]:
 class LoRA(Rule):
     r"""Adapts the weights whose path matches `pattern` by $W + s \cdot A B$.
 
+    By default alpha is 32 at every rank, so that s = 32 / r. PEFT's default is 8: give `alpha=8`
+    where you compare with it.
+
     Attributes:
         pattern: a regular expression that matches whole components of a leaf's path. None is
             *all-linear*: every dense and convolutional site, but no embedding, that no rule with a

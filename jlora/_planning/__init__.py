@@ -10,4 +10,4 @@ from ._mesh import parse_topology as parse_topology
 from ._options import compiler_options as compiler_options
 from ._plan import Plan as Plan
 from ._plan import plan as plan
-from ._policy import checkpoint_policy as checkpoint_policy
+from ._policy import remat_policy as remat_policy

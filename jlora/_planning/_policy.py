@@ -17,11 +17,11 @@ CHEAP = frozenset(_NAMES.split())
 THIN = 16  # a product is thin if it sums this many times fewer terms than either side has rows
 
 
-def checkpoint_policy(prim: Primitive, *operands: Any, **params: Any) -> bool:
+def remat_policy(prim: Primitive, *operands: Any, **params: Any) -> bool:
     r"""Makes `jax.checkpoint` save all but the results of elementwise operations and thin products.
 
     Give it to each layer rather than to the whole model:
-    `nn.remat(Block, policy=jlora.checkpoint_policy)`, under `nn.scan` with `prevent_cse=False`.
+    `nn.remat(Block, policy=jlora.remat_policy)`, under `nn.scan` with `prevent_cse=False`.
 
     With frozen weights, a step needs the input x of a product $x W$ only for
     $\bar A = s\, x^T \bar h$. If x is the output of a norm or an activation function, computing it
@@ -40,7 +40,7 @@ def checkpoint_policy(prim: Primitive, *operands: Any, **params: Any) -> bool:
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> layer = lambda w, x: jax.nn.gelu(x @ w)
-        >>> f = jax.checkpoint(layer, policy=jlora.checkpoint_policy)
+        >>> f = jax.checkpoint(layer, policy=jlora.remat_policy)
         >>> w, x = jnp.ones((4, 3)), jnp.ones((2, 4))
         >>> bool(jnp.allclose(jax.grad(lambda x: f(w, x).sum())(x),
         ...                   jax.grad(lambda x: layer(w, x).sum())(x)))

@@ -48,10 +48,10 @@ def measure(
 
 
 def kept_by_policy(lm: model.LM, params: Any, batch: Any) -> dict[str, steps.Task]:
-    """All-linear with `jlora.checkpoint_policy` on each layer, where it has no other policy."""
+    """All-linear with `jlora.remat_policy` on each layer, where it has no other policy."""
     if lm.remat:
         return {}
-    apply = lm.clone(remat=True, policy=jlora.checkpoint_policy).apply
+    apply = lm.clone(remat=True, policy=jlora.remat_policy).apply
     task = steps.lora_task(apply, params, model.all_linear(8), batch)
     return {"all-linear r=8, policy": task}
 

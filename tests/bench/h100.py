@@ -7,7 +7,7 @@
 Random weights in bfloat16, 2 × 4,096 tokens, r = 16 on seven projections, factors and AdamW in
 float32, cuDNN's attention, a scan over the layers, and in JAX a loss whose logits are never whole,
 which takes no operation more. Each step is measured with products kept for
-the backward pass, all else computed again (`jlora.checkpoint_policy`), and with each layer computed
+the backward pass, all else computed again (`jlora.remat_policy`), and with each layer computed
 again. TFLOP/s are by 4·N·tokens: N parameters, forward and the gradients of activations.
 
 On a machine that has a driver and nothing else, in the root of the repository:
@@ -54,7 +54,7 @@ from .peers import llama_work
 
 LIMIT = 20 * 60  # seconds, after which no step starts
 KEPT = {  # for the backward pass: whether layers are computed again, and what is kept nevertheless
-    "products": {"remat": True, "policy": jlora.checkpoint_policy},
+    "products": {"remat": True, "policy": jlora.remat_policy},
     "inputs of layers": {"remat": True},
 }
 BY_TORCH = {"PEFT": "lora", "torch's floor": "floor"}
