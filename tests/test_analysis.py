@@ -85,6 +85,12 @@ def test_of_two_adapters(name: str) -> None:
     np.testing.assert_allclose(far, np.linalg.norm(one - two, axis=(-2, -1)), rtol=1e-5)
     assert np.all(near < 1e-5 * size)
 
+    measured, exact = analysis.measure(x), analysis.delta_spectrum(x)
+    np.testing.assert_allclose(measured.spectrum[..., :n], expected[..., :n], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(measured.norm, np.linalg.norm(one, axis=(-2, -1)), rtol=1e-12)
+    np.testing.assert_allclose(measured.stable_rank, analysis.stable_rank(exact), rtol=1e-4)
+    np.testing.assert_allclose(measured.effective_rank, analysis.effective_rank(exact), rtol=1e-4)
+
     u, v = directions(one, full_1)[0], directions(two, full_2)[0]
     np.testing.assert_allclose(grid, similarity(u, v), atol=1e-4)
 

@@ -15,10 +15,10 @@ from .._adapters import AdapterLeaf, Decomposed, LowRank, Replaced, is_node, sta
 from .._node import static
 from .._progress import progress
 from .._text import align_columns
+from ..analysis._measure import relative, relative_distance
 from ..peft._recognized import find_image
 from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import IGNORE, NAMES, PREFIX, OpenAdapter, by_name, format_of, open_adapter, table
-from ._inspect import widen
 
 
 @click.command(cls=Command)
@@ -136,11 +136,6 @@ def _has_same_bits(x: ArrayLike, y: ArrayLike) -> bool:
     return (x.shape, x.dtype) == (y.shape, y.dtype) and x.tobytes() == y.tobytes()
 
 
-@jax.jit
-def _measure(x: LowRank, y: LowRank) -> tuple[jax.Array, jax.Array]:
-    return jlora.analysis.distance(x, y), jlora.analysis.norm(x)
-
-
 def _relative(x: Any, y: Any, changes: Mapping[str, str]) -> float | None:
     """Computes ‖ΔW_x - ΔW_y‖ / ‖ΔW_x‖ over all matrices; None if it is not known.
 
@@ -148,18 +143,11 @@ def _relative(x: Any, y: Any, changes: Mapping[str, str]) -> float | None:
     """
     if isinstance(x, Decomposed):
         return None if changes else 0.0
-    if not isinstance(x, LowRank):
-        if "shape" in changes:
-            return None
-        size, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        change = size - y
-    elif {"weight", "residual"} & changes.keys() or x.layout[:3] != y.layout[:3]:
-        return None  # for two weights or two bases
-    elif changes.keys() <= {"dropout", "frozen"}:
-        return 0.0
-    else:
-        change, size = _measure(widen(x), widen(y))
-    change, size = (float(np.linalg.norm(np.ravel(z))) for z in (change, size))
-    if size == 0:
-        return 0.0 if change == 0 else math.inf
-    return change / size
+    if isinstance(x, LowRank):
+        if {"weight", "residual"} & changes.keys() or x.layout[:3] != y.layout[:3]:
+            return None  # for two weights or two bases
+        return 0.0 if changes.keys() <= {"dropout", "frozen"} else relative_distance(x, y)
+    if "shape" in changes:
+        return None
+    x, y = (np.asarray(z, np.float64) for z in (x, y))
+    return relative(float(np.linalg.norm(x - y)), float(np.linalg.norm(x)))

@@ -1,11 +1,10 @@
 """`jlora inspect`: the contents of an adapter, and how much it changes."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
-import jax
 import numpy as np
 
 import jlora
@@ -14,13 +13,10 @@ from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_sh
 from .._progress import progress
 from .._text import align_columns, format_bytes
 from .._tree import count, size_in_bytes
-from .._types import Layout
-from ..analysis._size import factors
 from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import IGNORE, PREFIX, format_of, open_adapter
 
 SHOWN = 4  # singular values in the table
-BLOCK = 2**18  # numbers of A and B that are measured together
 HEADER = ("site", "inputs × outputs", "r", "s", "‖ΔW‖", "stable", "effective", "singular values")
 NUMBERS = ("norm", "stable_rank", "effective_rank")
 TENSORS = ("tensor", "shape", "scheme", "bits", "size")
@@ -58,7 +54,7 @@ def inspect(folder: Arg, every: bool, ignore: tuple[str, ...], prefix: str | Non
         **adapter.about,
         "parameters": count(leaves),
         "bytes": size_in_bytes(leaves),
-        "sites": _sites({name: leaves[name] for name in low}),
+        "sites": [_site(name, leaves[name]) for name in progress(low, "sites", leave=False)],
         "full": _list_leaves(full),
         "rows": _list_leaves(rows),
     }
@@ -88,83 +84,17 @@ def _list_leaves(leaves: Mapping[str, Any]) -> list[Fields]:
     ]
 
 
-def widen(x: LowRank | Decomposed) -> LowRank:
-    """Converts A and s·B of a node to matrices of float64, of lengths that are powers of two.
-
-    The zeros that are added give ΔW no singular values but zeros. So few programs are compiled,
-    whatever the shapes and scales of a file are.
-    """
-    a, b = (np.asarray(y, np.float64) for y in (x.a, x.b))
-    own = factors(LowRank(a, x.scale * b, 1.0, x.layout))  # pyright: ignore[reportArgumentType]
-    a, b = (np.pad(y, [(0, _power(n) - n) for n in y.shape]) for y in own)
-    n = a.ndim - 2
-    layout = Layout(tuple(range(n)), (n,), (n + 1,))
-    return LowRank(a, b, 1.0, layout)  # pyright: ignore[reportArgumentType]
-
-
-def _power(n: int) -> int:
-    """Returns the least power of two that is at least n."""
-    return 2 ** (n - 1).bit_length()
-
-
-def _lengths(x: LowRank | Decomposed) -> tuple[tuple[int, ...], int, int, int]:
-    """Returns the stack of a node, and the inputs, outputs and rank of each of its matrices."""
-    shape = weight_shape(x)
-    stack, inputs, outputs = (tuple(shape[d] for d in axes) for axes in x.layout[:3])
-    slots = 1 if x.layout.slots is None else len(x.layout.slots[1])
-    return stack, math.prod(inputs), math.prod(outputs), slots * x.a.shape[-1]
-
-
-@jax.jit
-@jax.vmap
-def _measure(x: LowRank) -> dict[str, jax.Array]:
-    """Measures the ΔW of several nodes of one form."""
-    spectrum = jlora.analysis.delta_spectrum(x)
-    return {
-        "norm": jlora.analysis.norm(x),
-        "spectrum": spectrum,
-        "stable_rank": jlora.analysis.stable_rank(spectrum),
-        "effective_rank": jlora.analysis.effective_rank(spectrum),
-    }
-
-
-def _sites(nodes: Mapping[str, Any]) -> list[Fields]:
-    """Measures nodes, some of one form at a time."""
-    forms: dict[Any, list[str]] = {}
-    for name, x in nodes.items():
-        stack, *lengths = _lengths(x)
-        form = *map(_power, stack), *map(_power, lengths)
-        forms.setdefault(form, []).append(name)
-    found = {}
-    for names in progress(_blocks(nodes, forms.values()), "sites", leave=False):
-        together = jax.tree.map(lambda *xs: np.stack(xs), *(widen(nodes[name]) for name in names))
-        measured = {k: np.asarray(v) for k, v in _measure(together).items()}
-        for i, name in enumerate(names):
-            found[name] = _site(name, nodes[name], {k: v[i] for k, v in measured.items()})
-    return [found[name] for name in nodes]
-
-
-def _blocks(nodes: Mapping[str, Any], groups: Iterable[list[str]]) -> list[list[str]]:
-    """Splits groups of nodes of one form so that A and B together have at most `BLOCK` numbers."""
-    found = []
-    for names in groups:
-        largest = max(nodes[name].a.size + nodes[name].b.size for name in names)
-        step = max(1, BLOCK // max(largest, 1))
-        found += [names[i : i + step] for i in range(0, len(names), step)]
-    return found
-
-
-def _site(name: str, x: LowRank | Decomposed, measured: Mapping[str, np.ndarray]) -> Fields:
+def _site(name: str, x: LowRank | Decomposed) -> Fields:
     """Describes the ΔW of a node, a matrix each. For DoRA this is s·A·B, before normalization."""
-    stack, inputs, outputs, rank = _lengths(x)
-    measured = {**measured, "spectrum": measured["spectrum"][..., :rank]}
+    shape, measured = weight_shape(x), jlora.analysis.measure(x)._asdict()
+    stack, inputs, outputs = (tuple(shape[d] for d in axes) for axes in x.layout[:3])
     return {
         "name": name,
         "method": "LoRA" if isinstance(x, LowRank) else "DoRA",
-        "shape": weight_shape(x),
-        "inputs": inputs,
-        "outputs": outputs,
-        "rank": rank,
+        "shape": shape,
+        "inputs": math.prod(inputs),
+        "outputs": math.prod(outputs),
+        "rank": measured["spectrum"].shape[-1],
         "scale": x.scale,
         "dropout": x.dropout,
         "dtype": str(x.a.dtype),

@@ -1,7 +1,8 @@
 """Measures what an adapter changes. Imports `_adapters`, `_arrays`, `_linalg` and `_types`.
 
 Each function works on one `LowRank` node, also under `jit` and `vmap`, where numbers of directions
-must be static. It computes everything from A and B, and forms ΔW only if it says so.
+must be static; `measure` is for the host alone. It computes everything from A and B, and forms ΔW
+only if it says so.
 
 The ΔW of a `residual` node, which `pissa` makes for example, includes what the initializer moved
 out of W. To see what training changed, give nodes of `arithmetic.difference(adapter, initial)`.
@@ -10,6 +11,7 @@ out of W. To see what training changed, give nodes of `arithmetic.difference(ada
 from ._directions import amplification as amplification
 from ._directions import intruder_dimensions as intruder_dimensions
 from ._directions import subspace_similarity as subspace_similarity
+from ._measure import measure as measure
 from ._size import delta_spectrum as delta_spectrum
 from ._size import distance as distance
 from ._size import effective_rank as effective_rank

@@ -4,13 +4,18 @@ With $A = Q_1 R_1$ and $B^\top = Q_2 R_2$, ΔW has the singular values of the r 
 $s \cdot R_1 R_2^\top$. Its singular vectors are those of this matrix, times $Q_1$ and $Q_2$.
 """
 
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._adapters import LowRank, is_table, matrices, weight_shape, without_slots
 from .._linalg import norm as norm_of
 from .._linalg import times
 from .._types import short
+
+A = TypeVar("A", jax.Array, np.ndarray)
 
 
 def factors(node: object, name: str = "node") -> tuple[jax.Array, jax.Array]:
@@ -127,7 +132,7 @@ def distance(node: LowRank, other: LowRank) -> jax.Array:
     return norm_of(change, (-2, -1))
 
 
-def stable_rank(values: jax.Array) -> jax.Array:
+def stable_rank(values: A) -> A:
     r"""Computes the stable rank $\sum_i \sigma_i^2 / \sigma_1^2$, at most the rank.
 
     Args:
@@ -144,10 +149,10 @@ def stable_rank(values: jax.Array) -> jax.Array:
         >>> float(analysis.stable_rank(jnp.array([2.0, 2.0, 0.0])))
         2.0
     """
-    return jnp.sum(_relative(values) ** 2, axis=-1)
+    return (_relative(values) ** 2).sum(-1)
 
 
-def effective_rank(values: jax.Array) -> jax.Array:
+def effective_rank(values: A) -> A:
     r"""Computes the effective rank $\exp(-\sum p_i \log p_i)$, $p_i = \sigma_i / \sum_j \sigma_j$.
 
     Args:
@@ -164,14 +169,19 @@ def effective_rank(values: jax.Array) -> jax.Array:
         >>> round(float(analysis.effective_rank(jnp.array([3.0, 3.0, 3.0]))), 5)
         3.0
     """
-    relative = _relative(values)
-    total = jnp.sum(relative, axis=-1)
-    shares = relative / jnp.where(total == 0, 1, total)[..., None]
-    logs = jnp.log(jnp.where(shares == 0, 1, shares))
-    return jnp.where(total == 0, 0, jnp.exp(-jnp.sum(shares * logs, axis=-1)))
+    xp, relative = _namespace(values), _relative(values)
+    total = relative.sum(-1)
+    shares = relative / xp.where(total == 0, 1, total)[..., None]
+    logs = xp.log(xp.where(shares == 0, 1, shares))
+    return xp.where(total == 0, 0, xp.exp(-(shares * logs).sum(-1)))
 
 
-def _relative(values: jax.Array) -> jax.Array:
+def _relative(values: A) -> A:
     """Divides singular values by the largest; zeros stay zeros."""
     largest = values[..., :1]
-    return values / jnp.where(largest == 0, 1, largest)
+    return values / _namespace(values).where(largest == 0, 1, largest)
+
+
+def _namespace(values: jax.Array | np.ndarray) -> Any:
+    """Returns the module whose functions are those of the array: NumPy's compile nothing."""
+    return np if isinstance(values, np.ndarray) else jnp
