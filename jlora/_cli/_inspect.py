@@ -86,7 +86,8 @@ def _list_leaves(leaves: Mapping[str, Any]) -> list[Fields]:
 
 def _site(name: str, x: LowRank | Decomposed) -> Fields:
     """Describes the ΔW of a node, a matrix each. For DoRA this is s·A·B, before normalization."""
-    shape, measured = weight_shape(x), jlora.analysis.measure(x)._asdict()
+    shape = weight_shape(x)
+    measured = jlora.analysis.measure(x)._asdict()
     stack, inputs, outputs = (tuple(shape[d] for d in axes) for axes in x.layout[:3])
     return {
         "name": name,

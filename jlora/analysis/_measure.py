@@ -63,11 +63,12 @@ def relative(change: float, size: float) -> float:
 
 def _matrices(node: LowRank | Decomposed) -> Matrices:
     """Returns s·A as (stack…, inputs, r) and B as (stack…, r, outputs); slots are concatenated."""
-    scale, flat = node.scale, without_slots(node, weight_shape(node))
+    flat = without_slots(node, weight_shape(node))
     a, b = (np.asarray(x, np.float64) for x in (flat.a, flat.b))
-    n, rank = len(flat.layout.stack), a.shape[-1]
+    n = len(flat.layout.stack)
+    rank = a.shape[-1]
     a = a.reshape(*a.shape[:n], math.prod(a.shape[n:-1]), rank)
-    return scale * a, b.reshape(*b.shape[:n], rank, math.prod(b.shape[n + 1 :]))
+    return node.scale * a, b.reshape(*b.shape[:n], rank, math.prod(b.shape[n + 1 :]))
 
 
 def _spectrum(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -169,7 +169,8 @@ def effective_rank(values: A) -> A:
         >>> round(float(analysis.effective_rank(jnp.array([3.0, 3.0, 3.0]))), 5)
         3.0
     """
-    xp, relative = _namespace(values), _relative(values)
+    xp = _namespace(values)
+    relative = _relative(values)
     total = relative.sum(-1)
     shares = relative / xp.where(total == 0, 1, total)[..., None]
     logs = xp.log(xp.where(shares == 0, 1, shares))
