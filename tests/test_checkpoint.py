@@ -376,6 +376,29 @@ def test_another_base_is_refused_with_all_differences(saved):
     assert_equal(checkpoint.restore(path, base=abstract(base)), adapter)  # no values to compare
 
 
+def test_a_base_in_another_scheme_is_refused(tmp_path):
+    """Both ways, by shapes or values; a checkpoint that does not say the scheme fits all."""
+    rule, params, x = LoRA("w", rank=2), {"w": jnp.ones((64, 64))}, jnp.ones((1, 64))
+    adapter = jlora.transform(lambda p, x: x @ p["w"], rule).init(KEY, params, x)[1]
+    bases = {"a weight that is not quantized": params}
+    for scheme in (jlora.NF4("w"), jlora.NF4("w", block=32)):
+        bases[jlora._quantized.spell(scheme)] = jlora.quantize(params, scheme)
+    for i, (scheme, own) in enumerate(bases.items()):
+        path = tmp_path / str(i)
+        checkpoint.save(path, adapter, (rule,), base=own)
+        for got, other in bases.items():
+            for base in (other, abstract(other), checkpoint.fingerprint(other)):
+                if got == scheme:
+                    checkpoint.restore(path, base=base)
+                    continue
+                with refused(ValueError, "base", f"w: expected {scheme}, got {got}"):
+                    checkpoint.restore(path, base=base)
+        edit(path, base=[leaf[:4] for leaf in fields_of(path)["base"]])
+        assert checkpoint.read(path).base["w",].scheme is None
+        for base in bases.values():
+            checkpoint.restore(path, base=base)
+
+
 # ----------------------------------------------------------------------------------------- refusals
 
 

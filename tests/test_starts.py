@@ -372,7 +372,8 @@ def test_resuming_needs_the_base_of_the_start(name: str, tmp_path: Any) -> None:
     again, _ = jlora.transform(dense, *checkpoint.read(tmp_path / name).rules).init(KEY, params, x)
     restored = checkpoint.restore(tmp_path / name, base=again)
     laws.assert_close(lora.apply(again, restored, x), lora.apply(base, trained, x), 0.0)
-    with refused(ValueError, "", "w: other values"):
+    differs = "w: expected Int8(block=None)" if name == "loftq" else "w: other values"
+    with refused(ValueError, "", differs):
         checkpoint.restore(tmp_path / name, base=params)
 
 

@@ -1,4 +1,4 @@
-"""Fingerprints of a base: paths, shapes, dtypes and, optionally, hashes of the values."""
+"""Fingerprints of a base: paths, shapes, dtypes, schemes and, optionally, hashes of the values."""
 
 import dataclasses
 import functools
@@ -10,7 +10,8 @@ import numpy as np
 from jax import lax
 
 from .._arrays import AnyArray, abstract
-from .._quantized import Quantized, is_quantized
+from .._errors import show
+from .._quantized import Quantized, is_quantized, spell
 from .._tree import is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 
@@ -24,11 +25,14 @@ class Leaf(NamedTuple):
         shape: its shape.
         dtype: the name of its dtype in JAX.
         hash: 64 bits, in hexadecimal, that depend on every bit of its values; or None.
+        scheme: how it is quantized, such as `"NF4(block=64, double=True)"`; "" if it is not; None
+            if the checkpoint does not say.
     """
 
     shape: tuple[int, ...]
     dtype: str
     hash: str | None = None
+    scheme: str | None = None
 
 
 Fingerprint = dict[Path, Leaf]
@@ -58,12 +62,12 @@ def _key_dtypes() -> dict[str, Any]:
 
 
 def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
-    """Returns the paths, shapes and dtypes of a tree and, with `values`, hashes of its values.
+    """Returns paths, shapes, dtypes and schemes of a tree and, with `values`, hashes of its values.
 
     A hash is the same on every mesh and number of processes: each device mixes its values with
     their positions, and the results are added modulo 2³². It detects mix-ups and damage, but it is
-    not a cryptographic hash. A quantized weight has the shape and dtype of the dense weight, so
-    that the same adapter fits both.
+    not a cryptographic hash. A quantized weight has the shape and dtype of the dense weight, and
+    its scheme.
 
     Args:
         base: a tree of arrays or, without `values`, of `jax.ShapeDtypeStruct`s.
@@ -79,7 +83,7 @@ def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
         >>> import jax.numpy as jnp
         >>> from jlora import checkpoint
         >>> checkpoint.fingerprint({"layer": {"kernel": jnp.ones((4, 3))}})
-        {('layer', 'kernel'): Leaf(shape=(4, 3), dtype='float32', hash=None)}
+        {('layer', 'kernel'): Leaf(shape=(4, 3), dtype='float32', hash=None, scheme='')}
     """
     leaves = [
         (path, x if hasattr(x, "dtype") else np.asarray(x)) for path, x in leaves_by_path(base)
@@ -90,7 +94,8 @@ def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
             "`base` must be a tree of arrays to hash their values; got jax.ShapeDtypeStruct at "
             f"{', '.join(bare)}. Give the arrays, or values=False."
         )
-    return {path: leaf_of(_narrow(x) if values else abstract(x), values) for path, x in leaves}
+    narrow = _narrow if values else abstract
+    return {path: leaf_of(x if is_quantized(x) else narrow(x), values) for path, x in leaves}
 
 
 def _narrow(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
@@ -101,7 +106,8 @@ def _narrow(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
 
 def leaf_of(x: AnyArray | Quantized, values: bool) -> Leaf:
     """Returns the leaf of an array with its own dtype, even if JAX would narrow it."""
-    return Leaf(tuple(x.shape), str(x.dtype), hash_of(x) if values else None)
+    scheme = spell(x.scheme) if is_quantized(x) else ""
+    return Leaf(tuple(x.shape), str(x.dtype), hash_of(x) if values else None, scheme)
 
 
 def hash_of(x: AnyArray | Quantized) -> str:
@@ -160,13 +166,19 @@ def differences(expected: Fingerprint, got: Fingerprint, any_width: bool = False
     for path in expected.keys() & got.keys():
         a, b = expected[path], got[path]
         if any_width and a.dtype != b.dtype and _narrowed(a.dtype) == _narrowed(b.dtype):
-            b = Leaf(b.shape, a.dtype)
+            b = b._replace(dtype=a.dtype, hash=None)
         pairs = zip(Leaf._fields[:2], a, b, strict=False)
         found = [f"expected {name} {x}, got {y}" for name, x, y in pairs if x != y]
+        if None not in (a.scheme, b.scheme) and a.scheme != b.scheme:
+            found.append(f"expected {_describe(a.scheme)}, got {_describe(b.scheme)}")
         if not found and a.hash and b.hash and a.hash != b.hash:
             found = ["other values"]
         lines += [f"  {name_of(path)}: {why}" for why in found]
     return sorted(lines)
+
+
+def _describe(scheme: str | None) -> str:
+    return show(scheme) if scheme else "a weight that is not quantized"
 
 
 def _narrowed(dtype: str) -> str:

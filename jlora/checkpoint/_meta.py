@@ -136,10 +136,10 @@ def _layout(**fields: Any) -> Layout:
     return found
 
 
-def _leaf(shape: Sequence[int], dtype: str, hash: str | None) -> Leaf:
+def _leaf(shape: Sequence[int], dtype: str, hash: str | None, scheme: str | None = None) -> Leaf:
     if not all(type(n) is int and 0 <= n < 2**63 for n in shape):
         raise TypeError(f"expected a shape, got {shape!r}")
-    return Leaf(tuple(shape), str(dtype), hash)
+    return Leaf(tuple(shape), str(dtype), hash, None if scheme is None else str(scheme))
 
 
 def _strings(path: object) -> Path:

@@ -109,7 +109,7 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
             fingerprint from another checkpoint, `read(path).base`. It is compared with the saved
             fingerprint. Values are compared if they were hashed and `base` has arrays. Dtypes of 64
             and of 32 bits count as equal, as jax_enable_x64 may differ between sessions; the values
-            of such a leaf are not compared.
+            of such a leaf are not compared. Schemes are compared where the checkpoint says them.
 
     Returns:
         The adapter, with the saved values and dtypes.
@@ -203,7 +203,8 @@ def _check_base(path: Where, saved: Saved, base: PyTree) -> None:
         raise InputError(
             f"`base` is not the one that the adapter in {place(path)} was trained on:\n"
             + "\n".join(lines)
-            + "\nGive the base that it was saved with, or an adapter of this base.",
+            + "\nGive the base that it was saved with, or an adapter of this base. To use it "
+            "with this base all the same, leave out `base`.",
         )
 
 
