@@ -92,7 +92,7 @@ def check(bases: Folder, files: Files, _: Folder) -> None:
 
 def combine(bases: Folder, files: Files, out: Folder) -> None:
     each = [peft.read(x) for x in (files.folder, files.case.folder)]
-    peft.write(out, peft.combine(each, arithmetic.add))
+    peft.write(out, peft.Contents(arithmetic.add([x.leaves for x in each])))
     assert_finite(peft.read(out).leaves)
 
 

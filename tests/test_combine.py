@@ -1,6 +1,5 @@
-"""`peft.combine` and `jlora combine`: the ΔW of what is written is that of the arithmetic."""
+"""`jlora combine`: the ΔW of what is written is that of the arithmetic."""
 
-import functools
 import json
 import re
 import shutil
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft_models as models
 import pytest
-from messages import check_text, refused
+from messages import check_text
 from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, pair, write
 from safetensors.numpy import save_file
 from small import some
@@ -25,7 +24,6 @@ from jlora import arithmetic, checkpoint, peft
 WEIGHTS = (0.7, -0.3)
 FULL = ("bias", "bias_all", "conv", "experts", "modules_to_save", "modules_to_save_head")
 CASES = [name for name in models.CASES if name not in (*FULL, *models.BEYOND)]
-SUM = functools.partial(arithmetic.add, weights=WEIGHTS)
 
 
 def other(folder: Folder, name: str, **fields: Any) -> Folder:
@@ -42,9 +40,10 @@ def other(folder: Folder, name: str, **fields: Any) -> Folder:
     return folder
 
 
-def combine(folders: list[Folder], out: Folder, merge: Any) -> None:
-    """From files to a file."""
-    peft.write(out, peft.combine([peft.read(x) for x in folders], merge))
+def combine(folders: list[Folder], out: Folder, weights: tuple[float, ...] = ()) -> str:
+    """From files to a file; what is said of it."""
+    each = ",".join(map(str, weights or [1] * len(folders)))
+    return run("combine", *folders, out, f"--weights={each}").stdout
 
 
 def deltas(folder: Folder) -> dict[str, np.ndarray]:
@@ -70,7 +69,7 @@ def test_the_sum(name: str, tmp_path: Folder) -> None:
     rsLoRA, patterns, ties and embeddings too. The fixture's model takes it.
     """
     case, mine = models.case(name), other(tmp_path / "b", name)
-    text = run("combine", case.folder, mine, tmp_path / "c", "--weights", "0.7,-0.3").stdout
+    text = combine([case.folder, mine], tmp_path / "c", WEIGHTS)
     check_sum([case.folder, mine], tmp_path / "c")
     peft.load(tmp_path / "c", case.base, case.names)
     fields = peft.read_config(tmp_path / "c")
@@ -88,18 +87,13 @@ def test_different_modules_ranks_and_scales(names: tuple[str, ...], tmp_path: Fo
     folders = [other(tmp_path / name, name) for name in names]
     folders[0] = other(tmp_path / "rs", names[0], use_rslora=True)
     weights = (0.5, -2.0, 1.0, 0.25)[: len(names)]
-    combine(folders, tmp_path / "out", functools.partial(arithmetic.add, weights=weights))
+    combine(folders, tmp_path / "out", weights)
     check_sum(folders, tmp_path / "out", weights)
     case = models.case(names[0])
     peft.load(tmp_path / "out", case.base, case.names)
 
 
 KEPT: dict[str, tuple[list[list[str]], list[dict[str, Any]], dict[str, Any]]] = {
-    "lists of modules are joined": (
-        [["m.q", "k.q"], ["m.v", "k.v"]],
-        [{"target_modules": ["q"]}, {"target_modules": ["v"]}],
-        {"target_modules": ["q", "v"]},
-    ),
     "layer 0 is a layer": (
         [["m.layers.0.q"], ["m.layers.0.q", "m.layers.1.q"]],
         [{"layers_to_transform": 0}, {}],
@@ -121,7 +115,7 @@ def test_what_is_kept_of_the_configurations(case: str, tmp_path: Folder) -> None
     modules, given, expected = KEPT[case]
     each = zip("ab", modules, given, strict=True)
     folders = [plain(tmp_path / name, own, **fields) for name, own, fields in each]
-    combine(folders, tmp_path / "out", arithmetic.add)
+    combine(folders, tmp_path / "out")
     found = peft.read_config(tmp_path / "out")
     assert {key: found[key] for key in expected} == expected
 
@@ -138,7 +132,7 @@ def test_one_parameter_of_experts(tmp_path: Folder) -> None:
     shapes = {"mlp.experts" + end: x for end, x in zip(ENDS, ((3 * 2, 5), (4, 3 * 2)), strict=True)}
     fields = {"r": 2, "target_modules": [], "target_parameters": ["experts.down_proj"]}
     folders = [random_adapter(tmp_path / str(i), i, shapes, **fields) for i in range(2)]
-    combine(folders, tmp_path / "out", SUM)
+    combine(folders, tmp_path / "out", WEIGHTS)
     *each, found = (
         peft.read(x).leaves["mlp.experts.down_proj"] for x in (*folders, tmp_path / "out")
     )
@@ -234,7 +228,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 ERRORS = """
 ADAPTERS: x orbax out; x hf out; x nowhere out; x y out; y z out; x modules_to_save out
 ADAPTERS: x experts out; x norms out; x dora out; x tokens out; tied untied out; tied trained out
-`adapters`: x wide out
+ADAPTERS: x wide out
 OUT: x x patterns
 --weights: x x out --weights 1; x x out --weights 1,one; x x out --weights 1,nan
 --density: x x out --density 0.5
@@ -269,27 +263,9 @@ def test_usage_errors() -> None:
         assert words in run("combine", *line.split(), code=2).stderr
 
 
-def test_a_function_that_gives_something_else(tmp_path: Folder) -> None:
-    folder = plain(tmp_path / "a", ["m.q", "m.k"], target_modules=["q", "k"])
-    for merge in (
-        lambda trees: {"m.q": trees[0]["m.q"]},
-        lambda trees: trees[0] | {"m.x": trees[0]["m.q"]},
-        lambda trees: trees[0] | {"m.k": jnp.ones((1, 1))},
-    ):
-        with refused(ValueError, "merge", "one LowRank for each module"):
-            combine([folder], tmp_path / "out", merge)
-    with refused(ValueError, "contents", "at least one adapter; got none"):
-        combine([], tmp_path / "out", arithmetic.add)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.filterwarnings("ignore:overflow")
-def test_float64_needs_x64(tmp_path: Folder) -> None:
-    wide = {key: x.astype(np.float64) for key, x in pair("m.q").items()}
-    folder = write(tmp_path / "a", wide)
-    with refused(ValueError, "path", "dtype F64 needs jax_enable_x64"):
-        combine([folder], tmp_path / "out", arithmetic.add)
-    run("combine", folder, tmp_path / "out")
+def test_float64(tmp_path: Folder) -> None:
+    folder = write(tmp_path / "a", {key: x.astype(np.float64) for key, x in pair("m.q").items()})
+    combine([folder], tmp_path / "out")
     assert {x.dtype for x in models.read(tmp_path / "out" / TENSORS).values()} == {np.dtype("f8")}
 
 
@@ -303,14 +279,6 @@ def test_many_modules_of_many_scales(tmp_path: Folder) -> None:
     targets = [f"q{i}" for i in range(10)]
     folder = plain(tmp_path / "a", modules, alpha_pattern=alphas, target_modules=targets)
     with bounded():
-        combine([folder], tmp_path / "out", lambda trees: trees[0])
+        combine([folder], tmp_path / "out")
     found = peft.read(tmp_path / "out").leaves
     assert [found[name].scale for name in modules] == list(alphas.values())
-
-
-def test_many_shapes(tmp_path: Folder) -> None:
-    """Each would compile programs of its own."""
-    tensors = {k: x for i in range(1001) for k, x in pair(f"m{i}.q", 1, i + 1).items()}
-    write(tmp_path / "a", tensors)
-    with refused(ValueError, "contents", "1001 pairs of shapes of A and B"):
-        combine([tmp_path / "a"], tmp_path / "out", arithmetic.add)

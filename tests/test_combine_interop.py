@@ -1,6 +1,5 @@
-"""What `peft.combine` writes in the real PEFT on PyTorch. Needs the extra `interop`."""
+"""What `jlora combine` writes in the real PEFT on PyTorch. Needs the extra `interop`."""
 
-import functools
 import pathlib
 from typing import Any
 
@@ -11,10 +10,8 @@ torch = pytest.importorskip("torch")
 hf_peft = pytest.importorskip("peft")
 
 import peft_models as models  # noqa: E402
-from test_combine import CASES, LLAMAS, other  # noqa: E402
+from test_combine import CASES, LLAMAS, combine, other  # noqa: E402
 from test_peft_interop import in_peft  # noqa: E402
-
-from jlora import arithmetic, peft  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -33,8 +30,7 @@ def deltas(name: str, folder: Folder) -> dict[str, np.ndarray]:
 
 
 def check(name: str, folders: list[Folder], out: Folder, weights: tuple[float, ...]) -> None:
-    add = functools.partial(arithmetic.add, weights=weights)
-    peft.write(out, peft.combine([peft.read(x) for x in folders], add))
+    combine(folders, out, weights)
     each, found = [deltas(name, folder) for folder in folders], deltas(name, out)
     assert found.keys() == set().union(*each)
     for module, x in found.items():

@@ -1,5 +1,7 @@
 """`jlora combine`: several PEFT adapters to one."""
 
+import collections
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -9,12 +11,21 @@ import numpy as np
 
 import jlora
 
+from .._adapters import LowRank
+from .._errors import shorten, show
 from .._folders import check_vacant
 from .._tree import count
-from .._types import PyTree
+from ..peft import Contents
 from ._command import FOLDER, Answer, Arg, Command, call
-from ._inputs import IGNORE, PREFIX, by_name
+from ._inputs import IGNORE, PREFIX
 
+BASES = ("base_model_name_or_path", "revision")
+# What is kept if all have the same; the second of it only as a whole.
+KEPT = ("auto_mapping", "fan_in_fan_out", "lora_dropout", "task_type")
+SELECTION = (
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "ensure_weight_tying"),
+)
 SHARE = click.FloatRange(0, 1, min_open=True)
 
 
@@ -56,14 +67,19 @@ def combine(
     options = {} if density is None else {"density": density}
     options |= {"key": jax.random.key(0)} if method == "dare" else {}
 
-    def merge(trees: list[PyTree]) -> PyTree:
-        found = getattr(jlora.arithmetic, method)(_widen(trees), numbers, **options)
-        return found if rank is None else jlora.arithmetic.truncate(found, rank)
-
-    each = [x.with_value(call(jlora.peft.read, x, **reading)) for x in adapters]
-    made = call(jlora.peft.combine, each, merge)
+    each = [call(jlora.peft.read, x, **reading) for x in adapters]
+    if wrong := list(_find_contradictions(each)):
+        raise ValueError(
+            f"ADAPTERS cannot be combined without their model: {'; '.join(wrong)}. Load them "
+            "onto it with jlora.peft.load, and combine them with jlora.arithmetic."
+        )
+    trees = [x.with_value(_widen(own.leaves)) for x, own in zip(adapters, each, strict=True)]
+    found = call(getattr(jlora.arithmetic, method), trees, numbers, **options)
+    found = found if rank is None else jlora.arithmetic.truncate(found, rank)
+    tied = {key: head for x in each for key, head in x.tied.items()}
+    frozen = {name: x for own in each for name, x in own.frozen.items()}
+    made = Contents(found, _describe([x.config for x in each]), tied, frozen)
     call(jlora.peft.write, out, Arg("ADAPTERS", None, made))
-    found = by_name(dict(made.leaves))
     ranks = sorted({x.a.shape[-1] for x in found.values()})
     fields = {
         "adapters": [str(x) for x in adapters],
@@ -79,9 +95,46 @@ def combine(
     return Answer(f"{text}, {fields['parameters']:,} parameters", fields)
 
 
-def _widen(trees: PyTree) -> PyTree:
+def _find_contradictions(each: Sequence[Contents]) -> Iterator[str]:
+    """Yields what the sum would depend on: other models, weights, ties or parameters."""
+    for key in BASES:
+        named = {x.config[key]: None for x in each if x.config.get(key) is not None}
+        if len(named) > 1:
+            yield f"{key}: {' and '.join(map(shorten, named))} are not one name of one model"
+    first = dict[str, np.ndarray]()
+    for own in each:
+        for key, x in own.frozen.items():
+            if not np.array_equal(x, first.setdefault(key, x)):
+                yield f"{show(key)}: the frozen values are not those of one model"
+    for key, head in {pair for own in each for pair in own.tied.items()}:
+        if any({key, head} & {*x.leaves} and x.tied.get(key) != head for x in each):
+            yield f"{show(key)}: {show(head)} is tied to it in one of them only"
+    for own in each:
+        if others := [name for name, x in own.leaves.items() if type(x) is not LowRank]:
+            yield f"{show(others[0])}: its change is not s·A·B alone"
+        stacked = (name for name, x in own.leaves.items() if _is_stacked(x))
+        found = collections.Counter(name.rpartition(".")[0] for name in stacked)
+        if several := [module for module, count in found.items() if count > 1]:
+            yield f"{show(several[0])}: the files do not distinguish the parameters of experts"
+
+
+def _is_stacked(x: object) -> bool:
+    return isinstance(x, LowRank) and bool(x.layout.stack)
+
+
+def _describe(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns what all configurations say; `write` lists the modules where they differ."""
+    first = each[0]
+    same = {key for key in (*KEPT, *SELECTION) if all(x.get(key) == first.get(key) for x in each)}
+    kept = same if {*SELECTION} <= same else same.intersection(KEPT)
+    fields = {key: first[key] for key in first if key in kept}
+    return fields | {key: x[key] for x in reversed(each) for key in BASES if x.get(key)}
+
+
+def _widen(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Converts to float32 at least, so that sums are not rounded to 16 bits."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), trees)
+    wide = lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+    return jax.tree.map(wide, dict(leaves))
 
 
 def _numbers(text: str | None, count: int) -> list[float]:

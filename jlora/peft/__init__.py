@@ -10,7 +10,6 @@ peft.save("style.safetensors", base, adapter, names, dialect="diffusers", prefix
 """
 
 from ._checkpoint import holds as holds
-from ._combine import combine as combine
 from ._contents import Contents as Contents
 from ._contents import read as read
 from ._contents import write as write

@@ -115,7 +115,7 @@ def write(
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
-        contents: from `read` or `combine`, or made of leaves.
+        contents: from `read`, or made of leaves.
         profile: as in `save`: `"vllm"` pads A and B with zeros to one rank, and multiplies the
             scales into B.
         dialect: as in `save`.
