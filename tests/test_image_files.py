@@ -170,7 +170,35 @@ def pair(start: str, rank: int = 2, module: str = "mid.attn.to_q") -> dict[str, 
 
 Q, MANGLED = "unet.mid.attn.to_q", "lora_unet_mid_attn_to_q"
 TEXT = pair("text_encoder.layers.0.q") | pair(Q, 3)
+
+
+def spelled(start: str, ends: str, alpha: float | None = None) -> dict[str, np.ndarray]:
+    """A and B of rank 2 of a module that is spelled in some way, with other ends of their keys."""
+    pairs = zip(ends.split(), pair(Q).values(), strict=True)
+    found = {f"{start}.{end}": x for end, x in pairs}
+    return found if alpha is None else found | {f"{start}.alpha": np.asarray(alpha, np.float32)}
+
+
+DOWN, KEPT = "lora_down.weight lora_up.weight", "lora_A.default.weight lora_B.default.weight"
+OLD = "lora.down.weight lora.up.weight"
 READ: dict[str, tuple[dict[str, Any], Any, float, int]] = {
+    "lightx2v": (spelled("mid.attn.to_q", DOWN, 1), None, 0.5, 2),
+    "ComfyUI": (spelled("diffusion_model.mid.attn.to_q", DOWN, 1), None, 0.5, 2),
+    "DiffSynth-Studio": (spelled("mid.attn.to_q", KEPT), None, 1.0, 2),
+    "diffusers before 0.24": (spelled(Q, OLD), None, 1.0, 2),
+    "of a text encoder": (spelled(Q, OLD.replace("lora", "lora_linear_layer")), None, 1.0, 2),
+    "OneTrainer": (spelled("lora_transformer_mid_attn_to_q", DOWN, 1), None, 0.5, 2),
+    "LyCORIS": (spelled("lycoris_mid_attn_to_q", DOWN, 4), None, 2.0, 2),
+    "mangled as PEFT": (
+        spelled("lycoris_mid_attn_to_q", "lora_A.weight lora_B.weight"),
+        None,
+        1,
+        2,
+    ),
+    "DoRA of lightx2v": (
+        spelled("mid.attn.to_q", DOWN) | {"mid.attn.to_q.dora_scale": np.ones((6, 1), np.float32)},
+        *(None, 1.0, 2),
+    ),
     "no metadata": (pair(Q), None, 1.0, 2),
     "no prefix": (pair("mid.attn.to_q"), None, 1.0, 2),
     "no prefix, by its metadata": (pair("mid.attn.to_q"), {"r": 2, "lora_alpha": 3}, 1.5, 2),
@@ -257,6 +285,40 @@ def test_several_models(tensors: Any, metadata: Any, prefixes: Any, tmp_path: Fo
         assert done.exit_code == 0 and said in done.stdout
 
 
+CLIP = {"encoder.layers.0.q_proj": "text_model.encoder.layers.0.q_proj", "head": "head"}
+
+
+@pytest.mark.parametrize(("dialect", "prefix"), [("diffusers", "text_encoder"), ("kohya", "te1")])
+def test_a_text_encoder_of_transformers_5(dialect: str, prefix: str, tmp_path: Folder) -> None:
+    """It has no `text_model`, which all files have; the names of other modules stay."""
+    names = [peft.Name(f"{x}/weight", x, "oi") for x in CLIP]
+    base = {x: {"weight": jnp.zeros((6, 5))} for x in CLIP}
+    adapter = {row.module: {"weight": node(row, (6, 5))} for row in names}
+    path = tmp_path / "a.safetensors"
+    peft.save(path, base, adapter, names, dialect=dialect, prefix=prefix)
+    start = "lora_te1_" if dialect == "kohya" else "text_encoder."
+    keys = {x.replace(".", "_") if dialect == "kohya" else x for x in CLIP.values()}
+    assert {k.split(".lora_")[0].split(".alpha")[0] for k in load_file(path)} == {
+        start + key for key in keys
+    }
+    assert_equal(peft.load(path, base, names), adapter)
+    (tmp_path / "base").mkdir()
+    tensors = {f"{x}.weight": np.zeros((6, 5), np.float32) for x in CLIP}
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    peft.export_merged(tmp_path / "base", path, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, x in jlora.merge(base, adapter).items():
+        np.testing.assert_allclose(merged[f"{name}.weight"], x["weight"], 1e-6, 1e-6)
+
+
+def test_a_module_under_two_names(tmp_path: Folder) -> None:
+    names = [peft.Name("q/weight", "encoder.layers.0.q", "oi")]
+    starts = "text_encoder.encoder.layers.0.q", "text_encoder.text_model.encoder.layers.0.q"
+    path = put(tmp_path / "x.safetensors", pair(starts[0]) | pair(starts[1]))
+    with refused(ValueError, "path", f"{starts[1]}.lora_A.weight", "duplicate"):
+        peft.load(path, {"q": {"weight": jnp.zeros((6, 5))}}, names)
+
+
 def test_a_prefix_that_no_header_has(tmp_path: Folder) -> None:
     """It is a part of names unless it is given."""
     path = put(tmp_path / "x.safetensors", pair("dit.mid.attn.to_q") | pair("dit.conv", 3))
@@ -275,12 +337,10 @@ ONE = np.ones((1, 1), np.float32)
 SCALES = {f"{MANGLED}.dora_scale": np.ones((1, 5), np.float32)}
 # By case: tensors, metadata, and the place and words of a problem.
 BAD: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
-    "unknown key": (pair(Q) | {"unet.x.lora.down.weight": ONE}, None, ("unet.x.lora.down.weight",)),
+    "unknown key": (pair(Q) | {"unet.x.lora_C.weight": ONE}, None, ("unet.x.lora_C.weight",)),
     "PEFT's key in full": (pair(Q) | {"unet.norm.weight": ONE}, None, ("unet.norm.weight",)),
     "no difference": (
-        {"model.diffusion_model.x.lora_down.weight": ONE},
-        None,
-        ("model.diffusion_model.x.lora_down.weight", "unexpected"),
+        {"model.diffusion_model.x.weight": ONE}, None, ("model.diffusion_model.x.weight",)
     ),
     "LoHa": ({f"{MANGLED}.hada_w1_a": ONE}, None, (f"{MANGLED}.hada_w1_a", "LoHa")),
     "LoKr": ({f"{MANGLED}.lokr_w1": ONE}, None, (f"{MANGLED}.lokr_w1", "LoKr")),
@@ -291,8 +351,15 @@ BAD: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     ),
     "diff": ({f"{MANGLED}.diff": ONE}, None, (f"{MANGLED}.diff", "difference")),
     "diff_b": (pair(MANGLED) | {f"{MANGLED}.diff_b": ONE}, None, (f"{MANGLED}.diff_b",)),
-    "OFT": ({f"{MANGLED}.oft_blocks": ONE}, None, (f"{MANGLED}.oft_blocks", "unexpected")),
-    "mixed": (pair(MANGLED) | pair(Q), None, (f"{Q}.lora_A.weight", "diffusers")),
+    "OFT": ({f"{MANGLED}.oft_blocks": ONE}, None, (f"{MANGLED}.oft_blocks", "OFT, or BOFT")),
+    "OFT of PEFT": ({f"{Q}.oft_R.weight": ONE}, None, (f"{Q}.oft_R.weight", "OFT")),
+    "BOFT of PEFT": ({f"{Q}.boft_R": ONE}, None, (f"{Q}.boft_R", "is BOFT")),
+    "GLoRA": ({f"{MANGLED}.b2.weight": ONE}, None, (f"{MANGLED}.b2.weight", "GLoRA")),
+    "IA3": ({f"{MANGLED}.on_input": ONE[0, 0]}, None, (f"{MANGLED}.on_input", "IA3")),
+    "IA3 of PEFT": ({f"{Q}.ia3_l": ONE}, None, (f"{Q}.ia3_l", "IA3")),
+    "norms": ({f"{MANGLED}.w_norm": ONE}, None, (f"{MANGLED}.w_norm", "difference")),
+    "mixed": (pair(MANGLED) | pair(Q), None, (f"{Q}.lora_A.weight", "mixes")),
+    "mixed ends": (pair(Q) | spelled(Q, DOWN), None, (f"{Q}.lora_up.weight", "mixes")),
     "no B": (
         without(pair(Q), "B.weight"),
         None,
@@ -478,7 +545,7 @@ def test_where_a_folder_is_expected(tmp_path: Folder) -> None:
     path = put(tmp_path / "x.safetensors", pair(Q))
     with refused(ValueError, "path", path, "Read it with jlora.peft.read"):
         peft.read_config(path)
-    with refused(ValueError, "src_dir", path, "in the format of diffusers"):
+    with refused(ValueError, "src_dir", path, "image LoRA"):
         peft.export_merged(path, path, tmp_path / "out")
 
 

@@ -56,10 +56,7 @@ def orbax(root: Folder) -> Folder:
     return root / "x"
 
 
-MLX, KOHYA = (
-    "It is an adapter of MLX.",
-    "It is an adapter of a diffusion model in the format of kohya",
-)
+MLX, IMAGES = "It is an adapter of MLX.", "It is image LoRA, "
 MUCH = {"ss_network_dim": "4", "ss_tag_frequency": "x" * 100_000}
 ONE_OF = "It is a folder with adapters in it."
 # What is given for an adapter, what the error says of it, and what to do.
@@ -69,15 +66,27 @@ GIVEN: dict[str, tuple[Callable[[Folder], Folder], str, str]] = {
     "older MLX": (lambda root: touch(root / "x" / "adapters.npz"), MLX, "mlx_lm.fuse"),
     "kohya": (
         lambda root: holding(root / "x" / "a.safetensors", "lora_unet_down_0.lora_down.weight"),
-        *(KOHYA, "Give the file itself, "),
+        *(IMAGES, "Give the file itself, "),
     ),
     "kohya with much metadata": (
         lambda root: holding(root / "x" / "a.safetensors", "lora_te1_x.alpha", metadata=MUCH),
-        *(KOHYA, "Give the file itself, "),
+        *(IMAGES, "Give the file itself, "),
     ),
     "diffusers under another name": (
         lambda root: holding(root / "x" / "b.safetensors", "unet.up.attn.to_q.lora_A.weight"),
-        *("in the format of diffusers, b.safetensors", "Give the file itself, "),
+        *("It is image LoRA, b.safetensors", "Give the file itself, "),
+    ),
+    "lightx2v": (
+        lambda root: holding(root / "x" / "b.safetensors", "blocks.0.to_q.lora_down.weight"),
+        *(IMAGES, "Give the file itself, "),
+    ),
+    "LyCORIS": (
+        lambda root: holding(root / "x" / "b.safetensors", "lycoris_x.alpha"),
+        *(IMAGES, "Give the file itself, "),
+    ),
+    "PEFT's under another name": (
+        lambda root: holding(root / "x" / "b.safetensors", f"{PREFIX}q.lora_A.weight"),
+        *(f"has no {CONFIG}.", ""),
     ),
     "llama.cpp": (
         lambda root: touch(root / "x" / "a.gguf"),
@@ -118,7 +127,7 @@ def test_what_is_given_for_an_adapter(case: str, tmp_path: Folder) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", [x for x in GIVEN if x not in ("Orbax", "empty", "many")])
+@pytest.mark.parametrize("case", [x for x in GIVEN if GIVEN[x][2] and x not in ("Orbax", "many")])
 def test_what_is_given_to_a_command(case: str, tmp_path: Folder) -> None:
     """In one line that names the argument."""
     folders(tmp_path)
@@ -190,7 +199,7 @@ KEYS: dict[str, tuple[Callable[[str], str], str]] = {
     "distributed": (lambda key: f"module.{key}", "starts with 'module.', as DistributedData"),
     "kohya": (
         lambda key: key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
-        "is kohya's. Load it with load_lora_weights",
+        "is of image LoRA. Give the file itself, under another name than",
     ),
     "MLX": (
         lambda key: key.replace("lora_A.weight", "lora_a").replace("lora_B.weight", "lora_b"),

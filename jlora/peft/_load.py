@@ -37,14 +37,15 @@ def load(
     Args:
         path: the adapter's folder. Only its `adapter_config.json` and `adapter_model.safetensors`
             are read, or the one file of image LoRA, `pytorch_lora_weights.safetensors`. Such a file
-            may also be given itself. Its keys show whether it is of diffusers or kohya.
+            may also be given itself. Its keys show which tool wrote it.
         base: the frozen tree that the adapter is for: arrays or `jax.ShapeDtypeStruct`s.
         names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
         ignore: names of fields of `adapter_config.json` to read the adapter without: fields that
             jlora does not know, and that you know not to change what the adapter computes. Names
             that the file does not have are fine.
         prefix: for a file of image LoRA with adapters of several models, the one to read, such as
-            `"unet"` or `"transformer"`. With kohya's keys `lora_te1_…` it is `"te1"`.
+            `"unet"` or `"transformer"`. With kohya's keys `lora_te1_…` it is `"te1"`,
+            with `lycoris_…` `"lycoris"`.
 
     Returns:
         An adapter for `apply` and `merge`, with $\Delta W = s \cdot A B$. A and B have the dtype of
@@ -57,8 +58,8 @@ def load(
         TypeError: if `names` is not a table, or `ignore` is a string.
         ValueError: if a tensor or field is missing, unexpected, misshapen, of a wrong dtype, not
             finite, duplicate or not supported; if jlora knows a field in `ignore`; if a file of
-            image LoRA has several prefixes and `prefix` is None, or has LoHa, LoKr or LoCon. The
-            error lists all problems, and nothing is loaded.
+            image LoRA has several prefixes and `prefix` is None, or has another method, such as
+            LoHa. The error lists all problems, and nothing is loaded.
 
     Warns:
         UserWarning: if a name in the configuration matches nothing, which PEFT accepts; or if

@@ -25,6 +25,28 @@ _MOST = 1000  # entries of a folder that are looked at
 _SHOWN = 9  # folders in a message
 
 
+# The tensors of a module as PEFT's keys end, and as those of image LoRA do, by who wrote them.
+A, B = "lora_A.weight", "lora_B.weight"
+BIAS, MAGNITUDES, ALPHA = "lora_B.bias", "lora_magnitude_vector", "alpha"
+FORMS = {
+    "diffusers": {A: A, B: B, BIAS: BIAS, MAGNITUDES: MAGNITUDES, ALPHA: ALPHA},
+    "kohya": {"lora_down.weight": A, "lora_up.weight": B, "dora_scale": MAGNITUDES, ALPHA: ALPHA},
+    "DiffSynth-Studio": {"lora_A.default.weight": A, "lora_B.default.weight": B, ALPHA: ALPHA},
+    "diffusers before 0.24": {"lora.down.weight": A, "lora.up.weight": B, ALPHA: ALPHA},
+    "diffusers before 0.24, of a text encoder": {
+        "lora_linear_layer.down.weight": A,
+        "lora_linear_layer.up.weight": B,
+    },
+}
+_ENDS, _FOREIGN = (
+    "|".join(re.escape(end) for ends in FORMS.values() for end in ends if end not in left_out)
+    for left_out in ((), FORMS["diffusers"])
+)
+KEY = re.compile(rf"(?P<module>.+)\.(?P<end>{_ENDS})")
+# A module with _ for dots, after the word of kohya's scripts for its model, or that of LyCORIS.
+MANGLED = re.compile(r"(?:lora_)?(?P<prefix>(?<=lora_)[A-Za-z]+\d*|lycoris)_[^.]+")
+
+
 def find_image(path: str | os.PathLike[str]) -> Path | None:
     """Finds the file of image LoRA that a path is, or that is in it."""
     path = to_path(path)
@@ -45,14 +67,8 @@ class Kind(NamedTuple):
 
 
 _MLX = Kind("an adapter of MLX", "Merge it into its model with mlx_lm.fuse")
-_DIFFUSION = (
-    "Load it with load_lora_weights of diffusers, and save it with save_lora_adapter of the model"
-)
-# What is in the headers of other libraries' files.
-_HEADERS = (
-    (re.compile(rb'"ss_[a-z_]+"|"lora_(unet|te\d?|transformer)_|\.lora_(down|up)\.'), "kohya"),
-    (re.compile(rb'"(unet|transformer|text_encoder\w*)\.[^"]*lora'), "diffusers"),
-)
+# What is in the headers of other files than PEFT's; kohya's scripts write how they were run first.
+_IMAGE_HEADER = re.compile(rf'"ss_[a-z_]+"|"(?!base_model\.)[^"]+\.(?:{_ENDS})"'.encode())
 _MLX_HEADER = re.compile(rb'\.lora_[ab]"')
 
 
@@ -100,10 +116,9 @@ def _recognize_file(path: Path, of_image: str = "") -> Kind | None:
         head = file.read(_HEAD)
     if _MLX_HEADER.search(head):
         return _MLX
-    for pattern, library in _HEADERS:
-        if pattern.search(head):
-            what = f"an adapter of a diffusion model in the format of {library}, {show(path.name)}"
-            return Kind(what, of_image or f"Give the file itself, {show(str(path))}")
+    if _IMAGE_HEADER.search(head):
+        remedy = of_image or f"Give the file itself, {show(str(path))}"
+        return Kind(f"image LoRA, {show(path.name)}", remedy)
     return None
 
 
@@ -153,7 +168,11 @@ _KEYS = (
         "starts with 'module.', as DistributedDataParallel wraps a model",
         f"{_SAVE}, model.module",
     ),
-    (re.compile(r"^lora_(?:unet|te\d?)_|\.lora_(?:down|up)\."), "is kohya's", _DIFFUSION),
+    (
+        re.compile(rf"^{MANGLED.pattern}\.|\.(?:{_FOREIGN})$"),
+        "is of image LoRA",
+        f"Give the file itself, under another name than {TENSORS}",
+    ),
     (re.compile(r"\.lora_[ab]$"), "is MLX's", _MLX.remedy),
 )
 

@@ -12,11 +12,12 @@ import numpy as np
 from ..._errors import InputError, Problem
 from ..._folders import fresh, fresh_file
 from .._file import CONFIG, IMAGE, TENSORS, make_header
+from .._recognized import ALPHA, FORMS, MAGNITUDES, MANGLED, A, B
 from ._arranged import make_tensors
 from ._config import DEFAULTS, dumps
 from ._describe import find_alpha
 from ._files import Files, as_files, list_infos
-from ._image import ALPHA, ENDS, FIELDS, MAGNITUDES, MANGLED, A, B, Image, decode, spell
+from ._image import FIELDS, Image, decode, spell
 from ._sorted import Parameters
 
 _SAVE_FOR_IT = "save with dialect='diffusers' for it"
@@ -150,7 +151,7 @@ def _encode(
             if x.m is not None:
                 values[MAGNITUDES] = x.m.reshape(-1, *[1] * (x.a.ndim - 1))
         name = spell(dialect, prefix, x.key)
-        each = {end: values[ours] for end, ours in ENDS[dialect].items() if ours in values}
+        each = {end: values[ours] for end, ours in FORMS[dialect].items() if ours in values}
         found |= {f"{name}.{end}": y for end, y in each.items()}
     metadata = dict[str, str]()
     if dialect == "diffusers":

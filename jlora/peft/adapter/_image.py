@@ -12,34 +12,30 @@ import numpy as np
 
 from ..._errors import InputError, Problem, blame
 from .._file import CONFIG, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, parse, show
+from .._recognized import ALPHA, BIAS, FORMS, KEY, MAGNITUDES, MANGLED, A, B
 from ._config import LIMIT, leave_out
 from ._describe import find_common
 from ._files import Files
 from ._roles import list_parents
 
 FIELDS = "lora_adapter_metadata"  # of the header, with LoraConfig's fields by prefix
-ALPHA, MAGNITUDES, BIAS = "alpha", "lora_magnitude_vector", "lora_B.bias"
-A, B = "lora_A.weight", "lora_B.weight"
-# What keys end in, in each dialect, and what that is in PEFT's.
-ENDS = {
-    "diffusers": {end: end for end in (A, B, BIAS, MAGNITUDES, ALPHA)},
-    "kohya": {
-        "lora_down.weight": A,
-        "lora_up.weight": B,
-        "dora_scale": MAGNITUDES,
-        ALPHA: ALPHA,
-    },
-}
-MANGLED = re.compile(r"lora_(?P<prefix>[A-Za-z]+\d*)_[^.]+")
 # The models of a pipeline, in files whose header does not name them.
-_MODEL = re.compile(r"(?P<prefix>(?:unet|transformer|text_encoder|prior)(?:_\d+)?)\..+")
-# Methods of LyCORIS, by a part of their keys, with a dot after these.
+_MODEL = re.compile(
+    r"(?P<prefix>(?:unet|transformer|text_encoder|prior|diffusion_model)(?:_\d+)?)\..+"
+)
+# The modules of CLIP's text encoder, which transformers 5 no longer has in a `text_model`.
+_CLIP = re.compile(r"(encoder\.layers|embeddings|final_layer_norm)\b")
+# Methods of LyCORIS and PEFT, by a part of their keys, with a dot after these.
 _OTHERS = {
-    ".hada_": "LoHa",
-    ".lokr_": "LoKr",
-    ".lora_mid.": "LoCon with a core between A and B",
-    ".diff.": "a difference of all weights",
-    ".diff_b.": "a difference of all biases",
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.oft_": "OFT, or BOFT",
+    r"\.boft_": "BOFT",
+    r"\.[ab][12]\.weight\.": "GLoRA",
+    r"\.(on_input|ia3_l)\.": "IA3",
+    r"\.lora_mid\.": "LoCon with a core between A and B",
+    r"\.diff\.|\.w_norm\.": "a difference of all weights",
+    r"\.diff_b\.|\.b_norm\.": "a difference of all biases",
 }
 _NOT_READ = "cannot be read; nothing was loaded."
 _MERGE = "jlora reads LoRA and DoRA: merge others with the tool that wrote them."
@@ -49,9 +45,9 @@ _ORIGINAL = (
     "model."
 )
 _RESAVE = (
-    "Expected PEFT's names, as diffusers saves them (….lora_A.weight, ….lora_B.weight), or kohya's "
-    "(lora_unet_….lora_down.weight, .lora_up.weight, .alpha, .dora_scale). Load other files with "
-    "load_lora_weights of diffusers, and save them with save_lora_adapter of the model."
+    "Expected names of modules, or names with _ for dots after lora_unet_, lora_te1_ or lycoris_, "
+    f"whose A ends in {', '.join(next(iter(ends)) for ends in FORMS.values())}. Load other files "
+    "with load_lora_weights of diffusers, and save them with save_lora_adapter of the model."
 )
 
 
@@ -81,12 +77,16 @@ class Image(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A tensor of a file: its dialect, the module as the key has it, and PEFT's end of the key."""
+    """A tensor of a file, with the module and the end of its key."""
 
-    dialect: str
     module: str
     end: str
     tensor: TensorInfo
+
+    @property
+    def is_mangled(self) -> bool:
+        """Whether the module has _ for dots."""
+        return bool(MANGLED.fullmatch(self.module))
 
 
 def decode(
@@ -99,11 +99,12 @@ def decode(
     for x in _parse_keys(image):
         groups.setdefault(_find_prefix(x, known), []).append(x)
     own, prefix = _choose(image, groups, prefix)
+    form = _find_form(image, own)
     names = _name_modules(image, own, prefix, modules)
-    sides = {end: dict[str, TensorInfo]() for end in ENDS["diffusers"]}
+    sides, wrong = {end: dict[str, TensorInfo]() for end in FORMS["diffusers"]}, list[Problem]()
     for x in own:
-        sides[x.end][names[x.module]] = x.tensor
-    wrong = list[Problem]()
+        if sides[form[x.end]].setdefault(names[x.module], x.tensor) is not x.tensor:
+            wrong.append(Problem(x.tensor.key, f"a duplicate of {show(names[x.module])}"))
     alphas = sides.pop(ALPHA)
     fields = configs.get(prefix)
     if fields is None:
@@ -114,14 +115,13 @@ def decode(
     else:
         why = f"unexpected beside {FIELDS} in the header, which has the alphas"
         wrong += [Problem(x.key, why) for x in alphas.values()]
-    if own[0].dialect == "kohya":
+    if form is FORMS["kohya"]:
         sides[MAGNITUDES] = _shape_magnitudes(sides, wrong)
     if wrong:
         raise image.refuse(_NOT_READ, wrong)
     fields = {"peft_type": "LORA", "target_modules": [*names.values()]} | fields
     keys = {f"{PREFIX}{name}": module for module, name in names.items()}
-    ends = ENDS[own[0].dialect].items()
-    keys |= {f"{ours}.{end}": f"{x}.{e}" for ours, x in keys.items() for e, end in ends}
+    keys |= {f"{ours}.{end}": f"{x}.{e}" for ours, x in keys.items() for e, end in form.items()}
     keys |= {CONFIG: "the configuration", TENSORS: "the file"}  # in errors
     found = [
         x._replace(key=f"{PREFIX}{name}.{end}")
@@ -140,12 +140,12 @@ def decode(
 
 
 def _parse_keys(image: Image) -> list[_Entry]:
-    """Splits all keys; raises for keys of other methods, unknown ones, and mixed dialects."""
+    """Splits all keys; raises for keys of other methods, and unknown ones."""
     found, wrong = list[_Entry](), list[Problem]()
     for x in image.tensors:
-        if entry := _parse_key(x):
-            found.append(entry)
-        elif method := next((name for part, name in _OTHERS.items() if part in f"{x.key}."), None):
+        if key := KEY.fullmatch(x.key):
+            found.append(_Entry(*key.group("module", "end"), x))
+        elif method := next((y for part, y in _OTHERS.items() if re.search(part, f"{x.key}.")), ""):
             wrong.append(Problem(x.key, f"is {method}, which jlora does not read", _MERGE))
         else:
             wrong.append(Problem(x.key, "unexpected", _RESAVE))
@@ -153,21 +153,19 @@ def _parse_keys(image: Image) -> list[_Entry]:
         raise image.refuse(_NOT_READ, wrong)
     if not found:
         raise image.refuse("has no tensors.")
-    first = {x.dialect: x.tensor.key for x in reversed(found)}
-    if len(first) > 1:
-        each = [Problem(key, f"a key of {dialect}") for dialect, key in sorted(first.items())]
-        raise image.refuse("mixes two dialects.", each, "Save each by itself.")
     return found
 
 
-def _parse_key(x: TensorInfo) -> _Entry | None:
-    for dialect, ends in ENDS.items():
-        for end, ours in ends.items():
-            module = x.key.removesuffix(f".{end}")
-            is_kohya = dialect == "kohya"
-            if module != x.key and bool(MANGLED.fullmatch(module)) == is_kohya:
-                return _Entry(dialect, module, ours, x)
-    return None
+def _find_form(image: Image, entries: Iterable[_Entry]) -> Mapping[str, str]:
+    """Finds the one of `FORMS` that all keys have; raises if there is none, or some are mangled."""
+    kinds = {(x.end, x.is_mangled): x.tensor.key for x in entries}
+    ends = {end for end, _ in kinds}
+    found = next((form for form in FORMS.values() if ends <= form.keys()), None)
+    if found and len({is_mangled for _, is_mangled in kinds}) == 1:
+        return found
+    dots = {True: " after a name with _ for dots", False: ""}
+    each = [Problem(key, f"{end}{dots[x]}") for (end, x), key in kinds.items()]
+    raise image.refuse("mixes what keys of different tools end in.", each, "Save each by itself.")
 
 
 def _parse_configs(image: Image) -> dict[str, dict[str, Any]]:
@@ -188,7 +186,7 @@ def _parse_configs(image: Image) -> dict[str, dict[str, Any]]:
 
 def _find_prefix(x: _Entry, known: Collection[str]) -> str:
     """Finds the prefix of a key: a `known` one, or else a component of a pipeline."""
-    pattern = MANGLED if x.dialect == "kohya" else _MODEL
+    pattern = MANGLED if x.is_mangled else _MODEL
     found = None if "" in known else pattern.fullmatch(x.module)
     parents = list_parents(x.module.rpartition(".")[0])
     return next((p for p in parents if p in known), found["prefix"] if found else "")
@@ -216,12 +214,15 @@ def _name_modules(
 ) -> dict[str, str]:
     """Names modules as the model does; kohya's names stay as they are without a model."""
     found = dict.fromkeys(x.module for x in entries)
-    if next(iter(entries)).dialect == "diffusers":
-        return {module: module[len(prefix) + 1 :] if prefix else module for module in found}
+    is_mangled = next(iter(entries)).is_mangled
+    dialect = "kohya" if is_mangled else "diffusers"
     known = dict[str, list[str]]()
     for name in modules:
-        if (spelled := spell("kohya", prefix, name)) in found:
+        if (spelled := spell(dialect, prefix, name)) in found:
             known.setdefault(spelled, []).append(name)
+    if not is_mangled:
+        start = len(prefix) + 1 if prefix else 0
+        return {module: known[module][0] if module in known else module[start:] for module in found}
     twice = [
         Problem(key, f"may be {' or '.join(map(show, sorted(own)))}, as kohya writes dots as _")
         for key, own in known.items()
@@ -297,6 +298,11 @@ def _infer_fields(
 
 def spell(dialect: str, prefix: str, name: str) -> str:
     """Returns a module's name as keys of a dialect have it."""
+    if prefix.startswith("te") and _CLIP.match(name):
+        name = f"text_model.{name}"
     if dialect == "diffusers":
         return f"{prefix}.{name}" if prefix else name
-    return name if MANGLED.fullmatch(name) else f"lora_{prefix}_{name.replace('.', '_')}"
+    if MANGLED.fullmatch(name):
+        return name
+    start = prefix if prefix == "lycoris" else f"lora_{prefix}"
+    return f"{start}_{name.replace('.', '_')}"
