@@ -101,7 +101,8 @@ def decode(
     own, prefix = _choose(image, groups, prefix)
     form = _find_form(image, own)
     names = _name_modules(image, own, prefix, modules)
-    sides, wrong = {end: dict[str, TensorInfo]() for end in FORMS["diffusers"]}, list[Problem]()
+    sides = {end: dict[str, TensorInfo]() for end in FORMS["diffusers"]}
+    wrong = list[Problem]()
     for x in own:
         if sides[form[x.end]].setdefault(names[x.module], x.tensor) is not x.tensor:
             wrong.append(Problem(x.tensor.key, f"a duplicate of {show(names[x.module])}"))
@@ -144,7 +145,7 @@ def _parse_keys(image: Image) -> list[_Entry]:
     found, wrong = list[_Entry](), list[Problem]()
     for x in image.tensors:
         if key := KEY.fullmatch(x.key):
-            found.append(_Entry(*key.group("module", "end"), x))
+            found.append(_Entry(key["module"], key["end"], x))
         elif method := next((y for part, y in _OTHERS.items() if re.search(part, f"{x.key}.")), ""):
             wrong.append(Problem(x.key, f"is {method}, which jlora does not read", _MERGE))
         else:
