@@ -47,6 +47,25 @@ def put(x: np.ndarray) -> jax.Array:
     return jax.device_put(np.array(x))
 
 
+def is_on_host(x: object) -> bool:
+    """Whether `x` is an array in host memory, such as `pinned_host`, where JAX computes nothing."""
+    return isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def to_device(tree: Any) -> Any:
+    """Copies the arrays that are in host memory to the memory of their devices."""
+    move = lambda x: jax.device_put(x, jax.memory.Space.Device) if is_on_host(x) else x  # noqa: E731
+    return jax.tree.map(move, tree)
+
+
+def back(tree: Any, like: Any) -> Any:
+    """Copies `tree` to host memory if `like` is in host memory."""
+    if not any(map(is_on_host, jax.tree.leaves(like))):
+        return tree
+    # Without `src`, JAX would leave cotangents in host memory.
+    return jax.device_put(tree, jax.memory.Space.Host, src=jax.memory.Space.Device)
+
+
 def count_not_finite(x: Any) -> int | None:
     """Counts the values that are NaN or infinite, in one program; None if none are known yet."""
     found = _compat.evaluate_now(_count_not_finite, x)
@@ -55,7 +74,7 @@ def count_not_finite(x: Any) -> int | None:
 
 @jax.jit
 def _count_not_finite(x: jax.Array) -> jax.Array:
-    return jnp.sum(~jnp.isfinite(x))
+    return jnp.sum(~jnp.isfinite(to_device(x)))
 
 
 def abstract(x: AnyArray) -> jax.ShapeDtypeStruct:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from ._adapters import Node, arrays, state
-from ._arrays import count_not_finite
+from ._arrays import back, count_not_finite, to_device
 from ._compat import is_concrete, place_of
 from ._core import Axis
 from ._errors import InputError
@@ -159,9 +159,9 @@ def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
 
 def _change(w: jax.Array | Quantized, node: Node, sign: int) -> jax.Array:
     axes = [Axis(d) for d in range(w.ndim)]
-    dtype = w.dtype
-    w = w.array(jnp.float32) if isinstance(w, Quantized) else w
-    return lower(node, w).of(w, axes, sign).astype(dtype)
+    own, node = to_device((w, node))
+    own = own.array(jnp.float32) if isinstance(own, Quantized) else own
+    return back(lower(node, own).of(own, axes, sign).astype(w.dtype), w)
 
 
 def _cast_like(w: BaseLeaf, old: BaseLeaf) -> BaseLeaf:
@@ -171,7 +171,7 @@ def _cast_like(w: BaseLeaf, old: BaseLeaf) -> BaseLeaf:
         return w
     w = jnp.asarray(w, jnp.result_type(old))
     place = _sharding_of(old)
-    return w if place is None else jax.device_put(w, place)
+    return back(w, old) if place is None else jax.device_put(w, place)
 
 
 def _sharding_of(w: BaseLeaf) -> Sharding | None:

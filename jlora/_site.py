@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._arrays import to_device
 from ._errors import InputError
 from ._node import Node
 from ._quantized import BaseLeaf, Scheme
@@ -206,7 +207,7 @@ class Full(Rule):
     def start(self, key: jax.Array, w: BaseLeaf, site: Site) -> tuple[BaseLeaf, BaseLeaf]:
         """Returns W and a copy of it, so that a step that donates the adapter keeps the base."""
         del key, site
-        return w, w if isinstance(w, jax.ShapeDtypeStruct) else jnp.array(w)
+        return w, w if isinstance(w, jax.ShapeDtypeStruct) else jnp.array(to_device(w))
 
     def trainable(self, layout: Layout, shape: tuple[int, ...]) -> int:
         """Counts the entries of W."""

@@ -15,7 +15,7 @@ import pytest
 import test_base_files as base_files
 from collectives import collectives
 from jax import lax
-from jax.sharding import AxisType, reshard
+from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 from meshes import assert_lies, mesh_of, on, put
 from meshes import normal as draw
@@ -138,6 +138,12 @@ def test_codes_move_rather_than_values(scheme, stacked):
     assert codes <= (0.35 if isinstance(scheme, FP8) else 0.25) * values
 
 
+def on_host(base, specs):
+    """In the memory of the host."""
+    del specs
+    return jax.device_put(base, jax.memory.Space.Host)
+
+
 def constrained(w, x):
     """With constraints of the model's own."""
     for name, spec in {"up": P(None, "tensor"), "down": P("tensor")}.items():
@@ -150,6 +156,12 @@ def resharded(w, x):
     h = jnp.tanh(x @ reshard(w["up"], P(None, "tensor")))
     down = reshard(w["down"], P("tensor", None))
     return x + jnp.einsum("bf,fd->bd", h, down, out_sharding=P("fsdp", None))
+
+
+def offloaded(w, x):
+    """Weights are moved from the memory of the host to where they are sharded."""
+    places = {name: NamedSharding(AUTO, spec, memory_kind="device") for name, spec in SPECS.items()}
+    return layer(jax.device_put(w, places), x)
 
 
 def by_hand(checked, stacked):
@@ -178,6 +190,7 @@ remat = plain_or(lambda f: scanned(jax.checkpoint(f)))
 MODELS = {
     "scan": (plain_or(scanned)(layer), AUTO, codes_whole_on),
     "constraint": (plain_or(scanned)(constrained), AUTO, codes_whole),
+    "offloaded": (plain_or(scanned)(offloaded), AUTO, on_host),
     "explicit": (remat(resharded), EXPLICIT, lambda base, specs: base),
     "shard_map": (functools.partial(by_hand, True), AUTO, lambda base, specs: base),
     "unchecked": (functools.partial(by_hand, False), AUTO, codes_whole),

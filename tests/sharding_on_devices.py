@@ -171,6 +171,16 @@ def by_token(p, x):
     return jnp.einsum("bd,bdf->bf", x, w)
 
 
+def offloaded(p, x):
+    """A scan moves each layer from the memory of the host, and gathers it."""
+
+    def layer(x, w):
+        w = reshard(jax.device_put(w, jax.memory.Space.Device), P(None, "tensor"))
+        return reshard(jnp.tanh(x @ w), P("fsdp", None)), None
+
+    return jax.lax.scan(layer, x, p["w"])[0]
+
+
 def joined(p, x):
     """Two leaves in one product."""
     return jnp.tanh(x @ jnp.concatenate([p["w"], p["v"]], 1))
@@ -242,6 +252,7 @@ CASES = [
         RULE,
     ),
     (by_token, {"w": ((2, D, F), P(None, "fsdp", "tensor"))}, ROWS, RULE),
+    (offloaded, {"w": ((3, D, D), P(None, "fsdp", "tensor"))}, ROWS, RULE),
     (joined, {"w": ((D, F), P(None, "tensor")), "v": ((D, F), P(None, "tensor"))}, ROWS, RULE),
     (
         transposed,
@@ -284,6 +295,7 @@ def test_explicit(case, follow):
     def run(mesh):
         with jax.set_mesh(mesh):
             base, args = jax.device_put((params, x), (specs, x_spec))
+            base = jax.device_put(base, jax.memory.Space.Host) if f is offloaded else base
             _, adapter = jax.jit(lora.init)(jax.random.key(0), base, args)
             adapter = jax.jit(lambda tree: jax.tree.map(lambda x: x + 0.1, tree))(adapter)
             if follow:

@@ -26,9 +26,10 @@ from jax import lax
 from laws import assert_close
 from messages import check_text, refused
 from own_methods import Diagonal
-from small import X, every, normal, raw
+from small import X, every, normal, raw, some
 
 import jlora
+from jlora._arrays import is_on_host
 
 KEY = jax.random.key(0)
 Struct = jax.ShapeDtypeStruct
@@ -176,6 +177,61 @@ def test_merge_at_every_rank(change: Any, rank: int) -> None:
         actual, expected = (found(f, w, adapter) for f in (change, plainly))
         assert_close(actual, expected, 1e-5)
         assert_close(change(w, adapter), expected[0][0], 1e-5)
+
+
+HOST = jax.memory.Space.Host
+TWO = {"w": normal(4, 2, 32, 6, dtype=jnp.float32), "table": normal(5, 5, 32, dtype=jnp.float32)}
+
+
+def looked_up(p: Any, ids: Any) -> Any:
+    """Rows of a table, and matrices of a stack."""
+    p = jax.device_put(p, jax.memory.Space.Device)
+    return jnp.einsum("ti,sio->sto", p["table"][ids], p["w"])
+
+
+def start(rule: Any, params: Any) -> Any:
+    """What `init` gives."""
+    return jlora.transform(looked_up, rule).init(KEY, params, jnp.arange(3))
+
+
+def to_codes(params: Any) -> Any:
+    return jlora.quantize(params, jlora.NF4("w|table", block=32))
+
+
+# Functions of a base and an adapter that read W; they give a base, and what is trained.
+READERS: dict[str, Any] = {
+    "merge": lambda p, a: (jlora.merge(p, a), None),
+    "unmerge": lambda p, a: (jlora.unmerge(p, a), None),
+    "quantize": lambda p, a: (to_codes(p), None),
+    "dequantize": lambda p, a: (jlora.dequantize(to_codes(p)), None),
+    "requantize": lambda p, a: (jlora.merge(to_codes(p), a, requantize=True), None),
+    "dora of codes": lambda p, a: start(jlora.DoRA("w", rank=2), to_codes(p)),
+}
+RULES = {
+    "full": jlora.Full("w|table"),
+    "dora": jlora.DoRA("w", rank=2),
+    "rows": jlora.Rows("table", [3, 1]),
+    "loftq": jlora.LoRA("w", rank=2, init=jlora.initializers.loftq(jlora.Int8())),
+}
+for name in ("pissa", "olora", "milora"):
+    RULES[name] = jlora.LoRA("w", rank=2, init=getattr(jlora.initializers, name))
+READERS |= {name: lambda p, a, rule=rule: start(rule, p) for name, rule in RULES.items()}
+
+
+DAILY = ("unmerge", "requantize", "dora of codes", "pissa", "full")
+
+
+@pytest.mark.parametrize("name", some(READERS, *DAILY))
+def test_a_base_in_host_memory_stays_there(name: str) -> None:
+    """Eagerly and compiled, with the values of a base on the device; what is trained is there."""
+    f = READERS[name]
+    adapter = start(jlora.LoRA("w", rank=2, init=random), TWO)[1]
+    expected, host = jax.jit(f)(TWO, adapter), jax.device_put(TWO, HOST)
+    for found in (f(host, adapter), jax.jit(f)(host, adapter)):
+        base, trained = found
+        assert {jax.typeof(x).memory_space for x in jax.tree.leaves(base)} == {HOST}
+        assert not any(map(is_on_host, jax.tree.leaves(trained)))
+        laws.assert_same_codes(found, expected)
 
 
 def test_merge_of_low_rank_writes_no_change() -> None:

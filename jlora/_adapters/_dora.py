@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._arrays import einsum, promote
+from .._arrays import einsum, is_on_host, promote, to_device
 from .._core import LEAST, Axis, Change, Delta, Factor, leaf_weight
 from .._errors import InputError
 from .._node import Axes, Node
@@ -181,11 +181,13 @@ def norms(w: jax.Array | Quantized, direction: LowRank) -> jax.Array:
     error.
     """
     weight = leaf_weight(w, Change(), "", materialize=True)
-    if direction.layout.stack[:1] != (0,) or isinstance(weight.w, Factor):
-        return _slot_norms(weight.array, direction)
-    # A quantized stack is unpacked one matrix at a time.
+    is_ready = isinstance(weight.w, Factor) and not is_on_host(w)
+    if direction.layout.stack[:1] != (0,) or is_ready:
+        return _slot_norms(to_device(weight).array, direction)
+    # A quantized stack is unpacked one matrix at a time, and one in host memory is moved so.
     rest = direction._replace(layout=direction.layout.of_entry)
-    return lax.map(lambda x: _slot_norms(x[0].as_slice().array, x[1]), (weight.as_stack(), rest))
+    each = (weight.as_stack(), rest)
+    return lax.map(lambda x: _slot_norms(to_device(x[0].as_slice()).array, x[1]), each)
 
 
 def _slot_norms(w: jax.Array, direction: LowRank) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._arrays import explicit, promote
+from .._arrays import explicit, promote, to_device
 from .._core import RANK, Axis, Change, Delta, Factor, Weight, evaluate, leaf_weight
 from .._errors import InputError
 from .._node import SHOWN, Axes, Node, lengths
@@ -204,7 +204,7 @@ def _take_rows(w: jax.Array | Quantized, layout: Layout, rows: tuple[int, ...]) 
     def take(w: jax.Array) -> jax.Array:
         return w.at[at].get(mode="promise_in_bounds", out_sharding=place)
 
-    weight = leaf_weight(w, Change(), "", materialize=True)
+    weight = leaf_weight(to_device(w), Change(), "", materialize=True)
     [found] = evaluate(jax.make_jaxpr(take)(weight.type), weight)
     found = found.array if isinstance(found, Weight) else found
     return found.transpose((*stack, axis, *outputs))

@@ -15,7 +15,7 @@ from ._axes import REPEATED, Axis, Factor, Unfactorable, map_factors
 from ._change import Change, Delta
 from ._interpret import Equation, primitive
 from ._packed import Packed
-from ._shards import constrain, pieces, place
+from ._shards import constrain, move, pieces, place
 from ._weight import Operand, Weight
 
 # --------------------------------------------------------------------------- element for element
@@ -169,9 +169,14 @@ def _unstack(eqn: Equation, w: Weight) -> list[Weight]:
 # ---------------------------------------------------------------------- how it is sharded
 
 
-@primitive("copy", "device_put", "name")
+@primitive("copy", "name")
 def _same(eqn: Equation, w: Weight) -> Weight:
     return w if isinstance(w.w, Packed) else w.each(eqn.bind)
+
+
+@primitive("device_put")
+def _device_put(eqn: Equation, *operands: Operand) -> list[Operand]:
+    return list(map(move, operands, eqn.params["devices"]))
 
 
 @primitive("optimization_barrier")

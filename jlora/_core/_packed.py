@@ -207,10 +207,15 @@ def _multiply_unpacked_jvp(
     return multiply_unpacked(product, *primals), tangent(packed, tangents[1], *others)
 
 
-def shard_part(f: Factor, sharding: NamedSharding | PartitionSpec, axes: Sequence[Axis]) -> Factor:
+def shard_part(
+    f: Factor,
+    sharding: NamedSharding | PartitionSpec,
+    axes: Sequence[Axis],
+    put: Callable[..., jax.Array] = lax.with_sharding_constraint,
+) -> Factor:
     """Shards a part like the weight with the axes `axes`, as far as it can be split evenly.
 
-    A PartitionSpec refers to the mesh of `jax.set_mesh`.
+    A PartitionSpec refers to the mesh of `jax.set_mesh`. `put` applies the sharding to an array.
     """
     named = isinstance(sharding, NamedSharding)
     mesh = sharding.mesh if named else jax.sharding.get_abstract_mesh()
@@ -222,5 +227,5 @@ def shard_part(f: Factor, sharding: NamedSharding | PartitionSpec, axes: Sequenc
         )
     entries = f.specs(dict(zip(axes, spec, strict=False))).value
     cut = fit_spec(entries, f.shape, mesh)
-    place = NamedSharding(mesh, cut) if named else cut
-    return f.replace(lax.with_sharding_constraint(f.value, place))
+    place = sharding.update(spec=cut) if named else cut
+    return f.replace(put(f.value, place))

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from .._arrays import AnyMesh, count_pieces, mesh_axes
 from ._axes import Axis, Factor, Unfactorable, map_factors
 from ._packed import Packed, shard_part
-from ._weight import Weight
+from ._weight import Operand, Weight
 
 
 def constrain(w: Weight, sharding: Sharding) -> Weight:
@@ -21,6 +21,18 @@ def constrain(w: Weight, sharding: Sharding) -> Weight:
     if not isinstance(sharding, NamedSharding):
         return w
     return w.replace(map_factors(lambda f: shard_part(f, sharding, w.axes), w.w))
+
+
+def move(x: Operand, to: Any) -> Operand:
+    """Moves an array, or all arrays of a weight, as `jax.device_put` does.
+
+    A sharding is for W, or for its codes and scales. A and B keep theirs, in the same memory.
+    """
+    if not isinstance(x, Weight) or not isinstance(to, NamedSharding):
+        return jax.device_put(x, to)
+    w = map_factors(lambda f: shard_part(f, to, x.axes, jax.device_put), x.w)
+    memory = jax.typeof(jax.tree.leaves(w)[0]).memory_space
+    return x.replace(w, jax.device_put(x.change, memory))
 
 
 def specs(w: Weight, spec: PartitionSpec) -> Weight:

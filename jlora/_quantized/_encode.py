@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._arrays import explicit, follow
+from .._arrays import back, explicit, follow, to_device
 from .._linalg import norm
 from ._dynamic import quantize_scales
 from ._leaf import Nested, Quantized
@@ -22,13 +22,14 @@ def quantize_weight(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
 
     Along explicit mesh axes, codes and scales are sharded like W.
     """
+    own = to_device(w)
     if (known := explicit(w)) is None:
-        return _encode(w, scheme, form)
+        return back(_encode(own, scheme, form), w)
     encode = functools.partial(_encode, scheme=scheme, form=form)
     shapes = jax.eval_shape(encode, jax.ShapeDtypeStruct(w.shape, w.dtype))
     places = shapes.map_arrays(functools.partial(follow, known))
     in_place: Any = jax.sharding.auto_axes(encode, out_sharding=places)
-    return in_place(w)
+    return back(in_place(own), w)
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "form"))

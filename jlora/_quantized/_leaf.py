@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from .. import _compat
-from .._arrays import explicit
+from .._arrays import back, explicit, to_device
 from .._core import Axis, Factor, Packed, shard_part
 from .._types import NotAnArray, PyTree
 from .._types import short as short_name
@@ -201,7 +201,9 @@ def dequantize(tree: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     return jax.tree.map(plain, tree, is_leaf=is_quantized)
 
 
-_array = jax.jit(Quantized.array, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
+def _array(x: Quantized, dtype: DTypeLike | None) -> jax.Array:
+    return back(to_device(x).array(dtype), x)
 
 
 # ------------------------------------------------------------------------------------- from codes

@@ -109,6 +109,11 @@ def with_spec(place: Place, spec: PartitionSpec) -> Place:
     return NamedSharding(place.mesh, spec, memory_kind=place.memory_kind)
 
 
+def in_device_memory(place: Place) -> Place:
+    """Returns the same place, but in the memory of the devices: W may be in that of the host."""
+    return place if isinstance(place, PartitionSpec) else place.with_memory_kind(None)
+
+
 # -------------------------------------------------------------------------------- quantized weights
 
 

@@ -26,6 +26,7 @@ from ._places import (
     check_blocks,
     describe,
     everywhere,
+    in_device_memory,
     places_of,
     with_spec,
 )
@@ -59,8 +60,8 @@ def specs(base: PyTree, adapter: PyTree, mesh: AnyMesh | None = None) -> PyTree:
 
     Returns:
         A tree with the structure of `adapter`, with its LowRank nodes. It has PartitionSpecs where
-        `base` has them, and NamedShardings with the same mesh and memory where `base` has those.
-        Give it to `device_put`, `jax.shard_map`, `jax.ShapeDtypeStruct`, or `jax.jit` as
+        `base` has them, and NamedShardings with the same mesh where `base` has those. Where these
+        are in host memory, so are codes and scales, but nothing that is trained. Give it to `device_put`, `jax.shard_map`, `jax.ShapeDtypeStruct`, or `jax.jit` as
         `out_shardings`.
 
     Raises:
@@ -283,9 +284,9 @@ def _each(
     if is_quantized(leaf):
         return leaf.map_arrays(lambda _, dims: place(dims))
     if not is_node(leaf):
-        return place(dims)
+        return in_device_memory(place(dims))
     axes = leaf.axes(leaf.layout)
-    return leaf._replace(**{name: place(axes[name]) for name in arrays(leaf)})
+    return leaf._replace(**{n: in_device_memory(place(axes[n])) for n in arrays(leaf)})
 
 
 def _mesh_of(place: Place, entries: Collection[Any], given: AnyMesh | None) -> AnyMesh | None:

@@ -10,15 +10,16 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jlora import LoRA
 
-from ._case import Case, model
+from ._case import Case, Problem, entry, model, normal, normals
 
 CASES: list[Case] = []
 case = model(CASES, exact_at_zero=False)
+built = entry(CASES, exact_at_zero=False)
 FORMED = (LoRA("^w$", rank=2, alpha=4, materialize=True),)
 WIDE = 2 * (6 + 5)
 # The subject, the number of trainable parameters, the shapes of w and of x.
@@ -354,3 +355,44 @@ def sharding_constraints(p, x):
     """Constraints on the weight and on the activations."""
     w = lax.with_sharding_constraint(p["w"], NamedSharding(mesh(), COLUMNS))
     return lax.with_sharding_constraint(x @ w, NamedSharding(mesh(), ROWS))
+
+
+# --------------------------------------------------------------------------------------------
+# Memory: weights in that of the host, which the model moves to that of the device.
+# --------------------------------------------------------------------------------------------
+
+
+def streamed(p, x, device):
+    """Each layer of a stack is moved before its product."""
+    del device
+    body = jax.checkpoint(lambda x, w: layer(x, jax.device_put(w, jax.memory.Space.Device)))
+    return lax.scan(body, x, p["w"])[0]
+
+
+def moved_whole(p, x, device):
+    """The tree is moved, the bias with it."""
+    p = jax.device_put(p, device.with_memory_kind("device"))
+    return jnp.tanh(x @ p["w"] + p["b"][None]) @ p["v"]
+
+
+def moved_to_a_mesh(p, x, device):
+    """Where it is sharded."""
+    del device
+    return x @ jax.device_put(p["w"], NamedSharding(mesh(), COLUMNS, memory_kind="device"))
+
+
+OFFLOADED = {
+    streamed: (3 * 2 * (5 + 5), {"w": (3, 5, 5)}, (2, 5)),
+    moved_whole: (WIDE + 2 * (5 + 4), {"w": (6, 5), "v": (5, 4), "b": (5,)}, (3, 6)),
+    moved_to_a_mesh: (WIDE, {"w": (6, 5)}, (3, 6)),
+}
+for apply, (trainable, shapes, of_x) in OFFLOADED.items():
+
+    def offloaded(dtype, apply=apply, shapes=shapes, of_x=of_x):
+        """The parameters in the memory of the host."""
+        device = SingleDeviceSharding(jax.devices()[0])
+        params = jax.device_put(normals(dtype, **shapes), device.with_memory_kind("pinned_host"))
+        return Problem(partial(apply, device=device), params, (normal("x", of_x, dtype),))
+
+    sites = 2 if "v" in shapes else 1
+    built("memory", trainable, f"{apply.__name__}_from_the_host", sites=sites)(offloaded)
