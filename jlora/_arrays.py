@@ -36,6 +36,12 @@ def follow(known: NamedSharding, x: AnyArray, axes: Sequence[int | None]) -> Nam
     return NamedSharding(known.mesh, fit_spec(spec, x.shape, known.mesh))
 
 
+def lie_along(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Reshards `x`, which has the axes of `like` or length 1, like it along explicit mesh axes."""
+    known = explicit(like)
+    return x if known is None else jax.sharding.reshard(x, follow(known, x, range(x.ndim)))
+
+
 def put(x: np.ndarray) -> jax.Array:
     """Copies an array to the default device, or to all devices of the mesh in scope.
 

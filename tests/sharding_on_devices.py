@@ -15,9 +15,10 @@ from jax.sharding import AxisType, reshard
 from jax.sharding import PartitionSpec as P
 from meshes import assert_lies, compiled, mesh_of, moved, on, put
 from small import some
+from test_every_method import of_rule
 
 import jlora
-from jlora import LoRA, Slots, sharding
+from jlora import DoRA, LoRA, Slots, sharding
 from jlora._tree import size_in_bytes
 
 AUTO, EXPLICIT = mesh_of(), mesh_of(AxisType.Explicit)
@@ -224,8 +225,9 @@ def convolved(p, x):
 
 
 def formed(p, x):
-    """No factored form."""
-    return jnp.tanh(x @ jnp.abs(p["w"]))
+    """No factored form, of a weight that is sharded along its other axis."""
+    w = jnp.abs(reshard(p["w"], P("tensor", None)))
+    return jnp.tanh(jnp.einsum("bd,df->bf", x, w, out_sharding=P("fsdp", None)))
 
 
 IDS = (jax.random.randint(jax.random.key(1), (B,), 0, V), P("fsdp"))
@@ -273,13 +275,15 @@ def squares(tree):
 
 
 @pytest.mark.parametrize("case", some(CASES, CASES[3]), ids=lambda case: case[0].__name__)
+@pytest.mark.parametrize("method", [LoRA, DoRA])
 @pytest.mark.parametrize("follow", some([True, False], True))
-def test_explicit(case, follow):
+def test_explicit(case, method, follow):
     """Outputs lie as the base model's; they and all derivatives are those of one device.
 
     For an adapter that follows W, and for one that is everywhere, eagerly too.
     """
     f, weights, (x, x_spec), rule = case
+    rule = rule if method is LoRA else of_rule(rule, method)
     lora = jlora.transform(f, rule)
     loss, specs = loss_of(lora), {name: spec for name, (_, spec) in weights.items()}
     params = {n: models.normal(i, *s) for i, (n, (s, _)) in enumerate(weights.items())}
@@ -304,7 +308,7 @@ def test_explicit(case, follow):
             assert jax.typeof(outs["y"]).sharding == jax.typeof(plain).sharding
             assert_lies([outs[n] for n in ("gradient", "of_base", "merged")], [adapter, base, base])
             if not follow:
-                outs["unmerged"] = jlora.unmerge(base, adapter)
+                outs["unmerged"] = jlora.unmerge(base, adapter) if method is LoRA else base
                 outs["eager"] = lora.apply(base, adapter, args)
                 assert_lies(outs["unmerged"], base)
         return outs

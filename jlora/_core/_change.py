@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from .. import _compat
-from .._arrays import einsum, promote
+from .._arrays import einsum, lie_along, promote
 from ._axes import RANK, Axis, Factor, Unfactorable
 
 Pair = tuple[jax.Array, jax.Array]
@@ -157,10 +157,11 @@ class Change:
         """
         wide = promote(w.dtype, jnp.float32)
         zero = jnp.zeros((), wide)
-        delta = sign * sum((d.form(axes, w.dtype) for d in self.deltas), start=zero)
+        deltas = (lie_along(d.form(axes, w.dtype), w) for d in self.deltas)
+        delta = sign * sum(deltas, start=zero)
         if self.gain is None:
             return plus(w, delta) if self.deltas else w
-        gain = self.gain.expand_to(axes).astype(wide)
+        gain = lie_along(self.gain.expand_to(axes).astype(wide), w)
         x = w.astype(wide) if sign > 0 else w.astype(wide) / gain
         x = plus(x, delta) if self.deltas else x
         return (x * gain if sign > 0 else x).astype(w.dtype)

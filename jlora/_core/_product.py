@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from .._arrays import promote
+from .._arrays import lie_along, promote
 from ._axes import RANK, Factor, Roles, Unfactorable
 from ._change import LEAST, Delta, Pair
 from ._weight import Weight
@@ -69,7 +69,7 @@ class Product(abc.ABC):
         if gain is None:
             return x
         x = x.astype(self.dtype) if on_x else x  # integers cannot hold their product with a gain
-        return times(x, self.spread(gain, on_x), self.w.change.least)
+        return times(x, lie_along(self.spread(gain, on_x), x), self.w.change.least)
 
     @property
     def _gains(self) -> tuple[Factor | None, Factor | None]:
