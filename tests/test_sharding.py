@@ -73,7 +73,8 @@ def test_specs(name: str, form: str) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(adapter)
     assert nodes(found) == model.expected
     if form != "specs":
-        assert {(s.mesh, s.memory_kind) for s in jax.tree.leaves(found)} == {(MESH, None)}
+        assert {s.mesh for s in jax.tree.leaves(found)} == {MESH}
+        assert {s.memory_kind for s in jax.tree.leaves(found)} <= {None, "device"}
 
 
 def test_codes_stay_in_the_memory_of_the_weight() -> None:

@@ -111,7 +111,9 @@ def with_spec(place: Place, spec: PartitionSpec) -> Place:
 
 def in_device_memory(place: Place) -> Place:
     """Returns the same place, but in the memory of the devices: W may be in that of the host."""
-    return place if isinstance(place, PartitionSpec) else place.with_memory_kind(None)
+    if isinstance(place, PartitionSpec) or place.memory_kind in (None, "device"):
+        return place
+    return place.with_memory_kind("device")
 
 
 # -------------------------------------------------------------------------------- quantized weights

@@ -60,9 +60,9 @@ def specs(base: PyTree, adapter: PyTree, mesh: AnyMesh | None = None) -> PyTree:
 
     Returns:
         A tree with the structure of `adapter`, with its LowRank nodes. It has PartitionSpecs where
-        `base` has them, and NamedShardings with the same mesh where `base` has those. Where these
-        are in host memory, so are codes and scales, but nothing that is trained. Give it to `device_put`, `jax.shard_map`, `jax.ShapeDtypeStruct`, or `jax.jit` as
-        `out_shardings`.
+        `base` has them, and NamedShardings with the same mesh where `base` has those. Give it to
+        `device_put`, `jax.shard_map`, `jax.ShapeDtypeStruct`, or `jax.jit` as `out_shardings`. If
+        `base` is in the host's memory, codes and scales are too, but not what is trained.
 
     Raises:
         TypeError: if a leaf of `base` has no sharding, or `adapter` is not an adapter.
