@@ -464,7 +464,7 @@ def test_gate_and_up_of_experts_one_by_one(tmp_path):
     files = {f"experts.{e}.{part}_proj": fp8(seed=e) for e in range(2) for part in ("gate", "up")}
     folder = write(tmp_path / "codes", files)
     like = {"w": jax.ShapeDtypeStruct((2, 2 * ROWS, COLUMNS), jnp.float32), "norm": ONE["norm"]}
-    with pytest.raises(ValueError, match=r"gate_up_proj: is stored as quantized single experts"):
+    with pytest.raises(ValueError, match=r"gate_up_proj: is stored in parts, which are quantized"):
         peft.load_base(folder, [*names, NAMES[-1]], like=like)
 
 

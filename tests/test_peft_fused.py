@@ -27,22 +27,14 @@ class Fusion(NamedTuple):
     """How a family stores modules.
 
     Attributes:
+        kind: its `model_type`.
         parts: the modules, in the order of their rows.
         fused: the module in the checkpoint that has the rows of all.
-        others: weights of the checkpoint by which the family is known.
-        rotated: how many of `parts` have rows in another order: the two halves of a head alternate.
     """
 
+    kind: str
     parts: list[str]
     fused: str
-    others: list[str]
-    rotated: int = 0
-
-    def fuse(self, each: list[np.ndarray], heads: int = 2) -> np.ndarray:
-        """Concatenates rows in the order of the checkpoint."""
-        pairs = [x.reshape(heads, 2, -1, *x.shape[1:]) for x in each[: self.rotated]]
-        rotated = [x.swapaxes(1, 2).reshape(-1, *x.shape[3:]) for x in pairs]
-        return np.concatenate([*rotated, *each[self.rotated :]])
 
 
 QKV = ["q_proj", "k_proj", "v_proj"]
@@ -54,38 +46,32 @@ def under(place: str, parts: list[str]) -> list[str]:
 
 FUSIONS = {
     "nomic": Fusion(
-        under("layers.#.self_attn", QKV),
-        "encoder.layers.#.attn.Wqkv",
-        ["encoder.layers.#.mlp.fc11"],
+        "nomic_bert", under("layers.#.self_attn", QKV), "encoder.layers.#.attn.Wqkv"
     ),
     "jina-v3": Fusion(
+        "jina_embeddings_v3",
         under("roberta.layers.#.self_attn", QKV),
         "roberta.encoder.layers.#.mixer.Wqkv",
-        ["roberta.encoder.layers.#.mixer.out_proj"],
     ),
     "gte": Fusion(
-        under("layers.#.self_attn", QKV), "new.encoder.layer.#.attention.qkv_proj", []
+        "gte", under("layers.#.self_attn", QKV), "new.encoder.layer.#.attention.qkv_proj"
     ),
     "gte-mlp": Fusion(
+        "gte",
         under("layers.#.mlp", ["up_proj", "gate_proj"]),
         "encoder.layer.#.mlp.up_gate_proj",
-        ["encoder.layer.#.attention.qkv_proj"],
     ),
     "hrm": Fusion(
+        "hrm_text",
         under("model.H_module.layers.#.self_attn", ["gate_proj", *QKV]),
         "model.H_module.layers.#.attn.gqkv_proj",
-        [],
     ),
     "dinov2": Fusion(
-        under("layer.#.mlp", ["gate_proj", "up_proj"]),
-        "layer.#.mlp.weights_in",
-        ["layer.#.attention.attention.query"],
-    ),
-    "kimi": Fusion(
-        under("model.vision_tower.layers.#.attn", QKV), "vision_tower.encoder.blocks.#.wqkv", [], 2
+        "dinov2",
+        under("encoder.layer.#.mlp", ["gate_proj", "up_proj"]),
+        "encoder.layer.#.mlp.weights_in",
     ),
 }  # fmt: skip
-CONFIG = {"vision_config": {"vt_num_attention_heads": 2}}
 
 
 class Kind(NamedTuple):
@@ -152,11 +138,10 @@ def test_as_if_they_were_apart(family: str, kind: str, which: slice, tmp_path: F
         for ends in zip(*each, strict=True):
             end = ends[0].rpartition(".")[2]
             values = [own[name] for own, name in zip(each, ends, strict=True)]
-            fused[f"{fusion.fused.replace('#', i)}.{end}"] = fusion.fuse(values)
+            fused[f"{fusion.fused.replace('#', i)}.{end}"] = np.concatenate(values)
         modules += parts[which]
-        fused |= {f"{other.replace('#', i)}.weight": ones(5, COLUMNS) for other in fusion.others}
     given, fields = give(modules, of)
-    config = CONFIG | {"dtype": "float32"}
+    config: dict[str, Any] = {"model_type": fusion.kind, "dtype": "float32"}
     if kind == "8 bits":
         config |= {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
     expected = merge(tmp_path, apart, given, config, **fields)
@@ -169,10 +154,13 @@ def test_as_if_they_were_apart(family: str, kind: str, which: slice, tmp_path: F
             np.testing.assert_array_equal(x, fused[name], err_msg=name)
             continue
         values = [expected[f"{part.replace('#', i)}.{end}"] for part in fusion.parts]
-        np.testing.assert_array_equal(x, fusion.fuse(values), err_msg=name)
+        np.testing.assert_array_equal(x, np.concatenate(values), err_msg=name)
         assert x.dtype == values[0].dtype
         is_changed = end == "weight" or ".bias" in of.tensors or ".lora_B.bias" in of.tensors
         assert kind == "8 bits" or (x != fused[name]).any() == is_changed
+
+
+GTE = {"model_type": "gte"}
 
 
 def test_rows_between_are_copied_in_blocks(
@@ -180,11 +168,17 @@ def test_rows_between_are_copied_in_blocks(
 ) -> None:
     weights = {"encoder.layer.0.attention.qkv_proj.weight": random(3 * 150, 70)}
     given = {"layers.0.self_attn.v_proj": low_rank((150, 70), 2)}
-    whole = merge(tmp_path, weights, given)
+    whole = merge(tmp_path, weights, given, GTE)
     monkeypatch.setattr("jlora.peft.merge._blocks.BLOCK", 64 * 70)
-    [(name, x)] = merge(tmp_path, weights, given).items()
+    [(name, x)] = merge(tmp_path, weights, given, GTE).items()
     np.testing.assert_array_equal(x[:300], weights[name][:300])
     np.testing.assert_allclose(x, whole[name], rtol=1e-6, atol=1e-6)
+
+
+MINIMAX = {
+    "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
+    "model_type": "minimax_m3_vl",
+}
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -198,7 +192,7 @@ def test_apart_in_the_checkpoint(use_dora: bool, tmp_path: Folder) -> None:
         given[f"{home}.gate_up_proj.lora_magnitude_vector"] = random(2 * ROWS)
     gate, up, down = weights.values()
     both = {f"{home}.gate_up_proj.weight": np.concatenate([gate, up])}
-    merged = merge(tmp_path, weights, given, use_dora=use_dora)
+    merged = merge(tmp_path, weights, given, MINIMAX, use_dora=use_dora)
     [expected] = merge(tmp_path, both, given, use_dora=use_dora).values()
     assert merged.keys() == weights.keys()
     pair = [merged[f"{place}.{x}_proj.weight"] for x in ("gate", "up")]
@@ -206,9 +200,8 @@ def test_apart_in_the_checkpoint(use_dora: bool, tmp_path: Folder) -> None:
     np.testing.assert_array_equal(merged[f"{place}.down_proj.weight"], down)
     saved = {f"{home}.gate_up_proj.weight": random(2 * ROWS, COLUMNS)}
     with refused(ValueError, "adapter", "in full, but the checkpoint has it in parts"):
-        merge(tmp_path, weights, saved, modules_to_save=["gate_up_proj"])
-    alone = {f"{home}.up_proj": low_rank((ROWS, COLUMNS), 2)}
-    merged = merge(tmp_path, weights, alone)
+        merge(tmp_path, weights, saved, MINIMAX, modules_to_save=["gate_up_proj"])
+    merged = merge(tmp_path, weights, {f"{place}.up_proj": low_rank((ROWS, COLUMNS), 2)}, MINIMAX)
     changed = [name for name, x in weights.items() if (merged[name] != x).any()]
     assert changed == [f"{place}.up_proj.weight"]
 
@@ -218,26 +211,24 @@ def test_a_tree(tmp_path: Folder) -> None:
     weights = {FUSED: random(12, 6)}
     a, b = low_rank((4, 6), 2)
     node = LowRank(jnp.asarray(a.T), jnp.asarray(b.T), 1.5, Layout((), (0,), (1,)))
-    base = checkpoint(tmp_path / "base", weights)
+    base = checkpoint(tmp_path / "base", weights, **GTE)
     names = [peft.Name(r"(\d+)/q/kernel", r"layers.\1.self_attn.q_proj", "io")]
     peft.export_merged(base, [{"q": {"kernel": node}}], tmp_path / "tree", names=names)
-    merged = merge(tmp_path, weights, {Q: (a, b)})
+    merged = merge(tmp_path, weights, {Q: (a, b)}, GTE)
     np.testing.assert_array_equal(read(tmp_path / "tree")[FUSED], merged[FUSED])
 
 
 def test_the_fused_module_itself(tmp_path: Folder) -> None:
     """Code of the Hub may have the checkpoint's modules."""
     name = "encoder.layers.0.attn.Wqkv"
-    weights = {f"{name}.weight": ones(12, 6), "encoder.layers.0.mlp.fc11.weight": ones(4, 6)}
+    weights = {f"{name}.weight": ones(12, 6)}
     a, b = low_rank((12, 6), 2)
-    merged = merge(tmp_path, weights, {name: (a, b)}, lora_alpha=2)
+    merged = merge(tmp_path, weights, {name: (a, b)}, {"model_type": "nomic_bert"}, lora_alpha=2)
     np.testing.assert_allclose(merged[f"{name}.weight"], 1 + b @ a, rtol=1e-5, atol=1e-5)
 
 
 Q = "layers.0.self_attn.q_proj"
 FUSED = "encoder.layer.0.attention.qkv_proj.weight"
-WQKV = "vision_tower.encoder.blocks.0.wqkv.weight"
-KIMI = "model.vision_tower.layers.0.attn.v_proj"
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     "rows of three": ({FUSED: ones(13, 6)}, {Q: low_rank((4, 6), 2)}, {}, "not in the checkpoint"),
     "another size": (
@@ -261,9 +252,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] =
         {"trainable_token_indices": {"q_proj": [1]}},
         "is not an embedding in the checkpoint",
     ),
-    "heads that are not known": (
-        {WQKV: ones(12, 6)}, {KIMI: low_rank((4, 6), 2)}, {}, "not in the checkpoint"
-    ),
 }  # fmt: skip
 
 
@@ -271,5 +259,5 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] =
 def test_refused(case: str, tmp_path: Folder) -> None:
     weights, given, fields, got = REFUSED[case]
     with refused(ValueError, "adapter", got):
-        merge(tmp_path, weights, given, **fields)
+        merge(tmp_path, weights, given, GTE, **fields)
     assert not [*tmp_path.glob("*/out")]

@@ -15,7 +15,6 @@ import hypothesis
 import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
-import peft_models as models
 import pytest
 from messages import refused
 from peft_files import SECONDS, Folder, bounded, measure, pair, write
@@ -33,7 +32,7 @@ from jlora.peft.adapter._patterns import Clock, Job, match
 from jlora.peft.adapter._roles import list_parents, list_unused, resolve
 from jlora.peft.formats._dequantize import dequantized
 from jlora.peft.merge import _ties
-from jlora.peft.merge._renaming import find_models
+from jlora.peft.places._find import find
 
 
 def adapter(folder: Folder, modules: Sequence[str], rank: int = 1, **fields: Any) -> Folder:
@@ -383,43 +382,14 @@ def test_copies_are_read_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch)
     assert sorted(read) == sorted(every)
 
 
-RENAMED = json.loads((models.FIXTURES / "renamed.json").read_text())
-SPOKEN = {home for family in RENAMED.values() for home, _ in family.values()}  # in all dialects
-
-
 def test_a_hundred_first_parts() -> None:
+    """Of thousands of names, some of which are very long."""
     shapes = {f"p{i % 100}.m{i}.q.weight": (1, 1) for i in range(4_000)}
-    shapes |= dict.fromkeys(SPOKEN, (1, 1))
+    shapes |= {"a." * 9_000 + f"{i}.q.weight": (1, 1) for i in range(90)}
+    shapes |= {f"layers.{'9' * 5_000}{i}.block_sparse_moe.q.weight": (1, 1) for i in range(9)}
     wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(4_000)]
     with bounded(3):
-        assert list(find_models(wanted, shapes, lambda *_: True))
-
-
-def digits(i: int) -> str:
-    """A few of many."""
-    return "9" * (5_000 * (i < 9)) + str(i)
-
-
-PLACES: dict[str, tuple[Callable[[int], str], Callable[[int], str]]] = {
-    "towers": (
-        lambda i: f"m.h.{i % 300}.{i // 300}.q",
-        lambda i: f"t{i % 90}.h.{i % 300}.{i // 90}.q",
-    ),
-    "one name": (lambda i: f"m.{i}.q", lambda i: f"t{i}.0.q"),
-    "digits": (lambda i: f"m.{digits(i)}.q", lambda i: f"b.{digits(i)}.q"),
-    "deep": (lambda i: "a." * 30 + f"{i}.q", lambda i: f"b{i % 13}." + "a." * 30 + f"{i // 13}.q"),
-    "very deep": (lambda i: "a." * (9_000 * (i < 90)) + f"{i}.q", lambda i: f"b.{i}." * 30 + "q"),
-}
-
-
-@pytest.mark.parametrize("case", some(PLACES, "digits"))
-def test_many_replacements(case: str) -> None:
-    """Of thousands of names."""
-    module, tensor = PLACES[case]
-    shapes = {f"{tensor(i)}.weight": (1, 1) for i in range(12_000)} | dict.fromkeys(SPOKEN, (1, 1))
-    wanted = [f"{module(i)}.weight" for i in range(6_000)]
-    with bounded(6):
-        assert next(find_models(wanted, shapes, lambda *_: True))
+        assert list(find(wanted, shapes, {"model_type": "mixtral"}))
 
 
 def test_a_configuration_is_parsed_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,12 +214,17 @@ def adapter(folder: Folder, modules: Mapping[str, Any], **fields: Any) -> Folder
 
 
 def merge(
-    folder: Folder, weights: Tensors, given: Mapping[str, Any], config: Any = (), **fields: Any
+    folder: Folder,
+    weights: Tensors,
+    given: Mapping[str, Any],
+    config: Any = (),
+    options: Mapping[str, Any] = {},
+    **fields: Any,
 ) -> dict[str, np.ndarray]:
     """The tensors of a new checkpoint of `weights` into which a new adapter is merged."""
     place = folder / str(len([*folder.iterdir()]))
     base = checkpoint(place / "base", weights, **dict(config))
-    peft.export_merged(base, adapter(place / "a", given, **fields), place / "out")
+    peft.export_merged(base, adapter(place / "a", given, **fields), place / "out", **options)
     return read(place / "out")
 
 
@@ -291,7 +296,9 @@ def experts_apart(style: str, count: int, hidden: int, inner: int) -> dict[str, 
     draw = np.random.default_rng(5)
     shapes = {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
     return {
-        f"m.layers.0.{module}.experts.{e}.{part}.weight": draw.standard_normal(shape, np.float32)
+        f"model.layers.0.{module}.experts.{e}.{part}.weight": draw.standard_normal(
+            shape, np.float32
+        )
         for e in range(count)
         for part, shape in shapes.items()
     }
@@ -315,7 +322,10 @@ def test_experts_that_are_stored_one_by_one(
         o, i = (columns, rows) if swapped else (rows, columns)
         shapes = (r * count, i), (o, r * count)
         ab[name] = tuple(draw.standard_normal(shape, np.float32) for shape in shapes)
-    given = {"m.layers.0.mlp.experts.base_layer": ab["up"], "m.layers.0.mlp.experts": ab["down"]}
+    given = {
+        "model.layers.0.mlp.experts.base_layer": ab["up"],
+        "model.layers.0.mlp.experts": ab["down"],
+    }
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     fields = {"target_modules": [], "target_parameters": targets, "r": r, "lora_alpha": r}
     merged = merge(tmp_path, weights, given, config={"model_type": style}, **fields)
@@ -330,26 +340,24 @@ def test_experts_that_are_stored_one_by_one(
 def test_experts_that_are_no_parameter(tmp_path: Folder) -> None:
     """Those of a layer without all of its experts."""
     weights = experts_apart("qwen", 3, 8, 5)
-    del weights["m.layers.0.mlp.experts.1.up_proj.weight"]
-    given = {"m.layers.0.mlp.experts": low_rank((10, 8), 6)}
+    del weights["model.layers.0.mlp.experts.1.up_proj.weight"]
+    given = {"model.layers.0.mlp.experts": low_rank((10, 8), 6)}
     fields = {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}
-    with refused(ValueError, "adapter", "m.layers.0.mlp.experts.gate_up_proj, which is not in"):
+    with refused(ValueError, "adapter", "model.layers.0.mlp.experts.gate_up_proj, which is not in"):
         merge(tmp_path, weights, given, **fields)
 
 
-@pytest.mark.parametrize("is_tied", [False, True])
-@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (9, 6)])
-def test_what_helps_where_a_module_is_not_there(
-    is_tied: bool, shape: tuple[int, int], tmp_path: Folder
-) -> None:
-    """Other names, only if a tensor has its shape; an untied head, only if it may be one."""
-    advice = "save the base model as it was adapted, with its head"
-    if sorted(shape) == [4, 6]:
-        advice += ", and in `transformers` 5 with save_pretrained(..., save_original_format=False)"
-    weights = {"m.qkv.weight": ones(4, 6), "m.embed_tokens.weight": TABLE}
-    given, config = {"m.v_proj": low_rank(shape, 2)}, TIED if is_tied else {}
-    with refused(ValueError, "adapter", "m.v_proj.weight", "not in the checkpoint", advice):
-        merge(tmp_path, weights, given, config)
+def test_the_user_s_names(tmp_path: Folder) -> None:
+    """Where no table has them; what helps is said."""
+    weights = {f"backbone.h.{i}.q.weight": ones(4, 6) for i in range(2)}
+    given = {f"model.h.{i}.mixer.q": low_rank((4, 6), 2, i) for i in range(2)}
+    with refused(ValueError, "adapter", "model.h.0.mixer.q.weight", "or give `renamed`"):
+        merge(tmp_path, weights, given)
+    pairs = [("^backbone", "model"), (r"(h\.\d+)", r"\1.mixer")]
+    merged = merge(tmp_path, weights, given, options={"renamed": pairs})
+    assert all((x != 1).any() for x in merged.values())
+    with refused(ValueError, "renamed", "two tensors the same name, model.h.q.weight"):
+        merge(tmp_path, weights, given, options={"renamed": [(r"backbone\.h\.\d", "model.h")]})
 
 
 def test_a_part_of_the_names_has_a_first_part(tmp_path: Folder) -> None:
@@ -383,16 +391,16 @@ def test_a_bias_of_b(tmp_path: Folder) -> None:
         peft.read(tmp_path / "0" / "a")
 
 
-# What `transformers` writes, and some by hand, of which one replacement finds those of nomic.
-RENAMED: dict[str, Any] = {
-    family: rows
-    for file in ("renamed.json", "renamed_more.json")
-    for family, rows in json.loads((models.FIXTURES / file).read_text()).items()
-}
-RENAMED["llava-read"] = {  # from the hub, whose names of the tower it keeps
-    name: [home.replace("vision_tower.", "vision_tower.vision_model."), shape]
-    for name, (home, shape) in RENAMED["llava"].items()
-}
+# What `transformers` writes.
+RENAMED: dict[str, Any] = json.loads((models.FIXTURES / "renamed.json").read_text())
+config, rows = RENAMED["llava"]
+RENAMED["llava-read"] = (
+    config,
+    {  # from the hub, whose names of the tower it keeps
+        name: [home.replace("vision_tower.", "vision_tower.vision_model."), shape]
+        for name, (home, shape) in rows.items()
+    },
+)
 
 
 @pytest.mark.parametrize("which", ["", "language_model|layer|blocks", "q_proj|query|o_proj|q_a"])
@@ -401,7 +409,8 @@ def test_names_of_today(family: str, which: str, tmp_path: Folder) -> None:
     """What `transformers` 5 saves under other names than its modules have in memory."""
     draw, weights, expected = np.random.default_rng(8), {}, {}
     given, modules, parameters = {}, [], []
-    for i, (name, (home, shape)) in enumerate(RENAMED[family].items()):
+    config, rows = RENAMED[family]
+    for i, (name, (home, shape)) in enumerate(rows.items()):
         weights[home] = draw.standard_normal(shape, np.float32)
         if not re.search(which, name):
             continue
@@ -417,7 +426,8 @@ def test_names_of_today(family: str, which: str, tmp_path: Folder) -> None:
             modules.append(module)
         given[module] = a, b
     fields: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": modules}
-    merged = merge(tmp_path, weights, given, target_parameters=parameters or None, **fields)
+    config = config | {"tie_word_embeddings": False}
+    merged = merge(tmp_path, weights, given, config, target_parameters=parameters or None, **fields)
     assert merged.keys() == weights.keys() and expected
     for home, w in weights.items():
         x = expected.get(home, w)

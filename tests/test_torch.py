@@ -86,25 +86,15 @@ def test_checkpoint(tmp_path: pathlib.Path) -> None:
 
 
 def test_names_that_a_checkpoint_has(tmp_path: pathlib.Path) -> None:
-    """Those of `stored`, the first that is there; of experts, also one by one."""
+    """Those of `transformers`, by the configuration; of experts, also one by one."""
+    place = "model.layers.0"
     gate_up, down, gate = array(2, 6, 4), array(2, 4, 3), array(2, 4)
     tree = {"mlp": {"gate": gate, "gate_up": gate_up, "down": down}, "scale": array(3)}
     names = [
-        peft.Name("mlp/gate", "mlp.gate", "oi", stored=("none.gate.weight", "moe.gate.weight")),
-        peft.Name(
-            "mlp/gate_up",
-            "mlp.experts",
-            "eoi",
-            "gate_up_proj",
-            stored=("moe.experts.gate_up_proj",),
-        ),
-        peft.Name("mlp/down", "mlp.experts", "eoi", "down_proj", stored=("moe.experts.down_proj",)),
+        peft.Name("mlp/gate", f"{place}.mlp.gate", "oi"),
+        peft.Name("mlp/gate_up", f"{place}.mlp.experts", "eoi", "gate_up_proj"),
+        peft.Name("mlp/down", f"{place}.mlp.experts", "eoi", "down_proj"),
         peft.Name("scale", "", "o", "scale"),
-    ]
-    singles = [
-        peft.Name(f"{name}/{e}", f"moe.experts.{e}.{name}", "oi")
-        for name in ("w1", "w2", "w3")
-        for e in (0, 1)
     ]
     stored = {
         "gate": gate,
@@ -113,15 +103,24 @@ def test_names_that_a_checkpoint_has(tmp_path: pathlib.Path) -> None:
         "w3": dict(zip("01", gate_up[:, 3:], strict=True)),
         "w2": dict(zip("01", down, strict=True)),
     }
-    own = [peft.Name("gate", "moe.gate", "oi"), peft.Name("scale", "", "o", "scale"), *singles]
-    peft.save_base(tmp_path / "theirs", stored, own)
+    own = [
+        peft.Name("gate", f"{place}.block_sparse_moe.gate", "oi"),
+        peft.Name(r"(w\d)/(\d)", rf"{place}.block_sparse_moe.experts.\2.\1", "oi"),
+        names[-1],
+    ]
+    config = {"model_type": "mixtral"}
+    peft.save_base(tmp_path / "theirs", stored, own, config=config)
     assert raw(peft.load_base(tmp_path / "theirs", names, like=tree)) == raw(tree)
-    peft.save_base(tmp_path / "ours", tree, names)
+    peft.save_base(tmp_path / "ours", tree, names, config=config)
     assert "scale" in load_file(tmp_path / "ours" / "model.safetensors")
     assert raw(peft.load_base(tmp_path / "ours", names, like=tree)) == raw(tree)
-    with pytest.raises(ValueError, match=r"(?s)mlp.gate.weight: missing.*moe.other.weight: unexp"):
-        peft.save_base(tmp_path / "odd", stored, [peft.Name("gate", "moe.other", "oi"), *own[1:]])
+    peft.save_base(tmp_path / "odd", stored, own)
+    with pytest.raises(ValueError, match=r"(?s)mlp.gate.weight: missing.*experts.1.w2.weight: un"):
         peft.load_base(tmp_path / "odd", names, like=tree)
+    pairs = [("block_sparse_moe.experts", "none"), ("block_sparse_moe", "mlp")]
+    with pytest.raises(ValueError, match=r"gate_up_proj: missing") as e:
+        peft.load_base(tmp_path / "odd", names, like=tree, renamed=pairs)
+    assert "mlp.gate.weight" not in str(e.value)
 
 
 def test_adapter(tmp_path: pathlib.Path) -> None:

@@ -16,14 +16,12 @@ class Structure(NamedTuple):
         tied: the first name of each parameter that has several, with the others.
         adaptable: the modules that PEFT adapts as a whole.
         transposed: the modules with the attribute `is_transposed`, by which PEFT knows experts.
-        stored: the other names under which `transformers` finds a parameter in a checkpoint.
     """
 
     order: tuple[str, ...]
     tied: dict[str, tuple[str, ...]]
     adaptable: frozenset[str]
     transposed: frozenset[str]
-    stored: dict[str, tuple[str, ...]]
 
 
 class Structured(Protocol):
@@ -44,10 +42,8 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
         sites: `jlora.transform(apply).sites(params, …)`, with or without rules.
         apply: the function that `jlora.torch.extract` returned. It knows the order of the
             parameters, which heads share the weight of an embedding, and which modules PEFT can
-            adapt: adapters elsewhere are then refused by `jlora.peft.save`. For a model of
-            `transformers` 5 it knows the names that `from_pretrained` renames, so that `load_base`
-            reads the folder as it is. Without it, each weight counts as one of such a module, no
-            head as tied, and no name as another one in a folder.
+            adapt: adapters elsewhere are then refused by `jlora.peft.save`. Without it, each weight
+            counts as one of such a module, and no head as tied.
 
     Returns:
         Rows for `jlora.peft.save`, `load`, `load_base` and all others that take `names`.
@@ -65,7 +61,7 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
     own = {".".join(site.parts): site for site in sites.leaves}
     if apply is None:
         modules = frozenset(name.rpartition(".")[0] for name in own)
-        structure = Structure(tuple(own), {}, modules, frozenset(), {})
+        structure = Structure(tuple(own), {}, modules, frozenset())
     else:
         structure = apply.structure
     return tuple(_row(own[name], name, structure) for name in structure.order if name in own)
@@ -88,7 +84,6 @@ def _row(site: Site, name: str, structure: Structure) -> Name:
         transposed=axes.endswith("io"),
         tied=others[0] if is_tied else None,
         is_transposed="e" in axes and module in structure.transposed,
-        stored=structure.stored.get(name, ()),
     )
 
 

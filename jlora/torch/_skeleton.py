@@ -1,7 +1,7 @@
 """A module without the memory of its parameters, and its tensors as arrays."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -59,47 +59,7 @@ def read_structure(model: torch.nn.Module) -> Structure:
         {first: tuple(rest) for first, *rest in aliases.values() if rest},
         frozenset(_find_adaptable(modules)),
         frozenset(name for name, m in modules.items() if getattr(m, "is_transposed", False)),
-        find_stored(model),
     )
-
-
-def find_stored(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
-    """Finds the other names under which `transformers` reads parameters, by its own renamings.
-
-    A checkpoint may have any of them; each is renamed to one parameter alone.
-    """
-    prefix = getattr(model, "base_model_prefix", None)
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import PrefixChange, WeightRenaming
-    except ImportError:  # of `transformers` 4, which has none
-        return {}
-    if prefix is None:
-        return {}
-
-    def rename(name: str, renamings: Sequence[WeightRenaming]) -> str:
-        for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        return name
-
-    every, usual = (
-        [
-            x
-            for x in get_model_conversion_mapping(model, add_legacy=y)
-            if isinstance(x, WeightRenaming)
-        ]
-        for y in (True, False)
-    )
-    saved = [x for x in usual if not isinstance(x, PrefixChange)]
-    choices = [[x.reverse_transform() for x in own[::-1]] for own in (saved, usual, every)]
-    names = model.state_dict().keys()
-    found = {}
-    for name in names:
-        others = dict.fromkeys(rename(name, renamings) for renamings in choices)
-        others |= dict.fromkeys(x.removeprefix(f"{prefix}.") for x in (name, *others))
-        read = {x: rename(x, every) for x in others if x not in names}
-        found[name] = tuple(x for x, y in read.items() if name in (y, f"{prefix}.{y}"))
-    return found
 
 
 def _find_adaptable(modules: Mapping[str, torch.nn.Module]) -> Iterator[str]:

@@ -27,7 +27,9 @@ import jlora
 from jlora import peft
 from jlora._tree import leaves_by_path
 from jlora.peft import Name
-from jlora.peft.names._leaves import resolve, split_experts
+from jlora.peft._checkpoint import open_checkpoint
+from jlora.peft.names._leaves import NamedLeaf, resolve, split_experts
+from jlora.peft.places._find import find
 
 if importlib.util.find_spec("torch") is None and "PYTORCH_PYTHON" not in os.environ:
     pytest.skip("PyTorch is neither here nor in PYTORCH_PYTHON", allow_module_level=True)
@@ -259,14 +261,22 @@ def _assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1
 # ------------------------------------------------------------------------------------ the laws
 
 
+def split(leaf: NamedLeaf, folder: pathlib.Path) -> NamedLeaf:
+    """A leaf with a module for each expert, if a checkpoint has them one by one."""
+    base = open_checkpoint(folder, "folder")
+    places = next(find(leaf.parameters, base.shapes, base.config))
+    views = [places[key] for key in leaf.parameters if key in places]
+    is_split = leaf.name.kind == "experts" and views and not views[0].is_tensor
+    return (is_split and split_experts(leaf, views)) or leaf
+
+
 def test_found_by_value(made: Made) -> None:
     """Without the table, by the values: every matrix as the table has it."""
     tokens = jnp.asarray(TOKENS)
     sites = jlora.transform(made.model.apply, jlora.LoRA()).sites(made.base, tokens)
     found = peft.find_names(made.base, made.folder / "base", sites)
-    tensors = load_file(made.folder / "base" / "model.safetensors")
     ours, theirs = (
-        {leaf.path: split_experts(leaf, tensors) for leaf in resolve(made.base, rows)}
+        {leaf.path: split(leaf, made.folder / "base") for leaf in resolve(made.base, rows)}
         for rows in (found, made.case.names)
     )
     for path, leaf in theirs.items():

@@ -49,6 +49,10 @@ class GgufTensors:
         """Returns the type of a tensor, as gguf calls it."""
         return self._tensors[name].type.name
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
+        return self._tensors[name].shape
+
     def blocks(self, name: str) -> tuple[np.ndarray, tuple[int, ...]]:
         """Returns the bytes of a tensor in blocks of 32 numbers, and its shape."""
         tensor = self._tensors[name]

@@ -23,10 +23,12 @@ from ..._types import PyTree
 from ...sharding._specs import place_codes
 from .._checkpoint import MODELS, open_checkpoint
 from .._file import DTYPES, FORMAT
-from ..names._leaves import NamedLeaf, split_gate_and_up
+from ..names._leaves import NamedLeaf, split_experts
 from ..names._names import Name
 from ..names._torch_layout import join_weight, take_part
 from ..names._weights import explain_narrowing, name_all, split_all
+from ..places._find import Pairs, find
+from ..places._views import Piece, Places, View
 from ._codes import make_leaf, take_part_of_codes
 from ._format import Format, open_format, read_checked
 from ._gguf import Gguf, GgufTensors
@@ -35,7 +37,9 @@ from ._tensors import Unreadable
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # of buffers
 
 
-def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTree) -> PyTree:
+def load_base(
+    path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTree, renamed: Pairs = ()
+) -> PyTree:
     r"""Loads the base from a checkpoint, and keeps quantized weights quantized.
 
     A Hugging Face folder may be in floats, or in one of these formats:
@@ -54,14 +58,16 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     A weight becomes a `jlora.Quantized` leaf with the codes of the file, if its axes can be split
     into the blocks of the file. All others are dequantized exactly. So are codes that no scheme of
     jlora has: inputs that are reordered by activation, and 8 bits with zero points. Scales of
-    activations are ignored. Experts of one parameter may be stored one by one, and a parameter
-    under another name that its row of `names` has in `stored`.
+    activations are ignored. Parameters have the names of `names`, or are stored as `transformers` 5
+    stores those of the model in `config.json`: under other names, with others in one tensor, or
+    single experts.
 
     Args:
         path: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.
         names: the name table of the model; for a GGUF file, a table with its names.
         like: the tree of parameters: arrays or `jax.ShapeDtypeStruct`s. Shapes, dtypes and
             shardings matter. A quantized weight has this dtype unless the file has one for it.
+        renamed: as in `export_merged`.
 
     Returns:
         A tree like `like`. A float leaf has the dtype of the file, an integer leaf that of `like`.
@@ -89,21 +95,28 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
         (64, 32)
     """
     path = to_path(path)
+    config = {}
     if path.suffix == ".gguf":
         format = Gguf(GgufTensors(path), {})
     else:
-        format = open_format(open_checkpoint(path, "path", follow_links=True))
+        checkpoint = open_checkpoint(path, "path", follow_links=True)
+        format = open_format(checkpoint)
+        config = checkpoint.config
     quantized = set(format.find())
-    there = quantized.union(format.tensors)
-    leaves = name_all(like, names, "like", there)
+    leaves = name_all(like, names, "like")
+    wanted = [key for leaf in leaves for key in leaf.parameters]
+    shapes = {name: format.tensors.shape(name) for name in format.tensors}
+    shapes |= dict.fromkeys(quantized, (0, 0))  # that of codes tells nothing
+    places = next(find(wanted, shapes, config, renamed, "names"))
     values, wrong = [], []
     unread = set[str]()  # modules with tensors that were not read
     for leaf in progress(leaves, "load", unit="leaf"):
         try:
-            values.append(_place(_read(leaf, format, quantized, there), leaf))
+            values.append(_place(_read(leaf, format, quantized, places), leaf))
         except Unreadable as e:
             wrong.append(e.problem)
             unread.update(leaf.modules)
+            unread.update(places.tensor(key).rpartition(".")[0] for key in leaf.parameters)
     left = [n for n in format.tensors if n not in format.tensors.taken]
     left = [n for n in left if unread.isdisjoint(accumulate(n.split("."), "{}.{}".format))]
     # With a wrong configuration, all leaves have the same problem.
@@ -113,19 +126,19 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     return jax.tree.unflatten(flatten(like)[1], values)
 
 
-def _read(
-    leaf: NamedLeaf, format: Format, quantized: Collection[str], there: Collection[str]
-) -> Any:
-    name, whole, keys = leaf.name, leaf.weight_shape, leaf.parameters
-    is_matrix = name.kind in ("embedding", "experts", "linear")
-    coded = [key for key in keys if is_matrix and key in quantized]
-    if keys[0] not in there and (parts := split_gate_and_up(leaf, there)):
-        return _join([_read(part, format, quantized, there) for part in parts], leaf)
+def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str], places: Places) -> Any:
+    name, whole = leaf.name, leaf.weight_shape
+    views = [places.get(key, View(whole, (Piece(key),))) for key in leaf.parameters]
     if jnp.issubdtype(leaf.value.dtype, jnp.integer):
-        return _read_integers(leaf, format)
+        return _read_integers(leaf, [view.tensor for view in views], format)
+    tensors = [piece.tensor for view in views for piece in view.pieces]
+    is_matrix = name.kind in ("embedding", "experts", "linear")
+    coded = [tensor for tensor in tensors if is_matrix and tensor in quantized]
     if not coded:
-        each = (take_part(_read_dense(format, key, whole), name) for key in keys)
+        each = (take_part(_read_dense(format, view, whole), name) for view in views)
         return put(join_weight(leaf, list(each)))
+    if any(piece.at or piece.own for view in views for piece in view.pieces):
+        return _read(_split(leaf, views), format, quantized, Places())
     is_swapped = name.kind == "experts" and name.transposed and format.keeps_axes
     if not name.is_plain or is_swapped:
         raise Unreadable(
@@ -133,30 +146,28 @@ def _read(
             "is quantized, but `names` changes the values or their order; load a "
             "checkpoint that is not quantized, and use jlora.quantize",
         )
-    if len(coded) < len(keys):
-        raise Unreadable(
-            keys[0], f"only {len(coded)} of the {len(keys)} layers of this leaf are quantized"
-        )
+    if len(coded) < len(tensors):
+        why = f"only {len(coded)} of the {len(tensors)} layers of this leaf are quantized"
+        raise Unreadable(tensors[0], why)
     shape = (*whole[:-2], *whole[-2:][::-1]) if name.transposed else whole
-    read = (read_checked(format, key, leaf.value.dtype, shape) for key in keys)
+    read = (read_checked(format, tensor, leaf.value.dtype, shape) for tensor in tensors)
     return make_leaf(leaf, [take_part_of_codes(x, name) for x in read])
 
 
-def _join(parts: Sequence[Any], leaf: NamedLeaf) -> jax.Array:
-    """Concatenates gate and up of experts along their outputs."""
-    if any(map(is_quantized, parts)):
+def _split(leaf: NamedLeaf, views: Sequence[View]) -> NamedLeaf:
+    """Splits a leaf into quantized single experts."""
+    found = split_experts(leaf, views) if leaf.name.kind == "experts" else None
+    if found is None:
         raise Unreadable(
             leaf.parameters[0],
-            "is stored as quantized single experts, which cannot be joined to one leaf; give "
-            "rows with a `part` for gate and up, or a checkpoint that is not quantized",
+            "is stored in parts, which are quantized and cannot be joined to one leaf; for gate "
+            "and up of experts give rows with a `part`, or a checkpoint that is not quantized",
         )
-    [axis] = leaf.name.where("o")
-    return jnp.concatenate(parts, axis)
+    return found
 
 
-def _read_integers(leaf: NamedLeaf, format: Format) -> jax.Array:
+def _read_integers(leaf: NamedLeaf, keys: Sequence[str], format: Format) -> jax.Array:
     """Reads a buffer, such as the count of a batch normalization, in the dtype of the leaf."""
-    keys = leaf.parameters
     x = join_weight(leaf, [format.tensors.read(k, INTEGERS, leaf.weight_shape) for k in keys])
     found = x.astype(leaf.value.dtype)
     if not np.array_equal(found, x):
@@ -164,13 +175,20 @@ def _read_integers(leaf: NamedLeaf, format: Format) -> jax.Array:
     return put(found)
 
 
-def _read_dense(format: Format, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    x = format.tensors.read(key, DTYPES, shape)
-    if why := explain_narrowing(x.dtype):
-        raise Unreadable(key, f"{why}")
-    if not np.isfinite(x).all():
-        raise Unreadable(key, "has values that are not finite")
-    return x
+def _read_dense(format: Format, view: View, shape: tuple[int, ...]) -> np.ndarray:
+    if not view.is_tensor and view.shape != shape:
+        raise Unreadable(view.tensor, f"expected shape {shape} in parts, got {view.shape}")
+
+    def read(key: str) -> np.ndarray:
+        own = shape if view.is_tensor else format.tensors.shape(key)
+        x = format.tensors.read(key, DTYPES, own)
+        if why := explain_narrowing(x.dtype):
+            raise Unreadable(key, f"{why}")
+        if not np.isfinite(x).all():
+            raise Unreadable(key, "has values that are not finite")
+        return x
+
+    return view.read(read)
 
 
 def _place(x: jax.Array | Quantized, leaf: NamedLeaf) -> jax.Array | Quantized:

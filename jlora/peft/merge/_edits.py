@@ -8,23 +8,23 @@ from .._problems import Problems
 from .._write import Edit
 from ..adapter._parameters import list_orientations
 from ..adapter._sorted import Parameters, Part
+from ..places._views import Places
 from ._blocks import NewRows, NewValues, Parts, Sum
-from ._renaming import Model
 
 
-def find_edits(model: Model, contents: Parameters, problems: Problems) -> dict[str, Edit]:
+def find_edits(model: Places, contents: Parameters, problems: Problems) -> dict[str, Edit]:
     """Finds the edit of each tensor that changes."""
     found, parts = dict[str, Edit](), dict[str, dict[int, tuple[int, Edit]]]()
     for name, change in _list_changes(model, contents, problems):
         for piece in (view := model[name]).pieces:
-            edit = change if view.is_tensor else change.of_rows(piece.expert, piece.own)
+            edit = change if view.is_tensor else change.of_rows(piece.expert, piece.rows)
             own = parts.get(piece.tensor, {})
-            if piece.tensor in found or (own and piece.at in (None, *own)):
+            if piece.tensor in found or (own and piece.start in (None, *own)):
                 problems.add(piece.tensor, "changed twice by the adapter, under two names")
-            if piece.at is None:
+            if piece.start is None:
                 found[piece.tensor] = edit
             else:
-                parts[piece.tensor] = own | {piece.at: (piece.rows, edit)}
+                parts[piece.tensor] = own | {piece.start: (view.shape[0], edit)}
     found |= {name: Parts(x) for name, x in parts.items()}
     rows = {model.tensor(name): NewRows(x) for name, x in contents.tokens.items()}
     for name in rows.keys() & found:
@@ -33,7 +33,7 @@ def find_edits(model: Model, contents: Parameters, problems: Problems) -> dict[s
 
 
 def _list_changes(
-    model: Model, contents: Parameters, problems: Problems
+    model: Places, contents: Parameters, problems: Problems
 ) -> Iterator[tuple[str, NewValues | Sum]]:
     """Yields the change of each parameter."""
     for name, x in contents.full.items():

@@ -25,6 +25,7 @@ def export_merged(
     untie: bool = False,
     ignore: Collection[str] = (),
     prefix: str | None = None,
+    renamed: Sequence[tuple[str, str]] = (),
 ) -> list[str]:
     r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
 
@@ -70,10 +71,8 @@ def export_merged(
             files of models in the Hub's cache (`models--…/blobs`).
         adapter: a folder or file that `load` reads, or an adapter tree. The modules in a folder
             have the names of the checkpoint's tensors, or those of `transformers` 5 in memory; a
-            first component such as `bert.` may differ. Other names must become those of the
-            checkpoint by one replacement of components in all of them, and no other replacement may
-            fit. The checkpoint may fuse modules that `transformers` splits on loading, such as q, k
-            and v; it stays fused.
+            first component such as `bert.` may differ. The checkpoint may fuse modules that
+            `transformers` splits on loading, such as q, k and v; it stays fused.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
         names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.LLAMA`.
@@ -83,6 +82,8 @@ def export_merged(
             only one of the two; where an encoder and a decoder share the embedding, only the head.
         ignore: for an adapter in a folder, as in `load`.
         prefix: for a file of image LoRA, as in `load`.
+        renamed: for other names, pairs of a regular expression and what replaces it in the names of
+            tensors. They are replaced in this order, as by `re.sub`, and then are the adapter's.
 
     Returns:
         The files of `src_dir` that were not copied, as paths in it.
@@ -122,7 +123,7 @@ def export_merged(
     title = "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
     problems = Problems(title)
     target, contents = match_to_checkpoint(
-        checkpoint, adapter, names, untie, problems, ignore, prefix
+        checkpoint, adapter, names, untie, problems, ignore, prefix, renamed
     )
     edits = find_edits(target.model, contents, problems)
     problems.stop()

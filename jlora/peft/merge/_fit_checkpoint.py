@@ -1,9 +1,8 @@
 """Matches an adapter to the tensors of a checkpoint."""
 
-import itertools
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import jax
@@ -25,10 +24,10 @@ from ..adapter._sorted import Adapter, Parameters, Part, explain_resized, sort_t
 from ..adapter._tokens import list_misfits, list_unequal
 from ..names._names import Name
 from ..names._weights import split_all
+from ..places._find import Pairs, find
+from ..places._views import Places, module_of
 from ._heads import add_head
 from ._orientation import orient
-from ._renaming import Model, find_models
-from ._replace import Fits
 from ._resized import fit_vocabulary
 from ._target import Target
 from ._ties import (
@@ -51,6 +50,7 @@ def match_to_checkpoint(
     problems: Problems,
     ignore: Collection[str] = (),
     prefix: str | None = None,
+    renamed: Pairs = (),
 ) -> tuple[Target, Parameters]:
     """Reads a PEFT folder, or a tree with `names`, and finds its parameters in the checkpoint.
 
@@ -65,16 +65,16 @@ def match_to_checkpoint(
             raise InputError(
                 "`names` is for an adapter tree; PEFT's files have PyTorch's names. Leave it out."
             )
-        modules = {name.rpartition(".")[0] for name in checkpoint.where}
+        modules = {module_of(name) for name in checkpoint.where}
         files = open_adapter(adapter, "adapter", ignore, prefix, modules)
-        target, found = _match_files(checkpoint, files, is_untied, problems)
+        target, found = _match_files(checkpoint, files, is_untied, problems, renamed)
     elif names is None:
         raise InputError(
             "`names` must be a name table for the adapter tree, such as "
             "jlora.peft.LLAMA; got None.",
         )
     else:
-        target, found = _match_tree(checkpoint, adapter, names, is_untied, problems)
+        target, found = _match_tree(checkpoint, adapter, names, is_untied, problems, renamed)
     problems.found += list_absent(*target, found)
     return target, found
 
@@ -85,6 +85,7 @@ def _match_tree(
     names: Sequence[Name],
     is_untied: bool,
     problems: Problems,
+    renamed: Pairs,
 ) -> tuple[Target, Parameters]:
     nodes = adapter_leaves(adapter)
     shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in nodes.items()}
@@ -93,10 +94,9 @@ def _match_tree(
     full = split_all(leaf._replace(value=nodes[leaf.path]) for leaf in tree.full)
     tokens = {f"{x.module}.weight": x for x in tree.tokens}
     found = Parameters(tree.parts, full, {}, tokens, {})
-    parts = {part.name: [part] for part in found.parts}
-    fits = _make_fits(parts, found, is_transposed=True)
-    wanted = [*parts, *full, *tokens]
-    target = Target(checkpoint, next(_find_models(wanted, checkpoint, fits)))
+    wanted = [*(part.name for part in found.parts), *full, *tokens]
+    places = next(find(wanted, checkpoint.shapes, checkpoint.config, renamed))
+    target = Target(checkpoint, places)
     if is_untied:
         target, found = untie(target, found, problems)
     target = fit_vocabulary(target, found, problems)
@@ -109,18 +109,14 @@ def _match_tree(
 
 
 def _match_files(
-    checkpoint: Checkpoint, files: Files, is_untied: bool, problems: Problems
+    checkpoint: Checkpoint, files: Files, is_untied: bool, problems: Problems, renamed: Pairs
 ) -> tuple[Target, Parameters]:
     adapter = sort_tensors(files, problems)
     is_transposed = bool(files.fields.get("fan_in_fan_out"))
-    fits = _make_fits(adapter.parts, adapter, is_transposed)
-    models = _find_models(adapter.names, checkpoint, fits)
-    old = first = next(models)
-    for model in itertools.chain([first], models):
-        adapter = adapter.resolve(name.rpartition(".")[0] for name in model.shapes)
-        if not list_missing(adapter, model.shapes):
-            old = model
-            break
+    models = find(adapter.names, checkpoint.shapes, checkpoint.config, renamed)
+    tried = [(adapter.resolve(module_of(x) for x in model), model) for model in models]
+    whole = (x for x in tried if not list_missing(x[0], x[1].shapes))
+    adapter, old = next(whole, tried[0])
     _report_missing(adapter, old, problems)
     found = assign_parameters(adapter, old.shapes, "the checkpoint", problems)
     parts = _settle_experts(found.parts, old, str(files.fields.get("peft_version")))
@@ -145,7 +141,7 @@ def _match_files(
     return target._replace(checkpoint=with_values(checkpoint, values)), found
 
 
-def _report_missing(adapter: Adapter, model: Model, problems: Problems) -> None:
+def _report_missing(adapter: Adapter, model: Places, problems: Problems) -> None:
     """Adds what the configuration selects but the file lacks.
 
     That is a problem in layers of which the adapter has some modules. Elsewhere the adapted model
@@ -167,45 +163,7 @@ def _find_layers(name: str) -> str | None:
     return None if at is None else ".".join(parts[:at])
 
 
-def _find_models(wanted: Collection[str], checkpoint: Checkpoint, fits: Fits) -> Iterator[Model]:
-    vision = checkpoint.config.get("vision_config")
-    fields = vision.items() if isinstance(vision, dict) else ()
-    heads = [n for key, n in fields if key.endswith("num_attention_heads") and type(n) is int]
-    return find_models(wanted, checkpoint.shapes, fits, heads[0] if len(heads) == 1 else 0)
-
-
-def _make_fits(
-    parts: Mapping[str, Sequence[Part]], own: Adapter | Parameters, is_transposed: bool
-) -> Fits:
-    """Makes a predicate: whether a tensor of a shape can be the parameter of a name.
-
-    Args:
-        parts: A and B by parameter. If several parameters of a module are adapted, those of all.
-        own: has the parameters in full, rows and biases.
-        is_transposed: whether a linear weight may be (inputs, outputs).
-    """
-
-    def fits(name: str, shape: tuple[int, ...]) -> bool:
-        if (x := own.full.get(name)) is not None:
-            return x.shape == shape or explain_resized(name, x.shape, shape) is not None
-        if (rows := own.tokens.get(name)) is not None:
-            return rows.v.shape[1:] == shape[1:]
-        if (bias := own.biases.get(name)) is not None:
-            return bias[0].shape == shape
-        return any(_is_part(part, shape, is_transposed) for part in parts.get(name, ()))
-
-    return fits
-
-
-def _is_part(part: Part, shape: tuple[int, ...], is_transposed: bool) -> bool:
-    if part.kind == "linear" and len(shape) == 3:
-        part = part._replace(kind="experts", experts=shape[0])
-    elif part.kind == "linear" and not is_transposed:
-        part = part._replace(transposed=False)
-    return bool(list_orientations(part, shape))
-
-
-def _settle_experts(parts: list[Part], model: Model, version: str) -> list[Part]:
+def _settle_experts(parts: list[Part], model: Places, version: str) -> list[Part]:
     """Finds out whether B·A of square experts is transposed, if no others tell.
 
     Single experts in the checkpoint are (outputs, inputs). Before 0.19, PEFT's A had the outputs
@@ -221,7 +179,7 @@ def _settle_experts(parts: list[Part], model: Model, version: str) -> list[Part]
     return [x._replace(transposed=is_old) if x.name in single else x for x in parts]
 
 
-def _move_tied_biases(full: dict[str, T], model: Model) -> dict[str, T]:
+def _move_tied_biases(full: dict[str, T], model: Places) -> dict[str, T]:
     """Moves the bias of BERT's decoder to the module that shares it."""
     found = dict(full)
     for name in full.keys() - model.keys():

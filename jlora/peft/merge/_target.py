@@ -6,22 +6,21 @@ from typing import Any, NamedTuple
 from .._changed import change
 from .._checkpoint import Checkpoint
 from .._file import TensorInfo
-from ._renaming import Model
-from ._views import Piece, View
+from ..places._views import Piece, Places, View
 
 
 class Target(NamedTuple):
     """A checkpoint, and its parameters by the names that the adapter uses."""
 
     checkpoint: Checkpoint
-    model: Model
+    model: Places
 
     def resize(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> "Target":
         """Gives parameters of one tensor each other shapes, and the checkpoint a configuration."""
         resized = {self.model.tensor(name): shape for name, shape in shapes.items()}
         views = {name: self.model[name]._replace(shape=shape) for name, shape in shapes.items()}
         checkpoint = change(self.checkpoint, config, resized=resized)
-        model = Model(self.model | views)
+        model = Places(self.model | views)
         model.prefix = self.model.prefix
         return Target(checkpoint, model)
 
@@ -41,7 +40,7 @@ class Target(NamedTuple):
         checkpoint = change(self.checkpoint, config, prefix=prefix, added=added)
         views = {name: _rename(view, prefix) for name, view in self.model.items()}
         views |= {name: View(info.shape, (Piece(info.key),)) for name, info in tensors.items()}
-        return Target(checkpoint, Model(views))
+        return Target(checkpoint, Places(views))
 
 
 def _rename(view: View, prefix: str) -> View:

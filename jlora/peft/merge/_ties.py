@@ -13,8 +13,8 @@ from .._write import Edit
 from ..adapter._parameters import find_twins, identify
 from ..adapter._sorted import SHARED, Adapter, Parameters
 from ..adapter._tokens import Tokens, find_table, list_lone_heads
+from ..places._views import Places
 from ._blocks import NewRows
-from ._renaming import Model
 
 
 def is_shared(checkpoint: Checkpoint, name: str) -> bool:
@@ -31,7 +31,7 @@ def may_be_shared(checkpoint: Checkpoint, name: str) -> bool:
     return bool(checkpoint.vocabulary) and bool(SHARED.search(name.rpartition(".")[0]))
 
 
-def list_absent(checkpoint: Checkpoint, model: Model, found: Parameters) -> list[Problem]:
+def list_absent(checkpoint: Checkpoint, model: Places, found: Parameters) -> list[Problem]:
     """Lists the parameters of an adapter that the checkpoint does not have.
 
     A tied parameter is not listed if the one in the checkpoint gets the same values. Values that
@@ -47,35 +47,25 @@ def list_absent(checkpoint: Checkpoint, model: Model, found: Parameters) -> list
     lost += [name for name, x in lone.items() if identify(x) not in kept]
     why = "not in the checkpoint"
     lost = dict.fromkeys(lost)  # PEFT's copy of a frozen weight is lost with its A and B
-    return [Problem(name, why, _advise(name, checkpoint, found)) for name in lost]
+    return [Problem(name, why, _advise(name, checkpoint)) for name in lost]
 
 
 _UNTIE = "give `untie=True`, which stores both, or save the base model untied"
 
 
-def _advise(name: str, checkpoint: Checkpoint, found: Parameters) -> str:
+def _advise(name: str, checkpoint: Checkpoint) -> str:
     if may_be_shared(checkpoint, name):
         return (
             "if it shares the input embedding's weight, the adapter must change both equally: "
             + _UNTIE
         )
-    renamed = (
-        ", and in `transformers` 5 with save_pretrained(..., save_original_format=False)"
-        if may_be_renamed(name, checkpoint, found)
-        else ""
+    return (
+        "save the base model as it was adapted, with its head, and in `transformers` 5 with "
+        "save_pretrained(..., save_original_format=False); or give `renamed`"
     )
-    return f"save the base model as it was adapted, with its head{renamed}"
 
 
-def may_be_renamed(name: str, checkpoint: Checkpoint, found: Parameters) -> bool:
-    """Whether a tensor of the checkpoint has the shape of a parameter that it seems to lack."""
-    shapes = {n: x.shape for n, x in (found.full | found.frozen).items()}
-    shapes |= {part.name: part.matrix for part in found.parts}
-    wanted = sorted(shapes[name][-2:])
-    return any(sorted(x[-2:]) == wanted for x in checkpoint.shapes.values())
-
-
-def list_untied(checkpoint: Checkpoint, model: Model, found: Parameters) -> list[Problem]:
+def list_untied(checkpoint: Checkpoint, model: Places, found: Parameters) -> list[Problem]:
     """Lists changes of a shared weight for only one of the embedding and the head."""
     names = (x.name for x in found.parts)
     full = found.full
@@ -101,7 +91,7 @@ def list_untied(checkpoint: Checkpoint, model: Model, found: Parameters) -> list
 
 
 def separate_heads(
-    checkpoint: Checkpoint, model: Model, tokens: Mapping[str, Tokens]
+    checkpoint: Checkpoint, model: Places, tokens: Mapping[str, Tokens]
 ) -> tuple[dict[str, Tokens], list[tuple[Tokens, Tokens]]]:
     """Returns the rows of embeddings in the checkpoint, and pairs of tied heads and embeddings."""
     heads = []

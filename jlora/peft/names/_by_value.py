@@ -18,7 +18,8 @@ from ..._tree import leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import Checkpoint, open_checkpoint
 from .._file import DTYPES
-from ._generalized import Held, generalize
+from ..places._find import as_transformers_stores, stored_as_is
+from ._generalized import Held, Home, find_homes, generalize
 from ._leaves import NamedLeaf, path_in_names, resolve
 from ._names import Name
 from ._torch_layout import split_weight, take_part
@@ -137,7 +138,7 @@ def find_names(params: PyTree, folder: str | os.PathLike[str], sites: HasSites) 
         if other := next((x for x in others if x != name), None):
             left[name] = f"holds what {other} holds: {held.keys.flat[0]}"
             del found[name]
-    rows, known = generalize(found.values())
+    rows, known = generalize(found.values(), tensors.find_homes(found.values()))
     named = {path_in_names(x.path): x.parameters for x in resolve(params, rows)} if rows else {}
     for name in (path_in_names(path) for path, _ in leaves):
         if name not in found:
@@ -257,6 +258,14 @@ class _Tensors:
         if row.transposed and row.kind == "experts":
             row = dataclasses.replace(row, is_transposed=self.is_transposed)
         return keys, row
+
+    def find_homes(self, found: Iterable[Held]) -> dict[str, Home]:
+        """Finds what all tensors of leaves are in the model; as they are stored if some are not."""
+        keys = {key for held in found for key in held.keys.flat}
+        shapes, config = self.checkpoint.shapes, self.checkpoint.config
+        whole, *joined = stored_as_is(shapes)
+        tried = map(find_homes, (*as_transformers_stores(shapes, config), *joined))
+        return next((homes for homes in tried if homes.keys() >= keys), find_homes(whole))
 
     def _find_table(self, leaf: NamedLeaf) -> _Table | None:
         """Finds the tensors, or parts of tensors, with the shape of a module of a leaf."""

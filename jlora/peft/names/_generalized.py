@@ -2,15 +2,14 @@
 
 import collections
 import dataclasses
-import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._leaves import FUSED
+from ..places._views import Places
 from ._names import Name
 
 _NUMBER = re.compile(r"\d+")
@@ -43,9 +42,40 @@ class Held(NamedTuple):
         return [each[j, ...] for j in range(len(each))]
 
 
-def generalize(found: Iterable[Held]) -> tuple[list[Name], dict[str, Held]]:
+class Home(NamedTuple):
+    """What a tensor is in the model: a parameter, or one of several experts.
+
+    Attributes:
+        parameter: the name of the parameter.
+        expert: the number of the expert; None if the tensor is the parameter.
+        part: the number of the part of an expert's outputs.
+        parts: the number of these parts.
+    """
+
+    parameter: str
+    expert: int | None
+    part: int
+    parts: int
+
+
+def find_homes(places: Places) -> dict[str, Home]:
+    """Finds what the tensors are that are no more than one parameter, or an expert of one."""
+    found = dict[str, Home]()
+    for name, view in places.items():
+        experts = [piece.expert for piece in view.pieces]
+        parts = experts.count(experts[0])
+        for i, piece in enumerate(view.pieces):
+            if view.is_tensor or (piece.expert is not None and not piece.at):
+                found[piece.tensor] = Home(name, piece.expert, i % parts, parts)
+    return found
+
+
+def generalize(
+    found: Iterable[Held], homes: Mapping[str, Home]
+) -> tuple[list[Name], dict[str, Held]]:
     """Makes rows with patterns for the numbers of layers, and lists what they should name."""
-    each = [held if _make_row([held]) else _fuse(held) for held in found]
+    renamed = (_rename(held, homes) for held in found)
+    each = [held if _make_row([held]) else _fuse(held, homes) for held in renamed]
     groups = collections.defaultdict[Any, list[Held]](list)
     for held in filter(None, each):
         groups[held.form].append(held)
@@ -136,23 +166,25 @@ def _make_sum(
     return None
 
 
-def _fuse(held: Held) -> Held | None:
-    """Names single experts as one parameter, as `load_base` and PEFT know them too."""
-    matched = [re.fullmatch(r"(.+)\.(\d+)\.(\w+)\.weight", key) for key in held.keys.flat]
-    if not all(matched):
+def _rename(held: Held, homes: Mapping[str, Home]) -> Held:
+    """Gives parameters their names in the model."""
+    names = [x.parameter if (x := homes[key]).expert is None else key for key in held.keys.flat]
+    return held._replace(keys=np.array(names, object).reshape(held.keys.shape))
+
+
+def _fuse(held: Held, homes: Mapping[str, Home]) -> Held | None:
+    """Names single experts as one parameter, as a model has them."""
+    each = [homes[key] for key in held.keys.flat if key in homes]
+    if len(each) < held.keys.size or len({(x.part, x.parts) for x in each}) > 1:
         return None
-    each = np.array([x.groups() for x in matched if x]).reshape(*held.keys.shape, 3)
-    homes, numbers, names = np.moveaxis(each, -1, 0)
-    name, axes = names.flat[0], held.row.axes
-    for n, (parameter, sides) in itertools.product(range(held.keys.ndim), FUSED.items()):
-        own = [(side.index(name), len(side)) for side in sides if name in side]
+    numbers = np.reshape([x.expert for x in each], held.keys.shape)
+    names = np.array([x.parameter for x in each], object).reshape(held.keys.shape)
+    for n, at in enumerate(held.row.where("ls")):
         along = np.moveaxis(numbers, n, -1)
-        if own and (along == np.arange(along.shape[-1]).astype(str)).all():
-            at = held.row.where("l")[n]
-            part = own[0] if own[0][1] > 1 else None
-            axes = axes[:at] + "e" + axes[at + 1 :]
+        if held.row.axes[at] == "l" and (along == np.arange(along.shape[-1])).all():
+            part = (each[0].part, each[0].parts) if each[0].parts > 1 else None
+            axes = held.row.axes[:at] + "e" + held.row.axes[at + 1 :]
             module = ".".join(["{}"] * axes.count("l")) or "m"
             row = dataclasses.replace(held.row, module=module, axes=axes, part=part)
-            fused = [f"{home}.{parameter}" for home in homes.take(0, n).flat]
-            return Held(held.path, row, np.array(fused, object).reshape(homes.take(0, n).shape))
+            return Held(held.path, row, names.take(0, n))
     return None

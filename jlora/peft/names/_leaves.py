@@ -1,11 +1,10 @@
 """The leaves of a JAX tree with their rows of a name table."""
 
 import collections
-import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from ..._adapters import is_node
 from ..._errors import InputError, Problem, shorten
 from ..._tree import leaves_by_path, name_of
 from ..._types import Layout, Path, PyTree
+from ..places._views import View
 from ._names import RANK, Name, fill_indices, multiply_lengths
 
 
@@ -137,62 +137,22 @@ def _are_parts(leaves: Sequence[NamedLeaf]) -> bool:
     return None not in parts and len(set(parts)) == len(parts)
 
 
-# Parameters of all experts, with the modules of single experts that they may be made of.
-FUSED = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "up_proj": (("up_proj",),),  # of experts without a gate
-    "down_proj": (("down_proj",), ("w2",)),
-}
+def split_experts(leaf: NamedLeaf, views: Sequence[View]) -> NamedLeaf | None:
+    """Returns a leaf of experts with a module for each, as they are stored in `views`.
 
-
-def split_experts(leaf: NamedLeaf, there: Container[str]) -> NamedLeaf:
-    """Returns a leaf of experts with a module for each expert, if only those are `there`."""
-    name, parameter = leaf.name, leaf.name.parameter
-    j, n = name.part or (0, 1)
-    if name.kind != "experts" or leaf.parameters[0] in there:
-        return leaf
-    for parts in (x for x in FUSED.get(parameter, ()) if len(x) == n):
-        each = [[f"{m}.{e}.{parts[j]}" for m in leaf.modules] for e in range(leaf.experts)]
-        if f"{each[0][0]}.weight" in there:
-            stacked = name.where("le")
-            axes = name.axes.replace("e", "l")
-            lengths = [leaf.shape[d] for d in (*name.where("e"), *name.where("l"))]
-            modules = np.moveaxis(np.reshape(each, lengths), 0, stacked.index(*name.where("e")))
-            row = Name(name.path, "{}" * len(stacked), axes, times=name.times)
-            return leaf._replace(name=row, modules=tuple(modules.flat))
-    return leaf
-
-
-def split_gate_and_up(leaf: NamedLeaf, there: Container[str]) -> list[NamedLeaf]:
-    """Splits a leaf that has gate and up of all experts, if only those of single ones are `there`.
-
-    Returns the two halves along its outputs, or an empty list.
+    None if the leaf joins several of their modules.
     """
-    outputs = leaf.name.where("o")
-    if leaf.name.kind != "experts" or leaf.name.part or len(outputs) != 1:
-        return []
-    shape = tuple(n // 2 if d in outputs else n for d, n in enumerate(leaf.shape))
-    rows = [dataclasses.replace(leaf.name, part=(j, 2)) for j in (0, 1)]
-    parts = [split_experts(leaf._replace(shape=shape, name=row), there) for row in rows]
-    return [] if any(part.name.part for part in parts) else parts
-
-
-def find_stored(leaf: NamedLeaf, there: Container[str]) -> NamedLeaf:
-    """Returns a leaf under the first of its names that is `there`, experts also one by one."""
-    for stored in leaf.name.stored:
-        if is_there(leaf, there):
-            break
-        module, _, parameter = stored.rpartition(".")
-        row = dataclasses.replace(leaf.name, parameter=parameter)
-        other = leaf._replace(name=row, modules=(module,))
-        leaf = other if is_there(other, there) else leaf
-    return leaf
-
-
-def is_there(leaf: NamedLeaf, there: Container[str]) -> bool:
-    """Whether the parameters of a leaf are `there`, or those of its single experts."""
-    is_whole = leaf.parameters[0] in there
-    return is_whole or split_experts(leaf, there) != leaf or bool(split_gate_and_up(leaf, there))
+    name = leaf.name
+    j, n = name.part or (0, 1)
+    each = [[piece.tensor.removesuffix(".weight") for piece in view.pieces] for view in views]
+    if any(len(tensors) != n * leaf.experts for tensors in each):
+        return None
+    stacked = name.where("le")
+    lengths = [leaf.shape[d] for d in (*name.where("l"), *name.where("e"))]
+    modules = np.reshape([tensors[j::n] for tensors in each], lengths)
+    modules = np.moveaxis(modules, -1, stacked.index(*name.where("e")))
+    row = Name(name.path, "{}" * len(stacked), name.axes.replace("e", "l"), times=name.times)
+    return leaf._replace(name=row, modules=tuple(modules.flat))
 
 
 def path_in_names(path: Path) -> str:

@@ -46,8 +46,6 @@ class Name:
         alternating: whether the outputs of the parts alternate, as in gpt-oss.
         interleaved: whether the last `o` alternates between entries that PyTorch keeps in two
             halves, as queries and keys of some rotary embeddings do.
-        stored: other names under which a checkpoint may have the parameter, such as
-            `h.0.ln_1.weight`. The first that is there is read. Adapters know the module alone.
         times: a function of the leaf's shape that returns leaf ÷ parameter of PyTorch. The scale of
             an adapter's ΔW is multiplied by it; A and B are not.
 
@@ -75,7 +73,6 @@ class Name:
     times: Callable[[tuple[int, ...]], float] | None = None
     alternating: bool = False
     is_transposed: bool = False
-    stored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if wrong := self._wrong():

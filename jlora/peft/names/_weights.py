@@ -1,7 +1,7 @@
 """Converts the tensors of a PyTorch checkpoint to a JAX tree and back, by a name table."""
 
 import collections
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,10 @@ from ..._arrays import put
 from ..._errors import InputError, Problem
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
+from ..places._find import find
+from ..places._views import View
 from ._advice import advise
-from ._leaves import NamedLeaf, find_stored, path_in_names, resolve, split_experts
+from ._leaves import NamedLeaf, path_in_names, resolve
 from ._names import Name
 from ._torch_layout import join_parts, join_weight, split_weight, take_part
 
@@ -43,23 +45,32 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
         >>> peft.from_tensors(tensors, like, names)["layers"]["up"]["kernel"].shape
         (2, 4, 3)
     """
-    leaves = name_all(like, names, "like", tensors)
+    leaves = name_all(like, names, "like")
     wanted = {key: leaf.weight_shape for leaf in leaves for key in leaf.parameters}
-    lost = (key for key in wanted if key not in tensors)
-    wrong = [Problem(key, f"missing, of shape {wanted[key]}") for key in lost]
+    shapes = {key: tuple(x.shape) for key, x in tensors.items()}
+    places = next(find(wanted, shapes, {}, argument="tensors"))
+    views = {key: places.get(key, View((), ())) for key in wanted}
+    used = {piece.tensor for view in views.values() for piece in view.pieces}
+    wrong = [
+        Problem(
+            key,
+            f"missing, of shape {wanted[key]}"
+            if not view.pieces
+            else f"expected shape {wanted[key]}, got {view.shape}",
+        )
+        for key, view in views.items()
+        if view.shape != wanted[key] or not view.pieces
+    ]
     for key, tensor in tensors.items():
-        shape = tuple(tensor.shape)
-        if key not in wanted:
-            wrong.append(Problem(key, f"unexpected, of shape {shape}"))
-        elif shape != wanted[key]:
-            wrong.append(Problem(key, f"expected shape {wanted[key]}, got {shape}"))
+        if key not in used:
+            wrong.append(Problem(key, f"unexpected, of shape {shapes[key]}"))
         elif why := explain_narrowing(np.asarray(tensor).dtype):
             wrong.append(Problem(key, why))
     if wrong:
         raise InputError("`tensors` do not fit `like`.", problems=wrong)
-    each = {key: np.asarray(x) for key, x in tensors.items()}
+    read = lambda key: views[key].read(lambda name: np.asarray(tensors[name]))  # noqa: E731
     values = [
-        put(join_weight(x, [take_part(each[key], x.name) for key in x.parameters])) for x in leaves
+        put(join_weight(x, [take_part(read(key), x.name) for key in x.parameters])) for x in leaves
     ]
     return jax.tree.unflatten(flatten(like)[1], values)
 
@@ -111,14 +122,9 @@ def explain_narrowing(dtype: np.dtype) -> str | None:
     return f"its dtype {dtype} needs jax_enable_x64" if is_narrowed else None
 
 
-def name_all(
-    tree: PyTree, names: Sequence[Name], argument: str, there: Container[str] = ()
-) -> list[NamedLeaf]:
-    """Names all leaves; raises `ValueError` if one has no name.
-
-    Experts are named one by one if `there` has those names, and not that of their parameter.
-    """
-    leaves = [split_experts(find_stored(leaf, there), there) for leaf in resolve(tree, names)]
+def name_all(tree: PyTree, names: Sequence[Name], argument: str) -> list[NamedLeaf]:
+    """Names all leaves; raises `ValueError` if one has no name."""
+    leaves = resolve(tree, names)
     named = {leaf.path for leaf in leaves}
     parts = [leaf for leaf in leaves if leaf.name.part]
     counts = collections.Counter(key for leaf in parts for key in leaf.parameters)

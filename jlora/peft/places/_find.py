@@ -1,0 +1,196 @@
+"""Finds the parameters of a model in the tensors of its checkpoint.
+
+There are three ways, in this order: a parameter is stored as it is; as `transformers` stores it; or
+as the user says. The names in an adapter may have a first component more than the checkpoint's, or
+one less: those of a model with a head have one that those of a model without one lack.
+"""
+
+import collections
+import functools
+import importlib.resources
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..._errors import InputError
+from ._rows import Cut, Rows, join, make_table
+from ._views import Piece, Places, Shapes, View
+
+Pairs = Sequence[tuple[str, str]]  # patterns of stored names, and what replaces them
+Way = tuple[str, str]  # the first components that names in the model lack, and have more
+
+_EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight")
+_OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def find(
+    wanted: Collection[str],
+    shapes: Shapes,
+    config: Mapping[str, Any],
+    renamed: Pairs = (),
+    argument: str = "adapter",
+) -> Iterator[Places]:
+    """Finds where the parameters of a model are stored.
+
+    Args:
+        wanted: the names of parameters in the model, such as those that an adapter changes.
+        shapes: the shapes of the checkpoint's tensors.
+        config: its configuration.
+        renamed: the user's pairs of patterns.
+        argument: the user's argument that has the names, for errors.
+
+    Yields:
+        The places that have most of the `wanted` names, in the order of the three ways.
+
+    Raises:
+        ValueError: if several first components fit equally well.
+    """
+    if renamed:
+        tried = [rename(shapes, renamed)]
+    else:
+        tried = [*stored_as_is(shapes), *as_transformers_stores(shapes, config)]
+    each = [(places, way, n) for places in tried for way, n in _list_ways(wanted, places)]
+    most = max(n for *_, n in each)
+    best = [(places, way) for places, way, n in each if n == most]
+    ways = list(dict.fromkeys(way for places, way in best if places is best[0][0]))
+    if len(ways) > 1 and ("", "") not in ways:
+        listed = ", ".join(repr(add or strip) for add, strip in ways)
+        raise InputError(
+            f"`{argument}` fits the checkpoint with several prefixes, {listed}. Rename its modules "
+            "as in the checkpoint.",
+        )
+    way = ("", "") if ("", "") in ways else ways[0]
+    for places, own in best:
+        if own == way:
+            yield _add_prefix(wanted, places, *way)
+
+
+def stored_as_is(shapes: Shapes) -> Iterator[Places]:
+    """Yields the tensors as parameters, and the same with the experts of a layer joined."""
+    places = Places({name: View(shape, (Piece(name),)) for name, shape in shapes.items()})
+    yield places
+    joined = join_experts(shapes)
+    single = {piece.tensor for view in joined.values() for piece in view.pieces}
+    old = {x: new for x in shapes if (new := _modernize(x)) != x}
+    if joined or old:
+        yield Places({old.get(n, n): x for n, x in places.items() if n not in single} | joined)
+
+
+def _modernize(name: str) -> str:
+    """Returns the name of today for a norm's parameter in an old checkpoint."""
+    old = next((end for end in _OLD if name.endswith(end)), "")
+    return name.removesuffix(old) + _OLD.get(old, "")
+
+
+def join_experts(shapes: Shapes) -> dict[str, View]:
+    """Makes the parameters of all experts of each module, which are stored one by one."""
+    modules: dict[str, dict[str, dict[int, str]]] = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2 and (found := _EXPERT.fullmatch(name)):
+            parts = modules.setdefault(found["module"], {})
+            parts.setdefault(found["part"], {})[int(found["expert"])] = name
+    views = {}
+    for module, parts in modules.items():
+        pair = ("gate_proj", "up_proj")
+        has_pair = all(part in parts for part in pair)
+        groups = {part: (part,) for part in parts if not (has_pair and part in pair)}
+        for parameter, own in groups.items() | ({("gate_up_proj", pair)} if has_pair else set()):
+            pieces = {
+                (expert, j): (Cut(True, 0, j, len(own)), shapes[name], Piece(name))
+                for j, part in enumerate(own)
+                for expert, name in parts[part].items()
+            }
+            if view := join(pieces):
+                views[f"{module}.{parameter}"] = view
+    return views
+
+
+def rename(shapes: Shapes, pairs: Pairs) -> Places:
+    """Names each tensor as the user's patterns say, one after the other."""
+    found = Places()
+    for name, shape in shapes.items():
+        new = name
+        for pattern, replacement in pairs:
+            new = re.sub(pattern, replacement, new)
+        if new in found:
+            why = f"gives two tensors the same name, {new}: {found[new].tensor} and {name}."
+            raise InputError(f"`renamed` {why}")
+        found[new] = View(shape, (Piece(name),))
+    return found
+
+
+# ----------------------------------------------------------------------------------- transformers
+
+
+@functools.cache
+def load_table() -> Mapping[str, Any]:
+    """Loads what was found out about the models of `transformers`."""
+    file = importlib.resources.files(__package__) / "transformers.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def as_transformers_stores(shapes: Shapes, config: Mapping[str, Any]) -> Iterator[Places]:
+    """Yields the parameters of the configuration's model: as it is written, and as it is read."""
+    table = load_table()
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    entry = table["classes"].get(name) or table["models"].get(str(config.get("model_type")), {})
+    for has_read in (False, True) if entry else ():
+        rows = make_table(entry, has_read)
+        yield _name_parts(rows.name(shapes), entry, config, has_read)
+
+
+def _name_parts(
+    places: Places, entry: Mapping[str, Any], config: Mapping[str, Any], has_read: bool
+) -> Places:
+    """Names the parameters of submodels that are of another kind than by default."""
+    start = f"{entry['prefix']}." if "prefix" in entry else ""
+    parts = {
+        before + path: x for path, x in entry.get("parts", {}).items() for before in ("", start)
+    }
+    for path, part in parts.items():
+        field, _, usual = part.partition(":")
+        own = config.get(field)
+        kind = str(own.get("model_type")) if isinstance(own, dict) else usual
+        if kind != usual and (inner := load_table()["models"].get(kind, {})):
+            places = _rename_part(places, f"{path}.", make_table(inner, has_read))
+    return places
+
+
+def _rename_part(places: Places, start: str, rows: Rows) -> Places:
+    inside = {n.removeprefix(start): x for n, x in places.items() if n.startswith(start)}
+    whole = {name: x.tensor for name, x in inside.items() if x.is_tensor}
+    named = rows.name({name: inside[name].shape for name in whole})
+    found = Places({n: x for n, x in places.items() if n.removeprefix(start) not in whole})
+    for name, view in named.items():
+        pieces = tuple(x._replace(tensor=whole[x.tensor]) for x in view.pieces)
+        found[start + name] = view._replace(pieces=pieces)
+    return found
+
+
+# --------------------------------------------------------------------------------------- prefixes
+
+
+def _list_ways(wanted: Collection[str], named: Collection[str]) -> Iterator[tuple[Way, int]]:
+    """Yields first components that names lack or have more, with the number of names found."""
+    lost = {name for name in wanted if name not in named}
+    same = len(wanted) - len(lost)
+    yield ("", ""), same
+    longer = (name.partition(".") for name in (named if lost else ()))
+    added = collections.Counter(first + "." for first, _, rest in longer if rest in lost)
+    shorter = (name.partition(".") for name in lost)
+    stripped = collections.Counter(first + "." for first, _, rest in shorter if rest in named)
+    for add, count in added.items():
+        yield (add, ""), same + count
+    for strip, count in stripped.items():
+        yield ("", strip), same + count
+
+
+def _add_prefix(wanted: Iterable[str], places: Places, add: str, strip: str) -> Places:
+    """Gives parameters the names in the model; those that are `wanted` as they are stay so."""
+    own = {name: places[name] for name in wanted if name in places}
+    rest = {n: x for n, x in places.items() if n.startswith(add) and n not in own}
+    found = Places({strip + n.removeprefix(add): x for n, x in rest.items()} | own)
+    found.prefix = None if add else strip
+    return found

@@ -1,0 +1,162 @@
+"""Tiny models of the classes of `transformers`, with configurations that nobody wrote.
+
+Sizes of the default configuration are made small, by their names. Needs `transformers` 5.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+
+MOST = 16_000_000  # parameters
+_SIZES = {
+    64: "vocab_size max_position_embeddings n_positions max_source_positions n_ctx",
+    48: "intermediate_size hidden_dim d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim n_inner",
+    32: "hidden_size d_model dim n_embd embed_dim",
+    24: "shared_expert_intermediate_size",
+    20: "moe_intermediate_size",
+    1: "num_key_value_heads",
+}
+SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
+_OWN = ("id2label", "layer_types", "rope_parameters", "rope_scaling")  # follow from the others
+_LAYERS = re.compile(r"layers?$|^depths?$|num_blocks|coder_depth|n_layer")
+_TOKEN = re.compile(r"_id$|_ids$|_ind(ex|ices)$|_idx$|^(pad|bos|eos)_")
+# What some models need, and leave open.
+_FILLED = {
+    "head_dim": 16,
+    "hidden_size": 32,
+    "vocab_size": 64,
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 3,
+    "shared_expert_intermediate_size": 24,
+    "pad_token_id": 0,
+    "prediction_length": 4,
+    "output_hidden_size": 32,
+    "use_timm_backbone": False,
+    "layer_types": ["full_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+}
+# Small numbers that others are divided by, or compared with.
+_KEPT = re.compile(
+    r"label|channels$|kernel|stride|padding|dilation|group|temporal|merge|section|window|conv"
+    r"|frames|ratio|factor|expansion|codebooks|rotary|levels|pool|sample|mel|image_size|type_vocab"
+)
+
+
+def list_classes() -> Iterator[Any]:
+    """Yields the models of `transformers` whose configurations have defaults."""
+    for name in dir(transformers):
+        if re.search(r"^[a-z_]|PreTrainedModel$|^Auto|Tokenizer|Processor|Config$|Extractor", name):
+            continue
+        cls = getattr(transformers, name, None)
+        is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+        if is_model and cls.config_class is not None:
+            yield cls
+
+
+def make_model(cls: Any, fields: Mapping[str, Any] = {}) -> Any:
+    """Makes a tiny model of a class in float32; raises what its constructor does if none is.
+
+    Its configuration has these fields beside small sizes.
+    """
+    problems = list[Exception]()
+    for way in range(4):
+        try:
+            config = make_config(cls.config_class, way, fields=fields)
+            with torch.device("meta"):
+                size = sum(x.numel() for x in cls(config).parameters())
+            if not 0 < size < MOST:
+                raise ValueError(f"{size} parameters")
+            config = make_config(cls.config_class, way, fields=fields)
+            return cls(config).float().eval()
+        except Exception as e:
+            problems.append(e)
+    raise problems[0]
+
+
+def list_options(cls: Any) -> list[str]:
+    """Lists the fields of a configuration that turn a part on, such as `use_swiglu_ffn`."""
+    fields = _make_default(cls).to_dict().items()
+    return [key for key, x in fields if x is False and key.startswith("use_")]
+
+
+def make_config(cls: Any, way: int = 0, default: Any = None, fields: Mapping[str, Any] = {}) -> Any:
+    """Makes a tiny configuration: by known names, by sizes alone, of what has known names, or full."""
+    default = _make_default(cls) if default is None else default
+    known = {x for base in cls.__mro__ for x in inspect.signature(base.__init__).parameters}
+    parts = {k: x for k, x in vars(default).items() if isinstance(x, transformers.PreTrainedConfig)}
+    usual = {k: x for k, x in default.to_dict().items() if k in known - parts.keys() - {*_OWN}}
+    small = {key: _shrink(key, x, way) for key, x in usual.items()}
+    small = {key: x for key, x in small.items() if x != usual[key]} | dict(fields)
+    if getattr(default, "tie_word_embeddings", False):
+        small["tie_word_embeddings"] = False  # so that the head is stored too
+    for key, x in parts.items():
+        if key in known:
+            own = make_config(type(x), way, x)
+            small[key] = own.to_dict() | {"model_type": own.model_type}
+    if way == 3:
+        filled = {key: x for key, x in _FILLED.items() if key in known}
+        small |= {key: x for key, x in filled.items() if getattr(default, key, None) is None}
+        layers = getattr(default, "num_hidden_layers", None)
+        each = {key: getattr(default, key, None) for key in known}
+        small |= {
+            key: [x[0], x[-1]]
+            for key, x in each.items()
+            if isinstance(x, list) and len(x) == layers
+        }
+    return cls(**small)
+
+
+def _make_default(cls: Any) -> Any:
+    if cls is transformers.VisionEncoderDecoderConfig:
+        parts = transformers.ViTConfig(), transformers.BertConfig()
+        return cls.from_encoder_decoder_configs(*parts)
+    return cls()
+
+
+def _shrink(name: str, x: Any, way: int) -> Any:
+    if isinstance(x, list | tuple) and x and all(type(n) is int for n in x):
+        return type(x)(_shrink_list(name, list(x), way))
+    return _shrink_size(name, x, way) if type(x) is int else x
+
+
+def _shrink_size(name: str, n: int, way: int) -> int:
+    if name in SIZES and way != 1:
+        return min(n, SIZES[name])
+    if _TOKEN.search(name):
+        return n if n < 40 else 3 + n % 20
+    if _LAYERS.search(name) or "heads" in name or "per_tok" in name:
+        return min(n, 2)
+    if "expert" in name and n <= 512:
+        return min(n, 3)
+    if _KEPT.search(name) or way == 2:
+        return n
+    if n >= 2**14:
+        return 64
+    if n >= 256:
+        return 48 if way and n >= 1500 else 32
+    is_wide = n >= 100 and re.search(r"dim|size|channels", name)
+    return 32 if is_wide else n
+
+
+def _shrink_list(name: str, x: list[int], way: int) -> list[int]:
+    if _TOKEN.search(name):
+        return [n if n < 40 else 3 + n % 20 for n in x]
+    if re.search(r"depth|layers|num_blocks", name):
+        return [1] * len(x)
+    if "heads" in name:
+        return [min(n, 2) for n in x]
+    if _KEPT.search(name) or way == 2 or max(x) < 32:
+        return x
+    sizes = sorted(set(x))
+    return [min(n, 16 * (1 + sizes.index(n))) for n in x]
+
+
+def list_parts(config: Any) -> Mapping[str, Any]:
+    """Lists the configurations in one, by their fields."""
+    every = vars(config).items()
+    return {key: x for key, x in every if isinstance(x, transformers.PreTrainedConfig)}
