@@ -1,6 +1,6 @@
 """Finds out where `transformers` stores the parameters of each of its models, by their values.
 
-    python tests/make_places.py > jlora/peft/places/transformers.json
+    python tests/make_places.py
 
 Each element of a tiny model gets a number of its own. The folder that `save_pretrained` writes then
 tells for each of them in which tensor it is, and where. Rows are made of what differs from the
@@ -21,8 +21,10 @@ import transformers
 from safetensors import safe_open
 from tiny_models import list_classes, list_options, list_parts, make_model
 
+import jlora
 from jlora.peft.places._rows import Rows, make_table
 
+FILE = pathlib.Path(jlora.__file__).parent / "peft" / "places" / "transformers.json"
 FIRST, MOST = 100_000, 2**24  # above the numbers in buffers; exact in float32
 Names = tuple[str, ...]
 
@@ -124,7 +126,7 @@ class Made(NamedTuple):
         rows: where it stores its parameters.
         read: what else it reads.
         lost: the parameters that are in no boxes, and why.
-        parts: the submodels, each with the field of its configuration, a colon and its `model_type`.
+        parts: the submodels, each with the field of its configuration and its `model_type`.
         stored: the shapes of what it stores.
         others: the names that it reads beside them, each with the parameter.
     """
@@ -477,10 +479,11 @@ def make_all(classes: Iterable[Any]) -> Iterator[Made]:
         except AssertionError:
             raise
         except Exception as e:
-            print(f"{cls.__name__}: {type(e).__name__} {str(e)[:99]!r}", file=sys.stderr)
+            sys.stderr.write(f"{cls.__name__}: {type(e).__name__} {str(e)[:99]!r}\n")
 
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    print(json.dumps(gather(list(make_all(list_classes()))), indent=1))
+    found = gather(list(make_all(list_classes())))
+    FILE.write_text(json.dumps(found, indent=1) + "\n")

@@ -85,7 +85,7 @@ def list_options(cls: Any) -> list[str]:
 
 
 def make_config(cls: Any, way: int = 0, default: Any = None, fields: Mapping[str, Any] = {}) -> Any:
-    """Makes a tiny configuration: by known names, by sizes alone, of what has known names, or full."""
+    """Makes a tiny configuration, in one of four ways of which none fits all models."""
     default = _make_default(cls) if default is None else default
     known = {x for base in cls.__mro__ for x in inspect.signature(base.__init__).parameters}
     parts = {k: x for k, x in vars(default).items() if isinstance(x, transformers.PreTrainedConfig)}

@@ -1,4 +1,7 @@
 """Where the parameters of a model are stored in a checkpoint.
 
-Imports `_errors` and `peft._vocabulary`.
+A file, `transformers.json`, has what `tests/make_places.py` found out about the models of
+`transformers` by running them: where their parameters differ from the tensors of a folder.
+
+Imports `_errors`.
 """

@@ -40,7 +40,7 @@ class Side(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The rows of a stored name, with its numbers where they have `{}`, and its other components."""
+    """The rows of a stored name, its numbers where they have `{}`, and its other components."""
 
     rows: Sequence[tuple[Side, Side]]
     numbers: tuple[str, ...]
@@ -119,7 +119,7 @@ def _read(text: str) -> Side:
 
 
 def _cut(cut: Cut, shape: Shape) -> tuple[Box, Shape] | None:
-    """Returns the box of a part of equal ones in a tensor, and its shape; None if none are equal."""
+    """Returns the box of one of equal parts of a tensor, and its shape; None if it has none."""
     if cut.parts == 1:
         return (), shape
     if cut.axis >= len(shape) or shape[cut.axis] % cut.parts:
