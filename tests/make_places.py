@@ -373,8 +373,9 @@ def _write(names: Names, box: str) -> str:
 
 
 def _check(rows: Any, found: Any, own: Any, stored: Any) -> None:
-    """Asserts that the rows give each parameter its boxes."""
+    """Asserts that the rows give each parameter its boxes, and no name to two of them."""
     places = Rows(rows).name(stored)
+    assert all(x.tensor == name for name, x in places.items() if name in stored), rows
     for name, boxes in found.items():
         if not boxes:
             continue

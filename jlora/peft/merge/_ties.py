@@ -13,6 +13,7 @@ from .._write import Edit
 from ..adapter._parameters import find_twins, identify
 from ..adapter._sorted import SHARED, Adapter, Parameters
 from ..adapter._tokens import Tokens, find_table, list_lone_heads
+from ..places._find import explain_absent
 from ..places._views import Places
 from ._blocks import NewRows
 
@@ -45,9 +46,9 @@ def list_absent(checkpoint: Checkpoint, model: Places, found: Parameters) -> lis
     lone = {name: x for name, x in whole.items() if name not in model}
     kept = {identify(x) for name, x in whole.items() if name in model} if lone else set()
     lost += [name for name, x in lone.items() if identify(x) not in kept]
-    why = "not in the checkpoint"
     lost = dict.fromkeys(lost)  # PEFT's copy of a frozen weight is lost with its A and B
-    return [Problem(name, why, _advise(name, checkpoint)) for name in lost]
+    config = checkpoint.config
+    return [Problem(x, explain_absent(x, config), _advise(x, checkpoint)) for x in lost]
 
 
 _UNTIE = "give `untie=True`, which stores both, or save the base model untied"

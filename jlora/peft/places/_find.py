@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..._errors import InputError
-from ._rows import Cut, Rows, join, make_table
+from ._rows import Cut, Rows, is_number, join, make_table
 from ._views import Piece, Places, Shapes, View
 
 Pairs = Sequence[tuple[str, str]]  # patterns of stored names, and what replaces them
@@ -132,13 +132,23 @@ def load_table() -> Mapping[str, Any]:
 
 def as_transformers_stores(shapes: Shapes, config: Mapping[str, Any]) -> Iterator[Places]:
     """Yields the parameters of the configuration's model: as it is written, and as it is read."""
-    table = load_table()
-    names = config.get("architectures")
-    name = str(names[0]) if isinstance(names, list) and names else ""
-    entry = table["classes"].get(name) or table["models"].get(str(config.get("model_type")), {})
+    entry = _find_entry(config)
     for has_read in (False, True) if entry else ():
         rows = make_table(entry, has_read)
         yield _name_parts(rows.name(shapes), entry, config, has_read)
+
+
+def _find_entry(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    table = load_table()
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    return table["classes"].get(name) or table["models"].get(str(config.get("model_type")), {})
+
+
+def explain_absent(name: str, config: Mapping[str, Any]) -> str:
+    """Explains why no tensor is a parameter."""
+    form = ".".join("{}" if is_number(part) else part for part in name.split("."))
+    return _find_entry(config).get("lost", {}).get(form, "not in the checkpoint")
 
 
 def _name_parts(
@@ -189,8 +199,12 @@ def _list_ways(wanted: Collection[str], named: Collection[str]) -> Iterator[tupl
 
 def _add_prefix(wanted: Iterable[str], places: Places, add: str, strip: str) -> Places:
     """Gives parameters the names in the model; those that are `wanted` as they are stay so."""
-    own = {name: places[name] for name in wanted if name in places}
-    rest = {n: x for n, x in places.items() if n.startswith(add) and n not in own}
-    found = Places({strip + n.removeprefix(add): x for n, x in rest.items()} | own)
+    own = {name for name in wanted if name in places}
+    found = Places()
+    for name, x in places.items():
+        if name in own:
+            found[name] = x
+        elif name.startswith(add):
+            found[strip + name.removeprefix(add)] = x
     found.prefix = None if add else strip
     return found
