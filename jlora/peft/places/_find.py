@@ -7,10 +7,10 @@ one less: those of a model with a head have one that those of a model without on
 
 import collections
 import functools
-import importlib.resources
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..._errors import InputError
@@ -126,8 +126,7 @@ def rename(shapes: Shapes, pairs: Pairs) -> Places:
 @functools.cache
 def load_table() -> Mapping[str, Any]:
     """Loads what was found out about the models of `transformers`."""
-    file = importlib.resources.files(__package__) / "transformers.json"
-    return json.loads(file.read_text(encoding="utf-8"))
+    return json.loads(Path(__file__).with_name("transformers.json").read_text(encoding="utf-8"))
 
 
 def as_transformers_stores(shapes: Shapes, config: Mapping[str, Any]) -> Iterator[Places]:
