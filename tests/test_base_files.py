@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import struct
+import sys
 from functools import partial
 
 import gguf
@@ -830,12 +831,15 @@ def test_gguf_without_numbers(shape, tmp_path):
         peft.load_base(path, NAMES, like=tree)
 
 
-def test_gguf_that_is_none(tmp_path):
+def test_gguf_that_is_none(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(20))
     with refused(ValueError, "path", "is not a valid GGUF file: "):
         peft.load_base(tmp_path / "a.gguf", NAMES, like=like())
     with refused(FileNotFoundError, "path", tmp_path / "b.gguf", "there is no file"):
         peft.load_base(tmp_path / "b.gguf", NAMES, like=like())
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with refused(ImportError, "path", "pip install 'jlora[gguf]'"):
+        peft.load_base(tmp_path / "a.gguf", NAMES, like=like())
 
 
 def test_codes_are_not_written(tmp_path):

@@ -30,7 +30,7 @@ class GgufTensors:
             import gguf
         except ImportError:
             raise ImportError(
-                "`path` is a GGUF file, which needs the package gguf: pip install gguf."
+                "`path` is a GGUF file, which needs the package gguf: pip install 'jlora[gguf]'."
             ) from None
         if not path.is_file():
             raise MissingError(f"`path`: there is no file {path}.", path=path)

@@ -1,4 +1,7 @@
-"""Reads the header of a GGUF file, in time and memory proportional to the file's size."""
+"""Reads the header of a GGUF file, in time and memory proportional to the file's size.
+
+The reader of the package gguf makes an object for each value of an array, as many as a file claims.
+"""
 
 import math
 import struct

@@ -74,7 +74,7 @@ def load_base(
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
-        ImportError: for a GGUF file if the package `gguf` is not installed.
+        ImportError: for a GGUF file if the extra `gguf` is not installed.
         TypeError: if `names` is not a table.
         ValueError: if tensors are missing, unexpected, misshapen, not finite, of 64 bits without
             jax_enable_x64, or contradict the configuration. All problems are listed, and nothing is
