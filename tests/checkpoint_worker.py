@@ -135,7 +135,7 @@ def fail(folder, mesh):
     kind = RuntimeError if number else FileNotFoundError
     raises(kind, "there is no checkpoint at", checkpoint.restore, here)
     equal(checkpoint.restore(f"{folder}/adapter", like=adapter, base=base), adapter)
-    assert sorted(os.listdir(folder)) == ["adapter"]
+    assert [x for x in os.listdir(folder) if ".orbax-" not in x] == ["adapter"]
 
 
 def raises(kind, pattern, work, *arguments):

@@ -16,7 +16,7 @@ from .._types import PyTree
 from ._fingerprint import shapes_of
 from ._restore import read
 from ._save import METADATA
-from ._store import check_files, check_size, damage, find
+from ._store import check_files, damage, find
 
 
 class _Variable(NamedTuple):
@@ -115,7 +115,6 @@ def _read(folder: epath.Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree,
             found = checkpointer.metadata(folder).item_metadata
         if found is None or not jax.tree.leaves(found.tree):
             raise ValueError("its metadata are missing or damaged, or it has no parameters")
-        check_size(folder, jax.tree.leaves(found.tree))
         item, restore_args = (jax.tree.map(f, found.tree) for f in (item_of, args_of))
         if all(x is ocp.PLACEHOLDER for x in jax.tree.leaves(item)):  # Orbax raises for these
             return found.tree, item

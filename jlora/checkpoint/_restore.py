@@ -1,7 +1,6 @@
 """Restores an adapter from an Orbax checkpoint, and checks that it fits."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from .._types import Path, PyTree
 from ._fingerprint import Leaf, differences, fingerprint, is_fingerprint, leaf_of, shapes_of
 from ._meta import FORMAT, FULL, Saved, decode, digest, flatten_leaves
 from ._save import ADAPTER, METADATA
-from ._store import by_all, check_files, check_size, damage, find, in_step, place
+from ._store import by_all, check_files, damage, find, in_step, place
 
 NEWER = "Update jlora."
 OLDER = (
@@ -152,17 +151,10 @@ def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
         damage(folder, f"the arrays of {folder} cannot be read, as it is truncated or damaged"),
         ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
     ):
-        by_all(lambda: check_size(folder, _types_in(folder)))
         template = nest({p: _template(x) for p, x in wanted.items()})
         args = ocp.args.Composite(**{ADAPTER: ocp.args.StandardRestore(template)})
         tree = in_step(lambda: checkpointer.restore(folder, args=args)[ADAPTER])
     return dict(leaves_by_path(tree))
-
-
-def _types_in(folder: epath.Path) -> Iterator[Any]:
-    """Yields Orbax's metadata of each array in the files, which are read when they are needed."""
-    found: Any = ocp.StandardCheckpointHandler().metadata(folder / ADAPTER)
-    yield from jax.tree.leaves(found.tree)
 
 
 def _template(x: AnyArray) -> Any:

@@ -46,8 +46,8 @@ def save(
     all raise.
 
     Args:
-        path: a folder that does not exist yet, or an empty one. It appears complete or not at
-            all. In an object store (`gs://…`) Orbax's own guarantee holds.
+        path: a folder that does not exist yet, or an empty one. Orbax makes it appear complete or
+            not at all, also in an object store (`gs://…`).
         adapter: from `init`, training or `restore`. Dropout keys in it are ignored. A module from
             `jlora.nnx.adapt` or `jlora.keras.adapt` is saved as its adapter.
         rules: the rules that made the adapter; `()` if there were none.
@@ -58,7 +58,7 @@ def save(
 
     Raises:
         FileExistsError: if `path` exists and is not an empty folder.
-        OSError: if a process cannot write it. Nothing is left of it then.
+        OSError: if a process cannot write it. No checkpoint is there then.
         RuntimeError: with several processes, if another one raised; it says which, and why.
         TypeError: if `adapter` is no adapter of arrays, such as parameters, a bound tree, the state
             of an optimizer or a table from `jlora.many.prepare`; or if another argument has a wrong

@@ -1,10 +1,9 @@
-"""Orbax's files: checks before reading, and one atomic write by all processes together."""
+"""Orbax's files, read and written by all processes together."""
 
 import contextlib
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,18 +13,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from .. import _folders
 from .._errors import (
     InputError,
     MissingError,
     OccupiedError,
-    blame,
-    check_values,
-    not_written,
+    WritingError,
     printable,
     show,
 )
-from .._folders import Where
+from .._folders import Where, check_vacant, to_path
 
 # ------------------------------------------------------------------------------- several processes
 # If one process fails, all raise, and none waits for another.
@@ -99,24 +95,11 @@ def one_line(error: Exception) -> str:
 # ------------------------------------------------------------------------------------ Orbax's files
 
 SAVE_AGAIN = "Take another checkpoint, or save this one again."
-LIMIT = 64 * 2**20  # bytes of a file with metadata
-DENSEST = 100_000  # bytes of an array in a byte of a file, of which zeros need a third
-_DESCRIBING = {
-    "metadata",
-    "_METADATA",
-    "_CHECKPOINT_METADATA",
-    "_sharding",
-    "manifest.ocdbt",
-    "commit_success.txt",
-    ".zarray",
-    "zarr.json",
-}
-_BY_PROCESS = "array_metadatas"  # a folder of such files
 
 
 def place(path: Where) -> epath.Path:
     """Returns `path` in Orbax's form: absolute, or a URL such as `gs://…`."""
-    _folders.to_path(path)  # raises if it is none
+    to_path(path)  # raises if it is none
     name = os.fspath(path)
     return epath.Path(name if "://" in name else os.path.abspath(name))
 
@@ -147,79 +130,45 @@ def damage(folder: Where, what: str, remedy: str = SAVE_AGAIN) -> Iterator[None]
 
 
 def check_files(folder: Where) -> None:
-    """Raises if reading might never end, or need more memory than a checkpoint should.
-
-    Orbax reads all metadata, and any file that it finds, even pipes and devices.
-
-    Raises:
-        ValueError: for a local folder with such a file.
-    """
+    """Raises `ValueError` for a pipe or a device in a local folder, which Orbax would read."""
     if "://" in os.fspath(folder):
         return
-    for parent, _, names in os.walk(folder):
-        for path in filter(Path.exists, (Path(parent, name) for name in names)):
-            if not path.is_file():
-                why = "is not a regular file. Take another checkpoint."
-                raise InputError(f"`path`: {show(str(path))} {why}", path=path)
-            if path.name not in _DESCRIBING and path.parent.name != _BY_PROCESS:
-                continue
-            if (size := path.stat().st_size) > LIMIT:
-                why = f"has {size} bytes; expected at most {LIMIT}. Take another checkpoint."
-                raise InputError(f"`path`: {path} {why}", path=path)
-            with blame("path", path):
-                check_values(path.read_bytes())
-
-
-def check_size(folder: Where, arrays: Iterable[Any]) -> None:
-    """Raises `ValueError` for arrays that the files of a local folder cannot hold.
-
-    Where a file lacks a part of an array, reading makes it up, however large it is.
-    """
-    if "://" in os.fspath(folder):
-        return
-    held = sum(x.stat().st_size for x in Path(folder).rglob("*") if x.is_file())
-    needed = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in arrays)
-    if needed > DENSEST * held:
-        raise ValueError(f"its arrays need {needed} bytes, more than its files can hold")
+    found = (path for path in Path(folder).rglob("*") if path.exists())
+    if odd := next((path for path in found if not (path.is_file() or path.is_dir())), None):
+        why = f"{show(str(odd))} is not a regular file. Take another checkpoint."
+        raise InputError(f"`path`: {why}", path=odd)
 
 
 def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> None:
-    """Writes a checkpoint to `path`, complete or not at all, with all processes together.
+    """Writes a checkpoint to `path`, with all processes together.
 
-    Orbax writes into a folder that no other writer uses. In the end, process 0 renames it. If two
-    writers have the same `path`, the second rename fails. Object stores have no such rename; there
-    Orbax's own protocol is used.
+    Orbax writes it beside `path`, and renames it when it is complete.
     """
     final = place(path)
-    local = "://" not in os.fspath(path)
-    stage = final
 
     def save() -> None:
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(stage, args=args)
+            checkpointer.save(final, args=args)
 
     try:
-        by_first(lambda: _check(final, local))
-        if local:
-            token, *_ = _gather(_folders.token())  # that of process 0
-            stage = epath.Path(_folders.beside(Path(final), token))
-        in_step(save)  # closed on all before process 0 removes what a failure leaves
-        if local:
-            by_first(lambda: _folders.commit(Path(stage), Path(final), "path"))
+        by_first(lambda: _make_room(final))
+        in_step(save)
     except FileExistsError:
         raise
     except Exception as e:
-        raise not_written("path", final, one_line(e)) from e
-    finally:
-        if stage is not final and jax.process_index() == 0:
-            # TensorStore ends the writes that had begun, in any process, after Orbax has raised.
-            _folders.discard(Path(stage), quiet=0.2)
+        raise WritingError(
+            f"`path`: could not write {final}: {one_line(e)}. No checkpoint is there, and nothing "
+            "else was touched. Make room or permission there, or give another path.",
+            path=final,
+        ) from e
 
 
-def _check(final: epath.Path, local: bool) -> None:
-    if local:
-        _folders.check_vacant(final)
-        _folders.remove_leftovers(Path(final))
-    elif final.exists() and not (final.is_dir() and not any(final.iterdir())):
-        why = "exists and is not empty; nothing is ever overwritten. Give another."
+def _make_room(final: epath.Path) -> None:
+    """Raises unless a folder can appear at `final`, and removes one that is empty."""
+    if "://" not in os.fspath(final):
+        check_vacant(final)
+        if final.exists():
+            final.rmdir()
+    elif final.exists():
+        why = "exists; nothing is ever overwritten. Give another."
         raise OccupiedError(f"`path`: {final} {why}", path=final)
