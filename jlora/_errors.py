@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 MOST = 100  # problems that a text lists
-VALUES = 4_000_000  # in a JSON file; parsing allocates memory for each
 _ARGUMENT = re.compile(r"`(\w+(\[\d+\])?)(=True)?`")
 
 
@@ -149,12 +148,6 @@ def blame(argument: str, path: object, part: str = "") -> Iterator[None]:
         raise
     except ValueError as e:
         raise InputError(f"`{argument}`: {part}{path} {e}.", path=path) from None
-
-
-def check_values(data: bytes) -> None:
-    """Raises `ValueError` for JSON that may have more than `VALUES` values, before it is parsed."""
-    if sum(map(data.count, (b"{", b"[", b","))) > VALUES:
-        raise ValueError(f"holds more than {VALUES:,} values")
 
 
 # -------------------------------------------------------------------- what others wrote, in a text

@@ -14,6 +14,7 @@ from .._errors import InputError, Problem
 from .._folders import to_path
 from ._file import (
     CONFIG,
+    LIMIT,
     PICKLES,
     TENSORS,
     Header,
@@ -34,7 +35,6 @@ from ._vocabulary import copy_config, find_vocabulary, walk_objects
 QUANTIZATION = "quantization_config"  # of `config.json`
 PIECE = 4 * 2**20  # bytes
 DEEPEST = 32  # nested folders
-LIMIT = 64 * 2**20  # bytes of an index, which may list 400,000 tensors
 # Weights in other formats, which would stay unmerged, and pickles, which may hold weights or code.
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|pkl|pickle|ckpt|h5|keras|msgpack|npz|npy|ot|onnx|onnx_data"
