@@ -1,5 +1,6 @@
 """Image LoRA's files, of diffusers and kohya: keys, values, configurations, and what is refused."""
 
+import functools
 import json
 import pathlib
 import random
@@ -27,9 +28,9 @@ Folder = pathlib.Path
 FILE = "pytorch_lora_weights.safetensors"
 SHAPES = {
     "conv_in": (4, 3, 3, 3),
-    "mid.attn.to_q": (6, 5),
-    "mid.attn.to_out.0": (5, 6),
-    "up.1.conv": (4, 4, 1, 1),
+    "mid_block.attn.to_q": (6, 5),
+    "mid_block.attn.to_out.0": (5, 6),
+    "up_blocks.1.conv": (4, 4, 1, 1),
 }
 BASE = {name: {"weight": jnp.zeros(shape)} for name, shape in SHAPES.items()}
 NAMES = [
@@ -52,11 +53,11 @@ def make(
     return {k: {"weight": jax.tree.map(lambda x: x.astype(dtype), v)} for k, v in nodes.items()}
 
 
-LINEAR = {"mid.attn.to_q": (2, 1.0), "mid.attn.to_out.0": (2, 1.0)}
+LINEAR = {"mid_block.attn.to_q": (2, 1.0), "mid_block.attn.to_out.0": (2, 1.0)}
 ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear": (make(LINEAR), {}),
     "alpha": (make(dict.fromkeys(LINEAR, (2, 0.75))), {}),
-    "convolutions": (make({"conv_in": (3, 1.0), "up.1.conv": (3, 1.0)}), {}),
+    "convolutions": (make({"conv_in": (3, 1.0), "up_blocks.1.conv": (3, 1.0)}), {}),
     "every module": (make(dict.fromkeys(SHAPES, (2, 2.0))), {}),
     "ranks": (make({name: (1 + i, 1.0) for i, name in enumerate(SHAPES)}), {}),
     "alphas": (make({name: (2, 1 + i / 3) for i, name in enumerate(SHAPES)}), {}),
@@ -99,12 +100,12 @@ def test_keys_of_diffusers(tmp_path: Folder) -> None:
     assert {k: x.shape for k, x in found.items()} == {
         "unet.conv_in.lora_A.weight": (1, 3, 3, 3),
         "unet.conv_in.lora_B.weight": (4, 1, 1, 1),
-        "unet.mid.attn.to_q.lora_A.weight": (2, 5),
-        "unet.mid.attn.to_q.lora_B.weight": (6, 2),
-        "unet.mid.attn.to_out.0.lora_A.weight": (3, 6),
-        "unet.mid.attn.to_out.0.lora_B.weight": (5, 3),
-        "unet.up.1.conv.lora_A.weight": (4, 4, 1, 1),
-        "unet.up.1.conv.lora_B.weight": (4, 4, 1, 1),
+        "unet.mid_block.attn.to_q.lora_A.weight": (2, 5),
+        "unet.mid_block.attn.to_q.lora_B.weight": (6, 2),
+        "unet.mid_block.attn.to_out.0.lora_A.weight": (3, 6),
+        "unet.mid_block.attn.to_out.0.lora_B.weight": (5, 3),
+        "unet.up_blocks.1.conv.lora_A.weight": (4, 4, 1, 1),
+        "unet.up_blocks.1.conv.lora_B.weight": (4, 4, 1, 1),
     }
     with safe_open(tmp_path / "a" / FILE, "np") as file:
         metadata = file.metadata()
@@ -145,7 +146,7 @@ def test_keys_of_kohya(case: str, dtype: Any, tmp_path: Folder) -> None:
             m = found[f"{key}.dora_scale"]
             assert m.shape == (SHAPES[name][0], 1, *rest)
             np.testing.assert_array_equal(m.reshape(-1), x.m.reshape(-1))
-    assert found["lora_unet_mid_attn_to_q.alpha"].dtype == dtype
+    assert found["lora_unet_mid_block_attn_to_q.alpha"].dtype == dtype
 
 
 # ------------------------------------------------------------------------ files of others
@@ -160,7 +161,7 @@ def put(path: Folder, tensors: Mapping[str, Any], metadata: Any = None) -> Folde
     return path
 
 
-def pair(start: str, rank: int = 2, module: str = "mid.attn.to_q") -> dict[str, np.ndarray]:
+def pair(start: str, rank: int = 2, module: str = "mid_block.attn.to_q") -> dict[str, np.ndarray]:
     """A and B of ones, in the dialect that the start of the key shows."""
     outputs, inputs = SHAPES[module]
     ends = ("lora_down", "lora_up") if start.startswith("lora_") else ("lora_A", "lora_B")
@@ -168,7 +169,7 @@ def pair(start: str, rank: int = 2, module: str = "mid.attn.to_q") -> dict[str, 
     return {f"{start}.{end}.weight": np.ones(shape, np.float32) for end, shape in shapes}
 
 
-Q, MANGLED = "unet.mid.attn.to_q", "lora_unet_mid_attn_to_q"
+Q, MANGLED = "unet.mid_block.attn.to_q", "lora_unet_mid_block_attn_to_q"
 TEXT = pair("text_encoder.layers.0.q") | pair(Q, 3)
 
 
@@ -182,28 +183,29 @@ def spelled(start: str, ends: str, alpha: float | None = None) -> dict[str, np.n
 DOWN, KEPT = "lora_down.weight lora_up.weight", "lora_A.default.weight lora_B.default.weight"
 OLD = "lora.down.weight lora.up.weight"
 READ: dict[str, tuple[dict[str, Any], Any, float, int]] = {
-    "lightx2v": (spelled("mid.attn.to_q", DOWN, 1), None, 0.5, 2),
-    "ComfyUI": (spelled("diffusion_model.mid.attn.to_q", DOWN, 1), None, 0.5, 2),
-    "DiffSynth-Studio": (spelled("mid.attn.to_q", KEPT), None, 1.0, 2),
+    "lightx2v": (spelled("mid_block.attn.to_q", DOWN, 1), None, 0.5, 2),
+    "ComfyUI": (spelled("diffusion_model.mid_block.attn.to_q", DOWN, 1), None, 0.5, 2),
+    "DiffSynth-Studio": (spelled("mid_block.attn.to_q", KEPT), None, 1.0, 2),
     "diffusers before 0.24": (spelled(Q, OLD), None, 1.0, 2),
     "of a text encoder": (spelled(Q, OLD.replace("lora", "lora_linear_layer")), None, 1.0, 2),
-    "OneTrainer": (spelled("lora_transformer_mid_attn_to_q", DOWN, 1), None, 0.5, 2),
-    "LyCORIS": (spelled("lycoris_mid_attn_to_q", DOWN, 4), None, 2.0, 2),
+    "OneTrainer": (spelled("lora_transformer_mid_block_attn_to_q", DOWN, 1), None, 0.5, 2),
+    "LyCORIS": (spelled("lycoris_mid_block_attn_to_q", DOWN, 4), None, 2.0, 2),
     "mangled as PEFT": (
-        spelled("lycoris_mid_attn_to_q", "lora_A.weight lora_B.weight"),
+        spelled("lycoris_mid_block_attn_to_q", "lora_A.weight lora_B.weight"),
         None,
         1,
         2,
     ),
     "DoRA of lightx2v": (
-        spelled("mid.attn.to_q", DOWN) | {"mid.attn.to_q.dora_scale": np.ones((6, 1), np.float32)},
+        spelled("mid_block.attn.to_q", DOWN)
+        | {"mid_block.attn.to_q.dora_scale": np.ones((6, 1), np.float32)},
         *(None, 1.0, 2),
     ),
     "no metadata": (pair(Q), None, 1.0, 2),
-    "no prefix": (pair("mid.attn.to_q"), None, 1.0, 2),
-    "no prefix, by its metadata": (pair("mid.attn.to_q"), {"r": 2, "lora_alpha": 3}, 1.5, 2),
+    "no prefix": (pair("mid_block.attn.to_q"), None, 1.0, 2),
+    "no prefix, by its metadata": (pair("mid_block.attn.to_q"), {"r": 2, "lora_alpha": 3}, 1.5, 2),
     "metadata": (pair(Q), {"unet.r": 2, "unet.lora_alpha": 1}, 0.5, 2),
-    "metadata of another prefix": (pair("dit.mid.attn.to_q"), {"dit.r": 2}, 4.0, 2),
+    "metadata of another prefix": (pair("dit.mid_block.attn.to_q"), {"dit.r": 2}, 4.0, 2),
     "alpha": (pair(Q) | {f"{Q}.alpha": np.float32(6)}, None, 3.0, 2),
     "kohya": (pair(MANGLED, 3), None, 1.0, 3),
     "kohya with alpha": (pair(MANGLED) | {f"{MANGLED}.alpha": np.float16(1)}, None, 0.5, 2),
@@ -219,7 +221,7 @@ def test_files_of_others(case: str, tmp_path: Folder) -> None:
         metadata |= {f"{start}.target_modules" if start else "target_modules": ["to_q"]}
     found = peft.load(put(tmp_path / "x.safetensors", tensors, metadata), BASE, NAMES)
     [[name, leaf]] = found.items()
-    assert name == "mid.attn.to_q" and leaf["weight"].scale == scale
+    assert name == "mid_block.attn.to_q" and leaf["weight"].scale == scale
     assert leaf["weight"].b.shape == (rank, 6)
 
 
@@ -239,7 +241,7 @@ def test_axes_of_length_1(case: str, dialect: str, tmp_path: Folder) -> None:
     for key, x in tensors.items():
         if "to_q" in key and "alpha" not in key:
             tensors[key] = x.reshape(1, -1, 1, 1) if x.ndim == 1 else x[:, :, None, None]
-        if "up_1" in key.replace(".", "_") and "alpha" not in key:
+        if "up_blocks_1" in key.replace(".", "_") and "alpha" not in key:
             tensors[key] = x.reshape(-1) if "magnitude" in key else x[:, :, 0, 0]
     save_file(tensors, path, metadata)
     assert_equal(peft.load(path, BASE, NAMES), adapter)
@@ -270,7 +272,7 @@ def test_several_models(tensors: Any, metadata: Any, prefixes: Any, tmp_path: Fo
         with refused(ValueError, "prefix", "transformer", *prefixes, case=prefixes[0]):
             peft.load(given, BASE, NAMES, prefix="transformer")
         found = peft.load(given, BASE, NAMES, prefix="unet")
-        assert found["mid.attn.to_q"]["weight"].b.shape == (3, 6)
+        assert found["mid_block.attn.to_q"]["weight"].b.shape == (3, 6)
     [text] = peft.read(path, prefix=prefixes[0]).leaves
     assert text == ("layers.0.q" if prefixes[0] == "text_encoder" else "lora_te1_layers_0_q")
     combine = ["combine", *[str(path)] * 2, str(tmp_path / "out")]
@@ -321,9 +323,9 @@ def test_a_module_under_two_names(tmp_path: Folder) -> None:
 
 def test_a_prefix_that_no_header_has(tmp_path: Folder) -> None:
     """It is a part of names unless it is given."""
-    path = put(tmp_path / "x.safetensors", pair("dit.mid.attn.to_q") | pair("dit.conv", 3))
-    assert {*peft.read(path).leaves} == {"dit.mid.attn.to_q", "dit.conv"}
-    assert {*peft.read(path, prefix="dit").leaves} == {"mid.attn.to_q", "conv"}
+    path = put(tmp_path / "x.safetensors", pair("dit.mid_block.attn.to_q") | pair("dit.conv", 3))
+    assert {*peft.read(path).leaves} == {"dit.mid_block.attn.to_q", "dit.conv"}
+    assert {*peft.read(path, prefix="dit").leaves} == {"mid_block.attn.to_q", "conv"}
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -393,7 +395,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     ),
     "unknown module": (pair("unet.x.to_q"), None, ("unet.x.to_q",)),
     "unknown mangled module": (pair("lora_unet_x_to_q"), None, ("lora_unet_x_to_q",)),
-    "wrong shape": (pair(Q, 2, "mid.attn.to_out.0"), None, (f"{Q}.lora_A.weight", "(2, 6)")),
+    "wrong shape": (pair(Q, 2, "mid_block.attn.to_out.0"), None, (f"{Q}.lora_A.weight", "(2, 6)")),
     "not finite": (
         {k: x * np.nan for k, x in pair(MANGLED).items()},
         None,
@@ -410,7 +412,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     ),
     "another method": (pair(Q), {"unet.peft_type": "LOHA"}, ("peft_type", "'LOHA'")),
     "metadata of no key": (
-        pair("mid.attn.to_q"), {"unet.r": 2, "unet.lora_alpha": 16}, ("'unet'", "no key begins")
+        pair("conv_in.to_q"), {"unet.r": 2, "unet.lora_alpha": 16}, ("'unet'", "no key begins")
     ),
     "other modules": (pair(Q), {"unet.r": 2, "unet.target_modules": ["to_k"]}, ()),
     "a list": (pair(Q), "[1]", ()),
@@ -464,13 +466,13 @@ def test_many(case: str, tmp_path: Folder) -> None:
 
 def test_names_that_are_mangled_alike(tmp_path: Folder) -> None:
     """They are refused if the file has them, and only then; also when one is written."""
-    names = [peft.Name("a", "mid.to_q", "oi"), peft.Name("b", "mid_to.q", "oi")]
+    names = [peft.Name("a", "conv_in.a_b", "oi"), peft.Name("b", "conv_in.a.b", "oi")]
     base = {"a": jnp.zeros((6, 5)), "b": jnp.zeros((6, 5))}
-    path = put(tmp_path / "x.safetensors", pair("lora_unet_mid_to_q"))
-    with refused(ValueError, "path", "lora_unet_mid_to_q", "mid.to_q or mid_to.q"):
+    path = put(tmp_path / "x.safetensors", pair("lora_unet_conv_in_a_b"))
+    with refused(ValueError, "path", "lora_unet_conv_in_a_b", "conv_in.a.b or conv_in.a_b"):
         peft.load(path, base, names)
     adapter = {x.path: node(x, (6, 5)) for x in names}
-    with refused(ValueError, "dialect", "mid_to.q", "lora_unet_mid_to_q"):
+    with refused(ValueError, "dialect", "conv_in.a.b", "lora_unet_conv_in_a_b"):
         peft.save(tmp_path / "a", base, adapter, names, dialect="kohya")
     peft.save(tmp_path / "b", base, adapter, names, dialect="diffusers", prefix="unet")
     assert_equal(peft.load(tmp_path / "b", base, names), adapter)
@@ -493,6 +495,47 @@ def test_arguments(case: str, tmp_path: Folder) -> None:
     assert not (tmp_path / "a").exists()
 
 
+# Of kohya's dialect: the prefix, modules of the model, and what is said of an adapter of the first.
+KOHYA_OF: dict[str, tuple[str | None, str, str]] = {
+    "a UNet": (None, "mid_block.to_q up_blocks.0.conv conv_norm_out", ""),
+    "SDXL": ("unet", "add_embedding.linear_1", "1 of 1 modules of a UNet, such as add_embedding"),
+    "Qwen-Image": ("unet", "transformer_blocks.0.attn.to_q txt_in", ""),
+    "Qwen-Image without its prefix": (None, "transformer_blocks.0.attn.to_q txt_in", "None for a"),
+    "Qwen-Image with another": ("transformer", "transformer_blocks.0.ff txt_in", "'transformer' f"),
+    "Flux": ("transformer", "single_transformer_blocks.0.attn.to_q x_embedder", ""),
+    "Flux's MLP": ("transformer", "single_transformer_blocks.0.proj_mlp", "modules of Flux, such"),
+    "Flux with another": (
+        "unet",
+        "single_transformer_blocks.0.attn.to_q",
+        "got 'unet' for a model",
+    ),
+    "SD 3": ("transformer", "transformer_blocks.0.attn.to_q pos_embed.proj", "modules of SD 3, su"),
+    "Wan": ("transformer", "blocks.0.attn1.to_q", "with blocks.0.attn1.to_q"),
+    "a text encoder": ("te1", "text_model.encoder.layers.0.q_proj", ""),
+}
+
+
+@pytest.mark.parametrize("case", KOHYA_OF)
+def test_what_reads_kohya(case: str, tmp_path: Folder) -> None:
+    """What no tool reads under a prefix is refused, and what diffusers does not read is said."""
+    prefix, modules, said = KOHYA_OF[case]
+    names = [peft.Name(f"{x}/weight", x, "oi") for x in modules.split()]
+    base = {row.module: {"weight": jnp.zeros((6, 5))} for row in names}
+    adapter = {names[0].module: {"weight": node(names[0], (6, 5))}}
+    save = functools.partial(peft.save, tmp_path / "a", base, adapter, names, dialect="kohya")
+    if said.startswith(("1 of", "modules")):
+        with pytest.warns(UserWarning, match=f"diffusers does not read .*{said}"):
+            save(prefix=prefix)
+    elif said:
+        with refused(ValueError, "prefix", said, "'diffusers'", case=case):
+            save(prefix=prefix)
+        assert not (tmp_path / "a").exists()
+        return
+    else:
+        save(prefix=prefix)
+    assert_equal(peft.load(tmp_path / "a", base, names), adapter)
+
+
 def test_nothing_is_overwritten(tmp_path: Folder) -> None:
     path = tmp_path / "a.safetensors"
     path.write_text("mine")
@@ -504,10 +547,11 @@ def test_nothing_is_overwritten(tmp_path: Folder) -> None:
 @each_dialect
 def test_what_has_no_form(dialect: str, tmp_path: Folder) -> None:
     """Leaves in full and embeddings."""
-    names = [peft.Name("a", "a", "vo"), peft.Name("b", "b", "oi"), peft.Name("c", "c", "oi")]
+    modules = zip("abc", ("time_embedding", "conv_out", "conv_in"), ("vo", "oi", "oi"), strict=True)
+    names = [peft.Name(*row) for row in modules]
     base = dict.fromkeys("abc", jnp.zeros((6, 5)))
     adapter = {"a": node(names[0], (6, 5)), "b": node(names[1], (6, 5)), "c": jnp.ones((6, 5))}
-    with refused(ValueError, "dialect", "c.weight", "trained in full", case=dialect):
+    with refused(ValueError, "dialect", "conv_in.weight", "trained in full", case=dialect):
         peft.save(tmp_path / "a", base, adapter, names, dialect=dialect, prefix="unet")
     assert not (tmp_path / "a").exists()
 
@@ -517,7 +561,7 @@ def test_two_adapters_in_a_folder(tmp_path: Folder) -> None:
     put(tmp_path / "a" / FILE, pair(Q))
     with refused(ValueError, "path", tmp_path / "a", FILE):
         peft.read(tmp_path / "a")
-    assert [*peft.read(tmp_path / "a" / FILE).leaves] == ["mid.attn.to_q"]
+    assert [*peft.read(tmp_path / "a" / FILE).leaves] == ["mid_block.attn.to_q"]
 
 
 def test_a_prefix_for_peft(tmp_path: Folder) -> None:

@@ -169,6 +169,26 @@ def test_what_diffusers_misreads(case: str, tmp_path: pathlib.Path, caplog: Any)
         assert_close(load_in_diffusers("sd15", tmp_path / "b", caplog), outputs)
 
 
+@pytest.mark.parametrize("prefix", ["unet", "transformer"])
+@EVERY
+def test_kohya_is_never_misread_silently(
+    name: str, prefix: str, tmp_path: pathlib.Path, caplog: Any
+) -> None:
+    """Of all modules: diffusers reads the file, `save` says that it does not, or refuses."""
+    found = extracted(name)
+    base, adapter, outputs = trained(name, [every_module(name)])
+    save = functools.partial(peft.save, tmp_path / "a", base, adapter, found.names)
+    if (name, prefix) in {("sd15", "unet"), ("qwen-image", "unet")}:
+        save(dialect="kohya", prefix=prefix)
+        assert_close(load_in_diffusers(name, tmp_path / "a", caplog), outputs)
+    elif (name, prefix) in {("sdxl", "unet"), ("flux", "transformer"), ("sd3", "transformer")}:
+        with pytest.warns(UserWarning, match="diffusers does not read"):
+            save(dialect="kohya", prefix=prefix)
+    else:
+        with pytest.raises(ValueError, match="`prefix` must be"):
+            save(dialect="kohya", prefix=prefix)
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [(x, {"r": 4, "lora_alpha": 4}) for x in MODELS]

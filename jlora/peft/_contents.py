@@ -150,7 +150,7 @@ def write(
     tokens = {x.module: x for x in tree.tokens}
     own = Parameters(tree.parts, full, dict(contents.frozen), tokens, {})
     fields, own = with_profile(profile, _describe(contents, tree, own.parts), own)
-    draft = make_draft(fields, own, contents.tied, dialect, prefix)
+    draft = make_draft(fields, own, contents.tied, dialect, prefix, contents.leaves)
     title = "`contents` cannot be written so that `read` reads the same adapter"
     _read(draft.as_files("contents", contents.leaves), Problems(title))
     draft.write(path)

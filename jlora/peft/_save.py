@@ -71,11 +71,11 @@ def save(
             `pytorch_lora_weights.safetensors` in the folder `path`, or `path` itself if it ends in
             `.safetensors`. `"diffusers"`: keys `prefix.module.lora_A.weight`, and the configuration
             in the file's header. `"kohya"`: keys `lora_prefix_module.lora_down.weight`, with `_`
-            for the dots of module, and an `alpha` for each module; other tools than diffusers read
-            it.
+            for the dots of module, and an `alpha` for each module, as ComfyUI reads them.
         prefix: for `"diffusers"` the model's name in its pipeline, such as `"unet"` or
-            `"transformer"`; `""` for none, as `save_lora_adapter` writes. For `"kohya"` `"unet"`
-            unless given, such as `"te1"`.
+            `"transformer"`; `""` for none, as `save_lora_adapter` writes. For `"kohya"`
+            `"unet"` for a UNet, which is the default, and for Qwen-Image; `"transformer"` for Flux
+            and SD 3; or that of a text encoder, such as `"te1"`. No tool reads other models there.
 
     Raises:
         FileExistsError: if `path` exists and is not an empty folder.
@@ -88,7 +88,8 @@ def save(
 
     Warns:
         UserWarning: for `"kohya"`, if diffusers would compute something else with the file: with
-            DoRA, whose magnitudes it drops, or with several alphas.
+            DoRA, whose magnitudes it drops, with modules that it does not read there, or with
+            several alphas in a UNet.
 
     Source: PEFT 0.21, `peft.PeftModel.save_pretrained`; diffusers 0.42, `load_lora_adapter`.
 
@@ -181,13 +182,12 @@ def _draft(
         given["base_model_name_or_path"] = _name_model(base_model)
     parameters = _rows_alone if len(tree.rows) == len(tree.found) else _as_lora
     fields, own = with_profile(profile, *parameters(tree, given))
-    draft = make_draft(fields, own, tree.tied, dialect, prefix)
+    draft = make_draft(fields, own, tree.tied, dialect, prefix, tree.modules)
     title = (
         "`adapter` cannot be written so that `load` reads the same adapter. A common reason is "
         "that its modules cannot be selected apart from others"
     )
-    modules = {module for leaf in tree.leaves for module in leaf.modules}
-    fit(draft.as_files("config", modules), tree.leaves, Problems(title))
+    fit(draft.as_files("config", tree.modules), tree.leaves, Problems(title))
     return draft
 
 

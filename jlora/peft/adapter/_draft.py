@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..._errors import InputError, Problem
+from ..._errors import InputError, Problem, show
 from ..._folders import fresh, fresh_file
 from .._file import CONFIG, IMAGE, TENSORS, make_header
 from .._recognized import ALPHA, FORMS, MAGNITUDES, MANGLED, A, B
@@ -22,6 +23,47 @@ from ._sorted import Parameters
 
 _SAVE_FOR_IT = "save with dialect='diffusers' for it"
 DIALECTS = ("peft", "diffusers", "kohya")
+
+
+class Reader(NamedTuple):
+    """A model whose modules ComfyUI reads in kohya's dialect by their names in diffusers.
+
+    Attributes:
+        model: the model.
+        prefix: the prefix that it has there.
+        outermost: its outermost modules.
+        unread: a pattern of the modules that diffusers 0.42 does not read there.
+    """
+
+    model: str
+    prefix: str
+    outermost: frozenset[str]
+    unread: str = "(?!)"
+
+
+def _read(model: str, prefix: str, outermost: str, unread: str = "(?!)") -> Reader:
+    return Reader(model, prefix, frozenset(outermost.split()), unread)
+
+
+_TRANSFORMER = "time_text_embed transformer_blocks norm_out proj_out "
+UNET = _read(
+    "a UNet",
+    "unet",
+    "conv_in time_embedding add_embedding class_embedding encoder_hid_proj down_blocks mid_block "
+    "up_blocks conv_norm_out conv_out",
+    "add_embedding",
+)
+READERS = (
+    UNET,
+    _read("Qwen-Image", "unet", _TRANSFORMER + "txt_norm img_in txt_in"),
+    _read(
+        "Flux",
+        "transformer",
+        _TRANSFORMER + "single_transformer_blocks x_embedder context_embedder",
+        r"transformer_blocks\.\d+\.(?!attn\.)",
+    ),
+    _read("SD 3", "transformer", _TRANSFORMER + "pos_embed context_embedder", ""),
+)
 
 
 class Draft(NamedTuple):
@@ -76,24 +118,50 @@ def make_draft(
     tied: Mapping[str, str],
     dialect: str,
     prefix: str | None,
+    modules: Iterable[str],
 ) -> Draft:
-    """Makes the files of an adapter in a dialect."""
+    """Makes the files of an adapter in a dialect, for a model with some `modules`."""
     spelled = _check_dialect(dialect, prefix)
-    _refuse_mangled((part.key for part in own.parts), dialect, prefix)
+    mangled = _find_mangled((part.key for part in own.parts), dialect, prefix)
     if dialect == "peft":
         return Draft(fields, make_tensors(fields, own, tied))
+    reader = None if mangled or dialect != "kohya" else _find_reader(prefix, modules)
     metadata, tensors = _encode(dialect, spelled, fields, own)
-    return Draft(fields, tensors, metadata, _explain_misread(dialect, own))
+    return Draft(fields, tensors, metadata, _explain_misread(dialect, own, reader))
 
 
-def _explain_misread(dialect: str, own: Parameters) -> str:
+def _find_reader(prefix: str | None, modules: Iterable[str]) -> Reader | None:
+    """Finds a model that has the `modules`; None for prefixes of other models, which none has.
+
+    Without a prefix it is a UNet: the modules of an adapter may be of several transformers.
+    """
+    given = [x for x in READERS if x.prefix == prefix] if prefix else [UNET]
+    names = sorted(modules)
+    outermost = {name.partition(".")[0] for name in names}
+    found = next((x for x in given if outermost <= x.outermost), None)
+    if found or not given:
+        return found
+    known = {x.prefix: [y.model for y in READERS if y.prefix == x.prefix] for x in READERS}
+    listed = ", or ".join(f"{x!r} for {' and '.join(models)}" for x, models in known.items())
+    odd = next(x for x in names if x.partition(".")[0] not in given[0].outermost)
+    raise InputError(
+        f"`prefix` must be {listed}, for dialect 'kohya'; got {prefix!r} for a model with "
+        f"{show(odd)}.",
+        remedy="No tool is known to read other models there: save them with dialect='diffusers'.",
+    )
+
+
+def _explain_misread(dialect: str, own: Parameters, reader: Reader | None) -> str:
     """Says what diffusers 0.42 does not read in kohya's dialect."""
     if dialect != "kohya":
         return ""
     if any(x.m is not None for x in own.parts):
         return "diffusers ignores dora_scale, the magnitudes of DoRA, in kohya's files"
+    if reader and (lost := [x.key for x in own.parts if re.search(reader.unread, x.key)]):
+        these = f"{len(lost)} of {len(own.parts)} modules of {reader.model}, such as {lost[0]}"
+        return f"diffusers does not read {these}, in kohya's files"
     alphas = {find_alpha(x.scale, x.rank) for x in own.parts}
-    if len(alphas) < 2:
+    if len(alphas) < 2 or reader is not UNET:
         return ""
     listed = ", ".join(map(str, sorted(alphas)[:9]))
     where = "attention modules of a UNet, in kohya's files"
@@ -169,8 +237,8 @@ def _narrow(alpha: float) -> np.ndarray:
     return narrow if float(narrow) == alpha else np.asarray(alpha, np.float64)
 
 
-def _refuse_mangled(names: Iterable[str], dialect: str, prefix: str | None) -> None:
-    """Raises for kohya's names, which other dialects cannot have, and which have a prefix."""
+def _find_mangled(names: Iterable[str], dialect: str, prefix: str | None) -> dict[str, str]:
+    """Finds kohya's names, with their prefixes; raises if the dialect or `prefix` excludes them."""
     mangled = {x: found["prefix"] for x in names if (found := MANGLED.fullmatch(x))}
     if mangled and dialect != "kohya":
         raise InputError(
@@ -183,3 +251,4 @@ def _refuse_mangled(names: Iterable[str], dialect: str, prefix: str | None) -> N
         raise InputError(
             f"`prefix` must be {other!r}, as kohya's names have it, or None; got {prefix!r}.",
         )
+    return mangled
