@@ -20,13 +20,14 @@ them; those of an earlier run are replaced. A run that has finished cannot be re
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import pathlib
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import data
@@ -184,13 +185,20 @@ class Result(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> Result:
     """Trains, measures before and after, writes, and says how to serve."""
     args = parse(argv)
-    try:  # nothing is compiled yet
+    with explained():  # nothing is compiled yet
         found = prepare(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"chat.py: {error}") from error
     mesh = jax.make_mesh((jax.device_count(), 1), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         return run(args, mesh, *found)
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Ends with what is wrong with a file or an option, in one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"chat.py: {error}") from error
 
 
 def run(args, mesh, folder, config, tokenizer, texts) -> Result:
@@ -206,7 +214,8 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
         variables,
         is_leaf=lambda x: isinstance(x, jlora.Quantized),  # of a checkpoint in 4 bits
     )
-    rules = (jlora.LoRA(rank=args.rank, alpha=args.alpha),)
+    # As PEFT's all-linear: without the output head, which vLLM does not adapt in all models.
+    rules = (jlora.LoRA(r"layers/.*/kernel", rank=args.rank, alpha=args.alpha),)
     lora = jlora.transform(model.apply, *rules)
     if args.quantize:
         sites = lora.sites(variables, rows.ids[:1])
@@ -245,7 +254,8 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
     with ocp.CheckpointManager(args.out.absolute() / "checkpoints", options=options) as manager:
         best = Best(adapter, before, 0)
         like = State(adapter, (tx.init(adapter), best))
-        start, (adapter, (optimizer, best)) = restore(manager, like, base, settings)
+        with explained():
+            start, (adapter, (optimizer, best)) = restore(manager, like, base, settings)
         plan = draw(len(rows.ids), args.steps, args.batch * args.accumulate, args.seed)
 
         keep = functools.partial(save, manager, rules=rules, base=base, run=settings)

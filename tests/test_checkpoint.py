@@ -616,6 +616,18 @@ def test_an_error_of_arrays_keeps_its_end(tmp_path):
     assert len(str(found.value)) < 800 + len(str(folder))
 
 
+def test_other_arrays_than_the_metadata_say(tmp_path):
+    """The error says which, and gives no option of Orbax."""
+    for name, leaves in (("a", ("x", "y")), ("b", ("x",))):
+        adapter = {leaf: jnp.ones(3) for leaf in leaves}
+        checkpoint.save(tmp_path / name, adapter, Full(".*"))
+    shutil.rmtree(tmp_path / "a" / "adapter")
+    shutil.copytree(tmp_path / "b" / "adapter", tmp_path / "a" / "adapter")
+    with pytest.raises(ValueError, match=r"y: .*MISSING\)\. Take another checkpoint") as found:
+        checkpoint.restore(tmp_path / "a")
+    assert "partial_restore" not in str(found.value)
+
+
 def test_no_parameters_are_no_damage(saved, tmp_path):
     """An empty folder, an adapter or steps cannot be saved again as parameters."""
     (tmp_path / "steps" / "12").mkdir(parents=True)

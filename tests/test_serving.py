@@ -538,8 +538,9 @@ def test_command(tmp_path: Folder) -> None:
         assert text.count("\n") == 1 and " supports it: " in text
     bad = write(tmp_path / "b", *of(zora_config=[1], use_dora=True)(*good()))
     lines = run("check", bad, "--for", "vllm", "--base", base, code=1).stdout.splitlines()
-    found = [line.split(":")[:2] for line in lines]
-    assert found == [["refused", " use_dora"], ["dropped silently", " zora_config"]]
+    found = [line.split(": ")[:3] for line in lines]
+    title = peft.check(bad, "vllm").engine
+    assert found == [[title, "refused", "use_dora"], [title, "dropped silently", "zora_config"]]
     run("check", place, "--for", "vllm", "--max-lora-rank", 1, code=1)
 
 

@@ -86,9 +86,10 @@ def _gather(text: str) -> list[str]:
 
 
 def one_line(error: Exception) -> str:
-    """Returns the message of an error in one line, without TensorStore's details."""
+    """Returns the message of an error in one line, without details and options of Orbax."""
     text = " ".join(str(error).split()) or type(error).__name__
-    text = re.split(r" \[(?:tensorstore_spec|source locations)", text)[0].rstrip(".")
+    theirs = r" \[(?:tensorstore_spec|source locations)| If this mismatch is intentional"
+    text = re.split(theirs, text)[0].rstrip(".")
     return printable(text)
 
 

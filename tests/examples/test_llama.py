@@ -4,6 +4,7 @@ SmolLM2 itself, from its GGUF file, is slow.
 """
 
 import contextlib
+import dataclasses
 import http.server
 import io
 import json
@@ -42,7 +43,8 @@ TINY = llama.Config(vocab=400, layers=2, dim=32, hidden=48, heads=4, kv_heads=2)
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A tiny model as a folder of Hugging Face."""
-    return write_chat_model(tmp_path_factory.mktemp("base") / "tiny", TINY)
+    untied = dataclasses.replace(TINY, tied=False)
+    return write_chat_model(tmp_path_factory.mktemp("base") / "tiny", untied)
 
 
 # ---- what counts --------------------------------------------------------------------------------
@@ -168,6 +170,8 @@ def test_learns_and_writes_what_is_served(argv, whole, base):
     assert result.after < result.before
     assert f"supports it: vllm serve {base} --enable-lora" in printed
     assert f"merged: vllm serve {folder / 'merged'}" in printed
+    adapted = peft.read(folder / "adapter").leaves
+    assert len(adapted) == 7 * TINY.layers and "lm_head" not in adapted
     assert peft.read_config(folder / "adapter")["base_model_name_or_path"] == str(base)
     assert sorted(x.name for x in folder.iterdir()) == ["adapter", "merged"]
     assert {x.name for x in (folder / "merged").iterdir()} == {x.name for x in base.iterdir()}
@@ -227,6 +231,8 @@ def test_a_stopped_run_goes_on(argv, whole):
     stopped = [*argv, f"--out={out}"]
     with pytest.raises(SystemExit):
         chat.main(stopped)
+    with pytest.raises(SystemExit, match=r"cannot resume .* rank was 4, is 16"):
+        chat.main([*stopped, "--resume", "--rank=16"])
     rest = chat.main([*stopped, "--resume", "--save-every=1"])
     assert rest.losses == whole[0].losses[4:]
     assert rest.after == whole[0].after

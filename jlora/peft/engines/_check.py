@@ -39,7 +39,7 @@ class Checked(NamedTuple):
     def __str__(self) -> str:
         unknown = "" if self.compared else "; without a base, names and shapes are not compared"
         supported = f"{self.path}: {self.engine} supports it: {self.start}{unknown}"
-        lines = [*map(str, self.findings)] or [supported]
+        lines = [f"{self.engine}: {x}" for x in self.findings] or [supported]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
