@@ -219,15 +219,6 @@ def test_keys_have_a_cause(case: str, tmp_path: Folder) -> None:
     params = {"layers": {"0": {"q": {"kernel": jnp.ones((8, 8))}}}}
     with refused(ValueError, "path", "nothing was loaded. The key ", message):
         peft.load(adapter, params, names)
-    if message.startswith("contains"):  # a component that a replacement removes
-        peft.export_merged(base, adapter, tmp_path / "out")
-        save_file(renamed(str), adapter / TENSORS)
-        peft.export_merged(base, adapter, tmp_path / "plain")
-        [of_wrapped, plain] = (
-            (tmp_path / x / "model.safetensors").read_bytes() for x in ("out", "plain")
-        )
-        assert of_wrapped == plain
-        return
     with refused(ValueError, "adapter", "nothing was written. The key ", message):
         peft.export_merged(base, adapter, tmp_path / "out")
 
