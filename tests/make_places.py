@@ -10,6 +10,7 @@ model, and checked: they must give all parameters back. Needs `transformers` 5 a
 import collections
 import json
 import pathlib
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -427,7 +428,20 @@ def gather(made: Sequence[Made]) -> dict[str, Any]:
             }
             if differs(x, entry) or x.lost:
                 classes[x.name] = {key: dict(sorted(y.items())) for key, y in theirs.items() if y}
-    return {"transformers": transformers.__version__, "models": models, "classes": classes}
+    found = {"transformers": transformers.__version__, "endings": list_endings()}
+    return found | {"models": models, "classes": classes}
+
+
+def list_endings() -> dict[str, str]:
+    """Lists the ends of names that `transformers` replaces in old checkpoints of any model."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    pairs = [
+        (old, new)
+        for x in get_checkpoint_conversion_mapping("legacy")
+        for old, new in zip(x.source_patterns, x.target_patterns, strict=False)
+    ]
+    return {old: new for old, new in pairs if re.fullmatch(r"[\w.]+", old)}
 
 
 def _merge(made: Sequence[Made], field: str) -> dict[str, Any]:

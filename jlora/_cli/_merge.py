@@ -18,6 +18,13 @@ from ._inputs import IGNORE, NAMES, PREFIX, format_of, format_of_adapter, table
 @click.option("--names", metavar="TABLE", help=NAMES)
 @click.option("--follow-links", is_flag=True, help="Follow links out of BASE, and copy the files.")
 @click.option("--untie", is_flag=True, help="Give a tied output head its own weight.")
+@click.option(
+    "--renamed",
+    nargs=2,
+    multiple=True,
+    metavar="PATTERN NEW",
+    help="Replace a regular expression in the names of BASE, which then are ADAPTER's.",
+)
 @PREFIX
 @IGNORE
 def merge(
@@ -27,6 +34,7 @@ def merge(
     names: str | None,
     follow_links: bool,
     untie: bool,
+    renamed: tuple[tuple[str, str], ...],
     **reading: Any,
 ) -> Answer:
     """Merge an adapter into a model.
@@ -44,7 +52,7 @@ def merge(
             f"BASE must be a model and ADAPTER an adapter; got {base} ({kind}) and "
             f"{adapter} ({adapter_kind})."
         )
-    flags = {"--untie": untie, "--follow-links": follow_links}
+    flags = {"--untie": untie, "--follow-links": follow_links, "--renamed": renamed}
     given = " and ".join(name for name in flags if flags[name])
     if given and kind == "orbax":
         raise ValueError(
@@ -62,7 +70,7 @@ def merge(
             tree = call(jlora.checkpoint.restore, adapter, base=params if is_known else None)
         call(jlora.checkpoint.export, out, call(jlora.merge, params, adapter.with_value(tree)))
     else:
-        options = {"follow_links": follow_links, "untie": untie, **reading}
+        options = {"follow_links": follow_links, "untie": untie, "renamed": renamed, **reading}
         if adapter_kind == "orbax":
             adapter = adapter.with_value(call(jlora.checkpoint.restore, adapter))
             options["names"] = table(names)

@@ -9,7 +9,7 @@ import collections
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ Pairs = Sequence[tuple[str, str]]  # patterns of stored names, and what replaces
 Way = tuple[str, str]  # the first components that names in the model lack, and have more
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight")
-_OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 def find(
@@ -78,9 +77,10 @@ def stored_as_is(shapes: Shapes) -> Iterator[Places]:
 
 
 def _modernize(name: str) -> str:
-    """Returns the name of today for a norm's parameter in an old checkpoint."""
-    old = next((end for end in _OLD if name.endswith(end)), "")
-    return name.removesuffix(old) + _OLD.get(old, "")
+    """Returns the name of today for a parameter in an old checkpoint, such as `LayerNorm.gamma`."""
+    ends = load_table()["endings"]
+    old = next((end for end in ends if name.endswith(end)), "")
+    return name.removesuffix(old) + ends.get(old, "")
 
 
 def join_experts(shapes: Shapes) -> dict[str, View]:
@@ -196,14 +196,15 @@ def _list_ways(wanted: Collection[str], named: Collection[str]) -> Iterator[tupl
         yield ("", strip), same + count
 
 
-def _add_prefix(wanted: Iterable[str], places: Places, add: str, strip: str) -> Places:
+def _add_prefix(wanted: Collection[str], places: Places, add: str, strip: str) -> Places:
     """Gives parameters the names in the model; those that are `wanted` as they are stay so."""
-    own = {name for name in wanted if name in places}
+    wanted = set(wanted)
     found = Places()
     for name, x in places.items():
-        if name in own:
+        new = strip + name.removeprefix(add)
+        if name in wanted:
             found[name] = x
-        elif name.startswith(add):
-            found[strip + name.removeprefix(add)] = x
+        if name.startswith(add) and (name not in wanted or new in wanted):
+            found[new] = x
     found.prefix = None if add else strip
     return found
