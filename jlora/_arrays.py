@@ -1,9 +1,10 @@
 """Operations on arrays under any promotion rules and along explicit mesh axes; leaves of trees."""
 
+import functools
 import math
 import string
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from . import _compat
 
 AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # with values, or only its type
 AnyMesh = Mesh | AbstractMesh
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def explicit(x: object) -> NamedSharding | None:
@@ -34,6 +37,33 @@ def follow(known: NamedSharding, x: AnyArray, axes: Sequence[int | None]) -> Nam
     """
     spec = [None if d is None else known.spec[d] for d in axes]
     return NamedSharding(known.mesh, fit_spec(spec, x.shape, known.mesh))
+
+
+def automatically(f: Callable[..., T], place: Any) -> Callable[..., T]:
+    """Lets XLA shard what `f` computes; along explicit mesh axes its result is sharded as `place`.
+
+    None for `place` means that there are no explicit axes.
+    """
+    return f if place is None else jax.sharding.auto_axes(f, out_sharding=place)
+
+
+def replicate(f: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a function of arrays that may be sharded; along explicit axes it replicates results."""
+
+    @functools.wraps(f)
+    def anywhere(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = (args, kwargs)
+        known = next(filter(None, map(explicit, jax.tree.leaves(given))), None)
+        arrays, put = pick(given, lambda x: isinstance(x, jax.Array))
+
+        def of_arrays(*arrays: jax.Array) -> T:
+            args, kwargs = put(arrays)
+            return f(*args, **kwargs)
+
+        place = known and NamedSharding(known.mesh, PartitionSpec())
+        return automatically(of_arrays, place)(*arrays)
+
+    return anywhere
 
 
 def lie_along(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -89,7 +119,7 @@ def abstract(x: AnyArray) -> jax.ShapeDtypeStruct:
     return _compat.abstract(x.shape, dtype, explicit(x), like=x)
 
 
-def _join_shardings(
+def join_shardings(
     x: Sequence[Hashable], y: Sequence[Hashable], out: Sequence[Hashable], *values: jax.Array
 ) -> NamedSharding | None:
     """Shards each axis of `out` as in x, or else as in y, but uses no mesh axis twice."""
@@ -149,7 +179,7 @@ def einsum(
         y_value,
         precision=precision,
         preferred_element_type=dtype or promote(x_value.dtype, jnp.float32),
-        out_sharding=sharding or _join_shardings(x, y, out, x_value, y_value),
+        out_sharding=sharding or join_shardings(x, y, out, x_value, y_value),
     )
 
 

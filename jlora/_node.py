@@ -86,6 +86,11 @@ class Node(tuple[Any, ...]):
         del shape
         return None
 
+    @property
+    def key_shape(self) -> tuple[int, ...]:
+        """The shape of dropout keys: one for each entry of a stack, in each slot of a table."""
+        return (*_leading(self), *(lengths(self)[d] for d in self.layout.stack))
+
     def factor(self, name: str) -> Factor:
         """Returns an array with its axes named by the axes of W."""
         axes = self.axes(self.layout)[name]
@@ -273,8 +278,14 @@ def arrays(node: Node) -> dict[str, Any]:
 
 def is_table(node: Node) -> bool:
     """Whether the arrays of a node have a leading axis more than those of one adapter."""
+    return bool(_leading(node))
+
+
+def _leading(node: Node) -> tuple[int, ...]:
+    """Returns the lengths of the axes of a node's arrays before those of one adapter."""
     axes = node.axes(node.layout)
-    return any(getattr(x, "ndim", 0) > len(axes[name]) for name, x in arrays(node).items())
+    each = ((len(axes[name]), getattr(x, "shape", ())) for name, x in state(node).items())
+    return max((shape[: max(len(shape) - n, 0)] for n, shape in each), key=len)
 
 
 def static(node: Node) -> dict[str, Any]:

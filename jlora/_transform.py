@@ -15,7 +15,7 @@ from ._find_sites import Call, Traced, find_sites
 from ._foreign import check_apply_fn, note_advice
 from ._keys import check_key, fold
 from ._match import match
-from ._node import Adapted, lengths, weight_of
+from ._node import Adapted, weight_of
 from ._quantized import BaseLeaf, Quantized, is_quantized
 from ._rules import rule_name
 from ._site import Full, Rule, Site, check_rules
@@ -256,8 +256,10 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
     `check_vma=False`, which hides whether inputs are shards or copies, all have the same.
 
     Args:
-        adapter: an adapter from `init`. Sites whose rule has `dropout=0` do not change.
-        key: a PRNG key. It is folded with each site's path and split over its stack.
+        adapter: an adapter from `init`, or a table of `jlora.many`, prepared or not. Sites whose
+            rule has `dropout=0` do not change.
+        key: a PRNG key. It is folded with each site's path, and split over the slots of a table and
+            over a stack.
 
     Returns:
         An adapter with keys, for `apply`. Differentiate with respect to the adapter without keys.
@@ -286,8 +288,8 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
         if not is_node(leaf) or not leaf.dropout:
             return leaf
         mine = fold(key, path)
-        stack = tuple(lengths(leaf)[d] for d in leaf.layout.stack)
-        return leaf._replace(key=jax.random.split(mine, stack) if stack else mine)
+        shape = leaf.key_shape
+        return leaf._replace(key=jax.random.split(mine, shape) if shape else mine)
 
     leaves = [seed(path, leaf) for path, leaf in leaves_by_path(adapter, is_node)]
     return jax.tree.unflatten(jax.tree.structure(adapter, is_leaf=is_node), leaves)

@@ -18,7 +18,7 @@ from meshes import KINDS, assert_lies, compiled, mesh_of, moved, normal, on, put
 from small import every, some
 
 import jlora
-from jlora import arithmetic, sharding
+from jlora import analysis, arithmetic, sharding
 from jlora.types import Layout, LowRank
 
 # Shapes and specs of W, and the layouts of its adapters; the head is trained in full.
@@ -92,6 +92,38 @@ def test_explicit_axes(name, jit):
     with jax.set_mesh(mesh) if jit else contextlib.nullcontext():
         found = (jax.jit(f) if jit else f)(trees, base)
     check(found, ALL, f, trees[0])
+
+
+# Of W and the nodes of two adapters.
+MEASURES = {
+    "spectrum": lambda w, x, y: analysis.delta_spectrum(x),
+    "norm": lambda w, x, y: analysis.norm(x),
+    "distance": lambda w, x, y: analysis.distance(x, y),
+    "similarity": lambda w, x, y: analysis.subspace_similarity(x, y),
+    "amplification": lambda w, x, y: analysis.amplification(w, x, rank=1),
+    "intruders": lambda w, x, y: analysis.intruder_dimensions(w, y, k=4),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "kind"),
+    every(
+        MEASURES,
+        [path for path in SITES if path != "head"],
+        KINDS,
+        daily=[("norm", "slots", AxisType.Explicit), ("amplification", "heads", AxisType.Explicit)],
+    ),
+)
+@pytest.mark.parametrize("jit", [True, False])
+def test_measures_of_sharded_factors(name, path, kind, jit):
+    """As on one device; under `jit` with the mesh in scope, and without either."""
+    f, (trees, _), (placed_trees, _, mesh) = MEASURES[name], problem([path]), placed([path], kind)
+    shape, spec, _ = SITES[path]
+    w = normal(7, *shape)
+    expected = f(w, *(tree[path] for tree in trees))
+    args = put(w, mesh, spec), *(tree[path] for tree in placed_trees)
+    with jax.set_mesh(mesh) if jit else contextlib.nullcontext():
+        laws.assert_close((jax.jit(f) if jit else f)(*args), expected, 1e-9)
 
 
 PLACES = {"plain": P("x", "y"), "scanned": P(None, "y", "x"), "heads": P("y", None, "x", None)}

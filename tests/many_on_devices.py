@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 import sharding_models as models
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import assert_lies, compiled, mesh_of, moved, normal, put
 from small import every
@@ -77,6 +77,55 @@ def test_rows_are_what_they_are_alone(form, apply):
     close(program(*args), jax.jit(laws.value_and_slope(alone(params, which, ids)))(table))
     found = moved(program)
     assert all(n < 64 * 128 for kind, n in found if kind != "all-reduce"), found
+
+
+EXPLICIT = mesh_of(AxisType.Explicit)
+IN_PLACE = {"up": P(None, None, "tensor"), "down": P(None, "tensor"), "bias": P("fsdp")}
+
+
+def stated(params, x):
+    """Layers that state how their results are sharded, and a bias."""
+
+    def layer(x, w):
+        h = jnp.tanh(jnp.einsum("ti,io->to", x, w["up"], out_sharding=P(None, "tensor")))
+        return x + jnp.einsum("to,oi->ti", h, w["down"], out_sharding=P(None, None)), None
+
+    bias = jax.sharding.reshard(params["bias"], P(None))
+    return jax.lax.scan(layer, x, {k: params[k] for k in ("up", "down")})[0] + bias
+
+
+@pytest.mark.parametrize(
+    ("form", "known", "of_ids"),
+    every([None, *FORMS], [True, False], [P("fsdp"), P()], daily=[("gathered", False, P())]),
+)
+@pytest.mark.parametrize("drop", [False, True])
+def test_rows_along_explicit_axes(form, known, of_ids, drop):
+    """Values and gradients as on one device, and rows sharded as they were; known ids have runs."""
+    shapes = {"up": (3, 64, 128), "down": (3, 128, 64), "bias": (64,)}
+    params = {k: normal(i, *s) / 16 for i, (k, s) in enumerate(shapes.items())}
+    x = normal(9, ROWS, 1, 64)
+    # Eight rows of a slot are on two devices; each would be a run with a mask of its own.
+    which = np.arange(ROWS) // (2 if drop else 8) % (SLOTS + 1) - 1
+    rules = jlora.LoRA("up|down", rank=2, alpha=16, dropout=0.5), jlora.Full("bias")
+    lora = jlora.transform(lambda p, x: jax.vmap(lambda x: stated(p, x))(x), *rules)
+    route = many.route(lora.apply, form=form)
+
+    def step(table, base, ids, x):
+        noisy = jlora.dropout(table, jax.random.key(3)) if drop else table
+        return route(base, noisy, which if known else ids, x)
+
+    def run(mesh):
+        with jax.set_mesh(mesh):
+            base, rows = put(params, mesh, IN_PLACE), put(x, mesh, P("fsdp"))
+            one = jax.eval_shape(lora.init, jax.random.key(0), base, rows)[1]
+            table = jax.tree.map(lambda v: normal(v.size, SLOTS, *v.shape) / 8, one)
+            table = put(table, mesh, sharding.specs(IN_PLACE, table))
+            ids = put(jnp.asarray(which), mesh, of_ids)
+            return jax.jit(laws.value_and_slope(step))(table, base, ids, rows)
+
+    actual = run(EXPLICIT)
+    close(actual, run(mesh_of(AxisType.Explicit, (1, 1))))
+    assert actual[0][0].sharding.spec[0] == "fsdp"
 
 
 KEYS = jax.random.split(jax.random.key(0), 4)

@@ -19,10 +19,12 @@ import pytest
 from jax import lax
 from laws import assert_close
 from messages import refused
-from small import as_jax, raw, some
+from small import as_jax, every, raw, some
 
 import jlora
+from jlora import many
 from jlora.extend import RANK, Delta, Factor
+from jlora.many._route import FORMS
 
 KEY = jax.random.key(7)
 
@@ -309,6 +311,69 @@ def test_each_use_has_its_own_mask(name: str) -> None:
         slopes = [jax.grad(lambda a, g=g: laws.scalar(g(a))) for g in (f, jax.checkpoint(f))]
         slope, again = jax.jit(lambda a: [g(a) for g in slopes])(adapter)
         assert_close(again, slope, 1e-2 if "cast" in name else 1e-5)
+
+
+def scanned() -> Any:
+    """Transform, base, adapter and input of the model of layers."""
+    return *model(), ONE
+
+
+# A table that is routed, and the same as one whose slots are their adapters.
+TABLES: dict[str, Any] = {
+    "one key": lambda table: (jlora.dropout(table, KEY),) * 2,
+    "a key for each slot": lambda table: (
+        (jax.vmap(jlora.dropout)(table, jax.random.split(KEY, 3)),) * 2
+    ),
+    "prepared": lambda table: (
+        jlora.dropout(many.prepare(table), KEY),
+        jlora.dropout(table, KEY),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "form"),
+    every(
+        [*LINEAR, "scanned"],
+        TABLES,
+        FORMS,
+        daily=[
+            ("scanned", "prepared", "gathered"),
+            ("scanned", "a key for each slot", "side by side"),
+            ("experts_ragged", "one key", "gathered"),
+        ],
+    ),
+)
+def test_each_row_of_a_table_has_its_own_mask(name: str, how: str, form: str) -> None:
+    """By the keys of its slot: the first row of a slot as alone, whatever other rows there are."""
+    lora, base, adapter, x = scanned() if name == "scanned" else linear(name, dropout=0.5)
+    adapters = [jax.tree.map(lambda v, i=i: v * (1 + i), adapter) for i in range(3)]
+    routed_table, table = TABLES[how](many.stack(adapters))
+
+    def apply(base: Any, adapter: Any, x: jax.Array) -> jax.Array:
+        return lora.apply(base, adapter, x[0])[None]
+
+    @jax.jit
+    def rows(*ids: Any) -> list[jax.Array]:
+        route = many.route(apply, form=form)
+        each = [route(base, routed_table, i, jnp.stack([x] * len(i))) for i in ids]
+        return [*each, *(lora.apply(base, many.take(table, i), x) for i in (0, 2))]
+
+    y, of_two, first, third = rows(jnp.array([2, 0, 2, -1, 0]), jnp.array([2, 2]))
+    assert_close((y[1], y[0]), (first, third), 1e-5)
+    assert_close((y[0], y[2]), (*of_two,), 1e-6)
+    assert_close(y[3], lora.apply(base, {}, x), 1e-5)
+    for one, other in ((0, 2), (1, 4)):
+        assert np.abs(y[one] - y[other]).max() > 1e-2
+
+
+def test_runs_of_rows_have_the_masks_of_a_batch() -> None:
+    lora, base, adapter, x = linear("dense", dropout=0.5)
+    noisy = jlora.dropout(many.stack([adapter, adapter]), KEY)
+    ids = np.array([1, 1, 1, 0, 0, 0])
+    routed = many.route(lora.apply)(base, noisy, ids, jnp.concatenate([x, x]))
+    expected = [lora.apply(base, many.take(noisy, i), x) for i in (1, 0)]
+    assert_close(routed, jnp.concatenate(expected), 1e-5)
 
 
 def test_low_precision_keeps_the_mean() -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, Case
+from jax import export
 from jax.sharding import PartitionSpec as P
 from messages import all_refused, each_refusal, refused
 from own_methods import Diagonal, Gain, GainNode
@@ -223,6 +224,20 @@ def test_saved_and_restored(made: Made, tmp_path: Any) -> None:
         restored = checkpoint.restore(tmp_path / "a", like=like, base=made.base)
         assert jax.tree.structure(restored) == jax.tree.structure(made.adapter)
         jax.tree.map(np.testing.assert_array_equal, restored, made.adapter)
+
+
+def test_exported_with_the_adapter_as_an_argument(made: Made) -> None:
+    """The file has the form of the adapter; other numbers of rows are the same program."""
+    types = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (made.base, made.adapter)
+    )
+    ids = jax.ShapeDtypeStruct(export.symbolic_shape("n"), jnp.int32)
+    written = export.export(jax.jit(made.lora.apply))(*types, ids).serialize()
+    f = export.deserialize(written)
+    assert f.in_tree == jax.tree.structure(((made.base, made.adapter, IDS), {}))
+    for rows in (IDS, IDS[:2]):
+        expected = jax.jit(made.lora.apply)(made.base, made.adapter, rows)
+        np.testing.assert_allclose(f.call(made.base, made.adapter, rows), expected, 1e-5, 1e-6)
 
 
 def test_sites_and_counts(made: Made) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, Case
+from jax import export
 from messages import all_refused, refused
 from small import as_jax, some
 
@@ -208,6 +209,22 @@ def test_form_follows_from_the_size() -> None:
     assert are_beside(1) == {"w": True, "v": False}  # 112 of 3,072, 52 of 192
     assert are_beside(6) == {"w": True, "v": False}
     assert are_beside(7) == {"w": False, "v": False}
+
+
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_any_number_of_rows_is_one_exported_program(form: str | None) -> None:
+    """Of a prepared table too."""
+    lora, base, adapters = made()
+    rows = export.symbolic_shape("n")
+    ids, x = (
+        jax.ShapeDtypeStruct(rows, jnp.int32),
+        jax.ShapeDtypeStruct((*rows, *X.shape[1:]), X.dtype),
+    )
+    f = jax.jit(many.route(lora.apply, form=form))
+    for table in (table_of_all(), jax.jit(many.prepare)(table_of_all())):
+        program = export.export(f)(base, table, ids, x)
+        for n in (6, 2):
+            close(program.call(base, table, jnp.array(IDS[:n]), X[:n]), alone(adapters)[:n])
 
 
 def test_rows_lie_along_any_axis() -> None:

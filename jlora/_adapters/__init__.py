@@ -35,5 +35,6 @@ from ._register import RULES as RULES
 from ._register import explain_unregistered as explain_unregistered
 from ._register import is_registered as is_registered
 from ._register import register as register
+from ._register import to_tuples as to_tuples
 from ._rows import Replaced as Replaced
 from ._rows import Rows as Rows

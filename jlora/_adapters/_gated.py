@@ -44,7 +44,7 @@ class Routed(Node):
         layout: which axes of W are which.
         dropout: probability of dropping an input of A.
         materialize: whether jlora may form W + ΔW.
-        key: keys while dropout is active, else None.
+        key: keys while dropout is active, else None: those of each slot until a call chooses.
     """
 
     a: jax.Array
@@ -63,6 +63,11 @@ class Routed(Node):
     def axes(layout: Layout) -> Axes:
         """Returns what each axis of A, B, the gate and the keys follows."""
         return LowRank.axes(layout) | {"gate": ("rank",)}
+
+    @property
+    def key_shape(self) -> tuple[int, ...]:
+        """The shape of dropout keys: each slot has its own."""
+        return (self.slots, *super().key_shape)
 
     def lower(self, w: jax.Array | Quantized) -> Change:
         """Returns the change W + s·A·diag(g)·B."""

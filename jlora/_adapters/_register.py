@@ -1,12 +1,15 @@
 """The decorator that registers the classes of a method, and what it demands of them."""
 
 import collections
+import contextlib
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 import jax
 import numpy as np
+from jax import export
 
 from .._node import Node, is_node_type
 from .._registry import check_free
@@ -113,6 +116,38 @@ def _make_node(cls: type[Node]) -> None:
     static = [name for name in names if name not in cls.labels]
     cls._expected = tuple((names.index(x), *_KINDS.get(hints[x], _ANY)) for x in static)
     jax.tree_util.register_dataclass(cls, list(cls.labels), static)
+    _make_exportable(cls, static)
+
+
+def _make_exportable(cls: type[Node], static: Sequence[str]) -> None:
+    """Lets `jax.export` write functions of nodes; files have the names of package and class."""
+    at = static.index("layout")
+
+    def write(values: tuple[Any, ...]) -> bytes:
+        return json.dumps(values, default=np.generic.item).encode()
+
+    def read(data: bytes | bytearray) -> tuple[Any, ...]:
+        values = to_tuples(json.loads(data))
+        return (*values[:at], Layout(*values[at]), *values[at + 1 :])
+
+    def make(values: Any, children: Iterable[Any]) -> Node:
+        return cls(**dict(zip((*static, *cls.labels), (*values, *children), strict=True)))
+
+    with contextlib.suppress(ValueError):  # a class of that name was there before, as in a notebook
+        export.register_pytree_node_serialization(
+            cls,
+            serialized_name=f"{cls.__module__.partition('.')[0]}.{cls.__name__}",
+            serialize_auxdata=write,
+            deserialize_auxdata=read,
+            from_children=make,
+        )
+
+
+def to_tuples(x: object) -> Any:
+    """Converts the lists of JSON to tuples, at any depth."""
+    if isinstance(x, dict):
+        return {name: to_tuples(value) for name, value in x.items()}
+    return tuple(map(to_tuples, x)) if isinstance(x, list) else x
 
 
 def _check_node(cls: type[Node], names: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from .. import _compat
-from .._arrays import einsum, lie_along, promote
+from .._arrays import automatically, einsum, explicit, lie_along, promote
 from ._axes import RANK, Axis, Factor, Unfactorable
 
 Pair = tuple[jax.Array, jax.Array]
@@ -66,15 +66,10 @@ class Delta:
         """Takes the columns of A and the rows of B of its slot."""
         if self.slot is None:
             return self
-        slot = self.slot.value
 
         def take(f: Factor) -> Factor:
-            d = f.axis(RANK)
-            before, after = f.shape[:d], f.shape[d + 1 :]
-            x = f.value.reshape(*before, *self.parts, -1, *after)
-            x = lax.dynamic_index_in_dim(x, slot, d + 1, keepdims=False)
-            x = jnp.where(slot < 0, jnp.zeros((), x.dtype), x)
-            return f.replace(x.reshape(*before, f.length(RANK) // self.parts[1], *after))
+            pick = functools.partial(_rows_of_slot, f.axis(RANK), self.parts)
+            return f.replace(automatically(pick, explicit(f.value))(f.value, self.slot.value))
 
         return dataclasses.replace(self, a=take(self.a), b=take(self.b), slot=None)
 
@@ -123,6 +118,15 @@ class Delta:
     def is_row(self) -> bool:
         """Whether ΔW costs no more than an activation: A or B is a vector along the rank."""
         return self.is_matrix and (self.a.is_row or self.b.is_row)
+
+
+def _rows_of_slot(d: int, parts: tuple[int, int], x: jax.Array, slot: jax.Array) -> jax.Array:
+    """Takes the part of a slot along the rank, the axis `d`."""
+    before, after = x.shape[:d], x.shape[d + 1 :]
+    found = x.reshape(*before, *parts, -1, *after)
+    found = lax.dynamic_index_in_dim(found, slot, d + 1, keepdims=False)
+    found = jnp.where(slot < 0, jnp.zeros((), x.dtype), found)
+    return found.reshape(*before, x.shape[d] // parts[1], *after)
 
 
 @jax.tree_util.register_dataclass

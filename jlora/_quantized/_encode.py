@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._arrays import back, explicit, follow, to_device
+from .._arrays import automatically, back, explicit, follow, to_device
 from .._linalg import norm
 from ._dynamic import quantize_scales
 from ._leaf import Nested, Quantized
@@ -28,8 +28,7 @@ def quantize_weight(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
     encode = functools.partial(_encode, scheme=scheme, form=form)
     shapes = jax.eval_shape(encode, jax.ShapeDtypeStruct(w.shape, w.dtype))
     places = shapes.map_arrays(functools.partial(follow, known))
-    in_place: Any = jax.sharding.auto_axes(encode, out_sharding=places)
-    return back(in_place(own), w)
+    return back(automatically(encode, places)(own), w)
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "form"))

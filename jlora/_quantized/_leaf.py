@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from .. import _compat
-from .._arrays import back, explicit, to_device
+from .._arrays import automatically, back, explicit, to_device
 from .._core import Axis, Factor, Packed, shard_part
 from .._types import NotAnArray, PyTree
 from .._types import short as short_name
@@ -291,7 +291,7 @@ def _with_plain_scales(axes: tuple[Axis, ...], parts: Quantized) -> Quantized:
 
     # Groups run across shards.
     place = explicit(x)
-    compute: Any = jax.sharding.auto_axes(plain, out_sharding=place) if place else plain
+    compute = automatically(plain, place)
     scale = compute(x, nested.scale.expand_to([*lead, OTHER]), nested.offset.expand_to(lead))
     scale = codes.replace(scale, [*lead, *inner])
     return dataclasses.replace(parts, scale=scale, nested=None)

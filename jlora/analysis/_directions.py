@@ -5,11 +5,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._adapters import LowRank, Node, weight_shape
-from .._arrays import promote
+from .._arrays import promote, replicate
 from .._linalg import norm, svd, times
 from ._size import factors
 
 
+@replicate
 def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax.Array:
     r"""Measures how much the i and j leading directions of two adapters overlap, for all i and j.
 
@@ -57,6 +58,7 @@ def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax
     return sums / jnp.minimum(i, j)
 
 
+@replicate
 def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Array:
     r"""Measures how much ΔW amplifies W in the directions of ΔW.
 
@@ -96,6 +98,7 @@ def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Ar
     return size / jnp.where(size == 0, 1, norm(within, (-2, -1)))
 
 
+@replicate
 def intruder_dimensions(
     w: jax.Array, delta: jax.Array | LowRank, k: int = 10, threshold: float = 0.5
 ) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._adapters import LowRank, is_table, matrices, weight_shape, without_slots
+from .._arrays import replicate
 from .._linalg import norm as norm_of
 from .._linalg import times
 from .._types import short
@@ -40,6 +41,7 @@ def core(a: jax.Array, b: jax.Array) -> jax.Array:
     return times(jnp.linalg.qr(a, mode="r"), jnp.linalg.qr(b.mT, mode="r").mT)
 
 
+@replicate
 def delta_spectrum(node: LowRank) -> jax.Array:
     r"""Computes the singular values of each ΔW of a node, as a matrix of inputs × outputs.
 
@@ -67,6 +69,7 @@ def delta_spectrum(node: LowRank) -> jax.Array:
     return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
 
 
+@replicate
 def norm(node: LowRank) -> jax.Array:
     r"""Computes the Frobenius norm ${\lVert \Delta W \rVert}_F$ of each ΔW of a node.
 
@@ -89,6 +92,7 @@ def norm(node: LowRank) -> jax.Array:
     return norm_of(core(*factors(node)), (-2, -1))
 
 
+@replicate
 def distance(node: LowRank, other: LowRank) -> jax.Array:
     r"""Computes ${\lVert \Delta W_1 - \Delta W_2 \rVert}_F$ of two adapters at one weight.
 

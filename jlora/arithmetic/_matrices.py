@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._adapters import AdapterLeaf, LowRank, from_matrices, matrices, weight_shape
-from .._arrays import explicit
+from .._arrays import automatically, explicit
 from .._compat import is_concrete
 from .._errors import InputError
 from .._linalg import qr, svd, svd_of, times
@@ -34,10 +34,7 @@ def build(
         return a, node.b.astype(dtype_of_all(x.b for x in nodes))
 
     places = explicit(like.a), explicit(like.b)
-    in_place: Any = factors
-    if None not in places:
-        in_place = jax.sharding.auto_axes(factors, out_sharding=places)
-    a, b = in_place(nodes, *operands)
+    a, b = automatically(factors, None if None in places else places)(nodes, *operands)
     return join(nodes, a, b, 1.0)._replace(frozen=())
 
 

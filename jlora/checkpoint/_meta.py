@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._adapters import RULES, AdapterLeaf, Node, is_node, state, static
+from .._adapters import RULES, AdapterLeaf, Node, is_node, state, static, to_tuples
 from .._rules import Slots
 from .._site import Full, Rule
 from .._tree import nest
@@ -111,7 +111,7 @@ def _decode_leaf(item: Fields, parts: dict[str, Any]) -> Any:
         return full
     kind = registered("node", item["node"], node_types())
     names = [name for name in kind._fields if name in item and name not in kind.labels]
-    fields = {name: _to_tuples(item[name]) for name in names}
+    fields = {name: to_tuples(item[name]) for name in names}
     frozen = fields.get("frozen", ())
     if not isinstance(frozen, tuple) or not all(name in parts for name in frozen):
         raise TypeError(f"`frozen` must name arrays of {kind.__name__}; got {frozen!r}")
@@ -146,10 +146,3 @@ def _strings(path: object) -> Path:
     if not isinstance(path, list) or not all(isinstance(part, str) for part in path):
         raise TypeError(f"expected a path, got {path!r}")
     return tuple(path)
-
-
-def _to_tuples(x: object) -> Any:
-    """Converts the lists of JSON to tuples, at any depth."""
-    if isinstance(x, dict):
-        return {name: _to_tuples(value) for name, value in x.items()}
-    return tuple(map(_to_tuples, x)) if isinstance(x, list) else x

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _compat
-from .._arrays import back, count_not_finite, explicit, follow, promote, to_device
+from .._arrays import (
+    automatically,
+    back,
+    count_not_finite,
+    explicit,
+    follow,
+    promote,
+    to_device,
+)
 from .._core import RANK, Axis, Change, Delta, Factor, leaf_weight
 from .._linalg import map_matrices, qr
 from .._quantized import BaseLeaf, Form, Quantized, is_quantized, quantize_weight
@@ -210,7 +218,7 @@ def keep_sharding(
         beside = (*stack, *((None,) if slots is not None else ()))
         of_a, of_b = place(a, (*beside, *inputs, None)), place(b, (*beside, None, *outputs))
         of_w = new.map_arrays(place) if is_quantized(new) else place(new, range(new.ndim))
-        f = jax.sharding.auto_axes(f, out_sharding=(of_w, of_a, of_b))
+        f = automatically(f, (of_w, of_a, of_b))
     new, a, b = f(key, to_device(w))
     new = back(new, w)
     if jax.tree.structure(new) == jax.tree.structure(w):

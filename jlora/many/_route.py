@@ -3,15 +3,17 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from .._adapters import LowRank, Routed, leading_axes, stop_gradients, weight_shape
+from .._arrays import count_pieces, explicit, join_shardings, lie_along, replicate
 from .._core import ROWS
 from .._errors import InputError
 from .._tree import check_fits, leaves_by_path, nest
@@ -20,6 +22,7 @@ from ..arithmetic._operands import FROM_THE_START, RESIDUAL, is_residual, refuse
 from ._fill import Leaves, check_methods
 from ._table import check_ids, table_leaves
 
+T = TypeVar("T")
 FORMS = ("side by side", "gathered")
 SHARE = 4  # side by side if A and B of all slots have at most 1 / SHARE of W's entries
 
@@ -53,6 +56,10 @@ def route(
     once, adapted or not. JAX cannot take a derivative of one inside of `apply`; differentiate the
     routed function instead. Nor can it map one inside of a function with a derivative of its own,
     such as `jax.custom_vjp` makes. Both raise.
+
+    With dropout, give `jlora.dropout(table, key)`, or `jax.vmap(jlora.dropout)(table, keys)` with a
+    key for each slot. Each row has its own mask, by the keys of its slot: the first row of a slot has
+    the mask that `apply` alone would draw for it.
 
     `stack` and `insert` refuse known values that are not finite, so both forms are safe. Leaves
     trained in full are gathered.
@@ -105,28 +112,31 @@ def route(
         leaves, slots = _prepare(table)
         nodes = {path: x for path, x in leaves.items() if isinstance(x, Routed)}
         full = {path: x for path, x in leaves.items() if path not in nodes}
+        keys_of_slots = {path: x.key for path, x in nodes.items() if x.key is not None}
         types = {path: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for path, x in full.items()}
         check_fits(base, nodes | types)
         rows = check_ids(ids, slots)
-        batch = Batch((args, kwargs), (in_axes, 0), len(rows))
+        batch = Batch((args, kwargs), (in_axes, 0), rows.shape[0])
 
         def apply_in_runs(length: int) -> Any:
             """Calls `apply` for each run of `length` rows of one slot."""
 
-            def apply_run(i: jax.Array, full: Leaves, run: list[jax.Array]) -> Any:
-                chosen = {path: _with_gate(x, i, form) for path, x in nodes.items()}
+            def apply_run(i: jax.Array, own: Leaves, run: list[jax.Array]) -> Any:
+                chosen = {path: _choose(x, i, own.get(path), form) for path, x in nodes.items()}
                 args, kwargs = batch.arguments(run)
-                out = apply(base, nest(full | chosen), *args, **kwargs)
+                out = apply(base, nest(own | chosen), *args, **kwargs)
                 return _mark(move_rows_first(out, out_axes, length), i >= slots)
 
-            first = rows[::length]
+            ids, axes = rows[::length], (0, 0, batch.axes)
+            keys = {path: _keys_of_runs(key, ids) for path, key in keys_of_slots.items()}
+            ids, keys, cut = _shard_alike((ids, keys, batch.cut(length)), axes)
+            own = _gather(full, ids, slots, base) | keys
             names = {"axis_name": ROWS, "spmd_axis_name": spmd_axis_name}
-            over_runs = jax.vmap(apply_run, (0, 0, batch.axes), **names)
-            out = over_runs(first, _gather(full, first, slots, base), batch.cut(length))
+            out = jax.vmap(apply_run, axes, **names)(ids, own, cut)
             return join_runs(out, out_axes)
 
         try:
-            return apply_in_runs(_length_of_runs(rows))
+            return apply_in_runs(_length_of_runs(rows, batch.shards))
         except NoRowsError:  # such as a loss, which becomes one for each row
             return apply_in_runs(1)
 
@@ -176,11 +186,14 @@ def _prepare(table: PyTree) -> tuple[Leaves, int]:
 # ---------------------------------------------------------------------- which slot, which form
 
 
-def _length_of_runs(ids: jax.Array | np.ndarray) -> int:
-    """Returns the largest length that divides all runs of equal ids; 1 if ids are traced."""
+def _length_of_runs(ids: jax.Array | np.ndarray, shards: int) -> int:
+    """Returns the largest length that divides all runs of equal ids in each shard of the rows.
+
+    It is 1 if ids are traced.
+    """
     if not isinstance(ids, np.ndarray) or not ids.size:
         return 1
-    return math.gcd(len(ids), *(int(i) + 1 for i in np.flatnonzero(np.diff(ids))))
+    return math.gcd(len(ids) // shards, *(int(i) + 1 for i in np.flatnonzero(np.diff(ids))))
 
 
 def _concatenate(node: LowRank, slots: int) -> Routed:
@@ -194,8 +207,9 @@ def _concatenate(node: LowRank, slots: int) -> Routed:
     return Routed(a, b, None, slots, *fields)
 
 
-def _with_gate(node: Routed, i: jax.Array, form: str | None) -> Routed:
+def _choose(node: Routed, i: jax.Array, key: jax.Array | None, form: str | None) -> Routed:
     """Returns a node that uses slot `i`: its gate is a mask or, where A and B are gathered, `i`."""
+    node = node._replace(key=key)
     is_small = SHARE * (node.a.size + node.b.size) <= math.prod(weight_shape(node))
     is_beside = is_small if form is None else form == FORMS[0]
     if not is_beside:
@@ -209,11 +223,29 @@ def _gather(full: Leaves, ids: jax.Array | np.ndarray, slots: int, base: PyTree)
     params = dict(leaves_by_path(base)) if full else {}
 
     def take(path: Path, leaf: jax.Array) -> jax.Array:
-        is_slot = lax.expand_dims((ids >= 0) & (ids < slots), range(1, leaf.ndim))
-        found = jnp.take(leaf, ids, axis=0, mode="clip")
-        return jnp.where(is_slot, found, jnp.asarray(params[path], leaf.dtype))
+        rows, slot, rest = [ROWS], [None], range(1, leaf.ndim)
+        place = join_shardings(rows, [*slot, *rest], [*rows, *rest], ids, leaf)
+        found = leaf.at[ids].get(mode="clip", out_sharding=place)
+        is_slot = lax.expand_dims((ids >= 0) & (ids < slots), rest)
+        of_base = jnp.asarray(params[path], leaf.dtype)[None]
+        return jnp.where(is_slot, found, lie_along(of_base, found))
 
     return {path: take(path, leaf) for path, leaf in full.items()}
+
+
+@replicate
+def _keys_of_runs(keys: jax.Array, ids: jax.Array) -> jax.Array:
+    """Returns the dropout keys of each run: its slot's, so that the first is as `apply` alone.
+
+    Later runs of a slot fold in their number.
+    """
+
+    def fold(keys: jax.Array, number: jax.Array) -> jax.Array:
+        folded = jax.vmap(jax.random.fold_in, (0, None))(keys.ravel(), number)
+        return jnp.where(number == 0, keys, folded.reshape(keys.shape))
+
+    number = jnp.tril(ids[:, None] == ids[None], -1).sum(1)
+    return jax.vmap(fold)(keys[ids], number)
 
 
 def _mark(out: PyTree, is_wrong: jax.Array) -> Any:
@@ -227,6 +259,28 @@ def _mark(out: PyTree, is_wrong: jax.Array) -> Any:
 
 
 # ------------------------------------------------------------------------- the rows of a batch
+
+
+def _shard_alike(trees: T, axes: PyTree) -> T:
+    """Shards all arrays alike along the axes over which `vmap` maps them, as it demands.
+
+    The first that is sharded there along an explicit mesh axis decides.
+    """
+    dims = jax.tree.leaves(jax.tree.broadcast(axes, trees))
+    leaves, structure = jax.tree.flatten(trees)
+    places = [explicit(x) for x in leaves]
+    entries = [place and place.spec[d] for place, d in zip(places, dims, strict=True)]
+    if not any(entries):
+        return trees
+    [mesh, *_] = [place.mesh for place in places if place is not None]
+    [entry, *_] = filter(None, entries)
+
+    def shard(x: jax.Array, place: NamedSharding | None, d: int) -> jax.Array:
+        spec = [None] * x.ndim if place is None else [*place.spec]
+        spec[d] = entry
+        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.unflatten(structure, map(shard, leaves, places, dims))
 
 
 class NoRowsError(Exception):
@@ -264,6 +318,13 @@ class Batch:
                     f"along axis {axis}, like `ids`; got {short(x)}. {REMEDIES[path[0].idx]}"
                 )
             self.axes.append(axis % x.ndim)
+
+    @property
+    def shards(self) -> int:
+        """The number of shards that rows have along explicit mesh axes."""
+        pairs = zip(map(explicit, self._leaves), self.axes, strict=True)
+        of_rows = ((x.mesh, x.spec[d]) for x, d in pairs if x is not None and d is not None)
+        return max((count_pieces(entry, mesh) for mesh, entry in of_rows), default=1)
 
     def cut(self, length: int) -> list[Any]:
         """Splits the rows of each leaf into runs: a new axis of runs precedes the axis of rows."""
