@@ -127,7 +127,8 @@ def route(
                 out = apply(base, nest(own | chosen), *args, **kwargs)
                 return _mark(move_rows_first(out, out_axes, length), i >= slots)
 
-            ids, axes = rows[::length], (0, 0, batch.axes)
+            ids = rows[::length]
+            axes = (0, 0, batch.axes)
             keys = {path: _keys_of_runs(key, ids) for path, key in keys_of_slots.items()}
             ids, keys, cut = _shard_alike((ids, keys, batch.cut(length)), axes)
             own = _gather(full, ids, slots, base) | keys
@@ -223,8 +224,8 @@ def _gather(full: Leaves, ids: jax.Array | np.ndarray, slots: int, base: PyTree)
     params = dict(leaves_by_path(base)) if full else {}
 
     def take(path: Path, leaf: jax.Array) -> jax.Array:
-        rows, slot, rest = [ROWS], [None], range(1, leaf.ndim)
-        place = join_shardings(rows, [*slot, *rest], [*rows, *rest], ids, leaf)
+        rest = range(1, leaf.ndim)
+        place = join_shardings([ROWS], [None, *rest], [ROWS, *rest], ids, leaf)
         found = leaf.at[ids].get(mode="clip", out_sharding=place)
         is_slot = lax.expand_dims((ids >= 0) & (ids < slots), rest)
         of_base = jnp.asarray(params[path], leaf.dtype)[None]
