@@ -60,6 +60,11 @@ def cpu_seconds() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
+def config_of(folder: Folder) -> dict[str, Any]:
+    """The fields of an adapter."""
+    return json.loads((folder / CONFIG).read_text())
+
+
 @contextlib.contextmanager
 def bounded(seconds: float = SECONDS) -> Iterator[None]:
     """Raises for what takes more; whatever else it raises, too."""

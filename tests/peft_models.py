@@ -21,8 +21,7 @@ from jlora import peft
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "peft"
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/model.json"))
-TABLES = {"Bert": peft.BERT, "Roberta": peft.ROBERTA, "GPT2": peft.GPT2, "Llama": peft.LLAMA}
-TABLES |= {"ViT": peft.VIT}
+TABLES = {x: peft.TABLES[x.lower()] for x in ("Bert", "Roberta", "GPT2", "Llama", "ViT")}
 # What is not s·A·B alone.
 BEYOND = tuple(name for name in CASES if name.startswith(("dora", "tokens")))
 EXAMPLES = ("scanned", "tied", "dora_scanned", "tokens")  # through examples/models/llama.py

@@ -19,6 +19,7 @@ from small import some
 import jlora
 from jlora import peft
 from jlora._quantized import DYNAMIC
+from jlora.peft.formats._dequantize import matrices
 
 E4M3 = jnp.float8_e4m3fn
 MXFP4 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -330,7 +331,7 @@ def test_stacked_layers(format, dtype, tmp_path):
         assert_rounded(new[key], expected.astype(jnp.bfloat16))
     assert json.loads((tmp_path / "dense" / "config.json").read_text()) == {}
     assert [(m.name, m.shape) for m in found] == [(key, files[0].matrix.shape) for key in keys]
-    assert found == peft.matrices(folder)
+    assert found == matrices(folder)
 
 
 @pytest.mark.parametrize("model", ["gpt2", "gpt_bigcode"])

@@ -31,7 +31,7 @@ import test_peft_merged
 from click.shell_completion import ShellComplete
 from flax import nnx
 from messages import check_text, refused
-from peft_files import assert_equal
+from peft_files import assert_equal, config_of
 from safetensors.numpy import save_file
 from small import some, some_rows, without_progress
 
@@ -427,7 +427,7 @@ def test_convert_for_vllm(source: str, name: str, tmp_path: Folder, orbax: Any) 
     args = (folder, "--names", "llama") if source == "orbax" else (case.folder,)
     ours, theirs = tmp_path / "v", tmp_path / "w"
     text = run("convert", args[0], ours, *args[1:], "--profile", "vllm").stdout
-    config = peft.read_config(case.folder) if source == "peft" else None
+    config = config_of(case.folder) if source == "peft" else None
     peft.save(theirs, case.base, adapter, case.names, profile="vllm", config=config)
     for file in FILES:
         assert (ours / file).read_bytes() == (theirs / file).read_bytes()

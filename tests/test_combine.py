@@ -11,7 +11,7 @@ import numpy as np
 import peft_models as models
 import pytest
 from messages import check_text
-from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, pair, write
+from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, config_of, pair, write
 from safetensors.numpy import save_file
 from small import some
 from test_cli import fails, run
@@ -72,9 +72,9 @@ def test_the_sum(name: str, tmp_path: Folder) -> None:
     text = combine([case.folder, mine], tmp_path / "c", WEIGHTS)
     check_sum([case.folder, mine], tmp_path / "c")
     peft.load(tmp_path / "c", case.base, case.names)
-    fields = peft.read_config(tmp_path / "c")
+    fields = config_of(tmp_path / "c")
     assert fields["use_rslora"] is False and "2 adapters by add" in text
-    assert fields["target_modules"] == peft.read_config(case.folder)["target_modules"]
+    assert fields["target_modules"] == config_of(case.folder)["target_modules"]
 
 
 # One model, whose modules they select by a pattern, by lists, by layers and by names.
@@ -116,7 +116,7 @@ def test_what_is_kept_of_the_configurations(case: str, tmp_path: Folder) -> None
     each = zip("ab", modules, given, strict=True)
     folders = [plain(tmp_path / name, own, **fields) for name, own, fields in each]
     combine(folders, tmp_path / "out")
-    found = peft.read_config(tmp_path / "out")
+    found = config_of(tmp_path / "out")
     assert {key: found[key] for key in expected} == expected
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import peft_models as models
 import pytest
 from messages import refused
-from peft_files import CONFIG, ENDS, TENSORS, Folder, assert_equal, pair, write
+from peft_files import CONFIG, ENDS, TENSORS, Folder, assert_equal, config_of, pair, write
 from safetensors.numpy import save_file
 
 from jlora import peft
@@ -55,9 +55,9 @@ def test_written_as_it_was_read(name: str, tmp_path: Folder) -> None:
     case = models.case(name)
     fields = peft.write(tmp_path / "a", peft.read(case.folder))
     assert_equal(models.read(tmp_path / "a" / TENSORS), models.read(case.folder / TENSORS))
-    old = peft.read_config(case.folder)
+    old = config_of(case.folder)
     whole = DEFAULTS if old["peft_type"] == "LORA" else ROWS_DEFAULTS
-    assert peft.read_config(tmp_path / "a") == fields == {**whole, **old}
+    assert config_of(tmp_path / "a") == fields == {**whole, **old}
 
 
 def test_reading_compiles_nothing(caplog: Any) -> None:
@@ -95,7 +95,7 @@ def test_experts_for_vllm(exchanged: bool, reverse: bool, tmp_path: Folder) -> N
     """The same products with the inputs in A, whatever is in the file's A and first in its list."""
     case = models.case("experts")
     peft.write(tmp_path / "a", peft.read(case.folder), profile="vllm")
-    fields, tensors = peft.read_config(tmp_path / "a"), models.read(tmp_path / "a" / TENSORS)
+    fields, tensors = config_of(tmp_path / "a"), models.read(tmp_path / "a" / TENSORS)
     if reverse:
         fields["target_parameters"].reverse()
     (tmp_path / "b").mkdir()

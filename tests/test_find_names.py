@@ -164,7 +164,7 @@ TABLES: dict[str, tuple[Sequence[Name], Shapes]] = {
         },
     ),
     "gpt2": (
-        peft.GPT2,
+        peft.TABLES["gpt2"],
         {"transformer/wte/embedding": (V, D)}
         | layers(
             L,
@@ -173,7 +173,7 @@ TABLES: dict[str, tuple[Sequence[Name], Shapes]] = {
         ),
     ),
     "scanned": (
-        peft.LLAMA_SCANNED,
+        peft.TABLES["llama-scanned"],
         {"model/embed_tokens/embedding": (V, D)}
         | {f"model/layers/mlp/{k}_proj/kernel": (L, *x) for k, x in MLP.items()}
         | {"model/layers/input_layernorm/scale": (L, D)},

@@ -67,7 +67,6 @@ def run(*words: str) -> Callable[[Folder, Folder, Folder], None]:
 ADAPTERS: dict[str, Callable[[Folder, Folder, Folder], Any]] = {
     "load": lambda base, adapter, out: peft.load(adapter, LIKE, NAMES),
     "read": lambda base, adapter, out: peft.read(adapter),
-    "read_config": lambda base, adapter, out: peft.read_config(adapter),
     "export_merged": lambda base, adapter, out: peft.export_merged(base, adapter, out),
     "write": lambda base, adapter, out: peft.write(out, peft.read(adapter), "vllm"),
     "check": lambda base, adapter, out: peft.check(adapter, "vllm"),
@@ -81,7 +80,6 @@ ADAPTERS: dict[str, Callable[[Folder, Folder, Folder], Any]] = {
 BASES: dict[str, Callable[[Folder, Folder, Folder], Any]] = {
     "export_merged": ADAPTERS["export_merged"],
     "load_base": lambda base, adapter, out: peft.load_base(base, NAMES, like=LIKE),
-    "matrices": lambda base, adapter, out: peft.matrices(base),
     "save_base": lambda base, adapter, out: peft.save_base(
         out, peft.load_base(base, NAMES, like=LIKE), NAMES, config=base
     ),
@@ -255,4 +253,4 @@ def test_a_file_becomes_a_link(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(os, "open", swapped)
     with pytest.raises(OSError, match=CONFIG):
-        peft.read_config(adapter)
+        peft.read(adapter)

@@ -28,6 +28,7 @@ from peft_files import (
     assert_equal,
     assert_same_files,
     come_back,
+    config_of,
     node,
     normal,
     pair,
@@ -84,13 +85,13 @@ def test_outputs_and_merged_weights_are_pytorch_s(name: str) -> None:
 def test_files_come_back(name: str, tmp_path: Folder) -> None:
     """Both files have PEFT's bytes with its configuration; without it another one says the same."""
     case, adapter = loaded(name)
-    config = peft.read_config(case.folder)
+    config = config_of(case.folder)
     peft.save(tmp_path / "a", case.base, adapter, case.names, config=config)
     assert_same_files(tmp_path / "a", case.folder)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", CONFIG, TENSORS]
     peft.save(tmp_path / "b", case.base, adapter, case.names, base_model="some/model")
     assert_equal(peft.load(tmp_path / "b", case.base, case.names), adapter)
-    ours = peft.read_config(tmp_path / "b")
+    ours = config_of(tmp_path / "b")
     assert ours.keys() == config.keys()
     assert ours["base_model_name_or_path"] == "some/model"
     assert (tmp_path / "b" / CONFIG).read_text() == json.dumps(ours, indent=2, sort_keys=True)
@@ -106,7 +107,7 @@ def test_a_folder_names_its_model(config: Any, name: str | None, tmp_path: Folde
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     base = tmp_path / "base"
     peft.save(tmp_path / "a", case.base, adapter, case.names, base_model=base)
-    assert peft.read_config(tmp_path / "a")["base_model_name_or_path"] == (name or str(base))
+    assert config_of(tmp_path / "a")["base_model_name_or_path"] == (name or str(base))
     with refused(FileNotFoundError, "base_model", "config.json"):
         peft.save(tmp_path / "b", case.base, adapter, case.names, base_model=tmp_path)
 
@@ -115,7 +116,7 @@ def test_a_folder_names_its_model(config: Any, name: str | None, tmp_path: Folde
 def test_shapes_suffice_as_base(name: str, tmp_path: Folder) -> None:
     """To load; and to save, unless PEFT stores frozen values with the adapter."""
     case, adapter = loaded(name)
-    shapes, config = jax.eval_shape(lambda: case.base), peft.read_config(case.folder)
+    shapes, config = jax.eval_shape(lambda: case.base), config_of(case.folder)
     assert_equal(peft.load(case.folder, shapes, case.names), adapter)
     save = functools.partial(peft.save, tmp_path / "a", shapes, adapter, case.names)
     if name == "tied":
@@ -228,8 +229,8 @@ def test_slots_become_one_adapter(chosen: tuple[int, ...], tmp_path: Folder) -> 
     """Slots of a fused kernel are blocks of B with zeros around them: the same ΔW."""
     within = lambda x: {"transformer": {"h": {"0": {"attn": {"c_attn": {"kernel": x}}}}}}  # noqa: E731
     adapter = node(Layout((), (1,), (0,), (3, chosen, 0)), (12, 4))
-    come_back(tmp_path / "a", within(normal(0, 12, 4)), within(adapter), peft.GPT2)
-    fields = peft.read_config(tmp_path / "a")
+    come_back(tmp_path / "a", within(normal(0, 12, 4)), within(adapter), peft.TABLES["gpt2"])
+    fields = config_of(tmp_path / "a")
     assert (fields["r"], fields["lora_alpha"]) == (2 * len(chosen), 3 * len(chosen))
     assert fields["fan_in_fan_out"] is True
     [b] = [x for k, x in models.read(tmp_path / "a" / TENSORS).items() if "lora_B" in k]
@@ -244,7 +245,7 @@ def test_nnx_state(tmp_path: Folder) -> None:
     base, adapter = jlora.transform(apply, *rules).init(KEY, state, jnp.ones((1, 4)))
     names = [Name("kernel", "linear", "io"), Name("bias", "linear", "o", "bias")]
     assert_equal(come_back(tmp_path / "a", base, adapter, names), adapter)
-    assert peft.read_config(tmp_path / "a")["bias"] == "all"
+    assert config_of(tmp_path / "a")["bias"] == "all"
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
@@ -274,11 +275,11 @@ def test_leaves_in_full_alone(tmp_path: Folder) -> None:
     base = {"head": {"kernel": jnp.zeros((3, 2))}}
     adapter, names = jax.tree.map(jnp.ones_like, base), [Name("(.*)/kernel", r"\1", "io")]
     assert_equal(come_back(tmp_path / "a", base, adapter, names), adapter)
-    assert peft.read_config(tmp_path / "a")["target_modules"] == "dummy-target-modules"
+    assert config_of(tmp_path / "a")["target_modules"] == "dummy-target-modules"
     for i, given in enumerate((["other"], ["head"], [])):  # of which PEFT finds none to adapt
         folder = tmp_path / f"{i}"
         peft.save(folder, base, adapter, names, config={"target_modules": given})
-        assert peft.read_config(folder)["target_modules"] == "dummy-target-modules"
+        assert config_of(folder)["target_modules"] == "dummy-target-modules"
 
 
 def test_patterns_of_many_ranks(tmp_path: Folder) -> None:
@@ -305,7 +306,7 @@ def test_the_first_pattern_of_a_file_counts(tmp_path: Folder) -> None:
     write_config(tmp_path / "a", lora_alpha=1, **given)
     for again in (
         lambda out: peft.write(out, peft.read(tmp_path / "a")),
-        lambda out: peft.save(out, base, adapter, names, config=peft.read_config(tmp_path / "a")),
+        lambda out: peft.save(out, base, adapter, names, config=config_of(tmp_path / "a")),
     ):
         again(tmp_path / "b")
         assert_equal(peft.load(tmp_path / "b", base, names), adapter)
@@ -349,16 +350,16 @@ def test_names_are_short_where_they_are_words(case: str, tmp_path: Folder) -> No
     linear, norms, adapted, expected = SHORT[case]
     base, adapter, names = of_modules(linear, norms, adapted)
     assert_equal(come_back(tmp_path / "a", base, adapter, names), adapter)
-    assert peft.read_config(tmp_path / "a")["target_modules"] == expected
+    assert config_of(tmp_path / "a")["target_modules"] == expected
     # A given selection that finds more is replaced.
     wide = {"target_modules": list({m.rpartition(".")[2] for m in adapted.split()})}
     peft.save(tmp_path / "b", base, adapter, names, config=wide)
-    found = peft.read_config(tmp_path / "b")["target_modules"]
+    found = config_of(tmp_path / "b")["target_modules"]
     assert found in (expected, wide["target_modules"])
     others = {*linear.split(), *norms.split()} - set(adapted.split())
     others |= {m[:i] for m in f"{linear} {norms}".split() for i in range(len(m)) if m[i] == "."}
     taken = {m for m in others for t in found if f".{m}".endswith(f".{t}")}
-    assert taken == {*(peft.read_config(tmp_path / "b")["exclude_modules"] or ())}
+    assert taken == {*(config_of(tmp_path / "b")["exclude_modules"] or ())}
 
 
 def test_names_of_thousands_of_modules_are_short() -> None:
@@ -497,9 +498,7 @@ def test_a_word_for_all_linear_modules(fixture: str, tmp_path: Folder) -> None:
     files.config(target_modules="all-linear")
     assert_equal(files.load(), expected)
     peft.write(tmp_path / "again", contents := peft.read(files.folder))
-    assert (
-        contents.config["target_modules"] == peft.read_config(tmp_path / "again")["target_modules"]
-    )
+    assert contents.config["target_modules"] == config_of(tmp_path / "again")["target_modules"]
     files.config(target_modules=contents.config["target_modules"])
     assert_equal(files.load(), expected)
 
@@ -530,7 +529,7 @@ def test_a_module_in_one_that_is_saved(tmp_path: Folder) -> None:
     base = {"q": {"kernel": normal(2, 4, 6)}, "head": adapter["head"]}
     for i, config in enumerate(({}, {"modules_to_save": ["head", "head.dense"]})):
         peft.save(tmp_path / f"{i}", base, adapter, names, config=config)
-        assert peft.read_config(tmp_path / f"{i}")["modules_to_save"] == ["m.head"]
+        assert config_of(tmp_path / f"{i}")["modules_to_save"] == ["m.head"]
         assert_equal(peft.load(tmp_path / f"{i}", base, names), adapter)
         contents = dataclasses.replace(peft.read(tmp_path / f"{i}"), config=config)
         assert peft.write(tmp_path / f"{i}b", contents)["modules_to_save"] == ["m.head"]
@@ -669,7 +668,7 @@ def test_names_that_are_kept_whole_come_first(tmp_path: Folder) -> None:
         "q": {"kernel": node(names[1], (4, 6))},
     }
     peft.save(tmp_path / "a", base, adapter, names)
-    assert peft.read_config(tmp_path / "a")["target_modules"] == ["m.lm_head", "wte", "q"]
+    assert config_of(tmp_path / "a")["target_modules"] == ["m.lm_head", "wte", "q"]
 
 
 @pytest.mark.parametrize(
@@ -712,7 +711,7 @@ def test_a_tied_weight_in_full(form: str, tmp_path: Folder) -> None:
     shutil.rmtree(files.folder)
     peft.save(files.folder, base, adapter, case.names, config=config)
     assert_equal(files.load(), adapter)
-    fields, tensors = peft.read_config(files.folder), models.read(files.folder / TENSORS)
+    fields, tensors = config_of(files.folder), models.read(files.folder / TENSORS)
     own = [key for key in tensors if "lora" not in key]
     assert len(own) == 2 and np.array_equal(tensors[own[0]], tensors[own[1]])
     assert fields["modules_to_save"][-1] == "lm_head"

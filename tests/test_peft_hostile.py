@@ -29,7 +29,7 @@ from jlora.peft.adapter import _patterns
 from jlora.peft.adapter._config import problems_of
 from jlora.peft.adapter._patterns import Clock, Job, match
 from jlora.peft.adapter._roles import list_parents, list_unused, resolve
-from jlora.peft.formats._dequantize import dequantized
+from jlora.peft.formats._dequantize import dequantized, matrices
 from jlora.peft.merge import _ties
 from jlora.peft.places._find import find
 
@@ -357,10 +357,10 @@ def test_groups_of_modules(tmp_path: Folder) -> None:
         folder = of_codes(tmp_path / str(count), 1000, config)
         with bounded(3):
             if count == 1000:
-                assert len(peft.matrices(folder)) == 1000
+                assert len(matrices(folder)) == 1000
             else:
                 with refused(ValueError, "path", "expected at most 1000, got 10000"):
-                    peft.matrices(folder)
+                    matrices(folder)
 
 
 def test_copies_are_read_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

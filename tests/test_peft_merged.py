@@ -631,12 +631,12 @@ TARGETS = {"target_modules": ["embed_tokens", "lm_head"]}
 def test_both_copies_of_a_shared_weight(tmp_path: Folder) -> None:
     """A tree has one adapter for it; the copy of the checkpoint follows, if it is one."""
     a, b = (jnp.asarray(x) for x in low_rank((4, 11), 2))
-    layout = peft.LLAMA[0].layout
+    layout = peft.TABLES["llama"][0].layout
     tree = {"model": {"embed_tokens": {"embedding": LowRank(a.T, b.T, 1.5, layout)}}}
     for is_tied in (True, False):
         place = tmp_path / str(is_tied)
         base = checkpoint(place, tied(True), **TIED | {"tie_word_embeddings": is_tied})
-        peft.export_merged(base, tree, place / "out", names=peft.LLAMA)
+        peft.export_merged(base, tree, place / "out", names=peft.TABLES["llama"])
         merged = read(place / "out")
         embedding, head = (merged[f"{n}.weight"] for n in ("model.embed_tokens", "lm_head"))
         np.testing.assert_array_equal(head, embedding if is_tied else TABLE)
@@ -1184,7 +1184,6 @@ def test_what_is_in_the_place_of_a_file(kind: str, name: str, tmp_path: Folder) 
     if name == "config.json":  # it says what the weights are
         ways += [
             lambda _: peft.load_base(base, [Name(".*", "m", "io")], like={}),
-            lambda _: peft.matrices(base),
         ]
     for way in ways:
         with refused(ValueError, "", name, f"is {what}"):
@@ -1396,11 +1395,11 @@ def test_arguments(tmp_path: Folder) -> None:
     }
     export = functools.partial(peft.export_merged, out=tmp_path / "out")
     with refused(ValueError, "names", "is for an adapter tree"):
-        export(base, given, names=peft.LLAMA)
+        export(base, given, names=peft.TABLES["llama"])
     with refused(ValueError, "names", "got None"):
         export(base, tree)
     with refused(TypeError, "adapter", "must be a nested dict"):
-        export(base, {}, names=peft.LLAMA)
+        export(base, {}, names=peft.TABLES["llama"])
     with refused(FileNotFoundError, "src_dir", tmp_path / "none", "there is no folder"):
         export(tmp_path / "none", given)
     with refused(FileNotFoundError, "adapter", tmp_path / "none", "there is no folder"):

@@ -13,6 +13,7 @@ from peft_files import (
     assert_equal,
     assert_same_files,
     come_back,
+    config_of,
     node,
     normal,
     write,
@@ -107,7 +108,7 @@ def test_dropout_of_a_file_is_told(tmp_path: Folder) -> None:
     peft.save(tmp_path / "a", base, adapter, names, config={"lora_dropout": 0.1})
     with pytest.warns(UserWarning, match="lora_dropout: 0.1 is ignored"):
         again = peft.load(tmp_path / "a", base, names)
-    config = peft.read_config(tmp_path / "a")
+    config = config_of(tmp_path / "a")
     peft.save(tmp_path / "b", base, again, names, config=config)
     assert_same_files(tmp_path / "a", tmp_path / "b")
 
@@ -135,7 +136,7 @@ def both() -> Any:
 def test_miss_is_saved_as_lora(tmp_path: Folder) -> None:
     """With A, which the file cannot mark as frozen; MiSS's own file is refused."""
     peft.save(tmp_path / "a", BASE, both(), NAMES)
-    assert peft.read_config(tmp_path / "a")["peft_type"] == "LORA"
+    assert config_of(tmp_path / "a")["peft_type"] == "LORA"
     for at, found in peft.load(tmp_path / "a", BASE, NAMES).items():
         own = both()[at]["kernel"]
         assert found["kernel"].frozen == ()

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 hf_peft = pytest.importorskip("peft")
 
-from peft_files import assert_close, assert_equal, assert_same_files  # noqa: E402
+from peft_files import assert_close, assert_equal, assert_same_files, config_of  # noqa: E402
 from test_peft_interop import TOLERANCE, in_peft, make, models, outputs  # noqa: E402
 
 from jlora import peft  # noqa: E402
@@ -63,7 +63,7 @@ def test_files_both_ways(form: str, tmp_path: Folder) -> None:
     case, model = models.case(name), adapted(name, config)
     model.save_pretrained(tmp_path / "theirs")
     adapter = peft.load(tmp_path / "theirs", case.base, case.names)
-    fields = peft.read_config(tmp_path / "theirs")
+    fields = config_of(tmp_path / "theirs")
     peft.save(tmp_path / "again", case.base, adapter, case.names, config=fields)
     assert_same_files(tmp_path / "again", tmp_path / "theirs")
     expected = make.outputs(name, model).numpy()

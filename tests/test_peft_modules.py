@@ -20,6 +20,7 @@ from peft_files import (
     assert_equal,
     assert_same_files,
     come_back,
+    config_of,
     node,
     normal,
     pair,
@@ -78,7 +79,7 @@ def test_only_some_modules(chosen: tuple[int, ...], tmp_path: Folder) -> None:
     base, adapter = adapted(rule(*chosen))
     assert_equal(come_back(tmp_path / "a", base, adapter, NAMES), adapter)
     wanted = [f"{'kv'[i]}_proj" for i in chosen]
-    assert peft.read_config(tmp_path / "a")["target_modules"] == wanted
+    assert config_of(tmp_path / "a")["target_modules"] == wanted
     tensors = load_file(tmp_path / "a" / TENSORS)
     modules = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors}
     assert modules == {f"h.{layer}.{name}" for layer in range(2) for name in wanted}
@@ -100,7 +101,7 @@ def test_other_slots(form: str, tmp_path: Folder) -> None:
     given, rank = SLOTS[form]
     node = come_back(tmp_path / "a", *adapted(given), NAMES)["0"]["kv"]["w"]
     assert node.layout.slots == (2, (0, 1), 0)
-    assert peft.read_config(tmp_path / "a")["r"] == node.a.shape[-1] == rank
+    assert config_of(tmp_path / "a")["r"] == node.a.shape[-1] == rank
 
 
 def test_in_full(tmp_path: Folder) -> None:
@@ -310,7 +311,7 @@ def test_a_bare_parameter(tmp_path: Folder) -> None:
     base = {"router": {"w": jnp.zeros((4, 6)), "bias": jnp.zeros(4)}, "q": {"kernel": jnp.eye(6)}}
     adapter = {"router": {"w": node(BARE[0], (4, 6)), "bias": jnp.ones(4)}}
     assert_equal(come_back(tmp_path / "a", base, adapter, BARE), adapter)
-    fields = peft.read_config(tmp_path / "a")
+    fields = config_of(tmp_path / "a")
     assert (fields["target_parameters"], fields["target_modules"]) == (["w"], [])
     given = {"bias": "lora_only"}
     peft.save(tmp_path / "b", base, adapter, BARE, config=given)
@@ -329,7 +330,7 @@ def test_a_weight_by_its_own_name(pattern: str, tmp_path: Folder) -> None:
     given |= {"r": 2, "lora_alpha": 3, "alpha_pattern": {pattern: 9}}
     peft.save(tmp_path / "a", base, adapter, BARE, config=given)
     assert_equal(peft.load(tmp_path / "a", base, BARE), adapter)
-    assert peft.read_config(tmp_path / "a")["target_parameters"] == ["q.weight"]
+    assert config_of(tmp_path / "a")["target_parameters"] == ["q.weight"]
 
 
 # --------------------------------------------------------------------------- parts of a parameter
@@ -370,7 +371,7 @@ def test_parts(table: Any, module: str, kind: str, shared: bool, tmp_path: Folde
     assert_equal(come_back(tmp_path / "a", base, adapter, table), adapter)
     each = np.concatenate([*jlora.merge(base, adapter).values()], axis=-1).swapaxes(-1, -2)
     assert_close(delta(load_file(tmp_path / "a" / TENSORS), module, kind, 1.5), each)
-    config = peft.read_config(tmp_path / "a")
+    config = config_of(tmp_path / "a")
     rank = max(config["rank_pattern"].values(), default=config["r"])
     assert rank == (2 if shared else 2 * len(table))
 

@@ -65,7 +65,7 @@ def with_bias(dtype: Any) -> Any:
 
 # Base, adapter and table; the options of `save`; the argument, the place, what was got, the remedy.
 NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
-    "no names": ((BASE, LOW, []), {}, "names", "", "got [].", "such as jlora.peft.LLAMA"),
+    "no names": ((BASE, LOW, []), {}, "names", "", "got [].", "such as jlora.peft.TABLES['llama']"),
     "one name": ((BASE, LOW, W), {}, "names", "", "must be a table", "got Name("),
     "unnamed": ((BASE, LOW, [Name("v", "m", "io")]), {}, "adapter", "w", "no row of `names` fits"),
     "unnamed in a collection": (  # as rows have it, whose paths leave out a leading params/

@@ -19,7 +19,7 @@ import peft as hf_peft
 import peft_families as families
 import torch
 import transformers
-from peft_files import assert_equal, assert_same_files
+from peft_files import assert_equal, assert_same_files, config_of
 
 import jlora
 from jlora import peft
@@ -62,7 +62,7 @@ def test_as_peft_has_it(family: str, tmp_path: pathlib.Path) -> None:
 
     adapted = adapt(model, tmp_path / "a")
     adapter = peft.load(tmp_path / "a", base, names)
-    config = peft.read_config(tmp_path / "a")
+    config = config_of(tmp_path / "a")
     peft.save(tmp_path / "copy", base, adapter, names, config=config)
     assert_same_files(tmp_path / "copy", tmp_path / "a")
 
@@ -97,7 +97,7 @@ def test_gate_and_up_as_one_leaf(family: str, tmp_path: pathlib.Path) -> None:
     assert_equal(base, values)
     adapt(model, tmp_path / "a")
     adapter = peft.load(tmp_path / "a", base, names)
-    config = peft.read_config(tmp_path / "a")
+    config = config_of(tmp_path / "a")
     peft.save(tmp_path / "copy", base, adapter, names, config=config)
     assert_same_files(tmp_path / "copy", tmp_path / "a")
 

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import test_base_files as base_files
 from messages import refused
-from peft_files import Folder, assert_close, assert_equal, assert_same_files, come_back, node
+from peft_files import (
+    Folder,
+    assert_close,
+    assert_equal,
+    assert_same_files,
+    come_back,
+    config_of,
+    node,
+)
 from safetensors.numpy import load_file
 from small import some
 
@@ -86,7 +94,7 @@ def test_files_come_back(form: str, alpha: float, rslora: bool, tmp_path: Folder
     scale = alpha / (2**0.5 if rslora else 2)
     theirs = {PATHS[form]: adapter[PATHS[form]]._replace(scale=scale)}
     peft.save(tmp_path / "theirs", base, theirs, plain, config=said)
-    config = peft.read_config(tmp_path / "theirs")
+    config = config_of(tmp_path / "theirs")
     assert (config["lora_alpha"], config["alpha_pattern"]) == (alpha, {})
     ours = peft.load(tmp_path / "theirs", base, TABLE)
     peft.save(tmp_path / "ours", base, ours, TABLE, config=config)

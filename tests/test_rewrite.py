@@ -19,6 +19,7 @@ from test_peft_merged import read as tensors_of
 import jlora
 from jlora import peft
 from jlora._cli._app import cli
+from jlora.peft.formats._dequantize import matrices
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -87,7 +88,7 @@ def test_a_configuration_within_another(config, way, tmp_path):
     assert "quantization_config" not in left
     assert left.count('"c": 1') == json.dumps(said).count('"c": 1')
     assert config_of(tmp_path / "out")["model_type"] == "x"
-    assert peft.matrices(tmp_path / "out") == []
+    assert matrices(tmp_path / "out") == []
 
 
 MEMORY = """
@@ -223,7 +224,7 @@ def test_a_configuration_without_codes(tmp_path):
 def test_a_checkpoint_in_floats(tmp_path):
     base, _, _ = beside(tmp_path, "nf4")
     (base / "config.json").write_text("{}")
-    assert peft.matrices(base) == []
+    assert matrices(base) == []
     with pytest.raises(ValueError, match=rf"`src_dir`: {base} is not quantized. Use it directly\."):
         peft.dequantize_checkpoint(base, tmp_path / "out")
 

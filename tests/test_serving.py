@@ -16,7 +16,7 @@ import numpy as np
 import peft_models as models
 import pytest
 from messages import check_text, refused
-from peft_files import CONFIG, PREFIX, TENSORS, Folder, bounded, node, normal
+from peft_files import CONFIG, PREFIX, TENSORS, Folder, bounded, config_of, node, normal
 from safetensors.numpy import save_file
 from small import some
 from test_cli import PLAIN, run
@@ -41,7 +41,7 @@ def test_tensors_are_those_that_are_saved(name: str, tmp_path: Folder) -> None:
     case = models.case(name)
     args = case.base, peft.load(case.folder, case.base, case.names), case.names
     profiles = [{"profile": "vllm"}] if name in PLAIN else []
-    config = {"config": peft.read_config(case.folder)}
+    config = {"config": config_of(case.folder)}
     for i, options in enumerate(({}, *profiles, config)):
         ours = peft.tensors(*args, **options)
         peft.save(tmp_path / f"{i}", *args, **options)
@@ -90,7 +90,7 @@ LLAMA = {
 def good() -> tuple[Fields, Tensors]:
     """An adapter of a small Llama, of PEFT, of all of its linear modules."""
     folder = models.FIXTURES / "all_linear"
-    fields = peft.read_config(folder)
+    fields = config_of(folder)
     lasts = {name.rpartition(".")[2] for name in fields["target_modules"]}
     return fields | {"target_modules": sorted(lasts)}, models.read(folder / TENSORS)
 

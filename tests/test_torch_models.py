@@ -18,6 +18,7 @@ pytest.importorskip("peft")
 
 import peft as hf_peft
 import torch
+from peft_files import config_of
 from safetensors.numpy import load_file, save_file
 from small import randomize, raw
 from torch_models import MODELS, Model
@@ -328,7 +329,7 @@ def test_theirs_in_jax(name: str, tmp_path: pathlib.Path) -> None:
     adapter = peft.load(tmp_path / "theirs", found.params, found.names)
     outputs = jax.jit(jlora.transform(found.call).apply)(found.params, adapter, row.arrays)
     assert_close(outputs, run(model, row))
-    fields = peft.read_config(tmp_path / "theirs")
+    fields = config_of(tmp_path / "theirs")
     peft.save(tmp_path / "ours", found.params, adapter, found.names, config=fields)
     ours, theirs = (
         load_file(tmp_path / x / "adapter_model.safetensors") for x in ("ours", "theirs")

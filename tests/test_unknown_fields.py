@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from messages import refused
-from peft_files import CONFIG, assert_same_files
+from peft_files import CONFIG, assert_same_files, config_of
 from safetensors.numpy import load_file
 from test_links import LIKE, NAMES, folders
 
@@ -97,14 +97,14 @@ def test_an_engine_without_the_field(tmp_path: Folder) -> None:
 
 
 def test_what_is_read_and_saved_again(tmp_path: Folder) -> None:
-    """`save` takes no field either that `load` would refuse; `read_config` leaves it out."""
+    """`save` takes no field either that `load` would refuse; `read` leaves it out."""
     adapter = folders(tmp_path)[1]
     tree = peft.load(adapter, LIKE, NAMES)
-    peft.save(tmp_path / "expected", LIKE, tree, NAMES, config=peft.read_config(adapter))
+    peft.save(tmp_path / "expected", LIKE, tree, NAMES, config=config_of(adapter))
     damage(adapter, **{FIELD: 1})
     with refused(ValueError, "config", FIELD, "1 is not known", "leave the field out"):
-        peft.save(tmp_path / "b", LIKE, tree, NAMES, config=peft.read_config(adapter))
-    config = peft.read_config(adapter, ignore={FIELD})
+        peft.save(tmp_path / "b", LIKE, tree, NAMES, config=config_of(adapter))
+    config = peft.read(adapter, ignore={FIELD}).config
     peft.save(tmp_path / "b", LIKE, tree, NAMES, config=config)
     assert_same_files(tmp_path / "b", tmp_path / "expected")
 
@@ -115,9 +115,8 @@ def test_what_is_read_and_saved_again(tmp_path: Folder) -> None:
 def test_known_fields_are_not_ignored(known: str, tmp_path: Folder) -> None:
     """Neither those that jlora reads, nor those that it refuses."""
     adapter = folders(tmp_path)[1]
-    for call in (peft.read, peft.read_config):
-        with refused(ValueError, "ignore", f"but it knows {known}: without"):
-            call(adapter, ignore=("x", known))
+    with refused(ValueError, "ignore", f"but it knows {known}: without"):
+        peft.read(adapter, ignore=("x", known))
     found = CliRunner().invoke(cli, ["inspect", str(adapter), "--ignore", known])
     assert found.exit_code == 2
     assert found.stderr.startswith("jlora: --ignore is for fields that jlora does not know")

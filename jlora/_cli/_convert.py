@@ -10,6 +10,7 @@ from .._folders import check_vacant
 from .._tree import adapter_leaves, count
 from .._types import PyTree
 from ..peft._recognized import find_image
+from ..peft.adapter._config import read_config
 from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import IGNORE, NAMES, PREFIX, format_of_adapter, table
 
@@ -81,7 +82,7 @@ def convert(
     }
     text = f"{out}: {fields['leaves']} leaves of {fields['parameters']:,} parameters as {written}"
     if profile == "vllm":
-        fields["rank"] = jlora.peft.read_config(out.value)["r"]
+        fields["rank"] = read_config(out.value)["r"]
         text += f", for vLLM with --max-lora-rank {fields['rank']} or more"
     return Answer(text, fields)
 
@@ -96,7 +97,7 @@ def _to_peft(
     config: Arg | None,
 ) -> PyTree:
     rows = table(names)
-    fields = None if config is None else call(jlora.peft.read_config, config, ignore=ignore)
+    fields = None if config is None else call(read_config, config, ignore=ignore)
     adapter = call(jlora.checkpoint.restore, source)
     if base is not None:
         params = base.with_value(call(jlora.checkpoint.base_values, base))

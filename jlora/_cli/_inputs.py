@@ -13,6 +13,7 @@ import jlora
 
 from .._tree import adapter_leaves, name_of
 from .._types import PyTree
+from ..peft._checkpoint import holds
 from ..peft._recognized import ORBAX, find_image, recognize
 from ._command import Arg, call
 
@@ -74,7 +75,7 @@ def format_of(given: Arg, *, model: bool = False) -> str:
     A folder with both is an adapter, or with `model=True` a model.
     """
     folder = given.value
-    held = call(jlora.peft.holds, given)
+    held = call(holds, given)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if model and "weights" in held:
         return "huggingface"

@@ -13,6 +13,8 @@ from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_sh
 from .._progress import progress
 from .._text import align_columns, format_bytes
 from .._tree import count, size_in_bytes
+from ..peft._checkpoint import holds
+from ..peft.formats._dequantize import matrices
 from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import IGNORE, PREFIX, format_of, open_adapter
 
@@ -40,8 +42,8 @@ def inspect(folder: Arg, every: bool, ignore: tuple[str, ...], prefix: str | Non
 
     If DIR is a quantized model, show its quantized matrices and their sizes.
     """
-    is_model = format_of(folder) == "huggingface" and "weights" in jlora.peft.holds(folder.value)
-    if is_model and (found := call(jlora.peft.matrices, folder)):
+    is_model = format_of(folder) == "huggingface" and "weights" in holds(folder.value)
+    if is_model and (found := call(matrices, folder)):
         return _list_quantized(folder, found)
     adapter = open_adapter(folder, ignore, prefix)
     leaves = adapter.leaves

@@ -208,14 +208,6 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
     Raises:
         FileNotFoundError: if there is no such folder.
         ValueError: if it is another file.
-
-    Examples:
-        >>> import pathlib, tempfile
-        >>> from jlora import peft
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     pathlib.Path(folder, "config.json").touch()
-        ...     peft.holds(folder)
-        {'model'}
     """
     path = to_path(path)
     if path.is_file() and find_image(path):

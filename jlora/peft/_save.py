@@ -58,14 +58,14 @@ def save(
         path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
         base: the frozen tree. `jax.ShapeDtypeStruct`s suffice where no value is written.
         adapter: from `init`, training or `load`. Dropout keys in it are ignored.
-        names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
+        names: a table of `Name` rows, such as `jlora.peft.TABLES["llama"]`.
         base_model: the name of the base model, for PEFT's `base_model_name_or_path`; or the model's
             folder as a `pathlib.Path`. The name is then `_name_or_path` in its `config.json`, or
             else its path.
         profile: `"vllm"` for vLLM: all modules get one rank, which vLLM has kernels for. A and B
             are padded with zeros, and the scales are multiplied into B (alpha = r). A of experts
             has the inputs, where PEFT's may have the outputs.
-        config: fields of `adapter_config.json` to keep, such as those of `read_config`. Fields for
+        config: fields of `adapter_config.json` to keep, such as `read(path).config`. Fields for
             modules, ranks and alphas are replaced unless they describe the adapter.
         dialect: what reads the files. `"peft"`: two files, as above. For image LoRA, one file:
             `pytorch_lora_weights.safetensors` in the folder `path`, or `path` itself if it ends in
@@ -103,7 +103,7 @@ def save(
         >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     peft.save(f"{folder}/adapter", base, adapter, names)
-        ...     fields = peft.read_config(f"{folder}/adapter")
+        ...     fields = peft.read(f"{folder}/adapter").config
         >>> fields["target_modules"], fields["r"], fields["lora_alpha"]
         (['q_proj'], 2, 4)
 

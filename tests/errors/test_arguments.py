@@ -345,15 +345,12 @@ def test_parameters_that_are_not_the_first_argument() -> None:
 
 FULL, NAMES = Full("layer/kernel"), (peft.Name("(.*)", r"\1", "io"),)
 PATHS: dict[str, Callable[[Any], Any]] = {
-    "load": lambda path: peft.load(path, "adapter", peft.LLAMA),
+    "load": lambda path: peft.load(path, "adapter", peft.TABLES["llama"]),
     "save": lambda path: peft.save(path, *init(FULL), NAMES),
     "read": peft.read,
-    "read_config": peft.read_config,
     "find_names": lambda path: peft.find_names(W, path, jlora.transform(dense).sites(W, X)),
-    "matrices": peft.matrices,
     "export_merged": lambda path: peft.export_merged(path, "adapter", "out"),
-    "holds": peft.holds,
-    "load_base": lambda path: peft.load_base(path, peft.LLAMA, like=PARAMS),
+    "load_base": lambda path: peft.load_base(path, peft.TABLES["llama"], like=PARAMS),
     "save_base": lambda path: peft.save_base(path, W, NAMES),
     "check": lambda path: peft.check(path, "vllm"),
     "checkpoint.save": lambda path: checkpoint.save(path, init(FULL)[1], FULL),

@@ -86,7 +86,7 @@ def test_programs_read_the_fields(tmp_path: Folder) -> None:
     assert (of_rule.value.argument, of_rule.value.path) == ("rank", None)
     files = Files(tmp_path)
     with pytest.raises(jlora.types.InputError) as of_table:
-        jlora.peft.load(files.folder, files.case.base, jlora.peft.LLAMA)
+        jlora.peft.load(files.folder, files.case.base, jlora.peft.TABLES["llama"])
     found = of_table.value
     assert (found.argument, found.path) == ("path", str(files.folder))
     assert found.problems and all(x.remedy.startswith("`names` is") for x in found.problems)

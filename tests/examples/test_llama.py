@@ -32,10 +32,10 @@ from conversations import lay
 from folders import CHATML, say, write_chat_model, write_conversations
 from jax.tree_util import Partial
 from models import llama
+from peft_files import config_of
 from small import some
 
 import jlora
-from jlora import peft
 
 TINY = llama.Config(vocab=400, layers=2, dim=32, hidden=48, heads=4, kv_heads=2)
 
@@ -172,7 +172,7 @@ def test_learns_and_writes_what_is_served(argv, whole, base):
     assert f"merged: vllm serve {folder / 'merged'}" in printed
     adapted = peft.read(folder / "adapter").leaves
     assert len(adapted) == 7 * TINY.layers and "lm_head" not in adapted
-    assert peft.read_config(folder / "adapter")["base_model_name_or_path"] == str(base)
+    assert config_of(folder / "adapter")["base_model_name_or_path"] == str(base)
     assert sorted(x.name for x in folder.iterdir()) == ["adapter", "merged"]
     assert {x.name for x in (folder / "merged").iterdir()} == {x.name for x in base.iterdir()}
     before = {x: x.read_bytes() for x in folder.rglob("*") if x.is_file()}

@@ -72,33 +72,7 @@ STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def read_config(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> dict[str, Any]:
-    """Reads the fields of an adapter's `adapter_config.json`, for `save(..., config=...)`.
-
-    An adapter tree does not store these: task type, revision, the name of the base model, how the
-    modules are selected. With `config`, an adapter that is loaded and saved again has PEFT's bytes.
-
-    Args:
-        path: the adapter's folder.
-        ignore: names of fields to leave out; see `load`.
-
-    Returns:
-        The JSON object of the file, as a dict.
-
-    Raises:
-        FileNotFoundError: if the folder or the file is missing.
-        ValueError: if the file is too large, a link out of the folder, or not a JSON object; or if
-            jlora knows a field in `ignore`.
-
-    Examples:
-        >>> import pathlib, tempfile
-        >>> from jlora import peft
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = pathlib.Path(folder, "adapter_config.json")
-        ...     _ = file.write_text('{"peft_type": "LORA", "task_type": "CAUSAL_LM"}')
-        ...     config = peft.read_config(folder)
-        >>> config["task_type"]
-        'CAUSAL_LM'
-    """
+    """Reads the fields of an adapter's `adapter_config.json`, without those in `ignore`."""
     return read_fields(Source(to_path(path)), ignore)
 
 

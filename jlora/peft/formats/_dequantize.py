@@ -56,15 +56,6 @@ def matrices(path: str | os.PathLike[str]) -> list[Matrix]:
     Raises:
         FileNotFoundError: if the folder or a file is missing.
         ValueError: if the checkpoint is damaged.
-
-    Examples:
-        >>> import tempfile, jax.numpy as jnp
-        >>> from jlora import peft
-        >>> names = [peft.Name(r"(\w+)/kernel", r"\1", "io")]
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     peft.save_base(f"{folder}/base", {"up": {"kernel": jnp.ones((64, 32))}}, names)
-        ...     peft.matrices(f"{folder}/base")
-        []
     """
     format = open_format(open_checkpoint(path, "path", follow_links=True))
     with _errors_about("path"):

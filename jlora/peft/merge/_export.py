@@ -75,7 +75,7 @@ def export_merged(
             `transformers` splits on loading, such as q, k and v; it stays fused.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
-        names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.LLAMA`.
+        names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.TABLES["llama"]`.
         follow_links: whether files of `src_dir` may be links out of it. Their content is copied.
         untie: whether to store the weight that embedding and head share twice, with all that is
             tied with them, and to set `tie_word_embeddings` to false. An adapter can then change

@@ -71,7 +71,7 @@ def match_to_checkpoint(
     elif names is None:
         raise InputError(
             "`names` must be a name table for the adapter tree, such as "
-            "jlora.peft.LLAMA; got None.",
+            "jlora.peft.TABLES['llama']; got None.",
         )
     else:
         target, found = _match_tree(checkpoint, adapter, names, is_untied, problems, renamed)

@@ -107,7 +107,7 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
     rows = list(names) if isinstance(names, Iterable) else []
     if not rows or not all(isinstance(row, Name) for row in rows):
         raise TypeError(
-            "`names` must be a table of jlora.peft.Name rows, such as jlora.peft.LLAMA; "
+            "`names` must be a table of jlora.peft.Name rows, such as jlora.peft.TABLES['llama']; "
             f"got {shorten(names)}."
         )
     found = (_leaf(path, x, rows) for path, x in leaves_by_path(base, is_node))

@@ -12,7 +12,7 @@ Such are the Flax models of `transformers` 4, and your own with paths like
 | `GPT_OSS`, `LLAMA4` | the models with these names |
 
 A table names only the modules of its models. For a module of your own, such as a new head, add a
-row: `(*peft.BERT, peft.Name("head/kernel", "head", "io"))`.
+row: `(*peft.TABLES["bert"], peft.Name("head/kernel", "head", "io"))`.
 
 Experts are leaves (experts, inputs, outputs). Gate and up are one leaf, `gate_up_proj`, or two,
 `gate_proj` and `up_proj`. In a checkpoint, experts may be one parameter; if gate and up are two
