@@ -66,9 +66,9 @@ def check(
         ignore: as in `load`. The engine is checked as if the file did not have these fields.
 
     Returns:
-        A record; `print` shows it. Its `findings` are empty if the engine serves the adapter as PEFT
-        would. Each says `what`, `why`, a `remedy`, and whether the engine is `silent` about it.
-        `start` is a command that starts the engine, `notes` say what else to know.
+        A record; `print` shows it. Its `findings` are empty if the engine serves the adapter as
+        PEFT would. Each says `what`, `why`, a `remedy`, and whether the engine is `silent` about
+        it. `start` is a command that starts the engine, and `notes` say what else to know.
 
     Raises:
         FileNotFoundError: if a folder or a file is missing.
