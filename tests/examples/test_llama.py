@@ -36,6 +36,7 @@ from peft_files import config_of
 from small import some
 
 import jlora
+from jlora import peft
 
 TINY = llama.Config(vocab=400, layers=2, dim=32, hidden=48, heads=4, kv_heads=2)
 
