@@ -82,7 +82,7 @@ def _scratch(final: Path, argument: str) -> Iterator[Path]:
     try:
         with contextlib.suppress(FileExistsError):
             os.makedirs(final.parent)
-        scratch = tempfile.mkdtemp(prefix=".", dir=final.parent)
+        scratch = tempfile.mkdtemp(prefix=".jlora-", dir=final.parent)
         yield Path(scratch, final.name)
     except Exception as e:
         if isinstance(e, OccupiedError) or (number := _number_of(e, final)) is None:
