@@ -81,7 +81,12 @@ def is_for(case: Case, method: type) -> bool:
 
 # With every law, or only that adapted is merged.
 DAILY = {
-    DoRA: {"conv_nchw": False, "concatenate_adapted_all": False, "experts_einsum": True},
+    DoRA: {
+        "conv_nchw": False,
+        "depthwise_kernel_of_multipliers": False,
+        "concatenate_adapted_all": False,
+        "experts_einsum": True,
+    },
     Rows: {"lookup_under_vmap": False, "lookup_in_each_of_a_stack": False},
     Gain: {"experts_einsum": False},
     Diagonal: {"matmul": True},

@@ -1,5 +1,6 @@
 """Quantized bases: what a scheme keeps, which leaves it takes, and what the step makes of them."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -383,6 +384,10 @@ def test_merging():
     found = {e.path: e.error for e in jlora.summary(again).quantized}
     error = np.linalg.norm(back - dense) / np.linalg.norm(dense)
     assert found["w",] == pytest.approx(error, rel=1e-3)
+    # As from a checkpoint of codes, whose errors are not known.
+    unknown = dataclasses.replace(jax.device_put(base["w"], jax.devices()[0]), error=None)
+    requantized = jlora.merge(base | {"w": unknown}, adapter, requantize=True)["w"]
+    jax.tree.map(np.testing.assert_array_equal, requantized, again["w"])
     full = {"v": jnp.ones(base["v"].shape)}
     trained = jlora.merge(base, full, check=True, requantize=True)["v"]
     assert trained.scheme == base["v"].scheme

@@ -19,7 +19,8 @@ NAMES = """
     stack_adapted_one slots_split_after experts_einsum experts_ragged_mlp_that_share_inputs
     experts_with_slots_that_share_inputs experts_with_frozen_that_share_inputs
     experts_scanned_that_share_outputs experts_ragged_mlp python_if_on_a_value trained_in_full
-    added_joined_and_measured depthwise_kernel_of_multipliers experts_looked_up_under_vmap
+    added_joined_and_measured queries_repeated_for_two_rows depthwise_kernel_of_multipliers
+    experts_looked_up_under_vmap
     stack_repeated_along_itself stack_tiled one_column stacked_with_factors_of_two_dtypes
     scan_layers scan_layers_reversed remat fori_loop_dynamic while_loop by_platform cond_in_scan
     weight_chosen_by_cond shard_map_outputs shard_map_gathers_the_weight sharding_constraints

@@ -656,6 +656,13 @@ def added_joined_and_measured(p, x):
     return y, p["returned"], jnp.sum(p["summed"] ** 2)
 
 
+@case("no_site", ONE, {"w": (6, 5), "query": (3, 6)}, (2, 4, 6))
+def queries_repeated_for_two_rows(p, x):
+    """Learned queries, repeated along the batch, are activations of the product that they are in."""
+    query = jnp.broadcast_to(p["query"], (2, 3, 6))
+    return jnp.concatenate([query, x], axis=1) @ p["w"], jnp.tanh(query @ p["w"])
+
+
 @case("no_site", ONE, {"w": (6, 5), "token": (7, 6), "position": (8, 6)}, IDS)
 def looked_up_positions(p, ids):
     """Lookups of tokens and positions are embeddings: all-linear leaves them alone."""
