@@ -28,7 +28,8 @@ TREE = {
         "By task": """loops/chat loops/vision loops/audio loops/graphs
             loops/tokens loops/dpo loops/grpo
             loops/privacy loops/mixing
-            loops/evaluation loops/stopping loops/orbax adapters""",
+            loops/evaluation loops/stopping loops/orbax
+            loops/export adapters""",
         "By size": """loops/accumulation loops/precision quantized
             loops/remat loops/logits loops/home loops/sharding
             loops/hosts pods""",

@@ -54,7 +54,7 @@ PAGES = [p.relative_to(GUIDES).with_suffix("").as_posix() for p in sorted(GUIDES
 PAGES = [page for page in PAGES if blocks(page)]
 LOOPS = [page for page in PAGES if page.startswith("loops/")]
 # To import or to compile.
-SLOW = {"adapters", "rules", "pods"} | {
+SLOW = {"adapters", "rules", "pods", "loops/export"} | {
     f"loops/{page}" for page in ("accumulation", "dpo", "equinox", "evaluation", "grpo", "haiku")
 }
 SLOW |= {f"loops/{page}" for page in ("keras", "nnx", "precision", "remat", "stopping", "tokens")}
