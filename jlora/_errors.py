@@ -1,14 +1,13 @@
 """What is wrong with an argument, as data; its text is made at the end."""
 
+import collections
 import contextlib
 import os
-import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 MOST = 100  # problems that a text lists
-_ARGUMENT = re.compile(r"`(\w+(\[\d+\])?)(=True)?`")
 
 
 class Problem(NamedTuple):
@@ -17,8 +16,7 @@ class Problem(NamedTuple):
     Attributes:
         where: the path, tensor, module or field; it may be any text of a file.
         why: what was expected there, and what was got.
-        remedy: what to do; empty if `why` says it. A whole sentence is printed below all problems,
-            once for all that have it.
+        remedy: what to do, as a sentence; empty if `why` says it.
 
     Examples:
         >>> import jlora
@@ -30,35 +28,35 @@ class Problem(NamedTuple):
     why: str
     remedy: str = ""
 
-    @property
-    def is_sentence(self) -> bool:
-        """Whether the remedy is a sentence of its own."""
-        return self.remedy.endswith(".")
-
     def __str__(self) -> str:
-        remedy = f"; {self.remedy}" if self.remedy and not self.is_sentence else ""
-        return f"{show(self.where)}: {self.why}{remedy}"
+        return f"{show(self.where)}: {self.why}" + f". {self.remedy}" * bool(self.remedy)
 
 
 class ArgumentError(Exception):
-    """An argument of a function is not as expected; `str` makes the text.
+    """An argument of a function is not as expected; `str` makes the text of the fields.
 
     Attributes:
-        argument: the name of the argument: the first name in backticks in `why`.
-        why: what was expected, what was got, and what to do.
-        path: the file or folder that `why` names, within the argument's folder or absolute; None
-            if `why` names none.
-        problems: what is wrong, if it is several things or one of many places.
+        argument: the name of the argument.
+        sentence: what was expected, and what was got; it follows the name. Other arguments are in
+            backticks.
+        path: the file or folder that the sentence names, within the argument's folder or absolute;
+            None if it names none.
         remedy: what to do about all problems.
+        problems: what is wrong, if it is several things or one of many places.
     """
 
     def __init__(
-        self, why: str, *, path: object = None, problems: Iterable[Problem] = (), remedy: str = ""
+        self,
+        argument: str,
+        sentence: str,
+        *,
+        path: object = None,
+        remedy: str = "",
+        problems: Iterable[Problem] = (),
     ) -> None:
-        super().__init__(why)
-        named = _ARGUMENT.search(why)
-        assert named is not None, why
-        self.argument, self.why, self.remedy = named[1], why, remedy
+        super().__init__()
+        self.args = argument, sentence  # by which a copy is made
+        self.argument, self.sentence, self.remedy = argument, sentence, remedy
         self.path = None if path is None else str(path)
         self.problems = tuple(problems)
 
@@ -70,34 +68,36 @@ class ArgumentError(Exception):
 
         Args:
             names: what else to call arguments, such as `DIR` for `path`.
-            paths: the user's paths, to write once after the name unless `why` has the path.
+            paths: the user's path of each argument; it stands after the name, unless the sentence
+                has it.
         """
-        is_whole = os.path.isabs(self.path or "")
-        left = {k: path for k, path in paths.items() if k != self.argument or not is_whole}
-
-        def name(found: re.Match[str]) -> str:
-            path = f" {left.pop(found[1])}" if found[1] in left else ""
-            return names.get(found[1], found[0]) + path
 
         def rename(text: str) -> str:
-            return _ARGUMENT.sub(name, text)
+            for name, other in names.items():
+                text = text.replace(f"`{name}`", other).replace(f"`{name}=True`", other)
+            return text
 
-        why = rename(self.why)
-        found = [Problem(*map(rename, problem)) for problem in self.problems]
-        more = len(found) - MOST
-        if found and not why.endswith(":"):
-            why += f" {len(found)} problem{'s' * (len(found) > 1)}:"
-        lines = [f"  {p}" for p in found[:MOST]] + [f"  … and {more} more"] * (more > 0)
-        remedies = [p.remedy for p in found if p.is_sentence]
-        below = filter(None, dict.fromkeys([*remedies, rename(self.remedy)]))
-        return "\n".join([why, *lines, *below])
+        start = rename(f"`{self.argument}`")
+        if self.argument in paths and not os.path.isabs(self.path or ""):
+            start += f" {paths[self.argument]}"
+        start += ":" * (self.path is not None)
+        n = len(self.problems)
+        count = f" {n} problem{'s' * (n > 1)}:" if n else ""
+        counts = collections.Counter(x.remedy for x in self.problems)
+        shared = [remedy for remedy, n in counts.items() if n > 1]
+        each = [x._replace(remedy="") if x.remedy in shared else x for x in self.problems[:MOST]]
+        lines = [f"  {Problem(*map(rename, x))}" for x in each]
+        lines += [f"  … and {n - MOST} more"] * (n > MOST)
+        below = map(rename, filter(None, dict.fromkeys([*shared, self.remedy])))
+        return "\n".join([f"{start} {rename(self.sentence)}{count}", *lines, *below])
 
 
 class InputError(ArgumentError, ValueError):
     """A `ValueError`: an argument, or a file or tree in it, has a wrong value.
 
-    Programs read its fields: `argument`, the name of the argument; `path`, the file or folder, or
-    None; `problems`, a tuple of `Problem`; and `remedy`, what to do about all problems.
+    Programs read its fields: `argument`, the name of the argument; `sentence`, what is wrong with
+    it; `path`, the file or folder, or None; `problems`, a tuple of `Problem`; and `remedy`, what to
+    do about all problems.
 
     Examples:
         >>> import jlora
@@ -131,7 +131,8 @@ def not_written(argument: str, path: object, reason: str, number: int | None = N
         number: the number of the system's error.
     """
     error = WritingError(
-        f"`{argument}`: could not write {path}: {reason}. Nothing is left of it, and nothing else "
+        argument,
+        f"could not write {path}: {reason}. Nothing is left of it, and nothing else "
         "was touched. Make room or permission there, or give another path.",
         path=path,
     )
@@ -147,7 +148,7 @@ def blame(argument: str, path: object, part: str = "") -> Iterator[None]:
     except InputError:
         raise
     except ValueError as e:
-        raise InputError(f"`{argument}`: {part}{path} {e}.", path=path) from None
+        raise InputError(argument, f"{part}{path} {e}.", path=path) from None
 
 
 # -------------------------------------------------------------------- what others wrote, in a text

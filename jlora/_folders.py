@@ -67,9 +67,7 @@ def fresh_file(path: Where, argument: str) -> Iterator[Path]:
 def check_vacant(path: os.PathLike[str], argument: str = "path") -> None:
     """Raises unless a folder can appear at `path`."""
     if os.path.ismount(path):  # nothing is renamed to one
-        raise OccupiedError(
-            f"`{argument}`: {path} is a mount point; give a folder in it.", path=path
-        )
+        raise OccupiedError(argument, f"{path} is a mount point; give a folder in it.", path=path)
     is_empty = os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path)
     if os.path.lexists(path) and not is_empty:
         raise _occupied(path, argument)
@@ -110,7 +108,8 @@ def _number_of(error: Exception, final: Path) -> int | None:
 
 def _occupied(path: os.PathLike[str], argument: str) -> OccupiedError:
     return OccupiedError(
-        f"`{argument}`: {path} exists and is not an empty folder; nothing is ever overwritten. "
+        argument,
+        f"{path} exists and is not an empty folder; nothing is ever overwritten. "
         "Give another path, or remove it first.",
         path=path,
     )

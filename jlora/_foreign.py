@@ -133,9 +133,10 @@ def check_kept(params: PyTree) -> Callable[[], None]:
         after = leaves_by_path(params)
         if changed := [name_of(path) for path, x in after if before.get(path, x) is not x]:
             raise InputError(
-                f"`apply_fn` changes variables of the module of flax.nnx that it gets, at "
+                "apply_fn",
+                f"changes variables of the module of flax.nnx that it gets, at "
                 f"{', '.join(changed)}. The change would be lost: each step would start with the "
-                f"same statistics and dropout keys. Call model.eval() before, or {_SPLIT}"
+                f"same statistics and dropout keys. Call model.eval() before, or {_SPLIT}",
             )
 
     return check

@@ -80,9 +80,10 @@ def _check(site: Site, rule: Rule, sites: Sites) -> None:
         )
     if site.used is False or not (is_full or site.kind or site.unsupported_uses):
         raise InputError(
-            f"{name} of shape {site.shape}, which the traced call does not use, or only behind "
-            "stop_gradient, so it would get no gradient. Narrow the pattern, or give `init` the "
-            "arguments of a call that uses it."
+            "rules",
+            f"has {rule_name(rule)} for {site.name} of shape {site.shape}, which the traced call "
+            "does not use, or only behind stop_gradient, so it would get no gradient. Narrow the "
+            "pattern, or give `init` the arguments of a call that uses it.",
         )
     if site.unsupported_uses and not is_full and not rule.materialize:
         raise NotImplementedError(
@@ -112,12 +113,11 @@ def _raise_idle(rule: Rule, sites: Sites) -> None:
         raise ValueError("\n".join([why, *listed]))
     if [s.parts for s in sites.leaves] == [()]:
         raise InputError(
-            f"{rule_name(rule)} matches no leaf of `params`, which is one array of shape "
+            "params",
+            f"has no leaf that {rule_name(rule)} matches: it is one array of shape "
             f"{sites.leaves[0].shape}. Are the arguments in the wrong order? The parameters come "
-            "first: init(key, params, *args), and apply_fn(params, *args)."
+            "first: init(key, params, *args), and apply_fn(params, *args).",
         )
     leaves = ([] if isinstance(rule, Full) else list(sites)) or sites.leaves
-    raise InputError(
-        f"{rule_name(rule)} matches no leaf of `params`. "
-        + explain_no_match(rule.pattern, [s.path for s in leaves])
-    )
+    advice = explain_no_match(rule.pattern, [s.path for s in leaves])
+    raise InputError("params", f"has no leaf that {rule_name(rule)} matches. {advice}")

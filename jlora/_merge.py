@@ -12,7 +12,7 @@ from ._adapters import Node, arrays, state
 from ._arrays import back, count_not_finite, to_device
 from ._compat import is_concrete, place_of
 from ._core import Axis
-from ._errors import InputError
+from ._errors import InputError, Problem
 from ._node import Adapted, PartialWeightError, lower
 from ._quantized import BaseLeaf, Quantized, dequantize, is_quantized, quantize_weight
 from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
@@ -118,9 +118,11 @@ def _combine(
         leaves.append(_quantize_like(x, old) if to_codes and x is not old else x)
     if wrong:
         raise InputError(
-            "`merge` computed values that are not finite at:\n  "
-            + "\n  ".join(wrong)
-            + "\nThe adapter or the base holds NaN or infinity there; use an earlier checkpoint."
+            "merge",
+            "computed values that are not finite.",
+            problems=wrong,
+            remedy="The adapter or the base holds NaN or infinity there; use an earlier "
+            "checkpoint.",
         )
     return jax.tree.unflatten(tree, leaves)
 
@@ -139,13 +141,15 @@ def _quantize_like(w: BaseLeaf, old: Quantized) -> Quantized:
 def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
     if sign < 0 and is_quantized(leaf.base):
         raise InputError(
-            f"`unmerge` cannot subtract ΔW at {path!r}, which is quantized: its codes hold the "
-            "sum only roughly. Keep the base."
+            "unmerge",
+            f"cannot subtract ΔW at {path!r}, which is quantized: its codes hold the "
+            "sum only roughly. Keep the base.",
         )
     if sign < 0 and not leaf.delta.is_invertible:
         raise InputError(
-            f"`unmerge` cannot undo {type(leaf.delta).__name__} at {path!r}: its change depends on "
-            "the original weight. Keep the base."
+            "unmerge",
+            f"cannot undo {type(leaf.delta).__name__} at {path!r}: its change depends on "
+            "the original weight. Keep the base.",
         )
     # One program, so that a sharded W stays on its devices. Leaves of one form share it.
     program = jax.jit(_change, static_argnums=2, out_shardings=_sharding_of(leaf.base))
@@ -181,13 +185,14 @@ def _sharding_of(w: BaseLeaf) -> Sharding | None:
     return place_of(w)
 
 
-def _find_not_finite(path: Path, x: Any) -> list[str]:
+def _find_not_finite(path: Path, x: Any) -> list[Problem]:
     """Counts the values of a merged leaf that are not finite; empty if there are none."""
     if not all(map(is_concrete, jax.tree.leaves(x))):
         raise InputError(
-            "`check` of merge needs concrete values, which jit, grad and vmap do not have. "
-            "Merge without `check` there, and check the result outside."
+            "check",
+            "of merge needs concrete values, which jit, grad and vmap do not have. "
+            "Merge without `check` there, and check the result outside.",
         )
     x = dequantize(x) if is_quantized(x) else x
     n = count_not_finite(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else 0
-    return [f"{name_of(path)}: {n} of {np.size(x)} values"] if n else []
+    return [Problem(name_of(path), f"{n} of {np.size(x)} values")] if n else []

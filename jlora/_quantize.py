@@ -111,8 +111,9 @@ def _find_forms(
     if sites is not None and found.keys() != leaves.keys():
         [first, *_] = sorted(found.keys() ^ leaves.keys())
         raise InputError(
-            f"`sites` does not belong to `params`: only one of them has {name_of(first)}. Give "
-            "lora.sites(params, ...) of the same tree."
+            "sites",
+            f"does not belong to `params`: only one of them has {name_of(first)}. Give "
+            "lora.sites(params, ...) of the same tree.",
         )
     rows = max((s.inputs for s in found.values() if s.kind == "embed"), default=0)
     is_match = lambda scheme, path: _is_match(scheme, path, found.get(path), rows)  # noqa: E731
@@ -135,18 +136,17 @@ def _is_match(scheme: Scheme, path: Path, site: Site | None, rows: int) -> bool:
 def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) -> None:
     name = rule_name(scheme)
     if scheme.pattern is not None:
-        raise InputError(
-            f"{name} matches no leaf of `params`. "
-            + explain_no_match(scheme.pattern, ["/".join(path) for path in leaves])
-        )
+        advice = explain_no_match(scheme.pattern, ["/".join(path) for path in leaves])
+        raise InputError("params", f"has no leaf that {name} matches. {advice}")
     if sites is None:
         raise ValueError(
             f"{name} has no pattern, so it matches every dense site except the head. Give "
             "`sites=lora.sites(params, ...)`, which lists the dense sites, or a pattern."
         )
     raise InputError(
-        f"{name} matches every dense site except the head and leaves trained in full, but `sites` "
-        "has no such site. Name leaves by a pattern."
+        "sites",
+        f"has no site for {name}, which takes every dense site except the head and leaves trained "
+        "in full. Name leaves by a pattern.",
     )
 
 
@@ -193,8 +193,9 @@ def _quantize_leaf(x: BaseLeaf, path: Path, scheme: Scheme, form: Form) -> Quant
     x = evaluate_now(jnp.asarray, x) if isinstance(x, np.ndarray) else x
     if bad := count_not_finite(x):
         raise InputError(
-            f"{name_of(path)!r} of `params` has {bad} values that are NaN or infinite, for which "
-            f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite."
+            "params",
+            f"has {bad} values that are NaN or infinite at {name_of(path)!r}, for which "
+            f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite.",
         )
     leaf = quantize_weight(jnp.asarray(x), scheme, form)
     return _place_like(place_of(x) if is_concrete(leaf.data) else None, path, leaf)

@@ -177,13 +177,14 @@ def check_pattern(rule: object, pattern: object) -> None:
         )
     if (components := pattern.strip("/")) != pattern:
         raise InputError(
-            f"`pattern` {pattern!r} of {type(rule).__name__} must not start or end with `/`, "
-            f"because a pattern matches whole components of a path. Write {components or '.*'!r}."
+            "pattern",
+            f"{pattern!r} of {type(rule).__name__} must not start or end with `/`, "
+            f"because a pattern matches whole components of a path. Write {components or '.*'!r}.",
         )
     try:
         compile_pattern(pattern)
     except re.error as e:
-        raise InputError(f"`pattern` {pattern!r} is not a regular expression: {e}.") from None
+        raise InputError("pattern", f"{pattern!r} is not a regular expression: {e}.") from None
 
 
 def check_field(
@@ -192,7 +193,8 @@ def check_field(
     """Raises `error` unless `holds`; it says what the field `name` of a rule `must` be or do."""
     if not holds:
         owner = rule_name(rule) if isinstance(rule, HasPattern) else type(rule).__name__
-        raise error(f"`{name}` of {owner} must {must}; got {getattr(rule, name)!r}.")
+        sentence = f"of {owner} must {must}; got {getattr(rule, name)!r}."
+        raise InputError(name, sentence) if error is InputError else error(f"`{name}` {sentence}")
 
 
 def is_int(x: object) -> TypeGuard[int]:
@@ -200,10 +202,11 @@ def is_int(x: object) -> TypeGuard[int]:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
-def check_int(what: str, n: object, least: int) -> None:
-    """Raises unless `n` is an integer of at least `least`; the error calls it `what`."""
+def check_int(argument: str, n: object, least: int, owner: str = "") -> None:
+    """Raises unless `n`, an argument (of `owner`), is an integer of at least `least`."""
     if not is_int(n) or n < least:
-        raise InputError(f"{what} must be an integer of at least {least}; got {n!r}.")
+        what = f"of {owner} must" if owner else "must"
+        raise InputError(argument, f"{what} be an integer of at least {least}; got {n!r}.")
 
 
 def is_finite(x: object) -> TypeGuard[float]:

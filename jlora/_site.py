@@ -229,8 +229,9 @@ def check_rules(rules: object, unpack: bool = False) -> tuple[Rule, ...]:
         found.append(rule)
     if len(rest := [rule_name(rule) for rule in found if rule.pattern is None]) > 1:
         raise InputError(
-            f"`rules` has {', '.join(rest)}, but only one rule may be without a pattern: it takes "
+            "rules",
+            f"has {', '.join(rest)}, but only one rule may be without a pattern: it takes "
             "every dense and conv site that no rule with a pattern takes. Give the others a "
-            "pattern."
+            "pattern.",
         )
     return tuple(found)

@@ -171,7 +171,8 @@ def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
     wrong = {p: why for p, x in found.items() if (why := _misfit(x, shapes.get(p)))}
     if wrong:
         raise InputError(
-            f"`adapter` does not fit `base` at {len(wrong)} of {len(found)} paths:",
+            "adapter",
+            f"does not fit `base` at {len(wrong)} of {len(found)} paths.",
             problems=problems_at(wrong),
             remedy="Use the adapter with the parameters that it was made for, or make one with "
             "`init`.",
@@ -202,7 +203,8 @@ def _check_collection(found: dict[Path, Any], shapes: dict[Path, tuple[int, ...]
         else:
             continue
         raise InputError(
-            f"`adapter` does not fit `base`: the paths of `{outer}` begin with {name + '/'!r}, but "
+            "adapter",
+            f"does not fit `base`: the paths of `{outer}` begin with {name + '/'!r}, but "
             f"the paths of `{inner}` do not. Give both with it, like `variables`, or both without "
             f"it, like variables[{name!r}].",
         )

@@ -111,7 +111,8 @@ def check_facts(error: Exception, argument: str, *facts: object) -> None:
     whole, parts = str(error), [("", "", "")]
     if hasattr(error, "problems"):
         assert argument in ("", fields.argument), fields.argument
-        whole, parts = f"{fields.why}\n{fields.remedy}", [(fields.path, "", ""), *fields.problems]
+        whole = f"{fields.sentence}\n{fields.remedy}"
+        parts = [(fields.path, "", ""), *fields.problems]
     assert not argument or f"`{argument}`" in str(error), error
     assert any(
         all(str(x) == where or str(x) in f"{why}\n{remedy}\n{whole}" for x in facts)

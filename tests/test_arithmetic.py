@@ -364,7 +364,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
             [{"w": NODE, **FULL}, {"w": jnp.ones((12, 9)), "b": jnp.ones(2)}]
         ),
         **{
-            f"`adapters` must be single adapters{end}": lambda f=f: f(
+            f"`adapters` ... must be single adapters{end}": lambda f=f: f(
                 [jlora.many.stack([{"w": NODE}])]
             )
             for end, f in {"": arithmetic.add, " ... w ... leading axis": jlora.many.stack}.items()

@@ -568,7 +568,7 @@ def test_merge_of_one_side_of_a_tied_weight(tmp_path: Folder) -> None:
     given = test_peft_merged.both(0)
     test_peft_merged.adapter(tmp_path / "a", given, target_modules=["embed_tokens"])
     where = tmp_path / "base", tmp_path / "a", tmp_path / "m"
-    assert "does not change both equally; give --untie, which stores both" in fails("merge", *where)
+    assert "does not change both equally. Give --untie, which stores both" in fails("merge", *where)
     run("merge", *where, "--untie")
     found = models.read(tmp_path / "m" / "model.safetensors")
     assert found.keys() == {"model.embed_tokens.weight", "lm_head.weight"}

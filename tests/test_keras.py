@@ -305,7 +305,7 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
     TypeError: {"`model` ... got dict": lambda: adapt({}, example=X)},
     ValueError: {
         "`model` ... 'bare' is not built": lambda: adapt(UNBUILT, LoRA(), example=X),
-        "LoRA('kernol') matches no leaf": lambda: adapt(network(), LoRA("kernol"), example=X),
+        "`params` ... LoRA('kernol')": lambda: adapt(network(), LoRA("kernol"), example=X),
         "`model` ... 2 weights ... twins/d/kernel": lambda: adapt(twins(), LoRA(), example=X),
         "`seed` ... got -1": lambda: adapt(network(), LoRA(), example=X, seed=-1),
         "`model` ... an adapter already ... network_adapted/lora_0": lambda: adapt(

@@ -467,12 +467,14 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
         ),
     },
     ValueError: {
-        "`learning_rate` must be an integer ... got float32. ... such as 1.0": lambda: many.restart(
-            many.optimizer(optax.sgd, learning_rate=1),
-            many.optimizer(optax.sgd, learning_rate=1).init(TABLE),
-            TABLE,
-            0,
-            learning_rate=0.5,
+        "`learning_rate` ... must be an integer ... got float32. ... such as 1.0": lambda: (
+            many.restart(
+                many.optimizer(optax.sgd, learning_rate=1),
+                many.optimizer(optax.sgd, learning_rate=1).init(TABLE),
+                TABLE,
+                0,
+                learning_rate=0.5,
+            )
         ),
         "`ranks` ... got 2.": lambda: init(KEYS, ranks=[1, 2]),
         "`ranks` ... got 4. ... Raise it to the largest.": lambda: init(KEYS, ranks=[1, 4, 2]),

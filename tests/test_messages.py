@@ -319,7 +319,7 @@ def test_stale_texts() -> None:
 
 
 FACTS = (
-    ("r", "a.b", "expected 1", "got 0", "give another"),
+    ("r", "a.b", "expected 1", "got 0", "Give another."),
     ("r", "m.c", "Use 2."),
     ("r", "/x"),
     ("r",),
@@ -335,8 +335,8 @@ WRONG_FACTS = (
 
 def test_facts_are_of_the_fields() -> None:
     """Those of one problem, and the places whole."""
-    problems = Problem("a.b", "expected 1, got 0", "give another"), Problem("m.c", "is odd")
-    error = InputError("`r` does not fit:", path="/x", problems=problems, remedy="Use 2.")
+    problems = Problem("a.b", "expected 1, got 0", "Give another."), Problem("m.c", "is odd")
+    error = InputError("r", "does not fit.", path="/x", problems=problems, remedy="Use 2.")
     for facts in FACTS:
         messages.check_facts(error, *facts)
     for facts in WRONG_FACTS:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 REFUSED = (
     "layer_replication",
     "the input embedding and the output head share this weight",
-    "if it shares the input embedding's weight, the adapter must change both equally",
+    "If it shares the input embedding's weight, the adapter must change both equally",
     "has rows in the adapter, which PEFT also gives",
 )
 NAMES = list(families.CONFIGURATIONS)

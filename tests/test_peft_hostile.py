@@ -376,7 +376,7 @@ def test_copies_are_read_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(_ties, "digest", digest)
     edits: dict[str, Any] = {name: object() for name in tables}
-    found = _ties.with_copies(open_checkpoint(folder), edits, Problems(""))
+    found = _ties.with_copies(open_checkpoint(folder), edits, Problems("", ""))
     assert [found[head] for head in heads] == list(edits.values())
     assert sorted(read) == sorted(every)
 

@@ -475,7 +475,7 @@ def test_rows_of_what_may_be_tied(tmp_path: Folder) -> None:
     given |= {"model.embed_tokens.token_adapter.trainable_tokens_delta": rows}
     fields = {"trainable_token_indices": {"embed_tokens": [3, 1]}}
     table = "model.embed_tokens.weight"
-    with refused(ValueError, "adapter", table, "correct tie_word_embeddings there"):
+    with refused(ValueError, "adapter", table, "Correct tie_word_embeddings there"):
         merge(tmp_path, weights, given, config=TIED, **fields)
     untied = TIED | {"tie_word_embeddings": False}
     merged = merge(tmp_path, weights, given, config=untied, **fields)
@@ -926,7 +926,7 @@ def test_untied(side: str, twice: bool, shards: int, tmp_path: Folder) -> None:
         "both": TARGETS["target_modules"],
     }
     fields = {"target_modules": ["q", *targets[side]]}
-    with refused(ValueError, "adapter", "give `untie=True`, which stores both"):
+    with refused(ValueError, "adapter", "Give `untie=True`, which stores both"):
         grow(tmp_path, BODY | tied(twice), given, TIED | TIED_TEXT, shards, **fields)
     for name in ("base", "a"):
         (tmp_path / name).rename(tmp_path / f"old-{name}")
@@ -951,7 +951,7 @@ def test_untied_trees(tmp_path: Folder) -> None:
     names = [Name("lm_head/kernel", "lm_head", "io")]
     tree = {"lm_head": {"kernel": LowRank(a.T, b.T, 1.5, names[0].layout)}}
     base = checkpoint(tmp_path / "base", tied(False), **TIED)
-    with refused(ValueError, "adapter", "lm_head.weight", "if it shares the input embedding"):
+    with refused(ValueError, "adapter", "lm_head.weight", "If it shares the input embedding"):
         peft.export_merged(base, tree, tmp_path / "out", names=names)
     peft.export_merged(base, tree, tmp_path / "out", names=names, untie=True)
     merged = read(tmp_path / "out")
@@ -1239,7 +1239,7 @@ NO_WEIGHTS, NO_GIVEN = dict.fromkeys(WEIGHTS), dict.fromkeys(GIVEN)
 K_IN_FULL = {x: np.ones(3, np.float32) for x in WEIGHTS if ".k." in x}
 EXPERTS = {"e.up": np.ones((2, 4, 6)), "e.down": np.ones((2, 6, 4))}
 OF_EXPERTS = {"e": low_rank((4, 6), 4), "e.base_layer": low_rank((4, 6), 4)}
-SAVE = "save the base model as it was adapted"
+SAVE = "Save the base model as it was adapted"
 
 
 def export(
@@ -1295,7 +1295,7 @@ DAMAGES: dict[str, tuple[Any, ...]] = {
     "scale": ({"lora_alpha": 1e300}, "adapter", f"{Q}.weight", "24 values are not finite"),
     "quantized": (
         {"weights": {f"{Q}.weight": np.ones((4, 6), np.uint8)}},
-        *("adapter", f"{Q}.weight", "of dtype U8", "dequantize the checkpoint"),
+        *("adapter", f"{Q}.weight", "of dtype U8", "Dequantize the checkpoint"),
     ),
     "misshapen-bias": (
         {"given": K_IN_FULL, "modules_to_save": ["k"]}, "adapter", "m.layers.0.k.bias", "got (3,)"

@@ -179,7 +179,7 @@ NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
     ),
     "another method": (
         (BASE, LOW, [W]), {"config": {"peft_type": "VERA"}},
-        *("config", "peft_type", "got 'VERA'", "leave peft_type out"),
+        *("config", "peft_type", "got 'VERA'", "Leave peft_type out"),
     ),
 }  # fmt: skip
 
@@ -376,7 +376,7 @@ ROWS_ALONE: Damages = {
 
 OF_METHODS: Damages = {
     "another method": (say(peft_type="ADALORA"), "peft_type", "got 'ADALORA'", "peft.save_as_lora"),
-    "no method": (say(peft_type=["LORA"]), "peft_type", "['LORA']", "set it to the met"),
+    "no method": (say(peft_type=["LORA"]), "peft_type", "['LORA']", "Set it to the met"),
 }  # fmt: skip
 OF_TIED_DORA: Damages = {
     "embedding": (

@@ -155,8 +155,9 @@ class DoRA(LoRA):
         check_field(self, "share", self.share != "outputs", own)
         if self.all_frozen:
             raise InputError(
-                f"`frozen` of {rule_name(self)} must be (), as DoRA trains A and B; got "
-                f"{self.all_frozen}, from the rule or its `init`. Use jlora.LoRA."
+                "frozen",
+                f"of {rule_name(self)} must be (), as DoRA trains A and B; got "
+                f"{self.all_frozen}, from the rule or its `init`. Use jlora.LoRA.",
             )
 
     def start(self, key: jax.Array, w: BaseLeaf, site: Site) -> tuple[BaseLeaf, Decomposed]:

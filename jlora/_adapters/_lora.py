@@ -183,18 +183,20 @@ class LoRA(Rule):
         if self.rank <= largest:
             return self, layout
         raise InputError(
-            f"`rank` of {rule_name(self)} is {self.rank}, above min(inputs, outputs) = {largest} "
+            "rank",
+            f"of {rule_name(self)} is {self.rank}, above min(inputs, outputs) = {largest} "
             f"of {site.name} with shape {site.shape}. Lower the rank, or put a separate rule for "
-            f"this leaf first, such as jlora.Full({re.escape(site.path)!r})."
+            f"this leaf first, such as jlora.Full({re.escape(site.path)!r}).",
         )
 
     def _share(self, site: Site, layout: Layout, role: str) -> Layout:
         """Makes the axis of experts an input or an output, so that only one factor has it."""
         if site.experts is None:
             raise InputError(
-                f"`share` of {rule_name(self)} needs a weight with one stacked axis, the experts; "
+                "share",
+                f"of {rule_name(self)} needs a weight with one stacked axis, the experts; "
                 f"{site.name} with shape {site.shape} has {len(layout.stack)} stacked axes. Leave "
-                "`share` out."
+                "`share` out.",
             )
         stack = tuple(d for d in layout.stack if d != site.experts)
         return layout._replace(stack=stack, **{role: (site.experts, *getattr(layout, role))})
@@ -231,9 +233,10 @@ class LoRA(Rule):
         expected = tuple((shape, "floating-point") for shape in expected_shapes)
         if got != expected or made[0].dtype != w.dtype:
             raise InputError(
-                f"`init` of {rule_name(self)} must return floating-point W, A and B for "
+                "init",
+                f"of {rule_name(self)} must return floating-point W, A and B for "
                 f"{site.path!r}, of shapes {expected_shapes} and with W's dtype {w.dtype}; got "
-                f"{got}."
+                f"{got}.",
             )
         return made
 
@@ -250,14 +253,16 @@ def _add_slots(site: Site, slots: Slots) -> Layout:
     outputs = site.layout.outputs
     if not 0 <= slots.axis < len(outputs):
         raise InputError(
-            f"`axis` of Slots must be in [0, {len(outputs)}), as {site.name} has {len(outputs)} "
-            f"output axes; got {slots.axis}."
+            "axis",
+            f"of Slots must be in [0, {len(outputs)}), as {site.name} has {len(outputs)} "
+            f"output axes; got {slots.axis}.",
         )
     axis = outputs[slots.axis]
     if site.shape[axis] % slots.count:
         raise InputError(
-            f"`count` of Slots must divide the {site.shape[axis]} outputs of {site.name} with "
-            f"shape {site.shape}; got {slots.count}."
+            "count",
+            f"of Slots must divide the {site.shape[axis]} outputs of {site.name} with "
+            f"shape {site.shape}; got {slots.count}.",
         )
     return site.layout._replace(slots=(slots.count, slots.chosen, axis))
 

@@ -130,7 +130,7 @@ class Rows(Rule):
         check_field(self, "rows", are_integers, "be a list of integers", TypeError)
         rows = tuple(map(int, self.rows))
         if wrong := _problem(rows):
-            raise InputError(f"`rows` of {rule_name(self)} must be {wrong}.")
+            raise InputError("rows", f"of {rule_name(self)} must be {wrong}.")
         object.__setattr__(self, "rows", rows)
 
     def fit(self, site: Site) -> tuple["Rows", Layout]:
@@ -144,8 +144,9 @@ class Rows(Rule):
         [axis] = site.layout.inputs
         if beyond := [i for i in self.rows if i >= site.shape[axis]]:
             raise InputError(
-                f"`rows` of {rule_name(self)} must be in [0, {site.shape[axis]}), the rows of "
-                f"{site.name}; got {_list_few(beyond)}. For new tokens, enlarge the table first."
+                "rows",
+                f"of {rule_name(self)} must be in [0, {site.shape[axis]}), the rows of "
+                f"{site.name}; got {_list_few(beyond)}. For new tokens, enlarge the table first.",
             )
         return self, site.layout
 

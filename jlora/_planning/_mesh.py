@@ -37,11 +37,12 @@ def check_places(mesh: AnyMesh | None, base: PyTree, adapter: PyTree, args: Sequ
         if bare:
             axes = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
             raise InputError(
-                f"`{name}` has shapes without `sharding`, on a mesh of {axes}, at {len(bare)} of "
+                name,
+                f"has shapes without `sharding`, on a mesh of {axes}, at {len(bare)} of "
                 f"{len(leaves)} paths: {', '.join(bare[:3])}{', …' if len(bare) > 3 else ''}. "
                 f"{remedy}Write a leaf as jax.ShapeDtypeStruct(shape, dtype, "
                 "sharding=NamedSharding(mesh, spec)); with PartitionSpec() every device holds all "
-                "of it."
+                "of it.",
             )
 
 
@@ -126,8 +127,9 @@ def parse_topology(name: str) -> tuple[Chip, int]:
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if found is None or found[1] not in CHIPS:
         raise InputError(
-            f"`topology` must be a chip and the shape of the slice, such as v5p:4x4x8. The chip is "
-            f"one of {', '.join(CHIPS)}; got {name!r}."
+            "topology",
+            f"must be a chip and the shape of the slice, such as v5p:4x4x8. The chip is "
+            f"one of {', '.join(CHIPS)}; got {name!r}.",
         )
     chip = CHIPS[found[1]]
     return chip, math.prod(map(int, found[2].split("x"))) * chip.devices
@@ -138,8 +140,9 @@ def mesh_of(name: str, axes: dict[str, int]) -> AnyMesh:
     chip, count = parse_topology(name)
     if math.prod(axes.values()) != count:
         raise InputError(
-            f"`mesh` must have the {count} devices of {name}; got "
-            f"{' × '.join(f'{k}={v}' for k, v in axes.items())} = {math.prod(axes.values())}."
+            "mesh",
+            f"must have the {count} devices of {name}; got "
+            f"{' × '.join(f'{k}={v}' for k, v in axes.items())} = {math.prod(axes.values())}.",
         )
     shape = tuple(axes.values())
     types = (AxisType.Auto,) * len(axes)

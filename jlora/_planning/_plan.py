@@ -200,9 +200,10 @@ def plan(
     is_abstract = isinstance(mesh, AbstractMesh)
     if compile and is_abstract:
         raise InputError(
-            "`compile` needs a mesh of devices, but the shardings are on an AbstractMesh. Make a "
+            "compile",
+            "needs a mesh of devices, but the shardings are on an AbstractMesh. Make a "
             "mesh of devices; jax.experimental.topologies.get_topology_desc has those of TPU "
-            "slices that you do not have."
+            "slices that you do not have.",
         )
     tx = optax.adamw(1e-4) if tx is None else tx
     operands = _operands(mesh, base, adapter, args, tx)

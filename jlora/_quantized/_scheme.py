@@ -213,7 +213,7 @@ class Scheme:
             return
         legal = ", ".join(map(str, self.legal))
         if not is_int(n) or n not in self.legal:  # a subclass may lack the field
-            raise InputError(f"`{name}` of {rule_name(self)} must be one of {legal}; got {n!r}.")
+            raise InputError(name, f"of {rule_name(self)} must be one of {legal}; got {n!r}.")
         if n is not None and type(n) is not int:
             object.__setattr__(self, name, int(n))
 
@@ -240,8 +240,9 @@ class Scheme:
         fits = ", ".join(str(b) for b in self.legal if n % b == 0)
         remedy = f"Give one of {fits}." if fits else "None does: leave it out of the pattern."
         raise InputError(
-            f"`{name}` of {rule_name(self)} must divide axis {order[-1]}, of length {n}, of a "
-            f"weight of shape {shape}; got {block}. {remedy}"
+            name,
+            f"of {rule_name(self)} must divide axis {order[-1]}, of length {n}, of a "
+            f"weight of shape {shape}; got {block}. {remedy}",
         )
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:

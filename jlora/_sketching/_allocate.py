@@ -151,15 +151,16 @@ def _choose_ranks(
     spent = sum(cost(path, rank) for path, rank in ranks.items())
     if spent > budget:
         raise InputError(
-            f"`budget` must be at least {spent}, the parameters of `min_rank` {min_rank}; got "
-            f"{budget}."
+            "budget",
+            f"must be at least {spent}, the parameters of `min_rank` {min_rank}; got {budget}.",
         )
     for _, path, parameters in heapq.merge(*map(steps, list(ranks))):
         if spent + parameters > budget:
             if not any(ranks.values()):
                 raise InputError(
-                    f"`budget` must be at least {parameters}, the parameters of the first rank; "
-                    f"got {budget}."
+                    "budget",
+                    f"must be at least {parameters}, the parameters of the first rank; "
+                    f"got {budget}.",
                 )
             break
         ranks[path] += 1
@@ -179,10 +180,10 @@ def _gains(s: Spectrum, kind: str) -> list[float]:
 def _check_arguments(sketch: Any, budget: Any, min_rank: Any, max_rank: Any) -> None:
     if not isinstance(sketch, Sketch):
         raise TypeError(f"`sketch` must be one from jlora.sketch; got {short(sketch)}.")
-    check_int("`min_rank`", min_rank, 0)
+    check_int("min_rank", min_rank, 0)
     for name, n, least in (("budget", budget, 1), ("max_rank", max_rank, max(1, min_rank))):
         if n is not None:
-            check_int(f"`{name}`", n, least)
+            check_int(name, n, least)
 
 
 def _check_matches(sketch: Sketch, given: Sequence[Rule], matched: set[int | None]) -> None:

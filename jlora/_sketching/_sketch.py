@@ -81,11 +81,11 @@ def sketch(
     _check(loss, kind, components, passes, key, batches)
     first = next(iter(batches), None)
     if first is None:
-        raise InputError("`batches` is empty; at least one batch is needed.")
+        raise InputError("batches", "is empty; at least one batch is needed.")
     leaves = transform(loss, *check_rules(rules)).sites(params, first).leaves
     sites = [s for s in leaves if isinstance(s.rule, LoRA)]
     if not sites:
-        raise InputError("`rules` must have a jlora.LoRA or jlora.DoRA that matches a site.")
+        raise InputError("rules", "must have a jlora.LoRA or jlora.DoRA that matches a site.")
     if kind == "inputs":
         _check_inputs(sites)
     found = {s.parts: KINDS[kind].of(s, components) for s in sites}
@@ -160,10 +160,10 @@ def _check(
     if not callable(loss):
         raise TypeError(f"`loss` must be a function of parameters and a batch; got {short(loss)}.")
     if kind not in KINDS:
-        raise InputError(f"`kind` must be {' or '.join(map(repr, KINDS))}; got {kind!r}.")
+        raise InputError("kind", f"must be {' or '.join(map(repr, KINDS))}; got {kind!r}.")
     if components is not None:
-        check_int("`components`", components, 1)
-    check_int("`passes`", passes, 2)
+        check_int("components", components, 1)
+    check_int("passes", passes, 2)
     check_key(key)
     if not isinstance(batches, Iterable):
         raise TypeError(f"`batches` must be a list of batches; got {short(batches)}.")
@@ -175,8 +175,9 @@ def _check_inputs(sites: Sequence[Site]) -> None:
     for site in (s for s in sites if s.kind not in ("dense", "conv")):
         why = "row numbers are looked up" if site.kind == "embed" else "W + ΔW is formed there"
         raise InputError(
-            f"`kind` is 'inputs', but {site.name} has no inputs: {why}. Leave it out of the rules, "
-            "or sketch its gradient."
+            "kind",
+            f"is 'inputs', but {site.name} has no inputs: {why}. Leave it out of the rules, "
+            "or sketch its gradient.",
         )
 
 

@@ -117,11 +117,11 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
             f"{energy!r}."
         )
     if rank is not None:
-        check_int("`rank`", rank, 1)
+        check_int("rank", rank, 1)
     else:
         check_share("energy", energy)
     [found] = flatten_each([adapter])
-    refuse_other_methods("`adapter` cannot be truncated", found.items(), MERGE)
+    refuse_other_methods(("adapter", "cannot be truncated"), found.items(), MERGE)
 
     def cut(nodes: Sequence[LowRank]) -> tuple[jax.Array, jax.Array]:
         u, values, v = svd(*matrices(nodes[0]))
@@ -139,8 +139,9 @@ def _rank_for(values: jax.Array, energy: float | None) -> int:
     """Finds the smallest rank that keeps the share `energy` of the squares in all matrices."""
     if not is_concrete(values):
         raise InputError(
-            "`energy` of truncate needs concrete values, which there are neither under jit nor "
-            "along explicit mesh axes. Give `rank`."
+            "energy",
+            "of truncate needs concrete values, which there are neither under jit nor "
+            "along explicit mesh axes. Give `rank`.",
         )
     squares = np.asarray(values, np.float64) ** 2
     needed = (energy or 1) * squares.sum(-1, keepdims=True) * (1 - 1e-12)

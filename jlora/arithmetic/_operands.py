@@ -25,6 +25,8 @@ FROM_THE_START = (
     "that init returned: the difference belongs to the original parameters."
 )
 
+Refusal = tuple[str, str]  # an argument, and what is wrong with it
+
 
 def flatten_each(adapters: Sequence[PyTree]) -> list[dict[Path, Any]]:
     """Returns the leaves of each adapter by path; raises for other trees, tables, dropout keys."""
@@ -36,13 +38,13 @@ def flatten_each(adapters: Sequence[PyTree]) -> list[dict[Path, Any]]:
     trees = [{} if is_empty(x) else adapter_leaves(x) for x in adapters]
     nodes = [(p, x) for tree in trees for p, x in tree.items() if is_node(x)]
     refuse(
-        "`adapters` must be single adapters, but some are tables of jlora.many",
+        ("adapters", "must be single adapters, but some are tables of jlora.many"),
         {p: f"has a leading axis, {x!r}" for p, x in nodes if is_table(x)},
         "Call the function under jax.vmap, or take adapters out by jlora.many.take.",
     )
     keyed = [p for p, x in nodes if x.key is not None]
     refuse(
-        "`adapters` must not have dropout keys, but they have some",
+        ("adapters", "must not have dropout keys, but they have some"),
         dict.fromkeys(keyed, "has a key"),
         "Give adapters without keys, and give the result to jlora.dropout.",
     )
@@ -54,14 +56,14 @@ def is_residual(leaf: AdapterLeaf) -> bool:
     return is_node(leaf) and leaf.residual
 
 
-def refuse(refusal: str, wrong: Mapping[Path, str], remedy: str) -> None:
+def refuse(refusal: Refusal, wrong: Mapping[Path, str], remedy: str) -> None:
     """Raises `ValueError` with all paths in `wrong`, if there are any."""
     if wrong:
-        why = f"{refusal} at these paths:"
-        raise InputError(why, problems=problems_at(wrong), remedy=remedy)
+        argument, why = refusal
+        raise InputError(argument, f"{why}.", problems=problems_at(wrong), remedy=remedy)
 
 
-def refuse_other_methods(refusal: str, leaves: Iterable[tuple[Path, Any]], remedy: str) -> None:
+def refuse_other_methods(refusal: Refusal, leaves: Iterable[tuple[Path, Any]], remedy: str) -> None:
     """Raises for nodes of other methods, whose sums are not nodes of the method."""
     wrong = {
         p: f"is a {type(x).__name__}" for p, x in leaves if is_node(x) and type(x) is not LowRank
@@ -141,26 +143,26 @@ class Operands(NamedTuple):
         sites: for each path the pairs of leaf and weight of the adapters that have it.
         weights: a weight for each adapter.
         base: the parameters, or None.
-        refusal: the beginning of errors.
+        refusal: the argument and the sentence of errors.
     """
 
     sites: dict[Path, list[tuple[Any, Any]]]
     weights: list[Any]
     base: PyTree
-    refusal: str
+    refusal: Refusal
 
 
 def check_operands(
-    adapters: Sequence[PyTree], weights: Weights, base: PyTree, refusal: str
+    adapters: Sequence[PyTree], weights: Weights, base: PyTree, refusal: Refusal
 ) -> Operands:
     """Checks the arguments of a function; the leaves at a path must belong to one weight."""
     trees = flatten_each(adapters)
     w = [1.0] * len(trees) if weights is None else _entries(weights)
     if len(w) != len(trees):
         raise InputError(
-            f"`weights` must have one number for each of the {len(trees)} adapters; got {len(w)}."
+            "weights", f"must have one number for each of the {len(trees)} adapters; got {len(w)}."
         )
-    check_numbers("each of `weights`", w)
+    check_numbers("weights", w, "for each adapter ")
     refuse_other_methods(refusal, (leaf for tree in trees for leaf in tree.items()), MERGE)
     for tree in trees if base is not None else ():
         check_fits(base, tree)
@@ -178,7 +180,7 @@ def check_merge(
 ) -> Operands:
     """Checks the arguments of a merge by entries, for which ΔW = 0 must be the original model."""
     check_share("density", density)
-    given = check_operands(adapters, weights, base, "`adapters` cannot be combined")
+    given = check_operands(adapters, weights, base, ("adapters", "cannot be combined"))
     residual = [path for path, [(x, _), *_] in given.sites.items() if is_residual(x)]
     wrong = dict.fromkeys(residual, f"{RESIDUAL}, so ΔW = 0 is not the original model")
     refuse(given.refusal, wrong, FROM_THE_START)
@@ -195,15 +197,15 @@ def check_share(name: str, x: object) -> None:
     """Raises unless the argument `name` is a number in (0, 1]."""
     share = number_of(x)
     if not is_finite(share) or not 0 < share <= 1:
-        raise InputError(f"`{name}` must be in (0, 1]; got {x!r}.")
+        raise InputError(name, f"must be in (0, 1]; got {x!r}.")
 
 
-def check_numbers(what: str, values: Sequence[Any]) -> None:
+def check_numbers(argument: str, values: Sequence[Any], what: str = "") -> None:
     """Raises for an array with axes, or a number whose value is not finite."""
     wrong = [x for x in values if np.shape(x) or (is_concrete(x) and not is_finite(number_of(x)))]
     if wrong:
         got = short(wrong[0]) if np.shape(wrong[0]) else repr(number_of(wrong[0]))
-        raise InputError(f"{what} must be a finite number; got {got}.")
+        raise InputError(argument, f"must be {what}a finite number; got {got}.")
 
 
 def combine_leaves(

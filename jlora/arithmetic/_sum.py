@@ -58,7 +58,7 @@ def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = N
         >>> arithmetic.add([one, one], [1.0, -0.5])
         {'w': LowRank(a=float32[4,4], b=float32[4,3], scale=1.0)}
     """
-    return _sum(check_operands(adapters, weights, base, "`adapters` cannot be combined"))
+    return _sum(check_operands(adapters, weights, base, ("adapters", "cannot be combined")))
 
 
 def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) -> PyTree:
@@ -85,8 +85,8 @@ def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) ->
         >>> float(arithmetic.scale(one, -0.5)["w"].b[0, 0])
         -0.5
     """
-    check_numbers("`factor`", [factor])
-    return _sum(check_operands([adapter], [factor], base, "`adapter` cannot be scaled"))
+    check_numbers("factor", [factor])
+    return _sum(check_operands([adapter], [factor], base, ("adapter", "cannot be scaled")))
 
 
 def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree:
@@ -115,7 +115,7 @@ def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree
         >>> round(float(analysis.norm(arithmetic.difference(one, one)["w"])), 5)
         0.0
     """
-    what = "`other` cannot be subtracted from `adapter`"
+    what = ("other", "cannot be subtracted from `adapter`")
     return _sum(check_operands([adapter, other], [1.0, -1.0], base, what))
 
 

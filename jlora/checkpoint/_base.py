@@ -53,7 +53,8 @@ def base_shapes(path: Where) -> PyTree:
         saved = read(folder)
         if saved.base is None:
             raise InputError(
-                f"`path`: {folder} was saved without its base, so the base's shapes are not known. "
+                "path",
+                f"{folder} was saved without its base, so the base's shapes are not known. "
                 "Save it again with jlora.checkpoint.save(..., base=base).",
                 path=folder,
             )

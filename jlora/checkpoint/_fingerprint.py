@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from .._arrays import AnyArray, abstract
-from .._errors import show
+from .._errors import Problem, show
 from .._quantized import Quantized, is_quantized, spell
 from .._tree import is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
@@ -155,14 +155,14 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> jnp.uint32(16))
 
 
-def differences(expected: Fingerprint, got: Fingerprint, any_width: bool = False) -> list[str]:
-    """Lists the paths at which `got` differs from `expected`.
+def differences(expected: Fingerprint, got: Fingerprint, any_width: bool = False) -> list[Problem]:
+    """Finds the paths at which `got` differs from `expected`.
 
     With `any_width`, dtypes of 64 and of 32 bits count as equal. The values of such a leaf may have
     been rounded, and are not compared.
     """
-    lines = [f"  {name_of(p)}: missing" for p in expected if p not in got]
-    lines += [f"  {name_of(p)}: unexpected" for p in got if p not in expected]
+    wrong = [Problem(name_of(p), "missing") for p in expected if p not in got]
+    wrong += [Problem(name_of(p), "unexpected") for p in got if p not in expected]
     for path in expected.keys() & got.keys():
         a, b = expected[path], got[path]
         if any_width and a.dtype != b.dtype and _narrowed(a.dtype) == _narrowed(b.dtype):
@@ -173,8 +173,8 @@ def differences(expected: Fingerprint, got: Fingerprint, any_width: bool = False
             found.append(f"expected {_describe(a.scheme)}, got {_describe(b.scheme)}")
         if not found and a.hash and b.hash and a.hash != b.hash:
             found = ["other values"]
-        lines += [f"  {name_of(path)}: {why}" for why in found]
-    return sorted(lines)
+        wrong += [Problem(name_of(path), why) for why in found]
+    return sorted(wrong)
 
 
 def _describe(scheme: str | None) -> str:

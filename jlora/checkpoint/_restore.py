@@ -10,7 +10,7 @@ from etils import epath
 
 from .._adapters import AdapterLeaf, arrays, is_node, state, static
 from .._arrays import AnyArray
-from .._errors import InputError, shorten, show
+from .._errors import InputError, Problem, shorten, show
 from .._folders import Where
 from .._tree import adapter_leaves, adapter_of, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
@@ -53,7 +53,7 @@ def read(path: Where) -> Saved:
     folder = find(path)
     file = folder / METADATA / "metadata"
     if not folder.is_dir() or not file.exists():
-        raise InputError(f"`path`: {folder} {_explain(folder)}", path=folder)
+        raise InputError("path", f"{folder} {_explain(folder)}", path=folder)
     check_files(folder)
     damaged = f"the metadata of {folder} are damaged"
     with damage(folder, damaged):
@@ -62,7 +62,8 @@ def read(path: Where) -> Saved:
         version = show(str(fields["versions"]["jlora"]))
     if number != FORMAT:
         raise InputError(
-            f"`path`: jlora {version} wrote {folder} in format {shorten(number)}; this version of "
+            "path",
+            f"jlora {version} wrote {folder} in format {shorten(number)}; this version of "
             f"jlora reads format {FORMAT}. {OLDER if number in range(FORMAT) else NEWER}",
             path=folder,
         )
@@ -176,7 +177,8 @@ def _check_arrays(path: Where, saved: Saved, flat: dict[Path, Any]) -> None:
     }
     if wrong := [name_of(_place_of(p)) for p, x in flat.items() if leaf_of(x, True) != forms[p]]:
         raise InputError(
-            f"`path`: {place(path)} is damaged: the values of {', '.join(wrong)} are not those "
+            "path",
+            f"{place(path)} is damaged: the values of {', '.join(wrong)} are not those "
             "that were saved. Take another checkpoint.",
             path=place(path),
         )
@@ -185,17 +187,19 @@ def _check_arrays(path: Where, saved: Saved, flat: dict[Path, Any]) -> None:
 def _check_base(path: Where, saved: Saved, base: PyTree) -> None:
     if saved.base is None:
         raise InputError(
-            f"`base` cannot be checked: {place(path)} was saved without one. "
+            "base",
+            f"cannot be checked: {place(path)} was saved without one. "
             "Restore without `base`, or save with it.",
         )
     hashed = any(leaf.hash for leaf in saved.base.values())
     values = hashed and not any(map(is_abstract, jax.tree.leaves(base)))
     got = base if is_fingerprint(base) else fingerprint(base, values)
-    if lines := differences(saved.base, got, any_width=True):
+    if wrong := differences(saved.base, got, any_width=True):
         raise InputError(
-            f"`base` is not the one that the adapter in {place(path)} was trained on:\n"
-            + "\n".join(lines)
-            + "\nGive the base that it was saved with, or an adapter of this base. To use it "
+            "base",
+            f"is not the one that the adapter in {place(path)} was trained on.",
+            problems=wrong,
+            remedy="Give the base that it was saved with, or an adapter of this base. To use it "
             "with this base all the same, leave out `base`.",
         )
 
@@ -206,18 +210,19 @@ def _check_like(path: Where, checkpoint: Saved, like: PyTree | None) -> dict[Pat
     if like is None:
         return saved
     like = adapter_leaves(like)
-    lines = differences(_forms(saved), _forms(like))
+    wrong = differences(_forms(saved), _forms(like))
     for p in saved.keys() & like.keys():
         if is_node(saved[p]) and is_node(like[p]):
             for name in static(saved[p]).keys() - {"dropout", "materialize"}:
                 a, b = getattr(saved[p], name), getattr(like[p], name, None)
                 if a != b:
-                    lines.append(f"  {name_of(p)}: expected {name} {a}, got {b}")
-    if lines:
+                    wrong.append(Problem(name_of(p), f"expected {name} {a}, got {b}"))
+    if wrong:
         raise InputError(
-            f"`like` does not have the form of the adapter in {place(path)}:\n"
-            + "\n".join(sorted(lines))
-            + "\nMake it with the rules of the checkpoint, jlora.checkpoint.read(path).rules.",
+            "like",
+            f"does not have the form of the adapter in {place(path)}.",
+            problems=sorted(wrong),
+            remedy="Make it with the rules of the checkpoint, jlora.checkpoint.read(path).rules.",
         )
     return like
 

@@ -232,6 +232,7 @@ def _check_arrays(flat: dict[Path, Any], argument: str) -> None:
     names = collections.Counter(".".join(path) for path in flat)
     if twice := [name for name, n in names.items() if n > 1]:
         raise InputError(
-            f"`{argument}` has paths that Orbax confuses, as it treats a dot in a key as a level "
-            f"of the tree: {', '.join(twice)}. Rename one of each."
+            argument,
+            f"has paths that Orbax confuses, as it treats a dot in a key as a level "
+            f"of the tree: {', '.join(twice)}. Rename one of each.",
         )

@@ -109,7 +109,7 @@ def find(path: Where) -> epath.Path:
     """Returns the place of a checkpoint; raises `FileNotFoundError` if nothing is there."""
     folder = place(path)
     if not folder.exists():
-        raise MissingError(f"`path`: there is no checkpoint at {folder}.", path=folder)
+        raise MissingError("path", f"there is no checkpoint at {folder}.", path=folder)
     return folder
 
 
@@ -126,8 +126,8 @@ def damage(folder: Where, what: str, remedy: str = SAVE_AGAIN) -> Iterator[None]
         reason = one_line(e)
         if len(reason) > 600:  # TensorStore puts the cause at the end
             reason = f"{reason[:300]} ... {reason[-300:]}"
-        why = f"`path`: {what} ({type(e).__name__}: {reason}). {remedy}"
-        raise InputError(why, path=folder) from e
+        why = f"{what} ({type(e).__name__}: {reason}). {remedy}"
+        raise InputError("path", why, path=folder) from e
 
 
 def check_files(folder: Where) -> None:
@@ -137,7 +137,7 @@ def check_files(folder: Where) -> None:
     found = (path for path in Path(folder).rglob("*") if path.exists())
     if odd := next((path for path in found if not (path.is_file() or path.is_dir())), None):
         why = f"{show(str(odd))} is not a regular file. Take another checkpoint."
-        raise InputError(f"`path`: {why}", path=odd)
+        raise InputError("path", why, path=odd)
 
 
 def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> None:
@@ -158,7 +158,8 @@ def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.Checkpoint
         raise
     except Exception as e:
         raise WritingError(
-            f"`path`: could not write {final}: {one_line(e)}. No checkpoint is there, and nothing "
+            "path",
+            f"could not write {final}: {one_line(e)}. No checkpoint is there, and nothing "
             "else was touched. Make room or permission there, or give another path.",
             path=final,
         ) from e
@@ -172,4 +173,4 @@ def _make_room(final: epath.Path) -> None:
             final.rmdir()
     elif final.exists():
         why = "exists; nothing is ever overwritten. Give another."
-        raise OccupiedError(f"`path`: {final} {why}", path=final)
+        raise OccupiedError("path", f"{final} {why}", path=final)

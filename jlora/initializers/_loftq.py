@@ -71,7 +71,7 @@ class loftq(Initializer):
                 f"`scheme` of loftq must have no pattern, as the rule selects the leaves; got "
                 f"{self.scheme.pattern!r}. Leave it out."
             )
-        check_int("`iterations` of loftq", self.iterations, 1)
+        check_int("iterations", self.iterations, 1, "loftq")
         object.__setattr__(self, "iterations", int(self.iterations))
 
     def __call__(self, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:

@@ -105,7 +105,7 @@ class pissa_niter(Initializer):
     iterations: int = 16
 
     def __post_init__(self) -> None:
-        check_int("`iterations` of pissa_niter", self.iterations, 0)
+        check_int("iterations", self.iterations, 0, "pissa_niter")
         object.__setattr__(self, "iterations", int(self.iterations))
 
     def __call__(self, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:

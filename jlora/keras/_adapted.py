@@ -233,7 +233,7 @@ def adapt(model: keras.Model, *rules: Rule, example: PyTree, seed: int = 0) -> A
         >>> adapted.merge().predict(x, verbose=0).shape
         (2, 3)
     """
-    check_int("`seed`", seed, 0)
+    check_int("seed", seed, 0)
     found = _weights(model)
 
     def pure(params: Mapping[str, jax.Array], inputs: PyTree) -> Any:

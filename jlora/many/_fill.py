@@ -25,7 +25,7 @@ from ..arithmetic._operands import (
 )
 
 Leaves = dict[Path, Any]
-REFUSAL = "`adapters` have leaves that a table cannot contain,"
+REFUSAL = "adapters", "must not have leaves that a table cannot contain"
 
 
 def check_adapters(adapters: Sequence[PyTree]) -> list[Leaves]:

@@ -103,7 +103,7 @@ def route(
                [0., 0.]], dtype=float32)
     """
     if form not in (None, *FORMS):
-        raise InputError(f"`form` must be one of {', '.join(map(repr, FORMS))}; got {form!r}.")
+        raise InputError("form", f"must be one of {', '.join(map(repr, FORMS))}; got {form!r}.")
 
     @functools.wraps(apply)
     def routed(
@@ -179,7 +179,7 @@ def _prepare(table: PyTree) -> tuple[Leaves, int]:
     check_methods(others.items())
     why = f"{RESIDUAL}, so -1 would not be the model"
     residual = {path: why for path, x in others.items() if is_residual(x)}
-    refuse("`route` cannot use the leaves of `table`", residual, FROM_THE_START)
+    refuse(("table", "has leaves that `route` cannot use"), residual, FROM_THE_START)
     nodes = {p: _concatenate(x, slots) for p, x in others.items() if isinstance(x, LowRank)}
     return found | nodes, slots
 

@@ -172,14 +172,15 @@ def _check_ranks(lora: Transformed, ranks: Sequence[int], n: int) -> np.ndarray:
     if not all(map(is_int, found)):
         raise TypeError(f"`ranks` must be integers; got {ranks!r}.")
     if len(found) != n:
-        raise InputError(f"`ranks` must be one for each of the {n} keys; got {len(found)}.")
+        raise InputError("ranks", f"must be one for each of the {n} keys; got {len(found)}.")
     limits = {rule_name(x): x.rank for x in lora.rules if isinstance(x, LoRA)}
     if not limits:
-        raise InputError("`ranks` is given, but no rule of `lora` has a rank. Leave it out.")
+        raise InputError("ranks", "is given, but no rule of `lora` has a rank. Leave it out.")
     for name, limit in limits.items():
         if wrong := [r for r in found if not 1 <= r <= limit]:
             raise InputError(
-                f"`ranks` must be in [1, {limit}], the rank of {name}; got {wrong[0]}. The rule's "
-                "rank is that of the table. Raise it to the largest."
+                "ranks",
+                f"must be in [1, {limit}], the rank of {name}; got {wrong[0]}. The rule's "
+                "rank is that of the table. Raise it to the largest.",
             )
     return np.array(found)

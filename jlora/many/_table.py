@@ -71,10 +71,10 @@ def stack(
     count = len(trees) if size is None else number_of(size)
     if not is_int(count) or count < len(trees):
         most = f"an integer, at least the {len(trees)} adapters"
-        raise InputError(f"`size` must be {most}; got {size!r}.")
+        raise InputError("size", f"must be {most}; got {size!r}.")
     rank = number_of(rank)
     if rank is not None:
-        check_int("`rank`", rank, 1)
+        check_int("rank", rank, 1)
     sites = {
         path: [tree[path] for tree in trees if path in tree]
         for path in dict.fromkeys(path for tree in trees for path in tree)
@@ -254,7 +254,7 @@ def _check(
     found = map(int, np.asarray(x).flat) if is_concrete(x) else ()
     if wrong := [i for i in found if not least <= i < count]:
         slots = "the slots of the table" + (" or -1 for the base alone" if least < 0 else "")
-        raise InputError(f"`{name}` must be in [{least}, {count}), {slots}; got {wrong[0]}.")
+        raise InputError(name, f"must be in [{least}, {count}), {slots}; got {wrong[0]}.")
     limits = jnp.iinfo(x.dtype)  # the dtype may not have the number `count`
     inside = (x >= max(least, int(limits.min))) & (x <= min(count - 1, int(limits.max)))
     numpy: Any = jnp if isinstance(x, jax.Array) else np

@@ -267,8 +267,8 @@ def _per_run(name: str, value: object, n: int) -> jax.Array:
     x = jnp.asarray(value)
     if x.shape not in ((), (n,)):
         raise InputError(
-            f"`{name}` must be a number, or have one value for each of the {n} runs; got shape "
-            f"{x.shape}."
+            name,
+            f"must be a number, or have one value for each of the {n} runs; got shape {x.shape}.",
         )
     return jnp.broadcast_to(x, (n,)).astype(x.dtype)
 
@@ -277,8 +277,9 @@ def _like(old: jax.Array, name: str, new: jax.Array) -> jax.Array:
     """Casts `new` to the dtype of the state; raises if that would cut off fractions."""
     if is_floating(new.dtype) and not is_floating(old.dtype):
         raise InputError(
-            f"`{name}` must be an integer, as in the state; got {new.dtype}. Give many.optimizer a "
-            "float, such as 1.0, for a number that may have a fraction."
+            name,
+            f"must be an integer, as in the state; got {new.dtype}. Give many.optimizer a "
+            "float, such as 1.0, for a number that may have a fraction.",
         )
     return new.astype(old.dtype)
 

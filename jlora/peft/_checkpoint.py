@@ -172,15 +172,16 @@ def open_checkpoint(
         ]
     if wrong:
         raise InputError(
-            f"`{argument}`: {source.folder} contradicts itself.",
+            argument,
+            f"{source.folder} contradicts itself.",
             path=source.folder,
             problems=wrong,
         )
     kept, left_out, odd = _others(source, {*files, names[1]} if mapped else set(files))
     if odd := [name for name in odd if copied or name == "config.json"]:
         raise InputError(
-            f"`{argument}`: {source.folder} has entries that are not files, but have names "
-            "of files.",
+            argument,
+            f"{source.folder} has entries that are not files, but have names of files.",
             path=source.folder,
             problems=[_describe(source, name) for name in odd],
             remedy="Replace them with the files, or remove them.",
@@ -244,7 +245,8 @@ def explain_shorter(source: Source, name: str) -> Iterator[None]:
         yield
     except EOFError:
         raise InputError(
-            f"`{source.argument}`: {show(name)}: its file changed while it was read; start again.",
+            source.argument,
+            f"{show(name)}: its file changed while it was read; start again.",
             path=name,
         ) from None
 
@@ -255,7 +257,8 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None, tuple[str,
     one, index = next((pair for pair in MODELS if not there.isdisjoint(pair)), MODELS[0])
     if odd := there - {one, index}:
         raise InputError(
-            f"`{source.argument}`: {source.folder} has two checkpoints: "
+            source.argument,
+            f"{source.folder} has two checkpoints: "
             f"{', '.join(sorted({one, index} & there))}, and {', '.join(sorted(odd))}. Remove one.",
             path=source.folder,
         )
@@ -265,7 +268,8 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None, tuple[str,
             "save_pretrained(..., safe_serialization=True)."
         )
         raise InputError(
-            f"`{source.argument}`: {source.folder} has neither {one} nor {index}. {kind}",
+            source.argument,
+            f"{source.folder} has neither {one} nor {index}. {kind}",
             path=source.folder,
         )
     # Where both are, transformers reads the one file, and diffusers those of the index.
@@ -275,13 +279,13 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None, tuple[str,
     mapped = read_json(source, index, LIMIT).get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
         why = f"has no `weight_map`; got {shorten(mapped)}."
-        raise InputError(f"`{source.argument}`: {index} {why}", path=index)
+        raise InputError(source.argument, f"{index} {why}", path=index)
     for file in mapped.values():
         # With a name that leads out of the folder, the copy would be written there too.
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.\-]*\.safetensors", file):
             raise InputError(
-                f"`{source.argument}`: {index} names {shorten(file)}; expected a safetensors file "
-                "in the same folder.",
+                source.argument,
+                f"{index} names {shorten(file)}; expected a safetensors file in the same folder.",
                 path=index,
             )
     return sorted(set(mapped.values())), mapped, (one, index)
@@ -317,7 +321,8 @@ def _has_name_of_file(source: Source, path: Path) -> bool:
 def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
     if not depth:
         raise InputError(
-            f"`{source.argument}`: {source.folder} has more than {DEEPEST} nested folders: "
+            source.argument,
+            f"{source.folder} has more than {DEEPEST} nested folders: "
             f"{show(folder.relative_to(source.folder).as_posix())}. Move them out.",
             path=source.folder,
         )

@@ -95,7 +95,7 @@ def read(
         >>> contents.leaves["model.q_proj"].b.shape
         (2, 3)
     """
-    problems = Problems(f"`path`: the adapter in {path} cannot be read", path)
+    problems = Problems("path", f"the adapter in {path} cannot be read.", path)
     return _read(open_adapter(path, "path", ignore, prefix), problems)
 
 
@@ -151,8 +151,8 @@ def write(
     own = Parameters(tree.parts, full, dict(contents.frozen), tokens, {})
     fields, own = with_profile(profile, _describe(contents, tree, own.parts), own)
     draft = make_draft(fields, own, contents.tied, dialect, prefix, contents.leaves)
-    title = "`contents` cannot be written so that `read` reads the same adapter"
-    _read(draft.as_files("contents", contents.leaves), Problems(title))
+    problems = Problems("contents", "cannot be written so that `read` reads the same adapter.")
+    _read(draft.as_files("contents", contents.leaves), problems)
     draft.write(path)
     return fields
 
@@ -210,7 +210,7 @@ def _as_tree(contents: Contents) -> Tree:
             why = f"expected a node with the axes of PyTorch's weight, or an array; got {short(x)}"
             wrong.append(Problem(name, why))
     if wrong:
-        raise InputError("`contents` has leaves that cannot be written.", problems=wrong)
+        raise InputError("contents", "has leaves that cannot be written.", problems=wrong)
     found = {(name,): x for name, x in contents.leaves.items()}
     return make_tree(leaves, found, contents.tied, is_whole=False)
 
@@ -242,5 +242,5 @@ def _describe(contents: Contents, tree: Tree, parts: Sequence[Part]) -> Fields:
     elif parts:
         fields["use_dora"] = any(part.m is not None for part in parts)
     if wrong := problems_of(fields, is_file=False):
-        raise InputError("`contents` has a configuration that cannot be written:", problems=wrong)
+        raise InputError("contents", "has a configuration that cannot be written.", problems=wrong)
     return fields if is_alone else describe(fields, tree, parts)

@@ -33,7 +33,7 @@ def read_json(source: Source, name: str, limit: int) -> dict[str, Any]:
     with open_file(source, name) as (file, size):
         if size > limit:
             why = f"has {size} bytes; expected at most {limit}."
-            raise InputError(f"`{source.argument}`: {name} {why}", path=name)
+            raise InputError(source.argument, f"{name} {why}", path=name)
         with blame(source.argument, name):
             return parse(file.read(size))
 

@@ -86,8 +86,8 @@ def load(
     every = {path: getattr(x, "shape", ()) for path, x in leaves_by_path(base, is_node)}
     lost = {path: shape for path, shape in every.items() if path not in named and len(shape) > 1}
     problems = Problems(
-        f"`path`: the adapter in {path} cannot be loaded onto `base` with `names`; nothing was "
-        "loaded",
+        "path",
+        f"the adapter in {path} cannot be loaded onto `base` with `names`; nothing was loaded.",
         path,
         functools.cache(lambda: advise(names, lost) if lost else ""),
     )

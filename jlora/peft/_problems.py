@@ -2,10 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
 
 from .._errors import InputError, Problem
-from ._file import CONFIG, TENSORS, TensorInfo, explain_name
+from ._file import CONFIG, TensorInfo, explain_name
 from ._recognized import find_cause
 
 
@@ -19,28 +18,32 @@ class Problems:
         keys: what a file of another dialect has, by PEFT's keys and names of files.
     """
 
-    def __init__(self, title: str, path: object = None, advice: Callable[[], str] = lambda: ""):
-        """Takes the start of the error, and a remedy for tensors without a parameter."""
-        self.title, self.path, self.advice = title, path, advice
+    def __init__(
+        self,
+        argument: str,
+        sentence: str,
+        path: object = None,
+        advice: Callable[[], str] = lambda: "",
+    ) -> None:
+        """Takes fields of the error, and a remedy for tensors without a parameter."""
+        self.argument, self.sentence, self.path, self.advice = argument, sentence, path, advice
         self.found: list[Problem] = []
         self.cause = ""
         self.unused: list[str] = []
         self.keys: Mapping[str, str] = {}
 
-    def add(self, where: str, why: str, remedy: str = "") -> Literal[False]:
-        """Adds a problem with a tensor, module or field; `where` may be any text of a file.
+    @property
+    def config(self) -> str:
+        """What the file with the configuration is called."""
+        return self.keys.get(CONFIG, CONFIG)
 
-        Returns:
-            False, so that a predicate can return it.
-        """
-        for name in (CONFIG, TENSORS):
-            why = why.replace(name, self.keys.get(name, name))
+    def add(self, where: str, why: str, remedy: str = "") -> None:
+        """Adds a problem with a tensor, module or field; `where` may be any text of a file."""
         self.found.append(Problem(self.keys.get(where, where), why, remedy))
-        return False
 
-    def add_homeless(self, where: str, why: str) -> Literal[False]:
+    def add_homeless(self, where: str, why: str) -> None:
         """Adds a tensor or module for which the model has no parameter."""
-        return self.add(where, why, self.advice())
+        self.add(where, why, self.advice())
 
     def examine(self, tensors: Iterable[TensorInfo]) -> None:
         """Looks for a cause in the keys and shapes; adds tensors of no size, and long names."""
@@ -60,12 +63,11 @@ class Problems:
         """Raises if there are problems, including those passed here."""
         self.found += more
         if self.found:
-            why = f"{self.title}. {self.cause}".rstrip()
-            raise InputError(why, path=self.path, problems=self.found)
+            sentence = f"{self.sentence} {self.cause}".rstrip()
+            raise InputError(self.argument, sentence, path=self.path, problems=self.found)
 
     def warn(self) -> None:
         """Warns about unused names. The warning points at the caller of the public function."""
         if self.unused:
             text = "; ".join(self.unused[:9])
-            where = self.keys.get(CONFIG, CONFIG)
-            warnings.warn(f"{where} of the adapter: {text}.", stacklevel=3)
+            warnings.warn(f"{self.config} of the adapter: {text}.", stacklevel=3)

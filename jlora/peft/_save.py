@@ -183,11 +183,12 @@ def _draft(
     parameters = _rows_alone if len(tree.rows) == len(tree.found) else _as_lora
     fields, own = with_profile(profile, *parameters(tree, given))
     draft = make_draft(fields, own, tree.tied, dialect, prefix, tree.modules)
-    title = (
-        "`adapter` cannot be written so that `load` reads the same adapter. A common reason is "
-        "that its modules cannot be selected apart from others"
+    problems = Problems(
+        "adapter",
+        "cannot be written so that `load` reads the same adapter. A common reason is that its "
+        "modules cannot be selected apart from others.",
     )
-    fit(draft.as_files("config", tree.modules), tree.leaves, Problems(title))
+    fit(draft.as_files("config", tree.modules), tree.leaves, problems)
     return draft
 
 
@@ -232,14 +233,15 @@ def _rows_alone(tree: Tree, given: Fields) -> tuple[Fields, Parameters]:
 
 def _refuse_config(wrong: Sequence[Problem]) -> None:
     if wrong:
-        raise InputError("`config` cannot be written:", problems=wrong)
+        raise InputError("config", "cannot be written.", problems=wrong)
 
 
 def _refuse_adapted(leaves: Sequence[NamedLeaf], fields: Fields) -> None:
     if leaves:
         raise InputError(
-            "`adapter` has A and B, or rows, at modules that PEFT saves as a whole, as their names "
-            f"end with one of modules_to_save, {shorten(fields['modules_to_save'])}:",
+            "adapter",
+            "has A and B, or rows, at modules that PEFT saves as a whole, as their names "
+            f"end with one of modules_to_save, {shorten(fields['modules_to_save'])}.",
             problems=[Problem(name_of(leaf.path), ", ".join(leaf.modules)) for leaf in leaves],
             remedy="Train these leaves in full too, or take them out of the rules, or merge the "
             "adapter: jlora.peft.export_merged, or jlora merge.",
@@ -253,7 +255,8 @@ def _check_values(leaves: Sequence[NamedLeaf]) -> None:
     }
     if odd := [f"{kind} at {name}" for name, kind in kinds.items() if kind not in DTYPES.values()]:
         raise InputError(
-            f"`base` must hold floating-point arrays where PEFT stores frozen values with the "
+            "base",
+            f"must hold floating-point arrays where PEFT stores frozen values with the "
             f"adapter: {', '.join(DTYPES)}; got {', '.join(odd)}. Give such arrays, adapt other "
             "leaves, or export the merged model.",
         )

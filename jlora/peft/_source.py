@@ -42,7 +42,7 @@ def open_file(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"`{source.argument}`: {path} is not a regular file.", path=path)
+            raise InputError(source.argument, f"{path} is not a regular file.", path=path)
         yield file, status.st_size
 
 
@@ -53,7 +53,8 @@ def resolve(source: Source, path: Path) -> Path:
         return real
     option = "" if source.follow_links is None else ", or `follow_links=True`"
     raise InputError(
-        f"`{source.argument}`: {show(str(path))} is a link out of the folder, to "
+        source.argument,
+        f"{show(str(path))} is a link out of the folder, to "
         f"{show(str(real))}, which may be any file of this machine. Give a copy with links "
         f"followed (cp -rL){option}.",
         path=path,
@@ -70,7 +71,8 @@ def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
     path = folder / name
     if path.is_symlink() and not path.exists():
         return MissingError(
-            f"`{argument}`: {path} is a broken link, to {show(os.readlink(path))}. Download or "
+            argument,
+            f"{path} is a broken link, to {show(os.readlink(path))}. Download or "
             "copy the folder again.",
             path=path,
         )
@@ -79,7 +81,8 @@ def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
     pickles = [p for p in PICKLES if (folder / p).exists()]
     if name == TENSORS and pickles:
         return InputError(
-            f"`{argument}`: {folder} has {pickles[0]}, a pickle, but no {TENSORS}. jlora reads no "
+            argument,
+            f"{folder} has {pickles[0]}, a pickle, but no {TENSORS}. jlora reads no "
             "pickles, as reading one runs the code in it. Save the adapter in PEFT with "
             "safe_serialization=True.",
             path=folder,
@@ -87,7 +90,7 @@ def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
     if isinstance(error, FileNotFoundError):
         kind = recognize(folder) if name in (CONFIG, TENSORS) else None
         return MissingError(
-            f"`{argument}`: {folder} has no {name}.{f' {kind}' if kind else ''}", path=folder
+            argument, f"{folder} has no {name}.{f' {kind}' if kind else ''}", path=folder
         )
     return error
 
@@ -95,6 +98,6 @@ def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
 def explain_no_folder(argument: str, path: Path) -> Exception:
     """Makes the error about a `path` that is no folder."""
     if not path.exists():
-        return MissingError(f"`{argument}`: there is no folder {path}.", path=path)
+        return MissingError(argument, f"there is no folder {path}.", path=path)
     what, remedy = recognize(path) or ("a device", "Give a folder")
-    return InputError(f"`{argument}`: {path} is {what}, not a folder. {remedy}.", path=path)
+    return InputError(argument, f"{path} is {what}, not a folder. {remedy}.", path=path)

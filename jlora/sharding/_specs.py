@@ -95,8 +95,8 @@ def specs(base: PyTree, adapter: PyTree, mesh: AnyMesh | None = None) -> PyTree:
             wrong[path] = str(e)
     if wrong:
         raise InputError(
-            f"`base` has shardings that do not fit at {len(wrong)} of {len(found)} paths of "
-            "`adapter`:",
+            "base",
+            f"has shardings that do not fit at {len(wrong)} of {len(found)} paths of `adapter`.",
             problems=problems_at(wrong),
             remedy="Correct them in `base`: the adapter follows W.",
         )
@@ -110,7 +110,8 @@ def place_codes(path: Path, leaf: Quantized, place: NamedSharding, argument: str
         places = _follow(place, leaf, None, ())
     except Misfit as e:
         raise InputError(
-            f"`{argument}` has a weight that is not sharded along whole blocks of codes.",
+            argument,
+            "has a weight that is not sharded along whole blocks of codes.",
             problems=problems_at({path: str(e)}),
             remedy="Shard its other axes.",
         ) from None
@@ -158,7 +159,8 @@ def replicated(specs: PyTree, *axes: str) -> PyTree:
     def place(x: Place) -> Place:
         if isinstance(x, NamedSharding) and (unknown := set(axes) - set(x.mesh.axis_names)):
             raise InputError(
-                f"`axes` must be axes of the mesh of `specs`, which are "
+                "axes",
+                f"must be axes of the mesh of `specs`, which are "
                 f"{', '.join(x.mesh.axis_names)}; got {', '.join(map(repr, sorted(unknown)))}.",
             )
         spec = x if isinstance(x, PartitionSpec) else getattr(x, "spec", None)
@@ -215,7 +217,8 @@ def _check_known(places: Mapping[Path, Any], found: Mapping[Path, Any]) -> None:
     """Raises for the paths at which `base` has no leaf, or a leaf without a sharding."""
     if missing := {path: _explain(path, places) for path in found if path not in places}:
         raise InputError(
-            f"`base` lacks {len(missing)} of {len(found)} paths of `adapter`:",
+            "base",
+            f"lacks {len(missing)} of {len(found)} paths of `adapter`.",
             problems=problems_at(missing),
             remedy="Give the shardings of the parameters that you gave to `init`, with the same "
             "paths.",

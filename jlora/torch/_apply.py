@@ -189,8 +189,8 @@ class Apply:
         found = [m for path, m in paths.items() if re.fullmatch(f"(?:.*/)?(?:{pattern})", path)]
         if not found:
             raise InputError(
-                f"`activations` has {pattern!r}, which matches no module. "
-                + near_misses(pattern, list(paths))
+                "activations",
+                f"has {pattern!r}, which matches no module. " + near_misses(pattern, list(paths)),
             )
 
         def constrain(module: torch.nn.Module, args: Any, out: Any) -> Any:

@@ -21,10 +21,11 @@ def check_module(model: object) -> None:
         raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
     if training := [name or "the root" for name, m in model.named_modules() if m.training]:
         raise InputError(
-            "`model` must be in evaluation mode: in training mode its dropout would draw random "
+            "model",
+            "must be in evaluation mode: in training mode its dropout would draw random "
             "numbers, and its batch normalization would change its statistics. Call model.eval(). "
             f"For dropout, give LoRA(..., dropout=0.1). In training mode: {training[0]}"
-            f"{f' and {len(training) - 1} more modules' if training[1:] else ''}."
+            f"{f' and {len(training) - 1} more modules' if training[1:] else ''}.",
         )
     computed = [
         Problem(f"{name}.{key}".removeprefix("."), "is computed from parameters")
@@ -34,7 +35,8 @@ def check_module(model: object) -> None:
     ]
     if computed:
         raise InputError(
-            "`model` has tensors that would not follow the parameters of `apply`.",
+            "model",
+            "has tensors that would not follow the parameters of `apply`.",
             problems=computed,
             remedy="Compute them in `forward`. For torch.nn.utils.weight_norm, use that of "
             "torch.nn.utils.parametrizations, or call torch.nn.utils.remove_weight_norm.",
@@ -118,7 +120,8 @@ def _compute_buffers(skeleton: torch.nn.Module) -> None:
                 owner._init_weights(modules[name])
     if wrong := [name for name in lost if _is_odd(skeleton.get_buffer(name))]:
         raise InputError(
-            "`model` has buffers on the meta device that are not saved, and that it does not "
+            "model",
+            "has buffers on the meta device that are not saved, and that it does not "
             "compute in `_init_weights`. Make the module so that only its parameters are on the "
             "meta device, as accelerate.init_empty_weights() does.",
             problems=[Problem(name, "has no value") for name in wrong],
@@ -143,6 +146,6 @@ def to_jax(x: torch.Tensor, name: str = "a constant") -> Array:
     values = flat.view(torch.uint8).numpy().view(dtype).reshape(shape)
     held = jax.dtypes.canonicalize_dtype(dtype)
     if values.dtype.kind == "i" and not np.array_equal(values.astype(held), values):
-        why = f"`model` has integers in {name} that {held} cannot hold. Set jax_enable_x64."
-        raise InputError(why)
+        why = f"has integers in {name} that {held} cannot hold. Set jax_enable_x64."
+        raise InputError("model", why)
     return jnp.array(values)

@@ -37,13 +37,13 @@ Folder = pathlib.Path
 )
 def test_errors_are_those_of_python(kind: type[InputError], builtin: type[Exception]) -> None:
     """They keep their fields when they go to another process, or are copied."""
-    problems = [Problem("a.b", "missing"), Problem("c", "is odd", "give another")]
-    error = kind("`path`: /x is odd.", path="/x", problems=problems, remedy="Give another.")
+    problems = [Problem("a.b", "missing"), Problem("c", "is odd", "Correct it.")]
+    error = kind("path", "/x is odd.", path="/x", problems=problems, remedy="Give another.")
     for same in (error, pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert isinstance(same, builtin)
         assert (same.argument, same.path, same.problems) == ("path", "/x", tuple(problems))
         assert str(same) == (
-            "`path`: /x is odd. 2 problems:\n  a.b: missing\n  c: is odd; give another\n"
+            "`path`: /x is odd. 2 problems:\n  a.b: missing\n  c: is odd. Correct it.\n"
             "Give another."
         )
 
@@ -54,9 +54,9 @@ def test_an_error_of_the_system_keeps_its_number() -> None:
 
 
 def test_what_many_problems_share_is_said_once() -> None:
-    """A remedy that is a sentence is below all; of very many problems, the first are listed."""
+    """A remedy of several problems is below all; of very many problems, the first are listed."""
     problems = [Problem(f"m{i}", "is lost", "Use the other table.") for i in range(MOST + 5)]
-    text = str(InputError("`base` has no leaf for:", problems=problems))
+    text = str(InputError("base", "has no such leaves.", problems=problems))
     assert text.count("Use the other table.") == 1
     assert text.splitlines()[1] == "  m0: is lost"
     assert text.splitlines()[-2:] == ["  … and 5 more", "Use the other table."]
@@ -69,13 +69,13 @@ def test_what_a_stranger_wrote_does_not_garble_the_text() -> None:
 
 def test_arguments_have_other_names_elsewhere() -> None:
     """A path is written once, and not where the error has it."""
-    problems = [Problem("q", "is not in `base`", "give `untie=True`")]
-    error = InputError("`path`: /a/b fits neither `base` nor `other`.", path="/a/b")
+    problems = [Problem("q", "is not in `base`", "Give `untie=True`.")]
+    error = InputError("path", "/a/b fits neither `base` nor `other`.", path="/a/b")
     names, paths = {"path": "DIR", "base": "--base"}, {"path": "/a/b", "base": "/c"}
-    assert error.text(names, paths) == "DIR: /a/b fits neither --base /c nor `other`."
-    error = InputError("`path` does not fit `base`.", problems=problems)
+    assert error.text(names, paths) == "DIR: /a/b fits neither --base nor `other`."
+    error = InputError("path", "does not fit `base`.", problems=problems)
     assert error.text(names | {"untie": "--untie"}, paths) == (
-        "DIR /a/b does not fit --base /c. 1 problem:\n  q: is not in --base; give --untie"
+        "DIR /a/b does not fit --base. 1 problem:\n  q: is not in --base. Give --untie."
     )
 
 

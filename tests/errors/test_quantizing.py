@@ -95,7 +95,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
             Int8("kernel|head"), NF4("kernel$|head")
         ),
         "NF4() ... no pattern ... sites=lora.sites(": lambda: quantize(NF4()),
-        "`sites` ... NF4() ... no such site ... by a pattern": lambda: quantize(
+        "`sites` ... no site for NF4() ... by a pattern": lambda: quantize(
             Int8("kernel"), NF4(), sites=True
         ),
         "`sites` ... head ... `params` ... of the same tree": lambda: quantize(

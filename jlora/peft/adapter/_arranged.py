@@ -198,10 +198,10 @@ def _check_writable(
     """Raises for leaves that cannot be written, and names all of them."""
     residual = [name_of(path) for path, x in found.items() if is_node(x) and x.residual]
     if residual:
-        listed = "\n".join(f"  {name}" for name in residual)
         raise InputError(
-            "`adapter` needs the base that an initializer changed, which PEFT and engines do not "
-            f"have, at these paths:\n{listed}",
+            "adapter",
+            "needs the base that an initializer changed, which PEFT and engines do not "
+            f"have, at {', '.join(residual)}.",
             remedy="Give jlora.arithmetic.difference(adapter, initial), where `initial` is the "
             "adapter from init, or merge the adapter into its base. If you publish the changed "
             "base, mark the nodes: node.replace(residual=False).",
@@ -212,7 +212,8 @@ def _check_writable(
     lost = {path: weight_shape(x) if is_node(x) else x.shape for path, x in unnamed.items()}
     if wrong:
         raise InputError(
-            "`adapter` cannot be written with `names`:",
+            "adapter",
+            "cannot be written with `names`.",
             problems=[Problem(name_of(path), why) for path, why in wrong.items()],
             remedy=advise(names, lost) if lost else "",
         )
@@ -302,4 +303,4 @@ def check_one_method(tree: Tree) -> None:
 
 def _refuse_dora(where: str, listed: Sequence[Problem]) -> None:
     remedy = "Merge it into the model: jlora.peft.export_merged, or jlora merge."
-    raise InputError(f"`adapter` has DoRA at {where}:", problems=listed, remedy=remedy)
+    raise InputError("adapter", f"has DoRA at {where}.", problems=listed, remedy=remedy)

@@ -87,7 +87,8 @@ def leave_out(fields: Mapping[str, Any], ignore: Collection[str]) -> dict[str, A
         raise TypeError(f"`ignore` must be a tuple of names, such as ({ignore!r},); got a string.")
     if known := [name for name in ignore if name in _KNOWN]:
         raise InputError(
-            f"`ignore` is for fields that jlora does not know, but it knows {', '.join(known)}: "
+            "ignore",
+            f"is for fields that jlora does not know, but it knows {', '.join(known)}: "
             "without it, the adapter would mean something else. Leave it out of `ignore`.",
         )
     return {name: x for name, x in fields.items() if name not in ignore}
@@ -113,7 +114,7 @@ def problems_of(fields: Mapping[str, Any], *, is_file: bool = True) -> list[Prob
     found = [Problem(key, "missing") for key in required if key not in fields]
     if method not in ("LORA", ROWS_ALONE):
         remedy = _CONVERT if isinstance(method, str) else _NAME
-        remedy = remedy if is_file else "leave peft_type out"
+        remedy = remedy if is_file else "Leave peft_type out."
         found.append(Problem("peft_type", f"expected 'LORA', got {shorten(method)}", remedy))
     found += list_unsupported(strange, is_file=is_file)
     found += [] if method == ROWS_ALONE else _list_contradictions(fields)
@@ -124,10 +125,10 @@ def problems_of(fields: Mapping[str, Any], *, is_file: bool = True) -> list[Prob
     return [Problem(key, f"expected a value for JSON, got {shorten(x)}") for key, x in odd]
 
 
-_NAME = "set it to the method of the adapter"
+_NAME = "Set it to the method of the adapter."
 _CONVERT = (
-    "convert it to LoRA in PEFT with peft.save_as_lora; if PEFT cannot (AdaLoRA), merge it there "
-    "with merge_and_unload"
+    "Convert it to LoRA in PEFT with peft.save_as_lora; if PEFT cannot (AdaLoRA), merge it there "
+    "with merge_and_unload."
 )
 
 
@@ -146,7 +147,7 @@ def list_unsupported(fields: Mapping[str, Any], *, is_file: bool) -> list[Proble
     remedy = "name the field in `ignore`" if is_file else "leave the field out"
     found = list[Problem]()
     for key, value in fields.items():
-        why, then = known if key in _KNOWN else (unknown, f"if it does not, {remedy}")
+        why, then = known if key in _KNOWN else (unknown, f"If it does not, {remedy}.")
         found.append(Problem(key, f"{shorten(value)} {why}", then))
     return found
 
@@ -161,7 +162,7 @@ def _list_contradictions(fields: Mapping[str, Any]) -> list[Problem]:
     start = fields.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in STARTS:
         why = f"{shorten(start)} changes the base model, which the adapter needs"
-        remedy = "convert the adapter in PEFT (path_initial_model_for_weight_conversion)"
+        remedy = "Convert the adapter in PEFT (path_initial_model_for_weight_conversion)."
         found.append(Problem("init_lora_weights", why, remedy))
     return found
 

@@ -195,7 +195,8 @@ def set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields
     dropouts = {tree.found[leaf.path].dropout for leaf in tree.low}
     if "lora_dropout" not in given and len(dropouts) > 1:
         raise InputError(
-            f"`adapter` has the dropout rates {sorted(dropouts)}, but PEFT has one for all sites. "
+            "adapter",
+            f"has the dropout rates {sorted(dropouts)}, but PEFT has one for all sites. "
             "Choose it with config={'lora_dropout': 0.1}.",
         )
     new: Fields = {}
@@ -207,7 +208,8 @@ def set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields
     fields = fields | new
     if (rate := fields["lora_dropout"]) and any(leaf.is_bare for leaf in tree.low):
         raise InputError(
-            f"`adapter` has the dropout rate {rate}, but PEFT refuses dropout beside experts and "
+            "adapter",
+            f"has the dropout rate {rate}, but PEFT refuses dropout beside experts and "
             "other bare parameters. Write it without: config={'lora_dropout': 0.0}.",
         )
     return fields
@@ -217,7 +219,7 @@ def _set_tokens(fields: Fields, tree: Tree) -> Fields:
     """Sets the rows of embeddings, and no others."""
     wanted = {leaf.modules[0]: tree.found[leaf.path].rows for leaf in tree.rows}
     others = _with_parents(tree.modules) - wanted.keys()
-    listed, alone = find_rows(fields, wanted, problems := Problems(""))
+    listed, alone = find_rows(fields, wanted, problems := Problems("", ""))
     if listed == wanted and not (problems.found or list_lone_heads(alone, others)):
         return fields
 
@@ -235,8 +237,9 @@ def describe_rows_alone(fields: Fields, tree: Tree, argument: str) -> Fields:
     lists = {tree.found[leaf.path].rows: name_of(leaf.path) for leaf in tree.rows}
     if len(lists) > 1:
         raise InputError(
-            f"`{argument}` has only rows of embeddings, and PEFT has one list of rows for all of "
-            "them; got different lists:",
+            argument,
+            "has only rows of embeddings, and PEFT has one list of rows for all of "
+            "them; got different lists.",
             problems=[Problem(name, f"rows {shorten(rows)}") for rows, name in lists.items()],
             remedy="Save each embedding by itself.",
         )

@@ -145,8 +145,8 @@ def _find_reader(prefix: str | None, modules: Iterable[str]) -> Reader | None:
     listed = ", or ".join(f"{x!r} for {' and '.join(models)}" for x, models in known.items())
     odd = next(x for x in names if x.partition(".")[0] not in given[0].outermost)
     raise InputError(
-        f"`prefix` must be {listed}, for dialect 'kohya'; got {prefix!r} for a model with "
-        f"{show(odd)}.",
+        "prefix",
+        f"must be {listed}, for dialect 'kohya'; got {prefix!r} for a model with {show(odd)}.",
         remedy="No tool is known to read other models there: save them with dialect='diffusers'.",
     )
 
@@ -172,18 +172,19 @@ def _check_dialect(dialect: str, prefix: str | None) -> str:
     """Returns the prefix to write; raises for an unknown dialect, or a prefix that cannot be."""
     if dialect not in DIALECTS:
         listed = ", ".join(map(repr, DIALECTS))
-        raise InputError(f"`dialect` must be one of {listed}; got {dialect!r}.")
+        raise InputError("dialect", f"must be one of {listed}; got {dialect!r}.")
     if dialect == "peft" and prefix is not None:
-        raise InputError(f"`prefix` is for other dialects than 'peft'; got {prefix!r}.")
+        raise InputError("prefix", f"is for other dialects than 'peft'; got {prefix!r}.")
     if dialect == "diffusers" and prefix is None:
         raise InputError(
-            "`prefix` must be the model's name in its pipeline for dialect 'diffusers', such as "
+            "prefix",
+            "must be the model's name in its pipeline for dialect 'diffusers', such as "
             "'unet' or 'transformer', or '' for load_lora_adapter(..., prefix=None); got None.",
         )
     found = MANGLED.fullmatch(f"lora_{prefix or 'unet'}_x")
     if dialect == "kohya" and (found is None or found["prefix"] != (prefix or "unet")):
         why = "such as 'unet', 'te1' or 'transformer', for dialect 'kohya'"
-        raise InputError(f"`prefix` must be letters and digits, {why}; got {prefix!r}.")
+        raise InputError("prefix", f"must be letters and digits, {why}; got {prefix!r}.")
     return prefix or ("unet" if dialect == "kohya" else "")
 
 
@@ -207,8 +208,9 @@ def _encode(
             wrong.append(Problem(x.key, why, "Save it in the dialect of diffusers."))
     if wrong:
         raise InputError(
-            f"`dialect` {dialect!r} holds only LoRA of linear and convolutional sites, each under "
-            "a name of its own; got:",
+            "dialect",
+            f"{dialect!r} holds only LoRA of linear and convolutional sites, each under "
+            "a name of its own.",
             problems=wrong,
         )
     found = dict[str, np.ndarray]()
@@ -242,13 +244,15 @@ def _find_mangled(names: Iterable[str], dialect: str, prefix: str | None) -> dic
     mangled = {x: found["prefix"] for x in names if (found := MANGLED.fullmatch(x))}
     if mangled and dialect != "kohya":
         raise InputError(
-            "`contents` has kohya's names, in which dots and _ are the same, so that only "
-            "dialect 'kohya' can hold them:",
+            "contents",
+            "has kohya's names, in which dots and _ are the same, so that only "
+            "dialect 'kohya' can hold them.",
             problems=[Problem(x, "is kohya's") for x in mangled],
             remedy="Load the file onto its model with jlora.peft.load, and save that.",
         )
     if other := next((p for p in mangled.values() if prefix not in (None, p)), None):
         raise InputError(
-            f"`prefix` must be {other!r}, as kohya's names have it, or None; got {prefix!r}.",
+            "prefix",
+            f"must be {other!r}, as kohya's names have it, or None; got {prefix!r}.",
         )
     return mangled

@@ -91,17 +91,21 @@ def _fits(part: Part, leaf: NamedLeaf | None, is_head: bool, problems: Problems)
     """Whether A and B fit a leaf, or a head that shares its weight; adds the reason if not."""
     key = PREFIX + part.name.rpartition(".")[0]
     if leaf is None:
-        return problems.add_homeless(key, LOST)
+        problems.add_homeless(key, LOST)
+        return False
     kind = "linear" if is_head else leaf.name.kind
     path = name_of(leaf.path)
     if kind is None:
-        return problems.add(key, f"has A and B, but {path} is a parameter that LoRA cannot adapt")
+        problems.add(key, f"has A and B, but {path} is a parameter that LoRA cannot adapt")
+        return False
     if kind != part.kind:
         why = f"A and B are of kind {part.kind}, but {path} is of kind {kind} under `names`"
-        return problems.add(key, why)
+        problems.add(key, why)
+        return False
     if part.transposed is False and leaf.name.transposed:
         why = f"is targeted by target_parameters, but {path} is stored as (inputs, outputs)"
-        return problems.add(key, why)
+        problems.add(key, why)
+        return False
     a, b = leaf.shapes(part.a.shape[0] // leaf.experts)
     a, b = (b[::-1], a[::-1]) if is_head else (a, b)
     return all([_has_shape(part.a, a, problems), _has_shape(part.b, b, problems)])
@@ -109,9 +113,11 @@ def _fits(part: Part, leaf: NamedLeaf | None, is_head: bool, problems: Problems)
 
 def _fits_in_full(name: str, x: TensorInfo, leaf: NamedLeaf | None, problems: Problems) -> bool:
     if leaf is None:
-        return problems.add_homeless(x.key, LOST)
+        problems.add_homeless(x.key, LOST)
+        return False
     if leaf.name.part:
-        return problems.add(x.key, "saved in full, but `base` has a leaf for each part of it")
+        problems.add(x.key, "saved in full, but `base` has a leaf for each part of it")
+        return False
     if problem := explain_resized(name, x.shape, leaf.weight_shape):
         problems.found.append(problem)
         return False
@@ -119,7 +125,9 @@ def _fits_in_full(name: str, x: TensorInfo, leaf: NamedLeaf | None, problems: Pr
 
 
 def _has_shape(x: TensorInfo, shape: tuple[int, ...], problems: Problems) -> bool:
-    return x.shape == shape or problems.add(x.key, f"expected shape {shape}, got {x.shape}")
+    if x.shape != shape:
+        problems.add(x.key, f"expected shape {shape}, got {x.shape}")
+    return x.shape == shape
 
 
 def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:

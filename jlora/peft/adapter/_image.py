@@ -72,8 +72,8 @@ class Image(NamedTuple):
 
     def refuse(self, why: str, problems: Sequence[Problem] = (), remedy: str = "") -> InputError:
         """Makes an error about the file."""
-        text = f"`{self.argument}`: {self.where} {why}"
-        return InputError(text, path=self.where, problems=problems, remedy=remedy)
+        why = f"{self.where} {why}"
+        return InputError(self.argument, why, path=self.where, problems=problems, remedy=remedy)
 
 
 class _Entry(NamedTuple):
@@ -205,7 +205,8 @@ def _choose(
     chosen = next(iter(groups)) if prefix is None else prefix
     if chosen not in groups:
         raise InputError(
-            f"`prefix` must be one of the prefixes in {image.where}, {listed}; got {chosen!r}.",
+            "prefix",
+            f"must be one of the prefixes in {image.where}, {listed}; got {chosen!r}.",
         )
     return groups[chosen], chosen
 

@@ -25,7 +25,7 @@ def with_profile(
     if profile is None:
         return dict(fields), own
     if profile != "vllm":
-        raise InputError(f"`profile` must be None or 'vllm'; got {profile!r}.")
+        raise InputError("profile", f"must be None or 'vllm'; got {profile!r}.")
     wrong = [Problem(name, "trained in full") for name in own.full]
     wrong += [Problem(x.module, "rows of an embedding") for x in own.tokens.values()]
     wrong += [Problem(x.key, "DoRA") for x in own.parts if x.m is not None]
@@ -35,8 +35,9 @@ def with_profile(
     wrong += [Problem(x.key, f"experts without {_other(x.name)}") for x in lone]
     if wrong:
         raise InputError(
-            "`profile` 'vllm' supports only LoRA of linear and embedding sites, and of experts' "
-            "gate_up_proj and down_proj together; got:",
+            "profile",
+            "'vllm' supports only LoRA of linear and embedding sites, and of experts' "
+            "gate_up_proj and down_proj together.",
             problems=wrong,
             remedy="Leave these out of the rules, or merge the adapter and serve the merged model.",
         )
@@ -44,7 +45,8 @@ def with_profile(
     rank = next((r for r in RANKS if r >= largest), None)
     if rank is None:
         raise InputError(
-            f"`profile` 'vllm' supports ranks up to {RANKS[-1]}; got {largest}. Lower it with "
+            "profile",
+            f"'vllm' supports ranks up to {RANKS[-1]}; got {largest}. Lower it with "
             "jlora.arithmetic.truncate.",
         )
     turned = (_turn(x, experts) if x.kind == "experts" else x for x in own.parts)

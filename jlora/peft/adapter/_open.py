@@ -31,13 +31,14 @@ def open_adapter(
     if file is None:
         if prefix is not None:
             raise InputError(
-                f"`prefix` chooses from the models in a file of diffusers or kohya, but {path} has "
+                "prefix",
+                f"chooses from the models in a file of diffusers or kohya, but {path} has "
                 f"no {IMAGE}; got {prefix!r}. Leave it out, or give such a file.",
             )
         return open_files(Source(path, argument), ignore)
     if file != path and (found := [x for x in (CONFIG, TENSORS) if (path / x).exists()]):
         why = f"has two adapters: {found[0]}, and {IMAGE}. Give the file that you mean, or move it."
-        raise InputError(f"`{argument}`: {path} {why}", path=path)
+        raise InputError(argument, f"{path} {why}", path=path)
     source = Source(file.parent, argument)
     header = read_header(source, file.name)
     read = lambda wanted: read_tensors(source, header, wanted, file.name)  # noqa: E731

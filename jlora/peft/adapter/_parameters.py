@@ -84,10 +84,10 @@ def _check_module(
         problems.add(key, "adapted more than once")
         return []
     if not is_taken or role.saves:
-        problems.add(key, f"unexpected; {CONFIG} does not select it")
+        problems.add(key, f"unexpected; {problems.config} does not select it")
         return []
     if part.a.shape[0] != role.rank:
-        why = f"expected rank {role.rank} by {CONFIG}, got an A of shape {part.a.shape}"
+        why = f"expected rank {role.rank} by {problems.config}, got an A of shape {part.a.shape}"
         problems.add(key, why)
     if not where and math.prod(part.b.shape[1:]) != part.rank:  # else the model's shape tells
         why = f"expected {part.rank} columns, as A has rows, got shape {part.b.shape}"
@@ -128,8 +128,8 @@ def _assign_by_shape(
     got = ", ".join(f"A {x.a.shape} with B {x.b.shape}" for x in parts)
     what = "can be assigned in several ways to" if fitting else "do not fit"
     remedy = (
-        "load the adapter with jlora.peft.load, where the order of `names` decides, and merge "
-        "what it returns"
+        "Load the adapter with jlora.peft.load, where the order of `names` decides, and merge "
+        "what it returns."
     )
     why = f"{got} {what} {'' if shapes else 'the ranks of '}{listed}"
     problems.add(PREFIX + module, why, remedy if fitting else "")

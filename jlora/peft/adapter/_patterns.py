@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from ..._errors import InputError
-from .._file import shorten
+from .._file import CONFIG, shorten
 
 T = TypeVar("T")
 SECONDS = 5.0  # of CPU time, for all patterns of an adapter
@@ -111,9 +111,11 @@ class Clock:
         self.left -= seconds
         if self.left <= 0:
             raise InputError(
-                f"`{self.argument}`: matching the patterns of adapter_config.json with the modules "
+                self.argument,
+                f"matching the patterns of adapter_config.json with the modules "
                 f"takes more than {SECONDS:g} seconds of CPU time or 512 MB. List the modules by "
-                "name."
+                "name.",
+                path=CONFIG,
             )
 
 
@@ -151,7 +153,7 @@ def match(jobs: Iterable[Job], names: Sequence[str], clock: Clock) -> dict[Job, 
     for job, answer in zip(others, answers, strict=True):
         if not isinstance(answer, list):  # an error
             why = f"{shorten(job.pattern)} {_NO_PATTERN}: {answer}"
-            raise InputError(f"`{clock.argument}`: {why}")
+            raise InputError(clock.argument, why, path=CONFIG)
         found[job] = answer
     return found
 

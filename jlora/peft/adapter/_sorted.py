@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..._errors import Problem
-from .._file import CONFIG, COUNT, COUNTS, FLOATS, PREFIX, TENSORS, TensorInfo, show
+from .._file import COUNT, COUNTS, FLOATS, PREFIX, TENSORS, TensorInfo, show
 from .._problems import Problems
 from ._config import PARAMETERS, ROWS_ALONE, problems_of
 from ._files import MAGNITUDE, Files
@@ -222,7 +222,7 @@ def _rows_alone(
         # PEFT stores a tied head with its embedding, even if it is not selected.
         is_taken = module in selected or (selected and SHARED.search(module))
         if x.key != f"{PREFIX}{module}{DELTA_ALONE}" or not is_taken:
-            problems.add(x.key, f"unexpected; {CONFIG} does not select it")
+            problems.add(x.key, f"unexpected; {problems.config} does not select it")
         elif x.dtype not in FLOATS:
             problems.add_not_floating(x)
         else:
@@ -295,8 +295,8 @@ def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) 
         name,
         f"has {shape[0]} rows in the adapter, whose vocabulary was resized, but {wanted[0]} in the "
         "base",
-        "merge it with jlora.peft.export_merged, which adds rows, or call "
-        f"resize_token_embeddings({shape[0]}) on the base in `transformers`, and save it",
+        "Merge it with jlora.peft.export_merged, which adds rows, or call "
+        f"resize_token_embeddings({shape[0]}) on the base in `transformers`, and save it.",
     )
 
 
@@ -338,7 +338,7 @@ def _parts(
             found[module].clear()
     for module, x in magnitudes.items():
         if not is_dora:
-            problems.add(x.key, f"unexpected; {CONFIG} has no use_dora")
+            problems.add(x.key, f"unexpected; {problems.config} has no use_dora")
         elif module not in found:
             problems.add(x.key, f"unexpected; {show(module)} has no A and B")
     return found

@@ -77,7 +77,7 @@ def list_misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[Problem]:
         found.append(Problem(key, f"expected shape {wanted}, got {tokens.v.shape}"))
     if (last := max(tokens.rows)) >= shape[0]:
         why = f"{INDICES} lists row {last}, but there are {shape[0]} rows"
-        found.append(Problem(tokens.module, why, "resize the vocabulary as in training"))
+        found.append(Problem(tokens.module, why, "Resize the vocabulary as in training."))
     return found
 
 

@@ -94,12 +94,12 @@ def check(
         Start the server with --max-lora-rank 32, and check again with the same option
     """
     if engine not in ENGINES:
-        raise InputError(f"`engine` must be one of {', '.join(ENGINES)}; got {engine!r}.")
+        raise InputError("engine", f"must be one of {', '.join(ENGINES)}; got {engine!r}.")
     server = ENGINES[engine]
     rank = _rank(server, max_lora_rank)
     if image := find_image(path):
         why = f"serves no image LoRA; {image} is no adapter of PEFT in a folder"
-        raise InputError(f"`path`: {server.title} {why}.", path=image)
+        raise InputError("path", f"{server.title} {why}.", path=image)
     files = open_files(source := Source(to_path(path)), ignore)
     if wrong := list_misformed(files.fields):
         findings = [Finding(x.where, x.why, AGAIN, False) for x in wrong]
@@ -118,7 +118,7 @@ def _rank(engine: Engine, given: int | None) -> int:
     """Returns the largest rank that the server supports."""
     if given is not None and given not in engine.ranks:
         why = f"must be one of {engine.ranks} for {engine.title}; got {given!r}."
-        raise InputError(f"`max_lora_rank` {why}")
+        raise InputError("max_lora_rank", why)
     return engine.rank if given is None else given
 
 

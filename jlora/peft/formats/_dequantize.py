@@ -108,7 +108,9 @@ def dequantize_checkpoint(
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if not checkpoint.quantization:
         raise InputError(
-            f"`src_dir`: {checkpoint.source.folder} is not quantized. Use it directly."
+            "src_dir",
+            f"{checkpoint.source.folder} is not quantized. Use it directly.",
+            path=checkpoint.source.folder,
         )
     dense, matrices = dequantized(checkpoint)
     with fresh(out, "out") as folder:
@@ -121,7 +123,7 @@ def _errors_about(argument: str) -> Iterator[None]:
     try:
         yield
     except Unreadable as e:
-        raise InputError(f"`{argument}`: {e.problem}.") from None
+        raise InputError(argument, "cannot be read.", problems=[e.problem]) from None
 
 
 @_errors_about("src_dir")
@@ -154,13 +156,14 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
         format.tensors.taken.clear()
         places |= dict.fromkeys(new) | {new[0]: weight}
         if name in format.tensors and name not in places:
-            raise Unreadable(name, "is there in codes and in floats", "remove one of them")
+            raise Unreadable(name, "is there in codes and in floats", "Remove one of them.")
     left = list_left(format.tensors, places)
     if left or not matrices:
         method = shorten(checkpoint.quantization.get("quant_method"))
         what = "these tensors are not in that format" if left else "no weight is"
         raise InputError(
-            f"`src_dir`: by its config.json, {checkpoint.source.folder} is quantized by {method}, "
+            "src_dir",
+            f"by its config.json, {checkpoint.source.folder} is quantized by {method}, "
             f"but {what}. Give the original checkpoint, or correct this one.",
             path=checkpoint.source.folder,
             problems=left,

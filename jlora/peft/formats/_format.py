@@ -87,7 +87,8 @@ def open_format(checkpoint: Checkpoint) -> Format:
         return Format(tensors, config)
     if not isinstance(method, str) or method not in FORMATS:
         raise InputError(
-            f"`{checkpoint.source.argument}`: config.json has the unknown `quant_method` "
+            checkpoint.source.argument,
+            f"config.json has the unknown `quant_method` "
             f"{shorten(method)}; known are {', '.join(sorted(FORMATS))}. Give the original "
             "checkpoint, and quantize it with jlora.quantize.",
             path="config.json",

@@ -33,11 +33,11 @@ class GgufTensors:
                 "`path` is a GGUF file, which needs the package gguf: pip install 'jlora[gguf]'."
             ) from None
         if not path.is_file():
-            raise MissingError(f"`path`: there is no file {path}.", path=path)
+            raise MissingError("path", f"there is no file {path}.", path=path)
         try:
             self._tensors = read_tensors(path, gguf)
         except (ValueError, KeyError) as e:
-            raise InputError(f"`path`: {path} is not a valid GGUF file: {e}.", path=path) from None
+            raise InputError("path", f"{path} is not a valid GGUF file: {e}.", path=path) from None
         self._gguf = gguf
         self.taken = set[str]()
 

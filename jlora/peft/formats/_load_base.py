@@ -122,7 +122,7 @@ def load_base(
     # With a wrong configuration, all leaves have the same problem.
     wrong = list(dict.fromkeys(wrong)) + [Problem(name, "unexpected") for name in left]
     if wrong:
-        raise InputError(f"`path`: {path} does not fit `like`.", path=path, problems=wrong)
+        raise InputError("path", f"{path} does not fit `like`.", path=path, problems=wrong)
     return jax.tree.unflatten(flatten(like)[1], values)
 
 
@@ -233,7 +233,8 @@ def save_base(
     packed = [Problem(name_of(path), repr(x)) for path, x in leaves if is_quantized(x)]
     if packed:
         raise InputError(
-            "`base` must be in floats. Save jlora.dequantize(base), and quantize that checkpoint "
+            "base",
+            "must be in floats. Save jlora.dequantize(base), and quantize that checkpoint "
             "with `transformers` and bitsandbytes, or with llm-compressor.",
             problems=packed,
         )

@@ -120,8 +120,9 @@ def export_merged(
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if checkpoint.quantization:
         checkpoint, _ = dequantized(checkpoint)
-    title = "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
-    problems = Problems(title)
+    problems = Problems(
+        "adapter", "cannot be merged into the checkpoint of `src_dir`; nothing was written."
+    )
     target, contents = match_to_checkpoint(
         checkpoint, adapter, names, untie, problems, ignore, prefix, renamed
     )

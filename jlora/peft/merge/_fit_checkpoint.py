@@ -63,15 +63,16 @@ def match_to_checkpoint(
     if isinstance(adapter, str | os.PathLike):
         if names is not None:
             raise InputError(
-                "`names` is for an adapter tree; PEFT's files have PyTorch's names. Leave it out."
+                "names", "is for an adapter tree; PEFT's files have PyTorch's names. Leave it out."
             )
         modules = {module_of(name) for name in checkpoint.where}
         files = open_adapter(adapter, "adapter", ignore, prefix, modules)
         target, found = _match_files(checkpoint, files, is_untied, problems, renamed)
     elif names is None:
         raise InputError(
-            "`names` must be a name table for the adapter tree, such as "
-            "jlora.peft.TABLES['llama']; got None.",
+            "names",
+            "must be a name table for the adapter tree, such as jlora.peft.TABLES['llama']; got "
+            "None.",
         )
     else:
         target, found = _match_tree(checkpoint, adapter, names, is_untied, problems, renamed)
@@ -232,7 +233,7 @@ def _check(target: Target, found: Parameters, problems: Problems) -> None:
         pieces = model[name].pieces if name in model else ()
         known = COUNTS if name.endswith(COUNT) else DTYPES
         if odd := {checkpoint.entry(x.tensor).dtype for x in pieces} - known.keys():
-            remedy = "" if known is COUNTS else "dequantize the checkpoint first"
+            remedy = "" if known is COUNTS else "Dequantize the checkpoint first."
             problems.add(name, f"of dtype {min(odd)}; expected one of {', '.join(known)}", remedy)
 
 

@@ -38,7 +38,7 @@ def fit_vocabulary(target: Target, found: Parameters, problems: Problems) -> Tar
                 tensor,
                 f"is for {old} tokens, and the adapter, whose vocabulary was resized to {new}, has "
                 "no values of it",
-                f"call resize_token_embeddings({new}) on the base in `transformers`, and save it",
+                f"Call resize_token_embeddings({new}) on the base in `transformers`, and save it.",
             )
     return target.resize(shapes, _resize(checkpoint.config, old, new))
 

@@ -51,18 +51,18 @@ def list_absent(checkpoint: Checkpoint, model: Places, found: Parameters) -> lis
     return [Problem(x, explain_absent(x, config), _advise(x, checkpoint)) for x in lost]
 
 
-_UNTIE = "give `untie=True`, which stores both, or save the base model untied"
+_UNTIE = "Give `untie=True`, which stores both, or save the base model untied."
 
 
 def _advise(name: str, checkpoint: Checkpoint) -> str:
     if may_be_shared(checkpoint, name):
         return (
-            "if it shares the input embedding's weight, the adapter must change both equally: "
+            "If it shares the input embedding's weight, the adapter must change both equally. "
             + _UNTIE
         )
     return (
-        "save the base model as it was adapted, with its head, and in `transformers` 5 with "
-        "save_pretrained(..., save_original_format=False); or give `renamed`"
+        "Save the base model as it was adapted, with its head, and in `transformers` 5 with "
+        "save_pretrained(..., save_original_format=False); or give `renamed`."
     )
 
 
@@ -137,7 +137,7 @@ def with_copies(
                     "has rows in the adapter, which PEFT also gives to a tied head; config.json "
                     f"ties it to {show(other)}, but their values differ in the checkpoint"
                 )
-                remedy = "correct tie_word_embeddings there"
+                remedy = "Correct tie_word_embeddings there."
                 problems.stop(Problem(rows[0], why, remedy))
     return found
 

@@ -20,8 +20,8 @@ _BACKBONE = re.compile(
 )
 # An embedding that an encoder and a decoder share, each of which has one of its own.
 _SHARED = re.compile(r"(?P<model>.+)\.(?P<table>shared|word_embeddings)\.weight")
-_NEITHER = "train the adapter without embedding and head, or use it unmerged"
-_REMEDY = "save the base untied in `transformers`"
+_NEITHER = "Train the adapter without embedding and head, or use it unmerged."
+_REMEDY = "Save the base untied in `transformers`."
 TIE = "tie_word_embeddings"
 
 
@@ -100,11 +100,11 @@ def _find_refusal(
     is_said = stacks or any(part.get(TIE) is True for part in parts)
     if is_said and len({digest(checkpoint, name) for name in shared}) > 1:
         why = "config.json ties weights whose values differ"
-        return Problem("`untie`", why, f"correct {TIE} there")
+        return Problem("`untie`", why, f"Correct {TIE} there.")
     changed = _list_changed(found)
     if changed & stacks.keys() or {model.tensor(n) for n in changed} & {*stacks.values()}:
         why = "the adapter changes the embedding of an encoder and a decoder, which may use copies"
-        return Problem("`untie`", why, "train it on the head alone, or use it unmerged")
+        return Problem("`untie`", why, "Train it on the head alone, or use it unmerged.")
     return None
 
 
@@ -186,7 +186,7 @@ def _explain_unknown(config: Mapping[str, Any]) -> Problem:
     """Explains that a head is not found, and what to do."""
     if len({part.get(TIE) for part in walk_objects(config)} - {None}) > 1:
         why = f"parts of config.json differ in {TIE}"
-        return Problem("`untie`", why, "give all of them that of training")
+        return Problem("`untie`", why, "Give all of them that of training.")
     return Problem("`untie`", "the name of the head is not known", _REMEDY)
 
 

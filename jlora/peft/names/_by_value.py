@@ -111,13 +111,13 @@ def find_names(params: PyTree, folder: str | os.PathLike[str], sites: HasSites) 
     """
     tensors = _Tensors(open_checkpoint(folder, "folder", follow_links=True))
     if not tensors.shapes:
-        why = f"`folder`: {folder} is quantized; give the checkpoint in floats."
-        raise InputError(why, path=folder)
+        why = f"{folder} is quantized; give the checkpoint in floats."
+        raise InputError("folder", why, path=folder)
     uses = {site.parts: site for site in sites.leaves}
     leaves = leaves_by_path(params)
     if odd := [path for path, x in leaves if path not in uses or not hasattr(x, "__array__")]:
         each = [Problem(name_of(path), "is no array, or not in `sites`") for path in odd]
-        raise InputError("`params` must be the arrays that `sites` lists.", problems=each)
+        raise InputError("params", "must be the arrays that `sites` lists.", problems=each)
     found, left = dict[str, Held](), dict[str, str]()
     for is_part in (False, True):
         for path, x in progress(leaves, "parts" if is_part else "leaves", unit="leaf"):

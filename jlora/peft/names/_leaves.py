@@ -122,12 +122,11 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
         if len(own) > 1 and not _are_parts(own)
     ]
     if twice:
-        why = "`names` gives leaves the same name:"
         own = {leaf.path[-1] for name in twice for leaf in owners[name.where]}
         remedy = "Narrow its patterns."
         if "bias" in own:
             remedy += " A row for biases needs parameter='bias'; 'weight' is the default."
-        raise InputError(why, problems=twice, remedy=remedy)
+        raise InputError("names", "gives leaves the same name.", problems=twice, remedy=remedy)
     return leaves
 
 

@@ -67,7 +67,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
         elif why := explain_narrowing(np.asarray(tensor).dtype):
             wrong.append(Problem(key, why))
     if wrong:
-        raise InputError("`tensors` do not fit `like`.", problems=wrong)
+        raise InputError("tensors", "do not fit `like`.", problems=wrong)
     read = lambda key: views[key].read(lambda name: np.asarray(tensors[name]))  # noqa: E731
     values = [
         put(join_weight(x, [take_part(read(key), x.name) for key in x.parameters])) for x in leaves
@@ -136,15 +136,16 @@ def name_all(tree: PyTree, names: Sequence[Name], argument: str) -> list[NamedLe
     ]
     if lone:
         raise InputError(
-            f"`names` makes these leaves of `{argument}` parts of parameters whose other parts "
+            "names",
+            f"makes these leaves of `{argument}` parts of parameters whose other parts "
             "have no leaf. Add rows for the other parts.",
             problems=lone,
         )
     lost = {path: tuple(x.shape) for path, x in leaves_by_path(tree) if path not in named}
     if lost:
         raise InputError(
-            f"`names` has no row that fits these leaves of `{argument}` by path and number of "
-            "axes.",
+            "names",
+            f"has no row that fits these leaves of `{argument}` by path and number of axes.",
             problems=[Problem(path_in_names(path), f"of shape {lost[path]}") for path in lost],
             remedy=advise(names, lost),
         )

@@ -56,7 +56,8 @@ def find(
     if len(ways) > 1 and ("", "") not in ways:
         listed = ", ".join(repr(add or strip) for add, strip in ways)
         raise InputError(
-            f"`{argument}` fits the checkpoint with several prefixes, {listed}. Rename its modules "
+            argument,
+            f"fits the checkpoint with several prefixes, {listed}. Rename its modules "
             "as in the checkpoint.",
         )
     way = ("", "") if ("", "") in ways else ways[0]
@@ -115,7 +116,7 @@ def rename(shapes: Shapes, pairs: Pairs) -> Places:
             new = re.sub(pattern, replacement, new)
         if new in found:
             why = f"gives two tensors the same name, {new}: {found[new].tensor} and {name}."
-            raise InputError(f"`renamed` {why}")
+            raise InputError("renamed", f"{why}")
         found[new] = View(shape, (Piece(name),))
     return found
 
