@@ -4,7 +4,7 @@ import functools
 import math
 import string
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,7 @@ from . import _compat
 
 AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # with values, or only its type
 AnyMesh = Mesh | AbstractMesh
-P = ParamSpec("P")
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def explicit(x: object) -> NamedSharding | None:
@@ -39,7 +38,7 @@ def follow(known: NamedSharding, x: AnyArray, axes: Sequence[int | None]) -> Nam
     return NamedSharding(known.mesh, fit_spec(spec, x.shape, known.mesh))
 
 
-def automatically(f: Callable[..., T], place: Any) -> Callable[..., T]:
+def automatically(f: Callable[..., Any], place: Any) -> Callable[..., Any]:
     """Lets XLA shard what `f` computes; along explicit mesh axes its result is sharded as `place`.
 
     None for `place` means that there are no explicit axes.
@@ -47,23 +46,23 @@ def automatically(f: Callable[..., T], place: Any) -> Callable[..., T]:
     return f if place is None else jax.sharding.auto_axes(f, out_sharding=place)
 
 
-def replicate(f: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a function of arrays that may be sharded; along explicit axes it replicates results."""
+def replicate(f: F) -> F:
+    """Lets a function take arrays along explicit mesh axes; its results are replicated there."""
 
     @functools.wraps(f)
-    def anywhere(*args: P.args, **kwargs: P.kwargs) -> T:
+    def anywhere(*args: Any, **kwargs: Any) -> Any:
         given = (args, kwargs)
         known = next(filter(None, map(explicit, jax.tree.leaves(given))), None)
         arrays, put = pick(given, lambda x: isinstance(x, jax.Array))
 
-        def of_arrays(*arrays: jax.Array) -> T:
+        def of_arrays(*arrays: jax.Array) -> Any:
             args, kwargs = put(arrays)
             return f(*args, **kwargs)
 
         place = known and NamedSharding(known.mesh, PartitionSpec())
         return automatically(of_arrays, place)(*arrays)
 
-    return anywhere
+    return cast("F", anywhere)
 
 
 def lie_along(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -120,7 +119,7 @@ def abstract(x: AnyArray) -> jax.ShapeDtypeStruct:
 
 
 def join_shardings(
-    x: Sequence[Hashable], y: Sequence[Hashable], out: Sequence[Hashable], *values: jax.Array
+    x: Sequence[Hashable], y: Sequence[Hashable], out: Sequence[Hashable], *values: Any
 ) -> NamedSharding | None:
     """Shards each axis of `out` as in x, or else as in y, but uses no mesh axis twice."""
     entries: dict[Hashable, Any] = {}

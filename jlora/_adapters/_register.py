@@ -130,8 +130,8 @@ def _make_exportable(cls: type[Node], static: Sequence[str]) -> None:
         values = to_tuples(json.loads(data))
         return (*values[:at], Layout(*values[at]), *values[at + 1 :])
 
-    def make(values: Any, children: Iterable[Any]) -> Node:
-        return cls(**dict(zip((*static, *cls.labels), (*values, *children), strict=True)))
+    def make(aux_data: Any, children: Iterable[Any]) -> Node:
+        return cls(**dict(zip((*static, *cls.labels), (*aux_data, *children), strict=True)))
 
     with contextlib.suppress(ValueError):  # a class of that name was there before, as in a notebook
         export.register_pytree_node_serialization(

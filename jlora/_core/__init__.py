@@ -22,7 +22,7 @@ from ._interpret import as_array as as_array
 from ._interpret import evaluate as evaluate
 from ._interpret import primitive as primitive
 from ._packed import Packed as Packed
-from ._packed import shard_part as shard_part
+from ._packed import place_of_part as place_of_part
 from ._weight import Operand as Operand
 from ._weight import Weight as Weight
 from ._weight import leaf_weight as leaf_weight

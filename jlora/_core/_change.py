@@ -66,10 +66,11 @@ class Delta:
         """Takes the columns of A and the rows of B of its slot."""
         if self.slot is None:
             return self
+        slot = self.slot.value
 
         def take(f: Factor) -> Factor:
             pick = functools.partial(_rows_of_slot, f.axis(RANK), self.parts)
-            return f.replace(automatically(pick, explicit(f.value))(f.value, self.slot.value))
+            return f.replace(automatically(pick, explicit(f.value))(f.value, slot))
 
         return dataclasses.replace(self, a=take(self.a), b=take(self.b), slot=None)
 

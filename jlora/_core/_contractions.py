@@ -49,8 +49,8 @@ class Contraction(Product):
     def term(self, delta: Delta) -> Term:
         """Returns what a delta adds to y."""
         y, precision = self.eqn.outputs[0], self.eqn.params["precision"]
-        axes = (self.x_axes, self.y_axes)
-        return Term(self.ordered(delta), *axes, y.dtype, precision, explicit(y))
+        delta = self.ordered(delta)
+        return Term(delta, self.x_axes, self.y_axes, y.dtype, precision, explicit(y))
 
     @property
     def only_term(self) -> Term:

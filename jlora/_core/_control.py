@@ -25,16 +25,8 @@ def _traced_once(f: Callable[..., list[Operand]]) -> Callable[..., list[Operand]
 @_traced_once
 def _jit(eqn: Equation, *xs: Operand) -> list[Operand]:
     p = eqn.params
-    args = map(_constrain, xs, p["in_shardings"])
-    return list(map(_constrain, eqn.evaluate(p["jaxpr"], *args), p["out_shardings"]))
-
-
-def _constrain(x: Operand, sharding: object) -> Operand:
-    if not isinstance(sharding, jax.sharding.Sharding):
-        return x
-    if isinstance(x, Weight):
-        return constrain(x, sharding)
-    return lax.with_sharding_constraint(x, sharding)
+    args = map(constrain, xs, p["in_shardings"])
+    return list(map(constrain, eqn.evaluate(p["jaxpr"], *args), p["out_shardings"]))
 
 
 @primitive("closed_call", is_move=False)

@@ -104,8 +104,7 @@ def _reduce(x: jax.Array, terms: list[Term]) -> jax.Array:
     a = jnp.concatenate(each, of_a.axis(RANK)) if len(each) > 1 else each[0]
     # If a mesh leaves h in partial sums, XLA adds them up in one collective with the activations
     # of the model, provided that both have one dtype.
-    how = {"dtype": x.dtype, "precision": first.precision}
-    h = einsum(first.x, of_a.axes, first.h, x, a, **how)
+    h = einsum(first.x, of_a.axes, first.h, x, a, dtype=x.dtype, precision=first.precision)
     # Scaling h, not A: on TPUs XLA would write a scaled A to memory, and fuse less.
     deltas = [term.delta for term in terms]
     scales = np.concatenate([np.full(d.b.length(RANK), d.scale) for d in deltas])

@@ -191,7 +191,7 @@ def _stop_gradient(eqn: Equation, w: Weight) -> Weight:
 
 
 @primitive("sharding_constraint")
-def _sharding_constraint(eqn: Equation, w: Weight) -> Weight:
+def _sharding_constraint(eqn: Equation, w: Weight) -> Operand:
     return constrain(w, eqn.params["sharding"]) if isinstance(w.w, Packed) else w.each(eqn.bind)
 
 

@@ -129,21 +129,15 @@ class Packed:
         kept = {a: n for a, n in self.lengths.items() if a not in axes}
         return packed.with_axes(kept, kept.values())
 
-    def transpose(
-        self, axes: Sequence[Axis], shape: Sequence[int], sharding: NamedSharding | None = None
-    ) -> "Packed":
-        """Transposes W to the order of `axes`, and repeats it along new axes to `shape`."""
-        del sharding
+    def transpose(self, axes: Sequence[Axis], shape: Sequence[int], *_: object) -> "Packed":
+        """Transposes W to the order of `axes`, and repeats it along new axes to `shape`.
+
+        A sharding is for a result that is computed now.
+        """
         return self.with_axes(axes, shape)
 
-    def reshape(
-        self,
-        groups: Sequence[Group],
-        others: Sequence[Factor] = (),
-        sharding: NamedSharding | None = None,
-    ) -> "Packed":
-        """Reshapes W."""
-        del others, sharding
+    def reshape(self, groups: Sequence[Group], **_: object) -> "Packed":
+        """Reshapes W. A sharding is for a result that is computed now."""
         packed = self
         lengths = dict[Axis, int]()
         for group in groups:
@@ -207,16 +201,11 @@ def _multiply_unpacked_jvp(
     return multiply_unpacked(product, *primals), tangent(packed, tangents[1], *others)
 
 
-def shard_part(
-    f: Factor,
-    sharding: NamedSharding | PartitionSpec,
-    axes: Sequence[Axis],
-    put: Callable[..., jax.Array] = lax.with_sharding_constraint,
-) -> Factor:
-    """Shards a part like the weight with the axes `axes`, as far as it can be split evenly.
+Place = NamedSharding | PartitionSpec  # which refers to the mesh of `jax.set_mesh`
 
-    A PartitionSpec refers to the mesh of `jax.set_mesh`. `put` applies the sharding to an array.
-    """
+
+def place_of_part(f: Factor, sharding: Place, axes: Sequence[Axis]) -> Place:
+    """Shards a part like the weight with the axes `axes`, as far as it can be split evenly."""
     named = isinstance(sharding, NamedSharding)
     mesh = sharding.mesh if named else jax.sharding.get_abstract_mesh()
     spec = sharding.spec if named else sharding
@@ -227,5 +216,4 @@ def shard_part(
         )
     entries = f.specs(dict(zip(axes, spec, strict=False))).value
     cut = fit_spec(entries, f.shape, mesh)
-    place = sharding.update(spec=cut) if named else cut
-    return f.replace(put(f.value, place))
+    return sharding.update(spec=cut) if named else cut

@@ -1,7 +1,7 @@
 """How a weight is sharded: W, or its codes and scales, and the factors of its change."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,17 +10,26 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from .._arrays import AnyMesh, count_pieces, mesh_axes
 from ._axes import Axis, Factor, Unfactorable, map_factors
-from ._packed import Packed, shard_part
+from ._packed import Packed, place_of_part
 from ._weight import Operand, Weight
 
 
-def constrain(w: Weight, sharding: Sharding) -> Weight:
-    """Constrains W, or its codes and scales, to `sharding`."""
-    if not isinstance(w.w, Packed):
-        return w.each(lambda x: lax.with_sharding_constraint(x, sharding))
-    if not isinstance(sharding, NamedSharding):
-        return w
-    return w.replace(map_factors(lambda f: shard_part(f, sharding, w.axes), w.w))
+def constrain(x: Operand, sharding: object) -> Operand:
+    """Constrains an array, W, or its codes and scales to `sharding`, if this is one."""
+    if not isinstance(sharding, Sharding):
+        return x
+    if not isinstance(x, Weight):
+        return lax.with_sharding_constraint(x, sharding)
+    if not isinstance(x.w, Packed):
+        return x.each(lambda v: lax.with_sharding_constraint(v, sharding))
+    is_named = isinstance(sharding, NamedSharding)
+    return _shard(x, sharding, lax.with_sharding_constraint) if is_named else x
+
+
+def _shard(w: Weight, to: NamedSharding, put: Callable[..., jax.Array]) -> Weight:
+    """Applies `put` to W, or to its codes and scales, and where they are with a W that is `to`."""
+    each = lambda f: f.each(lambda x: put(x, place_of_part(f, to, w.axes)))  # noqa: E731
+    return w.replace(map_factors(each, w.w))
 
 
 def move(x: Operand, to: Any) -> Operand:
@@ -30,9 +39,9 @@ def move(x: Operand, to: Any) -> Operand:
     """
     if not isinstance(x, Weight) or not isinstance(to, NamedSharding):
         return jax.device_put(x, to)
-    w = map_factors(lambda f: shard_part(f, to, x.axes, jax.device_put), x.w)
-    memory = jax.typeof(jax.tree.leaves(w)[0]).memory_space
-    return x.replace(w, jax.device_put(x.change, memory))
+    w = _shard(x, to, jax.device_put)
+    memory = jax.typeof(jax.tree.leaves(w.w)[0]).memory_space
+    return w.replace(w.w, jax.device_put(w.change, memory))
 
 
 def specs(w: Weight, spec: PartitionSpec) -> Weight:
@@ -43,11 +52,8 @@ def specs(w: Weight, spec: PartitionSpec) -> Weight:
 
 def place(w: Weight, mesh: AnyMesh, spec: PartitionSpec) -> Weight:
     """Reshards each array to `mesh`, for a W with the PartitionSpec `spec`."""
-
-    def reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
-
-    return jax.tree.map(reshard, w, specs(w, spec))
+    places = jax.tree.map(lambda s: NamedSharding(mesh, s), specs(w, spec))
+    return jax.sharding.reshard(w, places)
 
 
 def pieces(w: Weight, spec: PartitionSpec, mesh: AnyMesh) -> dict[Axis, int]:

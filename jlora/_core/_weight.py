@@ -57,8 +57,7 @@ class Weight:
     def replace(self, w: Factor | Packed, change: Change | None = None) -> "Weight":
         """Returns a copy with another W and, optionally, another change."""
         change = self.change if change is None else change
-        last = max(self._names)
-        return dataclasses.replace(self, w=w, change=change, last=last)
+        return dataclasses.replace(self, w=w, change=change, last=max(self._names))
 
     # -------------------------------------------------------------------------------- what W is
 

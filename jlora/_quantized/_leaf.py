@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from .. import _compat
 from .._arrays import automatically, back, explicit, to_device
-from .._core import Axis, Factor, Packed, shard_part
+from .._core import Axis, Factor, Packed, place_of_part
 from .._types import NotAnArray, PyTree
 from .._types import short as short_name
 from ._dynamic import dequantize_scales
@@ -224,7 +224,8 @@ def _unpack(
     used = parts.used
     # In a shard_map of the model, the arrays are shards.
     if used is not None and not jax.sharding.get_abstract_mesh().manual_axes:
-        parts = parts.map_arrays(lambda f, _: shard_part(f, used, axes))
+        shard = lambda x, f: lax.with_sharding_constraint(x, place_of_part(f, used, axes))  # noqa: E731
+        parts = parts.map_arrays(lambda f, _: f.each(lambda x: shard(x, f)))
     parts = _with_plain_scales(axes, parts)
     decode = functools.partial(_decode, axes, dtype)
     if in_turn is None:

@@ -58,8 +58,8 @@ def route(
     such as `jax.custom_vjp` makes. Both raise.
 
     With dropout, give `jlora.dropout(table, key)`, or `jax.vmap(jlora.dropout)(table, keys)` with a
-    key for each slot. Each row has its own mask, by the keys of its slot: the first row of a slot has
-    the mask that `apply` alone would draw for it.
+    key for each slot. Each row has its own mask, by the keys of its slot: the first row of a slot
+    has the mask that `apply` alone would draw for it.
 
     `stack` and `insert` refuse known values that are not finite, so both forms are safe. Leaves
     trained in full are gathered.

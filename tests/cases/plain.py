@@ -658,7 +658,7 @@ def added_joined_and_measured(p, x):
 
 @case("no_site", ONE, {"w": (6, 5), "query": (3, 6)}, (2, 4, 6))
 def queries_repeated_for_two_rows(p, x):
-    """Learned queries, repeated along the batch, are activations of the product that they are in."""
+    """Learned queries, repeated along the batch, are activations of the product with w."""
     query = jnp.broadcast_to(p["query"], (2, 3, 6))
     return jnp.concatenate([query, x], axis=1) @ p["w"], jnp.tanh(query @ p["w"])
 
