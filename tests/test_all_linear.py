@@ -157,7 +157,7 @@ def test_full_leaf_that_is_not_used(model):
     if model is looped:
         params = jax.tree.map(lambda x: jnp.stack([x, x]), params)
     lora = jlora.transform(model, LoRA("w"), jlora.Full("spare"))
-    with pytest.raises(ValueError, match=r"Full\('spare'\) matches 'spare' of shape .* not use"):
+    with pytest.raises(ValueError, match=r"Full\('spare'\) for 'spare' of shape .* not use"):
         lora.init(KEY, params, X)
 
 
