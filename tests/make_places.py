@@ -427,7 +427,8 @@ def gather(made: Sequence[Made]) -> dict[str, Any]:
                 "lost": _shorten_lost(x.lost),
             }
             if differs(x, entry) or x.lost:
-                classes[x.name] = {key: dict(sorted(y.items())) for key, y in theirs.items() if y}
+                fields = {key: dict(sorted(y.items())) for key, y in theirs.items() if y}
+                classes[x.name] = {"model": kind} | fields
     found = {"transformers": transformers.__version__, "endings": list_endings()}
     return found | {"models": models, "classes": classes}
 

@@ -394,6 +394,8 @@ def test_a_bias_of_b(tmp_path: Folder) -> None:
 # What `transformers` writes.
 RENAMED: dict[str, Any] = json.loads((models.FIXTURES / "renamed.json").read_text())
 config, rows = RENAMED["llava"]
+kind, same = RENAMED["qwen2-vl"]
+RENAMED["qwen2-vl-unnamed"] = {"model_type": kind["model_type"]}, same
 RENAMED["llava-read"] = (
     config,
     {  # from the hub, whose names of the tower it keeps

@@ -7,6 +7,7 @@ one less: those of a model with a head have one that those of a model without on
 
 import collections
 import functools
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -132,23 +133,27 @@ def load_table() -> Mapping[str, Any]:
 
 def as_transformers_stores(shapes: Shapes, config: Mapping[str, Any]) -> Iterator[Places]:
     """Yields the parameters of the configuration's model: as it is written, and as it is read."""
-    entry = _find_entry(config)
-    for has_read in (False, True) if entry else ():
+    for entry, has_read in itertools.product(_find_entries(config), (False, True)):
         rows = make_table(entry, has_read)
         yield _name_parts(rows.name(shapes), entry, config, has_read)
 
 
-def _find_entry(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _find_entries(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Finds the entry of the model's class; all of its kind if the class is not known."""
     table = load_table()
-    names = config.get("architectures")
-    name = str(names[0]) if isinstance(names, list) and names else ""
-    return table["classes"].get(name) or table["models"].get(str(config.get("model_type")), {})
+    names, kind = config.get("architectures"), str(config.get("model_type"))
+    if isinstance(names, list) and names and (own := table["classes"].get(str(names[0]))):
+        return [own]
+    found = [table["models"][kind]] if kind in table["models"] else []
+    others = [] if names else [x for x in table["classes"].values() if x["model"] == kind]
+    return [*found, *others]
 
 
 def explain_absent(name: str, config: Mapping[str, Any]) -> str:
     """Explains why no tensor is a parameter."""
     form = ".".join("{}" if is_number(part) else part for part in name.split("."))
-    return _find_entry(config).get("lost", {}).get(form, "not in the checkpoint")
+    reasons = (entry.get("lost", {}).get(form) for entry in _find_entries(config))
+    return next(filter(None, reasons), "not in the checkpoint")
 
 
 def _name_parts(
