@@ -6,6 +6,7 @@ with what each engine does with it.
 
 import functools
 import json
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from test_peft_merged import base_of, checkpoint
 from jlora import peft
 from jlora.peft import Name
 from jlora.peft.adapter import _patterns
+from jlora.peft.engines import _models
 
 Fields = dict[str, Any]
 Tensors = dict[str, np.ndarray]
@@ -429,6 +431,16 @@ def test_a_model_that_vllm_has_not(tmp_path: Folder) -> None:
     found = peft.check(place, "vllm", base=base)
     assert [(x.what, x.silent) for x in found.findings] == [("lm_head", False)]
     check_text(str(found))
+
+
+def test_the_guide_counts_what_vllm_declares() -> None:
+    """The models that have a class, and those of them that take no adapters."""
+    groups = json.loads(_models.FILE.read_text())["groups"]
+    known = sum(len(x["models"]) for x in groups)
+    without = sum(len(x["models"]) for x in groups if not x.get("adapts", True))
+    text = (pathlib.Path(__file__).parents[1] / "notebooks" / "serve.md").read_text()
+    assert f"a class for each of {known} models" in text
+    assert f"{without} classes take no adapters" in text
 
 
 def test_an_adapter_that_is_taken(tmp_path: Folder) -> None:
