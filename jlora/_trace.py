@@ -41,11 +41,14 @@ def trace(
             jaxpr = jax.make_jaxpr(eager)(*specs)
         except _READS as e:
             names = ", ".join(map(repr, paths[:3])) + (", …" if len(paths) > 3 else "")
+            advice = getattr(e, "remedy", "") or (
+                "Name a flag in jax.jit(..., static_argnames=...). For other values use "
+                "jax.lax.cond or jnp.where there, or leave the weights out of the rules."
+            )
             raise ValueReadError(
                 "Python code of the function reads the value of an array that depends on the "
                 f"weights {names}, or on an argument that jax.jit traces ({type(e).__name__}). "
-                "Name a flag in jax.jit(..., static_argnames=...). For other values use "
-                "jax.lax.cond or jnp.where there, or leave the weights out of the rules."
+                + advice
             ) from e
     return jaxpr, finish[-1]
 

@@ -274,14 +274,6 @@ def test_activations() -> None:
         extract(make(), {"layer/0": PartitionSpec()})
 
 
-class Noisy(nn.Module):
-    """Draws random numbers, whatever its mode."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Adds noise."""
-        return x + torch.randn_like(x)
-
-
 class Cached(nn.Module):
     """Returns an object that is no pytree."""
 
@@ -317,8 +309,6 @@ def test_refused() -> None:
     big.register_buffer("primes", torch.tensor([31, 2**40 + 15]), persistent=False)
     with pytest.raises(ValueError, match=r"integers in primes that int32 cannot hold. Set jax_ena"):
         extract(big)
-    with pytest.raises(NotImplementedError, match="the model draws random numbers"):
-        extract(make(Noisy))[1]({}, X)
     with pytest.raises(TypeError, match=r"of type Identity at output\['cache'\], which"):
         extract(make(Cached))[1]({}, X)
     params, apply = extract(make())

@@ -2,142 +2,76 @@
 
 import copy
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
 from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
-from torchax.ops import jtorch  # pyright: ignore[reportMissingImports]
-from torchax.tensor import Environment, Tensor, View  # pyright: ignore[reportMissingImports]
 
-from .._compat import is_concrete
+from .._compat import is_staged
 from .._errors import InputError
 from .._rules import near_misses
 from .._tree import leaves_by_path
 from .._types import PyTree
-from ._skeleton import copy_structure, find_constants, find_saved, read_structure, to_jax
+from ._skeleton import copy_structure, find_constants, find_saved, read_structure
+from .operators._environment import Operators, to_array
+from .operators._state import find_left, read_attributes
+from .operators._tensor import Tensor
 
 Shardings = Mapping[str, PartitionSpec | NamedSharding]
-
-
-class Operators(Environment):
-    """The operators of torchax, and what it lacks. It draws no random numbers of its own."""
-
-    def __init__(self) -> None:
-        """Adds operators to those of torchax, for this object alone."""
-        super().__init__()
-        self.override_op_definition(torch.ops.aten.embedding, self._look_up)
-        self.override_op_definition(torch.ops.aten._is_all_true, self._check)
-        self.override_op_definition(torch.ops.aten._grouped_mm, self._multiply_groups)
-        for multiply in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
-            self.override_op_definition(multiply, self._multiply)
-        self.override_op_definition(torch.nn.functional.scaled_dot_product_attention, self._attend)
-
-    def get_and_rotate_prng_key(self, generator: torch.Generator | None = None) -> jax.Array:
-        """Returns the key of a generator; raises without one."""
-        if generator is None:
-            raise NotImplementedError(
-                "the model draws random numbers, which would be the same in each call of a "
-                "compiled function. Give it the numbers as an argument, or a torch.Generator."
-            )
-        return super().get_and_rotate_prng_key(generator)
-
-    def t2j_iso(self, torchtensors: Any) -> Any:
-        """Returns the arrays in tensors; also of PyTorch's own, which models make as constants."""
-
-        def convert(x: torch.Tensor) -> jax.Array | float:
-            # A scalar of PyTorch does not widen the dtype of an array.
-            is_constant = x.ndim == 0 and not isinstance(x, Tensor | View)
-            return x.item() if is_constant else to_array(x)
-
-        return _pytree.tree_map_only(torch.Tensor, convert, torchtensors)
-
-    def wrap(self, x: ArrayLike) -> Tensor:
-        """Makes a tensor of an array."""
-        return Tensor(jnp.asarray(x), self)
-
-    def _look_up(
-        self, weight: torch.Tensor, ids: torch.Tensor, padding_idx: int = -1, *options: bool
-    ) -> Tensor:
-        """Looks up rows of an embedding; that of torchax is a `custom_jvp`, without sites."""
-        del options
-        table, at = self.t2j_iso((weight, ids))
-        found = jnp.take(table, at, axis=0)
-        if padding_idx >= 0:
-            is_padding = (at == padding_idx)[..., None]
-            found = jnp.where(is_padding, jax.lax.stop_gradient(found), found)
-        return self.wrap(found)
-
-    def _multiply(self, x: torch.Tensor, y: torch.Tensor) -> Tensor:
-        """Multiplies; PyTorch would merge the axes of a batch, which a mesh may shard."""
-        return self.wrap(jnp.matmul(*self.t2j_iso((x, y))))
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        """Attends, with softmax in float32; what JAX's function does not take, torchax does."""
-        is_plain = query.ndim == 4 and query.shape[0] == key.shape[0] and key.shape == value.shape
-        if dropout_p or not is_plain or (attn_mask is not None and attn_mask.ndim != 4):
-            return jtorch.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-            )
-        *heads, mask = self.t2j_iso((query, key, value, attn_mask))
-        is_bias = mask is not None and mask.dtype != bool
-        found = jax.nn.dot_product_attention(
-            *(jnp.swapaxes(x, 1, 2) for x in heads),
-            **{"bias" if is_bias else "mask": mask},
-            scale=scale,
-            is_causal=is_causal,
-        )
-        return self.wrap(jnp.swapaxes(found, 1, 2))
-
-    def _multiply_groups(
-        self, x: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, *options: Any
-    ) -> Tensor:
-        """Multiplies rows that are sorted by their experts, each with the matrix of its expert."""
-        del options
-        rows, stack, ends = self.t2j_iso((x, weights, offs))
-        sizes = jnp.diff(ends, prepend=jnp.zeros(1, ends.dtype))
-        return self.wrap(jax.lax.ragged_dot(rows, stack, sizes))
-
-    def _check(self, x: torch.Tensor) -> torch.Tensor:
-        """Whether a check of the model holds; of traced values nobody knows, so it does."""
-        holds = self.t2j_iso(x)
-        return torch.tensor(not is_concrete(holds) or bool(holds.all()))
-
-
-def to_array(x: torch.Tensor) -> jax.Array:
-    """Returns the array in a tensor of torchax, or copies one of PyTorch."""
-    return x.jax() if isinstance(x, Tensor | View) else jnp.asarray(to_jax(x))
 
 
 class Call(torch.nn.Module):
     """A module whose call is the call of a method of `model`."""
 
-    def __init__(self, model: torch.nn.Module, method: str) -> None:
+    def __init__(self, model: torch.nn.Module, method: str, environment: Operators) -> None:
         """Holds the model."""
         super().__init__()
         self.model = model
         self.method = method
+        self.environment = environment
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the method; `forward` with its hooks."""
+        """Calls the method with arrays; raises if its next call would compute something else."""
+        before = read_attributes(self.model)
+        out = self._call(1, args, kwargs)
+        left = find_left(before, read_attributes(self.model))
+        if left:
+            self._check(left, args, kwargs)
+        return out
+
+    def _call(self, number: int, args: Any, kwargs: Any) -> Any:
+        args, kwargs = _pytree.tree_map(functools.partial(self._wrap, number), (args, kwargs))
         call = self.model if self.method == "forward" else getattr(self.model, self.method)
-        return call(*args, **kwargs)
+        return call(*args, **kwargs)  # the module's own, with its hooks
+
+    def _wrap(self, number: int, x: object) -> Any:
+        if not isinstance(x, jax.Array | np.ndarray):
+            return x
+        found = self.environment.wrap(x)
+        found.call = number
+        return found
+
+    def _check(self, left: list[str], args: Any, kwargs: Any) -> None:
+        """Calls again, and raises if that reads what the first call left in attributes."""
+
+        def again() -> tuple[()]:
+            out = _pytree.tree_leaves(self._call(2, args, kwargs))
+            assert all(x.call != 1 for x in out if isinstance(x, Tensor))
+            return ()
+
+        try:
+            jax.eval_shape(again) if is_staged() else again()
+        except Exception as e:
+            raise NotImplementedError(
+                f"`model` leaves values in its {', '.join(left)} which its next call reads, and "
+                "they would be lost. Return them as outputs, and pass them as arguments."
+            ) from e
 
 
 class Apply:
@@ -169,19 +103,15 @@ class Apply:
         every = {**given, **stopped, **self._constants}
         tensors: dict[str, torch.Tensor]
         tensors = {f"model.{name}": self._environment.wrap(x) for name, x in every.items()}
-        args, kwargs = _pytree.tree_map(self._to_torch, (args, kwargs))
-        # A copy, as modules may keep values in their attributes.
-        call = Call(copy.deepcopy(self._model), method)
-        with self._environment:
-            out = torch.func.functional_call(call, tensors, args, kwargs, strict=True)
-        return _to_jax(out, "")
-
-    def _to_torch(self, x: object) -> Any:
-        if isinstance(x, torch.Tensor):
+        if any(isinstance(x, torch.Tensor) for x in _pytree.tree_leaves((args, kwargs))):
             raise TypeError(
                 "`apply` takes arrays of JAX or NumPy; got a torch.Tensor. Give x.numpy()."
             )
-        return self._environment.wrap(x) if isinstance(x, jax.Array | np.ndarray) else x
+        # A copy, as modules may keep values in their attributes.
+        call = Call(copy.deepcopy(self._model), method, self._environment)
+        with self._environment.running():
+            out = torch.func.functional_call(call, tensors, args, kwargs, strict=True)
+        return _to_jax(out, "")
 
     def _constrain(self, pattern: str, sharding: PartitionSpec | NamedSharding) -> None:
         """Constrains the outputs of the modules whose last components match `pattern`."""

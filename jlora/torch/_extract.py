@@ -1,6 +1,7 @@
 """A module of PyTorch as parameters and a function, which is what `jlora.transform` takes."""
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from .._tree import nest
@@ -47,19 +48,29 @@ def extract(
         - `method` is the name of the method to call.
         - The outputs are arrays in the model's own dict or dataclass, which is registered as a
           pytree of JAX when it is first returned.
+        - Gradients stop where PyTorch stops them: at `no_grad`, `inference_mode`, `detach` and
+          `.data`. A weight that is read only there is no site. At kinks and at zero, gradients of
+          `clamp`, `abs`, `max`, `norm`, `std`, `cdist` and the like are PyTorch's.
+        - A `torch.autograd.Function` with one result has the gradient that its `backward` defines.
+        - Writes in place are seen in views and in what they are views of.
+        - Grad mode around the call of `apply` changes nothing.
         - A row at `padding_idx` of an embedding gets no gradient, as in PyTorch.
         - `scaled_dot_product_attention` is that of `jax.nn` where it takes the shapes: softmax is
           in float32, and a query that sees no key gets the mean of the values, not zeros.
 
     Raises:
-        ImportError: if PyTorch or torchax is not installed.
+        ImportError: if PyTorch or torchax is not installed, or torchax does not know the version of
+            PyTorch.
         TypeError: if `model` is not a module; later, if an argument is a tensor of PyTorch, or an
             output is no pytree of arrays.
-        ValueError: if `model` is in training mode, or has attributes computed from its parameters;
-            if a pattern matches no module; if a buffer on the meta device cannot be computed, or
-            has integers that need jax_enable_x64.
-        NotImplementedError: later, if the model draws random numbers, or uses an operator that
-            torchax does not have.
+        ValueError: if `model` is in training mode, or has attributes computed from its parameters,
+            or hooks on gradients; if a pattern matches no module; if a buffer on the meta device
+            cannot be computed, or has integers that need jax_enable_x64.
+        NotImplementedError: later, with the module and its line, if the model draws random
+            numbers, runs under `torch.autocast`, asks PyTorch for gradients, or writes into a
+            tensor that `torch.zeros` and the like made; if it changes a buffer or an attribute so
+            that its next call would compute something else. When it is differentiated, if an
+            autograd.Function has several results or changes its arguments.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora, torch  # doctest: +SKIP
@@ -73,12 +84,20 @@ def extract(
     """
     try:
         from ._apply import Apply
-        from ._skeleton import check_module, find_saved, to_jax
+        from ._skeleton import check_module, find_saved, to_jax, warn_of_rounding
     except ModuleNotFoundError as e:
         raise ImportError(
             f"jlora.torch.extract needs PyTorch and torchax, but {e.name!r} is not installed: "
             "pip install 'jlora[torch]'."
         ) from e
+    except AttributeError as e:
+        versions = [f"{name} {version(name)}" for name in ("torchax", "torch")]
+        raise ImportError(
+            f"jlora.torch.extract needs torchax, and {' does not import with '.join(versions)} "
+            f"({e}). Install a version of PyTorch that it knows: pip install 'jlora[torch]'."
+        ) from e
     check_module(model)
-    leaves = {tuple(name.split(".")): to_jax(x, name) for name, x in find_saved(model).items()}
+    saved = find_saved(model)
+    warn_of_rounding(saved)
+    leaves = {tuple(name.split(".")): to_jax(x, name) for name, x in saved.items()}
     return nest(leaves), Apply(model, activations)

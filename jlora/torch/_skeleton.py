@@ -1,6 +1,7 @@
 """A module without the memory of its parameters, and its tensors as arrays."""
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -12,6 +13,7 @@ from torchax.ops import mappings  # pyright: ignore[reportMissingImports]
 from .._errors import InputError, Problem
 from ._names import Structure
 
+HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
 Array = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -26,6 +28,18 @@ def check_module(model: object) -> None:
             "numbers, and its batch normalization would change its statistics. Call model.eval(). "
             f"For dropout, give LoRA(..., dropout=0.1). In training mode: {training[0]}"
             f"{f' and {len(training) - 1} more modules' if training[1:] else ''}.",
+        )
+    hooked = [
+        Problem(name, "has a hook on its gradient")
+        for name, x in (*model.named_modules(), *model.named_parameters())
+        if any(getattr(x, key, None) for key in HOOKS)
+    ]
+    if hooked:
+        raise InputError(
+            "model",
+            "has hooks that JAX would not call.",
+            problems=hooked,
+            remedy="Remove them, and change the gradients that jax.grad returns.",
         )
     computed = [
         Problem(f"{name}.{key}".removeprefix("."), "is computed from parameters")
@@ -48,6 +62,17 @@ def find_saved(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     saved = model.state_dict(keep_vars=True).keys()
     buffers = {name: x for name, x in model.named_buffers() if name in saved}
     return dict(model.named_parameters()) | buffers
+
+
+def warn_of_rounding(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Warns of floats of 64 bits that JAX would hold in 32."""
+    wide = [name for name, x in tensors.items() if x.dtype in (torch.float64, torch.complex128)]
+    if wide and not jax.config.jax_enable_x64:
+        warnings.warn(
+            f"`model` has tensors of 64 bits, such as {wide[0]}, which become float32. Set "
+            "jax_enable_x64 to keep them, or call model.float().",
+            stacklevel=3,
+        )
 
 
 def read_structure(model: torch.nn.Module) -> Structure:

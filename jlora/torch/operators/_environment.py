@@ -1,0 +1,227 @@
+"""The operators of torchax, with the gradients and the memory that PyTorch's have."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import torch  # pyright: ignore[reportMissingImports]
+from jax.lax import stop_gradient
+from jax.typing import ArrayLike
+from torch._ops import OpOverload  # pyright: ignore[reportMissingImports]
+from torch.utils import _mode_utils, _pytree  # pyright: ignore[reportMissingImports]
+from torchax import tensor as torchax  # pyright: ignore[reportMissingImports]
+from torchax.ops import jtorch  # pyright: ignore[reportMissingImports]
+
+from .._skeleton import to_jax
+from ._functions import find_conversion, is_saving
+from ._operators import OPERATORS
+from ._refuse import refuse
+from ._tensor import Convert, Memory, Part, Tensor, keep
+
+aten = torch.ops.aten
+Options = Mapping[str, Any]
+# What torchax handles beside its operators; the first three draw random numbers.
+DRAWS = {torch.rand, torch.randn, torch.randint}
+SPECIAL = torchax.TENSOR_CONSTRUCTORS | {torch.Tensor.to}
+GRADIENTS = {torch.autograd.grad, torch.Tensor.backward, torch.Tensor.register_hook}
+
+
+class Guard(torch._C._acc.DeviceGuard):
+    """What torchax does not tell PyTorch of its device, and `torch.compile` asks for."""
+
+    def type_(self) -> Any:
+        """Returns the kind of the device."""
+        return torch._C._autograd.DeviceType.PrivateUse1
+
+
+torch._C._acc.register_python_privateuseone_device_guard(Guard())
+
+
+class Call(NamedTuple):
+    """The call of an operator, and what PyTorch does with the gradients of its results."""
+
+    func: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    convert: Convert
+
+
+class Operators(torchax.Environment):
+    """Computes each operator by JAX. It reads PyTorch's grad mode, and draws no random numbers."""
+
+    def __init__(self) -> None:
+        """Adds operators to those of torchax, for this object alone."""
+        super().__init__()
+        for operator in (torch.Tensor.__getitem__, torch.tensor_split, torch.Tensor.resize_):
+            del self._ops[operator]  # PyTorch's own tells what is a view
+        of_arrays = self._ops[aten.detach]
+        for operator, f in OPERATORS.items():
+            self._ops[operator] = dataclasses.replace(of_arrays, torch_op=operator, func=f)
+        self.override_op_definition(torch.detach_, Tensor.detach_)
+        self.override_op_definition(torch.nn.functional.scaled_dot_product_attention, self._attend)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Runs a module, whatever grad mode the caller is in."""
+        with torch.inference_mode(False), self:
+            yield
+
+    def wrap(self, x: ArrayLike) -> Tensor:
+        """Makes a tensor of an array."""
+        return Tensor(Memory(jnp.asarray(x)), self)
+
+    def j2t_iso(self, jaxarray: Any) -> Any:
+        """Makes tensors of arrays."""
+        return _pytree.tree_map_only(jax.Array, self.wrap, jaxarray)
+
+    def t2j_iso(self, torchtensors: Any) -> Any:
+        """Returns the arrays in tensors; also of PyTorch's own, which models make as constants."""
+
+        def convert(x: torch.Tensor) -> jax.Array | float:
+            # A scalar of PyTorch does not widen the dtype of an array.
+            is_constant = x.ndim == 0 and not isinstance(x, torchax.Tensor)
+            return x.item() if is_constant else to_array(x)
+
+        return _pytree.tree_map_only(torch.Tensor, convert, torchtensors)
+
+    def dispatch(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Options | None = None
+    ) -> Any:
+        """Computes an operator; raises OperatorNotFound where PyTorch splits it into others."""
+        _check(func)
+        tensors = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        given = [x for x in tensors if isinstance(x, Tensor)]
+        if given and func in GRADIENTS:
+            refuse("asks PyTorch for gradients", "Differentiate `apply` by jax.grad.")
+        calls = {x.call for x in given} - {0}
+        if len(calls) > 1:
+            refuse("reads what the call before left", "Pass it as an argument.")
+        if not isinstance(func, OpOverload) and func not in self._ops and func not in SPECIAL:
+            raise torchax.OperatorNotFound(func)
+        convert = find_conversion(self) if given else keep
+        call = Call(func, args, dict(kwargs or {}), convert)
+        if given and isinstance(func, OpOverload):
+            first = func._schema.arguments[0].alias_info
+            if first is not None and first.is_write:
+                return self._write(call)
+            is_view = first is not None and args[0] is given[0]
+            if is_view and (views := self._view(call)) is not None:
+                return views
+        if given and len(given) < len(tensors):
+            args, kwargs = self.j2t_iso(self.t2j_iso(call[1:3]))
+
+        def finish(x: torchax.Tensor) -> torch.Tensor:
+            if any(x is y for y in given) or isinstance(getattr(x, "memory", None), Part):
+                return x
+            found = self.wrap(convert(x._elem))
+            found.call = max(calls, default=0)
+            return found
+
+        out = super().dispatch(func, types, args, dict(kwargs or {}))
+        return _pytree.tree_map_only(torchax.Tensor, finish, out)
+
+    def _view(self, call: Call) -> Any:
+        """Makes tensors that share memory with the first argument; None where PyTorch copies."""
+        source, *rest = call.args
+        layout = {"dtype": source.dtype, "device": "meta"}
+        with _no_modes():
+            like = torch.empty_strided(source.size(), source.stride(), **layout)
+            found, structure = _pytree.tree_flatten(call.func(like, *rest, **call.kwargs))
+        memory = like.untyped_storage()._cdata
+        if any(x.untyped_storage()._cdata != memory for x in found):
+            return None
+        views = [Tensor(self._part(call, i), self, x.stride()) for i, x in enumerate(found)]
+        for view in views:
+            view.call = source.call
+        return _pytree.tree_unflatten(views, structure)
+
+    def _part(self, call: Call, i: int = 0) -> Part:
+        """Returns the memory of the i-th view that a call makes of its first argument."""
+        source, *rest = call.args
+        compute = super().dispatch
+
+        def read(x: jax.Array) -> jax.Array:
+            out = compute(call.func, (), (self.wrap(x), *rest), dict(call.kwargs))
+            return _pytree.tree_leaves(out)[i]._elem
+
+        is_detached = call.func is aten.detach.default and not is_saving()
+        return Part(source.memory, read, stop_gradient if is_detached else call.convert)
+
+    def _write(self, call: Call) -> Any:
+        """Changes the first argument, say by `add_`, to what the operator `add` returns."""
+        func, args, kwargs, convert = call
+        target, *rest = args
+        if not isinstance(target, Tensor):
+            refuse(
+                f"writes arrays of JAX into a tensor of PyTorch's own, by {func}",
+                "Make it by torch.zeros_like(x) or x.new_zeros(shape), of a tensor x of the model.",
+            )
+        twin = getattr(aten, func._schema.name.removeprefix("aten::").removesuffix("_"), None)
+        if torch.Tag.inplace_view in func.tags:
+            target.memory = self._part(call._replace(func=getattr(twin, func._overloadname)))
+            with _no_modes():
+                func(*args, **kwargs)
+            return target
+        try:
+            with self._dispatch_mode:
+                out = twin(*args, **kwargs)
+        except torchax.OperatorNotFound:
+            out = super().dispatch(func, (), (self.wrap(target._elem), *rest), kwargs)
+        x = jnp.broadcast_to(to_array(out), target.shape).astype(target._elem.dtype)
+        target.memory.write(x, convert)
+        target.call = max(target.call, getattr(out, "call", 0))
+        return target
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Attends, with softmax in float32; what JAX's function does not take, torchax does."""
+        is_plain = query.ndim == 4 and query.shape[0] == key.shape[0] and key.shape == value.shape
+        if dropout_p or not is_plain or (attn_mask is not None and attn_mask.ndim != 4):
+            return jtorch.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+            )
+        *heads, mask = self.t2j_iso((query, key, value, attn_mask))
+        is_bias = mask is not None and mask.dtype != bool
+        found = jax.nn.dot_product_attention(
+            *(jnp.swapaxes(x, 1, 2) for x in heads),
+            **{"bias" if is_bias else "mask": mask},
+            scale=scale,
+            is_causal=is_causal,
+        )
+        return self.wrap(jnp.swapaxes(found, 1, 2))
+
+
+def to_array(x: torch.Tensor) -> jax.Array:
+    """Returns the array in a tensor of torchax, or copies one of PyTorch."""
+    return x._elem if isinstance(x, torchax.Tensor) else jnp.asarray(to_jax(x))
+
+
+@contextlib.contextmanager
+def _no_modes() -> Iterator[None]:
+    with _mode_utils.no_dispatch(), torch._C.DisableTorchFunction():
+        yield
+
+
+def _check(func: Any) -> None:
+    if func in DRAWS or torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+        refuse(
+            "draws random numbers, which would be the same in each call of a compiled function",
+            "Give it the numbers as an argument.",
+        )
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda", "jax"))):
+        refuse(
+            "runs under torch.autocast, which JAX has not",
+            "Convert the model by model.to(torch.bfloat16), and leave autocast out.",
+        )

@@ -1,0 +1,39 @@
+"""Refuses what a module does and JAX cannot, with the module and the line that does it."""
+
+import inspect
+import pathlib
+import types
+from collections.abc import Iterator
+from typing import NoReturn
+
+import torch  # pyright: ignore[reportMissingImports]
+
+
+def refuse(does: str, remedy: str) -> NoReturn:
+    """Raises; `does` begins with a verb whose subject is the module."""
+    raise NotImplementedError(f"{find_place()} {does}. {remedy}")
+
+
+def walk(frame: types.FrameType | None = None) -> Iterator[types.FrameType]:
+    """Yields the frame of the caller, or the one given, and those around it."""
+    frame = frame or inspect.currentframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def find_place(frame: types.FrameType | None = None) -> str:
+    """Finds the innermost module that runs, in a frame or around it, and its line."""
+    found: list[tuple[torch.nn.Module, str]] = []
+    for each in walk(frame):
+        code = each.f_code
+        first = each.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(first, torch.nn.Module):
+            found.append((first, f"{pathlib.Path(code.co_filename).name}:{each.f_lineno}"))
+    if not found:
+        return "The model"
+    module, line = found[0]
+    name = next((name for name, m in found[-1][0].named_modules() if m is module), "")
+    return (
+        f"{name.removeprefix('model').strip('.') or 'The model'} ({type(module).__name__}, {line})"
+    )

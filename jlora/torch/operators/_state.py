@@ -1,0 +1,65 @@
+"""What a call changes in its module. A copy runs each call, so the next one would not know."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch  # pyright: ignore[reportMissingImports]
+from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
+
+from ._tensor import Tensor
+
+OWN = vars(torch.nn.Module()).keys()  # what every module has
+PLAIN = bool | int | float | complex | str | None
+
+
+class Leaf(NamedTuple):
+    """An object in an attribute of a module; of a tensor, how often its values have changed."""
+
+    value: Any
+    writes: int = 0
+
+    def is_kept(self, new: "Leaf") -> bool:
+        """Whether `new` is the same, or in its place a tensor that depends on arguments."""
+        if isinstance(self.value, PLAIN):
+            return type(self.value) is type(new.value) and self.value == new.value
+        is_new = new.value is not self.value
+        return bool(getattr(new.value, "call", 0)) if is_new else self.writes == new.writes
+
+
+Leaves = Mapping[str, list[Leaf]]
+NOTHING = [Leaf(None)]
+
+
+def read_attributes(model: torch.nn.Module) -> Leaves:
+    """Returns what is in the attributes, buffers and parameters of all modules, by name."""
+    return {
+        f"{name}.{key}".removeprefix("."): [
+            Leaf(x, x.memory.writes if isinstance(x, Tensor) else 0)
+            for x in _pytree.tree_leaves(value)
+        ]
+        for name, m in model.named_modules()
+        for key, value in {**vars(m), **m._buffers, **m._parameters}.items()
+        if key not in OWN
+    }
+
+
+def find_left(before: Leaves, after: Leaves) -> list[str]:
+    """Finds attributes in which a call has left objects; raises where it has changed a value.
+
+    An attribute that was None or not there may get a value: each call makes it again.
+    """
+    left = []
+    for name, leaves in after.items():
+        old = before.get(name, NOTHING)
+        is_new = len(old) == 1 and old[0].value is None
+        added = leaves if is_new else leaves[len(old) :]
+        is_kept = len(old) <= len(leaves) and all(map(Leaf.is_kept, old, leaves))
+        if not is_new and not (is_kept and not any(isinstance(x.value, PLAIN) for x in added)):
+            raise NotImplementedError(
+                f"`model` changes its {name} in a call, and the next call would not know. Return "
+                "the value as an output, and pass it to the next call as an argument."
+            )
+        known = {id(x.value) for x in old}
+        if any(not isinstance(x.value, PLAIN) and id(x.value) not in known for x in leaves):
+            left.append(name)
+    return left

@@ -1,0 +1,389 @@
+"""`jlora.torch` computes what PyTorch does, gradients included, or refuses by name."""
+
+import functools
+import operator
+import os
+import pathlib
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("torchax")
+
+import torch
+from small import KEY, randomize
+from torch import nn
+from torch_functions import DRAWS, FUNCTIONS, GRADIENTS, Case, Holder, Pair, Rounded, within
+
+import jlora
+from jlora import LoRA
+from jlora.torch import extract
+
+# What torchax warns of is its own.
+pytestmark = pytest.mark.filterwarnings("default")
+X = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+
+
+def weights(x: Any) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+
+
+def assert_close(found: Any, expected: Any, why: str) -> None:
+    """Up to the size of the largest entry; what is not finite is the same."""
+    expected = np.asarray(expected)
+    size = max(1e-3, np.abs(expected[np.isfinite(expected)]).max(initial=0))
+    np.testing.assert_allclose(found, expected, 1e-4, 1e-4 * size, err_msg=why)
+
+
+def differentiate(model: nn.Module) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The values and the gradients of PyTorch; zeros where it has none."""
+    y = model(torch.tensor(X))
+    if y.requires_grad:
+        (y * torch.tensor(weights(y))).sum().backward()
+    zeros = {name: np.zeros(x.shape) for name, x in model.named_parameters()}
+    grads = {n: x.grad.numpy() for n, x in model.named_parameters() if x.grad is not None}
+    return y.detach().numpy(), zeros | grads
+
+
+# Functions without a weight that a low-rank change fits: of which the result does not depend on
+# the weight, or that solve for it.
+UNADAPTED = {"all", "broadcast", "copy_ of one row", "zeros_like", "solve", "solve for a vector"}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function(name: str) -> None:
+    """Values and gradients are PyTorch's, eager and compiled; and the adapted ones the merged."""
+    model = Holder(FUNCTIONS[name]).eval()
+    params, apply = extract(model)
+    y, grads = differentiate(model)
+    assert_close(apply(params, X), y, "eager")
+    out, grad = compute(lambda p: apply(p, X), params)
+    assert_close(out, y, "compiled")
+    for key, expected in grads.items():
+        assert_close(grad["l"][key.removeprefix("l.")], expected, f"gradient of {key}")
+    if name not in UNADAPTED:
+        lora = jlora.transform(apply, LoRA("l/weight", rank=2))
+        base, adapter = lora.init(KEY, params, X)
+        adapter = randomize(adapter)
+        found = compute(lambda a: lora.apply(base, a, X), adapter)
+        merged = compute(lambda a: apply(jlora.merge(base, a), X), adapter)
+        for x, expected in zip(*map(jax.tree.leaves, (found, merged)), strict=True):
+            assert_close(x, expected, "adapted")
+
+
+def compute(f: Callable[[Any], jax.Array], tree: Any) -> tuple[jax.Array, Any]:
+    """The values of a function, and the gradient of a sum of them; compiled."""
+
+    def loss(tree: Any) -> tuple[jax.Array, jax.Array]:
+        out = f(tree)
+        return (out * weights(out)).sum(), out
+
+    step = jax.grad(loss, has_aux=True)
+    options = {"xla_backend_optimization_level": 0}  # compiles faster
+    grad, out = jax.jit(step, compiler_options=options)(tree)
+    return out, grad
+
+
+class Layers(nn.Module):
+    """A module in modules."""
+
+    def __init__(self, f: Case) -> None:
+        """Holds one."""
+        super().__init__()
+        self.layers = nn.ModuleList([Holder(f)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Calls it."""
+        return self.layers[0](x)
+
+
+def refuses(f: Case, why: str) -> None:
+    """Names the module and the line, eager and traced."""
+    params, apply = extract(Layers(f).eval())
+    for call in (apply, jax.jit(apply)):
+        with pytest.raises(NotImplementedError, match=rf"^layers\.0 \(Holder, \S+:\d+\) {why}"):
+            call(params, X)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_are_refused(name: str) -> None:
+    refuses(DRAWS[name], "draws random numbers, which would be the same in each call")
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_of_pytorch_are_refused(name: str) -> None:
+    refuses(GRADIENTS[name], "asks PyTorch for gradients. Differentiate `apply` by jax.grad")
+
+
+def written_as_complex(h: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    x = h * 1
+    torch.view_as_complex(x.view(3, 2, 2)).mul_(2)
+    return x
+
+
+REFUSED: dict[str, tuple[Case, str]] = {
+    "autocast": (
+        lambda h, m: within(torch.autocast("cpu", dtype=torch.bfloat16), lambda: h * 2),
+        r"runs under torch.autocast, which JAX has not. Convert the model by model.to\(torch",
+    ),
+    "a constant that is written": (
+        lambda h, m: torch.zeros(3, 4).copy_(h),
+        r"writes arrays of JAX into a tensor of PyTorch's own, by aten.copy_.*torch.zeros_like",
+    ),
+    "a view of another dtype": (
+        written_as_complex,
+        "writes into a view of another dtype. Write into the tensor itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    refuses(*REFUSED[name])
+
+
+def test_modes_of_the_caller() -> None:
+    """They change nothing: JAX's own function has no such mode."""
+    params, apply = extract(Holder(FUNCTIONS["no_grad"]).eval())
+    expected = jax.grad(lambda p: apply(p, X).sum())(params)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        found = within(mode, lambda: jax.grad(lambda p: apply(p, X).sum())(params))
+        np.testing.assert_array_equal(found["l"]["weight"], expected["l"]["weight"])
+
+
+@pytest.mark.parametrize("name", ["rounded", "reversed", "bounded", "a function of a function"])
+def test_second_derivatives_of_functions(name: str) -> None:
+    """A backward of one's own is differentiated as PyTorch does."""
+    model = Holder(FUNCTIONS[name]).eval()
+    params, apply = extract(model)
+    weight = model.l.weight
+    [grad] = torch.autograd.grad((model(torch.tensor(X)) ** 2).sum(), weight, create_graph=True)
+    [expected] = torch.autograd.grad((grad**2).sum(), weight)
+
+    def loss(weight: jax.Array) -> jax.Array:
+        return (apply({"l": {**params["l"], "weight": weight}}, X) ** 2).sum()
+
+    found = jax.grad(lambda w: (jax.grad(loss)(w) ** 2).sum())(params["l"]["weight"])
+    assert_close(found, expected, name)
+
+
+def test_function_of_a_weight() -> None:
+    """It is adapted where the change may be formed."""
+    params, apply = extract(Holder(lambda h, m: h @ Rounded.apply(m.l.weight * 4)).eval())
+    with pytest.raises(ValueError, match="l/weight"):
+        jlora.transform(apply, LoRA("l/weight", rank=2)).init(KEY, params, X)
+    lora = jlora.transform(apply, LoRA("l/weight", rank=2, materialize=True))
+    base, adapter = lora.init(KEY, params, X)
+    adapter = randomize(adapter)
+    found = compute(lambda a: lora.apply(base, a, X), adapter)
+    merged = compute(lambda a: apply(jlora.merge(base, a), X), adapter)
+    for x, expected in zip(*map(jax.tree.leaves, (found, merged)), strict=True):
+        assert_close(x, expected, "adapted")
+
+
+UNDERIVED: dict[str, Case] = {
+    "two results": lambda h, m: sum(Pair.apply(h)),
+    "a checkpoint by PyTorch's gradients": lambda h, m: torch.utils.checkpoint.checkpoint(
+        m.l, h, use_reentrant=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNDERIVED)
+def test_functions_without_a_gradient(name: str) -> None:
+    """They compute values; who differentiates them is told why it cannot be."""
+    model = Holder(UNDERIVED[name]).eval()
+    params, apply = extract(model)
+    assert_close(apply(params, X), differentiate(model)[0], name)
+    with pytest.raises(NotImplementedError, match=r"\(Holder, .*an autograd.Function whose grad"):
+        jax.grad(lambda p: apply(p, X).sum())(params)
+
+
+class Stateful(nn.Module):
+    """Calls a function of itself and its argument, which may change it."""
+
+    buffer: torch.Tensor
+
+    def __init__(self, f: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+        """Has state of many kinds."""
+        super().__init__()
+        self.l = nn.Linear(4, 4)
+        self.register_buffer("buffer", torch.ones(4))
+        self.count = 0
+        self.state: torch.Tensor | None = None
+        self.seen: list[Any] = []
+        self.f = f
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Calls it."""
+        return self.f(self, self.l(x))
+
+
+def setting(**values: Callable[[Any, torch.Tensor], Any]) -> Callable[..., torch.Tensor]:
+    """Sets attributes, and computes with them."""
+
+    def f(m: Any, h: torch.Tensor) -> torch.Tensor:
+        for name, value in values.items():
+            setattr(m, name, value(m, h))
+        return sum((getattr(m, name) for name in values), h)
+
+    return f
+
+
+# What changes the next call, with the attribute that the error names.
+CHANGES: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
+    "a counter": (setting(count=lambda m, h: m.count + 1), "count"),
+    "a buffer": (setting(buffer=lambda m, h: m.buffer + 1), "buffer"),
+    "a buffer in place": (setting(buffer=lambda m, h: m.buffer.mul_(2)), "buffer"),
+    "a part of a buffer": (lambda m, h: (put_in(m.buffer), h)[1], "buffer"),
+    "data of a weight": (lambda m, h: (m.l.weight.data.clamp_(-1, 1), h)[1], r"l\.weight"),
+    "statistics": (setting(buffer=lambda m, h: m.buffer * 0.9 + h.detach().mean(0)), "buffer"),
+    "a list of numbers": (lambda m, h: (m.seen.append(1), h * len(m.seen))[1], "seen"),
+    "a state": (setting(state=lambda m, h: h if m.state is None else h + m.state), "state"),
+    "a list of states": (lambda m, h: (m.seen.append(h), sum(m.seen))[1], "seen"),
+    "an object with a state": (lambda m, h: remember(m, h), "memory"),
+    "the last state, returned": (lambda m, h: (m.state, setattr(m, "state", h))[0], "state"),
+}
+
+
+def put_in(x: torch.Tensor) -> None:
+    x[0] = 3
+
+
+def remember(m: Any, h: torch.Tensor) -> torch.Tensor:
+    if not hasattr(m, "memory"):
+        m.memory = types.SimpleNamespace(sum=0)
+    m.memory.sum = m.memory.sum + h
+    return m.memory.sum * 1
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_are_refused(name: str) -> None:
+    f, attribute = CHANGES[name]
+    params, apply = extract(Stateful(f).eval())
+    for call in (apply, jax.jit(apply)):
+        with pytest.raises(NotImplementedError, match=rf"`model` .* its {attribute}\b.* argument"):
+            call(params, X)
+
+
+def cached(m: Any, h: torch.Tensor) -> torch.Tensor:
+    if m.state is None or len(m.state) < len(h):
+        m.state = torch.arange(len(h), device=h.device)[:, None] * m.buffer * m.l.bias
+    return h + m.state[: len(h)]
+
+
+KEPT: dict[str, Callable[..., torch.Tensor]] = {
+    "the last hidden states": lambda m, h: (setattr(m, "state", h), h * 2)[1],
+    "all hidden states": lambda m, h: (m.seen.append(h), h * 2)[1],
+    "hidden states by name": lambda m, h: (setattr(m, "seen", {"h": h}), h)[1],
+    "a cache": cached,
+    "a flag": lambda m, h: (setattr(m, "is_ready", True), h)[1],
+    "a state that is made again": setting(state=lambda m, h: h * 3),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_attributes_that_change_nothing(name: str) -> None:
+    """What no later call reads, and what each call makes of its parameters alone."""
+    model = Stateful(KEPT[name]).eval()
+    params, apply = extract(model)
+    y = model(torch.tensor(X))
+    y.sum().backward()
+    for _ in range(2):
+        assert_close(apply(params, X), y.detach(), name)
+        assert_close(jax.jit(apply)(params, X), y.detach(), name)
+    grad = jax.grad(lambda p: apply(p, X).sum())(params)
+    assert_close(grad["l"]["weight"], model.l.weight.grad, name)
+    sites = jlora.transform(apply).sites(params, X)
+    assert [x.path for x in sites] == ["l/weight"]
+
+
+PARAMETRIZED: dict[str, Callable[[], nn.Module]] = {
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+    "a forward hook": lambda: hooked(nn.Linear(4, 4)),
+}
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    module.register_forward_hook(lambda module, args, out: out.relu())
+    return module
+
+
+@pytest.mark.parametrize("name", PARAMETRIZED)
+def test_parametrizations(name: str) -> None:
+    torch.manual_seed(0)
+    model = PARAMETRIZED[name]().eval()
+    params, apply = extract(model)
+    y, grads = differentiate(model)
+    out, grad = compute(lambda p: apply(p, X), params)
+    assert_close(out, y, name)
+    for key, expected in grads.items():
+        leaf = functools.reduce(operator.getitem, key.split("."), grad)
+        assert_close(leaf, expected, key)
+
+
+def test_hooks_on_gradients_are_refused() -> None:
+    """Of modules and of parameters; by the functions of PyTorch, of a whole backward pass."""
+    for place, register in {
+        "layers.0.l": lambda m: m.layers[0].l.register_full_backward_hook(lambda *args: None),
+        "layers.0": lambda m: m.layers[0].register_full_backward_pre_hook(lambda *args: None),
+        "layers.0.l.bias": lambda m: m.layers[0].l.bias.register_hook(lambda g: g * 2),
+    }.items():
+        model = Layers(FUNCTIONS["abs at 0"]).eval()
+        handle = register(model)
+        with pytest.raises(ValueError, match="hooks that JAX would not call") as caught:
+            extract(model)
+        assert [x.where for x in caught.value.problems] == [place]
+        handle.remove()
+        extract(model)
+
+
+def test_numpy_in_forward() -> None:
+    """Values that are traced cannot be read; the error says where, and what to write."""
+    model = Layers(lambda h, m: torch.from_numpy(np.tanh(h.detach().numpy()))).eval()
+    params, apply = extract(model)
+    assert_close(apply(params, X), differentiate(model)[0], "eager")
+    why = r"layers\.0 \(Holder, \S+\) reads values by NumPy, .*Use PyTorch's functions there"
+    with pytest.raises(jax.errors.TracerArrayConversionError, match=why):
+        jax.jit(apply)(params, X)
+    with pytest.raises(TypeError, match=r"reads the value of .* Use PyTorch's functions there"):
+        jlora.transform(apply, LoRA(rank=2)).init(KEY, params, X)
+
+
+def test_compile_goes_on_to_work() -> None:
+    """PyTorch asks the device of torchax for its streams."""
+    extract(nn.Linear(4, 4).eval())
+    compiled = torch.compile(nn.Linear(4, 4), backend="eager")
+    assert compiled(torch.ones(2, 4)).shape == (2, 4)
+
+
+def test_floats_of_64_bits() -> None:
+    with pytest.warns(UserWarning, match="`model` has tensors of 64 bits, such as 0.weight, which"):
+        extract(nn.Sequential(nn.Linear(4, 4).double()).eval())
+
+
+def test_a_version_that_torchax_does_not_know(tmp_path: pathlib.Path) -> None:
+    """The error has both versions; the one of PyTorch is 2.13, say."""
+    (tmp_path / "torchax").mkdir()
+    text = "import torch\ntorch.ops.aten.all.dimname_of_old\n"
+    (tmp_path / "torchax" / "__init__.py").write_text(text)
+    code = "import jlora.torch, torch; jlora.torch.extract(torch.nn.Linear(1, 1))"
+    paths = [str(tmp_path), *sys.path]
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"does not import with torch {version('torch')}" in run.stderr
+    assert "ImportError: jlora.torch.extract needs torchax, and torchax 0." in run.stderr

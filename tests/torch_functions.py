@@ -1,0 +1,366 @@
+"""What modules of PyTorch do in `forward`: tables of functions of hidden states and their module.
+
+Hidden states have the shape (3, 4). Needs PyTorch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+F = nn.functional
+Case = Callable[[torch.Tensor, Any], torch.Tensor]
+
+
+class Holder(nn.Module):
+    """Applies a function to the outputs of a linear module."""
+
+    def __init__(self, f: Case) -> None:
+        """Draws the weights."""
+        super().__init__()
+        torch.manual_seed(0)
+        self.l = nn.Linear(4, 4)
+        self.f = f
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes `f` of the hidden states."""
+        return self.f(self.l(x), self)
+
+
+class Rounded(torch.autograd.Function):
+    """Rounds, with the gradient of its argument."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """Rounds."""
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        """Passes the gradient."""
+        return g
+
+
+class Reversed(torch.autograd.Function):
+    """Returns its argument, and turns the gradient round."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: float) -> torch.Tensor:
+        """Returns `x`."""
+        ctx.scale = scale
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Scales the gradient."""
+        return -ctx.scale * g, None
+
+
+class Bounded(torch.autograd.Function):
+    """The exponential, of which a bounded result is the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """Saves the result."""
+        found = x.exp()
+        ctx.save_for_backward(found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        """Reads the result."""
+        [found] = ctx.saved_tensors
+        return g * found.clamp(max=2.0)
+
+
+class Scaled(torch.autograd.Function):
+    """A function that saves what it needs apart from its call."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, index: torch.Tensor, scale: float = 3.0) -> torch.Tensor:
+        """Changes a tensor of its own."""
+        found = x[index] * scale
+        found[:, 0] = 1
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+        """Saves arguments."""
+        ctx.save_for_backward(inputs[0])
+        ctx.scale = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Reads them."""
+        return g * ctx.saved_tensors[0] * ctx.scale * 7, None, None
+
+
+class Pair(torch.autograd.Function):
+    """A function with two results."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Doubles and adds."""
+        return x * 2, x + 1
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """Adds the gradients."""
+        return 5 * g - h
+
+
+def within(context: Any, f: Callable[[], Any]) -> Any:
+    with context:
+        return f()
+
+
+def switched(h: torch.Tensor) -> torch.Tensor:
+    torch.set_grad_enabled(False)
+    found = h.exp()
+    torch.set_grad_enabled(True)
+    return found
+
+
+def written(write: Callable[[torch.Tensor], Any], start: Any = None) -> Case:
+    """Changes a copy of the hidden states in place, and returns it."""
+
+    def f(h: torch.Tensor, module: Any) -> torch.Tensor:
+        x = h * 1 if start is None else start(h)
+        write(x)
+        return x
+
+    return f
+
+
+def assign(x: Any, name: str, value: Any) -> None:
+    setattr(x, name, value)
+
+
+def put(index: Any, value: Any) -> Callable[[torch.Tensor], None]:
+    """Assigns to a part; a function of the tensor makes the value."""
+    return lambda x: x.__setitem__(
+        index(x) if callable(index) else index, value(x) if callable(value) else value
+    )
+
+
+no_grad, inference = torch.no_grad, torch.inference_mode
+
+STOPS: dict[str, Case] = {
+    "no_grad": lambda h, m: h + within(no_grad(), h.exp),
+    "no_grad around a module": lambda h, m: h + within(no_grad(), lambda: m.l(h)),
+    "no_grad around a slice": lambda h, m: h[:, :2] * within(no_grad(), lambda: h[:, :2]),
+    "no_grad around flatten": lambda h, m: h.flatten() * within(no_grad(), h.flatten),
+    "no_grad around nothing": lambda h, m: h * within(no_grad(), lambda: h),
+    "no_grad as a decorator": lambda h, m: h + no_grad()(m.l)(h),
+    "enable_grad inside": lambda h, m: within(
+        no_grad(), lambda: within(torch.enable_grad(), h.exp)
+    ),
+    "inference_mode": lambda h, m: h + within(inference(), h.exp).clone(),
+    "set_grad_enabled": lambda h, m: h + switched(h),
+    "detach": lambda h, m: h * h.detach(),
+    "detach, the function": lambda h, m: h * torch.detach(h),
+    "detach of a slice": lambda h, m: h[:, :2] * h[:, :2].detach(),
+    "detach of a view": lambda h, m: h.t() * h.view(3, 4).t().detach(),
+    "detach of a part": lambda h, m: written(put((slice(None), 0), lambda x: x[:, 0].detach()))(
+        h, m
+    ),
+    "detach_": lambda h, m: h * (h * 2).detach_(),
+    "detach_, the function": lambda h, m: h * torch.detach_(h * 2),
+    "data": lambda h, m: h * h.data,
+    "data of a slice": lambda h, m: h[:, :2] * h[:, :2].data,
+    "a trained bias on detached": lambda h, m: h + h.detach().clone().add_(m.l.bias),
+    "write into detached": written(lambda x: x.detach().mul_(3)),
+    "write into data": written(lambda x: x.data.mul_(3)),
+    "write a part of data": written(lambda x: put((slice(None), 0), 5.0)(x.data)),
+    "assign data": written(lambda x: assign(x, "data", x.data * 3)),
+    "write under no_grad": written(lambda x: within(no_grad(), lambda: x.mul_(3))),
+    "write a part under no_grad": written(
+        lambda x: within(no_grad(), lambda: put((slice(None), 0), 5.0)(x))
+    ),
+    "mask under no_grad": lambda h, m: written(
+        lambda x: within(no_grad(), lambda: x.masked_fill_(x > 1, -torch.inf))
+    )(h, m).softmax(-1),
+    "vjp by torch.func": lambda h, m: torch.func.grad(lambda x: (x.exp() * x).sum())(h),
+    "checkpoint": lambda h, m: torch.utils.checkpoint.checkpoint(m.l, h, use_reentrant=False),
+    "rounded": lambda h, m: Rounded.apply(h * 3),
+    "reversed": lambda h, m: Reversed.apply(h, 2.0) + h**2,
+    "bounded": lambda h, m: Bounded.apply(h),
+    "scaled": lambda h, m: Scaled.apply(h, torch.tensor([2, 0, 1])),
+    "a function of a function": lambda h, m: Bounded.apply(Rounded.apply(h)),
+}
+
+WRITES: dict[str, Case] = {
+    name: written(f)
+    for name, f in {
+        "a column": put((slice(None), 0), 0.0),
+        "a row": put(0, 1.0),
+        "a row of tensors": put(1, lambda x: x[0] * 2),
+        "all": put(..., 2.0),
+        "a mask": put(lambda x: x > 0, 0.0),
+        "rows by a list": put([0, 2], lambda x: x[[0, 2]] * 2),
+        "rows swapped": put([0, 1], lambda x: x[[1, 0]]),
+        "places": put((torch.tensor([0, 1]), torch.tensor([1, 2])), 7.0),
+        "a row by a value": put(lambda x: x[:, 0].argmax(), 5.0),
+        "broadcast": put(slice(None), torch.arange(4.0)),
+        "a slice times": lambda x: x[:, 0].mul_(2),
+        "a slice to zero": lambda x: x[:, 0].zero_(),
+        "a slice filled": lambda x: x[0].fill_(3.0),
+        "a slice copied": lambda x: x[:, :2].copy_(x[:, 2:]),
+        "a slice masked": lambda x: x[:, :2].masked_fill_(x[:, :2] > 0, 0.0),
+        "a slice of a slice": lambda x: x[:2][:, 1:].add_(1.0),
+        "a part of a slice": lambda x: put((slice(None), 1), 9.0)(x[:2]),
+        "every other row": lambda x: x[::2].mul_(2),
+        "view": lambda x: x.view(-1).mul_(2),
+        "a part of a view": lambda x: put(0, 5.0)(x.view(-1)),
+        "reshape": lambda x: x.reshape(2, 6).mul_(2),
+        "flatten": lambda x: x.flatten().mul_(2),
+        "t": lambda x: x.t().mul_(torch.arange(4.0)[:, None]),
+        "transpose": lambda x: x.transpose(0, 1)[1].mul_(2),
+        "unsqueeze": lambda x: x.unsqueeze(0).add_(1),
+        "select": lambda x: x.select(1, 0).zero_(),
+        "narrow": lambda x: x.narrow(1, 0, 2).zero_(),
+        "diagonal": lambda x: x.diagonal().fill_(9.0),
+        "fill_diagonal_": lambda x: x.fill_diagonal_(9.0),
+        "unfold": lambda x: x.unfold(1, 2, 2).mul_(2),
+        "unflatten": lambda x: x.unflatten(1, (2, 2))[..., 0].mul_(2),
+        "tensor_split": lambda x: torch.tensor_split(x, 2)[0].mul_(2),
+        "contiguous": lambda x: x.contiguous().mul_(2),
+        "to the same dtype": lambda x: x.to(torch.float32).mul_(2),
+        "another dtype": lambda x: x.to(torch.bfloat16).mul_(2),
+        "type_as": lambda x: x.type_as(torch.zeros(1, dtype=torch.float16)),
+        "add_": lambda x: x.add_(x, alpha=2),
+        "+=": lambda x: x.__iadd__(1),
+        "**=": lambda x: x.__ipow__(2),
+        "exp_": lambda x: x.exp_(),
+        "clamp_": lambda x: x.clamp_(-0.5, 0.5),
+        "masked_fill_": lambda x: x.masked_fill_(x > 0, 0.0),
+        "index_add_": lambda x: x.index_add_(0, torch.tensor([0, 0]), torch.ones(2, 4)),
+        "scatter_": lambda x: x.scatter_(1, torch.tensor([[0], [1], [2]]), 5.0),
+        "copy_ of one row": lambda x: x.copy_(torch.ones(4)),
+        "relu, in place": lambda x: F.relu(x, inplace=True),
+        "unsqueeze_": lambda x: x.unsqueeze_(1),
+        "t_ of a view": lambda x: x.view(4, 3).t_().mul_(torch.arange(4.0)),
+    }.items()
+} | {
+    "the base of a view": lambda h, m: (x := h * 1, x.t(), x.mul_(2))[1],
+    "a view of what another changes": lambda h, m: (x := h * 1, x.view(-1), x[0].mul_(2))[1],
+    "a copy of a transposed one": written(lambda x: x.t().contiguous().mul_(2)),
+    "a reshaped transposed one": written(lambda x: x.t().reshape(-1).mul_(2)),
+    "a clone": written(lambda x: x.clone().mul_(2)),
+    "zeros_like": written(lambda x: put((slice(None), 0), 1.0)(x), torch.zeros_like),
+    "integers": lambda h, m: h * written(lambda x: x.t()[0].fill_(2), torch.Tensor.long)(h, m),
+    "a mask in place": lambda h, m: h.masked_fill(
+        written(lambda x: x.view(-1)[:3].fill_(True), lambda h: h > 9)(h, m), 0.0
+    ),
+    "a mask of PyTorch's own": lambda h, m: (
+        h + torch.zeros(4, 4).masked_fill_(torch.eye(4, dtype=torch.bool), -9)[:3]
+    ),
+}
+
+
+def at(value: float, f: Callable[[torch.Tensor], torch.Tensor]) -> Case:
+    """A function at a value, with a gradient."""
+    return lambda h, m: f(h - h.detach() + value)
+
+
+KINKS: dict[str, Case] = {
+    f"{name} at {value}": at(value, f)
+    for name, f, values in [
+        ("abs", torch.abs, (0, 1)),
+        ("relu", torch.relu, (0,)),
+        ("relu6", F.relu6, (0, 6)),
+        ("hardtanh", F.hardtanh, (-1, 1)),
+        ("hardswish", F.hardswish, (-3, 0, 3)),
+        ("hardsigmoid", F.hardsigmoid, (-3, 3)),
+        ("leaky_relu", F.leaky_relu, (0,)),
+        ("elu", F.elu, (0,)),
+        ("logsigmoid", F.logsigmoid, (0,)),
+        ("sinc", torch.sinc, (0, 0.5)),
+        ("clamp", lambda x: x.clamp(0, 1), (0, 0.5, 1)),
+        ("clamp_min", lambda x: torch.clamp_min(x, 0), (0,)),
+        ("clamp_max", lambda x: x.clamp(max=0), (0,)),
+        ("clamp between tensors", lambda x: x.clamp(torch.zeros(4), x.detach() + 1), (0,)),
+        ("clamp of a bound", lambda x: torch.clamp(x.detach(), x, x + 1), (0,)),
+        ("maximum", lambda x: torch.maximum(x, x[:, :1] * 2), (0,)),
+        ("max", torch.max, (0,)),
+        ("max of an axis", lambda x: x.max(-1)[0], (0,)),
+        ("min of an axis", lambda x: x.min(0, keepdim=True).values, (0,)),
+        ("amax", lambda x: x.amax(-1), (0,)),
+        ("norm", lambda x: x.norm(dim=-1, keepdim=True) + x, (0, 1)),
+        ("norm of all", torch.norm, (0, 1)),
+        *((f"norm {p}", lambda x, p=p: x.norm(p, -1), (0, 2)) for p in (0, 1, 3, 0.5, torch.inf)),
+        ("normalize", lambda x: F.normalize(x) + x, (0, 1)),
+        ("matrix norm", torch.linalg.matrix_norm, (0, 1)),
+        ("cosine_similarity", lambda x: F.cosine_similarity(x, x * 2), (0, 1)),
+        ("pairwise_distance", lambda x: F.pairwise_distance(x, 2 * x, eps=0), (0,)),
+        ("dist", lambda x: torch.dist(x, 2 * x), (0, 1)),
+        *((f"cdist {p}", lambda x, p=p: torch.cdist(x, x, p), (0,)) for p in (1, 2, 3, torch.inf)),
+        ("cdist of many", lambda x: torch.cdist(x.repeat(9, 1), x), (0, 1)),
+        ("std", lambda x: x.std(-1), (0,)),
+        ("std of all", torch.std, (0,)),
+        ("atan2", lambda x: torch.atan2(x, x * 2), (0, 1)),
+        ("l1_loss", lambda x: F.l1_loss(x, torch.zeros(3, 4)), (0,)),
+        ("smooth_l1_loss", lambda x: F.smooth_l1_loss(x, torch.zeros(3, 4)), (0, 1)),
+    ]
+    for value in values
+} | {
+    "cdist of hidden states": lambda h, m: torch.cdist(h, h),
+    "norm of hidden states": lambda h, m: h.norm(3, dim=(0, 1)),
+    "std of hidden states": lambda h, m: h.std(0, correction=0, keepdim=True),
+    "max of hidden states": lambda h, m: h.max(0)[0] * h.min(0)[1],
+}
+
+KEYWORDS: dict[str, Case] = {
+    "linear": lambda h, m: F.linear(input=h, weight=m.l.weight, bias=m.l.bias),
+    "matmul": lambda h, m: torch.matmul(input=h, other=m.l.weight),
+    "a matmul of a tensor": lambda h, m: h.matmul(other=m.l.weight),
+    "attention": lambda h, m: F.scaled_dot_product_attention(
+        query=h[None, None], key=h[None, None], value=h[None, None]
+    ),
+    "embedding": lambda h, m: F.embedding(input=torch.tensor([0, 1]), weight=m.l.weight) + h[:2],
+    "new_tensor": lambda h, m: h * h.new_tensor(2.0),
+    "new_tensor of a list": lambda h, m: h * h.new_tensor(data=[1, 2, 3, 4]),
+    "new_tensor of another dtype": lambda h, m: h * h.new_tensor([1.5] * 4, dtype=torch.int32),
+    "cross entropy of constants": lambda h, m: F.cross_entropy(
+        input=h, target=torch.tensor([0, -100, 2]), label_smoothing=0.1
+    ),
+    "negative log-likelihood": lambda h, m: F.nll_loss(h, torch.tensor([0, 1, 2])),
+    "solve": lambda h, m: torch.linalg.solve(A=m.l.weight, B=m.l.weight * 2 + 1) + h[:1],
+    "solve for a vector": lambda h, m: torch.linalg.solve(m.l.weight, h[0]),
+    "norm": lambda h, m: torch.norm(input=h, p=2, dim=-1),
+    "clamp": lambda h, m: torch.clamp(input=h, min=0.0, max=1.0),
+}
+
+FUNCTIONS = STOPS | WRITES | KINKS | KEYWORDS
+
+
+generator = torch.Generator()
+DRAWS: dict[str, Case] = {
+    "rand": lambda h, m: h + torch.rand(3, 4),
+    "randn": lambda h, m: h + torch.randn(3, 4, device=h.device),
+    "randint": lambda h, m: h + torch.randint(3, (4,)),
+    "randperm": lambda h, m: h[torch.randperm(3)],
+    "normal": lambda h, m: h + torch.normal(0.0, 1.0, (4,)),
+    "rand_like": lambda h, m: torch.rand_like(h),
+    "bernoulli": lambda h, m: torch.bernoulli(h.sigmoid()),
+    "bernoulli of a constant": lambda h, m: h * torch.bernoulli(torch.full((4,), 0.5)),
+    "multinomial": lambda h, m: torch.multinomial(h.softmax(-1), 1),
+    "dropout": lambda h, m: F.dropout(h, 0.5),
+    "attention": lambda h, m: F.scaled_dot_product_attention(h, h, h, dropout_p=0.5),
+    "gumbel_softmax": lambda h, m: F.gumbel_softmax(h),
+    "rrelu": lambda h, m: F.rrelu(h, training=True),
+    "a generator": lambda h, m: torch.empty_like(h).uniform_(generator=generator),
+    "a generator of PyTorch's": lambda h, m: h + torch.rand(4, generator=generator),
+    **{
+        name: lambda h, m, name=name: getattr(h * 1, name)()
+        for name in ("normal_", "uniform_", "exponential_", "cauchy_", "bernoulli_", "random_")
+    },
+    "empty().normal_": lambda h, m: h + torch.empty(4).normal_(),
+}
+
+GRADIENTS: dict[str, Case] = {
+    "a hook": lambda h, m: (h.register_hook(lambda g: g * 2), h)[1],
+    "grad": lambda h, m: torch.autograd.grad(h.sum(), h)[0],
+    "backward": lambda h, m: h.sum().backward() or h,
+}
