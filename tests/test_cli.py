@@ -27,7 +27,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import peft_models as models
 import pytest
-import test_peft_merged
 from click.shell_completion import ShellComplete
 from flax import nnx
 from messages import check_text, refused
@@ -561,20 +560,6 @@ def test_merge_into_hugging_face(kind: str, name: str, tmp_path: Folder, orbax: 
     assert text.endswith(f" merged, as huggingface; not copied: {FILES[0]}, pytorch_model.bin\n")
 
 
-def test_merge_of_one_side_of_a_tied_weight(tmp_path: Folder) -> None:
-    """The refusal names the option that merges it."""
-    checkpoint_of, tied = test_peft_merged.checkpoint, test_peft_merged.tied(False)
-    checkpoint_of(tmp_path / "base", tied, **test_peft_merged.TIED)
-    given = test_peft_merged.both(0)
-    test_peft_merged.adapter(tmp_path / "a", given, target_modules=["embed_tokens"])
-    where = tmp_path / "base", tmp_path / "a", tmp_path / "m"
-    assert "does not change both equally. Give --untie, which stores both" in fails("merge", *where)
-    run("merge", *where, "--untie")
-    found = models.read(tmp_path / "m" / "model.safetensors")
-    assert found.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert json.loads((tmp_path / "m" / "config.json").read_text())["tie_word_embeddings"] is False
-
-
 # --------------------------------------------------------------------------------------- errors
 
 
@@ -654,7 +639,6 @@ BASE: merge p o x; merge small o x; merge linked p x; merge folders p x; merge b
 BASE: merge gone o x
 ADAPTER: merge small unknown x; merge model o x --names rows.py:OTHER; merge model p x
 ADAPTER: merge base deep x --names llama
---untie: merge base p x --untie; merge base p x --untie --follow-links
 --follow-links: merge base p x --follow-links
 """
 NAMED = {

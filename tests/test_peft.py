@@ -643,6 +643,10 @@ def test_what_peft_saves_beside_a_and_b(case: str, tmp_path: Folder) -> None:
         return read_all(tmp_path / "out")
 
     for way in (load, export):
+        if way is export and "shared" in base and not isinstance(expected, str):
+            with refused(ValueError, "adapter", "shared.weight", "may read this weight twice"):
+                export()
+            continue
         if isinstance(expected, str):
             with refused(ValueError, "", *expected.split(" ... ")):
                 way()

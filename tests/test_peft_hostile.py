@@ -29,9 +29,11 @@ from jlora.peft.adapter import _patterns
 from jlora.peft.adapter._config import problems_of
 from jlora.peft.adapter._patterns import Clock, Job, match
 from jlora.peft.adapter._roles import list_parents, list_unused, resolve
+from jlora.peft.adapter._sorted import Parameters
 from jlora.peft.formats._dequantize import dequantized, matrices
 from jlora.peft.merge import _ties
-from jlora.peft.places._find import find
+from jlora.peft.merge._target import Target
+from jlora.peft.places._find import find, stored_as_is
 
 
 def adapter(folder: Folder, modules: Sequence[str], rank: int = 1, **fields: Any) -> Folder:
@@ -367,17 +369,18 @@ def test_copies_are_read_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch)
     """400 embeddings and 400 heads: each is read once, not once a pair."""
     tables = {f"m{i}.embed_tokens.weight": np.full((3, 2), i, np.float32) for i in range(400)}
     heads = {f"m{i}.lm_head.weight": np.full((3, 2), i, np.float32) for i in range(400)}
-    folder = base(tmp_path / "b", tables | heads, **HEADED, vocab_size=3)
     every, read = tables | heads, list[str]()
+    folder = open_checkpoint(base(tmp_path / "b", every, vocab_size=3))
 
     def digest(_: object, name: str) -> bytes:
         read.append(name)
         return every[name].tobytes()
 
-    monkeypatch.setattr(_ties, "digest", digest)
-    edits: dict[str, Any] = {name: object() for name in tables}
-    found = _ties.with_copies(open_checkpoint(folder), edits, Problems("", ""))
-    assert [found[head] for head in heads] == list(edits.values())
+    monkeypatch.setattr(_ties, "_digest", digest)
+    target = Target(folder, next(stored_as_is(folder.shapes)))
+    found = Parameters([], dict(tables), {}, {}, {})
+    shared = _ties.find_shared(target, found, Problems("", ""))
+    assert shared == {table: [head] for table, head in zip(tables, heads, strict=True)}
     assert sorted(read) == sorted(every)
 
 
@@ -403,13 +406,15 @@ def test_a_configuration_is_parsed_once(tmp_path: Folder, monkeypatch: pytest.Mo
     assert sum(b"data_offsets" not in x and b"peft_type" not in x for x in parsed) == 3
 
 
-def test_many_vocabularies(tmp_path: Folder) -> None:
-    weights = {f"m{i}.weight": np.ones((i + 1, 0), np.float32) for i in range(6_000)}
+def test_many_tables(tmp_path: Folder) -> None:
+    tables = {f"m{i}.0.embed_tokens.weight": np.ones((i + 1, 0), np.float32) for i in range(6_000)}
     parts = {f"{i}": {"vocab_size": i + 1, "tie_word_embeddings": i % 2} for i in range(6_000)}
     parts["no"] = {"tie_word_embeddings": False}
-    folder = base(tmp_path / "b", weights, **HEADED, parts=parts)
+    folder = open_checkpoint(base(tmp_path / "b", tables, parts=parts))
+    target = Target(folder, next(stored_as_is(folder.shapes)))
     with bounded(4):
-        assert len(open_checkpoint(folder).vocabulary) == 6_000
+        found = Parameters([], dict(tables), {}, {}, {})
+        assert _ties.find_shared(target, found, Problems("", "")).keys() == tables.keys()
 
 
 # ------------------------------------------------------------------------------ memory

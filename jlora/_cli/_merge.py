@@ -17,7 +17,6 @@ from ._inputs import IGNORE, NAMES, PREFIX, format_of, format_of_adapter, table
 @click.argument("out", type=FOLDER)
 @click.option("--names", metavar="TABLE", help=NAMES)
 @click.option("--follow-links", is_flag=True, help="Follow links out of BASE, and copy the files.")
-@click.option("--untie", is_flag=True, help="Give a tied output head its own weight.")
 @click.option(
     "--renamed",
     nargs=2,
@@ -33,7 +32,6 @@ def merge(
     out: Arg,
     names: str | None,
     follow_links: bool,
-    untie: bool,
     renamed: tuple[tuple[str, str], ...],
     **reading: Any,
 ) -> Answer:
@@ -52,7 +50,7 @@ def merge(
             f"BASE must be a model and ADAPTER an adapter; got {base} ({kind}) and "
             f"{adapter} ({adapter_kind})."
         )
-    flags = {"--untie": untie, "--follow-links": follow_links, "--renamed": renamed}
+    flags = {"--follow-links": follow_links, "--renamed": renamed}
     given = " and ".join(name for name in flags if flags[name])
     if given and kind == "orbax":
         raise ValueError(
@@ -70,7 +68,7 @@ def merge(
             tree = call(jlora.checkpoint.restore, adapter, base=params if is_known else None)
         call(jlora.checkpoint.export, out, call(jlora.merge, params, adapter.with_value(tree)))
     else:
-        options = {"follow_links": follow_links, "untie": untie, "renamed": renamed, **reading}
+        options = {"follow_links": follow_links, "renamed": renamed, **reading}
         if adapter_kind == "orbax":
             adapter = adapter.with_value(call(jlora.checkpoint.restore, adapter))
             options["names"] = table(names)

@@ -11,7 +11,6 @@ import numpy as np
 
 from ._checkpoint import Checkpoint, Opener
 from ._file import DTYPES, Header, TensorInfo, make_header
-from ._vocabulary import find_vocabulary
 
 
 def rearrange(
@@ -49,7 +48,6 @@ def rearrange(
         checkpoint,
         headers=headers,
         where=where,
-        vocabulary=find_vocabulary(config, headers),
         config=config,
         heads={**checkpoint.heads, **heads},
         texts={**checkpoint.texts, **texts},

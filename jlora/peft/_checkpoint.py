@@ -30,7 +30,7 @@ from ._file import (
 from ._recognized import IMAGE, WEIGHTS, find_image, recognize
 from ._recognized import MODELS as MODELS
 from ._source import explain_no_folder
-from ._vocabulary import copy_config, find_vocabulary, walk_objects
+from ._vocabulary import copy_config, walk_objects
 
 QUANTIZATION = "quantization_config"  # of `config.json`
 PIECE = 4 * 2**20  # bytes
@@ -57,8 +57,6 @@ class Checkpoint:
         where: the file of each tensor.
         kept: the other files to copy, as paths in the folder.
         left_out: the files and folders that are not copied.
-        vocabulary: the possible numbers of rows of the input embedding if the output head shares
-            it; empty if it does not.
         config: the configuration of the model; empty without a `config.json`.
         heads: the bytes of the headers that are not those on disk, by file.
         texts: the JSON of other files that is not that on disk.
@@ -71,7 +69,6 @@ class Checkpoint:
     where: dict[str, str]
     kept: list[str]
     left_out: list[str]
-    vocabulary: frozenset[int]
     config: Mapping[str, Any]
     heads: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     texts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -191,8 +188,7 @@ def open_checkpoint(
     if mapped is not None:
         kept.append(names[1])
     config = read_json(source, "config.json", LIMIT) if "config.json" in kept else {}
-    vocabulary = find_vocabulary(config, headers)
-    return Checkpoint(source, headers, where, kept, left_out, vocabulary, config, names=names)
+    return Checkpoint(source, headers, where, kept, left_out, config, names=names)
 
 
 def holds(path: str | os.PathLike[str]) -> set[str]:

@@ -69,13 +69,13 @@ def test_what_a_stranger_wrote_does_not_garble_the_text() -> None:
 
 def test_arguments_have_other_names_elsewhere() -> None:
     """A path is written once, and not where the error has it."""
-    problems = [Problem("q", "is not in `base`", "Give `untie=True`.")]
+    problems = [Problem("q", "is not in `base`", "Give `follow_links=True`.")]
     error = InputError("path", "/a/b fits neither `base` nor `other`.", path="/a/b")
     names, paths = {"path": "DIR", "base": "--base"}, {"path": "/a/b", "base": "/c"}
     assert error.text(names, paths) == "DIR: /a/b fits neither --base nor `other`."
     error = InputError("path", "does not fit `base`.", problems=problems)
-    assert error.text(names | {"untie": "--untie"}, paths) == (
-        "DIR /a/b does not fit --base. 1 problem:\n  q: is not in --base. Give --untie."
+    assert error.text(names | {"follow_links": "--follow-links"}, paths) == (
+        "DIR /a/b does not fit --base. 1 problem:\n  q: is not in --base. Give --follow-links."
     )
 
 

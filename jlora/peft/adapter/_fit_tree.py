@@ -10,11 +10,12 @@ import numpy as np
 from ..._tree import name_of
 from .._file import COUNT, DTYPES, PREFIX, TensorInfo
 from .._problems import Problems
+from .._vocabulary import is_table
 from ..names._leaves import NamedLeaf, find_tied_heads
 from ..names._torch_layout import split_weight
 from ..names._weights import explain_narrowing
 from ._files import fill
-from ._sorted import SHARED, Parameters, Part, explain_resized
+from ._sorted import Parameters, Part, explain_resized
 from ._tokens import Tokens, find_table, list_lone_heads, list_misfits, list_unequal
 
 # The tensor of a head, the tensor of its embedding, and whether one is the other's transpose.
@@ -179,7 +180,7 @@ def _match_rows(
         table = None
         if leaf is None:
             # T5: `base` has only the shared embedding.
-            table = find_table(name, tokens, homes) if SHARED.search(x.module) else None
+            table = find_table(name, tokens, homes) if is_table(x.module) else None
             why = LOST
         elif name in tied:
             table = find_table(name, tokens, leaf.parameters)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..._errors import Problem
 from .._file import COUNT, COUNTS, FLOATS, PREFIX, TENSORS, TensorInfo, show
 from .._problems import Problems
+from .._vocabulary import is_table
 from ._config import PARAMETERS, ROWS_ALONE, problems_of
 from ._files import MAGNITUDE, Files
 from ._patterns import Clock
@@ -19,13 +20,6 @@ BASE = ".base_layer"  # the module that an adapter wraps
 B_BIAS = ".lora_B.bias"
 # If one of these names is targeted, PEFT saves the weight too, with A and B.
 SAVED_BY_NAME = ("embed_tokens", "lm_head")
-# Names of embeddings, and of heads, that may share one weight.
-SHARED = re.compile(
-    r"(^|[._])(embed_tokens|embed_in|wte|word_embeddings?|tokens?_embed|tok_embeddings|shared"
-    r"|lm_head|lm_head\.decoder|embed_out|proj_out|output_projection|generator_lm_head|lm_loss"
-    r"|vocab_projector|pred_layer\.proj|output)$"
-    r"|(^|\.)(embeddings|predictions\.decoder)$|^decoder$"
-)
 # Where PEFT has the new and the old values of a module in `modules_to_save`.
 _WRAPPERS = re.compile(r"\.(modules_to_save|original_module)\.")
 FACTOR = re.compile(
@@ -220,7 +214,7 @@ def _rows_alone(
     selected = [module for module in by_module if roles[module].adapts]
     for module, x in by_module.items():
         # PEFT stores a tied head with its embedding, even if it is not selected.
-        is_taken = module in selected or (selected and SHARED.search(module))
+        is_taken = module in selected or (selected and is_table(module))
         if x.key != f"{PREFIX}{module}{DELTA_ALONE}" or not is_taken:
             problems.add(x.key, f"unexpected; {problems.config} does not select it")
         elif x.dtype not in FLOATS:
@@ -278,12 +272,12 @@ def _others(
 
 def is_of_vocabulary(module: str, parameter: str) -> bool:
     """Whether PEFT saves a parameter automatically after the vocabulary was resized."""
-    return parameter in ("weight", "bias") and bool(SHARED.search(module))
+    return parameter in ("weight", "bias") and is_table(module)
 
 
 def may_tie(fields: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT may have changed `module` because it shares a weight."""
-    return bool(fields.get("ensure_weight_tying")) and bool(SHARED.search(module))
+    return bool(fields.get("ensure_weight_tying")) and is_table(module)
 
 
 def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> Problem | None:

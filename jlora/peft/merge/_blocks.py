@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..._errors import InputError
 from .._checkpoint import read_exactly
 from .._file import DTYPES, TensorInfo
 from .._write import Edit
@@ -144,6 +145,19 @@ class Parts(Edit):
             at = start + rows
 
 
+def check_cpu() -> None:
+    """Raises if JAX has no CPU: other devices sum in other orders."""
+    try:
+        jax.local_devices(backend="cpu")
+    except RuntimeError:
+        given = jax.config.jax_platforms
+        raise InputError(
+            "JAX_PLATFORMS",
+            f"must have the CPU, on which weights are merged; got {given!r}.",
+            remedy=f"Set it to '{given},cpu'.",
+        ) from None
+
+
 def _squares(block: np.ndarray, axis: int) -> np.ndarray:
     return np.square(block, dtype=np.float64).sum(axis)
 
@@ -156,10 +170,7 @@ def _gain(m: np.ndarray, squares: np.ndarray) -> np.ndarray:
 
 def _adder(right: np.ndarray, scale: float, rows: int) -> Callable[..., np.ndarray]:
     """Makes a function (W, B, dtype) that computes W + s·B·`right` for up to `rows` rows."""
-    try:
-        cpu = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves it out, and other devices sum in other orders
-        return _adder_of_numpy(right, scale)
+    cpu = jax.local_devices(backend="cpu")[0]
     rank, columns = right.shape
     factor = _pad(right, (rank, _round_up(columns)), np.dtype(np.float32))
     rest = jax.device_put((factor, np.float32(scale), np.uint32(0)), cpu)
@@ -172,23 +183,6 @@ def _adder(right: np.ndarray, scale: float, rows: int) -> Callable[..., np.ndarr
         x = _pad(w, (_round_up(rows), columns), w.dtype)
         with jax.set_mesh(alone):
             return np.asarray(_add(x, b, *rest, to))[: len(w)]
-
-    return add
-
-
-def _adder_of_numpy(right: np.ndarray, scale: float) -> Callable[..., np.ndarray]:
-    """Makes the same function in NumPy, ten times as slow.
-
-    Each multiply-add is computed in float64 and rounded again, which very rarely changes a bit.
-    """
-
-    def add(w: np.ndarray, left: np.ndarray, to: np.dtype) -> np.ndarray:
-        change = np.zeros(w.shape, np.float32)
-        with np.errstate(all="ignore"):  # who writes the values checks that they are finite
-            for b, a in zip(left.T, right, strict=True):
-                change = (b[:, None].astype(np.float64) * a + change).astype(np.float32)
-            change = change * np.float32(scale)
-            return (w.astype(np.promote_types(w.dtype, np.float32)) + change).astype(to)
 
     return add
 

@@ -10,6 +10,7 @@ from .._problems import Problems
 from .._write import write_tensors
 from ..formats._dequantize import dequantized
 from ..names._names import Name
+from ._blocks import check_cpu
 from ._edits import find_edits
 from ._fit_checkpoint import check_frozen, match_to_checkpoint
 from ._ties import with_copies
@@ -22,7 +23,6 @@ def export_merged(
     *,
     names: Sequence[Name] | None = None,
     follow_links: bool = False,
-    untie: bool = False,
     ignore: Collection[str] = (),
     prefix: str | None = None,
     renamed: Sequence[tuple[str, str]] = (),
@@ -41,7 +41,9 @@ def export_merged(
       `config.json`, as `LABEL_0` and so on, because the adapter does not have their names. Weights
       that neither has, such as a new pooler, stay missing; an old head stays too, and
       `transformers` ignores it.
-    - With `untie`, a tied output head gets a weight of its own.
+    - If a decoder's output head shares the weight of the embedding, and the adapter changes only
+      one of them, or both differently, the head gets a weight of its own, and
+      `tie_word_embeddings` becomes false. For other models, such an adapter is refused.
 
     All other files in `src_dir` are copied: configuration, generation and tokenizer files, code,
     folders. Not copied are weights in other formats, as they would stay unmerged
@@ -55,8 +57,8 @@ def export_merged(
     B·A is computed in float32 by fused multiply-adds in the order of the rank. It is multiplied by
     s, added to W in float32 (float64 if W is), and rounded once to W's dtype. In float32, PEFT's
     `merge_and_unload` has the same bits, on a CPU with fused multiply-adds, for ranks up to 192 and
-    sides of at least 64; otherwise PyTorch's product sums in another order. If `JAX_PLATFORMS`
-    leaves out the CPU, NumPy computes the same, but slower. There are four more differences:
+    sides of at least 64; otherwise PyTorch's product sums in another order. There are four more
+    differences:
 
     - In bfloat16 and float16, PEFT rounds the ΔW of embeddings and experts before the sum.
     - `modules_to_save` keep the model's dtype in PEFT. Here they get W's.
@@ -77,9 +79,6 @@ def export_merged(
             all.
         names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.TABLES["llama"]`.
         follow_links: whether files of `src_dir` may be links out of it. Their content is copied.
-        untie: whether to store the weight that embedding and head share twice, with all that is
-            tied with them, and to set `tie_word_embeddings` to false. An adapter can then change
-            only one of the two; where an encoder and a decoder share the embedding, only the head.
         ignore: for an adapter in a folder, as in `load`.
         prefix: for a file of image LoRA, as in `load`.
         renamed: for other names, pairs of a regular expression and what replaces it in the names of
@@ -94,7 +93,8 @@ def export_merged(
         OSError: if `out` cannot be written. Nothing is left of it then.
         TypeError: if `adapter` is neither a path nor an adapter tree.
         ValueError: if the checkpoint is damaged, the adapter does not fit it, or merged values
-            are not finite. All problems are listed, and nothing is written.
+            are not finite. All problems are listed, and nothing is written. Or if `JAX_PLATFORMS`
+            leaves out the CPU, which computes.
 
     Source: PEFT 0.21, `peft.tuners.lora.layer.Linear.merge`.
 
@@ -117,19 +117,20 @@ def export_merged(
         >>> merged["q.weight"].shape, left_out
         ((3, 4), [])
     """
+    check_cpu()
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if checkpoint.quantization:
         checkpoint, _ = dequantized(checkpoint)
     problems = Problems(
         "adapter", "cannot be merged into the checkpoint of `src_dir`; nothing was written."
     )
-    target, contents = match_to_checkpoint(
-        checkpoint, adapter, names, untie, problems, ignore, prefix, renamed
+    target, contents, shared = match_to_checkpoint(
+        checkpoint, adapter, names, problems, ignore, prefix, renamed
     )
     edits = find_edits(target.model, contents, problems)
     problems.stop()
     checkpoint = target.checkpoint
-    edits = with_copies(checkpoint, edits, problems)
+    edits = with_copies(edits, shared)
     check_frozen(target, contents, problems)
     problems.stop()
     problems.warn()

@@ -1,9 +1,7 @@
 """Matches an adapter to the tensors of a checkpoint."""
 
 import os
-import re
 from collections.abc import Collection, Sequence
-from typing import TypeVar
 
 import jax
 import numpy as np
@@ -16,29 +14,33 @@ from .._changed import with_values
 from .._checkpoint import Checkpoint
 from .._file import COUNT, COUNTS, DTYPES, show
 from .._problems import Problems
+from .._vocabulary import is_head
 from ..adapter._arranged import arrange
 from ..adapter._files import Files, fill
 from ..adapter._open import open_adapter
 from ..adapter._parameters import assign_parameters, list_missing, list_orientations
-from ..adapter._sorted import Adapter, Parameters, Part, explain_resized, sort_tensors
+from ..adapter._roles import make_saves
+from ..adapter._sorted import Adapter, Parameters, explain_resized, sort_tensors
 from ..adapter._tokens import list_misfits, list_unequal
 from ..names._names import Name
 from ..names._weights import split_all
 from ..places._find import Pairs, find
 from ..places._views import Places, module_of
 from ._heads import add_head
+from ._lm_head import store_head
 from ._orientation import orient
 from ._resized import fit_vocabulary
 from ._target import Target
 from ._ties import (
+    Shared,
+    find_shared,
     list_absent,
-    list_untied,
+    list_changed,
+    list_uneven,
     list_untied_heads,
     separate_heads,
 )
-from ._untie import untie
 
-T = TypeVar("T")
 _SHOWN = 9  # names in a warning
 
 
@@ -46,16 +48,16 @@ def match_to_checkpoint(
     checkpoint: Checkpoint,
     adapter: str | os.PathLike[str] | PyTree,
     names: Sequence[Name] | None,
-    is_untied: bool,
     problems: Problems,
     ignore: Collection[str] = (),
     prefix: str | None = None,
     renamed: Pairs = (),
-) -> tuple[Target, Parameters]:
+) -> tuple[Target, Parameters, Shared]:
     """Reads a PEFT folder, or a tree with `names`, and finds its parameters in the checkpoint.
 
     Returns:
-        The checkpoint with all that the adapter adds to it, and the contents of the adapter.
+        The checkpoint with all that the adapter adds to it, the contents of the adapter, and what
+        the model may read twice of the weights that it changes.
 
     Raises:
         ValueError: if the adapter does not fit the checkpoint, with all problems.
@@ -67,7 +69,7 @@ def match_to_checkpoint(
             )
         modules = {module_of(name) for name in checkpoint.where}
         files = open_adapter(adapter, "adapter", ignore, prefix, modules)
-        target, found = _match_files(checkpoint, files, is_untied, problems, renamed)
+        target, found, shared = _match_files(checkpoint, files, problems, renamed)
     elif names is None:
         raise InputError(
             "names",
@@ -75,19 +77,18 @@ def match_to_checkpoint(
             "None.",
         )
     else:
-        target, found = _match_tree(checkpoint, adapter, names, is_untied, problems, renamed)
+        target, found, shared = _match_tree(checkpoint, adapter, names, problems, renamed)
     problems.found += list_absent(*target, found)
-    return target, found
+    return target, found, shared
 
 
 def _match_tree(
     checkpoint: Checkpoint,
     adapter: PyTree,
     names: Sequence[Name],
-    is_untied: bool,
     problems: Problems,
     renamed: Pairs,
-) -> tuple[Target, Parameters]:
+) -> tuple[Target, Parameters, Shared]:
     nodes = adapter_leaves(adapter)
     shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in nodes.items()}
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
@@ -98,20 +99,21 @@ def _match_tree(
     wanted = [*(part.name for part in found.parts), *full, *tokens]
     places = next(find(wanted, checkpoint.shapes, checkpoint.config, renamed))
     target = Target(checkpoint, places)
-    if is_untied:
-        target, found = untie(target, found, problems)
+    shared = find_shared(target, found, problems)
+    if any(is_head(module_of(name)) for name in list_changed(found)):
+        target, found, shared = store_head(target, found, shared, lambda _: {})
     target = fit_vocabulary(target, found, problems)
     parts = orient(found.parts, target.model.shapes, False)
     # Where shapes do not tell it, the table does.
     found = found._replace(parts=[x._replace(transposed=bool(x.transposed)) for x in parts])
     _check(target, found, problems)
     problems.stop()
-    return target, found
+    return target, found, shared
 
 
 def _match_files(
-    checkpoint: Checkpoint, files: Files, is_untied: bool, problems: Problems, renamed: Pairs
-) -> tuple[Target, Parameters]:
+    checkpoint: Checkpoint, files: Files, problems: Problems, renamed: Pairs
+) -> tuple[Target, Parameters, Shared]:
     adapter = sort_tensors(files, problems)
     is_transposed = bool(files.fields.get("fan_in_fan_out"))
     models = find(adapter.names, checkpoint.shapes, checkpoint.config, renamed)
@@ -120,26 +122,25 @@ def _match_files(
     adapter, old = next(whole, tried[0])
     _report_missing(adapter, old, problems)
     found = assign_parameters(adapter, old.shapes, "the checkpoint", problems)
-    parts = _settle_experts(found.parts, old, str(files.fields.get("peft_version")))
-    found = found._replace(parts=parts, full=_move_tied_biases(found.full, old))
-    problems.found += list_untied_heads(checkpoint, adapter)
     target = Target(checkpoint, old)
-    if is_untied:
-        target, found = untie(target, found, problems)
+    shared = find_shared(target, found, problems)
+    problems.found += list_untied_heads(checkpoint, shared, adapter)
+    target, found, shared = store_head(target, found, shared, files.read)
     target = add_head(fit_vocabulary(target, found, problems), found, adapter)
     checkpoint, model = target
     parts = orient(found.parts, model.shapes, is_transposed)
-    tokens, heads = separate_heads(checkpoint, model, found.tokens)
+    tokens, heads = separate_heads(model, shared, found.tokens)
     found = found._replace(parts=parts, tokens=tokens)
     _check(target, found, problems)
     problems.found[:0] = list_absent(checkpoint, model, found)  # of the others, the likely cause
     values = files.values((found, heads), problems)
     problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
     found = fill(found, values)
-    problems.found += list_untied(checkpoint, model, found)
+    problems.found += list_uneven(target, found, shared, make_saves(adapter.fields))
     names = [n for n in found.frozen if n in old and old[n].shape != model[n].shape]
     values = {model.tensor(name): found.frozen[name] for name in names}
-    return target._replace(checkpoint=with_values(checkpoint, values)), found
+    target = target._replace(checkpoint=with_values(checkpoint, values))
+    return target, found, shared
 
 
 def _report_missing(adapter: Adapter, model: Places, problems: Problems) -> None:
@@ -162,32 +163,6 @@ def _find_layers(name: str) -> str | None:
     parts = name.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return None if at is None else ".".join(parts[:at])
-
-
-def _settle_experts(parts: list[Part], model: Places, version: str) -> list[Part]:
-    """Finds out whether B·A of square experts is transposed, if no others tell.
-
-    Single experts in the checkpoint are (outputs, inputs). Before 0.19, PEFT's A had the outputs
-    of a stack of them, from 0.19.1 on the inputs.
-    """
-    stacks = {x.name: model[x.name] for x in parts if x.kind == "experts" and x.name in model}
-    numbers = re.fullmatch(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", version)
-    release = tuple(map(int, numbers.groups())) if numbers else (0, 19, 0)
-    if release == (0, 19, 0) or any(len(set(view.shape[1:])) > 1 for view in stacks.values()):
-        return parts
-    single = {name for name, view in stacks.items() if view.pieces[0].expert is not None}
-    is_old = release < (0, 19)
-    return [x._replace(transposed=is_old) if x.name in single else x for x in parts]
-
-
-def _move_tied_biases(full: dict[str, T], model: Places) -> dict[str, T]:
-    """Moves the bias of BERT's decoder to the module that shares it."""
-    found = dict(full)
-    for name in full.keys() - model.keys():
-        home = name.removesuffix(".decoder.bias") + ".bias"
-        if name.endswith(".decoder.bias") and home in model and home not in full:
-            found[home] = found.pop(name)
-    return found
 
 
 def _check(target: Target, found: Parameters, problems: Problems) -> None:

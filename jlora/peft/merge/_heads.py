@@ -1,15 +1,12 @@
-"""Adds the head of an adapter to a base that has none, or one for other labels."""
+"""Adds the head of an adapter to a base that has none."""
 
-import collections
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from .._checkpoint import Checkpoint
-from .._file import DTYPES, TensorInfo
-from .._vocabulary import copy_config
+from .._vocabulary import copy_config, is_table
 from ..adapter._roles import make_saves
-from ..adapter._sorted import SHARED, Adapter, Parameters
+from ..adapter._sorted import Adapter, Parameters
 from ._target import Target
 
 # PEFT's tasks, and how `transformers` calls the classes of models for them.
@@ -33,31 +30,17 @@ def add_head(target: Target, found: Parameters, adapter: Adapter) -> Target:
     saves = make_saves(adapter.fields)
     # What is missing inside of the model may only have another name there.
     inside = {name.partition(".")[0] for name in model}
-    new, resized = dict[str, TensorInfo](), dict[str, tuple[int, ...]]()
-    for name, x in found.full.items():
-        module = name.rpartition(".")[0]
-        if not saves(module) or SHARED.search(module):
-            continue
-        if name not in model and name.partition(".")[0] not in inside:
-            new[name] = x
-        elif (
-            name in model
-            and model[name].is_tensor
-            and model[name].shape != x.shape
-            and model[name].shape[1:] == x.shape[1:]
-        ):
-            resized[name] = x.shape
-    if not (new or resized) or model.prefix is None:
+    lost = {n: x for n, x in found.full.items() if n.partition(".")[0] not in inside}
+    modules = {name: name.rpartition(".")[0] for name in lost}
+    new = {n: x for n, x in lost.items() if saves(modules[n]) and not is_table(modules[n])}
+    if not new or model.prefix is None:
         return target
-    labels = _count_labels({n: found.full[n].shape for n in (*new, *resized)})
-    if (config := _with_head(checkpoint.config, adapter.fields, labels)) is None:
+    labels = _count_labels({name: x.shape for name, x in new.items()})
+    config = _with_head(checkpoint.config, adapter.fields, labels)
+    if config is None:
         return target
-    dtype = _common_dtype(checkpoint)
-    new = {
-        n: x._replace(key=n, dtype=dtype if x.dtype in DTYPES else x.dtype) for n, x in new.items()
-    }
-    target = target.resize(resized, config) if resized else target
-    return target.add(new, config) if new else target
+    new = {name: x._replace(key=name) for name, x in new.items()}
+    return target.add(new, config, model.prefix)
 
 
 def _with_head(
@@ -103,10 +86,3 @@ def _count_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     outputs = {shape[0] for shape in matrices}
     last = outputs - inputs or outputs
     return last.pop() if len(last) == 1 else None
-
-
-def _common_dtype(checkpoint: Checkpoint) -> str:
-    """Returns the floating-point dtype of most tensors."""
-    dtypes = collections.Counter(checkpoint.entry(name).dtype for name in checkpoint.where)
-    known = [dtype for dtype, _ in dtypes.most_common() if dtype in DTYPES]
-    return known[0] if known else "F32"

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._problems import Problems
-from .._vocabulary import copy_config, walk_objects
-from ..adapter._sorted import SHARED, Parameters, explain_resized
+from .._vocabulary import copy_config, is_table, walk_objects
+from ..adapter._sorted import Parameters, explain_resized
 from ._target import Target
 
 
@@ -31,9 +31,9 @@ def fit_vocabulary(target: Target, found: Parameters, problems: Problems) -> Tar
     columns = {shape[1] for shape in shapes.values() if len(shape) == 2}
     resized = {model.tensor(name) for name in shapes}
     for tensor, shape in checkpoint.shapes.items():
-        is_table = shape[:1] == (old,) and SHARED.search(tensor.rpartition(".")[0])
+        is_matrix = shape[:1] == (old,) and is_table(tensor.rpartition(".")[0])
         is_vector = shape in ((old,), (1, old)) and old not in columns
-        if tensor not in resized and (is_table or is_vector):
+        if tensor not in resized and (is_matrix or is_vector):
             problems.add(
                 tensor,
                 f"is for {old} tokens, and the adapter, whose vocabulary was resized to {new}, has "

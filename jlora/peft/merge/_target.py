@@ -28,14 +28,14 @@ class Target(NamedTuple):
         self,
         tensors: Mapping[str, TensorInfo],
         config: Mapping[str, Any],
+        prefix: str,
         origins: Mapping[str, str] = {},
     ) -> "Target":
         """Adds tensors by the adapter's names, with the old values of the tensors `origins`.
 
-        If the checkpoint's names lack the prefix of the adapter's, they get it: `transformers`
-        does not read a head beside names without it.
+        All other tensors get the prefix that the adapter's names have and theirs lack:
+        `transformers` does not read a head beside names without it.
         """
-        prefix = self.model.prefix or ""
         added = {info.key: (info, origins.get(name)) for name, info in tensors.items()}
         checkpoint = change(self.checkpoint, config, prefix=prefix, added=added)
         views = {name: _rename(view, prefix) for name, view in self.model.items()}

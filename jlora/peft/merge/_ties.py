@@ -1,35 +1,148 @@
-"""Handles a weight that the input embedding and the output head of a checkpoint share."""
+"""Handles a weight that a model may read twice: as its input embedding and as its output head."""
 
 import collections
+import functools
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ..._errors import Problem
 from .._checkpoint import Checkpoint
 from .._file import show
 from .._problems import Problems
+from .._vocabulary import (
+    TIE,
+    find_pair,
+    is_embedding,
+    is_encoder_decoder,
+    is_head,
+    is_of_two,
+    is_table,
+    is_untied,
+    list_tables,
+    make_may_be_head,
+    walk_objects,
+)
 from .._write import Edit
 from ..adapter._parameters import find_twins, identify
-from ..adapter._sorted import SHARED, Adapter, Parameters
+from ..adapter._sorted import Adapter, Parameters
 from ..adapter._tokens import Tokens, find_table, list_lone_heads
 from ..places._find import explain_absent
-from ..places._views import Places
-from ._blocks import NewRows
+from ..places._views import Places, Shape, module_of
+from ._target import Target
+
+# Tensors that the model may read twice, each with its copies in the checkpoint.
+Shared = Mapping[str, list[str]]
+_UNTIE = (
+    f"Use the adapter unmerged, or save the base model untied: with {TIE}=False in each part of "
+    "its configuration, and a weight of its own for the head."
+)
 
 
-def is_shared(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor is the weight shared by the input embedding and the output head."""
-    module, _, parameter = name.rpartition(".")
-    if name not in checkpoint.where or parameter != "weight" or not SHARED.search(module):
-        return False
-    shape = checkpoint.entry(name).shape
-    return len(shape) == 2 and shape[0] in checkpoint.vocabulary
+def list_changed(found: Parameters) -> list[str]:
+    """Lists the parameters that an adapter changes, but for the biases to which it adds."""
+    return [*(x.name for x in found.parts), *found.full, *found.tokens]
 
 
-def may_be_shared(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a parameter that the checkpoint lacks may be its embedding or head, by its name."""
-    return bool(checkpoint.vocabulary) and bool(SHARED.search(name.rpartition(".")[0]))
+def find_shared(target: Target, found: Parameters, problems: Problems) -> dict[str, list[str]]:
+    """Finds the embeddings and heads that an adapter changes and the model may read twice.
+
+    If the checkpoint lacks a head that the adapter changes, an embedding may be that head. Adds a
+    problem if the configuration ties weights whose values differ.
+    """
+    checkpoint, model = target
+    config, shapes = checkpoint.config, model.shapes
+    tensors = {x: model.tensor(f"{x}.weight") for x in list_tables(config, shapes)}
+    sides = collections.defaultdict[tuple[bool, Shape], list[str]](list)
+    for module, tensor in tensors.items():
+        sides[is_head(module), shapes[f"{module}.weight"]].append(tensor)
+    changed = set(map(module_of, list_changed(found)))
+    if any(is_head(module) and f"{module}.weight" not in model for module in changed):
+        changed |= set(filter(is_embedding, tensors))
+    has_encoder = is_encoder_decoder(config)
+    is_apart = is_untied(config) and any(is_head(module_of(name)) for name in model)
+    may_be_head = make_may_be_head([*model, *found.full], config)
+    digest = functools.cache(functools.partial(_digest, checkpoint))
+    shared = dict[str, list[str]]()
+    for module in tensors.keys() & changed:
+        is_two = is_embedding(module) and is_of_two(module, has_encoder)
+        if is_apart and not is_two:
+            continue
+        own = tensors[module]
+        others = sides[not is_head(module), shapes[f"{module}.weight"]]
+        copies = [x for x in others if digest(x) == digest(own)]
+        if others and not copies and not is_two and not has_encoder:
+            if _is_tied(config, f"{module}.weight" in found.tokens):
+                why = f"config.json ties it to {show(others[0])}, but their values differ"
+                problems.add(own, why, f"Correct {TIE} there.")
+        elif copies or is_head(module) or may_be_head(module):
+            shared[own] = copies
+    return shared
+
+
+def _is_tied(config: Mapping[str, Any], has_rows: bool) -> bool:
+    """Whether a configuration ties embedding and head; PEFT ties rows if it does not deny it."""
+    said = {part.get(TIE) for part in walk_objects(config)}
+    return True in said or (has_rows and config.get(TIE) is not False)
+
+
+class Pair(NamedTuple):
+    """The embedding of a plain decoder, and its head.
+
+    Attributes:
+        table: the tensor of the embedding.
+        head: the tensor of the head, stored or not, after the other tensors got `prefix`.
+        prefix: what the names of the other tensors need beside a head.
+    """
+
+    table: str
+    head: str
+    prefix: str
+
+
+def find_plain(target: Target) -> Pair | None:
+    """Finds the embedding and the head of a plain decoder; None if it may be another model."""
+    checkpoint, model = target
+    for prefix in ("", model.prefix or ""):
+        shapes = {prefix + name: shape for name, shape in checkpoint.shapes.items()}
+        if pair := find_pair(shapes, checkpoint.config):
+            table, head = (f"{module}.weight" for module in pair)
+            return Pair(table.removeprefix(prefix), head, prefix)
+    return None
+
+
+def list_uneven(
+    target: Target, found: Parameters, shared: Shared, saves: Callable[[str], bool]
+) -> list[Problem]:
+    """Lists shared weights of which the adapter may change the two readings differently.
+
+    New rows in the embedding of a plain decoder are new in its head too, as in PEFT. A table that
+    `modules_to_save` does not name is in the adapter because the base's own was resized.
+    """
+    checkpoint, model = target
+    config = checkpoint.config
+    names = [n for n in list_changed(found) if n in model and model.tensor(n) in shared]
+    if not names:
+        return []
+    has_encoder = is_encoder_decoder(config)
+    even = set[str]() if has_encoder else list_even(found)
+    if find_plain(target) and _is_tied(config, True):
+        even |= {*found.tokens}
+    why = (
+        "the model may read this weight twice, as its input embedding and as its output head, and "
+        "the adapter does not say that it changes both equally"
+    )
+    modules = {name: name.removesuffix(".weight") for name in names}
+    even -= {name for name, module in modules.items() if is_of_two(module, has_encoder)}
+    even |= {name for name, module in modules.items() if name in found.full and not saves(module)}
+    return [Problem(model.tensor(name), why, _UNTIE) for name in names if name not in even]
+
+
+def list_even(found: Parameters) -> set[str]:
+    """Lists the parameters that are changed as another one is."""
+    counts = collections.Counter(map(identify, found.full.values()))
+    same = (name for name, x in found.full.items() if counts[identify(x)] > 1)
+    return {*find_twins(found.parts), *same}
 
 
 def list_absent(checkpoint: Checkpoint, model: Places, found: Parameters) -> list[Problem]:
@@ -47,102 +160,55 @@ def list_absent(checkpoint: Checkpoint, model: Places, found: Parameters) -> lis
     kept = {identify(x) for name, x in whole.items() if name in model} if lone else set()
     lost += [name for name, x in lone.items() if identify(x) not in kept]
     lost = dict.fromkeys(lost)  # PEFT's copy of a frozen weight is lost with its A and B
-    config = checkpoint.config
-    return [Problem(x, explain_absent(x, config), _advise(x, checkpoint)) for x in lost]
+    return [Problem(x, explain_absent(x, checkpoint.config), _advise(x)) for x in lost]
 
 
-_UNTIE = "Give `untie=True`, which stores both, or save the base model untied."
-
-
-def _advise(name: str, checkpoint: Checkpoint) -> str:
-    if may_be_shared(checkpoint, name):
-        return (
-            "If it shares the input embedding's weight, the adapter must change both equally. "
-            + _UNTIE
-        )
+def _advise(name: str) -> str:
+    if is_head(module_of(name)):
+        return f"It may share the weight of the input embedding. {_UNTIE}"
     return (
         "Save the base model as it was adapted, with its head, and in `transformers` 5 with "
         "save_pretrained(..., save_original_format=False); or give `renamed`."
     )
 
 
-def list_untied(checkpoint: Checkpoint, model: Places, found: Parameters) -> list[Problem]:
-    """Lists changes of a shared weight for only one of the embedding and the head."""
-    names = (x.name for x in found.parts)
-    full = found.full
-    alone = [name for name in names if is_shared(checkpoint, model.tensor(name))]
-    if alone:
-        shared = find_twins(found.parts)
-        alone = [name for name in alone if name not in shared]
-    if both := [name for name in full if is_shared(checkpoint, model.tensor(name))]:
-        counts = collections.Counter(map(identify, full.values()))
-        alone += [name for name in both if counts[identify(full[name])] == 1]
-    return [
-        Problem(
-            model.tensor(name),
-            "the input embedding and the output head share this weight (config.json: "
-            "tie_word_embeddings), but the adapter does not change both equally",
-            _UNTIE,
-        )
-        for name in alone
-    ]
-
-
 # -------------------------------------------------------------------------------- rows of tables
 
 
 def separate_heads(
-    checkpoint: Checkpoint, model: Places, tokens: Mapping[str, Tokens]
+    model: Places, shared: Shared, tokens: Mapping[str, Tokens]
 ) -> tuple[dict[str, Tokens], list[tuple[Tokens, Tokens]]]:
     """Returns the rows of embeddings in the checkpoint, and pairs of tied heads and embeddings."""
     heads = []
     there = dict(tokens)
     for name, x in tokens.items():
-        table = find_table(name, tokens, model) if SHARED.search(x.module) else None
+        table = find_table(name, tokens, model) if is_table(x.module) else None
         if table is None:
             continue
-        if name not in model or is_shared(checkpoint, model.tensor(name)):
+        if name not in model or model.tensor(name) in shared:
             heads.append((x, table))
         if name not in model:
             del there[name]
     return there, heads
 
 
-def list_untied_heads(checkpoint: Checkpoint, adapter: Adapter) -> list[Problem]:
+def list_untied_heads(checkpoint: Checkpoint, shared: Shared, adapter: Adapter) -> list[Problem]:
     """Lists problems with rows that are listed for a head that is not tied."""
-    apart = (name for name in checkpoint.where if not is_shared(checkpoint, name))
-    return list_lone_heads(adapter.heads, [n.removesuffix(".weight") for n in apart])
+    tied = {*shared, *(copy for copies in shared.values() for copy in copies)}
+    apart = (name.removesuffix(".weight") for name in checkpoint.where if name not in tied)
+    return list_lone_heads(adapter.heads, apart)
 
 
 # ------------------------------------------------------------------------- weights stored twice
 
 
-def with_copies(
-    checkpoint: Checkpoint, edits: Mapping[str, Edit], problems: Problems
-) -> dict[str, Edit]:
+def with_copies(edits: Mapping[str, Edit], shared: Shared) -> dict[str, Edit]:
     """Adds edits for the second copy of a shared weight that is stored twice."""
-    groups = collections.defaultdict[Any, tuple[list[str], list[str]]](lambda: ([], []))
-    for name in checkpoint.where:
-        if is_shared(checkpoint, name):
-            tensor = checkpoint.entry(name)
-            groups[tensor.dtype, tensor.shape][name in edits].append(name)
-    found = dict(edits)
-    for others, own in groups.values():
-        values = {digest(checkpoint, name): name for name in own if others}
-        for other in others if own else ():
-            if (copied := values.get(digest(checkpoint, other))) is not None:
-                found[other] = edits[copied]
-            elif rows := [name for name in own if isinstance(edits[name], NewRows)]:
-                why = (
-                    "has rows in the adapter, which PEFT also gives to a tied head; config.json "
-                    f"ties it to {show(other)}, but their values differ in the checkpoint"
-                )
-                remedy = "Correct tie_word_embeddings there."
-                problems.stop(Problem(rows[0], why, remedy))
-    return found
+    each = ((copy, edits[name]) for name in shared if name in edits for copy in shared[name])
+    return dict(each) | dict(edits)
 
 
-def digest(checkpoint: Checkpoint, name: str) -> bytes:
+def _digest(checkpoint: Checkpoint, name: str) -> bytes:
     """Returns the hash of a tensor's bytes."""
     found = hashlib.sha256()
     for piece in checkpoint.pieces(name):

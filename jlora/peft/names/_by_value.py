@@ -18,6 +18,7 @@ from ..._tree import leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import Checkpoint, open_checkpoint
 from .._file import DTYPES
+from .._vocabulary import find_tied_head
 from ..places._find import as_transformers_stores, stored_as_is
 from ._generalized import Held, Home, find_homes, generalize
 from ._leaves import NamedLeaf, path_in_names, resolve
@@ -210,7 +211,7 @@ class _Tensors:
         """Measures all tensors in floats."""
         self.checkpoint = checkpoint
         self.used = set[str]()
-        self.head = "lm_head" if checkpoint.vocabulary else None
+        self.head = find_tied_head(checkpoint.shapes, checkpoint.config)
         self.is_transposed = checkpoint.config.get("model_type") == "gpt_oss"  # no other model is
         names = collections.defaultdict[tuple[int, ...], list[str]](list)
         for name in checkpoint.where:
