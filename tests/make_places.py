@@ -44,8 +44,9 @@ class Box(NamedTuple):
 def ask(model: Any) -> tuple[dict[str, list[Box] | str], dict[str, Any], dict[str, Any]]:
     """Finds the boxes of each parameter, or why it has none; and shapes, in memory and stored."""
     stop = FIRST
+    saved = list_saved(model)
     with torch.no_grad():
-        for x in model.parameters():
+        for x in saved.values():
             x.copy_((torch.arange(x.numel()) + stop).view(x.shape))
             stop += x.numel()
     if stop >= MOST:
@@ -61,9 +62,16 @@ def ask(model: Any) -> tuple[dict[str, list[Box] | str], dict[str, Any], dict[st
         home[values[known]] = i
         place[values[known]] = np.flatnonzero(known)
     shapes = {name: x.shape for name, x in stored.items()}
-    parameters = {name: x.detach().numpy().astype(int) for name, x in model.named_parameters()}
+    parameters = {name: x.detach().numpy().astype(int) for name, x in saved.items()}
     found = {name: _find_boxes(home[x], place[x], shapes) for name, x in parameters.items()}
     return found, {name: x.shape for name, x in parameters.items()}, shapes
+
+
+def list_saved(model: Any) -> dict[str, Any]:
+    """Lists parameters, and the buffers in floats that are saved."""
+    saved = model.state_dict(keep_vars=True).keys()
+    buffers = {n: x for n, x in model.named_buffers() if n in saved and x.is_floating_point()}
+    return dict(model.named_parameters()) | buffers
 
 
 def _read(folder: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -146,7 +154,7 @@ class Made(NamedTuple):
 def make(model: Any) -> Made:
     """Finds out where a tiny model stores its parameters."""
     rows, lost, stored, held = make_rows(model)
-    shapes = {name: x.shape for name, x in model.named_parameters()}
+    shapes = {name: x.shape for name, x in list_saved(model).items()}
     others = {x: name for name, x in list_others(model, stored.keys()) if x not in stored}
     others = {x: name for x, name in others.items() if name in shapes or name in held}
     every = held | {x: held.get(name) or [(name, "", "")] for x, name in others.items()}
@@ -478,7 +486,7 @@ def make_with_options(cls: Any) -> Made:
     found = make(make_model(cls))
     for option in list_options(cls.config_class) if found.rows else ():
         try:
-            other = make(make_model(cls, {option: True}))
+            other = make(make_model(cls, option))
         except Exception:  # an option that needs others
             continue
         both = other._replace(rows=other.rows | found.rows, stored=other.stored | found.stored)

@@ -78,10 +78,12 @@ def make_model(cls: Any, fields: Mapping[str, Any] = {}) -> Any:
     raise problems[0]
 
 
-def list_options(cls: Any) -> list[str]:
-    """Lists the fields of a configuration that turn a part on, such as `use_swiglu_ffn`."""
-    fields = _make_default(cls).to_dict().items()
-    return [key for key, x in fields if x is False and key.startswith("use_")]
+def list_options(cls: Any) -> list[dict[str, Any]]:
+    """Lists fields of a configuration that turn a part on, such as `use_swiglu_ffn`."""
+    fields = _make_default(cls).to_dict()
+    found = [{key: True} for key, x in fields.items() if x is False and key.startswith("use_")]
+    rotary = {"position_embedding_type": "rotary"}
+    return [*found, rotary] if rotary.keys() <= fields.keys() else found
 
 
 def make_config(cls: Any, way: int = 0, default: Any = None, fields: Mapping[str, Any] = {}) -> Any:
