@@ -112,6 +112,19 @@ def test_a_folder_names_its_model(config: Any, name: str | None, tmp_path: Folde
         peft.save(tmp_path / "b", case.base, adapter, case.names, base_model=tmp_path)
 
 
+@pytest.mark.parametrize("kind", [str, Folder])
+def test_the_model_inside_of_the_one_in_a_folder(kind: Any, tmp_path: Folder) -> None:
+    """Its modules have shorter names than those of the model with a head, as PEFT loads that."""
+    case, adapter = loaded("qv")
+    weights = {k.removeprefix("base."): x for k, x in case.torch.items() if k.startswith("base.")}
+    for first in ("", "bert."):
+        checkpoint(tmp_path / f"base{first}", {first + name: x for name, x in weights.items()})
+    save = functools.partial(peft.save, base=case.base, adapter=adapter, names=case.names)
+    save(tmp_path / "a", base_model=kind(tmp_path / "base"))
+    with pytest.warns(UserWarning, match=r"has bert\.encoder\.\S* for the adapter's encoder\."):
+        save(tmp_path / "b", base_model=kind(tmp_path / "basebert."))
+
+
 @pytest.mark.parametrize("name", ["qv", "tied"])
 def test_shapes_suffice_as_base(name: str, tmp_path: Folder) -> None:
     """To load; and to save, unless PEFT stores frozen values with the adapter."""

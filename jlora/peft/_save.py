@@ -1,6 +1,8 @@
 """Writes an adapter tree as PEFT's files."""
 
+import contextlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from .._adapters import is_node
 from .._errors import InputError, Problem
 from .._tree import is_abstract, name_of
 from .._types import PyTree
+from ._checkpoint import open_checkpoint
 from ._file import DTYPES, Source, read_json, shorten
 from ._load import fit
 from ._problems import Problems
@@ -31,6 +34,7 @@ from .names._leaves import NamedLeaf
 from .names._names import Name
 from .names._torch_layout import split_weight
 from .names._weights import split_all
+from .places._find import find
 
 
 def save(
@@ -89,7 +93,8 @@ def save(
     Warns:
         UserWarning: for `"kohya"`, if diffusers would compute something else with the file: with
             DoRA, whose magnitudes it drops, with modules that it does not read there, or with
-            several alphas in a UNet.
+            several alphas in a UNet. If `base_model` is the folder of a model with a head, and the
+            modules have the names of the model inside, which PEFT does not find there.
 
     Source: PEFT 0.21, `peft.PeftModel.save_pretrained`; diffusers 0.42, `load_lora_adapter`.
 
@@ -189,6 +194,8 @@ def _draft(
         "modules cannot be selected apart from others.",
     )
     fit(draft.as_files("config", tree.modules), tree.leaves, problems)
+    if base_model is not None:
+        _warn_of_prefix(Path(base_model), own)
     return draft
 
 
@@ -199,6 +206,23 @@ def _name_model(given: str | os.PathLike[str]) -> str:
     config = read_json(Source(Path(given), "base_model"), "config.json", LIMIT)
     name = config.get("_name_or_path")
     return name if isinstance(name, str) and name else os.fspath(given)
+
+
+def _warn_of_prefix(folder: Path, own: Parameters) -> None:
+    """Warns if a model has the modules of an adapter inside of another, where PEFT has no such.
+
+    A folder that cannot be read, or is none, is not compared.
+    """
+    with contextlib.suppress(ValueError, OSError):
+        checkpoint = open_checkpoint(folder, "base_model", follow_links=True)
+        places = next(find(own.changed, checkpoint.shapes, checkpoint.config))
+        if places.prefix is None and (name := next(filter(places.get, own.changed), None)):
+            warnings.warn(
+                f"`base_model`: {folder} has {shorten(places.tensor(name))} for the adapter's "
+                f"{shorten(name)}. PEFT adapts the model inside, which AutoModel loads, and "
+                "nothing in a model with a head, whose modules have longer names.",
+                stacklevel=4,
+            )
 
 
 def _as_lora(tree: Tree, given: Fields) -> tuple[Fields, Parameters]:

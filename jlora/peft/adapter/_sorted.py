@@ -94,6 +94,11 @@ class Parameters(NamedTuple):
     tokens: dict[str, Tokens]
     biases: dict[str, tuple[Any, float]]
 
+    @property
+    def changed(self) -> list[str]:
+        """The parameters that the adapter changes, but for the biases to which it adds."""
+        return [*(part.name for part in self.parts), *self.full, *self.tokens]
+
 
 class Adapter(NamedTuple):
     """The tensors of an adapter, sorted by kind.

@@ -35,7 +35,6 @@ from ._ties import (
     Shared,
     find_shared,
     list_absent,
-    list_changed,
     list_uneven,
     list_untied_heads,
     separate_heads,
@@ -96,11 +95,10 @@ def _match_tree(
     full = split_all(leaf._replace(value=nodes[leaf.path]) for leaf in tree.full)
     tokens = {f"{x.module}.weight": x for x in tree.tokens}
     found = Parameters(tree.parts, full, {}, tokens, {})
-    wanted = [*(part.name for part in found.parts), *full, *tokens]
-    places = next(find(wanted, checkpoint.shapes, checkpoint.config, renamed))
+    places = next(find(found.changed, checkpoint.shapes, checkpoint.config, renamed))
     target = Target(checkpoint, places)
     shared = find_shared(target, found, problems)
-    if any(is_head(module_of(name)) for name in list_changed(found)):
+    if any(is_head(module_of(name)) for name in found.changed):
         target, found, shared = store_head(target, found, shared, lambda _: {})
     target = fit_vocabulary(target, found, problems)
     parts = orient(found.parts, target.model.shapes, False)

@@ -11,7 +11,7 @@ from ..adapter._files import fill, list_tensors
 from ..adapter._sorted import Parameters
 from ..places._views import module_of
 from ._target import Target
-from ._ties import Shared, find_plain, list_changed, list_even
+from ._ties import Shared, find_plain, list_even
 
 Read = Callable[[Iterable[TensorInfo]], Mapping[str, np.ndarray]]
 
@@ -32,7 +32,7 @@ def store_head(
     checkpoint, model = target
     if (pair := find_plain(target)) is None or shared.keys().isdisjoint(pair):
         return target, found, shared
-    own = {name: model.tensor(name) for name in list_changed(found) if name not in found.tokens}
+    own = {name: model.tensor(name) for name in found.changed if name not in found.tokens}
     heads = [
         n for n, x in own.items() if x == pair.head or (n not in model and is_head(module_of(n)))
     ]

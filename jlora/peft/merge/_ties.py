@@ -39,11 +39,6 @@ _UNTIE = (
 )
 
 
-def list_changed(found: Parameters) -> list[str]:
-    """Lists the parameters that an adapter changes, but for the biases to which it adds."""
-    return [*(x.name for x in found.parts), *found.full, *found.tokens]
-
-
 def find_shared(target: Target, found: Parameters, problems: Problems) -> dict[str, list[str]]:
     """Finds the embeddings and heads that an adapter changes and the model may read twice.
 
@@ -56,7 +51,7 @@ def find_shared(target: Target, found: Parameters, problems: Problems) -> dict[s
     sides = collections.defaultdict[tuple[bool, Shape], list[str]](list)
     for module, tensor in tensors.items():
         sides[is_head(module), shapes[f"{module}.weight"]].append(tensor)
-    changed = set(map(module_of, list_changed(found)))
+    changed = set(map(module_of, found.changed))
     if any(is_head(module) and f"{module}.weight" not in model for module in changed):
         changed |= set(filter(is_embedding, tensors))
     has_encoder = is_encoder_decoder(config)
@@ -121,7 +116,7 @@ def list_uneven(
     """
     checkpoint, model = target
     config = checkpoint.config
-    names = [n for n in list_changed(found) if n in model and model.tensor(n) in shared]
+    names = [n for n in found.changed if n in model and model.tensor(n) in shared]
     if not names:
         return []
     has_encoder = is_encoder_decoder(config)
