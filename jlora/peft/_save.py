@@ -14,7 +14,7 @@ from .._types import PyTree
 from ._file import DTYPES, Source, read_json, shorten
 from ._load import fit
 from ._problems import Problems
-from .adapter._arranged import Tree, arrange, check_one_method
+from .adapter._arranged import Tree, arrange
 from .adapter._config import DEFAULTS, LIMIT, ROWS_DEFAULTS, problems_of
 from .adapter._describe import (
     Fields,
@@ -202,7 +202,6 @@ def _name_model(given: str | os.PathLike[str]) -> str:
 
 
 def _as_lora(tree: Tree, given: Fields) -> tuple[Fields, Parameters]:
-    check_one_method(tree)
     fields = DEFAULTS | given
     parts = tree.parts
     if parts:

@@ -21,7 +21,8 @@ from .._errors import InputError
 from .._rules import near_misses
 from .._tree import leaves_by_path
 from .._types import PyTree
-from ._skeleton import copy_structure, find_constants, find_saved, read_structure, to_jax
+from ._reads import Watch
+from ._skeleton import copy_structure, find_constants, read_structure, to_jax
 
 Shardings = Mapping[str, PartitionSpec | NamedSharding]
 
@@ -145,14 +146,17 @@ class Apply:
 
     Attributes:
         structure: what `jlora.torch.names` needs to know of the module.
+        reads: by each parameter that a call has read, whether only calls of its modules read it.
+            All calls and traces add to it; nothing else changes.
     """
 
     def __init__(self, model: torch.nn.Module, activations: Shardings | None) -> None:
         """Copies the structure of `model`."""
         skeleton = copy_structure(model)
         self.structure = read_structure(skeleton)
+        self.reads: dict[str, bool] = {}
         self._constants = find_constants(skeleton)
-        self._buffers = find_saved(skeleton).keys() - dict(skeleton.named_parameters()).keys()
+        self._parameters = dict(skeleton.named_parameters()).keys()
         self._environment = Operators()
         self._model = skeleton
         for pattern, sharding in (activations or {}).items():
@@ -163,15 +167,18 @@ class Apply:
     ) -> Any:
         """Computes what the model computes with `params`."""
         given = {".".join(path): x for path, x in leaves_by_path(params)}
-        stopped = {
-            name: jax.lax.stop_gradient(given[name]) for name in self._buffers & given.keys()
-        }
-        every = {**given, **stopped, **self._constants}
-        tensors: dict[str, torch.Tensor]
-        tensors = {f"model.{name}": self._environment.wrap(x) for name, x in every.items()}
         args, kwargs = _pytree.tree_map(self._to_torch, (args, kwargs))
         # A copy, as modules may keep values in their attributes.
         call = Call(copy.deepcopy(self._model), method)
+        watch = Watch(call.model, self.structure.tied, self.reads)
+        tensors: dict[str, torch.Tensor]
+        tensors = {name: self._environment.wrap(x) for name, x in self._constants.items()}
+        for name, x in given.items():
+            if name in self._parameters:
+                tensors[name] = watch.parameter(name, jnp.asarray(x), self._environment)
+            else:
+                tensors[name] = self._environment.wrap(jax.lax.stop_gradient(x))
+        tensors = {f"model.{name}": x for name, x in tensors.items()}
         with self._environment:
             out = torch.func.functional_call(call, tensors, args, kwargs, strict=True)
         return _to_jax(out, "")

@@ -95,6 +95,10 @@ def _fits(part: Part, leaf: NamedLeaf | None, is_head: bool, problems: Problems)
         return False
     kind = "linear" if is_head else leaf.name.kind
     path = name_of(leaf.path)
+    if leaf.name.refused:
+        why = f"has A and B, but PEFT has no form for those of {path}: {leaf.name.refused}"
+        problems.add(key, why)
+        return False
     if kind is None:
         problems.add(key, f"has A and B, but {path} is a parameter that LoRA cannot adapt")
         return False

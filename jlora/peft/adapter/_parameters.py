@@ -150,7 +150,8 @@ def _try_parameter(role: Role, name: str, part: Part, shapes: Shapes | None) -> 
     part = part._replace(name=name, key=name, scale=role.scale)
     if shapes is None:
         fits = wide == part.b.shape[1]
-        part = part._replace(kind="experts", experts=wide // rank)
+        kind = "linear" if wide == rank and name.endswith(".weight") else "experts"
+        part = part._replace(kind=kind, experts=wide // rank)
     else:
         if len(shape := shapes[name]) == 3:
             part = part._replace(kind="experts", experts=shape[0])
