@@ -35,7 +35,7 @@ from ..names._torch_layout import keep_adapted
 
 FACTORED = (LowRank, Decomposed)
 MERGE = "or merge what is trained: jlora.merge, and jlora.peft.save_base."
-LEAVE_OUT = f"Leave these leaves out of the rules, {MERGE}"
+LEAVE_OUT = f"Leave it out of the rules, {MERGE}"
 
 
 class Use(NamedTuple):
