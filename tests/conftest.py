@@ -14,8 +14,11 @@ import pytest
 # With PyTorch, which the default tests do without; what CI's part `benchmarks` runs.
 collect_ignore = [
     "fixtures",
+    "make_places.py",
     "peft_families.py",
     "tables/pytorch.py",
+    "tiny_models.py",
+    "torch_functions.py",
     "torch_images.py",
     "torch_models.py",
     "bench",

@@ -1131,7 +1131,7 @@ DAMAGES: dict[str, tuple[Any, ...]] = {
     "one-weight-twice": (
         {"weights": NO_WEIGHTS | {"bert.q.weight": ones(4, 6)}}
         | {"given": NO_GIVEN | {"q": GIVEN[Q], "bert.q": GIVEN[Q]}},
-        *("adapter", "q.weight", "not in the checkpoint"),
+        *("adapter", "bert.q.weight", "changed twice by the adapter"),
     ),
     "no-tensor": (
         {"weights": {f"{Q}.weight": None}}, "adapter", f"{Q}.weight", "not in the checkpoint", SAVE

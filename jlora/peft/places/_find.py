@@ -141,7 +141,8 @@ def as_transformers_stores(shapes: Shapes, config: Mapping[str, Any]) -> Iterato
 def _find_entries(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Finds the entry of the model's class; all of its kind if the class is not known."""
     table = load_table()
-    names, kind = config.get("architectures"), str(config.get("model_type"))
+    names = config.get("architectures")
+    kind = str(config.get("model_type"))
     if isinstance(names, list) and names and (own := table["classes"].get(str(names[0]))):
         return [own]
     found = [table["models"][kind]] if kind in table["models"] else []

@@ -153,8 +153,9 @@ class Tensor(torchax.Tensor):
         """Changes a part."""
         index = _make_index(index)
         if _is_traced(index):
-            self, index = self[index], ...
-        torch.Tensor.__setitem__(self, index, x)
+            torch.Tensor.__setitem__(self[index], ..., x)
+        else:
+            torch.Tensor.__setitem__(self, index, x)
 
     @property
     def _elem(self) -> jax.Array:
