@@ -106,7 +106,10 @@ RULES = {
     ),
     "rslora": ("qv", [ROOT, LoRA("output/dense/kernel", rank=2)]),
     "biases": ("qv", [QV, Full("(query|value)/bias")]),
-    "all_biases": ("qv", [QV, Full("bias$")]),
+    "all_biases": (
+        "qv",
+        [QV, Full("(LayerNorm|query|key|value|(output|intermediate)/dense|classifier)/bias")],
+    ),
     "some_biases": ("qv", [QV, Full("output/dense/bias")]),
     "head_and_norms": ("modules_to_save", [QUERY, Full("LayerNorm"), Full("classifier/kernel")]),
     "no_factors": ("modules_to_save", [Full("LayerNorm"), Full("classifier")]),
