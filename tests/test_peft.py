@@ -121,7 +121,7 @@ def test_the_model_inside_of_the_one_in_a_folder(kind: Any, tmp_path: Folder) ->
         checkpoint(tmp_path / f"base{first}", {first + name: x for name, x in weights.items()})
     save = functools.partial(peft.save, base=case.base, adapter=adapter, names=case.names)
     save(tmp_path / "a", base_model=kind(tmp_path / "base"))
-    with pytest.warns(UserWarning, match=r"has bert\.encoder\.\S* for the adapter's encoder\."):
+    with pytest.warns(UserWarning, match=r"has 'bert\.encoder\.\S*' for the adapter's 'enc"):
         save(tmp_path / "b", base_model=kind(tmp_path / "basebert."))
 
 

@@ -59,7 +59,7 @@ def find_shared(target: Target, found: Parameters, problems: Problems) -> dict[s
     may_be_head = make_may_be_head([*model, *found.full], config)
     digest = functools.cache(functools.partial(_digest, checkpoint))
     shared = dict[str, list[str]]()
-    for module in tensors.keys() & changed:
+    for module in filter(changed.__contains__, tensors):
         is_two = is_embedding(module) and is_of_two(module, has_encoder)
         if is_apart and not is_two:
             continue
