@@ -81,7 +81,7 @@ def test_commands(name: str, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) 
     words = LINES[name].format(rows="rows.py:ROWS").split()
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 2
-    assert result.stderr.endswith("; if it does not, name the field in --ignore\n")
+    assert result.stderr.endswith("If it does not, name the field in --ignore.\n")
     assert not (tmp_path / "out").exists()
     found = CliRunner().invoke(cli, [*words, "--ignore", FIELD])
     assert found.exit_code == 0, found.output
