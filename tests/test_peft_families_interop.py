@@ -16,8 +16,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 # Why an adapter cannot be merged exactly: the guide lists them.
 REFUSED = (
     "layer_replication",
-    "the input embedding and the output head share this weight",
-    "If it shares the input embedding's weight, the adapter must change both equally",
+    "the model may read this weight twice, as its input embedding and as its output head",
+    "It may share the weight of the input embedding",
     "has rows in the adapter, which PEFT also gives",
 )
 NAMES = list(families.CONFIGURATIONS)
@@ -34,12 +34,12 @@ SLICE += [x for x in ONCE.items() if x[0] in families.FAMILIES and x not in SLIC
 @pytest.mark.parametrize(("family", "configuration"), every(families.FAMILIES, NAMES, daily=SLICE))
 def test_as_peft_merges_it(family: str, configuration: str, tmp_path: pathlib.Path) -> None:
     found = families.outcome(family, configuration, tmp_path)
-    assert found.kind in ("bits", "rounding", "once", "refused", "not by PEFT")
+    assert found.kind in ("bits", "rounding", "once", "untied", "refused", "not by PEFT")
     if found.kind == "refused":
         assert any(reason in found.reason for reason in REFUSED), found
 
 
-RESIZED = ("llama", "llama-tied", "gpt2", "phi", "gpt-neox", "bert-mlm", "t5")
+RESIZED = ("llama", "llama-tied", "gpt2", "phi", "gpt-neox", "t5")
 
 
 @pytest.mark.parametrize("family", RESIZED)
