@@ -42,6 +42,7 @@ from test_peft_merged import read as read_all
 import jlora
 from jlora import DoRA, Full, LoRA, peft
 from jlora.peft import Name
+from jlora.peft.adapter._config import list_misformed
 from jlora.peft.adapter._describe import _select
 from jlora.peft.names._leaves import resolve
 from jlora.types import Layout, LowRank
@@ -335,7 +336,7 @@ def write_config(folder: Folder, **fields: Any) -> None:
 # Linear modules, norms, the adapted modules, and the names by which PEFT finds these alone.
 SHORT: dict[str, tuple[str, str, str, list[str]]] = {
     "all with a word": ("0.q 1.q 0.k", "0.norm", "0.q 1.q", ["q"]),
-    "some with a word": ("l.0.q l.1.q l.1.k", "", "l.1.q l.1.k", ["k", "l.1.q"]),
+    "some with a word": ("l.0.q l.1.q l.1.k", "", "l.1.q l.1.k", ["l.1.k", "l.1.q"]),
     "a container": ("head.1 layer.0.c layer.1.c", "", "head.1", ["head.1"]),
     "of a sequence": ("a.head.0 b.q", "", "a.head.0", ["a.head.0"]),
     "a norm": ("f.0 f.3", "f.1 g.3", "f.0 f.3", ["f.0", "f.3"]),
@@ -343,7 +344,7 @@ SHORT: dict[str, tuple[str, str, str, list[str]]] = {
     "a word of norms": ("a.proj b.q", "c.proj", "a.proj", ["a.proj"]),
     "no word": ("a.q-1 b.q", "", "a.q-1", ["a.q-1"]),
     "no parent": ("0 2", "1", "0 2", ["0", "2"]),
-    "the end of a name": ("q a.q b.q.k", "c.q", "q b.q.k", ["k", "q"]),
+    "the end of a name": ("q a.q b.q.k", "c.q", "q b.q.k", ["b.q.k", "q"]),
 }
 
 
@@ -375,11 +376,24 @@ def test_names_are_short_where_they_are_words(case: str, tmp_path: Folder) -> No
     assert taken == {*(config_of(tmp_path / "b")["exclude_modules"] or ())}
 
 
-def test_names_of_thousands_of_modules_are_short() -> None:
-    """PEFT compares each with all modules, and `load` takes 10,000."""
+def test_names_of_thousands_of_modules_are_whole() -> None:
+    """If one more has their last word; `load` takes so many."""
     experts = {f"layers.{i}.experts.{j}.up": True for i in range(8) for j in range(1500)}
     found = _select(experts | {"layers.0.shared.up": False})
-    assert found == [f"{j}.up" for j in range(1500)]
+    assert found == [*experts] and not list_misformed({"target_modules": found})
+    assert _select(experts) == ["up"]
+
+
+def test_patterns_are_last_words_or_whole_names(tmp_path: Folder) -> None:
+    """A whole name that another one ends with begins with `^`: PEFT matches the ends of names."""
+    base, _, names = of_modules("q a.q a.k b.k b.v", "", "")
+    ranks = {"q": 1, "a.q": 2, "a.k": 2, "b.k": 3, "b.v": 4}
+    sites = {(*m.split("."), "kernel"): node(names[0], (8, 8), r) for m, r in ranks.items()}
+    base = {path: jnp.zeros((8, 8)) for path in sites}
+    base, adapter = jlora._tree.nest(base), jlora._tree.nest(sites)
+    assert_equal(come_back(tmp_path / "a", base, adapter, names), adapter)
+    config = config_of(tmp_path / "a")
+    assert config["r"] == 2 and config["rank_pattern"] == {"^q": 1, r"b\.k": 3, "v": 4}
 
 
 # ----------------------------------------------------------------------- tables
@@ -676,8 +690,8 @@ def test_what_peft_saves_beside_a_and_b(case: str, tmp_path: Folder) -> None:
                 assert found[name].dtype == np.asarray(expected[name]).dtype
 
 
-def test_names_that_are_kept_whole_come_first(tmp_path: Folder) -> None:
-    """A head that PEFT does not tie itself is in front of what it is tied to."""
+def test_a_head_that_peft_does_not_tie_is_chosen_by_its_whole_name(tmp_path: Folder) -> None:
+    """With its last word alone PEFT would store its frozen weight too."""
     names = [Name("wte/embedding", "wte", "vo", tied="m.lm_head"), Name("q/kernel", "m.q", "io")]
     base = {"wte": {"embedding": normal(0, 11, 4)}, "q": {"kernel": normal(1, 4, 6)}}
     adapter = {
@@ -685,7 +699,7 @@ def test_names_that_are_kept_whole_come_first(tmp_path: Folder) -> None:
         "q": {"kernel": node(names[1], (4, 6))},
     }
     peft.save(tmp_path / "a", base, adapter, names)
-    assert config_of(tmp_path / "a")["target_modules"] == ["m.lm_head", "wte", "q"]
+    assert config_of(tmp_path / "a")["target_modules"] == ["wte", "m.q", "m.lm_head"]
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def _list_refused_patterns(fields: Mapping[str, Any]) -> list[Problem]:
 
 
 _Fits = Callable[[Any], bool]
-ENTRIES = 10_000  # of a list, so that all of them are matched quickly
+ENTRIES = 100_000  # of a list, so that all of them are matched quickly
 
 
 def _is_text(x: object) -> bool:

@@ -1,10 +1,9 @@
 """Makes the configuration that describes an adapter tree; keeps given fields that fit."""
 
-import bisect
 import collections
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..._errors import InputError, Problem
@@ -14,7 +13,7 @@ from .._file import shorten
 from .._problems import Problems
 from ..names._leaves import NamedLeaf
 from ._arranged import Tree
-from ._config import ENTRIES, PATTERNS, ROWS_ALONE, list_misformed
+from ._config import PATTERNS, ROWS_ALONE, list_misformed
 from ._patterns import Clock
 from ._roles import (
     Role,
@@ -76,9 +75,7 @@ def _set_targets(fields: Fields, tree: Tree) -> Fields:
     # Heads that PEFT does not tie by itself are selected by name.
     apart = [h for m, h in tied.items() if not _ties({"ensure_weight_tying": True}, m, h)]
     keys[False] |= dict.fromkeys(apart, True)
-    # If it were selected by its last name alone, PEFT would store its frozen weight too.
-    whole = [m for m in keys[False] if m.rpartition(".")[2] in SAVED_BY_NAME]
-    targets = _select(keys[False], tree.is_whole, whole)
+    targets = _select(keys[False], tree.is_whole)
     # A whole name also selects the modules whose names end with it.
     chosen = frozenset(targets)
     unwanted = (name for name, is_chosen in keys[False].items() if not is_chosen)
@@ -115,7 +112,7 @@ def _adapts(role: Role, leaf: NamedLeaf) -> bool:
 def _ties(fields: Mapping[str, Any], module: str, head: str) -> bool:
     """Whether PEFT gives a tied head the same A and B as its embedding `module`."""
     # PEFT recognizes embeddings by these names alone.
-    return may_tie(fields, head) and module.rpartition(".")[2] in SAVED_BY_NAME
+    return may_tie(fields, head) and _last_of(module) in SAVED_BY_NAME
 
 
 # ------------------------------------------------------------------------- what is saved whole
@@ -175,13 +172,13 @@ def find_frozen(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:
     if fields.get(INDICES) is not None:  # then PEFT stores none
         return {}
     target = fields["target_modules"]
-    lasts = [module.rpartition(".")[2] for leaf in tree.low for module in leaf.modules]
+    lasts = [_last_of(module) for leaf in tree.low for module in leaf.modules]
     if not any(name in (target if isinstance(target, list) else lasts) for name in SAVED_BY_NAME):
         return {}
     return {
         f"{module}.weight": leaf
         for leaf in tree.low
-        if leaf.name.tied or leaf.modules[0].rpartition(".")[2] in SAVED_BY_NAME
+        if leaf.name.tied or _last_of(leaf.modules[0]) in SAVED_BY_NAME
         for module in (*leaf.modules, tree.tied.get(leaf.modules[0]))
         if module
     }
@@ -225,7 +222,7 @@ def _set_tokens(fields: Fields, tree: Tree) -> Fields:
 
     # PEFT compares the ends of names, also within a component.
     def shorten_name(module: str) -> str:
-        last = module.rpartition(".")[2]
+        last = _last_of(module)
         is_clear = last.isidentifier() and not any(x.endswith(last) for x in others)
         return last if tree.is_whole and is_clear else module
 
@@ -254,45 +251,26 @@ def describe_rows_alone(fields: Fields, tree: Tree, argument: str) -> Fields:
     return fields | {"target_modules": _select(chosen, tree.is_whole)}
 
 
-# ------------------------------------------------------------------------- short names
+# ------------------------------------------------------------------------- names
 
 
-def _find_short_names(values: Mapping[str, Any]) -> dict[str, str]:
-    """Maps each name to its shortest ending that only names with the same value have."""
-    # Sorted backwards, names that end alike are neighbors. `stop` is where a run of one value ends.
-    order = sorted((("." + name)[::-1], value) for name, value in values.items())
-    stop = [len(order)] * len(order)
-    for i in range(len(order) - 2, -1, -1):
-        stop[i] = stop[i + 1] if order[i][1] == order[i + 1][1] else i + 1
+def _select(chosen: Mapping[str, bool], is_whole: bool = True) -> list[str]:
+    """Lists names by which PEFT finds the chosen modules: their last words, or their whole names.
 
-    def has_one_value(tail: str) -> bool:
-        back = ("." + tail)[::-1]
-        end = stop[bisect.bisect_left(order, back, key=lambda entry: entry[0])]
-        return end == len(order) or not order[end][0].startswith(back)
-
-    shortest_first = ((name, reversed([*list_tails(name)])) for name in values)
-    return {name: next(filter(has_one_value, tails), name) for name, tails in shortest_first}
-
-
-def _select(
-    chosen: Mapping[str, bool], is_whole: bool = True, kept: Collection[str] = ()
-) -> list[str]:
-    """Lists names by which PEFT finds the chosen modules and no others; `kept` are whole.
-
-    A module has its last word, if all modules with this word are chosen. Otherwise it has its whole
-    name, as PEFT also searches modules without parameters, which are not known here: those of
-    `torch.nn.Sequential` have the same numbers. Only if a list were too long, endings are shorter.
-    Unless `chosen` has the whole model, all names are whole.
+    They have their last words if no other module has one of these. Otherwise they have their whole
+    names, as PEFT also searches modules without parameters, which are not known here: those of
+    `torch.nn.Sequential` have the same numbers. All names are whole unless `chosen` has the whole
+    model, and if PEFT would store the frozen weight of an embedding that its last word selects.
     """
-    kept = kept if is_whole else chosen
-    short = _find_short_names(chosen)
-    words = {name: end if end.isidentifier() else name for name, end in short.items()}
-    for names in (words, short):
-        names |= {name: name for name in kept}
-        found = list(dict.fromkeys(names[name] for name in (*kept, *chosen) if chosen[name]))
-        if len(found) <= ENTRIES:
-            break
-    return found
+    names = [name for name, is_chosen in chosen.items() if is_chosen]
+    lasts = dict.fromkeys(map(_last_of, names))
+    others = {_last_of(name) for name, is_chosen in chosen.items() if not is_chosen}
+    is_short = is_whole and all(map(str.isidentifier, lasts)) and others.isdisjoint(lasts)
+    return [*lasts] if is_short and lasts.keys().isdisjoint(SAVED_BY_NAME) else names
+
+
+def _last_of(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 # ------------------------------------------------------------------------- ranks and scales
@@ -332,7 +310,17 @@ def find_alpha(scale: float, divisor: float) -> float:
 
 
 def find_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Finds the most common value, and a pattern for each other one."""
+    """Finds the most common value, and patterns for the others: last words, or else whole names."""
     [(most, _)] = collections.Counter(values.values()).most_common(1)
-    short = _find_short_names(values)
-    return most, {re.escape(short[name]): x for name, x in values.items() if x != most}
+    each = collections.defaultdict[str, set[Any]](set)
+    for name, x in values.items():
+        each[_last_of(name)].add(x)
+    inner = {tail for name in values for tail in list_tails(name) if tail != name}
+
+    def spell(name: str) -> str:
+        last = _last_of(name)
+        if len(each[last]) == 1:
+            return re.escape(last)
+        return "^" * (name in inner) + re.escape(name)  # PEFT matches the ends of names
+
+    return most, {spell(name): x for name, x in values.items() if x != most}

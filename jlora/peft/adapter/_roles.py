@@ -1,11 +1,11 @@
 """Resolves a configuration: what PEFT does with each module.
 
-A file may have ten thousand patterns and a hundred thousand modules. Names are therefore searched
-by their ends in sorted lists, patterns that are names in tables, and the others in a process.
+A file may have ten thousand patterns and a hundred thousand modules. Patterns that are names are
+therefore searched in tables, the others in a process, and all of it for a limited time.
 """
 
-import bisect
 import collections
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -99,14 +99,17 @@ def list_unused(
     """
     unused = list[str]()
     if modules is not None:
-        names = Names("." + key for key in (*keys, *modules))
-        for field in ("target_modules", "target_parameters"):
-            targets = listed if isinstance(listed := fields.get(field), list) else []
-            left = (target for target in targets if not names.end_in("." + target))
-            unused += [f"{field}: {shorten(x)} matches no module of {where}" for x in left]
-    holders = Names({parent for module in saved for parent in list_parents(module)})
-    whole = (x for x in fields.get("modules_to_save") or [] if x not in HEADS)
-    left = (name for name in whole if not holders.end_in(name))
+        both = ("target_modules", "target_parameters")
+        listed = {key: x for key in both if isinstance(x := fields.get(key), list)}
+        wanted = set[str]().union(*listed.values())
+        names = clock.watch(itertools.chain(keys, modules))
+        used = {tail for name in names for tail in list_tails(name) if tail in wanted}
+        left = ((key, x) for key, own in listed.items() for x in own if x not in used)
+        unused += [f"{key}: {shorten(x)} matches no module of {where}" for key, x in left]
+    list_saved = _make_endings(fields)
+    holders = {parent for module in saved for parent in list_parents(module)}
+    used = {end for name in clock.watch(holders) for end in list_saved(name)}.union(HEADS)
+    left = (x for x in fields.get("modules_to_save") or [] if x not in used)
     unused += [f"modules_to_save: {shorten(x)} matches none of the adapter's tensors" for x in left]
     each = {field: _Values(fields.get(field)) for field in PATTERNS}
     found = match([job for values in each.values() for job in values.jobs.values()], keys, clock)
@@ -120,14 +123,24 @@ def list_unused(
 
 def make_saves(fields: Fields) -> Callable[[str], bool]:
     """Makes a predicate: whether `modules_to_save` names a module, or one around it, as in PEFT."""
-    saved = Ends(fields.get("modules_to_save") or [])
-    return lambda module: bool(saved.backwards) and any(p in saved for p in list_parents(module))
+    list_saved = _make_endings(fields)
+    return lambda module: any(any(list_saved(p)) for p in list_parents(module))
 
 
 def is_nested(fields: Fields, modules: Iterable[str]) -> bool:
     """Whether `modules_to_save` names a module in one that it names, which PEFT cannot load."""
-    saved = Ends(fields.get("modules_to_save") or [])
-    return any(sum(p in saved for p in list_parents(module)) > 1 for module in modules)
+    list_saved = _make_endings(fields)
+    return any(sum(any(list_saved(p)) for p in list_parents(m)) > 1 for m in modules)
+
+
+def _make_endings(fields: Fields) -> Callable[[str], Iterator[str]]:
+    """Makes a function that yields what a name ends with of `modules_to_save`.
+
+    There are few lengths, but there may be very many names.
+    """
+    saved = frozenset(fields.get("modules_to_save") or ())
+    lengths = {len(x) for x in saved}
+    return lambda name: (end for n in lengths if (end := name[-n:]) in saved)
 
 
 def find_divisor(fields: Fields, rank: int) -> float:
@@ -147,11 +160,13 @@ class _Choice:
         """Takes the value of the field."""
         pattern = [target] if isinstance(target, str) else []
         self.jobs = [Job("fullmatch", p, bool(PLAIN.fullmatch(p))) for p in pattern]
-        self.ends = Ends("." + name for name in (() if pattern else target or ()))
+        self.names = frozenset(() if pattern else target or ())
 
     def has(self, i: int, name: str, found: Found) -> bool:
         """Whether it chooses a module, the i-th that was matched."""
-        return found[self.jobs[0]][i] is not None if self.jobs else "." + name in self.ends
+        if self.jobs:
+            return found[self.jobs[0]][i] is not None
+        return not self.names.isdisjoint(list_tails(name))
 
 
 class _Layers:
@@ -242,39 +257,6 @@ def _with_dots(name: str, places: tuple[int, ...]) -> str:
 
 def _as_list(values: Any) -> list[Any]:
     return values if isinstance(values, list) else [] if values is None else [values]
-
-
-# ---------------------------------------------------------------------------------- names by ends
-
-
-class Ends:
-    """A set of endings: `name in ends` tells whether a name ends with one of them."""
-
-    def __init__(self, tails: Iterable[str]):
-        """Leaves out endings that end with another one."""
-        self.backwards: list[str] = []
-        for tail in sorted(t[::-1] for t in tails):
-            if not self.backwards or not tail.startswith(self.backwards[-1]):
-                self.backwards.append(tail)
-
-    def __contains__(self, name: str) -> bool:
-        """Whether `name` ends with one of them."""
-        # Backwards, no ending begins with another: only the last one up to `name` can begin it.
-        at = bisect.bisect_right(self.backwards, back := name[::-1])
-        return at > 0 and back.startswith(self.backwards[at - 1])
-
-
-class Names:
-    """A set of names, to search by their ends."""
-
-    def __init__(self, names: Iterable[str]):
-        """Sorts the names backwards."""
-        self.backwards = sorted({name[::-1] for name in names})
-
-    def end_in(self, tail: str) -> bool:
-        """Whether a name ends with `tail`."""
-        at = bisect.bisect_left(self.backwards, back := tail[::-1])
-        return at < len(self.backwards) and self.backwards[at].startswith(back)
 
 
 def list_parents(module: str) -> Iterator[str]:
