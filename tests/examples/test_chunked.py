@@ -1,10 +1,6 @@
 """Log-probabilities by chunks are those of whole logits, in values and in gradients."""
 
-import ast
 import functools
-import inspect
-import pathlib
-import re
 
 import chunked
 import jax
@@ -150,33 +146,3 @@ def test_the_model_of_the_examples(tied, last):
     assert_close(found, expected, 1e-6, "labels")
     assert_close(cached[:, :-1], expected[:, :-1], 1e-6, "labels")
     assert jnp.isnan(cached[:, -1]).all()
-
-
-class Bare(ast.NodeTransformer):
-    """Drops what a page has no room for: docstrings and annotations."""
-
-    def visit_FunctionDef(self, node):
-        """Of a function."""
-        self.generic_visit(node)
-        node.returns = None
-        if ast.get_docstring(node):
-            node.body = node.body[1:]
-        return node
-
-    def visit_arg(self, node):
-        """Of an argument."""
-        node.annotation = None
-        return node
-
-
-def functions(code):
-    """The functions of a module, by name, as text."""
-    found = [x for x in ast.parse(code).body if isinstance(x, ast.FunctionDef)]
-    return {x.name: ast.unparse(Bare().visit(x)) for x in found}
-
-
-def test_the_page_has_the_functions():
-    page = pathlib.Path(chunked.__file__).parents[1] / "notebooks" / "loops" / "logits.md"
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
-    ours, shown = functions(inspect.getsource(chunked)), functions("".join(blocks))
-    assert {name: shown[name] for name in ours} == ours

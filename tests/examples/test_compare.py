@@ -63,25 +63,6 @@ def test_runs_costs_and_latencies(out):
     assert 10_000 < (out / "methods.png").stat().st_size < 300_000
 
 
-def test_latencies_are_of_the_sizes_that_costs_are_of(tmp_path, monkeypatch):
-    """Also after a process that was stopped between the two."""
-
-    def measure(size, latencies):
-        monkeypatch.setattr(compare_costs, "trained_by", lambda *_: size)
-        monkeypatch.setattr(
-            compare_costs, "costs", lambda *_: [{"method": "lora", "trained": size}]
-        )
-        monkeypatch.setattr(compare_costs, "latencies", latencies)
-        compare_costs.measure(tmp_path, None, None, {"lora": None})
-        return tables.read(tmp_path / "methods_latency.csv")
-
-    assert measure(1, lambda *_: [{"ratio": 1.5}]) == [{"ratio": 1.5}]
-    assert measure(1, None) == [{"ratio": 1.5}]
-    with pytest.raises(TypeError):
-        measure(2, None)
-    assert measure(2, lambda *_: [{"ratio": 2.5}]) == [{"ratio": 2.5}]
-
-
 def test_the_committed_table_is_that_of_the_committed_runs():
     made = compare_table.summary(compare.OUT)
     for row, kept in zip(made, tables.read(compare.OUT / "methods.csv"), strict=True):

@@ -25,11 +25,3 @@ def test_times(monkeypatch, capsys):
     frozen, lora, full = (found["steps"][name]["GB of memory"] for name in costs.STEPS)
     assert frozen <= lora <= full
     assert all(row["tokens/s"] > 0 for row in found["steps"].values())
-
-
-@pytest.mark.parametrize("sizes", ["100,2,2,16", "64,2,2", "64,two,2,16", "64,2,2,1"])
-def test_sizes(sizes, capsys):
-    """They are four numbers that the model can have."""
-    with pytest.raises(SystemExit):
-        costs.main(["--sizes", sizes])
-    assert f"four numbers, DIM a multiple of 64: {sizes}" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """`examples/grpo.py` on a small model; SmolLM2-135M itself is slow."""
 
 import grpo
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,8 +8,6 @@ import tables
 from cases._case import fill
 from models import llama, parts
 from small import raw
-
-import jlora
 
 CONFIG = llama.Config(16, 2, 16, 32, 2, 1)
 PARAMS = fill(parts.shapes(llama.Llama(CONFIG)), jnp.float32, 0.3)
@@ -55,11 +52,6 @@ def go(tmp_path, monkeypatch):
     return run
 
 
-def test_no_sum_is_held_out_and_trained():
-    every = np.concatenate([grpo.HELD_OUT, grpo.TRAIN])
-    assert len({*map(tuple, every)}) == len(every) == 810
-
-
 def test_rewards_and_advantages():
     """The number counts, not what follows; a group whose answers are alike says nothing."""
     answers = ("19\n6", "19", "190", "1", "019")
@@ -99,27 +91,6 @@ def test_a_stopped_run_goes_on(options, go, monkeypatch):
     assert first == second and [row["step"] for row in first] == [1, 2, 3, 4, 5]
     assert first[0]["kl"] == 0 < first[4]["kl"]  # the reference is the base, and B is 0
     assert (out / "result.csv").read_bytes() == (other / "result.csv").read_bytes()
-
-
-def test_ranks_by_the_gradient(tmp_path, monkeypatch):
-    """With at most as many parameters, and not the same for all; only LoRA has ranks."""
-    monkeypatch.setattr(grpo, "HELD_OUT", grpo.HELD_OUT[:8])
-    monkeypatch.setattr(grpo, "reward", lambda _, answer: float("7" in answer))
-    small = ["--groups=2", "--size=4", "--rank=2", "--steps=1", f"--out={tmp_path}", "--allocate"]
-    state = grpo.main(small, (CONFIG, PARAMS, Tokenizer()))
-    lora = jlora.transform(grpo.llama.Llama(CONFIG).apply, jlora.LoRA(rank=2))
-    _, adapter = lora.init(jax.random.key(0), PARAMS, np.zeros((1, 2), np.int32))
-    ranks = {
-        x.shape[-1]
-        for p, x in jax.tree_util.tree_leaves_with_path(state.adapter)
-        if p[-1].name == "a"
-    }
-    assert len(ranks) > 1 and max(ranks) <= 8
-    assert jlora.count(state.adapter) <= jlora.count(adapter)
-    [result] = tables.read(tmp_path / "result.csv")
-    assert result["allocate"] == "True"
-    with pytest.raises(SystemExit):
-        grpo.main([*small, "--full"], (CONFIG, PARAMS, Tokenizer()))
 
 
 @pytest.mark.slow

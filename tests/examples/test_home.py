@@ -46,22 +46,6 @@ def test_where_inputs_are_kept_changes_nothing(kind):
     assert any(jnp.any(x != 0) for x in jax.tree.leaves(on_host[1]))
 
 
-@pytest.mark.parametrize("slope", [1000, 50_000, 10_000_000])
-@pytest.mark.parametrize("bend", [0, 1e-3])
-@pytest.mark.parametrize("other_weights", [False, True])
-def test_the_search_ends_at_the_longest(slope, bend, other_weights):
-    """Of peaks that are a line, or nearly; sooner if those of steps on other weights are known."""
-    peaks, capacity = {0: 6_000_000_000}, 16_000_000_000
-    peak = lambda n: int(6.5e9 + slope * n * (1 + bend * (n % 3)))  # noqa: E731
-    others = {n: peak(n) - 2**31 for n in home.LENGTHS} if other_weights else {}
-    while (length := home.next_length(peaks, capacity, others)) is not None:
-        assert length not in peaks
-        peaks[length] = peak(length)
-    expected = max((n for n in home.LENGTHS if peak(n) <= capacity), default=0)
-    assert home.longest(peaks, capacity) == expected
-    assert len(peaks) < (5 if other_weights else 6)
-
-
 def test_the_page_has_the_table():
     page = pathlib.Path(home.__file__).parents[1] / "notebooks" / "loops" / "home.md"
     rows = tables.read(home.HERE / "results" / "home.csv")

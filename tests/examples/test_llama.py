@@ -5,18 +5,12 @@ SmolLM2 itself, from its GGUF file, is slow.
 
 import contextlib
 import dataclasses
-import http.server
 import io
 import json
 import pathlib
 import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-import types
 
 import chat
 import conversations
@@ -26,7 +20,6 @@ import laws
 import numpy as np
 import optax
 import pytest
-import served
 from cases._case import fill
 from conversations import lay
 from folders import CHATML, say, write_chat_model, write_conversations
@@ -182,41 +175,6 @@ def test_learns_and_writes_what_is_served(argv, whole, base):
     assert {x: x.read_bytes() for x in folder.rglob("*") if x.is_file()} == before
 
 
-def test_a_server_that_hangs_up_is_asked_again(tmp_path):
-    """As one does that starts."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            """Answers the second request."""
-            asked.append(self.path)
-            if len(asked) > 1:
-                self.send_response(200)
-                self.end_headers()
-
-        def log_message(self, *_):
-            """Prints nothing."""
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        process = types.SimpleNamespace(poll=lambda: None)
-        served.wait(process, f"http://127.0.0.1:{server.server_port}", tmp_path)
-        server.shutdown()
-    assert asked == ["/health", "/health"]
-
-
-def test_a_server_that_does_not_end_is_killed():
-    """One that ignores SIGTERM."""
-    code = (
-        "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(99)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    served.end(process, 0.1)
-    process.stdout.close()
-    assert process.returncode == -signal.SIGKILL
-
-
 @pytest.mark.slow
 def test_on_4_bits(argv, whole, tmp_path):
     """NF4 of the weights, and bfloat16."""
@@ -274,12 +232,6 @@ def test_the_guide_has_flags_that_exist():
     assert len(commands) > 5
     for command in commands:
         chat.parse(shlex.split(command, comments=True))
-
-
-def test_patience_needs_evaluations(capsys):
-    with pytest.raises(SystemExit):
-        chat.parse(["--patience=3"])
-    assert "give --evaluate-every too" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -71,22 +71,6 @@ def test_what_is_reported_and_left_there(run, layers):
     assert all(held_out[text] == (label == "positive") for label, text in shown)
 
 
-def test_each_sentence_comes_once_before_any_comes_again():
-    """In another order each time."""
-    plan = quickstart.draw(10, steps=6, size=4, seed=0)
-    assert plan.shape == (6, 4)
-    first, second = plan.ravel()[:10].tolist(), plan.ravel()[10:20].tolist()
-    assert sorted(first) == sorted(second) == [*range(10)] and first != second
-
-
-def test_a_line_of_a_file_is_a_request(tmp_path):
-    """Whatever characters it has."""
-    path, text = tmp_path / "requests.jsonl", "A\u2028B\x85"
-    lines = [json.dumps({"adapter": x, "text": text}, ensure_ascii=False) for x in "ab"]
-    path.write_text("\n".join([*lines, "", ""]), encoding="utf-8")
-    assert serve.read(path) == [serve.Request(x, text) for x in "ab"]
-
-
 def test_requests_are_answered_in_one_program(run, layers, tmp_path):
     """With adapters of an earlier run, of which one is trained first in the long run."""
     for name in (*serve.AT_FIRST[layers > 1 :], serve.LATER):

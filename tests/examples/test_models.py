@@ -184,13 +184,3 @@ def test_sizes(name: str) -> None:
 def test_counts_of_the_paper(row: counts.Row) -> None:
     """Trainable parameters exactly; those of the first row are in the table below."""
     assert counts.measure(row.model, row.rules)[1] == row.expected
-
-
-def test_counts_print_a_table(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    first = counts.rows()[:1]
-    monkeypatch.setattr(counts, "rows", lambda: first)
-    counts.main()
-    assert capsys.readouterr().out.splitlines()[2:] == [
-        "| RoBERTa-base | 124,697,433 | q, v, r = 8 | 294,912 | 590 kB | 249 MB "
-        "| 1.18 MB of 499 MB | 2.36 MB of 998 MB |"
-    ]

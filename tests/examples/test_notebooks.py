@@ -5,7 +5,6 @@ import json
 import pathlib
 import re
 import sys
-import types
 
 import pytest
 
@@ -44,15 +43,3 @@ def test_what_is_stored_is_small_and_the_same_everywhere(path):
 )
 def test_what_agrees(kept, fresh, drifts, same):
     assert outputs.agree(kept, fresh, drifts) == same
-
-
-def test_outputs_are_refreshed():
-    """Lines that were printed apart are one text, progress is dropped; what changed is said."""
-    text = [("stdout", "loss "), ("stdout", "0.5\n"), ("stderr", "100%"), ("stdout", "done\n")]
-    ran = [{"output_type": "stream", "name": name, "text": x} for name, x in text]
-    cell = {"cell_type": "code", "metadata": {}, "outputs": []}
-    notebook, found = {"cells": [cell]}, types.SimpleNamespace(outputs=ran)
-    for changed in (1, 0):
-        wrong = list(outputs.refresh(notebook, types.SimpleNamespace(cells=[found])))
-        assert len(wrong) == changed
-    assert outputs.text_of(cell["outputs"]) == "loss 0.5\ndone\n"

@@ -177,10 +177,3 @@ def test_gpt_learns_its_answers(tmp_path):
 
 
 # ---- recipes ------------------------------------------------------------------------------------
-
-
-def test_lists_every_recipe(capsys):
-    assert paper.main(["--list"]) == {}
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(table.RECIPES)
-    assert lines[1].split()[:4] == ["roberta-base", "mnli", "0.0005", "16"]

@@ -4,14 +4,12 @@ The files are small, with the layouts of the real ones.
 """
 
 import doctest
-import functools
 import json
 import math
 import re
 
 import numpy as np
 import pytest
-import tables
 from folders import train_tokenizer
 from models import beam, hf
 from paper.tasks import (
@@ -94,18 +92,6 @@ def test_glue(tmp_path, task):
         hub = split.replace("dev", "validation")
         write(tmp_path / "hub", {f"{spec.folder}/{hub}.jsonl": "".join(lines)})
         assert glue.read(tmp_path / "hub", task, split) == [expected] * len(labels)
-
-
-def test_damaged_lines_of_qqp(tmp_path):
-    """Some are left out, as is said; other tasks have none."""
-    rows = ["1|2|3|a|b|1", "4|5|6|a", "7|8|9|c|d|0"]
-    write(tmp_path, {"QQP/dev.tsv": tsv(QQP, *rows)})
-    with pytest.warns(UserWarning, match=r"left out 1 lines with too few fields: \[3\]"):
-        found = glue.read(tmp_path, "qqp", "dev")
-    assert found == [glue.Example(("a", "b"), 1), glue.Example(("c", "d"), 0)]
-    write(tmp_path, {"QQP/dev.tsv": tsv(QQP, *["4|5|6|a"] * 51)})
-    with pytest.raises(files.FormatError, match=r"line 52: .* after 50 damaged lines"):
-        glue.read(tmp_path, "qqp", "dev")
 
 
 # ---- rows ---------------------------------------------------------------------------------------
@@ -205,19 +191,6 @@ def test_damaged_files(tmp_path, task, name, content, place):
     write(tmp_path, {name: content})
     with pytest.raises(files.FormatError, match=f"{place}: expected "):
         (glue if task in LAYOUTS else nlg).read(tmp_path, task, "dev")
-
-
-def test_a_folder_is_claimed_once(tmp_path):
-    """Its settings stay as they are while it has seeds."""
-    claim = functools.partial(seeds.claim, tmp_path / "run")
-    assert claim({"rank": 4}) == claim({"rank": 8})
-    tables.append(claim({"rank": 8}), {"seed": 0})
-    path = tmp_path / "run" / seeds.SETTINGS
-    before = path.stat().st_mtime_ns
-    claim({"rank": 8})
-    assert path.stat().st_mtime_ns == before and json.loads(path.read_text()) == {"rank": 8}
-    with pytest.raises(ValueError, match="has seeds of other settings: rank was 8, is 4"):
-        claim({"rank": 4})
 
 
 # ---- metrics ------------------------------------------------------------------------------------

@@ -58,22 +58,6 @@ def test_every_variant_trains(task, name):
     np.testing.assert_allclose(loss, (np.log(np.exp(logits).sum(-1)) - chosen).mean(), rtol=1e-5)
 
 
-def test_a_batch_that_no_rows_fill_is_refused():
-    with pytest.raises(ValueError, match="no 3 rows have the same width"):
-        trials.draw(np.array([8, 8, 16]), steps=1, size=3, seed=0)
-
-
-def test_a_table_is_replaced_at_once(tmp_path):
-    """One that cannot be written leaves the one that is there."""
-    path, rows = tmp_path / "new" / "table.csv", [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
-    tables.write(path, rows)
-    with pytest.raises(ValueError, match="has the columns"):
-        tables.write(path, [{"a": 3}, {"c": 4}])
-    assert tables.read(path) == rows
-    tables.write(path, [{"a": 3}])
-    assert tables.read(path) == [{"a": 3}]
-
-
 def test_tokens_are_scored_by_the_one_before():
     """The logits at a place are for the next token, and count where that is marked."""
     ids = np.array([[1, 2, 0]], np.int32)
