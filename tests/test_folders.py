@@ -2,19 +2,13 @@
 
 import errno
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from typing import Any
 
 import disks
 import numpy as np
 import pytest
 from messages import check_facts, refused
-from peft_files import ENDS, Folder, assert_equal, write
-from safetensors.numpy import save_file
+from peft_files import Folder, assert_equal
 
 import jlora
 from jlora import checkpoint, peft
@@ -177,55 +171,3 @@ def test_where_a_folder_may_appear(write: Any, tmp_path: Folder) -> None:
     assert contents(tmp_path)
     with refused(FileExistsError, "path", "/", "is a mount point", "give a folder in it."):
         write("/")
-
-
-WORK = "import sys; from jlora import peft; _, base, a, out = sys.argv; "
-KILLED = {
-    "export_merged": f"{WORK} peft.export_merged(base, a, out)",
-    "write": f"{WORK} peft.write(out, peft.read(a), 'vllm')",
-}
-SIDE, LAYERS, RANK = 512, 24, 100
-
-
-def inputs(root: Folder) -> None:
-    """A model and an adapter of some 25 MB each."""
-    draw = lambda *shape: np.random.default_rng(0).standard_normal(shape, np.float32)  # noqa: E731
-    for name in ("base", "out"):
-        (root / name).mkdir()
-    modules = [f"h.{i}.q" for i in range(LAYERS)]
-    weights = {f"{module}.weight": draw(SIDE, SIDE) for module in modules}
-    save_file(weights, root / "base" / "model.safetensors")
-    sides = zip(ENDS, (draw(RANK, SIDE), draw(SIDE, RANK)), strict=True)
-    pairs = {module + end: x for end, x in sides for module in modules}
-    write(root / "a", pairs, r=RANK, lora_alpha=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", KILLED)
-def test_killed_while_it_writes(what: str, tmp_path: Folder, count: int = 30) -> None:
-    """At moments spread over it: never half a folder; what is left is hidden."""
-    inputs(tmp_path)
-    out = tmp_path / "out" / "m"
-    command = [sys.executable, "-c", KILLED[what], tmp_path / "base", tmp_path / "a"]
-    subprocess.run([*command, tmp_path / "whole"], check=True)
-    expected, while_writing = contents(tmp_path / "whole"), 0
-    for i in range(count):
-        process = subprocess.Popen([*command, out])
-        while not list((tmp_path / "out").iterdir()):
-            assert process.poll() is None
-            time.sleep(0.0002)
-        time.sleep(0.3 * i / count)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if out.exists():  # whole, if there at all
-            assert contents(out) == expected
-            shutil.rmtree(out)
-            continue
-        while_writing += 1
-        [left] = (tmp_path / "out").iterdir()
-        assert left.name.startswith(".jlora-")
-        shutil.rmtree(left)
-    subprocess.run([*command, out], check=True)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["m"]
-    assert contents(out) == expected
-    assert while_writing > 0

@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import re
-import runpy
 import socket
 import subprocess
 import symtable
@@ -33,7 +32,6 @@ import jlora
 
 Names = dict[str, Any]
 GUIDES = pathlib.Path(__file__).parents[1] / "notebooks"
-LINES = 25  # the most of a block of the loops
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\n(?:\n```output\n(.*?)^```\n)?", re.M | re.S)
 # Those of them that have tests of their own.
 OWN = {
@@ -170,32 +168,6 @@ def test_examples_import_what_they_use():
         assert used <= bound | vars(builtins).keys(), name
 
 
-def texts() -> dict[str, str]:
-    """The Markdown of all pages, of notebooks and of the README, by path."""
-    root = GUIDES.parent
-    found = {p: p.read_text(encoding="utf-8") for p in [*root.glob("*.md"), *GUIDES.rglob("*.md")]}
-    for path in GUIDES.rglob("*.ipynb"):
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        written = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
-        found[path] = "\n".join(written)
-    return {path.relative_to(root).as_posix(): text for path, text in found.items()}
-
-
-def test_what_is_copied_from_a_table_works():
-    r"""A bar in a table is written `\|`, backslash and all where the text is copied as it is."""
-    rows = re.compile(r"^\|.*\|$", re.M)
-    cells = [(path, row) for path, text in texts().items() for row in rows.findall(text)]
-    assert len(cells) > 100
-    wrong = [(path, x) for path, row in cells for x in re.findall("`[^`]*`", row) if r"\|" in x]
-    assert not wrong, "write it without `|`, or outside of the table"
-
-
-def test_loops_are_short():
-    for page in LOOPS:
-        for code, _ in blocks(page):
-            assert len(code.lstrip("\n").splitlines()) <= LINES, page
-
-
 def test_code_fits_a_page():
     fence = re.compile(r"^```(?:python|py|bash|yaml)\n(.*?)^```", re.M | re.S)
     for path in [*GUIDES.rglob("*.md"), GUIDES.parent / "README.md"]:
@@ -207,19 +179,6 @@ def test_the_table_leads_to_every_loop():
     text = (GUIDES / "loops" / "index.md").read_text(encoding="utf-8")
     listed = re.findall(r"\]\((\w+)\.md\)", text)
     assert sorted(listed) == sorted(page.removeprefix("loops/") for page in LOOPS)
-
-
-def test_cards_are_drawn_from_their_pages():
-    """By the script beside them; and a card's numbers are those of its picture or its page."""
-    pictures, text = GUIDES / "pictures", (GUIDES / "loops" / "index.md").read_text("utf-8")
-    found = runpy.run_path(str(pictures / "cards.py"))["cards"]()
-    assert {name: (pictures / f"{name}.svg").read_text("utf-8") for name in found} == found
-    cards = re.findall(r"\[!\[.*?\]\((.*?)\)<br>.*?\]\((.*?)\)<br>(.*?) \|", text)
-    assert len(cards) == 10
-    for picture, page, line in cards:
-        sources = [GUIDES / "loops" / x for x in (picture, page)]
-        told = "".join(x.read_text("utf-8") for x in sources if x.suffix != ".png")
-        assert [x for x in re.findall(r"\d[\d.]*", line) if x.rstrip(".") not in told] == []
 
 
 # ---------------------------------------------------------------------- what the pages say of them
@@ -243,53 +202,6 @@ def close(a: Any, b: Any, atol: float = 1e-4) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 0, atol), a, b)
 
 
-@of("tokens", 1)
-def _tokens(names: Names) -> None:
-    base, adapter, ids = names["base"], names["adapter"], names["ids"]
-    merged = jlora.merge(base, adapter)
-    assert np.asarray(merged["embed"][:100]).tobytes() == np.asarray(names["table"]).tobytes()
-    close(merged["embed"][100:], adapter["embed"].v)
-    close(names["model"](merged, ids), names["lora"].apply(base, adapter, ids), 1e-3)
-    # At the start an old token is about as likely as it was.
-    before = {"embed": names["table"], "w": base["w"]}
-    old, now = (jax.nn.log_softmax(names["model"](p, jnp.arange(100))) for p in (before, base))
-    assert float(abs(old - now[:, :100]).max()) < 0.05
-
-
-@of("linen")
-def _linen(names: Names) -> None:
-    state = names["state"]
-    assert int(state.step) == 50
-    assert jlora.count(state.opt_state) == 2 * jlora.count(state.params) + 1  # moments, a count
-    assert names["adapter"]["params"]["layers_2"]["kernel"].is_deleted()
-
-
-@of("nnx", 1)
-def _nnx(names: Names) -> None:
-    """The adapter alone is trained, with moments of its own, and with statistics."""
-    adapted, merged, x = (names[name] for name in ("adapted", "merged", "x"))
-    moments = nnx.state(names["optimizer"], nnx.optimizer.OptVariable)
-    assert jlora.count(moments) == 2 * jlora.count(adapted.adapter)
-    assert adapted.base is names["model"]
-    merged.eval()
-    close(adapted(x), merged(x))
-    assert np.abs(merged.layers[1].mean[...]).max() > 0.01
-
-
-@of("nnx", 2)
-def _nnx_optimizer(names: Names) -> None:
-    """What was saved is A, B, their moments and two counts of steps; all comes back."""
-    assert jlora.count(names["found"]) == 3 * jlora.count(names["adapted"].adapter) + 2
-
-
-@of("nnx", 5)
-def _nnx_table(names: Names) -> None:
-    """Each row gets what its adapter gives it alone."""
-    y, x, model = (names[name] for name in ("y", "x", "model"))
-    close(y[2], model(x[2:3])[0])
-    close(y[1], names["adapted"](x[1:2])[0])
-
-
 @of("privacy", 1)
 def _privacy(names: Names) -> None:
     """The noise is new at each step; the norm is that of clipped gradients, and of noise."""
@@ -301,23 +213,6 @@ def _privacy(names: Names) -> None:
     expected = 0.5 / len(names["x"]) * jlora.count(first) ** 0.5
     assert abs(noise - expected) < 0.1 * expected
     assert optax.tree.norm(first) < 1 + 2 * expected
-
-
-@of("mixing")
-def _mixing(names: Names) -> None:
-    """The weighted sum, exactly."""
-    change = lambda node: node.scale * node.a @ node.b  # noqa: E731
-    style, subject, mixed = (names[name]["up"] for name in ("style", "subject", "mixed"))
-    close(change(mixed), 0.7 * change(style) + change(subject))
-
-
-@of("plain", 1)
-def _second_derivatives(names: Names) -> None:
-    """The gradient through the inner step, beside a finite difference."""
-    adapter, grads, meta = (names[name] for name in ("adapter", "grads", "meta"))
-    along = lambda h: meta(jax.tree.map(lambda v, g: v + h * g, adapter, grads))  # noqa: E731
-    slope = (along(1e-3) - along(-1e-3)) / 2e-3
-    assert abs(slope - optax.tree.norm(grads) ** 2) < 0.01 * abs(slope)
 
 
 @of("vision", 3)
@@ -354,14 +249,6 @@ def _chat(names: Names) -> None:
     assert len(names["losses"]) == names["found"] + 30 < 500
 
 
-@of("accumulation")
-def _accumulation(names: Names) -> None:
-    found = jax.tree.leaves(names["state"], is_leaf=lambda x: isinstance(x, optax.MultiStepsState))
-    [inner] = [x for x in found if isinstance(x, optax.MultiStepsState)]
-    assert (int(inner.gradient_step), int(inner.mini_step)) == (30, 0)
-    assert jlora.count(names["state"]) == 3 * jlora.count(names["adapter"]) + 3
-
-
 @of("precision")
 def _precision(names: Names) -> None:
     base, adapter, x = names["base"], names["adapter"], names["x"]
@@ -384,23 +271,6 @@ def _grpo(names: Names) -> None:
     base, prompts, key = names["base"], names["prompts"], jax.random.key(99)
     before, after = (names["rollout"](x, base, prompts, key) for x in ({}, names["adapter"]))
     assert (after == 7).mean() > 5 * (before == 7).mean()
-
-
-@of("evaluation", 1)
-def _evaluation(names: Names) -> None:
-    before, after, served = (float(names[name]) for name in ("before", "after", "served"))
-    check_learned([before, after])
-    assert served == pytest.approx(after, abs=1e-5)
-    model, base, x = names["model"], names["base"], names["held_out"]
-    assert ((model(base, x) - x[:, ::-1]) ** 2).mean() == pytest.approx(before)
-
-
-@of("stopping")
-def _stopping(names: Names) -> None:
-    losses, best, x, y = (names[name] for name in ("losses", "best", "x", "y"))
-    assert len(losses) == losses.index(min(losses)) + 21 > 30
-    found = float(names["loss_fn"](best, names["base"], x[32:], y[32:]))
-    assert found == pytest.approx(min(losses), abs=1e-6)
 
 
 @of("maxtext", 3)

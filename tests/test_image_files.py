@@ -536,14 +536,6 @@ def test_what_reads_kohya(case: str, tmp_path: Folder) -> None:
     assert_equal(peft.load(tmp_path / "a", base, names), adapter)
 
 
-def test_nothing_is_overwritten(tmp_path: Folder) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_text("mine")
-    with refused(FileExistsError, "path", path):
-        peft.save(path, BASE, ADAPTERS["linear"][0], NAMES, dialect="kohya")
-    assert path.read_text() == "mine" and [*tmp_path.iterdir()] == [path]
-
-
 @each_dialect
 def test_what_has_no_form(dialect: str, tmp_path: Folder) -> None:
     """Leaves in full and embeddings."""

@@ -19,7 +19,6 @@ from messages import STALE, check_text, refused
 
 import jlora
 from jlora import Full, LoRA
-from jlora._errors import InputError, Problem
 from jlora._foreign import check_apply_fn, check_leaf
 
 KEY = jax.random.key(0)
@@ -308,46 +307,3 @@ def test_the_file_is_what_the_option_writes() -> None:
     assert messages.form(messages.EXPECTED) == messages.FILE.read_text(encoding="utf-8")
     odd = {"b.py::x[- y]": ["", "a\n\n  - b"], "a.py::x": ["a\u2028b", "\n"]}
     assert messages.read(messages.form(odd)) == odd
-
-
-def test_stale_texts() -> None:
-    """Of a test, of one of its parameters, and of a file that is gone; not of another file."""
-    tests = ["tests/small.py::x[a-b]", "tests/small.py::y"]
-    sound = [*tests, "tests/small.py::x[a]", "tests/small.py::x[b]", "tests/laws.py::z"]
-    stale = ["tests/small.py::x[c]", "tests/small.py::z", "tests/nowhere.py::x"]
-    assert messages.find_stale(sound + stale, tests) == stale
-
-
-FACTS = (
-    ("r", "a.b", "expected 1", "got 0", "Give another."),
-    ("r", "m.c", "Use 2."),
-    ("r", "/x"),
-    ("r",),
-)
-WRONG_FACTS = (
-    ("s",),
-    ("r", "a."),
-    ("r", "a.b", "is odd"),
-    ("r", "m.c", "got 0"),
-    ("r", "/x", "got 0"),
-)
-
-
-def test_facts_are_of_the_fields() -> None:
-    """Those of one problem, and the places whole."""
-    problems = Problem("a.b", "expected 1, got 0", "Give another."), Problem("m.c", "is odd")
-    error = InputError("r", "does not fit.", path="/x", problems=problems, remedy="Use 2.")
-    for facts in FACTS:
-        messages.check_facts(error, *facts)
-    for facts in WRONG_FACTS:
-        with pytest.raises(AssertionError):
-            messages.check_facts(error, *facts)
-
-
-def test_a_text_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It fails the test; what differs between machines does not."""
-    check_text(f"{messages.FILE.parent}/a.py:7 is at 0x12ab34cd ")
-    monkeypatch.setattr(messages, "is_rewriting", False)
-    with pytest.raises(pytest.fail.Exception, match=r"has\n\nthe test says\nanother\nif"):
-        check_text("another")
-    messages.said[next(iter(messages.said))].pop()

@@ -10,14 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from messages import refused
 from peft_files import CONFIG, ENDS, PREFIX, TENSORS, pair, write
 from safetensors.numpy import save_file
 from test_links import LIKE, NAMES, folders, in_cache
 
 from jlora import checkpoint, peft
-from jlora._cli._app import cli
 from jlora.types import Layout, LowRank
 
 Folder = pathlib.Path
@@ -125,27 +123,6 @@ def test_what_is_given_for_an_adapter(case: str, tmp_path: Folder) -> None:
         with refused((ValueError, FileNotFoundError), "", *facts):
             call()
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("case", [x for x in GIVEN if GIVEN[x][2] and x not in ("Orbax", "many")])
-def test_what_is_given_to_a_command(case: str, tmp_path: Folder) -> None:
-    """In one line that names the argument."""
-    folders(tmp_path)
-    make, what, remedy = GIVEN[case]
-    given, base, out = str(make(tmp_path)), str(tmp_path / "base"), str(tmp_path / "out")
-    what = what.removeprefix("It is ").removesuffix(".")
-    for argument, *words in (
-        ("DIR", "inspect", given),
-        ("DIR", "check", given, "--for", "vllm"),
-        ("A", "diff", given, given),
-        ("IN", "convert", given, out, "--profile", "vllm"),
-        ("ADAPTER", "merge", base, given, out),
-        ("ADAPTERS", "combine", given, given, out),
-    ):
-        found = CliRunner().invoke(cli, words)
-        assert found.exit_code == 2
-        assert found.stderr.startswith(f"jlora: {argument}")
-        assert what in found.stderr and remedy in found.stderr
 
 
 def test_what_is_given_for_a_base(tmp_path: Folder) -> None:

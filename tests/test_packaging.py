@@ -46,32 +46,6 @@ def test_python_versions_agree() -> None:
     assert {f"python{v}" for v in named} <= parts
 
 
-@pytest.mark.parametrize("name", ["ci", "release"])
-def test_workflows_have_no_more_rights_than_they_need(name: str) -> None:
-    """They read; only the jobs that publish get a token, in environments of their own."""
-    found = workflow(name)
-    token = {"id-token": "write"}
-    rights = {"publish": token, "site": token | {"pages": "write"}}
-    rights["build"] = token | {"attestations": "write", "contents": "read"}
-    assert found["permissions"] == {"contents": "read"}
-    for job_name, job in found["jobs"].items():
-        assert job.get("permissions") == rights.get(job_name)
-        assert (job.get("environment") == "release") == (job_name == "publish")
-        for step in job["steps"]:
-            if "uses" in step:  # a commit, as a tag can be moved
-                assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"])
-
-
-@pytest.mark.parametrize("form", ["bug", "feature"])
-def test_issue_forms(form: str) -> None:
-    """The fields that GitHub requires, and ids of their own."""
-    found = yaml.safe_load((GITHUB / "ISSUE_TEMPLATE" / f"{form}.yml").read_text())
-    assert {"name", "description", "body"} <= found.keys()
-    ids = [field["id"] for field in found["body"]]
-    assert len(set(ids)) == len(ids)
-    assert all(field["attributes"]["label"] for field in found["body"])
-
-
 def test_what_was_tried_beside_is_in_the_guide() -> None:
     """Each library that `.ci/run beside` installs, with its version and Python."""
     guide = (ROOT / "notebooks" / "versions.md").read_text("utf-8").lower()

@@ -3,11 +3,9 @@
 import contextlib
 import importlib
 import io
-import json
 import pathlib
 import re
 import runpy
-from typing import Any
 
 import pytest
 
@@ -82,42 +80,6 @@ def test_pages_show_what_the_example_prints(page: str, printed: list[str]) -> No
 def test_the_example_learns(printed: list[str]) -> None:
     before, after = (float(re.findall(r"\d+\.\d", line)[0]) for line in printed[-2:])
     assert before < 60 and after > 90
-
-
-def test_the_picture_is_drawn_from_these_figures() -> None:
-    """By the script beside it; and the guide of costs has them."""
-    pictures = ROOT / "notebooks" / "pictures"
-    script = runpy.run_path(str(pictures / "gains.py"))
-    assert (pictures / "gains.svg").read_text(encoding="utf-8") == script["draw"]()
-    costs = (ROOT / "notebooks" / "costs.md").read_text(encoding="utf-8")
-    values = [value for bars in script["PANELS"].values() for value in bars.values()]
-    assert [x for x in values if str(x) not in costs] == []
-
-
-def result_row(found: dict[str, Any]) -> str:
-    """A report of `examples/costs.py` as the guide has it."""
-    ratios, steps = found["ratios"], found["steps"]
-    sizes = "{dim} × {layers}, {batch} × {length}".format(**found)
-    cells = [found["device"], found["jax"], sizes]
-    if "tokens/s" in steps["LoRA"]:
-        speeds = [ratios[f"{name} / frozen"]["tokens/s"] for name in ("LoRA", "full")]
-        cells += [f"{steps['LoRA']['tokens/s']:,.0f}", *(f"{x:.2f}" for x in speeds)]
-    else:
-        for name in ("LoRA", "full"):
-            cells.append(", ".join(f"{x:.2f}" for x in ratios[f"{name} / frozen"].values()))
-    return f"| {' | '.join(cells)} |"
-
-
-def test_results_are_those_that_were_reported() -> None:
-    lines = (ROOT / "examples" / "results" / "costs.jsonl").read_text().splitlines()
-    rows = [result_row(json.loads(line)) for line in lines]
-    text = (ROOT / "notebooks" / "results.md").read_text(encoding="utf-8")
-    found = [x for x in text.splitlines() if re.match(r"\| .* \| \d+\.\d+\.\d", x)]
-    assert rows and sorted(rows) == sorted(found)
-
-
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

@@ -6,7 +6,6 @@ with what each engine does with it.
 
 import functools
 import json
-import pathlib
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -17,17 +16,14 @@ import numpy as np
 import peft_models as models
 import pytest
 from messages import check_text, refused
-from peft_files import CONFIG, PREFIX, TENSORS, Folder, bounded, config_of, node, normal
+from peft_files import CONFIG, PREFIX, TENSORS, Folder, config_of, node, normal
 from safetensors.numpy import save_file
 from small import some
 from test_cli import PLAIN, run
-from test_peft_hostile import PATTERNS, TOO_MUCH
 from test_peft_merged import base_of, checkpoint
 
 from jlora import peft
 from jlora.peft import Name
-from jlora.peft.adapter import _patterns
-from jlora.peft.engines import _models
 
 Fields = dict[str, Any]
 Tensors = dict[str, np.ndarray]
@@ -65,18 +61,6 @@ def test_tensors_copy_what_must_be_moved_alone() -> None:
     assert np.shares_memory(found[f"{PREFIX}m.base_layer.bias"], np.asarray(adapter["b"]))
     assert not np.shares_memory(found[f"{PREFIX}m.lora_A.weight"], np.asarray(adapter["w"].a))
     jax.tree.map(np.testing.assert_array_equal, adapter, before)
-
-
-def test_tensors_keep_their_form_from_step_to_step() -> None:
-    """What an engine has been given once it is given again, with other values."""
-    case = models.case("scanned")
-    first = peft.load(case.folder, case.base, case.names)
-    second = jax.tree.map(lambda x: x + 1, first)
-    one, two = (peft.tensors(case.base, x, case.names, profile="vllm") for x in (first, second))
-    assert [(k, x.shape, x.dtype) for k, x in one.items()] == [
-        (k, x.shape, x.dtype) for k, x in two.items()
-    ]
-    assert any(not np.array_equal(one[k], two[k]) for k in one)
 
 
 # -------------------------------------------------------------------------- what engines take
@@ -433,16 +417,6 @@ def test_a_model_that_vllm_has_not(tmp_path: Folder) -> None:
     check_text(str(found))
 
 
-def test_the_guide_counts_what_vllm_declares() -> None:
-    """The models that have a class, and those of them that take no adapters."""
-    groups = json.loads(_models.FILE.read_text())["groups"]
-    known = sum(len(x["models"]) for x in groups)
-    without = sum(len(x["models"]) for x in groups if not x.get("adapts", True))
-    text = (pathlib.Path(__file__).parents[1] / "notebooks" / "serve.md").read_text()
-    assert f"a class for each of {known} models" in text
-    assert f"{without} classes take no adapters" in text
-
-
 def test_an_adapter_that_is_taken(tmp_path: Folder) -> None:
     """The answer says how to start the engine, on one line."""
     place = write(tmp_path / "it's", *good())
@@ -612,19 +586,6 @@ def test_many_names(tmp_path: Folder) -> None:
             steps[engine].append(work(peft.check, place, engine, base=base))
     for few, more, many in steps.values():
         assert many - more < 2.5 * (more - few), steps
-
-
-@pytest.mark.parametrize("pattern", some(["nested", "five stars", "wide"], "nested"))
-def test_patterns(pattern: str, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found or refused in bounded time."""
-    monkeypatch.setattr(_patterns, "SECONDS", 1.0)
-    change = holding(pair(f"{'a' * 900}.q"), rank_pattern={PATTERNS[pattern]: 1})
-    place = write(tmp_path / "a", *change(*good()))
-    with bounded():
-        try:
-            assert peft.check(place, "vllm").findings
-        except ValueError as e:
-            assert re.match(rf"`path`: .*{TOO_MUCH}", str(e))
 
 
 ODD = [None, True, -1, 2**70, "x" * 10_000, [], ["a"], {"a": []}, [[]]]

@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner
 from messages import refused
 from peft_files import CONFIG, assert_same_files, config_of
-from safetensors.numpy import load_file
 from test_links import LIKE, NAMES, folders
 
 from jlora import checkpoint, peft
@@ -126,9 +125,3 @@ def test_one_name_is_a_tuple_too(tmp_path: Folder) -> None:
     adapter = folders(tmp_path)[1]
     with refused(TypeError, "ignore", "must be a tuple of names", "such as ('x',)"):
         peft.read(adapter, ignore="x")
-
-
-def test_what_is_merged(tmp_path: Folder) -> None:
-    base, adapter = folders(tmp_path)
-    peft.export_merged(base, damage(adapter, **{FIELD: 1}), tmp_path / "out", ignore=(FIELD,))
-    assert (load_file(tmp_path / "out" / "model.safetensors")["q.weight"] == 2).all()

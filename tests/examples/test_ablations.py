@@ -11,7 +11,6 @@ from paper import ablations
 from small import randomize, some
 
 import jlora
-from jlora import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +59,3 @@ def test_only_what_is_missing_is_done(tmp_path):
     error = (row["score"] * (1 - row["score"]) / 947) ** 0.5
     assert row["standard_error"] == pytest.approx(error, 1e-3)
     assert (tmp_path / "ablations.png").stat().st_size > 10_000
-
-
-@pytest.mark.slow
-def test_subspaces(small, tmp_path):
-    """Shapes as the notebook has them."""
-    runs = ablations.pictured_runs("small")
-    folders = [run.folder(tmp_path) for run in runs]
-    for run, folder in zip(runs, folders, strict=True):
-        rules, base, adapter = start(small, run)
-        checkpoint.save(folder, adapter, rules, base=base)
-    found = dict(ablations.subspaces(small, folders))
-    shapes = {"a/ranks": (8, 64), "delta/ranks": (8, 64), "a/seeds": (64, 64)}
-    shapes |= {"delta/seeds": (64, 64), "intruders": (3, 3), "spectrum/8": (3, 8)}
-    for part in ("query", "value"):
-        assert {name: found[f"{part}/{name}"].shape for name in shapes} == shapes

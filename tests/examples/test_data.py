@@ -74,22 +74,6 @@ def test_snippets_of_every_source(source):
         assert 0.2 < sum(snippet.label for snippet in part) / len(part) < 0.8
 
 
-def test_sentences_of_all_sources():
-    """A quarter is held out, and of a document all or nothing."""
-    train, test = data.sentences(0.8)
-    texts = [x.text for x in train + test]
-    assert len(set(texts)) == len(texts)
-    assert 0.2 < len(test) / len(texts) < 0.3
-    held_out = {x.text for x in test}
-    for source in ("products", "editorials"):
-        sides = {}
-        for document, snippet in data._rated(source, 0.8):
-            sides.setdefault(document, set()).add(snippet.text in held_out)
-        assert "" not in sides
-        # A sentence that two documents share is on the side of the first.
-        assert sum(len(found) == 2 for found in sides.values()) < 0.02 * len(sides)
-
-
 @pytest.mark.slow  # 34 megabytes
 def test_texts():
     """No gloss and no paragraph is trained on and held out; each meaning has its word."""
@@ -99,13 +83,3 @@ def test_texts():
     assert entity == "physical_entity"
     for train, test in (data.glosses(), data.verses()):
         assert len(test) > 400 and not set(train) & set(test)
-
-
-def test_word_order():
-    """Half the sentences are as they were, the others have their words in another order."""
-    movies = [{" ".join(x.text.split()) for x in part} for part in data.movie_snippets()]
-    for own, part in zip(movies, data.word_order(), strict=True):
-        assert 0.45 < sum(x.label for x in part) / len(part) < 0.55
-        assert [x.label == 1 for x in part] == [x.text in own for x in part]
-        words = {tuple(sorted(text.split())) for text in own}
-        assert all(tuple(sorted(x.text.split())) in words for x in part)

@@ -175,14 +175,6 @@ def test_learns_and_writes_what_is_served(argv, whole, base):
     assert {x: x.read_bytes() for x in folder.rglob("*") if x.is_file()} == before
 
 
-@pytest.mark.slow
-def test_on_4_bits(argv, whole, tmp_path):
-    """NF4 of the weights, and bfloat16."""
-    result = chat.main([*argv, "--quantize=nf4", "--dtype=bfloat16", f"--out={tmp_path}"])
-    assert result.before != whole[0].before
-    assert result.after < result.before
-
-
 def test_a_stopped_run_goes_on(argv, whole):
     """To the last bit; only when asked to; also if it is saved more often."""
     out = whole[-1]

@@ -159,14 +159,3 @@ def test_shards_and_the_model_without_a_head(tmp_path: pathlib.Path) -> None:
         gpt.save(tmp_path / cls / "ours", variables, config)
         expected = (tmp_path / cls / "model.safetensors").read_bytes()
         assert (tmp_path / cls / "ours").read_bytes() == expected
-
-
-@pytest.mark.parametrize(("span", "farthest", "length"), [(256, 512, 600), (8, 20, 40)])
-def test_buckets_of_distances(span: int, farthest: int, length: int) -> None:
-    """To the last bit of the logarithm, beyond the farthest distance too."""
-    from transformers.models.deberta_v2 import modeling_deberta_v2 as modeling
-
-    x = torch.zeros(1, length, 4)
-    expected = modeling.build_relative_position(x, x, span, farthest)[0].numpy() + span
-    actual = deberta.buckets(length, span, farthest)
-    np.testing.assert_array_equal(actual, np.clip(expected, 0, 2 * span - 1))

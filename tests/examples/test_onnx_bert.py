@@ -5,23 +5,6 @@ import jax
 import numpy as np
 import pytest
 from models import bert, onnx_bert
-from onnx import helper, numpy_helper
-
-
-def test_weights_by_name():
-    """A matrix is named by its product, and lies as PyTorch has it."""
-    x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    own = "model.0.auto_model.encoder.query.bias"
-    layer = "/model/model.0/auto_model/encoder/query"
-    nodes = [
-        helper.make_node("MatMul", ["h", "onnx::7"], ["y"], name=f"{layer}/MatMul"),
-        helper.make_node("Add", ["y", own], ["z"], name=f"{layer}/Add"),
-    ]
-    weights = [numpy_helper.from_array(x, "onnx::7"), numpy_helper.from_array(x[0], own)]
-    found = onnx_bert.name_tensors(helper.make_graph(nodes, "", [], [], weights))
-    assert found.keys() == {"encoder.query.weight", "encoder.query.bias"}
-    np.testing.assert_array_equal(found["encoder.query.weight"], x.T)
-    np.testing.assert_array_equal(found["encoder.query.bias"], x[0])
 
 
 @pytest.mark.slow  # 147 megabytes

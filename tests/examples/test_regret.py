@@ -7,7 +7,6 @@ import shutil
 
 import advice
 import grpo
-import jax
 import numpy as np
 import pytest
 import regret
@@ -149,33 +148,6 @@ def texts(monkeypatch, tmp_path):
     yield
     for function in cached:
         function.cache_clear()
-
-
-@pytest.mark.slow
-def test_pretraining_goes_on_where_it_ended(texts, monkeypatch):
-    """To the same parameters as without a stop; a whole one is read."""
-    _, whole = small_gpts.load(64, 1)
-    folder = small_gpts.data.cache_folder()
-    kept = {}
-
-    def stop(steps, **_):
-        for i in steps:
-            if i == 5 and not kept:
-                kept.update(stopped=True)
-                raise KeyboardInterrupt
-            yield i
-
-    (folder / "gpt-64x1.msgpack").unlink()
-    stop.write = print
-    monkeypatch.setattr(small_gpts, "progress", stop)
-    small_gpts.load.cache_clear()
-    with pytest.raises(KeyboardInterrupt):
-        small_gpts.load(64, 1)
-    _, resumed = small_gpts.load(64, 1)
-    small_gpts.load.cache_clear()
-    _, read = small_gpts.load(64, 1)
-    for other in (resumed, read):
-        assert jax.tree.all(jax.tree.map(np.array_equal, other, whole))
 
 
 @pytest.mark.slow
