@@ -1,4 +1,4 @@
-"""What can go wrong around a run of `examples/resume.py`, with real processes and disks.
+"""What can go wrong around a run of `examples/resume.py`, with real processes.
 
 The law: after any fault, every checkpoint that is there is whole, the error says what happened,
 and the run that goes on has the losses, to the last bit, of the one that was never stopped.
@@ -6,20 +6,17 @@ and the run that goes on has the losses, to the last bit, of the one that was ne
 
 import os
 import pathlib
-import random
 import re
 import signal
 import subprocess
 import sys
 import time
 
-import disks
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import resume
-from peft_files import assert_equal
 
 from jlora import checkpoint
 
@@ -65,12 +62,6 @@ class Run:
             text=True,
         )
 
-    def finish(self, name: str, *more: str) -> tuple[int, str]:
-        """Runs a process to its end: its exit code and output."""
-        process = self.start(name, *more)
-        output, _ = process.communicate(timeout=600)
-        return process.returncode, output
-
     def log(self, name: str) -> str:
         """The losses so far."""
         path = self.folder / name / "losses.txt"
@@ -102,48 +93,11 @@ class Run:
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved["rest"]["optimizer"]))
         return steps
 
-    def check_end(self, name: str) -> None:
-        """The run has ended as if nothing had been."""
-        assert self.log(name) == self.losses
-        last = [self.folder / x / "checkpoints" / str(self.steps) for x in (name, "whole")]
-        assert_equal(*map(checkpoint.restore, last))
-        assert list((self.folder / name).rglob("*tmp*")) == []
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     """Short runs."""
     return Run(tmp_path_factory.mktemp("runs"), steps=40)
-
-
-# ------------------------------------------------------------------------------------------- kills
-
-
-@pytest.mark.slow
-def test_a_hundred_kills(tmp_path):
-    """At random moments; each time the run goes on, and one that has ended is followed by one."""
-    run, rng, number, kills = Run(tmp_path, steps=100), random.Random(1), 0, 100
-    while kills:
-        name = f"killed{number}"
-        process = run.start(name, *OFTEN)
-        if rng.random() < 0.8:
-            run.wait(process, name, rng.randrange(6))
-            time.sleep(rng.uniform(0, 0.1))  # within a step, or a checkpoint's writing
-        else:
-            time.sleep(rng.uniform(0, 4))  # at the start, or where a run goes on
-        process.kill()
-        output, _ = process.communicate()
-        run.check(name)
-        assert process.returncode in (0, -signal.SIGKILL), output
-        if process.returncode:
-            kills -= 1
-        else:
-            run.check_end(name)
-            number += 1
-    code, output = run.finish(f"killed{number}", *OFTEN)
-    assert code == 0, output
-    run.check_end(f"killed{number}")
-    assert len(run.check(f"killed{number}")) == 3
 
 
 @pytest.mark.slow
@@ -171,26 +125,3 @@ def test_a_run_that_is_killed_and_then_preempted_goes_on_as_if_it_had_not_been(r
     assert run.here("endless", f"--steps={steps}") == steps
     assert f"from step {step} of" in capsys.readouterr().out
     assert run.log("endless").startswith(run.losses)
-
-
-# ------------------------------------------------------------------------------------------- disks
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_or_cannot_be_written_costs_no_checkpoint(run):
-    process = run.start("disk", *OFTEN)
-    run.wait(process, "disk", 6)
-    disks.fill(process.pid)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 1, output
-    assert re.search(r"stopped: .*File too large", output), output
-    steps = run.check("disk")
-    assert steps
-    with disks.read_only(run.folder / "disk"):
-        code, output = run.finish("disk")
-    assert code == 1, output
-    assert re.search(r"stopped: .*(Read-only|Permission denied)", output), output
-    assert run.check("disk") == steps
-    code, output = run.finish("disk")
-    assert (code, f"from step {steps[-1]} of" in output) == (0, True), output
-    run.check_end("disk")

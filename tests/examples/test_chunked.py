@@ -108,14 +108,6 @@ def test_no_row_has_all_logits():
     assert sum(f"7,{VOCAB}]" in line or f"7,{DIM}]" in line for line in products) == 2
 
 
-def test_no_tokens_have_no_log_probabilities():
-    head = normal(0, DIM, VOCAB)
-    found = chunked.log_probs(lambda h: h @ head, jnp.zeros((ROWS, 0, DIM)), IDS[:, :0])
-    assert found.shape == (ROWS, 0)
-    with pytest.raises(ValueError, match="`length` must be at least 1; got 0"):
-        by_chunks(0)(lambda h: h @ head, jnp.zeros((ROWS, 1, DIM)), IDS[:, :1])
-
-
 def test_what_is_only_evaluated_has_one_product():
     """The gradient by the hidden states, which nobody reads, is not computed."""
     transform, base, adapter = make("frozen")
