@@ -27,7 +27,7 @@ TREE = {
             loops/keras loops/tunix loops/maxtext""",
         "By task": """loops/chat loops/vision loops/audio loops/graphs
             loops/tokens loops/dpo loops/grpo
-            loops/privacy loops/mixing
+            loops/privacy loops/mixing loops/stacked loops/federated
             loops/evaluation loops/stopping loops/orbax
             loops/export adapters""",
         "By size": """loops/accumulation loops/precision quantized

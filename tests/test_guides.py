@@ -59,6 +59,7 @@ SLOW |= {f"loops/{page}" for page in ("keras", "nnx", "precision", "remat", "sto
 SLOW |= {
     f"loops/{page}" for page in ("chat", "home", "logits", "privacy", "vision", "audio", "graphs")
 }
+SLOW |= {"loops/federated"}
 PARAMETERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
     for page in PAGES
