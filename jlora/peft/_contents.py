@@ -19,12 +19,14 @@ from .adapter._arranged import Tree, explain_unstored, make_tree
 from .adapter._config import DEFAULTS, ROWS_ALONE, ROWS_DEFAULTS, problems_of
 from .adapter._describe import Fields, describe, describe_rows_alone
 from .adapter._draft import make_draft
-from .adapter._files import Files, fill, list_tensors
+from .adapter._files import Files
 from .adapter._fit_tree import refuse_wide
 from .adapter._one_rank import with_profile
 from .adapter._open import open_adapter
 from .adapter._parameters import assign_parameters, find_twins, refuse_biases
-from .adapter._sorted import Parameters, Part, sort_tensors
+from .adapter._parts import Parameters, Part, fill, list_tensors
+from .adapter._sorted import sort_tensors
+from .names._kinds import EMBEDDING, KINDS
 from .names._leaves import NamedLeaf
 from .names._names import Name
 from .names._torch_layout import join_factors
@@ -32,7 +34,9 @@ from .names._torch_layout import join_factors
 Leaf = LowRank | Decomposed | Replaced | np.ndarray | jax.Array
 _ROWS = Layout((), (0,), (1,))
 # The axes of the weights of linear modules, embeddings, experts, and convolutions.
-_AXES = {Name("", "", axes).layout: axes for axes in ("oi", "vo", "eoi", "oik", "oikk", "oikkk")}
+_AXES = {
+    Name("", "", axes).layout: axes for axes in (*(kind.axes for kind in KINDS), "oikk", "oikkk")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +151,7 @@ def write(
     """
     tree = _as_tree(contents)
     full = {leaf.parameters[0]: np.asarray(leaf.value) for leaf in tree.full}
-    tokens = {x.module: x for x in tree.tokens}
-    own = Parameters(tree.parts, full, dict(contents.frozen), tokens, {})
+    own = Parameters(tree.parts, full, contents.frozen, tree.tokens)
     fields, own = with_profile(profile, _describe(contents, tree, own.parts), own)
     draft = make_draft(fields, own, contents.tied, dialect, prefix, contents.leaves)
     problems = Problems("contents", "cannot be written so that `read` reads the same adapter.")
@@ -167,28 +170,21 @@ def _read(files: Files, problems: Problems) -> Contents:
     problems.stop()
     own = fill(own, values)
     twins = find_twins(own.parts)
-    is_table = {part.name: part.kind == "embedding" for part in own.parts}
-    tied = {x.key: twins[x.name].key for x in own.parts if x.name in twins and is_table[x.name]}
+    tied = {x.key: twins[x.name].key for x in own.parts if x.kind is EMBEDDING and x.name in twins}
     dropout = float(adapter.fields.get("lora_dropout", 0.0))
     nodes = {
         x.key: join_factors(_as_leaf(x), [x.arrays], scale=x.scale, dropout=dropout)
         for x in own.parts
-        if is_table[x.name] or x.name not in twins
+        if x.kind is EMBEDDING or x.name not in twins
     }
     rows = {x.module: Replaced(put(x.v), x.rows, _ROWS) for x in own.tokens.values()}
     return Contents({**nodes, **rows, **own.full}, adapter.fields, tied, own.frozen)
 
 
-def _as_leaf(part: Part) -> NamedLeaf:
+def _as_leaf(part: Part[np.ndarray]) -> NamedLeaf:
     """Makes the leaf that a part adapts, with PyTorch's axes."""
-    rows, columns = part.matrix
-    axes, shape = {
-        "embedding": ("vo", (columns, rows)),
-        "linear": ("oi", (rows, columns)),
-        "conv": ("oi" + "k" * (len(part.a.shape) - 2), (rows, *part.a.shape[1:])),
-        "experts": ("eoi", (part.experts, rows, columns)),
-    }[part.kind]
-    return NamedLeaf((), None, shape, _name(axes), ("",))
+    shape = part.delta(bool(part.kind.transposed))
+    return NamedLeaf((), None, shape, _name(part.kind.axes.ljust(len(shape), "k")), ("",))
 
 
 @functools.cache
@@ -233,7 +229,7 @@ def _is_array(x: object) -> TypeGuard[np.ndarray | jax.Array]:
     return isinstance(x, np.ndarray | jax.Array)
 
 
-def _describe(contents: Contents, tree: Tree, parts: Sequence[Part]) -> Fields:
+def _describe(contents: Contents, tree: Tree, parts: Sequence[Part[np.ndarray]]) -> Fields:
     """Makes a configuration that describes the contents; keeps the fields that do."""
     is_alone = contents.config.get("peft_type") == ROWS_ALONE
     fields = {**(ROWS_DEFAULTS if is_alone else DEFAULTS), **contents.config}

@@ -5,17 +5,19 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .._adapters import is_node
+import numpy as np
+
+from .._adapters import AdapterLeaf, is_node
 from .._arrays import put
 from .._tree import leaves_by_path, nest
 from .._types import PyTree
 from ._problems import Problems
-from .adapter._files import Files, list_tensors
+from .adapter._files import Files
 from .adapter._fit_tree import match_to_tree, refuse_wide
 from .adapter._open import open_adapter
 from .adapter._parameters import assign_parameters, list_missing, refuse_biases
-from .adapter._sorted import Part, sort_tensors
-from .adapter._tokens import Tokens
+from .adapter._parts import Part, Values, fill, list_tensors
+from .adapter._sorted import sort_tensors
 from .names._advice import advise
 from .names._leaves import NamedLeaf, resolve, sort_by_row
 from .names._names import Name
@@ -93,31 +95,38 @@ def load(
     )
     modules = {module for leaf in leaves for module in leaf.modules}
     files = open_adapter(path, "path", ignore, prefix, modules)
-    fields, each = fit(files, leaves, problems)
+    fields, adapted, own = fit(files, leaves, problems)
     static: dict[str, Any] = {"dropout": float(fields.get("lora_dropout", 0.0))}
     if fields.get("use_dora") and (rate := static["dropout"]):
         problems.unused.append(f"lora_dropout: {rate} is ignored, as DoRA has no dropout in jlora")
     problems.warn()
-    return nest({leaf.path: _value(leaf, own, static) for leaf, own in each})
+    parts = {part.name: part for part in own.parts}
+    return nest({leaf.path: _value(leaf, own, parts, static) for leaf in adapted})
 
 
-def _value(leaf: NamedLeaf, own: Tokens | list[Any], static: Mapping[str, Any]) -> Any:
+def _value(
+    leaf: NamedLeaf,
+    own: Values,
+    parts: Mapping[str, Part[np.ndarray]],
+    static: Mapping[str, Any],
+) -> AdapterLeaf:
     """Makes a leaf of the adapter tree from the values of its modules."""
-    if isinstance(own, Tokens):
-        return join_rows(leaf, own.rows, own.v)
-    if not isinstance(own[0], Part):
-        return put(join_weight(leaf, own))
-    scale = own[0].scale * leaf.factor
-    return join_factors(leaf, [part.arrays for part in own], scale=scale, **static)
+    names = leaf.parameters
+    if rows := own.tokens.get(names[0]):
+        return join_rows(leaf, rows.rows, rows.v)
+    if names[0] in own.full:
+        return put(join_weight(leaf, [own.full[name] for name in names]))
+    each = [parts[name].arrays for name in names]
+    return join_factors(leaf, each, scale=parts[names[0]].scale * leaf.factor, **static)
 
 
 def fit(
     files: Files, leaves: Sequence[NamedLeaf], problems: Problems
-) -> tuple[dict[str, Any], list[tuple[NamedLeaf, Any]]]:
+) -> tuple[dict[str, Any], list[NamedLeaf], Values]:
     """Matches an adapter to the `leaves` of a tree and reads it; raises all problems together.
 
     Returns:
-        The configuration, and each adapted leaf with its `Part`s, arrays or `Tokens`.
+        The configuration, the adapted leaves, and the values of their parameters.
     """
     shapes = {name: leaf.weight_shape for leaf in leaves for name in leaf.parameters}
     adapter = sort_tensors(files, problems, [name.rpartition(".")[0] for name in shapes])
@@ -126,7 +135,8 @@ def fit(
     found = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
     match = match_to_tree(found, adapter.heads, leaves, problems)
     if not files.is_own:
-        refuse_wide(list_tensors(match), problems)
-    each = match.read(files.values(match, problems), problems)
+        refuse_wide(list_tensors(match.own), problems)
+    values = files.values(match.own, problems)
+    match.check(values, problems)
     problems.stop()
-    return files.fields, each
+    return files.fields, match.leaves, fill(match.own, values)

@@ -29,7 +29,7 @@ from .adapter._describe import (
 )
 from .adapter._draft import Draft, make_draft
 from .adapter._one_rank import with_profile
-from .adapter._sorted import Parameters
+from .adapter._parts import Parameters, Values
 from .names._leaves import NamedLeaf
 from .names._names import Name
 from .names._torch_layout import split_weight
@@ -208,7 +208,7 @@ def _name_model(given: str | os.PathLike[str]) -> str:
     return name if isinstance(name, str) and name else os.fspath(given)
 
 
-def _warn_of_prefix(folder: Path, own: Parameters) -> None:
+def _warn_of_prefix(folder: Path, own: Values) -> None:
     """Warns if a model has the modules of an adapter inside of another, where PEFT has no such.
 
     A folder that cannot be read, or is none, is not compared.
@@ -225,7 +225,7 @@ def _warn_of_prefix(folder: Path, own: Parameters) -> None:
             )
 
 
-def _as_lora(tree: Tree, given: Fields) -> tuple[Fields, Parameters]:
+def _as_lora(tree: Tree, given: Fields) -> tuple[Fields, Values]:
     check_one_method(tree)
     fields = DEFAULTS | given
     parts = tree.parts
@@ -244,15 +244,16 @@ def _as_lora(tree: Tree, given: Fields) -> tuple[Fields, Parameters]:
             full[f"{head}.weight"] = full[leaf.parameters[0]]
     own = split_all(frozen.values())  # a head has the values of its embedding
     values = {name: own.get(name, own[leaf.parameters[0]]) for name, leaf in frozen.items()}
-    return fields, Parameters(parts, full, values, {x.module: x for x in tree.tokens}, {})
+    return fields, Parameters(parts, full, values, tree.tokens)
 
 
-def _rows_alone(tree: Tree, given: Fields) -> tuple[Fields, Parameters]:
+def _rows_alone(tree: Tree, given: Fields) -> tuple[Fields, Values]:
     """Describes an adapter of rows alone; a tied head has the rows of its embedding too."""
     fields = describe_rows_alone(ROWS_DEFAULTS | given, tree, "adapter")
     _refuse_config(problems_of(fields, is_file=False))
-    each = ((x, m) for x in tree.tokens for m in (x.module, tree.tied.get(x.module)) if m)
-    return fields, Parameters([], {}, {}, {m: x._replace(module=m) for x, m in each}, {})
+    each = ((x, m) for x in tree.tokens.values() for m in (x.module, tree.tied.get(x.module)) if m)
+    tokens = {f"{module}.weight": x._replace(module=module) for x, module in each}
+    return fields, Parameters([], tokens=tokens)
 
 
 def _refuse_config(wrong: Sequence[Problem]) -> None:

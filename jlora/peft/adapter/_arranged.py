@@ -22,6 +22,7 @@ from ..._tree import adapter_leaves, check_fits, name_of
 from ..._types import Path, PyTree
 from .._file import DTYPES, PREFIX
 from ..names._advice import advise
+from ..names._kinds import EMBEDDING, EXPERTS, LINEAR, LONE_ROWS, ROWS
 from ..names._leaves import NamedLeaf, find_tied_heads, path_in_names, resolve, sort_by_row
 from ..names._names import Name
 from ..names._torch_layout import (
@@ -33,12 +34,10 @@ from ..names._torch_layout import (
     swap,
 )
 from ._config import ROWS_ALONE
-from ._files import MAGNITUDE
+from ._parts import MAGNITUDE, Part, Tokens, Values
 from ._roles import make_saves
-from ._sorted import BASE, Parameters, Part
-from ._tokens import DELTA, DELTA_ALONE, Tokens
+from ._sorted import BASE
 
-AB = (".lora_A.weight", ".lora_B.weight")
 _FACTORED = (LowRank, Decomposed)
 
 
@@ -69,26 +68,28 @@ class Tree(NamedTuple):
         return {module for leaf in self.leaves for module in leaf.modules}
 
     @property
-    def tokens(self) -> list[Tokens]:
-        """The rows of embeddings in PyTorch's layout."""
+    def tokens(self) -> dict[str, Tokens[np.ndarray]]:
+        """The rows of embeddings in PyTorch's layout, by parameter."""
         each = ((leaf, self.found[leaf.path]) for leaf in self.rows)
-        return [Tokens(leaf.modules[0], x.rows, split_rows(leaf, x)) for leaf, x in each]
+        found = (Tokens(leaf.modules[0], x.rows, split_rows(leaf, x)) for leaf, x in each)
+        return {f"{x.module}.weight": x for x in found}
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[Part[np.ndarray]]:
         """A and B of each parameter."""
-        pieces = collections.defaultdict[str, list[tuple[NamedLeaf, Part]]](list)
+        pieces = collections.defaultdict[str, list[tuple[NamedLeaf, Part[np.ndarray]]]](list)
         for leaf in self.low:
-            x, name = self.found[leaf.path], leaf.name
+            x, name, kind = self.found[leaf.path], leaf.name, leaf.kind
+            assert kind is not None
             # Where A and B are swapped, PEFT's B·A has PyTorch's axes.
             transposed = name.transposed
-            if name.kind == "experts":
+            if kind is EXPERTS:
                 transposed = False if name.is_swapped else name.is_transposed or None
             scale = x.scale / leaf.factor
             each = split_factors(leaf, x)
             for key, module, (a, b, *m) in zip(leaf.parameters, leaf.modules, each, strict=True):
                 own = (a, b, scale, transposed, m[0] if m else None, leaf.experts)
-                pieces[key].append((leaf, Part(key, name.kind or "", leaf.key(module), *own)))
+                pieces[key].append((leaf, Part(key, kind, leaf.key(module), *own)))
         return [_swap(own[0][0], _join_parts(own)) for own in pieces.values()]
 
 
@@ -113,7 +114,7 @@ def make_tree(
     return Tree(leaves, found, low, full, rows, tied, is_whole)
 
 
-def _join_parts(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:
+def _join_parts(pieces: Sequence[tuple[NamedLeaf, Part[np.ndarray]]]) -> Part[np.ndarray]:
     """Joins the parts of a parameter.
 
     If all parts have the same A, the result has it once. Otherwise the A's are concatenated, and B
@@ -140,13 +141,12 @@ def _join_parts(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:
         b[j, :, end - factor.shape[1] : end] = rescale(factor, x.scale / scale if scale else 1.0)
     whole = np.concatenate(a, 1).reshape(-1, first.a.shape[1])
     b = join_outputs(b, leaf.name)
-    m = None
-    if first.m is not None:
-        m = join_outputs(np.stack([own[j].m for j in range(count)]), leaf.name)
+    each = [m for j in range(count) if j in own and (m := own[j].m) is not None]
+    m = join_outputs(np.stack(each), leaf.name) if each else None
     return first._replace(a=whole, b=b.reshape(len(b), -1), scale=scale, m=m)
 
 
-def _swap(leaf: NamedLeaf, part: Part) -> Part:
+def _swap(leaf: NamedLeaf, part: Part[np.ndarray]) -> Part[np.ndarray]:
     """Returns a part with PEFT's A and B, which may be swapped."""
     if not leaf.name.is_swapped:
         return part
@@ -155,7 +155,7 @@ def _swap(leaf: NamedLeaf, part: Part) -> Part:
 
 
 def make_tensors(
-    fields: Mapping[str, Any], own: Parameters, tied: Mapping[str, str]
+    fields: Mapping[str, Any], own: Values, tied: Mapping[str, str]
 ) -> dict[str, np.ndarray]:
     """Makes the tensors of an adapter, and of heads `tied` to adapted embeddings, by PEFT's keys.
 
@@ -170,23 +170,22 @@ def make_tensors(
         module = part.name.rpartition(".")[0]
         left[module] -= 1
         start = f"{PREFIX}{module}{BASE * left[module]}"
-        is_table = part.kind == "embedding"
-        ends = (".lora_embedding_A", ".lora_embedding_B") if is_table else AB
-        tensors |= {start + end: x for end, x in zip((*ends, MAGNITUDE), part.arrays, strict=False)}
-    for name, x in (own.full | own.frozen).items():
+        ends = (*part.kind.keys, MAGNITUDE)
+        tensors |= {start + end: x for end, x in zip(ends, part.arrays, strict=False)}
+    for name, x in {**own.full, **own.frozen}.items():
         module, _, parameter = name.rpartition(".")
         is_wrapped = name in own.frozen or (module in adapted and not saves(module))
         tensors[f"{PREFIX}{module}{BASE * is_wrapped}.{parameter}"] = x
-    delta = DELTA_ALONE if fields["peft_type"] == ROWS_ALONE else DELTA
-    tensors |= {f"{PREFIX}{x.module}{delta}": x.v for x in own.tokens.values()}
+    [end] = (LONE_ROWS if fields["peft_type"] == ROWS_ALONE else ROWS).keys
+    tensors |= {f"{PREFIX}{x.module}{end}": x.v for x in own.tokens.values()}
     # Contiguous, as the safetensors library writes memory in its order.
     return {key: np.asarray(x, order="C") for key, x in tensors.items()}
 
 
-def _make_head(table: Part, head: str) -> Part:
+def _make_head(table: Part[np.ndarray], head: str) -> Part[np.ndarray]:
     """Makes the part of the head that shares the weight of an embedding."""
     a, b = table.b.T, table.a.T
-    return table._replace(name=f"{head}.weight", kind="linear", key=head, a=a, b=b)
+    return table._replace(name=f"{head}.weight", kind=LINEAR, key=head, a=a, b=b)
 
 
 # --------------------------------------------------------------------------------- what is refused
@@ -239,7 +238,7 @@ def _why_unwritable(path: Path, x: AdapterLeaf, leaves: Mapping[Path, NamedLeaf]
         return f"is adapted, but is not a matrix under `names`, with axes {leaf.name.axes!r}"
     ours, wanted = x.layout, leaf.name.layout
     if isinstance(x, Replaced):
-        is_one = leaf.name.kind == "embedding" and ours == wanted
+        is_one = leaf.kind is EMBEDDING and ours == wanted
         return None if is_one else "has rows, but is not an embedding under `names`"
     if not (set(wanted.inputs) <= set(ours.inputs) and set(wanted.outputs) <= set(ours.outputs)):
         return f"expected {wanted} by `names`, got {ours}"

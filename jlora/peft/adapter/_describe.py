@@ -6,14 +6,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..._errors import InputError, Problem
 from ..._tree import name_of
 from ..._types import Path
 from .._file import shorten
 from .._problems import Problems
+from ..names._kinds import LINEAR
 from ..names._leaves import NamedLeaf
 from ._arranged import Tree
 from ._config import PATTERNS, ROWS_ALONE, list_misformed
+from ._parts import Part
 from ._patterns import Clock
 from ._roles import (
     Role,
@@ -25,7 +29,7 @@ from ._roles import (
     resolve,
     saves_bias,
 )
-from ._sorted import SAVED_BY_NAME, Part, is_of_vocabulary, may_tie
+from ._sorted import SAVED_BY_NAME, is_of_vocabulary, may_tie
 from ._tokens import INDICES, find_rows, list_lone_heads
 
 Fields = dict[str, Any]
@@ -33,14 +37,14 @@ Fields = dict[str, Any]
 NO_MODULE = "dummy-target-modules"  # PEFT's word for "no module"
 
 
-def describe(fields: Fields, tree: Tree, parts: Sequence[Part]) -> Fields:
+def describe(fields: Fields, tree: Tree, parts: Sequence[Part[np.ndarray]]) -> Fields:
     """Replaces the `fields` that do not describe an adapter."""
     fields = _set_targets(fields, tree)
     fields = _set_scales(fields, _key(parts, fields), tree.tied)
     return _set_tokens(_set_full(fields, tree), tree)
 
 
-def _key(parts: Sequence[Part], fields: Fields) -> Iterable[Part]:
+def _key(parts: Sequence[Part[np.ndarray]], fields: Fields) -> Iterable[Part[np.ndarray]]:
     """Gives parts whose parameters are selected by name these names as keys."""
     if not fields["target_parameters"]:
         return parts
@@ -200,7 +204,7 @@ def set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields
     if "lora_dropout" not in given:
         new["lora_dropout"] = next(iter(dropouts), 0.0)
     if "fan_in_fan_out" not in given:
-        linear = (leaf.name for leaf in tree.low if leaf.name.kind == "linear")
+        linear = (leaf.name for leaf in tree.low if leaf.kind is LINEAR)
         new["fan_in_fan_out"] = any(name.transposed for name in linear)
     fields = fields | new
     if (rate := fields["lora_dropout"]) and any(leaf.is_bare for leaf in tree.low):
@@ -276,7 +280,9 @@ def _last_of(name: str) -> str:
 # ------------------------------------------------------------------------- ranks and scales
 
 
-def _set_scales(fields: Fields, parts: Iterable[Part], tied: Mapping[str, str]) -> Fields:
+def _set_scales(
+    fields: Fields, parts: Iterable[Part[np.ndarray]], tied: Mapping[str, str]
+) -> Fields:
     """Sets rank, alpha and patterns for the keys of parts, and for the heads tied to them."""
     scales = {part.key: (part.rank, part.scale) for part in parts}
     scales |= {head: scales[key] for key, head in tied.items() if key in scales}

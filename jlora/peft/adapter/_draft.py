@@ -19,7 +19,7 @@ from ._config import DEFAULTS, dumps
 from ._describe import find_alpha
 from ._files import Files, as_files, list_infos
 from ._image import FIELDS, Image, decode, spell
-from ._sorted import Parameters
+from ._parts import Values
 
 _SAVE_FOR_IT = "save with dialect='diffusers' for it"
 DIALECTS = ("peft", "diffusers", "kohya")
@@ -114,7 +114,7 @@ class Draft(NamedTuple):
 
 def make_draft(
     fields: dict[str, Any],
-    own: Parameters,
+    own: Values,
     tied: Mapping[str, str],
     dialect: str,
     prefix: str | None,
@@ -151,7 +151,7 @@ def _find_reader(prefix: str | None, modules: Iterable[str]) -> Reader | None:
     )
 
 
-def _explain_misread(dialect: str, own: Parameters, reader: Reader | None) -> str:
+def _explain_misread(dialect: str, own: Values, reader: Reader | None) -> str:
     """Says what diffusers 0.42 does not read in kohya's dialect."""
     if dialect != "kohya":
         return ""
@@ -189,17 +189,15 @@ def _check_dialect(dialect: str, prefix: str | None) -> str:
 
 
 def _encode(
-    dialect: str, prefix: str, fields: Mapping[str, Any], own: Parameters
+    dialect: str, prefix: str, fields: Mapping[str, Any], own: Values
 ) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """Translates an adapter: the texts of the header, and the tensors.
 
     Raises:
         ValueError: if the dialect has no form for a part, or one name for two modules.
     """
-    wrong = [Problem(name, "trained in full") for name in (own.full | own.frozen)]
-    wrong += [Problem(x.module, "rows of an embedding") for x in own.tokens.values()]
-    odd = (x for x in own.parts if x.kind not in ("linear", "conv"))
-    wrong += [Problem(x.key, f"of kind {x.kind}") for x in odd]
+    wrong = [Problem(name, "trained in full") for name in own.frozen]
+    wrong += own.list_unheld(dialect)
     names = dict[str, str]()
     for x in own.parts:
         spelled = spell(dialect, prefix, x.key)

@@ -2,17 +2,15 @@
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from ..._types import PyTree
 from .._file import COUNTS, DTYPES, Source, TensorInfo, read_header, read_tensors
 from .._problems import Problems
 from ._config import read_fields
-
-MAGNITUDE = ".lora_magnitude_vector"
+from ._parts import MAGNITUDE, list_tensors
 
 
 class Files(NamedTuple):
@@ -48,20 +46,6 @@ class Files(NamedTuple):
                 why = f"all {x.size} values are 0, so that the module would return zeros"
                 problems.add(key, why)
         return found
-
-
-def list_tensors(tree: PyTree) -> list[TensorInfo]:
-    """Lists the tensors of a tree."""
-    return [x for x in jax.tree.leaves(tree, is_leaf=_is_tensor) if _is_tensor(x)]
-
-
-def fill(tree: PyTree, values: Mapping[str, np.ndarray]) -> PyTree:
-    """Replaces each `TensorInfo` in a tree with its values."""
-    return jax.tree.map(lambda x: values[x.key] if _is_tensor(x) else x, tree, is_leaf=_is_tensor)
-
-
-def _is_tensor(x: object) -> TypeGuard[TensorInfo]:
-    return isinstance(x, TensorInfo)
 
 
 def open_files(source: Source, ignore: Collection[str]) -> Files:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,12 +11,13 @@ from ..._tree import name_of
 from .._file import COUNT, DTYPES, PREFIX, TensorInfo
 from .._problems import Problems
 from .._vocabulary import is_table
+from ..names._kinds import EMBEDDING, LINEAR
 from ..names._leaves import NamedLeaf, find_tied_heads
 from ..names._torch_layout import split_weight
 from ..names._weights import explain_narrowing
-from ._files import fill
-from ._sorted import Parameters, Part, explain_resized
-from ._tokens import Tokens, find_table, list_lone_heads, list_misfits, list_unequal
+from ._parts import Headers, Part, Tokens
+from ._sorted import explain_resized
+from ._tokens import find_table, list_lone_heads, list_misfits, list_unequal
 
 # The tensor of a head, the tensor of its embedding, and whether one is the other's transpose.
 Pair = tuple[TensorInfo, TensorInfo, bool]
@@ -24,29 +25,30 @@ LOST = "unexpected; it matches no leaf of `base` under `names`"
 
 
 class Match(NamedTuple):
-    """The tensors of an adapter for each leaf, and the tensors whose values must agree.
+    """The tensors of an adapter that belong to leaves.
 
     Attributes:
-        leaves: leaves, each with the `Part`s or `TensorInfo`s of its modules, or with `Tokens`.
+        own: the tensors.
+        leaves: the adapted leaves, with their adapted modules.
         same: pairs of a head and the embedding that shares its weight.
-        frozen: a tensor, the leaf of the base, and the parameter whose values it must have.
+        homes: the leaf of each frozen parameter, whose values it must have.
     """
 
-    leaves: list[tuple[NamedLeaf, Any]]
+    own: Headers
+    leaves: list[NamedLeaf]
     same: list[Pair]
-    frozen: list[tuple[TensorInfo, NamedLeaf, str]]
+    homes: Mapping[str, NamedLeaf]
 
-    def read(self, values: Mapping[str, np.ndarray], problems: Problems) -> list[Any]:
-        """Fills in values; adds a problem for each tensor with wrong values."""
+    def check(self, values: Mapping[str, np.ndarray], problems: Problems) -> None:
+        """Adds a problem for each tensor with wrong values."""
         problems.found += list_unequal(self.same, values)
-        for x, leaf, name in self.frozen:
-            if not _is_of_base(values[x.key], leaf, name):
+        for name, x in self.own.frozen.items():
+            if not _is_of_base(values[x.key], leaf := self.homes[name], name):
                 problems.add(
                     x.key,
                     f"expected the values of `base` at {name_of(leaf.path)}, got others; an "
                     "adapter on a trained or resized embedding is not supported",
                 )
-        return [(leaf, fill(own, values)) for leaf, own in self.leaves]
 
 
 def _is_of_base(x: np.ndarray, leaf: NamedLeaf, name: str) -> bool:
@@ -58,7 +60,7 @@ def _is_of_base(x: np.ndarray, leaf: NamedLeaf, name: str) -> bool:
 
 
 def match_to_tree(
-    adapter: Parameters, heads: Iterable[str], leaves: Sequence[NamedLeaf], problems: Problems
+    adapter: Headers, heads: Iterable[str], leaves: Sequence[NamedLeaf], problems: Problems
 ) -> Match:
     """Finds the leaf for each tensor of an adapter; adds problems for tensors that do not fit.
 
@@ -66,15 +68,16 @@ def match_to_tree(
     """
     tied = {f"{head}.weight": leaf for head, leaf in find_tied_heads(leaves).items()}
     homes = tied | {name: leaf for leaf in leaves for name in leaf.parameters}
-    parts = ((x.name, x, homes.get(x.name)) for x in adapter.parts)
-    low = {name: x for name, x, leaf in parts if _fits(x, leaf, name in tied, problems)}
     # Flax counts no batches.
-    whole = {name: x for name, x in adapter.full.items() if not name.endswith(COUNT)}
-    full = {n: x for n, x in whole.items() if _fits_in_full(n, x, homes.get(n), problems)}
-    frozen = [(x, homes[name], name) for name, x in adapter.frozen.items() if name in homes]
-    for x, leaf, _ in frozen:
-        _has_shape(x, leaf.weight_shape, problems)
-    rows, same = _match_rows(adapter.tokens, homes, tied, problems)
+    full = {name: x for name, x in adapter.full.items() if not name.endswith(COUNT)}
+    frozen = {name: x for name, x in adapter.frozen.items() if name in homes}
+    own = adapter._replace(full=full, frozen=frozen)
+    parts = ((x.name, x, homes.get(x.name)) for x in own.parts)
+    low = {name: x for name, x, leaf in parts if _fits(x, leaf, name in tied, problems)}
+    full = {n: x for n, x in full.items() if _fits_in_full(n, x, homes.get(n), problems)}
+    for name, x in frozen.items():
+        _has_shape(x, homes[name].weight_shape, problems)
+    rows, same = _match_rows(own.tokens, homes, tied, problems)
     apart = [name.removesuffix(".weight") for name in homes if name not in tied]
     problems.found += list_lone_heads(heads, apart)
     for (name, leaf), group in itertools.product(tied.items(), (low, full)):
@@ -82,26 +85,28 @@ def match_to_tree(
         table = group.get(leaf.parameters[0])
         same += _match_head(head, table, leaf, problems)
     found = [*_gather(low, leaves, problems), *_gather(full, leaves, problems), *rows]
-    return Match(found, same, frozen)
+    return Match(own, found, same, homes)
 
 
 # --------------------------------------------------------------------------------- shape and kind
 
 
-def _fits(part: Part, leaf: NamedLeaf | None, is_head: bool, problems: Problems) -> bool:
+def _fits(
+    part: Part[TensorInfo], leaf: NamedLeaf | None, is_head: bool, problems: Problems
+) -> bool:
     """Whether A and B fit a leaf, or a head that shares its weight; adds the reason if not."""
     key = PREFIX + part.name.rpartition(".")[0]
     if leaf is None:
         problems.add_homeless(key, LOST)
         return False
-    kind = "linear" if is_head else leaf.name.kind
+    kind = LINEAR if is_head else leaf.kind
     path = name_of(leaf.path)
     if kind is None:
         problems.add(key, f"has A and B, but {path} is a parameter that LoRA cannot adapt")
         return False
-    if kind != part.kind:
-        why = f"A and B are of kind {part.kind}, but {path} is of kind {kind} under `names`"
-        problems.add(key, why)
+    if kind is not part.kind:
+        why = f"A and B are of kind {part.kind.name}, but {path} is of kind {kind.name}"
+        problems.add(key, f"{why} under `names`")
         return False
     if part.transposed is False and leaf.name.transposed:
         why = f"is targeted by target_parameters, but {path} is stored as (inputs, outputs)"
@@ -142,8 +147,8 @@ def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
 
 
 def _match_head(
-    head: Part | TensorInfo | None,
-    table: Part | TensorInfo | None,
+    head: Part[TensorInfo] | TensorInfo | None,
+    table: Part[TensorInfo] | TensorInfo | None,
     leaf: NamedLeaf,
     problems: Problems,
 ) -> list[Pair]:
@@ -168,13 +173,13 @@ def _match_head(
 
 
 def _match_rows(
-    tokens: Mapping[str, Tokens],
+    tokens: Mapping[str, Tokens[TensorInfo]],
     homes: Mapping[str, NamedLeaf],
     tied: Collection[str],
     problems: Problems,
-) -> tuple[list[tuple[NamedLeaf, Tokens]], list[Pair]]:
+) -> tuple[list[NamedLeaf], list[Pair]]:
     """Finds the embeddings with rows, and the pairs of tied heads and embeddings with rows."""
-    rows, same = [], list[Pair]()
+    rows, same = list[NamedLeaf](), list[Pair]()
     for name, x in tokens.items():
         leaf = homes.get(name)
         table = None
@@ -185,11 +190,11 @@ def _match_rows(
         elif name in tied:
             table = find_table(name, tokens, leaf.parameters)
             why = f"has rows, but shares the weight of {leaf.modules[0]}, which has no such rows"
-        elif leaf.name.kind != "embedding":
+        elif leaf.kind is not EMBEDDING:
             why = "has rows, but is not an embedding under `names`"
         else:
             problems.found += list_misfits(x, leaf.weight_shape)
-            rows.append((leaf, x))
+            rows.append(leaf)
             continue
         if table is not None:
             same.append((x.v, table.v, False))
@@ -204,9 +209,11 @@ def _match_rows(
 
 
 def _gather(
-    found: Mapping[str, Any], leaves: Sequence[NamedLeaf], problems: Problems
-) -> Iterator[tuple[NamedLeaf, list[Any]]]:
-    """Collects the tensors of the modules of each leaf. All modules or slots must be adapted."""
+    found: Mapping[str, Part[TensorInfo] | TensorInfo],
+    leaves: Sequence[NamedLeaf],
+    problems: Problems,
+) -> Iterator[NamedLeaf]:
+    """Finds the leaves of which all modules, or those of some slots, are adapted."""
     for leaf in leaves:
         own = {name: found[name] for name in leaf.parameters if name in found}
         if not own:
@@ -232,4 +239,4 @@ def _gather(
             listed = ", ".join(f"rank {r} and scale {s:g}" for r, s in forms)
             problems.add(path, f"{start} but differ: {listed}; {advice}")
         else:
-            yield leaf, [own[name] for name in leaf.parameters]
+            yield leaf

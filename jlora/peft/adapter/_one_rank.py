@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 
 from ..._errors import InputError, Problem
+from ..names._kinds import EXPERTS
 from ..names._torch_layout import rescale, swap
-from ._sorted import Parameters, Part
+from ._parts import Part, Values
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def with_profile(
-    profile: str | None, fields: Mapping[str, Any], own: Parameters
-) -> tuple[dict[str, Any], Parameters]:
+    profile: str | None, fields: Mapping[str, Any], own: Values
+) -> tuple[dict[str, Any], Values]:
     """Pads all parts to one rank for the profile "vllm", and multiplies their scales into B.
 
     A and B of experts are exchanged where A has the outputs.
@@ -26,11 +27,9 @@ def with_profile(
         return dict(fields), own
     if profile != "vllm":
         raise InputError("profile", f"must be None or 'vllm'; got {profile!r}.")
-    wrong = [Problem(name, "trained in full") for name in own.full]
-    wrong += [Problem(x.module, "rows of an embedding") for x in own.tokens.values()]
+    wrong = own.list_unheld(profile)
     wrong += [Problem(x.key, "DoRA") for x in own.parts if x.m is not None]
-    wrong += [Problem(x.key, "of kind conv") for x in own.parts if x.kind == "conv"]
-    experts = {x.name: x for x in own.parts if x.kind == "experts"}
+    experts = {x.name: x for x in own.parts if x.kind is EXPERTS}
     lone = (x for x in experts.values() if _other(x.name) not in experts)
     wrong += [Problem(x.key, f"experts without {_other(x.name)}") for x in lone]
     if wrong:
@@ -49,7 +48,7 @@ def with_profile(
             f"'vllm' supports ranks up to {RANKS[-1]}; got {largest}. Lower it with "
             "jlora.arithmetic.truncate.",
         )
-    turned = (_turn(x, experts) if x.kind == "experts" else x for x in own.parts)
+    turned = (_turn(x, experts) if x.kind is EXPERTS else x for x in own.parts)
     flat = {
         "r": rank,
         "lora_alpha": rank,
@@ -60,7 +59,7 @@ def with_profile(
     return dict(fields) | flat, own._replace(parts=[_pad(x, rank) for x in turned])
 
 
-def _pad(x: Part, rank: int) -> Part:
+def _pad(x: Part[np.ndarray], rank: int) -> Part[np.ndarray]:
     """Pads A and B, those of each expert, and multiplies the scale into B."""
     more = ((0, 0), (0, rank - x.rank), (0, 0))
     a = np.pad(x.a.reshape(x.experts, x.rank, -1), more)
@@ -68,7 +67,7 @@ def _pad(x: Part, rank: int) -> Part:
     return x._replace(a=a.reshape(-1, a.shape[-1]), b=b.reshape(len(b), -1), scale=1.0)
 
 
-def _turn(x: Part, experts: Mapping[str, Part]) -> Part:
+def _turn(x: Part[np.ndarray], experts: Mapping[str, Part[np.ndarray]]) -> Part[np.ndarray]:
     """Returns experts with the inputs in A, where PEFT's A may have the outputs.
 
     Then A of gate_up_proj has the columns that B of down_proj has rows; otherwise these are twice

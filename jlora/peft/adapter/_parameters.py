@@ -11,16 +11,18 @@ import numpy as np
 from ..._errors import Problem
 from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, show
 from .._problems import Problems
+from ..names._kinds import CONV, EMBEDDING, EXPERTS, LINEAR, Kind
 from ._config import ROWS_ALONE
+from ._parts import Headers, Part, T
 from ._roles import Role, list_unused
-from ._sorted import Adapter, Parameters, Part, may_tie
+from ._sorted import Adapter, may_tie
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def refuse_biases(adapter: Adapter, problems: Problems) -> None:
     """Adds a problem for each tensor of `lora_bias`, which only `export_merged` supports."""
-    for x, _ in adapter.biases.values():
+    for x, _ in adapter.rest.biases.values():
         why = "lora_bias is supported only when merging; use jlora.peft.export_merged"
         problems.add(x.key, why)
 
@@ -32,7 +34,7 @@ def assign_parameters(
     problems: Problems,
     *,
     ordered: bool = False,
-) -> Parameters:
+) -> Headers:
     """Finds the parameter of each A and B, and returns all tensors by parameter.
 
     Args:
@@ -45,7 +47,7 @@ def assign_parameters(
     """
     order = {name: i for i, name in enumerate(shapes or ())}
     roles = adapter.roles
-    found = list[Part]()
+    found = list[Part[TensorInfo]]()
     for module, parts in adapter.modules.items():
         names = [f"{module}.{parameter}" for parameter in roles[module].parameters]
         if shapes is not None:
@@ -60,16 +62,20 @@ def assign_parameters(
     if shapes is not None:
         known = [n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) > 1]
     keys = [part.key for part in found]
-    saved = {name.rpartition(".")[0] for name in adapter.full}
+    saved = {name.rpartition(".")[0] for name in adapter.rest.full}
     problems.unused += list_unused(adapter.fields, keys, saved, known, where, adapter.clock)
-    if not (found or adapter.full or adapter.tokens or problems.found):
+    if not (found or adapter.rest.changed or problems.found):
         problems.add(TENSORS, "has neither A and B nor a parameter in full")
-    return Parameters(found, adapter.full, adapter.frozen, adapter.tokens, adapter.biases)
+    return adapter.rest._replace(parts=found)
 
 
 def _check_module(
-    adapter: Adapter, module: str, parts: list[Part], where: str, problems: Problems
-) -> list[Part]:
+    adapter: Adapter,
+    module: str,
+    parts: list[Part[TensorInfo]],
+    where: str,
+    problems: Problems,
+) -> list[Part[TensorInfo]]:
     """Checks A and B of the weight of a module."""
     role = adapter.roles[module]
     if role.parameters:
@@ -101,18 +107,18 @@ def _assign_by_shape(
     adapter: Adapter,
     module: str,
     names: Sequence[str],
-    parts: Sequence[Part],
+    parts: Sequence[Part[TensorInfo]],
     shapes: Shapes | None,
     ordered: bool,
     problems: Problems,
-) -> list[Part]:
+) -> list[Part[TensorInfo]]:
     """Assigns A and B to parameters that the keys do not name, by shapes and ranks."""
     # There are n! ways. Without the model, some of the names may be of no parameter.
     few = len(parts) <= 6 and (shapes is None or len(parts) == len(names))
     tried = names[:6] if few else []
     roles = adapter.roles
     each = [{n: _try_parameter(roles[n], n, x, shapes) for n in tried} for x in parts]
-    fitting = list[list[Part]]()
+    fitting = list[list[Part[TensorInfo]]]()
     for order in adapter.clock.watch(itertools.permutations(tried, len(parts))):
         found = [x for fits, name in zip(each, order, strict=True) if (x := fits[name])]
         is_one = shapes is not None or len({x.experts for x in found}) == 1
@@ -136,7 +142,7 @@ def _assign_by_shape(
     return []
 
 
-def _is_gated(found: Sequence[Part]) -> bool:
+def _is_gated(found: Sequence[Part[TensorInfo]]) -> bool:
     """Whether gate_up_proj has twice the outputs that down_proj has inputs; A may have either."""
     own = {x.name.rpartition(".")[2]: x.matrix for x in found}
     rows, columns = own.get("gate_up_proj", (0, 0))
@@ -144,48 +150,48 @@ def _is_gated(found: Sequence[Part]) -> bool:
     return (columns, rows) == (outputs, 2 * inputs) or (rows, columns) == (inputs, 2 * outputs)
 
 
-def _try_parameter(role: Role, name: str, part: Part, shapes: Shapes | None) -> Part | None:
+def _try_parameter(
+    role: Role, name: str, part: Part[TensorInfo], shapes: Shapes | None
+) -> Part[TensorInfo] | None:
     """Returns A and B as a part of the parameter `name`; None if they do not fit."""
     rank, wide = role.rank, part.a.shape[0]
     part = part._replace(name=name, key=name, scale=role.scale)
     if shapes is None:
         fits = wide == part.b.shape[1]
-        part = part._replace(kind="experts", experts=wide // rank)
+        part = part._replace(kind=EXPERTS, experts=wide // rank)
     else:
         if len(shape := shapes[name]) == 3:
-            part = part._replace(kind="experts", experts=shape[0])
+            part = part._replace(kind=EXPERTS, experts=shape[0])
         else:
-            part = part._replace(kind="linear", transposed=False)
+            part = part._replace(kind=LINEAR, transposed=False)
         fits = list_orientations(part, shape)
     return part if fits and part.experts and wide == rank * part.experts else None
 
 
-def list_orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
+def list_orientations(part: Part[T], shape: tuple[int, ...]) -> list[bool]:
     """Lists whether a weight of a shape may be B·A (False) or its transpose (True)."""
     part = _fit_axes(part, shape)
-    rank, rows, columns = part.a.shape[0], part.b.shape[0], part.a.shape[1:]
-    experts = shape[:1] if part.kind == "experts" else ()
-    is_conv = len(columns) > 1
-    if rank != math.prod(part.b.shape[1:]) or 0 in experts or rank % math.prod(experts):
+    rank = part.a.shape[0]
+    is_conv = len(part.a.shape) > 2
+    if rank != math.prod(part.b.shape[1:]) or is_conv != (part.kind is CONV):
         return []
-    if is_conv != (part.kind == "conv") or (is_conv and part.transposed):
+    if part.experts == 0 or rank % part.experts:
         return []
-    known = {"conv": False, "embedding": True}.get(part.kind, part.transposed)
-    each = (False, (rows, *columns)), (True, (*columns, rows))
-    return [t for t, axes in each if (*experts, *axes) == shape and known in (None, t)]
+    known = part.transposed if part.kind.transposed is None else part.kind.transposed
+    return [t for t in (False, True) if known in (None, t) and part.delta(t) == shape]
 
 
-def _fit_axes(part: Part, shape: tuple[int, ...]) -> Part:
+def _fit_axes(part: Part[T], shape: tuple[int, ...]) -> Part[T]:
     """Gives A and B of a matrix the axes of a 1×1 convolution of `shape`, or takes them away.
 
     Some tools write the one for the other.
     """
     rest = shape[2:]
     extra = {*rest, *part.a.shape[2:], *part.b.shape[2:]}
-    if part.kind not in ("linear", "conv") or len(shape) < 2 or extra != {1}:
+    if part.kind not in (LINEAR, CONV) or len(shape) < 2 or extra != {1}:
         return part
     a, b = (x.reshape(x.shape[:2] + rest) for x in (part.a, part.b))
-    part = part._replace(kind="conv" if rest else "linear", a=a, b=b)
+    part = part._replace(kind=CONV if rest else LINEAR, a=a, b=b)
     if part.m is None or math.prod(part.m.shape) != b.shape[0]:
         return part
     return part._replace(m=part.m.reshape(part.magnitude_shape))
@@ -195,7 +201,7 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
     """Lists the parameters of the model that are selected but missing in the file."""
     fields = adapter.fields
     modules = adapter.modules.keys()
-    alone = adapter.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
+    alone = adapter.rest.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
 
     def is_missing(name: str) -> bool:
         module, _, parameter = name.rpartition(".")
@@ -203,7 +209,7 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
             return False  # a mask that GPT-2 has in its attention
         role = adapter.roles[module]
         if role.saves_whole(fields, parameter, module in modules):
-            return name not in adapter.full
+            return name not in adapter.rest.full
         if len(shapes[name]) < 2 or module in modules or name in alone:
             return False
         return parameter in role.parameters or (parameter == "weight" and role.adapts)
@@ -224,12 +230,12 @@ def identify(x: TensorInfo | np.ndarray, is_table: bool = False) -> tuple[Any, .
     return shape, x.dtype, hashlib.sha256(data).digest()
 
 
-def find_twins(parts: Iterable[Part]) -> dict[str, Part]:
+def find_twins(parts: Iterable[Part[T]]) -> dict[str, Part[T]]:
     """Maps each of two parts that change one shared weight equally to the other part."""
-    groups: dict[Any, dict[str, Part]] = {}
+    groups: dict[Any, dict[Kind, Part[T]]] = {}
     for part in parts:
-        if part.kind in ("embedding", "linear") and part.m is None:
-            is_table = part.kind == "embedding"
+        if part.kind in (EMBEDDING, LINEAR) and part.m is None:
+            is_table = part.kind is EMBEDDING
             a, b = (part.b, part.a) if is_table else (part.a, part.b)
             key = part.scale, identify(a, is_table), identify(b, is_table)
             groups.setdefault(key, {}).setdefault(part.kind, part)

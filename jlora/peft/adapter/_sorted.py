@@ -1,7 +1,6 @@
 """Sorts the tensors of an adapter by key and configuration."""
 
 import collections
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -10,11 +9,13 @@ from ..._errors import Problem
 from .._file import COUNT, COUNTS, FLOATS, PREFIX, TENSORS, TensorInfo, show
 from .._problems import Problems
 from .._vocabulary import is_table
+from ..names._kinds import CONV, EMBEDDING, LINEAR, LONE_ROWS, ROWS
 from ._config import PARAMETERS, ROWS_ALONE, problems_of
-from ._files import MAGNITUDE, Files
+from ._files import Files
+from ._parts import MAGNITUDE, Headers, Parameters, Part, Tokens
 from ._patterns import Clock
 from ._roles import Role, make_parameters, resolve
-from ._tokens import DELTA, DELTA_ALONE, WRAPPED, Tokens, find_rows
+from ._tokens import WRAPPED, find_rows
 
 BASE = ".base_layer"  # the module that an adapter wraps
 B_BIAS = ".lora_B.bias"
@@ -28,78 +29,6 @@ FACTOR = re.compile(
 )
 
 
-class Part(NamedTuple):
-    """A and B of one parameter, in PEFT's layout.
-
-    Attributes:
-        name: PyTorch's parameter.
-        kind: `linear`, `embedding`, `conv` or `experts`.
-        key: the name that patterns match: the module, or the parameter if it is targeted by name.
-        a: PEFT's A, an array or a `TensorInfo` of the file.
-        b: PEFT's B.
-        scale: s.
-        transposed: whether PyTorch stores the weight as (inputs, outputs); None if not known.
-        m: PEFT's magnitudes of DoRA, or None.
-        experts: how many experts A and B are for.
-    """
-
-    name: str
-    kind: str
-    key: str
-    a: Any
-    b: Any
-    scale: float
-    transposed: bool | None = None
-    m: Any = None
-    experts: int = 1
-
-    @property
-    def arrays(self) -> tuple[Any, ...]:
-        """A, B, and the magnitudes if there are any."""
-        return (self.a, self.b) if self.m is None else (self.a, self.b, self.m)
-
-    @property
-    def rank(self) -> int:
-        """The rank of one expert."""
-        return self.a.shape[0] // self.experts
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """The shape of B·A of one expert."""
-        return self.b.shape[0], math.prod(self.a.shape[1:])
-
-    @property
-    def magnitude_shape(self) -> tuple[int, ...]:
-        """The shape of PEFT's magnitudes: one for each output."""
-        n = self.b.shape[0]
-        return (1, n, *[1] * (len(self.a.shape) - 2)) if self.kind == "conv" else (n,)
-
-
-class Parameters(NamedTuple):
-    """The tensors of an adapter by PyTorch's parameters.
-
-    A tensor is an array, or a `TensorInfo` if its values are not read yet.
-
-    Attributes:
-        parts: A and B.
-        full: tensors that replace a parameter.
-        frozen: tensors that must equal the base's parameter.
-        tokens: rows that replace those of an embedding.
-        biases: tensors that `lora_bias` adds to the bias of a module, with their scale.
-    """
-
-    parts: list[Part]
-    full: dict[str, Any]
-    frozen: dict[str, Any]
-    tokens: dict[str, Tokens]
-    biases: dict[str, tuple[Any, float]]
-
-    @property
-    def changed(self) -> list[str]:
-        """The parameters that the adapter changes, but for the biases to which it adds."""
-        return [*(part.name for part in self.parts), *self.full, *self.tokens]
-
-
 class Adapter(NamedTuple):
     """The tensors of an adapter, sorted by kind.
 
@@ -110,33 +39,23 @@ class Adapter(NamedTuple):
         clock: the time that is left to match its patterns.
         modules: A and B by module. If several parameters of a module are adapted, the file does not
             distinguish them: they are in the order in which PEFT wraps them.
-        full: as in `Parameters`, like the next three.
-        frozen: tensors that must equal the base's parameter.
-        tokens: rows that replace those of an embedding.
-        biases: tensors that `lora_bias` adds.
+        rest: all but A and B.
         heads: tied heads, for which the configuration repeats the rows of the embedding.
     """
 
     fields: dict[str, Any]
     roles: dict[str, Role]
     clock: Clock
-    modules: dict[str, list[Part]]
-    full: dict[str, Any]
-    frozen: dict[str, Any]
-    tokens: dict[str, Tokens]
-    biases: dict[str, tuple[Any, float]]
+    modules: dict[str, list[Part[TensorInfo]]]
+    rest: Headers
     heads: list[str]
 
     @property
     def names(self) -> list[str]:
         """The parameters that the adapter may change."""
-        return [*self.full, *self.tokens, *self.biases, *self.parts]
-
-    @property
-    def parts(self) -> dict[str, list[Part]]:
-        """The A and B that may be of each parameter."""
         each = ((m, self.roles[m].parameters or ("weight",)) for m in self.modules)
-        return {f"{m}.{name}": self.modules[m] for m, names in each for name in names}
+        adapted = (f"{module}.{name}" for module, names in each for name in names)
+        return [*self.rest.changed, *self.rest.biases, *adapted]
 
     def resolve(self, modules: Iterable[str]) -> "Adapter":
         """Returns the same adapter with the roles of further modules."""
@@ -160,10 +79,10 @@ def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) 
     if fields.get("peft_type") == ROWS_ALONE:
         tokens = _rows_alone(fields, files.tensors, clock, problems)
         roles = resolve(fields, modules, clock)
-        return Adapter(fields, roles, clock, {}, {}, {}, tokens, {}, [])
+        return Adapter(fields, roles, clock, {}, Parameters([], tokens=tokens), [])
     sides = collections.defaultdict[tuple[str, int, bool], dict[str, TensorInfo]](dict)
-    endings = (MAGNITUDE, DELTA, B_BIAS) if fields.get("lora_bias") else (MAGNITUDE, DELTA)
-    by_ending = {end: dict[str, TensorInfo]() for end in (MAGNITUDE, DELTA, B_BIAS)}
+    by_ending = {end: dict[str, TensorInfo]() for end in (MAGNITUDE, *ROWS.keys, B_BIAS)}
+    endings = [end for end in by_ending if end != B_BIAS or fields.get("lora_bias")]
     others = dict[str, TensorInfo]()
     for x in files.tensors:
         name = x.key.removeprefix(PREFIX)
@@ -191,7 +110,8 @@ def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) 
             problems.add(deltas[module].key, "its module is also adapted or saved as a whole")
     tokens = {f"{module}.weight": Tokens(module, rows[module], deltas[module]) for module in rows}
     added = {f"{module}.bias": (x, roles[module].scale) for module, x in biases.items()}
-    return Adapter(fields, roles, clock, parts, full, frozen, tokens, added, heads)
+    rest = Parameters([], full, frozen, tokens, added)
+    return Adapter(fields, roles, clock, parts, rest, heads)
 
 
 def _list_targets(files: Files) -> dict[str, Any]:
@@ -206,11 +126,12 @@ def _list_targets(files: Files) -> dict[str, Any]:
 
 def _rows_alone(
     fields: Mapping[str, Any], tensors: Iterable[TensorInfo], clock: Clock, problems: Problems
-) -> dict[str, Tokens]:
+) -> dict[str, Tokens[TensorInfo]]:
     """Sorts the tensors of an adapter of rows alone."""
     rows = tuple(fields["token_indices"])
-    found = dict[str, Tokens]()
-    by_module = {x.key.removeprefix(PREFIX).removesuffix(DELTA_ALONE): x for x in tensors}
+    found = dict[str, Tokens[TensorInfo]]()
+    [end] = LONE_ROWS.keys
+    by_module = {x.key.removeprefix(PREFIX).removesuffix(end): x for x in tensors}
     if len(by_module) > PARAMETERS:
         why = f"has rows of {len(by_module)} modules; expected at most {PARAMETERS}"
         problems.add(TENSORS, why)
@@ -220,7 +141,7 @@ def _rows_alone(
     for module, x in by_module.items():
         # PEFT stores a tied head with its embedding, even if it is not selected.
         is_taken = module in selected or (selected and is_table(module))
-        if x.key != f"{PREFIX}{module}{DELTA_ALONE}" or not is_taken:
+        if x.key != f"{PREFIX}{module}{end}" or not is_taken:
             problems.add(x.key, f"unexpected; {problems.config} does not select it")
         elif x.dtype not in FLOATS:
             problems.add_not_floating(x)
@@ -308,23 +229,23 @@ def _parts(
     sides: Mapping[tuple[str, int, bool], Mapping[str, TensorInfo]],
     magnitudes: Mapping[str, TensorInfo],
     problems: Problems,
-) -> dict[str, list[Part]]:
+) -> dict[str, list[Part[TensorInfo]]]:
     """Pairs A and B of each module with their magnitudes, the innermost first."""
-    found: dict[str, list[Part]] = {module: [] for module, *_ in sides}
+    found: dict[str, list[Part[TensorInfo]]] = {module: [] for module, *_ in sides}
     shallowest: dict[str, int] = {}
     is_dora = bool(fields.get("use_dora"))
     for (module, depth, table), pair in sorted(sides.items(), key=lambda x: -x[0][1]):
         key = PREFIX + module + BASE * depth
         shallowest[module] = depth
-        end = "lora_embedding_{}" if table else "lora_{}.weight"
         there = [*pair.values()]
         shapes = tuple(pair[side].shape for side in sorted(pair))
         if lost := [side for side in "AB" if side not in pair]:
-            problems.add(f"{key}.{end.format(*lost)}", _without(there[0], problems))
+            a, b = (EMBEDDING if table else LINEAR).keys
+            problems.add(key + (a if lost == ["A"] else b), _without(there[0], problems))
         elif min(map(len, shapes)) < 2:
             problems.add(key, f"expected matrices as A and B, got shapes {shapes}")
         else:
-            kind = "embedding" if table else "linear" if len(shapes[0]) == 2 else "conv"
+            kind = EMBEDDING if table else LINEAR if len(shapes[0]) == 2 else CONV
             m = magnitudes.get(module) if is_dora else None
             name = f"{module}.weight"
             scale = roles[module].scale

@@ -1,35 +1,19 @@
 """Rows of embeddings that PEFT trains, and the heads tied to these embeddings."""
 
 from collections.abc import Container, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..._errors import Problem
 from .._file import PREFIX, TENSORS, show
 from .._problems import Problems
+from ..names._kinds import ROWS
 from ._config import PARAMETERS
+from ._parts import RowNumbers, Tokens
 
-DELTA = ".token_adapter.trainable_tokens_delta"
-DELTA_ALONE = ".trainable_tokens_delta"
 WRAPPED = ".token_adapter"
 INDICES = "trainable_token_indices"
-
-RowNumbers = tuple[int, ...]
-
-
-class Tokens(NamedTuple):
-    """Rows of an embedding.
-
-    Attributes:
-        module: PyTorch's module.
-        rows: the numbers of the k rows.
-        v: the new values, (k, dim): an array or a `TensorInfo`.
-    """
-
-    module: str
-    rows: RowNumbers
-    v: Any
 
 
 def find_rows(
@@ -57,7 +41,7 @@ def find_rows(
             found[module] = each.pop()
         else:
             why = f"{INDICES} lists {'other rows too' if each else 'none of its rows'}"
-            problems.add(f"{PREFIX}{module}{DELTA}", f"unexpected; {why}")
+            problems.add(f"{PREFIX}{module}{ROWS.keys[0]}", f"unexpected; {why}")
     alone = [key for key in listed if not any(module.endswith(key) for module in modules)]
     heads = [key for key in alone if listed[key] in found.values()]
     problems.found += [_without_values(key) for key in alone if key not in heads]

@@ -23,6 +23,7 @@ from ..._quantized import (
     dequantize,
     spell,
 )
+from ..names._kinds import EMBEDDING
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._torch_layout import take_part
@@ -154,7 +155,7 @@ def make_leaf(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
     name = leaf.name
     dtype = modules[0].dtype or leaf.value.dtype
     first, last = name.where("o"), name.where("i")
-    if name.kind == "embedding":
+    if leaf.kind is EMBEDDING:
         first, last = name.where("v"), name.where("o")
     order = (*first, *last)
     stack = (*name.where("ls"), *name.where("e"))  # experts are within modules

@@ -23,6 +23,7 @@ from ..._types import PyTree
 from ...sharding._specs import place_codes
 from .._checkpoint import MODELS, open_checkpoint
 from .._file import DTYPES, FORMAT
+from ..names._kinds import EMBEDDING, EXPERTS, LINEAR
 from ..names._leaves import NamedLeaf, split_experts
 from ..names._names import Name
 from ..names._torch_layout import join_weight, take_part
@@ -132,14 +133,14 @@ def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str], places: P
     if jnp.issubdtype(leaf.value.dtype, jnp.integer):
         return _read_integers(leaf, [view.tensor for view in views], format)
     tensors = [piece.tensor for view in views for piece in view.pieces]
-    is_matrix = name.kind in ("embedding", "experts", "linear")
+    is_matrix = leaf.kind in (EMBEDDING, EXPERTS, LINEAR)
     coded = [tensor for tensor in tensors if is_matrix and tensor in quantized]
     if not coded:
         each = (take_part(_read_dense(format, view, whole), name) for view in views)
         return put(join_weight(leaf, list(each)))
     if any(piece.at or piece.own for view in views for piece in view.pieces):
         return _read(_split(leaf, views), format, quantized, Places())
-    is_swapped = name.kind == "experts" and name.transposed and format.keeps_axes
+    is_swapped = leaf.kind is EXPERTS and name.transposed and format.keeps_axes
     if not name.is_plain or is_swapped:
         raise Unreadable(
             coded[0],
@@ -156,7 +157,7 @@ def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str], places: P
 
 def _split(leaf: NamedLeaf, views: Sequence[View]) -> NamedLeaf:
     """Splits a leaf into quantized single experts."""
-    found = split_experts(leaf, views) if leaf.name.kind == "experts" else None
+    found = split_experts(leaf, views) if leaf.kind is EXPERTS else None
     if found is None:
         raise Unreadable(
             leaf.parameters[0],

@@ -15,7 +15,7 @@ from ..._errors import InputError
 from .._checkpoint import read_exactly
 from .._file import DTYPES, TensorInfo
 from .._write import Edit
-from ..adapter._tokens import Tokens
+from ..adapter._parts import Tokens
 
 Rows = slice | np.ndarray
 BLOCK = 2**19  # numbers
@@ -43,7 +43,7 @@ class NewValues(Edit):
 class NewRows(Edit):
     """Replaces rows of a table."""
 
-    tokens: Tokens
+    tokens: Tokens[np.ndarray]
 
     def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yields the table with the new rows."""

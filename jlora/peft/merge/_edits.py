@@ -7,12 +7,12 @@ import numpy as np
 from .._problems import Problems
 from .._write import Edit
 from ..adapter._parameters import list_orientations
-from ..adapter._sorted import Parameters, Part
+from ..adapter._parts import Part, Values
 from ..places._views import Places
 from ._blocks import NewRows, NewValues, Parts, Sum
 
 
-def find_edits(model: Places, contents: Parameters, problems: Problems) -> dict[str, Edit]:
+def find_edits(model: Places, contents: Values, problems: Problems) -> dict[str, Edit]:
     """Finds the edit of each tensor that changes."""
     found, parts = dict[str, Edit](), dict[str, dict[int, tuple[int, Edit]]]()
     for name, change in _list_changes(model, contents, problems):
@@ -33,7 +33,7 @@ def find_edits(model: Places, contents: Parameters, problems: Problems) -> dict[
 
 
 def _list_changes(
-    model: Places, contents: Parameters, problems: Problems
+    model: Places, contents: Values, problems: Problems
 ) -> Iterator[tuple[str, NewValues | Sum]]:
     """Yields the change of each parameter."""
     for name, x in contents.full.items():
@@ -49,17 +49,16 @@ def _list_changes(
         elif part.m is not None and flips[0] and len(view.pieces) > 1:
             problems.add(part.name, "DoRA of inputs, but the checkpoint has it in parts")
         else:
-            yield part.name, _make_sum(part, view.shape, *flips)
+            yield part.name, _make_sum(part, *flips)
     one = np.ones((1, 1, 1), np.float32)
     for name, (x, scale) in contents.biases.items():
         yield name, Sum(x.reshape(1, -1, 1), one, scale)
 
 
-def _make_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
-    """Makes the sum that adds `part` to a weight of `shape`."""
-    count = shape[0] if part.kind == "experts" else 1
+def _make_sum(part: Part[np.ndarray], transposed: bool) -> Sum:
+    """Makes the sum that adds `part` to a weight, which may be transposed."""
     rows, columns = part.matrix
-    b = part.b.reshape(rows, -1, count).transpose(2, 0, 1)  # rank outside of experts
-    a = part.a.reshape(count, -1, columns)  # experts outside of rank
+    b = part.b.reshape(rows, -1, part.experts).transpose(2, 0, 1)  # rank outside of experts
+    a = part.a.reshape(part.experts, -1, columns)  # experts outside of rank
     found = Sum(b, a, part.scale, None if part.m is None else part.m.reshape(-1))
     return found.transpose if transposed else found

@@ -16,11 +16,12 @@ from .._file import COUNT, COUNTS, DTYPES, show
 from .._problems import Problems
 from .._vocabulary import is_head
 from ..adapter._arranged import arrange
-from ..adapter._files import Files, fill
+from ..adapter._files import Files
 from ..adapter._open import open_adapter
 from ..adapter._parameters import assign_parameters, list_missing, list_orientations
+from ..adapter._parts import Headers, Parameters, T, Values, fill
 from ..adapter._roles import make_saves
-from ..adapter._sorted import Adapter, Parameters, explain_resized, sort_tensors
+from ..adapter._sorted import Adapter, explain_resized, sort_tensors
 from ..adapter._tokens import list_misfits, list_unequal
 from ..names._names import Name
 from ..names._weights import split_all
@@ -51,7 +52,7 @@ def match_to_checkpoint(
     ignore: Collection[str] = (),
     prefix: str | None = None,
     renamed: Pairs = (),
-) -> tuple[Target, Parameters, Shared]:
+) -> tuple[Target, Values, Shared]:
     """Reads a PEFT folder, or a tree with `names`, and finds its parameters in the checkpoint.
 
     Returns:
@@ -87,14 +88,13 @@ def _match_tree(
     names: Sequence[Name],
     problems: Problems,
     renamed: Pairs,
-) -> tuple[Target, Parameters, Shared]:
+) -> tuple[Target, Values, Shared]:
     nodes = adapter_leaves(adapter)
     shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in nodes.items()}
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
     tree = arrange(base, adapter, names)
     full = split_all(leaf._replace(value=nodes[leaf.path]) for leaf in tree.full)
-    tokens = {f"{x.module}.weight": x for x in tree.tokens}
-    found = Parameters(tree.parts, full, {}, tokens, {})
+    found = Parameters(tree.parts, full, tokens=tree.tokens)
     places = next(find(found.changed, checkpoint.shapes, checkpoint.config, renamed))
     target = Target(checkpoint, places)
     shared = find_shared(target, found, problems)
@@ -111,7 +111,7 @@ def _match_tree(
 
 def _match_files(
     checkpoint: Checkpoint, files: Files, problems: Problems, renamed: Pairs
-) -> tuple[Target, Parameters, Shared]:
+) -> tuple[Target, Values, Shared]:
     adapter = sort_tensors(files, problems)
     is_transposed = bool(files.fields.get("fan_in_fan_out"))
     models = find(adapter.names, checkpoint.shapes, checkpoint.config, renamed)
@@ -130,6 +130,7 @@ def _match_files(
     tokens, heads = separate_heads(model, shared, found.tokens)
     found = found._replace(parts=parts, tokens=tokens)
     _check(target, found, problems)
+    _check_biases(model, found, problems)
     problems.found[:0] = list_absent(checkpoint, model, found)  # of the others, the likely cause
     values = files.values((found, heads), problems)
     problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
@@ -163,7 +164,7 @@ def _find_layers(name: str) -> str | None:
     return None if at is None else ".".join(parts[:at])
 
 
-def _check(target: Target, found: Parameters, problems: Problems) -> None:
+def _check(target: Target, found: Parameters[T], problems: Problems) -> None:
     """Adds the parameters whose shape or dtype in the checkpoint does not fit."""
     checkpoint, model = target
     for name, x in found.tokens.items():
@@ -173,12 +174,12 @@ def _check(target: Target, found: Parameters, problems: Problems) -> None:
             problems.found += list_misfits(x, view.shape)
     for part in found.parts:
         if (view := model.get(part.name)) and not list_orientations(part, view.shape):
-            why = f"expected a {part.kind} weight of shape {view.shape}, but A {part.a.shape} and B"
+            why = f"expected a {part.kind.name} weight of shape {view.shape}, but"
             is_swapped = sorted(view.shape) == sorted(part.matrix)
             swapped = ": A has the outputs, and B the inputs" * is_swapped
-            problems.add(part.name, f"{why} {part.b.shape} make {part.matrix}{swapped}")
-    whole = found.full | found.frozen
-    adapted = {part.key for part in found.parts}
+            made = f"A {part.a.shape} and B {part.b.shape} make {part.matrix}"
+            problems.add(part.name, f"{why} {made}{swapped}")
+    whole = {**found.full, **found.frozen}
     for name, x in whole.items():
         if (view := model.get(name)) is None:
             continue
@@ -190,6 +191,18 @@ def _check(target: Target, found: Parameters, problems: Problems) -> None:
             problems.add(name, why)
         elif len(view.pieces) > 1:
             problems.add(name, "in full, but the checkpoint has it in parts")
+    names = (part.name for part in found.parts)
+    for name in dict.fromkeys([*found.tokens, *names, *whole, *found.biases]):
+        pieces = model[name].pieces if name in model else ()
+        known = COUNTS if name.endswith(COUNT) else DTYPES
+        if odd := {checkpoint.entry(x.tensor).dtype for x in pieces} - known.keys():
+            remedy = "" if known is COUNTS else "Dequantize the checkpoint first."
+            problems.add(name, f"of dtype {min(odd)}; expected one of {', '.join(known)}", remedy)
+
+
+def _check_biases(model: Places, found: Headers, problems: Problems) -> None:
+    """Adds the tensors of `lora_bias` that the checkpoint has no bias for."""
+    adapted = {part.key for part in found.parts}
     for name, (x, _) in found.biases.items():
         view = model.get(name)
         if name in found.full:
@@ -201,16 +214,9 @@ def _check(target: Target, found: Parameters, problems: Problems) -> None:
             problems.add(
                 x.key, f"has shape {x.shape}, but the module in the checkpoint has {there}"
             )
-    names = (part.name for part in found.parts)
-    for name in dict.fromkeys([*found.tokens, *names, *whole, *found.biases]):
-        pieces = model[name].pieces if name in model else ()
-        known = COUNTS if name.endswith(COUNT) else DTYPES
-        if odd := {checkpoint.entry(x.tensor).dtype for x in pieces} - known.keys():
-            remedy = "" if known is COUNTS else "Dequantize the checkpoint first."
-            problems.add(name, f"of dtype {min(odd)}; expected one of {', '.join(known)}", remedy)
 
 
-def check_frozen(target: Target, found: Parameters, problems: Problems) -> None:
+def check_frozen(target: Target, found: Values, problems: Problems) -> None:
     """Adds the frozen tensors of an adapter whose values differ from the checkpoint's."""
     checkpoint, model = target
     for name, x in found.frozen.items():

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._vocabulary import copy_config, is_table
+from ..adapter._parts import Headers
 from ..adapter._roles import make_saves
-from ..adapter._sorted import Adapter, Parameters
+from ..adapter._sorted import Adapter
 from ._target import Target
 
 # PEFT's tasks, and how `transformers` calls the classes of models for them.
@@ -20,7 +21,7 @@ _HAS_LABELS = re.compile(r"Classification|Segmentation")
 _LABELS, _MOST = 2, 100_000  # labels where a configuration does not say how many, and at most
 
 
-def add_head(target: Target, found: Parameters, adapter: Adapter) -> Target:
+def add_head(target: Target, found: Headers, adapter: Adapter) -> Target:
     """Adds what `modules_to_save` has and the checkpoint lacks.
 
     The configuration gets the class of the model with that head, and its labels. Nothing is added

@@ -7,8 +7,7 @@ import numpy as np
 
 from .._file import TensorInfo
 from .._vocabulary import TIE, copy_config, is_head, walk_objects
-from ..adapter._files import fill, list_tensors
-from ..adapter._sorted import Parameters
+from ..adapter._parts import Parameters, T, fill, list_tensors
 from ..places._views import module_of
 from ._target import Target
 from ._ties import Shared, find_plain, list_even
@@ -17,8 +16,8 @@ Read = Callable[[Iterable[TensorInfo]], Mapping[str, np.ndarray]]
 
 
 def store_head(
-    target: Target, found: Parameters, shared: Shared, read: Read
-) -> tuple[Target, Parameters, Shared]:
+    target: Target, found: Parameters[T], shared: Shared, read: Read
+) -> tuple[Target, Parameters[T], Shared]:
     """Gives the head of a plain decoder its own weight if the adapter changes the two differently.
 
     New rows in the embedding are new in the head too, as in PEFT.
@@ -52,12 +51,12 @@ def store_head(
     return target, found._replace(tokens=tokens), {}
 
 
-def _are_even(found: Parameters, names: Iterable[str], read: Read) -> bool:
+def _are_even(found: Parameters[T], names: Iterable[str], read: Read) -> bool:
     """Whether the changes of embedding and head are the same."""
     names = {*names}
     parts = [x for x in found.parts if x.name in names]
     full = {name: x for name, x in found.full.items() if name in names}
-    own = Parameters(parts, full, {}, {}, {})
+    own = Parameters(parts, full)
     return names == list_even(fill(own, read(list_tensors(own))))
 
 

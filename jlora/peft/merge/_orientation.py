@@ -8,10 +8,11 @@ as there are outputs. Without one, a weight is transposed if the adapter says so
 from collections.abc import Sequence
 
 from ..adapter._parameters import Shapes, list_orientations
-from ..adapter._sorted import Part
+from ..adapter._parts import Part, T
+from ..names._kinds import EXPERTS, LINEAR, Kind
 
 
-def orient(parts: Sequence[Part], shapes: Shapes, flag: bool) -> list[Part]:
+def orient(parts: Sequence[Part[T]], shapes: Shapes, flag: bool) -> list[Part[T]]:
     """Sets `transposed` of the linear parts and experts that leave it open.
 
     Modules with the same last name are stored alike. If the shapes of none of them tell how,
@@ -24,22 +25,22 @@ def orient(parts: Sequence[Part], shapes: Shapes, flag: bool) -> list[Part]:
         flag: whether square weights are transposed if nothing else tells.
     """
     biased = {name: x for name in shapes if (x := _tell_by_bias(name, shapes)) is not None}
-    seen = {t: {_group("linear", n) for n, x in biased.items() if x is t} for t in (False, True)}
+    seen = {t: {_group(LINEAR, n) for n, x in biased.items() if x is t} for t in (False, True)}
     fits = {part.name: list_orientations(part, shapes.get(part.name, ())) for part in parts}
     for part in parts:
         # A linear part that fits only the transpose may be a mistake.
-        if len(own := fits[part.name]) == 1 and (part.kind == "experts" or own == [False]):
+        if len(own := fits[part.name]) == 1 and (part.kind is EXPERTS or own == [False]):
             seen[own[0]].add(_group(part.kind, part.name))
-    has_linear, has_conv1d = (any(kind == "linear" for kind, _ in seen[t]) for t in (False, True))
+    has_linear, has_conv1d = (any(kind is LINEAR for kind, _ in seen[t]) for t in (False, True))
 
-    def find(part: Part) -> bool | None:
-        if part.kind == "linear" and _bias_of(part.name) not in shapes:
+    def find(part: Part[T]) -> bool | None:
+        if part.kind is LINEAR and _bias_of(part.name) not in shapes:
             return flag and fits[part.name] == [True]
         votes = [t for t in (False, True) if _group(part.kind, part.name) in seen[t]]
         votes = [biased[part.name]] if part.name in biased else votes
-        if part.kind == "experts" and len(fits[part.name]) == 1:
+        if part.kind is EXPERTS and len(fits[part.name]) == 1:
             votes = fits[part.name]
-        if votes or part.kind == "experts":
+        if votes or part.kind is EXPERTS:
             return votes[0] if len(votes) == 1 else None
         if has_conv1d:
             return True if flag and not has_linear else None
@@ -47,7 +48,7 @@ def orient(parts: Sequence[Part], shapes: Shapes, flag: bool) -> list[Part]:
 
     return [
         part._replace(transposed=find(part))
-        if part.transposed is None and part.kind in ("linear", "experts")
+        if part.transposed is None and part.kind.transposed is None
         else part
         for part in parts
     ]
@@ -70,6 +71,6 @@ def _bias_of(name: str) -> str:
     return name.removesuffix("weight") + "bias"
 
 
-def _group(kind: str, name: str) -> tuple[str, str]:
+def _group(kind: Kind, name: str) -> tuple[Kind, str]:
     """Returns a key for modules with the same orientation: kind and last name."""
     return kind, name.rpartition(".")[0].rpartition(".")[2]

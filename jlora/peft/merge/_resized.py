@@ -5,17 +5,18 @@ from typing import Any
 
 from .._problems import Problems
 from .._vocabulary import copy_config, is_table, walk_objects
-from ..adapter._sorted import Parameters, explain_resized
+from ..adapter._parts import Parameters, T
+from ..adapter._sorted import explain_resized
 from ._target import Target
 
 
-def fit_vocabulary(target: Target, found: Parameters, problems: Problems) -> Target:
+def fit_vocabulary(target: Target, found: Parameters[T], problems: Problems) -> Target:
     """Resizes embedding and head, and what else has a number for each token, as the adapter did.
 
     Adds a problem if the adapter does not hold all of these.
     """
     checkpoint, model = target
-    whole = {n: x for n, x in (found.frozen | found.full).items() if n in model}
+    whole = {n: x for n, x in {**found.frozen, **found.full}.items() if n in model}
     tables = {n for n, x in whole.items() if explain_resized(n, x.shape, model[n].shape)}
     sizes = {(model[name].shape[0], whole[name].shape[0]) for name in tables}
     if len(sizes) != 1:

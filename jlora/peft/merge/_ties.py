@@ -25,8 +25,9 @@ from .._vocabulary import (
 )
 from .._write import Edit
 from ..adapter._parameters import find_twins, identify
-from ..adapter._sorted import Adapter, Parameters
-from ..adapter._tokens import Tokens, find_table, list_lone_heads
+from ..adapter._parts import Parameters, T, Tokens
+from ..adapter._sorted import Adapter
+from ..adapter._tokens import find_table, list_lone_heads
 from ..places._find import explain_absent
 from ..places._views import Places, Shape, module_of
 from ._target import Target
@@ -39,7 +40,7 @@ _UNTIE = (
 )
 
 
-def find_shared(target: Target, found: Parameters, problems: Problems) -> dict[str, list[str]]:
+def find_shared(target: Target, found: Parameters[T], problems: Problems) -> dict[str, list[str]]:
     """Finds the embeddings and heads that an adapter changes and the model may read twice.
 
     If the checkpoint lacks a head that the adapter changes, an embedding may be that head. Adds a
@@ -107,7 +108,7 @@ def find_plain(target: Target) -> Pair | None:
 
 
 def list_uneven(
-    target: Target, found: Parameters, shared: Shared, saves: Callable[[str], bool]
+    target: Target, found: Parameters[T], shared: Shared, saves: Callable[[str], bool]
 ) -> list[Problem]:
     """Lists shared weights of which the adapter may change the two readings differently.
 
@@ -133,21 +134,21 @@ def list_uneven(
     return [Problem(model.tensor(name), why, _UNTIE) for name in names if name not in even]
 
 
-def list_even(found: Parameters) -> set[str]:
+def list_even(found: Parameters[T]) -> set[str]:
     """Lists the parameters that are changed as another one is."""
     counts = collections.Counter(map(identify, found.full.values()))
     same = (name for name, x in found.full.items() if counts[identify(x)] > 1)
     return {*find_twins(found.parts), *same}
 
 
-def list_absent(checkpoint: Checkpoint, model: Places, found: Parameters) -> list[Problem]:
+def list_absent(checkpoint: Checkpoint, model: Places, found: Parameters[T]) -> list[Problem]:
     """Lists the parameters of an adapter that the checkpoint does not have.
 
     A tied parameter is not listed if the one in the checkpoint gets the same values. Values that
     are not read yet are compared by shape.
     """
     lost = [x.name for x in found.parts if x.name not in model]
-    whole = found.full | found.frozen
+    whole = {**found.full, **found.frozen}
     if lost:
         shared = find_twins(found.parts)
         lost = [name for name in lost if name not in shared or shared[name].name not in model]
@@ -171,8 +172,8 @@ def _advise(name: str) -> str:
 
 
 def separate_heads(
-    model: Places, shared: Shared, tokens: Mapping[str, Tokens]
-) -> tuple[dict[str, Tokens], list[tuple[Tokens, Tokens]]]:
+    model: Places, shared: Shared, tokens: Mapping[str, Tokens[T]]
+) -> tuple[dict[str, Tokens[T]], list[tuple[Tokens[T], Tokens[T]]]]:
     """Returns the rows of embeddings in the checkpoint, and pairs of tied heads and embeddings."""
     heads = []
     there = dict(tokens)

@@ -21,6 +21,7 @@ from .._file import DTYPES
 from .._vocabulary import find_tied_head
 from ..places._find import as_transformers_stores, stored_as_is
 from ._generalized import Held, Home, find_homes, generalize
+from ._kinds import EMBEDDING, EXPERTS, find_kind
 from ._leaves import NamedLeaf, path_in_names, resolve
 from ._names import Name
 from ._torch_layout import split_weight, take_part
@@ -131,7 +132,7 @@ def find_names(params: PyTree, folder: str | os.PathLike[str], sites: HasSites) 
         tensors.used |= {key for held in found.values() for key in held.keys.flat}
     # Of two leaves that hold the same, the embedding has the name, or else the first.
     owners = dict[Any, str]()
-    for held in sorted(found.values(), key=lambda held: held.row.kind != "embedding"):
+    for held in sorted(found.values(), key=lambda held: find_kind(held.row.axes) is not EMBEDDING):
         for key in held.keys.flat:
             owners.setdefault((key, held.row.part), held.path)
     for name, held in list(found.items()):
@@ -241,7 +242,7 @@ class _Tensors:
         for x in split_weight(leaf, leaf.value).values():
             found = table.find(x, ROUNDED if x.dtype.itemsize == 2 else EXACT)
             names = [*found]
-            if row.kind == "embedding" and names:
+            if leaf.kind is EMBEDDING and names:
                 row, names = self._tie(row, names)
             if len(names) > 1:
                 raise _SeveralError(", ".join(names[:9]))
@@ -256,7 +257,7 @@ class _Tensors:
             return None
         if factor != 1:
             row = dataclasses.replace(row, times=Times(factor))
-        if row.transposed and row.kind == "experts":
+        if row.transposed and leaf.kind is EXPERTS:
             row = dataclasses.replace(row, is_transposed=self.is_transposed)
         return keys, row
 

@@ -14,6 +14,7 @@ from ..._errors import InputError, Problem, shorten
 from ..._tree import leaves_by_path, name_of
 from ..._types import Layout, Path, PyTree
 from ..places._views import View
+from ._kinds import EXPERTS, Kind, find_kind
 from ._names import RANK, Name, fill_indices, multiply_lengths
 
 
@@ -54,6 +55,11 @@ class NamedLeaf(NamedTuple):
         return layout._replace(slots=(count, self.slots, axis))
 
     @property
+    def kind(self) -> Kind | None:
+        """The kind of the weight; None for a parameter that is no matrix."""
+        return find_kind(self.name.axes)
+
+    @property
     def parameters(self) -> list[str]:
         """PyTorch's parameters, in the order of `modules`."""
         return [f"{module}.{self.name.parameter}".removeprefix(".") for module in self.modules]
@@ -61,7 +67,7 @@ class NamedLeaf(NamedTuple):
     @property
     def is_bare(self) -> bool:
         """Whether PEFT selects the parameter by its own name: one of experts, or no `weight`."""
-        return self.name.kind == "experts" or self.name.parameter != "weight"
+        return self.kind is EXPERTS or self.name.parameter != "weight"
 
     def key(self, module: str) -> str:
         """Returns the name by which PEFT selects the parameter: its own, or the module's."""

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from ..._types import Layout
+from ._kinds import CONV, EMBEDDING, EXPERTS, find_kind
 
 RANK = "rank"  # the axis of A and B that the weight does not have
 Axes = tuple[int | str, ...]  # axes of the weight, and the rank
@@ -101,8 +102,9 @@ class Name:
             j, n = self.part
             if not 0 <= j < n:
                 return "`part` must be (j, n) with 0 <= j < n"
-            is_odd = self.transposed and self.kind != "experts"
-            if is_odd or self.kind in ("embedding", "conv") or "s" in counts:
+            kind = find_kind(self.axes)
+            is_odd = self.transposed and kind is not EXPERTS
+            if is_odd or kind in (EMBEDDING, CONV) or "s" in counts:
                 return "only experts, and linear weights that are not transposed, have a `part`"
         return None
 
@@ -114,10 +116,8 @@ class Name:
     @property
     def kind(self) -> str | None:
         """`linear`, `embedding`, `conv` or `experts`; None for a parameter that is no matrix."""
-        if not set("iv") & set(self.axes):
-            return None
-        kinds = {"e": "experts", "v": "embedding", "k": "conv", "i": "linear"}
-        return next((kind for letter, kind in kinds.items() if letter in self.axes), None)
+        kind = find_kind(self.axes)
+        return kind and kind.name
 
     def where(self, letters: str) -> tuple[int, ...]:
         """Returns the axes that have one of `letters`."""
@@ -138,7 +138,7 @@ class Name:
     @property
     def is_swapped(self) -> bool:
         """Whether PEFT's A is jlora's B."""
-        return self.transposed and self.kind == "experts" and not self.is_transposed
+        return self.transposed and find_kind(self.axes) is EXPERTS and not self.is_transposed
 
     @functools.cached_property
     def factor_groups(self) -> dict[str, Groups]:
@@ -146,24 +146,23 @@ class Name:
 
         If A and B are swapped, `swap` makes PEFT's.
         """
-        i, o, e = self.where("ikv"), self.where("o"), self.where("e")
-        if self.kind == "conv":
-            window = [(d,) for d in self.where("k")]
-            ones = [()] * len(self.where("k"))
-            a, b, m = [(RANK,), self.where("i"), *window], [o, (RANK,), *ones], [(), o, *ones]
-            return {"a": a, "b": b, "m": m}
-        return {"a": [(*e, RANK), i], "b": [o, (RANK, *e)], "m": [o]}
+        i, o, e = self.where("iv"), self.where("o"), self.where("e")
+        window = [(d,) for d in self.where("k")]
+        ones = [()] * len(window)
+        m = [*ones[:1], o, *ones]
+        return {"a": [(*e, RANK), i, *window], "b": [o, (RANK, *e), *ones], "m": m}
 
     @property
     def weight_groups(self) -> Groups:
         """For each axis of the weight in PyTorch, the axes of the leaf that it flattens."""
         i, o = self.where("iv"), self.where("o")
         experts = [(d,) for d in self.where("e")]
-        if self.kind is None:
-            return [*experts, *([o] if o else []), *((d,) for d in self.where("k"))]
-        if self.kind == "embedding" or self.transposed:
+        window = [(d,) for d in self.where("k")]
+        if not i:
+            return [*experts, *([o] if o else []), *window]
+        if "v" in self.axes or self.transposed:
             return [*experts, i, o]
-        return [*experts, o, i, *((d,) for d in self.where("k"))]
+        return [*experts, o, i, *window]
 
 
 _SUM = re.compile(r"\{((?:(?:\d+\*?|\\\d+)(?:\+(?:\d+\*?|\\\d+))*)?)\}")
