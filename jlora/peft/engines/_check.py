@@ -14,7 +14,7 @@ from ..adapter._files import Files, open_files
 from ..adapter._sorted import FACTOR
 from . import ENGINES
 from ._engine import Base, Engine, Finding, Served, Side
-from ._findings import AGAIN
+from ._vllm import AGAIN
 
 
 class Checked(NamedTuple):
@@ -100,12 +100,12 @@ def check(
     if image := find_image(path):
         why = f"serves no image LoRA; {image} is no adapter of PEFT in a folder"
         raise InputError("path", f"{server.title} {why}.", path=image)
-    files = open_files(source := Source(to_path(path)), ignore)
+    files = open_files(Source(to_path(path)), ignore)
     if wrong := list_misformed(files.fields):
         findings = [Finding(x.where, x.why, AGAIN, False) for x in wrong]
         notes = []
     else:
-        served = _served(source, files, None if base is None else _base(base), rank)
+        served = _served(files, None if base is None else _base(base), rank)
         findings = [found for rule in server.rules for found in rule(served)]
         notes = list(server.notes(served))
     folder, model = (shlex.quote(os.fspath(x)) for x in (path, base or "BASE"))
@@ -122,7 +122,7 @@ def _rank(engine: Engine, given: int | None) -> int:
     return engine.rank if given is None else given
 
 
-def _served(source: Source, files: Files, base: Base | None, max_lora_rank: int) -> Served:
+def _served(files: Files, base: Base | None, max_lora_rank: int) -> Served:
     factors, others = list[Side](), list[str]()
     for x in files.tensors:
         if found := FACTOR.fullmatch(x.key.removeprefix(PREFIX)):
@@ -131,7 +131,7 @@ def _served(source: Source, files: Files, base: Base | None, max_lora_rank: int)
             factors.append(Side(x.key, *one))
         else:
             others.append(x.key)
-    return Served(source, files.fields, factors, others, base, max_lora_rank)
+    return Served(files.fields, factors, others, base, max_lora_rank)
 
 
 def _base(path: str | os.PathLike[str]) -> Base:

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .._file import Source
 from ..adapter._config import DEFAULTS
 from ..adapter._patterns import Clock
 from ..adapter._roles import list_parents, resolve
@@ -55,6 +54,11 @@ class Side(NamedTuple):
     def last(self) -> str:
         """The last component of the module's name."""
         return self.module.rpartition(".")[2]
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it is for all experts of a module together, by `target_parameters`."""
+        return self.depth > 0 or self.last == "experts"
 
 
 class Base:
@@ -111,7 +115,6 @@ class Served:
     """An adapter as an engine gets it.
 
     Attributes:
-        source: its folder.
         fields: its configuration.
         factors: each A and B.
         others: the keys of all other tensors.
@@ -119,7 +122,6 @@ class Served:
         max_lora_rank: the largest rank that the server supports.
     """
 
-    source: Source
     fields: Mapping[str, Any]
     factors: list[Side]
     others: list[str]
