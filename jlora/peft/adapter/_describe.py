@@ -17,7 +17,7 @@ from ..names._kinds import LINEAR
 from ..names._leaves import NamedLeaf
 from ._arranged import Tree
 from ._config import PATTERNS, ROWS_ALONE, list_misformed
-from ._parts import Part
+from ._parts import INDICES, Part, find_rows, list_lone_heads
 from ._patterns import Clock
 from ._roles import (
     Role,
@@ -30,7 +30,6 @@ from ._roles import (
     saves_bias,
 )
 from ._sorted import SAVED_BY_NAME, is_of_vocabulary, may_tie
-from ._tokens import INDICES, find_rows, list_lone_heads
 
 Fields = dict[str, Any]
 

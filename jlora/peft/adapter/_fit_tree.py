@@ -15,9 +15,17 @@ from ..names._kinds import EMBEDDING, LINEAR
 from ..names._leaves import NamedLeaf, find_tied_heads
 from ..names._torch_layout import split_weight
 from ..names._weights import explain_narrowing
-from ._parts import Headers, Part, Tokens
+from ._parts import (
+    Header,
+    Headers,
+    Part,
+    Tokens,
+    find_table,
+    list_lone_heads,
+    list_misfits,
+    list_unequal,
+)
 from ._sorted import explain_resized
-from ._tokens import find_table, list_lone_heads, list_misfits, list_unequal
 
 # The tensor of a head, the tensor of its embedding, and whether one is the other's transpose.
 Pair = tuple[TensorInfo, TensorInfo, bool]
@@ -91,9 +99,7 @@ def match_to_tree(
 # --------------------------------------------------------------------------------- shape and kind
 
 
-def _fits(
-    part: Part[TensorInfo], leaf: NamedLeaf | None, is_head: bool, problems: Problems
-) -> bool:
+def _fits(part: Header, leaf: NamedLeaf | None, is_head: bool, problems: Problems) -> bool:
     """Whether A and B fit a leaf, or a head that shares its weight; adds the reason if not."""
     key = PREFIX + part.name.rpartition(".")[0]
     if leaf is None:
@@ -147,8 +153,8 @@ def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
 
 
 def _match_head(
-    head: Part[TensorInfo] | TensorInfo | None,
-    table: Part[TensorInfo] | TensorInfo | None,
+    head: Header | TensorInfo | None,
+    table: Header | TensorInfo | None,
     leaf: NamedLeaf,
     problems: Problems,
 ) -> list[Pair]:
@@ -182,26 +188,21 @@ def _match_rows(
     rows, same = list[NamedLeaf](), list[Pair]()
     for name, x in tokens.items():
         leaf = homes.get(name)
-        table = None
-        if leaf is None:
-            # T5: `base` has only the shared embedding.
-            table = find_table(name, tokens, homes) if is_table(x.module) else None
-            why = LOST
-        elif name in tied:
-            table = find_table(name, tokens, leaf.parameters)
-            why = f"has rows, but shares the weight of {leaf.modules[0]}, which has no such rows"
-        elif leaf.kind is not EMBEDDING:
-            why = "has rows, but is not an embedding under `names`"
-        else:
-            problems.found += list_misfits(x, leaf.weight_shape)
+        # T5: `base` has only the shared embedding.
+        tables = leaf.parameters if leaf else homes if is_table(x.module) else ()
+        if leaf and name not in tied:
             rows.append(leaf)
-            continue
-        if table is not None:
+            if leaf.kind is EMBEDDING:
+                problems.found += list_misfits(x, leaf.weight_shape)
+            else:
+                problems.add(x.v.key, "has rows, but is not an embedding under `names`")
+        elif table := find_table(name, tokens, tables):
             same.append((x.v, table.v, False))
-        elif why is LOST:
-            problems.add_homeless(x.v.key, why)
-        else:
+        elif leaf:
+            why = f"has rows, but shares the weight of {leaf.modules[0]}, which has no such rows"
             problems.add(x.v.key, why)
+        else:
+            problems.add_homeless(x.v.key, LOST)
     return rows, same
 
 
@@ -209,7 +210,7 @@ def _match_rows(
 
 
 def _gather(
-    found: Mapping[str, Part[TensorInfo] | TensorInfo],
+    found: Mapping[str, Header | TensorInfo],
     leaves: Sequence[NamedLeaf],
     problems: Problems,
 ) -> Iterator[NamedLeaf]:

@@ -13,7 +13,7 @@ from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, show
 from .._problems import Problems
 from ..names._kinds import CONV, EMBEDDING, EXPERTS, LINEAR, Kind
 from ._config import ROWS_ALONE
-from ._parts import Headers, Part, T
+from ._parts import Header, Headers, Part, T
 from ._roles import Role, list_unused
 from ._sorted import Adapter, may_tie
 
@@ -47,7 +47,7 @@ def assign_parameters(
     """
     order = {name: i for i, name in enumerate(shapes or ())}
     roles = adapter.roles
-    found = list[Part[TensorInfo]]()
+    found = list[Header]()
     for module, parts in adapter.modules.items():
         names = [f"{module}.{parameter}" for parameter in roles[module].parameters]
         if shapes is not None:
@@ -72,10 +72,10 @@ def assign_parameters(
 def _check_module(
     adapter: Adapter,
     module: str,
-    parts: list[Part[TensorInfo]],
+    parts: list[Header],
     where: str,
     problems: Problems,
-) -> list[Part[TensorInfo]]:
+) -> list[Header]:
     """Checks A and B of the weight of a module."""
     role = adapter.roles[module]
     if role.parameters:
@@ -107,18 +107,18 @@ def _assign_by_shape(
     adapter: Adapter,
     module: str,
     names: Sequence[str],
-    parts: Sequence[Part[TensorInfo]],
+    parts: Sequence[Header],
     shapes: Shapes | None,
     ordered: bool,
     problems: Problems,
-) -> list[Part[TensorInfo]]:
+) -> list[Header]:
     """Assigns A and B to parameters that the keys do not name, by shapes and ranks."""
     # There are n! ways. Without the model, some of the names may be of no parameter.
     few = len(parts) <= 6 and (shapes is None or len(parts) == len(names))
     tried = names[:6] if few else []
     roles = adapter.roles
     each = [{n: _try_parameter(roles[n], n, x, shapes) for n in tried} for x in parts]
-    fitting = list[list[Part[TensorInfo]]]()
+    fitting = list[list[Header]]()
     for order in adapter.clock.watch(itertools.permutations(tried, len(parts))):
         found = [x for fits, name in zip(each, order, strict=True) if (x := fits[name])]
         is_one = shapes is not None or len({x.experts for x in found}) == 1
@@ -142,7 +142,7 @@ def _assign_by_shape(
     return []
 
 
-def _is_gated(found: Sequence[Part[TensorInfo]]) -> bool:
+def _is_gated(found: Sequence[Header]) -> bool:
     """Whether gate_up_proj has twice the outputs that down_proj has inputs; A may have either."""
     own = {x.name.rpartition(".")[2]: x.matrix for x in found}
     rows, columns = own.get("gate_up_proj", (0, 0))
@@ -150,9 +150,7 @@ def _is_gated(found: Sequence[Part[TensorInfo]]) -> bool:
     return (columns, rows) == (outputs, 2 * inputs) or (rows, columns) == (inputs, 2 * outputs)
 
 
-def _try_parameter(
-    role: Role, name: str, part: Part[TensorInfo], shapes: Shapes | None
-) -> Part[TensorInfo] | None:
+def _try_parameter(role: Role, name: str, part: Header, shapes: Shapes | None) -> Header | None:
     """Returns A and B as a part of the parameter `name`; None if they do not fit."""
     rank, wide = role.rank, part.a.shape[0]
     part = part._replace(name=name, key=name, scale=role.scale)

@@ -12,10 +12,9 @@ from .._vocabulary import is_table
 from ..names._kinds import CONV, EMBEDDING, LINEAR, LONE_ROWS, ROWS
 from ._config import PARAMETERS, ROWS_ALONE, problems_of
 from ._files import Files
-from ._parts import MAGNITUDE, Headers, Parameters, Part, Tokens
+from ._parts import MAGNITUDE, WRAPPED, Header, Headers, Parameters, Part, Tokens, find_rows
 from ._patterns import Clock
 from ._roles import Role, make_parameters, resolve
-from ._tokens import WRAPPED, find_rows
 
 BASE = ".base_layer"  # the module that an adapter wraps
 B_BIAS = ".lora_B.bias"
@@ -46,7 +45,7 @@ class Adapter(NamedTuple):
     fields: dict[str, Any]
     roles: dict[str, Role]
     clock: Clock
-    modules: dict[str, list[Part[TensorInfo]]]
+    modules: dict[str, list[Header]]
     rest: Headers
     heads: list[str]
 
@@ -229,14 +228,12 @@ def _parts(
     sides: Mapping[tuple[str, int, bool], Mapping[str, TensorInfo]],
     magnitudes: Mapping[str, TensorInfo],
     problems: Problems,
-) -> dict[str, list[Part[TensorInfo]]]:
+) -> dict[str, list[Header]]:
     """Pairs A and B of each module with their magnitudes, the innermost first."""
-    found: dict[str, list[Part[TensorInfo]]] = {module: [] for module, *_ in sides}
-    shallowest: dict[str, int] = {}
+    found: dict[str, list[Header]] = {module: [] for module, *_ in sides}
     is_dora = bool(fields.get("use_dora"))
     for (module, depth, table), pair in sorted(sides.items(), key=lambda x: -x[0][1]):
         key = PREFIX + module + BASE * depth
-        shallowest[module] = depth
         there = [*pair.values()]
         shapes = tuple(pair[side].shape for side in sorted(pair))
         if lost := [side for side in "AB" if side not in pair]:
@@ -252,8 +249,9 @@ def _parts(
             found[module].append(Part(name, kind, module, pair["A"], pair["B"], scale, m=m))
             if is_dora and m is None:
                 problems.add(PREFIX + module + MAGNITUDE, _without(pair["A"], problems))
-    for module, depth in shallowest.items():
-        if depth:
+    outermost = {module for module, depth, _ in sides if not depth}
+    for module in found:
+        if module not in outermost:
             problems.add(PREFIX + module, "adapted more than once")
             found[module].clear()
     for module, x in magnitudes.items():

@@ -19,19 +19,15 @@ from ..adapter._arranged import arrange
 from ..adapter._files import Files
 from ..adapter._open import open_adapter
 from ..adapter._parameters import assign_parameters, list_missing, list_orientations
-from ..adapter._parts import Headers, Parameters, T, Values, fill
+from ..adapter._parts import Headers, Parameters, T, Values, fill, list_misfits, list_unequal
 from ..adapter._roles import make_saves
 from ..adapter._sorted import Adapter, explain_resized, sort_tensors
-from ..adapter._tokens import list_misfits, list_unequal
 from ..names._names import Name
 from ..names._weights import split_all
 from ..places._find import Pairs, find
 from ..places._views import Places, module_of
-from ._heads import add_head
-from ._lm_head import store_head
-from ._orientation import orient
-from ._resized import fit_vocabulary
-from ._target import Target
+from ._edits import orient
+from ._target import Target, add_head, fit_vocabulary
 from ._ties import (
     Shared,
     find_shared,
@@ -39,6 +35,7 @@ from ._ties import (
     list_uneven,
     list_untied_heads,
     separate_heads,
+    store_head,
 )
 
 _SHOWN = 9  # names in a warning

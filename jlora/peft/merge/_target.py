@@ -1,11 +1,17 @@
-"""A checkpoint to merge into, and what may have to be added to it first."""
+"""A checkpoint to merge into, and what may have to be added to it first: new tokens, a head."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .._changed import change
 from .._checkpoint import Checkpoint
 from .._file import TensorInfo
+from .._problems import Problems
+from .._vocabulary import copy_config, is_table, walk_objects
+from ..adapter._parts import Headers, Parameters, T
+from ..adapter._roles import make_saves
+from ..adapter._sorted import Adapter, explain_resized
 from ..places._views import Piece, Places, View
 
 
@@ -46,3 +52,133 @@ class Target(NamedTuple):
 def _rename(view: View, prefix: str) -> View:
     pieces = tuple(piece._replace(tensor=prefix + piece.tensor) for piece in view.pieces)
     return view._replace(pieces=pieces)
+
+
+# ---------------------------------------------------------------- a vocabulary that was resized
+
+
+def fit_vocabulary(target: Target, found: Parameters[T], problems: Problems) -> Target:
+    """Resizes embedding and head, and what else has a number for each token, as the adapter did.
+
+    Adds a problem if the adapter does not hold all of these.
+    """
+    checkpoint, model = target
+    whole = {n: x for n, x in {**found.frozen, **found.full}.items() if n in model}
+    tables = {n for n, x in whole.items() if explain_resized(n, x.shape, model[n].shape)}
+    sizes = {(model[name].shape[0], whole[name].shape[0]) for name in tables}
+    if len(sizes) != 1:
+        return target
+    [(old, new)] = sizes
+    shapes = {
+        name: x.shape
+        for name, x in whole.items()
+        if (old, new) == (*model[name].shape[:1], *x.shape[:1])
+        and model[name].shape[1:] == x.shape[1:]
+        and model[name].is_tensor
+    }
+    columns = {shape[1] for shape in shapes.values() if len(shape) == 2}
+    resized = {model.tensor(name) for name in shapes}
+    for tensor, shape in checkpoint.shapes.items():
+        is_matrix = shape[:1] == (old,) and is_table(tensor.rpartition(".")[0])
+        is_vector = shape in ((old,), (1, old)) and old not in columns
+        if tensor not in resized and (is_matrix or is_vector):
+            problems.add(
+                tensor,
+                f"is for {old} tokens, and the adapter, whose vocabulary was resized to {new}, has "
+                "no values of it",
+                f"Call resize_token_embeddings({new}) on the base in `transformers`, and save it.",
+            )
+    return target.resize(shapes, _resize(checkpoint.config, old, new))
+
+
+def _resize(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
+    """Sets the size of the vocabulary in a configuration, if there is one."""
+    found = copy_config(config)
+    parts = [part for part in walk_objects(found) if part.get("vocab_size") == old]
+    # A size that is the default of a class may be left out.
+    texts = [x for part in walk_objects(found) if isinstance(x := part.get("text_config"), dict)]
+    for part in parts or texts[:1] or [found] * bool(found):
+        part["vocab_size"] = new
+    return found
+
+
+# ---------------------------------------------------------------- a head that the base lacks
+
+
+# PEFT's tasks, and how `transformers` calls the classes of models for them.
+_TASKS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+_CLASS = re.compile(r"(?P<stem>[A-Z]\w{0,99}?)(?:For[A-Z]\w{0,99}|(?:With)?LMHeadModel|Model)")
+_HAS_LABELS = re.compile(r"Classification|Segmentation")
+_LABELS, _MOST = 2, 100_000  # labels where a configuration does not say how many, and at most
+
+
+def add_head(target: Target, found: Headers, adapter: Adapter) -> Target:
+    """Adds what `modules_to_save` has and the checkpoint lacks.
+
+    The configuration gets the class of the model with that head, and its labels. Nothing is added
+    if the adapter does not tell the class, or the checkpoint's names are not known.
+    """
+    checkpoint, model = target
+    saves = make_saves(adapter.fields)
+    # What is missing inside of the model may only have another name there.
+    inside = {name.partition(".")[0] for name in model}
+    lost = {n: x for n, x in found.full.items() if n.partition(".")[0] not in inside}
+    modules = {name: name.rpartition(".")[0] for name in lost}
+    new = {n: x for n, x in lost.items() if saves(modules[n]) and not is_table(modules[n])}
+    if not new or model.prefix is None:
+        return target
+    labels = _count_labels({name: x.shape for name, x in new.items()})
+    config = _with_head(checkpoint.config, adapter.fields, labels)
+    if config is None:
+        return target
+    new = {name: x._replace(key=name) for name, x in new.items()}
+    return target.add(new, config, model.prefix)
+
+
+def _with_head(
+    config: Mapping[str, Any], fields: Mapping[str, Any], labels: int | None
+) -> dict[str, Any] | None:
+    """Returns the configuration of the model with the head; None if its class is not known."""
+    if (name := _find_class(config, fields)) is None or not config:
+        return None
+    found = copy_config(config) | {"architectures": [name]}
+    known = config.get("id2label")
+    count = len(known) if isinstance(known, dict) else config.get("num_labels", _LABELS)
+    if not _HAS_LABELS.search(name):
+        return found
+    if labels is None or labels > _MOST:
+        return None
+    if labels != count:
+        found["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+        found["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+        found |= {"num_labels": labels} if "num_labels" in config else {}
+    return found
+
+
+def _find_class(config: Mapping[str, Any], fields: Mapping[str, Any]) -> str | None:
+    """Finds the class of the adapted model: PEFT writes it, or the task instead."""
+    mapping, task = fields.get("auto_mapping"), fields.get("task_type")
+    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    if isinstance(name, str) and _CLASS.fullmatch(name):
+        return name
+    names = config.get("architectures")
+    own = _CLASS.fullmatch(str(names[0])) if isinstance(names, list) and names else None
+    suffix = _TASKS.get(task) if isinstance(task, str) else None
+    if not (own and suffix):
+        return None
+    # Of a model that is also the text part of another, the names of the two are told apart.
+    is_text = str(config.get("model_type")).endswith("_text") and not own["stem"].endswith("Text")
+    return own["stem"] + "Text" * is_text + suffix
+
+
+def _count_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Counts the outputs of a head: those of a matrix that are the inputs of no other."""
+    matrices = [shape for shape in shapes.values() if len(shape) > 1]
+    inputs = {shape[1] for shape in matrices}
+    outputs = {shape[0] for shape in matrices}
+    last = outputs - inputs or outputs
+    return last.pop() if len(last) == 1 else None

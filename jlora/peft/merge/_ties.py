@@ -3,15 +3,18 @@
 import collections
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..._errors import Problem
 from .._checkpoint import Checkpoint
-from .._file import show
+from .._file import TensorInfo, show
 from .._problems import Problems
 from .._vocabulary import (
     TIE,
+    copy_config,
     find_pair,
     is_embedding,
     is_encoder_decoder,
@@ -25,15 +28,23 @@ from .._vocabulary import (
 )
 from .._write import Edit
 from ..adapter._parameters import find_twins, identify
-from ..adapter._parts import Parameters, T, Tokens
+from ..adapter._parts import (
+    Parameters,
+    T,
+    Tokens,
+    fill,
+    find_table,
+    list_lone_heads,
+    list_tensors,
+)
 from ..adapter._sorted import Adapter
-from ..adapter._tokens import find_table, list_lone_heads
 from ..places._find import explain_absent
 from ..places._views import Places, Shape, module_of
 from ._target import Target
 
 # Tensors that the model may read twice, each with its copies in the checkpoint.
 Shared = Mapping[str, list[str]]
+Read = Callable[[Iterable[TensorInfo]], Mapping[str, np.ndarray]]
 _UNTIE = (
     f"Use the adapter unmerged, or save the base model untied: with {TIE}=False in each part of "
     "its configuration, and a weight of its own for the head."
@@ -210,3 +221,60 @@ def _digest(checkpoint: Checkpoint, name: str) -> bytes:
     for piece in checkpoint.pieces(name):
         found.update(piece)
     return found.digest()
+
+
+# ------------------------------------------------------------- a head beside its embedding
+
+
+def store_head(
+    target: Target, found: Parameters[T], shared: Shared, read: Read
+) -> tuple[Target, Parameters[T], Shared]:
+    """Gives the head of a plain decoder its own weight if the adapter changes the two differently.
+
+    New rows in the embedding are new in the head too, as in PEFT.
+
+    Args:
+        target: the checkpoint.
+        found: the contents of the adapter.
+        shared: the weights that the model may read twice.
+        read: reads tensors of the adapter, whose values are compared.
+    """
+    checkpoint, model = target
+    if (pair := find_plain(target)) is None or shared.keys().isdisjoint(pair):
+        return target, found, shared
+    own = {name: model.tensor(name) for name in found.changed if name not in found.tokens}
+    heads = [
+        n for n, x in own.items() if x == pair.head or (n not in model and is_head(module_of(n)))
+    ]
+    sides = [*heads, *(name for name, x in own.items() if x == pair.table)]
+    if not sides or _are_even(found, sides, read):
+        return target, found, shared
+    name = heads[0] if heads else pair.head
+    tokens = dict(found.tokens)
+    if rows := [x for n, x in tokens.items() if model.tensor(n) == pair.table]:
+        tokens[name] = rows[0]._replace(module=module_of(name))
+    config = _untied(checkpoint.config)
+    if pair.head in checkpoint.where:
+        target = target.resize({}, config)
+    else:
+        new = checkpoint.entry(pair.table)._replace(key=pair.head)
+        target = target.add({name: new}, config, pair.prefix, {name: pair.table})
+    return target, found._replace(tokens=tokens), {}
+
+
+def _are_even(found: Parameters[T], names: Iterable[str], read: Read) -> bool:
+    """Whether the changes of embedding and head are the same."""
+    names = {*names}
+    parts = [x for x in found.parts if x.name in names]
+    full = {name: x for name, x in found.full.items() if name in names}
+    own = Parameters(parts, full)
+    return names == list_even(fill(own, read(list_tensors(own))))
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Says in a configuration, and in those of its submodels, that the head is not tied."""
+    found = copy_config(config)
+    for part in walk_objects(found):
+        if part is found or TIE in part or part is found.get("text_config"):
+            part[TIE] = False
+    return found

@@ -23,13 +23,6 @@ class Kind:
     transposed: bool | None = None
     refused: tuple[str, ...] = ()
 
-    def delta(
-        self, experts: int, rows: int, columns: tuple[int, ...], transposed: bool
-    ) -> tuple[int, ...]:
-        """Returns the shape of ΔW for the rows of B and the columns of A."""
-        stack = (experts,) if self is EXPERTS else ()
-        return (*stack, *columns, rows) if transposed else (*stack, rows, *columns)
-
 
 _IMAGE = ("diffusers", "kohya")
 EXPERTS = Kind("experts", "eoi", "e", refused=_IMAGE)
