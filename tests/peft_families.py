@@ -34,34 +34,8 @@ _NAMES = {
 SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
 HEADS = {"head_dim": 16}
 TIED = {"tie_word_embeddings": True}
-MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
-ROPE = HEADS | {"rope_scaling": MROPE, "rope_parameters": MROPE}
 LOCAL = {"attention_types": [[["global", "local"], 1]]}
 EXPERTS_OF = {"n_routed_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 20}
-GEMMA4 = HEADS | {
-    "layer_types": ["sliding_attention", "full_attention"],
-    "global_head_dim": 32,
-    "hidden_size_per_layer_input": 4,
-    "vocab_size_per_layer_input": 71,
-}
-GEMMA4_EXPERTS = (
-    GEMMA4
-    | EXPERTS_OF
-    | {
-        "hidden_size_per_layer_input": 0,
-        "enable_moe_block": True,
-        "attention_k_eq_v": True,
-        "num_global_key_value_heads": 1,
-    }
-)
-QWEN3_5 = {
-    **HEADS,
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
 MLA = EXPERTS_OF | {
     "num_key_value_heads": 2,
     "q_lora_rank": 12,
@@ -73,28 +47,12 @@ MLA = EXPERTS_OF | {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-NEMOTRON_H = (
-    HEADS
-    | EXPERTS_OF
-    | {
-        "layers_block_type": ["mamba", "moe", "attention", "mlp"],
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "ssm_state_size": 8,
-        "n_groups": 2,
-        "moe_shared_expert_intermediate_size": 24,
-        "n_group": 1,
-        "topk_group": 1,
-    }
-)
 LLAMA4 = HEADS | {
     "num_experts_per_tok": 1,
     "intermediate_size_mlp": 40,
     "interleave_moe_layer_step": 2,
 }
 STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
-TEXT, VISION = {"model_type": "llama"} | SIZES, {"model_type": "clip_vision_model"} | SIZES
-SEEN = {"depth": 2, "embed_dim": 32} | SIZES
 # Family: its class, or its class and what it has beside the sizes.
 _FAMILIES: dict[str, Any] = {
     "llama": "LlamaForCausalLM",
@@ -114,12 +72,8 @@ _FAMILIES: dict[str, Any] = {
     "mixtral": "MixtralForCausalLM",
     "qwen2-moe": "Qwen2MoeForCausalLM",
     "qwen3-moe": ("Qwen3MoeForCausalLM", HEADS),
-    "gemma4": ("Gemma4ForCausalLM", GEMMA4),
-    "gemma4-moe": ("Gemma4ForCausalLM", GEMMA4_EXPERTS),
     "gpt-oss": ("GptOssForCausalLM", HEADS),
     "deepseek-v3": ("DeepseekV3ForCausalLM", MLA),
-    "qwen3.5": ("Qwen3_5ForCausalLM", QWEN3_5),
-    "qwen3.5-moe": ("Qwen3_5MoeForCausalLM", QWEN3_5),
     "llama4": ("Llama4ForCausalLM", LLAMA4),
     "gpt2": "GPT2LMHeadModel",
     "gptj": ("GPTJForCausalLM", {"rotary_dim": 4}),
@@ -144,107 +98,72 @@ _FAMILIES: dict[str, Any] = {
     "resnet": ("ResNetForImageClassification", STAGES),
     "clip": ("CLIPModel", {"text_config": SIZES | {"projection_dim": 32}, "vision_config": SIZES}),
 }
-# Those whose modules `transformers` 5 calls otherwise than it saves them.
-_RENAMED: dict[str, Any] = {
-    "qwen2-vl": (
-        "Qwen2VLForConditionalGeneration",
-        {"text_config": SIZES | ROPE, "vision_config": SEEN},
-    ),
-    "llava": ("LlavaForConditionalGeneration", {"text_config": TEXT, "vision_config": VISION}),
-    "llava-tied": (
-        "LlavaForConditionalGeneration",
-        {"text_config": TEXT | TIED, "vision_config": VISION} | TIED,
-    ),
-    "gemma3-vl": (
-        "Gemma3ForConditionalGeneration",
-        {"text_config": SIZES | HEADS, "vision_config": SIZES, "mm_tokens_per_image": 1},
-    ),
-    "gemma4-vl": (
-        "Gemma4ForConditionalGeneration",
-        {"text_config": SIZES | GEMMA4, "vision_config": SIZES | HEADS, "audio_config": None},
-    ),
-    "qwen3.5-vl": (
-        "Qwen3_5ForConditionalGeneration",
-        {"text_config": SIZES | QWEN3_5, "vision_config": SEEN | {"out_hidden_size": 32}},
-    ),
-    "qwen3.5-vl-moe": (
-        "Qwen3_5MoeForConditionalGeneration",
-        {"text_config": SIZES | QWEN3_5, "vision_config": SEEN | {"out_hidden_size": 32}},
-    ),
-    "llama4-vl": (
-        "Llama4ForConditionalGeneration",
-        {"text_config": SIZES | LLAMA4, "vision_config": SIZES | {"vision_output_dim": 32}},
-    ),
-    "swin": (
-        "SwinForImageClassification",
-        {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2]}
-        | {"window_size": 2, "num_labels": 3},
-    ),
-    "segformer": (
-        "SegformerForSemanticSegmentation",
-        {"hidden_sizes": [8, 8, 16, 16], "depths": [2, 1, 1, 1], "decoder_hidden_size": 16}
-        | {"num_attention_heads": [1, 1, 2, 2], "num_labels": 3},
-    ),
-    "nemotron-h": ("NemotronHForCausalLM", NEMOTRON_H),
-    "altclip": (
-        "AltCLIPModel",
-        {"text_config": SIZES | {"project_dim": 32}, "vision_config": SIZES | {"hidden_size": 24}},
-    ),
-    "phimoe": ("PhimoeForCausalLM", {"attention_bias": True}),
+# Made by their class alone; `transformers` 5 calls most of their modules otherwise than it saves.
+_NEW = {
+    "gemma4": "Gemma4ForCausalLM",
+    "gemma4-moe": "Gemma4ForCausalLM",
+    "qwen3.5": "Qwen3_5ForCausalLM",
+    "qwen3.5-moe": "Qwen3_5MoeForCausalLM",
+    "qwen2-vl": "Qwen2VLForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+    "gemma3-vl": "Gemma3ForConditionalGeneration",
+    "gemma4-vl": "Gemma4ForConditionalGeneration",
+    "qwen3.5-vl": "Qwen3_5ForConditionalGeneration",
+    "qwen3.5-vl-moe": "Qwen3_5MoeForConditionalGeneration",
+    "llama4-vl": "Llama4ForConditionalGeneration",
+    "swin": "SwinForImageClassification",
+    "segformer": "SegformerForSemanticSegmentation",
+    "nemotron-h": "NemotronHForCausalLM",
+    "altclip": "AltCLIPModel",
+    "phimoe": "PhimoeForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
-    "qwen3-vl-moe": (
-        "Qwen3VLMoeForConditionalGeneration",
-        {"text_config": SIZES | ROPE}
-        | {"vision_config": SEEN | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]}},
-    ),
-    # Those whose checkpoints fuse what the models have apart, or the other way round.
+    "qwen3-vl-moe": "Qwen3VLMoeForConditionalGeneration",
     "nomic": "NomicBertForMaskedLM",
     "jina-v3": "JinaEmbeddingsV3ForSequenceClassification",
     "gte": "GteForMaskedLM",
-    "hrm": ("HrmTextForCausalLM", HEADS | {"num_key_value_heads": 2}),
-    "dinov2-giant": ("Dinov2ForImageClassification", {"use_swiglu_ffn": True}),
-    "kimi-k2.5": (
-        "Kimi_K25ForConditionalGeneration",
-        {"text_config": SIZES | MLA | {"model_type": "deepseek_v3", "num_attention_heads": 2}}
-        | {"vision_config": SIZES | {"num_attention_heads": 4}, "projection_hidden_size": 128},
-    ),
-    "minimax-m3": (
-        "MiniMaxM3SparseForConditionalGeneration",
-        {"text_config": SIZES | HEADS | {"dense_intermediate_size": 40}}
-        | {"vision_config": SIZES, "projector_hidden_size": 32},
-    ),
-    "trocr": (
-        "VisionEncoderDecoderModel",
-        {"encoder": SIZES | {"model_type": "vit"}}
-        | {
-            "decoder": SIZES
-            | {"model_type": "bert", "is_decoder": True}
-            | {"add_cross_attention": True}
-        },
-    ),
+    "hrm": "HrmTextForCausalLM",
+    "dinov2-giant": "Dinov2ForImageClassification",
+    "kimi-k2.5": "Kimi_K25ForConditionalGeneration",
+    "minimax-m3": "MiniMaxM3SparseForConditionalGeneration",
+    "trocr": "VisionEncoderDecoderModel",
+}
+_CLASSES = frozenset(dir(transformers))  # of the installed version; `hasattr` would import each
+_PARTS = ("config", "depths")  # of models whose parts have the sizes, or sizes of their own
+
+
+def _with_sizes(own: Any) -> tuple[str, dict[str, Any]]:
+    cls, fields = (own, {}) if isinstance(own, str) else own
+    return cls, fields if any(k.endswith(_PARTS) for k in fields) else SIZES | fields
+
+
+if transformers.__version__ < "5":  # which has other defaults for their parts
+    del _NEW["qwen3-vl-moe"], _NEW["trocr"]
+NEW = {name: cls for name, cls in _NEW.items() if cls in _CLASSES}
+_OTHERS = {name: _with_sizes(x) for name, x in _FAMILIES.items()}
+FAMILIES = [*(name for name, (cls, _) in _OTHERS.items() if cls in _CLASSES), *NEW]
+# What turns a part of a model on.
+_BOTH = {"layer_types": ["linear_attention", "full_attention"]}
+_ON = {
+    "qwen3.5": _BOTH,
+    "qwen3.5-moe": _BOTH,
+    "gemma4-moe": EXPERTS_OF | {"enable_moe_block": True, "num_experts": 3},
+    "dinov2-giant": {"use_swiglu_ffn": True},
 }
 
 
-_CLASSES = frozenset(dir(transformers))  # of the installed version; `hasattr` would import each
+def make_model(family: str, **fields: Any) -> Any:
+    """A tiny random model, with other fields in its configuration."""
+    torch.manual_seed(0)
+    if family in NEW:
+        import tiny_models
+
+        cls = getattr(transformers, NEW[family])
+        return tiny_models.make_model(cls, _ON.get(family, {}) | fields)
+    architecture, sizes = _OTHERS[family]
+    cls = getattr(transformers, architecture)
+    return cls(cls.config_class(**copy.deepcopy(sizes | fields))).eval()
 
 
-def _with_sizes(families: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
-    pairs = {name: (x, {}) if isinstance(x, str) else x for name, x in families.items()}
-    whole = (
-        "config",
-        "encoder",
-        "decoder",
-        "depths",
-    )  # whose parts have the sizes, or sizes of their own
-    return {
-        name: (cls, own if any(k.endswith(whole) for k in own) else SIZES | own)
-        for name, (cls, own) in pairs.items()
-        if cls in _CLASSES
-    }
-
-
-RENAMED = _with_sizes(_RENAMED)
-FAMILIES = _with_sizes(_FAMILIES) | RENAMED
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 # Configuration: the arguments of LoraConfig.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -324,10 +243,8 @@ def outcome(
 
     The new rows of the base are then others than those that the adapter was trained with.
     """
-    architecture, sizes = FAMILIES[family]
-    cls = getattr(transformers, architecture)
-    torch.manual_seed(0)
-    model = cls(cls.config_class(**copy.deepcopy(sizes))).eval()
+    model = make_model(family)
+    cls = type(model)
     model.save_pretrained(folder / "base")
     if vocabulary is not None:
         model = cls.from_pretrained(folder / "base")

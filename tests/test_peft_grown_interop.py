@@ -18,7 +18,7 @@ hf_peft = pytest.importorskip("peft")
 
 import peft_families  # noqa: E402
 import transformers  # noqa: E402
-from peft_families import FAMILIES, HEADS, SIZES, TIED  # noqa: E402
+from peft_families import HEADS, SIZES, TIED  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from jlora import peft  # noqa: E402
@@ -106,6 +106,7 @@ def make(architecture: str, **config: Any) -> Any:
 # ----------------------------------------------------------------------------------- heads
 
 POOLER = ("bert.pooler", "pooler")
+GEMMA3 = {"text_config": SIZES | HEADS, "vision_config": SIZES, "mm_tokens_per_image": 1}
 # Architecture of the base and of the adapted model; its task, labels, and what it has of no one.
 HEADED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "bert": ("BertForMaskedLM", "BertForSequenceClassification", {}, {}, POOLER),
@@ -126,7 +127,7 @@ HEADED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], tuple[str, ...
     "bart": ("BartForConditionalGeneration", "BartForSequenceClassification", {}, {}, ()),
     "images and text": (
         "Gemma3ForConditionalGeneration", "Gemma3ForSequenceClassification",
-        FAMILIES["gemma3-vl"][1], {}, ()
+        GEMMA3, {}, ()
     ),
     "vit": ("ViTModel", "ViTForImageClassification", {}, {"num_labels": 7}, ()),
 }  # fmt: skip
@@ -235,9 +236,13 @@ TIED_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2 without prefix": ("GPT2Model", "GPT2LMHeadModel", {"architectures": ["GPT2LMHeadModel"]}),
     "bloom": ("BloomForCausalLM", "BloomForCausalLM", {}),
 }
+TEXT, VISION = {"model_type": "llama"} | SIZES | TIED, {"model_type": "clip_vision_model"} | SIZES
+PARTS = {  # of models whose text is a part
+    "Llava": {"text_config": TEXT, "vision_config": VISION} | TIED,
+    "Gemma3": GEMMA3,
+}
 TIED_MODELS |= {
-    family: (cls := FAMILIES[family][0], cls, FAMILIES[family][1])
-    for family in ("llava-tied", "gemma3-vl")
+    name: (cls := f"{name}ForConditionalGeneration", cls, own) for name, own in PARTS.items()
 }
 
 

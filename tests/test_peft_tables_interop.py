@@ -3,7 +3,6 @@
 Their experts are one parameter from `transformers` 5 on. Needs `interop`.
 """
 
-import copy
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -105,11 +104,8 @@ def test_gate_and_up_as_one_leaf(family: str, tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("parameter", EXPERTS)
 def test_square_experts_alone(parameter: str, tmp_path: pathlib.Path) -> None:
     """Their orientation is that of the single experts in the checkpoint."""
-    architecture, sizes = families.FAMILIES["qwen3-moe"]
-    width = sizes["hidden_size"] // (2 if "gate" in parameter else 1)
-    cls = getattr(transformers, architecture)
-    torch.manual_seed(0)
-    model = cls(cls.config_class(**copy.deepcopy(sizes) | {"moe_intermediate_size": width}))
+    width = families.SIZES["hidden_size"] // (2 if "gate" in parameter else 1)
+    model = families.make_model("qwen3-moe", moe_intermediate_size=width)
     model.save_pretrained(tmp_path / "base")
     options = {"target_modules": [], "target_parameters": [parameter]}
     adapted = families.adapt(model, tmp_path / "a", **options)
@@ -120,14 +116,11 @@ def test_square_experts_alone(parameter: str, tmp_path: pathlib.Path) -> None:
 
 def build(family: str, folder: pathlib.Path) -> Any:
     """Writes a random checkpoint, and gives the model of it."""
-    architecture, sizes = families.FAMILIES[family]
-    cls = getattr(transformers, architecture)
-    torch.manual_seed(0)
-    model = cls(cls.config_class(**copy.deepcopy(sizes)))
+    model = families.make_model(family)
     for x in model.parameters():
         torch.nn.init.normal_(x, std=0.1)
     model.save_pretrained(folder)
-    return cls.from_pretrained(folder).eval()
+    return type(model).from_pretrained(folder).eval()
 
 
 def adapt(model: Any, folder: pathlib.Path) -> Any:

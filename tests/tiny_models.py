@@ -90,7 +90,7 @@ def make_config(cls: Any, way: int = 0, default: Any = None, fields: Mapping[str
     """Makes a tiny configuration, in one of four ways of which none fits all models."""
     default = _make_default(cls) if default is None else default
     known = {x for base in cls.__mro__ for x in inspect.signature(base.__init__).parameters}
-    parts = {k: x for k, x in vars(default).items() if isinstance(x, transformers.PreTrainedConfig)}
+    parts = {k: x for k, x in vars(default).items() if isinstance(x, transformers.PretrainedConfig)}
     usual = {k: x for k, x in default.to_dict().items() if k in known - parts.keys() - {*_OWN}}
     small = {key: _shrink(key, x, way) for key, x in usual.items()}
     small = {key: x for key, x in small.items() if x != usual[key]} | dict(fields)
@@ -161,4 +161,4 @@ def _shrink_list(name: str, x: list[int], way: int) -> list[int]:
 def list_parts(config: Any) -> Mapping[str, Any]:
     """Lists the configurations in one, by their fields."""
     every = vars(config).items()
-    return {key: x for key, x in every if isinstance(x, transformers.PreTrainedConfig)}
+    return {key: x for key, x in every if isinstance(x, transformers.PretrainedConfig)}
