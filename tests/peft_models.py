@@ -129,17 +129,8 @@ def llama_names() -> tuple[peft.Name, ...]:
 def _example_llama(config: dict[str, Any]) -> Any:
     from models import llama
 
-    c = llama.Config(
-        vocab=config["vocab_size"],
-        layers=config["num_hidden_layers"],
-        dim=config["hidden_size"],
-        hidden=config["intermediate_size"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        rope_base=config["rope_theta"],
-        norm_eps=config["rms_norm_eps"],
-    )
-    return llama.Llama(c).apply
+    fields = {ours: config[theirs] for ours, theirs in llama.FIELDS.items() if theirs in config}
+    return llama.Llama(llama.Config(**fields)).apply
 
 
 def llama_from(weights: dict[str, np.ndarray], layers: int) -> Any:

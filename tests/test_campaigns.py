@@ -241,33 +241,6 @@ def change_somewhere(draw: random.Random, at: Any) -> None:
         at[key] = draw.choice(WILD)
 
 
-A_SHAPE = "the metadata of .* are damaged .*a shape, got"
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ((0, 0), 1e300, A_SHAPE),
-        ((2,), "0" * 16, ".* is damaged: the values of .* are not those that were saved"),
-        *(pytest.param((0, 0), x, A_SHAPE, marks=pytest.mark.slow) for x in (-1, 2**70, True, "2")),
-    ],
-)
-def test_a_shape_and_a_hash(
-    field: Any, value: Any, message: str, saved: Any, tmp_path: Folder
-) -> None:
-    folder = shutil.copytree(saved[0], tmp_path / "a")
-
-    def change(metadata: Any) -> None:
-        found = next(iter(metadata["adapter"][0]["arrays"].values()))
-        for key in field[:-1]:
-            found = found[key]
-        found[field[-1]] = value
-
-    edit_metadata(folder, change)
-    with pytest.raises(ValueError, match="`path`: " + message):
-        checkpoint.restore(folder)
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("count", [20, MANY])
 def test_orbax(count: int, tmp_path: Folder, saved: Any) -> None:

@@ -517,6 +517,11 @@ LIES = {
     "shape": (("arrays", "a", 0), [8, 2], "the values of out/a are not those"),
     "no array has it": (("arrays", "a", 0), [2**62, 2**62], "cannot be read"),
     "dtype": (("arrays", "a", 1), "key<fry>", "cannot be read"),
+    "hash": (("arrays", "a", 2), "0" * 16, "the values of out/a are not those"),
+    **{
+        f"a length of {x!r}": (("arrays", "a", 0, 0), x, "a shape, got")
+        for x in (1e300, -1, 2**70, True, "2")
+    },
     "slots": (("layout", "slots"), [0, [0], 1], "are damaged"),
     "axis": (("layout", "slots"), [1, [0], 0], "are damaged"),
 }

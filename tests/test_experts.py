@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from messages import refused
+from messages import all_refused, refused
 from peft_files import Folder, come_back
 from small import array, assert_close, every, randomize, some
 
@@ -343,47 +343,25 @@ def test_dora() -> None:
     np.testing.assert_allclose(*both(adapter), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("make_rule", "shape", "message"),
-    [
-        (
-            lambda: LoRA("w", share="both"),
-            (),
-            "`share` of LoRA('w') must be 'inputs', 'outputs' or None; got 'both'.",
-        ),
-        (
-            lambda: DoRA("w", share="outputs"),
-            (),
-            "`share` of DoRA('w') must be None or 'inputs', as each expert has its own norms "
-            "(jlora.LoRA accepts 'outputs'); got 'outputs'.",
-        ),
-        (
-            lambda: LoRA("w", share="inputs"),
-            (4, 3),
-            "`share` of LoRA('w') needs a weight with one stacked axis, the experts; 'w' with "
-            "shape (4, 3) has 0 stacked axes. Leave `share` out.",
-        ),
-        (
-            lambda: LoRA("w", share="inputs"),
-            (2, 2, 4, 3),
-            "`share` of LoRA('w') needs a weight with one stacked axis, the experts; 'w' with "
-            "shape (2, 2, 4, 3) has 2 stacked axes. Leave `share` out.",
-        ),
-    ],
-)
-def test_what_is_refused(
-    make_rule: Callable[[], LoRA], shape: tuple[int, ...], message: str
-) -> None:
-    def apply(p: Any, x: jax.Array) -> Any:
-        return [x @ w for w in p["w"].reshape(-1, 4, 3)] if len(shape) < 4 else loops(p["w"], x)
+def shared(spec: str, *shape: int) -> Any:
+    """`init` of a weight of this shape, under a rule that shares A."""
+    lora = jlora.transform(lambda p, x: jnp.einsum(spec, x, p["w"]), LoRA("w", share="inputs"))
+    return lora.init(jax.random.key(0), {"w": jnp.ones(shape)}, jnp.ones((*shape[:-2], 1, 4)))
 
-    def loops(w: jax.Array, x: jax.Array) -> jax.Array:
-        def of(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return x, x @ w
 
-        return jax.lax.scan(lambda x, w: (x, jax.lax.scan(of, x, w)[1]), x, w)[1]
+REFUSED: dict[str, Any] = {
+    "`share` ... LoRA('w') must be 'inputs', 'outputs' or None; got 'both'.": lambda: LoRA(
+        "w", share="both"
+    ),
+    "`share` ... DoRA('w') ... (jlora.LoRA accepts 'outputs'); got 'outputs'.": lambda: DoRA(
+        "w", share="outputs"
+    ),
+    "`share` ... LoRA('w') ... 'w' with shape (4, 3) has 0 stacked axes. Leave": lambda: shared(
+        "bi,io->bo", 4, 3
+    ),
+    "`share` ... with shape (2, 2, 4, 3) has 2 stacked axes. Leave `share` out.": lambda: shared(
+        "stbi,stio->stbo", 2, 2, 4, 3
+    ),
+}
 
-    with pytest.raises(ValueError) as e:
-        lora = jlora.transform(apply, make_rule())
-        lora.init(jax.random.key(0), {"w": jnp.ones(shape)}, jnp.ones((1, 4)))
-    assert str(e.value) == message
+test_refused = all_refused({ValueError: REFUSED})

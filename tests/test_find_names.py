@@ -230,6 +230,21 @@ def split(*shape: int, times: float = 1.0) -> Change:
     return lambda x: (x.T.reshape(shape) * times).astype(x.dtype)
 
 
+def module(path: str) -> str:
+    """The weight of a module that is called as in the port."""
+    return path.replace("/", ".").rpartition(".")[0] + ".weight"
+
+
+def turned(path: str, *shape: int, tensor: str = "") -> Row:
+    """A matrix, (outputs, inputs) in PyTorch."""
+    return Row(path, tensor or module(path), shape, turn, IO)
+
+
+def kept(path: str, *shape: int, tensor: str = "", layout: Layout | None = NORM) -> Row:
+    """Experts, a norm or a bias, as they are."""
+    return Row(path, tensor or module(path), shape, keep, layout)
+
+
 def each_layer(at: str, theirs: str, rows: Sequence[Row]) -> list[Row]:
     return [
         row._replace(path=at.format(i) + row.path, tensor=theirs.format(i) + row.tensor)
@@ -242,26 +257,19 @@ SIDES = {"q": H * N, "k": K * N, "v": K * N}
 MLPS = {"gate": (F, D), "up": (F, D), "down": (D, F)}
 HEADED = {"q": (D, H, N), "k": (D, K, N), "v": (D, K, N)}
 # bonsai's Llama 3.2, Gemma-like names and DINOv3, and the Llamas 3 and 4 of jax-llm-examples.
+OF_EXPERTS = "feed_forward.experts"
+LAYER = "layers/{}/", "model.layers.{}."
 PORTS: dict[str, list[Row]] = {
     "bonsai llama32": [
         Row("embedder/embedding", "model.embed_tokens.weight", (V, D), keep, VO, "embed"),
-        Row("lm_head/kernel", "model.embed_tokens.weight", (V, D), turn, IO),
-        Row("final_norm/scale", "model.norm.weight", (D,), keep, NORM),
+        turned("lm_head/kernel", V, D, tensor="model.embed_tokens.weight"),
+        kept("final_norm/scale", D, tensor="model.norm.weight"),
         *each_layer(
-            "layers/{}/",
-            "model.layers.{}.",
+            *LAYER,
             [
-                *(
-                    Row(
-                        f"self_attn/{k}_proj/kernel", f"self_attn.{k}_proj.weight", (n, D), turn, IO
-                    )
-                    for k, n in SIDES.items()
-                ),
-                *(
-                    Row(f"mlp/{k}_proj/kernel", f"mlp.{k}_proj.weight", x, turn, IO)
-                    for k, x in MLPS.items()
-                ),
-                Row("input_layernorm/scale", "input_layernorm.weight", (D,), keep, NORM),
+                *(turned(f"self_attn/{k}_proj/kernel", n, D) for k, n in SIDES.items()),
+                *(turned(f"mlp/{k}_proj/kernel", *x) for k, x in MLPS.items()),
+                kept("input_layernorm/scale", D),
             ],
         ),
     ],
@@ -269,48 +277,44 @@ PORTS: dict[str, list[Row]] = {
         "model/layers/{}/",
         "model.layers.{}.",
         [
-            Row("self_attn/q_proj/kernel", "self_attn.q_proj.weight", (H * N, D), turn, IO),
-            Row("self_attn/q_proj/bias", "self_attn.q_proj.bias", (H * N,), keep, NORM),
-            Row("mlp/router/linear/kernel", "mlp.router.weight", (E, D), turn, IO),
-            Row("mlp/experts/gate_up_proj", "mlp.experts.gate_up_proj", (E, D, 2 * F), keep, EIO),
-            Row("mlp/experts/down_proj", "mlp.experts.down_proj", (E, F, D), keep, EIO),
+            turned("self_attn/q_proj/kernel", H * N, D),
+            kept("self_attn/q_proj/bias", H * N, tensor="self_attn.q_proj.bias"),
+            turned("mlp/router/linear/kernel", E, D, tensor="mlp.router.weight"),
+            *(
+                kept(f"mlp/experts/{k}", E, *x, tensor=f"mlp.experts.{k}", layout=EIO)
+                for k, x in {"gate_up_proj": (D, 2 * F), "down_proj": (F, D)}.items()
+            ),
         ],
     ),
     "bonsai dinov3": [
         Row(
-            "embeddings/patch_embeddings/kernel",
-            "embeddings.patch_embeddings.weight",
-            (D, 3, 4, 4),
-            lambda x: x.transpose(2, 3, 1, 0),
-            CONV,
-            "conv",
+            *("embeddings/patch_embeddings/kernel", "embeddings.patch_embeddings.weight"),
+            *((D, 3, 4, 4), lambda x: x.transpose(2, 3, 1, 0), CONV, "conv"),
         ),
         *each_layer(
             "layer/{}/",
             "layer.{}.",
             [
-                Row("attention/q_proj/kernel", "attention.q_proj.weight", (D, D), turn, IO),
-                Row("attention/k_proj/kernel", "attention.k_proj.weight", (D, D), turn, IO),
-                Row("norm1/scale", "norm1.weight", (D,), keep, NORM),
-                Row("norm1/bias", "norm1.bias", (D,), keep, NORM),
-                Row("layer_scale1/lambda1", "layer_scale1.lambda1", (D,), keep, NORM),
+                *(turned(f"attention/{k}_proj/kernel", D, D) for k in "qk"),
+                kept("norm1/scale", D),
+                kept("norm1/bias", D, tensor="norm1.bias"),
+                kept("layer_scale1/lambda1", D, tensor="layer_scale1.lambda1"),
             ],
         ),
     ],
     "jax-llm-examples llama3": [
         Row("embedding", "model.embed_tokens.weight", (V, D), keep, VO, "embed"),
-        Row("lm_head", "lm_head.weight", (V, D), turn, IO),
+        turned("lm_head", V, D, tensor="lm_head.weight"),
         *each_layer(
-            "layers/{}/",
-            "model.layers.{}.",
+            *LAYER,
             [
                 *(
                     Row(f"attn/{k}", f"self_attn.{k}_proj.weight", (SIDES[k], D), split(*x), HEADS)
                     for k, x in HEADED.items()
                 ),
                 Row("attn/o", "self_attn.o_proj.weight", (D, H * N), split(H, N, D), OUT),
-                Row("mlp/w_gate", "mlp.gate_proj.weight", (F, D), turn, IO),
-                Row("attn_pre_gamma", "input_layernorm.weight", (D,), keep, NORM),
+                turned("mlp/w_gate", F, D, tensor="mlp.gate_proj.weight"),
+                kept("attn_pre_gamma", D, tensor="input_layernorm.weight"),
                 # As in ports that scale queries once and for all.
                 Row("q", "q.weight", (H * N, D), split(D, H, N, times=N**-0.5), HEADS),
             ],
@@ -320,22 +324,12 @@ PORTS: dict[str, list[Row]] = {
         "layers/{}/",
         "language_model.model.layers.{}.",
         [
-            Row("mlp/w_router", "feed_forward.router.weight", (E, D), turn, IO),
-            Row(
-                "mlp/we_gate",
-                "feed_forward.experts.gate_up_proj",
-                (E, D, 2 * F),
-                lambda x: x[..., :F],
-                EIO,
+            turned("mlp/w_router", E, D, tensor="feed_forward.router.weight"),
+            *(
+                Row(f"mlp/we_{k}", f"{OF_EXPERTS}.gate_up_proj", (E, D, 2 * F), change, EIO)
+                for k, change in {"gate": lambda x: x[..., :F], "up": lambda x: x[..., F:]}.items()
             ),
-            Row(
-                "mlp/we_up",
-                "feed_forward.experts.gate_up_proj",
-                (E, D, 2 * F),
-                lambda x: x[..., F:],
-                EIO,
-            ),
-            Row("mlp/we_down", "feed_forward.experts.down_proj", (E, F, D), keep, EIO),
+            kept("mlp/we_down", E, F, D, tensor=f"{OF_EXPERTS}.down_proj", layout=EIO),
         ],
     ),
 }
@@ -389,14 +383,13 @@ def test_ports_of_others(port: str, tmp_path: Folder) -> None:
 def test_numbers_with_zeros(start: int, tmp_path: Folder) -> None:
     """PyTorch has none before its numbers; `start` numbers its layers otherwise."""
     rows = [
-        Row(f"layer_{i:02d}/{name}/w", f"h.{i + start}.{name}.weight", (6, 5), turn, IO)
+        turned(f"layer_{i:02d}/{name}/w", 6, 5, tensor=f"h.{i + start}.{name}.weight")
         for i in range(11)
         for name in "ab"
     ]
     # Rows list the numbers where the layers of one name have different forms.
-    rows += [
-        Row(f"block_{i:02d}/w", f"b.{i}.{'cd'[i // 6]}.weight", (6, 5), turn, IO) for i in range(11)
-    ]
+    last = [f"b.{i}.{'cd'[i // 6]}.weight" for i in range(11)]
+    rows += [turned(f"block_{i:02d}/w", 6, 5, tensor=x) for i, x in enumerate(last)]
     params, sites = made(rows, tmp_path / "base", tensors_of(rows))
     check(peft.find_names(params, tmp_path / "base", sites), params, rows)
 
