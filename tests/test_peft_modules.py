@@ -333,6 +333,36 @@ def test_a_weight_by_its_own_name(pattern: str, tmp_path: Folder) -> None:
     assert config_of(tmp_path / "a")["target_parameters"] == ["q.weight"]
 
 
+OF_EXPERTS = {
+    "embed": (Name("embed", "embed_tokens", "vo", tied="lm_head"), (9, 6)),
+    "q": (Name("q", "m.q", "oi"), (6, 6)),
+    "shared": (Name("shared", "mlp.shared_expert.up_proj", "oi"), (4, 6)),
+    "fused": (Name("fused", "mlp.experts", "eoi", "gate_up_proj"), (2, 8, 6)),
+    "down": (Name("down", "mlp.experts", "eoi", "down_proj"), (2, 6, 4)),
+    "single": (Name("single", "mlp.experts.0.up_proj", "oi"), (4, 6)),
+}
+
+
+@pytest.mark.parametrize("experts", [(), ("fused", "down"), ("single",)])
+def test_what_peft_takes_for_experts(experts: tuple[str, ...], tmp_path: Folder) -> None:
+    """A linear module with such a name, in a model with experts: selected as a parameter."""
+    own = {x: OF_EXPERTS[x] for x in ("embed", "q", "shared", *experts)}
+    names = [name for name, _ in own.values()]
+    base = {x: jnp.zeros(shape) for x, (_, shape) in own.items()}
+    adapter = {x: node(*row) for x, row in own.items()}
+    assert_equal(come_back(tmp_path / "a", base, adapter, names), adapter)
+    fields = config_of(tmp_path / "a")
+    found = [x for x in fields["target_parameters"] or [] if x.endswith("up_proj.weight")]
+    assert len(found) == bool(experts)
+    contents = peft.read(tmp_path / "a")
+    peft.write(tmp_path / "b", contents)
+    assert_equal(peft.load(tmp_path / "b", base, names), adapter)
+    peft.save(tmp_path / "c", base, adapter, names, profile="vllm")
+    peft.write(tmp_path / "d", contents, profile="vllm")
+    served = (load_file(tmp_path / x / TENSORS) for x in "cd")
+    assert_equal(*served)
+
+
 # --------------------------------------------------------------------------- parts of a parameter
 
 PARTS = (

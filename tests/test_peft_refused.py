@@ -12,6 +12,7 @@ import numpy as np
 import peft_models as models
 import pytest
 from messages import refused
+from own_methods import Gain
 from peft_files import (
     CONFIG,
     ENDS,
@@ -32,9 +33,9 @@ from peft_files import (
 )
 from test_peft_merged import fixture
 from test_peft_methods import NAMES, STACK
-from test_peft_modules import PARTS
 
-from jlora import peft
+import jlora
+from jlora import DoRA, Full, LoRA, Rows, peft
 from jlora.peft import Name
 from jlora.types import Decomposed, Layout, Replaced
 
@@ -72,9 +73,6 @@ NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
         ({"params": BASE}, {"params": LOW}, [Name("params/w", "m", "io")]), {},
         *("adapter", "params/w", "no row of `names` fits"),
     ),
-    "orientation": (
-        (BASE, LOW, [Name("w", "m", "oi")]), {}, "adapter", "w", "got Layout(stack=(), inputs=(0,)"
-    ),
     "nan": (
         (BASE, {"w": LOW["w"]._replace(b=np.full((2, 6), np.nan, "f"))}, [W]), {},
         *("adapter", "w", "not finite"),
@@ -106,10 +104,6 @@ NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
     "integers beside it": (with_bias(np.int32), {}, "base", "q/bias", "got int32", TYPED),
     "eight bits beside it": (
         with_bias(jnp.float8_e4m3fn), {}, "base", "q/bias", "got float8_e4m3fn", TYPED
-    ),
-    "a part in full": (
-        ({x: np.zeros((3, 4, 6), "f") for x in ("gate", "up", "down")},
-         {"gate": np.ones((3, 4, 6), "f")}, PARTS), {}, "adapter", "gate", "only a part",
     ),
     "dropout rates": (
         (BASE | {"v": BASE["w"]}, LOW | {"v": LOW["w"]._replace(dropout=0.1)},
@@ -160,18 +154,7 @@ NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
         (STACKED, {"w": node(NORMS, (3, 8, 6), cls=Decomposed)}, [STACK]), {},
         *("adapter", "w", "norms over axes (0, 1)"),
     ),
-    "DoRA at some sites": (
-        (STACKED | {"v": BASE["w"]}, {"w": DORA, "v": LOW["w"]}, [STACK, Name("v", "v", "io")]), {},
-        *("adapter", "LowRank", "v", "jlora.peft.export_merged"),
-    ),
-    "DoRA of what is tied": (  # its head is normed over its rows in PEFT, over its columns here
-        (TABLE, {"t": node(ROWS.layout, (7, 4), cls=Decomposed)},
-         [Name("t", "embed", "vo", tied="head")]), {}, "adapter", "t", "head",
-    ),
     # Of rows.
-    "rows of no embedding": (
-        (TABLE, {"t": ROWS}, [Name("t", "t", "io")]), {}, "adapter", "t", "is not an embedding"
-    ),
     "different rows alone": (
         (TABLE | {"u": TABLE["t"]}, {"t": ROWS, "u": ROWS._replace(rows=(1, 2, 3))},
          [Name("[tu]", r"m.\g<0>", "vo")]), {},
@@ -192,6 +175,81 @@ def test_save_refuses(case: str, tmp_path: Folder) -> None:
         with refused(TypeError if case in ("no names", "one name") else ValueError, *facts):
             call(*trees, **options)
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------- what is known before training
+
+TOKENS = np.array([[1, 2, 0]])
+WEIGHTS = {
+    "embed": np.ones((7, 4), np.float32),
+    "up": np.ones((4, 6), np.float32),
+    "down": np.ones((6, 4), np.float32),
+}
+ROW = Name("embed", "embed", "vo")
+UP, DOWN = Name("up", "mlp.up_proj", "io"), Name("down", "mlp.down_proj", "io")
+
+# Rules and a table; the leaves without a form, each with the reason.
+UNHELD: dict[str, tuple[list[Any], list[Name], dict[str, str]]] = {
+    "all have one": (
+        [LoRA("up", rank=2), LoRA("embed", rank=2), Full("down")], [ROW, UP, DOWN], {}
+    ),
+    "rows": ([LoRA("up", rank=2), Rows("embed", (1, 2))], [ROW, UP, DOWN], {}),
+    "no row": ([LoRA(rank=2)], [ROW, UP], {"down": "no row of `names` fits 'down' with 2 axes"}),
+    "no inputs": (
+        [LoRA(rank=2)], [ROW, Name("up", "m", "ok"), DOWN], {"up": "without inputs (axes 'ok')"}
+    ),
+    "a row that refuses": (
+        [LoRA("up", rank=2), Full("embed")],
+        [Name("embed", "embed", "vo", refused="nobody calls it"),
+         Name("up", "m", "io", refused="nobody calls it"), DOWN],
+        {"up": "PEFT has no form for an adapter of it: nobody calls it"},
+    ),
+    "another method": ([Gain("up")], [ROW, UP, DOWN], {"up": "no form for a GainNode"}),
+    "two methods": (
+        [DoRA("up", rank=2), LoRA("down", rank=2)], [ROW, UP, DOWN],
+        {"up": "down is LoRA, but PEFT has one `use_dora` for all"},
+    ),
+    "tied": (
+        [DoRA("embed", rank=2)], [Name("embed", "embed", "vo", tied="head"), UP, DOWN],
+        {"embed": "head shares it"},
+    ),
+    "rows of no embedding": (
+        [Rows("embed", (1, 2))], [Name("embed", "m", "io"), UP, DOWN],
+        {"embed": "is not an embedding under `names`"},
+    ),
+    "a part": (
+        [Full("up")], [ROW, Name("up", "m", "io", part=(0, 2)), DOWN], {"up": "only a part"}
+    ),
+    "another orientation": (
+        [LoRA("(up|down)", rank=2)], [ROW, UP, Name("down", "m", "oi")],
+        {"down": "got Layout(stack=(), inputs=(0,)"},
+    ),
+    "DoRA beside experts": (
+        [DoRA("up", rank=2)], [ROW, UP, Name("down", "mlp.experts.0.down_proj", "io")],
+        {"up": "PEFT takes its name for that of experts"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNHELD)
+def test_check_sites(case: str, tmp_path: Folder) -> None:
+    """What `save` refuses after training, in the same words."""
+    rules, names, expected = UNHELD[case]
+
+    def apply(params: Any, ids: Any) -> Any:
+        return params["embed"][ids] @ params["up"] @ params["down"]
+
+    lora = jlora.transform(apply, *rules)
+    found = peft.check_sites(lora.sites(WEIGHTS, TOKENS), names)
+    assert [problem.where for problem in found] == [*expected]
+    assert all(expected[problem.where] in problem.why for problem in found)
+    base, adapter = lora.init(jax.random.key(0), WEIGHTS, TOKENS)
+    if not expected:
+        peft.save(tmp_path / "a", base, adapter, names)
+        return
+    with refused(ValueError, "adapter", *expected) as caught:
+        peft.save(tmp_path / "a", base, adapter, names)
+    assert caught.value.problems == found  # pyright: ignore
 
 
 # ------------------------------------------------------------------------------- what is not read

@@ -6,6 +6,7 @@ All of `torch_models` in the long run; some each time that torchax is there.
 import functools
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ pytest.importorskip("peft")
 
 import peft as hf_peft
 import torch
+from peft.tuners.lora import LoraLayer
 from peft_files import config_of
 from safetensors.numpy import load_file, save_file
 from small import randomize, raw
@@ -31,6 +33,7 @@ from jlora.many._route import FORMS
 # What torchax, PEFT and `transformers` warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("default")
 EVERY = pytest.mark.parametrize("name", MODELS)
+ALONE = re.compile("(gate|up|down)_proj/weight")  # beside experts PEFT takes them for these
 WEIGHTS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
 
 
@@ -167,13 +170,39 @@ def by_path(tree: Any) -> list[tuple[str, Any]]:
     return [(name_of(path), x) for path, x in leaves_by_path(tree)]
 
 
-def test_a_router_has_no_form_in_peft(tmp_path: pathlib.Path) -> None:
-    """Its module is no linear one, and PEFT would refuse the file."""
-    row, found = MODELS["qwen3-moe"], extracted("qwen3-moe")
-    lora = jlora.transform(found.call, LoRA("mlp/gate/weight", rank=2))
-    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
-    with pytest.raises(ValueError, match="mlp/gate/weight: is adapted, but is not a matrix under"):
-        peft.save(tmp_path / "adapter", base, adapter, found.names)
+# Linear modules that PEFT adapts and no call calls, so that its A and B change nothing.
+READ = {"siglip": "head/attention/out_proj", "wavlm": "attention/(q|k|v|out)_proj"}
+UNUSED = {"esm": "contact_head/regression"}
+PEFT_REFUSES = {"mamba2"}  # a layer of it, and all-linear with it
+
+
+@EVERY
+def test_all_linear(name: str) -> None:
+    """The parameters that PEFT adapts as all-linear, which the model calls; all have a form."""
+    row, found = MODELS[name], extracted(name)
+    config = hf_peft.LoraConfig(target_modules="all-linear")
+    if name in PEFT_REFUSES:
+        with pytest.raises(ValueError, match="incompatible"):
+            hf_peft.get_peft_model(row.make(), config)
+        return
+    theirs = set(list_adapted(hf_peft.get_peft_model(row.make(), config)))
+    called = {x for x in theirs if not re.search(f"{READ.get(name)}|{UNUSED.get(name)}", x)}
+    rule = LoRA(jlora.torch.all_linear(found.apply), rank=1)
+    sites = jlora.transform(found.call, rule).sites(found.params, row.arrays)
+    assert {site.path for site in sites if site.is_adapted} == called
+    assert peft.check_sites(sites, jlora.torch.names(sites, found.apply)) == ()
+    _, untraced = jlora.torch.extract(row.make())
+    pattern = re.compile(f"(^|.*/)({jlora.torch.all_linear(untraced)})")
+    paths = {site.path for site in sites.leaves if pattern.fullmatch(site.path)}
+    assert paths == {x for x in theirs if name == "wavlm" or not re.search(READ.get(name, "!"), x)}
+
+
+def list_adapted(model: Any) -> Iterator[str]:
+    """Lists the parameters that PEFT has adapted, as paths."""
+    for name, module in model.base_model.model.named_modules():
+        if isinstance(module, LoraLayer):
+            parameter = getattr(module, "parameter_name", "weight")
+            yield f"{name.replace('.base_layer', '')}.{parameter}".replace(".", "/")
 
 
 @EVERY
@@ -220,30 +249,27 @@ def save_theirs(name: str, parameters: list[str], folder: pathlib.Path) -> Any:
     return model
 
 
-def test_a_matrix_as_a_parameter(tmp_path: pathlib.Path) -> None:
-    """PEFT adapts the weight of a linear module also as one of `target_parameters`."""
-    model = save_theirs("llama", ["0.self_attn.q_proj.weight"], tmp_path)
-    row, found = MODELS["llama"], extracted("llama")
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [
+        ("llama", "0.self_attn.q_proj.weight"),
+        ("qwen3-moe", "mlp.gate.weight"),
+        ("gpt-oss", "mlp.router.weight"),
+    ],
+)
+def test_a_matrix_as_a_parameter(name: str, parameter: str, tmp_path: pathlib.Path) -> None:
+    """PEFT adapts weights of linear modules and routers as `target_parameters`."""
+    model = save_theirs(name, [parameter], tmp_path)
+    row, found = MODELS[name], extracted(name)
     adapter = peft.load(tmp_path, found.params, found.names)
     outputs = jlora.transform(found.call).apply(found.params, adapter, row.arrays)
     assert_close(outputs, run(model, row))
 
 
-@pytest.mark.parametrize(
-    ("name", "parameter", "why"),
-    [
-        ("qwen3-moe", "mlp.gate.weight", "gate/weight is a parameter that LoRA cannot adapt"),
-        ("gpt-oss", "mlp.router.weight", "router/weight is a parameter that LoRA cannot adapt"),
-        ("gpt2", "attn.c_attn.weight", r"target_parameters, but .* stored as \(inputs, outputs\)"),
-    ],
-)
-def test_parameters_that_are_refused(
-    name: str, parameter: str, why: str, tmp_path: pathlib.Path
-) -> None:
-    """Routers and transposed matrices that PEFT adapts as `target_parameters`."""
-    save_theirs(name, [parameter], tmp_path)
-    with pytest.raises(ValueError, match=why):
-        peft.load(tmp_path, extracted(name).params, extracted(name).names)
+def test_a_transposed_matrix_as_a_parameter(tmp_path: pathlib.Path) -> None:
+    save_theirs("gpt2", ["attn.c_attn.weight"], tmp_path)
+    with pytest.raises(ValueError, match=r"target_parameters, but .* stored as \(inputs, outputs"):
+        peft.load(tmp_path, extracted("gpt2").params, extracted("gpt2").names)
 
 
 class Attending(torch.nn.Module):
@@ -270,7 +296,7 @@ def test_pytorchs_own_attention(tmp_path: pathlib.Path) -> None:
     merged = apply(jlora.merge(base, adapter), x)
     assert_close({"": lora.apply(base, adapter, x)}, {"": merged})
     names = jlora.torch.names(lora.sites(params, x), apply)
-    with pytest.raises(ValueError, match=r"(?s)attn/in_proj_weight: is adapted.*attn/out_proj"):
+    with pytest.raises(ValueError, match=r"(?s)attn/in_proj_weight: PEFT.*attn/out_proj"):
         peft.save(tmp_path / "ours", base, adapter, names)
     config = hf_peft.LoraConfig(r=2, target_modules=["attn"])
     hf_peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
@@ -281,7 +307,8 @@ def test_pytorchs_own_attention(tmp_path: pathlib.Path) -> None:
 def adapted_rows(name: str) -> list[peft.Name]:
     """The rows of the weights that PEFT can adapt."""
     refused = re.compile(MODELS[name].refused)
-    return [x for x in extracted(name).names if x.kind and not refused.search(x.path)]
+    rows = [x for x in extracted(name).names if x.kind and not x.refused]
+    return [x for x in rows if not refused.search(x.path)]
 
 
 @EVERY
@@ -310,12 +337,13 @@ def test_theirs_in_jax(name: str, tmp_path: pathlib.Path) -> None:
     """With PEFT's file we compute what PEFT does, and we write the same file."""
     row, found = MODELS[name], extracted(name)
     rows = [x for x in adapted_rows(name) if not x.tied]  # PEFT alone would change one of two
-    experts = [f"{x.module}.{x.parameter}" for x in rows if x.kind == "experts"]
+    has_experts = any(x.kind == "experts" for x in rows)
+    alone = [x for x in rows if x.parameter != "weight" or (has_experts and ALONE.search(x.path))]
     config = hf_peft.LoraConfig(
         r=2,
         lora_alpha=3,
-        target_modules=[x.module for x in rows if x.kind != "experts"],
-        target_parameters=experts or None,
+        target_modules=[x.module for x in rows if x not in alone],
+        target_parameters=[f"{x.module}.{x.parameter}" for x in alone] or None,
     )
     model = hf_peft.get_peft_model(row.make(), config).eval()
     torch.manual_seed(1)

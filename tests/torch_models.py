@@ -95,7 +95,7 @@ class Model(NamedTuple):
         kind: its class.
         fields: the fields of its configuration.
         call: the arguments of a call.
-        refused: a pattern of weights of which PEFT or `transformers` refuses adapters.
+        refused: a pattern of weights of which PEFT or `transformers` refuses adapters, by an error.
     """
 
     kind: str
@@ -126,9 +126,6 @@ class Model(NamedTuple):
         return model
 
 
-# PEFT takes the MLPs of dense layers and the shared experts for experts of `transformers` 4.
-NOT_EXPERTS = "mlp/(?:shared_experts/)?(?:gate|up|down)_proj"
-
 MODELS = {
     "llama": Model("LlamaForCausalLM", GROUPED, WORDS),
     "llama-tied": Model("LlamaForCausalLM", GROUPED | {"tie_word_embeddings": True}, WORDS),
@@ -140,7 +137,23 @@ MODELS = {
     "gemma4": Model("Gemma4ForCausalLM", GROUPED | GEMMA4, WORDS),
     "gpt-oss": Model("GptOssForCausalLM", GROUPED | EXPERTS | {"num_local_experts": 4}, WORDS),
     "mixtral": Model("MixtralForCausalLM", GROUPED | EXPERTS | {"num_local_experts": 4}, WORDS),
-    "deepseek-v3": Model("DeepseekV3ForCausalLM", TEXT | EXPERTS | MLA, WORDS, NOT_EXPERTS),
+    "deepseek-v3": Model("DeepseekV3ForCausalLM", TEXT | EXPERTS | MLA, WORDS),
+    "ernie4.5-moe": Model(
+        "Ernie4_5_MoeForCausalLM",
+        GROUPED
+        | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24}
+        | {"moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+        WORDS,
+    ),
+    "qwen3-next": Model(
+        "Qwen3NextForCausalLM",
+        GROUPED
+        | EXPERTS
+        | LINEAR_ATTENTION
+        | {"num_experts": 4, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]},
+        WORDS,
+        "shared_expert_gate",  # of one output, below the rank of the tests
+    ),
     "gpt2": Model(
         "GPT2LMHeadModel", {"vocab_size": 71, "n_embd": 32, "n_layer": 2, "n_head": 4}, WORDS
     ),
@@ -163,6 +176,7 @@ MODELS = {
     ),
     # PEFT stores an adapted head only beside an input embedding, which this one has not.
     "wav2vec2": Model("Wav2Vec2ForCTC", TEXT | AUDIO, {"input_values": SOUND}, "lm_head"),
+    "wavlm": Model("WavLMModel", TEXT | AUDIO, {"input_values": SOUND}),
     "sam": Model(
         "SamModel",
         {
@@ -181,7 +195,7 @@ MODELS = {
         TEXT | {"mask_token_id": 2, "position_embedding_type": "rotary"},
         MASKED,
     ),
-    "mamba2": Model("Mamba2ForCausalLM", MAMBA2, WORDS, "out_proj|conv1d|lm_head"),
+    "mamba2": Model("Mamba2ForCausalLM", MAMBA2, WORDS, "lm_head"),
     "llava": Model(
         "LlavaForConditionalGeneration",
         {

@@ -9,6 +9,7 @@ peft.write("served", peft.read("adapter"), profile="vllm")
 peft.save("style.safetensors", base, adapter, names, dialect="diffusers", prefix="unet")
 """
 
+from ._check_sites import check_sites as check_sites
 from ._contents import Contents as Contents
 from ._contents import read as read
 from ._contents import write as write

@@ -15,7 +15,7 @@ from .._errors import InputError, Problem
 from .._types import Layout, short
 from ._file import COUNT, COUNTS, DTYPES
 from ._problems import Problems
-from .adapter._arranged import Tree, explain_unstored, make_tree
+from .adapter._arranged import Tree, make_tree
 from .adapter._config import DEFAULTS, ROWS_ALONE, ROWS_DEFAULTS, problems_of
 from .adapter._describe import Fields, describe, describe_rows_alone
 from .adapter._draft import make_draft
@@ -26,6 +26,7 @@ from .adapter._open import open_adapter
 from .adapter._parameters import assign_parameters, find_twins, refuse_biases
 from .adapter._parts import Parameters, Part, fill, list_tensors
 from .adapter._sorted import sort_tensors
+from .adapter._writable import explain_unstored
 from .names._kinds import EMBEDDING, KINDS
 from .names._leaves import NamedLeaf
 from .names._names import Name
@@ -221,8 +222,9 @@ def _name_leaf(name: str, x: Any) -> NamedLeaf | None:
     is_known = is_rows or isinstance(x, LowRank | Decomposed)
     if not is_known or (axes := _AXES.get(x.layout)) is None:
         return None
-    own = (_name(axes, parameter), (module,)) if axes == "eoi" else (_name(axes), (name,))
-    return NamedLeaf((name,), None, weight_shape(x), *own)
+    is_parameter = axes == "eoi" or parameter == "weight"
+    own = (_name(axes, parameter), (module,)) if is_parameter else (_name(axes), (name,))
+    return NamedLeaf((name,), None, weight_shape(x), *own, by_parameter=is_parameter)
 
 
 def _is_array(x: object) -> TypeGuard[np.ndarray | jax.Array]:

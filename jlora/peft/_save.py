@@ -17,7 +17,7 @@ from ._checkpoint import open_checkpoint
 from ._file import DTYPES, Source, read_json, shorten
 from ._load import fit
 from ._problems import Problems
-from .adapter._arranged import Tree, arrange, check_one_method
+from .adapter._arranged import Tree, arrange
 from .adapter._config import DEFAULTS, LIMIT, ROWS_DEFAULTS, problems_of
 from .adapter._describe import (
     Fields,
@@ -226,7 +226,6 @@ def _warn_of_prefix(folder: Path, own: Values) -> None:
 
 
 def _as_lora(tree: Tree, given: Fields) -> tuple[Fields, Values]:
-    check_one_method(tree)
     fields = DEFAULTS | given
     parts = tree.parts
     if parts:

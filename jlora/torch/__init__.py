@@ -4,5 +4,6 @@ Nothing else in jlora imports PyTorch or torchax. Imports `_compat`, `_errors`, 
 `_site`, `_sites`, `_tree`, `_types`, `peft`.
 """
 
+from ._all_linear import all_linear as all_linear
 from ._extract import extract as extract
 from ._names import names as names

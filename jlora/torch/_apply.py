@@ -79,6 +79,7 @@ class Apply:
 
     Attributes:
         structure: what `jlora.torch.names` needs to know of the module.
+        reads: by each leaf that calls so far have read, whether only calls of its modules read it.
     """
 
     def __init__(self, model: torch.nn.Module, activations: Shardings | None) -> None:
@@ -88,7 +89,10 @@ class Apply:
         self._constants = find_constants(skeleton)
         self._buffers = find_saved(skeleton).keys() - dict(skeleton.named_parameters()).keys()
         self._environment = Operators()
+        self.reads = self._environment.reads
         self._model = skeleton
+        for module in skeleton.modules():
+            self._environment.watch(module)
         for pattern, sharding in (activations or {}).items():
             self._constrain(pattern, sharding)
 
@@ -96,13 +100,12 @@ class Apply:
         self, params: PyTree, /, *args: Any, method: str = "forward", **kwargs: Any
     ) -> Any:
         """Computes what the model computes with `params`."""
-        given = {".".join(path): x for path, x in leaves_by_path(params)}
-        stopped = {
-            name: jax.lax.stop_gradient(given[name]) for name in self._buffers & given.keys()
-        }
-        every = {**given, **stopped, **self._constants}
+        every = {".".join(path): x for path, x in leaves_by_path(params)}
+        for name in self._buffers & every.keys():
+            every[name] = jax.lax.stop_gradient(every[name])
+        every |= self._constants
         tensors: dict[str, torch.Tensor]
-        tensors = {f"model.{name}": self._environment.wrap(x) for name, x in every.items()}
+        tensors = {f"model.{name}": self._environment.wrap(x, name) for name, x in every.items()}
         if any(isinstance(x, torch.Tensor) for x in _pytree.tree_leaves((args, kwargs))):
             raise TypeError(
                 "`apply` takes arrays of JAX or NumPy; got a torch.Tensor. Give x.numpy()."

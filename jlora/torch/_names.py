@@ -3,6 +3,7 @@
 import re
 from typing import NamedTuple, Protocol
 
+from .._errors import InputError
 from .._site import Site
 from .._sites import Sites
 from ..peft import Name
@@ -14,20 +15,25 @@ class Structure(NamedTuple):
     Attributes:
         order: the names of parameters and saved buffers, in PyTorch's order.
         tied: the first name of each parameter that has several, with the others.
-        adaptable: the modules that PEFT adapts as a whole.
+        refused: why PEFT does not adapt a module as a whole, by module.
+        bare: the refused modules whose `weight` PEFT adapts as a parameter, such as routers.
         transposed: the modules with the attribute `is_transposed`, by which PEFT knows experts.
+        linear: the parameters that PEFT adapts for `target_modules="all-linear"`.
     """
 
     order: tuple[str, ...]
     tied: dict[str, tuple[str, ...]]
-    adaptable: frozenset[str]
+    refused: dict[str, str]
+    bare: frozenset[str]
     transposed: frozenset[str]
+    linear: tuple[str, ...]
 
 
 class Structured(Protocol):
-    """A function that knows the module of which it was made."""
+    """A function that knows the module of which it was made, and how calls read its parameters."""
 
     structure: Structure
+    reads: dict[str, bool]
 
 
 def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
@@ -41,12 +47,17 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
     Args:
         sites: `jlora.transform(apply).sites(params, …)`, with or without rules.
         apply: the function that `jlora.torch.extract` returned. It knows the order of the
-            parameters, which heads share the weight of an embedding, and which modules PEFT can
-            adapt: adapters elsewhere are then refused by `jlora.peft.save`. Without it, each weight
-            counts as one of such a module, and no head as tied.
+            parameters, which heads share the weight of an embedding, which modules PEFT adapts, and
+            which of them its calls so far have called: adapters elsewhere are refused, by
+            `jlora.peft.check_sites` before training and by `save`. Without it, each weight counts
+            as one of a module that is called, and no head as tied.
 
     Returns:
         Rows for `jlora.peft.save`, `load`, `load_base` and all others that take `names`.
+
+    Raises:
+        ValueError: if `apply` has not been called with what `sites` has: `sites` is of another
+            function.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -60,22 +71,33 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
     """
     own = {".".join(site.parts): site for site in sites.leaves}
     if apply is None:
-        modules = frozenset(name.rpartition(".")[0] for name in own)
-        structure = Structure(tuple(own), {}, modules, frozenset())
-    else:
-        structure = apply.structure
-    return tuple(_row(own[name], name, structure) for name in structure.order if name in own)
+        unknown = Structure(tuple(own), {}, {}, frozenset(), frozenset(), ())
+        return tuple(_row(site, name, unknown, is_called=True) for name, site in own.items())
+    structure, reads = apply.structure, apply.reads
+    unread = [x for x in structure.order if x in own and own[x].kind and x not in reads]
+    if unread:
+        raise InputError(
+            "apply",
+            f"has not been called with {unread[0]!r}, so it does not know whether the "
+            "model calls its module. Give the function of which `sites` was made.",
+        )
+    rows = ((own[name], name) for name in structure.order if name in own)
+    return tuple(_row(*row, structure, is_called=reads.get(row[1], True)) for row in rows)
 
 
-def _row(site: Site, name: str, structure: Structure) -> Name:
+def _row(site: Site, name: str, structure: Structure, is_called: bool) -> Name:
     module, _, parameter = name.rpartition(".")
     others = [x.removesuffix(".weight") for x in structure.tied.get(name, ())]
     axes = _axes(site)
     n = len(site.shape)
-    is_whole = parameter == "weight" and module in structure.adaptable
     is_tied = "v" in axes and len(others) == 1
-    if ("e" not in axes and not is_whole) or (others and not is_tied):
-        axes = ""  # PEFT has no form for an adapter of it
+    is_bare = axes == "oi" and parameter == "weight" and module in structure.bare
+    refused = ""
+    if site.kind:
+        refused = _explain(name, axes, [] if is_tied else others, structure, is_bare, is_called)
+    if is_bare:  # PEFT adapts it as a parameter: here of the module around its own
+        module, _, last = module.rpartition(".")
+        parameter = f"{last}.{parameter}"
     return Name(
         re.escape(site.path),
         module,
@@ -84,7 +106,30 @@ def _row(site: Site, name: str, structure: Structure) -> Name:
         transposed=axes.endswith("io"),
         tied=others[0] if is_tied else None,
         is_transposed="e" in axes and module in structure.transposed,
+        refused=refused,
     )
+
+
+def _explain(
+    name: str, axes: str, others: list[str], structure: Structure, is_bare: bool, is_called: bool
+) -> str:
+    """Explains why PEFT has no form for an adapter of a weight; empty if it has one."""
+    module, _, parameter = name.rpartition(".")
+    if others:
+        verb = "shares" if len(others) == 1 else "share"
+        return f"{', '.join(others)} {verb} it, and PEFT would change one of them"
+    if not module:
+        return "it is a parameter of the model itself, and PEFT changes modules in it"
+    if not is_called:
+        return "the model reads it without calling its module, where PEFT's adapter would act"
+    if "e" in axes or is_bare:
+        return ""
+    kind = structure.refused.get(module)
+    if parameter != "weight":
+        return f"it is no `weight`, but a parameter of {kind or module}"
+    if kind:
+        return f"its module is {kind}"
+    return "" if axes else "the model uses it otherwise than the modules that PEFT adapts"
 
 
 def _axes(site: Site) -> str:

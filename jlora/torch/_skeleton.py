@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from torchax.ops import mappings  # pyright: ignore[reportMissingImports]
 
 from .._errors import InputError, Problem
 from ._names import Structure
+from ._peft_rules import find_bare, find_linear, find_refused
 
 HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
 Array = jax.Array | jax.ShapeDtypeStruct
@@ -84,21 +85,11 @@ def read_structure(model: torch.nn.Module) -> Structure:
     return Structure(
         tuple(find_saved(model)),
         {first: tuple(rest) for first, *rest in aliases.values() if rest},
-        frozenset(_find_adaptable(modules)),
+        find_refused(model),
+        find_bare(model),
         frozenset(name for name, m in modules.items() if getattr(m, "is_transposed", False)),
+        find_linear(model),
     )
-
-
-def _find_adaptable(modules: Mapping[str, torch.nn.Module]) -> Iterator[str]:
-    """Finds the modules that PEFT adapts, and with one A and one B for the whole weight."""
-    known = (torch.nn.Linear, torch.nn.Embedding)
-    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    for name, module in modules.items():
-        if isinstance(modules.get(name.rpartition(".")[0]), torch.nn.MultiheadAttention):
-            continue  # it reads the weights of its modules, and does not call them
-        is_plain = isinstance(module, convolutions) and module.groups == 1
-        if is_plain or isinstance(module, known) or type(module).__name__ == "Conv1D":
-            yield name
 
 
 def copy_structure(model: torch.nn.Module) -> torch.nn.Module:

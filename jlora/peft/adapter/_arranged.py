@@ -1,29 +1,17 @@
 """Converts an adapter tree to A and B of PyTorch's parameters, and these to PEFT's tensors."""
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from ..._adapters import (
-    AdapterLeaf,
-    Decomposed,
-    LowRank,
-    Node,
-    Replaced,
-    is_node,
-    state,
-    weight_shape,
-)
-from ..._errors import InputError, Problem
-from ..._tree import adapter_leaves, check_fits, name_of
+from ..._adapters import Replaced, is_node
+from ..._tree import adapter_leaves, check_fits
 from ..._types import Path, PyTree
-from .._file import DTYPES, PREFIX
-from ..names._advice import advise
-from ..names._kinds import EMBEDDING, EXPERTS, LINEAR, LONE_ROWS, ROWS
-from ..names._leaves import NamedLeaf, find_tied_heads, path_in_names, resolve, sort_by_row
+from .._file import PREFIX
+from ..names._kinds import EXPERTS, LINEAR, LONE_ROWS, ROWS
+from ..names._leaves import NamedLeaf, find_tied_heads
 from ..names._names import Name
 from ..names._torch_layout import (
     join_outputs,
@@ -37,8 +25,7 @@ from ._config import ROWS_ALONE
 from ._parts import MAGNITUDE, Part, Tokens, Values
 from ._roles import make_saves
 from ._sorted import BASE
-
-_FACTORED = (LowRank, Decomposed)
+from ._writable import FACTORED, check_adapter, name_leaves
 
 
 class Tree(NamedTuple):
@@ -93,12 +80,12 @@ class Tree(NamedTuple):
         return [_swap(own[0][0], _join_parts(own)) for own in pieces.values()]
 
 
-def arrange(base: PyTree, adapter: PyTree, names: Sequence[Name]) -> Tree:
-    """Names the leaves of an adapter tree; raises for leaves that PEFT cannot represent."""
+def arrange(base: PyTree, adapter: PyTree, names: Sequence[Name], for_peft: bool = True) -> Tree:
+    """Names the leaves of an adapter tree; raises for those without a form in PyTorch or PEFT."""
     found = adapter_leaves(adapter)
     check_fits(base, found)
-    leaves = sort_by_row(resolve(base, names), names)
-    _check_writable(found, {leaf.path: leaf for leaf in leaves}, names)
+    leaves = name_leaves(base, names, for_peft)
+    check_adapter(found, leaves, names, for_peft)
     tied = {leaf.modules[0]: head for head, leaf in find_tied_heads(leaves).items()}
     return make_tree(leaves, found, tied)
 
@@ -108,7 +95,7 @@ def make_tree(
 ) -> Tree:
     """Sorts the leaves by what is `found` at their paths."""
     own = [(leaf, found[leaf.path]) for leaf in leaves if leaf.path in found]
-    low = [keep_adapted(leaf, x) for leaf, x in own if isinstance(x, _FACTORED)]
+    low = [keep_adapted(leaf, x.layout) for leaf, x in own if isinstance(x, FACTORED)]
     full = [leaf for leaf, x in own if not is_node(x)]
     rows = [leaf for leaf, x in own if isinstance(x, Replaced)]
     return Tree(leaves, found, low, full, rows, tied, is_whole)
@@ -186,120 +173,3 @@ def _make_head(table: Part[np.ndarray], head: str) -> Part[np.ndarray]:
     """Makes the part of the head that shares the weight of an embedding."""
     a, b = table.b.T, table.a.T
     return table._replace(name=f"{head}.weight", kind=LINEAR, key=head, a=a, b=b)
-
-
-# --------------------------------------------------------------------------------- what is refused
-
-
-def _check_writable(
-    found: dict[Path, Any], leaves: dict[Path, NamedLeaf], names: Sequence[Name]
-) -> None:
-    """Raises for leaves that cannot be written, and names all of them."""
-    residual = [name_of(path) for path, x in found.items() if is_node(x) and x.residual]
-    if residual:
-        raise InputError(
-            "adapter",
-            "needs the base that an initializer changed, which PEFT and engines do not "
-            f"have, at {', '.join(residual)}.",
-            remedy="Give jlora.arithmetic.difference(adapter, initial), where `initial` is the "
-            "adapter from init, or merge the adapter into its base. If you publish the changed "
-            "base, mark the nodes: node.replace(residual=False).",
-        )
-    wrong = {path: why for path, x in found.items() if (why := _why_unwritable(path, x, leaves))}
-    wrong |= {path: why for path, why in _find_lone_parts(found, leaves) if path not in wrong}
-    unnamed = {path: x for path, x in found.items() if path not in leaves}
-    lost = {path: weight_shape(x) if is_node(x) else x.shape for path, x in unnamed.items()}
-    if wrong:
-        raise InputError(
-            "adapter",
-            "cannot be written with `names`.",
-            problems=[Problem(name_of(path), why) for path, why in wrong.items()],
-            remedy=advise(names, lost) if lost else "",
-        )
-
-
-def _why_unwritable(path: Path, x: AdapterLeaf, leaves: Mapping[Path, NamedLeaf]) -> str | None:
-    if (leaf := leaves.get(path)) is None:
-        count = len(weight_shape(x) if isinstance(x, Node) else x.shape)
-        axes = "1 axis" if count == 1 else f"{count} axes"
-        return f"no row of `names` fits {path_in_names(path)!r} with {axes}"
-    if is_node(x) and not isinstance(x, (*_FACTORED, Replaced)):
-        return f"PEFT has no form for a {type(x).__name__}"
-    arrays: list[Any] = list(state(x).values()) if is_node(x) else [x]
-    if empty := [array.shape for array in arrays if 0 in array.shape]:
-        return f"has an array without values, of shape {empty[0]}"
-    if odd := next(filter(None, map(explain_unstored, arrays)), None):
-        return odd
-    if any(not np.isfinite(np.asarray(y)).all() for y in arrays):
-        return "has values that are not finite"
-    if not is_node(x):
-        return "is in full, but is only a part of PyTorch's parameter" if leaf.name.part else None
-    if leaf.name.kind is None:
-        return f"is adapted, but is not a matrix under `names`, with axes {leaf.name.axes!r}"
-    ours, wanted = x.layout, leaf.name.layout
-    if isinstance(x, Replaced):
-        is_one = leaf.kind is EMBEDDING and ours == wanted
-        return None if is_one else "has rows, but is not an embedding under `names`"
-    if not (set(wanted.inputs) <= set(ours.inputs) and set(wanted.outputs) <= set(ours.outputs)):
-        return f"expected {wanted} by `names`, got {ours}"
-    return _why_no_magnitudes(x, leaf) if isinstance(x, Decomposed) else None
-
-
-def explain_unstored(x: Any, dtypes: Mapping[str, np.dtype] = DTYPES) -> str | None:
-    """Explains why an array cannot be stored as one of the `dtypes`, if it cannot."""
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return "expected arrays, got jax.ShapeDtypeStruct"
-    known = x.dtype in dtypes.values()
-    return None if known else f"expected a dtype of {', '.join(dtypes)}, got {x.dtype}"
-
-
-def _why_no_magnitudes(x: Decomposed, leaf: NamedLeaf) -> str | None:
-    """Explains why PEFT cannot represent magnitudes, if it cannot."""
-    if leaf.is_bare:
-        return "is DoRA, but PEFT has only LoRA for bare parameters, such as those of experts"
-    if set(x.layout.inputs) != set(leaf.name.layout.inputs):
-        return f"has norms over axes {x.layout.inputs}, PEFT over {leaf.name.layout.inputs}"
-    if not np.asarray(x.m).any():
-        return "has magnitudes that are all 0"
-    slots = x.layout.slots
-    if slots is not None and len(slots[1]) < slots[0] and keep_adapted(leaf, x) is leaf:
-        return f"has magnitudes for slots {slots[1]} only, PEFT for all {slots[0]}"
-    return None
-
-
-def _find_lone_parts(
-    found: Mapping[Path, Any], leaves: Mapping[Path, NamedLeaf]
-) -> Iterator[tuple[Path, str]]:
-    """Finds parts with magnitudes whose parameter has other parts without."""
-    parts = {p: leaves[p] for p, x in found.items() if isinstance(x, Decomposed) and p in leaves}
-    parts = {path: leaf for path, leaf in parts.items() if leaf.name.part}
-    there = collections.Counter(leaf.parameters[0] for leaf in parts.values())
-    for path, leaf in parts.items():
-        name = leaf.parameters[0]
-        _, n = leaf.name.part or (0, 1)
-        if there[name] < n:
-            yield path, f"is DoRA, but only {there[name]} of the {n} parts of {name} are"
-
-
-def check_one_method(tree: Tree) -> None:
-    """Raises if sites have different methods, as PEFT has one for all."""
-    paths = {
-        kind: [name_of(leaf.path) for leaf in tree.low if isinstance(tree.found[leaf.path], kind)]
-        for kind in _FACTORED
-    }
-    if all(paths.values()):
-        why = "some sites and LoRA at others, but PEFT has one method for all (`use_dora`)"
-        _refuse_dora(why, [Problem(kind.__name__, ", ".join(x)) for kind, x in paths.items()])
-    heads = [
-        Problem(name_of(leaf.path), tree.tied[leaf.modules[0]])
-        for leaf in tree.low
-        if name_of(leaf.path) in paths[Decomposed] and leaf.modules[0] in tree.tied
-    ]
-    if heads:
-        why = "an embedding that the head shares, but PEFT normalizes the two separately"
-        _refuse_dora(why, heads)
-
-
-def _refuse_dora(where: str, listed: Sequence[Problem]) -> None:
-    remedy = "Merge it into the model: jlora.peft.export_merged, or jlora merge."
-    raise InputError("adapter", f"has DoRA at {where}.", problems=listed, remedy=remedy)

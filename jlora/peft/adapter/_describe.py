@@ -71,8 +71,9 @@ def _set_targets(fields: Fields, tree: Tree) -> Fields:
     for leaf in tree.leaves:
         for module, name in zip(leaf.modules, leaf.parameters, strict=True):
             is_described &= _adapts(roles[module], leaf) == (name in adapted)
-            if leaf.name.kind:
-                keys[leaf.is_bare][leaf.key(module)] = name in adapted
+            keys[True][name] = leaf.is_bare and name in adapted
+            if leaf.name.kind and not leaf.is_bare:
+                keys[False][module] = name in adapted
     if is_described:
         return fields if adapted else fields | {"target_modules": NO_MODULE}
     # Heads that PEFT does not tie by itself are selected by name.

@@ -107,6 +107,9 @@ def _fits(part: Header, leaf: NamedLeaf | None, is_head: bool, problems: Problem
         return False
     kind = LINEAR if is_head else leaf.kind
     path = name_of(leaf.path)
+    if leaf.name.refused:
+        why = f"has A and B, but PEFT has no form for those of {path}: {leaf.name.refused}"
+        return problems.add(key, why)
     if kind is None:
         problems.add(key, f"has A and B, but {path} is a parameter that LoRA cannot adapt")
         return False

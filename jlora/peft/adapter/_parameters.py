@@ -156,7 +156,8 @@ def _try_parameter(role: Role, name: str, part: Header, shapes: Shapes | None) -
     part = part._replace(name=name, key=name, scale=role.scale)
     if shapes is None:
         fits = wide == part.b.shape[1]
-        part = part._replace(kind=EXPERTS, experts=wide // rank)
+        kind = LINEAR if wide == rank and name.endswith(".weight") else EXPERTS
+        part = part._replace(kind=kind, experts=wide // rank)
     else:
         if len(shape := shapes[name]) == 3:
             part = part._replace(kind=EXPERTS, experts=shape[0])

@@ -100,6 +100,9 @@ def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) 
     adapted = {module for module, *_ in sides}
     wrapping = (_find_home(name)[0] for name in others)
     roles = resolve(fields, [*adapted, *biases, *deltas, *wrapping, *modules], clock)
+    # The name of a parameter alone, such as `gate_up_proj`, may be in any module, but not in these.
+    tied = [module for module in adapted if may_tie(fields, module)]
+    roles |= {module: roles[module]._replace(parameters=()) for module in tied}
     roles |= resolve(fields, (f"{m}.{p}" for m in adapted for p in roles[m].parameters), clock)
     full, frozen = _others(fields, roles, others, adapted, deltas, problems)
     parts = _parts(fields, roles, sides, magnitudes, problems)

@@ -89,7 +89,7 @@ def _match_tree(
     nodes = adapter_leaves(adapter)
     shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in nodes.items()}
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
-    tree = arrange(base, adapter, names)
+    tree = arrange(base, adapter, names, for_peft=False)
     full = split_all(leaf._replace(value=nodes[leaf.path]) for leaf in tree.full)
     found = Parameters(tree.parts, full, tokens=tree.tokens)
     places = next(find(found.changed, checkpoint.shapes, checkpoint.config, renamed))

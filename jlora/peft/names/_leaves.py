@@ -14,7 +14,7 @@ from ..._errors import InputError, Problem, shorten
 from ..._tree import leaves_by_path, name_of
 from ..._types import Layout, Path, PyTree
 from ..places._views import View
-from ._kinds import EXPERTS, Kind, find_kind
+from ._kinds import EXPERTS, LINEAR, Kind, find_kind
 from ._names import RANK, Name, fill_indices, multiply_lengths
 
 
@@ -28,6 +28,8 @@ class NamedLeaf(NamedTuple):
         name: the row that names it.
         modules: PyTorch's module for each index along the axes `l` and `s`, in C order.
         slots: the indices of `modules` in the row's tuple; None for all.
+        by_parameter: whether PEFT finds the weight by its own name alone, as that of the module is
+            one of `PARTS_OF_EXPERTS`.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class NamedLeaf(NamedTuple):
     name: Name
     modules: tuple[str, ...]
     slots: tuple[int, ...] | None = None
+    by_parameter: bool = False
 
     def with_slots(self, slots: tuple[int, ...]) -> "NamedLeaf":
         """Returns the leaf with only some modules of its tuple."""
@@ -67,7 +70,8 @@ class NamedLeaf(NamedTuple):
     @property
     def is_bare(self) -> bool:
         """Whether PEFT selects the parameter by its own name: one of experts, or no `weight`."""
-        return self.kind is EXPERTS or self.name.parameter != "weight"
+        is_own = self.kind is EXPERTS or self.name.parameter != "weight"
+        return is_own or self.by_parameter
 
     def key(self, module: str) -> str:
         """Returns the name by which PEFT selects the parameter: its own, or the module's."""
@@ -140,6 +144,35 @@ def _are_parts(leaves: Sequence[NamedLeaf]) -> bool:
     """Whether leaves are different parts of one parameter."""
     parts = [leaf.name.part for leaf in leaves]
     return None not in parts and len(set(parts)) == len(parts)
+
+
+# PEFT 0.21 takes linear modules with these last names for the router and the experts of
+# `transformers` 4, in models that `transformers` 5 converts as it does these. If `target_modules`
+# names others, such as shared experts or dense layers, PEFT drops them.
+PARTS_OF_EXPERTS = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
+}
+_ONE_EXPERT = re.compile(r"\bexperts\.\d+\.")
+
+
+def select_by_parameter(leaves: Sequence[NamedLeaf]) -> list[NamedLeaf]:
+    """Marks the leaves whose weights PEFT may adapt only if `target_parameters` names them.
+
+    Source: PEFT 0.21, `_convert_peft_config_moe` of `peft.utils.transformers_weight_conversion`.
+    """
+
+    def is_one_expert(leaf: NamedLeaf) -> bool:
+        return bool(_ONE_EXPERT.search(leaf.modules[0]))
+
+    def is_confused(leaf: NamedLeaf) -> bool:
+        is_plain = leaf.kind is LINEAR and not (leaf.name.transposed or is_one_expert(leaf))
+        return is_plain and leaf.modules[0].rpartition(".")[2] in confused
+
+    confused = frozenset[str]().union(*PARTS_OF_EXPERTS.values())
+    if not any(leaf.kind is EXPERTS or is_one_expert(leaf) for leaf in leaves):
+        return [*leaves]
+    return [leaf._replace(by_parameter=is_confused(leaf)) for leaf in leaves]
 
 
 def split_experts(leaf: NamedLeaf, views: Sequence[View]) -> NamedLeaf | None:

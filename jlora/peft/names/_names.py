@@ -49,6 +49,7 @@ class Name:
             halves, as queries and keys of some rotary embeddings do.
         times: a function of the leaf's shape that returns leaf ÷ parameter of PyTorch. The scale of
             an adapter's ΔW is multiplied by it; A and B are not.
+        refused: why PEFT has no form for an adapter of the leaf; empty if it has one.
 
     Each module of a tuple has its own A and B, as with `LoRA(..., slots=Slots(2, (0, 1)))`.
 
@@ -74,6 +75,7 @@ class Name:
     times: Callable[[tuple[int, ...]], float] | None = None
     alternating: bool = False
     is_transposed: bool = False
+    refused: str = ""
 
     def __post_init__(self) -> None:
         if wrong := self._wrong():

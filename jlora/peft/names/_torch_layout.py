@@ -81,14 +81,14 @@ def join_rows(leaf: NamedLeaf, rows: tuple[int, ...], v: np.ndarray) -> Replaced
 # --------------------------------------------------------------------------------------- A and B
 
 
-def keep_adapted(leaf: NamedLeaf, node: LowRank | Decomposed) -> NamedLeaf:
-    """Drops the modules of a leaf that `node` does not adapt."""
-    slots = node.layout.slots
-    return leaf.with_slots(slots[1]) if slots and _slots_are_modules(leaf, node) else leaf
+def keep_adapted(leaf: NamedLeaf, layout: Layout) -> NamedLeaf:
+    """Drops the modules of a leaf that a node with `layout` does not adapt."""
+    slots = layout.slots
+    return leaf.with_slots(slots[1]) if slots and _slots_are_modules(leaf, layout) else leaf
 
 
-def _slots_are_modules(leaf: NamedLeaf, node: LowRank | Decomposed) -> bool:
-    ours, theirs = node.layout.slots, leaf.layout.slots
+def _slots_are_modules(leaf: NamedLeaf, layout: Layout) -> bool:
+    ours, theirs = layout.slots, leaf.layout.slots
     return bool(ours and theirs and ours[::2] == theirs[::2])
 
 
@@ -100,7 +100,7 @@ def split_factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[Arrays]:
     """
     low = LowRank(node.a, node.b, node.scale, node.layout)
     m = np.asarray(node.m) if isinstance(node, Decomposed) else None
-    if low.layout.slots is not None and not _slots_are_modules(leaf, node):
+    if low.layout.slots is not None and not _slots_are_modules(leaf, node.layout):
         m = None if m is None else _join_slots(m, low.layout)
         low = without_slots(low, leaf.shape)
     packed = [

@@ -50,11 +50,17 @@ class Call(NamedTuple):
 
 
 class Operators(torchax.Environment):
-    """Computes each operator by JAX. It reads PyTorch's grad mode, and draws no random numbers."""
+    """Computes each operator by JAX. It reads PyTorch's grad mode, and draws no random numbers.
+
+    Attributes:
+        reads: by each leaf that was read, whether only calls of its modules read it.
+    """
 
     def __init__(self) -> None:
         """Adds operators to those of torchax, for this object alone."""
         super().__init__()
+        self.reads: dict[str, bool] = {}
+        self._called: list[torch.nn.Module] = []
         for operator in (torch.Tensor.__getitem__, torch.tensor_split, torch.Tensor.resize_):
             del self._ops[operator]  # PyTorch's own tells what is a view
         of_arrays = self._ops[aten.detach]
@@ -69,9 +75,21 @@ class Operators(torchax.Environment):
         with torch.inference_mode(False), self:
             yield
 
-    def wrap(self, x: ArrayLike) -> Tensor:
-        """Makes a tensor of an array."""
-        return Tensor(Memory(jnp.asarray(x)), self)
+    def watch(self, module: torch.nn.Module) -> None:
+        """Has calls of a module, or of its copies, known to `reads`."""
+        called = self._called  # hooks are copied with the module, and this object is not
+
+        def leave(*_: Any) -> None:
+            called.pop()
+
+        module.register_forward_pre_hook(lambda m, _: called.append(m))
+        module.register_forward_hook(leave, always_call=True)
+
+    def wrap(self, x: ArrayLike, leaf: str = "") -> Tensor:
+        """Makes a tensor of an array, which may be that of a leaf."""
+        found = Tensor(Memory(jnp.asarray(x)), self)
+        found.leaf = leaf
+        return found
 
     def j2t_iso(self, jaxarray: Any) -> Any:
         """Makes tensors of arrays."""
@@ -101,6 +119,7 @@ class Operators(torchax.Environment):
             refuse("reads what the call before left", "Pass it as an argument.")
         if not isinstance(func, OpOverload) and func not in self._ops and func not in SPECIAL:
             raise torchax.OperatorNotFound(func)
+        self._note(given)
         convert = find_conversion(self) if given else keep
         call = Call(func, args, dict(kwargs or {}), convert)
         if given and isinstance(func, OpOverload):
@@ -122,6 +141,13 @@ class Operators(torchax.Environment):
 
         out = super().dispatch(func, types, args, dict(kwargs or {}))
         return _pytree.tree_map_only(torchax.Tensor, finish, out)
+
+    def _note(self, given: Sequence[Tensor]) -> None:
+        """Notes which leaves are read, and whether in a call of their modules."""
+        for x in given:
+            if x.leaf:
+                is_called = any(x is y for m in self._called for y in m._parameters.values())
+                self.reads[x.leaf] = self.reads.get(x.leaf, True) and is_called
 
     def _view(self, call: Call) -> Any:
         """Makes tensors that share memory with the first argument; None where PyTorch copies."""

@@ -111,9 +111,11 @@ class Tensor(torchax.Tensor):
     Attributes:
         memory: where its values are.
         call: the number of the call of the model on whose arguments they depend; 0 if on none.
+        leaf: the name of the leaf of the model that it is; empty if it is none.
     """
 
     call = 0
+    leaf = ""
 
     @staticmethod
     def __new__(cls, memory: Memory, env: Any, strides: Any = None) -> "Tensor":

@@ -1,0 +1,174 @@
+"""What a model calls, and what it only reads: PEFT computes what jlora does, or jlora refuses."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torchax")
+pytest.importorskip("peft")
+
+import peft as hf_peft
+import torch
+from small import KEY, randomize
+from torch import nn
+from torch.nn.functional import linear
+
+import jlora
+from jlora import LoRA, peft
+from jlora.types import InputError
+
+# What torchax and PEFT warn of is theirs.
+pytestmark = pytest.mark.filterwarnings("default")
+IDS = np.array([[1, 2, 0], [3, 0, 4]])
+READ, SHARED = "reads it without calling its module", "share"
+
+
+class Router(nn.Module):
+    """A linear module of a class of its own."""
+
+    def __init__(self) -> None:
+        """Draws its weight."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiplies."""
+        return linear(x, self.weight)
+
+
+class Net(nn.Module):
+    """A module with several others, whose forward pass is given."""
+
+    def __init__(self, function: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+        """Draws its parameters."""
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.table = nn.Embedding(5, 8)
+        self.one, self.two, self.same = (nn.Linear(8, 8) for _ in range(3))
+        self.same.weight = self.two.weight
+        self.router = Router()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.grouped = nn.Conv1d(8, 8, 1, groups=2)
+
+    def forward(self, ids: torch.Tensor, **how: str) -> torch.Tensor:
+        """Computes the function."""
+        return self.function(self, ids, **how)
+
+
+def of_rows(function: Callable[[Any, torch.Tensor], torch.Tensor]) -> Any:
+    return lambda m, ids: function(m, m.table(ids))
+
+
+class Form(NamedTuple):
+    """A use of a weight.
+
+    Attributes:
+        function: of the module and the ids.
+        pattern: of the weight.
+        why: why an adapter of it is refused; empty if it is not.
+        has_file: whether PEFT would take a file in spite of it.
+    """
+
+    function: Any
+    pattern: str
+    why: str = ""
+    has_file: bool = True
+
+
+FORMS = {
+    "called": Form(of_rows(lambda m, x: m.one(x)), "one/weight"),
+    "called twice": Form(of_rows(lambda m, x: m.one(m.one(x))), "one/weight"),
+    "asked for its form": Form(
+        of_rows(lambda m, x: m.one(x.to(m.one.weight.dtype)) * m.one.weight.shape[0]), "one/weight"
+    ),
+    "of a class of its own": Form(of_rows(lambda m, x: m.router(x)), "router/weight"),
+    "an embedding": Form(lambda m, ids: m.table(ids), "table/weight"),
+    "read": Form(of_rows(lambda m, x: linear(x, m.one.weight)), "one/weight", READ),
+    "a slice": Form(of_rows(lambda m, x: linear(x, m.one.weight[:4])), "one/weight", READ),
+    "transposed": Form(of_rows(lambda m, x: x @ m.one.weight.t()), "one/weight", READ),
+    "called and read": Form(
+        of_rows(lambda m, x: m.one(x) + linear(x, m.one.weight)), "one/weight", READ
+    ),
+    "a head that is no module": Form(
+        of_rows(lambda m, x: linear(x, m.table.weight)), "table/weight", READ
+    ),
+    "a class of its own that is read": Form(
+        of_rows(lambda m, x: linear(x, m.router.weight)), "router/weight", READ, has_file=False
+    ),
+    "shared": Form(of_rows(lambda m, x: m.same(torch.relu(m.two(x)))), "two/weight", SHARED),
+    "of attention": Form(
+        of_rows(lambda m, x: m.attention(x, x, x)[0]), "attention/out_proj/weight", READ
+    ),
+    "of all of attention": Form(
+        of_rows(lambda m, x: m.attention(x, x, x)[0]),
+        "attention/in_proj_weight",
+        "a parameter of a MultiheadAttention",
+        has_file=False,
+    ),
+    "of groups": Form(
+        of_rows(lambda m, x: m.grouped(x.transpose(1, 2))),
+        "grouped/weight",
+        "a Conv1d with groups",
+        has_file=False,
+    ),
+}
+
+
+def compute(model: nn.Module, folder: pathlib.Path) -> np.ndarray:
+    """What PEFT computes with the files in a folder."""
+    adapted = hf_peft.PeftModel.from_pretrained(model, folder).eval()
+    with torch.no_grad():
+        return adapted(torch.as_tensor(IDS)).numpy()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_peft_computes_what_jlora_does(name: str, tmp_path: pathlib.Path) -> None:
+    """Or it is known before training, and `save` says the same."""
+    form = FORMS[name]
+    params, apply = jlora.torch.extract(Net(form.function).eval())
+    lora = jlora.transform(apply, LoRA(form.pattern, rank=2))
+    base, adapter = lora.init(KEY, params, IDS)
+    adapter = randomize(adapter)
+    outputs = np.asarray(lora.apply(base, adapter, IDS))
+    sites = lora.sites(params, IDS)
+    names = jlora.torch.names(sites, apply)
+    problems = peft.check_sites(sites, names)
+    if not form.why:
+        assert problems == ()
+        peft.save(tmp_path / "ours", base, adapter, names)
+        np.testing.assert_allclose(compute(Net(form.function), tmp_path / "ours"), outputs, 0, 1e-5)
+        return
+    [problem] = problems
+    assert problem.where == form.pattern and form.why in problem.why
+    with pytest.raises(InputError) as caught:
+        peft.save(tmp_path / "ours", base, adapter, names)
+    assert caught.value.problems == problems
+    if form.has_file:  # the names that do not know what is called
+        peft.save(tmp_path / "wrong", base, adapter, jlora.torch.names(sites))
+        with pytest.raises((AssertionError, RuntimeError)):
+            np.testing.assert_allclose(compute(Net(form.function), tmp_path / "wrong"), outputs)
+
+
+def test_what_is_called_is_known_of_calls() -> None:
+    """Of each call and trace so far; names of what none has read are refused."""
+
+    def either(m: Any, ids: torch.Tensor, by: str = "call") -> torch.Tensor:
+        h = m.table(ids)
+        return m.one(h) if by == "call" else linear(h, m.one.weight)
+
+    params, apply = jlora.torch.extract(Net(either).eval())
+    lora = jlora.transform(apply, LoRA("one/weight", rank=2))
+    sites = lora.sites(params, IDS)
+    assert jlora.torch.all_linear(apply) == "one/weight"
+    assert not peft.check_sites(sites, jlora.torch.names(sites, apply))
+    apply(params, IDS, by="name")
+    assert peft.check_sites(sites, jlora.torch.names(sites, apply))
+    _, other = jlora.torch.extract(Net(either).eval())
+    with pytest.raises(ValueError, match=r"`apply` has not been called with 'table\.weight'"):
+        jlora.torch.names(sites, other)
+    with pytest.raises(ValueError, match="`apply` is of a model without linear modules"):
+        jlora.torch.all_linear(apply)
