@@ -57,45 +57,6 @@ class Reversed(torch.autograd.Function):
         return -ctx.scale * g, None
 
 
-class Bounded(torch.autograd.Function):
-    """The exponential, of which a bounded result is the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """Saves the result."""
-        found = x.exp()
-        ctx.save_for_backward(found)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
-        """Reads the result."""
-        [found] = ctx.saved_tensors
-        return g * found.clamp(max=2.0)
-
-
-class Scaled(torch.autograd.Function):
-    """A function that saves what it needs apart from its call."""
-
-    @staticmethod
-    def forward(x: torch.Tensor, index: torch.Tensor, scale: float = 3.0) -> torch.Tensor:
-        """Changes a tensor of its own."""
-        found = x[index] * scale
-        found[:, 0] = 1
-        return found
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
-        """Saves arguments."""
-        ctx.save_for_backward(inputs[0])
-        ctx.scale = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Reads them."""
-        return g * ctx.saved_tensors[0] * ctx.scale * 7, None, None
-
-
 class Pair(torch.autograd.Function):
     """A function with two results."""
 
@@ -183,11 +144,6 @@ STOPS: dict[str, Case] = {
     )(h, m).softmax(-1),
     "vjp by torch.func": lambda h, m: torch.func.grad(lambda x: (x.exp() * x).sum())(h),
     "checkpoint": lambda h, m: torch.utils.checkpoint.checkpoint(m.l, h, use_reentrant=False),
-    "rounded": lambda h, m: Rounded.apply(h * 3),
-    "reversed": lambda h, m: Reversed.apply(h, 2.0) + h**2,
-    "bounded": lambda h, m: Bounded.apply(h),
-    "scaled": lambda h, m: Scaled.apply(h, torch.tensor([2, 0, 1])),
-    "a function of a function": lambda h, m: Bounded.apply(Rounded.apply(h)),
 }
 
 WRITES: dict[str, Case] = {
@@ -330,6 +286,16 @@ KEYWORDS: dict[str, Case] = {
     "solve for a vector": lambda h, m: torch.linalg.solve(m.l.weight, h[0]),
     "norm": lambda h, m: torch.norm(input=h, p=2, dim=-1),
     "clamp": lambda h, m: torch.clamp(input=h, min=0.0, max=1.0),
+}
+
+# Functions whose `backward` is their own.
+DERIVED: dict[str, Case] = {
+    "rounded": lambda h, m: Rounded.apply(h * 3),
+    "reversed": lambda h, m: Reversed.apply(h, 2.0) + h**2,
+    "of a weight": lambda h, m: h @ Rounded.apply(m.l.weight * 4),
+    "two results": lambda h, m: sum(Pair.apply(h)),
+    "a function of a function": lambda h, m: Reversed.apply(Rounded.apply(h), 1.0),
+    "a checkpoint": lambda h, m: torch.utils.checkpoint.checkpoint(m.l, h, use_reentrant=True),
 }
 
 FUNCTIONS = STOPS | WRITES | KINKS | KEYWORDS

@@ -16,7 +16,7 @@ from torchax import tensor as torchax  # pyright: ignore[reportMissingImports]
 from torchax.ops import jtorch  # pyright: ignore[reportMissingImports]
 
 from .._skeleton import to_jax
-from ._functions import find_conversion, is_saving
+from ._functions import find_conversion
 from ._operators import OPERATORS
 from ._refuse import refuse
 from ._tensor import Convert, Memory, Part, Tensor, keep
@@ -120,7 +120,7 @@ class Operators(torchax.Environment):
         if not isinstance(func, OpOverload) and func not in self._ops and func not in SPECIAL:
             raise torchax.OperatorNotFound(func)
         self._note(given)
-        convert = find_conversion(self) if given else keep
+        convert = find_conversion() if given else keep
         call = Call(func, args, dict(kwargs or {}), convert)
         if given and isinstance(func, OpOverload):
             first = func._schema.arguments[0].alias_info
@@ -173,7 +173,7 @@ class Operators(torchax.Environment):
             out = compute(call.func, (), (self.wrap(x), *rest), dict(call.kwargs))
             return _pytree.tree_leaves(out)[i]._elem
 
-        is_detached = call.func is aten.detach.default and not is_saving()
+        is_detached = call.func is aten.detach.default
         return Part(source.memory, read, stop_gradient if is_detached else call.convert)
 
     def _write(self, call: Call) -> Any:
