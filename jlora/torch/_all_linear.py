@@ -1,9 +1,7 @@
 """The pattern of what PEFT adapts as all-linear."""
 
-import collections
 import functools
 import re
-from collections.abc import Sequence
 
 from .._errors import InputError
 from .._rules import compile_pattern
@@ -46,11 +44,7 @@ def all_linear(apply: Structured) -> str:
     if not own:
         raise InputError("apply", "is of a model without linear modules that PEFT adapts.")
     others = tuple(_path(name) for name in structure.order if name not in own)
-    modules = collections.defaultdict[str, list[str]](list)
-    for end in dict.fromkeys(_shorten(_path(name), others) for name in own):
-        module, _, parameter = end.rpartition("/")
-        modules[parameter].append(module)
-    return "|".join(_join(every, parameter) for parameter, every in modules.items())
+    return "|".join(dict.fromkeys(_shorten(_path(name), others) for name in own))
 
 
 def _path(name: str) -> str:
@@ -72,8 +66,3 @@ def _shorten(path: str, others: tuple[str, ...]) -> str:
 def _is_clear(pattern: str, others: tuple[str, ...]) -> bool:
     found = compile_pattern(pattern)
     return not any(map(found.search, others))
-
-
-def _join(modules: Sequence[str], parameter: str) -> str:
-    listed = modules[0] if len(modules) == 1 else f"({'|'.join(modules)})"
-    return f"{listed}/{parameter}".removeprefix("/")

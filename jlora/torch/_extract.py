@@ -51,7 +51,6 @@ def extract(
         - Gradients stop where PyTorch stops them: at `no_grad`, `inference_mode`, `detach` and
           `.data`. A weight that is read only there is no site. At kinks and at zero, gradients of
           `clamp`, `abs`, `max`, `norm`, `std`, `cdist` and the like are PyTorch's.
-        - A `torch.autograd.Function` with one result has the gradient that its `backward` defines.
         - Writes in place are seen in views and in what they are views of.
         - Grad mode around the call of `apply` changes nothing.
         - A row at `padding_idx` of an embedding gets no gradient, as in PyTorch.
@@ -69,8 +68,8 @@ def extract(
         NotImplementedError: later, with the module and its line, if the model draws random
             numbers, runs under `torch.autocast`, asks PyTorch for gradients, or writes into a
             tensor that `torch.zeros` and the like made; if it changes a buffer or an attribute so
-            that its next call would compute something else. When it is differentiated, if an
-            autograd.Function has several results or changes its arguments.
+            that its next call would compute something else. When it is differentiated, if it
+            calls a torch.autograd.Function, whose `backward` JAX does not know.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora, torch  # doctest: +SKIP

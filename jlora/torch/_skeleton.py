@@ -122,19 +122,19 @@ def _compute_buffers(skeleton: torch.nn.Module) -> None:
     """Computes the buffers on the meta device that are not saved, as `transformers` does."""
     modules = dict(skeleton.named_modules())
     saved = find_saved(skeleton)
-    lost = [n for n, x in skeleton.named_buffers() if x.is_meta and n not in saved]
-    for name in lost:  # a value that no computation leaves
-        x = skeleton.get_buffer(name)
-        odd = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min
-        module, _, last = name.rpartition(".")
-        setattr(modules[module], last, torch.full(x.shape, odd, dtype=x.dtype, device="cpu"))
+    lost = dict[str, torch.Tensor]()
+    for name, x in skeleton.named_buffers():
+        if x.is_meta and name not in saved:
+            module, _, last = name.rpartition(".")
+            modules[module]._buffers[last] = lost[name] = torch.empty_like(x, device="cpu")
     with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for name in dict.fromkeys(name.rpartition(".")[0] for name in lost):
             around = [m for n, m in modules.items() if not n or f"{name}.".startswith(f"{n}.")]
             owners = [m for m in around if hasattr(m, "_init_weights")]
             for owner in owners[-1:]:
                 owner._init_weights(modules[name])
-    if wrong := [name for name in lost if _is_odd(skeleton.get_buffer(name))]:
+    kept = [name for name, x in lost.items() if skeleton.get_buffer(name) is x]
+    if wrong := [name for name in kept if not lost[name]._version]:
         raise InputError(
             "model",
             "has buffers on the meta device that are not saved, and that it does not "
@@ -142,10 +142,6 @@ def _compute_buffers(skeleton: torch.nn.Module) -> None:
             "meta device, as accelerate.init_empty_weights() does.",
             problems=[Problem(name, "has no value") for name in wrong],
         )
-
-
-def _is_odd(x: torch.Tensor) -> bool:
-    return bool((x.isnan() if x.is_floating_point() else x == torch.iinfo(x.dtype).min).any())
 
 
 def to_jax(x: torch.Tensor, name: str = "a constant") -> Array:
