@@ -109,7 +109,8 @@ def _fits(part: Header, leaf: NamedLeaf | None, is_head: bool, problems: Problem
     path = name_of(leaf.path)
     if leaf.name.refused:
         why = f"has A and B, but PEFT has no form for those of {path}: {leaf.name.refused}"
-        return problems.add(key, why)
+        problems.add(key, why)
+        return False
     if kind is None:
         problems.add(key, f"has A and B, but {path} is a parameter that LoRA cannot adapt")
         return False

@@ -1,4 +1,4 @@
-"""What PyTorch does with gradients where they are off: under `no_grad`, and in an autograd.Function.
+"""What PyTorch does with gradients under `no_grad` and in an autograd.Function.
 
 PyTorch has no hook for the call of such a function. The frame of the call has its class.
 """
