@@ -233,11 +233,6 @@ def test_scales_for_vllm_are_rounded_once(dtype: Any, tmp_path: Folder) -> None:
     np.testing.assert_array_equal(found.b, (np.asarray(b, np.float32) / 3).astype(dtype))
 
 
-def test_nothing_for_vllm(tmp_path: Folder) -> None:
-    with refused(ValueError, "contents", "has neither A and B nor a parameter in full"):
-        peft.write(tmp_path / "a", peft.Contents({}), "vllm")
-
-
 def test_another_profile(tmp_path: Folder) -> None:
     with pytest.raises(ValueError, match="`profile` must be None or 'vllm'; got 'tgi'"):
         peft.write(tmp_path / "a", peft.Contents({"m.q": Q}), "tgi")

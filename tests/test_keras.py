@@ -108,14 +108,6 @@ def test_fit_trains_the_adapter_alone() -> None:
     assert [int(v.value[1]) for v in drawn] == [40]  # two batches in each of 20 epochs
 
 
-def test_weights_are_saved_and_loaded(tmp_path: Any) -> None:
-    adapted = noisy(adapt(network(), LoRA("kernel", rank=2), example=X))
-    adapted.save_weights(tmp_path / "own.weights.h5")
-    other = adapt(network(), LoRA("kernel", rank=2), example=X, seed=3)
-    other.load_weights(tmp_path / "own.weights.h5")
-    np.testing.assert_array_equal(other(X), adapted(X))
-
-
 def test_a_whole_model_is_not_saved(tmp_path: Any) -> None:
     """And no part of a file is left."""
     adapted = adapt(network(), LoRA("kernel", rank=2), example=X)

@@ -547,10 +547,7 @@ def test_the_printed_table_folds_equal_layers() -> None:
     assert str(sites).splitlines()[-1] == sites.table().splitlines()[-1]
     kept = [int(r.split("8 → 8")[1].split()[0]) for r in str(sites).splitlines()[2:-2]]
     assert sum(kept) == sites.total
-
-
-def test_two_equal_layers_are_not_folded() -> None:
-    f, params = stacked(2)
+    f, params = stacked(2)  # which are not folded
     sites = jlora.transform(f).sites(params, Struct((2, 8), jnp.float32))
     assert str(sites) == sites.table()
 
