@@ -134,14 +134,6 @@ def test_renamed(name: str, tmp_path: Folder) -> None:
     assert_equal(dict(found.frozen), dict(new.frozen))
 
 
-@pytest.mark.parametrize("targets", [[], ["q"]])
-def test_leaves_in_full_alone(targets: list[str], tmp_path: Folder) -> None:
-    """PEFT refuses targets that it does not find, and adapts those that it does."""
-    contents = peft.Contents({"m.p.weight": np.ones((3, 4))}, {"target_modules": targets})
-    fields = peft.write(tmp_path / "a", contents)
-    assert fields["target_modules"] == "dummy-target-modules"
-
-
 @pytest.mark.parametrize("view", [np.asfortranarray, lambda x: x[::-1], lambda x: x[:, ::2]])
 def test_views_of_memory(view: Any, tmp_path: Folder) -> None:
     """The safetensors library would write the memory behind them, or what is after it."""

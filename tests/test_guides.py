@@ -17,7 +17,7 @@ import subprocess
 import symtable
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,12 +33,13 @@ import jlora
 Names = dict[str, Any]
 GUIDES = pathlib.Path(__file__).parents[1] / "notebooks"
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\n(?:\n```output\n(.*?)^```\n)?", re.M | re.S)
-# Those of them that have tests of their own.
-OWN = {
-    "index",
-    "start",
-    *(f"loops/{page}" for page in ("hosts", "orbax", "sharding", "tunix", "maxtext")),
-    *(f"loops/{page}" for page in ("torch", "image_lora")),
+OWN = {"index", "start", *(f"loops/{page}" for page in ("hosts", "orbax", "sharding"))}  # below
+# What pages need that has an environment of its own, and warns.
+NEEDS = {
+    "loops/tunix": ["tunix"],
+    "loops/maxtext": ["maxtext"],
+    "loops/torch": ["torchax"],
+    "loops/image_lora": ["torchax", "diffusers"],
 }
 
 
@@ -51,20 +52,17 @@ def blocks(page: str) -> list[tuple[str, str | None]]:
 PAGES = [p.relative_to(GUIDES).with_suffix("").as_posix() for p in sorted(GUIDES.rglob("*.md"))]
 PAGES = [page for page in PAGES if blocks(page)]
 LOOPS = [page for page in PAGES if page.startswith("loops/")]
-# To import or to compile.
-SLOW = {"adapters", "rules", "pods", "loops/export"} | {
-    f"loops/{page}" for page in ("accumulation", "dpo", "equinox", "evaluation", "grpo", "haiku")
-}
-SLOW |= {f"loops/{page}" for page in ("keras", "nnx", "precision", "remat", "stopping", "tokens")}
-SLOW |= {
-    f"loops/{page}" for page in ("chat", "home", "logits", "privacy", "vision", "audio", "graphs")
-}
-SLOW |= {"loops/federated"}
-PARAMETERS = [
-    pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
-    for page in PAGES
-    if page not in OWN
-]
+# The others take long to import or to compile.
+DAILY = {"concepts", "errors", "migration", "serve", "untrusted", "variants"}
+DAILY |= {f"loops/{page}" for page in ("checkpoints", "linen", "mixing", "plain", "stacked")}
+
+
+def parameters() -> Iterator[Any]:
+    for page in PAGES:
+        marks = [] if page in DAILY or page in NEEDS else [pytest.mark.slow]
+        marks += [pytest.mark.filterwarnings("ignore")] if page in NEEDS else []
+        if page not in OWN:
+            yield pytest.param(page, marks=marks)
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +89,10 @@ def check_learned(losses: list[float]) -> None:
     assert len(losses) > 1 and losses[-1] < 0.8 * losses[0], losses
 
 
-@pytest.mark.parametrize("page", PARAMETERS)
+@pytest.mark.parametrize("page", [*parameters()])
 def test_blocks_run_and_print_what_is_shown(page, capsys):
+    for module in NEEDS.get(page, ()):
+        pytest.importorskip(module)
     names: Names = {"__name__": "guide"}
     for number, (code, shown) in enumerate(blocks(page)):
         losses = names.pop("losses", None)
@@ -105,31 +105,6 @@ def test_blocks_run_and_print_what_is_shown(page, capsys):
         names.setdefault("losses", losses)
         for check in CHECKS.get((page, number), ()):
             check(names)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of JAX and Flax, for what tunix calls
-def test_tunix(capsys):
-    pytest.importorskip("tunix")  # it has an environment of its own
-    test_blocks_run_and_print_what_is_shown("loops/tunix", capsys)
-
-
-@pytest.mark.filterwarnings("ignore")  # of MaxText and of what it imports
-def test_maxtext(capsys):
-    pytest.importorskip("maxtext")  # it has an environment of its own
-    test_blocks_run_and_print_what_is_shown("loops/maxtext", capsys)
-
-
-@pytest.mark.filterwarnings("ignore")  # of torchax and PyTorch
-def test_torch(capsys):
-    pytest.importorskip("torchax")  # it has an environment of its own
-    test_blocks_run_and_print_what_is_shown("loops/torch", capsys)
-
-
-@pytest.mark.filterwarnings("ignore")  # of torchax, PyTorch and diffusers
-def test_image_lora(capsys):
-    pytest.importorskip("torchax")  # they have an environment of their own
-    pytest.importorskip("diffusers")
-    test_blocks_run_and_print_what_is_shown("loops/image_lora", capsys)
 
 
 def test_every_page_has_an_address_of_its_own():
