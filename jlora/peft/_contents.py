@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 
-from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
+from .._adapters import Decomposed, LowRank, Node, Replaced, is_node, state, weight_shape
 from .._arrays import put
 from .._errors import InputError, Problem
 from .._types import Layout, short
@@ -27,7 +27,7 @@ from .adapter._parameters import assign_parameters, find_twins, refuse_biases
 from .adapter._parts import Parameters, Part, fill, list_tensors
 from .adapter._sorted import sort_tensors
 from .adapter._writable import explain_unstored
-from .names._kinds import EMBEDDING, KINDS
+from .names._kinds import EMBEDDING, EXPERTS, KINDS, ROWS
 from .names._leaves import NamedLeaf
 from .names._names import Name
 from .names._torch_layout import join_factors
@@ -212,17 +212,16 @@ def _as_tree(contents: Contents) -> Tree:
     return make_tree(leaves, found, contents.tied, is_whole=False)
 
 
-def _name_leaf(name: str, x: Any) -> NamedLeaf | None:
+def _name_leaf(name: str, x: object) -> NamedLeaf | None:
     """Returns the leaf that has PyTorch's axes; None if it has others."""
     module, _, parameter = name.rpartition(".")
     if _is_array(x):
         row = _name("o"[: x.ndim] + "k" * (x.ndim - 1), parameter)
         return NamedLeaf((name,), x, x.shape, row, (module,)) if module else None
-    is_rows = isinstance(x, Replaced) and x.layout == _ROWS
-    is_known = is_rows or isinstance(x, LowRank | Decomposed)
-    if not is_known or (axes := _AXES.get(x.layout)) is None:
+    axes = _AXES.get(x.layout) if isinstance(x, LowRank | Decomposed | Replaced) else None
+    if not isinstance(x, Node) or axes is None or (isinstance(x, Replaced) and axes != ROWS.axes):
         return None
-    is_parameter = axes == "eoi" or parameter == "weight"
+    is_parameter = axes == EXPERTS.axes or parameter == "weight"
     own = (_name(axes, parameter), (module,)) if is_parameter else (_name(axes), (name,))
     return NamedLeaf((name,), None, weight_shape(x), *own, by_parameter=is_parameter)
 

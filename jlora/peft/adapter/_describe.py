@@ -315,10 +315,10 @@ def find_alpha(scale: float, divisor: float) -> float:
     return round(alpha) if round(alpha) / divisor == scale else alpha
 
 
-def find_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def find_common(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """Finds the most common value, and patterns for the others: last words, or else whole names."""
     [(most, _)] = collections.Counter(values.values()).most_common(1)
-    each = collections.defaultdict[str, set[Any]](set)
+    each = collections.defaultdict[str, set[float]](set)
     for name, x in values.items():
         each[_last_of(name)].add(x)
     inner = {tail for name in values for tail in list_tails(name) if tail != name}

@@ -3,8 +3,7 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -217,7 +216,7 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
     return [Problem(name, f"selected by {CONFIG}, but missing in {TENSORS}") for name in lost]
 
 
-def identify(x: TensorInfo | np.ndarray, is_table: bool = False) -> tuple[Any, ...]:
+def identify(x: TensorInfo | np.ndarray, is_table: bool = False) -> tuple[Hashable, ...]:
     """Returns a key for equal tensors: shape, dtype, and a hash of the values if they are read.
 
     The tensors of an embedding (`is_table`) are transposed first.
@@ -231,7 +230,7 @@ def identify(x: TensorInfo | np.ndarray, is_table: bool = False) -> tuple[Any, .
 
 def find_twins(parts: Iterable[Part[T]]) -> dict[str, Part[T]]:
     """Maps each of two parts that change one shared weight equally to the other part."""
-    groups: dict[Any, dict[Kind, Part[T]]] = {}
+    groups: dict[Hashable, dict[Kind, Part[T]]] = {}
     for part in parts:
         if part.kind in (EMBEDDING, LINEAR) and part.m is None:
             is_table = part.kind is EMBEDDING

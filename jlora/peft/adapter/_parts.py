@@ -202,7 +202,7 @@ def find_table(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) 
 
 
 def list_unequal(
-    pairs: Iterable[tuple[Any, Any, bool]], values: Mapping[str, np.ndarray]
+    pairs: Iterable[tuple[TensorInfo, TensorInfo, bool]], values: Mapping[str, np.ndarray]
 ) -> list[Problem]:
     """Lists heads whose values are not those of the embedding, or their transpose."""
     return [

@@ -1,7 +1,6 @@
 """Integer codes: each group of inputs shares a scale and a zero point."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ def read_affine(
     scale: np.ndarray,
     zero: np.ndarray | None,
     order: np.ndarray | None = None,
-    sizes: Sequence[Any] = (),
+    sizes: Sequence[object] = (),
 ) -> Codes | Dense:
     """Makes W = s·(q - z) from codes of 4 or 8 bits.
 
@@ -62,7 +61,7 @@ def read_affine(
     return Dense(w, f"{bits}-bit integers", bits)
 
 
-def _is_configured(inputs: int, groups: int, sizes: Sequence[Any]) -> bool:
+def _is_configured(inputs: int, groups: int, sizes: Sequence[object]) -> bool:
     """Whether the groups have one of the configured sizes, if any are configured."""
     given = [n for n in sizes if isinstance(n, int) and n > 0]
     whole = groups == 1 and (len(given) < len(sizes) or max(given, default=0) > inputs)

@@ -83,7 +83,7 @@ class BitsAndBytes(Format):
             return Codes(scheme, codes, self._finite(f"{key}.absmax", (blocks,)), dtype=dtype)
         absmax = self.tensors.read(f"{key}.absmax", ("U8",), (blocks,))
         group = state["nested_blocksize"]
-        offset = np.float32(state["nested_offset"])
+        offset = np.asarray(state["nested_offset"], np.float32)
         of_groups = self._finite(f"{key}.nested_absmax", (-(-blocks // group),))
         numbers = self._finite(f"{key}.nested_quant_map", (256,))
         # A leaf has groups of scales and an offset for each expert; the file has them for all.

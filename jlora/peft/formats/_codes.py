@@ -1,8 +1,8 @@
 """A weight in the codes of a file, and the leaf that is made from it."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +44,11 @@ class Codes(NamedTuple):
         dtype: the dtype of the weight; None for that of the leaf.
     """
 
-    scheme: Any
+    scheme: Scheme
     codes: np.ndarray
     scale: np.ndarray
     zero: np.ndarray | None = None
-    nested: tuple[Any, Any] | None = None
+    nested: tuple[np.ndarray, np.ndarray] | None = None
     dtype: DTypeLike | None = None
 
     @property
@@ -147,7 +147,7 @@ def _has_nan(codes: np.ndarray) -> bool:
     return any((codes.view(np.uint8) == x).any() for x in nan)
 
 
-def make_leaf(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
+def make_leaf(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> jax.Array | Quantized:
     """Makes a leaf from its modules.
 
     It is quantized if its axes can be split into the blocks of the file, and otherwise dequantized.
@@ -174,7 +174,7 @@ def make_leaf(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
     return jnp.transpose(x, [int(d) for d in np.argsort((*stack, *order))])
 
 
-def _signature(m: Codes) -> Any:
+def _signature(m: Codes) -> tuple[Hashable, ...]:
     """Returns the properties that all modules of a quantized leaf must share."""
     arrays, tree = jax.tree.flatten((m.scale, m.zero, m.nested))
     return m.scheme, tree, *((x.shape, x.dtype) for x in arrays)

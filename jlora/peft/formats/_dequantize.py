@@ -6,7 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -190,7 +190,7 @@ def _matrix(name: str, x: Codes | Dense) -> Matrix:
     return Matrix(name, x.shape, x.spelling, x.nbytes)
 
 
-def _float_dtype(checkpoint: Checkpoint) -> Any:
+def _float_dtype(checkpoint: Checkpoint) -> np.dtype:
     """Returns the dtype of floats by the configuration, bfloat16 by default."""
     config = checkpoint.config
     dtype = config.get("dtype", config.get("torch_dtype"))

@@ -127,7 +127,9 @@ def load_base(
     return jax.tree.unflatten(flatten(like)[1], values)
 
 
-def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str], places: Places) -> Any:
+def _read(
+    leaf: NamedLeaf, format: Format, quantized: Collection[str], places: Places
+) -> jax.Array | Quantized:
     name, whole = leaf.name, leaf.weight_shape
     views = [places.get(key, View(whole, (Piece(key),))) for key in leaf.parameters]
     if jnp.issubdtype(leaf.value.dtype, jnp.integer):

@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from ..._errors import Problem
 from .._checkpoint import Checkpoint
-from .._file import DTYPES
+from .._file import DTYPES, TensorInfo
 
 FLOATS = ("F32", "F16", "BF16")
 # Scales of a module's inputs and outputs, which are ignored: activations are not quantized here.
@@ -79,7 +78,7 @@ class Tensors:
         """Reads a tensor that must be a matrix of one of the `dtypes`."""
         return self.read(name, dtypes, self.matrix(name))
 
-    def _entry(self, name: str) -> Any:
+    def _entry(self, name: str) -> TensorInfo:
         if name not in self:
             raise Unreadable(name, "missing")
         return self._checkpoint.entry(name)

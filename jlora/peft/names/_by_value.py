@@ -131,7 +131,7 @@ def find_names(params: PyTree, folder: str | os.PathLike[str], sites: HasSites) 
                     left[name] = f"its values are in several tensors: {e}"
         tensors.used |= {key for held in found.values() for key in held.keys.flat}
     # Of two leaves that hold the same, the embedding has the name, or else the first.
-    owners = dict[Any, str]()
+    owners = dict[tuple[str, tuple[int, int] | None], str]()
     for held in sorted(found.values(), key=lambda held: find_kind(held.row.axes) is not EMBEDDING):
         for key in held.keys.flat:
             owners.setdefault((key, held.row.part), held.path)

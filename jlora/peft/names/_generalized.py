@@ -4,8 +4,8 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class Held(NamedTuple):
     keys: np.ndarray
 
     @property
-    def form(self) -> tuple[Any, ...]:
+    def form(self) -> tuple[Hashable, ...]:
         """What leaves of one row have in common: all but the numbers in names."""
         names = (_NUMBER.sub("#", own.flat[0]) for own in self.slots)
         return _NUMBER.sub("#", self.path), self.row, *names
@@ -76,7 +76,7 @@ def generalize(
     """Makes rows with patterns for the numbers of layers, and lists what they should name."""
     renamed = (_rename(held, homes) for held in found)
     each = [held if _make_row([held]) else _fuse(held, homes) for held in renamed]
-    groups = collections.defaultdict[Any, list[Held]](list)
+    groups = collections.defaultdict[Hashable, list[Held]](list)
     for held in filter(None, each):
         groups[held.form].append(held)
     patterns = collections.Counter(map(_path_and_axes, groups.values()))
