@@ -29,7 +29,7 @@ from jlora import peft
 from jlora._tree import leaves_by_path
 from jlora.peft import Name
 from jlora.peft._checkpoint import open_checkpoint
-from jlora.peft.names._leaves import NamedLeaf, resolve, split_experts
+from jlora.peft.names._leaves import NamedLeaf, resolve
 from jlora.peft.places._find import find
 
 if importlib.util.find_spec("torch") is None and "PYTORCH_PYTHON" not in os.environ:
@@ -267,8 +267,18 @@ def split(leaf: NamedLeaf, folder: pathlib.Path) -> NamedLeaf:
     base = open_checkpoint(folder, "folder")
     places = next(find(leaf.parameters, base.shapes, base.config))
     views = [places[key] for key in leaf.parameters if key in places]
-    is_split = leaf.name.kind == "experts" and views and not views[0].is_tensor
-    return (is_split and split_experts(leaf, views)) or leaf
+    name = leaf.name
+    j, n = name.part or (0, 1)
+    each = [[piece.tensor.removesuffix(".weight") for piece in view.pieces] for view in views]
+    is_apart = views and all(len(x) == n * leaf.experts for x in each)
+    if name.kind != "experts" or not is_apart or views[0].is_tensor:
+        return leaf
+    stacked = name.where("le")
+    lengths = [leaf.shape[d] for d in (*name.where("l"), *name.where("e"))]
+    modules = np.reshape([tensors[j::n] for tensors in each], lengths)
+    modules = np.moveaxis(modules, -1, stacked.index(*name.where("e")))
+    row = Name(name.path, "{}" * len(stacked), name.axes.replace("e", "l"), times=name.times)
+    return leaf._replace(name=row, modules=tuple(modules.flat))
 
 
 def test_found_by_value(made: Made) -> None:

@@ -24,7 +24,7 @@ from ...sharding._specs import place_codes
 from .._checkpoint import MODELS, open_checkpoint
 from .._file import DTYPES, FORMAT
 from ..names._kinds import EMBEDDING, EXPERTS, LINEAR
-from ..names._leaves import NamedLeaf, split_experts
+from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._torch_layout import join_weight, take_part
 from ..names._weights import explain_narrowing, name_all, split_all
@@ -134,16 +134,24 @@ def _read(
     views = [places.get(key, View(whole, (Piece(key),))) for key in leaf.parameters]
     if jnp.issubdtype(leaf.value.dtype, jnp.integer):
         return _read_integers(leaf, [view.tensor for view in views], format)
-    tensors = [piece.tensor for view in views for piece in view.pieces]
+    j, n = name.part or (0, 1)
+    pieces = [piece for view in views for piece in view.pieces]
+    is_split = any(piece.at or piece.own for piece in pieces)
+    is_apart = leaf.kind is EXPERTS and is_split and len(pieces) == len(views) * n * leaf.experts
+    tensors = [piece.tensor for piece in (pieces[j::n] if is_apart else pieces)]
     is_matrix = leaf.kind in (EMBEDDING, EXPERTS, LINEAR)
     coded = [tensor for tensor in tensors if is_matrix and tensor in quantized]
     if not coded:
         each = (take_part(_read_dense(format, view, whole), name) for view in views)
         return put(join_weight(leaf, list(each)))
-    if any(piece.at or piece.own for view in views for piece in view.pieces):
-        return _read(_split(leaf, views), format, quantized, Places())
+    if is_split and not is_apart:
+        raise Unreadable(
+            leaf.parameters[0],
+            "is stored in parts, which are quantized and cannot be joined to one leaf; for gate "
+            "and up of experts give rows with a `part`, or a checkpoint that is not quantized",
+        )
     is_swapped = leaf.kind is EXPERTS and name.transposed and format.keeps_axes
-    if not name.is_plain or is_swapped:
+    if not name.is_plain or (is_swapped and not is_apart):
         raise Unreadable(
             coded[0],
             "is quantized, but `names` changes the values or their order; load a "
@@ -152,21 +160,10 @@ def _read(
     if len(coded) < len(tensors):
         why = f"only {len(coded)} of the {len(tensors)} layers of this leaf are quantized"
         raise Unreadable(tensors[0], why)
-    shape = (*whole[:-2], *whole[-2:][::-1]) if name.transposed else whole
-    read = (read_checked(format, tensor, leaf.value.dtype, shape) for tensor in tensors)
-    return make_leaf(leaf, [take_part_of_codes(x, name) for x in read])
-
-
-def _split(leaf: NamedLeaf, views: Sequence[View]) -> NamedLeaf:
-    """Splits a leaf into quantized single experts."""
-    found = split_experts(leaf, views) if leaf.kind is EXPERTS else None
-    if found is None:
-        raise Unreadable(
-            leaf.parameters[0],
-            "is stored in parts, which are quantized and cannot be joined to one leaf; for gate "
-            "and up of experts give rows with a `part`, or a checkpoint that is not quantized",
-        )
-    return found
+    *lead, rows, columns = (*whole[:-2], *whole[-2:][::-1]) if name.transposed else whole
+    shape = (rows // n, columns) if is_apart else (*lead, rows, columns)
+    read = [read_checked(format, tensor, leaf.value.dtype, shape) for tensor in tensors]
+    return make_leaf(leaf, read if is_apart else [take_part_of_codes(x, name) for x in read])
 
 
 def _read_integers(leaf: NamedLeaf, keys: Sequence[str], format: Format) -> jax.Array:

@@ -13,7 +13,6 @@ from ..._adapters import is_node
 from ..._errors import InputError, Problem, shorten
 from ..._tree import leaves_by_path, name_of
 from ..._types import Layout, Path, PyTree
-from ..places._views import View
 from ._kinds import EXPERTS, LINEAR, Kind, find_kind
 from ._names import RANK, Name, fill_indices, multiply_lengths
 
@@ -173,24 +172,6 @@ def select_by_parameter(leaves: Sequence[NamedLeaf]) -> list[NamedLeaf]:
     if not any(leaf.kind is EXPERTS or is_one_expert(leaf) for leaf in leaves):
         return [*leaves]
     return [leaf._replace(by_parameter=is_confused(leaf)) for leaf in leaves]
-
-
-def split_experts(leaf: NamedLeaf, views: Sequence[View]) -> NamedLeaf | None:
-    """Returns a leaf of experts with a module for each, as they are stored in `views`.
-
-    None if the leaf joins several of their modules.
-    """
-    name = leaf.name
-    j, n = name.part or (0, 1)
-    each = [[piece.tensor.removesuffix(".weight") for piece in view.pieces] for view in views]
-    if any(len(tensors) != n * leaf.experts for tensors in each):
-        return None
-    stacked = name.where("le")
-    lengths = [leaf.shape[d] for d in (*name.where("l"), *name.where("e"))]
-    modules = np.reshape([tensors[j::n] for tensors in each], lengths)
-    modules = np.moveaxis(modules, -1, stacked.index(*name.where("e")))
-    row = Name(name.path, "{}" * len(stacked), name.axes.replace("e", "l"), times=name.times)
-    return leaf._replace(name=row, modules=tuple(modules.flat))
 
 
 def path_in_names(path: Path) -> str:
