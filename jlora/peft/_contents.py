@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, TypeGuard
 
 import jax
@@ -16,8 +16,7 @@ from .._types import Layout, short
 from ._file import COUNT, COUNTS, DTYPES
 from ._problems import Problems
 from .adapter._arranged import Tree, make_tree
-from .adapter._config import DEFAULTS, ROWS_ALONE, ROWS_DEFAULTS, problems_of
-from .adapter._describe import Fields, describe, describe_rows_alone
+from .adapter._describe import describe
 from .adapter._draft import make_draft
 from .adapter._files import Files
 from .adapter._fit_tree import refuse_wide
@@ -153,7 +152,9 @@ def write(
     tree = _as_tree(contents)
     full = {leaf.parameters[0]: np.asarray(leaf.value) for leaf in tree.full}
     own = Parameters(tree.parts, full, contents.frozen, tree.tokens)
-    fields, own = with_profile(profile, _describe(contents, tree, own.parts), own)
+    problems = Problems("contents", "has a configuration that cannot be written.")
+    fields = describe(dict(contents.config), tree, own.parts, "contents", problems)
+    fields, own = with_profile(profile, fields, own)
     draft = make_draft(fields, own, contents.tied, dialect, prefix, contents.leaves)
     problems = Problems("contents", "cannot be written so that `read` reads the same adapter.")
     _read(draft.as_files("contents", contents.leaves), problems)
@@ -228,16 +229,3 @@ def _name_leaf(name: str, x: object) -> NamedLeaf | None:
 
 def _is_array(x: object) -> TypeGuard[np.ndarray | jax.Array]:
     return isinstance(x, np.ndarray | jax.Array)
-
-
-def _describe(contents: Contents, tree: Tree, parts: Sequence[Part[np.ndarray]]) -> Fields:
-    """Makes a configuration that describes the contents; keeps the fields that do."""
-    is_alone = contents.config.get("peft_type") == ROWS_ALONE
-    fields = {**(ROWS_DEFAULTS if is_alone else DEFAULTS), **contents.config}
-    if is_alone:
-        fields = describe_rows_alone(fields, tree, "contents")
-    elif parts:
-        fields["use_dora"] = any(part.m is not None for part in parts)
-    if wrong := problems_of(fields, is_file=False):
-        raise InputError("contents", "has a configuration that cannot be written.", problems=wrong)
-    return fields if is_alone else describe(fields, tree, parts)

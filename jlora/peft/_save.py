@@ -18,18 +18,17 @@ from ._file import DTYPES, Source, read_json, shorten
 from ._load import fit
 from ._problems import Problems
 from .adapter._arranged import Tree, arrange
-from .adapter._config import DEFAULTS, LIMIT, ROWS_DEFAULTS, problems_of
+from .adapter._config import LIMIT, ROWS_ALONE
 from .adapter._describe import (
     Fields,
     describe,
-    describe_rows_alone,
     find_frozen,
     find_full,
     set_training,
 )
 from .adapter._draft import Draft, make_draft
 from .adapter._one_rank import with_profile
-from .adapter._parts import Parameters, Values
+from .adapter._parts import Parameters, Part, Values
 from .names._leaves import NamedLeaf
 from .names._names import Name
 from .names._torch_layout import split_weight
@@ -185,8 +184,13 @@ def _draft(
     given = dict(config or {})
     if base_model is not None:
         given["base_model_name_or_path"] = _name_model(base_model)
-    parameters = _rows_alone if len(tree.rows) == len(tree.found) else _as_lora
-    fields, own = with_profile(profile, *parameters(tree, given))
+    if is_alone := len(tree.rows) == len(tree.found):
+        given["peft_type"] = ROWS_ALONE
+    parts = tree.parts
+    fields = describe(given, tree, parts, "adapter", Problems("config", "cannot be written."))
+    if not is_alone:
+        fields = set_training(fields, given, tree)
+    fields, own = with_profile(profile, fields, _collect(fields, tree, parts))
     draft = make_draft(fields, own, tree.tied, dialect, prefix, tree.modules)
     problems = Problems(
         "adapter",
@@ -225,13 +229,8 @@ def _warn_of_prefix(folder: Path, own: Values) -> None:
             )
 
 
-def _as_lora(tree: Tree, given: Fields) -> tuple[Fields, Values]:
-    fields = DEFAULTS | given
-    parts = tree.parts
-    if parts:
-        fields["use_dora"] = any(part.m is not None for part in parts)
-    _refuse_config(problems_of(fields, is_file=False))
-    fields = set_training(describe(fields, tree, parts), given, tree)
+def _collect(fields: Fields, tree: Tree, parts: list[Part[np.ndarray]]) -> Values:
+    """Collects what PEFT stores of an adapter, with what it saves as a whole."""
     saved = find_full(fields, tree)
     _refuse_adapted([leaf for leaf in saved if is_node(tree.found.get(leaf.path))], fields)
     frozen = find_frozen(fields, tree)
@@ -243,21 +242,7 @@ def _as_lora(tree: Tree, given: Fields) -> tuple[Fields, Values]:
             full[f"{head}.weight"] = full[leaf.parameters[0]]
     own = split_all(frozen.values())  # a head has the values of its embedding
     values = {name: own.get(name, own[leaf.parameters[0]]) for name, leaf in frozen.items()}
-    return fields, Parameters(parts, full, values, tree.tokens)
-
-
-def _rows_alone(tree: Tree, given: Fields) -> tuple[Fields, Values]:
-    """Describes an adapter of rows alone; a tied head has the rows of its embedding too."""
-    fields = describe_rows_alone(ROWS_DEFAULTS | given, tree, "adapter")
-    _refuse_config(problems_of(fields, is_file=False))
-    each = ((x, m) for x in tree.tokens.values() for m in (x.module, tree.tied.get(x.module)) if m)
-    tokens = {f"{module}.weight": x._replace(module=module) for x, module in each}
-    return fields, Parameters([], tokens=tokens)
-
-
-def _refuse_config(wrong: Sequence[Problem]) -> None:
-    if wrong:
-        raise InputError("config", "cannot be written.", problems=wrong)
+    return Parameters(parts, full, values, tree.tokens)
 
 
 def _refuse_adapted(leaves: Sequence[NamedLeaf], fields: Fields) -> None:

@@ -163,8 +163,11 @@ def make_tensors(
         module, _, parameter = name.rpartition(".")
         is_wrapped = name in own.frozen or (module in adapted and not saves(module))
         tensors[f"{PREFIX}{module}{BASE * is_wrapped}.{parameter}"] = x
-    [end] = (LONE_ROWS if fields["peft_type"] == ROWS_ALONE else ROWS).keys
-    tensors |= {f"{PREFIX}{x.module}{end}": x.v for x in own.tokens.values()}
+    is_alone = fields["peft_type"] == ROWS_ALONE
+    [end] = (LONE_ROWS if is_alone else ROWS).keys
+    for x in own.tokens.values():
+        heads = [tied[x.module]] if is_alone and x.module in tied else []
+        tensors |= {f"{PREFIX}{module}{end}": x.v for module in (x.module, *heads)}
     # Contiguous, as the safetensors library writes memory in its order.
     return {key: np.asarray(x, order="C") for key, x in tensors.items()}
 

@@ -16,7 +16,7 @@ from .._problems import Problems
 from ..names._kinds import LINEAR
 from ..names._leaves import NamedLeaf
 from ._arranged import Tree
-from ._config import PATTERNS, ROWS_ALONE, list_misformed
+from ._config import DEFAULTS, PATTERNS, ROWS_ALONE, ROWS_DEFAULTS, problems_of
 from ._parts import INDICES, Part, find_rows, list_lone_heads
 from ._patterns import Clock
 from ._roles import (
@@ -36,8 +36,27 @@ Fields = dict[str, Any]
 NO_MODULE = "dummy-target-modules"  # PEFT's word for "no module"
 
 
-def describe(fields: Fields, tree: Tree, parts: Sequence[Part[np.ndarray]]) -> Fields:
-    """Replaces the `fields` that do not describe an adapter."""
+def describe(
+    given: Fields, tree: Tree, parts: Sequence[Part[np.ndarray]], argument: str, problems: Problems
+) -> Fields:
+    """Makes the configuration of an adapter; keeps the `given` fields that describe it.
+
+    Args:
+        given: fields.
+        tree: the adapter.
+        parts: its A and B.
+        argument: the user's argument with the adapter.
+        problems: collects what is wrong with `given`.
+    """
+    is_alone = given.get("peft_type") == ROWS_ALONE
+    fields = (ROWS_DEFAULTS if is_alone else DEFAULTS) | given
+    if is_alone:
+        fields["token_indices"] = _find_rows_of_all(tree, argument)
+    elif parts:
+        fields["use_dora"] = any(part.m is not None for part in parts)
+    problems.stop(*problems_of(fields, is_file=False))
+    if is_alone:
+        return _select_rows_alone(fields, tree)
     fields = _set_targets(fields, tree)
     fields = _set_scales(fields, _key(parts, fields), tree.tied)
     return _set_tokens(_set_full(fields, tree), tree)
@@ -233,8 +252,8 @@ def _set_tokens(fields: Fields, tree: Tree) -> Fields:
     return fields | {INDICES: {shorten_name(m): list(rows) for m, rows in wanted.items()} or None}
 
 
-def describe_rows_alone(fields: Fields, tree: Tree, argument: str) -> Fields:
-    """Describes an adapter of rows alone; PEFT has one list of rows for all embeddings."""
+def _find_rows_of_all(tree: Tree, argument: str) -> list[int]:
+    """Finds the rows of an adapter of rows alone: PEFT has one list of them for all embeddings."""
     lists = {tree.found[leaf.path].rows: name_of(leaf.path) for leaf in tree.rows}
     if len(lists) > 1:
         raise InputError(
@@ -244,13 +263,16 @@ def describe_rows_alone(fields: Fields, tree: Tree, argument: str) -> Fields:
             problems=[Problem(name, f"rows {shorten(rows)}") for rows, name in lists.items()],
             remedy="Save each embedding by itself.",
         )
+    return list(*lists)
+
+
+def _select_rows_alone(fields: Fields, tree: Tree) -> Fields:
+    """Selects the embeddings of an adapter of rows alone."""
     wanted = [leaf.modules[0] for leaf in tree.rows]
     others = _with_parents(tree.modules) - set(wanted)
-    fields = fields | {"peft_type": ROWS_ALONE, "token_indices": list(*lists)}
-    if not list_misformed(fields):
-        roles = resolve(fields, [*wanted, *others], Clock())
-        if {m for m, role in roles.items() if role.adapts} == set(wanted):
-            return fields
+    roles = resolve(fields, [*wanted, *others], Clock())
+    if {m for m, role in roles.items() if role.adapts} == set(wanted):
+        return fields
     chosen = dict.fromkeys(others, False) | dict.fromkeys(wanted, True)
     return fields | {"target_modules": _select(chosen, tree.is_whole)}
 
