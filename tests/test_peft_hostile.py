@@ -27,9 +27,9 @@ from jlora.peft._checkpoint import open_checkpoint
 from jlora.peft._problems import Problems
 from jlora.peft.adapter import _patterns
 from jlora.peft.adapter._config import problems_of
+from jlora.peft.adapter._parts import Parameters
 from jlora.peft.adapter._patterns import Clock, Job, match
 from jlora.peft.adapter._roles import list_parents, list_unused, resolve
-from jlora.peft.adapter._sorted import Parameters
 from jlora.peft.formats._dequantize import dequantized, matrices
 from jlora.peft.merge import _ties
 from jlora.peft.merge._target import Target
