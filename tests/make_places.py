@@ -30,6 +30,10 @@ FIRST, MOST = 100_000, 2**24  # above the numbers in buffers; exact in float32
 Names = tuple[str, ...]
 
 
+class WrongRowsError(Exception):
+    """Rows do not say where the parameters of a model are."""
+
+
 class Box(NamedTuple):
     """A box of a parameter, and the box of a tensor that has its values."""
 
@@ -68,10 +72,12 @@ def ask(model: Any) -> tuple[dict[str, list[Box] | str], dict[str, Any], dict[st
 
 
 def list_saved(model: Any) -> dict[str, Any]:
-    """Lists parameters, and the buffers in floats that are saved."""
+    """Lists parameters, and the buffers in floats that are saved, if there are not too many."""
     saved = model.state_dict(keep_vars=True).keys()
     buffers = {n: x for n, x in model.named_buffers() if n in saved and x.is_floating_point()}
-    return dict(model.named_parameters()) | buffers
+    parameters = dict(model.named_parameters())
+    both = parameters | buffers
+    return both if sum(x.numel() for x in both.values()) < MOST - FIRST else parameters
 
 
 def _read(folder: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -228,10 +234,9 @@ def make_rows(model: Any) -> tuple[dict[str, str], dict[str, str], dict[str, Any
         except ValueError as e:
             lost[name] = str(e)
     bad = {box.tensor for name in lost if not isinstance(found[name], str) for box in found[name]}
-    for tensor, parts in held.items():
-        if len({at.rpartition("/")[2] for _, at, _ in parts}) > 1:
-            bad.add(tensor)
-            lost |= {name: f"in unequal parts of {tensor}" for name, *_ in parts}
+    bad |= {x for x, own in held.items() if len({at.rpartition("/")[2] for _, at, _ in own}) > 1}
+    for tensor in held.keys() & bad:
+        lost |= {n: f"in unequal parts of {tensor}" for n, *_ in held[tensor] if n not in lost}
     held = {tensor: x for tensor, x in held.items() if tensor not in bad}
     rows = dict(_compress(_generalize(held)))
     _check(rows, {n: x for n, x in found.items() if n not in lost}, own, stored)
@@ -297,15 +302,14 @@ def _split(members: Sequence[Any], literal: Names = ()) -> Iterator[tuple[Names,
     if len(templates) == 1 and None not in templates:
         yield templates.pop()
         return
-    for i in free:
-        groups = collections.defaultdict[str, list[Any]](list)
-        for member in members:
-            groups[member[0][i]].append(member)
-        if len(groups) > 1 or i == free[-1] or len(free) == 1:
-            for group in groups.values():
-                yield from _split(group, (*literal, str(i)))
-            return
-    raise AssertionError(members)
+    if not free:
+        raise ValueError(f"no row for {'.'.join(first)}")
+    i = min(free, key=lambda i: len({parts[i] for parts, _ in members}))
+    groups = collections.defaultdict[str, list[Any]](list)
+    for member in members:
+        groups[member[0][i]].append(member)
+    for group in groups.values():
+        yield from _split(group, (*literal, str(i)))
 
 
 def _template(parts: Names, own: Any, free: Sequence[int]) -> tuple[Names, Labels] | None:
@@ -382,22 +386,23 @@ def _write(names: Names, box: str) -> str:
 
 
 def _check(rows: Any, found: Any, own: Any, stored: Any) -> None:
-    """Asserts that the rows give each parameter its boxes, and no name to two of them."""
+    """Raises unless the rows give each parameter its boxes, and no name to two of them."""
     places = Rows(rows).name(stored)
-    assert all(x.tensor == name for name, x in places.items() if name in stored), rows
+    if wrong := [name for name in places.keys() & stored.keys() if places[name].tensor != name]:
+        raise WrongRowsError(rows, wrong)
     for name, boxes in found.items():
         if not boxes:
             continue
         view = places.get(name)
-        assert view and view.shape == own[name], (name, view, own[name])
-        ours = {
-            (x.tensor, _whole(x.at, stored[x.tensor]), _whole(x.own, own[name]))
-            for x in view.pieces
-        }
-        theirs = {
-            (x.tensor, _whole(x.at, stored[x.tensor]), _whole(x.own, own[name])) for x in boxes
-        }
-        assert ours == theirs, (name, ours, theirs)
+        if view is None or view.shape != own[name]:
+            raise WrongRowsError(rows, name, view, own[name])
+        each = [(x.tensor, x.at, x.own) for x in view.pieces], boxes
+        ours, theirs = (
+            {(x, _whole(at, stored[x]), _whole(box, own[name])) for x, at, box in pieces}
+            for pieces in each
+        )
+        if ours != theirs:
+            raise WrongRowsError(rows, name, ours, theirs)
 
 
 def _whole(box: Any, shape: Any) -> Any:
@@ -500,7 +505,7 @@ def make_all(classes: Iterable[Any]) -> Iterator[Made]:
     for cls in classes:
         try:
             yield make_with_options(cls)
-        except AssertionError:
+        except WrongRowsError:
             raise
         except Exception as e:
             sys.stderr.write(f"{cls.__name__}: {type(e).__name__} {str(e)[:99]!r}\n")

@@ -4,6 +4,8 @@ Sizes of the default configuration are made small, by their names. Needs `transf
 """
 
 import inspect
+import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -40,10 +42,58 @@ _FILLED = {
     "layer_types": ["full_attention", "full_attention"],
     "mlp_layer_types": ["dense", "sparse"],
 }
+_IN_SPACE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+# What models of one kind need, as sizes of theirs must fit together.
+_NEEDS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_head": 2},
+    "gpt_bigcode": {"n_head": 2},
+    "openai-gpt": {"n_head": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "dots1": {"n_routed_experts": 3, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dory": {
+        "num_hidden_layers": 6,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+        "layer_types": [*["sliding_attention", "mlp"] * 2, "full_attention", "mlp"],
+    },
+    "gemma3n_text": {
+        "num_hidden_layers": 5,
+        "intermediate_size": 48,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0] * 5,
+        "layer_types": ["sliding_attention"] * 4 + ["full_attention"],
+    },
+    "ernie4_5_vl_moe_text": {"rope_parameters": _IN_SPACE},
+    "qwen2_vl_text": {"rope_parameters": _IN_SPACE},
+    "qwen2_5_vl_text": {"rope_parameters": _IN_SPACE},
+    "deepseek_v2": {"num_key_value_heads": 2},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 24},
+    "mistral_large4_text": {
+        "num_hidden_layers": 4,
+        "kv_source_layers": [0, 1, 2, 3],
+        "layer_types": ["indexed_attention"] * 4,
+        "indexer_types": ["full"] * 4,
+        "no_rope_layers": [1, 1, 1, 0],
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    },
+}
 # Small numbers that others are divided by, or compared with.
 _KEPT = re.compile(
     r"label|channels$|kernel|stride|padding|dilation|group|temporal|merge|section|window|conv"
     r"|frames|ratio|factor|expansion|codebooks|rotary|levels|pool|sample|mel|image_size|type_vocab"
+)
+
+
+# For those of `timm`, which is not there.
+BACKBONE = transformers.ResNetConfig(
+    embedding_size=8,
+    hidden_sizes=[8] * 4,
+    depths=[1] * 4,
+    layer_type="basic",
+    out_features=["stage2", "stage3", "stage4"],
 )
 
 
@@ -93,12 +143,15 @@ def make_config(cls: Any, way: int = 0, default: Any = None, fields: Mapping[str
     parts = {k: x for k, x in vars(default).items() if isinstance(x, transformers.PretrainedConfig)}
     usual = {k: x for k, x in default.to_dict().items() if k in known - parts.keys() - {*_OWN}}
     small = {key: _shrink(key, x, way) for key, x in usual.items()}
-    small = {key: x for key, x in small.items() if x != usual[key]} | dict(fields)
+    small = {key: x for key, x in small.items() if x != usual[key]}
+    small |= _NEEDS.get(default.model_type, {}) | dict(fields)
     if getattr(default, "tie_word_embeddings", False):
         small["tie_word_embeddings"] = False  # so that the head is stored too
     for key, x in parts.items():
         if key in known:
             own = make_config(type(x), way, x)
+            if isinstance(x, transformers.TimmBackboneConfig):
+                own = BACKBONE
             small[key] = own.to_dict() | {"model_type": own.model_type}
     if way == 3:
         filled = {key: x for key, x in _FILLED.items() if key in known}
@@ -162,3 +215,58 @@ def list_parts(config: Any) -> Mapping[str, Any]:
     """Lists the configurations in one, by their fields."""
     every = vars(config).items()
     return {key: x for key, x in every if isinstance(x, transformers.PretrainedConfig)}
+
+
+# ------------------------------------------------------------------------------------------- inputs
+
+
+def find_inputs(model: Any) -> dict[str, Any] | None:
+    """Finds inputs for which a model computes something; None if it takes none of ours."""
+    for inputs in _list_inputs(model):
+        try:
+            if run(model, inputs):
+                return inputs
+        except Exception:  # each model has errors of its own
+            continue
+    return None
+
+
+def _list_inputs(model: Any) -> Iterator[dict[str, Any]]:
+    """Yields what a model may take, by the names of its arguments: tokens, images, sounds."""
+    names = inspect.signature(model.forward).parameters
+    parts = [model.config, *list_parts(model.config).values()]
+
+    def find(default: int, *fields: str) -> int:
+        found = (getattr(x, key, None) for key in fields for x in parts)
+        return next((x for x in found if type(x) is int), default)
+
+    def draw(*shape: int) -> Any:
+        return torch.linspace(-1, 1, math.prod(shape)).view(shape)
+
+    ids = torch.arange(3, 11)[None]
+    tokens = {"input_ids": ids, "decoder_input_ids": ids}
+    channels, bins = find(3, "num_channels", "in_channels"), find(80, "num_mel_bins")
+    others = [{}, {"input_values": draw(1, 8000)}, {"input_values": draw(1, 1024, 128)}]
+    for n in (find(224, "image_size"), 32, 224):
+        image = channels, n, n
+        others += [{"pixel_values": draw(1, *frames, *image)} for frames in ((), (16,), (32,))]
+    for n in (2 * find(32, "max_source_positions"), 64):
+        others += [{"input_features": draw(1, *shape)} for shape in ((bins, n), (n, bins))]
+    for own, beside in itertools.product(others, (tokens, {})):
+        if inputs := {key: x for key, x in (own | beside).items() if key in names}:
+            yield inputs | ({"use_cache": False} if "use_cache" in names else {})
+
+
+def run(model: Any, inputs: Mapping[str, Any]) -> list[Any]:
+    """Lists all arrays of floats that a model computes."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return [x for x in _flatten(model(**inputs)) if x.is_floating_point()]
+
+
+def _flatten(x: Any) -> Iterator[Any]:
+    if isinstance(x, torch.Tensor):
+        yield x
+    each = x.values() if isinstance(x, Mapping) else x if isinstance(x, list | tuple) else ()
+    for one in each:
+        yield from _flatten(one)
