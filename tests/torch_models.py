@@ -173,7 +173,9 @@ MODELS = {
         "WhisperForConditionalGeneration",
         WHISPER,
         {"input_features": SPECTRUM, "decoder_input_ids": IDS[:, :5]} | NO_CACHE,
-        "conv[12]|embed_positions",  # whose attributes the encoder reads; PEFT's modules have none
+        # Those whose attributes the encoder reads, as PEFT's modules have none, and the table that
+        # is tied, of which no merge knows all readers.
+        "conv[12]|embed_positions|embed_tokens",
     ),
     # PEFT stores an adapted head only beside an input embedding, which this one has not.
     "wav2vec2": Model("Wav2Vec2ForCTC", TEXT | AUDIO, {"input_values": SOUND}, "lm_head"),
