@@ -10,6 +10,7 @@ import re
 from typing import Any, NamedTuple
 
 import peft as hf_peft
+import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -34,34 +35,15 @@ _NAMES = {
 SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
 HEADS = {"head_dim": 16}
 TIED = {"tie_word_embeddings": True}
-LOCAL = {"attention_types": [[["global", "local"], 1]]}
-EXPERTS_OF = {"n_routed_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 20}
-MLA = EXPERTS_OF | {
-    "num_key_value_heads": 2,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 10,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
-LLAMA4 = HEADS | {
-    "num_experts_per_tok": 1,
-    "intermediate_size_mlp": 40,
-    "interleave_moe_layer_step": 2,
-}
-STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
-# Family: its class, or its class and what it has beside the sizes.
-_FAMILIES: dict[str, Any] = {
+# The models of `transformers`, tiny; version 5 calls many modules otherwise than it saves them.
+_FAMILIES = {
     "llama": "LlamaForCausalLM",
-    "llama-tied": ("LlamaForCausalLM", TIED),
+    "llama-tied": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
-    "qwen3": ("Qwen3ForCausalLM", HEADS),
-    "gemma": ("GemmaForCausalLM", HEADS),
-    "gemma2": ("Gemma2ForCausalLM", HEADS),
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "phi": "PhiForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
@@ -71,35 +53,32 @@ _FAMILIES: dict[str, Any] = {
     "granite": "GraniteForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen2-moe": "Qwen2MoeForCausalLM",
-    "qwen3-moe": ("Qwen3MoeForCausalLM", HEADS),
-    "gpt-oss": ("GptOssForCausalLM", HEADS),
-    "deepseek-v3": ("DeepseekV3ForCausalLM", MLA),
-    "llama4": ("Llama4ForCausalLM", LLAMA4),
+    "qwen3-moe": "Qwen3MoeForCausalLM",
+    "gpt-oss": "GptOssForCausalLM",
+    "deepseek-v3": "DeepseekV3ForCausalLM",
+    "llama4": "Llama4ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
-    "gptj": ("GPTJForCausalLM", {"rotary_dim": 4}),
-    "gpt-neo": ("GPTNeoForCausalLM", LOCAL),
+    "gptj": "GPTJForCausalLM",
+    "gpt-neo": "GPTNeoForCausalLM",
     "gpt-neox": "GPTNeoXForCausalLM",
-    "opt": ("OPTForCausalLM", {"word_embed_proj_dim": 32}),
+    "opt": "OPTForCausalLM",
     "bloom": "BloomForCausalLM",
     "falcon": "FalconForCausalLM",
     "bert": "BertForSequenceClassification",
     "bert-mlm": "BertForMaskedLM",
     "roberta": "RobertaForSequenceClassification",
     "deberta-v2": "DebertaV2ForSequenceClassification",
-    "electra": ("ElectraForSequenceClassification", {"embedding_size": 24}),
+    "electra": "ElectraForSequenceClassification",
     "distilbert": "DistilBertForSequenceClassification",
-    "albert": ("AlbertForSequenceClassification", {"embedding_size": 24}),
-    "codegen": ("CodeGenForCausalLM", {"rotary_dim": 4}),
+    "albert": "AlbertForSequenceClassification",
+    "codegen": "CodeGenForCausalLM",
     "t5": "T5ForConditionalGeneration",
     "bart": "BartForConditionalGeneration",
     "whisper": "WhisperForConditionalGeneration",
     "vit": "ViTForImageClassification",
     "dinov2": "Dinov2ForImageClassification",
-    "resnet": ("ResNetForImageClassification", STAGES),
-    "clip": ("CLIPModel", {"text_config": SIZES | {"projection_dim": 32}, "vision_config": SIZES}),
-}
-# Made by their class alone; `transformers` 5 calls most of their modules otherwise than it saves.
-_NEW = {
+    "resnet": "ResNetForImageClassification",
+    "clip": "CLIPModel",
     "gemma4": "Gemma4ForCausalLM",
     "gemma4-moe": "Gemma4ForCausalLM",
     "qwen3.5": "Qwen3_5ForCausalLM",
@@ -127,41 +106,27 @@ _NEW = {
     "minimax-m3": "MiniMaxM3SparseForConditionalGeneration",
     "trocr": "VisionEncoderDecoderModel",
 }
-_CLASSES = frozenset(dir(transformers))  # of the installed version; `hasattr` would import each
-_PARTS = ("config", "depths")  # of models whose parts have the sizes, or sizes of their own
-
-
-def _with_sizes(own: Any) -> tuple[str, dict[str, Any]]:
-    cls, fields = (own, {}) if isinstance(own, str) else own
-    return cls, fields if any(k.endswith(_PARTS) for k in fields) else SIZES | fields
-
-
-if transformers.__version__ < "5":  # which has other defaults for their parts
-    del _NEW["qwen3-vl-moe"], _NEW["trocr"]
-NEW = {name: cls for name, cls in _NEW.items() if cls in _CLASSES}
-_OTHERS = {name: _with_sizes(x) for name, x in _FAMILIES.items()}
-FAMILIES = [*(name for name, (cls, _) in _OTHERS.items() if cls in _CLASSES), *NEW]
-# What turns a part of a model on.
+# What the configurations of some have beside small sizes.
 _BOTH = {"layer_types": ["linear_attention", "full_attention"]}
-_ON = {
+_FIELDS: dict[str, dict[str, Any]] = {
+    "llama-tied": TIED,
+    "gemma4-moe": {"enable_moe_block": True, "num_experts": 3, "moe_intermediate_size": 20},
     "qwen3.5": _BOTH,
     "qwen3.5-moe": _BOTH,
-    "gemma4-moe": EXPERTS_OF | {"enable_moe_block": True, "num_experts": 3},
     "dinov2-giant": {"use_swiglu_ffn": True},
+    "trocr": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
 }
+if transformers.__version__ < "5":  # which has other defaults for their parts
+    del _FAMILIES["qwen3-vl-moe"], _FAMILIES["trocr"]
+_CLASSES = frozenset(dir(transformers))  # of the installed version; `hasattr` would import each
+FAMILIES = {name: cls for name, cls in _FAMILIES.items() if cls in _CLASSES}
 
 
 def make_model(family: str, **fields: Any) -> Any:
     """A tiny random model, with other fields in its configuration."""
     torch.manual_seed(0)
-    if family in NEW:
-        import tiny_models
-
-        cls = getattr(transformers, NEW[family])
-        return tiny_models.make_model(cls, _ON.get(family, {}) | fields)
-    architecture, sizes = _OTHERS[family]
-    cls = getattr(transformers, architecture)
-    return cls(cls.config_class(**copy.deepcopy(sizes | fields))).eval()
+    cls = getattr(transformers, FAMILIES[family])
+    return tiny_models.make_model(cls, _FIELDS.get(family, {}) | fields, is_untied=False)
 
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

@@ -108,20 +108,21 @@ def list_classes() -> Iterator[Any]:
             yield cls
 
 
-def make_model(cls: Any, fields: Mapping[str, Any] = {}) -> Any:
+def make_model(cls: Any, fields: Mapping[str, Any] = {}, is_untied: bool = True) -> Any:
     """Makes a tiny model of a class in float32; raises what its constructor does if none is.
 
-    Its configuration has these fields beside small sizes.
+    Its configuration has these fields beside small sizes; its head has a weight of its own, or is
+    as the class has it.
     """
     problems = list[Exception]()
     for way in range(4):
         try:
-            config = make_config(cls.config_class, way, fields=fields)
+            config = make_config(cls.config_class, way, None, fields, is_untied)
             with torch.device("meta"):
                 size = sum(x.numel() for x in cls(config).parameters())
             if not 0 < size < MOST:
                 raise ValueError(f"{size} parameters")
-            config = make_config(cls.config_class, way, fields=fields)
+            config = make_config(cls.config_class, way, None, fields, is_untied)
             return cls(config).float().eval()
         except Exception as e:
             problems.append(e)
@@ -136,7 +137,13 @@ def list_options(cls: Any) -> list[dict[str, Any]]:
     return [*found, rotary] if rotary.keys() <= fields.keys() else found
 
 
-def make_config(cls: Any, way: int = 0, default: Any = None, fields: Mapping[str, Any] = {}) -> Any:
+def make_config(
+    cls: Any,
+    way: int = 0,
+    default: Any = None,
+    fields: Mapping[str, Any] = {},
+    is_untied: bool = True,
+) -> Any:
     """Makes a tiny configuration, in one of four ways of which none fits all models."""
     default = _make_default(cls) if default is None else default
     known = {x for base in cls.__mro__ for x in inspect.signature(base.__init__).parameters}
@@ -145,14 +152,14 @@ def make_config(cls: Any, way: int = 0, default: Any = None, fields: Mapping[str
     small = {key: _shrink(key, x, way) for key, x in usual.items()}
     small = {key: x for key, x in small.items() if x != usual[key]}
     small |= _NEEDS.get(default.model_type, {}) | dict(fields)
-    if getattr(default, "tie_word_embeddings", False):
+    if is_untied and getattr(default, "tie_word_embeddings", False):
         small["tie_word_embeddings"] = False  # so that the head is stored too
     for key, x in parts.items():
         if key in known:
-            own = make_config(type(x), way, x)
+            own = make_config(type(x), way, x, is_untied=is_untied)
             if isinstance(x, transformers.TimmBackboneConfig):
                 own = BACKBONE
-            small[key] = own.to_dict() | {"model_type": own.model_type}
+            small[key] = own.to_dict() | {"model_type": own.model_type} | small.get(key, {})
     if way == 3:
         filled = {key: x for key, x in _FILLED.items() if key in known}
         small |= {key: x for key, x in filled.items() if getattr(default, key, None) is None}
