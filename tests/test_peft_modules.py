@@ -363,6 +363,19 @@ def test_what_peft_takes_for_experts(experts: tuple[str, ...], tmp_path: Folder)
     assert_equal(*served)
 
 
+@pytest.mark.parametrize("version", [{}, {"peft_version": "0.21.2"}])
+def test_what_peft_wrote_of_experts(version: dict[str, str], tmp_path: Folder) -> None:
+    """PEFT knew the model, so what it selected as a module is one."""
+    own = {x: OF_EXPERTS[x] for x in ("q", "shared", "fused")}
+    names = [name for name, _ in own.values()]
+    base = {x: jnp.zeros(shape) for x, (_, shape) in own.items()}
+    adapter = {x: node(*row) for x, row in own.items()}
+    given = {"target_modules": ["q", "up_proj"], "target_parameters": ["experts.gate_up_proj"]}
+    peft.save(tmp_path, base, adapter, names, config={"r": 2, "lora_alpha": 3} | given | version)
+    assert_equal(peft.load(tmp_path, base, names), adapter)
+    assert (given.items() <= config_of(tmp_path).items()) == bool(version)
+
+
 # --------------------------------------------------------------------------- parts of a parameter
 
 PARTS = (

@@ -101,19 +101,6 @@ def test_gate_and_up_as_one_leaf(family: str, tmp_path: pathlib.Path) -> None:
     assert_same_files(tmp_path / "copy", tmp_path / "a")
 
 
-@pytest.mark.parametrize("parameter", EXPERTS)
-def test_square_experts_alone(parameter: str, tmp_path: pathlib.Path) -> None:
-    """Their orientation is that of the single experts in the checkpoint."""
-    width = families.SIZES["hidden_size"] // (2 if "gate" in parameter else 1)
-    model = families.make_model("qwen3-moe", moe_intermediate_size=width)
-    model.save_pretrained(tmp_path / "base")
-    options = {"target_modules": [], "target_parameters": [parameter]}
-    adapted = families.adapt(model, tmp_path / "a", **options)
-    adapted.merge_and_unload().save_pretrained(tmp_path / "theirs")
-    peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours")
-    assert families.compare(tmp_path).kind in ("bits", "rounding")
-
-
 def build(family: str, folder: pathlib.Path) -> Any:
     """Writes a random checkpoint, and gives the model of it."""
     model = families.make_model(family)

@@ -57,7 +57,7 @@ def describe(
     problems.stop(*problems_of(fields, is_file=False))
     if is_alone:
         return _select_rows_alone(fields, tree)
-    fields = _set_targets(fields, tree)
+    fields = _set_targets(fields, tree, "peft_version" in given)
     fields = _set_scales(fields, _key(parts, fields), tree.tied)
     return _set_tokens(_set_full(fields, tree), tree)
 
@@ -77,24 +77,19 @@ def _key(parts: Sequence[Part[np.ndarray]], fields: Fields) -> Iterable[Part[np.
 # ------------------------------------------------------------------------- which are adapted
 
 
-def _set_targets(fields: Fields, tree: Tree) -> Fields:
+def _set_targets(fields: Fields, tree: Tree, is_of_peft: bool) -> Fields:
     """Selects the leaves with A and B, and the heads tied to them, and nothing else."""
-    adapted = {name for leaf in tree.low for name in leaf.parameters}
-    tied = {m: head for m, head in tree.tied.items() if f"{m}.weight" in adapted}
-    others = _find_others(tree)
-    roles = resolve(fields, [*tree.modules, *others, *tied.values()], Clock())
+    adapted, tied = _list_adapted(tree)
+    # PEFT, which knew the model, took none of the names that it wrote for those of experts.
+    if _selects(fields, tree) or (is_of_peft and _selects(fields, tree.by_module())):
+        return fields if adapted else fields | {"target_modules": NO_MODULE}
     # By whether a key is of a bare parameter: whether it is adapted.
-    keys: dict[bool, dict[str, bool]] = {False: dict.fromkeys(others, False), True: {}}
-    is_described = all(_ties(fields, m, head) or roles[head].adapts for m, head in tied.items())
-    is_described &= not any(roles[m].adapts and not roles[m].saves for m in others)
+    keys: dict[bool, dict[str, bool]] = {False: dict.fromkeys(_find_others(tree), False), True: {}}
     for leaf in tree.leaves:
         for module, name in zip(leaf.modules, leaf.parameters, strict=True):
-            is_described &= _adapts(roles[module], leaf) == (name in adapted)
             keys[True][name] = leaf.is_bare and name in adapted
             if leaf.name.kind and not leaf.is_bare:
                 keys[False][module] = name in adapted
-    if is_described:
-        return fields if adapted else fields | {"target_modules": NO_MODULE}
     # Heads that PEFT does not tie by itself are selected by name.
     apart = [h for m, h in tied.items() if not _ties({"ensure_weight_tying": True}, m, h)]
     keys[False] |= dict.fromkeys(apart, True)
@@ -111,6 +106,23 @@ def _set_targets(fields: Fields, tree: Tree) -> Fields:
         "layers_pattern": None,
         "ensure_weight_tying": len(apart) < len(tied),
     }
+
+
+def _selects(fields: Fields, tree: Tree) -> bool:
+    """Whether fields select the leaves with A and B, and the heads tied to them, alone."""
+    adapted, tied = _list_adapted(tree)
+    others = _find_others(tree)
+    roles = resolve(fields, [*tree.modules, *others, *tied.values()], Clock())
+    heads = all(_ties(fields, m, head) or roles[head].adapts for m, head in tied.items())
+    each = ((x, *own) for x in tree.leaves for own in zip(x.modules, x.parameters, strict=True))
+    own = all(_adapts(roles[module], x) == (name in adapted) for x, module, name in each)
+    return heads and own and not any(roles[m].adapts and not roles[m].saves for m in others)
+
+
+def _list_adapted(tree: Tree) -> tuple[set[str], dict[str, str]]:
+    """Lists the parameters with A and B, and the heads tied to them by their embeddings."""
+    adapted = {name for leaf in tree.low for name in leaf.parameters}
+    return adapted, {m: head for m, head in tree.tied.items() if f"{m}.weight" in adapted}
 
 
 def _find_others(tree: Tree) -> set[str]:
@@ -226,7 +238,8 @@ def set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields
         linear = (leaf.name for leaf in tree.low if leaf.kind is LINEAR)
         new["fan_in_fan_out"] = any(name.transposed for name in linear)
     fields = fields | new
-    if (rate := fields["lora_dropout"]) and any(leaf.is_bare for leaf in tree.low):
+    is_bare = bool(fields["target_parameters"]) and any(leaf.is_bare for leaf in tree.low)
+    if (rate := fields["lora_dropout"]) and is_bare:
         raise InputError(
             "adapter",
             f"has the dropout rate {rate}, but PEFT refuses dropout beside experts and "
