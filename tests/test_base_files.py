@@ -687,7 +687,7 @@ def test_codes_and_floats_of_one_name(tmp_path):
     tensors = tensors_of({"up": gptq()}) | {"up.weight": np.ones((ROWS, COLUMNS), np.float32)}
     folder = write(tmp_path / "base", {"up": gptq()})
     save_file(tensors, folder / "model.safetensors")
-    with refused(ValueError, "src_dir", "up.weight", "is there in codes and in floats"):
+    with refused(ValueError, "path", "up.weight", "is there in codes and in floats"):
         peft.dequantize_checkpoint(folder, tmp_path / "dense")
     with refused(ValueError, "path", "up.weight", "unexpected"):
         peft.load_base(folder, NAMES, like=ONE)

@@ -579,7 +579,7 @@ def test_kohya_without_names(tmp_path: Folder) -> None:
 
 def test_where_a_folder_is_expected(tmp_path: Folder) -> None:
     path = put(tmp_path / "x.safetensors", pair(Q))
-    with refused(ValueError, "src_dir", path, "image LoRA"):
+    with refused(ValueError, "path", path, "image LoRA"):
         peft.export_merged(path, path, tmp_path / "out")
 
 
@@ -641,7 +641,7 @@ def test_two_checkpoints_in_a_folder(tmp_path: Folder) -> None:
     for name in ("model", "diffusion_pytorch_model"):
         save_file({"q.weight": ONE}, tmp_path / "base" / f"{name}.safetensors")
     put(tmp_path / "x.safetensors", pair(Q))
-    with refused(ValueError, "src_dir", tmp_path / "base", "two checkpoints"):
+    with refused(ValueError, "path", tmp_path / "base", "two checkpoints"):
         peft.export_merged(tmp_path / "base", tmp_path / "x.safetensors", tmp_path / "out")
 
 

@@ -132,7 +132,7 @@ def test_what_is_given_for_a_base(tmp_path: Folder) -> None:
         (adapter, "It is an adapter. Give the folder of its base model."),
         (tmp_path, "It is a folder with models in it. Give one of them: base."),
     ):
-        with refused(ValueError, "src_dir", given, message):
+        with refused(ValueError, "path", given, message):
             peft.export_merged(given, adapter, tmp_path / "out")
         with refused(ValueError, "path", given, message):
             peft.load_base(given, NAMES, like=LIKE)

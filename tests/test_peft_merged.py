@@ -1047,7 +1047,7 @@ def test_a_file_that_becomes_shorter(tmp_path: Folder, monkeypatch: pytest.Monke
     file = base / "model.safetensors"
     shorten = lambda *_: os.truncate(file, file.stat().st_size - 1)  # noqa: E731
     monkeypatch.setattr("jlora.peft.merge._export.check_frozen", shorten)
-    with refused(ValueError, "src_dir", "its file changed while it was read", "start again"):
+    with refused(ValueError, "path", "its file changed while it was read", "start again"):
         peft.export_merged(base, given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -1060,7 +1060,7 @@ def test_links_out_of_the_folder(name: str, tmp_path: Folder) -> None:
     peft.export_merged(base, given, tmp_path / "whole")
     (base / name).rename(tmp_path / "outside")
     (base / name).symlink_to(tmp_path / "outside")
-    with refused(ValueError, "src_dir", f"{name} is a link out of the folder, to "):
+    with refused(ValueError, "path", f"{name} is a link out of the folder, to "):
         peft.export_merged(base, given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     peft.export_merged(base, given, tmp_path / "out", follow_links=True)
@@ -1164,28 +1164,28 @@ DAMAGES: dict[str, tuple[Any, ...]] = {
     ),
     "pickle": (
         {"after": lambda base: (base / ONE).rename(base / "m.bin")},
-        *("src_dir", "", f"has neither {ONE} nor {INDEX}", "Save the model as safetensors"),
+        *("path", "", f"has neither {ONE} nor {INDEX}", "Save the model as safetensors"),
     ),
-    "cut": ({"after": lambda base: os.truncate(base / ONE, 1200)}, "src_dir", ONE),
+    "cut": ({"after": lambda base: os.truncate(base / ONE, 1200)}, "path", ONE),
     "index-without-map": (
         {"shards": 2, "after": lambda base: (base / INDEX).write_text('{"weight_map": []}')},
-        *("src_dir", INDEX, "`weight_map`; got []"),
+        *("path", INDEX, "`weight_map`; got []"),
     ),
     "index-leads-out": (
         index(lambda where: where.update(x="../x.safetensors")),
-        *("src_dir", INDEX, "names '../x.safetensors'"),
+        *("path", INDEX, "names '../x.safetensors'"),
     ),
     "index-lacks": (
         index(lambda where: where.pop(f"{Q}.weight")),
-        *("src_dir", f"{Q}.weight", "in None by the index, in model-0000"),
+        *("path", f"{Q}.weight", "in None by the index, in model-0000"),
     ),
     "index-invents": (
         index(lambda where: where.update(x=where[f"{Q}.weight"])),
-        *("src_dir", "x", "safetensors by the index, in None by the files"),
+        *("path", "x", "safetensors by the index, in None by the files"),
     ),
     "no-shard": (
         index(lambda where: where.update(x="more.safetensors")),
-        *("src_dir", "", "has no more.safetensors"),
+        *("path", "", "has no more.safetensors"),
     ),
 }  # fmt: skip
 
@@ -1250,7 +1250,7 @@ def test_arguments(tmp_path: Folder) -> None:
         export(base, tree)
     with refused(TypeError, "adapter", "must be a nested dict"):
         export(base, {}, names=peft.TABLES["llama"])
-    with refused(FileNotFoundError, "src_dir", tmp_path / "none", "there is no folder"):
+    with refused(FileNotFoundError, "path", tmp_path / "none", "there is no folder"):
         export(tmp_path / "none", given)
     with refused(FileNotFoundError, "adapter", tmp_path / "none", "there is no folder"):
         export(base, tmp_path / "none")

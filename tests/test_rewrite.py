@@ -225,7 +225,7 @@ def test_a_checkpoint_in_floats(tmp_path):
     base, _, _ = beside(tmp_path, "nf4")
     (base / "config.json").write_text("{}")
     assert matrices(base) == []
-    with pytest.raises(ValueError, match=rf"`src_dir`: {base} is not quantized. Use it directly\."):
+    with pytest.raises(ValueError, match=rf"`path`: {base} is not quantized. Use it directly\."):
         peft.dequantize_checkpoint(base, tmp_path / "out")
 
 

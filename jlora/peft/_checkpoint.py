@@ -135,7 +135,7 @@ class Checkpoint:
 
 def open_checkpoint(
     path: str | os.PathLike[str],
-    argument: str = "src_dir",
+    argument: str = "path",
     *,
     follow_links: bool | None = None,
     copied: bool = False,

@@ -57,14 +57,14 @@ def matrices(path: str | os.PathLike[str]) -> list[Matrix]:
         FileNotFoundError: if the folder or a file is missing.
         ValueError: if the checkpoint is damaged.
     """
-    format = open_format(open_checkpoint(path, "path", follow_links=True))
+    format = open_format(open_checkpoint(path, follow_links=True))
     with _errors_about("path"):
         names = dict.fromkeys(format.find())
         return [_matrix(name, read_checked(format, name, jnp.float32)) for name in names]
 
 
 def dequantize_checkpoint(
-    src_dir: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     follow_links: bool = False,
@@ -76,9 +76,9 @@ def dequantize_checkpoint(
     time. The new `config.json` has no `quantization_config`.
 
     Args:
-        src_dir: a folder in a format that `load_base` reads.
+        path: a folder in a format that `load_base` reads.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at all.
-        follow_links: whether files of `src_dir` may be links out of it. Their content is copied.
+        follow_links: whether files of `path` may be links out of it. Their content is copied.
 
     Returns:
         A `Matrix` for each tensor that was quantized.
@@ -105,10 +105,10 @@ def dequantize_checkpoint(
         >>> matrix.name, matrix.shape, weights["up.weight"].dtype, weights["up.weight"].max()
         ('up.weight', (3, 4), dtype('float32'), np.float32(1.0))
     """
-    checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
+    checkpoint = open_checkpoint(path, follow_links=follow_links, copied=True)
     if not checkpoint.quantization:
         raise InputError(
-            "src_dir",
+            "path",
             f"{checkpoint.source.folder} is not quantized. Use it directly.",
             path=checkpoint.source.folder,
         )
@@ -126,7 +126,7 @@ def _errors_about(argument: str) -> Iterator[None]:
         raise InputError(argument, "cannot be read.", problems=[e.problem]) from None
 
 
-@_errors_about("src_dir")
+@_errors_about("path")
 def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
     """Checks all codes of a quantized checkpoint, and presents it in floats.
 
@@ -162,7 +162,7 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
         method = shorten(checkpoint.quantization.get("quant_method"))
         what = "these tensors are not in that format" if left else "no weight is"
         raise InputError(
-            "src_dir",
+            "path",
             f"by its config.json, {checkpoint.source.folder} is quantized by {method}, "
             f"but {what}. Give the original checkpoint, or correct this one.",
             path=checkpoint.source.folder,

@@ -17,7 +17,7 @@ from ._ties import with_copies
 
 
 def export_merged(
-    src_dir: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     adapter: str | os.PathLike[str] | PyTree,
     out: str | os.PathLike[str],
     *,
@@ -36,7 +36,7 @@ def export_merged(
     The checkpoint grows where the adapter was trained on a larger model:
 
     - If the vocabulary was resized, and the adapter holds all rows, embedding and head get these
-      rows, and `config.json` their number. The tokenizer is that of `src_dir`.
+      rows, and `config.json` their number. The tokenizer is that of `path`.
     - A head in `modules_to_save` that the checkpoint lacks is added. Its class and its labels go to
       `config.json`, as `LABEL_0` and so on, because the adapter does not have their names. Weights
       that neither has, such as a new pooler, stay missing; an old head stays too, and
@@ -45,7 +45,7 @@ def export_merged(
       one of them, or both differently, the head gets a weight of its own, and
       `tie_word_embeddings` becomes false. For other models, such an adapter is refused.
 
-    All other files in `src_dir` are copied: configuration, generation and tokenizer files, code,
+    All other files in `path` are copied: configuration, generation and tokenizer files, code,
     folders. Not copied are weights in other formats, as they would stay unmerged
     (`pytorch_model.bin`, `.h5`, `.msgpack`, `.onnx`, `.gguf`, other safetensors files and the
     like), pickles (`.bin`, `.pt`, `.pkl`), an adapter, linked folders, `.git` and `.cache`.
@@ -66,7 +66,7 @@ def export_merged(
     - jlora computes DoRA's norms in float64 from float32 values, PEFT in W's dtype.
 
     Args:
-        src_dir: a folder with `model.safetensors`, or with shards and
+        path: a folder with `model.safetensors`, or with shards and
             `model.safetensors.index.json`; for diffusers with `diffusion_pytorch_model` instead of
             `model`. If it has both, what the library reads: transformers the one file, diffusers
             the shards. Its files, and those of `adapter`, may be links within the folder, or to
@@ -78,14 +78,14 @@ def export_merged(
         out: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
         names: for an adapter tree, its table of `Name` rows, such as `jlora.peft.TABLES["llama"]`.
-        follow_links: whether files of `src_dir` may be links out of it. Their content is copied.
+        follow_links: whether files of `path` may be links out of it. Their content is copied.
         ignore: for an adapter in a folder, as in `load`.
         prefix: for a file of image LoRA, as in `load`.
         renamed: for other names, pairs of a regular expression and what replaces it in the names of
             tensors. They are replaced in this order, as by `re.sub`, and then are the adapter's.
 
     Returns:
-        The files of `src_dir` that were not copied, as paths in it.
+        The files of `path` that were not copied, as paths in it.
 
     Raises:
         FileExistsError: if `out` exists and is not an empty folder.
@@ -118,11 +118,11 @@ def export_merged(
         ((3, 4), [])
     """
     check_cpu()
-    checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
+    checkpoint = open_checkpoint(path, follow_links=follow_links, copied=True)
     if checkpoint.quantization:
         checkpoint, _ = dequantized(checkpoint)
     problems = Problems(
-        "adapter", "cannot be merged into the checkpoint of `src_dir`; nothing was written."
+        "adapter", "cannot be merged into the checkpoint of `path`; nothing was written."
     )
     target, contents, shared = match_to_checkpoint(
         checkpoint, adapter, names, problems, ignore, prefix, renamed

@@ -220,7 +220,7 @@ def check_frozen(target: Target, found: Values, problems: Problems) -> None:
         view = model.get(name)
         if view and not (view.is_tensor and _holds(checkpoint, view.tensor, x)):
             why = (
-                "has other values than the adapter's copy of the base: `src_dir` is another model, "
+                "has other values than the adapter's copy of the base: `path` is another model, "
                 "or one with this adapter merged already"
             )
             problems.add(view.tensor, why)
