@@ -364,3 +364,8 @@ def test_theirs_in_jax(name: str, tmp_path: pathlib.Path) -> None:
     )
     assert ours.keys() == theirs.keys()
     assert all(ours[key].tobytes() == theirs[key].tobytes() for key in ours)
+
+
+def test_the_readme_says_how_many() -> None:
+    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"compare {len(MODELS)} of Hugging Face" in text
