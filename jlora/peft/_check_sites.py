@@ -39,8 +39,8 @@ def check_sites(sites: HasSites, names: Sequence[Name]) -> tuple[Problem, ...]:
         >>> params = {"up": jnp.ones((4, 3)), "down": jnp.ones((3, 4))}
         >>> sites = jlora.transform(f, jlora.LoRA(rank=2)).sites(params, jnp.ones((1, 4)))
         >>> for problem in peft.check_sites(sites, names):
-        ...     print(problem)
-        down: no row of `names` fits 'down' with 2 axes
+        ...     print(problem.where, "|", problem.why)
+        down | no row of `names` fits 'down' with 2 axes
     """
     shapes = {site.parts: jax.ShapeDtypeStruct(site.shape, site.dtype) for site in sites.leaves}
     leaves = name_leaves(nest(shapes), names, for_peft=True)
