@@ -57,7 +57,8 @@ def describe(
     problems.stop(*problems_of(fields, is_file=False))
     if is_alone:
         return _select_rows_alone(fields, tree)
-    fields = _set_targets(fields, tree, "peft_version" in given)
+    is_of_peft = "peft_version" in given and any(leaf.by_parameter for leaf in tree.leaves)
+    fields = _set_targets(fields, tree, is_of_peft)
     fields = _set_scales(fields, _key(parts, fields), tree.tied)
     return _set_tokens(_set_full(fields, tree), tree)
 
