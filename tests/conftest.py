@@ -4,8 +4,6 @@ import gc
 import importlib.metadata
 import itertools
 import os
-import pathlib
-import sys
 from collections.abc import Iterator
 
 import messages
@@ -14,21 +12,20 @@ import pytest
 # With PyTorch, which the default tests do without; what CI's part `benchmarks` runs.
 collect_ignore = [
     "fixtures",
-    "make_places.py",
-    "peft_families.py",
-    "tables/pytorch.py",
-    "tiny_models.py",
-    "torch_functions.py",
-    "torch_images.py",
-    "torch_models.py",
+    "peft/engines/served_tpu_worker.py",
+    "peft/names/tables/pytorch.py",
+    "support/make_places.py",
+    "support/peft_families.py",
+    "support/tiny_models.py",
+    "support/torch_functions.py",
+    "support/torch_images.py",
+    "support/torch_models.py",
     "bench",
 ]
 # Run by `test_eight_devices.py`; imported, for their doctests, only where there are devices.
 collect_ignore_glob = (
     [] if "device_count" in os.environ.get("XLA_FLAGS", "") else ["*_on_devices.py"]
 )
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 # Thousands of small programs, each run once: what compiles fast, not what runs fast. It makes the
 # suite three times as fast, and an unknown flag ends the process.
@@ -65,7 +62,7 @@ rewritten: dict[str, list[str]] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    what = "write what the tests that run say into tests/messages.txt"
+    what = "write what the tests that run say into tests/support/messages.txt"
     parser.addoption("--rewrite-messages", action="store_true", help=what)
 
 

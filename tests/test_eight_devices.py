@@ -8,17 +8,17 @@ import sys
 import pytest
 from small import some
 
-TESTS = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("marked", some(["not slow", "slow"], "not slow"))
 def test_on_eight_devices(marked: str) -> None:
     """The tests with that mark, in float64."""
-    files = sorted(str(x.relative_to(TESTS)) for x in TESTS.rglob("*_on_devices.py"))
+    files = sorted(str(x) for x in ROOT.joinpath("tests").rglob("*_on_devices.py"))
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-n", "0", "-m", marked, *files],
-        cwd=TESTS,
+        cwd=ROOT,
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"},
         capture_output=True,
         text=True,

@@ -574,7 +574,7 @@ def test_import_is_light() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(pathlib.Path(jlora.__file__).parents[1])},
-        cwd=pathlib.Path(__file__).parent,
+        cwd=pathlib.Path(__file__).with_name("support"),
         capture_output=True,
         text=True,
         check=False,

@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import assert_lies, mesh_of, put
-from test_trees import KEY, assert_close, random, setup
 
 import jlora
 from jlora import peft
+from tests.test_trees import KEY, assert_close, random, setup
 
 MESH = mesh_of(shape=(2, 2), names=("data", "model"))
 

@@ -6,10 +6,10 @@ import chat
 import jax
 import numpy as np
 import pytest
-from folders import write_chat_model, write_conversations
-from test_llama import TINY
 
 import jlora
+from tests.examples.folders import write_chat_model, write_conversations
+from tests.examples.test_llama import TINY
 
 WIDE = dataclasses.replace(TINY, dim=512, hidden=512, heads=8, kv_heads=8, layers=1)
 

@@ -8,11 +8,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from laws import assert_close
 from meshes import adapter_of, compiled, lines, mesh_of, moved, normal, put
-from methods_on_devices import is_explicit
 from small import some
-from test_chunked import whole
 
 import jlora
+from tests.adapters.methods_on_devices import is_explicit
+from tests.examples.test_chunked import whole
 
 ROWS, LENGTH, DIM, VOCAB, CHUNK = 8, 24, 128, 64, 5
 PARAMS = {"table": normal(0, VOCAB, DIM), "w": normal(1, DIM, DIM), "head": normal(2, DIM, VOCAB)}

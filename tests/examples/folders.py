@@ -5,9 +5,10 @@ import pathlib
 from collections.abc import Sequence
 
 from models import llama
-from test_models import Small
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.examples.test_models import Small
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -12,7 +12,8 @@ import pytest
 from laws import assert_close
 from models import parts
 from small import some
-from test_models import ONE_EACH, SMALL
+
+from tests.examples.test_models import ONE_EACH, SMALL
 
 RULES = {name: getattr(parts, name) for name in ("RULES", "SEQUENCE_RULES")}
 IDS = np.random.default_rng(0).integers(2, 61, (8, 8)).astype(np.int32)

@@ -12,8 +12,9 @@ if not importlib.util.find_spec("vllm"):
 import chat
 import serve_rl
 import served
-from folders import write_chat_model, write_conversations
 from models import llama
+
+from tests.examples.folders import write_chat_model, write_conversations
 
 SMALL = llama.Config(vocab=400, layers=2, dim=128, hidden=48, heads=4, kv_heads=2)
 

@@ -22,7 +22,6 @@ import optax
 import pytest
 from cases._case import fill
 from conversations import lay
-from folders import CHATML, say, write_chat_model, write_conversations
 from jax.tree_util import Partial
 from models import llama
 from peft_files import config_of
@@ -30,6 +29,7 @@ from small import some
 
 import jlora
 from jlora import peft
+from tests.examples.folders import CHATML, say, write_chat_model, write_conversations
 
 TINY = llama.Config(vocab=400, layers=2, dim=32, hidden=48, heads=4, kv_heads=2)
 

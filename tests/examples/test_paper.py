@@ -10,15 +10,15 @@ import jax
 import numpy as np
 import pytest
 import tables
-from folders import train_tokenizer
 from models import bert, gpt
 from paper import train as paper
 from paper.tasks import glue, pretrained, table, texts
-from test_models import Small
-from test_tasks import LAYOUTS, tsv, write
 from tokenizers import processors
 
 from jlora import checkpoint
+from tests.examples.folders import train_tokenizer
+from tests.examples.test_models import Small
+from tests.examples.test_tasks import LAYOUTS, tsv, write
 
 FILLERS = ("film", "story", "plot", "actor", "the", "a")
 WORDS = {  # of each class

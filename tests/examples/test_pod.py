@@ -16,11 +16,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pod
-import pods
 import pytest
 from peft_files import assert_equal
 
 from jlora import checkpoint
+from tests.examples import pods
 
 STEPS, SAVE_EVERY, BATCH, LENGTH, ROWS = 16, 4, 8, 16, 96
 FAULT = 10  # the step in which something happens; the checkpoint of step 8 is there

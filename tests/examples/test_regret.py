@@ -14,7 +14,8 @@ import regret_figures
 import small_gpts
 from regret import PLANS, Setting
 from small import some
-from test_grpo import CONFIG, PARAMS, Tokenizer
+
+from tests.examples.test_grpo import CONFIG, PARAMS, Tokenizer
 
 GUIDES = pathlib.Path(__file__).parents[2] / "notebooks"
 RESULTS = [f"regret_{name}.csv" for name in ("runs", *regret.OWN)]

@@ -3,9 +3,9 @@
 import pytest
 import resume
 from peft_files import assert_equal
-from test_grpo import once
 
 from jlora import checkpoint
+from tests.examples.test_grpo import once
 
 SMALL = "--layers=1 --length=8 --batch=4 --sentences=20 --rank=2 --save-every=3 --resume"
 

@@ -10,7 +10,6 @@ import re
 
 import numpy as np
 import pytest
-from folders import train_tokenizer
 from models import beam, hf
 from paper.tasks import (
     batches,
@@ -26,6 +25,8 @@ from paper.tasks import (
     texts,
     training,
 )
+
+from tests.examples.folders import train_tokenizer
 
 MODULES = [hf, batches, beam, files, ngrams, nlg, problems, seeds, table, training]
 

@@ -1,0 +1,61 @@
+"""All of `peft_families` in the long run; else every family twice, and every configuration."""
+
+import pathlib
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+import peft_families as families
+from small import every
+
+# What PyTorch and its libraries warn of is theirs; what names nothing is warned of by ours.
+pytestmark = pytest.mark.filterwarnings("default")
+
+# Why an adapter cannot be merged exactly: the guide lists them.
+REFUSED = (
+    "layer_replication",
+    "the model may read this weight twice, as its input embedding and as its output head",
+    "It may share the weight of the input embedding",
+    "has rows in the adapter, which PEFT also gives",
+)
+NAMES = list(families.CONFIGURATIONS)
+SLICE = [
+    (family, NAMES[(7 * i + step) % len(NAMES)])
+    for i, family in enumerate(families.FAMILIES)
+    for step in (0, 3)
+]
+# A model that partly has the names of the checkpoint, and two that have none of them.
+ONCE = {"trocr": "bias-of-b", "nemotron-h": "experts", "altclip": "all-linear"}
+SLICE += [x for x in ONCE.items() if x[0] in families.FAMILIES and x not in SLICE]
+
+
+@pytest.mark.parametrize(("family", "configuration"), every(families.FAMILIES, NAMES, daily=SLICE))
+def test_as_peft_merges_it(family: str, configuration: str, tmp_path: pathlib.Path) -> None:
+    found = families.outcome(family, configuration, tmp_path)
+    assert found.kind in ("bits", "rounding", "once", "untied", "refused", "not by PEFT")
+    if found.kind == "refused":
+        assert any(reason in found.reason for reason in REFUSED), found
+
+
+RESIZED = ("llama", "llama-tied", "gpt2", "phi", "gpt-neox", "t5")
+
+
+@pytest.mark.parametrize("family", RESIZED)
+def test_a_resized_vocabulary(family: str, tmp_path: pathlib.Path) -> None:
+    """The values of embedding and head that PEFT saved by itself take the place of the base's."""
+    found = families.outcome(family, "all-linear", tmp_path, vocabulary=75)
+    assert found.kind in ("bits", "rounding"), found
+    saved = families.load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert any(len(x) == 75 and "lora" not in key for key, x in saved.items())
+
+
+def test_the_slice_has_every_configuration() -> None:
+    assert {configuration for _, configuration in SLICE} == set(NAMES)
+
+
+def test_the_readme_says_how_many() -> None:
+    text = (pathlib.Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    assert f"{len(NAMES)} kinds of PEFT's adapters into more than 50 models" in text
+    assert len(families.FAMILIES) > 50

@@ -1,0 +1,1 @@
+"""Tests of the name tables, each beside its library."""

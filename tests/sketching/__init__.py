@@ -1,0 +1,1 @@
+"""Tests of sketches and ranks from them."""
