@@ -13,13 +13,16 @@ from sphinx import addnodes
 TREE = {
     "index": {
         "": """start choose loops/index files_and_serving
-            reference/index project"""
+            reference/index measurements/index project"""
     },
     "start": {"": "quickstart concepts errors"},
     "choose": {"": "rules variants costs"},
     "project": {
-        "Releases": "versions results migration changelog",
-        "Background": "internals paper section7 methods",
+        "": "versions migration changelog internals",
+    },
+    "measurements/index": {
+        "Training": "measurements/rates measurements/ranks",
+        "Examples": "results paper section7 methods",
     },
     "loops/index": {
         "By framework": """loops/torch loops/image_lora loops/plain

@@ -72,7 +72,7 @@ def cards():
     text = find("quickstart.ipynb", r"step \d+: (\S+) of the held-out")
     chat = find("loops/chat.md", r"^    held-out NLL .*: (\d\.\d\d)\d$")
     best = chat.index(min(chat)) + 1  # the adapter that is kept
-    [before, after] = find("variants.md", r"^\| (?:before|r = 8) \| .*?\| (\d+)%(?: ± 1%)? \|")
+    [before, after] = find("measurements/ranks.md", r"^\| (?:before|r = 8) \| .*?\| (\d+)%(?: ± 1%)? \|")
     [(speed, times)] = find("costs.md", r"64 adapters have (\d\S+) of one\n.*?, (\S+) and \S+ times")
     [(bits, half, full)] = find("costs.md", r"step of Llama 7B .* takes (\S+) GB. In .* (\S+) GB and\n.* (\S+) GB,")
     some, many = find("costs.md", r"\| (\d+) chips \|$")[:2]

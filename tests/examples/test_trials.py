@@ -78,5 +78,5 @@ def test_runs_are_done_once_and_the_committed_table_and_the_guide_are_theirs(tmp
     made, kept = ((folder / "variants.csv").read_text() for folder in (tmp_path, variants.OUT))
     assert made == kept
     assert (tmp_path / "variants.png").stat().st_size > 5000
-    guide = pathlib.Path(__file__).parents[2] / "notebooks" / "variants.md"
+    guide = pathlib.Path(__file__).parents[2] / "notebooks/measurements/ranks.md"
     assert variants_table.markdown(table) in guide.read_text(encoding="utf-8")
