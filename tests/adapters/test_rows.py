@@ -116,6 +116,7 @@ MISFITS = {
     "it has 2 `rows` but values for 3": lambda: {"rows": (6, 1)},
     "distinct; got 1 more than once": lambda: {"rows": (6, 1, 1)},
     "integers; got 'abc'": lambda: {"rows": "abc"},
+    "integers; got [6, 1, 2]": lambda: {"rows": [6, 1, 2]},
     "counted from 0; got -1": lambda: {"rows": (6, 1, -1)},
     "one input axis, got (0, 1)": lambda: {"layout": Layout((), (0, 1), ())},
     "it has 3 `rows` but values for 0": lambda: {"v": jnp.ones(())},

@@ -84,7 +84,7 @@ def test_what_is_moved(name, paths):
     assert max((n for _, n in found), default=0) <= most, found
 
 
-@pytest.mark.parametrize("name", some(FUNCTIONS, "add"))
+@pytest.mark.parametrize("name", some(FUNCTIONS, "add", "truncate"))
 @pytest.mark.parametrize("jit", some([True, False], True))
 def test_explicit_axes(name, jit):
     """Under `jit` with the mesh in scope, and without either."""

@@ -451,6 +451,20 @@ def test_keys_are_not_trained() -> None:
     assert (site.a, site.b, site.key) == ("a", "b", "base")
 
 
+def test_a_row_is_dropped_as_a_whole() -> None:
+    """Where the model looks up a single row, and not for a product, its ΔW is one input."""
+    f, x = (lambda params, x: jnp.sin(params["w"][3]) + x), draw(0, 4)
+    weight = {"w": draw(1, 7, 4)}
+    lora, base, adapter = adapt(f, weight, x, dropout=0.75, materialize=True)
+    delta = jlora.merge(jax.tree.map(jnp.zeros_like, base), adapter)["w"][3]
+    either = [jnp.sin(base["w"][3] + n * delta) + x for n in (0, 4)]
+    found = [lora.apply(base, jlora.dropout(adapter, key), x) for key in jax.random.split(KEY, 16)]
+    which = [min((0, 1), key=lambda i, y=y: float(jnp.abs(y - either[i]).max())) for y in found]
+    assert {*which} == {0, 1}
+    for y, i in zip(found, which, strict=True):
+        assert_close(y, either[i], 1e-5)
+
+
 def test_no_dropout_where_the_weight_is_formed() -> None:
     """There W + ΔW has no input to drop: refused by `init`, not silently left out."""
     # One column of W has one entry of B, but as many inputs as W.

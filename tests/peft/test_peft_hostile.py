@@ -115,6 +115,12 @@ def test_answers_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(found[job][i] and not found[job][100] for i, job in enumerate(jobs))
 
 
+def test_the_longest_pattern() -> None:
+    """One character more is refused before it is compiled."""
+    longest = "(a|b)" + "c" * (_patterns.LENGTH - 5)
+    assert [*_patterns.explain_refused([longest, longest + "c"])] == [longest + "c"]
+
+
 def test_too_many_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within 5 seconds there are answers of gigabytes."""
     monkeypatch.setattr(_patterns.subprocess, "run", None)

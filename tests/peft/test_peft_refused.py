@@ -327,6 +327,7 @@ QV: Damages = {
         *("init_lora_weights", "'pissa_niter_16'", "path_initial_model_for_weight_conversion"),
     ),
     "r": (say(r=True), "r", "got True"),
+    "r, too large": (say(r=2**31), "r", "got 2147483648"),
     "alpha": (say(lora_alpha="1"), "lora_alpha", "got '1'"),
     "pattern": (
         say(target_modules="query|(?=(a+)+$)" + "a" * 10_000),

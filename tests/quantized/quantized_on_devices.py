@@ -204,6 +204,17 @@ def test_a_step(scheme, stacked, name):
     check(model(stacked), scheme, stacked, mesh, gather)
 
 
+@each(SCHEMES)
+def test_a_shard_map_takes_codes(scheme):
+    """No dense weight goes into it where shards are blocks."""
+    _, base, adapter, x, specs = problem(scheme)
+    ours = jlora.transform(by_hand(True, False), jlora.LoRA(rank=2))
+    jaxpr = jax.make_jaxpr(ours.apply)(*on_mesh(AUTO, base, adapter, x, specs))
+    [mapped] = [e for e in jaxpr.eqns if e.primitive.name == "shard_map"]
+    shapes = {v.aval.shape for v in mapped.invars if v.aval.dtype == x.dtype}
+    assert shapes.isdisjoint({(D, F), (F, D)})
+
+
 @each([Int4("up|down", group=128), FP8("up|down")])
 def test_shards_that_are_no_blocks(scheme):
     """Codes whole on each device: of a part of a block there are no codes."""

@@ -119,6 +119,7 @@ def test_shapes_and_jit_and_stacks(scheme):
 def test_zeros(scheme):
     back = jlora.dequantize(jlora.quantize({"w": jnp.zeros((512, 640))}, scheme))["w"]
     np.testing.assert_array_equal(back, np.zeros((512, 640)))
+    assert not np.signbit(back).any()
 
 
 @pytest.mark.slow

@@ -251,7 +251,7 @@ def _is_parameters(x: object) -> bool:
 _FLAG = "true or false", _is_flag
 _MODULES = "a pattern, names or null", _or_null(_is_text, _is_names)
 _KINDS: dict[str, tuple[str, _Fits]] = {
-    "r": ("an integer of at least 1", _is_rank),
+    "r": ("an integer of at least 1 and below 2^31", _is_rank),
     "lora_alpha": ("a finite number", is_finite),
     "lora_dropout": ("a number in [0, 1)", lambda x: is_finite(x) and 0 <= x < 1),
     "token_indices": ("distinct rows", _is_rows),

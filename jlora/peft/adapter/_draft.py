@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..._errors import InputError, Problem, show
+from ..._errors import InputError, Problem, shorten, show
 from ..._folders import fresh, fresh_file
 from .._file import CONFIG, IMAGE, TENSORS, make_header
 from .._recognized import ALPHA, FORMS, MAGNITUDES, MANGLED, A, B
@@ -163,9 +163,8 @@ def _explain_misread(dialect: str, own: Values, reader: Reader | None) -> str:
     alphas = {find_alpha(x.scale, x.rank) for x in own.parts}
     if len(alphas) < 2 or reader is not UNET:
         return ""
-    listed = ", ".join(map(str, sorted(alphas)[:9]))
     where = "attention modules of a UNet, in kohya's files"
-    return f"diffusers mistakes alphas that differ between {where}; got {listed}"
+    return f"diffusers mistakes alphas that differ between {where}; got {shorten(sorted(alphas))}"
 
 
 def _check_dialect(dialect: str, prefix: str | None) -> str:

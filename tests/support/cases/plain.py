@@ -234,7 +234,9 @@ LOOKUPS = {
     "lookup_take_clip": lambda w, ids: jnp.take(w, ids + 5, axis=0, mode="clip"),
     "lookup_negative": lambda w, ids: w[ids - 7],
     "lookup_out_of_bounds": lambda w, ids: jnp.stack([w[ids + 3], w[ids - 10]]),
-    "lookup_filled": lambda w, ids: w.at[ids + 3].get(mode="fill", fill_value=2),
+    "lookup_filled": lambda w, ids: w.at[jnp.stack([ids + 3, ids - 10])].get(
+        mode="fill", fill_value=2
+    ),
     "lookup_filled_and_masked": masked_lookup,
     "lookup_scalar": lambda w, ids: w[ids[0, 0]],
     "lookup_one_hot": lambda w, ids: jax.nn.one_hot(ids, 7, dtype=w.dtype) @ w,
