@@ -75,6 +75,7 @@ LARGE = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "remat": True}
 SHAPES = {
     "small": Shape(gpt.GPT(SMALL), 64),
     "7b": Shape(llama.Llama(llama.SIZES["llama2-7b"], **LARGE), 4096),
+    "8b": Shape(llama.Llama(llama.SIZES["llama3-8b"], **LARGE), 8192),
     "70b": Shape(llama.Llama(llama.SIZES["llama2-70b"], **LARGE), 4096),
     "175b": Shape(gpt.GPT(GPT3, **LARGE), 2048),
 }

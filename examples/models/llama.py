@@ -98,6 +98,7 @@ class Config:
 SIZES = {
     "llama2-7b": Config(32000, 32, 4096, 11008, 32, 32, 1e4, 1e-5, tied=False),
     "llama2-70b": Config(32000, 80, 8192, 28672, 64, 8, 1e4, 1e-5, tied=False),
+    "llama3-8b": Config(128_256, 32, 4096, 14336, 32, 8, 5e5, 1e-5, tied=False),
     "smollm2-135m": Config(49152, 30, 576, 1536, 9, 3, 1e5, 1e-5),
 }
 

@@ -75,6 +75,14 @@ def cards():
     [before, after] = find("measurements/ranks.md", r"^\| (?:before|r = 8) \| .*?\| (\d+)%(?: ± 1%)? \|")
     [(speed, times)] = find("costs.md", r"64 adapters have (\d\S+) of one\n.*?, (\S+) and \S+ times")
     [(bits, half, full)] = find("costs.md", r"step of Llama 7B .* takes (\S+) GB. In .* (\S+) GB and\n.* (\S+) GB,")
+    steps = {
+        name: max(find("costs.md", rf"^\| {row} \| (.*) \|$")[0].split(" | "), key=float)
+        for name, row in {
+            "all linear layers": "all-linear, r = 8",
+            "query and value": "query and value, r = 8",
+            "full fine-tuning": "full fine-tuning",
+        }.items()
+    }
     some, many = find("costs.md", r"\| (\d+) chips \|$")[:2]
     return {
         "text": lines("Reviews: accuracy", {"LoRA": text}),
@@ -97,6 +105,7 @@ def cards():
             " GB",
             {"LoRA on NF4": bits, "LoRA on bfloat16": half, "full fine-tuning": full},
         ),
+        "times": bars("Longest step, CPU; frozen = 1", "", steps),
         "chips": bars(
             "GPT-3 175B: TPU v5p chips",
             "",

@@ -1,45 +1,58 @@
-"""Draws `gains.svg` from figures of `costs.md`: `python notebooks/pictures/gains.py`."""
+"""Draws `gains.svg` from `examples/results/pod_8b.csv`: `python notebooks/pictures/gains.py`.
 
+The file is what this command writes, with the compiler for TPUs and without a TPU:
+
+    python examples/pod.py plan --shape 8b --topology v5e:1x1 \
+      --mesh 1,1 --length 2048 --rank 16 --methods all nf4 full
+"""
+
+import csv
 import pathlib
 
-PANELS = {
-    "Peak memory of a step, Llama 7B, GB; a TPU v5e has 16.9": {
-        "jlora on NF4": 7.7,
-        "jlora on bfloat16": 18.5,
-        "full fine-tuning": 84.8,
-    },
-    "Largest step time ÷ that with all weights frozen, CPU (AVX-512), d ≥ 384, r = 8": {
-        "jlora, query and value": 1.05,
-        "jlora, all-linear": 1.24,
-        "full fine-tuning": 1.84,
-    },
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE.parents[1] / "examples" / "results" / "pod_8b.csv"
+NAMES = {
+    "full fine-tuning": "full training",
+    "LoRA, all dense layers": "LoRA",
+    "the same on NF4": "LoRA on 4 bits",
 }
-WIDTH, LABELS, ROW, BAR = 720, 190, 30, 20
-COLORS = {"jlora": "#5c6bc0", "full": "#b0bec5"}
+DEVICES = {"TPU v5e": 16, "H100": 80}  # GiB
+WIDTH, EDGE, TOP, ROW, BAR = 360, 14, 40, 43, 20
+SCALE = 3.2  # of a GB
+FOOT = TOP + ROW * len(NAMES)
 
 
-def draw() -> str:
-    """Two panels of bars, one below the other."""
-    parts, y = [], 10
-    for title, bars in PANELS.items():
-        parts.append(f'<text x="16" y="{y + 18}" font-weight="bold">{title}</text>')
-        y += ROW
-        for name, value in bars.items():
-            length = round((WIDTH - LABELS - 70) * value / max(bars.values()))
-            color = COLORS[name.split()[0].strip(",")]
-            parts += [
-                f'<text x="16" y="{y + 15}">{name}</text>',
-                f'<rect x="{LABELS}" y="{y}" width="{length}" height="{BAR}" fill="{color}"/>',
-                f'<text x="{LABELS + length + 8}" y="{y + 15}">{value}</text>',
-            ]
-            y += ROW
-        y += 8
-    size = f'width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}"'
-    font = 'font-family="sans-serif" font-size="14"'
+def figures():
+    """The peak of a step, in GB, by name."""
+    with RESULTS.open(encoding="utf-8") as file:
+        peaks = {row["step"]: float(row["peak"]) for row in csv.DictReader(file)}
+    return {name: round(peaks[step], 1) for step, name in NAMES.items()}
+
+
+def draw():
+    """A bar for each way to train, and a line for the memory of each device."""
+    parts = [f'<text x="{EDGE}" y="24" font-weight="bold">Memory of a step, Llama 3 8B</text>']
+    for i, (name, value) in enumerate(figures().items()):
+        y, color = TOP + ROW * i, "#5c6bc0" if i else "#90a4ae"
+        parts += [
+            f'<text x="{EDGE + 60}" y="{y + 12}">{name}: {value} GB</text>',
+            f'<rect x="{EDGE}" y="{y + 18}" width="{round(SCALE * value)}" height="{BAR}" rx="2"'
+            f' fill="{color}"/>',
+        ]
+    for name, size in DEVICES.items():
+        x = EDGE + round(SCALE * size * 2**30 / 1e9)
+        parts += [
+            f'<path d="M{x} {TOP - 4}V{FOOT}" stroke="#c62828" stroke-dasharray="4 3"/>',
+            f'<text x="{x}" y="{FOOT + 16}" text-anchor="middle">{name}</text>',
+            f'<text x="{x}" y="{FOOT + 33}" text-anchor="middle">{size} GiB</text>',
+        ]
+    high = FOOT + 42
+    size = f'width="{WIDTH}" height="{high}" viewBox="0 0 {WIDTH} {high}"'
+    font = 'font-family="sans-serif" font-size="15"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>'
-    back = f'<rect width="{WIDTH}" height="{y}" rx="8" fill="#fff"/><g fill="#222">'
+    back = f'<rect width="{WIDTH}" height="{high}" rx="8" fill="#fff"/><g fill="#222">'
     return "\n".join([head, back, *parts, "</g></svg>\n"])
 
 
 if __name__ == "__main__":
-    pathlib.Path(__file__).with_suffix(".svg").write_text(draw(), encoding="utf-8")
+    (HERE / "gains.svg").write_text(draw(), encoding="utf-8")

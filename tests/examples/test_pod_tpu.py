@@ -9,6 +9,7 @@ import argparse
 import csv
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ pytest.importorskip("libtpu")
 
 import pod
 import pod_plan
+import tables
 from models import gpt, llama
 from models.parts import RULES, SEQUENCE_RULES
 from small import some_rows
@@ -25,6 +27,7 @@ from small import some_rows
 import jlora
 from jlora import _compat
 
+RESULTS = pathlib.Path(pod.__file__).parent / "results" / "pod_8b.csv"
 LENGTH = {"llama": 1024, "gpt": 1024, "7b": 2048}
 MODELS = {
     "llama": llama.Llama(llama.Config(2048, 2, 2048, 5632, 16, 16, tied=False), **pod.LARGE),
@@ -103,6 +106,16 @@ def test_memory(method):
     floor = row("7b", V5P, (4, 2), False, "floor")
     peak = row("7b", V5P, (4, 2), False, method).plan.peak
     assert peak <= 1.02 * floor.plan.peak
+
+
+@pytest.mark.slow
+def test_a_step_of_llama_3():
+    """The peak is that of the results, which the first picture shows."""
+    args = argparse.Namespace(shape="8b", rank=16, rows=1, length=2048)
+    job = functools.partial(pod.plan_step, args)
+    found = pod_plan.measure("all", "v5e:1x1", (1, 1), job, RULES).plan.peak / 1e9
+    [said] = [r["peak"] for r in tables.read(RESULTS) if r["step"] == pod_plan.METHODS["all"]]
+    assert found == pytest.approx(said, rel=0.02)
 
 
 def sizes(model, method):
