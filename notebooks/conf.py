@@ -22,6 +22,8 @@ TREE = {
     },
     "measurements/index": {
         "Training": "measurements/rates measurements/ranks",
+        "Cost": """measurements/cpu measurements/accelerators
+            measurements/meshes measurements/forms""",
         "Examples": "results paper section7 methods",
     },
     "loops/index": {

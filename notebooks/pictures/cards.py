@@ -73,17 +73,17 @@ def cards():
     chat = find("loops/chat.md", r"^    held-out NLL .*: (\d\.\d\d)\d$")
     best = chat.index(min(chat)) + 1  # the adapter that is kept
     [before, after] = find("measurements/ranks.md", r"^\| (?:before|r = 8) \| .*?\| (\d+)%(?: ± 1%)? \|")
-    [(speed, times)] = find("costs.md", r"64 adapters have (\d\S+) of one\n.*?, (\S+) and \S+ times")
+    [(speed, times)] = find("measurements/cpu.md", r"64 adapters have (\d\S+) of one\n.*?, (\S+) and \S+ times")
     [(bits, half, full)] = find("costs.md", r"step of Llama 7B .* takes (\S+) GB. In .* (\S+) GB and\n.* (\S+) GB,")
     steps = {
-        name: max(find("costs.md", rf"^\| {row} \| (.*) \|$")[0].split(" | "), key=float)
+        name: max(find("measurements/cpu.md", rf"^\| {row} \| (.*) \|$")[0].split(" | "), key=float)
         for name, row in {
             "all linear layers": "all-linear, r = 8",
             "query and value": "query and value, r = 8",
             "full fine-tuning": "full fine-tuning",
         }.items()
     }
-    some, many = find("costs.md", r"\| (\d+) chips \|$")[:2]
+    some, many = find("measurements/meshes.md", r"\| (\d+) chips \|$")[:2]
     return {
         "text": lines("Reviews: accuracy", {"LoRA": text}),
         "chat": lines("Definitions: held-out loss", {"LoRA": chat[:best]}),
