@@ -151,6 +151,26 @@ def test_code_fits_a_page():
         assert max(map(len, lines), default=0) <= 72, path
 
 
+WRITERS = {"jlora.merge", "checkpoint.save", "checkpoint.export", "peft.save", "peft.save_base"}
+WRITERS |= {"peft.write", "peft.export_merged", "adapted.merge"}
+
+
+def test_the_table_of_files_has_every_way_to_write():
+    """Before all else on the page; each is a function or a command."""
+    text = (GUIDES / "files_and_serving.md").read_text(encoding="utf-8")
+    table = text.split("\n\n")[1]
+    calls = set(re.findall(r"`([\w.]+)(?:\(.*?\))?`", table)) - {"jlora.nnx", "jlora.keras"}
+    assert calls == WRITERS
+    for call in WRITERS - {"adapted.merge"}:
+        module, name = call.rsplit(".", 1)
+        found = jlora if module == "jlora" else importlib.import_module(f"jlora.{module}")
+        assert callable(getattr(found, name)), call
+    commands = set(re.findall(r"`jlora (\w+)`", table))
+    assert commands == {"convert", "merge"}
+    for command in commands:
+        subprocess.run([sys.executable, "-m", "jlora", command, "--help"], check=True)
+
+
 def test_the_table_leads_to_every_loop():
     text = (GUIDES / "loops" / "index.md").read_text(encoding="utf-8")
     listed = re.findall(r"\]\((\w+)\.md\)", text)
@@ -223,6 +243,59 @@ def _chat(names: Names) -> None:
     total, count = names["nll"](names["best"], names["base"], ids, counts)
     assert total / count == pytest.approx(float(names["lowest"]), rel=1e-5)
     assert len(names["losses"]) == names["found"] + 30 < 500
+
+
+REACHED = {
+    "linen": ("state.params", "jlora.merge(base, state.params)", "new variables"),
+    "nnx": ("adapted.adapter", "adapted.merge()", "a new module"),
+    "keras": ("adapted.adapter", "adapted.merge()", None),
+}
+
+
+@pytest.mark.parametrize("page", REACHED)
+def test_pages_begin_with_how_to_reach_and_merge_the_adapter(page):
+    """In one sentence; `_linen`, `_nnx` and `_keras` check it."""
+    adapter, merge, new = REACHED[page]
+    does = "changes your model in place, and returns it"
+    kept = "yours as it was" if new == "a new module" else "yours as they were"
+    does = does if new is None else f"returns {new}, and leaves {kept}"
+    text = (GUIDES / f"loops/{page}.md").read_text(encoding="utf-8")
+    assert text.split("\n\n")[1].startswith(f"**The adapter is `{adapter}`. `{merge}` {does}.**")
+
+
+@of("linen")
+def _linen(names: Names) -> None:
+    merged = jlora.merge(names["base"], names["state"].params)
+    before = names["model"].init(names["key"], names["x"])
+    close(names["variables"], before, 0)
+    kernel, old = (x["params"]["layers_0"]["kernel"] for x in (merged, before))
+    assert jnp.abs(kernel - old).max() > 0.01
+
+
+@of("nnx", 1)
+def _nnx(names: Names) -> None:
+    model, adapted, merged = names["model"], names["adapted"], names["merged"]
+    assert adapted.base is model and type(merged) is type(model) and merged is not model
+    close(merged(names["x"]), adapted(names["x"]))
+    assert jnp.abs(merged(names["x"]) - model(names["x"])).max() > 0.01
+
+
+@of("keras")
+def _keras(names: Names) -> None:
+    assert names["merged"] is names["model"] is names["adapted"].base
+    assert ((names["model"](names["x"]) - names["x"][:, :4]) ** 2).mean() < names["losses"][0]
+    with pytest.raises(RuntimeError, match="was merged"):
+        names["adapted"](names["x"])
+
+
+@of("home", 2)
+def _home(names: Names) -> None:
+    """The base stays where it was put, and what is trained is on the device."""
+    lora = jlora.transform(names["model"], jlora.LoRA(rank=8))
+    base, adapter = lora.init(jax.random.key(0), names["params"], names["x"])
+    kinds = [{x.sharding.memory_kind for x in jax.tree.leaves(t)} for t in (base, adapter)]
+    assert kinds == [{"pinned_host"}, {jax.devices()[0].default_memory().kind}]
+    assert kinds[0] != kinds[1]
 
 
 @of("precision")
