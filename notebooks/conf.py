@@ -16,7 +16,7 @@ TREE = {
             reference/index measurements/index project"""
     },
     "start": {"": "quickstart concepts errors"},
-    "choose": {"": "rules variants costs"},
+    "choose": {"": "rules variants initialize costs"},
     "project": {
         "": "versions migration changelog internals",
     },
@@ -24,6 +24,7 @@ TREE = {
         "Training": "measurements/rates measurements/ranks",
         "Cost": """measurements/cpu measurements/accelerators
             measurements/meshes measurements/forms""",
+        "Serving": "measurements/vllm",
         "Examples": "results paper section7 methods",
     },
     "loops/index": {
