@@ -54,7 +54,7 @@ def check(
     r"""Finds out which parts of an adapter an engine refuses, and which it drops silently.
 
     Only configurations and headers are read, no weights. The rules for vLLM, also on TPUs, are
-    those that runs confirm; the guide "Serve an adapter" has their tables. Which modules of a model
+    those that runs confirm; the page "What vLLM served" has the tables. Which modules of a model
     take adapters, and by which names, is what vLLM's own class of the model declares.
 
     Args:
