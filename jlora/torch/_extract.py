@@ -22,44 +22,49 @@ def extract(
 
     $$\mathrm{apply}(params, x) = \mathrm{model}(x)$$
 
-    The module does not change, and neither result holds its memory. In `params`,
-    `model.layers.0.self_attn.q_proj.weight` has the path `model/layers/0/self_attn/q_proj/weight`,
-    so that patterns are as for other models. A tensor that several modules share is one leaf, at
-    the path of the first.
-
-    Buffers that are saved with the model, such as the statistics of a batch normalization, are
-    leaves too: they belong to the base. `apply` reads them behind `jax.lax.stop_gradient`, so no
-    rule takes them. Buffers that the model computes for itself, such as rotary tables, are not
-    saved. They are constants of `apply`.
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora, torch  # doctest: +SKIP
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())  # doctest: +SKIP
+        >>> params, apply = jlora.torch.extract(net.eval())  # doctest: +SKIP
+        >>> lora = jlora.transform(apply, jlora.LoRA("0/weight", rank=2))  # doctest: +SKIP
+        >>> x = jnp.ones((1, 4))  # doctest: +SKIP
+        >>> base, adapter = lora.init(jax.random.key(0), params, x)  # doctest: +SKIP
+        >>> lora.apply(base, adapter, x).shape  # doctest: +SKIP
+        (1, 8)
 
     Args:
-        model: a module in evaluation mode. On PyTorch's meta device, leaves are
-            `jax.ShapeDtypeStruct`s, and the constants of `apply` are computed.
-        activations: shardings of the outputs of modules; of several outputs, of the first. Keys are
-            patterns, each for the last components of a module's name, such as `r"layers/\d+/mlp"`.
-            Nothing else in a PyTorch model constrains its activations, and XLA may then spread the
-            shardings of A and B into them.
+        model: a module in evaluation mode. It does not change. On PyTorch's meta device, leaves are
+            `jax.ShapeDtypeStruct`s.
+        activations: shardings of the outputs of modules; of several outputs, of the first. A key is
+            a pattern for the last components of a module's name, such as `r"layers/\d+/mlp"`.
+            Without them, XLA may spread the shardings of A and B into the activations.
 
     Returns:
-        The parameters as a nested dict, and `apply(params, *args, method="forward", **kwargs)`:
+        The parameters and `apply(params, *args, method="forward", **kwargs)`.
 
-        - Arrays in `args` and `kwargs` are traced. Other values, such as `use_cache=False`, are
-          static: under `jax.jit`, name them in `static_argnames`.
-        - `method` is the name of the method to call.
-        - The outputs are arrays in the model's own dict or dataclass, which is registered as a
-          pytree of JAX when it is first returned.
+        The parameters are a nested dict. `model.layers.0.mlp.weight` has the path
+        `model/layers/0/mlp/weight`. A tensor that several modules share is one leaf, at the path of
+        the first. Buffers that are saved with the model, such as the statistics of a batch
+        normalization, are leaves too. They stay frozen: no rule takes them. Other buffers are
+        constants of `apply`.
+
+        `apply` calls the method of this name:
+
+        - Arrays are traced. Other values, such as `use_cache=False`, are static: under `jax.jit`,
+          name them in `static_argnames`.
+        - Outputs are arrays in the model's own dict or dataclass, which is registered as a pytree
+          when it is first returned.
         - Gradients stop where PyTorch stops them: at `no_grad`, `inference_mode`, `detach` and
-          `.data`. A weight that is read only there is no site. At kinks and at zero, gradients of
-          `clamp`, `abs`, `max`, `norm`, `std`, `cdist` and the like are PyTorch's.
-        - Writes in place are seen in views and in what they are views of.
-        - Grad mode around the call of `apply` changes nothing.
-        - A row at `padding_idx` of an embedding gets no gradient, as in PyTorch.
-        - `scaled_dot_product_attention` is that of `jax.nn` where it takes the shapes: softmax is
-          in float32, and a query that sees no key gets the mean of the values, not zeros.
+          `.data`. A weight that is read only there is no site. Grad mode around the call of
+          `apply` changes nothing.
+        - Gradients are PyTorch's at kinks and at zero too, as of `clamp`, `abs`, `max` and `norm`.
+          A row at `padding_idx` of an embedding gets none.
+        - Writes in place are seen in views, and in what they are views of.
+        - `scaled_dot_product_attention` is that of `jax.nn` where it takes the shapes. Its softmax
+          is in float32. A query that sees no key gets the mean of the values, not zeros.
 
     Raises:
-        ImportError: if PyTorch or torchax is not installed, or torchax does not know the version of
-            PyTorch.
+        ImportError: if PyTorch or torchax is not installed, or the two do not fit.
         TypeError: if `model` is not a module; later, if an argument is a tensor of PyTorch, or an
             output is no pytree of arrays.
         ValueError: if `model` is in training mode, or has attributes computed from its parameters,
@@ -70,16 +75,6 @@ def extract(
             tensor that `torch.zeros` and the like made; if it changes a buffer or an attribute so
             that its next call would compute something else. When it is differentiated, if it
             calls a torch.autograd.Function, whose `backward` JAX does not know.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp, jlora, torch  # doctest: +SKIP
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())  # doctest: +SKIP
-        >>> params, apply = jlora.torch.extract(net.eval())  # doctest: +SKIP
-        >>> lora = jlora.transform(apply, jlora.LoRA("0/weight", rank=2))  # doctest: +SKIP
-        >>> x = jnp.ones((1, 4))  # doctest: +SKIP
-        >>> base, adapter = lora.init(jax.random.key(0), params, x)  # doctest: +SKIP
-        >>> lora.apply(base, adapter, x).shape  # doctest: +SKIP
-        (1, 8)
     """
     try:
         from ._apply import Apply
