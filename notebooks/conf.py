@@ -24,7 +24,7 @@ TREE = {
         "Training": "measurements/rates measurements/ranks",
         "Cost": """measurements/cpu measurements/accelerators
             measurements/meshes measurements/forms""",
-        "Serving": "measurements/vllm",
+        "Files and serving": "measurements/vllm measurements/damage",
         "Examples": "results paper section7 methods",
     },
     "loops/index": {

@@ -171,6 +171,13 @@ def test_the_table_of_files_has_every_way_to_write():
         subprocess.run([sys.executable, "-m", "jlora", command, "--help"], check=True)
 
 
+def test_guides_end():
+    """Advice has at most 1,500 words. What was measured is in pages of its own."""
+    for path in GUIDES.rglob("*.md"):
+        if path.parent.name != "measurements":
+            assert len(path.read_text(encoding="utf-8").split()) <= 1500, path
+
+
 def test_the_table_leads_to_every_loop():
     text = (GUIDES / "loops" / "index.md").read_text(encoding="utf-8")
     listed = re.findall(r"\]\((\w+)\.md\)", text)
