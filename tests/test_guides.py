@@ -305,6 +305,20 @@ def _home(names: Names) -> None:
     assert kinds[0] != kinds[1]
 
 
+@of("export", 2)
+def _export(names: Names) -> None:
+    """A file with the backward pass has the gradients of the adapted model."""
+    written = jax.export.export(jax.jit(names["adapted"]))(names["arrays"], names["x"])
+    read = jax.export.deserialize(written.serialize(vjp_order=1))
+    x = jnp.linspace(-1, 1, 24).reshape(3, 8)
+    found, expected = (
+        jax.grad(lambda arrays, f=f: (f(arrays, x) ** 2).sum())(names["arrays"])
+        for f in (read.call, names["adapted"])
+    )
+    close(found, expected)
+    assert all(jnp.abs(g).max() > 0 for g in found)
+
+
 @of("precision")
 def _precision(names: Names) -> None:
     base, adapter, x = names["base"], names["adapter"], names["x"]
