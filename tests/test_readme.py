@@ -1,5 +1,6 @@
 """The README and the first page of the guides: their code runs, and their links lead somewhere."""
 
+import code
 import contextlib
 import importlib
 import io
@@ -40,10 +41,12 @@ def test_the_first_code_of_the_guides_is_the_example() -> None:
 def test_the_first_block_runs_alone_and_prints_what_is_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The site shows it too, in half of its width."""
+    """Pasted into an interactive Python, too. The site shows it in half of its width."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     [first] = blocks(ROOT / "README.md")
-    exec(first, {"__name__": "__main__"})
+    console = code.InteractiveConsole()
+    for line in (*first.splitlines(), ""):
+        console.push(line)
     printed = "".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines())
     assert f"```\n\n{printed}\n" in text
     assert len(first.splitlines()) <= 40 and max(map(len, first.splitlines())) <= 56
