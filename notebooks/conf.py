@@ -25,7 +25,8 @@ TREE = {
         "Cost": """measurements/cpu measurements/accelerators
             measurements/meshes measurements/forms""",
         "Files and serving": "measurements/vllm measurements/damage",
-        "Examples": "results paper section7 methods",
+        "Examples": """measurements/devices measurements/paper section7
+            methods""",
     },
     "loops/index": {
         "By framework": """loops/torch loops/image_lora loops/plain
@@ -107,7 +108,7 @@ html_theme_options = {
         "**": ["page-toc"],
         "index": [],
         "loops/index": [],
-        "paper": [],
+        "measurements/paper": [],
         "start": [],
         "genindex": [],
     },
