@@ -29,7 +29,7 @@ class loftq(Initializer):
     largest part of W before quantizing; it loses less if the singular values of W decay.
 
     The correction is $s \cdot A B$ at every scale s. PEFT's correction is $A B$, which is right
-    only if alpha is the rank. The base differs from `params`: see the guide "Choose rules".
+    only if alpha is the rank. The base differs from `params`: see the guide "Initialize A and B".
 
     Each iteration computes a full SVD of each matrix, one after the other. On a mesh it gathers
     what `pissa` gathers.

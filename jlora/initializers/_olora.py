@@ -18,8 +18,8 @@ def olora(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     quantized again in the same scheme. As in PEFT, the base loses $s \cdot A B$ rather than $A B$:
     give `alpha` = `rank` for s = 1.
 
-    The base differs from `params`: see the guide "Choose rules" for resuming and for files. Tune
-    the learning rate again.
+    The base differs from `params`: see the guide "Initialize A and B" for resuming and for files.
+    Tune the learning rate again.
 
     Args:
         key: a PRNG key, not used.

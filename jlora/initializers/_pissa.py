@@ -23,7 +23,7 @@ def pissa(key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     and the base is $W - s \cdot A B$, in float32 and rounded once to W's dtype. The adapted model
     starts as the original model, up to this rounding.
 
-    The base differs from `params`: see the guide "Choose rules" for resuming and for files.
+    The base differs from `params`: see the guide "Initialize A and B" for resuming and for files.
     Without the adapter, as in `apply(base, {}, ...)`, it is not the original model. Dropout drops
     parts of W, and weight decay pulls the model away from W. Tune the learning rate again. Do not
     use PiSSA or MiLoRA for reinforcement learning with verifiable rewards, where both were found to
