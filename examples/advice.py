@@ -5,6 +5,7 @@ The numbers are those of the rows of `results/regret.csv`.
 
 import collections
 import pathlib
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,13 +18,10 @@ MODELS = {  # of tasks, with their widths; a GPT's task has its own
     **dict.fromkeys(("movies", "sentences", "order"), ("MiniLM", 384)),
     **dict.fromkeys(("definitions", "glosses"), ("SmolLM2", 576)),
 }
-ADVISED = {  # sizes that advice depends on, and what they are if nothing is said
-    "width": (576, "channels of the model"),
-    "batch": (16, "rows of a step"),
-    "rows": (10_000, "rows for training"),
-    "depth": (12, "layers of the model"),
-    "bits": (100, "what a row has to teach beyond what the model knows"),
-}
+ADVISED = {"width": "channels of the model", "batch": "rows of a step"}
+RULE = """\
+Start at the calculator's rate. Try a factor of three more and a factor of three less, and go on in
+the better direction until the loss gets worse. That is usually three to five runs."""
 
 
 def sizes_of(task: str) -> tuple[int, int]:
@@ -89,21 +87,25 @@ def gains(table: Sequence[tables.Row]) -> dict[tuple[str, str, int], float]:
     return {key: each[few(each)] - each[64] for key, each in both.items()}
 
 
-def advise(
-    table: Sequence[tables.Row], width: int, batch: int, rows: int, depth: int, bits: int
-) -> str:
-    """Ranks, scale and two rates to try, and why; from the rows of `regret.csv`."""
+def start(table: Sequence[tables.Row], width: int, batch: int) -> int:
+    """The half decade where a search begins: the one next to `best_rate`."""
+    return round(2 * np.log10(best_rate(table, width, batch)))
+
+
+def shown(rate: float) -> str:
+    """A rate in one digit, such as 3e-4."""
+    return f"{rate:.0e}".replace("e-0", "e-")
+
+
+def advise(table: Sequence[tables.Row], width: int, batch: int) -> str:
+    """Rank, scale and rates to try, and why; from the rows of `regret.csv`."""
     (levels, powers), rate = fit(table), best_rate(table, width, batch)
-    low = int(np.floor(2 * np.log10(rate)))
-    rates = [f"{10 ** (n / 2):.0e}".replace("e-0", "e-") for n in (low, low + 1)]
+    first, middle = 8, start(table, width, batch)
+    begin, up, down = (shown(10 ** ((middle + i) / 2)) for i in (0, 1, -1))
     steps = (("twice the width", 2 ** powers[0]), ("four times the batch", 4 ** powers[1]))
     took = " and ".join(f"{name} multiplied it by {x:.2f}" for name, x in steps if round(x, 6) != 1)
     of_size = (width ** powers[0] * batch ** powers[1]) / rate
     off = ", ".join(f"{model} {10**x * of_size:.2f}" for model, x in levels.items())
-    rank, room = 8, 2 * 18 * width * depth  # bits of rank 1
-    while rank < 64 and rank * room < rows * bits:
-        rank *= 2
-    then = ", and then 64 at the better rate" if rank < 64 else ""
     compared, each = "", gains(table).values()
     if each:
         ends = f"{-max(each):.3f} to {-min(each):.3f} nats"
@@ -111,17 +113,15 @@ def advise(
             f"    In {len(each)} comparisons with 4 or 8, rank 64 changed the loss by {ends}.\n"
         )
     return f"""\
-rank {rank}{then}
-    {depth} layers of it have room for {rank * room:,} bits, two for each parameter.
-    {rows:,} rows have {rows * bits:,}, if each has {bits} to teach.
-    Never take less than 8: room does not tell how well an adapter generalizes.
-{compared}scale {ALPHA / rank:g}
+rank {first}, and then 64 at the best rate
+{compared}scale {ALPHA / first:g}
     It is {ALPHA:g}/r, as with alpha={ALPHA:g}, the default: {ALPHA / 64:g} at rank 64.
     The best rate hardly depends on the rank then.
-rates {" and ".join(rates)}, and then the neighbor of the better one
+rates {begin}, then {up} and {down}
+{textwrap.fill(RULE, 100, initial_indent="    ", subsequent_indent="    ")}
     A rate is the highest of its schedule: after warm-up, before cosine decay.
+    The formula was fitted on text: a BERT (MiniLM), SmolLM2-135M and GPTs; widths of 64 to 576,
+    batches of 4 to 256, Adam. On other models it is a guess.
     The best rate within a model: {took}.
-    Measured best rates over those of this formula: {off}.
-steps {-(-rows // batch)}
-    This is one pass. If it has fewer than 64 steps, take a smaller batch.
+    Measured best rates over those of the formula: {off}.
 """

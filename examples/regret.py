@@ -7,7 +7,7 @@
     taskset -c 0 python examples/regret.py            # hours of a core; goes on where it ended
     python examples/regret.py --experiments first     # this one only
     python examples/regret_figures.py                 # table and pictures
-    python examples/regret.py --advise --width 576 --batch 16 --rows 10000    # what to try
+    python examples/regret.py --advise --width 576 --batch 16    # what to try
 
     first      0.5 hours   the first 20 steps of SmolLM2-135M at all ranks, with s = 32/r and s = 2
     capacity   1.5 hours   how many bits a tiny GPT learns by heart, by rank
@@ -459,11 +459,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="at most")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     parser.add_argument("--advise", action="store_true", help="runs nothing, says what to try")
-    for name, (default, what) in ADVISED.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what}; for --advise")
+    for name, what in ADVISED.items():
+        parser.add_argument(f"--{name}", type=int, help=f"{what}; for --advise")
     args = parser.parse_args(argv)
     if args.advise:
         sizes = {name: getattr(args, name) for name in ADVISED}
+        if absent := [
+            f"--{name}, the {what}" for name, what in ADVISED.items() if sizes[name] is None
+        ]:
+            parser.error(f"--advise knows no model: give {' and '.join(absent)}")
         if small := [f"--{name}={n}" for name, n in sizes.items() if n < 1]:
             parser.error(f"{', '.join(small)}: expected 1 or more")
         print(advise(tables.read(args.out / "regret.csv"), **sizes), end="")
