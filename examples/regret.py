@@ -465,7 +465,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.advise:
         sizes = {name: getattr(args, name) for name in ADVISED}
         if absent := [
-            f"--{name}, the {what}" for name, what in ADVISED.items() if sizes[name] is None
+            f"--{name} ({what})" for name, what in ADVISED.items() if sizes[name] is None
         ]:
             parser.error(f"--advise knows no model: give {' and '.join(absent)}")
         if small := [f"--{name}={n}" for name, n in sizes.items() if n < 1]:

@@ -33,7 +33,7 @@ TREE = {
             loops/linen loops/nnx loops/equinox loops/haiku
             loops/keras loops/tunix loops/maxtext""",
         "By task": """loops/chat loops/vision loops/audio loops/graphs
-            loops/tokens loops/dpo loops/grpo
+            loops/rates loops/tokens loops/dpo loops/grpo
             loops/privacy loops/mixing loops/stacked loops/federated
             loops/evaluation loops/stopping loops/orbax
             loops/export adapters""",

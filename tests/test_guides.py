@@ -20,12 +20,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import advice
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import tables
+import trials
 from flax import nnx
 
 import jlora
@@ -178,6 +181,33 @@ def test_guides_end():
             assert len(path.read_text(encoding="utf-8").split()) <= 1500, path
 
 
+TABLE = tables.read(advice.TABLE)
+OTHER_RULES = r"3e-4 and 1e-3|1e-3 and 3e-3|neighbor of the better|two learning rates|a third of it"
+
+
+def test_one_rule_for_the_learning_rate():
+    """Its home and the pages that repeat it have the same words; no page has another rule."""
+    rule, found = " ".join(advice.RULE.split()), set()
+    for path in [*GUIDES.rglob("*.md"), *GUIDES.rglob("*.ipynb"), GUIDES.parent / "README.md"]:
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        assert not re.search(OTHER_RULES, text), path
+        if rule in text:
+            found.add(path.relative_to(GUIDES).as_posix())
+        if "calculator" in text and path.stem != "rules":
+            assert "rules.md#which-learning-rate" in text, path
+    assert found == {"rules.md", "variants.md", "loops/chat.md", "loops/rates.md"}
+
+
+def test_the_formula_for_the_learning_rate_is_the_one_that_was_fitted():
+    """Guides and the calculator have the same numbers."""
+    (levels, (p, q)), rate = advice.fit(TABLE), advice.best_rate(TABLE, 1, 1)
+    for page in ("rules", "measurements/rates"):
+        text = " ".join((GUIDES / f"{page}.md").read_text(encoding="utf-8").split())
+        assert f"{rate:.2g} · width^{p:.2f} · batch^{q:.2f}" in text
+        off = max(abs(np.log10(10**level / rate)) for level in levels.values())
+        assert f"factor of {10**off:.1f}" in text.replace("[", "")
+
+
 def test_the_table_leads_to_every_loop():
     text = (GUIDES / "loops" / "index.md").read_text(encoding="utf-8")
     listed = re.findall(r"\]\((\w+)\.md\)", text)
@@ -241,6 +271,17 @@ def _graphs(names: Names) -> None:
     lora, full, fresh = (curve[-1] for curve in names["curves"]["error"])
     assert lora < min(0.2, 1.2 * full, 0.7 * fresh)
     assert jlora.count(names["adapter"]) < 0.1 * jlora.count(names["params"])
+
+
+@of("rates", 2)
+def _rates(names: Names) -> None:
+    """All rates began alike; the best is inside, and its adapter is the one that is kept."""
+    held_out, best = names["held_out"], names["best"]
+    assert 0 < best < 6 and held_out[best] < 0.5 * held_out[0] and names["state"].running.all()
+    test = names["x"][512:], names["y"][512:]
+    loss = names["loss_fn"](names["adapter"], names["base"], *test)
+    assert loss == pytest.approx(float(held_out.min()), rel=1e-5)
+    assert names["start"] == pytest.approx(trials.to_rate(advice.start(TABLE, width=64, batch=16)))
 
 
 @of("chat", 2)

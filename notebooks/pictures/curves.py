@@ -1,4 +1,4 @@
-"""Runs a page and draws its curves: `python notebooks/pictures/curves.py audio|graphs|vision`."""
+"""Runs a page and draws its curves: `python notebooks/pictures/curves.py audio|graphs|rates|vision`."""
 
 import pathlib
 import re
@@ -14,6 +14,9 @@ page = (HERE.parent / "loops" / f"{NAME}.md").read_text(encoding="utf-8")
 names = {}
 for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
     exec(code, names)
+if "figure" in names:
+    names["figure"].savefig(HERE / f"{NAME}.png", dpi=100)
+    sys.exit()
 
 curves = names["curves"]
 figure, axes = plt.subplots(1, len(curves), figsize=(7, 2.4), sharey=True, squeeze=False)

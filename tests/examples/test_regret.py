@@ -12,6 +12,7 @@ import pytest
 import regret
 import regret_figures
 import small_gpts
+import trials
 from regret import PLANS, Setting
 from small import some
 
@@ -83,29 +84,43 @@ def test_every_experiment(tmp_path, name, asked):
 
 
 def advised(capsys, *options):
-    """Rank, scale, rates and steps that the calculator prints."""
+    """Rank, scale and rates that the calculator prints."""
     regret.main(["--advise", *options])
-    found = re.findall(r"(?m)^(rank|scale|rates|steps) (.*)$", capsys.readouterr().out)
+    found = re.findall(r"(?m)^(rank|scale|rates) (.*)$", capsys.readouterr().out)
     return {name: [float(x) for x in re.findall(r"[\d.e-]+\d|\d", text)] for name, text in found}
 
 
 @pytest.mark.parametrize("model", ["MiniLM", "SmolLM2"])
 def test_the_advice_is_near_what_was_measured(capsys, model):
-    """The best rate of a model, with its batch, is one to try or a neighbor of one."""
+    """The rule finds the half decade next to the best rate of a model in at most five runs."""
     [width] = {width for name, width in advice.MODELS.values() if name == model}
     rows = [x for x in regret.tables.read(regret.OUT / "regret.csv") if advice.is_default(x)]
     rows = [row for row in rows if advice.MODELS.get(row["task"], "")[:1] == (model,)]
     rows = [row for row in rows if row["best_rate"] > 0]
     assert rows
     for batch in {row["batch"] for row in rows}:
-        found = advised(capsys, f"--width={width}", f"--batch={batch}", "--rows=4096")
-        expected = [8, 64], [4], [4096 // batch]
-        assert (found["rank"], found["scale"], found["steps"]) == expected
-        low, high = found["rates"]
-        assert high / low == pytest.approx(10**0.5, rel=0.1)
+        found = advised(capsys, f"--width={width}", f"--batch={batch}")
+        assert (found["rank"], found["scale"]) == ([8, 64], [4])
+        start, more, less = found["rates"]
+        assert more / start == pytest.approx(10**0.5, rel=0.1)
+        assert start / less == pytest.approx(10**0.5, rel=0.1)
         for row in rows:
             if row["batch"] == batch:
-                assert low / 3.4 < row["best_rate"] < high * 3.4
+                best, asked = 2 * np.log10(row["best_rate"]), []
+                loss = lambda n, seed, best=best, asked=asked: asked.append(n) or abs(n - best)  # noqa: E731
+                n = trials.best_rate(loss, round(2 * np.log10(start)), most=9)
+                assert abs(n - best) <= 0.5 and len(asked) <= 5
+
+
+@pytest.mark.parametrize("given", [[], ["--batch=16"], ["--width=64"], ["--width=64", "--batch=0"]])
+def test_no_advice_without_a_model(capsys, given):
+    """It names what is absent."""
+    with pytest.raises(SystemExit):
+        regret.main(["--advise", *given])
+    error = capsys.readouterr().err
+    for name, what in advice.ADVISED.items():
+        assert (f"--{name} ({what})" in error) == (f"--{name}" not in str(given))
+    assert ("--batch=0: expected 1 or more" in error) == ("--batch=0" in given)
 
 
 @pytest.mark.slow

@@ -1,0 +1,76 @@
+"""`examples/rates_trial.py`: how the rule is judged, and that the guide has what was run."""
+
+import math
+import pathlib
+
+import numpy as np
+import pytest
+import rates_trial
+import tables
+import trials
+from rates_trial import GRID, SEEDS, SETS
+
+import jlora
+
+GUIDE = pathlib.Path(__file__).parents[2] / "notebooks" / "measurements" / "rates.md"
+
+
+def test_the_guide_has_the_table_of_the_committed_runs():
+    """Of every set, rate and seed."""
+    rows = tables.read(rates_trial.OUT)
+    keys = {(row["set"], row["rate"], row["seed"]) for row in rows}
+    rates = [trials.to_rate(n) for n in GRID]
+    assert keys == {(name, rate, seed) for name in SETS for rate in rates for seed in SEEDS}
+    assert len(rows) == len(keys)
+    assert rates_trial.markdown(rows) in GUIDE.read_text(encoding="utf-8")
+
+
+def grid(validation, held_out):
+    """Rows of a set, from the loss of a half decade and a seed."""
+    return [
+        {
+            "set": "docs",
+            "width": 64,
+            "rate": trials.to_rate(n),
+            "seed": seed,
+            "validation": validation(n, seed),
+            "held_out": held_out(n, seed),
+        }
+        for n in GRID
+        for seed in SEEDS
+    ]
+
+
+@pytest.mark.parametrize(("best", "runs"), [(-5, 3), (-4, 4), (-8, 6), (-1, 7)])
+def test_the_rule_finds_the_lowest_loss(best, runs):
+    """It starts at 3e-3; the end of the grid counts as worse on the other side."""
+    loss = lambda n, seed: abs(n - best) + 0.1 * seed  # noqa: E731
+    found = rates_trial.judge(grid(loss, loss))
+    assert (found.start, found.rule, found.best) == (3e-3, *[trials.to_rate(best)] * 2)
+    assert (found.difference, found.error, found.runs) == (0, 0, runs)
+    assert found.is_as_good and found.strict
+
+
+def test_a_rule_that_stops_early_is_not_as_good():
+    """Where another valley is lower; the error is that of the paired differences."""
+    valley = lambda n, seed: {-5: 1.0, -8: 0.0}.get(n, 2.0)  # noqa: E731
+    held_out = lambda n, seed: valley(n, seed) + seed + 0.1 * seed * (n == -8)  # noqa: E731
+    found = rates_trial.judge(grid(valley, held_out))
+    assert (found.rule, found.best, found.runs) == (3e-3, 1e-4, 3)
+    assert found.difference == pytest.approx(0.8)
+    assert found.error == pytest.approx(0.1 * np.std(SEEDS, ddof=1) / len(SEEDS) ** 0.5)
+    assert not found.is_as_good
+
+
+def test_a_run_learns_and_the_losses_are_the_models(monkeypatch):
+    """The lowest rate keeps what the model knew; a higher one learns more."""
+    monkeypatch.setattr(rates_trial, "PRETRAINING", 4)
+    x = np.random.default_rng(0).standard_normal((120, 6))
+    problem = rates_trial.of_features(x, (x[:, 0] > 0).astype(int), 2, rates_trial.entropy)
+    assert [len(rows[0]) for rows in problem.rows] == [60, 24, 36]
+    before = [problem.loss(problem.model.apply(problem.params, x), y) for x, y in problem.rows[1:]]
+    found = {n: scores for n, *scores in rates_trial.make_train(problem)(0)}
+    assert list(found) == list(GRID)
+    np.testing.assert_allclose(found[-10], before, rtol=0.02)
+    assert found[-5][0] < 0.7 * before[0] and all(math.isfinite(x) for x in found[-5])
+    assert isinstance(problem.head[0], jlora.Full)
