@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +18,17 @@ from .._errors import InputError
 from .._rules import near_misses
 from .._tree import leaves_by_path
 from .._types import PyTree
+from ._calls import WITHIN, Scan, recompute
+from ._names import Stack
 from ._skeleton import copy_structure, find_constants, find_saved, read_structure
+from ._stacks import NO_SCAN, stack_arrays, strip
 from .operators._environment import Operators, to_array
+from .operators._refuse import refuse
 from .operators._state import find_left, read_attributes
-from .operators._tensor import Tensor
+from .operators._tensor import Pending, Tensor
 
 Shardings = Mapping[str, PartitionSpec | NamedSharding]
+Policies = Mapping[str, Callable[..., bool] | None]
 
 
 class Call(torch.nn.Module):
@@ -82,12 +87,21 @@ class Apply:
         reads: by each leaf that calls so far have read, whether only calls of its modules read it.
     """
 
-    def __init__(self, model: torch.nn.Module, activations: Shardings | None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        activations: Shardings | None,
+        stacks: Sequence[Stack],
+        remat: Policies,
+    ) -> None:
         """Copies the structure of `model`."""
         skeleton = copy_structure(model)
-        self.structure = read_structure(skeleton)
-        self._constants = find_constants(skeleton)
+        self.structure = read_structure(skeleton)._replace(stacks=tuple(stacks))
+        self._constants = stack_arrays(find_constants(skeleton), stacks)
+        for stack in stacks:
+            strip(skeleton, stack)
         self._buffers = find_saved(skeleton).keys() - dict(skeleton.named_parameters()).keys()
+        self._remat = {x: p for path, p in remat.items() for x in _match(skeleton, "remat", path)}
         self._environment = Operators()
         self.reads = self._environment.reads
         self._model = skeleton
@@ -105,26 +119,34 @@ class Apply:
             every[name] = jax.lax.stop_gradient(every[name])
         every |= self._constants
         tensors: dict[str, torch.Tensor]
-        tensors = {f"model.{name}": self._environment.wrap(x, name) for name, x in every.items()}
+        tensors = {f"model.{name}": self._wrap(x, name) for name, x in every.items()}
         if any(isinstance(x, torch.Tensor) for x in _pytree.tree_leaves((args, kwargs))):
             raise TypeError(
                 "`apply` takes arrays of JAX or NumPy; got a torch.Tensor. Give x.numpy()."
             )
         # A copy, as modules may keep values in their attributes.
-        call = Call(copy.deepcopy(self._model), method, self._environment)
+        model = copy.deepcopy(self._model)
+        for name, policy in self._remat.items():
+            recompute(model.get_submodule(name), self._environment, policy)
+        for stack in self.structure.stacks:
+            Scan(stack, model, self._environment)
+        call = Call(model, method, self._environment)
         with self._environment.running():
             out = torch.func.functional_call(call, tensors, args, kwargs, strict=True)
         return _to_jax(out, "")
 
+    def _wrap(self, x: jax.Array, name: str) -> Tensor:
+        """Makes the tensor of a leaf; of several layers, one that only their scan can read."""
+        if not any(stack.place(name) for stack in self.structure.stacks):
+            return self._environment.wrap(x, name)
+        one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        pending = Pending(one, "reads a parameter of a layer in `scan` outside of its call", x)
+        found = Tensor(pending, self._environment)
+        found.leaf = name
+        return found
+
     def _constrain(self, pattern: str, sharding: PartitionSpec | NamedSharding) -> None:
         """Constrains the outputs of the modules whose last components match `pattern`."""
-        paths = {name.replace(".", "/"): m for name, m in self._model.named_modules()}
-        found = [m for path, m in paths.items() if re.fullmatch(f"(?:.*/)?(?:{pattern})", path)]
-        if not found:
-            raise InputError(
-                "activations",
-                f"has {pattern!r}, which matches no module. " + near_misses(pattern, list(paths)),
-            )
 
         def constrain(module: torch.nn.Module, args: Any, out: Any) -> Any:
             del module, args
@@ -134,13 +156,25 @@ class Apply:
             leaves[first] = self._environment.wrap(x)
             return _pytree.tree_unflatten(leaves, structure)
 
-        for module in found:
-            module.register_forward_hook(constrain)
+        for name in _match(self._model, "activations", pattern):
+            self._model.get_submodule(name).register_forward_hook(constrain)
+
+
+def _match(model: torch.nn.Module, argument: str, pattern: str) -> list[str]:
+    """Finds the modules whose last components match a pattern."""
+    paths = {name.replace(".", "/"): name for name, _ in model.named_modules()}
+    found = [x for path, x in paths.items() if re.fullmatch(f"(?:.*/)?(?:{pattern})", path)]
+    if not found:
+        why = f"has {pattern!r}, which matches no module. {near_misses(pattern, list(paths))}"
+        raise InputError(argument, why)
+    return found
 
 
 def _to_jax(x: Any, where: str) -> Any:
     """Replaces tensors by arrays, and registers the classes around them as pytrees."""
     if isinstance(x, torch.Tensor):
+        if getattr(x, "call", 0) == WITHIN:
+            refuse(f"returns a value of a layer in a scan, at output{where}", NO_SCAN)
         return to_array(x)
     if x is None or isinstance(x, bool | int | float | complex):
         return x

@@ -1,6 +1,6 @@
 """A module of PyTorch as parameters and a function, which is what `jlora.transform` takes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 def extract(
     model: "torch.nn.Module",  # pyright: ignore[reportAttributeAccessIssue]
     activations: "Mapping[str, PartitionSpec | NamedSharding] | None" = None,
+    scan: "Collection[str]" = (),
+    remat: "Mapping[str, Callable[..., bool] | None] | None" = None,
 ) -> "tuple[PyTree, Apply]":
     r"""Makes parameters and a function of JAX from a module of PyTorch, by torchax.
 
@@ -38,6 +40,13 @@ def extract(
         activations: shardings of the outputs of modules; of several outputs, of the first. A key is
             a pattern for the last components of a module's name, such as `r"layers/\d+/mlp"`.
             Without them, XLA may spread the shardings of A and B into the activations.
+        scan: lists of equal layers, such as `("model/layers",)`. One `jax.lax.scan` runs them, so
+            that compilation does not take longer with more layers. Their parameters are stacked
+            along a first axis, at the path of the first layer. Where several kinds of layers
+            repeat, such as five with windows and one without, a step of the scan has all of them.
+            Layers before and after those that repeat run as they are.
+        remat: what is computed again in the backward pass, to save memory: by patterns of modules,
+            as in `activations`, the policy of `jax.checkpoint`, such as `jlora.remat_policy`.
 
     Returns:
         The parameters and `apply(params, *args, method="forward", **kwargs)`.
@@ -68,17 +77,20 @@ def extract(
         TypeError: if `model` is not a module; later, if an argument is a tensor of PyTorch, or an
             output is no pytree of arrays.
         ValueError: if `model` is in training mode, or has attributes computed from its parameters,
-            or hooks on gradients; if a pattern matches no module; if a buffer on the meta device
-            cannot be computed, or has integers that need jax_enable_x64.
+            or hooks on gradients, or gradient checkpointing; if a pattern matches no module; if
+            layers in `scan` do not repeat; if a buffer on the meta device cannot be computed, or
+            has integers that need jax_enable_x64.
         NotImplementedError: later, with the module and its line, if the model draws random
             numbers, runs under `torch.autocast`, asks PyTorch for gradients, or writes into a
             tensor that `torch.zeros` and the like made; if it changes a buffer or an attribute so
-            that its next call would compute something else. When it is differentiated, if it
-            calls a torch.autograd.Function, whose `backward` JAX does not know.
+            that its next call would compute something else; if it does anything with what a layer
+            in `scan` returns but hand it to the next layer. When it is differentiated, if it calls
+            a torch.autograd.Function, whose `backward` JAX does not know.
     """
     try:
         from ._apply import Apply
         from ._skeleton import check_module, find_saved, to_jax, warn_of_rounding
+        from ._stacks import find_stack, stack_arrays
     except ModuleNotFoundError as e:
         raise ImportError(
             f"jlora.torch.extract needs PyTorch and torchax, but {e.name!r} is not installed: "
@@ -93,5 +105,7 @@ def extract(
     check_module(model)
     saved = find_saved(model)
     warn_of_rounding(saved)
-    leaves = {tuple(name.split(".")): to_jax(x, name) for name, x in saved.items()}
-    return nest(leaves), Apply(model, activations)
+    stacks = [find_stack(model, path) for path in scan]
+    arrays = {name: to_jax(x, name) for name, x in saved.items()}
+    leaves = {tuple(n.split(".")): x for n, x in stack_arrays(arrays, stacks).items()}
+    return nest(leaves), Apply(model, activations, stacks, remat or {})

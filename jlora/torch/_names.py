@@ -9,6 +9,40 @@ from .._sites import Sites
 from ..peft import Name
 
 
+class Stack(NamedTuple):
+    """Layers of a `ModuleList` that one scan runs, a period of them in each step.
+
+    Attributes:
+        name: the list.
+        start: the first layer; those before it run as they are.
+        period: how many layers a step has.
+        steps: how many steps there are; layers after the last one run as they are.
+    """
+
+    name: str
+    start: int
+    period: int
+    steps: int
+
+    @property
+    def stop(self) -> int:
+        """The first layer after the stack."""
+        return self.start + self.period * self.steps
+
+    def place(self, name: str) -> str | None:
+        """Returns the name of the leaf that has a layer's tensor; None of what is in no layer."""
+        inside = name.removeprefix(f"{self.name}.")
+        number, _, rest = inside.partition(".")
+        if inside == name or not self.start <= int(number) < self.stop:
+            return None
+        return f"{self.name}.{self.start + (int(number) - self.start) % self.period}.{rest}"
+
+    def template(self, module: str) -> str:
+        """Writes the name of a module of the first step as rows of names have it for all."""
+        number, _, rest = module.removeprefix(f"{self.name}.").partition(".")
+        return f"{self.name}.{{{self.period}*+{number}}}.{rest}".removesuffix(".")
+
+
 class Structure(NamedTuple):
     """What a module tells, and the uses of its parameters do not.
 
@@ -19,6 +53,7 @@ class Structure(NamedTuple):
         bare: the refused modules whose `weight` PEFT adapts as a parameter, such as routers.
         transposed: the modules with the attribute `is_transposed`, by which PEFT knows experts.
         linear: the parameters that PEFT adapts for `target_modules="all-linear"`.
+        stacks: the layers that one leaf holds.
     """
 
     order: tuple[str, ...]
@@ -27,6 +62,7 @@ class Structure(NamedTuple):
     bare: frozenset[str]
     transposed: frozenset[str]
     linear: tuple[str, ...]
+    stacks: tuple[Stack, ...] = ()
 
 
 class Structured(Protocol):
@@ -88,8 +124,9 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
 def _row(site: Site, name: str, structure: Structure, is_called: bool) -> Name:
     module, _, parameter = name.rpartition(".")
     others = [x.removesuffix(".weight") for x in structure.tied.get(name, ())]
-    axes = _axes(site)
-    n = len(site.shape)
+    stack = next((x for x in structure.stacks if x.place(name)), None)
+    axes = _axes(site, layers=stack is not None)
+    n = len(site.shape) - (stack is not None)
     is_tied = "v" in axes and len(others) == 1
     is_bare = axes == "oi" and parameter == "weight" and module in structure.bare
     refused = ""
@@ -100,8 +137,8 @@ def _row(site: Site, name: str, structure: Structure, is_called: bool) -> Name:
         parameter = f"{last}.{parameter}"
     return Name(
         re.escape(site.path),
-        module,
-        axes or ("o" + "k" * (n - 1) if n else ""),
+        module if stack is None else stack.template(module),
+        "l" * (stack is not None) + (axes or ("o" + "k" * (n - 1) if n else "")),
         parameter,
         transposed=axes.endswith("io"),
         tied=others[0] if is_tied else None,
@@ -132,12 +169,16 @@ def _explain(
     return "" if axes else "the model uses it otherwise than the modules that PEFT adapts"
 
 
-def _axes(site: Site) -> str:
-    """Returns the letters of a site's axes; an empty string if PEFT has no such weight."""
-    stack, inputs, outputs, _ = site.layout
-    n = len(site.shape)
+def _axes(site: Site, layers: bool) -> str:
+    """Returns the letters of a site's axes; an empty string if PEFT has no such weight.
+
+    Of a leaf with several `layers`, those of one.
+    """
+    stack, inputs, outputs = (tuple(d - layers for d in axes) for axes in site.layout[:3])
+    stack = stack[layers:]
+    n = len(site.shape) - layers
     match (site.kind, len(stack), inputs, outputs):
-        case ("embed", 0, (0,), (1,)):
+        case ("embed", 0, (0,), (1,)) if not layers:
             return "vo"
         case ("dense" | "conv", 0, _, (0,)):
             return "oi" + "k" * (n - 2)

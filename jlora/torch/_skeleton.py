@@ -30,6 +30,13 @@ def check_module(model: object) -> None:
             f"For dropout, give LoRA(..., dropout=0.1). In training mode: {training[0]}"
             f"{f' and {len(training) - 1} more modules' if training[1:] else ''}.",
         )
+    kinds = ((n, getattr(m, "gradient_checkpointing", False)) for n, m in model.named_modules())
+    if checked := [name or "the root" for name, is_checked in kinds if is_checked]:
+        raise InputError(
+            "model",
+            f"has gradient checkpointing enabled, in {checked[0]}.",
+            remedy="Call model.gradient_checkpointing_disable(), and give extract(..., remat=...).",
+        )
     hooked = [
         Problem(name, "has a hook on its gradient")
         for name, x in (*model.named_modules(), *model.named_parameters())

@@ -36,6 +36,34 @@ class Memory:
         self.array = _settle(self.array, x, convert)
         self.writes += 1
 
+    @property
+    def type(self) -> Any:
+        """What has the shape and the dtype of the values."""
+        return self.array
+
+
+class Pending(Memory):
+    """The memory of a tensor that has no values, or none outside of a scan.
+
+    Attributes:
+        type: its shape and dtype.
+        value: the values of all layers, if it is a parameter of each.
+    """
+
+    type: Any = None
+
+    def __init__(self, type: Any, does: str, value: Any = None) -> None:
+        """Takes what a module does that reads it, for the error."""
+        self.type = type
+        self.value = value
+        self._does = does
+        self.writes = 0
+
+    @property
+    def array(self) -> jax.Array:
+        """Raises."""
+        refuse(self._does, "Leave its list out of `scan`.")
+
 
 class Part(Memory):
     """The memory of a view.
@@ -121,8 +149,8 @@ class Tensor(torchax.Tensor):
     def __new__(cls, memory: Memory, env: Any, strides: Any = None) -> "Tensor":
         """Makes a tensor of which PyTorch knows the shape and the strides, but not the values."""
         del env
-        shape = [n if isinstance(n, int) else 1 for n in memory.array.shape]
-        dtype = mappings.j2t_dtype(memory.array.dtype)
+        shape = [n if isinstance(n, int) else 1 for n in memory.type.shape]
+        dtype = mappings.j2t_dtype(memory.type.dtype)
         return cls._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device="meta")
 
     def __init__(self, memory: Memory, env: Any, strides: Any = None) -> None:
