@@ -1,5 +1,6 @@
 """Calls of modules as functions of arrays: computed again in the backward pass, or in a scan."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -109,13 +110,16 @@ class Module:
         wrapped = {name: self.environment.wrap(x, leaves[name]) for name, x in params.items()}
         tensors = self.wrap(arrays, call)
         args, kwargs = given.with_tensors(tensors)
+        before = _pytree.tree_leaves((args, kwargs))
         self.is_running = True
         try:
             out = torch.func.functional_call(self.module, wrapped, args, kwargs)
         finally:
             self.is_running = False
         every = [x for x in (*tensors, *wrapped.values()) if x is not None]
-        if any(x.memory.writes for x in every):
+        after, structure = _pytree.tree_flatten((args, kwargs))
+        same = structure == given.structure and all(map(operator.is_, before, after))
+        if not same or any(x.memory.writes for x in every):
             refuse("writes into its arguments in `scan` or `remat`", "Leave it out of them.")
         self.out = Given.of(out)
         return self.out.arrays

@@ -240,6 +240,22 @@ class Writing(Layer):
         return x.add_(super().forward(x))
 
 
+class Collecting(Layer):
+    """A layer that appends to a list that it gets."""
+
+    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
+        """Appends its input."""
+        others[0].append(x)
+        return super().forward(x)
+
+
+def with_list(layers: Any, x: torch.Tensor) -> torch.Tensor:
+    found: list[torch.Tensor] = []
+    for layer in layers:
+        x = layer(x, found)
+    return x + sum(found)
+
+
 def by_own(layers: Any, x: torch.Tensor) -> torch.Tensor:
     """Each layer gets its own part of an input: they are stacked."""
     given = torch.stack([x, 2 * x, 3 * x, 4 * x])
@@ -335,6 +351,7 @@ REFUSED = {
     "other arguments": (twice_as_much, [], "other arguments"),
     "a number": (chain, [Counting(i) for i in range(4)], "its number, which differs"),
     "in place": (chain, [Writing(i) for i in range(4)], "writes into its arguments"),
+    "a list": (with_list, [Collecting(i) for i in range(4)], "writes into its arguments"),
     "read outside": (read_outside, [], "outside of its call"),
     "another width": (chain, [nn.Linear(4, 4), nn.Linear(4, 3)], "which has layers that differ"),
     "one layer": (chain, [Layer(0)], "which has one layer"),
@@ -347,6 +364,15 @@ def test_what_a_scan_cannot_hold(case: str) -> None:
     net = Net(run_layers, *layers).eval()
     with pytest.raises((NotImplementedError, ValueError), match=re.escape(said)):
         params, apply = jlora.torch.extract(net, scan=["layers"])
+        apply(params, np.ones((2, 4), np.float32))
+
+
+@pytest.mark.parametrize("case", ["in place", "a list"])
+def test_what_cannot_be_computed_again(case: str) -> None:
+    run_layers, layers, said = REFUSED[case]
+    net = Net(run_layers, *layers).eval()
+    params, apply = jlora.torch.extract(net, remat={r"layers/\d": None})
+    with pytest.raises(NotImplementedError, match=re.escape(said)):
         apply(params, np.ones((2, 4), np.float32))
 
 

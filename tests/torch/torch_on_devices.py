@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,16 +34,22 @@ def place(mesh: jax.sharding.Mesh, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStr
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "gemma4"])
-def test_streamed_onto_a_mesh(name: str, tmp_path: pathlib.Path) -> None:
+SCAN = {"scan": ["model/layers"], "remat": {r"layers/\d+": None}}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("llama", {}), ("llama", SCAN), ("qwen3-moe", {}), ("gemma4", {})]
+)
+def test_streamed_onto_a_mesh(name: str, options: Any, tmp_path: pathlib.Path) -> None:
     """The model made from shapes computes what the one with values does, on one device."""
     model = MODELS[name].make()
     model.save_pretrained(tmp_path / "base")
-    whole, alone = jlora.torch.extract(model)
+    whole, alone = jlora.torch.extract(model, **options)
     mesh = jax.sharding.Mesh(np.reshape(jax.devices(), (4, 2)), ("fsdp", "tensor"))
     rows = NamedSharding(mesh, P("fsdp"))
     with torch.device("meta"):
-        shapes, apply = jlora.torch.extract(type(model)(model.config).eval(), {LAYERS: rows})
+        empty = type(model)(model.config).eval()
+    shapes, apply = jlora.torch.extract(empty, {LAYERS: rows}, **options)
 
     like = jax.tree.map(functools.partial(place, mesh), shapes)
     ids = np.tile(MODELS[name].arrays["input_ids"], (4, 1))
