@@ -93,9 +93,10 @@ class CompressedTensors(Format):
             packed = (-(-shape[0] * bits // 32), *shape[1:])
             return unpack(self.tensors.read(name, ("I32",), packed), 0, bits)[: shape[0]]
         signed = self.tensors.read(name, ("I8",))
-        if signed.size != shape[0] * shape[1]:
+        if signed.size not in (1, shape[0] * shape[1]):
             raise Unreadable(name, f"expected one for each scale {shape}, got {signed.shape}")
-        return (signed.reshape(shape).astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+        signed = np.broadcast_to(signed.reshape((1, 1) if signed.size == 1 else shape), shape)
+        return (signed.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
 
     # ----------------------------------------------------------------- what the configuration says
 

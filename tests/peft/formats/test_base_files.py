@@ -237,6 +237,7 @@ FORMATS = {
     "int8 by output": int8,
     "int8 by tensor": partial(int8, each=False),
     "int8, zero points of 0": partial(int8, zero=0),
+    "int8 by tensor, a zero point of 0": partial(int8, zero=0, each=False),
     "fp8": fp8,
     "fp8, uneven": partial(fp8, block=(512, 512)),
     "fp8 by tensor": partial(fp8_at_once, config={"quant_method": "fp8"}, shape=(), **SCALAR),
