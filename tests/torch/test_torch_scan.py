@@ -232,6 +232,14 @@ class Counting(Layer):
         return super().forward(x) * self.number
 
 
+class Naming(Layer):
+    """A layer that looks something up by its number."""
+
+    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
+        """Multiplies the third layer by another number."""
+        return super().forward(x) * {"layer 2": 3.0}.get(f"layer {self.number}", 1.0)
+
+
 class Writing(Layer):
     """A layer that writes into its input."""
 
@@ -350,6 +358,7 @@ REFUSED = {
     "collected": (collect, [], EARLY),
     "other arguments": (twice_as_much, [], "other arguments"),
     "a number": (chain, [Counting(i) for i in range(4)], "its number, which differs"),
+    "a name": (chain, [Naming(i) for i in range(4)], "its number, which differs"),
     "in place": (chain, [Writing(i) for i in range(4)], "writes into its arguments"),
     "a list": (with_list, [Collecting(i) for i in range(4)], "writes into its arguments"),
     "read outside": (read_outside, [], "outside of its call"),

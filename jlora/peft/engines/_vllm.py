@@ -1,4 +1,4 @@
-"""vLLM, and vLLM on TPUs: `tests/peft/engines` compare the rules with the engines."""
+"""vLLM, and vLLM on TPUs: `tests/peft/engines` compares the rules with the engines."""
 
 import re
 from collections.abc import Iterable, Iterator
