@@ -18,6 +18,7 @@ from .._errors import InputError
 from .._rules import near_misses
 from .._tree import leaves_by_path
 from .._types import PyTree
+from ._caches import register_caches
 from ._calls import WITHIN, Scan, recompute
 from ._names import Stack
 from ._skeleton import copy_structure, find_constants, find_saved, read_structure
@@ -56,6 +57,8 @@ class Call(torch.nn.Module):
         return call(*args, **kwargs)  # the module's own, with its hooks
 
     def _wrap(self, number: int, x: object) -> Any:
+        if not jax.tree_util.all_leaves([x]):  # a cache
+            return jax.tree.map(functools.partial(self._wrap, number), x)
         if not isinstance(x, jax.Array | np.ndarray):
             return x
         found = self.environment.wrap(x)
@@ -95,6 +98,7 @@ class Apply:
         remat: Policies,
     ) -> None:
         """Copies the structure of `model`."""
+        register_caches()
         skeleton = copy_structure(model)
         self.structure = read_structure(skeleton)._replace(stacks=tuple(stacks))
         self._constants = stack_arrays(find_constants(skeleton), stacks)
@@ -186,9 +190,11 @@ def _to_jax(x: Any, where: str) -> Any:
         if jax.tree_util.all_leaves([found]):
             _register(type(x))
         return found
+    if not jax.tree_util.all_leaves([x]):  # a cache
+        return jax.tree.map(lambda y: _to_jax(y, where), x)
     raise TypeError(
         f"`model` returns an object of type {type(x).__name__} at output{where}, which holds no "
-        "arrays of JAX. Ask for outputs without it, for example by use_cache=False."
+        "arrays of JAX. Ask for outputs without it."
     )
 
 

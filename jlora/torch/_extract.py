@@ -62,7 +62,8 @@ def extract(
         - Arrays are traced. Other values, such as `use_cache=False`, are static: under `jax.jit`,
           name them in `static_argnames`.
         - Outputs are arrays in the model's own dict or dataclass, which is registered as a pytree
-          when it is first returned.
+          when it is first returned. Caches of `transformers` are pytrees too, in and out: a call
+          returns a new one, and the one that it was given stays. A layer in `scan` takes none.
         - Gradients stop where PyTorch stops them: at `no_grad`, `inference_mode`, `detach` and
           `.data`. A weight that is read only there is no site. Grad mode around the call of
           `apply` changes nothing.
