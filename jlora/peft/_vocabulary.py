@@ -77,9 +77,13 @@ def list_tables(config: Mapping[str, Any], shapes: Shapes) -> list[str]:
 
 
 def is_untied(config: Mapping[str, Any]) -> bool:
-    """Whether the configurations of a model and of all its submodels say that nothing is tied."""
+    """Whether the configurations of a model and of all its submodels say that nothing is tied.
+
+    A model for CTC hears, and has no embedding that its head could be.
+    """
     parts = (x for x in walk_objects(config) if x is config or "model_type" in x)
-    return all(part.get(TIE) is False for part in parts)
+    is_ctc = "ForCTC'" in str(config.get("architectures"))
+    return is_ctc or all(part.get(TIE) is False for part in parts)
 
 
 def is_encoder_decoder(config: Mapping[str, Any]) -> bool:

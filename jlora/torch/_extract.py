@@ -75,8 +75,8 @@ def extract(
 
     Raises:
         ImportError: if PyTorch or torchax is not installed, or the two do not fit.
-        TypeError: if `model` is not a module; later, if an argument is a tensor of PyTorch, or an
-            output is no pytree of arrays.
+        TypeError: if `model` is not a module; later, if an argument is a tensor of PyTorch, an
+            output is no pytree of arrays, or the model reads values that are traced.
         ValueError: if `model` is in training mode, or has attributes computed from its parameters,
             or hooks on gradients, or gradient checkpointing; if a pattern matches no module; if
             layers in `scan` do not repeat; if a buffer on the meta device cannot be computed, or

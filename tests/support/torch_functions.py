@@ -196,6 +196,8 @@ WRITES: dict[str, Case] = {
         "copy_ of one row": lambda x: x.copy_(torch.ones(4)),
         "relu, in place": lambda x: F.relu(x, inplace=True),
         "unsqueeze_": lambda x: x.unsqueeze_(1),
+        "transpose_": lambda x: x.transpose_(0, 1).mul_(torch.arange(3.0)),
+        "squeeze_ of a view": lambda x: x.view(3, 1, 4).squeeze_(1).mul_(torch.arange(4.0)),
         "t_ of a view": lambda x: x.view(4, 3).t_().mul_(torch.arange(4.0)),
     }.items()
 } | {

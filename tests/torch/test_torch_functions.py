@@ -272,7 +272,14 @@ PARAMETRIZED: dict[str, Callable[[], nn.Module]] = {
     "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
     "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
     "a forward hook": lambda: hooked(nn.Linear(4, 4)),
+    "an LSTM": lambda: with_one_output(nn.LSTM(4, 4, 2, bidirectional=True)),
+    "a GRU": lambda: with_one_output(nn.GRU(4, 4)),
 }
+
+
+def with_one_output(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, args, out: out[0])
+    return module
 
 
 def hooked(module: nn.Module) -> nn.Module:
@@ -310,12 +317,24 @@ def test_hooks_on_gradients_are_refused() -> None:
         extract(model)
 
 
-def test_numpy_in_forward() -> None:
+READS: dict[str, tuple[str, Case]] = {
+    "NumPy": ("NumPy", lambda h, m: torch.from_numpy(np.tanh(h.detach().numpy()))),
+    "a condition": ("aten", lambda h, m: h * 2 if h.sum() > 0 else h * 3),
+    "a number": ("aten", lambda h, m: h * int(h.abs().max())),
+    "a list": ("NumPy", lambda h, m: h * h[0].detach().tolist()[0]),
+    "a mask": ("aten", lambda h, m: h[h > 0]),
+    "nonzero": ("aten", lambda h, m: h[:, 0] * len(torch.nonzero(h))),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_values_in_forward(name: str) -> None:
     """Values that are traced cannot be read; the error says where, and what to write."""
-    model = Layers(lambda h, m: torch.from_numpy(np.tanh(h.detach().numpy()))).eval()
+    by, f = READS[name]
+    model = Layers(f).eval()
     params, apply = extract(model)
     assert_close(apply(params, X), differentiate(model)[0], "eager")
-    why = r"layers\.0 \(Holder, \S+\) reads values by NumPy, .*Use PyTorch's functions there"
+    why = rf"layers\.0 \(Holder, \S+\) reads values by {by}.*Use PyTorch's functions there"
     with pytest.raises(jax.errors.TracerArrayConversionError, match=why):
         jax.jit(apply)(params, X)
     with pytest.raises(TypeError, match=r"reads the value of .* Use PyTorch's functions there"):

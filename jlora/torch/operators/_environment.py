@@ -19,13 +19,14 @@ from .._skeleton import to_jax
 from ._functions import find_conversion
 from ._operators import OPERATORS
 from ._refuse import refuse
-from ._tensor import Convert, Memory, Part, Tensor, keep
+from ._tensor import Convert, Memory, Part, Tensor, TracedError, keep
 
 aten = torch.ops.aten
 Options = Mapping[str, Any]
 # What torchax handles beside its operators; the first three draw random numbers.
 DRAWS = {torch.rand, torch.randn, torch.randint}
 SPECIAL = torchax.TENSOR_CONSTRUCTORS | {torch.Tensor.to}
+UNTRACEABLE = jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError
 GRADIENTS = {torch.autograd.grad, torch.Tensor.backward, torch.Tensor.register_hook}
 
 
@@ -139,7 +140,10 @@ class Operators(torchax.Environment):
             found.call = max(calls, default=0)
             return found
 
-        out = super().dispatch(func, types, args, dict(kwargs or {}))
+        try:
+            out = super().dispatch(func, types, args, dict(kwargs or {}))
+        except UNTRACEABLE:
+            raise TracedError(str(func)) from None
         return _pytree.tree_map_only(torchax.Tensor, finish, out)
 
     def _note(self, given: Sequence[Tensor]) -> None:
@@ -187,7 +191,7 @@ class Operators(torchax.Environment):
             )
         twin = getattr(aten, func._schema.name.removeprefix("aten::").removesuffix("_"), None)
         if torch.Tag.inplace_view in func.tags:
-            target.memory = self._part(call._replace(func=getattr(twin, func._overloadname)))
+            target.memory = self._part(call._replace(func=twin))
             with _no_modes():
                 func(*args, **kwargs)
             return target

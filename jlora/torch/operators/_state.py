@@ -8,7 +8,8 @@ from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
 
 from ._tensor import Tensor
 
-OWN = vars(torch.nn.Module()).keys()  # what every module has
+# What every module has, and what recurrent ones make of their parameters in each call.
+OWN = vars(torch.nn.Module()).keys() | {"_flat_weights", "_flat_weight_refs"}
 PLAIN = bool | int | float | complex | str | None
 
 

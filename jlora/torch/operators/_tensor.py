@@ -209,17 +209,22 @@ class Tensor(torchax.Tensor):
         """Returns the values; raises if they are traced."""
         del force
         if not is_concrete(self._elem):
-            raise TracedError(f"{find_place()} reads values by NumPy, which JAX cannot trace.")
+            raise TracedError("NumPy")
         return np.array(self._elem)
+
+    def tolist(self) -> Any:
+        """Returns the values; raises if they are traced."""
+        return self.numpy().tolist()
 
 
 class TracedError(jax.errors.TracerArrayConversionError):
-    """NumPy is given traced values."""
+    """A module reads traced values."""
 
     remedy = "Use PyTorch's functions there, or compute the values outside of the model."
 
-    def __init__(self, why: str) -> None:
-        """Makes the text."""
+    def __init__(self, by: str) -> None:
+        """Says where, and by what."""
+        why = f"{find_place()} reads values by {by}, which JAX cannot trace."
         TypeError.__init__(self, f"{why} {self.remedy}")
 
 

@@ -761,6 +761,16 @@ def test_what_a_model_may_read_twice(case: str, way: str, tmp_path: Folder) -> N
         assert not (tmp_path / str(i) / "out").exists()
 
 
+def test_the_head_of_a_model_for_ctc(tmp_path: Folder) -> None:
+    """It is nothing but a head; another that is stored alone may be the embedding too."""
+    weights = BODY | {HEAD: TABLE}
+    with refused(ValueError, "adapter", HEAD, TWICE):
+        grow(tmp_path / "a", weights, change(0, 1), SILENT)
+    merged, _ = grow(tmp_path / "b", weights, change(0, 1), {"architectures": ["SewForCTC"]})
+    assert merged.keys() == weights.keys()
+    assert not np.array_equal(merged[HEAD], TABLE)
+
+
 def test_a_tied_weight_with_two_values(tmp_path: Folder) -> None:
     """One version of `transformers` takes the first, another both."""
     weights = tied(False) | {HEAD: 2 * TABLE}
