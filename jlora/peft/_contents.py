@@ -112,10 +112,10 @@ def write(
 ) -> dict[str, Any]:
     r"""Writes an adapter without its model; inverts `read`.
 
-    Values are written bit for bit. The fields that choose modules, ranks, alphas and rows are kept
-    if they describe the leaves. Otherwise they are replaced: modules are then chosen by their whole
-    names. If you leave out leaves, leave `target_modules` out of `contents.config` too: its short
-    names would go on choosing their modules.
+    Values are written bit for bit. If `contents.config` has `target_modules`, its fields choose the
+    modules and rows, and what is saved whole. If you add, rename or leave out leaves, leave
+    `target_modules` out of it: modules are then chosen by their whole names. Ranks and alphas are
+    replaced unless they are those of the leaves.
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
@@ -156,7 +156,11 @@ def write(
     fields = describe(dict(contents.config), tree, own.parts, "contents", problems)
     fields, own = with_profile(profile, fields, own)
     draft = make_draft(fields, own, contents.tied, dialect, prefix, contents.leaves)
-    problems = Problems("contents", "cannot be written so that `read` reads the same adapter.")
+    problems = Problems(
+        "contents",
+        "cannot be written so that `read` reads the same adapter. If leaves were added or renamed, "
+        "leave target_modules out of its `config`.",
+    )
     _read(draft.as_files("contents", contents.leaves), problems)
     draft.write(path)
     return fields

@@ -29,6 +29,8 @@ from .adapter._describe import (
 from .adapter._draft import Draft, make_draft
 from .adapter._one_rank import with_profile
 from .adapter._parts import Parameters, Part, Values
+from .adapter._roles import make_saves
+from .adapter._sorted import may_tie
 from .names._leaves import NamedLeaf
 from .names._names import Name
 from .names._torch_layout import split_weight
@@ -68,8 +70,10 @@ def save(
         profile: `"vllm"` for vLLM: all modules get one rank, which vLLM has kernels for. A and B
             are padded with zeros, and the scales are multiplied into B (alpha = r). A of experts
             has the inputs, where PEFT's may have the outputs.
-        config: fields of `adapter_config.json` to keep, such as `read(path).config`. Fields for
-            modules, ranks and alphas are replaced unless they describe the adapter.
+        config: fields of `adapter_config.json` to keep, such as `read(path).config`. If it has
+            `target_modules`, its fields choose the modules and rows, and what is saved whole; they
+            must choose those of the adapter. Otherwise jlora chooses them. Ranks and alphas are
+            replaced unless they are those of the adapter.
         dialect: what reads the files. `"peft"`: two files, as above. For image LoRA, one file:
             `pytorch_lora_weights.safetensors` in the folder `path`, or `path` itself if it ends in
             `.safetensors`. `"diffusers"`: keys `prefix.module.lora_A.weight`, and the configuration
@@ -194,8 +198,8 @@ def _draft(
     draft = make_draft(fields, own, tree.tied, dialect, prefix, tree.modules)
     problems = Problems(
         "adapter",
-        "cannot be written so that `load` reads the same adapter. A common reason is that its "
-        "modules cannot be selected apart from others.",
+        "cannot be written so that `load` reads the same adapter: its modules cannot be selected "
+        "apart from others, or `config` selects others. Then leave target_modules out of it.",
     )
     fit(draft.as_files("config", tree.modules), tree.leaves, problems)
     if base_model is not None:
@@ -233,6 +237,16 @@ def _collect(fields: Fields, tree: Tree, parts: list[Part[np.ndarray]]) -> Value
     """Collects what PEFT stores of an adapter, with what it saves as a whole."""
     saved = find_full(fields, tree)
     _refuse_adapted([leaf for leaf in saved if is_node(tree.found.get(leaf.path))], fields)
+    saves, paths = make_saves(fields), {leaf.path for leaf in saved}
+    lost = [module for leaf in tree.full if leaf.path not in paths for module in leaf.modules]
+    heads = filter(None, (tree.tied.get(leaf.modules[0]) for leaf in tree.full))
+    if lost := [*lost, *(x for x in heads if not (saves(x) or may_tie(fields, x)))]:
+        raise InputError(
+            "config",
+            "has a modules_to_save and a bias that leave out what the adapter has in full: "
+            f"{shorten(lost)}.",
+            remedy="Leave target_modules out of it, so that jlora chooses.",
+        )
     frozen = find_frozen(fields, tree)
     _check_values([*(x for x in saved if x.path not in tree.found), *frozen.values()])
     full = dict[str, np.ndarray]()

@@ -290,10 +290,11 @@ def test_leaves_in_full_alone(tmp_path: Folder) -> None:
     adapter, names = jax.tree.map(jnp.ones_like, base), [Name("(.*)/kernel", r"\1", "io")]
     assert_equal(come_back(tmp_path / "a", base, adapter, names), adapter)
     assert config_of(tmp_path / "a")["target_modules"] == "dummy-target-modules"
-    for i, given in enumerate((["other"], ["head"], [])):  # of which PEFT finds none to adapt
-        folder = tmp_path / f"{i}"
-        peft.save(folder, base, adapter, names, config={"target_modules": given})
-        assert config_of(folder)["target_modules"] == "dummy-target-modules"
+    given = {"target_modules": ["other"], "modules_to_save": ["head"]}
+    peft.save(tmp_path / "b", base, adapter, names, config=given)
+    assert given.items() <= config_of(tmp_path / "b").items()
+    with refused(ValueError, "config", "leave out what the adapter has in full: ['head']"):
+        peft.save(tmp_path / "c", base, adapter, names, config={"target_modules": ["other"]})
 
 
 def test_patterns_of_many_ranks(tmp_path: Folder) -> None:
@@ -365,15 +366,17 @@ def test_names_are_short_where_they_are_words(case: str, tmp_path: Folder) -> No
     base, adapter, names = of_modules(linear, norms, adapted)
     assert_equal(come_back(tmp_path / "a", base, adapter, names), adapter)
     assert config_of(tmp_path / "a")["target_modules"] == expected
-    # A given selection that finds more is replaced.
-    wide = {"target_modules": list({m.rpartition(".")[2] for m in adapted.split()})}
-    peft.save(tmp_path / "b", base, adapter, names, config=wide)
-    found = config_of(tmp_path / "b")["target_modules"]
-    assert found in (expected, wide["target_modules"])
     others = {*linear.split(), *norms.split()} - set(adapted.split())
     others |= {m[:i] for m in f"{linear} {norms}".split() for i in range(len(m)) if m[i] == "."}
-    taken = {m for m in others for t in found if f".{m}".endswith(f".{t}")}
-    assert taken == {*(config_of(tmp_path / "b")["exclude_modules"] or ())}
+    taken = {m for m in others for t in expected if f".{m}".endswith(f".{t}")}
+    assert taken == {*(config_of(tmp_path / "a")["exclude_modules"] or ())}
+    # A given selection that finds more is refused.
+    last = lambda m: m.rpartition(".")[2]  # noqa: E731
+    given = {last(m) for m in adapted.split()}
+    if more := [m for m in {*linear.split()} - {*adapted.split()} if last(m) in given]:
+        config = {"target_modules": sorted(given)}
+        with refused(ValueError, "adapter", f"{more[0]}.weight", "selected by"):
+            peft.save(tmp_path / "b", base, adapter, names, config=config)
 
 
 def test_names_of_thousands_of_modules_are_whole() -> None:
@@ -720,27 +723,28 @@ def test_what_names_nothing(fields: dict[str, Any], message: str, tmp_path: Fold
 
 
 QUERY = LoRA("query/kernel", rank=2)
-LISTED = {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}
-TIED_IN_FULL: dict[str, tuple[str, list[Any], str, dict[str, Any]]] = {
-    "with LoRA": ("scanned", [QUERY], "embed/embedding", {}),
-    "alone": ("scanned", [], "embed/embedding", {}),
-    "with DoRA": ("scanned", [DoRA("query/kernel", rank=2)], "embed/embedding", {}),
-    "GPT-2": ("gpt2_tied", [LoRA("mlp/c_proj/kernel", rank=2)], "wte/embedding", {}),
-    "as configured": ("scanned", [QUERY], "embed/embedding", LISTED),
+TIED_IN_FULL: dict[str, tuple[str, list[Any], str]] = {
+    "with LoRA": ("scanned", [QUERY], "embed/embedding"),
+    "alone": ("scanned", [], "embed/embedding"),
+    "with DoRA": ("scanned", [DoRA("query/kernel", rank=2)], "embed/embedding"),
+    "GPT-2": ("gpt2_tied", [LoRA("mlp/c_proj/kernel", rank=2)], "wte/embedding"),
 }
 
 
-@pytest.mark.parametrize("form", some(TIED_IN_FULL, "with DoRA", "GPT-2", "as configured"))
+@pytest.mark.parametrize("form", some(TIED_IN_FULL, "with DoRA", "GPT-2"))
 def test_a_tied_weight_in_full(form: str, tmp_path: Folder) -> None:
     """It is written for the embedding and for the head; read, both must be there and the same."""
-    name, rules, path, config = TIED_IN_FULL[form]
+    name, rules, path = TIED_IN_FULL[form]
     case = models.case(name)
     lora = jlora.transform(case.apply, *rules, Full(path))
     base, adapter = lora.init(KEY, case.base, jnp.asarray(case.torch["inputs"]))
     adapter = jax.tree.map(lambda x: x + 0.3, adapter)
     files = Files(tmp_path, name)
     shutil.rmtree(files.folder)
-    peft.save(files.folder, base, adapter, case.names, config=config)
+    given = {"modules_to_save": [path.split("/")[0]], "target_modules": []}
+    with refused(ValueError, "config", "leave out what the adapter has in full", "lm_head"):
+        peft.save(files.folder, base, adapter, case.names, config=given)
+    peft.save(files.folder, base, adapter, case.names)
     assert_equal(files.load(), adapter)
     fields, tensors = config_of(files.folder), models.read(files.folder / TENSORS)
     own = [key for key in tensors if "lora" not in key]

@@ -54,13 +54,6 @@ class Tree(NamedTuple):
         """All modules of the base."""
         return {module for leaf in self.leaves for module in leaf.modules}
 
-    def by_module(self) -> "Tree":
-        """Returns the tree of a model whose modules PEFT takes for no experts."""
-        leaves, low = (
-            [x._replace(by_parameter=False) for x in own] for own in (self.leaves, self.low)
-        )
-        return self._replace(leaves=leaves, low=low)
-
     @property
     def tokens(self) -> dict[str, Tokens[np.ndarray]]:
         """The rows of embeddings in PyTorch's layout, by parameter."""

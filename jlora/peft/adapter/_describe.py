@@ -1,4 +1,4 @@
-"""Makes the configuration that describes an adapter tree; keeps given fields that fit."""
+"""Makes the configuration that describes an adapter tree."""
 
 import collections
 import math
@@ -10,25 +10,15 @@ import numpy as np
 
 from ..._errors import InputError, Problem
 from ..._tree import name_of
-from ..._types import Path
 from .._file import shorten
 from .._problems import Problems
 from ..names._kinds import LINEAR
 from ..names._leaves import NamedLeaf
 from ._arranged import Tree
 from ._config import DEFAULTS, PATTERNS, ROWS_ALONE, ROWS_DEFAULTS, problems_of
-from ._parts import INDICES, Part, find_rows, list_lone_heads
+from ._parts import INDICES, Part
 from ._patterns import Clock
-from ._roles import (
-    Role,
-    find_divisor,
-    is_nested,
-    list_parents,
-    list_tails,
-    make_saves,
-    resolve,
-    saves_bias,
-)
+from ._roles import find_divisor, list_parents, list_tails, make_saves, resolve, saves_bias
 from ._sorted import SAVED_BY_NAME, is_of_vocabulary, may_tie
 
 Fields = dict[str, Any]
@@ -39,7 +29,9 @@ NO_MODULE = "dummy-target-modules"  # PEFT's word for "no module"
 def describe(
     given: Fields, tree: Tree, parts: Sequence[Part[np.ndarray]], argument: str, problems: Problems
 ) -> Fields:
-    """Makes the configuration of an adapter; keeps the `given` fields that describe it.
+    """Makes the configuration of an adapter.
+
+    If `given` has `target_modules`, it is what chooses modules, rows and what is saved whole.
 
     Args:
         given: fields.
@@ -55,12 +47,18 @@ def describe(
     elif parts:
         fields["use_dora"] = any(part.m is not None for part in parts)
     problems.stop(*problems_of(fields, is_file=False))
-    if is_alone:
-        return _select_rows_alone(fields, tree)
-    is_of_peft = "peft_version" in given and any(leaf.by_parameter for leaf in tree.leaves)
-    fields = _set_targets(fields, tree, is_of_peft)
-    fields = _set_scales(fields, _key(parts, fields), tree.tied)
-    return _set_tokens(_set_full(fields, tree), tree)
+    # PEFT may take modules for experts, but not those that it selected itself.
+    is_known = "peft_version" in given or not any(leaf.by_parameter for leaf in tree.leaves)
+    if not (is_known and "target_modules" in given):
+        fields |= _choose_rows_alone(tree) if is_alone else _choose(tree)
+    return fields if is_alone else _set_scales(fields, _key(parts, fields), tree.tied)
+
+
+def _choose(tree: Tree) -> Fields:
+    """Makes the fields that choose what is adapted and saved, and nothing else."""
+    targets, full = _choose_targets(tree), _choose_full(tree)
+    is_tied = targets["ensure_weight_tying"] or full["ensure_weight_tying"]
+    return targets | full | _choose_tokens(tree) | {"ensure_weight_tying": is_tied}
 
 
 def _key(parts: Sequence[Part[np.ndarray]], fields: Fields) -> Iterable[Part[np.ndarray]]:
@@ -78,12 +76,10 @@ def _key(parts: Sequence[Part[np.ndarray]], fields: Fields) -> Iterable[Part[np.
 # ------------------------------------------------------------------------- which are adapted
 
 
-def _set_targets(fields: Fields, tree: Tree, is_of_peft: bool) -> Fields:
+def _choose_targets(tree: Tree) -> Fields:
     """Selects the leaves with A and B, and the heads tied to them, and nothing else."""
-    adapted, tied = _list_adapted(tree)
-    # PEFT, which knew the model, took none of the names that it wrote for those of experts.
-    if _selects(fields, tree) or (is_of_peft and _selects(fields, tree.by_module())):
-        return fields if adapted else fields | {"target_modules": NO_MODULE}
+    adapted = {name for leaf in tree.low for name in leaf.parameters}
+    tied = {m: head for m, head in tree.tied.items() if f"{m}.weight" in adapted}
     # By whether a key is of a bare parameter: whether it is adapted.
     keys: dict[bool, dict[str, bool]] = {False: dict.fromkeys(_find_others(tree), False), True: {}}
     for leaf in tree.leaves:
@@ -91,15 +87,16 @@ def _set_targets(fields: Fields, tree: Tree, is_of_peft: bool) -> Fields:
             keys[True][name] = leaf.is_bare and name in adapted
             if leaf.name.kind and not leaf.is_bare:
                 keys[False][module] = name in adapted
-    # Heads that PEFT does not tie by itself are selected by name.
-    apart = [h for m, h in tied.items() if not _ties({"ensure_weight_tying": True}, m, h)]
+    # PEFT ties a head by itself if both names are those that it knows; others are selected.
+    tying = {"ensure_weight_tying": True}
+    apart = [h for m, h in tied.items() if not (may_tie(tying, h) and _last_of(m) in SAVED_BY_NAME)]
     keys[False] |= dict.fromkeys(apart, True)
     targets = _select(keys[False], tree.is_whole)
     # A whole name also selects the modules whose names end with it.
     chosen = frozenset(targets)
     unwanted = (name for name, is_chosen in keys[False].items() if not is_chosen)
     excluded = [name for name in unwanted if not chosen.isdisjoint(list_tails(name))]
-    return fields | {
+    return {
         "target_modules": targets if adapted else NO_MODULE,
         "target_parameters": _select(keys[True], tree.is_whole) or None,
         "exclude_modules": excluded or None,
@@ -107,23 +104,6 @@ def _set_targets(fields: Fields, tree: Tree, is_of_peft: bool) -> Fields:
         "layers_pattern": None,
         "ensure_weight_tying": len(apart) < len(tied),
     }
-
-
-def _selects(fields: Fields, tree: Tree) -> bool:
-    """Whether fields select the leaves with A and B, and the heads tied to them, alone."""
-    adapted, tied = _list_adapted(tree)
-    others = _find_others(tree)
-    roles = resolve(fields, [*tree.modules, *others, *tied.values()], Clock())
-    heads = all(_ties(fields, m, head) or roles[head].adapts for m, head in tied.items())
-    each = ((x, *own) for x in tree.leaves for own in zip(x.modules, x.parameters, strict=True))
-    own = all(_adapts(roles[module], x) == (name in adapted) for x, module, name in each)
-    return heads and own and not any(roles[m].adapts and not roles[m].saves for m in others)
-
-
-def _list_adapted(tree: Tree) -> tuple[set[str], dict[str, str]]:
-    """Lists the parameters with A and B, and the heads tied to them by their embeddings."""
-    adapted = {name for leaf in tree.low for name in leaf.parameters}
-    return adapted, {m: head for m, head in tree.tied.items() if f"{m}.weight" in adapted}
 
 
 def _find_others(tree: Tree) -> set[str]:
@@ -137,59 +117,34 @@ def _with_parents(modules: Iterable[str]) -> set[str]:
     return {parent for module in modules for parent in list_parents(module)}
 
 
-def _adapts(role: Role, leaf: NamedLeaf) -> bool:
-    if leaf.name.kind is None or role.saves:
-        return False
-    if leaf.name.parameter in role.parameters:
-        return True
-    return role.adapts and not leaf.is_bare
-
-
-def _ties(fields: Mapping[str, Any], module: str, head: str) -> bool:
-    """Whether PEFT gives a tied head the same A and B as its embedding `module`."""
-    # PEFT recognizes embeddings by these names alone.
-    return may_tie(fields, head) and _last_of(module) in SAVED_BY_NAME
-
-
 # ------------------------------------------------------------------------- what is saved whole
 
 
-def _set_full(fields: Fields, tree: Tree) -> Fields:
+def _choose_full(tree: Tree) -> Fields:
     """Saves leaves in full, and heads tied to them, by `bias` or `modules_to_save`."""
-    unasked = set() if tree.is_whole else {x.path for x in tree.full if _may_be_unasked(fields, x)}
+    # PEFT stores the parameters of a vocabulary although no field names their modules.
+    each = () if tree.is_whole else tree.full
+    unasked = {x.path for x in each if is_of_vocabulary(x.modules[0], x.name.parameter)}
     wanted = {leaf.path for leaf in tree.full} - unasked
     heads = [h for leaf in tree.full if (h := tree.tied.get(leaf.modules[0]))]
-
-    def saved(fields: Fields) -> set[Path]:
-        return {leaf.path for leaf in find_full(fields, tree)} - unasked
-
-    saves = make_saves(fields)
-    is_described = saved(fields) == wanted and not is_nested(fields, tree.modules)
-    if is_described and all(may_tie(fields, head) or saves(head) for head in heads):
-        return fields
     of_lora, every = (
-        saved(fields | {"modules_to_save": None, "bias": bias}) for bias in ("lora_only", "all")
+        {leaf.path for leaf in find_full({"bias": bias}, tree)} - unasked
+        for bias in ("lora_only", "all")
     )
     # With "all", PEFT would store the biases of `modules_to_save` three times.
-    is_every = wanted == every and (tree.is_whole or every != of_lora)
+    is_every = bool(wanted) and wanted == every and (tree.is_whole or every != of_lora)
     bias = "all" if is_every else "lora_only" if wanted & of_lora else "none"
     rest = {"all": set(), "lora_only": wanted - of_lora, "none": wanted}[bias]
     modules = dict.fromkeys(m for leaf in tree.leaves if leaf.path in rest for m in leaf.modules)
     modules |= dict.fromkeys(heads)
     # PEFT cannot load a module that is saved in another one.
     outer = [m for m in modules if [p for p in list_parents(m) if p in modules] == [m]]
-    return fields | {
+    # Without `ensure_weight_tying`, PEFT would separate a head from its embedding.
+    return {
         "bias": bias,
         "modules_to_save": outer or None,
-        # Without this, PEFT would separate a head from its embedding.
-        "ensure_weight_tying": bool(heads) or fields["ensure_weight_tying"],
+        "ensure_weight_tying": bool(heads),
     }
-
-
-def _may_be_unasked(fields: Fields, leaf: NamedLeaf) -> bool:
-    """Whether PEFT stores a parameter although no field names its module."""
-    [module] = leaf.modules
-    return may_tie(fields, module) or is_of_vocabulary(module, leaf.name.parameter)
 
 
 def find_full(fields: Fields, tree: Tree) -> list[NamedLeaf]:
@@ -249,13 +204,10 @@ def set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields
     return fields
 
 
-def _set_tokens(fields: Fields, tree: Tree) -> Fields:
-    """Sets the rows of embeddings, and no others."""
+def _choose_tokens(tree: Tree) -> Fields:
+    """Chooses the rows of embeddings."""
     wanted = {leaf.modules[0]: tree.found[leaf.path].rows for leaf in tree.rows}
     others = _with_parents(tree.modules) - wanted.keys()
-    listed, alone = find_rows(fields, wanted, problems := Problems("", ""))
-    if listed == wanted and not (problems.found or list_lone_heads(alone, others)):
-        return fields
 
     # PEFT compares the ends of names, also within a component.
     def shorten_name(module: str) -> str:
@@ -263,7 +215,7 @@ def _set_tokens(fields: Fields, tree: Tree) -> Fields:
         is_clear = last.isidentifier() and not any(x.endswith(last) for x in others)
         return last if tree.is_whole and is_clear else module
 
-    return fields | {INDICES: {shorten_name(m): list(rows) for m, rows in wanted.items()} or None}
+    return {INDICES: {shorten_name(m): list(rows) for m, rows in wanted.items()} or None}
 
 
 def _find_rows_of_all(tree: Tree, argument: str) -> list[int]:
@@ -280,15 +232,11 @@ def _find_rows_of_all(tree: Tree, argument: str) -> list[int]:
     return list(*lists)
 
 
-def _select_rows_alone(fields: Fields, tree: Tree) -> Fields:
-    """Selects the embeddings of an adapter of rows alone."""
+def _choose_rows_alone(tree: Tree) -> Fields:
+    """Chooses the embeddings of an adapter of rows alone."""
     wanted = [leaf.modules[0] for leaf in tree.rows]
-    others = _with_parents(tree.modules) - set(wanted)
-    roles = resolve(fields, [*wanted, *others], Clock())
-    if {m for m, role in roles.items() if role.adapts} == set(wanted):
-        return fields
-    chosen = dict.fromkeys(others, False) | dict.fromkeys(wanted, True)
-    return fields | {"target_modules": _select(chosen, tree.is_whole)}
+    chosen = dict.fromkeys(_with_parents(tree.modules), False) | dict.fromkeys(wanted, True)
+    return {"target_modules": _select(chosen, tree.is_whole)}
 
 
 # ------------------------------------------------------------------------- names

@@ -127,12 +127,6 @@ def make_saves(fields: Fields) -> Callable[[str], bool]:
     return lambda module: any(any(list_saved(p)) for p in list_parents(module))
 
 
-def is_nested(fields: Fields, modules: Iterable[str]) -> bool:
-    """Whether `modules_to_save` names a module in one that it names, which PEFT cannot load."""
-    list_saved = _make_endings(fields)
-    return any(sum(any(list_saved(p)) for p in list_parents(m)) > 1 for m in modules)
-
-
 def _make_endings(fields: Fields) -> Callable[[str], Iterator[str]]:
     """Makes a function that yields what a name ends with of `modules_to_save`.
 
