@@ -237,7 +237,8 @@ def _collect(fields: Fields, tree: Tree, parts: list[Part[np.ndarray]]) -> Value
     """Collects what PEFT stores of an adapter, with what it saves as a whole."""
     saved = find_full(fields, tree)
     _refuse_adapted([leaf for leaf in saved if is_node(tree.found.get(leaf.path))], fields)
-    saves, paths = make_saves(fields), {leaf.path for leaf in saved}
+    saves = make_saves(fields)
+    paths = {leaf.path for leaf in saved}
     lost = [module for leaf in tree.full if leaf.path not in paths for module in leaf.modules]
     heads = filter(None, (tree.tied.get(leaf.modules[0]) for leaf in tree.full))
     if lost := [*lost, *(x for x in heads if not (saves(x) or may_tie(fields, x)))]:

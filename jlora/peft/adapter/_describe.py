@@ -56,7 +56,8 @@ def describe(
 
 def _choose(tree: Tree) -> Fields:
     """Makes the fields that choose what is adapted and saved, and nothing else."""
-    targets, full = _choose_targets(tree), _choose_full(tree)
+    targets = _choose_targets(tree)
+    full = _choose_full(tree)
     is_tied = targets["ensure_weight_tying"] or full["ensure_weight_tying"]
     return targets | full | _choose_tokens(tree) | {"ensure_weight_tying": is_tied}
 
