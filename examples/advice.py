@@ -21,7 +21,8 @@ MODELS = {  # of tasks, with their widths; a GPT's task has its own
 ADVISED = {"width": "channels of the model", "batch": "rows of a step"}
 RULE = """\
 Start at the calculator's rate. Try a factor of three more and a factor of three less, and go on in
-the better direction until the loss gets worse. That is usually three to five runs."""
+the better direction until the loss gets worse. Train each rate with three seeds, and compare the
+mean losses. That is usually nine to fifteen runs."""
 
 
 def sizes_of(task: str) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """`examples/rates_trial.py`: how the rule is judged, and that the guide has what was run."""
 
+import functools
 import math
 import pathlib
 
@@ -8,11 +9,12 @@ import pytest
 import rates_trial
 import tables
 import trials
-from rates_trial import GRID, SEEDS, SETS
+from rates_trial import DESIGN, GRID, SEEDS, SEEN, SETS, TRIAL
 
 import jlora
 
-GUIDE = pathlib.Path(__file__).parents[2] / "notebooks" / "measurements" / "rates.md"
+RULES = pathlib.Path(__file__).parents[2] / "notebooks" / "rules.md"
+GUIDE = RULES.with_name("measurements") / "rates.md"
 
 
 def test_the_guide_has_the_table_of_the_committed_runs():
@@ -47,7 +49,7 @@ def test_the_rule_finds_the_lowest_loss(best, runs):
     loss = lambda n, seed: abs(n - best) + 0.1 * seed  # noqa: E731
     found = rates_trial.judge(grid(loss, loss))
     assert (found.start, found.rule, found.best) == (3e-3, *[trials.to_rate(best)] * 2)
-    assert (found.difference, found.error, found.runs) == (0, 0, runs)
+    assert (found.difference, found.error, found.runs) == (0, 0, 3 * runs)
     assert found.is_as_good and found.strict
 
 
@@ -56,17 +58,57 @@ def test_a_rule_that_stops_early_is_not_as_good():
     valley = lambda n, seed: {-5: 1.0, -8: 0.0}.get(n, 2.0)  # noqa: E731
     held_out = lambda n, seed: valley(n, seed) + seed + 0.1 * seed * (n == -8)  # noqa: E731
     found = rates_trial.judge(grid(valley, held_out))
-    assert (found.rule, found.best, found.runs) == (3e-3, 1e-4, 3)
+    assert (found.rule, found.best, found.runs) == (3e-3, 1e-4, 9)
     assert found.difference == pytest.approx(0.8)
     assert found.error == pytest.approx(0.1 * np.std(SEEDS, ddof=1) / len(SEEDS) ** 0.5)
     assert not found.is_as_good
+
+
+@pytest.mark.parametrize("loss_of_one", [3.0, math.inf])
+@pytest.mark.parametrize(("seen", "rule"), [((0,), 1e-2), ((2, 3, 4), 1e-2), ((0, 1, 2), 3e-3)])
+def test_the_mean_of_the_seeds_that_are_seen_decides(seen, rule, loss_of_one):
+    """Seed 1 is bad at the better rate of the others, or diverges."""
+
+    def loss(n, seed, bad=3.0):
+        return bad if (n, seed) == (-4, 1) else 1 + 0.1 * abs(n + 4)
+
+    found = rates_trial.judge(grid(functools.partial(loss, bad=loss_of_one), loss), seen)
+    assert (found.rule, found.best) == (rule, 3e-3)
+    assert found.difference == pytest.approx(0.3 * (rule == 1e-2))
+
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
+
+
+def test_the_guides_say_how_often_the_rule_was_good():
+    """And how many runs it takes."""
+    rules, page = (" ".join(path.read_text(encoding="utf-8").split()) for path in (RULES, GUIDE))
+    rows = tables.read(rates_trial.OUT)
+    # Nothing is learned on one set.
+    learned = {make: width for make, width in TRIAL.items() if make is not rates_trial.portrait}
+
+    def results(sets, seeds):
+        return [x for own in rates_trial.judge_all(rows, sets, seeds).values() for x in own]
+
+    def good(sets, seeds):
+        found = [x.is_as_good for x in results(sets, seeds)]
+        return f"{sum(found)} of {len(found)}"
+
+    assert np.mean([9 <= x.runs <= 15 for x in results(TRIAL, SEEN)]) > 0.9  # nine to fifteen runs
+    first = [own[0].is_as_good for own in rates_trial.judge_all(rows, TRIAL, SEEN).values()]
+    assert f"on {WORDS[sum(first)]} of [{WORDS[len(first)]} new data sets]" in rules
+    assert f"On the other {WORDS[len(learned)]} sets it was as good in {good(learned, 1)}" in rules
+    one, three = good(DESIGN, 1), good(DESIGN, SEEN).split()[0]
+    assert f"it was as good in {one} trials, and three seeds were in {three}." in rules
+    one, three = good(learned, 1), good(learned, SEEN).split()[0]
+    assert f"one seed was as good in {one} results, and three seeds in {three}." in page
 
 
 def test_a_run_learns_and_the_losses_are_the_models(monkeypatch):
     """The lowest rate keeps what the model knew; a higher one learns more."""
     monkeypatch.setattr(rates_trial, "PRETRAINING", 4)
     x = np.random.default_rng(0).standard_normal((120, 6))
-    problem = rates_trial.of_features(x, (x[:, 0] > 0).astype(int), 2, rates_trial.entropy)
+    problem = rates_trial.of_features(x, (x[:, 0] > 0).astype(int), 32)
     assert [len(rows[0]) for rows in problem.rows] == [60, 24, 36]
     before = [problem.loss(problem.model.apply(problem.params, x), y) for x, y in problem.rows[1:]]
     found = {n: scores for n, *scores in rates_trial.make_train(problem)(0)}

@@ -92,7 +92,7 @@ def advised(capsys, *options):
 
 @pytest.mark.parametrize("model", ["MiniLM", "SmolLM2"])
 def test_the_advice_is_near_what_was_measured(capsys, model):
-    """The rule finds the half decade next to the best rate of a model in at most five runs."""
+    """The rule finds the half decade next to the best rate of a model among at most five."""
     [width] = {width for name, width in advice.MODELS.values() if name == model}
     rows = [x for x in regret.tables.read(regret.OUT / "regret.csv") if advice.is_default(x)]
     rows = [row for row in rows if advice.MODELS.get(row["task"], "")[:1] == (model,)]
