@@ -80,7 +80,7 @@ def quantize(
     """
     from ._progress import progress  # not at the import of jlora
 
-    for scheme in schemes:
+    for scheme in schemes or (None,):
         if not isinstance(scheme, Scheme):
             raise TypeError(
                 "`schemes` must be jlora.NF4, jlora.FP4, jlora.Int8, jlora.Int4, jlora.FP8 or "

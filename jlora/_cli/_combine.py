@@ -68,10 +68,10 @@ def combine(
     options |= {"key": jax.random.key(0)} if method == "dare" else {}
 
     each = [call(jlora.peft.read, x, **reading) for x in adapters]
-    if wrong := list(_find_contradictions(each)):
+    if wrong := dict.fromkeys(_find_contradictions(each)):
         raise ValueError(
             f"ADAPTERS cannot be combined without their model: {'; '.join(wrong)}. Load them "
-            "onto it with jlora.peft.load, and combine them with jlora.arithmetic."
+            "onto it with jlora.peft.load, and give it to jlora.arithmetic too, as `base`."
         )
     trees = [x.with_value(_widen(own.leaves)) for x, own in zip(adapters, each, strict=True)]
     found = call(getattr(jlora.arithmetic, method), trees, numbers, **options)

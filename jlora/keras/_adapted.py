@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 
@@ -44,7 +45,7 @@ class Adapted(Holder, keras.Model):
     Attributes:
         base: the model.
         params: the weights by their paths: those of the model, or what replaces them.
-        adapter: the adapter as a tree of arrays, for all other functions of jlora.
+        adapter: a copy of the adapter as a tree of arrays, for all other functions of jlora.
 
     Raises:
         RuntimeError: if Keras has another backend than JAX. Later, if the base is trainable.
@@ -86,15 +87,15 @@ class Adapted(Holder, keras.Model):
             name=name,
             shape=x.shape,
             dtype=x.dtype,
-            initializer=lambda shape, dtype=None: x,
+            initializer=lambda shape, dtype=None: jnp.copy(x),  # Keras donates its variables
             trainable=trainable,
             autocast=False,
         )
 
     @property
     def adapter(self) -> PyTree:
-        """The adapter as a tree of arrays."""
-        return jax.tree.unflatten(self._structure, [v.value for v in self._own])
+        """A copy of the adapter as a tree of arrays."""
+        return jax.tree.unflatten(self._structure, [jnp.copy(v.value) for v in self._own])
 
     @property
     def params(self) -> dict[str, jax.Array]:

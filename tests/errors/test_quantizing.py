@@ -84,6 +84,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "`double` ... FP4('w') ... got None": lambda: FP4("w", double=None),
         "`pattern` ... NF4 ... got 3 of type int": lambda: NF4(3),
         "`schemes` ... got 'kernel'": lambda: quantize("kernel"),
+        "`schemes` ... got None": quantize,
         "`schemes` ... got Full(": lambda: quantize(NF4("kernel"), Full("odd")),
         "`schemes` ... the class NF4 ... NF4(...)": lambda: quantize(NF4),
     },

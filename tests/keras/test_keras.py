@@ -119,6 +119,21 @@ def test_a_whole_model_is_not_saved(tmp_path: Any) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_adapter_lives_on() -> None:
+    """Whatever the models do that were made of it: Keras donates its variables' arrays."""
+    model = network()
+    adapted = noisy(adapt(model, LoRA("dense_32/kernel", rank=2), Full("dense_4"), example=X))
+    adapted.compile("adam", "sparse_categorical_crossentropy")
+    adapter = adapted.adapter
+    values = jax.tree.map(np.asarray, adapter)
+    other = Adapted(network(), adapter)
+    for x in (adapted, other):
+        x.predict(X, verbose=0)
+    adapted.merge().predict(X, verbose=0)
+    for found in (adapter, adapted.adapter, other.adapter):
+        jax.tree.map(np.testing.assert_array_equal, found, values)
+
+
 def test_a_tree_is_put_into_a_model() -> None:
     model = network()
     adapted = noisy(adapt(model, LoRA("kernel", rank=2), example=X))

@@ -78,7 +78,7 @@ def _configuration(x: Served) -> Iterator[Finding]:
     kind = x.base.architecture if x.base else str(x.fields.get("task_type"))
     heads = HEADS if "Classification" in kind or kind in ("SEQ_CLS", "TOKEN_CLS") else ()
     others = (name for name in fields.get("modules_to_save") or [] if name not in heads)
-    why = f"only the head of a classifier, {' or '.join(HEADS)}, may be saved in full"
+    why = f"only the head of a classifier, {' or '.join(HEADS)}, may be saved in full; got {kind!r}"
     yield from _report(others, why, LEAVE_OUT, of="modules_to_save")
 
 
