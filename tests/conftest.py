@@ -14,6 +14,7 @@ collect_ignore = [
     "fixtures",
     "peft/engines/served_tpu_worker.py",
     "peft/names/tables/pytorch.py",
+    "support/ask_peft.py",
     "support/make_places.py",
     "support/peft_families.py",
     "support/tiny_models.py",

@@ -5,6 +5,7 @@ All classes of `transformers` in the long run; some each time that its version 5
 
 import collections
 import functools
+import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,13 @@ torch = pytest.importorskip("torch")
 hf_peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers", minversion="5")
 
+import ask_peft  # noqa: E402
 import make_places  # noqa: E402
 import tiny_models  # noqa: E402
 from small import some  # noqa: E402
 
 from jlora import peft  # noqa: E402
+from jlora.peft.names._peft import Answer, load_answers  # noqa: E402
 from jlora.peft.places._find import load_table  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
@@ -61,6 +64,20 @@ def test_the_file_is_what_the_library_does() -> None:
     assert len(made) > 1_500 and sum(bool(x.rows) for x in made) > 300
     for key in ("models", "classes"):
         assert found[key] == TABLE[key]
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "Mamba2ForCausalLM", "BertForMaskedLM"])
+def test_peft_answers_as_the_file_says(name: str) -> None:
+    model = tiny_models.make_model(getattr(transformers, name))
+    found = {key: tuple(x) for key, x in ask_peft.ask(model).items()}
+    assert Answer(**found) == load_answers().get(model.config.model_type, Answer())
+
+
+@pytest.mark.slow
+def test_all_answers_are_pefts() -> None:
+    """If not, ask again: `python tests/support/ask_peft.py`."""
+    found = ask_peft.ask_all(tiny_models.list_classes())
+    assert found == json.loads(ask_peft.FILE.read_text())["models"]
 
 
 # ----------------------------------------------------------------------------- merging into them

@@ -15,6 +15,7 @@ from ..._tree import leaves_by_path, name_of
 from ..._types import Layout, Path, PyTree
 from ._kinds import EXPERTS, LINEAR, Kind, find_kind
 from ._names import RANK, Name, fill_indices, multiply_lengths
+from ._peft import load_answers
 
 
 class NamedLeaf(NamedTuple):
@@ -28,7 +29,7 @@ class NamedLeaf(NamedTuple):
         modules: PyTorch's module for each index along the axes `l` and `s`, in C order.
         slots: the indices of `modules` in the row's tuple; None for all.
         by_parameter: whether PEFT finds the weight by its own name alone, as that of the module is
-            one of `PARTS_OF_EXPERTS`.
+            one that PEFT takes for a part of experts.
     """
 
     path: Path
@@ -145,20 +146,13 @@ def _are_parts(leaves: Sequence[NamedLeaf]) -> bool:
     return None not in parts and len(set(parts)) == len(parts)
 
 
-# PEFT 0.21 takes linear modules with these last names for the router and the experts of
-# `transformers` 4, in models that `transformers` 5 converts as it does these. If `target_modules`
-# names others, such as shared experts or dense layers, PEFT drops them.
-PARTS_OF_EXPERTS = {
-    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
-    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
-}
 _ONE_EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
 def select_by_parameter(leaves: Sequence[NamedLeaf]) -> list[NamedLeaf]:
     """Marks the leaves whose weights PEFT may adapt only if `target_parameters` names them.
 
-    Source: PEFT 0.21, `_convert_peft_config_moe` of `peft.utils.transformers_weight_conversion`.
+    These are linear modules beside experts, with names that PEFT takes for those of experts.
     """
 
     def is_one_expert(leaf: NamedLeaf) -> bool:
@@ -168,7 +162,7 @@ def select_by_parameter(leaves: Sequence[NamedLeaf]) -> list[NamedLeaf]:
         is_plain = leaf.kind is LINEAR and not (leaf.name.transposed or is_one_expert(leaf))
         return is_plain and leaf.modules[0].rpartition(".")[2] in confused
 
-    confused = frozenset[str]().union(*PARTS_OF_EXPERTS.values())
+    confused = {name for answer in load_answers().values() for name in answer.modules}
     if not any(leaf.kind is EXPERTS or is_one_expert(leaf) for leaf in leaves):
         return [*leaves]
     return [leaf._replace(by_parameter=is_confused(leaf)) for leaf in leaves]
