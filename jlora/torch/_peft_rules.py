@@ -29,7 +29,7 @@ def find_bare(model: torch.nn.Module) -> frozenset[str]:
 def find_linear(model: torch.nn.Module) -> tuple[str, ...]:
     """Finds the parameters that PEFT adapts for `target_modules="all-linear"`.
 
-    Source: PEFT 0.21, `_maybe_include_all_linear_layers`.
+    Source: PEFT 0.21, `_maybe_include_all_linear_layers`, and `peft/names/peft.json`.
     """
     modules = dict(model.named_modules())
     head = _head_of(model)
