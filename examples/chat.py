@@ -8,41 +8,39 @@
     python examples/chat.py --accumulate 4           # steps of four batches
     python examples/chat.py --vllm served/bin/python # serve the adapter too, and ask it
 
-DIR is a checkpoint of Llama, Qwen 2, Qwen 3 or SmolLM 2: config.json, tokenizer, safetensors. A
-line of FILE is a conversation, {"messages": [{"role": "user", "content": "..."}, {"role":
-"assistant", "content": "..."}]}. The loss counts the tokens of the answers only; their
-logits are never all there at once (`chunked`). Several conversations share a row of `--length`
-tokens, and do not see each other. Each device has a part of the weights and of the rows.
+DIR is any causal language model of `transformers`: config.json, tokenizer, safetensors. It runs in
+JAX through torchax. A line of FILE is a conversation: {"messages": [{"role": "user", "content":
+"..."}, {"role": "assistant", "content": "..."}]}, {"prompt": "...", "completion": "..."}, or one of
+ShareGPT. The loss counts the tokens of the answers only; their logits are never all there at once
+(`chunked`). Several conversations share a row of `--length` tokens, and do not see each other.
+Each device has a part of the weights and of the rows.
 
 Without arguments the run takes two minutes on two CPU cores, and the loss on held-out answers falls
-from 5.1 to 2.4 nats per token. It writes OUT/adapter for PEFT and OUT/merged, and says how to serve
-them; those of an earlier run are replaced. A run that has finished cannot be resumed.
+from 5.1 to 2.4 nats per token. It writes OUT/adapter for PEFT, OUT/merged, and OUT/losses.csv with
+a picture, and says how to serve them; those of an earlier run are replaced. A run that has finished
+cannot be resumed.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import pathlib
 import random
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import data
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import served
 import tables
+import watch
 from advice import ALPHA, TABLE, best_rate
 from conversations import (
     DEFINITIONS,
-    Rows,
     Text,
     answer_nll,
     lay,
@@ -53,11 +51,12 @@ from conversations import (
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
-from models import beam, llama, smollm2
-from models.parts import RULES, shardings
-from pod import State, restore, save, with_shardings
+from models import smollm2
+from models.parts import RULES, Causal
+from pod import State, restore, save
 from progress import progress
-from quickstart import draw, take
+from quickstart import draw
+from transformers import AutoConfig
 
 import jlora
 from jlora import peft, sharding
@@ -68,23 +67,37 @@ SHOWN = 3  # of the held-out conversations, answered before and after
 SCHEMES = {"nf4": jlora.NF4(), "int8": jlora.Int8()}
 
 
-def prepare(args: argparse.Namespace) -> tuple[pathlib.Path, llama.Config, Any, list[Text]]:
-    """The model's folder, sizes and tokenizer, and texts. Says what is wrong with any of them."""
-    folder = args.base or smollm2.write(data.smollm2(), pathlib.Path("out/smollm2"))
-    config, devices = llama.read(folder), jax.device_count()
-    if config.dim % devices or args.batch % devices:
+def prepare(args: argparse.Namespace) -> tuple[pathlib.Path, Any, list[Text]]:
+    """The model's folder, its tokenizer, and texts. Says what is wrong with any of them."""
+    folder = args.base or smollm2.write(pathlib.Path("out/smollm2"))
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"`{folder}` has no config.json: give the folder of a checkpoint")
+    width = AutoConfig.from_pretrained(folder).get_text_config().hidden_size
+    if args.batch % jax.device_count() or (not args.base and width % jax.device_count()):
         raise ValueError(
-            f"--batch {args.batch} and hidden_size {config.dim} must be multiples of the {devices} "
-            "devices: give another --batch, or let JAX see fewer devices"
+            f"--batch {args.batch} must be a multiple of the {jax.device_count()} devices: give "
+            "another --batch, or let JAX see fewer devices"
         )
     tokenizer = load_tokenizer(folder)
     texts = read(args.data, tokenizer, args.length, more_than=args.held_out)
     random.Random(args.seed).shuffle(texts)
     if args.learning_rate is None:
         batch = args.batch * args.accumulate
-        args.learning_rate = float(f"{best_rate(tables.read(TABLE), config.dim, batch):.1e}")
+        args.learning_rate = float(f"{best_rate(tables.read(TABLE), width, batch):.1e}")
         progress.write(f"learning rate {args.learning_rate}, by the width and the batch")
-    return folder, config, tokenizer, texts
+    return folder, tokenizer, texts
+
+
+def load(args: argparse.Namespace, folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Causal:
+    """The model: SmolLM2 in Flax, without PyTorch, or that of --base."""
+    if not args.base:
+        return smollm2.causal(folder, mesh, args.dtype, args.remat)
+    try:
+        from models import causal
+    except ModuleNotFoundError as error:
+        needed = "pip install -e '.[examples,torch]' accelerate"
+        raise ValueError(f"--base runs a model of PyTorch ({error}): {needed}") from error
+    return causal.load(folder, mesh, args.remat)
 
 
 def make_step(
@@ -109,66 +122,6 @@ def make_step(
         return State(optax.apply_updates(state.adapter, updates), optimizer), total / count
 
     return step
-
-
-class Best(NamedTuple):
-    """The adapter with the lowest NLL of held-out answers so far."""
-
-    adapter: Any
-    nll: float
-    step: int
-
-
-@dataclasses.dataclass
-class Watch:
-    """What is done between steps: it measures the adapter, keeps the best, and saves."""
-
-    args: argparse.Namespace
-    measure: Callable[[Any], float]
-    save: Callable[[int, State], Any]
-    best: Best
-
-    def is_over(self, done: int) -> bool:
-        """Whether the last `--patience` evaluations found nothing better."""
-        patience = self.args.patience and self.args.patience * self.args.evaluate_every
-        return bool(patience) and done - self.best.step >= patience
-
-    def look(self, done: int, state: State) -> None:
-        """Measures and saves where it is time to, after `done` steps."""
-        every = self.args.evaluate_every
-        if every and (done % every == 0 or done == self.args.steps):
-            nll = self.measure(state.adapter)
-            progress.write(f"held-out NLL after {done} steps: {nll:.3f}")
-            if nll < self.best.nll:
-                self.best = Best(state.adapter, nll, done)
-        self.save(done, State(state.adapter, (state.optimizer, self.best)))
-
-
-def train(
-    state: State, base: Any, rows: Rows, step_fn: Any, plan: np.ndarray, start: int, watch: Watch
-) -> tuple[State, list[float]]:
-    """The state after a step for each row of `plan`, from `start` on, and the loss of each."""
-    losses, tokens, began = [], 0, 0.0
-    with progress(plan[start:], initial=start, total=len(plan)) as bar:
-        for done, index in enumerate(bar, start + 1):
-            if watch.is_over(done - 1):
-                break
-            batch = take(rows, index)
-            state, loss = step_fn(state, base, batch)
-            losses.append(float(loss))
-            seconds = time.perf_counter() - began
-            if len(losses) == 1:  # with the time to compile
-                began += seconds
-            else:
-                tokens, left = tokens + np.count_nonzero(batch.segments), len(plan) - done
-                if len(losses) == 2:
-                    progress.write(f"{left} more steps take {left * seconds:.0f} s")
-                speed = f"{tokens / seconds:.0f} tokens/s"
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed}", refresh=False)
-            paused = time.perf_counter()
-            watch.look(done, state)
-            began += time.perf_counter() - paused
-    return state, losses
 
 
 class Result(NamedTuple):
@@ -197,25 +150,23 @@ def explained() -> Iterator[None]:
     """Ends with what is wrong with a file or an option, in one line."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:
         raise SystemExit(f"chat.py: {error}") from error
 
 
-def run(args, mesh, folder, config, tokenizer, texts) -> Result:
+def run(args, mesh, folder, tokenizer, texts) -> Result:
     """All of it, on a mesh."""
-    held_out = lay(pack(texts[: args.held_out], args.length), args.batch)
-    rows = lay(pack(texts[args.held_out :], args.length))
-    model = llama.Llama(config, dtype=jnp.dtype(args.dtype), remat=args.remat)
-    places = shardings(jax.eval_shape(model.init, jax.random.key(0), rows.ids[:1]), mesh)
-    like = with_shardings(llama.shapes(config), places)
-    variables = peft.load_base(folder, llama.names(config), like=like)
+    with explained():
+        model = load(args, folder, mesh)
+    share = pack if model.is_packed else lambda texts, _: [[text] for text in texts]
+    held_out = lay(share(texts[: args.held_out], args.length), args.batch)
+    rows = lay(share(texts[args.held_out :], args.length))
     variables = jax.tree.map(
         lambda x: x if isinstance(x, jlora.Quantized) else x.astype(args.dtype),
-        variables,
+        model.variables,
         is_leaf=lambda x: isinstance(x, jlora.Quantized),  # of a checkpoint in 4 bits
     )
-    # As PEFT's all-linear: without the output head, which vLLM does not adapt in all models.
-    rules = (jlora.LoRA(r"layers/.*/kernel", rank=args.rank, alpha=args.alpha),)
+    rules = (jlora.LoRA(model.pattern, rank=args.rank, alpha=args.alpha),)
     lora = jlora.transform(model.apply, *rules)
     if args.quantize:
         sites = lora.sites(variables, rows.ids[:1])
@@ -223,10 +174,11 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
     base, adapter = lora.init(jax.random.key(args.seed), variables, rows.ids[:1])
     # A and B are small: each device has the whole of them, and gathers nothing in the layers.
     adapter = jax.device_put(adapter, NamedSharding(mesh, PartitionSpec()))
-    whole = sharding.replicated(places, "fsdp")  # codes are gathered, not what they stand for
+    whole = sharding.replicated(model.places, "fsdp")  # codes are gathered, not what they stand for
     progress.write(
         f"{len(texts) - args.held_out} conversations in {len(rows.ids)} rows, {args.held_out} held "
-        f"out; {jlora.count(adapter):,} parameters train, {jlora.count(base):,} are frozen"
+        f"out{'' if model.is_packed else ', one in a row, as it would see others'}; "
+        f"{jlora.count(adapter):,} parameters train, {jlora.count(base):,} are frozen"
     )
 
     def apply(base, *args, **more):
@@ -241,8 +193,7 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
 
     def answer(adapter):
         model_fn = Partial(apply, base, adapter)
-        answers = beam.greedy(model_fn, prompts, config.cache, tokenizer.eos_token_id)
-        return tokenizer.batch_decode(answers)
+        return tokenizer.batch_decode(model.answer(model_fn, prompts, [tokenizer.eos_token_id]))
 
     before, first = measure(adapter), answer(adapter)  # B is zero: the model as it came
     progress.write(f"held-out NLL per token of the answers, before: {before:.3f}")
@@ -252,25 +203,31 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
     settings = {name: str(x) for name, x in vars(args).items() if name not in CHANGEABLE}
     options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.save_every)
     with ocp.CheckpointManager(args.out.absolute() / "checkpoints", options=options) as manager:
-        best = Best(adapter, before, 0)
+        best = watch.Best(adapter, before, 0)
         like = State(adapter, (tx.init(adapter), best))
         with explained():
             start, (adapter, (optimizer, best)) = restore(manager, like, base, settings)
         plan = draw(len(rows.ids), args.steps, args.batch * args.accumulate, args.seed)
 
+        watch.begin(file := args.out / "losses.csv", start)
+        note = functools.partial(watch.note, file)
+        if not start:
+            note(0, held_out=before)
         keep = functools.partial(save, manager, rules=rules, base=base, run=settings)
-        watch = Watch(args, measure, keep, best)
+        watched = watch.Watch(args, measure, keep, note, best)
         step_fn, state = make_step(apply, tx, args.accumulate), State(adapter, optimizer)
-        state, losses = train(state, base, rows, step_fn, plan, start, watch)
+        state, losses = watch.train(state, base, rows, step_fn, plan, start, watched)
 
-    best = watch.best if args.evaluate_every else Best(state.adapter, np.nan, args.steps)
+    best = watched.best if args.evaluate_every else watch.Best(state.adapter, np.nan, args.steps)
     saved, merged = args.out / "adapter", args.out / "merged"
     for earlier in (saved, merged):
         shutil.rmtree(earlier, ignore_errors=True)
-    own = llama.names(config)
-    peft.save(saved, base, best.adapter, own, base_model=str(folder), profile="vllm")
+    peft.save(saved, base, best.adapter, model.names, base_model=str(folder), profile="vllm")
     peft.export_merged(folder, saved, merged)
     after, then = measure(best.adapter), answer(best.adapter)
+    if not args.evaluate_every:
+        note(best.step, held_out=after)
+    watch.draw(file)
     for text, old, new in zip(shown, first, then, strict=True):
         question, given = (message["content"] for message in text.messages[-2:])
         progress.write(f"\n{question}\n  given:  {given}\n  before: {old}\n  after:  {new}")
@@ -316,7 +273,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     on_cpu = jax.default_backend() == "cpu"
     add("--base", type=pathlib.Path, help="folder of the model; SmolLM2-135M-Instruct by default")
-    add("--data", type=pathlib.Path, default=DEFINITIONS, help="JSON lines of conversations")
+    add("--data", type=pathlib.Path, nargs="+", default=[DEFINITIONS], help="JSON lines")
     add("--vllm", help="the Python of an environment with vLLM: serve the adapter, and ask it")
     add("--quantize", choices=SCHEMES, help="what the frozen weights are kept in")
     add("--dtype", choices=("float32", "bfloat16"), default="float32" if on_cpu else "bfloat16")
@@ -334,8 +291,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--alpha", type=float, default=ALPHA, help="the adapter is scaled by alpha / rank")
     add("--learning-rate", type=float, help="at the end of the warmup; see `advice.py`")
     add("--seed", type=int, default=0, help="of the adapter, the split and the order")
-    add("--remat", action="store_true", help="recompute the layers in the backward pass")
+    add("--remat", action=argparse.BooleanOptionalAction, help="recompute layers; with --base yes")
     args = parser.parse_args(argv)
+    if args.remat is None:
+        args.remat = args.base is not None
     if args.alpha != ALPHA and args.learning_rate is None:
         parser.error(f"the rate of `advice.py` is for --alpha {ALPHA:g}: give --learning-rate too")
     if args.patience and not args.evaluate_every:

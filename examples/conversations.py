@@ -1,6 +1,6 @@
 """Conversations as rows of tokens: read, tokenized by the chat template, packed, and their loss.
 
-    texts = read("conversations.jsonl", load_tokenizer(folder), 256)
+    texts = read([path], load_tokenizer(folder), 256)
     rows = lay(pack(texts, 256))                  # several in a row, which do not see each other
     rows = lay([[text] for text in texts])        # one in a row
     total, count = answer_nll(Partial(model.apply, variables), rows)
@@ -9,19 +9,24 @@ The chat template, which comes with a model, runs in the sandbox of `transformer
 """
 
 import functools
+import itertools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import transformers
 from jax.tree_util import Partial
 from quickstart import take
 from transformers import PreTrainedTokenizerFast
 
 DEFINITIONS = pathlib.Path(__file__).parent / "definitions.jsonl"
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")  # that templates may name
+FORMS = """{"messages": [{"role": "user", "content": "…"}, …]}, {"prompt": "…", "completion": \
+"…"} or {"conversations": [{"from": "human", "value": "…"}, …]}"""
+ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 OPEN = 64  # rows that another text may still go into
 
 Messages = list[dict[str, str]]
@@ -48,17 +53,21 @@ def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder, whichever version of `transformers` wrote it.
 
     All of it but the chat template and the names of its tokens is in `tokenizer.json`. The class
-    that `tokenizer_config.json` names is not asked for: other versions may not have it.
+    that `tokenizer_config.json` names is asked for only where the vocabulary is in other files:
+    other versions may not have it.
 
     Raises:
         OSError: a file is missing.
-        ValueError: there is no `tokenizer.json`, no chat template or no `eos_token`.
+        ValueError: there is no chat template or no `eos_token`.
     """
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     file = folder / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
-    if not ((folder / "tokenizer.json").exists() and template and config.get("eos_token")):
-        raise ValueError(f"{folder} lacks tokenizer.json, a chat template or an eos_token")
+    if not (template and config.get("eos_token")):
+        raise ValueError(f"{folder} lacks a chat template or an eos_token")
+    if not (folder / "tokenizer.json").exists():
+        kind = getattr(transformers, config.get("tokenizer_class", ""), transformers.AutoTokenizer)
+        return kind.from_pretrained(folder)
     given = {name: config[name] for name in TOKENS if config.get(name)}
     return PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),
@@ -76,18 +85,34 @@ def read_jsonl(path: pathlib.Path) -> list[Messages]:
 
 
 def _messages(line: str, place: str) -> Messages:
-    keys = {"role", "content"}
     try:
-        messages = json.loads(line)["messages"]
-        wrong = not all(x.keys() >= keys and isinstance(x["content"], str) for x in messages)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        messages = to_messages(json.loads(line))
+        wrong = not all(isinstance(x["role"] + x["content"], str) for x in messages)
+    except (ValueError, KeyError, TypeError):
         wrong = True
     if wrong:
-        form = '{"messages": [{"role": "user", "content": "…"}, …]}'
-        raise ValueError(f"{place}: expected {form}, got {line.strip()[:80]}")
+        raise ValueError(f"{place}: expected {FORMS}, got {line.strip()[:80]}")
     if all(x["role"] != "assistant" for x in messages[1:]):
         raise ValueError(f'{place}: no message after the first is "assistant"\'s')
     return messages
+
+
+def to_messages(row: Mapping[str, Any]) -> Messages:
+    """The messages of a row in any of the forms.
+
+    Raises:
+        KeyError: it is in none of them.
+    """
+    if "conversations" in row:  # of ShareGPT
+        return [
+            {"role": ROLES.get(x["from"], x["from"]), "content": x["value"]}
+            for x in row["conversations"]
+        ]
+    if "prompt" in row:
+        both = (("user", row["prompt"]), ("assistant", row["completion"]))
+        each = ([{"role": r, "content": x}] if isinstance(x, str) else x for r, x in both)
+        return [*itertools.chain(*each)]
+    return row["messages"]
 
 
 def encode(messages: Messages, tokenizer: Any) -> Text:
@@ -115,20 +140,22 @@ def encode(messages: Messages, tokenizer: Any) -> Text:
     return Text(messages, np.array(found["input_ids"][:end], np.int32), counts[:end])
 
 
-def read(path: pathlib.Path, tokenizer: Any, length: int, more_than: int = 0) -> list[Text]:
-    """The conversations of a JSON-lines file that have at most `length` tokens.
+def read(
+    paths: Sequence[pathlib.Path], tokenizer: Any, length: int, more_than: int = 0
+) -> list[Text]:
+    """The conversations of JSON-lines files that have at most `length` tokens.
 
     Raises:
         ValueError: a line is none, or there are too few.
     """
-    texts = [encode(messages, tokenizer) for messages in read_jsonl(path)]
+    texts = [encode(messages, tokenizer) for path in paths for messages in read_jsonl(path)]
     found = [text for text in texts if len(text.ids) <= length]
     if len(found) <= more_than:
         longest = max((len(text.ids) for text in texts), default=0)
         raise ValueError(
-            f"{path}: {len(found)} of {len(texts)} conversations have at most {length} tokens; "
-            f"expected more than {more_than}. The longest has {longest}: allow for more tokens, or "
-            "give more conversations"
+            f"{', '.join(map(str, paths))}: {len(found)} of {len(texts)} conversations have at "
+            f"most {length} tokens; expected more than {more_than}. The longest has {longest}: "
+            "allow for more tokens, or give more conversations"
         )
     return found
 

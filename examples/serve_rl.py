@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import data
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +77,7 @@ class Result(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> Result:
     """Trains while the server runs."""
     args = parse(argv)
-    folder = args.base or smollm2.write(data.smollm2(), pathlib.Path("out/smollm2"))
+    folder = args.base or smollm2.write(pathlib.Path("out/smollm2"))
     config = llama.read(folder)
     names, tokenizer = llama.names(config), load_tokenizer(folder)
     prompt = tokenizer(PROMPT)["input_ids"]

@@ -166,7 +166,7 @@ def order() -> Task:
 def definitions(steps: int = 40, batch: int = 4) -> Task:
     """The definitions of words of `chat.py`, by SmolLM2-135M."""
     model = smollm2.load(data.smollm2())
-    rows = _as_rows(read(DEFINITIONS, model[2], WIDTHS[-1]))
+    rows = _as_rows(read([DEFINITIONS], model[2], WIDTHS[-1]))
     parts = take(rows, slice(64, None)), take(rows, slice(32)), take(rows, slice(32, 64))
     return _answer(model, steps, batch, *parts)
 

@@ -15,7 +15,7 @@ On a mesh, here of axes called ``fsdp`` and ``tensor``, a model starts in its pl
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -73,6 +73,28 @@ def check_length(ids: jax.Array, most: int) -> None:
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x`, whose axes have these names, where the rules put it."""
     return nn.with_logical_constraint(x, names)
+
+
+class Causal(NamedTuple):
+    """A causal language model with its weights, whatever library it is written in.
+
+    Attributes:
+        apply: (variables, ids, segments, positions, labels=labels) to log-probabilities.
+        variables: in their places.
+        places: the sharding of each.
+        names: rows for PEFT's files.
+        pattern: of the weights that are adapted: of all linear layers but head and experts.
+        is_packed: whether a row may hold several texts that do not see each other.
+        answer: (model function, prompts, stops) to the likeliest tokens after each prompt.
+    """
+
+    apply: Callable[..., Any]
+    variables: Any
+    places: Any
+    names: Any
+    pattern: str
+    is_packed: bool
+    answer: Callable[..., list[list[int]]]
 
 
 # ---- layers -------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ tokenizer.decode(answer)
 
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
+import data
 import gguf
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 import jlora
 from jlora import peft
 
-from . import hf, llama
+from . import beam, hf, llama, parts
 
 # Sizes that `config.json` says; the rest is as `transformers` has it where nothing is said.
 WRITTEN = ("vocab", "layers", "dim", "hidden", "heads", "kv_heads", "rope_base", "norm_eps")
@@ -75,11 +77,11 @@ def load(
     return config, variables, _tokenizer(reader)
 
 
-def write(path: str | pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """Writes the file's model as a folder of Hugging Face, in bfloat16, unless it is there."""
+def write(folder: pathlib.Path) -> pathlib.Path:
+    """Writes SmolLM2-135M-Instruct as a folder of Hugging Face, in bfloat16, unless it is there."""
     if (folder / "config.json").exists():
         return folder
-    config, variables, tokenizer = load(path)
+    config, variables, tokenizer = load(data.smollm2())
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
@@ -90,6 +92,28 @@ def write(path: str | pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     # Written last: it says that the folder is whole.
     LlamaConfig(**sizes, **more, tie_word_embeddings=True, dtype="bfloat16").save_pretrained(folder)
     return folder
+
+
+def causal(folder: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str, remat: bool) -> parts.Causal:
+    """The model of a folder, with its weights on the mesh, for `chat.py`."""
+    config = llama.read(folder)
+    model = llama.Llama(config, dtype=jnp.dtype(dtype), remat=remat)
+    places = parts.shardings(
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)), mesh
+    )
+    place = lambda x, place: x.update(sharding=place)  # noqa: E731
+    names = llama.names(config)
+    variables = peft.load_base(
+        folder, names, like=jax.tree.map(place, llama.shapes(config), places)
+    )
+
+    def answer(
+        call: jax.tree_util.Partial, prompts: Sequence[Sequence[int]], stop: Sequence[int]
+    ) -> list[list[int]]:
+        return beam.greedy(call, prompts, config.cache, *stop)
+
+    # As PEFT's all-linear: without the output head, which vLLM does not adapt in all models.
+    return parts.Causal(model.apply, variables, places, names, "layers/.*/kernel", True, answer)
 
 
 def _field(reader: gguf.GGUFReader, name: str) -> Any:

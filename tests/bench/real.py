@@ -69,7 +69,7 @@ def minilm(sentences: int) -> Work:
 def definitions(pairs: int) -> Work:
     """The example's of the language model: definitions of words."""
     config, variables, tokenizer = smollm2.load(data.smollm2())
-    rows = lay([[text] for text in read(DEFINITIONS, tokenizer, length=64)])
+    rows = lay([[text] for text in read([DEFINITIONS], tokenizer, length=64)])
     batch = quickstart.take(rows, slice(pairs))
 
     def loss(apply: Callable[..., jax.Array], params: Any, rows: Rows) -> jax.Array:

@@ -30,10 +30,11 @@ def test_eight_devices_are_one(more, tmp_path, monkeypatch):
         return dataclasses.replace(lora, init=init)
 
     monkeypatch.setattr(jlora, "transform", transform)
-    base = write_chat_model(tmp_path / "wide", WIDE)  # to be shared in blocks of 64 inputs
+    write_chat_model(tmp_path / "out" / "smollm2", WIDE)  # to be shared in blocks of 64 inputs
+    monkeypatch.chdir(tmp_path)
     data = write_conversations(tmp_path / "data.jsonl", 4)
     sizes = ["--batch=8", "--length=64", "--steps=3", "--held-out=8", *more]
-    argv, mesh = [f"--base={base}", f"--data={data}", *sizes], jax.make_mesh
+    argv, mesh = [f"--data={data}", *sizes], jax.make_mesh
     with jax.enable_x64(False):
         eight = chat.main([*argv, f"--out={tmp_path / 'eight'}"])
         monkeypatch.setattr(jax, "device_count", lambda: 1)

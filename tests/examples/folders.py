@@ -33,22 +33,28 @@ def train_tokenizer(special: Sequence[str], text: str) -> Tokenizer:
 
 def write_chat_model(folder: pathlib.Path, config: llama.Config) -> pathlib.Path:
     """A random Llama, with a chat template."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     small = Small(llama, llama.Llama, config)
     small.write(folder)
     more = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": config.tied}
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
-    tokenizer = train_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "he user")
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: pathlib.Path) -> None:
+    """A tokenizer of at most 400 tokens, with a chat template."""
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=train_tokenizer(
+            ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "he user"
+        ),
         chat_template=CHATML,
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(folder)
-    return folder
 
 
 def write_conversations(path: pathlib.Path, count: int) -> pathlib.Path:

@@ -20,15 +20,15 @@ SMALL = llama.Config(vocab=400, layers=2, dim=128, hidden=48, heads=4, kv_heads=
 
 
 @pytest.mark.filterwarnings("default")
-def test_the_server_answers_as_jax(tmp_path: pathlib.Path) -> None:
+def test_the_server_answers_as_jax(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To a client of OpenAI's protocol, with the adapter that the run wrote."""
-    base = write_chat_model(tmp_path / "base", SMALL)
+    write_chat_model(tmp_path / "out" / "smollm2", SMALL)  # the model without --base
+    monkeypatch.chdir(tmp_path)
     data = write_conversations(tmp_path / "data.jsonl", 3)
     sizes = "--length 160 --batch 2 --rank 4 --steps 6 --learning-rate 0.02 --held-out 8"
     places = [
-        f"--base={base}",
         f"--data={data}",
-        f"--out={tmp_path / 'out'}",
+        f"--out={tmp_path / 'run'}",
         f"--vllm={sys.executable}",
     ]
     result = chat.main([*places, *sizes.split()])

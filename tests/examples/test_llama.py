@@ -11,6 +11,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import sys
 
 import chat
 import conversations
@@ -20,6 +21,7 @@ import laws
 import numpy as np
 import optax
 import pytest
+import tables
 from cases._case import fill
 from conversations import lay
 from jax.tree_util import Partial
@@ -34,11 +36,17 @@ from tests.examples.folders import CHATML, say, write_chat_model, write_conversa
 TINY = llama.Config(vocab=400, layers=2, dim=32, hidden=48, heads=4, kv_heads=2)
 
 
-@pytest.fixture(scope="module")
+BASE = pathlib.Path("out") / "smollm2"  # where `chat.py` looks for its own model
+
+
+@pytest.fixture(scope="module", autouse=True)
 def base(tmp_path_factory):
-    """A tiny model as a folder of Hugging Face."""
-    untied = dataclasses.replace(TINY, tied=False)
-    return write_chat_model(tmp_path_factory.mktemp("base") / "tiny", untied)
+    """A tiny model as a folder of Hugging Face, in the place of SmolLM2."""
+    here = tmp_path_factory.mktemp("base")
+    write_chat_model(here / BASE, dataclasses.replace(TINY, tied=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        yield BASE
 
 
 # ---- what counts --------------------------------------------------------------------------------
@@ -127,11 +135,11 @@ def test_a_step_of_parts_is_one_of_all_rows():
 
 
 @pytest.fixture(scope="module")
-def argv(base, tmp_path_factory):
+def argv(tmp_path_factory):
     """Arguments of a small run, but for `--out`."""
     path = write_conversations(tmp_path_factory.mktemp("data") / "data.jsonl", 3)
     sizes = "--length 160 --batch 2 --rank 4 --steps 6 --save-every 2 --learning-rate 0.02"
-    return [f"--base={base}", f"--data={path}", "--held-out=8", *sizes.split()]
+    return [f"--data={path}", "--held-out=8", *sizes.split()]
 
 
 def copy_to(stopped):
@@ -140,6 +148,7 @@ def copy_to(stopped):
 
     def copy_first(folder):
         shutil.copytree(folder, stopped / "checkpoints")
+        shutil.copy(folder.with_name("losses.csv"), stopped)
         delete(folder)
 
     return copy_first
@@ -167,7 +176,12 @@ def test_learns_and_writes_what_is_served(argv, whole, base):
     adapted = peft.read(folder / "adapter").leaves
     assert len(adapted) == 7 * TINY.layers and "lm_head" not in adapted
     assert config_of(folder / "adapter")["base_model_name_or_path"] == str(base)
-    assert sorted(x.name for x in folder.iterdir()) == ["adapter", "merged"]
+    written = ["adapter", "losses.csv", "losses.png", "merged"]
+    assert sorted(x.name for x in folder.iterdir()) == written
+    rows = tables.read(folder / "losses.csv")
+    assert [row["loss"] for row in rows if row["loss"] != ""] == result.losses
+    held_out = [(row["step"], row["held_out"]) for row in rows if row["held_out"] != ""]
+    assert held_out == [(0, result.before), (6, result.after)]
     assert {x.name for x in (folder / "merged").iterdir()} == {x.name for x in base.iterdir()}
     before = {x: x.read_bytes() for x in folder.rglob("*") if x.is_file()}
     with pytest.raises(SystemExit):
@@ -187,6 +201,8 @@ def test_a_stopped_run_goes_on(argv, whole):
     rest = chat.main([*stopped, "--resume", "--save-every=1"])
     assert rest.losses == whole[0].losses[4:]
     assert rest.after == whole[0].after
+    rows = [row["loss"] for row in tables.read(out / "losses.csv") if row["loss"] != ""]
+    assert rows == whole[0].losses
     files = [x / "adapter" / "adapter_model.safetensors" for x in (out, whole[1])]
     assert len({file.read_bytes() for file in files}) == 1
 
@@ -217,6 +233,14 @@ def test_the_best_adapter_is_kept(is_stopped, argv, tmp_path, monkeypatch):
     assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
+def test_a_model_of_pytorch_needs_it(argv, base, monkeypatch):
+    """The error says what to install."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "models.causal", raising=False)
+    with pytest.raises(SystemExit, match=r"--base runs a model of PyTorch .*: pip install"):
+        chat.main([*argv, f"--base={base}"])
+
+
 def test_the_guide_has_flags_that_exist():
     """Each command of the page on chat."""
     page = pathlib.Path(__file__).parents[2] / "notebooks" / "loops" / "chat.md"
@@ -224,6 +248,20 @@ def test_the_guide_has_flags_that_exist():
     assert len(commands) > 5
     for command in commands:
         chat.parse(shlex.split(command, comments=True))
+
+
+def test_the_forms_of_a_row():
+    """Messages, a prompt and its completion, ShareGPT."""
+    found = say("A", "B")
+    told = [("system", "S"), ("human", "A"), ("gpt", "B")]
+    shared = {"conversations": [{"from": x, "value": y} for x, y in told]}
+    rows = (
+        {"prompt": "A", "completion": "B"},
+        {"prompt": found[:1], "completion": found[1:]},
+        {"messages": found},
+    )
+    assert all(conversations.to_messages(row) == found for row in rows)
+    assert conversations.to_messages(shared) == [{"role": "system", "content": "S"}, *found]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 pytest.importorskip("torchax")
 
+import chat
 import torch
 from safetensors.numpy import load_file, save_file
 from small import KEY, assert_close, randomize
@@ -22,6 +23,7 @@ from torch_models import GROUPED, MODELS, NO_CACHE, Model
 import jlora
 from jlora import LoRA, peft, sharding
 from jlora._quantized import is_quantized
+from tests.examples.folders import write_conversations, write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("default")  # what torchax warns of is its own
 LAYERS = r"embed_tokens|layers/\d+(/mlp|/self_attn)?"
@@ -118,3 +120,28 @@ def test_codes_on_a_mesh(tmp_path: pathlib.Path) -> None:
     found = jax.jit(loss)(placed, base, jax.device_put(ids, rows))
     dense = jax.device_get(jlora.dequantize(base))
     assert_close(jax.device_get(found), jax.device_get(loss(adapter, dense, ids)), 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--quantize=nf4"]])
+def test_chat(more: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`examples/chat.py` on eight devices learns as on one, and no matrix is whole on a device."""
+    row = MODELS["llama"]
+    wide = {"vocab_size": 400, "hidden_size": 512, "intermediate_size": 512}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    row._replace(fields=row.fields | wide | heads).make().save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    data = write_conversations(tmp_path / "data.jsonl", 4)
+    sizes = ["--batch=8", "--length=64", "--steps=3", "--held-out=8", *more]
+    argv, mesh = [f"--base={tmp_path / 'base'}", f"--data={data}", *sizes], jax.make_mesh
+    loaded, load = [], chat.load
+    monkeypatch.setattr(chat, "load", lambda *xs: loaded.append(load(*xs)) or loaded[-1])
+    eight = chat.main([*argv, f"--out={tmp_path / 'eight'}"])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    alone = lambda shape, *args: mesh(shape, *args, devices=jax.devices()[:1])  # noqa: E731
+    monkeypatch.setattr(jax, "make_mesh", alone)
+    one = chat.main([*argv, f"--out={tmp_path / 'one'}"])
+    np.testing.assert_allclose(eight.losses, one.losses, rtol=1e-3)
+    assert eight.after == pytest.approx(one.after, rel=1e-3)
+    places = [x for x in jax.tree.leaves(loaded[0].places) if any(x.spec)]
+    assert len(places) == 9
