@@ -368,4 +368,4 @@ def test_theirs_in_jax(name: str, tmp_path: pathlib.Path) -> None:
 
 def test_the_readme_says_how_many() -> None:
     text = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert f"compare {len(MODELS)} of Hugging Face" in text
+    assert f"compare {len(MODELS)} models of Hugging Face" in text
