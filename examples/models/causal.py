@@ -53,7 +53,8 @@ def load(folder: pathlib.Path, mesh: Mesh, remat: bool) -> Causal:
     model.tie_weights()
     shapes, apply, is_plain = extract(model, mesh, remat)
     run = functools.partial(compute, apply)
-    like = jax.tree.map(functools.partial(place, mesh=mesh), shapes)
+    put = functools.partial(place, model.state_dict(), mesh)
+    like = jax.tree_util.tree_map_with_path(put, shapes)
     every = jlora.LoRA(jlora.torch.all_linear(apply), rank=1)
     sites = jlora.transform(run, every).sites(like, np.zeros((1, TEXT), np.int32))
     names = jlora.torch.names(sites, apply)
@@ -140,11 +141,12 @@ def extract(model: Any, mesh: Mesh, remat: bool) -> tuple[Any, Any, bool]:
     raise refusals[-1]
 
 
-def place(x: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+def place(tensors: Any, mesh: Mesh, path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """A shape with a sharding: matrices are cut along their outputs, or else their inputs."""
     axes: list[str | None] = [None] * x.ndim
-    for axis in (-2, -1):
-        if x.ndim > 1 and x.shape[axis] % mesh.shape["fsdp"] == 0 and not any(axes):
+    is_vector = tensors[".".join(key.key for key in path)].ndim < 2  # of one layer
+    for axis in () if is_vector else (-2, -1):
+        if x.shape[axis] % mesh.shape["fsdp"] == 0 and not any(axes):
             axes[axis] = "fsdp"
     return x.update(sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
