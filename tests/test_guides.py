@@ -43,6 +43,7 @@ NEEDS = {
     "loops/maxtext": ["maxtext"],
     "loops/torch": ["torchax"],
     "loops/image_lora": ["torchax", "diffusers"],
+    "loops/vision_language": ["torchax", "peft"],
 }
 
 

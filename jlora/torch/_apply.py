@@ -59,9 +59,14 @@ class Call(torch.nn.Module):
     def _wrap(self, number: int, x: object) -> Any:
         if not jax.tree_util.all_leaves([x]):  # a cache
             return jax.tree.map(functools.partial(self._wrap, number), x)
-        if not isinstance(x, jax.Array | np.ndarray):
+        if isinstance(x, np.ndarray) and x.dtype.kind in "biu":
+            x = torch.tensor(x)
+        if isinstance(x, torch.Tensor):
+            found = x.detach().clone()  # which the model may change
+        elif isinstance(x, jax.Array | np.ndarray):  # NumPy's floats are data
+            found: Any = self.environment.wrap(x)
+        else:
             return x
-        found = self.environment.wrap(x)
         found.call = number
         return found
 
@@ -70,7 +75,7 @@ class Call(torch.nn.Module):
 
         def again() -> tuple[()]:
             out = _pytree.tree_leaves(self._call(2, args, kwargs))
-            assert all(x.call != 1 for x in out if isinstance(x, Tensor))
+            assert all(getattr(x, "call", 0) != 1 for x in out)
             return ()
 
         try:
@@ -124,10 +129,6 @@ class Apply:
         every |= self._constants
         tensors: dict[str, torch.Tensor]
         tensors = {f"model.{name}": self._wrap(x, name) for name, x in every.items()}
-        if any(isinstance(x, torch.Tensor) for x in _pytree.tree_leaves((args, kwargs))):
-            raise TypeError(
-                "`apply` takes arrays of JAX or NumPy; got a torch.Tensor. Give x.numpy()."
-            )
         # A copy, as modules may keep values in their attributes.
         model = copy.deepcopy(self._model)
         for name, policy in self._remat.items():

@@ -17,7 +17,7 @@ from .operators._state import PLAIN
 from .operators._tensor import Pending, Tensor
 
 Arrays = Mapping[str, jax.Array]
-Leaves = list[jax.Array | jax.ShapeDtypeStruct | None]  # None for what is no tensor
+Leaves = list[jax.Array | jax.ShapeDtypeStruct | None]  # None for what is static
 WITHIN = 3  # the number of the call that tensors within a scan belong to
 
 
@@ -44,8 +44,8 @@ class Given(NamedTuple):
 
     @property
     def arrays(self) -> Leaves:
-        """The arrays in tensors; of tensors without values, their types."""
-        return [_read(x) if isinstance(x, torch.Tensor) else None for x in self.leaves]
+        """The arrays in tensors that are traced; of tensors without values, their types."""
+        return [_read(x) if isinstance(x, Tensor) else None for x in self.leaves]
 
     @property
     def call(self) -> int:
@@ -59,9 +59,12 @@ class Given(NamedTuple):
         return _pytree.tree_unflatten(leaves, self.structure)
 
 
-def _read(x: torch.Tensor) -> Any:
-    is_pending = isinstance(x, Tensor) and isinstance(x.memory, Pending)
-    return x.memory.type if is_pending else to_array(x)
+def _count_writes(x: torch.Tensor) -> int:
+    return x.memory.writes if isinstance(x, Tensor) else x._version
+
+
+def _read(x: Tensor) -> Any:
+    return x.memory.type if isinstance(x.memory, Pending) else to_array(x)
 
 
 class Module:
@@ -108,18 +111,18 @@ class Module:
         """Computes the arrays of `out`; raises if the module writes into its arguments."""
         leaves = {name: x.leaf for name, x in self.tensors.items()}
         wrapped = {name: self.environment.wrap(x, leaves[name]) for name, x in params.items()}
-        tensors = self.wrap(arrays, call)
-        args, kwargs = given.with_tensors(tensors)
+        args, kwargs = given.with_tensors(self.wrap(arrays, call))
         before = _pytree.tree_leaves((args, kwargs))
+        every = [x for x in (*before, *wrapped.values()) if isinstance(x, torch.Tensor)]
+        writes = list(map(_count_writes, every))
         self.is_running = True
         try:
             out = torch.func.functional_call(self.module, wrapped, args, kwargs)
         finally:
             self.is_running = False
-        every = [x for x in (*tensors, *wrapped.values()) if x is not None]
         after, structure = _pytree.tree_flatten((args, kwargs))
         same = structure == given.structure and all(map(operator.is_, before, after))
-        if not same or any(x.memory.writes for x in every):
+        if not same or writes != list(map(_count_writes, every)):
             refuse("writes into its arguments in `scan` or `remat`", "Leave it out of them.")
         self.out = Given.of(out)
         return self.out.arrays
@@ -226,7 +229,7 @@ class Scan:
             one.has_gradients == other.has_gradients
             and one.given.structure == other.given.structure
             and all(
-                (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)) or is_same(x, y)
+                (isinstance(x, Tensor) and isinstance(y, Tensor)) or is_same(x, y)
                 for x, y in zip(one.given.leaves, other.given.leaves, strict=True)
             )
         )
@@ -275,7 +278,7 @@ class Scan:
         each = self._calls[kind :: self.stack.period]
         varying, same = dict[int, Any](), dict[int, Any]()
         for at, (x, k) in enumerate(zip(each[0].given.leaves, each[0].sources, strict=True)):
-            if isinstance(x, torch.Tensor) and k is None and at not in carried:
+            if isinstance(x, Tensor) and k is None and at not in carried:
                 every = [noted.given.leaves[at] for noted in each]
                 if all(y is x for y in every):
                     same[at] = to_array(x)

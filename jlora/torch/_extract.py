@@ -59,8 +59,10 @@ def extract(
 
         `apply` calls the method of this name:
 
-        - Arrays are traced. Other values, such as `use_cache=False`, are static: under `jax.jit`,
-          name them in `static_argnames`.
+        - Arrays of JAX are traced. Other values, such as `use_cache=False`, are static: bind them
+          by `functools.partial`. Tensors of PyTorch and arrays of integers or booleans of NumPy are
+          static too, and the model may read their values. Give them not to `jax.jit` and the like,
+          which trace arrays of NumPy.
         - Outputs are arrays in the model's own dict or dataclass, which is registered as a pytree
           when it is first returned. Caches of `transformers` are pytrees too, in and out: a call
           returns a new one, and the one that it was given stays. A layer in `scan` takes none.
@@ -75,8 +77,8 @@ def extract(
 
     Raises:
         ImportError: if PyTorch or torchax is not installed, or the two do not fit.
-        TypeError: if `model` is not a module; later, if an argument is a tensor of PyTorch, an
-            output is no pytree of arrays, or the model reads values that are traced.
+        TypeError: if `model` is not a module; later, if an output is no pytree of arrays, or the
+            model reads values that are traced.
         ValueError: if `model` is in training mode, or has attributes computed from its parameters,
             or hooks on gradients, or gradient checkpointing; if a pattern matches no module; if
             layers in `scan` do not repeat; if a buffer on the meta device cannot be computed, or

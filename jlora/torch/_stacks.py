@@ -81,6 +81,8 @@ def is_same(x: Any, y: Any) -> bool:
     """Whether two attributes or arguments are equal; functions by what they are made of."""
     if x is y or type(x) is not type(y):
         return x is y
+    if isinstance(x, torch.Tensor):
+        return torch.equal(x, y)
     if isinstance(x, tuple | list):
         return len(x) == len(y) and all(map(is_same, x, y))
     if parts := next((names for kind, names in PARTS.items() if isinstance(x, kind)), None):

@@ -32,11 +32,12 @@ LINEAR_ATTENTION = {
     "linear_value_head_dim": 8,
 }
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
+LARGER = {"initializer_range": 0.1}  # norms would enlarge the rounding of smaller activations
 GEMMA4 = LAYERS | {
+    **LARGER,
     "global_head_dim": 16,
     "hidden_size_per_layer_input": 4,
     "vocab_size_per_layer_input": 71,
-    "initializer_range": 0.1,  # its norms would enlarge the rounding of smaller activations
 }
 AUDIO = {
     "conv_dim": (16, 16),
@@ -82,6 +83,22 @@ LARGE = np.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=np.float32).reshape(2, 3, 32, 
 SOUND = np.sin(np.arange(2 * 400, dtype=np.float32)).reshape(2, 400)
 SPECTRUM = np.sin(np.arange(2 * 8 * 32, dtype=np.float32)).reshape(2, 8, 32)
 WITH_IMAGE = np.array([[5, 70, 70, 70, 70, 7, 8], [9, 70, 70, 70, 70, 4, 3]])  # 70 is a patch
+
+PATCHES = np.linspace(-1, 1, 32 * 96, dtype=np.float32).reshape(32, 96)  # two images of 4 × 4
+IMAGES = {  # which the model reads, so they are static
+    "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+    "mm_token_type_ids": torch.as_tensor(WITH_IMAGE == 70).int(),
+}
+QWEN_VISION = {
+    "depth": 2,
+    "fullatt_block_indexes": [1],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "window_size": 8,
+}
 
 NO_CACHE = {"use_cache": False}
 WORDS = {"input_ids": IDS} | NO_CACHE
@@ -207,6 +224,15 @@ MODELS = {
             "image_token_index": 70,
         },
         {"input_ids": WITH_IMAGE, "pixel_values": PIXELS} | NO_CACHE,
+    ),
+    "qwen2.5-vl": Model(
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": GROUPED | LARGER | {"rope_parameters": {"mrope_section": [1, 1, 2]}},
+            "vision_config": QWEN_VISION | LARGER,
+            "image_token_id": 70,
+        },
+        {"input_ids": WITH_IMAGE, "pixel_values": PATCHES} | IMAGES | NO_CACHE,
     ),
     "convnext": Model("ConvNextForImageClassification", STAGES, {"pixel_values": LARGE}),
     "resnet": Model(

@@ -236,6 +236,23 @@ def test_changes_are_refused(name: str) -> None:
             call(params, X)
 
 
+class Keeping(nn.Module):
+    """Keeps what it made of an argument."""
+
+    kept: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        """Adds what the first call has kept."""
+        if self.kept is None:
+            self.kept = size * 2
+        return x + self.kept
+
+
+def test_states_of_static_arguments_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"`model` leaves values in its kept which"):
+        extract(Keeping().eval())[1]({}, X, torch.ones(4))
+
+
 def cached(m: Any, h: torch.Tensor) -> torch.Tensor:
     if m.state is None or len(m.state) < len(h):
         m.state = torch.arange(len(h), device=h.device)[:, None] * m.buffer * m.l.bias

@@ -366,6 +366,34 @@ def test_theirs_in_jax(name: str, tmp_path: pathlib.Path) -> None:
     assert all(ours[key].tobytes() == theirs[key].tobytes() for key in ours)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
+def test_gradients_in_pytorch(name: str, tmp_path: pathlib.Path) -> None:
+    """Of images and texts, those of the adapter are what PEFT's backward pass computes."""
+    row, found = MODELS[name], extracted(name)
+    lora = jlora.transform(found.call, LoRA(jlora.torch.all_linear(found.apply), rank=2))
+    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
+    adapter = randomize(adapter)
+    peft.save(tmp_path / "ours", base, adapter, found.names)
+    model = hf_peft.PeftModel.from_pretrained(row.make(), tmp_path / "ours", is_trainable=True)
+    given = {key: torch.as_tensor(x) for key, x in row.arrays.items()}
+    model.eval()(**given, **row.static).logits.square().sum().backward()
+    for x in model.parameters():
+        x.data = torch.zeros_like(x) if x.grad is None else x.grad
+    model.save_pretrained(tmp_path / "gradients")
+    expected = peft.load(tmp_path / "gradients", base, found.names)
+
+    @jax.jit
+    @jax.grad
+    def gradient(adapter: Any) -> jax.Array:
+        return (lora.apply(base, adapter, row.arrays)[".logits"] ** 2).sum()
+
+    ours, theirs = (
+        {"all": np.concatenate([np.ravel(x) for _, x in by_path(tree)])}
+        for tree in (gradient(adapter), expected)
+    )
+    assert_close(ours, theirs, 1e-5)
+
+
 def test_the_readme_says_how_many() -> None:
     text = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert f"compare {len(MODELS)} models of Hugging Face" in text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import functools
 import gc
 import warnings
 import weakref
@@ -290,6 +291,30 @@ def test_example() -> None:
     assert doctest.DocTestRunner().run(example) == (0, len(example.examples))
 
 
+class Splitting(nn.Module):
+    """Reads sizes, and changes them."""
+
+    def forward(self, x: torch.Tensor, sizes: Any) -> list[torch.Tensor]:
+        """Adds the rows of each part."""
+        parts = x.split([int(n) for n in sizes])
+        sizes[0] = 0
+        return [part.sum(0) for part in parts]
+
+
+SIZES = [1, 2]
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, list])
+def test_static_arguments(kind: Any) -> None:
+    """They have values for the model under `jax.jit` too, and stay as they are."""
+    sizes = kind(SIZES)
+    apply = functools.partial(extract(make(Splitting))[1], sizes=sizes)
+    first, second = jax.jit(apply)({}, X[0])
+    np.testing.assert_allclose(first, X[0, :1].sum(0), rtol=1e-6)
+    np.testing.assert_allclose(second, X[0, 1:].sum(0), rtol=1e-6)
+    assert [int(n) for n in sizes] == SIZES
+
+
 def test_refused() -> None:
     """What is no function of the arguments, and what is no array."""
     with pytest.raises(TypeError, match=r"`model` must be a torch.nn.Module; got dict\."):
@@ -312,7 +337,5 @@ def test_refused() -> None:
     with pytest.raises(TypeError, match=r"of type Identity at output\['cache'\], which"):
         extract(make(Cached))[1]({}, X)
     params, apply = extract(make())
-    with pytest.raises(TypeError, match=r"got a torch.Tensor. Give x.numpy\(\)"):
-        apply(params, torch.as_tensor(IDS))
     with pytest.raises(RuntimeError, match="Missing key"):
         apply({**params, "head": {}, "norm": {}}, IDS)

@@ -280,6 +280,30 @@ class Adding(Layer):
         return super().forward(x) + others[0]
 
 
+class Splitting(Layer):
+    """A layer that reads the sizes that it gets."""
+
+    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
+        """Multiplies parts by their numbers."""
+        return torch.cat([i * part for i, part in enumerate(x.split(others[0].tolist()))])
+
+
+class Counted(Layer):
+    """A layer that changes the sizes that it gets."""
+
+    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
+        """Adds in place."""
+        others[0].add_(1)
+        return super().forward(x)
+
+
+def with_sizes(layers: Any, x: torch.Tensor, step: int = 0) -> torch.Tensor:
+    """Each layer gets a tensor of PyTorch's own, equal for all if `step` is 0."""
+    for i, layer in enumerate(layers):
+        x = layer(x, torch.tensor([1 + i * step, 1 - i * step]))
+    return x
+
+
 class Masking(Layer):
     """A layer with a tensor in an attribute, and another in a buffer."""
 
@@ -298,6 +322,7 @@ RIGHT = {
     "constants of their own": (chain, [Masking(i) for i in range(4)]),
     "as they are": (chain, []),
     "an input of their own": (by_own, [Adding(i) for i in range(4)]),
+    "sizes that it reads": (with_sizes, [Splitting(i) for i in range(4)]),
     "twice": (lambda layers, x: chain(layers, chain(layers, x)), []),
     "some before and after": (
         chain,
@@ -357,10 +382,12 @@ REFUSED = {
     "stopped": (lambda layers, x: chain(layers[:3], x), [], EARLY),
     "collected": (collect, [], EARLY),
     "other arguments": (twice_as_much, [], "other arguments"),
+    "other sizes": (lambda layers, x: with_sizes(layers, x, 1), [], "other arguments"),
     "a number": (chain, [Counting(i) for i in range(4)], "its number, which differs"),
     "a name": (chain, [Naming(i) for i in range(4)], "its number, which differs"),
     "in place": (chain, [Writing(i) for i in range(4)], "writes into its arguments"),
     "a list": (with_list, [Collecting(i) for i in range(4)], "writes into its arguments"),
+    "sizes in place": (with_sizes, [Counted(i) for i in range(4)], "writes into its arguments"),
     "read outside": (read_outside, [], "outside of its call"),
     "another width": (chain, [nn.Linear(4, 4), nn.Linear(4, 3)], "which has layers that differ"),
     "one layer": (chain, [Layer(0)], "which has one layer"),
@@ -376,7 +403,7 @@ def test_what_a_scan_cannot_hold(case: str) -> None:
         apply(params, np.ones((2, 4), np.float32))
 
 
-@pytest.mark.parametrize("case", ["in place", "a list"])
+@pytest.mark.parametrize("case", ["in place", "a list", "sizes in place"])
 def test_what_cannot_be_computed_again(case: str) -> None:
     run_layers, layers, said = REFUSED[case]
     net = Net(run_layers, *layers).eval()

@@ -115,7 +115,7 @@ class Operators(torchax.Environment):
         given = [x for x in tensors if isinstance(x, Tensor)]
         if given and func in GRADIENTS:
             refuse("asks PyTorch for gradients", "Differentiate `apply` by jax.grad.")
-        calls = {x.call for x in given} - {0}
+        calls = {getattr(x, "call", 0) for x in tensors} - {0}
         if len(calls) > 1:
             refuse("reads what the call before left", "Pass it as an argument.")
         if not isinstance(func, OpOverload) and func not in self._ops and func not in SPECIAL:
@@ -133,10 +133,10 @@ class Operators(torchax.Environment):
         if given and len(given) < len(tensors):
             args, kwargs = self.j2t_iso(self.t2j_iso(call[1:3]))
 
-        def finish(x: torchax.Tensor) -> torch.Tensor:
+        def finish(x: torch.Tensor) -> torch.Tensor:
             if any(x is y for y in given) or isinstance(getattr(x, "memory", None), Part):
                 return x
-            found = self.wrap(convert(x._elem))
+            found: Any = self.wrap(convert(x._elem)) if isinstance(x, torchax.Tensor) else x
             found.call = max(calls, default=0)
             return found
 
@@ -144,7 +144,7 @@ class Operators(torchax.Environment):
             out = super().dispatch(func, types, args, dict(kwargs or {}))
         except UNTRACEABLE:
             raise TracedError(str(func)) from None
-        return _pytree.tree_map_only(torchax.Tensor, finish, out)
+        return _pytree.tree_map_only(torch.Tensor, finish, out)
 
     def _note(self, given: Sequence[Tensor]) -> None:
         """Notes which leaves are read, and whether in a call of their modules."""
