@@ -15,7 +15,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # Names of embeddings, and of heads, that may share one weight.
 _EMBEDDINGS = re.compile(
     r"(^|[._])(embed_tokens|embed_in|wte|word_embeddings?|tokens?_embed|tok_embeddings|shared"
-    r"|entity_embeddings|input_embedding|input_embeds_layers\.\d+)$|(^|\.)(embeddings|transformer\.w)$"
+    r"|entity_embeddings|input_embedding|input_embeds_layers?(\.\d+)?)$|(^|\.)(embeddings|transformer\.w)$"
 )
 _HEADS = re.compile(
     r"(^|[._])(lm_head|lm_head\.decoder|embed_out|proj_out|output_projection|generator_lm_head"

@@ -137,6 +137,10 @@ REFUSED: dict[str, tuple[Case, str]] = {
         lambda h, m: torch.zeros(3, 4).copy_(h),
         r"writes arrays of JAX into a tensor of PyTorch's own, by aten.copy_.*torch.zeros_like",
     ),
+    "an operator that torchax lacks": (
+        lambda h, m: torch.ldexp(h, h),
+        r"calls what torchax does not have: Operator with name aten::ldexp.*by others",
+    ),
     "a view of another dtype": (
         written_as_complex,
         "writes into a view of another dtype. Write into the tensor itself",

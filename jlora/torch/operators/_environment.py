@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torchax.ops import jtorch  # pyright: ignore[reportMissingImports]
 from .._skeleton import to_jax
 from ._functions import find_conversion
 from ._operators import OPERATORS
-from ._refuse import refuse
+from ._refuse import find_place, refuse
 from ._tensor import Convert, Memory, Part, Tensor, TracedError, keep
 
 aten = torch.ops.aten
@@ -73,8 +74,13 @@ class Operators(torchax.Environment):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Runs a module, whatever grad mode the caller is in."""
-        with torch.inference_mode(False), self:
-            yield
+        try:
+            with torch.inference_mode(False), self:
+                yield
+        except torchax.OperatorNotFound as e:
+            *_, (frame, _) = traceback.walk_tb(e.__traceback__)
+            why = f"{find_place(frame)} calls what torchax does not have: {e}. Write it by others."
+            raise NotImplementedError(why) from None
 
     def watch(self, module: torch.nn.Module) -> None:
         """Has calls of a module, or of its copies, known to `reads`."""

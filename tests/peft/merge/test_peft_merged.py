@@ -761,14 +761,17 @@ def test_what_a_model_may_read_twice(case: str, way: str, tmp_path: Folder) -> N
         assert not (tmp_path / str(i) / "out").exists()
 
 
-def test_the_head_of_a_model_for_ctc(tmp_path: Folder) -> None:
-    """It is nothing but a head; another that is stored alone may be the embedding too."""
+def test_a_head_that_is_no_embedding(tmp_path: Folder) -> None:
+    """Of a model for CTC, or beside another table; stored alone it may be the embedding too."""
     weights = BODY | {HEAD: TABLE}
     with refused(ValueError, "adapter", HEAD, TWICE):
-        grow(tmp_path / "a", weights, change(0, 1), SILENT)
-    merged, _ = grow(tmp_path / "b", weights, change(0, 1), {"architectures": ["SewForCTC"]})
-    assert merged.keys() == weights.keys()
-    assert not np.array_equal(merged[HEAD], TABLE)
+        grow(tmp_path / "alone", weights, change(0, 1), SILENT)
+    of_bark = {"input_embeds_layer.weight": 2 * TABLE}
+    for others, config in ({}, {"architectures": ["SewForCTC"]}), (of_bark, SILENT):
+        folder = tmp_path / str(len(others))
+        merged, _ = grow(folder, weights | others, change(0, 1), config)
+        assert merged.keys() == weights.keys() | others.keys()
+        assert not np.array_equal(merged[HEAD], TABLE)
 
 
 def test_a_tied_weight_with_two_values(tmp_path: Folder) -> None:
