@@ -25,6 +25,7 @@ TREE = {
         "Cost": """measurements/cpu measurements/accelerators
             measurements/meshes measurements/forms""",
         "Files and serving": "measurements/vllm measurements/damage",
+        "PyTorch": "measurements/zoo",
         "Examples": """measurements/devices measurements/paper section7
             methods""",
     },

@@ -21,6 +21,8 @@ collect_ignore = [
     "support/torch_functions.py",
     "support/torch_images.py",
     "support/torch_models.py",
+    "support/zoo.py",
+    "support/zoo_families.py",
     "bench",
 ]
 # Run by `test_eight_devices.py`; imported, for their doctests, only where there are devices.

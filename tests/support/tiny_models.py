@@ -131,7 +131,7 @@ def make_model(cls: Any, fields: Mapping[str, Any] = {}, is_untied: bool = True)
 
 def list_options(cls: Any) -> list[dict[str, Any]]:
     """Lists fields of a configuration that turn a part on, such as `use_swiglu_ffn`."""
-    fields = _make_default(cls).to_dict()
+    fields = make_default(cls).to_dict()
     found = [{key: True} for key, x in fields.items() if x is False and key.startswith("use_")]
     rotary = {"position_embedding_type": "rotary"}
     return [*found, rotary] if rotary.keys() <= fields.keys() else found
@@ -145,7 +145,7 @@ def make_config(
     is_untied: bool = True,
 ) -> Any:
     """Makes a tiny configuration, in one of four ways of which none fits all models."""
-    default = _make_default(cls) if default is None else default
+    default = make_default(cls) if default is None else default
     known = {x for base in cls.__mro__ for x in inspect.signature(base.__init__).parameters}
     parts = {k: x for k, x in vars(default).items() if isinstance(x, transformers.PretrainedConfig)}
     usual = {k: x for k, x in default.to_dict().items() if k in known - parts.keys() - {*_OWN}}
@@ -173,7 +173,8 @@ def make_config(
     return cls(**small)
 
 
-def _make_default(cls: Any) -> Any:
+def make_default(cls: Any) -> Any:
+    """Makes a configuration of a class as it is by default."""
     if cls is transformers.VisionEncoderDecoderConfig:
         parts = transformers.ViTConfig(), transformers.BertConfig()
         return cls.from_encoder_decoder_configs(*parts)

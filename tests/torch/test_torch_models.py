@@ -392,8 +392,3 @@ def test_gradients_in_pytorch(name: str, tmp_path: pathlib.Path) -> None:
         for tree in (gradient(adapter), expected)
     )
     assert_close(ours, theirs, 1e-5)
-
-
-def test_the_readme_says_how_many() -> None:
-    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert f"compare {len(MODELS)} models of Hugging Face" in text

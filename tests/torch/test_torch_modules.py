@@ -246,6 +246,21 @@ def test_attention(case: str) -> None:
     np.testing.assert_allclose(extract(found)[1]({}, *heads, **options), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_in_64_bits(case: str) -> None:
+    """Its softmax is in 64 bits too."""
+    heads, options = ATTENTION[case]
+    wide = [x.astype(float) for x in heads]
+    if case == "bias":
+        options = {"attn_mask": options["attn_mask"].astype(float)}
+    found = make(Attention)
+    mask = {k: torch.as_tensor(x) for k, x in options.items() if isinstance(x, np.ndarray)}
+    expected = found(*map(torch.as_tensor, wide), **(options | mask))
+    with jax.enable_x64(True):
+        ours = extract(found)[1]({}, *wide, **options)
+    np.testing.assert_allclose(ours, expected, atol=1e-14)
+
+
 class Matmul(nn.Module):
     """Multiplies with arguments of four axes in the three ways that PyTorch has."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -223,6 +224,12 @@ class Operators(torchax.Environment):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         """Attends, with softmax in float32; what JAX's function does not take, torchax does."""
+        if query.dtype == torch.float64:  # PyTorch's own operators keep the precision
+            if attn_mask is not None and attn_mask.dtype == torch.bool:
+                attn_mask = query.new_zeros(()).masked_fill(~attn_mask, -math.inf)
+            options = {"scale": scale, "enable_gqa": enable_gqa}
+            given = query, key, value, attn_mask, dropout_p, is_causal
+            return aten._scaled_dot_product_attention_math(*given, **options)[0]
         is_plain = query.ndim == 4 and query.shape[0] == key.shape[0] and key.shape == value.shape
         if dropout_p or not is_plain or (attn_mask is not None and attn_mask.ndim != 4):
             return jtorch.scaled_dot_product_attention(
