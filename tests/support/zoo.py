@@ -254,19 +254,20 @@ def judge(specimen: Specimen) -> Row:
             try:
                 x = getattr(subject, stage)()
             except Exception as e:
-                word = "refused" if is_refusal(e) else "failed"
+                word = explain(e)
                 return Row(**found, **{stage: word}, why=f"{type(e).__name__}: {e}")
             found[stage] = x if isinstance(x, str) else f"{x:.1e}"
     return Row(**found)
 
 
-def is_refusal(e: Exception) -> bool:
-    """Whether jlora itself raised an error, or PEFT did."""
+def explain(e: Exception) -> str:
+    """Says whether jlora itself raised an error, or PEFT or what it calls did."""
     files = [pathlib.Path(x.filename) for x in traceback.extract_tb(e.__traceback__)]
     kinds = ValueError | TypeError | NotImplementedError
-    is_ours = files[-1].is_relative_to(pathlib.Path(jlora.__file__).parent)
-    is_peft = any(x.is_relative_to(pathlib.Path(hf_peft.__file__).parent) for x in files)
-    return isinstance(e, kinds) and (is_ours or is_peft)
+    if isinstance(e, kinds) and files[-1].is_relative_to(pathlib.Path(jlora.__file__).parent):
+        return "refused"
+    home = pathlib.Path(hf_peft.__file__).parent
+    return "PEFT fails" if any(x.is_relative_to(home) for x in files) else "failed"
 
 
 def draw(seed: int, left_out: Set[str] = frozenset(), known: Sequence[Row] = ()) -> Iterator[Row]:

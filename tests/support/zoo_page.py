@@ -114,9 +114,9 @@ A model is *whole* if all of this holds, to 1e-4 of the largest entry:
 
 Where PEFT refuses `all-linear`, as of Mamba's layers and of models without linear modules, the rest
 must hold. A model is *right* if its outputs are, and `all_linear` is not PEFT's, or jlora or PEFT
-refuses a later step by name. It is *refused* if jlora refuses to run it, with the module and a remedy. *Failed* is an error
-that has neither, or no end within minutes. *Wrong* is a number that is not PyTorch's, without an
-error.
+fails in a later step by an error of its own. It is *refused* if jlora refuses to run it, with the
+module and a remedy. *Failed* is an error that has neither, or no end within minutes. *Wrong* is a
+number that is not PyTorch's, without an error.
 """
 
 
@@ -156,7 +156,7 @@ def summarize(zoo: Zoo) -> str:
 
 
 def _explain(x: Row) -> str:
-    stages = [stage for stage in STAGES if getattr(x, stage) in ("refused", "failed")]
+    stages = [stage for stage in STAGES if getattr(x, stage) in ("refused", "failed", "PEFT fails")]
     text = " ".join(x.why.split()) or f"linear: {x.linear}"
     return ": ".join([*stages, text]).replace("|", r"\|")
 
