@@ -131,6 +131,23 @@ class Subject:
         theirs = {k: 0 * x if named[k] is None else named[k].numpy() for k, x in ours.items()}
         return compare(ours, theirs)
 
+    def round_weights(self) -> float:
+        """Returns how far PEFT's gradients move if each weight changes by half its last bit."""
+        own = {k: x for k, x in self.theirs.named_parameters() if ".lora_" in k}
+        start = {k: 1 * x.grad for k, x in own.items() if x.grad is not None}
+        generator = torch.Generator().manual_seed(0)
+        found = list[float]()
+        for _ in range(3):
+            model = copy.deepcopy(self.theirs)
+            model.zero_grad()
+            with torch.no_grad():
+                for x in model.parameters():
+                    x *= 1 + 2**-23 * (torch.rand(x.shape, generator=generator) - 0.5)
+            self._differentiate(model)
+            moved = {k: x.grad for k, x in model.named_parameters() if k in start}
+            found.append(compare(moved, start))
+        return max(found)
+
     def merged(self) -> float:
         """Compares the outputs with those of the merged folder, loaded by its own library."""
         has_folder = hasattr(self.model, "save_pretrained")
@@ -232,8 +249,10 @@ def measure(family: str, name: str) -> Row | None:
     row = judge(specimen)
     if row.verdict == "wrong":
         inputs = torch.utils._pytree.tree_map_only(torch.Tensor, widen, specimen.inputs)
+        torch.set_default_dtype(torch.float64)  # of what the model makes in a call
         with jax.enable_x64(True):
             wide = judge(Specimen(specimen.model.double(), inputs))
+        torch.set_default_dtype(torch.float32)
         if wide.verdict not in ("wrong", "failed"):
             row = wide._replace(rounded=max(row.errors))
     jax.clear_caches()
@@ -257,7 +276,8 @@ def judge(specimen: Specimen) -> Row:
                 word = explain(e)
                 return Row(**found, **{stage: word}, why=f"{type(e).__name__}: {e}")
             found[stage] = x if isinstance(x, str) else f"{x:.1e}"
-    return Row(**found)
+        row = Row(**found)
+        return row._replace(own=subject.round_weights()) if row.verdict == "wrong" else row
 
 
 def explain(e: Exception) -> str:

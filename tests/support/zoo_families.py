@@ -87,7 +87,7 @@ def see(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     token = next((getattr(x, n, None) for n in names for x in fields if hasattr(x, n)), None)
     if token is None or "pixel_values" in inputs:
         return inputs
-    size = next((x.image_size for x in fields if type(getattr(x, "image_size", 0)) is int), 32)
+    size = next((x.image_size for x in fields if type(getattr(x, "image_size", None)) is int), 32)
     image = torch.linspace(-1, 1, 3 * size**2).view(1, 3, size, size)
     n = 1
     for _ in range(2):

@@ -319,6 +319,36 @@ class Splitting(nn.Module):
 SIZES = [1, 2]
 
 
+class Moving(nn.Module):
+    """Moves what it computes to the device of an argument."""
+
+    def __init__(self) -> None:
+        """Makes its two parts."""
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Computes scores."""
+        hidden = self.embed(ids).to(ids.device)
+        return self.head(hidden.to(ids.device, torch.float32)).to("cpu")
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.tensor(IDS), IDS, jnp.asarray(IDS)], ids=["torch", "np", "jax"]
+)
+def test_devices_of_arguments(ids: Any) -> None:
+    """JAX decides where arrays are: a static argument is on PyTorch's CPU, and takes none there."""
+    model = Moving().eval()
+    params, apply = extract(model)
+    lora = jlora.transform(functools.partial(apply, ids=ids), LoRA("head/weight", rank=2))
+    base, adapter = lora.init(KEY, params)
+    adapter = randomize(adapter)
+    grads = jax.grad(lambda a: (lora.apply(base, a) ** 2).sum())(adapter)
+    assert all(np.any(x) for x in jax.tree.leaves(grads))
+    expected = model(torch.tensor(IDS)).detach().numpy()
+    assert_close(apply(params, ids), expected)
+
+
 @pytest.mark.parametrize("kind", [torch.tensor, np.array, list])
 def test_static_arguments(kind: Any) -> None:
     """They have values for the model under `jax.jit` too, and stay as they are."""

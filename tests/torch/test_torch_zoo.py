@@ -21,6 +21,7 @@ def test_claims(seed: int) -> None:
     zoo = ZOOS[seed]
     assert zoo.count("wrong") == 0
     assert zoo.count("whole", "right", "refused") >= 0.97 * len(zoo.rows)
+    assert zoo.count("whole") >= 0.92 * len(zoo.rows)
 
 
 @pytest.mark.parametrize("page", ["README.md", "notebooks/loops/torch.md"])

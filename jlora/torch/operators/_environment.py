@@ -153,6 +153,10 @@ class Operators(torchax.Environment):
             raise TracedError(str(func)) from None
         return _pytree.tree_map_only(torch.Tensor, finish, out)
 
+    def _to_copy(self, the_tensor: Any, new_dtype: Any, new_device: Any) -> Any:
+        """Converts to a dtype; JAX decides where arrays are, so that a device changes nothing."""
+        return super()._to_copy(the_tensor, new_dtype, None)
+
     def _note(self, given: Sequence[Tensor]) -> None:
         """Notes which leaves are read, and whether in a call of their modules."""
         for x in given:
