@@ -95,7 +95,10 @@ class Adapted(Holder, keras.Model):
     @property
     def adapter(self) -> PyTree:
         """A copy of the adapter as a tree of arrays."""
-        return jax.tree.unflatten(self._structure, [jnp.copy(v.value) for v in self._own])
+        return jax.tree.map(jnp.copy, self._values())
+
+    def _values(self) -> PyTree:
+        return jax.tree.unflatten(self._structure, [v.value for v in self._own])
 
     @property
     def params(self) -> dict[str, jax.Array]:
@@ -187,7 +190,7 @@ class Adapted(Holder, keras.Model):
             scopes.append(scope)
             return outputs, masks, [scope.get_current_value(v) for v in others], scope.losses
 
-        adapter = self.adapter
+        adapter = self._values()
         if training:
             adapter = dropout(adapter, self._masks.next())
         values = [v.value for v in others]

@@ -72,8 +72,9 @@ def save(
             has the inputs, where PEFT's may have the outputs.
         config: fields of `adapter_config.json` to keep, such as `read(path).config`. If it has
             `target_modules`, its fields choose the modules and rows, and what is saved whole; they
-            must choose those of the adapter. Otherwise jlora chooses them. Ranks and alphas are
-            replaced unless they are those of the adapter.
+            must choose those of the adapter. Otherwise jlora chooses them, as it does in a model
+            with experts if there is no `peft_version`. Ranks and alphas are replaced unless they
+            are those of the adapter.
         dialect: what reads the files. `"peft"`: two files, as above. For image LoRA, one file:
             `pytorch_lora_weights.safetensors` in the folder `path`, or `path` itself if it ends in
             `.safetensors`. `"diffusers"`: keys `prefix.module.lora_A.weight`, and the configuration
@@ -237,17 +238,7 @@ def _collect(fields: Fields, tree: Tree, parts: list[Part[np.ndarray]]) -> Value
     """Collects what PEFT stores of an adapter, with what it saves as a whole."""
     saved = find_full(fields, tree)
     _refuse_adapted([leaf for leaf in saved if is_node(tree.found.get(leaf.path))], fields)
-    saves = make_saves(fields)
-    paths = {leaf.path for leaf in saved}
-    lost = [module for leaf in tree.full if leaf.path not in paths for module in leaf.modules]
-    heads = filter(None, (tree.tied.get(leaf.modules[0]) for leaf in tree.full))
-    if lost := [*lost, *(x for x in heads if not (saves(x) or may_tie(fields, x)))]:
-        raise InputError(
-            "config",
-            "has a modules_to_save and a bias that leave out what the adapter has in full: "
-            f"{shorten(lost)}.",
-            remedy="Leave target_modules out of it, so that jlora chooses.",
-        )
+    _refuse_lost(saved, fields, tree)
     frozen = find_frozen(fields, tree)
     _check_values([*(x for x in saved if x.path not in tree.found), *frozen.values()])
     full = dict[str, np.ndarray]()
@@ -269,6 +260,22 @@ def _refuse_adapted(leaves: Sequence[NamedLeaf], fields: Fields) -> None:
             problems=[Problem(name_of(leaf.path), ", ".join(leaf.modules)) for leaf in leaves],
             remedy="Train these leaves in full too, or take them out of the rules, or merge the "
             "adapter: jlora.peft.export_merged, or jlora merge.",
+        )
+
+
+def _refuse_lost(saved: Sequence[NamedLeaf], fields: Fields, tree: Tree) -> None:
+    """Raises for leaves in full, and heads tied to them, that a given configuration leaves out."""
+    saves = make_saves(fields)
+    heads = filter(None, (tree.tied.get(leaf.modules[0]) for leaf in tree.full))
+    paths = {leaf.path for leaf in saved}
+    lost = [module for leaf in tree.full if leaf.path not in paths for module in leaf.modules]
+    lost += [head for head in heads if not (saves(head) or may_tie(fields, head))]
+    if lost:
+        raise InputError(
+            "config",
+            "has a modules_to_save and a bias that leave out what the adapter has in full: "
+            f"{shorten(lost)}.",
+            remedy="Leave target_modules out of it, so that jlora chooses.",
         )
 
 

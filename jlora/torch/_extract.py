@@ -87,10 +87,10 @@ def extract(
         NotImplementedError: later, with the module and its line, if the model draws random
             numbers, runs under `torch.autocast`, asks PyTorch for gradients, calls an operator that
             torchax does not have, or writes into a tensor that `torch.zeros` and the like made; if
-            it changes a buffer or an attribute so
-            that its next call would compute something else; if it does anything with what a layer
-            in `scan` returns but hand it to the next layer. When it is differentiated, if it calls
-            a torch.autograd.Function, whose `backward` JAX does not know.
+            it changes a buffer or an attribute so that its next call would compute something else;
+            if it does anything with what a layer in `scan` returns but hand it to the next layer.
+            When it is differentiated, if it calls a torch.autograd.Function, whose `backward` JAX
+            does not know.
     """
     try:
         from ._apply import Apply

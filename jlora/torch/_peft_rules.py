@@ -34,13 +34,13 @@ def find_linear(model: torch.nn.Module) -> tuple[str, ...]:
     modules = dict(model.named_modules())
     head = _head_of(model)
     names = [name for name, _ in model.named_parameters()]
-    experts = [f".{name}" for name in _answer_of(model).parameters]
-    # Models of `transformers` 4 have other experts, which PEFT takes as they are.
-    is_converted = bool(experts) and all(any(x.endswith(e) for x in names) for e in experts)
+    answer = _answer_of(model)
+    if not all(any(name.endswith(f".{x}") for name in names) for x in answer.parameters):
+        answer = Answer()  # of `transformers` 4, whose experts PEFT takes as they are
+    experts = tuple(f".{name}" for name in answer.parameters)
     linear = {name for name, m in modules.items() if _is_linear(m) and m is not head}
     # PEFT also adapts modules whose names end with one of these.
-    parts = _answer_of(model).modules
-    targets = {_last(name) for name in linear}.difference(parts) if is_converted else linear
+    targets = {_last(name) for name in linear}.difference(answer.modules) if experts else linear
     refused = find_refused(model)
     reading = {name for name, m in modules.items() if isinstance(m, torch.nn.MultiheadAttention)}
     chosen = {
@@ -48,8 +48,7 @@ def find_linear(model: torch.nn.Module) -> tuple[str, ...]:
         for name in modules.keys() - refused.keys()
         if name.rpartition(".")[0] not in reading and not targets.isdisjoint(_list_ends(name))
     }
-    ends = tuple(experts) if is_converted else ()
-    return tuple(name for name in names if name in chosen or name.endswith(ends))
+    return tuple(name for name in names if name in chosen or name.endswith(experts))
 
 
 def is_adaptable(module: torch.nn.Module) -> bool:

@@ -4,11 +4,14 @@ import dataclasses
 
 import chat
 import jax
-import numpy as np
 import pytest
 
 import jlora
-from tests.examples.folders import write_chat_model, write_conversations
+from tests.examples.folders import (
+    run_on_eight_and_on_one,
+    write_chat_model,
+    write_conversations,
+)
 from tests.examples.test_llama import TINY
 
 WIDE = dataclasses.replace(TINY, dim=512, hidden=512, heads=8, kv_heads=8, layers=1)
@@ -34,14 +37,7 @@ def test_eight_devices_are_one(more, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = write_conversations(tmp_path / "data.jsonl", 4)
     sizes = ["--batch=8", "--length=64", "--steps=3", "--held-out=8", *more]
-    argv, mesh = [f"--data={data}", *sizes], jax.make_mesh
     with jax.enable_x64(False):
-        eight = chat.main([*argv, f"--out={tmp_path / 'eight'}"])
-        monkeypatch.setattr(jax, "device_count", lambda: 1)
-        alone = lambda shape, *args: mesh(shape, *args, devices=jax.devices()[:1])  # noqa: E731
-        monkeypatch.setattr(jax, "make_mesh", alone)
-        one = chat.main([*argv, f"--out={tmp_path / 'one'}"])
-    np.testing.assert_allclose(eight.losses, one.losses, rtol=1e-3)
-    assert eight.after == pytest.approx(one.after, rel=1e-3)
+        run_on_eight_and_on_one(chat.main, [f"--data={data}", *sizes], tmp_path, monkeypatch)
     kernels = [x for x in jax.tree.leaves(bases[0]["params"]["layers"]) if x.ndim > 2]
     assert len(kernels) >= 7 and not any(x.sharding.is_fully_replicated for x in kernels)

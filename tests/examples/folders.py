@@ -2,8 +2,12 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
+import numpy as np
+import pytest
 from models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -68,3 +72,20 @@ def say(*turns: str) -> list[dict[str, str]]:
     """A conversation, the user's turn first."""
     roles = ["user", "assistant"] * len(turns)
     return [{"role": r, "content": text} for r, text in zip(roles, turns, strict=False)]
+
+
+def run_on_eight_and_on_one(
+    run: Callable[[Sequence[str]], Any],
+    argv: Sequence[str],
+    folder: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Runs `examples/chat.py` on eight devices and on one: the same losses but for rounding."""
+    mesh = jax.make_mesh
+    eight = run([*argv, f"--out={folder / 'eight'}"])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    alone = lambda shape, *args: mesh(shape, *args, devices=jax.devices()[:1])  # noqa: E731
+    monkeypatch.setattr(jax, "make_mesh", alone)
+    one = run([*argv, f"--out={folder / 'one'}"])
+    np.testing.assert_allclose(eight.losses, one.losses, rtol=1e-3)
+    assert eight.after == pytest.approx(one.after, rel=1e-3)

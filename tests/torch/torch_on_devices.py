@@ -23,7 +23,11 @@ from torch_models import GROUPED, MODELS, NO_CACHE, Model
 import jlora
 from jlora import LoRA, peft, sharding
 from jlora._quantized import is_quantized
-from tests.examples.folders import write_conversations, write_tokenizer
+from tests.examples.folders import (
+    run_on_eight_and_on_one,
+    write_conversations,
+    write_tokenizer,
+)
 
 pytestmark = pytest.mark.filterwarnings("default")  # what torchax warns of is its own
 LAYERS = r"embed_tokens|layers/\d+(/mlp|/self_attn)?"
@@ -133,15 +137,9 @@ def test_chat(more: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     write_tokenizer(tmp_path / "base")
     data = write_conversations(tmp_path / "data.jsonl", 4)
     sizes = ["--batch=8", "--length=64", "--steps=3", "--held-out=8", *more]
-    argv, mesh = [f"--base={tmp_path / 'base'}", f"--data={data}", *sizes], jax.make_mesh
+    argv = [f"--base={tmp_path / 'base'}", f"--data={data}", *sizes]
     loaded, load = [], chat.load
     monkeypatch.setattr(chat, "load", lambda *xs: loaded.append(load(*xs)) or loaded[-1])
-    eight = chat.main([*argv, f"--out={tmp_path / 'eight'}"])
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    alone = lambda shape, *args: mesh(shape, *args, devices=jax.devices()[:1])  # noqa: E731
-    monkeypatch.setattr(jax, "make_mesh", alone)
-    one = chat.main([*argv, f"--out={tmp_path / 'one'}"])
-    np.testing.assert_allclose(eight.losses, one.losses, rtol=1e-3)
-    assert eight.after == pytest.approx(one.after, rel=1e-3)
+    run_on_eight_and_on_one(chat.main, argv, tmp_path, monkeypatch)
     places = [x for x in jax.tree.leaves(loaded[0].places) if any(x.spec)]
     assert len(places) == 9
