@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from .._arrays import AnyArray, abstract
-from .._errors import Problem, show
+from .._errors import Problem
 from .._quantized import Quantized, is_quantized, spell
 from .._tree import is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
@@ -167,18 +167,11 @@ def differences(expected: Fingerprint, got: Fingerprint, any_width: bool = False
         a, b = expected[path], got[path]
         if any_width and a.dtype != b.dtype and _narrowed(a.dtype) == _narrowed(b.dtype):
             b = b._replace(dtype=a.dtype, hash=None)
-        pairs = zip(Leaf._fields[:2], a, b, strict=False)
-        found = [f"expected {name} {x}, got {y}" for name, x, y in pairs if x != y]
-        if None not in (a.scheme, b.scheme) and a.scheme != b.scheme:
-            found.append(f"expected {_describe(a.scheme)}, got {_describe(b.scheme)}")
-        if not found and a.hash and b.hash and a.hash != b.hash:
-            found = ["other values"]
-        wrong += [Problem(name_of(path), why) for why in found]
+        for name, x, y in zip(Leaf._fields, a, b, strict=True):
+            if x != y and None not in (x, y):  # a hash or a scheme that is not known
+                x, y = ("none" if value == "" else value for value in (x, y))
+                wrong.append(Problem(name_of(path), f"expected {name} {x}, got {y}"))
     return sorted(wrong)
-
-
-def _describe(scheme: str | None) -> str:
-    return show(scheme) if scheme else "a weight that is not quantized"
 
 
 def _narrowed(dtype: str) -> str:

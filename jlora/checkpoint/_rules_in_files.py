@@ -9,15 +9,14 @@ import numpy as np
 
 from .. import _quantized, initializers
 from .._adapters import RULES, LoRA
-from .._errors import shorten, show
 from .._quantized import Scheme
 from .._rules import Slots
 from .._site import Rule
 from ..initializers import Initializer
+from ..initializers._initializer import SketchInitializer
 
 Fields = dict[str, Any]
 OWN = "jlora.initializers."
-SKETCHED = {"eva": "inputs", "lora_ga": "gradient"}  # initializers, with the kind of their sketch
 SCHEMES = {
     name: x for name, x in vars(_quantized).items() if isinstance(x, type) and issubclass(x, Scheme)
 }
@@ -35,19 +34,10 @@ class Foreign:
 
     def __call__(self, *args: Any) -> Any:
         """Raises: there is nothing to call."""
-        why = f"{show(self.name)} when the adapter was saved, which"
-        kind = SKETCHED.get(self.name.removeprefix(OWN))
-        if kind is None:
-            is_own = self.name.startswith("jlora.")
-            what = "cannot be restored by its name" if is_own else "is not a part of jlora"
-            raise NotImplementedError(
-                f"`init` was {why} {what}. Give the rule your own: "
-                "dataclasses.replace(rule, init=...)."
-            )
         raise NotImplementedError(
-            f"`init` was {why} needs a sketch, and a checkpoint has none. Make one with "
-            f"jlora.sketch(..., kind={kind!r}), and give "
-            f"dataclasses.replace(rule, init={self.name}(sketch)) with the same options."
+            f"`init` was {self.name} when the adapter was saved, which a checkpoint cannot hold: "
+            "it is not a part of jlora, or it has a sketch. Make it again, and give "
+            "dataclasses.replace(rule, init=...)."
         )
 
 
@@ -69,12 +59,10 @@ def _encode_field(value: Any) -> Any:
         case np.dtype() | type():
             return {"dtype": jnp.dtype(value).name}
         case Initializer():
-            name = _name(type(value))
-            if name != f"{OWN}{value.name}" or value.name in SKETCHED:
-                return {"function": name}
-            if all(map(_is_known, vars(value).values())):
-                options = {key: _encode_field(x) for key, x in vars(value).items()}
-                return {"function": name, "options": options}
+            fields: Fields = {"function": _name(type(value))}
+            if _is_known(value):
+                fields["options"] = {name: _encode_field(x) for name, x in vars(value).items()}
+            return fields
         case Scheme():
             return {"scheme": type(value).__name__, "fields": dataclasses.asdict(value)}
     return {"function": value.name if isinstance(value, Foreign) else _name(value)}
@@ -86,7 +74,7 @@ def decode_rule(fields: Fields) -> Rule:
     return kind(**{name: _decode_field(fields[name]) for name in names})
 
 
-def _decode_field(value: object) -> Any:
+def _decode_field(value: Any) -> Any:
     match value:
         case {"slots": slots}:
             return Slots(**slots)
@@ -94,23 +82,22 @@ def _decode_field(value: object) -> Any:
             return jnp.dtype(name)
         case {"scheme": name, "fields": found}:
             return registered("scheme", name, SCHEMES, "is none of jlora's")(**found)
-        case {"function": name, "options": options}:
-            made = _function(name)
-            if not isinstance(made, Foreign):
-                made = made(**{key: _decode_field(x) for key, x in options.items()})
-            if not isinstance(made, Initializer | Foreign):
-                raise TypeError(f"{name} has no options")
-            return made
         case {"function": name}:
-            return _function(name)
+            found = _own(name)
+            if "options" not in value or found is None:  # a class without options lacks its sketch
+                return Foreign(name) if found is None or isinstance(found, type) else found
+            return found(**{key: _decode_field(x) for key, x in value["options"].items()})
         case list():
             return tuple(map(_decode_field, value))
     return value
 
 
-def _is_known(option: object) -> bool:
-    """Whether the option of an initializer can be restored: a scheme must be jlora's own."""
-    return not isinstance(option, Scheme) or SCHEMES.get(type(option).__name__) is type(option)
+def _is_known(init: Initializer) -> bool:
+    """Whether an initializer can be restored: it and its schemes are jlora's own; no sketch."""
+    if _own(_name(type(init))) is None or isinstance(init, SketchInitializer):
+        return False
+    schemes = [type(x) for x in vars(init).values() if isinstance(x, Scheme)]
+    return all(SCHEMES.get(x.__name__) is x for x in schemes)
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -122,18 +109,18 @@ def _name(function: Callable[..., Any]) -> str:
     return f"{function.__module__}.{function.__qualname__}"
 
 
-def _function(name: str) -> Callable[..., Any]:
+def _own(name: str) -> Any:
+    """Returns jlora's initializer of a name, or None."""
     last = name.removeprefix(OWN)
-    is_own = name.startswith(OWN) and last.isidentifier() and not last.startswith("_")
-    function = getattr(initializers, last, None) if is_own and last not in SKETCHED else None
-    return function if callable(function) else Foreign(name)
+    is_own = name.startswith(OWN) and not last.startswith("_")
+    return getattr(initializers, last, None) if is_own else None
 
 
 NOT_REGISTERED = "is not registered; import the module that registers it"
 
 
-def registered(kind: str, name: object, types: Mapping[str, Any], why: str = NOT_REGISTERED) -> Any:
+def registered(kind: str, name: str, types: Mapping[str, Any], why: str = NOT_REGISTERED) -> Any:
     """Returns the class in `types` with a name from a file."""
-    if not isinstance(name, str) or name not in types:
-        raise ValueError(f"the checkpoint has the {kind} {shorten(name)}, which {why}")
+    if name not in types:
+        raise ValueError(f"the checkpoint has the {kind} {name!r}, which {why}")
     return types[name]

