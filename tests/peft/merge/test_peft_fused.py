@@ -8,16 +8,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from messages import refused
 from peft_files import Folder
+from small import every
 
-from jlora import peft
-from jlora.types import Layout, LowRank
-from tests.peft.merge.test_peft_merged import checkpoint, low_rank, merge, ones, read
+from tests.peft.merge.test_peft_merged import low_rank, merge, ones
 
 COLUMNS, LAYERS = 6, 2
 DRAW = np.random.default_rng(0)
@@ -123,11 +121,20 @@ def weights_of(module: str, kind: Kind) -> dict[str, np.ndarray]:
     return {f"{module}.weight": w.astype(kind.dtype), f"{module}.bias": random(ROWS)}
 
 
-@pytest.mark.parametrize("which", [slice(None), slice(1), slice(1, 2), slice(-1, None)])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FUSIONS)
-def test_as_if_they_were_apart(family: str, kind: str, which: slice, tmp_path: Folder) -> None:
-    """All of the parts are adapted, or only one of them."""
+# The parts that are adapted: all, or only one of them.
+WHICH = {
+    "all": slice(None),
+    "the first": slice(1),
+    "the second": slice(1, 2),
+    "the last": slice(-1, None),
+}
+DAILY = [(family, "lora", "all") for family in FUSIONS]
+DAILY += [("gte", kind, "the second") for kind in KINDS]
+DAILY += [("hrm", "bfloat16", which) for which in WHICH]
+
+
+@pytest.mark.parametrize(("family", "kind", "which"), every(FUSIONS, KINDS, WHICH, daily=DAILY))
+def test_as_if_they_were_apart(family: str, kind: str, which: str, tmp_path: Folder) -> None:
     fusion, of = FUSIONS[family], KINDS[kind]
     apart, fused, modules = {}, {}, []
     for i in map(str, range(LAYERS)):
@@ -139,7 +146,7 @@ def test_as_if_they_were_apart(family: str, kind: str, which: slice, tmp_path: F
             end = ends[0].rpartition(".")[2]
             values = [own[name] for own, name in zip(each, ends, strict=True)]
             fused[f"{fusion.fused.replace('#', i)}.{end}"] = np.concatenate(values)
-        modules += parts[which]
+        modules += parts[WHICH[which]]
     given, fields = give(modules, of)
     config: dict[str, Any] = {"model_type": fusion.kind, "dtype": "float32"}
     if kind == "8 bits":
@@ -204,18 +211,6 @@ def test_apart_in_the_checkpoint(use_dora: bool, tmp_path: Folder) -> None:
     merged = merge(tmp_path, weights, {f"{place}.up_proj": low_rank((ROWS, COLUMNS), 2)}, MINIMAX)
     changed = [name for name, x in weights.items() if (merged[name] != x).any()]
     assert changed == [f"{place}.up_proj.weight"]
-
-
-def test_a_tree(tmp_path: Folder) -> None:
-    """By the names of a table, which are those of the model."""
-    weights = {FUSED: random(12, 6)}
-    a, b = low_rank((4, 6), 2)
-    node = LowRank(jnp.asarray(a.T), jnp.asarray(b.T), 1.5, Layout((), (0,), (1,)))
-    base = checkpoint(tmp_path / "base", weights, **GTE)
-    names = [peft.Name(r"(\d+)/q/kernel", r"layers.\1.self_attn.q_proj", "io")]
-    peft.export_merged(base, [{"q": {"kernel": node}}], tmp_path / "tree", names=names)
-    merged = merge(tmp_path, weights, {Q: (a, b)}, GTE)
-    np.testing.assert_array_equal(read(tmp_path / "tree")[FUSED], merged[FUSED])
 
 
 def test_the_fused_module_itself(tmp_path: Folder) -> None:
