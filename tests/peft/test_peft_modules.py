@@ -1,7 +1,6 @@
 """Leaves of several modules of PyTorch, such as k and v, and several leaves of one, as experts."""
 
 import dataclasses
-import functools
 import re
 import shutil
 from typing import Any
@@ -29,85 +28,75 @@ from safetensors.numpy import load_file, save_file
 from small import some
 
 import jlora
-from jlora import Full, LoRA, Slots, peft
-from jlora._adapters import LowRank
+from jlora import peft
 from jlora._tree import nest
-from jlora._types import Layout
 from jlora.peft import Name
 from jlora.peft.names._advice import advise
 from jlora.peft.names._leaves import resolve, row_of
+from jlora.types import Layout, LowRank
 from tests.peft.formats import test_base_files as base_files
 from tests.peft.test_peft import delta
 
-KEY = jax.random.key(0)
-X = jax.random.normal(KEY, (3, 4))
 NAMES = (
     Name(r"(\d+)/kv/w", (r"h.\1.k_proj", r"h.\1.v_proj"), "soio"),
     Name(r"(\d+)/kv/bias", (r"h.\1.k_proj", r"h.\1.v_proj"), "so", "bias"),
 )
 
 
+SHAPE = (2, 3, 4, 2)
+
+
 def params() -> Any:
-    kv = lambda i: {"w": normal(i, 2, 3, 4, 2), "bias": normal(9 + i, 2, 6)}  # noqa: E731
+    """Keys and values of two layers."""
+    kv = lambda i: {"w": normal(i, *SHAPE), "bias": normal(9 + i, 2, 6)}  # noqa: E731
     return {"0": {"kv": kv(0)}, "1": {"kv": kv(1)}}
 
 
-def apply(params: Any, x: jax.Array) -> jax.Array:
-    """Keys times values, in both layers."""
-    total = jnp.zeros(())
-    for layer in params.values():
-        kv = jnp.einsum("td,skdh->stkh", x, layer["kv"]["w"])
-        k, v = kv + layer["kv"]["bias"].reshape(2, 1, 3, 2)
-        total = total + jnp.sin(k) * v
-    return total
+def of_slots(*chosen: int) -> Any:
+    """A random node of some of the modules."""
+    return node(Layout((), (2,), (0, 1, 3), (2, chosen, 0)), SHAPE)
 
 
-@functools.cache
-def adapted(*rules: Any) -> tuple[Any, Any]:
-    """Base and random adapter."""
-    base, adapter = jax.jit(jlora.transform(apply, *rules).init)(KEY, params(), X)
-    return base, jax.tree.map(lambda x: x + normal(3, *x.shape), adapter)
-
-
-def rule(*chosen: int) -> LoRA:
-    return LoRA("kv/w", rank=2, alpha=3, slots=Slots(2, chosen))
+def in_layers(x: Any) -> Any:
+    return {i: {"kv": {"w": x}} for i in "01"}
 
 
 @pytest.mark.parametrize("chosen", some([(0,), (1,), (0, 1)], (1,), (0, 1)))
 def test_only_some_modules(chosen: tuple[int, ...], tmp_path: Folder) -> None:
     """Those of the adapted slots are in the file, are what it selects, and come back."""
-    base, adapter = adapted(rule(*chosen))
-    assert_equal(come_back(tmp_path / "a", base, adapter, NAMES), adapter)
+    node = of_slots(*chosen)
+    assert_equal(come_back(tmp_path / "a", params(), in_layers(node), NAMES), in_layers(node))
     wanted = [f"{'kv'[i]}_proj" for i in chosen]
     assert config_of(tmp_path / "a")["target_modules"] == wanted
     tensors = load_file(tmp_path / "a" / TENSORS)
     modules = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors}
     assert modules == {f"h.{layer}.{name}" for layer in range(2) for name in wanted}
-    node = adapter["1"]["kv"]["w"]
     for at, name in enumerate(wanted):
         np.testing.assert_array_equal(tensors[f"{PREFIX}h.1.{name}.lora_A.weight"], node.a[at].T)
 
 
+# What has no such form in PEFT, and the rank that it gets.
 SLOTS = {
-    "in any order": (rule(1, 0), 2),  # they come back in order
-    "a shared factor": (LoRA("kv/w", rank=2), 2),  # of which each module gets a copy
-    "of another axis": (LoRA("kv/w", rank=2, slots=Slots(3, (0, 2), axis=1)), 4),  # one A a module
+    "in any order": (of_slots(1, 0), 2),  # they come back in order
+    "a shared factor": (node(Layout((), (2,), (0, 1, 3)), SHAPE), 2),  # a copy for each module
+    "of another axis": (node(Layout((), (2,), (0, 1, 3), (3, (0, 2), 1)), SHAPE), 4),
 }
 
 
 @pytest.mark.parametrize("form", SLOTS)
 def test_other_slots(form: str, tmp_path: Folder) -> None:
-    """Whatever has no such form in PEFT is written with the same ΔW."""
+    """They are written with the same ΔW."""
     given, rank = SLOTS[form]
-    node = come_back(tmp_path / "a", *adapted(given), NAMES)["0"]["kv"]["w"]
-    assert node.layout.slots == (2, (0, 1), 0)
-    assert config_of(tmp_path / "a")["r"] == node.a.shape[-1] == rank
+    again = come_back(tmp_path / "a", params(), in_layers(given), NAMES)["0"]["kv"]["w"]
+    assert again.layout.slots == (2, (0, 1), 0)
+    assert config_of(tmp_path / "a")["r"] == again.a.shape[-1] == rank
 
 
 def test_in_full(tmp_path: Folder) -> None:
     """Biases beside A and B, and whole modules."""
-    for i, rules in enumerate(((rule(0, 1), Full("bias")), (Full("1/kv"), rule(1)))):
-        base, adapter = adapted(*rules)
+    base, whole = params(), {"w": normal(5, *SHAPE), "bias": normal(6, 2, 6)}
+    biases = {i: {"kv": {"w": of_slots(0, 1), "bias": normal(int(i), 2, 6)}} for i in "01"}
+    for i, adapter in enumerate((biases, in_layers(of_slots(1)) | {"1": {"kv": whole}})):
         assert_equal(come_back(tmp_path / str(i), base, adapter, NAMES), adapter)
 
 
@@ -260,7 +249,7 @@ def test_a_table_refuses_other_models(table: str, tmp_path: Folder) -> None:
         shutil.rmtree(tmp_path / "own")
 
 
-@pytest.mark.parametrize("table", peft.TABLES)
+@pytest.mark.parametrize("table", some(peft.TABLES, "bert", "llama4", "tunix-gemma", "gpt-oss"))
 def test_a_table_refuses_the_models_of_others(table: str) -> None:
     """The error names the tables that have rows for them."""
     names, path = peft.tables.WITH_PATHS[first_alike(table)]
@@ -419,34 +408,36 @@ def test_parts(table: Any, module: str, kind: str, shared: bool, tmp_path: Folde
     assert rank == (2 if shared else 2 * len(table))
 
 
-@pytest.mark.parametrize("change", ["one", "ranks", "scales"])
-def test_unequal_parts(change: str, tmp_path: Folder) -> None:
-    """What is not adapted gets zeros; ranks and scales may differ: the same ΔW."""
-    adapter = nodes("gate", "up", "down")
-    if change == "one":
-        del adapter["up"]
-    else:
-        adapter |= nodes("gate", rank=3) if change == "ranks" else nodes("gate", scale=0.25)
-    again = come_back(tmp_path / "a", zeros(nodes("gate", "up", "down")), adapter, PARTS)
-    assert set(again) == {"gate", "up", "down"}
+def scaled(adapter: Any, *scales: float) -> Any:
+    each = zip(adapter.items(), scales, strict=True)
+    return {name: x.replace(scale=scale) for (name, x), scale in each}
 
 
-def test_parts_of_untrained_factors(tmp_path: Folder) -> None:
-    """A B of zeros says nothing of blocks: A is that of all ranks."""
-    adapter = nodes("gate", "up", shared=True)
-    adapter = {n: x._replace(b=jnp.zeros_like(x.b)) for n, x in adapter.items()}
-    peft.save(tmp_path / "a", zeros(adapter), adapter, PARTS[:2])
-    assert_equal(peft.load(tmp_path / "a", zeros(adapter), PARTS[:2]), adapter)
+ALL_PARTS, TWO, ONE_A = (
+    nodes("gate", "up", "down"),
+    nodes("gate", "up"),
+    nodes("gate", "up", shared=True),
+)
+# Adapters of parts, and whether these very leaves come back; else there is the same ΔW.
+UNEQUAL: dict[str, tuple[Any, bool]] = {
+    "one": (nodes("gate", "down"), False),  # the other gets zeros
+    "ranks": (ALL_PARTS | nodes("gate", rank=3), False),
+    "scales": (ALL_PARTS | nodes("gate", scale=0.25), False),
+    "the first of scale 0": (scaled(TWO, 0.0, 1.5), False),
+    "the second of scale 0": (scaled(ONE_A, 1.5, 0.0), False),
+    "both of scale 0": (scaled(TWO, 0.0, 0.0), True),
+    "both of scale 0, with one A": (scaled(ONE_A, 0.0, 0.0), True),
+    # A B of zeros says nothing of blocks: A is that of all ranks.
+    "untrained": ({n: x.replace(b=np.zeros_like(x.b)) for n, x in ONE_A.items()}, True),
+}
 
 
-@pytest.mark.parametrize("scales", [(0.0, 0.0), (0.0, 1.5), (1.5, 0.0)])
-@pytest.mark.parametrize("shared", [False, True])
-def test_parts_of_scale_0(shared: bool, scales: Any, tmp_path: Folder) -> None:
-    """A part that changes nothing, beside one that does, or by itself."""
-    adapter = nodes("gate", "up", shared=shared)
-    adapter = {n: x.replace(scale=s) for (n, x), s in zip(adapter.items(), scales, strict=True)}
-    again = come_back(tmp_path / "a", zeros(adapter), adapter, PARTS[:2])
-    if not any(scales):
+@pytest.mark.parametrize("case", UNEQUAL)
+def test_unequal_parts(case: str, tmp_path: Folder) -> None:
+    adapter, is_same = UNEQUAL[case]
+    again = come_back(tmp_path / "a", zeros(ALL_PARTS), adapter, PARTS)
+    assert again.keys() == adapter.keys() | {"gate", "up"}
+    if is_same:
         assert_equal(again, adapter)
 
 
