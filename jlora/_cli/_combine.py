@@ -11,8 +11,8 @@ import numpy as np
 
 import jlora
 
-from .._adapters import LowRank
-from .._errors import shorten, show
+from .._adapters import LowRank, is_node
+from .._errors import show
 from .._folders import check_vacant
 from .._tree import count
 from ..peft import Contents
@@ -20,12 +20,7 @@ from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import IGNORE, PREFIX
 
 BASES = ("base_model_name_or_path", "revision")
-# What is kept if all have the same; the second of it only as a whole.
-KEPT = ("auto_mapping", "fan_in_fan_out", "lora_dropout", "task_type")
-SELECTION = (
-    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
-    *("layers_pattern", "ensure_weight_tying"),
-)
+KEPT = ("auto_mapping", "fan_in_fan_out", "lora_dropout", "task_type")  # if all have the same
 SHARE = click.FloatRange(0, 1, min_open=True)
 
 
@@ -61,7 +56,10 @@ def combine(
     if the adapters are.
     """
     call(check_vacant, out)
-    numbers = _numbers(weights, len(adapters))
+    try:
+        numbers = [float(x) for x in weights.split(",")] if weights else [1.0] * len(adapters)
+    except ValueError:
+        raise ValueError(f"--weights must be numbers such as 0.5,0.5; got {weights!r}.") from None
     if density is not None and method == "add":
         raise ValueError("--density is for --method ties and dare; got --method add.")
     options = {} if density is None else {"density": density}
@@ -97,37 +95,31 @@ def combine(
 
 def _find_contradictions(each: Sequence[Contents]) -> Iterator[str]:
     """Yields what the sum would depend on: other models, weights, ties or parameters."""
-    for key in BASES:
-        named = {x.config[key]: None for x in each if x.config.get(key) is not None}
-        if len(named) > 1:
-            yield f"{key}: {' and '.join(map(shorten, named))} are not one name of one model"
-    first = dict[str, np.ndarray]()
+    known: dict[str, Any] = {}
     for own in each:
-        for key, x in own.frozen.items():
-            if not np.array_equal(x, first.setdefault(key, x)):
-                yield f"{show(key)}: the frozen values are not those of one model"
-    for key, head in {pair for own in each for pair in own.tied.items()}:
-        if any({key, head} & {*x.leaves} and x.tied.get(key) != head for x in each):
-            yield f"{show(key)}: {show(head)} is tied to it in one of them only"
-    for own in each:
+        for name, x in _facts(own).items():
+            if not np.array_equal(x, known.setdefault(name, x)):
+                yield f"{show(name)} is not the same in all"
         if others := [name for name, x in own.leaves.items() if type(x) is not LowRank]:
-            yield f"{show(others[0])}: its change is not s·A·B alone"
-        stacked = (name for name, x in own.leaves.items() if _is_stacked(x))
+            yield f"the change of {show(others[0])} is not s·A·B alone"
+        stacked = (name for name, x in own.leaves.items() if is_node(x) and x.layout.stack)
         found = collections.Counter(name.rpartition(".")[0] for name in stacked)
         if several := [module for module, count in found.items() if count > 1]:
-            yield f"{show(several[0])}: the files do not distinguish the parameters of experts"
+            yield f"the files do not distinguish the parameters of experts in {show(several[0])}"
 
 
-def _is_stacked(x: object) -> bool:
-    return isinstance(x, LowRank) and bool(x.layout.stack)
+def _facts(own: Contents) -> dict[str, Any]:
+    """Returns by name what must be equal in all adapters that have it."""
+    named = {key: own.config[key] for key in BASES if own.config.get(key) is not None}
+    ties = {name: own.tied.get(name) for name in own.leaves}
+    ties |= {head: name for name, head in own.tied.items()}
+    return named | dict(own.frozen) | {f"what {name} is tied to": x for name, x in ties.items()}
 
 
 def _describe(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns what all configurations say; `write` lists the modules where they differ."""
+    """Returns what all configurations say; `write` lists the modules."""
     first = each[0]
-    same = {key for key in (*KEPT, *SELECTION) if all(x.get(key) == first.get(key) for x in each)}
-    kept = same if {*SELECTION} <= same else same.intersection(KEPT)
-    fields = {key: first[key] for key in first if key in kept}
+    fields = {k: first[k] for k in KEPT if all(x.get(k, KEPT) == first.get(k) for x in each)}
     return fields | {key: x[key] for x in reversed(each) for key in BASES if x.get(key)}
 
 
@@ -135,16 +127,3 @@ def _widen(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Converts to float32 at least, so that sums are not rounded to 16 bits."""
     wide = lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
     return jax.tree.map(wide, dict(leaves))
-
-
-def _numbers(text: str | None, count: int) -> list[float]:
-    try:
-        found = [1.0] * count if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if len(found) != count or not np.isfinite(found).all():
-        raise ValueError(
-            f"--weights: expected a finite number for each of the {count} adapters, such as "
-            f"{','.join(['0.5'] * count)}; got {text!r}."
-        )
-    return found

@@ -64,7 +64,7 @@ def check_sum(folders: list[Folder], out: Folder, weights: tuple[float, ...] = W
 
 @pytest.mark.parametrize("name", some(CASES, "bf16", "embeddings", "gpt2_tied", "rslora", "tied"))
 def test_the_sum(name: str, tmp_path: Folder) -> None:
-    """What is written says of itself what it is; it selects the model's modules as the inputs do.
+    """What is written says of itself what it is.
 
     rsLoRA, patterns, ties and embeddings too. The fixture's model takes it.
     """
@@ -74,7 +74,6 @@ def test_the_sum(name: str, tmp_path: Folder) -> None:
     peft.load(tmp_path / "c", case.base, case.names)
     fields = config_of(tmp_path / "c")
     assert fields["use_rslora"] is False and "2 adapters by add" in text
-    assert fields["target_modules"] == config_of(case.folder)["target_modules"]
 
 
 # One model, whose modules they select by a pattern, by lists, by layers and by names.
