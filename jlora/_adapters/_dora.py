@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._arrays import einsum, is_on_host, promote, to_device
-from .._core import LEAST, Axis, Change, Delta, Factor, leaf_weight
+from .._core import Axis, Change, Delta, Factor, leaf_weight
 from .._errors import InputError
 from .._node import Axes, Node
 from .._quantized import BaseLeaf, Quantized
@@ -26,6 +26,8 @@ from .._whole import check_whole
 from ._lora import LoRA, refuse_keywords_of_peft
 from ._low_rank import LowRank, stack_and_slots, without_slots
 from ._register import register
+
+LEAST = 2.0**-60  # of a gain, which is divided out of a product again
 
 
 @register
@@ -82,7 +84,7 @@ class Decomposed(Node):
         outputs = tuple(map(Axis, (*self.layout.stack, *self.layout.outputs)))
         whole = without_slots(self, w.shape)
         delta = Delta(whole.factor("a"), whole.factor("b"), self.scale)
-        return Change((delta,), Factor(_compute_gain(self, w), outputs), least=LEAST)
+        return Change((delta,), Factor(_compute_gain(self, w), outputs), divides=True)
 
 
 @register

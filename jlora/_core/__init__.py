@@ -13,7 +13,6 @@ from ._axes import Axis as Axis
 from ._axes import Factor as Factor
 from ._axes import Roles as Roles
 from ._axes import Unfactorable as Unfactorable
-from ._change import LEAST as LEAST
 from ._change import Change as Change
 from ._change import Delta as Delta
 from ._interpret import ROWS as ROWS

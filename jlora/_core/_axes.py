@@ -38,11 +38,6 @@ RANK = Axis(-1)
 REPEATED = (None, -1)
 
 
-def axes_of_leaf(path: str, ndim: int) -> tuple[Axis, ...]:
-    """Names the axes of the parameter leaf at `path`."""
-    return tuple(Axis(d, frozenset({(path, d)})) for d in range(ndim))
-
-
 class Roles(NamedTuple):
     """The axes of W that a product batches, contracts and keeps."""
 

@@ -8,7 +8,7 @@ interpreter knows nothing else of a method.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,6 @@ from ._axes import RANK, Axis, Factor, Unfactorable
 
 Pair = tuple[jax.Array, jax.Array]
 
-LEAST = 2.0**-60  # a gain that is at least this large can be divided out of a product again
 FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
 
 
@@ -138,8 +137,8 @@ class Change:
     Attributes:
         deltas: the ΔW.
         gain: the gain, or None.
-        least: a lower bound of the gain's magnitude. If it is at least `LEAST`, products need less
-            memory: see `times`.
+        divides: whether products may be divided by the gain. They then need less memory: see
+            `times`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -153,7 +152,17 @@ class Change:
 
     deltas: tuple[Delta, ...] = ()
     gain: Factor | None = None
-    least: float = dataclasses.field(default=0.0, metadata={"static": True})
+    divides: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def repeat(self, lengths: Mapping[Axis, int]) -> "Change":
+        """Repeats the gain, and A where B lacks the axis too, along the axes of `lengths`."""
+
+        def delta(d: Delta) -> Delta:
+            lacking = {axis: n for axis, n in lengths.items() if axis not in d.b.axes}
+            return dataclasses.replace(d, a=d.a.repeat(lacking))
+
+        gain = self.gain and self.gain.repeat(lengths)
+        return dataclasses.replace(self, deltas=tuple(map(delta, self.deltas)), gain=gain)
 
     def of(self, w: jax.Array, axes: Sequence[Axis], sign: int = 1) -> jax.Array:
         """Changes `w`, in float32 or better, and rounds once to its dtype.

@@ -1,7 +1,6 @@
 """Contractions with a weight: `dot_general` and convolutions."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._arrays import explicit, spell
+from .._arrays import explicit
 from ._axes import RANK, Axis, Factor, Roles, Unfactorable
 from ._change import Delta
 from ._factored import Term, low_rank
 from ._interpret import Equation, primitive
 from ._product import Product
-from ._weight import Operand, Weight, value_of
+from ._weight import Operand, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +76,13 @@ class Contraction(Product):
 
 
 def _contraction(eqn: Equation, at: int) -> Contraction:
-    """Makes the contraction whose weight is operand `at`.
+    """Makes the contraction whose weight is operand `at`; another weight is formed.
 
     Example: x (b, t, i) · w (i, o) gives y (b, t, o), with i, o = w.axes.
     """
     w = eqn.operands[at]
-    x = value_of(eqn.operands[1 - at])
+    x = eqn.operands[1 - at]
+    x = x.form(eqn.where) if isinstance(x, Weight) else x
     assert isinstance(w, Weight)
     contracted, batch = eqn.params["dimension_numbers"]
     meet = zip((*batch[1 - at], *contracted[1 - at]), (*batch[at], *contracted[at]), strict=True)
@@ -124,37 +124,16 @@ def _multiply_together(products: Sequence[Contraction]) -> list[jax.Array]:
 
 @primitive("dot_general", is_move=False, together=_together)
 def _dot_general(eqn: Equation, *_: Operand) -> jax.Array:
-    both = [_contraction(eqn, i) for i in _weights(eqn)]
-    changed = [c for c in both if c.w.is_changed] or both[:1]
-    if len(changed) == 1:  # the other weight, if there is one, is only unpacked
-        return changed[0].result()
-    first, second = both
-    if first.w.change.gain is not None or second.w.change.gain is not None:
-        raise Unfactorable("two adapted weights are multiplied, one of them with a gain")
-    terms = first.terms(first.x) + second.terms(second.x)
-    y = functools.reduce(first.add, terms, eqn.bind(first.w.array, second.w.array))
-    return _plus_both(y, first, second)
+    weights = _weights(eqn)
+    changed = [i for i, w in weights.items() if w.is_changed] or [*weights][:1]
+    # The product of two weights is as large as they are, so it costs no more to form one of them.
+    results = [_contraction(eqn, i).result() for i in changed]
+    return results[0]
 
 
-def _weights(eqn: Equation) -> list[int]:
-    """Returns the indices of the operands that are weights."""
-    return [i for i, x in enumerate(eqn.operands) if isinstance(x, Weight)]
-
-
-def _plus_both(y: jax.Array, first: Contraction, second: Contraction) -> jax.Array:
-    """Adds the products of the deltas of two adapted weights that are multiplied."""
-    of_second = dict(zip(second.w.axes, first.x_axes, strict=True))
-    of_second[RANK] = Axis(RANK.name - 1 - len(first.x_axes))
-    for s in first.w.change.deltas:
-        for t in second.w.change.deltas:
-            x, w = first.ordered(s, y.dtype), second.ordered(t, y.dtype)
-            of_w = (f.rename(of_second) for f in (w.factor_with_gate(w.a), w.b))
-            factors = (x.factor_with_gate(x.a), x.b, *of_w)
-            *names, out = spell(*(f.axes for f in factors), first.y_axes)
-            how = {"precision": first.eqn.params["precision"], "optimize": "optimal"}
-            cross = jnp.einsum(f"{','.join(names)}->{out}", *(f.value for f in factors), **how)
-            y = y + jnp.asarray(x.scale * w.scale, y.dtype) * cross
-    return y
+def _weights(eqn: Equation) -> dict[int, Weight]:
+    """Returns the operands that are weights by their index."""
+    return {i: x for i, x in enumerate(eqn.operands) if isinstance(x, Weight)}
 
 
 @primitive("conv_general_dilated", is_move=False)

@@ -222,12 +222,6 @@ def _apply_one(eqn: Equation) -> Sequence[Any]:
         found = PRIMITIVES.get(eqn.name)
         if not any(isinstance(x, Weight) for x in operands) and not _is_for_rows(traced):
             return _compat.bind(traced, *operands)
-        if found is None and _is_for_rows(traced):
-            raise NotImplementedError(
-                f"{eqn.where} has a ragged_dot inside, which JAX cannot map over the rows of "
-                "jlora.many.route. Call ragged_dot outside of it, apply each adapter to its rows "
-                "by itself, or multiply the experts by jnp.einsum."
-            )
         try:
             if found is None:
                 raise Unfactorable

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -15,7 +14,7 @@ from ._axes import Axis, Factor, Unfactorable, map_factors
 from ._change import Change, Delta
 from ._interpret import Equation, primitive
 from ._packed import Packed
-from ._weight import Operand, Weight, value_of
+from ._weight import Operand, Weight
 
 Padding = tuple[int, int, int]  # as in `lax.pad`
 
@@ -40,12 +39,11 @@ def _padded(w: Weight, config: dict[Axis, Padding]) -> Change:
     def delta(d: Delta) -> Delta:
         if d.key is not None and set(d.key.axes) & set(pads):
             raise Unfactorable("a stack with dropout keys is padded")
-        a = d.a.repeat({axis: n for axis, n in lengths.items() if axis not in d.b.axes})
-        return dataclasses.replace(d, a=pad(a, 0), b=pad(d.b, 0), gate=d.gate and pad(d.gate, 0))
+        return dataclasses.replace(d, a=pad(d.a, 0), b=pad(d.b, 0), gate=d.gate and pad(d.gate, 0))
 
-    lengths = {axis: w.lengths[axis] for axis in pads}
-    gain = w.change.gain and pad(w.change.gain.repeat(lengths), 1)
-    return dataclasses.replace(w.change, deltas=tuple(map(delta, w.change.deltas)), gain=gain)
+    change = w.change.repeat({axis: w.lengths[axis] for axis in pads})
+    gain = change.gain and pad(change.gain, 1)
+    return dataclasses.replace(change, deltas=tuple(map(delta, change.deltas)), gain=gain)
 
 
 @primitive("concatenate")
@@ -82,7 +80,8 @@ def _join(eqn: Equation, parts: Sequence[Operand], dim: int) -> Weight:
     if all(isinstance(p, Weight) and isinstance(p.w, Packed) for p in parts):
         w = _packed_join(eqn, axes)
     else:
-        w = Factor(eqn.bind(*map(value_of, eqn.operands)), axes)
+        values = (x.array if isinstance(x, Weight) else x for x in eqn.operands)
+        w = Factor(eqn.bind(*values), axes)
     parts = [_rename(p, axes) if isinstance(p, Weight) else p for p in parts]
     change = _one_change(parts, axes[dim]) or _side_by_side(out.shape, parts, dim)
     origin = dataclasses.replace(
@@ -128,9 +127,9 @@ def _side_by_side(shape: tuple[int, ...], parts: Sequence[Operand], dim: int) ->
         if isinstance(part, Weight)
     ]
     gains = [change.gain for change in changes if change.gain is not None]
-    least = math.prod(change.least for change in changes if change.gain is not None)
+    divides = all(change.divides for change in changes if change.gain is not None)
     deltas = tuple(delta for change in changes for delta in change.deltas)
-    return Change(deltas, functools.reduce(multiply, gains) if gains else None, least)
+    return Change(deltas, functools.reduce(multiply, gains) if gains else None, divides)
 
 
 def _one_change(parts: Sequence[Operand], axis: Axis) -> Change | None:

@@ -39,9 +39,8 @@ def _gather(eqn: Equation, w: Operand, indices: jax.Array) -> Operand:
     dims = range(len(w.axes) - len(collapsed) + indices.ndim - 1)
     axes = [next(kept) if i in numbers.offset_dims else Axis(next(names), leaf) for i in dims]
     batch = [axes[i] for i in dims if i not in numbers.offset_dims]
-    if fills and (gain := w.change.gain) is not None:  # rows that are filled have none
-        gain = gain.repeat({a: w.lengths[a] for a in w.axes if a in indexed})
-        w = w.replace(w.w, dataclasses.replace(w.change, gain=gain))
+    if fills:  # such rows have no change: what is looked up must have all axes of the indices
+        w = w.replace(w.w, w.change.repeat({a: w.lengths[a] for a in indexed}))
     roles = Roles((), picked, tuple(a for a in w.axes if a in whole))
     found = _Lookup(eqn, w, indices, roles, tuple(axes), tuple(batch), fills)
     return found.weight() if found.is_weight else found.result()
@@ -76,10 +75,10 @@ class _Lookup(Product):
             # A lookup is an input of 1 at its row: dropout keeps or drops it.
             keep = Factor(delta.drop(jnp.ones(x.shape[:-1], value.dtype)), self.batch)
             value = value * keep.expand_to(self.axes)
-        return self._within_bounds(value, 0, delta.a, delta.b)
+        return value
 
     def spread(self, gain: Factor, on_x: bool) -> jax.Array:
-        return self._within_bounds(self.take(gain).expand_to(self.axes), 1, gain)
+        return self.take(gain).expand_to(self.axes)
 
     def add(self, y: jax.Array, term: jax.Array) -> jax.Array:
         return plus(y, term)  # rounded as rows of the merged W are
@@ -97,13 +96,7 @@ class _Lookup(Product):
     def weight(self) -> Weight:
         """Looks up rows of W and of its change."""
         w = self.w
-        picked = {a: w.lengths[a] for a in self.roles.inputs if self.fills}
-        # Rows that are filled have no ΔW: a factor must have all axes that could be out of bounds.
-        deltas = tuple(
-            d if picked.keys() <= {*d.b.axes} else dataclasses.replace(d, a=d.a.repeat(picked))
-            for d in w.change.deltas
-        )
-        change = map_factors(self.take, dataclasses.replace(w.change, deltas=deltas))
+        change = map_factors(self.take, w.change)
         found = w.w.with_pieces({a: w.lengths[a] for a in self.roles.inputs})
         if isinstance(found, Packed):
             rows = map_factors(self.take, found).with_axes(self.axes, self.eqn.outputs[0].shape)
@@ -125,19 +118,6 @@ class _Lookup(Product):
             wrap_negative_indices=False,
         )
         return f.replace(value, (*self.batch, *f.axes[len(picked) :]))
-
-    def _within_bounds(self, x: jax.Array, filled: int, *taken: Factor) -> jax.Array:
-        """Zeroes the gradient of `x`, made of rows `taken`, at indices out of bounds.
-
-        JAX does so for a lookup in W, unless the mode clips the indices. In mode "fill" it also
-        writes `filled` there, unless a factor has the axis: `take` has filled its rows already.
-        """
-        if self.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
-            return x
-        outside = lax.stop_gradient(x)
-        if self.fills and not {*self.roles.inputs}.issubset(a for f in taken for a in f.axes):
-            outside = jnp.asarray(filled, x.dtype)
-        return jnp.where(self._is_row().expand_to(self.axes), x, outside)
 
     def _is_row(self) -> Factor:
         """Whether each index is in bounds."""

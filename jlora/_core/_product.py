@@ -3,18 +3,15 @@
 import abc
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.typing import DTypeLike
 
 from .._arrays import lie_along, promote
-from ._axes import RANK, Factor, Roles, Unfactorable
-from ._change import LEAST, Delta, Pair
+from ._axes import Factor, Roles, Unfactorable
+from ._change import Delta, Pair
 from ._weight import Weight
 
 
@@ -69,7 +66,7 @@ class Product(abc.ABC):
         if gain is None:
             return x
         x = x.astype(self.dtype) if on_x else x  # integers cannot hold their product with a gain
-        return times(x, lie_along(self.spread(gain, on_x), x), self.w.change.least)
+        return times(x, lie_along(self.spread(gain, on_x), x), self.w.change.divides)
 
     @property
     def _gains(self) -> tuple[Factor | None, Factor | None]:
@@ -96,18 +93,19 @@ class Product(abc.ABC):
         """The dtype in which the factors are multiplied."""
         return promote(self.x.dtype, self.w.dtype)
 
-    def ordered(self, delta: Delta, dtype: DTypeLike | None = None) -> Delta:
-        """Returns a delta in a dtype, whose `a` is the factor that x is multiplied with first.
+    def ordered(self, delta: Delta) -> Delta:
+        """Returns a delta in `dtype`, whose `a` is the factor that x is multiplied with first.
 
         Its factors together have all axes of W. It has no key: x has dropped its entries.
         """
-        dtype = dtype or self.dtype
+        dtype = self.dtype
         delta = delta.of_slot()
         inputs = {*self.roles.inputs}
         q, p = sorted((delta.b, delta.a), key=lambda f: len(inputs.intersection(f.axes)))
         delta = dataclasses.replace(delta, a=p, b=q, key=None, dropout=0.0)
-        if delta.is_matrix and jnp.finfo(dtype).minexp > -100:
-            delta = _balance(delta)
+        if delta.is_matrix and jnp.finfo(dtype).minexp > -100:  # in float16 s, or B, may vanish
+            scaled = q.each(lambda x: x.astype(promote(x.dtype, jnp.float32)) * delta.scale)
+            delta = dataclasses.replace(delta, b=scaled, scale=1.0)
         p, q = (f.each(lambda x: x.astype(dtype)) for f in (delta.a, delta.b))
         rest = {a: n for a, n in self.w.lengths.items() if a not in (*p.axes, *q.axes)}
         of_q = {a: n for a, n in rest.items() if a in self.roles.outputs}
@@ -115,34 +113,13 @@ class Product(abc.ABC):
         return dataclasses.replace(delta, a=p.repeat(of_p), b=q.repeat(of_q))
 
 
-def _balance(delta: Delta) -> Delta:
-    """Moves s and the norm of each column of A into B, for float16.
+def times(x: jax.Array, gain: jax.Array, divides: bool) -> jax.Array:
+    """Multiplies `x` by `gain` in the dtype of `x`.
 
-    There x·A, s·A or s·x·A could be above 65,504, or round to 0, while s·A·B is neither. Columns
-    of A are divided by powers of two, so nothing else is rounded.
-    """
-    others = [i for i, a in enumerate(delta.a.axes) if a != RANK]
-    wide = lax.stop_gradient(delta.a.value).astype(promote(delta.a.dtype, jnp.float32))
-    norm = jnp.sqrt(jnp.square(wide).sum(others)).astype(jnp.float32)
-    power = jnp.where((norm > 0) & jnp.isfinite(norm), jnp.frexp(norm)[1], 0)
-
-    def times_power(f: Factor, sign: int, scale: float = 1.0) -> Factor:
-        factor = jnp.ldexp(jnp.float32(scale), sign * power)
-        wide = promote(f.dtype, jnp.float32)
-        return f.replace(f.value.astype(wide) * f.replace(factor, [RANK]).expand_to(f.axes))
-
-    b = times_power(delta.b, 1, delta.scale)
-    return dataclasses.replace(delta, a=times_power(delta.a, -1), b=b, scale=1.0)
-
-
-def times(x: jax.Array, gain: jax.Array, least: float = 0.0) -> jax.Array:
-    """Multiplies `x` by `gain`, of a magnitude of at least `least`, in the dtype of `x`.
-
-    If `least` is large enough, the backward pass keeps the result instead of `x`, because the model
+    If the gain `divides`, the backward pass keeps the result instead of `x`, because the model
     usually keeps the result too, and divides the gain out of it. float16 has too few exponents.
     """
-    has_exponents = jnp.finfo(x.dtype).minexp < math.log2(LEAST)
-    return _scaled(x, gain) if least >= LEAST and has_exponents else _product(x, gain)
+    return _scaled(x, gain) if divides and jnp.finfo(x.dtype).minexp < -100 else _product(x, gain)
 
 
 def _product(x: jax.Array, gain: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from .. import _compat
-from ._axes import Along, Axis, Factor, Group, Roles, Unfactorable, axes_of_leaf, map_factors
+from ._axes import Along, Axis, Factor, Group, Roles, Unfactorable, map_factors
 from ._change import Change
 from ._packed import Packed
 
@@ -230,7 +230,8 @@ def leaf_weight(
 ) -> Weight:
     """Makes the weight of the leaf at `path`, an array or an object with a method `packed`."""
     # Only a search for sites needs the path in an axis, and the paths of equal layers differ.
-    axes = tuple(map(Axis, range(value.ndim))) if uses is None else axes_of_leaf(path, value.ndim)
+    known = [(path, d) for d in range(value.ndim)] if uses is not None else []
+    axes = tuple(Axis(d, frozenset(known[d : d + 1])) for d in range(value.ndim))
     unchecked = _compat.unchecked_axes()
     packed = getattr(value, "packed", None)
     w = Factor(value, axes) if packed is None else packed(axes)
@@ -244,11 +245,6 @@ def _fold_in(keys: jax.Array, data: int | jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys.ravel(), data).reshape(keys.shape)
 
 
-def value_of(x: Operand) -> jax.Array:
-    """Returns the W of a `Weight`, and an array as it is."""
-    return x.array if isinstance(x, Weight) else x
-
-
 # ---------------------------------------------------------------------------- groups of a reshape
 
 
@@ -259,7 +255,7 @@ def reshape_groups(
 
     An axis that stays alone keeps its name; the other new axes get `names`.
 
-    >>> axes = axes_of_leaf("w", 3)
+    >>> axes = [Axis(d, frozenset({("w", d)})) for d in range(3)]
     >>> groups = reshape_groups(axes, (6, 4, 5), (2, 3, 20), itertools.count(3))
     >>> [(list(g.old.values()), list(g.new.values())) for g in groups]
     [([6], [2, 3]), ([4, 5], [20])]

@@ -284,7 +284,7 @@ def test_what_routed_experts_refuse(pattern: str) -> None:
     jax.eval_shape(jax.grad(lambda x: many.route(energy)(base, table, ids, x).sum()), x)
     rule = LoRA(pattern, rank=1, materialize=True)
     base, adapters, apply, x = of_two(own_derivative, rule)
-    with refused(NotImplementedError, "custom_jvp_call", "ragged_dot", "einsum"):
+    with pytest.raises(NotImplementedError, match="ragged_dot vmap"):  # JAX's own
         many.route(apply)(base, many.stack(adapters[:2]), ids, x)
 
 
