@@ -1,41 +1,9 @@
 """`python examples/paper ablations`: a run from a table with a gap, and pictures of adapters."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tables
-from cases._case import fill
-from models import bert, parts
 from paper import ablations
-from small import randomize, some
-
-import jlora
-
-
-@pytest.fixture(scope="module")
-def small():
-    """A task with a small model, to be neither trained nor measured."""
-    model = bert.Bert(bert.Config(50, 64, 3, 4, 64, 16, 2, 1e-12), scan=True)
-    attention = lambda tree: tree["params"]["encoder"]["layer"]["attention"]  # noqa: E731
-    variables, ids = fill(parts.shapes(model), jnp.float32), jnp.ones((1, 8), jnp.int32)
-    return ablations.Task(model.apply, variables, (ids,), (), attention, print, print)
-
-
-def start(task, run):
-    """The rules of a run, its base, and an adapter whose B is not zero."""
-    rules = ablations.rules(task, run)
-    lora = jlora.transform(task.apply, *rules)
-    base, adapter = lora.init(jax.random.key(run.seed), task.variables, *task.example)
-    return rules, base, randomize(adapter)
-
-
-@pytest.mark.parametrize("matrices", some(ablations.MATRICES, "q", "q,k,v,o"))
-def test_the_matrices_and_no_others_at_one_budget(small, matrices):
-    run = ablations.Run("small", matrices, ablations.MATRICES[matrices], 0)
-    adapter = small.attention(start(small, run)[2])
-    assert sorted(adapter) == sorted(ablations.NAMES[letter] for letter in matrices.split(","))
-    assert jlora.count(adapter) == 3 * (64 + 64) * 8
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def out(tmp_path_factory):
     return out
 
 
-@pytest.mark.slow  # whole runs for every day are those of quickstart, chat, paper and resume
+@pytest.mark.slow  # whole runs for every day are those of quickstart, chat and resume
 def test_runs_costs_and_latencies(out):
     """The table has them all; merged weights are timed too."""
     runs = tables.read(out / "methods_runs.csv")

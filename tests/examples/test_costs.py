@@ -14,6 +14,7 @@ def report(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[dict, list[l
     return json.loads(line), [re.split(r"  +", row.strip()) for row in table]
 
 
+@pytest.mark.slow
 def test_times(monkeypatch, capsys):
     """Of a tiny model, in two rounds."""
     monkeypatch.setattr(costs, "ROUNDS", 2)

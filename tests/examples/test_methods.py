@@ -55,7 +55,7 @@ def jiggle(tree, by):
     )
 
 
-@pytest.mark.parametrize(("kind", "name"), some_rows(EVERY, ("bert", "prompt")))
+@pytest.mark.parametrize(("kind", "name"), some_rows(EVERY))
 def test_laws(kind, name):
     """Frozen variables, a start at the model, gradients everywhere, and padding that is unseen."""
     rules = () if kind == "gpt" else (jlora.Full("pooler|classifier"),)

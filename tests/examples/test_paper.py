@@ -99,6 +99,7 @@ def run(roberta, tmp_path_factory):
     return argv, out, medians
 
 
+@pytest.mark.slow
 def test_learns_classes_and_saves_the_adapter_of_the_best_epoch(run, roberta):
     """What is in the folder has the score that is in the table."""
     argv, out, medians = run
@@ -119,6 +120,7 @@ def test_learns_classes_and_saves_the_adapter_of_the_best_epoch(run, roberta):
     assert found == {"accuracy": pytest.approx(scores[1])}
 
 
+@pytest.mark.slow
 def test_other_settings_want_another_folder(run):
     argv, *_ = run
     with pytest.raises(SystemExit, match="has seeds of other settings: rank was 8, is 4"):

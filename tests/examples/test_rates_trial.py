@@ -1,6 +1,5 @@
 """`examples/rates_trial.py`: how the rule is judged, and that the guide has what was run."""
 
-import functools
 import math
 import pathlib
 
@@ -53,30 +52,6 @@ def test_the_rule_finds_the_lowest_loss(best, runs):
     assert found.is_as_good and found.strict
 
 
-def test_a_rule_that_stops_early_is_not_as_good():
-    """Where another valley is lower; the error is that of the paired differences."""
-    valley = lambda n, seed: {-5: 1.0, -8: 0.0}.get(n, 2.0)  # noqa: E731
-    held_out = lambda n, seed: valley(n, seed) + seed + 0.1 * seed * (n == -8)  # noqa: E731
-    found = rates_trial.judge(grid(valley, held_out))
-    assert (found.rule, found.best, found.runs) == (3e-3, 1e-4, 9)
-    assert found.difference == pytest.approx(0.8)
-    assert found.error == pytest.approx(0.1 * np.std(SEEDS, ddof=1) / len(SEEDS) ** 0.5)
-    assert not found.is_as_good
-
-
-@pytest.mark.parametrize("loss_of_one", [3.0, math.inf])
-@pytest.mark.parametrize(("seen", "rule"), [((0,), 1e-2), ((2, 3, 4), 1e-2), ((0, 1, 2), 3e-3)])
-def test_the_mean_of_the_seeds_that_are_seen_decides(seen, rule, loss_of_one):
-    """Seed 1 is bad at the better rate of the others, or diverges."""
-
-    def loss(n, seed, bad=3.0):
-        return bad if (n, seed) == (-4, 1) else 1 + 0.1 * abs(n + 4)
-
-    found = rates_trial.judge(grid(functools.partial(loss, bad=loss_of_one), loss), seen)
-    assert (found.rule, found.best) == (rule, 3e-3)
-    assert found.difference == pytest.approx(0.3 * (rule == 1e-2))
-
-
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
 
 
@@ -104,6 +79,7 @@ def test_the_guides_say_how_often_the_rule_was_good():
     assert f"one seed was as good in {one} results, and three seeds in {three}." in page
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_the_losses_are_the_models(monkeypatch):
     """The lowest rate keeps what the model knew; a higher one learns more."""
     monkeypatch.setattr(rates_trial, "PRETRAINING", 4)

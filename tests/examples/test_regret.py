@@ -1,12 +1,10 @@
-"""`examples/regret.py` and `regret_figures.py`: what runs when, and what is written."""
+"""`examples/regret.py` and `regret_figures.py`: the advice, some runs, and what is written."""
 
-import collections
 import pathlib
 import re
 import shutil
 
 import advice
-import grpo
 import numpy as np
 import pytest
 import regret
@@ -14,73 +12,11 @@ import regret_figures
 import small_gpts
 import trials
 from regret import PLANS, Setting
-from small import some
-
-from tests.examples.test_grpo import CONFIG, PARAMS, Tokenizer
 
 GUIDES = pathlib.Path(__file__).parents[2] / "notebooks"
 RESULTS = [f"regret_{name}.csv" for name in ("runs", *regret.OWN)]
-CURVES = {
-    "first": [("loss", regret.FIRST)],
-    "reinforce": [("reward", regret.REWARDED)],
-}
-TWO = dict.fromkeys(("long", "parts", "reinforce", "sentences"), 2)
-FURTHER = TWO | {"first": 1, "forgetting": 4}  # rates of further seeds
-RIGHT = [f"{x}_{when}" for x in ("sampled", "greedy") for when in ("before", "after")]
 
 # ---- runs ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """The runs that take place; their loss is least at 1e-3, for full fine-tuning at 1e-4."""
-    found = []
-
-    def make_train(setting):
-        best = -3 if setting.rank else -4
-
-        def train(rate, seed):
-            found.append((setting, rate, seed))
-            loss = (np.log10(rate) - best) ** 2 + 0.01 * seed
-            scores = dict.fromkeys(("validation", "held_out", "loss"), loss)
-            scores |= dict.fromkeys(("held_out_right", *RIGHT), 1 - loss) | {"trained": 10}
-            if setting.experiment == "forgetting":
-                old = {"old_before": 1.0, "old_after": 1 + 10 * rate, "intruders": 0}
-                scores |= {"new_before": loss + 1, **old}
-            for name, steps in CURVES.get(setting.experiment, ()):
-                scores |= regret.numbered(name, [loss + 1 - i / steps for i in range(steps)])
-            return scores
-
-        return train
-
-    monkeypatch.setattr(regret, "make_train", make_train)
-    return found
-
-
-@pytest.mark.parametrize("name", some(PLANS, "rates"))
-def test_every_experiment(tmp_path, name, asked):
-    """One seed of all settings comes first, and no run is repeated; a picture and a table."""
-    command = ["--experiments", name, "--seeds", "2", "--out", str(tmp_path)]
-    regret.main(command)
-    own = list(dict.fromkeys((setting, seed) for setting, _, seed in asked))
-    assert own == [(x, seed) for seed in (0, 1) for x in PLANS[name][0]]
-    further = collections.Counter(setting for setting, _, seed in asked if seed == 1)
-    assert set(further.values()) == {FURTHER.get(name, 3)}
-    # A process that was stopped in a run, and in writing of it.
-    path, before = tmp_path / f"regret_{name if name in regret.OWN else 'runs'}.csv", list(asked)
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:-2]) + lines[-2][:20])
-    regret.main(command)
-    assert asked[len(before) :] == before[-2:]
-    assert path.read_text() == "".join(lines)
-
-    text = regret_figures.write(tmp_path)
-    assert (tmp_path / f"regret_{name}.png").stat().st_size > 5000
-    table = regret_figures.markdown(regret_figures.read(tmp_path), name)
-    settings = {x.rank for x in PLANS[name][0]} if name in regret_figures.BITS else PLANS[name][0]
-    assert table in text
-    before = {"reinforce": 1, "forgetting": 2}.get(name, 0)
-    assert len(table.splitlines()) == 2 + before + len(settings)
 
 
 def advised(capsys, *options):
@@ -112,17 +48,6 @@ def test_the_advice_is_near_what_was_measured(capsys, model):
                 assert abs(n - best) <= 0.5 and len(asked) <= 5
 
 
-@pytest.mark.parametrize("given", [[], ["--batch=16"], ["--width=64"], ["--width=64", "--batch=0"]])
-def test_no_advice_without_a_model(capsys, given):
-    """It names what is absent."""
-    with pytest.raises(SystemExit):
-        regret.main(["--advise", *given])
-    error = capsys.readouterr().err
-    for name, what in advice.ADVISED.items():
-        assert (f"--{name} ({what})" in error) == (f"--{name}" not in str(given))
-    assert ("--batch=0: expected 1 or more" in error) == ("--batch=0" in given)
-
-
 @pytest.mark.slow
 def test_strings_are_learned(monkeypatch):
     """By full fine-tuning, more than by rank 1."""
@@ -133,20 +58,6 @@ def test_strings_are_learned(monkeypatch):
         train = regret.make_train(regret.scaled("capacity", "strings-16", rank, 16, "blocks"))
         learned[rank] = regret_figures.learned(train(3e-3, 0) | {"task": "strings-16"})
     assert 100 < learned[1] < learned[0] < 16 * 16 * 6
-
-
-@pytest.mark.slow
-def test_a_run_on_rewards(monkeypatch):
-    """What the score is and what chooses the rate; all steps."""
-    monkeypatch.setattr(grpo, "HELD_OUT", grpo.HELD_OUT[:8])
-    monkeypatch.setattr(regret, "REWARDED", 3)
-    before = dict.fromkeys(RIGHT[::2], 0.25)
-    monkeypatch.setattr(regret, "untrained", lambda: ((CONFIG, PARAMS, Tokenizer()), before))
-    row = regret.make_train(regret.scaled("reinforce", "sums", 8, 8))(1e-2, 2)
-    assert set(RIGHT) < row.keys() and row["sampled_before"] == 0.25
-    rewards = list(regret_figures.curve(row).values())
-    assert len(rewards) == 3
-    assert row["validation"] == pytest.approx(1 - np.mean(rewards), abs=1e-5)
 
 
 @pytest.fixture
@@ -185,6 +96,7 @@ def test_a_run_that_looks_back(texts, monkeypatch, method):
 # ---- what is written ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_committed_table_is_that_of_the_committed_runs(tmp_path):
     for name in RESULTS:
         if (regret.OUT / name).exists():

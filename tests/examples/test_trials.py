@@ -42,7 +42,7 @@ def task():
     )
 
 
-@pytest.mark.parametrize("name", some(variants.VARIANTS, "lora_all"))
+@pytest.mark.parametrize("name", some(variants.VARIANTS))
 def test_every_variant_trains(task, name):
     """And is measured by the model's own loss."""
     runner, seen = variants.make_runner(task, variants.VARIANTS[name]), {}
