@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from messages import refused
+from peft_calls import FUNCTIONS, LIKE, NAMES, folders
 from peft_files import CONFIG, ENDS, PREFIX, TENSORS, pair, write
 from safetensors.numpy import save_file
 
 from jlora import checkpoint, peft
 from jlora.types import Layout, LowRank
-from tests.peft.test_links import LIKE, NAMES, folders, in_cache
+from tests.peft.test_links import in_cache
 
 Folder = pathlib.Path
 ONE = np.ones((2, 2), np.float32)
@@ -114,14 +115,9 @@ def test_what_is_given_for_an_adapter(case: str, tmp_path: Folder) -> None:
     (tmp_path / "empty").mkdir()
     make, *facts = GIVEN[case]
     given = make(tmp_path)
-    for call in (
-        lambda: peft.read(given),
-        lambda: peft.load(given, LIKE, NAMES),
-        lambda: peft.export_merged(base, given, tmp_path / "out"),
-        lambda: peft.check(given, "vllm"),
-    ):
+    for call in FUNCTIONS.values():
         with refused((ValueError, FileNotFoundError), "", *facts):
-            call()
+            call(base, given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -216,13 +212,9 @@ def test_tensors_of_no_size(shapes: Any, tmp_path: Folder) -> None:
     base, adapter = folders(tmp_path)
     own = {PREFIX + "q" + end: np.ones(s, np.float32) for end, s in zip(ENDS, shapes, strict=True)}
     save_file(own, adapter / TENSORS)
-    for call in (
-        lambda: peft.read(adapter),
-        lambda: peft.load(adapter, LIKE, NAMES),
-        lambda: peft.export_merged(base, adapter, tmp_path / "out"),
-    ):
+    for name in ("read", "load", "export_merged"):
         with refused(ValueError, "", ".weight has no values, as DeepSpeed's ZeRO-3 saves"):
-            call()
+            FUNCTIONS[name](base, adapter, tmp_path / "out")
 
 
 def test_a_leaf_of_no_size(tmp_path: Folder) -> None:

@@ -116,6 +116,12 @@ def assert_same_files(folder: Folder, other: Folder) -> None:
         assert (folder / file).read_bytes() == (other / file).read_bytes()
 
 
+def bytes_of(folder: Folder) -> dict[str, bytes]:
+    """Every file."""
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
 def write(folder: Folder, tensors: Mapping[str, Any], **fields: Any) -> Folder:
     """A folder with tensors by their names without `PREFIX`, and a configuration."""
     folder.mkdir(exist_ok=True)

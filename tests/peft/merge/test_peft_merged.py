@@ -19,7 +19,7 @@ import numpy as np
 import peft_models as models
 import pytest
 from messages import refused
-from peft_files import ENDS, PREFIX, TENSORS, Folder, bounded, measure, write
+from peft_files import ENDS, PREFIX, TENSORS, Folder, bounded, bytes_of, measure, write
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small import every, some
@@ -58,12 +58,6 @@ def read(folder: Folder) -> dict[str, np.ndarray]:
     """All tensors of a checkpoint."""
     files = sorted(folder.glob("*.safetensors"))
     return {name: x for file in files for name, x in models.read(file).items()}
-
-
-def bytes_of(folder: Folder) -> dict[str, bytes]:
-    """Every file."""
-    files = (p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 def base_of(case: models.Case) -> dict[str, np.ndarray]:
@@ -1053,26 +1047,6 @@ def test_a_file_that_becomes_shorter(tmp_path: Folder, monkeypatch: pytest.Monke
     with refused(ValueError, "path", "its file changed while it was read", "start again"):
         peft.export_merged(base, given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", [ONE, "config.json", "tokenizer.json"])
-def test_links_out_of_the_folder(name: str, tmp_path: Folder) -> None:
-    """What they point to is not copied unless asked."""
-    base, given = simple(tmp_path)
-    (base / "tokenizer.json").write_text("{}")
-    peft.export_merged(base, given, tmp_path / "whole")
-    (base / name).rename(tmp_path / "outside")
-    (base / name).symlink_to(tmp_path / "outside")
-    with refused(ValueError, "path", f"{name} is a link out of the folder, to "):
-        peft.export_merged(base, given, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    peft.export_merged(base, given, tmp_path / "out", follow_links=True)
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
-    (tmp_path / "outside").rename(base / "within")
-    (base / name).unlink()
-    (base / name).symlink_to("within")
-    peft.export_merged(base, given, tmp_path / "again")
-    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_inside_its_own_source(tmp_path: Folder) -> None:
