@@ -25,7 +25,6 @@ from jlora.peft import _file
 from jlora.peft._checkpoint import open_checkpoint
 from jlora.peft._problems import Problems
 from jlora.peft.adapter import _patterns
-from jlora.peft.adapter._config import problems_of
 from jlora.peft.adapter._parts import Parameters
 from jlora.peft.adapter._patterns import Clock, Job, match
 from jlora.peft.adapter._roles import list_parents, list_unused, resolve
@@ -62,7 +61,7 @@ FIELDS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", 
 TOO_MUCH = "takes more than (1|5) seconds of CPU time or 512 MB"
 ANSWERS = (
     TOO_MUCH + "|does not select it"
-    "|is not a regular expression|cannot be compiled in|matches no module"
+    "|is not a regular expression|matches no module"
     "|target_parameters: expected names of at most 100"
 )
 
@@ -98,7 +97,7 @@ def test_patterns_take_long_to_compile(
     case: str, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_patterns, "SECONDS", 1.0)
-    with bounded(4), refused(ValueError, "", "cannot be compiled in 1 seconds of CPU"):
+    with bounded(4), refused(ValueError, "", "takes more than 1 seconds of CPU time or 512 MB"):
         peft.read(adapter(tmp_path / "a", ["a.q"], **UNCOMPILED[case]))
 
 
@@ -108,23 +107,17 @@ def test_answers_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert child != _patterns._CHILD
     monkeypatch.setattr(_patterns, "_CHILD", child)
     jobs, names = (
-        [Job("fullmatch", f"q{i}|x*y") for i in range(100)],
+        [Job("target_modules", f"q{i}|x*y") for i in range(100)],
         [f"q{i}" for i in range(50_000)],
     )
     found = match(jobs, names, Clock())
-    assert all(found[job][i] and not found[job][100] for i, job in enumerate(jobs))
-
-
-def test_the_longest_pattern() -> None:
-    """One character more is refused before it is compiled."""
-    longest = "(a|b)" + "c" * (_patterns.LENGTH - 5)
-    assert [*_patterns.explain_refused([longest, longest + "c"])] == [longest + "c"]
+    assert [[*found[job]] for job in jobs] == [[name] for name in names[:100]]
 
 
 def test_too_many_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within 5 seconds there are answers of gigabytes."""
     monkeypatch.setattr(_patterns.subprocess, "run", None)
-    jobs = [Job("match", f"z{i}|y*z") for i in range(10_000)]
+    jobs = [Job("rank_pattern", f"z{i}|y*z") for i in range(10_000)]
     with refused(ValueError, "config", "512 MB"):
         match(jobs, [f"q{i}" for i in range(2_001)], Clock())
 
@@ -142,9 +135,9 @@ def test_a_busy_machine_refuses_nothing(tmp_path: Folder, monkeypatch: pytest.Mo
     [
         ({"target_modules": [f"q{i}" for i in range(10)]}, 0),
         ({"rank_pattern": {"a.b": 2, r"layers\.0\.block\.q1": 1, "x-y_z": 3}}, 0),
-        ({"layers_to_transform": list(range(99)), "layers_pattern": ["layers", "h"]}, 0),
-        ({"target_modules": r".*\.q\d", "rank_pattern": {r"x\d": 2}}, 3),
-        ({"target_modules": [], "target_parameters": ["w"], "rank_pattern": {r"x\d": 2}}, 4),
+        ({"layers_to_transform": list(range(99)), "layers_pattern": ["layers", "h"]}, 2),
+        ({"target_modules": r".*\.q\d", "rank_pattern": {r"x\d": 2}}, 2),
+        ({"target_modules": [], "target_parameters": ["w"], "rank_pattern": {r"x\d": 2}}, 3),
     ],
 )
 @pytest.mark.filterwarnings("ignore:adapter_config.json of the adapter. ")
@@ -190,9 +183,8 @@ SEARCHED = st.one_of(NAMES, ESCAPED, ODD_PATTERNS)
 @hypothesis.given(SEARCHED, st.lists(NAMES, max_size=6))
 @hypothesis.settings(max_examples=15, deadline=None)
 def test_a_pattern_matches_what_it_does_in_python(pattern: str, names: list[str]) -> None:
-    [found] = match([Job("fullmatch", pattern)], names, Clock()).values()
-    for name, got in zip(names, found, strict=True):
-        assert (got is not None) == (re.fullmatch(pattern, name) is not None)
+    [found] = match([Job("target_modules", pattern)], names, Clock()).values()
+    assert found.keys() == {name for name in names if re.fullmatch(pattern, name)}
 
 
 def looked_up(patterns: dict[str, int], key: str) -> int:
@@ -204,9 +196,7 @@ def looked_up(patterns: dict[str, int], key: str) -> int:
 @hypothesis.given(st.dictionaries(SEARCHED, st.integers(1, 9), max_size=6), st.lists(NAMES))
 @hypothesis.settings(max_examples=10, deadline=None)
 def test_ranks_are_looked_up_as_peft_does(patterns: dict[str, int], names: list[str]) -> None:
-    if problems_of({"peft_type": "LORA", "target_modules": ["q"], "rank_pattern": patterns}):
-        return
-    patterns.pop("", None)
+    patterns.pop("(?i)AQ", None)  # an error within PEFT's pattern
     fields = {"target_modules": ["q"], "rank_pattern": patterns, "r": 7}
     for name, role in resolve(fields, names, Clock()).items():
         assert role.rank == looked_up(patterns, name)
@@ -285,12 +275,12 @@ def test_lists(case: tuple[str, int], tmp_path: Folder) -> None:
 
 
 def test_ranks_of_every_form(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain patterns are compared with names of their length alone, place by place, and timed."""
-    monkeypatch.setattr(_patterns, "SECONDS", 0.05)
+    """Plain patterns are compared with names of their length alone, and timed."""
+    monkeypatch.setattr(_patterns, "SECONDS", 0.01)
     names, draw = [f"{'x.' * 60}{i:04}.q" for i in range(200)], random.Random(0)
     ranks = {"".join(draw.choices("x.", k=80)): 1 for _ in range(400)}
     folder = adapter(tmp_path / "a", names, rank_pattern=ranks)
-    with bounded(), refused(ValueError, "", "takes more than 0.05 seconds"):
+    with bounded(), refused(ValueError, "", "takes more than 0.01 seconds"):
         peft.read(folder)
 
 

@@ -9,7 +9,6 @@ from ..._errors import InputError, Problem
 from ..._folders import to_path
 from ..._rules import is_finite
 from .._file import CONFIG, Source, read_json, shorten
-from ._patterns import PLAIN, explain_refused, wrap_key, wrap_layer
 
 LIMIT = 4 * 2**20  # bytes
 PARAMETERS = 100  # names; each is searched in all modules
@@ -64,6 +63,7 @@ _PLAIN = COMMON | {
 DEFAULTS = _PLAIN | _READ | _UNREAD
 METHODS = tuple(_READ)
 PATTERNS = ("rank_pattern", "alpha_pattern")
+CHOICES = ("target_modules", "exclude_modules")
 ROWS_ALONE = "TRAINABLE_TOKENS"  # another method
 ROWS_DEFAULTS = COMMON | {"init_weights": True, "peft_type": ROWS_ALONE, "token_indices": []}
 _KNOWN = DEFAULTS.keys() | ROWS_DEFAULTS.keys()
@@ -175,25 +175,11 @@ def find_features(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def list_misformed(fields: Mapping[str, Any]) -> list[Problem]:
     """Lists the fields with values that PEFT would not write."""
-    wrong = [
+    return [
         Problem(key, f"expected {what}, got {shorten(fields[key])}")
         for key, (what, fits) in _KINDS.items()
         if key in fields and not fits(fields[key])
     ]
-    return wrong or _list_refused_patterns(fields)
-
-
-def _list_refused_patterns(fields: Mapping[str, Any]) -> list[Problem]:
-    keys = ("target_modules", "exclude_modules")
-    found = [(key, x, x) for key in keys if isinstance(x := fields.get(key), str)]
-    layers = fields.get("layers_pattern") or []
-    forms = {"layers_pattern": ([layers] if isinstance(layers, str) else layers, wrap_layer)}
-    forms |= {key: (fields.get(key) or (), wrap_key) for key in PATTERNS}
-    for key, (patterns, form) in forms.items():
-        found += [(key, x, x if PLAIN.fullmatch(x) else form(x)) for x in patterns]
-    refused = explain_refused([whole for _, _, whole in found])
-    found = (entry for entry in found if entry[2] in refused)
-    return [Problem(key, f"{shorten(x)} {refused[whole]}") for key, x, whole in found]
 
 
 _Fits = Callable[[Any], bool]

@@ -7,19 +7,17 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from ..._errors import InputError
-from .._file import CONFIG, shorten
+from ..._errors import InputError, Problem
+from .._file import CONFIG, NAME_LIMIT, shorten
 
 T = TypeVar("T")
 SECONDS = 5.0  # of CPU time, for all patterns of an adapter
 COMPARISONS = 20_000_000  # of a pattern with a name; the answers to more would not fit in 512 MB
-_NO_PATTERN = "is not a regular expression"
-LENGTH = 10_000  # characters of a pattern
 # A pattern that is a name, whose dots may be escaped. It matches without backtracking.
-PLAIN = re.compile(r"(?:\w|\\?[.-])+", re.ASCII)
+PLAIN = re.compile(rf"(?:\w|\\?[.-]){{1,{NAME_LIMIT}}}", re.ASCII)
 # Python's `re` cannot be interrupted, but a process can. The process prints a line of JSON for each
 # pattern: an error, or for each name null, true or the number of a layer. Then it prints its time.
 _CHILD = """
@@ -52,42 +50,6 @@ for job in jobs:  # one at a time, to save memory
 print(time.process_time())
 """
 _HAS_LIMITS = importlib.util.find_spec("resource") is not None
-
-
-def explain_refused(patterns: Collection[str]) -> dict[str, str]:
-    """Maps each refused pattern to the reason."""
-    wrong = {
-        p: f"has {len(p)} characters; expected at most {LENGTH}"
-        for p in patterns
-        if len(p) > LENGTH
-    }
-    each = (p for p in patterns if p not in wrong and not PLAIN.fullmatch(p))
-    jobs = [Job("fullmatch", p) for p in each]
-    if not jobs:
-        return wrong
-    if (answers := _ask(jobs, [], SECONDS)) is None:
-        why = f"cannot be compiled in {SECONDS:g} seconds of CPU time and 512 MB"
-        return wrong | {job.pattern: why for job in jobs}
-    each = zip(jobs, answers[0], strict=True)
-    return wrong | {job.pattern: f"{_NO_PATTERN}: {e}" for job, e in each if e}
-
-
-def wrap_key(pattern: str) -> str:
-    """Returns the regular expression that PEFT makes of a key of `rank_pattern`."""
-    return rf"(.*\.)?({pattern})$"
-
-
-def wrap_layer(pattern: str | None) -> str:
-    """Returns PEFT's regular expression for a layer's number, by a `layers_pattern` or None."""
-    start, pattern = (r".*?\.", r"[^.]*") if pattern is None else (r"(?:^|.*?\.)", pattern)
-    return rf"{start}{pattern}\.(?P<idx>\d{{1,9}})\."
-
-
-def unescape(pattern: str) -> tuple[str, tuple[int, ...]]:
-    """Returns a plain pattern as a name, and the positions of dots that match any character."""
-    characters = re.findall(r"\\?.", pattern)
-    places = tuple(at for at, c in enumerate(characters) if c == ".")
-    return "".join(c[-1] for c in characters), places
 
 
 class Clock:
@@ -123,55 +85,65 @@ class Job(NamedTuple):
     """A pattern to match with names.
 
     Attributes:
-        kind: how it is matched: `fullmatch`, `match`, or `layer` for the number of a layer.
-        pattern: the pattern.
-        is_plain: whether it can be matched in this process.
+        field: the field that has it.
+        pattern: the pattern; None for that of layers without one.
     """
 
-    kind: str
-    pattern: str
-    is_plain: bool = False
+    field: str
+    pattern: str | None
+
+    def as_in_peft(self) -> tuple[str, str]:
+        """Returns how PEFT matches: `fullmatch`, `match`, or `layer`, and a regular expression."""
+        if self.field.endswith("_modules"):
+            return "fullmatch", self.pattern or ""
+        if self.field != "layers_pattern":
+            return "match", rf"(.*\.)?({self.pattern})$"
+        start, pattern = r"(?:^|.*?\.)", self.pattern
+        if pattern is None:
+            start, pattern = r".*?\.", r"[^.]*"
+        return "layer", rf"{start}{pattern}\.(?P<idx>\d{{1,9}})\."
 
 
-def match(jobs: Iterable[Job], names: Sequence[str], clock: Clock) -> dict[Job, list[Any]]:
+Found = Mapping[Job, Mapping[str, Any]]
+
+
+def match(jobs: Iterable[Job], names: Sequence[str], clock: Clock) -> Found:
     """Matches patterns with names, in one process with limited CPU time and memory.
 
     Python's `re` matches them, as in PEFT.
 
     Returns:
-        For each pattern and each name None without a match, else True or a layer's number.
+        For each pattern the names that match, each with True or the number of a layer.
+
+    Raises:
+        ValueError: if a pattern is no regular expression, or matching takes too much.
     """
     jobs = list(dict.fromkeys(jobs))
-    found = {job: [_find(job, name) for name in names] for job in jobs if job.is_plain}
-    others = [job for job in jobs if not job.is_plain]
-    if not others or not names:
-        return found | {job: [] for job in others}
-    if len(others) * len(names) > COMPARISONS:
+    if not jobs or not names:
+        return {job: {} for job in jobs}
+    if len(jobs) * len(names) > COMPARISONS:
         clock.spend(math.inf)
-    answers, seconds = _ask(others, names, clock.left) or ((), math.inf)
+    answers, seconds = _ask([job.as_in_peft() for job in jobs], names, clock.left) or ((), math.inf)
     clock.spend(seconds)
-    for job, answer in zip(others, answers, strict=True):
-        if not isinstance(answer, list):  # an error
-            why = f"{shorten(job.pattern)} {_NO_PATTERN}: {answer}"
-            raise InputError(clock.argument, why, path=CONFIG)
-        found[job] = answer
-    return found
-
-
-def _find(job: Job, name: str) -> Any:
-    """Matches a pattern in this process, as `_CHILD` does."""
-    if job.kind != "layer":
-        return getattr(re, job.kind)(job.pattern, name) and True
-    found = re.match(job.pattern, name)
-    return found and int(found["idx"])
+    found = dict(zip(jobs, answers, strict=True))
+    wrong = [
+        Problem(job.field, f"{shorten(job.pattern)}: {why}")
+        for job, why in found.items()
+        if isinstance(why, str)
+    ]
+    if wrong:
+        why = f"{CONFIG} has a pattern that is not a regular expression."
+        raise InputError(clock.argument, why, path=CONFIG, problems=wrong)
+    each = ((job, zip(names, answer, strict=True)) for job, answer in found.items())
+    return {job: {name: x for name, x in pairs if x is not None} for job, pairs in each}
 
 
 def _ask(
-    jobs: Collection[Job], names: Collection[str], seconds: float
+    jobs: Sequence[tuple[str, str]], names: Collection[str], seconds: float
 ) -> tuple[list[Any], float] | None:
     """Matches patterns in a new process; None if it needs too much time or memory."""
     command = [sys.executable, "-I", "-S", "-c", _CHILD]
-    text = json.dumps([[job[:2] for job in jobs], list(names), math.ceil(seconds)])
+    text = json.dumps([jobs, list(names), math.ceil(seconds)])
     try:
         done = subprocess.run(
             command,

@@ -1,22 +1,22 @@
 """Resolves a configuration: what PEFT does with each module.
 
 A file may have ten thousand patterns and a hundred thousand modules. Patterns that are names are
-therefore searched in tables, the others in a process, and all of it for a limited time.
+therefore searched here, the others in a process, and all of it for a limited time.
 """
 
 import collections
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._file import shorten
-from ._config import DEFAULTS, PATTERNS
-from ._patterns import PLAIN, Clock, Job, match, unescape, wrap_key, wrap_layer
+from ._config import CHOICES, DEFAULTS, PATTERNS
+from ._patterns import PLAIN, Clock, Found, Job, match
 
 # PEFT lists both names for every sequence classifier, whatever its head is called.
 HEADS = ("classifier", "score")
-_LAYERS = 10  # patterns of layers that are plain and need no process
 Fields = Mapping[str, Any]
 
 
@@ -57,23 +57,22 @@ def resolve(fields: Fields, names: Iterable[str], clock: Clock) -> dict[str, Rol
         ValueError: if a pattern is none, or matching takes too long.
     """
     names = list(dict.fromkeys(names))
-    targets, excluded = (_Choice(fields.get(k)) for k in ("target_modules", "exclude_modules"))
-    layers = _Layers(fields)
-    ranks, alphas = (_Values(fields.get(k)) for k in PATTERNS)
-    jobs = [*targets.jobs, *excluded.jobs, *layers.jobs]
-    found = match([*jobs, *ranks.jobs.values(), *alphas.jobs.values()], names, clock)
+    found = match(_list_jobs(fields), names, clock)
+    is_target, is_excluded = (
+        _make_choice(fields, key, found) for key in ("target_modules", "exclude_modules")
+    )
+    is_in_layer = _make_layers(fields, found)
+    find_rank, find_alpha = (_make_first(fields, key, found) for key in PATTERNS)
     saves = make_saves(fields)
     list_parameters = make_parameters(fields)
-    r, alpha = (fields.get(key, DEFAULTS[key]) for key in ("r", "lora_alpha"))
     roles = dict[str, Role]()
-    for i, name in clock.watch(enumerate(names)):
-        adapts = targets.has(i, name, found) and not excluded.has(i, name, found)
-        adapts = adapts and layers.have(i, name, found)
-        rank = ranks.first(i, name, found, r)
-        scale = alphas.first(i, name, found, alpha) / find_divisor(fields, rank)
-        roles[name] = Role(
-            adapts, saves(name), rank, scale, () if adapts else list_parameters(name)
-        )
+    for name in clock.watch(names):
+        adapts = is_target(name) and not is_excluded(name) and is_in_layer(name)
+        rank = find_rank(name, fields.get("r", DEFAULTS["r"]))
+        alpha = find_alpha(name, fields.get("lora_alpha", DEFAULTS["lora_alpha"]))
+        parameters = () if adapts else list_parameters(name)
+        scale = alpha / find_divisor(fields, rank)
+        roles[name] = Role(adapts, saves(name), rank, scale, parameters)
     return roles
 
 
@@ -111,12 +110,11 @@ def list_unused(
     used = {end for name in clock.watch(holders) for end in list_saved(name)}.union(HEADS)
     left = (x for x in fields.get("modules_to_save") or [] if x not in used)
     unused += [f"modules_to_save: {shorten(x)} matches none of the adapter's tensors" for x in left]
-    each = {field: _Values(fields.get(field)) for field in PATTERNS}
-    found = match([job for values in each.values() for job in values.jobs.values()], keys, clock)
-    for field, values in each.items():
-        each_key = clock.watch(enumerate(keys))
-        used = {n for i, key in each_key for own in values.matching(i, key, found) for n in own}
-        left = (pattern for n, pattern in enumerate(values.names) if n not in used)
+    found = match((job for job in _list_jobs(fields) if job.field in PATTERNS), keys, clock)
+    for field in PATTERNS:
+        list_matching = _make_matching(fields, field, found)
+        used = {pattern for key in clock.watch(keys) for pattern in list_matching(key)}
+        left = (pattern for pattern in fields.get(field) or () if pattern not in used)
         unused += [f"{field}: {shorten(x)} matches no adapted module" for x in left]
     return unused
 
@@ -144,46 +142,83 @@ def find_divisor(fields: Fields, rank: int) -> float:
 
 # ------------------------------------------------------------------------------ what a field says
 
-Found = Mapping[Job, Sequence[Any]]
+
+def _list_jobs(fields: Fields) -> list[Job]:
+    """Lists the patterns that are no names."""
+    patterns = {key: [x] for key in CHOICES if isinstance(x := fields.get(key), str)}
+    patterns |= {key: list(fields.get(key) or ()) for key in PATTERNS}
+    found = [Job(key, x) for key, own in patterns.items() for x in own if not PLAIN.fullmatch(x)]
+    return found + _list_layers(fields)
 
 
-class _Choice:
-    """A pattern, or a list of names, that chooses modules."""
-
-    def __init__(self, target: str | list[str] | None):
-        """Takes the value of the field."""
-        pattern = [target] if isinstance(target, str) else []
-        self.jobs = [Job("fullmatch", p, bool(PLAIN.fullmatch(p))) for p in pattern]
-        self.names = frozenset(() if pattern else target or ())
-
-    def has(self, i: int, name: str, found: Found) -> bool:
-        """Whether it chooses a module, the i-th that was matched."""
-        if self.jobs:
-            return found[self.jobs[0]][i] is not None
-        return not self.names.isdisjoint(list_tails(name))
+def _list_layers(fields: Fields) -> list[Job]:
+    """Lists the patterns of layers; none if all layers are meant."""
+    default = None if fields.get("layers_to_transform") in (None, []) else [None]
+    return [Job("layers_pattern", x) for x in _as_list(fields.get("layers_pattern") or default)]
 
 
-class _Layers:
-    """The layers of `layers_to_transform`."""
+def _make_choice(fields: Fields, key: str, found: Found) -> Callable[[str], bool]:
+    """Makes a predicate: whether a field, a pattern or a list of names, chooses a module."""
+    target = fields.get(key)
+    if not isinstance(target, str):
+        names = frozenset(target or ())
+        return lambda name: not names.isdisjoint(list_tails(name))
+    if PLAIN.fullmatch(target):
+        return lambda name: bool(re.fullmatch(target, name))
+    return found[Job(key, target)].__contains__
 
-    def __init__(self, fields: Fields):
-        """PEFT does not check the layer of modules that are given by a pattern or whole names."""
-        target, layers = fields.get("target_modules"), fields.get("layers_to_transform")
-        is_any = isinstance(target, str) or layers in (None, [])
-        self.numbers = None if is_any else set(_as_list(layers))
-        self.whole = set(_as_list(target))
-        patterns = _as_list(fields.get("layers_pattern") or None) or [None]
-        few = len(patterns) <= _LAYERS
-        is_plain = few and all(p is None or PLAIN.fullmatch(p) for p in patterns)
-        each = () if is_any else patterns
-        self.jobs = [Job("layer", wrap_layer(p), is_plain) for p in each]
 
-    def have(self, i: int, name: str, found: Found) -> bool:
-        """Whether a module that is targeted is in one of the layers."""
-        if self.numbers is None or name in self.whole:
-            return True
-        each = (found[job][i] for job in self.jobs)
-        return next((n for n in each if n is not None), None) in self.numbers
+def _make_layers(fields: Fields, found: Found) -> Callable[[str], bool]:
+    """Makes a predicate: whether a module that is targeted is in `layers_to_transform`.
+
+    PEFT does not check the layer of modules that are given by a pattern or whole names.
+    """
+    target, layers = fields.get("target_modules"), fields.get("layers_to_transform")
+    if isinstance(target, str) or layers in (None, []):
+        return lambda _: True
+    whole, numbers = set(_as_list(target)), set(_as_list(layers))
+    jobs = _list_layers(fields)
+
+    def is_in_layer(name: str) -> bool:
+        each = (found[job][name] for job in jobs if name in found[job])
+        return name in whole or next(each, None) in numbers
+
+    return is_in_layer
+
+
+def _make_matching(fields: Fields, key: str, found: Found) -> Callable[[str], Iterator[str]]:
+    r"""Makes a function that lists the patterns of a field for which `(.*\.)?(pattern)$` matches.
+
+    Most patterns are names, and are compared with names of their length alone.
+    """
+    plain = collections.defaultdict[int, dict[str, re.Pattern[str]]](dict)
+    others = list[str]()
+    for pattern in fields.get(key) or ():
+        if PLAIN.fullmatch(pattern):
+            plain[len(pattern.replace("\\", ""))][pattern] = re.compile(pattern)
+        else:
+            others.append(pattern)
+
+    def list_matching(name: str) -> Iterator[str]:
+        for tail in list_tails(name) if plain else ():
+            own = plain.get(len(tail), {})
+            yield from (pattern for pattern, x in own.items() if x.fullmatch(tail))
+        yield from (pattern for pattern in others if name in found[Job(key, pattern)])
+
+    return list_matching
+
+
+def _make_first(fields: Fields, key: str, found: Found) -> Callable[[str, Any], Any]:
+    """Makes a function that finds the value of the first pattern that matches, or the default."""
+    list_matching = _make_matching(fields, key, found)
+    values = fields.get(key) or {}
+    order = {pattern: i for i, pattern in enumerate(values)}
+
+    def find(name: str, default: Any) -> Any:
+        pattern = min(list_matching(name), key=order.__getitem__, default=None)
+        return default if pattern is None else values[pattern]
+
+    return find
 
 
 def make_parameters(fields: Fields) -> Callable[[str], tuple[str, ...]]:
@@ -203,50 +238,6 @@ def make_parameters(fields: Fields) -> Callable[[str], tuple[str, ...]]:
         return tuple(p for p in order if p in found)
 
     return list_parameters
-
-
-class _Values:
-    r"""Values by pattern; PEFT takes the first pattern for which `(.*\.)?(pattern)$` matches.
-
-    Most patterns are names. Names are looked up in tables: one for each length and each set of
-    positions where any character may be.
-    """
-
-    def __init__(self, values: Mapping[str, Any] | None):
-        """Takes values by pattern."""
-        self.names, self.values = list(values or ()), list((values or {}).values())
-        self.tables: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}
-        self.jobs: dict[int, Job] = {}  # for patterns that are not names
-        for n, pattern in enumerate(self.names):
-            if PLAIN.fullmatch(pattern):
-                name, places = unescape(pattern)
-                table = self.tables.setdefault(len(name), {}).setdefault(places, {})
-                table.setdefault(name, []).append(n)
-            else:
-                self.jobs[n] = Job("match", wrap_key(pattern))
-
-    def first(self, i: int, name: str, found: Found, default: Any) -> Any:
-        """Returns the value for a name, the i-th that was matched."""
-        n = min((own[0] for own in self.matching(i, name, found)), default=None)
-        return default if n is None else self.values[n]
-
-    def matching(self, i: int, name: str, found: Found) -> Iterator[list[int]]:
-        """Yields the numbers of the patterns that match a name; equal ones form one list."""
-        for tail in list_tails(name) if self.tables else ():
-            for places, table in self.tables.get(len(tail), {}).items():
-                if own := table.get(_with_dots(tail, places)):
-                    yield own
-        yield from ([n] for n, job in self.jobs.items() if found[job][i] is not None)
-
-
-def _with_dots(name: str, places: tuple[int, ...]) -> str:
-    """Puts dots into a name at the positions where a pattern matches any character."""
-    parts: list[str] = []
-    start = 0
-    for at in places:
-        parts.append(name[start:at])
-        start = at + 1
-    return ".".join([*parts, name[start:]])
 
 
 def _as_list(values: Any) -> list[Any]:
