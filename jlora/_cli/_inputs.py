@@ -62,9 +62,8 @@ def by_name(adapter: PyTree) -> dict[str, Any]:
 def format_of_adapter(given: Arg, expected: str = "PEFT or Orbax") -> str:
     """Returns `peft` or `orbax`; raises for a model."""
     if (kind := format_of(given)) == "huggingface":
-        what, remedy = recognize(given.value) or ("a model", "Give the folder of an adapter")
         raise ValueError(
-            f"{given.what}: {given} is {what}; expected an adapter of {expected}. {remedy}."
+            f"{given.what}: {given} is not an adapter of {expected}. {recognize(given.value)}"
         )
     return kind
 
@@ -88,10 +87,9 @@ def format_of(given: Arg, *, model: bool = False) -> str:
     # Steps of a CheckpointManager; jlora.checkpoint.read then says what to give.
     if any(name.isdigit() for name in names):
         return "orbax"
-    kind = recognize(folder)
     raise ValueError(
         f"{given.what}: {folder} has neither PEFT's adapter_config.json, nor an Orbax checkpoint, "
-        f"nor a Hugging Face model.{f' {kind}' if kind else ''}"
+        f"nor a Hugging Face model. {recognize(folder)}".rstrip()
     )
 
 

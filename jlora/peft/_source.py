@@ -88,10 +88,8 @@ def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
             path=folder,
         )
     if isinstance(error, FileNotFoundError):
-        kind = recognize(folder) if name in (CONFIG, TENSORS) else None
-        return MissingError(
-            argument, f"{folder} has no {name}.{f' {kind}' if kind else ''}", path=folder
-        )
+        kind = recognize(folder) if name in (CONFIG, TENSORS) else ""
+        return MissingError(argument, f"{folder} has no {name}. {kind}".rstrip(), path=folder)
     return error
 
 
@@ -99,5 +97,5 @@ def explain_no_folder(argument: str, path: Path) -> Exception:
     """Makes the error about a `path` that is no folder."""
     if not path.exists():
         return MissingError(argument, f"there is no folder {path}.", path=path)
-    what, remedy = recognize(path) or ("a device", "Give a folder")
-    return InputError(argument, f"{path} is {what}, not a folder. {remedy}.", path=path)
+    why = f"is a file, not a folder. Give the folder that it is in, {path.parent}."
+    return InputError(argument, f"{path} {why}", path=path)

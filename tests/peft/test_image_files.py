@@ -579,7 +579,7 @@ def test_kohya_without_names(tmp_path: Folder) -> None:
 
 def test_where_a_folder_is_expected(tmp_path: Folder) -> None:
     path = put(tmp_path / "x.safetensors", pair(Q))
-    with refused(ValueError, "path", path, "image LoRA"):
+    with refused(ValueError, "path", path, "is a file, not a folder"):
         peft.export_merged(path, path, tmp_path / "out")
 
 

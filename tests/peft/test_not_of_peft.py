@@ -23,10 +23,10 @@ Folder = pathlib.Path
 ONE = np.ones((2, 2), np.float32)
 
 
-def holding(path: Folder, *keys: str, metadata: dict[str, str] | None = None) -> Folder:
+def holding(path: Folder, *keys: str) -> Folder:
     """The folder of a new safetensors file of these keys."""
     path.parent.mkdir(exist_ok=True)
-    save_file(dict.fromkeys(keys, ONE), path, metadata=metadata)
+    save_file(dict.fromkeys(keys, ONE), path)
     return path.parent
 
 
@@ -55,8 +55,7 @@ def orbax(root: Folder) -> Folder:
     return root / "x"
 
 
-MLX, IMAGES = "It is an adapter of MLX.", "It is image LoRA, "
-MUCH = {"ss_network_dim": "4", "ss_tag_frequency": "x" * 100_000}
+MLX = "It is an adapter of MLX."
 ONE_OF = "It is a folder with adapters in it."
 # What is given for an adapter, what the error says of it, and what to do.
 GIVEN: dict[str, tuple[Callable[[Folder], Folder], str, str]] = {
@@ -65,31 +64,7 @@ GIVEN: dict[str, tuple[Callable[[Folder], Folder], str, str]] = {
     "older MLX": (lambda root: touch(root / "x" / "adapters.npz"), MLX, "mlx_lm.fuse"),
     "kohya": (
         lambda root: holding(root / "x" / "a.safetensors", "lora_unet_down_0.lora_down.weight"),
-        *(IMAGES, "Give the file itself, "),
-    ),
-    "kohya with much metadata": (
-        lambda root: holding(root / "x" / "a.safetensors", "lora_te1_x.alpha", metadata=MUCH),
-        *(IMAGES, "Give the file itself, "),
-    ),
-    "diffusers under another name": (
-        lambda root: holding(root / "x" / "b.safetensors", "unet.up.attn.to_q.lora_A.weight"),
-        *("It is image LoRA, b.safetensors", "Give the file itself, "),
-    ),
-    "lightx2v": (
-        lambda root: holding(root / "x" / "b.safetensors", "blocks.0.to_q.lora_down.weight"),
-        *(IMAGES, "Give the file itself, "),
-    ),
-    "LyCORIS": (
-        lambda root: holding(root / "x" / "b.safetensors", "lycoris_x.alpha"),
-        *(IMAGES, "Give the file itself, "),
-    ),
-    "PEFT's under another name": (
-        lambda root: holding(root / "x" / "b.safetensors", f"{PREFIX}q.lora_A.weight"),
-        *(f"has no {CONFIG}.", ""),
-    ),
-    "llama.cpp": (
-        lambda root: touch(root / "x" / "a.gguf"),
-        *("It is a file of llama.cpp, a.gguf.", "Give what it was made from."),
+        *(f"has no {CONFIG}. If it has a file of image LoRA", "give that file itself."),
     ),
     "steps": (
         lambda root: around(root, ".", "checkpoint-2", "checkpoint-10"),
@@ -158,16 +133,9 @@ KEYS: dict[str, tuple[Callable[[str], str], str]] = {
         lambda key: key.replace(".weight", ".default.weight"),
         "has the name of an adapter in it, as in model.state_dict(). ",
     ),
-    "FSDP": (lambda key: key.replace(".0.", ".0._fsdp_wrapped_module."), "contains '_fsdp_wrapped"),
-    "compiled": (
-        lambda key: key.replace(".0.", ".0._orig_mod."),
-        "contains '_orig_mod', as torch.",
-    ),
-    "checkpoint_wrapper": (
-        lambda key: key.replace(".0.", ".0._checkpoint_wrapped_module."),
-        "contains '_checkpoint_wr",
-    ),
-    "distributed": (lambda key: f"module.{key}", "starts with 'module.', as DistributedData"),
+    "FSDP": (lambda key: key.replace(".0.", ".0._fsdp_wrapped_module."), "in a wrapper: of FSDP"),
+    "compiled": (lambda key: key.replace(".0.", ".0._orig_mod."), "in a wrapper: of FSDP, torch."),
+    "distributed": (lambda key: f"module.{key}", "in a wrapper: of FSDP"),
     "kohya": (
         lambda key: key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
         "is of image LoRA. Give the file itself, under another name than",

@@ -196,7 +196,7 @@ def looked_up(patterns: dict[str, int], key: str) -> int:
 @hypothesis.given(st.dictionaries(SEARCHED, st.integers(1, 9), max_size=6), st.lists(NAMES))
 @hypothesis.settings(max_examples=10, deadline=None)
 def test_ranks_are_looked_up_as_peft_does(patterns: dict[str, int], names: list[str]) -> None:
-    patterns.pop("(?i)AQ", None)  # an error within PEFT's pattern
+    patterns = {p: rank for p, rank in patterns.items() if p not in ("", "(?i)AQ")}
     fields = {"target_modules": ["q"], "rank_pattern": patterns, "r": 7}
     for name, role in resolve(fields, names, Clock()).items():
         assert role.rank == looked_up(patterns, name)
