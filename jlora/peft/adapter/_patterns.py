@@ -98,10 +98,8 @@ class Job(NamedTuple):
             return "fullmatch", self.pattern or ""
         if self.field != "layers_pattern":
             return "match", rf"(.*\.)?({self.pattern})$"
-        start, pattern = r"(?:^|.*?\.)", self.pattern
-        if pattern is None:
-            start, pattern = r".*?\.", r"[^.]*"
-        return "layer", rf"{start}{pattern}\.(?P<idx>\d{{1,9}})\."
+        start = r".*?\.[^.]*" if self.pattern is None else rf"(?:^|.*?\.){self.pattern}"
+        return "layer", rf"{start}\.(?P<idx>\d{{1,9}})\."
 
 
 Found = Mapping[Job, Mapping[str, Any]]
