@@ -18,7 +18,7 @@ from ._arranged import make_tensors
 from ._config import DEFAULTS, dumps
 from ._describe import find_alpha
 from ._files import Files, as_files, list_infos
-from ._image import FIELDS, Image, decode, spell
+from ._image import FIELDS, decode, spell
 from ._parts import Values
 
 _SAVE_FOR_IT = "save with dialect='diffusers' for it"
@@ -31,22 +31,18 @@ class Reader(NamedTuple):
     Attributes:
         model: the model.
         prefix: the prefix that it has there.
-        outermost: its outermost modules.
+        outermost: its outermost modules, with spaces between.
         unread: a pattern of the modules that diffusers 0.42 does not read there.
     """
 
     model: str
     prefix: str
-    outermost: frozenset[str]
+    outermost: str
     unread: str = "(?!)"
 
 
-def _read(model: str, prefix: str, outermost: str, unread: str = "(?!)") -> Reader:
-    return Reader(model, prefix, frozenset(outermost.split()), unread)
-
-
 _TRANSFORMER = "time_text_embed transformer_blocks norm_out proj_out "
-UNET = _read(
+UNET = Reader(
     "a UNet",
     "unet",
     "conv_in time_embedding add_embedding class_embedding encoder_hid_proj down_blocks mid_block "
@@ -55,14 +51,14 @@ UNET = _read(
 )
 READERS = (
     UNET,
-    _read("Qwen-Image", "unet", _TRANSFORMER + "txt_norm img_in txt_in"),
-    _read(
+    Reader("Qwen-Image", "unet", _TRANSFORMER + "txt_norm img_in txt_in"),
+    Reader(
         "Flux",
         "transformer",
         _TRANSFORMER + "single_transformer_blocks x_embedder context_embedder",
         r"transformer_blocks\.\d+\.(?!attn\.)",
     ),
-    _read("SD 3", "transformer", _TRANSFORMER + "pos_embed context_embedder", ""),
+    Reader("SD 3", "transformer", _TRANSFORMER + "pos_embed context_embedder", ""),
 )
 
 
@@ -86,8 +82,7 @@ class Draft(NamedTuple):
         files = as_files(self.fields, self.tensors, argument)
         if self.metadata is None:
             return files
-        image = Image(files.tensors, self.metadata, files.read, "the file", argument, True)
-        return decode(image, (), None, modules)
+        return decode(files._replace(metadata=self.metadata), "the file", (), None, modules)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the files to a new folder `path`, or to a new file in other dialects."""
@@ -137,13 +132,13 @@ def _find_reader(prefix: str | None, modules: Iterable[str]) -> Reader | None:
     """
     given = [x for x in READERS if x.prefix == prefix] if prefix else [UNET]
     names = sorted(modules)
-    outermost = {name.partition(".")[0] for name in names}
-    found = next((x for x in given if outermost <= x.outermost), None)
+    outermost = {name.partition(".")[0]: name for name in reversed(names)}
+    found = next((x for x in given if outermost.keys() <= {*x.outermost.split()}), None)
     if found or not given:
         return found
     known = {x.prefix: [y.model for y in READERS if y.prefix == x.prefix] for x in READERS}
     listed = ", or ".join(f"{x!r} for {' and '.join(models)}" for x, models in known.items())
-    odd = next(x for x in names if x.partition(".")[0] not in given[0].outermost)
+    odd = outermost[min(outermost.keys() - {*given[0].outermost.split()})]
     raise InputError(
         "prefix",
         f"must be {listed}, for dialect 'kohya'; got {prefix!r} for a model with {show(odd)}.",

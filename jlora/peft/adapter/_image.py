@@ -4,16 +4,17 @@ One file holds A and B of one or several models, each under a prefix. PEFT's con
 header, or else follows from the shapes and alphas.
 """
 
+import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..._errors import InputError, Problem, blame
 from .._file import CONFIG, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, parse, show
-from .._recognized import ALPHA, BIAS, FORMS, KEY, MAGNITUDES, MANGLED, A, B
-from ._config import LIMIT, leave_out
+from .._recognized import ALPHA, BIAS, FORMS, KEY, MAGNITUDES, MANGLED, A
+from ._config import leave_out
 from ._describe import find_common
 from ._files import Files
 from ._roles import list_parents
@@ -25,55 +26,21 @@ _MODEL = re.compile(
 )
 # The modules of CLIP's text encoder, which transformers 5 no longer has in a `text_model`.
 _CLIP = re.compile(r"(encoder\.layers|embeddings|final_layer_norm)\b")
-# Methods of LyCORIS and PEFT, by a part of their keys, with a dot after these.
-_OTHERS = {
-    r"\.hada_": "LoHa",
-    r"\.lokr_": "LoKr",
-    r"\.oft_": "OFT, or BOFT",
-    r"\.boft_": "BOFT",
-    r"\.[ab][12]\.weight\.": "GLoRA",
-    r"\.(on_input|ia3_l)\.": "IA3",
-    r"\.lora_mid\.": "LoCon with a core between A and B",
-    r"\.diff\.|\.w_norm\.": "a difference of all weights",
-    r"\.diff_b\.|\.b_norm\.": "a difference of all biases",
-}
 _NOT_READ = "cannot be read; nothing was loaded."
-_MERGE = "jlora reads LoRA and DoRA: merge others with the tool that wrote them."
 _ORIGINAL = (
     "If these are names of the model's first implementation, such as input_blocks or double_blocks,"
     " load the file with load_lora_weights of diffusers, and save it with save_lora_adapter of the "
     "model."
 )
 _RESAVE = (
+    "jlora reads LoRA and DoRA: merge other methods, such as LoHa, with the tool that wrote them. "
     "Expected names of modules, or names with _ for dots after lora_unet_, lora_te1_ or lycoris_, "
     f"whose A ends in {', '.join(next(iter(ends)) for ends in FORMS.values())}. Load other files "
     "with load_lora_weights of diffusers, and save them with save_lora_adapter of the model."
 )
 
 
-class Image(NamedTuple):
-    """One file with adapters of the models of a pipeline.
-
-    Attributes:
-        tensors: its tensors.
-        metadata: the texts in its header.
-        read: a function that reads the values of some tensors, by key.
-        where: the file, for errors.
-        argument: the user's argument with it.
-        is_own: as in `Files`.
-    """
-
-    tensors: Sequence[TensorInfo]
-    metadata: Mapping[str, str]
-    read: Callable[[Iterable[TensorInfo]], dict[str, np.ndarray]]
-    where: str
-    argument: str
-    is_own: bool = False
-
-    def refuse(self, why: str, problems: Sequence[Problem] = (), remedy: str = "") -> InputError:
-        """Makes an error about the file."""
-        why = f"{self.where} {why}"
-        return InputError(self.argument, why, path=self.where, problems=problems, remedy=remedy)
+Refuse = Callable[..., InputError]
 
 
 class _Entry(NamedTuple):
@@ -90,17 +57,19 @@ class _Entry(NamedTuple):
 
 
 def decode(
-    image: Image, ignore: Collection[str], prefix: str | None, modules: Collection[str]
+    files: Files, where: str, ignore: Collection[str], prefix: str | None, modules: Collection[str]
 ) -> Files:
-    """Translates a file to PEFT's keys and configuration; see `open_adapter`."""
-    configs = _parse_configs(image)
+    """Translates a file, which errors call `where`, to PEFT's keys and configuration."""
+    refuse = functools.partial(_refuse, files.argument, where)
+    configs = _parse_configs(files, where)
     known = {*configs} if prefix is None else {*configs, prefix}
     groups = dict[str, list[_Entry]]()
-    for x in _parse_keys(image):
+    for x in _parse_keys(files, refuse):
         groups.setdefault(_find_prefix(x, known), []).append(x)
-    own, prefix = _choose(image, groups, prefix)
-    form = _find_form(image, own)
-    names = _name_modules(image, own, prefix, modules)
+    prefix = _choose(groups, prefix, refuse)
+    own = groups[prefix]
+    form = _find_form(own, refuse)
+    names = _name_modules(own, prefix, modules, refuse)
     sides = {end: dict[str, TensorInfo]() for end in FORMS["diffusers"]}
     wrong = list[Problem]()
     for x in own:
@@ -112,14 +81,14 @@ def decode(
         # Its scale may be meant, so that one which follows from the shapes may be wrong.
         why = f"is in {FIELDS} of the header, but no key begins with it"
         wrong += [Problem(show(repr(p)), why) for p in sorted(configs.keys() - groups.keys())]
-        fields = _infer_fields(sides, _read_alphas(image, alphas, sides[A], wrong))
+        fields = _infer_fields(sides, _read_alphas(files, alphas, sides[A], wrong))
     else:
         why = f"unexpected beside {FIELDS} in the header, which has the alphas"
         wrong += [Problem(x.key, why) for x in alphas.values()]
-    if form is FORMS["kohya"]:
-        sides[MAGNITUDES] = _shape_magnitudes(sides, wrong)
     if wrong:
-        raise image.refuse(_NOT_READ, wrong)
+        raise refuse(_NOT_READ, wrong)
+    if form is FORMS["kohya"]:
+        sides[MAGNITUDES] = _shape_magnitudes(sides)
     fields = {"peft_type": "LORA", "target_modules": [*names.values()]} | fields
     keys = {f"{PREFIX}{name}": module for module, name in names.items()}
     keys |= {f"{ours}.{end}": f"{x}.{e}" for ours, x in keys.items() for e, end in form.items()}
@@ -129,55 +98,49 @@ def decode(
         for end, each in sides.items()
         for name, x in each.items()
     ]
-    given = {x.key: x for x in image.tensors}
+    given = {x.key: x for x in files.tensors}
 
     def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
         wanted = [*wanted]
-        values = image.read([given[keys[x.key]] for x in wanted])
+        values = files.read([given[keys[x.key]] for x in wanted])
         return {x.key: values[keys[x.key]].reshape(x.shape) for x in wanted}
 
     fields = leave_out(fields, ignore)
-    return Files(fields, found, read, image.argument, image.is_own, keys)
+    return files._replace(fields=fields, tensors=found, read=read, keys=keys)
 
 
-def _parse_keys(image: Image) -> list[_Entry]:
+def _refuse(
+    argument: str, where: str, why: str, problems: Iterable[Problem] = (), remedy: str = ""
+) -> InputError:
+    """Makes an error about the file `where`."""
+    return InputError(argument, f"{where} {why}", path=where, problems=problems, remedy=remedy)
+
+
+def _parse_keys(files: Files, refuse: Refuse) -> list[_Entry]:
     """Splits all keys; raises for keys of other methods, and unknown ones."""
-    found, wrong = list[_Entry](), list[Problem]()
-    for x in image.tensors:
-        if key := KEY.fullmatch(x.key):
-            found.append(_Entry(key["module"], key["end"], x))
-        elif method := next((y for part, y in _OTHERS.items() if re.search(part, f"{x.key}.")), ""):
-            wrong.append(Problem(x.key, f"is {method}, which jlora does not read", _MERGE))
-        else:
-            wrong.append(Problem(x.key, "unexpected", _RESAVE))
-    if wrong:
-        raise image.refuse(_NOT_READ, wrong)
-    if not found:
-        raise image.refuse("has no tensors.")
-    return found
+    each = [(KEY.fullmatch(x.key), x) for x in files.tensors]
+    if wrong := [Problem(x.key, "unexpected", _RESAVE) for key, x in each if not key]:
+        raise refuse(_NOT_READ, wrong)
+    if not each:
+        raise refuse("has no tensors.")
+    return [_Entry(key["module"], key["end"], x) for key, x in each if key]
 
 
-def _find_form(image: Image, entries: Iterable[_Entry]) -> Mapping[str, str]:
+def _find_form(entries: Iterable[_Entry], refuse: Refuse) -> Mapping[str, str]:
     """Finds the one of `FORMS` that all keys have; raises if there is none, or some are mangled."""
     kinds = {(x.end, x.is_mangled): x.tensor.key for x in entries}
     ends = {end for end, _ in kinds}
     found = next((form for form in FORMS.values() if ends <= form.keys()), None)
-    if found and len({is_mangled for _, is_mangled in kinds}) == 1:
-        return found
-    dots = {True: " after a name with _ for dots", False: ""}
-    each = [Problem(key, f"{end}{dots[x]}") for (end, x), key in kinds.items()]
-    raise image.refuse("mixes what keys of different tools end in.", each, "Save each by itself.")
+    if found is None or len({is_mangled for _, is_mangled in kinds}) > 1:
+        why = "mixes what keys of different tools are like. Save each by itself."
+        raise refuse(why, [Problem(key, f"ends in {end}") for (end, _), key in kinds.items()])
+    return found
 
 
-def _parse_configs(image: Image) -> dict[str, dict[str, Any]]:
+def _parse_configs(files: Files, where: str) -> dict[str, dict[str, Any]]:
     """Parses the configurations in the header, by prefix."""
-    text = image.metadata.get(FIELDS)
-    if text is None:
-        return {}
-    with blame(image.argument, image.where, f"{FIELDS} in the header of "):
-        if len(text) > LIMIT:
-            raise ValueError(f"has {len(text)} characters; expected at most {LIMIT}")
-        raw = parse(text.encode())
+    with blame(files.argument, where, f"{FIELDS} in the header of "):
+        raw = parse(files.metadata.get(FIELDS, "{}").encode())
     found = dict[str, dict[str, Any]]()
     for key, x in raw.items():
         prefix, _, field = key.rpartition(".")
@@ -193,26 +156,20 @@ def _find_prefix(x: _Entry, known: Collection[str]) -> str:
     return next((p for p in parents if p in known), found["prefix"] if found else "")
 
 
-def _choose(
-    image: Image, groups: Mapping[str, list[_Entry]], prefix: str | None
-) -> tuple[list[_Entry], str]:
-    """Chooses the entries of one model."""
+def _choose(groups: Collection[str], prefix: str | None, refuse: Refuse) -> str:
+    """Chooses the prefix of one model."""
     listed = ", ".join(show(repr(x)) for x in sorted(groups)[:9]) + ", …" * (len(groups) > 9)
     if prefix is None and len(groups) > 1:
-        raise image.refuse(
-            f"has adapters of several models. Give `prefix`, one of {listed}, and read each."
-        )
+        why = f"has adapters of several models. Give `prefix`, one of {listed}, and read each."
+        raise refuse(why)
     chosen = next(iter(groups)) if prefix is None else prefix
     if chosen not in groups:
-        raise InputError(
-            "prefix",
-            f"must be one of the prefixes in {image.where}, {listed}; got {chosen!r}.",
-        )
-    return groups[chosen], chosen
+        raise InputError("prefix", f"must be in the file, one of {listed}; got {chosen!r}.")
+    return chosen
 
 
 def _name_modules(
-    image: Image, entries: Collection[_Entry], prefix: str, modules: Collection[str]
+    entries: Collection[_Entry], prefix: str, modules: Collection[str], refuse: Refuse
 ) -> dict[str, str]:
     """Names modules as the model does; kohya's names stay as they are without a model."""
     found = dict.fromkeys(x.module for x in entries)
@@ -225,57 +182,45 @@ def _name_modules(
     if not is_mangled:
         start = len(prefix) + 1 if prefix else 0
         return {module: known[module][0] if module in known else module[start:] for module in found}
-    twice = [
+    wrong = [
         Problem(key, f"may be {' or '.join(map(show, sorted(own)))}, as kohya writes dots as _")
         for key, own in known.items()
         if len(own) > 1
     ]
-    if twice:
-        raise image.refuse("has ambiguous names.", twice, "Save it in the dialect of diffusers.")
-    if lost := [module for module in found if modules and module not in known]:
-        why = "no module of the model has this name with _ for dots"
-        raise image.refuse(_NOT_READ, [Problem(module, why, _ORIGINAL) for module in lost])
+    lost = [module for module in found if modules and module not in known]
+    why = "no module of the model has this name with _ for dots"
+    if wrong := wrong or [Problem(module, why, _ORIGINAL) for module in lost]:
+        raise refuse(_NOT_READ, wrong)
     return {module: known[module][0] if known else module for module in found}
 
 
-def _shape_magnitudes(
-    sides: Mapping[str, Mapping[str, TensorInfo]], wrong: list[Problem]
-) -> dict[str, TensorInfo]:
-    """Gives kohya's magnitudes PEFT's shapes; there is one for each output."""
+def _shape_magnitudes(sides: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """Gives kohya's magnitudes, (outputs, 1, …), PEFT's shapes; others stay, and will not fit."""
     found = dict[str, TensorInfo]()
     for name, x in sides[MAGNITUDES].items():
-        b = sides[B][name].shape if name in sides[B] else x.shape
-        if x.shape != (expected := (*b[:1], *[1] * (len(b) - 1))):
-            why = f"expected shape {expected}, one number for each output; got {x.shape}"
-            wrong.append(Problem(x.key, why))
-        shape = b[:1] if len(b) == 2 else (1, *expected[:1], *expected[2:])
-        found[name] = x._replace(shape=shape)
+        n, *ones = x.shape or (0,)
+        shape = (n,) if len(ones) == 1 else (1, n, *ones[1:])
+        found[name] = x.reshape(shape) if {*ones} == {1} else x
     return found
 
 
 def _read_alphas(
-    image: Image,
+    files: Files,
     alphas: Mapping[str, TensorInfo],
     factors: Mapping[str, TensorInfo],
     wrong: list[Problem],
 ) -> dict[str, float]:
     """Reads the alphas of modules."""
-    fitting = list[TensorInfo]()
+    fitting = dict[str, TensorInfo]()
     for name, x in alphas.items():
         if name not in factors:
             wrong.append(Problem(x.key, "has no A and B"))
         elif x.dtype not in DTYPES | COUNTS or np.prod(x.shape) != 1:
             wrong.append(Problem(x.key, f"expected one number, got {x.dtype} of shape {x.shape}"))
         else:
-            fitting.append(x)
-    values = image.read(fitting)
-    found = dict[str, float]()
-    for name, x in alphas.items():
-        if x.key in values:
-            found[name] = number = float(values[x.key].reshape(()))
-            if not np.isfinite(number):
-                wrong.append(Problem(x.key, f"expected a finite number, got {number}"))
-    return found
+            fitting[name] = x
+    values = files.read(fitting.values())
+    return {name: float(values[x.key].reshape(())) for name, x in fitting.items()}
 
 
 def _infer_fields(

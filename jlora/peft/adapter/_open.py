@@ -5,9 +5,9 @@ from collections.abc import Collection
 
 from ..._errors import InputError
 from ..._folders import to_path
-from .._file import CONFIG, IMAGE, TENSORS, Source, find_image, read_header, read_tensors
-from ._files import Files, open_files
-from ._image import Image, decode
+from .._file import CONFIG, IMAGE, TENSORS, Source, find_image
+from ._files import Files, open_files, open_tensors
+from ._image import decode
 
 
 def open_adapter(
@@ -39,9 +39,5 @@ def open_adapter(
     if file != path and (found := [x for x in (CONFIG, TENSORS) if (path / x).exists()]):
         why = f"has two adapters: {found[0]}, and {IMAGE}. Give the file that you mean, or move it."
         raise InputError(argument, f"{path} {why}", path=path)
-    source = Source(file.parent, argument)
-    header = read_header(source, file.name)
-    read = lambda wanted: read_tensors(source, header, wanted, file.name)  # noqa: E731
-    tensors = [*header.entries.values()]
-    image = Image(tensors, header.metadata, read, str(file), argument)
-    return decode(image, ignore, prefix, modules)
+    files = open_tensors(Source(file.parent, argument), file.name)
+    return decode(files, str(file), ignore, prefix, modules)
