@@ -4,7 +4,6 @@ Most runs are in this process, through click's runner; those that are about proc
 """
 
 import functools
-import itertools
 import json
 import pathlib
 import re
@@ -32,7 +31,7 @@ from flax import nnx
 from messages import check_text, refused
 from peft_files import assert_equal, config_of
 from safetensors.numpy import save_file
-from small import some, some_rows, without_progress
+from small import some, without_progress
 
 import jlora
 from jlora import checkpoint, peft
@@ -191,20 +190,6 @@ def norms(x: jlora.types.LowRank) -> np.ndarray:
     return np.linalg.norm(x.scale * np.matmul(np.float64(x.a), np.float64(x.b)), axis=(1, 2))
 
 
-def test_inspect_experts() -> None:
-    """A row an expert, for each parameter with its own rank."""
-    case = models.case("experts")
-    adapter = peft.load(case.folder, case.base, case.names)["experts"]
-    found = json.loads(run("inspect", case.folder, "--json").stdout)
-    sites = {site["name"]: site for site in found["sites"]}
-    assert sites.keys() == {"experts.gate_up_proj", "experts.down_proj", "head"}
-    for ours, theirs in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
-        x, site = adapter[ours], sites[f"experts.{theirs}"]
-        np.testing.assert_allclose([m["norm"] for m in site["matrices"]], norms(x), rtol=1e-9)
-        assert [m["indices"] for m in site["matrices"]] == [[0], [1], [2]]
-        assert site["rank"] == x.a.shape[-1]
-
-
 def test_inspect_orbax(orbax: Any) -> None:
     """Of stacked layers: one row by default, one a layer with --all, all of them in JSON."""
     folder, _, adapter = orbax("scanned")
@@ -245,29 +230,6 @@ def test_many_shapes_need_no_programs(caplog: Any) -> None:
         run("inspect", models.FIXTURES / "patterns")
         run("diff", *(models.FIXTURES / x for x in ("patterns", "excluded")), code=1)
     assert not [x for x in caplog.records if "Compiling" in x.getMessage()]
-
-
-ODD = {
-    "depth": ["m.base_layer.lora_A.weight", "m.base_layer.lora_B.weight"],
-    "depths": [f"m{'.base_layer' * n}.lora_{x}.weight" for n in (1, 2) for x in "AB"],
-    "alone": ["m.lora_A.weight"],
-    "escape": ["m\x1b[31m.lora_A.weight"],
-    "long": ["m" * 1001],
-    "deep": [".m" * 100],
-    "experts": ["m.e.lora_A.weight", "m.e.lora_B.weight", "m.e.base_layer.lora_A.weight"],
-}
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_inspect_of_odd_keys(name: str, tmp_path: Folder) -> None:
-    """Keys that PEFT never writes are refused by name, or as a whole."""
-    tensors = {f"base_model.model.{key}": np.ones((2, 3), np.float32) for key in ODD[name]}
-    config = {"peft_type": "LORA", "target_modules": ["m"], "modules_to_save": ["head"]}
-    (tmp_path / FILES[0]).write_text(json.dumps(config))
-    save_file(tensors, tmp_path / FILES[1])
-    said = fails("inspect", tmp_path)
-    assert "base_model.mod" in said
-    check_text(said)
 
 
 # ----------------------------------------------------------------------------------------- diff
@@ -364,7 +326,7 @@ def test_diff_within_a_tolerance(tmp_path: Folder, orbax: Any) -> None:
 # -------------------------------------------------------------------------------------- convert
 
 
-DAILY = ("dora", "experts", "scanned", "tied", "tokens")
+DAILY = ("experts", "tied", "tokens")
 
 
 @pytest.mark.parametrize("name", some(models.CASES, *DAILY))
@@ -399,12 +361,10 @@ def test_convert_there_and_back(name: str, tmp_path: Folder) -> None:
 
 
 PLAIN = ("qv", "all_linear", "patterns", "rslora", "embeddings", "tied", "gpt2", "gpt2_tied")
-SOURCES = [*itertools.product(["peft"], PLAIN), ("orbax", "patterns")]
 
 
 @pytest.mark.parametrize(
-    ("source", "name"),
-    some_rows(SOURCES, ("peft", "gpt2_tied"), ("peft", "patterns"), ("orbax", "patterns")),
+    ("source", "name"), [("peft", "gpt2_tied"), ("peft", "patterns"), ("orbax", "patterns")]
 )
 def test_convert_for_vllm(source: str, name: str, tmp_path: Folder, orbax: Any) -> None:
     """Uniform rank, scales in B: the files that `save` writes with the base, and the same ΔW."""
@@ -432,14 +392,7 @@ def numpy_tree(folder: Folder) -> Any:
         return checkpointer.restore(folder.absolute())
 
 
-FORMATS = itertools.product(
-    ("peft", "orbax"), ("all_linear", "bf16", "modules_to_save", "scanned", "dora")
-)
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"), some_rows(FORMATS, ("peft", "modules_to_save"), ("orbax", "dora"))
-)
+@pytest.mark.parametrize(("kind", "name"), [("peft", "modules_to_save"), ("orbax", "dora")])
 def test_merge_into_orbax(kind: str, name: str, tmp_path: Folder, orbax: Any) -> None:
     """Base in Orbax: the tree of `jlora.merge`, in the structure of the base."""
     folder, case, adapter = orbax(name)
@@ -449,7 +402,7 @@ def test_merge_into_orbax(kind: str, name: str, tmp_path: Folder, orbax: Any) ->
     assert text == f"{tmp_path / 'm'}: {tmp_path / 'base'} with {args[0]} merged, as orbax\n"
     merged = numpy_tree(tmp_path / "m")
     expected = jax.tree.map(np.asarray, jlora.merge(case.base, adapter))
-    laws.assert_close(merged, expected, 2**-8 if name == "bf16" else 1e-6)
+    laws.assert_close(merged, expected, 1e-6)
 
 
 ONES = {"w": site(jnp.ones((4, 1)), jnp.ones((1, 3)))}
@@ -482,7 +435,7 @@ def test_merge_of_numbers(tmp_path: Folder) -> None:
     assert int(found["id"][0]) == int(found["k"]) == 2**40
 
 
-@pytest.mark.parametrize("is_known", some([True, False], True))
+@pytest.mark.parametrize("is_known", [True, False])
 def test_random_keys_stay_keys(is_known: bool, tmp_path: Folder) -> None:
     """Orbax has them as integers until they are read."""
     base = {
@@ -517,14 +470,7 @@ def huggingface(folder: Folder, name: str) -> tuple[Folder, dict[str, np.ndarray
     return folder, models.case(name).merged()
 
 
-MODELS = itertools.product(
-    ("peft", "orbax"),
-    ("all_linear", "modules_to_save", "gpt2", "scanned", "conv", "dora_gpt2", "tokens"),
-)
-OFTEN = (("peft", "conv"), ("peft", "tokens"), ("orbax", "scanned"), ("orbax", "dora_gpt2"))
-
-
-@pytest.mark.parametrize(("kind", "name"), some_rows(MODELS, *OFTEN))
+@pytest.mark.parametrize(("kind", "name"), [("peft", "tokens"), ("orbax", "scanned")])
 def test_merge_into_hugging_face(kind: str, name: str, tmp_path: Folder, orbax: Any) -> None:
     """What PyTorch merged, from either format of the adapter; other files are copied or named."""
     base, merged = huggingface(tmp_path / "base", name)
@@ -730,6 +676,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_process(files: Folder) -> None:
     """An error is one line on stderr: what Orbax's threads find closed is not printed beside it."""
     script = str(pathlib.Path(sys.executable).with_name("jlora"))
@@ -826,6 +773,7 @@ def test_interrupt_at_the_start(module: str) -> None:
     assert done.stderr == "jlora: interrupted; nothing is half written.\n"
 
 
+@pytest.mark.slow
 def test_interrupt(files: Folder, tmp_path: Folder) -> None:
     """Ctrl-C before the folder has its name: exit code 130, one line, and nothing is left."""
     out = tmp_path / "out"

@@ -60,15 +60,6 @@ def test_written_as_it_was_read(name: str, tmp_path: Folder) -> None:
     assert config_of(tmp_path / "a") == fields == {**whole, **old}
 
 
-def test_reading_compiles_nothing(caplog: Any) -> None:
-    """A file may have thousands of shapes."""
-    folder = models.case("conv").folder
-    jax.clear_caches()
-    with jax.log_compiles():
-        peft.read(folder)
-    assert not [x.getMessage() for x in caplog.records if "Compiling" in x.getMessage()]
-
-
 def test_reading_while_jax_traces() -> None:
     """For shapes and dtypes alone."""
     folder = models.case("conv").folder
@@ -224,11 +215,6 @@ def test_scales_for_vllm_are_rounded_once(dtype: Any, tmp_path: Folder) -> None:
     peft.write(tmp_path / "a", peft.Contents({"m.q": adapter}), "vllm")
     found: Any = peft.read(tmp_path / "a").leaves["m.q"]
     np.testing.assert_array_equal(found.b, (np.asarray(b, np.float32) / 3).astype(dtype))
-
-
-def test_another_profile(tmp_path: Folder) -> None:
-    with pytest.raises(ValueError, match="`profile` must be None or 'vllm'; got 'tgi'"):
-        peft.write(tmp_path / "a", peft.Contents({"m.q": Q}), "tgi")
 
 
 @pytest.mark.parametrize(

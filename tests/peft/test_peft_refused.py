@@ -333,6 +333,8 @@ QV: Damages = {
         change(lambda t: [t.update({f"{Q}.base_layer{x}": t.pop(Q + x)}) for x in ENDS]),
         *(Q, "adapted more than once"),
     ),
+    "a long name": (put("m" * 1001, np.zeros(2)), TENSORS, "expected at most 1000 printable"),
+    "a deep name": (put(".m" * 101, np.zeros(2)), TENSORS, "with at most 100 dots"),
     "a group of ours": (
         say(layers_to_transform=[0], layers_pattern="(?P<idx>x)"),
         *("layers_pattern", "redefinition of group name"),

@@ -201,25 +201,13 @@ def adapt(model: Any, folder: pathlib.Path, **options: Any) -> Any:
     return adapted
 
 
-def outcome(
-    family: str, configuration: str, folder: pathlib.Path, vocabulary: int | None = None
-) -> Outcome:
-    """Adapts, saves, merges twice and compares; if asked for, with a resized vocabulary.
-
-    The new rows of the base are then others than those that the adapter was trained with.
-    """
+def outcome(family: str, configuration: str, folder: pathlib.Path) -> Outcome:
+    """Adapts, saves, merges twice and compares."""
     model = make_model(family)
     cls = type(model)
     model.save_pretrained(folder / "base")
-    if vocabulary is not None:
-        model = cls.from_pretrained(folder / "base")
-        model.resize_token_embeddings(vocabulary, mean_resizing=False)
     try:
         adapted = adapt(model, folder / "a", **CONFIGURATIONS[configuration])
-        if vocabulary is not None:
-            other = cls.from_pretrained(folder / "base")
-            other.resize_token_embeddings(vocabulary, mean_resizing=False)
-            other.save_pretrained(folder / "base")
         adapted.merge_and_unload().save_pretrained(folder / "theirs")
     except Exception as e:
         return Outcome("not by PEFT", brief(e))

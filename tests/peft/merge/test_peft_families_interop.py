@@ -39,22 +39,6 @@ def test_as_peft_merges_it(family: str, configuration: str, tmp_path: pathlib.Pa
         assert any(reason in found.reason for reason in REFUSED), found
 
 
-RESIZED = ("llama", "llama-tied", "gpt2", "phi", "gpt-neox", "t5")
-
-
-@pytest.mark.parametrize("family", RESIZED)
-def test_a_resized_vocabulary(family: str, tmp_path: pathlib.Path) -> None:
-    """The values of embedding and head that PEFT saved by itself take the place of the base's."""
-    found = families.outcome(family, "all-linear", tmp_path, vocabulary=75)
-    assert found.kind in ("bits", "rounding"), found
-    saved = families.load_file(tmp_path / "a" / "adapter_model.safetensors")
-    assert any(len(x) == 75 and "lora" not in key for key, x in saved.items())
-
-
-def test_the_slice_has_every_configuration() -> None:
-    assert {configuration for _, configuration in SLICE} == set(NAMES)
-
-
 def test_the_readme_says_how_many() -> None:
     text = (pathlib.Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     assert f"{len(NAMES)} kinds of PEFT's adapters into more than 50 models" in text
