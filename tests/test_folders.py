@@ -1,13 +1,12 @@
 """Folders and files appear whole or not at all."""
 
 import errno
-import os
 from typing import Any
 
 import disks
 import numpy as np
 import pytest
-from messages import check_facts, refused
+from messages import refused
 from peft_files import Folder, assert_equal
 
 import jlora
@@ -119,23 +118,11 @@ def test_where_nobody_may_write(write: Any, tmp_path: Folder) -> None:
     before = contents(tmp_path)
     with disks.read_only(tmp_path / "locked"):
         message = r"`path`: could not write .*(Read-only|Permission denied).* Make room"
-        with pytest.raises(OSError, match=message):
+        with pytest.raises(OSError, match=message) as caught:
             write(tmp_path / "locked" / "new")
+        given = caught.value.errno in (errno.EROFS, errno.EACCES)
+        assert given or write is WRITERS["orbax"]  # whose errors have no number
         assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("kind", ["nothing", "readonly", "nested"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_cannot_be_written(kind: str, number: int, tmp_path: Folder) -> None:
-    """The argument, the folder and the reason, with the error's number; errors of reading stay."""
-    final = tmp_path / "m"
-    with pytest.raises(OSError) as caught, fresh(final, "OUT") as folder:
-        if kind == "nested":  # a folder in a folder in the making
-            with fresh(folder / "inner", "OUT"):
-                raise OSError(number, "x")
-        raise OSError(number, "x", "elsewhere" if kind == "nothing" else str(folder / "file"))
-    check_facts(caught.value, "OUT", final, os.strerror(number))  # which systems say otherwise
-    assert caught.value.errno == number and not list(tmp_path.iterdir())
 
 
 def test_a_folder_within_a_file(tmp_path: Folder) -> None:

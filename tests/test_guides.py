@@ -155,33 +155,6 @@ def test_code_fits_a_page():
         assert max(map(len, lines), default=0) <= 72, path
 
 
-WRITERS = {"jlora.merge", "checkpoint.save", "checkpoint.export", "peft.save", "peft.save_base"}
-WRITERS |= {"peft.write", "peft.export_merged", "adapted.merge"}
-
-
-def test_the_table_of_files_has_every_way_to_write():
-    """Before all else on the page; each is a function or a command."""
-    text = (GUIDES / "files_and_serving.md").read_text(encoding="utf-8")
-    table = text.split("\n\n")[1]
-    calls = set(re.findall(r"`([\w.]+)(?:\(.*?\))?`", table)) - {"jlora.nnx", "jlora.keras"}
-    assert calls == WRITERS
-    for call in WRITERS - {"adapted.merge"}:
-        module, name = call.rsplit(".", 1)
-        found = jlora if module == "jlora" else importlib.import_module(f"jlora.{module}")
-        assert callable(getattr(found, name)), call
-    commands = set(re.findall(r"`jlora (\w+)`", table))
-    assert commands == {"convert", "merge"}
-    for command in commands:
-        subprocess.run([sys.executable, "-m", "jlora", command, "--help"], check=True)
-
-
-def test_guides_end():
-    """Advice has at most 1,500 words. What was measured is in pages of its own."""
-    for path in GUIDES.rglob("*.md"):
-        if path.parent.name != "measurements":
-            assert len(path.read_text(encoding="utf-8").split()) <= 1500, path
-
-
 TABLE = tables.read(advice.TABLE)
 OTHER_RULES = (
     r"3e-4 and 1e-3|1e-3 and 3e-3|neighbor of the better|two learning rates|a third of it"
@@ -296,24 +269,6 @@ def _chat(names: Names) -> None:
     total, count = names["nll"](names["best"], names["base"], ids, counts)
     assert total / count == pytest.approx(float(names["lowest"]), rel=1e-5)
     assert len(names["losses"]) == names["found"] + 30 < 500
-
-
-REACHED = {
-    "linen": ("state.params", "jlora.merge(base, state.params)", "new variables"),
-    "nnx": ("adapted.adapter", "adapted.merge()", "a new module"),
-    "keras": ("adapted.adapter", "adapted.merge()", None),
-}
-
-
-@pytest.mark.parametrize("page", REACHED)
-def test_pages_begin_with_how_to_reach_and_merge_the_adapter(page):
-    """In one sentence; `_linen`, `_nnx` and `_keras` check it."""
-    adapter, merge, new = REACHED[page]
-    does = "changes your model in place, and returns it"
-    kept = "yours as it was" if new == "a new module" else "yours as they were"
-    does = does if new is None else f"returns {new}, and leaves {kept}"
-    text = (GUIDES / f"loops/{page}.md").read_text(encoding="utf-8")
-    assert text.split("\n\n")[1].startswith(f"**The adapter is `{adapter}`. `{merge}` {does}.**")
 
 
 @of("linen")

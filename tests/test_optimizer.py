@@ -423,19 +423,6 @@ def test_functions_of_the_parameters_get_all_of_them(name: str, freeze_a: bool) 
     assert (raw(alone["w"].a) == raw(adapter["w"].a)) == freeze_a
 
 
-@FORMS
-def test_an_injected_rate_can_be_changed(small: Setup, form: str) -> None:
-    """The rate that is written into the state is the one that is used, on all labels."""
-    grads, tree = small.grads(form)[0], small.tree(form)
-    tx = optax.inject_hyperparams(lambda rate: with_lora_plus(optax.sgd(rate), 2))(rate=0.5)
-    update = jax.jit(tx.update)
-    before, state = update(grads, tx.init(tree), tree)
-    state.hyperparams["rate"] = jnp.asarray(0.25)
-    after, _ = update(grads, state, tree)
-    assert raw(jax.tree.map(lambda u: np.asarray(u) / 2, before)) == raw(after)
-    assert any(np.any(u) for u in jax.tree.leaves(after))
-
-
 # --------------------------------------------------------------------------- labels and masks
 
 
@@ -492,12 +479,6 @@ def test_what_freezes_the_base(name: str) -> None:
     if name == "optimizer":  # by -0.0, the zero that leaves every float as it was
         updates, _ = FREEZING[name].update(after, state, params)
         assert np.signbit(updates.base["w"]).all()
-
-
-def test_masked_freezes_nothing() -> None:
-    """As the docstring of `jlora.mask` says: raw gradients are added to the base."""
-    after, _ = ones(optax.masked(SGD, jlora.mask), beside())
-    np.testing.assert_array_equal(after.base["w"], 2)
 
 
 def test_keys_in_the_base() -> None:

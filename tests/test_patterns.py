@@ -103,7 +103,7 @@ def each(patterns: dict[str, Any], *daily: str) -> Any:
     return pytest.mark.parametrize(("taker", "pattern"), some_rows(rows, *chosen))
 
 
-@each(PATTERNS, "head", "(?i)(?s)HEAD|QUERY")
+@each(PATTERNS, "(?i)(?s)HEAD|QUERY")
 def test_whole_components(taker: str, pattern: str) -> None:
     """Rules, schemes and `allocate` agree."""
     assert sorted(TAKERS[taker](pattern)) == sorted(PATHS[i] for i in PATTERNS[pattern])

@@ -2,7 +2,6 @@
 
 import gc
 import io
-import pathlib
 import re
 import threading
 import time
@@ -14,9 +13,6 @@ from small import without_progress
 
 from jlora import _progress
 from jlora._progress import progress
-
-ROOT = pathlib.Path(__file__).parents[1]
-OWN = {"jlora/_progress.py", "examples/progress.py"}
 
 
 @pytest.fixture
@@ -75,9 +71,3 @@ def test_a_terminal_gets_a_bar(piped: io.StringIO, monkeypatch: pytest.MonkeyPat
     for _ in progress(range(3), mininterval=0, file=piped):
         assert threading.active_count() <= before + 1  # tqdm's own
     assert piped.getvalue().count("\r") >= 3
-
-
-def test_every_bar_is_this_one() -> None:
-    files = [p for d in ("jlora", "examples", "tests/bench") for p in (ROOT / d).rglob("*.py")]
-    users = {p.relative_to(ROOT).as_posix() for p in files if "tqdm(" in p.read_text("utf-8")}
-    assert users - OWN == set()

@@ -218,7 +218,7 @@ for name in ("pissa", "olora", "milora"):
 READERS |= {name: lambda p, a, rule=rule: start(rule, p) for name, rule in RULES.items()}
 
 
-DAILY = ("unmerge", "requantize", "dora of codes", "pissa", "full")
+DAILY = ("unmerge", "dequantize", "dora", "full")
 
 
 @pytest.mark.parametrize("name", some(READERS, *DAILY))
@@ -263,17 +263,6 @@ def test_merge_rounds_once() -> None:
     assert np.all(np.abs(np.asarray(merged, np.float64) - exact) <= ulp / 2)
     twice = np.asarray(w + jnp.asarray(delta, jnp.bfloat16), np.float64)  # ΔW rounded, then the sum
     assert np.any(twice != np.asarray(merged, np.float64))
-
-
-def test_merge_in_float64() -> None:
-    """Over float64 all is in float64, also with a float32 adapter: adapted is merged to 1e-10."""
-    with jax.enable_x64(True):
-        s = setup(dtype=jnp.float64, dtype_of_adapter="float32")
-        merged = jlora.merge(s.base, s.adapter)
-        assert_close(jax.jit(s.lora.apply)(*s[4:], s.x), jax.jit(s.f)(merged, s.x), 1e-10)
-        for name, w in s.base.items():
-            a, b = (np.asarray(x, np.float64) for x in (s.adapter[name].a, s.adapter[name].b))
-            np.testing.assert_allclose(merged[name], w + 2 * a @ b, rtol=1e-13, atol=1e-13)
 
 
 def test_full_leaves_are_copies() -> None:

@@ -84,7 +84,7 @@ def test_what_is_moved(name, paths):
     assert max((n for _, n in found), default=0) <= most, found
 
 
-@pytest.mark.parametrize("name", some(FUNCTIONS, "add", "truncate"))
+@pytest.mark.parametrize("name", some(FUNCTIONS, "truncate"))
 @pytest.mark.parametrize("jit", some([True, False], True))
 def test_explicit_axes(name, jit):
     """Under `jit` with the mesh in scope, and without either."""
@@ -111,10 +111,10 @@ MEASURES = {
         MEASURES,
         [path for path in SITES if path != "head"],
         KINDS,
-        daily=[("norm", "slots", AxisType.Explicit), ("amplification", "heads", AxisType.Explicit)],
+        daily=[("amplification", "heads", AxisType.Explicit)],
     ),
 )
-@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("jit", some([True, False], False))
 def test_measures_of_sharded_factors(name, path, kind, jit):
     """As on one device; under `jit` with the mesh in scope, and without either."""
     f, (trees, _), (placed_trees, _, mesh) = MEASURES[name], problem([path]), placed([path], kind)

@@ -399,7 +399,8 @@ def test_numbers_may_be_arrays_without_axes(make: Any) -> None:
     assert ranks[0] == ranks[1]
     for f in (arithmetic.ties, lambda t, density: arithmetic.dare(t, key=KEY, density=density)):
         assert_close(f([one], density=half), f([one], density=0.5))
-    assert jlora.many.stack([one], size=make(3).astype(int))["w"].a.shape[0] == 3
+    size, rank = (make(n).astype(int) for n in (3, 4))
+    assert jlora.many.stack([one], size=size, rank=rank)["w"].a.shape == (3, 12, 4)
 
 
 def test_keys_are_refused() -> None:

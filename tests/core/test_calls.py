@@ -142,12 +142,12 @@ def check_compiled(model, rules):
         assert_close(found, f(base, adapter, x), 1e-10)
 
 
-@pytest.mark.parametrize("model", some(MODELS, in_jit, moved_in_jit))
+@pytest.mark.parametrize("model", some(MODELS, moved_in_jit))
 def test_shared_layers_are_those_in_place(model):
     check_compiled(model, RULES["all"])
 
 
-@pytest.mark.parametrize("rules", some(RULES, "some layers", "full"))
+@pytest.mark.parametrize("rules", some(RULES, "full"))
 def test_whatever_the_layers_are_adapted_by(rules):
     check_compiled(in_jit, RULES[rules])
 
@@ -215,7 +215,7 @@ def size(f, *args):
     return count(jax.make_jaxpr(jax.grad(f))(*args))
 
 
-@pytest.mark.parametrize("model", [in_jit, in_jit_each, computed_again])
+@pytest.mark.parametrize("model", some([in_jit, in_jit_each, computed_again], in_jit_each))
 def test_tracing_follows_distinct_layers(model):
     four, eight = (size(*start_of(n, model)) for n in (4, 8))
     assert eight - four <= 4 * FEW

@@ -103,7 +103,7 @@ def one_of(*daily: str) -> Any:
     return pytest.mark.parametrize("name", some(LINEAR, *daily))
 
 
-@one_of("embed", "experts_ragged")
+@one_of("embed")
 def test_mean_and_variance_over_keys(name: str) -> None:
     """The mean is the output without dropout; the variance is that of one coin for each input.
 
@@ -293,7 +293,7 @@ USES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", some([*USES], "nested", "tied", "sliced", "while"))
+@pytest.mark.parametrize("name", some([*USES], "tied", "while"))
 def test_each_use_has_its_own_mask(name: str) -> None:
     """So says JAX's checker of keys too; without a key all uses are alike."""
     x, w = draw(3, 1, 64), {"w": draw(4, 64, 64)}
@@ -339,8 +339,7 @@ TABLES: dict[str, Any] = {
         FORMS,
         daily=[
             ("scanned", "prepared", "gathered"),
-            ("scanned", "a key for each slot", "side by side"),
-            ("experts_ragged", "one key", "gathered"),
+            ("dense", "a key for each slot", "side by side"),
         ],
     ),
 )

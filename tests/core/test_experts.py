@@ -13,7 +13,7 @@ from peft_files import Folder, come_back
 from small import array, assert_close, every, randomize, some
 
 import jlora
-from jlora import DoRA, Full, LoRA, checkpoint, initializers, many, peft
+from jlora import DoRA, Full, LoRA, checkpoint, many, peft
 
 # Qwen3-30B-A3B: its layers, experts and widths.
 LAYERS, EXPERTS, WIDTH, HIDDEN, QUERIES, KEYS = 48, 128, 2048, 768, 32 * 128, 4 * 128
@@ -28,51 +28,6 @@ def mixture(p: Any, x: jax.Array) -> jax.Array:
     """(3 experts, rows, 6) to the same."""
     h = jnp.tanh(jnp.einsum("ebi,eio->ebo", x, p["up"]))
     return jnp.einsum("ebi,eio->ebo", h, p["down"])
-
-
-def qwen3(p: Any, x: jax.Array) -> jax.Array:
-    """The products of Qwen3-30B-A3B, without what stands between them."""
-
-    def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
-        q, k, v = (x @ p[name] for name in "qkv")
-        x = q @ p["o"] + (k * v).sum()
-        rows = jnp.broadcast_to(x, (EXPERTS, *x.shape)) * 2  # what a router would send
-        gate, up = (jnp.einsum("ebi,eio->ebo", rows, p[name]) for name in ("gate", "up"))
-        return jnp.einsum("ebo,eoi->ebi", gate * up, p["down"]).sum(0), None
-
-    return jax.lax.scan(layer, x, p)[0]
-
-
-def shapes_of_qwen3() -> Any:
-    matrices = {
-        "q": (WIDTH, QUERIES),
-        "k": (WIDTH, KEYS),
-        "v": (WIDTH, KEYS),
-        "o": (QUERIES, WIDTH),
-    }
-    experts = dict.fromkeys(("gate", "up"), (WIDTH, HIDDEN)) | {"down": (HIDDEN, WIDTH)}
-    matrices |= {name: (EXPERTS, *shape) for name, shape in experts.items()}
-    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    return {name: struct((LAYERS, *shape)) for name, shape in matrices.items()}
-
-
-@pytest.mark.parametrize(
-    ("rules", "each"),
-    [
-        ([LoRA("[qkvo]", rank=1)], 835_584),
-        ([LoRA("gate|up|down", rank=1)], 51_904_512),
-        (
-            [LoRA("gate|up", rank=1, share="inputs"), LoRA("down", rank=1, share="outputs")],
-            14_450_688,
-        ),
-    ],
-)
-@pytest.mark.parametrize("rank", [1, 8])
-def test_counts_of_qwen3(rules: list[LoRA], each: int, rank: int) -> None:
-    """The experts share what is of the model's width, and differ in what is of their own."""
-    lora = jlora.transform(qwen3, *(rule.of_rank(rank) for rule in rules))
-    x = jax.ShapeDtypeStruct((2, WIDTH), jnp.bfloat16)
-    assert lora.sites(shapes_of_qwen3(), x).trainable == rank * each
 
 
 def make(*rules: LoRA) -> tuple[Any, Any, jlora.types.Transformed, jax.Array]:
@@ -171,6 +126,7 @@ def test_each_row_of_routed_experts_is_its_adapters(name: str, form: Any) -> Non
         assert_close(y.astype(np.float32), expected, 1e-5 if dtype == "float32" else 0.02)
 
 
+@pytest.mark.slow
 def test_no_adapter_of_experts_reaches_other_rows() -> None:
     """Values and gradients of rows whose slots are finite are finite where they are gathered."""
     params = {path: array(*shape) / 2 for path, shape in ROUTERS.items()}
@@ -242,7 +198,7 @@ def each_alone(apply: Any, base: Any, adapters: list[Any], ids: Any, x: jax.Arra
     return jnp.concatenate(rows)
 
 
-@pytest.mark.parametrize(("name", "pattern"), every(WITHIN, ["q", "q|w"], daily=[("jit", "q")]))
+@pytest.mark.parametrize(("name", "pattern"), every(WITHIN, ["q", "q|w"], daily=[]))
 def test_routed_experts_within_other_functions(name: str, pattern: str) -> None:
     """Adapted or not, in what JAX traces on its own; outside of a program."""
     base, adapters, apply, x = of_two(WITHIN[name], LoRA(pattern, rank=1))
@@ -264,7 +220,7 @@ def test_rows_of_a_vmap_within_route(pattern: str) -> None:
         assert_close(many.route(twice)(base, table, of_ids, x), expected, 1e-5)
 
 
-@pytest.mark.parametrize("pattern", ["q", "q|w"])
+@pytest.mark.parametrize("pattern", some(["q", "q|w"], "q"))
 def test_what_routed_experts_refuse(pattern: str) -> None:
     """A derivative within the function of `route`, and a product with a derivative of its own."""
     base, adapters, apply, x = of_two(grouped, LoRA(pattern, rank=1))
@@ -307,22 +263,6 @@ def test_files(tmp_path: Folder) -> None:
     assert checkpoint.read(tmp_path / "own").rules == tuple(OUTER)
 
 
-SHARES = ("inputs", "outputs")
-STARTS = ("pissa", "olora", "milora", "miss", "paca")
-
-
-@pytest.mark.parametrize(
-    ("init", "share"), every(STARTS, SHARES, daily=zip(STARTS, SHARES * 3, strict=False))
-)
-def test_starts(init: str, share: str) -> None:
-    """The adapted model is the base at first, as with an A and a B for each expert."""
-    params = {name: array(*shape) for name, shape in MIXTURE.items()}
-    base, adapter, lora, x = make(LoRA(rank=2, share=share, init=getattr(initializers, init)))
-    given = (base, adapter), params
-    actual, expected = jax.jit(lambda own, p: (lora.apply(*own, x), mixture(p, x)))(*given)
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_a_start_is_of_one_experts_inputs() -> None:
     """A is drawn as wide where experts share B as where each has its own."""
     for share in (None, "inputs", "outputs"):
@@ -332,15 +272,6 @@ def test_a_start_is_of_one_experts_inputs() -> None:
             for name, x in adapter.items()
         }
         assert all(0.6 < x <= 1 for x in largest.values()), largest
-
-
-def test_dora() -> None:
-    """Experts that share A have norms of their own."""
-    base, adapter, lora, x = make(DoRA(rank=2, share="inputs"))
-    adapter = randomize(adapter)
-    assert adapter["up"].m.shape == (3, 5)
-    both = jax.jit(lambda a: (lora.apply(base, a, x), mixture(jlora.merge(base, a), x)))
-    np.testing.assert_allclose(*both(adapter), rtol=1e-5, atol=1e-5)
 
 
 def shared(spec: str, *shape: int) -> Any:

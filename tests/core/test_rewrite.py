@@ -124,6 +124,7 @@ print(max(seen) - seen[0])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_shard_is_never_held_whole(tmp_path):
     """Of matrices that take 64 MB as bfloat16 a few are held at a time."""

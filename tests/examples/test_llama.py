@@ -243,20 +243,6 @@ def test_the_guide_has_flags_that_exist():
         chat.parse(shlex.split(command, comments=True))
 
 
-def test_the_forms_of_a_row():
-    """Messages, a prompt and its completion, ShareGPT."""
-    found = say("A", "B")
-    told = [("system", "S"), ("human", "A"), ("gpt", "B")]
-    shared = {"conversations": [{"from": x, "value": y} for x, y in told]}
-    rows = (
-        {"prompt": "A", "completion": "B"},
-        {"prompt": found[:1], "completion": found[1:]},
-        {"messages": found},
-    )
-    assert all(conversations.to_messages(row) == found for row in rows)
-    assert conversations.to_messages(shared) == [{"role": "system", "content": "S"}, *found]
-
-
 @pytest.mark.slow
 def test_smollm2_learns_to_define(tmp_path, monkeypatch):
     """Its loss at first is that of the guides, which any wrong weight or token would change."""

@@ -121,25 +121,6 @@ def test_learns_classes_and_saves_the_adapter_of_the_best_epoch(run, roberta):
 
 
 @pytest.mark.slow
-def test_other_settings_want_another_folder(run):
-    argv, *_ = run
-    with pytest.raises(SystemExit, match="has seeds of other settings: rank was 8, is 4"):
-        paper.main([*argv, "--rank", "4"])
-
-
-@pytest.mark.slow
-def test_goes_on_with_the_seeds_that_lack(run):
-    """A seed that is there stays; one whose row was not written is trained again."""
-    argv, out, _ = run
-    path, kept = out / "seeds.csv", out / "seed-0" / "jlora" / "metadata"
-    before, time = path.read_text(), kept.stat().st_mtime_ns
-    path.write_text("".join(before.splitlines(keepends=True)[:2]))  # without seed 1
-    paper.main(argv)
-    assert path.read_text() == before  # to the last digit
-    assert kept.stat().st_mtime_ns == time
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full", "adapter_h", "pre_layer"])
 def test_one_task_starts_from_another(method, roberta, tmp_path):
     """MNLI with its two dev sets, and then RTE with a head of its own."""

@@ -26,32 +26,6 @@ def test_the_guide_has_the_table_of_the_committed_runs():
     assert rates_trial.markdown(rows) in GUIDE.read_text(encoding="utf-8")
 
 
-def grid(validation, held_out):
-    """Rows of a set, from the loss of a half decade and a seed."""
-    return [
-        {
-            "set": "docs",
-            "width": 64,
-            "rate": trials.to_rate(n),
-            "seed": seed,
-            "validation": validation(n, seed),
-            "held_out": held_out(n, seed),
-        }
-        for n in GRID
-        for seed in SEEDS
-    ]
-
-
-@pytest.mark.parametrize(("best", "runs"), [(-5, 3), (-4, 4), (-8, 6), (-1, 7)])
-def test_the_rule_finds_the_lowest_loss(best, runs):
-    """It starts at 3e-3; the end of the grid counts as worse on the other side."""
-    loss = lambda n, seed: abs(n - best) + 0.1 * seed  # noqa: E731
-    found = rates_trial.judge(grid(loss, loss))
-    assert (found.start, found.rule, found.best) == (3e-3, *[trials.to_rate(best)] * 2)
-    assert (found.difference, found.error, found.runs) == (0, 0, 3 * runs)
-    assert found.is_as_good and found.strict
-
-
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
 
 

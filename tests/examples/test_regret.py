@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import regret
 import regret_figures
-import small_gpts
 import trials
 from regret import PLANS, Setting
 
@@ -58,39 +57,6 @@ def test_strings_are_learned(monkeypatch):
         train = regret.make_train(regret.scaled("capacity", "strings-16", rank, 16, "blocks"))
         learned[rank] = regret_figures.learned(train(3e-3, 0) | {"task": "strings-16"})
     assert 100 < learned[1] < learned[0] < 16 * 16 * 6
-
-
-@pytest.fixture
-def texts(monkeypatch, tmp_path):
-    """Other texts for the GPTs, in few steps, and a cache of its own."""
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(50)]
-    parts = [[" ".join(rng.choice(words, 30)) for _ in range(n)] for n in (1600, 100)]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in ("glosses", "verses"):
-        monkeypatch.setattr(small_gpts.data, name, lambda: parts)
-    for name, value in {"STEPS": 8, "WARMUP": 1, "KEEP": 4, "BATCH": 4}.items():
-        monkeypatch.setattr(small_gpts, name, value)
-    cached = (small_gpts.tokenizer, small_gpts.glosses, small_gpts.bible, small_gpts.load)
-    yield
-    for function in cached:
-        function.cache_clear()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "dora", "pissa"])
-def test_a_run_that_looks_back(texts, monkeypatch, method):
-    """What is new falls from look to look, beside what is old; the base counts no intruder."""
-    bible = regret.bible
-    monkeypatch.setattr(regret, "bible", lambda *args: bible(*args)._replace(steps=16))
-    monkeypatch.setitem(regret.BEFORE, "gpt", 8)
-    setting = regret.scaled("forgetting", "gpt-64x1", 8, 16)._replace(method=method)
-    regret.make_task.cache_clear()
-    row = regret.make_train(setting)(3e-3, 0)
-    assert np.isfinite([row["old_before"], row["old_after"]]).all()
-    assert row["held_out"] < row["new_before"]
-    params = regret.make_task(setting._replace(rank=0, scale=1.0, method="lora")).params
-    assert regret.count_intruders(params, params) == 0 <= row["intruders"] <= 10
 
 
 # ---- what is written ----------------------------------------------------------------------------

@@ -8,12 +8,10 @@ import json
 import math
 import re
 
-import numpy as np
 import pytest
 from models import beam, hf
 from paper.tasks import (
     batches,
-    encoding,
     files,
     glue,
     metrics,
@@ -25,8 +23,6 @@ from paper.tasks import (
     texts,
     training,
 )
-
-from tests.examples.folders import train_tokenizer
 
 MODULES = [hf, batches, beam, files, ngrams, nlg, problems, seeds, table, training]
 
@@ -96,25 +92,6 @@ def test_glue(tmp_path, task):
 
 
 # ---- rows ---------------------------------------------------------------------------------------
-
-
-def test_every_epoch_has_every_row_in_another_order():
-    rows = [{"ids": np.arange(3), "label": np.array(i)} for i in range(5)]
-    data = batches.batches(rows, 2, (4,), seed=0, epochs=2)
-    each = [batch["label"][batch["weight"] > 0] for batch in (data[i] for i in range(len(data)))]
-    first, second = np.concatenate(each).reshape(2, 5).tolist()
-    assert sorted(first) == sorted(second) == [*range(5)] and first != second
-
-
-def test_a_long_prompt_loses_its_beginning():
-    tokenizer = train_tokenizer([texts.END], "no")
-    prompt, answer = (tokenizer.encode(text).ids for text in ("abcdefgh", " yes"))
-    [row] = encoding.generation([("abcdefgh", " yes")], tokenizer, 9, stop=0, start=0)
-    kept = 9 - 2 - len(answer)
-    assert row["ids"].tolist() == [*prompt[-kept:], 0, *answer, 0] and 0 < kept < len(prompt)
-    assert row["counts"].tolist() == [0] * (kept + 1) + [1] * (len(answer) + 1)
-    with pytest.raises(ValueError, match="answer 0 has"):
-        encoding.generation([("a", " yes")], tokenizer, len(answer) + 1, 0, 0)
 
 
 # ---- generation: files --------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from messages import all_refused, check_text, refused
 from own_methods import Diagonal, Gain
-from small import every
+from small import every, some
 
 import jlora.keras
 from jlora import DoRA, Full, LoRA, Rows
@@ -70,7 +70,7 @@ POLICIES = "float32", "mixed_bfloat16"
 
 @pytest.mark.parametrize(
     ("rule", "policy"),
-    every(RULES, POLICIES, daily=[(RULES[0], POLICIES[1]), (RULES[3], POLICIES[0])]),
+    every(RULES, POLICIES, daily=[(RULES[0], POLICIES[1])]),
 )
 def test_a_call_is_that_of_the_transform(rule: Any, policy: str) -> None:
     model = words(policy) if isinstance(rule, Rows) else network(policy)
@@ -132,13 +132,6 @@ def test_the_adapter_lives_on() -> None:
     adapted.merge().predict(X, verbose=0)
     for found in (adapter, adapted.adapter, other.adapter):
         jax.tree.map(np.testing.assert_array_equal, found, values)
-
-
-def test_a_tree_is_put_into_a_model() -> None:
-    model = network()
-    adapted = noisy(adapt(model, LoRA("kernel", rank=2), example=X))
-    again = Adapted(model, adapted.adapter)
-    np.testing.assert_array_equal(again(X), adapted(X))
 
 
 def test_dropout_of_the_low_rank_path_acts_in_training() -> None:
@@ -228,7 +221,7 @@ def test_weights_are_not_copied() -> None:
     assert len(adapted.weights) == len(adapted.base.weights) + 4
 
 
-@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("outer", some([False, True], True))
 def test_a_frozen_model_that_is_freed_trains_the_adapter_alone(outer: bool) -> None:
     """As the discriminator of a GAN is, alone or as a part of a model."""
     model = network()
@@ -250,8 +243,8 @@ def test_a_frozen_model_that_is_freed_trains_the_adapter_alone(outer: bool) -> N
         np.testing.assert_array_equal(v.value, w)
 
 
-@pytest.mark.parametrize("part", ["model", "layer"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("part", some(["model", "layer"], "layer"))
+@pytest.mark.parametrize("compiled", some([False, True], True))
 def test_a_base_that_is_freed_is_refused(part: str, compiled: bool) -> None:
     """Also where Keras compiled its step before."""
     model = network()

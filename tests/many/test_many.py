@@ -32,11 +32,11 @@ def is_routed(case: Case) -> bool:
     return case.sites > 0 and case.jit and case.subject != "model"
 
 
-DAILY = ("convolution-side by side", "experts-gathered")  # of the first case of a subject
+DAILY = ("experts-gathered",)  # of the first case of a subject
 
 
 def table() -> list[Any]:
-    """Each case in each form; two for every day."""
+    """Each case in each form; one for every day."""
     firsts = {case.subject: case for case in reversed(CASES) if is_routed(case)}
     rows = []
     for case, form in itertools.product(filter(is_routed, CASES), FORMS):
@@ -172,7 +172,7 @@ def test_runs_of_known_ids_are_batches(ids: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("ids", [np.zeros(0, int), jnp.zeros(0, jnp.int32)], ids=["known", "array"])
-@pytest.mark.parametrize("form", many._route.FORMS)
+@pytest.mark.parametrize("form", some(FORMS, "gathered"))
 def test_no_rows(ids: Any, form: str) -> None:
     """An empty batch gives no rows, and gradients of zero."""
     lora, base, _ = made()
@@ -211,7 +211,7 @@ def test_form_follows_from_the_size() -> None:
     assert are_beside(7) == {"w": False, "v": False}
 
 
-@pytest.mark.parametrize("form", [None, *FORMS])
+@pytest.mark.parametrize("form", some([None, *FORMS], "side by side"))
 def test_any_number_of_rows_is_one_exported_program(form: str | None) -> None:
     """Of a prepared table too."""
     lora, base, adapters = made()
@@ -255,7 +255,7 @@ def numbered(count: int) -> tuple[Any, Any, Any]:
     return lora, {"w": jnp.zeros((4, 2))}, {"w": node}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", some(FORMS, "gathered"))
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_ids_may_be_integers_of_any_dtype(dtype: str, form: str) -> None:
     """Also where the table has more slots than they have numbers: known, or traced."""
@@ -324,15 +324,6 @@ def test_isolation_is_as_stated(use: str, form: str) -> None:
 
 
 # ---------------------------------------------------------------------------------- the table
-
-
-def test_size_and_rank_may_be_arrays_without_axes() -> None:
-    _, base, adapters = made()
-    expected, actual = (
-        many.stack(adapters[:1], size=make(4), rank=make(3), base=base)
-        for make in (int, np.asarray)
-    )
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_insert_and_remove_compile_nothing() -> None:

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from laws import assert_close, leaks_checked
 from messages import all_refused, refused
 from own_methods import Diagonal, Gain
-from small import array, every
+from small import array, every, some
 
 import jlora
 from jlora import DoRA, Full, LoRA, Rows
@@ -89,9 +88,8 @@ RULES = (
         [jnp.float32, jnp.bfloat16],
         [False, True],
         daily=[
-            (RULES[0], jnp.float32, False),
             (RULES[1], jnp.bfloat16, True),
-            (RULES[3], jnp.float32, True),
+            (RULES[3], jnp.float32, False),
         ],
     ),
 )
@@ -120,7 +118,7 @@ def test_a_call_is_that_of_the_transform(rule: Any, dtype: Any, compiled: bool) 
         )
 
 
-@pytest.mark.parametrize("options", [{}, {"graph": False}])
+@pytest.mark.parametrize("options", some([{}, {"graph": False}], {"graph": False}))
 def test_an_optimizer_trains_the_adapter_alone(options: dict[str, Any]) -> None:
     model = Layers()
     held = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -223,10 +221,8 @@ def result_of(call: Any) -> Any:
         ["train", "eval"],
         [False, True],
         daily=[
-            ("statistics", "jit", "eval", True),
             ("statistics", "jit", "train", True),
             ("statistics", "scan", "eval", True),
-            ("statistics", "nnx.grad", "train", False),
             ("mask", "vmap", "eval", True),
             ("mask", "grad", "eval", False),
             ("mask", "nnx.jit", "train", True),
@@ -402,33 +398,6 @@ def test_no_adapter_is_the_model() -> None:
     model = Layers()
     model.eval()
     np.testing.assert_array_equal(Adapted(model, {})(inputs()), model(inputs()))
-
-
-def test_many_adapters_of_one_base() -> None:
-    adapted = trained(LoRA("kernel", rank=2))
-    adapted.eval()
-    graph, own, rest = nnx.split(adapted, nnx.LoRAParam, ...)
-    many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), own)
-    axes = nnx.StateAxes({nnx.LoRAParam: 0, ...: None})
-    call = nnx.vmap(lambda model, x: model(x), in_axes=(axes, None))
-    found = call(nnx.merge(graph, many, rest), inputs())
-    for i in range(2):
-        alone = nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], many), rest)
-        np.testing.assert_allclose(found[i], alone(inputs()), atol=1e-5)
-
-
-def test_the_adapter_alone_is_saved(tmp_path: Any) -> None:
-    adapted = trained(LoRA("kernel", rank=2))
-    own = nnx.state(adapted, nnx.LoRAParam)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "own", nnx.to_pure_dict(own))
-        checkpointer.wait_until_finished()
-        found = checkpointer.restore(tmp_path / "own", nnx.to_pure_dict(own))
-    fresh = adapt(adapted.base, LoRA("kernel", rank=2), rngs=nnx.Rngs(3), example=(inputs(),))
-    state = nnx.state(fresh, nnx.LoRAParam)
-    nnx.replace_by_pure_dict(state, found)
-    nnx.update(fresh, state)
-    jax.tree.map(np.testing.assert_array_equal, fresh.adapter, adapted.adapter)
 
 
 def test_without_values() -> None:

@@ -197,7 +197,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", some(MODELS, "explicit", "shard_map"))
+@pytest.mark.parametrize("name", some(MODELS, "explicit"))
 @each(SCHEMES, ("stacked", [True, False]))
 def test_a_step(scheme, stacked, name):
     model, mesh, gather = MODELS[name]
@@ -226,7 +226,8 @@ def test_shards_that_are_no_blocks(scheme):
 # ------------------------------------------------------------------------- where leaves come to lie
 
 
-meshes = pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+EXPLICIT_ONLY = [pytest.param(AUTO, marks=pytest.mark.slow), EXPLICIT]
+meshes = pytest.mark.parametrize("mesh", EXPLICIT_ONLY, ids=["auto", "explicit"])
 
 
 @meshes

@@ -275,7 +275,7 @@ def squares(tree):
 
 
 @pytest.mark.parametrize("case", some(CASES, CASES[3]), ids=lambda case: case[0].__name__)
-@pytest.mark.parametrize("method", [LoRA, DoRA])
+@pytest.mark.parametrize("method", some([LoRA, DoRA], LoRA))
 @pytest.mark.parametrize("follow", some([True, False], True))
 def test_explicit(case, method, follow):
     """Outputs lie as the base model's; they and all derivatives are those of one device.
