@@ -16,17 +16,6 @@ from safetensors.numpy import load_file
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-def test_measures_know_their_style():
-    """On a bar of two columns, and on it alone."""
-    ink = np.zeros((1, 8, 8))
-    ink[:, :, 3:5] = 1
-    measures = [image_lora.measure_slant, image_lora.measure_stripes]
-    assert [measure(ink) for measure in measures] == pytest.approx([0, 0])
-    slanted, striped = image_lora.slant(ink), image_lora.stripe(ink)
-    assert [measure(slanted) for measure in measures] == pytest.approx([0.4, 0], abs=0.01)
-    assert [measure(striped) for measure in measures] == pytest.approx([0, 0.75], abs=0.01)
-
-
 def test_a_short_run(tmp_path, monkeypatch):
     monkeypatch.setitem(image_lora.UNET, "block_out_channels", (8, 16))
     for name, few in {"BATCH": 4, "RANK": 2, "DENOISE": 2, "EACH": 2}.items():

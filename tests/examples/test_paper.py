@@ -3,7 +3,6 @@
 The checkpoints are small, of the real architectures, with tokenizers of the real kinds.
 """
 
-import functools
 import itertools
 
 import jax
@@ -12,13 +11,13 @@ import pytest
 import tables
 from models import bert, gpt
 from paper import train as paper
-from paper.tasks import glue, pretrained, table, texts
+from paper.tasks import pretrained, table, texts
 from tokenizers import processors
 
 from jlora import checkpoint
 from tests.examples.folders import train_tokenizer
 from tests.examples.test_models import Small
-from tests.examples.test_tasks import LAYOUTS, tsv, write
+from tests.examples.test_tasks import tsv, write
 
 FILLERS = ("film", "story", "plot", "actor", "the", "a")
 WORDS = {  # of each class
@@ -48,23 +47,6 @@ def sst2(folder):
         labels = rng.permutation(np.arange(count) % 2)
         rows = [f"{sentence(rng, *[1 - label] * 2)}|{label}" for label in labels]
         write(folder, {f"SST-2/{split}.tsv": tsv("sentence|label", *rows)})
-    return folder
-
-
-def inference(folder, task):
-    """MNLI or RTE: the words of the second sentence tell the class."""
-    rng, spec = np.random.default_rng(0), glue.TASKS[task]
-    header, row, *_ = LAYOUTS[task]
-    columns = header.split("|")
-    for split, count in (("train", 192), *((name, 48 + 3 * i) for i, name in enumerate(spec.dev))):
-        rows = []
-        for number in range(count):
-            label = number % len(spec.classes)
-            values = dict(zip(columns, row.split("|"), strict=True))
-            values |= {"sentence1": sentence(rng), "sentence2": sentence(rng, label, label)}
-            values[spec.label] = spec.classes[label]
-            rows.append("|".join(values.values()))
-        write(folder, {f"{spec.folder}/{split}.tsv": tsv(header, *rows)})
     return folder
 
 
@@ -118,24 +100,6 @@ def test_learns_classes_and_saves_the_adapter_of_the_best_epoch(run, roberta):
     adapter = checkpoint.restore(out / "seed-1", like=like, base=base)
     found = problem.dev(jax.tree_util.Partial(method.apply, base, adapter))
     assert found == {"accuracy": pytest.approx(scores[1])}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full", "adapter_h", "pre_layer"])
-def test_one_task_starts_from_another(method, roberta, tmp_path):
-    """MNLI with its two dev sets, and then RTE with a head of its own."""
-    more = ["--epochs", 1, "--seeds", 1, "--method", method]
-    _, found = train("mnli", roberta, inference(tmp_path, "mnli"), tmp_path / "a", *more)
-    weighted = 48 * found["accuracy_matched"] + 51 * found["accuracy_mismatched"]
-    assert found["accuracy"] == pytest.approx(weighted / 99)
-    start = tmp_path / "a" / "seed-0"
-    more += ["--start", start, "--learning-rate", 1e-9]
-    _, found = train("rte", roberta, inference(tmp_path, "rte"), tmp_path / "b", *more)
-    assert 0 <= found["accuracy"] <= 1
-    before, after = map(checkpoint.restore, (start, tmp_path / "b" / "seed-0"))
-    if method == "lora":
-        equal = functools.partial(np.testing.assert_allclose, atol=1e-6)
-        jax.tree.map(equal, after["params"]["encoder"], before["params"]["encoder"])
 
 
 # ---- texts --------------------------------------------------------------------------------------

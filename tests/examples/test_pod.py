@@ -5,17 +5,13 @@ where a process fails, all end within a minute, each with a cause; every checkpo
 is whole; and any number of processes goes on from the last one to the same end.
 """
 
-import contextlib
 import pathlib
 import re
 import signal
-from collections.abc import Iterator
 
-import disks
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import pod
 import pytest
 from peft_files import assert_equal
 
@@ -136,43 +132,19 @@ def test_a_merged_model_is_a_base(folder, start, whole):
 # ------------------------------------------------------------------------------------------ faults
 
 
-@contextlib.contextmanager
-def bad_token(data: pathlib.Path, process: int, processes: int) -> Iterator[int]:
-    """Spoils a sequence that one process is to read; gives its row."""
-    visit = FAULT * BATCH + process * BATCH // processes
-    row = pod.order(0, visit // ROWS, ROWS)[visit % ROWS]
-    ids = np.load(data, mmap_mode="r+")
-    right, ids[row, 3] = int(ids[row, 3]), 128
-    try:
-        yield row
-    finally:
-        ids[row, 3] = right
-
-
 @slow
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP", "full disk", "bad token"])
-def test_where_one_fails_or_hangs_all_end(fault, victim, folder, data, start, whole):
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
+def test_where_one_fails_or_hangs_all_end(fault, victim, folder, start, whole):
     """Each with a cause, every checkpoint whole; one process goes on from the last."""
-    name = f"{fault}{victim}".replace(" ", "-")
-    bad = bad_token(data, victim, 2) if fault == "bad token" else contextlib.nullcontext()
-    with bad, start(name, 2) as run:
+    name = f"{fault}{victim}"
+    with start(name, 2) as run:
         worker, other = run.workers[victim], run.workers[1 - victim]
-        if fault != "bad token":
-            run.reach(FAULT)
-        if fault.startswith("SIG"):
-            worker.send_signal(signal.Signals[fault])
-            assert other.wait(MINUTE), run.report()
-            worker.kill()
-            run.ends()
-        else:
-            if fault == "full disk":
-                disks.fill(worker.pid)
-            run.reach(STEPS)  # that is, it ends before
-            assert all(run.ends(MINUTE)), run.report()
-            said = {"full disk": "File too large", "bad token": "expected 17 tokens from 0 to 127"}
-            assert said[fault] in run.said(victim), run.report()
-            assert "--data" not in run.said(1 - victim)  # it reads only its own rows
+        run.reach(FAULT)
+        worker.send_signal(signal.Signals[fault])
+        assert other.wait(MINUTE), run.report()
+        worker.kill()
+        run.ends()
     assert re.search(GONE, run.said(1 - victim)), run.report()
     check_fault(run, folder / name, whole)
     check_restart(start, folder / name, 1, whole)

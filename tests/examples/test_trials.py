@@ -58,16 +58,6 @@ def test_every_variant_trains(task, name):
     np.testing.assert_allclose(loss, (np.log(np.exp(logits).sum(-1)) - chosen).mean(), rtol=1e-5)
 
 
-def test_tokens_are_scored_by_the_one_before():
-    """The logits at a place are for the next token, and count where that is marked."""
-    ids = np.array([[1, 2, 0]], np.int32)
-    logits = np.log(np.array([[[0.2, 0.3, 0.5], [0.6, 0.3, 0.1], [1.0, 1.0, 1.0]]]))
-    marked = Batch(ids, ids, np.array([[0, 1, 1]], np.float32))
-    nll, right, count = jax.jit(trials.score_tokens)(logits, marked)
-    np.testing.assert_allclose(nll, -np.log(0.5) - np.log(0.6), rtol=1e-6)
-    assert (int(right), int(count)) == (2, 2)
-
-
 def test_runs_are_done_once_and_the_committed_table_and_the_guide_are_theirs(tmp_path):
     shutil.copy(variants.OUT / "variants_runs.csv", tmp_path)
     row = tables.read(tmp_path / "variants_runs.csv")[0]
