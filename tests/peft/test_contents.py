@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import peft_models as models
 import pytest
-from messages import refused
 from peft_files import CONFIG, ENDS, TENSORS, Folder, assert_equal, config_of, pair, write
 from safetensors.numpy import save_file
 
@@ -163,21 +162,14 @@ def test_counted_batches(tmp_path: Folder) -> None:
     assert_equal(models.read(tmp_path / "b" / TENSORS), models.read(folder / TENSORS))
 
 
-def alone(*each: tuple[int, ...]) -> peft.Contents:
-    """Rows alone, of an embedding each."""
-    layout = Layout((), (0,), (1,))
-    rows = {f"m.e{i}": Replaced(jnp.ones((len(x), 2)), x, layout) for i, x in enumerate(each)}
-    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [3, 4], "target_modules": ["e0"]}
-    return peft.Contents(rows, config)
-
-
 def test_rows_alone_are_those_of_the_leaves(tmp_path: Folder) -> None:
-    """Not those that the configuration had; and PEFT has one list for all."""
-    assert peft.write(tmp_path / "a", alone((5, 6)))["token_indices"] == [5, 6]
+    """Not those that the configuration had."""
+    rows = Replaced(np.ones((2, 2), np.float32), (5, 6), Layout((), (0,), (1,)))
+    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [3, 4], "target_modules": ["e0"]}
+    fields = peft.write(tmp_path / "a", peft.Contents({"m.e0": rows}, config))
+    assert fields["token_indices"] == [5, 6]
     found = peft.read(tmp_path / "a").leaves["m.e0"]
     assert isinstance(found, Replaced) and found.rows == (5, 6)
-    with refused(ValueError, "contents", "m.e1", "rows (5, 6)", "Save each embedding by itself"):
-        peft.write(tmp_path / "b", alone((3, 4), (5, 6)))
 
 
 Q = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), 1.0, Layout((), (1,), (0,)))

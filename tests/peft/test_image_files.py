@@ -564,12 +564,6 @@ def test_kohya_without_names(tmp_path: Folder) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_where_a_folder_is_expected(tmp_path: Folder) -> None:
-    path = put(tmp_path / "x.safetensors", pair(Q))
-    with refused(ValueError, "path", path, "is a file, not a folder"):
-        peft.export_merged(path, path, tmp_path / "out")
-
-
 def test_engines_serve_none(tmp_path: Folder) -> None:
     path = put(tmp_path / "a" / FILE, pair(Q))
     for given in (path, path.parent):

@@ -81,25 +81,3 @@ def test_miss_is_converted_by_peft(tmp_path: Folder) -> None:
     hf_peft.save_as_lora(tmp_path / "theirs", model, rank=4)
     adapter = peft.load(tmp_path / "theirs", case.base, case.names)
     assert_close(outputs(case, adapter), make.outputs("qv", model).numpy())
-
-
-@pytest.mark.parametrize(
-    "form", ["list", "untied", "two", "bfloat16", "with DoRA", "alone tied None"]
-)
-def test_merged_checkpoint(form: str, tmp_path: Folder) -> None:
-    """From the files and from the tree: the rows are PEFT's to the bit."""
-    name, config = FORMS[form]
-    case, model = models.case(name), adapted(name, config)
-    make.base_model(name).save_pretrained(tmp_path / "base")
-    model.save_pretrained(tmp_path / "theirs")
-    adapter = peft.load(tmp_path / "theirs", case.base, case.names)
-    peft.export_merged(tmp_path / "base", tmp_path / "theirs", tmp_path / "files")
-    peft.export_merged(tmp_path / "base", adapter, tmp_path / "tree", names=case.names)
-    merged, same = (models.read(tmp_path / x / "model.safetensors") for x in ("files", "tree"))
-    assert {k: x.tobytes() for k, x in merged.items()} == {k: x.tobytes() for k, x in same.items()}
-    after = model.merge_and_unload().state_dict()
-    found = {key for key in merged if "embed_tokens" in key or "_embeddings" in key}
-    assert found
-    for key in found:
-        bits = after[key].contiguous().view(torch.uint8).numpy().tobytes()
-        assert merged[key].tobytes() == bits

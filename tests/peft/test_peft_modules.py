@@ -475,9 +475,6 @@ def test_experts_that_are_stored_one_by_one(tmp_path: Folder) -> None:
     (tmp_path / "base").mkdir()
     save_file(tensors, tmp_path / "base" / "model.safetensors")
     assert_equal(peft.load_base(tmp_path / "base", PARTS, like=base), base)
-    del tensors["experts.2.up_proj.weight"]
-    with refused(ValueError, "tensors", "experts.gate_up_proj", "missing, of shape (3, 12, 4)"):
-        peft.from_tensors(tensors, base, PARTS)
 
 
 @pytest.mark.parametrize(

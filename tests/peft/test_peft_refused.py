@@ -596,16 +596,3 @@ def test_many_rows_of_many_modules_take_no_time(form: str, tmp_path: Folder) -> 
     facts = (TENSORS, "rows of 2002 modules") if form == "alone" else (INDICES,)
     with bounded(), refused(ValueError, "path", *facts):
         peft.read(found.folder)
-
-
-def test_many_biases_without_a_and_b_take_no_time(tmp_path: Folder) -> None:
-    """Their scales, by a pattern that is tried in a process of its own, are found together."""
-    found = Files(tmp_path)
-    found.config(lora_bias=True, alpha_pattern={"[q]+": 5})
-    many = {f"{PREFIX}m{i}.lora_B.bias": np.ones(1, np.float32) for i in range(500)}
-    found.tensors(lambda t: t.update(many))
-    with (
-        bounded(),
-        refused(ValueError, "path", PREFIX + "m0.lora_B.bias", "lora_bias is supported only"),
-    ):
-        peft.read(found.folder)

@@ -229,12 +229,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     "another size": (
         {FUSED: ones(12, 6)}, {Q: low_rank((3, 6), 2)}, {}, "a linear weight of shape (4, 6)"
     ),
-    "an order that is not known": (
-        {"layers.0.self_attn.in_proj.weight": ones(12, 6)},
-        {Q: low_rank((4, 6), 2)},
-        {},
-        "not in the checkpoint",
-    ),
     "in full, of another size": (
         {FUSED: ones(12, 6)},
         {f"{Q}.weight": ones(3, 6)},

@@ -149,34 +149,6 @@ def test_a_head(name: str, tmp_path: Folder) -> None:
     adapt(tmp_path, make(base, **config), architecture, options, **labels).compare(without=without)
 
 
-# A base with an old head, a pooler or both, the adapted model, and its task. All have a `dense`.
-OLD_HEADS = {
-    f"{stem} {task}": (f"{stem}{old}", f"{stem}{task}")
-    for stem, old in {
-        "Bert": "ForPreTraining", "Roberta": "ForMaskedLM", "DebertaV2": "ForMaskedLM",
-        "Electra": "ForPreTraining",
-    }.items()
-    for task in ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-    if (stem, task) != ("DebertaV2", "ForSequenceClassification")  # whose pooler is in no file
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OLD_HEADS)
-def test_dense_layers_beside_an_old_head(name: str, tmp_path: Folder) -> None:
-    """That head is no part of the adapted model, though `target_modules` names its layer."""
-    base, architecture = OLD_HEADS[name]
-    task = next(task for word, task in TASKS.items() if word in architecture)
-    options = {"task_type": task, "target_modules": ["dense", "query"]}
-    adapt(tmp_path, make(base, num_labels=2), architecture, options)
-    with pytest.warns(UserWarning, match="which the adapter lacks; they stay as they are"):
-        peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours")
-    cls = getattr(transformers, architecture)
-    base = cls.from_pretrained(tmp_path / "base")
-    expected = outputs(hf_peft.PeftModel.from_pretrained(base, tmp_path / "a").eval())
-    ours = outputs(cls.from_pretrained(tmp_path / "ours").eval())
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-
-
 # ----------------------------------------------------------------------------------- new tokens
 
 BOTH = {"modules_to_save": ["embed_tokens", "lm_head"]}
