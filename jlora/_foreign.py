@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -58,12 +58,12 @@ def check_apply_fn(apply_fn: object) -> None:
 
 
 @contextlib.contextmanager
-def note_advice(apply_fn: Callable[..., Any], params: PyTree) -> Iterator[None]:
+def note_advice(apply_fn: Callable[..., Any]) -> Iterator[None]:
     """Adds a note to errors of `apply_fn` if its first argument may not be the parameters."""
     try:
         yield
     except Exception as e:
-        if advice := _advise_on_variables(apply_fn, params) or _advise_on_order(apply_fn):
+        if advice := _advise_on_order(apply_fn):
             e.add_note(f"jlora: {advice}")
         raise
 
@@ -86,27 +86,6 @@ def _advise_on_order(apply_fn: Callable[..., Any]) -> str | None:
         f"If the parameters are `{later[0]}`, give jlora.transform a function that has them first, "
         f"such as lambda {later[0]}, {names[0]}: apply_fn({names[0]}, {later[0]})."
     )
-
-
-def _advise_on_variables(apply_fn: Callable[..., Any], params: PyTree) -> str | None:
-    """Advises what to do if a linen module gets one collection instead of its variables."""
-    while not inspect.ismethod(apply_fn) and (inner := _unwrap(apply_fn)) is not None:
-        apply_fn = inner
-    module = getattr(apply_fn, "__self__", None)
-    if not _is_a("flax.linen", "Module", module) or not isinstance(params, Mapping):
-        return None
-    if "params" in params:
-        return None
-    return (
-        f"{type(module).__name__}.apply needs the variables of model.init, a dict with the key "
-        f"'params'; got the keys {', '.join(map(repr, params))}. Give variables, not "
-        "variables['params']."
-    )
-
-
-def _unwrap(fn: Callable[..., Any]) -> Any:
-    """Returns the function inside a partial application or a compiled function, or None."""
-    return fn.func if isinstance(fn, functools.partial) else getattr(fn, "__wrapped__", None)
 
 
 def check_leaf(x: object, path: Path) -> None:

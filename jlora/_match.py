@@ -111,13 +111,6 @@ def _raise_idle(rule: Rule, sites: Sites) -> None:
         )
         listed = ["These have no factored form:", *missed] if missed else []
         raise ValueError("\n".join([why, *listed]))
-    if [s.parts for s in sites.leaves] == [()]:
-        raise InputError(
-            "params",
-            f"has no leaf that {rule_name(rule)} matches: it is one array of shape "
-            f"{sites.leaves[0].shape}. Are the arguments in the wrong order? The parameters come "
-            "first: init(key, params, *args), and apply_fn(params, *args).",
-        )
     leaves = ([] if isinstance(rule, Full) else list(sites)) or sites.leaves
     advice = explain_no_match(rule.pattern, [s.path for s in leaves])
     raise InputError("params", f"has no leaf that {rule_name(rule)} matches. {advice}")

@@ -61,18 +61,13 @@ def labels(tree: PyTree) -> PyTree:
 def _base_beside_adapter(tree: PyTree) -> str | None:
     """Finds the key of a base next to its adapter in one dict, if there is one."""
     for name in ("base", "params") if isinstance(tree, Mapping) else ():
-        own = _labeled_by_path(tree[name]) if name in tree else {}
-        others = [_labeled_by_path(x) for key, x in tree.items() if key != name]
-        nodes = {path for found in others for path, is_labeled in found.items() if is_labeled}
-        if nodes and nodes <= own.keys() and not any(own.values()):
+        own = dict(leaves_by_path(tree.get(name, {}), _is_labeled))
+        others = [x for key, x in tree.items() if key != name]
+        found = [leaf for x in others for leaf in leaves_by_path(x, _is_labeled)]
+        nodes = {path for path, x in found if _is_labeled(x)}
+        if nodes and nodes <= own.keys() and not any(map(_is_labeled, own.values())):
             return name
     return None
-
-
-def _labeled_by_path(tree: PyTree) -> dict[str, bool]:
-    """Returns for each leaf, by its path, whether it brings its labels."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_labeled)
-    return {jax.tree_util.keystr(path): _is_labeled(x) for path, x in flat}
 
 
 def is_masked(x: object) -> bool:

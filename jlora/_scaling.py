@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import GetAttrKey
 
 from ._adapters import Node, is_node
 from ._arrays import einsum, promote
@@ -49,7 +48,7 @@ def lora_plus(ratio: float | jax.Array) -> "optax.GradientTransformationExtraArg
         >>> updates["w"].a.tolist(), updates["w"].b.tolist()
         ([[1.0], [1.0]], [[16.0, 16.0]])
     """
-    _check_number("ratio", ratio, lambda x: x > 0, "a positive finite number")
+    _check_positive("ratio", ratio)
 
     def scale(x: object) -> Any:
         if not is_node(x):
@@ -101,7 +100,7 @@ def precondition(damping: float | jax.Array) -> "optax.GradientTransformationExt
         >>> updates["w"].a.round(3).tolist()
         [[0.5], [0.5]]
     """
-    _check_number("damping", damping, lambda x: x > 0, "a positive finite number")
+    _check_positive("damping", damping)
 
     def of_node(update: PyTree, param: PyTree) -> PyTree:
         if not is_node(update) or not {"a", "b"} <= set(update.labels.values()):
@@ -185,7 +184,9 @@ def _make_transformation(
         if leaves and not isinstance(tree, Params) and not any(map(is_node, leaves)):
             raise TypeError(
                 f"jlora.{name} acts on the A and B of an adapter, but the tree has none. "
-                f"{_remedy(name, tree)}"
+                "Give the adapter that `init` returned, or jlora.Params(base, adapter). "
+                "nnx.Optimizer gives variables instead: adapt a function of the module, "
+                "jlora.transform(lambda model, x: model(x), ...), and train its adapter as a tree."
             )
 
     def init(params: PyTree) -> AllParams:
@@ -199,27 +200,7 @@ def _make_transformation(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _remedy(name: str, tree: PyTree) -> str:
-    """Says what to give instead of a tree without nodes."""
-    [(path, _), *_] = jax.tree_util.tree_leaves_with_path(tree)
-    if path[-1:] != (GetAttrKey("value"),):  # of a variable of NNX
-        return "Give the adapter that `init` returned, or jlora.Params(base, adapter)."
-    if name == "lora_plus":
-        return (
-            "nnx.Optimizer gives it variables instead. There, replace jlora.lora_plus(16) by "
-            "optax.masked(optax.scale(16), lambda state: nnx.map_state(lambda path, _: "
-            "path[-1] == 'b', state))."
-        )
-    return (
-        "nnx.Optimizer gives it variables instead. Adapt a function of the module, "
-        "jlora.transform(lambda model, x: model(x), ...), and train its adapter as a tree."
-    )
-
-
-def _check_number(name: str, x: object, holds: Callable[[float], bool], must: str) -> None:
-    """Raises `ValueError` unless `x` is traced, or a finite number for which `holds`."""
-    if not is_concrete(x):
-        return
-    number = number_of(x)
-    if not is_finite(number) or not holds(number):
-        raise ValueError(f"`{name}` must be {must}; got {x!r}.")
+def _check_positive(name: str, x: object) -> None:
+    """Raises `ValueError` unless `x` is traced, or a positive finite number."""
+    if is_concrete(x) and not (is_finite(number := number_of(x)) and number > 0):
+        raise ValueError(f"`{name}` must be a positive finite number; got {x!r}.")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapters import AdapterLeaf, explain_unregistered, is_node, is_registered, state
+from ._adapters import AdapterLeaf, check_registered, is_node, state
 from ._arrays import pick
 from ._core import Change, Weight, as_array, evaluate, leaf_weight
 from ._find_sites import Call, Traced, find_sites
@@ -84,8 +84,7 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     """
     check_apply_fn(apply_fn)
     for rule in check_rules(rules, unpack=True):
-        if not is_registered(rule):
-            raise TypeError(f"`rules` has {rule_name(rule)}, but {explain_unregistered(rule)}")
+        check_registered(rule)
     # Partial applications of this module's functions, so that what is returned can be pickled.
     return Transformed(
         functools.partial(_init, apply_fn, rules),
@@ -105,7 +104,7 @@ def _sites(
 def _find(
     apply_fn: Callable[..., Any], rules: tuple[Rule, ...], call: Call
 ) -> tuple[Sites, Traced]:
-    with note_advice(apply_fn, call[0]):
+    with note_advice(apply_fn):
         sites, traced = find_sites(apply_fn, rules, call)
     return match(sites, rules), traced
 
@@ -114,7 +113,7 @@ def _apply(
     apply_fn: Callable[..., Any], base: PyTree, adapter: PyTree, /, *args: Any, **kwargs: Any
 ) -> Any:
     bound = bind(base, adapter)
-    with note_advice(apply_fn, base):
+    with note_advice(apply_fn):
         return wrap(apply_fn)(bound, *args, **kwargs)
 
 
@@ -159,23 +158,21 @@ def _init(
 def _start(rule: Rule, site: Site, key: jax.Array, w: BaseLeaf) -> tuple[BaseLeaf, PyTree]:
     """Returns what a rule starts with at a site; raises unless it has the rule's shapes."""
     made = rule.start(key, w, site)
-    if not isinstance(made, tuple) or is_node(made) or len(made) != 2:
-        raise TypeError(
-            f"`start` of {rule_name(rule)} must return W and its node, as a tuple; got "
-            f"{type(made).__name__} for {site.name}."
-        )
     if isinstance(rule, Full):
         return made
-    if not isinstance(made[1], rule.node):
+    is_pair = isinstance(made, tuple) and not is_node(made) and len(made) == 2
+    node: Any = made[1] if is_pair else None
+    if not isinstance(node, rule.node):
+        got = " and ".join(type(x).__name__ for x in (made if is_pair else [made]))
         raise TypeError(
-            f"`start` of {rule_name(rule)} must return a {rule.node.__name__} for {site.name}; got "
-            f"{type(made[1]).__name__}."
+            f"`start` of {rule_name(rule)} must return W and its {rule.node.__name__}, as a tuple; "
+            f"got {got} for {site.name}."
         )
     found, expected = (
         {"W": (tuple(x.shape), x.dtype), "layout": layout}
-        for x, layout in ((made[0], made[1].layout), (w, site.layout))
+        for x, layout in ((made[0], node.layout), (w, site.layout))
     )
-    found |= {name: tuple(jnp.shape(x)) for name, x in state(made[1]).items()}
+    found |= {name: tuple(jnp.shape(x)) for name, x in state(node).items()}
     shapes = rule.shapes(site.layout, site.shape)
     expected |= {name: shapes.get(name) for name in found.keys() - expected.keys()}
     if wrong := [name for name in found if found[name] != expected[name]]:

@@ -167,7 +167,6 @@ def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
     check_base(base)
     shapes = {path: tuple(jnp.shape(x)) for path, x in leaves_by_path(base)}
     _check_not_forgotten(found, shapes)
-    _check_collection(found, shapes)
     wrong = {p: why for p, x in found.items() if (why := _misfit(x, shapes.get(p)))}
     if wrong:
         raise InputError(
@@ -189,25 +188,6 @@ def _check_not_forgotten(found: dict[Path, Any], shapes: dict[Path, tuple[int, .
         f"paths of `base`; got {listed}. Was it forgotten, as in apply(base, x) instead of "
         "apply(base, adapter, x)? For the base model, give {}."
     )
-
-
-def _check_collection(found: dict[Path, Any], shapes: dict[Path, tuple[int, ...]]) -> None:
-    """Raises if one tree is under a name such as `params`, as in Flax, and the other is not."""
-    if not found or any(p in shapes for p in found):
-        return
-    for name in dict.fromkeys(p[0] for p in [*found, *shapes] if p):
-        if all(p[:1] == (name,) and p[1:] in shapes for p in found):
-            inner, outer = "base", "adapter"
-        elif all((name, *p) in shapes for p in found):
-            inner, outer = "adapter", "base"
-        else:
-            continue
-        raise InputError(
-            "adapter",
-            f"does not fit `base`: the paths of `{outer}` begin with {name + '/'!r}, but "
-            f"the paths of `{inner}` do not. Give both with it, like `variables`, or both without "
-            f"it, like variables[{name!r}].",
-        )
 
 
 def _misfit(leaf: AdapterLeaf, shape: tuple[int, ...] | None) -> str | None:

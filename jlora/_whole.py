@@ -14,8 +14,8 @@ def check_whole(use: str, w: BaseLeaf, path: str) -> jax.Array | Quantized:
         w: an array, a shape or a quantized weight.
         path: its path.
     """
-    leaves = jax.tree.leaves(w)
-    if isinstance(w, jax.ShapeDtypeStruct) or any(map(_is_type, leaves)):
+    types = [x for x in jax.tree.leaves(w) if isinstance(x, jax.ShapeDtypeStruct)]
+    if isinstance(w, jax.ShapeDtypeStruct) or types:
         raise ValueError(
             f"`params` has only a shape at {path!r}, but {use} its values. Give arrays, or call "
             "init under jax.eval_shape."
@@ -26,7 +26,3 @@ def check_whole(use: str, w: BaseLeaf, path: str) -> jax.Array | Quantized:
             "init outside of the shard_map."
         )
     return w
-
-
-def _is_type(x: object) -> bool:
-    return isinstance(x, jax.ShapeDtypeStruct)

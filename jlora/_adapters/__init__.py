@@ -32,8 +32,7 @@ from ._low_rank import matrix_lengths as matrix_lengths
 from ._low_rank import stop_gradients as stop_gradients
 from ._low_rank import without_slots as without_slots
 from ._register import RULES as RULES
-from ._register import explain_unregistered as explain_unregistered
-from ._register import is_registered as is_registered
+from ._register import check_registered as check_registered
 from ._register import register as register
 from ._register import to_tuples as to_tuples
 from ._rows import Replaced as Replaced

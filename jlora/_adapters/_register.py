@@ -13,7 +13,7 @@ from jax import export
 
 from .._node import Node, is_node_type
 from .._registry import check_free
-from .._rules import is_finite, is_int
+from .._rules import is_finite, is_int, rule_name
 from .._site import Full, Rule
 from .._types import Layout
 
@@ -171,20 +171,12 @@ def _check_node(cls: type[Node], names: Sequence[str]) -> None:
         )
 
 
-def is_registered(x: object) -> bool:
-    """Whether `x` is a rule of a class that checkpoints know."""
-    return isinstance(x, Rule) and RULES.get(type(x).__name__) is type(x)
-
-
-def explain_unregistered(rule: Rule) -> str:
-    """Says why checkpoints could not name the class of a rule, and what to do."""
-    other = RULES.get(type(rule).__name__)
-    if other is None:
-        return (
-            "its class is not registered, so checkpoints could not name it: put "
-            "@jlora.extend.register above the class."
+def check_registered(rule: Rule) -> None:
+    """Raises `TypeError` unless checkpoints know the class of a rule by its name."""
+    cls = type(rule)
+    if RULES.get(cls.__name__) is not cls:
+        raise TypeError(
+            f"`rules` has {rule_name(rule)}, whose class is not registered under its name, which "
+            "checkpoints have. Put @jlora.extend.register above the class; rename it if another "
+            "class has the name."
         )
-    return (
-        f"{other.__module__}.{other.__qualname__} is registered under its name, which checkpoints "
-        "have. Rename the class."
-    )

@@ -1,4 +1,4 @@
-"""The interpreter and its product. Imports `_arrays`, `_compat`, `_registry`.
+"""The interpreter and its product. Imports `_arrays`, `_compat`, `_grouped`, `_registry`.
 
 It evaluates a traced function in which some parameters are a `Weight`: W with its `Change`, which
 is all that the interpreter knows of a method. Read the modules in this order: `_axes`, `_change`,
@@ -15,7 +15,6 @@ from ._axes import Roles as Roles
 from ._axes import Unfactorable as Unfactorable
 from ._change import Change as Change
 from ._change import Delta as Delta
-from ._interpret import ROWS as ROWS
 from ._interpret import Equation as Equation
 from ._interpret import as_array as as_array
 from ._interpret import evaluate as evaluate

@@ -166,14 +166,12 @@ class Factor:
         value = lax.reshape(f.value, (*new.values(), *f.shape[len(old) :]))
         return f.replace(value, (*new, *f.axes[len(old) :]))
 
-    def with_pieces(self, pieces: Mapping[Axis, int]) -> "Factor":
+    def with_pieces(self, _pieces: Mapping[Axis, int]) -> "Factor":
         """Returns itself, because an array can be split into pieces along all axes."""
-        del pieces
         return self
 
-    def with_axes(self, axes: Sequence[Axis], shape: Sequence[int]) -> "Factor":
-        """Renames all axes; the array has the shape `shape` already."""
-        del shape
+    def with_axes(self, axes: Sequence[Axis], _shape: Sequence[int]) -> "Factor":
+        """Renames all axes; the array has the shape already."""
         return self.replace(self.value, axes)
 
     def multiply(

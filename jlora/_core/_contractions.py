@@ -182,13 +182,11 @@ class _Convolution(Product):
         return y.reshape(*y.shape[:-3], outputs).transpose(np.argsort(order))
 
     def spread(self, gain: Factor, on_x: bool) -> jax.Array:
-        if on_x:
-            axis, at = self.w.axes[self._numbers.rhs_spec[1]], self._numbers.lhs_spec[1]
-        else:
-            axis, at = self.w.axes[self._numbers.rhs_spec[0]], self._numbers.out_spec[1]
+        spec = self._numbers.lhs_spec if on_x else self._numbers.out_spec
+        axis = self.w.axes[self._numbers.rhs_spec[int(on_x)]]
         if set(gain.axes) != {axis} or (on_x and self.eqn.params["feature_group_count"] > 1):
             raise Unfactorable("its gain differs within the window or between groups")
-        return gain.expand_to([axis if d == at else None for d in range(self.x.ndim)])
+        return gain.expand_to([axis if d == spec[1] else None for d in range(self.x.ndim)])
 
     @property
     def _numbers(self) -> Any:

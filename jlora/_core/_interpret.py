@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 import jax
 
 from .. import _compat
+from .._grouped import ROWS
 from .._registry import check_free
 from ._axes import Unfactorable
 from ._calls import Functions
 from ._shared import steps, variables
 from ._weight import Operand, Weight
-
-ROWS = "rows of jlora.many.route"  # the axis that `route` maps over
 
 
 class Primitive(NamedTuple):

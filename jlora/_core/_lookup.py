@@ -75,10 +75,10 @@ class _Lookup(Product):
             # A lookup is an input of 1 at its row: dropout keeps or drops it.
             keep = Factor(delta.drop(jnp.ones(x.shape[:-1], value.dtype)), self.batch)
             value = value * keep.expand_to(self.axes)
-        return value
+        return self._within_bounds(value)
 
     def spread(self, gain: Factor, on_x: bool) -> jax.Array:
-        return self.take(gain).expand_to(self.axes)
+        return self._within_bounds(self.take(gain).expand_to(self.axes))
 
     def add(self, y: jax.Array, term: jax.Array) -> jax.Array:
         return plus(y, term)  # rounded as rows of the merged W are
@@ -118,6 +118,12 @@ class _Lookup(Product):
             wrap_negative_indices=False,
         )
         return f.replace(value, (*self.batch, *f.axes[len(picked) :]))
+
+    def _within_bounds(self, x: jax.Array) -> jax.Array:
+        """Zeroes the gradient of `x` at indices out of bounds, as JAX does for a lookup in W."""
+        if self.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
+            return x
+        return jnp.where(self._is_row().expand_to(self.axes), x, lax.stop_gradient(x))
 
     def _is_row(self) -> Factor:
         """Whether each index is in bounds."""

@@ -78,7 +78,7 @@ def sketch(
         w            1       4        4           2      1.5  92.9%
     """
     key = jax.random.key(0) if key is None else key
-    _check(loss, kind, components, passes, key, batches)
+    _check(kind, components, passes, key, batches)
     first = next(iter(batches), None)
     if first is None:
         raise InputError("batches", "is empty; at least one batch is needed.")
@@ -155,18 +155,14 @@ _ONCE = (
 
 
 def _check(
-    loss: object, kind: object, components: object, passes: object, key: jax.Array, batches: object
+    kind: object, components: object, passes: object, key: jax.Array, batches: Iterable[Any]
 ) -> None:
-    if not callable(loss):
-        raise TypeError(f"`loss` must be a function of parameters and a batch; got {short(loss)}.")
     if kind not in KINDS:
         raise InputError("kind", f"must be {' or '.join(map(repr, KINDS))}; got {kind!r}.")
     if components is not None:
         check_int("components", components, 1)
     check_int("passes", passes, 2)
     check_key(key)
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"`batches` must be a list of batches; got {short(batches)}.")
     if iter(batches) is batches:
         raise TypeError(_ONCE)
 

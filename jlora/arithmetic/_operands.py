@@ -71,6 +71,12 @@ def refuse_other_methods(refusal: Refusal, leaves: Iterable[tuple[Path, Any]], r
     refuse(refusal, wrong, remedy)
 
 
+def refuse_residual(refusal: Refusal, leaves: Iterable[tuple[Path, Any]], so: str) -> None:
+    """Raises for nodes that belong to a base that their initializer changed."""
+    wrong = {path: f"{RESIDUAL}, so {so}" for path, x in leaves if is_residual(x)}
+    refuse(refusal, wrong, FROM_THE_START)
+
+
 def mismatch(leaves: Sequence[Any]) -> str | None:
     """Says why leaves at one path do not belong to one weight; None if they do."""
     if len({is_node(x) for x in leaves}) > 1:
@@ -181,9 +187,8 @@ def check_merge(
     """Checks the arguments of a merge by entries, for which ΔW = 0 must be the original model."""
     check_share("density", density)
     given = check_operands(adapters, weights, base, ("adapters", "cannot be combined"))
-    residual = [path for path, [(x, _), *_] in given.sites.items() if is_residual(x)]
-    wrong = dict.fromkeys(residual, f"{RESIDUAL}, so ΔW = 0 is not the original model")
-    refuse(given.refusal, wrong, FROM_THE_START)
+    first = [(path, pairs[0][0]) for path, pairs in given.sites.items()]
+    refuse_residual(given.refusal, first, "ΔW = 0 is not the original model")
     return given
 
 

@@ -55,7 +55,8 @@ def base_shapes(path: Where) -> PyTree:
             raise InputError(
                 "path",
                 f"{folder} was saved without its base, so the base's shapes are not known. "
-                "Save it again with jlora.checkpoint.save(..., base=base).",
+                "Give a checkpoint of the base itself, or save it again with "
+                "jlora.checkpoint.save(..., base=base).",
                 path=folder,
             )
         return shapes_of(saved.base)

@@ -137,9 +137,6 @@ class Initializer:
         return f"{self.name}({', '.join(given)})"
 
 
-AGAIN = "Sketch with the same rules and parameters as `init`."
-
-
 @dataclasses.dataclass(frozen=True, repr=False)
 class SketchInitializer(Initializer):
     """The base class of initializers from a sketch of the same rules. Checkpoints omit the sketch.
@@ -169,13 +166,11 @@ class SketchInitializer(Initializer):
         """Returns the spectrum of a site, which has at least `components`, or all that exist."""
         sites, path = self.sketch.sites, site.path
         found = sites.get(path)
-        if found is None:
-            listed = ", ".join(list(sites)[:3]) + (", …" if len(sites) > 3 else "")
-            raise ValueError(f"`sketch` lacks the site {path!r}; it has {listed}. {AGAIN}")
-        if (found.shape, found.layout) != (site.shape, site.layout):
+        if found is None or (found.shape, found.layout) != (site.shape, site.layout):
+            got = "no such site" if found is None else f"{found.shape} and {found.layout}"
             raise ValueError(
-                f"`sketch` has {path!r} with the shape {found.shape} and {found.layout}; expected "
-                f"{site.shape} and {site.layout}. {AGAIN}"
+                f"`sketch` must have {path!r} with the shape {site.shape} and {site.layout}; got "
+                f"{got}. Sketch with the same rules and parameters as `init`."
             )
         slots = site.layout.slots
         components = min(components, site.inputs, site.outputs // (slots[0] if slots else 1))

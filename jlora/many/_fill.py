@@ -11,15 +11,13 @@ from .._arrays import count_not_finite, promote
 from .._tree import check_fits, leaves_by_path
 from .._types import Layout, Path, PyTree
 from ..arithmetic._operands import (
-    FROM_THE_START,
-    RESIDUAL,
     dtype_of_all,
     flatten_each,
-    is_residual,
     join,
     mismatch,
     refuse,
     refuse_other_methods,
+    refuse_residual,
     scale_b,
     with_equal_slots,
 )
@@ -95,10 +93,9 @@ def fill(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
         "Make the table with jlora.many.stack(adapters, rank=...) of adapters that together "
         "have all sites, and all slots of their rules.",
     )
-    residual = [path for path, x in empty.items() if is_residual(x) and path not in tree]
-    needed = f"{RESIDUAL}, so a slot without it would not be the model"
-    refuse(REFUSAL, dict.fromkeys(residual, needed), FROM_THE_START)
-    missing = [path for path, x in empty.items() if not is_node(x) and path not in tree]
+    lacking = {path: x for path, x in empty.items() if path not in tree}
+    refuse_residual(REFUSAL, lacking.items(), "a slot without it would not be the model")
+    missing = [path for path, x in lacking.items() if not is_node(x)]
     if missing and base is None:
         needed = "is trained in full, so a slot without it needs the base's values"
         remedy = "Give `base`, the parameters of the model."

@@ -14,11 +14,11 @@ from jax.typing import ArrayLike
 
 from .._adapters import LowRank, Routed, leading_axes, stop_gradients, weight_shape
 from .._arrays import count_pieces, explicit, join_shardings, lie_along, replicate
-from .._core import ROWS
 from .._errors import InputError
+from .._grouped import ROWS
 from .._tree import check_fits, leaves_by_path, nest
 from .._types import Path, PyTree, short
-from ..arithmetic._operands import FROM_THE_START, RESIDUAL, is_residual, refuse
+from ..arithmetic._operands import refuse_residual
 from ._fill import Leaves, check_methods
 from ._table import check_ids, table_leaves
 
@@ -177,9 +177,8 @@ def _prepare(table: PyTree) -> tuple[Leaves, int]:
     found, slots = table_leaves(table, is_prepared=True)
     others = {path: x for path, x in found.items() if not isinstance(x, Routed)}
     check_methods(others.items())
-    why = f"{RESIDUAL}, so -1 would not be the model"
-    residual = {path: why for path, x in others.items() if is_residual(x)}
-    refuse(("table", "has leaves that `route` cannot use"), residual, FROM_THE_START)
+    refusal = "table", "has leaves that `route` cannot use"
+    refuse_residual(refusal, others.items(), "-1 would not be the model")
     nodes = {p: _concatenate(x, slots) for p, x in others.items() if isinstance(x, LowRank)}
     return found | nodes, slots
 

@@ -3,7 +3,6 @@
 A run is a slot of the table with its optimizer state. Runs share only the base.
 """
 
-import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -235,31 +234,14 @@ def _make_with(tx: Any, names: Collection[str]) -> Callable[[PyTree, dict[str, A
     if is_transformation(tx) or not callable(tx):
         found = optax.with_extra_args_support(check_transformation(tx))
         return lambda adapter, values: found
-    _check_names(tx, names, inspect.Signature.bind_partial)  # `init` may give others
 
     def make(adapter: PyTree, values: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
-        _check_names(tx, values, inspect.Signature.bind)
         dtypes = [x.dtype for x in jax.tree.leaves(adapter)]
         dtype = promote(*(d for d in dtypes if is_floating(d)))
         cast = {k: x.astype(dtype) if is_floating(x.dtype) else x for k, x in values.items()}
         return optax.with_extra_args_support(check_transformation(tx(**cast)))
 
     return make
-
-
-def _check_names(tx: Callable[..., Any], names: Collection[str], bind: Callable[..., Any]) -> None:
-    """Raises unless the function `tx` takes the hyperparameters `names`."""
-    try:
-        signature = inspect.signature(tx)
-    except ValueError:  # some functions of C have none
-        return
-    try:
-        bind(signature, **dict.fromkeys(names))
-    except TypeError as e:
-        raise TypeError(
-            f"`tx` does not fit the hyperparameters {', '.join(names) or '(none)'}: {e}. Give, by "
-            f"name, what it is a function of: {', '.join(signature.parameters) or 'nothing'}."
-        ) from None
 
 
 def _per_run(name: str, value: object, n: int) -> jax.Array:

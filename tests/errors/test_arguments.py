@@ -55,7 +55,7 @@ MISFITS: dict[str, Any] = {
     "axes": (base_with("layer/kernel", array(3, 4, 6)), "layer/kernel", "got one of shape (3, 4, "),
     "B": (adapter_with("fused", lambda a: a["fused"]._replace(b=array(3, 6))), "fused", "d (3, 6)"),
     "no A": (adapter_with("fused", lambda a: a["fused"]._replace(a=None)), "fused", "got NoneType"),
-    "below": (lambda base, a: (base, {"adapter": a}), "'adapter/'", "begin with", "['adapter']."),
+    "below": (lambda base, a: (base, {"adapter": a}), "adapter/fused", "not in `base`"),
     "stacked": (lambda base, a: (base, stacked(a)), "layer/bias", "got (2, 6)"),
 }  # fmt: skip
 # The argument, and of what was got.
@@ -311,7 +311,7 @@ def test_keys_of_nnx(case: str) -> None:
 
 
 def test_a_collection_of_linen_variables() -> None:
-    """Flax's own error arrives, with a note; the trees of `apply` and `merge` are compared."""
+    """Flax's own error arrives; the trees of `apply` and `merge` are compared."""
     module = nn.Dense(3)
     variables = module.init(KEY, X)
     for wrapped in (module.apply, jax.jit(module.apply), functools.partial(module.apply)):
@@ -321,14 +321,13 @@ def test_a_collection_of_linen_variables() -> None:
             lambda lora=lora: lora.sites(variables["params"], X),
             lambda lora=lora: lora.apply(variables["params"], {}, X),
         ):
-            with pytest.raises(FlaxError, match="collection") as caught:
+            with pytest.raises(FlaxError, match="collection"):
                 call()
-            check_text(caught.value.__notes__[-1])
     adapter = lora.init(KEY, variables, X)[1]
     for f, *args in ((lora.apply, X), (jlora.merge,)):
-        with refused(ValueError, "adapter", "'params/'", "paths of `adapter` begin"):
+        with refused(ValueError, "adapter", "params/kernel", "not in `base`"):
             f(variables["params"], adapter, *args)
-        with refused(ValueError, "adapter", "'params/'", "paths of `base` begin"):
+        with refused(ValueError, "adapter", "kernel", "not in `base`"):
             f(variables, adapter["params"], *args)
 
 
@@ -339,7 +338,7 @@ def test_parameters_that_are_not_the_first_argument() -> None:
         with pytest.raises(TypeError, match="string index") as caught:
             call()
         check_text(caught.value.__notes__[-1])
-    with refused(ValueError, "params", "LoRA('w')", "of shape (2, 4)", "in the wrong order?"):
+    with refused(ValueError, "params", "LoRA('w')", "Near misses: the root"):
         lora.init(KEY, X, W)
 
 

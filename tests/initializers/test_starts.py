@@ -16,7 +16,6 @@ from cases import CASES, Case
 from jax.sharding import PartitionSpec as P
 from messages import all_refused, each_refusal, refused
 from own_schemes import Pairs
-from peft_files import edit_metadata
 from safetensors.numpy import save_file
 from small import KEY, array, as_jax, dense, every, some
 
@@ -372,7 +371,7 @@ def test_resuming_needs_the_base_of_the_start(name: str, tmp_path: Any) -> None:
     again, _ = jlora.transform(dense, *checkpoint.read(tmp_path / name).rules).init(KEY, params, x)
     restored = checkpoint.restore(tmp_path / name, base=again)
     laws.assert_close(lora.apply(again, restored, x), lora.apply(base, trained, x), 0.0)
-    differs = "expected Int8(block=None)" if name == "loftq" else "other values"
+    differs = "expected scheme Int8(block=None)" if name == "loftq" else "expected hash"
     with refused(ValueError, "base", "w", differs):
         checkpoint.restore(tmp_path / name, base=params)
 
@@ -381,7 +380,7 @@ def test_an_initializer_of_a_scheme_of_ones_own_is_foreign(tmp_path: Any) -> Non
     lora, _, _, adapter, _ = made("dense", loftq(Pairs()))
     checkpoint.save(tmp_path / "a", adapter, lora.rules)
     [rule] = checkpoint.read(tmp_path / "a").rules
-    with refused(NotImplementedError, "init", "was loftq(scheme=Pairs("):
+    with refused(NotImplementedError, "init", "was jlora.initializers.loftq"):
         rule.init()
 
 
@@ -452,15 +451,6 @@ def test_a_frozen_factor(init: Any, frozen: Any, trained: str, tmp_path: Any) ->
         assert checkpoint.read(tmp_path / "a").rules[0].init is miss
         with refused(ValueError, "", "w", "expected frozen ('a',), got ()"):
             checkpoint.restore(tmp_path / "a", like={"w": node._replace(frozen=())})
-
-
-@pytest.mark.parametrize("frozen", [3, ["c"], [["a"]]], ids=str)
-def test_a_checkpoint_that_freezes_nonsense_is_damaged(frozen: Any, tmp_path: Any) -> None:
-    lora, _, _, adapter, _ = made("dense", miss)
-    checkpoint.save(tmp_path / "a", adapter, lora.rules)
-    edit_metadata(tmp_path / "a", lambda found: found["adapter"][0].update(frozen=frozen))
-    with refused(ValueError, "", "damaged", "`frozen` must name arrays of LowRank"):
-        checkpoint.read(tmp_path / "a")
 
 
 def test_miss_among_adapters() -> None:

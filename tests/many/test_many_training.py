@@ -442,13 +442,7 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
         "`learning_rate` ... `tx` is a transformation. ... Give a function": lambda: many.optimizer(
             optax.sgd(0.1), learning_rate=0.1
         ),
-        "`tx` ... lr ... a function of: learning_rate, momentum": lambda: many.optimizer(
-            optax.sgd, lr=0.1
-        ),
-        "`tx` ... learning_rate ... a function of: lr.": lambda: many.optimizer(
-            lambda lr: optax.sgd(lr), learning_rate=0.1
-        ),
-        "`tx` ... (none) ... 'learning_rate'": lambda: many.optimizer(optax.sgd).init(TABLE),
+        "unexpected keyword argument 'lr'": lambda: many.optimizer(optax.sgd, lr=0.1).init(TABLE),
         "`tx` ... got ": lambda: many.optimizer(lambda rate: rate, rate=0.1).init(TABLE),
         "`table` ... got w: LowRank(a=float32[4,2],": lambda: many.optimizer(optax.sgd(0.1)).init(
             LORA.init(KEYS[0], small.W, X)[1]
