@@ -28,7 +28,6 @@ def rearrange(
         openers: the openers of the tensors that are not those of this name in `checkpoint`.
     """
     headers = dict[str, Header]()
-    heads = dict[str, bytes]()
     where = dict[str, str]()
     for file, entries in files.items():
         if entries == [*checkpoint.headers[file].entries.values()]:
@@ -36,7 +35,7 @@ def rearrange(
         elif entries:
             # That of a quantized file describes its codes.
             metadata = {} if checkpoint.quantization else checkpoint.headers[file].metadata
-            headers[file], heads[file] = make_header(entries, metadata)
+            headers[file] = make_header(entries, metadata)
         where |= dict.fromkeys((entry.key for entry in entries), file)
     texts: dict[str, Any] = {} if config == checkpoint.config else {"config.json": config}
     if (index := checkpoint.names[1]) in checkpoint.kept:
@@ -49,7 +48,6 @@ def rearrange(
         headers=headers,
         where=where,
         config=config,
-        heads={**checkpoint.heads, **heads},
         texts={**checkpoint.texts, **texts},
         openers={**kept, **openers},
     )

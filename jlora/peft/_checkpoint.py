@@ -34,7 +34,6 @@ from ._vocabulary import copy_config, walk_objects
 
 QUANTIZATION = "quantization_config"  # of `config.json`
 PIECE = 4 * 2**20  # bytes
-DEEPEST = 32  # nested folders
 # Weights in other formats, which would stay unmerged, and pickles, which may hold weights or code.
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|pkl|pickle|ckpt|h5|keras|msgpack|npz|npy|ot|onnx|onnx_data"
@@ -58,7 +57,6 @@ class Checkpoint:
         kept: the other files to copy, as paths in the folder.
         left_out: the files and folders that are not copied.
         config: the configuration of the model; empty without a `config.json`.
-        heads: the bytes of the headers that are not those on disk, by file.
         texts: the JSON of other files that is not that on disk.
         openers: how to open the tensors whose values are not where `headers` says.
         names: the names of such a checkpoint's one file, and of an index of several files.
@@ -70,7 +68,6 @@ class Checkpoint:
     kept: list[str]
     left_out: list[str]
     config: Mapping[str, Any]
-    heads: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     texts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     openers: Mapping[str, Opener] = dataclasses.field(default_factory=dict)
     names: tuple[str, str] = MODELS[0]
@@ -90,13 +87,6 @@ class Checkpoint:
         """Returns the tensor `name`."""
         return self.headers[self.where[name]].entries[name]
 
-    def head(self, file: str) -> bytes:
-        """Returns the bytes of a safetensors file before its tensors."""
-        if file in self.heads:
-            return self.heads[file]
-        with open_file(self.source, file) as (data, _), explain_shorter(self.source, file):
-            return read_exactly(data, self.headers[file].data)
-
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
         """Yields a file whose next bytes are the values of a tensor."""
@@ -106,7 +96,7 @@ class Checkpoint:
             return
         file = self.where[name]
         with open_file(self.source, file) as (data, _), explain_shorter(self.source, name):
-            data.seek(self.headers[file].data + self.entry(name).start)
+            data.seek(len(self.headers[file].start) + self.entry(name).start)
             yield data
 
     def pieces(self, name: str, size: int = PIECE) -> Iterator[bytes]:
@@ -296,7 +286,7 @@ def _describe(source: Source, name: str) -> Problem:
 def _others(source: Source, read: set[str]) -> tuple[list[str], list[str], list[str]]:
     """Lists the other paths: files to copy, paths to leave out, and paths that are no files."""
     kept, left_out, odd = [], [], []
-    for path in _walk(source, source.folder, DEEPEST):
+    for path in _walk(source):
         name = path.relative_to(source.folder).as_posix()
         if name in read:
             continue
@@ -314,17 +304,13 @@ def _has_name_of_file(source: Source, path: Path) -> bool:
     return path.parent == source.folder and path.suffix in (".json", ".jinja", ".model", ".txt")
 
 
-def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
-    if not depth:
-        raise InputError(
-            source.argument,
-            f"{source.folder} has more than {DEEPEST} nested folders: "
-            f"{show(folder.relative_to(source.folder).as_posix())}. Move them out.",
-            path=source.folder,
-        )
-    for path in folder.iterdir():
-        is_whole = path.is_symlink() or path.name in (".git", ".cache")
-        if is_whole or not path.is_dir() or _has_name_of_file(source, path):
-            yield path
-        else:
-            yield from _walk(source, path, depth - 1)
+def _walk(source: Source) -> Iterator[Path]:
+    """Yields the files of a folder and its folders, and what is not copied, as a whole."""
+    left = [source.folder]
+    while left:
+        for path in left.pop().iterdir():
+            is_whole = path.is_symlink() or path.name in (".git", ".cache")
+            if is_whole or not path.is_dir() or _has_name_of_file(source, path):
+                yield path
+            else:
+                left.append(path)

@@ -19,11 +19,10 @@ from .adapter._arranged import Tree, make_tree
 from .adapter._describe import describe
 from .adapter._draft import make_draft
 from .adapter._files import Files
-from .adapter._fit_tree import refuse_wide
 from .adapter._one_rank import with_profile
 from .adapter._open import open_adapter
-from .adapter._parameters import assign_parameters, find_twins, refuse_biases
-from .adapter._parts import Parameters, Part, fill, list_tensors
+from .adapter._parameters import assign_parameters, find_twins
+from .adapter._parts import Parameters, Part, fill
 from .adapter._sorted import sort_tensors
 from .adapter._writable import explain_unstored
 from .names._kinds import EMBEDDING, EXPERTS, KINDS, ROWS
@@ -168,10 +167,7 @@ def write(
 
 def _read(files: Files, problems: Problems) -> Contents:
     adapter = sort_tensors(files, problems)
-    refuse_biases(adapter, problems)
     own = assign_parameters(adapter, None, "", problems)
-    if not files.is_own:
-        refuse_wide(list_tensors(own), problems)
     values = files.values(own, problems)
     problems.stop()
     own = fill(own, values)

@@ -118,28 +118,34 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """The header of a file: tensors by name, the offset of their data, the size, and texts."""
+    """The header of a file.
+
+    Attributes:
+        entries: the tensors by name.
+        start: the bytes before the data of the tensors.
+        metadata: its texts.
+    """
 
     entries: dict[str, TensorInfo]
-    data: int
-    size: int
+    start: bytes
     metadata: Mapping[str, str] = {}
 
 
 def read_header(source: Source, name: str = TENSORS) -> Header:
     """Reads the header of a file of `source`; `ValueError` if the file is damaged."""
     with open_file(source, name) as (file, size), blame(source.argument, name):
-        count = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        count = int.from_bytes(start, "little")
         if not 2 <= count <= min(size - 8, LIMIT):
             raise ValueError(
                 f"has {size} bytes, but claims a header of {count}: it is truncated, or not a "
                 "safetensors file. Save it again"
             )
         with blame(source.argument, name, "the header of "):
-            raw = parse(file.read(count))
+            raw = parse(text := file.read(count))
         entries = _parse_entries(raw)
         _check_extents(entries, size - 8 - count)
-    return Header(entries, 8 + count, size, raw.get("__metadata__", {}))
+    return Header(entries, start + text, raw.get("__metadata__", {}))
 
 
 def _parse_entries(raw: dict[str, Any]) -> dict[str, TensorInfo]:
@@ -167,8 +173,8 @@ def explain_name(key: str) -> str:
     return f"expected at most {NAME_LIMIT} printable characters, with at most {DEPTH_LIMIT} dots"
 
 
-def make_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> tuple[Header, bytes]:
-    """Makes the header of a file, and its bytes, as the safetensors library writes them."""
+def make_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> Header:
+    """Makes the header of a file as the safetensors library does."""
     metadata = {**FORMAT, **metadata}
     sizes = {name: x.itemsize for name, x in DTYPES.items()} | OTHERS
     entries, fields, at = dict[str, TensorInfo](), dict[str, Any](), 0
@@ -180,8 +186,7 @@ def make_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> t
         fields[x.key] = {"dtype": x.dtype, "shape": x.shape, "data_offsets": [start, at]}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    header = Header(entries, 8 + len(text), 8 + len(text) + at, metadata)
-    return header, len(text).to_bytes(8, "little") + text
+    return Header(entries, len(text).to_bytes(8, "little") + text, metadata)
 
 
 def _parse_tensor(key: str, fields: object) -> TensorInfo | None:
@@ -226,7 +231,7 @@ def read_tensors(
     dtypes = FLOATS | COUNTS
     with open_file(source, name) as (file, _):
         for x in tensors:
-            file.seek(header.data + x.start)
+            file.seek(len(header.start) + x.start)
             data = np.frombuffer(file.read(x.stop - x.start), dtypes[x.dtype]).reshape(x.shape)
             found[x.key] = data.astype(np.float32) if x.dtype in SHORT else data
     return found

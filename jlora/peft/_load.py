@@ -13,10 +13,10 @@ from .._tree import leaves_by_path, nest
 from .._types import PyTree
 from ._problems import Problems
 from .adapter._files import Files
-from .adapter._fit_tree import match_to_tree, refuse_wide
+from .adapter._fit_tree import match_to_tree
 from .adapter._open import open_adapter
-from .adapter._parameters import assign_parameters, list_missing, refuse_biases
-from .adapter._parts import Part, Values, fill, list_tensors
+from .adapter._parameters import assign_parameters, list_missing
+from .adapter._parts import Part, Values, fill
 from .adapter._sorted import sort_tensors
 from .names._advice import advise
 from .names._leaves import NamedLeaf, resolve, sort_by_row
@@ -130,12 +130,9 @@ def fit(
     """
     shapes = {name: leaf.weight_shape for leaf in leaves for name in leaf.parameters}
     adapter = sort_tensors(files, problems, [name.rpartition(".")[0] for name in shapes])
-    refuse_biases(adapter, problems)
     problems.found += list_missing(adapter, shapes)
     found = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
     match = match_to_tree(found, adapter.heads, leaves, problems)
-    if not files.is_own:
-        refuse_wide(list_tensors(match.own), problems)
     values = files.values(match.own, problems)
     match.check(values, problems)
     problems.stop()

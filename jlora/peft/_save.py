@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import numpy as np
 
 from .._adapters import is_node
 from .._errors import InputError, Problem
-from .._tree import is_abstract, name_of
+from .._tree import name_of
 from .._types import PyTree
 from ._checkpoint import open_checkpoint
-from ._file import DTYPES, Source, read_json, shorten
+from ._file import Source, read_json, shorten
 from ._load import fit
 from ._problems import Problems
 from .adapter._arranged import Tree, arrange
@@ -31,6 +31,7 @@ from .adapter._one_rank import with_profile
 from .adapter._parts import Parameters, Part, Values
 from .adapter._roles import make_saves
 from .adapter._sorted import may_tie
+from .adapter._writable import explain_unstored
 from .names._leaves import NamedLeaf
 from .names._names import Name
 from .names._torch_layout import split_weight
@@ -200,7 +201,8 @@ def _draft(
     problems = Problems(
         "adapter",
         "cannot be written so that `load` reads the same adapter: its modules cannot be selected "
-        "apart from others, or `config` selects others. Then leave target_modules out of it.",
+        "apart from others or from those that PEFT saves as a whole, or `config` selects others. "
+        "Then leave target_modules out of it; or train these leaves in full, or merge them.",
     )
     fit(draft.as_files("config", tree.modules), tree.leaves, problems)
     if base_model is not None:
@@ -236,8 +238,8 @@ def _warn_of_prefix(folder: Path, own: Values) -> None:
 
 def _collect(fields: Fields, tree: Tree, parts: list[Part[np.ndarray]]) -> Values:
     """Collects what PEFT stores of an adapter, with what it saves as a whole."""
-    saved = find_full(fields, tree)
-    _refuse_adapted([leaf for leaf in saved if is_node(tree.found.get(leaf.path))], fields)
+    # What has A and B too, `fit` refuses.
+    saved = [x for x in find_full(fields, tree) if not is_node(tree.found.get(x.path))]
     _refuse_lost(saved, fields, tree)
     frozen = find_frozen(fields, tree)
     _check_values([*(x for x in saved if x.path not in tree.found), *frozen.values()])
@@ -249,18 +251,6 @@ def _collect(fields: Fields, tree: Tree, parts: list[Part[np.ndarray]]) -> Value
     own = split_all(frozen.values())  # a head has the values of its embedding
     values = {name: own.get(name, own[leaf.parameters[0]]) for name, leaf in frozen.items()}
     return Parameters(parts, full, values, tree.tokens)
-
-
-def _refuse_adapted(leaves: Sequence[NamedLeaf], fields: Fields) -> None:
-    if leaves:
-        raise InputError(
-            "adapter",
-            "has A and B, or rows, at modules that PEFT saves as a whole, as their names "
-            f"end with one of modules_to_save, {shorten(fields['modules_to_save'])}.",
-            problems=[Problem(name_of(leaf.path), ", ".join(leaf.modules)) for leaf in leaves],
-            remedy="Train these leaves in full too, or take them out of the rules, or merge the "
-            "adapter: jlora.peft.export_merged, or jlora merge.",
-        )
 
 
 def _refuse_lost(saved: Sequence[NamedLeaf], fields: Fields, tree: Tree) -> None:
@@ -279,15 +269,12 @@ def _refuse_lost(saved: Sequence[NamedLeaf], fields: Fields, tree: Tree) -> None
         )
 
 
-def _check_values(leaves: Sequence[NamedLeaf]) -> None:
-    kinds = {
-        name_of(leaf.path): "jax.ShapeDtypeStruct" if is_abstract(leaf.value) else leaf.value.dtype
-        for leaf in leaves
-    }
-    if odd := [f"{kind} at {name}" for name, kind in kinds.items() if kind not in DTYPES.values()]:
+def _check_values(leaves: Iterable[NamedLeaf]) -> None:
+    each = {name_of(leaf.path): explain_unstored(leaf.value) for leaf in leaves}
+    if wrong := [Problem(name, why) for name, why in each.items() if why]:
         raise InputError(
             "base",
-            f"must hold floating-point arrays where PEFT stores frozen values with the "
-            f"adapter: {', '.join(DTYPES)}; got {', '.join(odd)}. Give such arrays, adapt other "
-            "leaves, or export the merged model.",
+            "must hold values where PEFT stores frozen ones with the adapter.",
+            problems=wrong,
+            remedy="Give such arrays, adapt other leaves, or export the merged model.",
         )

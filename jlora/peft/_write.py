@@ -32,8 +32,8 @@ def write_tensors(
     Returns:
         The number of values that are not finite, for each edited tensor with such values.
     """
-    for file in checkpoint.headers:
-        (folder / file).write_bytes(checkpoint.head(file))
+    for file, header in checkpoint.headers.items():
+        (folder / file).write_bytes(header.start)
     names = checkpoint.where
     write = functools.partial(_write, checkpoint, folder, edits)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -49,32 +49,16 @@ def _write(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], name
     entry = checkpoint.entry(name)
     bad = 0
     with checkpoint.open(name) as data, open(folder / file, "rb+") as target:
-        target.seek(checkpoint.headers[file].data + entry.start)
+        target.seek(len(checkpoint.headers[file].start) + entry.start)
         if (edit := edits.get(name)) is None:
-            _copy(data, target, entry.stop - entry.start)
+            for piece in read_pieces(data, entry.stop - entry.start):
+                target.write(piece)
         else:
             for block in edit.blocks(data, entry):
                 piece, count = encode(block, (DTYPES | COUNTS)[entry.dtype])
                 target.write(piece)
                 bad += count
     return bad
-
-
-def _copy(data: BinaryIO, target: BinaryIO, count: int) -> None:
-    """Copies the next `count` bytes of a file to another, within the kernel if possible."""
-    begin = at = data.tell()
-    start = target.tell()
-    stop = begin + count
-    try:
-        while at < stop:
-            files = data.fileno(), target.fileno()
-            done = os.copy_file_range(*files, stop - at, at, start + at - begin)
-            if not done:
-                raise EOFError
-            at += done
-    except (AttributeError, OSError):  # another system, two disks, or no file
-        for piece in read_pieces(data, count):
-            target.write(piece)
 
 
 def encode(x: np.ndarray, dtype: np.dtype) -> tuple[memoryview, int]:

@@ -534,20 +534,18 @@ def write_models(root: Folder) -> None:
     for name, tensors, config in (
         ("model", dense, {}),
         ("linked", dense, {}),
-        ("folders", dense, {}),
         ("bits3", codes, {"quantization_config": gptq}),
     ):
         (root / name).mkdir()
         save_file(tensors, root / name / "model.safetensors")
         (root / name / "config.json").write_text(json.dumps(config))
     (root / "linked" / "notes").symlink_to(root / "rows.py")
-    root.joinpath("folders", *["d"] * 40).mkdir(parents=True)
 
 
 # The argument that is named, as the user wrote it, and command lines.
 ERRORS = """
 DIR: inspect nowhere; inspect empty; inspect hf; inspect base; inspect steps; inspect deep
-DIR: inspect lost; inspect folders; inspect bits3; check deep --for vllm; check hf --for vllm
+DIR: inspect lost; inspect bits3; check deep --for vllm; check hf --for vllm
 DIR: check o --for vllm
 --for: check p --for tgi
 A: diff unknown p --names llama; diff lost o; diff p o --names rows.py:OTHER
@@ -564,10 +562,9 @@ OUT: convert o p --names llama; merge base o p; merge base o /
 --names: convert o x --names rows.py:MISSING; convert o x --names rows.py:ROWS
 --names: convert o x --names raises.py:X
 --base: convert p x --names llama; convert p x --names llama --base hf
---base: check p --for vllm --base folders
 --config: convert p x --names llama --base base --config p
 --config: convert o x --names llama --config deep
-BASE: merge p o x; merge small o x; merge linked p x; merge folders p x; merge bits3 p x
+BASE: merge p o x; merge small o x; merge linked p x; merge bits3 p x
 BASE: merge gone o x
 ADAPTER: merge small unknown x; merge model o x --names rows.py:OTHER; merge model p x
 ADAPTER: merge base deep x --names llama

@@ -434,7 +434,7 @@ MANY: dict[str, tuple[dict[str, Any], Any, str]] = {
         "no module of the model has this name",
     ),
     "ranks": (
-        {f"{Q}{i}.lora_{x}.weight": np.ones((i, i)) for i in range(1, 150) for x in "AB"},
+        {f"{Q}{i}.lora_{x}.weight": np.ones((i, i), "f") for i in range(1, 150) for x in "AB"},
         None,
         "matches no leaf",
     ),

@@ -92,7 +92,7 @@ NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
     "A and B in what is saved": (  # by its name, which ends like the other
         ({"w": BASE["w"], "v": np.ones((4, 6), "f")}, LOW | {"v": np.ones((4, 6), "f")},
          [Name("w", "x.m", "io"), Name("v", "m", "io")]), {},
-        *("adapter", "w", "x.m", "['m']", "or merge the adapter"),
+        *("adapter", "base_model.model.x.m", "in modules_to_save"),
     ),
     "no value for JSON": (
         (BASE, LOW, [W]), {"config": {"base_model_name_or_path": 1j}},
@@ -560,7 +560,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Folder) -> None:
     """One error names everything that is wrong with the tensors."""
     files = Files(tmp_path)
     wrong = np.zeros((4, 4), np.float32)
-    all_of(drop(Q + ENDS[0]), put("x", np.zeros(3)), put(V + ENDS[1], wrong))(files)
+    all_of(drop(Q + ENDS[0]), put("x", np.zeros(3, "f")), put(V + ENDS[1], wrong))(files)
     with refused(ValueError, "path", V + ENDS[1], "got (4, 4)") as caught:
         files.load()
     assert [x.where for x in caught.value.problems] == ["x", Q + ENDS[0], V + ENDS[1]]

@@ -100,9 +100,9 @@ class Draft(NamedTuple):
 
     def _write_tensors(self, path: Path) -> None:
         """Writes as safetensors does, which would write the texts of the header in any order."""
-        header, start = make_header(list_infos(self.tensors), self.metadata or {})
+        header = make_header(list_infos(self.tensors), self.metadata or {})
         with open(path, "wb") as file:
-            file.write(start)
+            file.write(header.start)
             for key in header.entries:
                 file.write(self.tensors[key].tobytes())
 

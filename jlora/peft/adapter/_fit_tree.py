@@ -8,13 +8,12 @@ import jax
 import numpy as np
 
 from ..._tree import name_of
-from .._file import COUNT, DTYPES, PREFIX, TensorInfo
+from .._file import COUNT, PREFIX, TensorInfo
 from .._problems import Problems
 from .._vocabulary import is_table
 from ..names._kinds import EMBEDDING, LINEAR
 from ..names._leaves import NamedLeaf, find_tied_heads
 from ..names._torch_layout import split_weight
-from ..names._weights import explain_narrowing
 from ._parts import (
     Header,
     Headers,
@@ -144,13 +143,6 @@ def _has_shape(x: TensorInfo, shape: tuple[int, ...], problems: Problems) -> boo
     if x.shape != shape:
         problems.add(x.key, f"expected shape {shape}, got {x.shape}")
     return x.shape == shape
-
-
-def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
-    """Adds tensors of 64 bits, unless JAX is configured for them."""
-    for x in tensors:
-        if x.dtype in DTYPES and explain_narrowing(DTYPES[x.dtype]):
-            problems.add(x.key, f"dtype {x.dtype} needs jax_enable_x64")
 
 
 # ------------------------------------------------------------- a head that shares an embedding

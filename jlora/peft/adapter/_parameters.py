@@ -19,13 +19,6 @@ from ._sorted import Adapter, may_tie
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def refuse_biases(adapter: Adapter, problems: Problems) -> None:
-    """Adds a problem for each tensor of `lora_bias`, which only `export_merged` supports."""
-    for x, _ in adapter.rest.biases.values():
-        why = "lora_bias is supported only when merging; use jlora.peft.export_merged"
-        problems.add(x.key, why)
-
-
 def assign_parameters(
     adapter: Adapter,
     shapes: Shapes | None,
@@ -89,7 +82,8 @@ def _check_module(
         problems.add(key, "adapted more than once")
         return []
     if not is_taken or role.saves:
-        problems.add(key, f"unexpected; {problems.config} does not select it")
+        why = "has it in modules_to_save" if role.saves else "does not select it"
+        problems.add(key, f"unexpected; {problems.config} {why}")
         return []
     if part.a.shape[0] != role.rank:
         why = f"expected rank {role.rank} by {problems.config}, got an A of shape {part.a.shape}"

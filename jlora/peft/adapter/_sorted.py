@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..._errors import Problem
-from .._file import COUNT, COUNTS, FLOATS, PREFIX, TENSORS, TensorInfo, show
+from .._file import COUNT, COUNTS, DTYPES, FLOATS, PREFIX, TENSORS, TensorInfo, show
 from .._problems import Problems
 from .._vocabulary import is_table
 from ..names._kinds import CONV, EMBEDDING, LINEAR, LONE_ROWS, ROWS
+from ..names._weights import explain_narrowing
 from ._config import PARAMETERS, ROWS_ALONE, problems_of
 from ._files import Files
 from ._parts import MAGNITUDE, WRAPPED, Header, Headers, Parameters, Part, Tokens, find_rows
@@ -62,18 +63,25 @@ class Adapter(NamedTuple):
         return self._replace(roles=self.roles | resolve(self.fields, new, self.clock))
 
 
-def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) -> Adapter:
+def sort_tensors(
+    files: Files, problems: Problems, modules: Iterable[str] = (), *, is_merged: bool = False
+) -> Adapter:
     """Sorts tensors by kind; raises if the configuration is not supported.
 
     Args:
         files: the adapter.
         problems: collects problems.
         modules: modules of the model, whose roles are needed too.
+        is_merged: whether it is merged in NumPy, so that dtypes and `lora_bias` are no problem.
     """
     problems.keys = files.keys
     problems.stop(*problems_of(files.fields))
     fields = _list_targets(files)
     problems.examine(files.tensors)
+    if not (is_merged or files.is_own):
+        for x in files.tensors:
+            if x.dtype in DTYPES and explain_narrowing(DTYPES[x.dtype]):
+                problems.add(x.key, f"dtype {x.dtype} needs jax_enable_x64")
     clock = Clock(files.argument)
     if fields.get("peft_type") == ROWS_ALONE:
         tokens = _rows_alone(fields, files.tensors, clock, problems)
@@ -97,6 +105,9 @@ def sort_tensors(files: Files, problems: Problems, modules: Iterable[str] = ()) 
         else:
             others[name] = x
     magnitudes, deltas, biases = by_ending.values()
+    for x in biases.values() if not is_merged else ():
+        why = "lora_bias is supported only when merging; use jlora.peft.export_merged"
+        problems.add(x.key, why)
     adapted = {module for module, *_ in sides}
     wrapping = (_find_home(name)[0] for name in others)
     roles = resolve(fields, [*adapted, *biases, *deltas, *wrapping, *modules], clock)

@@ -109,7 +109,7 @@ def _match_tree(
 def _match_files(
     checkpoint: Checkpoint, files: Files, problems: Problems, renamed: Pairs
 ) -> tuple[Target, Values, Shared]:
-    adapter = sort_tensors(files, problems)
+    adapter = sort_tensors(files, problems, is_merged=True)
     is_transposed = bool(files.fields.get("fan_in_fan_out"))
     models = find(adapter.names, checkpoint.shapes, checkpoint.config, renamed)
     tried = [(adapter.resolve(module_of(x) for x in model), model) for model in models]
