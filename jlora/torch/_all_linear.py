@@ -18,7 +18,8 @@ def all_linear(apply: Structured) -> str:
     Weights that PEFT cannot adapt are left out: those that several modules share, and those that
     the model reads without calling their module. The latter are known once `apply` has been called
     or traced, as by `jlora.transform(apply).sites(params, …)`. Then modules that no call used are
-    left out too. Before, of such weights only those in `torch.nn.MultiheadAttention` are.
+    left out too, and so are those that no output depends on, such as the pooler of an image encoder
+    whose tokens are used. Before, of all these only weights in `torch.nn.MultiheadAttention` are.
 
     Args:
         apply: the function that `jlora.torch.extract` returned.
@@ -39,8 +40,8 @@ def all_linear(apply: Structured) -> str:
         '\\d+/weight'
     """
     structure = apply.structure
-    known = apply.reads or dict.fromkeys(structure.linear, True)
-    own = [x for x in structure.linear if known.get(x) and x not in structure.tied]
+    linear = [x for x in structure.linear if x not in structure.tied]
+    own = [x for x in linear if not apply.reads or (apply.reads.get(x) and x in apply.used)]
     if not own:
         raise InputError("apply", "is of a model without linear modules that PEFT adapts.")
     others = tuple(_path(name) for name in structure.order if name not in own)

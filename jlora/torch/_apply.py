@@ -23,7 +23,7 @@ from ._calls import WITHIN, Scan, recompute
 from ._names import Stack
 from ._skeleton import copy_structure, find_constants, find_saved, read_structure
 from ._stacks import NO_SCAN, stack_arrays, strip
-from .operators._environment import Operators, to_array
+from .operators._environment import Operators, join_leaves, to_array
 from .operators._refuse import refuse
 from .operators._state import find_left, read_attributes
 from .operators._tensor import Pending, Tensor
@@ -93,6 +93,7 @@ class Apply:
     Attributes:
         structure: what `jlora.torch.names` needs to know of the module.
         reads: by each leaf that calls so far have read, whether only calls of its modules read it.
+        used: the leaves that get gradients from what calls so far have returned.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Apply:
         self._remat = {x: p for path, p in remat.items() for x in _match(skeleton, "remat", path)}
         self._environment = Operators()
         self.reads = self._environment.reads
+        self.used: set[str] = set()
         self._model = skeleton
         for module in skeleton.modules():
             self._environment.watch(module)
@@ -138,15 +140,15 @@ class Apply:
         call = Call(model, method, self._environment)
         with self._environment.running():
             out = torch.func.functional_call(call, tensors, args, kwargs, strict=True)
-        return _to_jax(out, "")
+        return self._to_jax(out, "")
 
     def _wrap(self, x: jax.Array, name: str) -> Tensor:
         """Makes the tensor of a leaf; of several layers, one that only their scan can read."""
         if not any(stack.place(name) for stack in self.structure.stacks):
             return self._environment.wrap(x, name)
         one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-        pending = Pending(one, "reads a parameter of a layer in `scan` outside of its call", x)
-        found = Tensor(pending, self._environment)
+        does = "reads a parameter of a layer in `scan` outside of its call"
+        found = Tensor(Pending(one, does, frozenset([name]), x), self._environment)
         found.leaf = name
         return found
 
@@ -157,12 +159,38 @@ class Apply:
             del module, args
             leaves, structure = _pytree.tree_flatten(out)
             first = next(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))
-            x = jax.lax.with_sharding_constraint(to_array(leaves[first]), sharding)
-            leaves[first] = self._environment.wrap(x)
+            x = leaves[first]
+            fixed = jax.lax.with_sharding_constraint(to_array(x), sharding)
+            leaves[first] = self._environment.wrap(fixed, leaves=join_leaves(x))
             return _pytree.tree_unflatten(leaves, structure)
 
         for name in _match(self._model, "activations", pattern):
             self._model.get_submodule(name).register_forward_hook(constrain)
+
+    def _to_jax(self, x: Any, where: str) -> Any:
+        """Replaces tensors by arrays, and registers the classes around them as pytrees."""
+        if isinstance(x, torch.Tensor):
+            if getattr(x, "call", 0) == WITHIN:
+                refuse(f"returns a value of a layer in a scan, at output{where}", NO_SCAN)
+            self.used |= join_leaves(x)
+            return to_array(x)
+        if x is None or isinstance(x, bool | int | float | complex):
+            return x
+        if isinstance(x, tuple | list):
+            each = [self._to_jax(y, f"{where}[{i}]") for i, y in enumerate(x)]
+            return type(x)(*each) if hasattr(x, "_fields") else type(x)(each)
+        if isinstance(x, dict) or dataclasses.is_dataclass(x):
+            items = {k: self._to_jax(y, f"{where}[{k!r}]") for k, y in _items(x).items()}
+            found = _make(type(x), items)
+            if jax.tree_util.all_leaves([found]):
+                _register(type(x))
+            return found
+        if not jax.tree_util.all_leaves([x]):  # a cache
+            return jax.tree.map(lambda y: self._to_jax(y, where), x)
+        raise TypeError(
+            f"`model` returns an object of type {type(x).__name__} at output{where}, which holds "
+            "no arrays of JAX. Ask for outputs without it."
+        )
 
 
 def _match(model: torch.nn.Module, argument: str, pattern: str) -> list[str]:
@@ -173,30 +201,6 @@ def _match(model: torch.nn.Module, argument: str, pattern: str) -> list[str]:
         why = f"has {pattern!r}, which matches no module. {near_misses(pattern, list(paths))}"
         raise InputError(argument, why)
     return found
-
-
-def _to_jax(x: Any, where: str) -> Any:
-    """Replaces tensors by arrays, and registers the classes around them as pytrees."""
-    if isinstance(x, torch.Tensor):
-        if getattr(x, "call", 0) == WITHIN:
-            refuse(f"returns a value of a layer in a scan, at output{where}", NO_SCAN)
-        return to_array(x)
-    if x is None or isinstance(x, bool | int | float | complex):
-        return x
-    if isinstance(x, tuple | list):
-        each = [_to_jax(y, f"{where}[{i}]") for i, y in enumerate(x)]
-        return type(x)(*each) if hasattr(x, "_fields") else type(x)(each)
-    if isinstance(x, dict) or dataclasses.is_dataclass(x):
-        found = _make(type(x), {k: _to_jax(y, f"{where}[{k!r}]") for k, y in _items(x).items()})
-        if jax.tree_util.all_leaves([found]):
-            _register(type(x))
-        return found
-    if not jax.tree_util.all_leaves([x]):  # a cache
-        return jax.tree.map(lambda y: _to_jax(y, where), x)
-    raise TypeError(
-        f"`model` returns an object of type {type(x).__name__} at output{where}, which holds no "
-        "arrays of JAX. Ask for outputs without it."
-    )
 
 
 def _items(x: Any) -> Mapping[str, Any]:

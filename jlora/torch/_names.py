@@ -70,6 +70,7 @@ class Structured(Protocol):
 
     structure: Structure
     reads: dict[str, bool]
+    used: set[str]
 
 
 def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:

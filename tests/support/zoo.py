@@ -131,23 +131,6 @@ class Subject:
         theirs = {k: 0 * x if named[k] is None else named[k].numpy() for k, x in ours.items()}
         return compare(ours, theirs)
 
-    def round_weights(self) -> float:
-        """Returns how far PEFT's gradients move if each weight changes by half its last bit."""
-        own = {k: x for k, x in self.theirs.named_parameters() if ".lora_" in k}
-        start = {k: 1 * x.grad for k, x in own.items() if x.grad is not None}
-        generator = torch.Generator().manual_seed(0)
-        found = list[float]()
-        for _ in range(3):
-            model = copy.deepcopy(self.theirs)
-            model.zero_grad()
-            with torch.no_grad():
-                for x in model.parameters():
-                    x *= 1 + 2**-23 * (torch.rand(x.shape, generator=generator) - 0.5)
-            self._differentiate(model)
-            moved = {k: x.grad for k, x in model.named_parameters() if k in start}
-            found.append(compare(moved, start))
-        return max(found)
-
     def merged(self) -> float:
         """Compares the outputs with those of the merged folder, loaded by its own library."""
         has_folder = hasattr(self.model, "save_pretrained")
@@ -159,6 +142,8 @@ class Subject:
         peft.export_merged(self.folder / "base", self.folder / "adapter", self.folder / "merged")
         if has_folder:
             model = type(self.model).from_pretrained(self.folder / "merged").eval()
+            if hasattr(model, "set_experts_implementation"):  # which is in no file
+                model.set_experts_implementation(self.model.config._experts_implementation)
         else:
             model = copy.deepcopy(self.model)
             load_model(model, self.folder / "merged" / "model.safetensors")
@@ -234,7 +219,8 @@ class Subject:
 def measure(family: str, name: str) -> Row | None:
     """Measures a model; None if PyTorch computes nothing with it.
 
-    In floats of 64 bits too if those of 32 are not close, as rounding may be what is measured.
+    With floats of 64 bits throughout if those of 32 are not close, as rounding may be what is
+    measured.
     """
     start = time.monotonic()
     torch.manual_seed(0)
@@ -251,7 +237,7 @@ def measure(family: str, name: str) -> Row | None:
         inputs = torch.utils._pytree.tree_map_only(torch.Tensor, widen, specimen.inputs)
         torch.set_default_dtype(torch.float64)  # of what the model makes in a call
         with jax.enable_x64(True):
-            wide = judge(Specimen(specimen.model.double(), inputs))
+            wide = judge(Specimen(widen_model(specimen.model), inputs))
         torch.set_default_dtype(torch.float32)
         if wide.verdict not in ("wrong", "failed"):
             row = wide._replace(rounded=max(row.errors))
@@ -262,6 +248,35 @@ def measure(family: str, name: str) -> Row | None:
 def widen(x: torch.Tensor) -> torch.Tensor:
     """Makes floats of 64 bits."""
     return x.double() if x.is_floating_point() else x
+
+
+class Wide(torch.overrides.TorchFunctionMode):
+    """Computes in 64 bits what a model asks for in 32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls a function with the wider dtype."""
+        del types
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        given = torch.utils._pytree.tree_map(_widen_dtype, (args, kwargs or {}))
+        return func(*given[0], **given[1])
+
+
+def _widen_dtype(x: Any) -> Any:
+    return torch.float64 if x is torch.float32 else x
+
+
+def widen_model(model: Any) -> Any:
+    """Makes weights of 64 bits, and has the model compute in them throughout."""
+    own = type(model)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with Wide():
+            return own.forward(self, *args, **kwargs)
+
+    model.__class__ = type(own.__name__, (own,), {"forward": forward, "__module__": own.__module__})
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")  # the default takes no floats of 64 bits
+    return model.double()
 
 
 def judge(specimen: Specimen) -> Row:
@@ -276,8 +291,7 @@ def judge(specimen: Specimen) -> Row:
                 word = explain(e)
                 return Row(**found, **{stage: word}, why=f"{type(e).__name__}: {e}")
             found[stage] = x if isinstance(x, str) else f"{x:.1e}"
-        row = Row(**found)
-        return row._replace(own=subject.round_weights()) if row.verdict == "wrong" else row
+        return Row(**found)
 
 
 def explain(e: Exception) -> str:

@@ -10,8 +10,10 @@ import pytest
 pytest.importorskip("torchax")
 pytest.importorskip("peft")
 
+import jax
 import peft as hf_peft
 import torch
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from small import KEY, randomize
 from torch import nn
 from torch.nn.functional import linear
@@ -151,6 +153,45 @@ def test_peft_computes_what_jlora_does(name: str, tmp_path: pathlib.Path) -> Non
         peft.save(tmp_path / "wrong", base, adapter, jlora.torch.names(sites))
         with pytest.raises((AssertionError, RuntimeError)):
             np.testing.assert_allclose(compute(Net(form.function), tmp_path / "wrong"), outputs)
+
+
+def written(m: Any, x: torch.Tensor) -> torch.Tensor:
+    found = torch.zeros_like(x)
+    found.view(-1, 8)[:2] = m.two(x).view(-1, 8)[:2]
+    return found + m.one(x)
+
+
+# Which modules an output depends on, of two that are called.
+USED: dict[str, tuple[Callable[[Any, torch.Tensor], Any], str]] = {
+    "both": (lambda m, x: m.one(m.router(x)), "one"),
+    "a result that nobody reads": (lambda m, x: (m.grouped(x[0, :, None].mT), m.one(x))[1], "one"),
+    "one of two outputs": (lambda m, x: {"a": m.one(x), "b": [m.two(x)]}, "one two"),
+    "without gradients": (lambda m, x: m.one(x) + m.two(x).detach(), "one"),
+    "under no_grad": (lambda m, x: m.one(x) + torch.no_grad()(m.two)(x), "one"),
+    "written in a view": (written, "one two"),
+    "written over": (lambda m, x: (y := m.two(x), y.copy_(m.one(x)))[1], "one two"),
+    "at a traced index": (lambda m, x: m.one(x)[x.sum().long() % 2], "one"),
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "remat", "activations"])
+@pytest.mark.parametrize("name", USED)
+def test_modules_that_no_output_depends_on_are_left_out(name: str, kind: str) -> None:
+    """As PEFT's would get no gradients."""
+    function, expected = USED[name]
+    model = Net(of_rows(function))
+    model.same = nn.Identity()  # so that nothing is shared
+    place = NamedSharding(Mesh(jax.devices()[:1], "x"), PartitionSpec())
+    options = {
+        "remat": {"remat": {"one|two": None}},
+        "activations": {"activations": {"one": place}},
+    }
+    params, apply = jlora.torch.extract(model.eval(), **options.get(kind, {}))
+    sites = jlora.transform(apply).sites(params, IDS)
+    pattern = jlora.torch.all_linear(apply)
+    assert sorted(pattern.split("|")) == [f"{x}/weight" for x in expected.split()]
+    used = {site.path for site in sites.leaves if site.used}
+    assert {x.replace(".", "/") for x in apply.used} >= used
 
 
 def test_what_is_called_is_known_of_calls() -> None:

@@ -141,6 +141,14 @@ REFUSED: dict[str, tuple[Case, str]] = {
         lambda h, m: torch.ldexp(h, h),
         r"calls what torchax does not have: Operator with name aten::ldexp.*by others",
     ),
+    "an operator that fails": (
+        lambda h, m: torch.nn.functional.linear(h, m.l.weight[:, :3]),
+        r"calls aten\.mm.* float32.3,4., float32.3,4., where torchax fails: .*by other",
+    ),
+    "vmap": (
+        lambda h, m: torch.vmap(lambda x: x * 2)(h),
+        r"calls torch.vmap, which torchax does not have",
+    ),
     "a view of another dtype": (
         written_as_complex,
         "writes into a view of another dtype. Write into the tensor itself",

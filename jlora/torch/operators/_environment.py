@@ -21,7 +21,7 @@ from .._skeleton import to_jax
 from ._functions import find_conversion
 from ._operators import OPERATORS
 from ._refuse import find_place, refuse
-from ._tensor import Convert, Memory, Part, Tensor, TracedError, keep
+from ._tensor import NO_LEAVES, Convert, Leaves, Memory, Part, Tensor, TracedError, keep
 
 aten = torch.ops.aten
 Options = Mapping[str, Any]
@@ -93,9 +93,9 @@ class Operators(torchax.Environment):
         module.register_forward_pre_hook(lambda m, _: called.append(m))
         module.register_forward_hook(leave, always_call=True)
 
-    def wrap(self, x: ArrayLike, leaf: str = "") -> Tensor:
-        """Makes a tensor of an array, which may be that of a leaf."""
-        found = Tensor(Memory(jnp.asarray(x)), self)
+    def wrap(self, x: ArrayLike, leaf: str = "", leaves: Leaves = NO_LEAVES) -> Tensor:
+        """Makes a tensor of an array, which may be that of a leaf, or computed of `leaves`."""
+        found = Tensor(Memory(jnp.asarray(x), frozenset([leaf]) if leaf else leaves), self)
         found.leaf = leaf
         return found
 
@@ -122,6 +122,9 @@ class Operators(torchax.Environment):
         given = [x for x in tensors if isinstance(x, Tensor)]
         if given and func in GRADIENTS:
             refuse("asks PyTorch for gradients", "Differentiate `apply` by jax.grad.")
+        if any(map(torch._C._functorch.is_batchedtensor, tensors)):
+            remedy = "Compute it by other operators; a mask may be an argument."
+            refuse("calls torch.vmap, which torchax does not have", remedy)
         calls = {getattr(x, "call", 0) for x in tensors} - {0}
         if len(calls) > 1:
             refuse("reads what the call before left", "Pass it as an argument.")
@@ -143,7 +146,9 @@ class Operators(torchax.Environment):
         def finish(x: torch.Tensor) -> torch.Tensor:
             if any(x is y for y in given) or isinstance(getattr(x, "memory", None), Part):
                 return x
-            found: Any = self.wrap(convert(x._elem)) if isinstance(x, torchax.Tensor) else x
+            found: Any = x
+            if isinstance(x, torchax.Tensor):
+                found = self.wrap(convert(x._elem), leaves=join_leaves(given, convert))
             found.call = max(calls, default=0)
             return found
 
@@ -151,6 +156,15 @@ class Operators(torchax.Environment):
             out = super().dispatch(func, types, args, dict(kwargs or {}))
         except UNTRACEABLE:
             raise TracedError(str(func)) from None
+        except (NotImplementedError, TracedError, torchax.OperatorNotFound):
+            raise
+        except Exception as e:
+            if not isinstance(func, OpOverload):  # PyTorch splits it into operators
+                raise torchax.OperatorNotFound(func) from e
+            shapes = ", ".join(str(jax.typeof(x._elem)) for x in given)
+            reason = str(e).rstrip(".")
+            remedy = "If PyTorch takes them, write it by other operators."
+            refuse(f"calls {func} with {shapes}, where torchax fails: {reason}", remedy, e)
         return _pytree.tree_map_only(torch.Tensor, finish, out)
 
     def _to_copy(self, the_tensor: Any, new_dtype: Any, new_device: Any) -> Any:
@@ -212,7 +226,7 @@ class Operators(torchax.Environment):
         except torchax.OperatorNotFound:
             out = super().dispatch(func, (), (self.wrap(target._elem), *rest), kwargs)
         x = jnp.broadcast_to(to_array(out), target.shape).astype(target._elem.dtype)
-        target.memory.write(x, convert)
+        target.memory.write(x, convert, join_leaves((args, kwargs), convert))
         target.call = max(target.call, getattr(out, "call", 0))
         return target
 
@@ -253,6 +267,14 @@ class Operators(torchax.Environment):
 def to_array(x: torch.Tensor) -> jax.Array:
     """Returns the array in a tensor of torchax, or copies one of PyTorch."""
     return x._elem if isinstance(x, torchax.Tensor) else jnp.asarray(to_jax(x))
+
+
+def join_leaves(given: Any, convert: Convert = keep) -> Leaves:
+    """Returns the leaves that get gradients through what is computed of tensors in `given`."""
+    if convert is stop_gradient:
+        return NO_LEAVES
+    tensors = (x for x in _pytree.tree_leaves(given) if isinstance(x, Tensor))
+    return NO_LEAVES.union(*(x.memory.leaves for x in tensors))
 
 
 @contextlib.contextmanager

@@ -108,6 +108,27 @@ def maximum(x: jax.Array, dim: int | None = None, keepdim: bool = False, sign: i
     return pair if keepdim else tuple(y.squeeze(dim) for y in pair)
 
 
+def accumulate(x: jax.Array, dim: int, f: Any) -> tuple[jax.Array, jax.Array]:
+    """The largest or smallest entries so far; the last of equal ones gets the gradient."""
+    axis = dim % max(x.ndim, 1)
+    found = f(x, axis)
+    at = lax.cummax(jnp.where(x == found, lax.broadcasted_iota(int, x.shape, axis), 0), axis)
+    return jnp.take_along_axis(x, at, axis), at
+
+
+def median(x: jax.Array) -> jax.Array:
+    """The lower of two; each entry equal to it gets a part of the gradient."""
+    old = lax.stop_gradient(x)
+    found = jnp.sort(old, axis=None)[(x.size - 1) // 2]
+    return found + jnp.mean(x - old, where=old == found)
+
+
+def pdist(x: jax.Array, p: float = 2.0) -> jax.Array:
+    """The norms of the differences of pairs of rows; has the gradient 0 at 0."""
+    i, j = jnp.triu_indices(len(x), 1)
+    return norm(x[i] - x[j], p, -1)
+
+
 def arctan2(y: jax.Array, x: jax.Array) -> jax.Array:
     """Has the gradient 0 where both are 0."""
     is_zero = (x == 0) & (y == 0)
@@ -162,6 +183,7 @@ OPERATORS = {
     aten._is_all_true: check,
     aten._grouped_mm: multiply_groups,
     aten.mean: mean,
+    aten.contiguous: lambda x, **_: x,
     aten.abs: absolute,
     aten.clamp.default: clamp,
     aten.clamp.Tensor: clamp,
@@ -175,6 +197,14 @@ OPERATORS = {
     aten.min: lambda x, dim=None, keepdim=False: maximum(x, dim, keepdim, -1),
     aten.sinc: jnp.sinc,
     aten.atan2: arctan2,
+    aten.pow.Tensor_Scalar: lambda x, y: x**y if y else jnp.ones_like(x + y),
+    aten.fmax: lambda x, y: jnp.where((x >= y) | jnp.isnan(y), x, y),
+    aten.fmin: lambda x, y: jnp.where((x <= y) | jnp.isnan(y), x, y),
+    aten.cummax: lambda x, dim: accumulate(x, dim, lax.cummax),
+    aten.cummin: lambda x, dim: accumulate(x, dim, lax.cummin),
+    aten.logcumsumexp: lambda x, dim: lax.cumlogsumexp(x, dim % x.ndim),
+    aten.median.default: median,
+    aten._pdist_forward: pdist,
     aten.std.correction: std,
     aten.linalg_vector_norm: norm,
     aten.dist: lambda x, y, p=2: norm(x - y, p),

@@ -9,9 +9,9 @@ from typing import NoReturn
 import torch  # pyright: ignore[reportMissingImports]
 
 
-def refuse(does: str, remedy: str) -> NoReturn:
+def refuse(does: str, remedy: str, cause: Exception | None = None) -> NoReturn:
     """Raises; `does` begins with a verb whose subject is the module."""
-    raise NotImplementedError(f"{find_place()} {does}. {remedy}")
+    raise NotImplementedError(f"{find_place()} {does}. {remedy}") from cause
 
 
 def walk(frame: types.FrameType | None = None) -> Iterator[types.FrameType]:
