@@ -35,7 +35,7 @@ from zoo_page import STAGES, Row, file_of, read, write_line
 import jlora
 from jlora import LoRA, peft
 
-SECONDS = 300  # for a model
+SECONDS = 900  # for a model
 OPTIONS = {"xla_backend_optimization_level": 0}  # compiles faster
 LIBRARIES = ("torch", "torchax", "transformers", "peft", "diffusers", "timm", "torchvision", "jax")
 
