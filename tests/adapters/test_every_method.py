@@ -85,7 +85,7 @@ DAILY = {
         "conv_nchw": False,
         "depthwise_kernel_of_multipliers": False,
         "concatenate_adapted_all": False,
-        "experts_einsum": True,
+        "experts_einsum": False,
     },
     Rows: {"lookup_under_vmap": False, "lookup_in_each_of_a_stack": False},
     Gain: {"experts_einsum": False},
@@ -231,6 +231,7 @@ def test_saved_and_restored(made: Made, tmp_path: Any) -> None:
         jax.tree.map(np.testing.assert_array_equal, restored, made.adapter)
 
 
+@pytest.mark.parametrize("made", some(METHODS, "dora"), indirect=True)
 def test_exported_with_the_adapter_as_an_argument(made: Made) -> None:
     """The file has the form of the adapter; other numbers of rows are the same program."""
     types = jax.tree.map(

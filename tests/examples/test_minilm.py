@@ -71,6 +71,7 @@ def test_what_is_reported_and_left_there(run, layers):
     assert all(held_out[text] == (label == "positive") for label, text in shown)
 
 
+@pytest.mark.slow
 def test_requests_are_answered_in_one_program(run, layers, tmp_path):
     """With adapters of an earlier run, of which one is trained first in the long run."""
     for name in (*serve.AT_FIRST[layers > 1 :], serve.LATER):

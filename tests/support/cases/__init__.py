@@ -24,7 +24,7 @@ NAMES = """
     stack_repeated_along_itself stack_tiled one_column stacked_with_factors_of_two_dtypes
     scan_layers scan_layers_reversed remat fori_loop_dynamic while_loop by_platform cond_in_scan
     weight_chosen_by_cond shard_map_outputs shard_map_gathers_the_weight sharding_constraints
-    tree_with_integers_and_scalars linen_attention model_gpt_qv_scan nnx_linear
+    tree_with_integers_and_scalars
     loops_return_the_weight_of_a_checkpoint streamed_from_the_host
     moved_to_a_mesh_from_the_host
 """
