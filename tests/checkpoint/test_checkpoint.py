@@ -318,18 +318,13 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
 
 def test_bytes_in_another_order_are_refused(tmp_path):
     """JAX has no such arrays, but would run a program that it compiled for native ones."""
-    errors = []
-    for size in (71, 73):  # shapes that no other test hashes
-        native = np.arange(size, dtype=np.float32)
-        other = native.astype(">f4")
-        if size == 73:
-            checkpoint.fingerprint({"w": native}, values=True)
-        with pytest.raises(TypeError) as e:
-            checkpoint.fingerprint({"w": other}, values=True)
-        errors.append(str(e.value))
-        with pytest.raises(TypeError):
-            checkpoint.save(tmp_path / "a", {"a": native, "head": other}, ())
-    assert errors[0] == errors[1]
+    native = np.arange(73, dtype=np.float32)  # of a shape that no other test hashes
+    other = native.astype(">f4")
+    checkpoint.fingerprint({"w": native}, values=True)
+    with pytest.raises(TypeError):
+        checkpoint.fingerprint({"w": other}, values=True)
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path / "a", {"a": native, "head": other}, ())
     assert os.listdir(tmp_path) == []
 
 

@@ -187,12 +187,6 @@ def in_order() -> Any:
     return nn.Sequential(OrderedDict(body=body, act=nn.Sequential(nn.ReLU()), head=head))
 
 
-def resnet() -> Any:
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 1], "num_labels": 3}
-    config = transformers.ResNetConfig(**sizes, layer_type="basic")
-    return transformers.ResNetForImageClassification(config)
-
-
 def one_end() -> Any:
     """Modules whose whole names other names end with: those of a module, and of a container."""
     nn = torch.nn
@@ -206,14 +200,6 @@ NUMBERED: dict[str, tuple[Any, list[str]]] = {
     "first": (in_order, ["body.0"]),
     "both": (in_order, ["body.0", "head.3"]),
     "all": (in_order, ["body.0", "body.2", "head.1", "head.3"]),
-    "head": (resnet, ["classifier.1"]),
-    "head_and_layers": (
-        resnet,
-        [
-            "classifier.1",
-            *(f"resnet.encoder.stages.0.layers.{i}.layer.1.convolution" for i in range(2)),
-        ],
-    ),
 }
 
 
