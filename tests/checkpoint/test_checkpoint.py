@@ -417,6 +417,14 @@ def test_a_tree_that_is_no_adapter_is_named(case, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_arrays_alone_need_their_rules(tmp_path):
+    """Those of an adapter from a file do not, as it has nodes too."""
+    base, adapter = made()
+    with refused(TypeError, "adapter", "down, norm, out, qkv, up", "as parameters have"):
+        checkpoint.save(tmp_path / "a", base, ())
+    checkpoint.save(tmp_path / "a", adapter, ())
+
+
 def in_nnx() -> Any:
     linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     rules = LoRA("kernel", rank=2), Full("bias")

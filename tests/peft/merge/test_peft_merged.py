@@ -753,8 +753,10 @@ def test_what_a_model_may_read_twice(case: str, way: str, tmp_path: Folder) -> N
 
 
 def test_a_head_that_is_no_embedding(tmp_path: Folder) -> None:
-    """Of a model for CTC, or beside another table."""
+    """Of a model for CTC, or beside another table; stored alone it may be the embedding too."""
     weights = BODY | {HEAD: TABLE}
+    with refused(ValueError, "adapter", HEAD, TWICE):
+        grow(tmp_path / "alone", weights, change(0, 1), SILENT)
     of_bark = {"input_embeds_layer.weight": 2 * TABLE}
     for others, config in ({}, {"architectures": ["SewForCTC"]}), (of_bark, SILENT):
         folder = tmp_path / str(len(others))
@@ -956,6 +958,14 @@ def test_the_class_of_a_head(fields: Any, config: Any, expected: Any, tmp_path: 
             grow(tmp_path, BODY, CLASSIFIER, config, **CLASSIFIES | fields)
         return
     assert grow(tmp_path, BODY, CLASSIFIER, config, **CLASSIFIES | fields)[1] == expected
+
+
+def test_what_is_missing_inside_of_a_model(tmp_path: Folder) -> None:
+    """It may have another name there, and is no head."""
+    config, norm = {"architectures": ["BertModel"]}, {"model.layer_norm.weight": ones(4)}
+    saved = ["classifier", "layer_norm"]
+    with refused(ValueError, "adapter", "model.layer_norm.weight", "not in the checkpoint", SAVE):
+        grow(tmp_path, BODY, CLASSIFIER | norm, config, **CLASSIFIES | {"modules_to_save": saved})
 
 
 def test_a_head_of_two_layers(tmp_path: Folder) -> None:
