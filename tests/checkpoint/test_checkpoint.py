@@ -177,6 +177,12 @@ class Wider(jlora.initializers.Initializer):
         return w, self.by * a, b
 
 
+def test_an_initializer_with_options_is_held(tmp_path):
+    rule = LoRA("up", rank=2, init=jlora.initializers.loftq(jlora.NF4()))
+    checkpoint.save(tmp_path / "a", {"up": made()[1]["up"]}, rule)
+    assert checkpoint.read(tmp_path / "a").rules == (rule,)
+
+
 UNHELD = {
     "test_checkpoint.mine": mine,
     "test_checkpoint.Wider": Wider(),
