@@ -1,11 +1,8 @@
 """Errors for objects of other libraries that were given instead of a function or an array."""
 
-import contextlib
 import functools
-import inspect
 import reprlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -55,37 +52,6 @@ def check_apply_fn(apply_fn: object) -> None:
             f"{type(apply_fn).__name__}. The function comes first: "
             "transform(model.apply, LoRA(...))."
         )
-
-
-@contextlib.contextmanager
-def note_advice(apply_fn: Callable[..., Any]) -> Iterator[None]:
-    """Adds a note to errors of `apply_fn` if its first argument may not be the parameters."""
-    try:
-        yield
-    except Exception as e:
-        if advice := _advise_on_order(apply_fn):
-            e.add_note(f"jlora: {advice}")
-        raise
-
-
-PARAMETERS = ("params", "parameters", "variables")
-FIRST = (*PARAMETERS, "weights", "p")  # the last two also name other arguments
-
-
-def _advise_on_order(apply_fn: Callable[..., Any]) -> str | None:
-    """Advises what to do if a later argument has a name for parameters."""
-    try:
-        names = list(inspect.signature(apply_fn).parameters)
-    except (TypeError, ValueError):
-        return None
-    later = [name for name in names[1:] if name in PARAMETERS]
-    if not later or names[0] in FIRST:
-        return None
-    return (
-        f"jlora passes the parameters as the first argument of `apply_fn`, which is `{names[0]}`. "
-        f"If the parameters are `{later[0]}`, give jlora.transform a function that has them first, "
-        f"such as lambda {later[0]}, {names[0]}: apply_fn({names[0]}, {later[0]})."
-    )
 
 
 def check_leaf(x: object, path: Path) -> None:

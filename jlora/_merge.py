@@ -139,18 +139,11 @@ def _quantize_like(w: BaseLeaf, old: Quantized) -> Quantized:
 
 
 def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
-    if sign < 0 and is_quantized(leaf.base):
-        raise InputError(
-            "unmerge",
-            f"cannot subtract ΔW at {path!r}, which is quantized: its codes hold the "
-            "sum only roughly. Keep the base.",
-        )
-    if sign < 0 and not leaf.delta.is_invertible:
-        raise InputError(
-            "unmerge",
-            f"cannot undo {type(leaf.delta).__name__} at {path!r}: its change depends on "
-            "the original weight. Keep the base.",
-        )
+    if sign < 0 and (is_quantized(leaf.base) or not leaf.delta.is_invertible):
+        why = "its change depends on the original weight"
+        why = "it is quantized, and codes are rough" if is_quantized(leaf.base) else why
+        name = type(leaf.delta).__name__
+        raise InputError("unmerge", f"cannot undo {name} at {path!r}: {why}. Keep the base.")
     # One program, so that a sharded W stays on its devices. Leaves of one form share it.
     program = jax.jit(_change, static_argnums=2, out_shardings=_sharding_of(leaf.base))
     keys = arrays(leaf.delta).keys() - state(leaf.delta).keys()

@@ -62,10 +62,8 @@ class Slots:
         are_integers = isinstance(chosen, Sequence) and all(map(is_int, chosen))
         check_field(self, "chosen", are_integers, "be a tuple of integers", TypeError)
         object.__setattr__(self, "chosen", tuple(map(int, chosen)))
-        are_distinct = 0 < len(set(chosen)) == len(chosen)
-        check_field(self, "chosen", are_distinct, "name distinct slots, at least one")
-        are_slots = all(0 <= c < count for c in chosen)
-        check_field(self, "chosen", are_slots, f"be in [0, {count})")
+        are_slots = 0 < len(set(chosen)) == len(chosen) and all(0 <= c < count for c in chosen)
+        check_field(self, "chosen", are_slots, f"be distinct, at least one, in [0, {count})")
         check_field(self, "axis", is_int(self.axis), "be an integer", TypeError)
         for name in ("count", "axis"):  # plain numbers, because rules are saved
             object.__setattr__(self, name, int(getattr(self, name)))

@@ -1,8 +1,10 @@
 """`transform` and its parts, `wrap` and `dropout`."""
 
+import dataclasses
 import functools
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from ._adapters import AdapterLeaf, check_registered, is_node, state
 from ._arrays import pick
 from ._core import Change, Weight, as_array, evaluate, leaf_weight
 from ._find_sites import Call, Traced, find_sites
-from ._foreign import check_apply_fn, note_advice
+from ._foreign import check_apply_fn
 from ._keys import check_key, fold
 from ._match import match
 from ._node import Adapted, weight_of
@@ -21,9 +23,43 @@ from ._rules import rule_name
 from ._site import Full, Rule, Site, check_rules
 from ._sites import Sites
 from ._trace import trace
-from ._transformed import Transformed
 from ._tree import adapter_leaves, bind, flatten, is_adapted, is_empty, leaves_by_path, nest
 from ._types import Path, PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Transformed:
+    """What `jlora.transform` returns: three pure functions, which it unpacks to.
+
+    Attributes:
+        init: `(key, params, *args, **kwargs) -> (base, adapter)`.
+        apply: `(base, adapter, *args, **kwargs) -> outputs of the apply function`.
+        sites: `(params, *args, **kwargs) -> Sites`.
+        apply_fn: the function that was adapted.
+        rules: its rules.
+    """
+
+    init: Callable[..., tuple[PyTree, PyTree]]
+    apply: Callable[..., Any]
+    sites: Callable[..., Sites]
+    apply_fn: Callable[..., Any]
+    rules: tuple[Rule, ...]
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        return iter((self.init, self.apply, self.sites))
+
+    def __repr__(self) -> str:
+        listed = "".join(f", {rule_name(rule)}" for rule in self.rules)
+        return f"Transformed({function_name(self.apply_fn)}{listed})"
+
+
+def function_name(fn: Callable[..., Any]) -> str:
+    """Returns the name of a function for messages; a method has the name of its type before it."""
+    if isinstance(fn, functools.partial):
+        return f"partial({function_name(fn.func)})"
+    if inspect.ismethod(fn):
+        return f"{type(fn.__self__).__name__}.{fn.__name__}"
+    return getattr(fn, "__name__", type(fn).__name__)
 
 
 def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
@@ -104,17 +140,14 @@ def _sites(
 def _find(
     apply_fn: Callable[..., Any], rules: tuple[Rule, ...], call: Call
 ) -> tuple[Sites, Traced]:
-    with note_advice(apply_fn):
-        sites, traced = find_sites(apply_fn, rules, call)
+    sites, traced = find_sites(apply_fn, rules, call)
     return match(sites, rules), traced
 
 
 def _apply(
     apply_fn: Callable[..., Any], base: PyTree, adapter: PyTree, /, *args: Any, **kwargs: Any
 ) -> Any:
-    bound = bind(base, adapter)
-    with note_advice(apply_fn):
-        return wrap(apply_fn)(bound, *args, **kwargs)
+    return wrap(apply_fn)(bind(base, adapter), *args, **kwargs)
 
 
 def _init(

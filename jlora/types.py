@@ -14,6 +14,6 @@ from ._site import Site as Site
 from ._sites import Sites as Sites
 from ._sketching import Sketch as Sketch
 from ._sketching import Spectrum as Spectrum
-from ._transformed import Transformed as Transformed
+from ._transform import Transformed as Transformed
 from ._types import Layout as Layout
 from .initializers._initializer import RankRule as RankRule

@@ -1,7 +1,7 @@
 """Methods.
 
 Imports `_arrays`, `_compat`, `_core`, `_errors`, `_node`, `_quantized`, `_registry`, `_rules`,
-`_site`, `_types`, `_whole`, `initializers`.
+`_site`, `_types`, `initializers`.
 
 A method is a file with two classes: a rule, which the user writes, and a node, which the rule puts
 into the adapter. `../_node.py` and `../_site.py` have their base classes.

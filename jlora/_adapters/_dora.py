@@ -20,9 +20,8 @@ from .._errors import InputError
 from .._node import Axes, Node
 from .._quantized import BaseLeaf, Quantized
 from .._rules import check_field, rule_name
-from .._site import Site
+from .._site import Site, check_whole
 from .._types import Layout
-from .._whole import check_whole
 from ._lora import LoRA, refuse_keywords_of_peft
 from ._low_rank import LowRank, stack_and_slots, without_slots
 from ._register import register

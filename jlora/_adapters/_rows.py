@@ -21,9 +21,8 @@ from .._errors import InputError
 from .._node import SHOWN, Axes, Node, lengths
 from .._quantized import BaseLeaf, Quantized
 from .._rules import check_field, check_pattern, is_int, rule_name
-from .._site import Rule, Site
+from .._site import Rule, Site, check_whole
 from .._types import Layout
-from .._whole import check_whole
 from ._register import register
 
 

@@ -71,7 +71,7 @@ def combine(
             f"ADAPTERS cannot be combined without their model: {'; '.join(wrong)}. Load them "
             "onto it with jlora.peft.load, and give it to jlora.arithmetic too, as `base`."
         )
-    trees = [x.with_value(_widen(own.leaves)) for x, own in zip(adapters, each, strict=True)]
+    trees = Arg("ADAPTERS", None, [_widen(own.leaves) for own in each])
     found = call(getattr(jlora.arithmetic, method), trees, numbers, **options)
     found = found if rank is None else jlora.arithmetic.truncate(found, rank)
     tied = {key: head for x in each for key, head in x.tied.items()}

@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 import jax
@@ -55,14 +55,11 @@ FOLDER = _Folder()
 def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
     """Calls a function with the values of the user's arguments.
 
-    Its errors then have the names in the usage line, with the paths. An argument may also be a list
-    of the user's arguments.
+    Its errors then have the names in the usage line, with the paths.
     """
     bound = inspect.signature(function).bind(*args, **options)
     given = {name: x for name, x in bound.arguments.items() if isinstance(x, Arg)}
-    lists = {name: x for name, x in bound.arguments.items() if _is_list(x)}
     bound.arguments |= {name: x.value for name, x in given.items()}
-    bound.arguments |= {name: [x.value for x in own] for name, own in lists.items()}
     try:
         return function(*bound.args, **bound.kwargs)
     except ArgumentError as e:
@@ -70,13 +67,7 @@ def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
         names = {x.name or "": x.opts[0] for x in known if isinstance(x, click.Option)}
         paths = {name: x.path for name, x in given.items() if x.path is not None}
         names |= {name: x.what for name, x in given.items()}
-        for name, own in lists.items():
-            names |= {f"{name}[{i}]": str(x) for i, x in enumerate(own)} | {name: own[0].what}
         raise ValueError(e.text(names, paths)) from e
-
-
-def _is_list(x: object) -> TypeGuard[list[Arg]]:
-    return isinstance(x, list) and bool(x) and all(isinstance(own, Arg) for own in x)
 
 
 ERROR, INTERRUPTED = 2, 130

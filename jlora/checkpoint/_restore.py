@@ -10,7 +10,7 @@ from etils import epath
 
 from .._adapters import AdapterLeaf, arrays, is_node, state, static
 from .._arrays import AnyArray
-from .._errors import InputError, Problem, show
+from .._errors import InputError, Problem
 from .._folders import Where
 from .._tree import adapter_leaves, adapter_of, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
@@ -79,11 +79,9 @@ def _explain(folder: epath.Path) -> str:
             f"has the steps {', '.join(steps)} of a CheckpointManager; give one of them, such as "
             f"{folder.name}/{steps[-1]}."
         )
-    empty = "is an empty folder" if folder.is_dir() else "is a file"
-    held = f"has {', '.join(map(show, names))}" if names else empty
     return (
-        f"is not a checkpoint of an adapter: expected {ADAPTER!r} and {METADATA!r} in it, but it "
-        f"{held}. Give a folder that jlora.checkpoint.save wrote."
+        f"is not a checkpoint of an adapter, with {ADAPTER!r} and {METADATA!r} in it. Give a "
+        "folder that jlora.checkpoint.save wrote."
     )
 
 

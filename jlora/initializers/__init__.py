@@ -1,7 +1,6 @@
 """Initializers of A and B, a file each.
 
-Imports `_arrays`, `_compat`, `_core`, `_linalg`, `_quantized`, `_rules`, `_site`, `_types`,
-`_whole`.
+Imports `_arrays`, `_compat`, `_core`, `_linalg`, `_quantized`, `_rules`, `_site`, `_types`.
 
 An initializer is a function `(key, w, site, rule) -> (w, a, b)`. `w` is W: an array, a
 `jax.ShapeDtypeStruct` or a `jlora.Quantized`. `site` says how the model uses W, `rule` is the

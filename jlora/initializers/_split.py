@@ -24,9 +24,8 @@ from .._core import RANK, Axis, Change, Delta, Factor, leaf_weight
 from .._linalg import map_matrices, qr
 from .._quantized import BaseLeaf, Form, Quantized, is_quantized, quantize_weight
 from .._rules import rule_name
-from .._site import Site
+from .._site import Site, check_whole
 from .._types import Layout
-from .._whole import check_whole
 from ._initializer import RankRule, Start, dtype_of
 
 Factors = tuple[jax.Array, jax.Array]  # A and B, or Q and R

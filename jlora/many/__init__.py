@@ -1,7 +1,7 @@
 """Serves and trains many adapters on one base.
 
 Imports `_adapters`, `_arrays`, `_compat`, `_errors`, `_grouped`, `_keys`, `_optimizer`, `_rules`,
-`_transform`, `_transformed`, `_tree`, `_types`, `arithmetic`.
+`_transform`, `_tree`, `_types`, `arithmetic`.
 
 A table is an adapter whose arrays have a leading axis of slots: one adapter in each slot.
 """

@@ -12,8 +12,7 @@ from .._compat import is_concrete
 from .._errors import InputError
 from .._keys import refuse_rngs
 from .._rules import is_int, rule_name
-from .._transform import transform
-from .._transformed import Transformed
+from .._transform import Transformed, transform
 from .._tree import flatten, leaves_by_path, name_of
 from .._types import PyTree, short
 from ._fill import resize

@@ -15,7 +15,7 @@ from flax import nnx
 from flax.errors import FlaxError
 from flax.training.train_state import TrainState
 from laws import assert_close
-from messages import all_refused, check_text, refused
+from messages import all_refused, refused
 from small import (
     ADAPTED,
     KEY,
@@ -332,12 +332,11 @@ def test_a_collection_of_linen_variables() -> None:
 
 
 def test_parameters_that_are_not_the_first_argument() -> None:
-    """The model's own error, with a note; and rules that match no path of an activation."""
+    """The model's own error, and rules that match no path of an activation."""
     lora = jlora.transform(lambda x, params: x @ params["w"], LoRA("w", rank=2))
     for call in (lambda: lora.init(KEY, W, X), lambda: lora.sites(W, X)):
-        with pytest.raises(TypeError, match="string index") as caught:
+        with pytest.raises(TypeError, match="string index"):
             call()
-        check_text(caught.value.__notes__[-1])
     with refused(ValueError, "params", "LoRA('w')", "Near misses: the root"):
         lora.init(KEY, X, W)
 
