@@ -1,7 +1,6 @@
 """The node of LoRA, A and B of one weight, and its matrices."""
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -126,15 +125,13 @@ def leading_axes(node: LowRank) -> int:
     return len(stack_and_slots(node.layout))
 
 
-def matrices(
-    node: LowRank, convert: Callable[[jax.Array, jnp.dtype], Any] = jnp.asarray
-) -> tuple[jax.Array, jax.Array]:
+def matrices(node: LowRank) -> tuple[jax.Array, jax.Array]:
     """Returns s·A as (stack and slots…, inputs, r) and B as (stack and slots…, r, outputs).
 
     Both are in float32 or better.
     """
     wide = promote(node.a.dtype, node.b.dtype, jnp.float32)
-    a, b = (convert(x, wide) for x in (node.a, node.b))
+    a, b = (jnp.asarray(x, wide) for x in (node.a, node.b))
     n = leading_axes(node)
     rank = a.shape[-1]
     a = a.reshape(*a.shape[:n], math.prod(a.shape[n:-1]), rank)

@@ -1,12 +1,14 @@
 """Measures adapters on the host, by NumPy in float64: no shape of a file needs a program."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from .._adapters import Decomposed, LowRank, matrices, weight_shape, without_slots
+from .._adapters import Decomposed, LowRank, weight_shape, without_slots
 from ._size import effective_rank, stable_rank
+
+Matrices = tuple[np.ndarray, np.ndarray]
 
 
 class Measured(NamedTuple):
@@ -59,10 +61,14 @@ def relative(change: float, size: float) -> float:
     return change / size if size else math.inf if change else 0.0
 
 
-def _matrices(node: LowRank | Decomposed) -> Any:
+def _matrices(node: LowRank | Decomposed) -> Matrices:
     """Returns s·A as (stack…, inputs, r) and B as (stack…, r, outputs); slots are concatenated."""
-    flat: Any = without_slots(node, weight_shape(node))
-    return matrices(flat, lambda x, _: np.asarray(x, np.float64))
+    flat = without_slots(node, weight_shape(node))
+    a, b = (np.asarray(x, np.float64) for x in (flat.a, flat.b))
+    n = len(flat.layout.stack)
+    rank = a.shape[-1]
+    a = a.reshape(*a.shape[:n], math.prod(a.shape[n:-1]), rank)
+    return node.scale * a, b.reshape(*b.shape[:n], rank, math.prod(b.shape[n + 1 :]))
 
 
 def _spectrum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
