@@ -375,7 +375,7 @@ def test_copies_are_read_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch)
 def test_a_hundred_first_parts() -> None:
     """Of thousands of names, some of which are very long."""
     shapes = {f"p{i % 100}.m{i}.q.weight": (1, 1) for i in range(4_000)}
-    shapes |= {"a." * 9_000 + f"{i}.q.weight": (1, 1) for i in range(90)}
+    shapes |= {"a." * 90 + f"{i}.q.weight": (1, 1) for i in range(90)}
     shapes |= {f"layers.{'9' * 5_000}{i}.block_sparse_moe.q.weight": (1, 1) for i in range(9)}
     wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(4_000)]
     with bounded(3):

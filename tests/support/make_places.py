@@ -24,6 +24,7 @@ from tiny_models import list_classes, list_options, list_parts, make_model
 
 import jlora
 from jlora.peft.places._rows import Rows, make_table
+from jlora.peft.places._views import Piece
 
 FILE = pathlib.Path(jlora.__file__).parent / "peft" / "places" / "transformers.json"
 FIRST, MOST = 100_000, 2**24  # above the numbers in buffers; exact in float32
@@ -259,25 +260,29 @@ def _place(boxes: Sequence[Box], shape: Any, stored: Any) -> Iterator[tuple[str,
 
 
 def _write_part(box: Sequence[slice], shape: Sequence[int]) -> str:
-    """Writes a box as one of equal parts along one axis."""
-    axes = [d for d, x in enumerate(box) if (x.start, x.stop) != (0, shape[d])]
-    if not axes:
+    """Writes a box as one of equal parts of the rows."""
+    if (rows := _find_rows(box, shape)) is None:
         return ""
-    [axis] = axes
-    size = box[axis].stop - box[axis].start
-    if shape[axis] % size or box[axis].start % size:
+    size = rows.stop - rows.start
+    if shape[0] % size or rows.start % size:
         raise ValueError("in unequal parts of a tensor")
-    return f"[{':,' * axis}{box[axis].start // size}/{shape[axis] // size}]"
+    return f"[{rows.start // size}/{shape[0] // size}]"
 
 
 def _write_order(box: Any, others: Sequence[Any], shape: Sequence[int]) -> str:
-    """Writes a box as one of parts in order, of any sizes, along one axis."""
-    axes = [d for d, x in enumerate(box) if (x.start, x.stop) != (0, shape[d])]
-    if not axes:
+    """Writes a box as one of parts of the rows in order, of any sizes."""
+    if (rows := _find_rows(box, shape)) is None:
         return ""
-    [axis] = axes
-    starts = sorted({x[axis].start for x in others})
-    return f"{':,' * axis}{starts.index(box[axis].start)}/{len(starts)}"
+    starts = sorted({x[0].start for x in others})
+    return f"{starts.index(rows.start)}/{len(starts)}"
+
+
+def _find_rows(box: Sequence[slice], shape: Sequence[int]) -> slice | None:
+    """Returns the rows of a box; None for all of them."""
+    axes = [d for d, x in enumerate(box) if (x.start, x.stop) != (0, shape[d])]
+    if axes not in ([], [0]):
+        raise ValueError("in parts of its columns")
+    return box[0] if axes else None
 
 
 def _generalize(held: Mapping[str, Sequence[tuple[str, str, str]]]) -> dict[Names, Labels]:
@@ -396,19 +401,26 @@ def _check(rows: Any, found: Any, own: Any, stored: Any) -> None:
         view = places.get(name)
         if view is None or view.shape != own[name]:
             raise WrongRowsError(rows, name, view, own[name])
-        each = [(x.tensor, x.at, x.own) for x in view.pieces], boxes
-        ours, theirs = (
-            {(x, _whole(at, stored[x]), _whole(box, own[name])) for x, at, box in pieces}
-            for pieces in each
-        )
+        shape = own[name]
+        ours = {
+            (x.tensor, _whole([x.at], stored[x.tensor]), _whole(_own_box(x), shape))
+            for x in view.pieces
+        }
+        theirs = {(x, _whole(at, stored[x]), _whole(box, shape)) for x, at, box in boxes}
         if ours != theirs:
             raise WrongRowsError(rows, name, ours, theirs)
 
 
-def _whole(box: Any, shape: Any) -> Any:
+def _own_box(piece: Piece) -> list[slice]:
+    expert = piece.expert
+    return ([] if expert is None else [slice(expert, expert + 1)]) + [piece.rows]
+
+
+def _whole(box: Iterable[slice], shape: Sequence[int]) -> Any:
     full = [(0, n) for n in shape]
     for d, x in enumerate(box):
-        full[d] = (x, x + 1) if isinstance(x, int) else (x.start or 0, x.stop)
+        if d < len(shape):
+            full[d] = (x.start or 0, shape[d] if x.stop is None else x.stop)
     return tuple((int(a), int(b)) for a, b in full)
 
 

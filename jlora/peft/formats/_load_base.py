@@ -136,7 +136,7 @@ def _read(
         return _read_integers(leaf, [view.tensor for view in views], format)
     j, n = name.part or (0, 1)
     pieces = [piece for view in views for piece in view.pieces]
-    is_split = any(piece.at or piece.own for piece in pieces)
+    is_split = any(piece != Piece(piece.tensor) for piece in pieces)
     is_apart = leaf.kind is EXPERTS and is_split and len(pieces) == len(views) * n * leaf.experts
     tensors = [piece.tensor for piece in (pieces[j::n] if is_apart else pieces)]
     is_matrix = leaf.kind in (EMBEDDING, EXPERTS, LINEAR)

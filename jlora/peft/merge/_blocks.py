@@ -15,7 +15,6 @@ from ..._errors import InputError
 from .._checkpoint import read_exactly
 from .._file import DTYPES, TensorInfo
 from .._write import Edit
-from ..adapter._parts import Tokens
 
 Rows = slice | np.ndarray
 BLOCK = 2**19  # numbers
@@ -37,25 +36,6 @@ class NewValues(Edit):
     def of_rows(self, expert: int | None, rows: Rows) -> "NewValues":
         """Returns the values of some rows, of one matrix if there is a stack of them."""
         return NewValues((self.value if expert is None else self.value[expert])[rows])
-
-
-@dataclasses.dataclass
-class NewRows(Edit):
-    """Replaces rows of a table."""
-
-    tokens: Tokens[np.ndarray]
-
-    def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
-        """Yields the table with the new rows."""
-        (count, columns), dtype = tensor.shape, DTYPES[tensor.dtype]
-        rows = np.asarray(self.tokens.rows)
-        values = self.tokens.v.astype(dtype)
-        step = max(1, BLOCK // max(columns, 1))
-        for start in range(0, count, step):
-            block = _read(data, dtype, (min(step, count - start), columns)).copy()
-            here = (rows >= start) & (rows < start + len(block))
-            block[rows[here] - start] = values[here]
-            yield block
 
 
 @dataclasses.dataclass

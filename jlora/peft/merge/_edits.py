@@ -10,7 +10,7 @@ from ..adapter._parameters import Shapes, list_orientations
 from ..adapter._parts import Part, T, Values
 from ..names._kinds import EXPERTS, LINEAR, Kind
 from ..places._views import Places
-from ._blocks import NewRows, NewValues, Parts, Sum
+from ._blocks import NewValues, Parts, Sum
 
 
 def find_edits(model: Places, contents: Values, problems: Problems) -> dict[str, Edit]:
@@ -20,14 +20,20 @@ def find_edits(model: Places, contents: Values, problems: Problems) -> dict[str,
         for piece in (view := model[name]).pieces:
             edit = change if view.is_tensor else change.of_rows(piece.expert, piece.rows)
             own = parts.get(piece.tensor, {})
-            if piece.tensor in found or (own and piece.start in (None, *own)):
+            start = piece.at.start
+            if piece.tensor in found or (own and start in (None, *own)):
                 problems.add(piece.tensor, "changed twice by the adapter, under two names")
-            if piece.start is None:
+            if start is None:
                 found[piece.tensor] = edit
             else:
-                parts[piece.tensor] = own | {piece.start: (view.shape[0], edit)}
+                parts[piece.tensor] = own | {start: (piece.at.stop - start, edit)}
     found |= {name: Parts(x) for name, x in parts.items()}
-    rows = {model.tensor(name): NewRows(x) for name, x in contents.tokens.items()}
+    rows = {
+        model.tensor(name): Parts(
+            {row: (1, NewValues(v[None])) for row, v in zip(x.rows, x.v, strict=True)}
+        )
+        for name, x in contents.tokens.items()
+    }
     for name in rows.keys() & found:
         problems.add(name, "has new rows in the adapter, which also changes it as a whole")
     return found | rows

@@ -186,8 +186,6 @@ def _check(target: Target, found: Parameters[T], problems: Problems) -> None:
             dtype = checkpoint.entry(view.pieces[0].tensor).dtype
             why = f"expected {dtype} of shape {view.shape}, got {x.shape} in the adapter"
             problems.add(name, why)
-        elif len(view.pieces) > 1:
-            problems.add(name, "in full, but the checkpoint has it in parts")
     names = (part.name for part in found.parts)
     for name in dict.fromkeys([*found.tokens, *names, *whole, *found.biases]):
         pieces = model[name].pieces if name in model else ()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..places._views import Places
+from ..places._views import ALL, Places
 from ._names import Name
 
 _NUMBER = re.compile(r"\d+")
@@ -65,7 +65,7 @@ def find_homes(places: Places) -> dict[str, Home]:
         experts = [piece.expert for piece in view.pieces]
         parts = experts.count(experts[0])
         for i, piece in enumerate(view.pieces):
-            if view.is_tensor or (piece.expert is not None and not piece.at):
+            if view.is_tensor or (piece.expert is not None and piece.at == ALL):
                 found[piece.tensor] = Home(name, piece.expert, i % parts, parts)
     return found
 

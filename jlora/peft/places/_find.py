@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ..._errors import InputError
-from ._rows import Cut, Rows, is_number, join, make_table
+from ._rows import Rows, is_number, make_table
 from ._views import Piece, Places, Shapes, View
 
 Pairs = Sequence[tuple[str, str]]  # patterns of stored names, and what replaces them
 Way = tuple[str, str]  # the first components that names in the model lack, and have more
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight")
+_PAIR = ("gate_proj", "up_proj")
 
 
 def find(
@@ -71,7 +72,7 @@ def stored_as_is(shapes: Shapes) -> Iterator[Places]:
     """Yields the tensors as parameters, and the same with the experts of a layer joined."""
     places = Places({name: View(shape, (Piece(name),)) for name, shape in shapes.items()})
     yield places
-    joined = join_experts(shapes)
+    joined = _join_experts(shapes)
     single = {piece.tensor for view in joined.values() for piece in view.pieces}
     old = {x: new for x in shapes if (new := _modernize(x)) != x}
     if joined or old:
@@ -85,27 +86,21 @@ def _modernize(name: str) -> str:
     return name.removesuffix(old) + ends.get(old, "")
 
 
-def join_experts(shapes: Shapes) -> dict[str, View]:
+def _join_experts(shapes: Shapes) -> Places:
     """Makes the parameters of all experts of each module, which are stored one by one."""
-    modules: dict[str, dict[str, dict[int, str]]] = {}
-    for name, shape in shapes.items():
-        if len(shape) == 2 and (found := _EXPERT.fullmatch(name)):
-            parts = modules.setdefault(found["module"], {})
-            parts.setdefault(found["part"], {})[int(found["expert"])] = name
-    views = {}
-    for module, parts in modules.items():
-        pair = ("gate_proj", "up_proj")
-        has_pair = all(part in parts for part in pair)
-        groups = {part: (part,) for part in parts if not (has_pair and part in pair)}
-        for parameter, own in groups.items() | ({("gate_up_proj", pair)} if has_pair else set()):
-            pieces = {
-                (expert, j): (Cut(True, 0, j, len(own)), shapes[name], Piece(name))
-                for j, part in enumerate(own)
-                for expert, name in parts[part].items()
-            }
-            if view := join(pieces):
-                views[f"{module}.{parameter}"] = view
-    return views
+    single = {
+        name: found
+        for name, shape in shapes.items()
+        if len(shape) == 2 and (found := _EXPERT.fullmatch(name))
+    }
+    there = {(found["module"], found["part"]) for found in single.values()}
+    rows = dict[str, str]()
+    for module, part in there:
+        own = f"{part}[{{}}]"
+        if part in _PAIR and all((module, x) in there for x in _PAIR):
+            own = f"gate_up_proj[{{}},{_PAIR.index(part)}/{len(_PAIR)}]"
+        rows[f"{module}.{{}}.{part}.weight"] = f"{module}.{own}"
+    return Rows(rows).name({name: shapes[name] for name in single})
 
 
 def rename(shapes: Shapes, pairs: Pairs) -> Places:

@@ -1,39 +1,38 @@
 """Rows that say which parameters a stored tensor has.
 
-A row is `stored[box]: name[box]`, both the beginning of names up to a whole component; what follows
-is the same in both. `{}` is a number. A box has an entry for each of the first axes: `j/n` is the
-j-th of n parts, in a tensor of n equal ones; `{}` the index of a tensor in a stack of them; `:` the
-whole axis. The row with the most components wins.
+A row is `stored[cut]: name[cut]`, both the beginning of names up to a whole component; what follows
+is the same in both. `{}` is a number. In a cut, `j/n` is the j-th of n parts of the rows, in a
+tensor of n equal ones, and `{}` before it the index of a tensor in a stack of them. The row with
+the most components wins.
 """
 
 import collections
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ._views import Box, Piece, Places, Shape, Shapes, View
+from ._views import ALL, Piece, Places, Shape, Shapes, View
 
-_TEXT = re.compile(r"(?P<name>[^\[]*)(\[(?P<box>.*)\])?")
+_TEXT = re.compile(r"(?P<name>[^\[]*)(\[(?P<index>\{\})?,?((?P<part>\d+)/(?P<parts>\d+))?\])?")
 
 
 class Cut(NamedTuple):
-    """A box of an array whose size is not known yet.
+    """Rows of an array whose size is not known yet.
 
     Attributes:
-        is_indexed: whether the first axis is that of a stack.
-        axis: the axis of the parts, after that of the stack.
+        is_indexed: whether the array is in a stack.
         part: the number of the part.
         parts: the number of parts.
     """
 
     is_indexed: bool = False
-    axis: int = 0
     part: int = 0
     parts: int = 1
 
 
 class Side(NamedTuple):
-    """One side of a row: the first components of names, and a box."""
+    """One side of a row: the first components of names, and a cut."""
 
     names: tuple[str, ...]
     cut: Cut
@@ -79,7 +78,7 @@ class Rows:
             if not matched.rows:
                 found[tensor] = View(shape, (Piece(tensor),))
         for name, own in pieces.items():
-            if view := join(own):
+            if view := _join(own):
                 found[name] = view
         return found
 
@@ -109,28 +108,21 @@ def _read(text: str) -> Side:
     matched = _TEXT.fullmatch(text)
     assert matched, text
     names = tuple(part for part in matched["name"].split(".") if part)
-    entries = (matched["box"] or "").split(",")
-    is_indexed = entries[0] == "{}"
-    for axis, entry in enumerate(entries[is_indexed:]):
-        if "/" in entry:
-            part, _, parts = entry.partition("/")
-            return Side(names, Cut(is_indexed, axis, int(part), int(parts)))
-    return Side(names, Cut(is_indexed))
+    part, parts = int(matched["part"] or 0), int(matched["parts"] or 1)
+    return Side(names, Cut(bool(matched["index"]), part, parts))
 
 
-def _cut(cut: Cut, shape: Shape) -> tuple[Box, Shape] | None:
-    """Returns the box of one of equal parts of a tensor, and its shape; None if it has none."""
+def _cut(cut: Cut, shape: Shape) -> tuple[slice, Shape] | None:
+    """Returns the rows of one of equal parts of a tensor, and its shape; None if it has none."""
     if cut.parts == 1:
-        return (), shape
-    if cut.axis >= len(shape) or shape[cut.axis] % cut.parts:
+        return ALL, shape
+    if not shape or shape[0] % cut.parts:
         return None
-    size = shape[cut.axis] // cut.parts
-    before, after = shape[: cut.axis], shape[cut.axis + 1 :]
-    box = (*(slice(n) for n in before), slice(cut.part * size, (cut.part + 1) * size))
-    return box, (*before, size, *after)
+    size = shape[0] // cut.parts
+    return slice(cut.part * size, (cut.part + 1) * size), (size, *shape[1:])
 
 
-def join(pieces: Mapping[tuple[int, int], tuple[Cut, Shape, Piece]]) -> View | None:
+def _join(pieces: Mapping[tuple[int, int], tuple[Cut, Shape, Piece]]) -> View | None:
     """Joins pieces by index and part; None if one is missing, or their shapes do not fit."""
     [(cut, size, piece), *_] = pieces.values()
     count = len({index for index, _ in pieces})
@@ -140,19 +132,16 @@ def join(pieces: Mapping[tuple[int, int], tuple[Cut, Shape, Piece]]) -> View | N
     if not cut.is_indexed and cut.parts == 1:
         return View(size, (piece,))
     sizes = [pieces[0, j][1] for j in range(cut.parts)]
-    axis = cut.axis
-    alike = {(*size[:axis], *size[axis + 1 :]) for size in sizes}
-    if len(alike) > 1 or any(pieces[i, j][1] != sizes[j] for i, j in order):
+    is_even = all(pieces[i, j][1] == sizes[j] for i, j in order)
+    if not is_even or not all(sizes) or len({size[1:] for size in sizes}) > 1:
         return None
-    lengths = [size[axis] for size in sizes] if cut.parts > 1 else []
+    stops = [*itertools.accumulate(size[0] for size in sizes)]
     found = list[Piece]()
     for i, j in order:
-        start = sum(lengths[:j])
-        own = (
-            (*[slice(n) for n in size[:axis]], slice(start, start + lengths[j])) if lengths else ()
-        )
-        found.append(pieces[i, j][2]._replace(own=(i, *own) if cut.is_indexed else own))
-    whole = (*size[:axis], sum(lengths), *size[axis + 1 :]) if lengths else size
+        rows = ALL if cut.parts == 1 else slice(stops[j] - sizes[j][0], stops[j])
+        expert = i if cut.is_indexed else None
+        found.append(pieces[i, j][2]._replace(expert=expert, rows=rows))
+    whole = (stops[-1], *size[1:])
     return View((count, *whole) if cut.is_indexed else whole, tuple(found))
 
 

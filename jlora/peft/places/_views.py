@@ -1,4 +1,4 @@
-"""A parameter of a model, as boxes of the tensors of a checkpoint."""
+"""A parameter of a model, as rows of the tensors of a checkpoint."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -7,39 +7,24 @@ import numpy as np
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
-Box = tuple[int | slice, ...]  # of the first axes of an array; `()` is all of it
+ALL = slice(None)
 
 
 class Piece(NamedTuple):
-    """A box of a stored tensor, and the box of the parameter whose values it has.
+    """Rows of a stored tensor, and the rows of the parameter whose values they have.
 
     Attributes:
         tensor: the name of the tensor.
-        at: the box of the tensor.
-        own: the box of the parameter. An index is that of one of several matrices, such as the
-            experts of a layer, which are tensors of their own.
+        at: the rows of the tensor.
+        expert: the index of one of several matrices of the parameter, such as the experts of a
+            layer, which are tensors of their own; None if the parameter has none.
+        rows: the rows of the parameter, or of this matrix.
     """
 
     tensor: str
-    at: Box = ()
-    own: Box = ()
-
-    @property
-    def expert(self) -> int | None:
-        """The index of one of several matrices; None if the parameter has none."""
-        first = self.own[0] if self.own else None
-        return first if isinstance(first, int) else None
-
-    @property
-    def rows(self) -> slice:
-        """The rows of the parameter, or of one of its matrices."""
-        rows = self.own[self.expert is not None :]
-        return rows[0] if rows and isinstance(rows[0], slice) else slice(None)
-
-    @property
-    def start(self) -> int | None:
-        """The first row in the tensor; None if the tensor has no others."""
-        return self.at[0].start if self.at and isinstance(self.at[0], slice) else None
+    at: slice = ALL
+    expert: int | None = None
+    rows: slice = ALL
 
 
 class View(NamedTuple):
@@ -65,7 +50,8 @@ class View(NamedTuple):
         each = [read(piece.tensor)[piece.at] for piece in self.pieces]
         found = np.empty(self.shape, np.result_type(*each))
         for piece, x in zip(self.pieces, each, strict=True):
-            found[piece.own] = x
+            whole = found if piece.expert is None else found[piece.expert]
+            whole[piece.rows] = x
         return found
 
 
