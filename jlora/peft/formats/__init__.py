@@ -1,4 +1,4 @@
-"""Formats of quantized checkpoints, a file each.
+"""Formats of quantized checkpoints, a class each.
 
 A format reads the tensors of a module as codes and scales. `_codes` makes leaves from these.
 
@@ -7,4 +7,4 @@ Imports `_arrays`, `_errors`, `_folders`, `_progress`, `_quantized`, `_tree`, `_
 `peft.places` and `sharding`.
 """
 
-from . import _awq, _bitsandbytes, _compressed_tensors, _fp8, _gptq, _mxfp4  # noqa: F401
+from . import _affine, _bitsandbytes, _compressed_tensors, _fp8, _mxfp4  # noqa: F401

@@ -1,4 +1,4 @@
-"""Integer codes: each group of inputs shares a scale and a zero point."""
+"""AWQ and GPTQ: integer codes, where each group of inputs shares a scale and a zero point."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,75 @@ import numpy as np
 from ..._quantized import Int4, Int8
 from .._file import shorten
 from ._codes import Codes, Dense
-from ._tensors import Unreadable
+from ._format import FLOATS, Format, Unreadable, register
+
+MARKS = {".qweight": ".weight"}
+ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the position in a word of AWQ of the code of each of 8 outputs
+ONES = {4: np.uint32(0x11111111), 8: np.uint32(0x01010101)}  # 1 in each code of a word
+
+
+@register("awq")
+class Awq(Format):
+    """W = s·(q - z), where 32-bit words of q and z hold 8 neighboring outputs."""
+
+    marks = MARKS
+
+    def read(self, name: str) -> Codes | Dense:
+        """Reads the weight of a module that has `qweight`."""
+        module = name.removesuffix(".weight")
+        tensors = self.tensors
+        self.field("bits", (4,))
+        self.field("version", ("gemm", "GEMM"), "gemm")
+        words = tensors.read_matrix(f"{module}.qweight", ("I32",))
+        groups = tensors.matrix(f"{module}.scales")[0]
+        columns = words.shape[1]
+        zeros = tensors.read(f"{module}.qzeros", ("I32",), (groups, columns))
+        scale = tensors.read(f"{module}.scales", FLOATS, (groups, 8 * columns))
+        codes, zeros = (unpack(x, 1, order=ORDER).T for x in (words, zeros))
+        return read_affine(module, 4, codes, scale.T, zeros, None, [self.config.get("group_size")])
+
+
+@register("gptq")
+class Gptq(Format):
+    """W = s·(q - z). A 32-bit word of q has neighboring inputs, a word of z neighboring outputs.
+
+    `checkpoint_format` "gptq" stores z - 1, "gptq_v2" z. With `desc_act` the inputs of a group are
+    not neighbors: `g_idx` has the group of each input.
+    """
+
+    marks = MARKS
+
+    def read(self, name: str) -> Codes | Dense:
+        """Reads the weight of a module that has `qweight`."""
+        module = name.removesuffix(".weight")
+        tensors = self.tensors
+        config = self.config
+        bits = self.field("bits", tuple(ONES))
+        version = self.field("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+        codes = unpack(tensors.read_matrix(f"{module}.qweight", ("I32",)), 0, bits).T
+        outputs, inputs = codes.shape
+        count = 32 // bits
+        groups, _ = tensors.matrix(f"{module}.scales")
+        zeros = tensors.read(f"{module}.qzeros", ("I32",), (groups, -(-outputs // count)))
+        if version == "gptq":
+            zeros = (zeros.view(np.uint32) + ONES[bits]).view(np.int32)
+        scale = tensors.read(f"{module}.scales", FLOATS, (groups, outputs))
+        order = None
+        if f"{module}.g_idx" in tensors or config.get("desc_act") not in (None, False):
+            order = tensors.read(f"{module}.g_idx", ("I32",), (inputs,))
+        zeros = unpack(zeros, 1, bits).T[:outputs]
+        return read_affine(module, bits, codes, scale.T, zeros, order, [config.get("group_size")])
+
+
+def unpack(
+    words: np.ndarray, axis: int, bits: int = 4, order: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """Unpacks codes from int32 words, lowest bits first; the k-th is at place `order[k]`."""
+    words = np.moveaxis(words.view(np.uint32), axis, -1)
+    places = order or range(32 // bits)
+    mask = np.uint32(2**bits - 1)
+    codes = np.stack([(words >> np.uint32(bits * k) & mask).astype(np.uint8) for k in places], -1)
+    return np.moveaxis(codes.reshape(*words.shape[:-1], -1), -1, axis)
 
 
 def read_affine(

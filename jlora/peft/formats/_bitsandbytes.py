@@ -9,8 +9,7 @@ import numpy as np
 from ..._quantized import DYNAMIC, FP4, NF4, Int8
 from .._file import parse, shorten
 from ._codes import Codes
-from ._format import Format, register
-from ._tensors import Unreadable
+from ._format import Format, Unreadable, register
 
 STATE = "quant_state.bitsandbytes__"
 SCHEMES: dict[str, Any] = {"nf4": NF4, "fp4": FP4}

@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .._file import shorten
-from ._affine import read_affine
+from ._affine import read_affine, unpack
 from ._codes import Codes, Dense
-from ._format import Format, register
+from ._format import FLOATS, Format, Unreadable, register
 from ._fp8 import Block, read_float8
-from ._tensors import FLOATS, Unreadable, unpack
 
 KNOWN = ("dense", "float-quantized", "int-quantized", "mixed-precision", "naive-quantized")
 KNOWN += ("pack-quantized",)

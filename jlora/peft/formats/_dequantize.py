@@ -19,8 +19,7 @@ from .._file import DTYPES, TensorInfo, shorten
 from .._vocabulary import walk_objects
 from .._write import write_tensors
 from ._codes import Codes, Dense
-from ._format import open_format, read_checked
-from ._tensors import Unreadable, list_left
+from ._format import Unreadable, list_left, open_format, read_checked
 
 # The models of `transformers` with a `Conv1D`, and the names of these modules: their weights are
 # (inputs, outputs) in floats, and (outputs, inputs) in codes.
@@ -170,7 +169,6 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
         )
     files = dict[str, list[TensorInfo]]()
     for file, header in checkpoint.headers.items():
-        format.tensors.check_copied(name for name in header.entries if name not in places)
         both = (places.get(name, entry) for name, entry in header.entries.items())
         files[file] = [entry for entry in both if entry is not None]
     lock = threading.Lock()

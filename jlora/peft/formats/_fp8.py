@@ -6,8 +6,7 @@ import numpy as np
 
 from ..._quantized import FP8
 from ._codes import Codes, Dense
-from ._format import Format, register
-from ._tensors import FLOATS, Tensors, Unreadable, is_pair
+from ._format import FLOATS, Format, Tensors, Unreadable, register
 
 Block = tuple[int, int]
 
@@ -21,7 +20,7 @@ class Fp8(Format):
     def read(self, name: str) -> Codes | Dense:
         """Reads a parameter whose tensor is in FP8."""
         block = self.config.get("weight_block_size")
-        if block is not None and not is_pair(block):
+        if block is not None and not _is_pair(block):
             raise Unreadable(
                 "`weight_block_size` of the quantization",
                 f"expected two numbers or null, got {block!r}",
@@ -54,6 +53,11 @@ def read_float8(tensors: Tensors, key: str, name: str, blocks: Iterable[Block]) 
         f"expected one scale, one for each of {rows} outputs, or by the configuration "
         f"{known}; got shape {shape}",
     )
+
+
+def _is_pair(x: object) -> bool:
+    """Whether a value of JSON is two positive integers."""
+    return isinstance(x, list) and len(x) == 2 and all(type(n) is int and n > 0 for n in x)
 
 
 def _read_scale(tensors: Tensors, name: str) -> np.ndarray:

@@ -9,9 +9,8 @@ from ..._errors import InputError, MissingError
 from ..._quantized import MXFP4, Int4, Int8
 from .._file import DTYPES
 from ._codes import Codes
-from ._format import Format
+from ._format import Format, Unreadable
 from ._gguf_file import read_tensors
-from ._tensors import Unreadable
 
 BLOCK = 32
 HEADS = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2, "MXFP4": 1}  # bytes of a block before its codes

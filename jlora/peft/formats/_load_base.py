@@ -31,9 +31,8 @@ from ..names._weights import explain_narrowing, name_all, split_all
 from ..places._find import Pairs, find
 from ..places._views import Piece, Places, View
 from ._codes import make_leaf, take_part_of_codes
-from ._format import Format, open_format, read_checked
+from ._format import Format, Unreadable, open_format, read_checked
 from ._gguf import Gguf, GgufTensors
-from ._tensors import Unreadable
 
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # of buffers
 

@@ -6,8 +6,7 @@ import numpy as np
 
 from ..._quantized import MXFP4
 from ._codes import Codes
-from ._format import Format, register
-from ._tensors import Unreadable
+from ._format import Format, Unreadable, register
 
 
 @register("mxfp4")

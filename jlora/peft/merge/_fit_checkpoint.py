@@ -32,10 +32,9 @@ from ._ties import (
     Shared,
     find_shared,
     list_absent,
-    list_uneven,
     list_untied_heads,
     separate_heads,
-    store_head,
+    settle_ties,
 )
 
 _SHOWN = 9  # names in a warning
@@ -96,7 +95,7 @@ def _match_tree(
     target = Target(checkpoint, places)
     shared = find_shared(target, found, problems)
     if any(is_head(module_of(name)) for name in found.changed):
-        target, found, shared = store_head(target, found, shared, lambda _: {})
+        target, found, shared, _ = settle_ties(target, found, shared, lambda _: {}, lambda _: True)
     target = fit_vocabulary(target, found, problems)
     parts = orient(found.parts, target.model.shapes, False)
     # Where shapes do not tell it, the table does.
@@ -120,7 +119,9 @@ def _match_files(
     target = Target(checkpoint, old)
     shared = find_shared(target, found, problems)
     problems.found += list_untied_heads(checkpoint, shared, adapter)
-    target, found, shared = store_head(target, found, shared, files.read)
+    saves = make_saves(adapter.fields)
+    target, found, shared, uneven = settle_ties(target, found, shared, files.read, saves)
+    problems.found += uneven
     target = add_head(fit_vocabulary(target, found, problems), found, adapter)
     checkpoint, model = target
     parts = orient(found.parts, model.shapes, is_transposed)
@@ -132,7 +133,6 @@ def _match_files(
     values = files.values((found, heads), problems)
     problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
     found = fill(found, values)
-    problems.found += list_uneven(target, found, shared, make_saves(adapter.fields))
     names = [n for n in found.frozen if n in old and old[n].shape != model[n].shape]
     values = {model.tensor(name): found.frozen[name] for name in names}
     target = target._replace(checkpoint=with_values(checkpoint, values))

@@ -3,7 +3,7 @@
 import collections
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,40 +118,6 @@ def find_plain(target: Target) -> Pair | None:
     return None
 
 
-def list_uneven(
-    target: Target, found: Parameters[T], shared: Shared, saves: Callable[[str], bool]
-) -> list[Problem]:
-    """Lists shared weights of which the adapter may change the two readings differently.
-
-    New rows in the embedding of a plain decoder are new in its head too, as in PEFT. A table that
-    `modules_to_save` does not name is in the adapter because the base's own was resized.
-    """
-    checkpoint, model = target
-    config = checkpoint.config
-    names = [n for n in found.changed if n in model and model.tensor(n) in shared]
-    if not names:
-        return []
-    has_encoder = is_encoder_decoder(config)
-    even = set[str]() if has_encoder else list_even(found)
-    if find_plain(target) and _is_tied(config, True):
-        even |= {*found.tokens}
-    why = (
-        "the model may read this weight twice, as its input embedding and as its output head, and "
-        "the adapter does not say that it changes both equally"
-    )
-    modules = {name: name.removesuffix(".weight") for name in names}
-    even -= {name for name, module in modules.items() if is_of_two(module, has_encoder)}
-    even |= {name for name, module in modules.items() if name in found.full and not saves(module)}
-    return [Problem(model.tensor(name), why, _UNTIE) for name in names if name not in even]
-
-
-def list_even(found: Parameters[T]) -> set[str]:
-    """Lists the parameters that are changed as another one is."""
-    counts = collections.Counter(map(identify, found.full.values()))
-    same = (name for name, x in found.full.items() if counts[identify(x)] > 1)
-    return {*find_twins(found.parts), *same}
-
-
 def list_absent(checkpoint: Checkpoint, model: Places, found: Parameters[T]) -> list[Problem]:
     """Lists the parameters of an adapter that the checkpoint does not have.
 
@@ -226,31 +192,71 @@ def _digest(checkpoint: Checkpoint, name: str) -> bytes:
 # ------------------------------------------------------------- a head beside its embedding
 
 
-def store_head(
-    target: Target, found: Parameters[T], shared: Shared, read: Read
-) -> tuple[Target, Parameters[T], Shared]:
+def settle_ties(
+    target: Target, found: Parameters[T], shared: Shared, read: Read, saves: Callable[[str], bool]
+) -> tuple[Target, Parameters[T], Shared, list[Problem]]:
     """Gives the head of a plain decoder its own weight if the adapter changes the two differently.
 
-    New rows in the embedding are new in the head too, as in PEFT.
+    For other models, that is a problem. New rows in the embedding are new in the head too, as in
+    PEFT. A table that `modules_to_save` does not name is in the adapter because the base's own was
+    resized.
 
     Args:
         target: the checkpoint.
         found: the contents of the adapter.
         shared: the weights that the model may read twice.
         read: reads tensors of the adapter, whose values are compared.
+        saves: whether `modules_to_save` names a module.
     """
     checkpoint, model = target
-    if (pair := find_plain(target)) is None or shared.keys().isdisjoint(pair):
-        return target, found, shared
-    own = {name: model.tensor(name) for name in found.changed if name not in found.tokens}
-    heads = [
-        n for n, x in own.items() if x == pair.head or (n not in model and is_head(module_of(n)))
-    ]
-    sides = [*heads, *(name for name, x in own.items() if x == pair.table)]
-    if not sides or _are_even(found, sides, read):
-        return target, found, shared
-    name = heads[0] if heads else pair.head
+    if not shared:
+        return target, found, shared, []
+    tensors = {name: model.tensor(name) for name in found.changed}
+    heads = [name for name in tensors if name not in model and is_head(module_of(name))]
+    sides = {name for name, x in tensors.items() if x in shared or name in heads}
+    rows = sides & found.tokens.keys()
+    has_encoder = is_encoder_decoder(checkpoint.config)
+    even = set[str]() if has_encoder else _find_even(found, sides, read)
+    uneven = {n for n in sides - rows if n not in even or is_of_two(module_of(n), has_encoder)}
+    pair = find_plain(target)
+    if pair and uneven:
+        return *_store_head(target, found, pair, heads), []
+    uneven = {n for n in uneven if n not in found.full or saves(module_of(n))}
+    if not pair or not _is_tied(checkpoint.config, True):
+        uneven |= rows
+    why = (
+        "the model may read this weight twice, as its input embedding and as its output head, and "
+        "the adapter does not say that it changes both equally"
+    )
+    names = (name for name in tensors if name in uneven and name in model)
+    return target, found, shared, [Problem(model.tensor(name), why, _UNTIE) for name in names]
+
+
+def _find_even(found: Parameters[T], names: Collection[str], read: Read) -> set[str]:
+    """Finds those of some parameters that are changed as another one of them is."""
+    parts = [x for x in found.parts if x.name in names]
+    own = Parameters(parts, {name: x for name, x in found.full.items() if name in names})
+    own = fill(own, read(list_tensors(own)))
+    counts = collections.Counter(map(identify, own.full.values()))
+    same = (name for name, x in own.full.items() if counts[identify(x)] > 1)
+    return {*find_twins(own.parts), *same}
+
+
+def _store_head(
+    target: Target, found: Parameters[T], pair: Pair, heads: Collection[str]
+) -> tuple[Target, Parameters[T], Shared]:
+    """Gives a head its own weight, with the values of the embedding if it has none.
+
+    Args:
+        target: the checkpoint.
+        found: the contents of the adapter.
+        pair: the embedding and its head.
+        heads: the heads that the adapter changes and the checkpoint lacks.
+    """
+    checkpoint, model = target
     tokens = dict(found.tokens)
+    own = [n for n in found.changed if model.tensor(n) == pair.head and n not in tokens]
+    [name, *_] = [*own, *heads, pair.head]
     if rows := [x for n, x in tokens.items() if model.tensor(n) == pair.table]:
         tokens[name] = rows[0]._replace(module=module_of(name))
     config = _untied(checkpoint.config)
@@ -260,15 +266,6 @@ def store_head(
         new = checkpoint.entry(pair.table)._replace(key=pair.head)
         target = target.add({name: new}, config, pair.prefix, {name: pair.table})
     return target, found._replace(tokens=tokens), {}
-
-
-def _are_even(found: Parameters[T], names: Iterable[str], read: Read) -> bool:
-    """Whether the changes of embedding and head are the same."""
-    names = {*names}
-    parts = [x for x in found.parts if x.name in names]
-    full = {name: x for name, x in found.full.items() if name in names}
-    own = Parameters(parts, full)
-    return names == list_even(fill(own, read(list_tensors(own))))
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:

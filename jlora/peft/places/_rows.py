@@ -59,16 +59,12 @@ class Rows:
                 node = node.setdefault(part, {})
             node.setdefault("", []).append(row)
 
-    def find(self, name: str) -> Found:
-        """Finds the rows of a stored name; none if it is the parameter's too."""
-        return _find(self._tree, tuple(name.split("."))) or Found((), (), ())
-
     def name(self, shapes: Shapes) -> Places:
         """Names the parameters in stored tensors."""
         found = Places()
         pieces = collections.defaultdict[str, dict[tuple[int, int], tuple[Cut, Shape, Piece]]](dict)
         for tensor, shape in shapes.items():
-            matched = self.find(tensor)
+            matched = _find(self._tree, tuple(tensor.split("."))) or Found((), (), ())
             for stored, own in matched.rows:
                 names = [*own.names, "{}"] if own.cut.is_indexed else own.names
                 index, name = _fill(names, matched, own.cut.is_indexed)
