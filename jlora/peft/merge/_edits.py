@@ -1,6 +1,5 @@
 """Finds the edit of each tensor, and which weights are stored as (inputs, outputs)."""
 
-import collections
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -92,28 +91,26 @@ def orient(parts: Sequence[Part[T]], shapes: Shapes, flag: bool) -> list[Part[T]
         shapes: the shapes of the parameters of the checkpoint.
         flag: whether square weights are transposed if nothing else tells.
     """
-    by_bias = {name: x for name in shapes if (x := _tell_by_bias(name, shapes)) is not None}
-    by_shape = {part.name: list_orientations(part, shapes.get(part.name, ())) for part in parts}
-    seen = collections.defaultdict[tuple[Kind, str], set[bool]](set)
-    for name, x in by_bias.items():
-        seen[_group(LINEAR, name)].add(x)
+    biased = {name: x for name in shapes if (x := _tell_by_bias(name, shapes)) is not None}
+    seen = {t: {_group(LINEAR, n) for n, x in biased.items() if x is t} for t in (False, True)}
+    fits = {part.name: list_orientations(part, shapes.get(part.name, ())) for part in parts}
     for part in parts:
         # A linear part that fits only the transpose may be a mistake.
-        if len(own := by_shape[part.name]) == 1 and (part.kind is EXPERTS or own == [False]):
-            seen[_group(part.kind, part.name)].update(own)
-    linear = {t for (kind, _), votes in seen.items() if kind is LINEAR for t in votes}
+        if len(own := fits[part.name]) == 1 and (part.kind is EXPERTS or own == [False]):
+            seen[own[0]].add(_group(part.kind, part.name))
+    has_linear, has_conv1d = (any(kind is LINEAR for kind, _ in seen[t]) for t in (False, True))
 
     def find(part: Part[T]) -> bool | None:
-        own = by_shape[part.name]
         if part.kind is LINEAR and _bias_of(part.name) not in shapes:
-            return flag and own == [True]
-        if part.kind is LINEAR:
-            own = [by_bias[part.name]] if part.name in by_bias else []
-        votes = own if len(own) == 1 else [*seen[_group(part.kind, part.name)]]
+            return flag and fits[part.name] == [True]
+        votes = [t for t in (False, True) if _group(part.kind, part.name) in seen[t]]
+        votes = [biased[part.name]] if part.name in biased else votes
+        if part.kind is EXPERTS and len(fits[part.name]) == 1:
+            votes = fits[part.name]
         if votes or part.kind is EXPERTS:
             return votes[0] if len(votes) == 1 else None
-        if True in linear:
-            return True if flag and False not in linear else None
+        if has_conv1d:
+            return True if flag and not has_linear else None
         return False
 
     return [
