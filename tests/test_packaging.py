@@ -3,6 +3,7 @@
 import pathlib
 import re
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -53,3 +54,10 @@ def test_what_was_tried_beside_is_in_the_guide() -> None:
         python, library, version = re.fullmatch(r"python(\S+) (\S+)==(\S+)", line).groups()  # pyright: ignore
         row = rf"\| {library.removeprefix('google-')} {re.escape(version)} \| {python} \|"
         assert re.search(row, guide), line
+
+
+def test_the_package_is_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jlora", "--version"], capture_output=True, text=True
+    )
+    assert PROJECT["version"] in done.stdout, done.stderr

@@ -340,6 +340,7 @@ TABLES: dict[str, Any] = {
         daily=[
             ("scanned", "prepared", "gathered"),
             ("dense", "a key for each slot", "side by side"),
+            ("experts_ragged", "one key", "gathered"),
         ],
     ),
 )

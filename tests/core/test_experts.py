@@ -93,7 +93,7 @@ FORMS_OF = [None, "side by side", "gathered"]
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    every(OF_TABLES, FORMS_OF, daily=[("all", FORMS_OF[1])]),
+    every(OF_TABLES, FORMS_OF, daily=[("all", FORMS_OF[1]), ("NF4, dense alone", FORMS_OF[2])]),
 )
 def test_each_row_of_routed_experts_is_its_adapters(name: str, form: Any) -> None:
     """Of traced and of known ids; ranks differ, -1 is the base."""

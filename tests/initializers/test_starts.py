@@ -155,7 +155,7 @@ def test_initializers_of_jax_draw_each_matrix_of_a(name: str, form: str) -> None
 
 
 PARTS = {"pissa": singular(slice(RANK)), "milora": singular(slice(-RANK, None)), "olora": first}
-DAILY_PARTS = {("olora", "slots")}
+DAILY_PARTS = {("milora", "convolution")}
 
 
 @pytest.mark.parametrize(("name", "form"), every(PARTS, FORMS, daily=DAILY_PARTS))

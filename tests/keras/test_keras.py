@@ -333,7 +333,6 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
 test_mistakes = all_refused(MISTAKES)
 
 
-@pytest.mark.slow
 def test_without_a_backend() -> None:
     """Of an import without a setting, Keras says only that TensorFlow is missing."""
     environment = os.environ | {"KERAS_BACKEND": "tensorflow"}
