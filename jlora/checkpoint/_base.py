@@ -16,7 +16,7 @@ from .._types import PyTree
 from ._fingerprint import shapes_of
 from ._restore import read
 from ._save import METADATA
-from ._store import damage, find
+from ._store import check_files, damage, find
 
 
 class _Variable(NamedTuple):
@@ -107,6 +107,7 @@ def _read(folder: epath.Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree,
     def item_of(x: AnyArray) -> Any:
         return _struct(x) if is_wanted(x) else ocp.PLACEHOLDER
 
+    check_files(folder)
     with damage(
         folder,
         f"{folder} cannot be read as parameters that Orbax's StandardCheckpointer saved",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._adapters import RULES, AdapterLeaf, Node, is_node, state, static, to_tuples
+from .._rules import Slots
 from .._site import Full, Rule
 from .._tree import nest
 from .._types import Layout, Path, PyTree
@@ -78,8 +79,8 @@ def decode(fields: Fields) -> Saved:
     """Returns the metadata from JSON; any error may be raised for invalid JSON."""
     leaves, hashes = {}, {}
     for item in fields["adapter"]:
-        path = tuple(item["path"])
-        parts = {name: Leaf(*to_tuples(leaf)) for name, leaf in item["arrays"].items()}
+        path = _strings(item["path"])
+        parts = {name: _leaf(*leaf) for name, leaf in item["arrays"].items()}
         hashes |= {(*path, name): leaf.hash for name, leaf in parts.items()}
         leaves[path] = _decode_leaf(item, {n: struct_of(leaf) for n, leaf in parts.items()})
     base = fields["base"]
@@ -88,7 +89,7 @@ def decode(fields: Fields) -> Saved:
         rules=tuple(map(decode_rule, fields["rules"])),
         step=fields["step"],
         versions=dict(fields["versions"]),
-        base=None if base is None else {tuple(p): Leaf(*to_tuples(leaf)) for p, *leaf in base},
+        base=None if base is None else {_strings(p): _leaf(*leaf) for p, *leaf in base},
         hashes=hashes,
     )
 
@@ -111,9 +112,37 @@ def _decode_leaf(item: Fields, parts: dict[str, Any]) -> Any:
     kind = registered("node", item["node"], node_types())
     names = [name for name in kind._fields if name in item and name not in kind.labels]
     fields = {name: to_tuples(item[name]) for name in names}
-    return kind(**parts | fields | {"layout": Layout(**fields["layout"])})
+    frozen = fields.get("frozen", ())
+    if not isinstance(frozen, tuple) or not all(name in parts for name in frozen):
+        raise TypeError(f"`frozen` must name arrays of {kind.__name__}; got {frozen!r}")
+    return kind(**parts | fields | {"layout": _layout(**fields["layout"])})
 
 
 def node_types() -> dict[str, type[Node]]:
     """Returns the classes of nodes that checkpoints know, by name: those of registered rules."""
     return {x.node.__name__: x.node for x in RULES.values() if x is not Full}
+
+
+def _layout(**fields: Any) -> Layout:
+    found = Layout(**fields)
+    axes = (*found.stack, *found.inputs, *found.outputs)
+    if not all(type(d) is int and d >= 0 for d in axes) or len(set(axes)) < len(axes):
+        raise ValueError(f"{found} must have each axis once")
+    if found.slots is not None:
+        count, chosen, axis = found.slots
+        Slots(count, chosen)  # raises unless it is possible
+        if axis not in found.outputs:
+            raise ValueError(f"{found} must have its slots along an output axis")
+    return found
+
+
+def _leaf(shape: Sequence[int], dtype: str, hash: str | None, scheme: str | None = None) -> Leaf:
+    if not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        raise TypeError(f"expected a shape, got {shape!r}")
+    return Leaf(tuple(shape), str(dtype), hash, None if scheme is None else str(scheme))
+
+
+def _strings(path: object) -> Path:
+    if not isinstance(path, list) or not all(isinstance(part, str) for part in path):
+        raise TypeError(f"expected a path, got {path!r}")
+    return tuple(path)

@@ -10,14 +10,14 @@ from etils import epath
 
 from .._adapters import AdapterLeaf, arrays, is_node, state, static
 from .._arrays import AnyArray
-from .._errors import InputError, Problem
+from .._errors import InputError, Problem, shorten, show
 from .._folders import Where
 from .._tree import adapter_leaves, adapter_of, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
-from ._fingerprint import Leaf, differences, fingerprint, hash_of, is_fingerprint, leaf_of
+from ._fingerprint import Leaf, differences, fingerprint, is_fingerprint, leaf_of, shapes_of
 from ._meta import FORMAT, FULL, Saved, decode, digest, flatten_leaves
 from ._save import ADAPTER, METADATA
-from ._store import by_all, damage, find, in_step, place
+from ._store import by_all, check_files, damage, find, in_step, place
 
 NEWER = "Update jlora."
 OLDER = (
@@ -54,21 +54,26 @@ def read(path: Where) -> Saved:
     file = folder / METADATA / "metadata"
     if not folder.is_dir() or not file.exists():
         raise InputError("path", f"{folder} {_explain(folder)}", path=folder)
+    check_files(folder)
     damaged = f"the metadata of {folder} are damaged"
     with damage(folder, damaged):
         fields = json.loads(file.read_text())
-        number, version = fields["format"], fields["versions"]["jlora"]
+        number = fields["format"]
+        version = show(str(fields["versions"]["jlora"]))
     if number != FORMAT:
         raise InputError(
             "path",
-            f"jlora {version} wrote {folder} in format {number}; this version of "
+            f"jlora {version} wrote {folder} in format {shorten(number)}; this version of "
             f"jlora reads format {FORMAT}. {OLDER if number in range(FORMAT) else NEWER}",
             path=folder,
         )
     with damage(folder, damaged):
         if fields.get("sha256") != digest(fields):
             raise ValueError("their hash is wrong")
-        return decode(fields)
+        saved = decode(fields)
+        adapter_leaves(saved.adapter)  # raises unless it is an adapter
+        shapes_of(saved.base or {})  # raises unless all dtypes are known
+    return saved
 
 
 def _explain(folder: epath.Path) -> str:
@@ -163,8 +168,12 @@ def _template(x: AnyArray) -> Any:
 
 
 def _check_arrays(path: Where, saved: Saved, flat: dict[Path, Any]) -> None:
-    """Raises unless the arrays have the hashes of the metadata."""
-    if wrong := [name_of(_place_of(p)) for p, x in flat.items() if hash_of(x) != saved.hashes[p]]:
+    """Raises unless the arrays have the shapes, dtypes and hashes of the metadata."""
+    expected = flatten_leaves(adapter_leaves(saved.adapter))
+    forms = {
+        p: leaf_of(x, values=False)._replace(hash=saved.hashes[p]) for p, x in expected.items()
+    }
+    if wrong := [name_of(_place_of(p)) for p, x in flat.items() if leaf_of(x, True) != forms[p]]:
         raise InputError(
             "path",
             f"{place(path)} is damaged: the values of {', '.join(wrong)} are not those "

@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import _quantized, initializers
 from .._adapters import RULES, LoRA
+from .._errors import shorten, show
 from .._quantized import Scheme
 from .._rules import Slots
 from .._site import Rule
@@ -35,8 +36,8 @@ class Foreign:
     def __call__(self, *args: Any) -> Any:
         """Raises: there is nothing to call."""
         raise NotImplementedError(
-            f"`init` was {self.name} when the adapter was saved, which a checkpoint cannot hold: "
-            "it is not a part of jlora, or it has a sketch. Make it again, and give "
+            f"`init` was {show(self.name)} when the adapter was saved, which a checkpoint cannot "
+            "hold: it is not a part of jlora, or it has a sketch. Make it again, and give "
             "dataclasses.replace(rule, init=...)."
         )
 
@@ -119,8 +120,8 @@ def _own(name: str) -> Any:
 NOT_REGISTERED = "is not registered; import the module that registers it"
 
 
-def registered(kind: str, name: str, types: Mapping[str, Any], why: str = NOT_REGISTERED) -> Any:
+def registered(kind: str, name: object, types: Mapping[str, Any], why: str = NOT_REGISTERED) -> Any:
     """Returns the class in `types` with a name from a file."""
-    if name not in types:
-        raise ValueError(f"the checkpoint has the {kind} {name!r}, which {why}")
+    if not isinstance(name, str) or name not in types:
+        raise ValueError(f"the checkpoint has the {kind} {shorten(name)}, which {why}")
     return types[name]

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -12,7 +13,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from .._errors import InputError, MissingError, OccupiedError, WritingError, printable
+from .._errors import (
+    InputError,
+    MissingError,
+    OccupiedError,
+    WritingError,
+    printable,
+    show,
+)
 from .._folders import Where, check_vacant, to_path
 
 # ------------------------------------------------------------------------------- several processes
@@ -120,6 +128,16 @@ def damage(folder: Where, what: str, remedy: str = SAVE_AGAIN) -> Iterator[None]
             reason = f"{reason[:300]} ... {reason[-300:]}"
         why = f"{what} ({type(e).__name__}: {reason}). {remedy}"
         raise InputError("path", why, path=folder) from e
+
+
+def check_files(folder: Where) -> None:
+    """Raises `ValueError` for a pipe or a device in a local folder, which Orbax would read."""
+    if "://" in os.fspath(folder):
+        return
+    found = (path for path in Path(folder).rglob("*") if path.exists())
+    if odd := next((path for path in found if not (path.is_file() or path.is_dir())), None):
+        why = f"{show(str(odd))} is not a regular file. Take another checkpoint."
+        raise InputError("path", why, path=odd)
 
 
 def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> None:

@@ -495,15 +495,25 @@ def test_what_is_no_checkpoint_is_refused(saved, tmp_path):
     edit(path, hashed=False, format=3)
     with refused(ValueError, "path", path, "in format 3", "Update jlora."):
         checkpoint.restore(path)
+    edit(path, format=["x" * 10**6])
+    with refused(ValueError, "path", path, "in format ['xxx", "Update jlora."):
+        checkpoint.restore(path)
     (path / "jlora" / "metadata").write_text("[]")
     with refused(ValueError, "path", path, "are damaged (TypeError"):
         checkpoint.restore(path)
 
 
 LIES = {
+    "shape": (("arrays", "a", 0), [8, 2], "the values of out/a are not those"),
     "no array has it": (("arrays", "a", 0), [2**62, 2**62], "cannot be read"),
     "dtype": (("arrays", "a", 1), "key<fry>", "cannot be read"),
     "hash": (("arrays", "a", 2), "0" * 16, "the values of out/a are not those"),
+    **{
+        f"a length of {x!r}": (("arrays", "a", 0, 0), x, "a shape, got")
+        for x in (1e300, -1, 2**70, True, "2")
+    },
+    "slots": (("layout", "slots"), [0, [0], 1], "are damaged"),
+    "axis": (("layout", "slots"), [1, [0], 0], "are damaged"),
 }
 
 
@@ -575,9 +585,9 @@ def test_rules_are_one_or_several(given, tmp_path):
     assert checkpoint.read(tmp_path / "a").rules == (Full("w"),)
 
 
-def test_unknown_names(saved):
-    """Nothing registers schemes."""
-    name = "Other"
+@pytest.mark.parametrize("name", [[], {}, None, "Other"], ids=repr)
+def test_unknown_names(name, saved):
+    """Whatever stands in the place of a method's is said; nothing registers schemes."""
     for kind, place in (("rule", "rules"), ("node", "adapter")):
         before = fields_of(saved[0])
         edit(saved[0], **{place: [before[place][0] | {kind: name}, *before[place][1:]]})

@@ -21,7 +21,7 @@ import peft_models as models
 import pytest
 from nodes import PLAIN
 from nodes import draw as draw_node
-from peft_files import DEEP, WILD, Files, Folder, bounded, mutate
+from peft_files import DEEP, WILD, Files, Folder, bounded, edit_metadata, mutate
 from safetensors.numpy import save_file
 
 import jlora
@@ -211,7 +211,7 @@ def lie_in_orbax(draw: random.Random, folder: Folder) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     path = draw.choice(files)
     data = bytearray(path.read_bytes())
-    kind = draw.choice(["flip", "flip", "cut", "gone", "link", "swap", "text"])
+    kind = draw.choice(["flip", "flip", "cut", "gone", "link", "field", "field", "swap", "text"])
     if kind == "flip" and data:
         for _ in range(draw.choice([1, 1, 3])):
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
@@ -222,11 +222,23 @@ def lie_in_orbax(draw: random.Random, folder: Folder) -> None:
         path.unlink()
     elif kind == "link":
         path.unlink()
-        path.symlink_to(draw.choice(["/etc/passwd", path.name, "nowhere", files[0]]))
+        target = draw.choice(["/etc/passwd", "/dev/zero", path.name, "nowhere", files[0], None])
+        path.symlink_to(target) if target else os.mkfifo(path)
     elif kind == "swap":
         path.write_bytes(draw.choice(files).read_bytes())
     elif kind == "text":
         path.write_bytes(draw.choice(DEEP).encode("latin-1", "replace"))
+    elif kind == "field":
+        edit_metadata(folder, functools.partial(change_somewhere, draw))
+
+
+def change_somewhere(draw: random.Random, at: Any) -> None:
+    """Another value anywhere within."""
+    key = draw.choice(sorted(at) if isinstance(at, dict) else range(len(at)))
+    if isinstance(at[key], dict | list) and at[key] and draw.random() >= 0.2:
+        change_somewhere(draw, at[key])
+    else:
+        at[key] = draw.choice(WILD)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -119,10 +119,13 @@ def odd_files(root: Folder) -> None:
     (root / "orbax/jlora/metadata").unlink()
 
 
-def rule(**fields: Any) -> Callable[[Folder], None]:
-    """Other fields of the rule in Orbax, with the hash that fits them."""
-    change = lambda found: found["rules"][0].update(fields)  # noqa: E731
+def of_orbax(change: Callable[[Any], Any]) -> Callable[[Folder], None]:
+    """Other metadata in Orbax, with the hash that fits them."""
     return lambda root: edit_metadata(root / "orbax", change)
+
+
+def rule(**fields: Any) -> Callable[[Folder], None]:
+    return of_orbax(lambda found: found["rules"][0].update(fields))
 
 
 FOLDERS: dict[str, Callable[[Folder], Any]] = {
@@ -147,7 +150,14 @@ FOLDERS: dict[str, Callable[[Folder], Any]] = {
     "function of a rule": rule(init={"function": "os.system"}),
     "module of a rule": rule(init={"function": "jlora.initializers._split.os.system"}),
     "odd function": rule(init={"function": ODD}),
+    "odd rule": rule(rule=ODD),
     "odd pattern of a rule": rule(pattern=ODD),
+    "odd node": of_orbax(lambda found: found["adapter"][0].update(node=ODD)),
+    "odd path": of_orbax(lambda found: found["adapter"][0].update(path=["q", ODD])),
+    "odd base path": of_orbax(lambda found: found["base"][0][0].append(ODD)),
+    "odd version": of_orbax(lambda found: found["versions"].update({ODD: ODD})),
+    "odd dtype": of_orbax(lambda found: found["base"][0].__setitem__(2, ODD)),
+    "odd format": of_orbax(lambda found: found.update(format=ODD)),
 }
 
 WITH_PATTERNS = ("odd pattern", "odd ranks")  # which are matched in a process
