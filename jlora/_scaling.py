@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import GetAttrKey
 
 from ._adapters import Node, is_node
 from ._arrays import einsum, promote
@@ -184,9 +185,7 @@ def _make_transformation(
         if leaves and not isinstance(tree, Params) and not any(map(is_node, leaves)):
             raise TypeError(
                 f"jlora.{name} acts on the A and B of an adapter, but the tree has none. "
-                "Give the adapter that `init` returned, or jlora.Params(base, adapter). "
-                "nnx.Optimizer gives variables instead: adapt a function of the module, "
-                "jlora.transform(lambda model, x: model(x), ...), and train its adapter as a tree."
+                f"{_remedy(name, tree)}"
             )
 
     def init(params: PyTree) -> AllParams:
@@ -198,6 +197,23 @@ def _make_transformation(
         return f(updates, params if state.params is None else state.params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _remedy(name: str, tree: PyTree) -> str:
+    """Says what to give instead of a tree without nodes."""
+    [(path, _), *_] = jax.tree_util.tree_leaves_with_path(tree)
+    if path[-1:] != (GetAttrKey("value"),):  # of a variable of NNX
+        return "Give the adapter that `init` returned, or jlora.Params(base, adapter)."
+    if name == "lora_plus":
+        return (
+            "nnx.Optimizer gives it variables instead. There, replace jlora.lora_plus(16) by "
+            "optax.masked(optax.scale(16), lambda state: nnx.map_state(lambda path, _: "
+            "path[-1] == 'b', state))."
+        )
+    return (
+        "nnx.Optimizer gives it variables instead. Adapt a function of the module, "
+        "jlora.transform(lambda model, x: model(x), ...), and train its adapter as a tree."
+    )
 
 
 def _check_positive(name: str, x: object) -> None:

@@ -84,9 +84,11 @@ def _explain(folder: epath.Path) -> str:
             f"has the steps {', '.join(steps)} of a CheckpointManager; give one of them, such as "
             f"{folder.name}/{steps[-1]}."
         )
+    empty = "is an empty folder" if folder.is_dir() else "is a file"
+    held = f"has {', '.join(map(show, names))}" if names else empty
     return (
-        f"is not a checkpoint of an adapter, with {ADAPTER!r} and {METADATA!r} in it. Give a "
-        "folder that jlora.checkpoint.save wrote."
+        f"is not a checkpoint of an adapter: expected {ADAPTER!r} and {METADATA!r} in it, but it "
+        f"{held}. Give a folder that jlora.checkpoint.save wrote."
     )
 
 

@@ -391,4 +391,4 @@ def test_gradients_in_pytorch(name: str, tmp_path: pathlib.Path) -> None:
         {"all": np.concatenate([np.ravel(x) for _, x in by_path(tree)])}
         for tree in (gradient(adapter), expected)
     )
-    assert_close(ours, theirs, 1e-5)
+    assert_close(ours, theirs, 1e-4)  # in 64 bits 1e-13

@@ -121,7 +121,6 @@ def _match_files(
     problems.found += list_untied_heads(checkpoint, shared, adapter)
     saves = make_saves(adapter.fields)
     target, found, shared, uneven = settle_ties(target, found, shared, files.read, saves)
-    problems.found += uneven
     target = add_head(fit_vocabulary(target, found, problems), found, adapter)
     checkpoint, model = target
     parts = orient(found.parts, model.shapes, is_transposed)
@@ -133,6 +132,7 @@ def _match_files(
     values = files.values((found, heads), problems)
     problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
     found = fill(found, values)
+    problems.found += uneven
     names = [n for n in found.frozen if n in old and old[n].shape != model[n].shape]
     values = {model.tensor(name): found.frozen[name] for name in names}
     target = target._replace(checkpoint=with_values(checkpoint, values))
