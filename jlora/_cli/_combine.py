@@ -12,7 +12,7 @@ import numpy as np
 import jlora
 
 from .._adapters import LowRank, is_node
-from .._errors import show
+from .._errors import shorten, show
 from .._folders import check_vacant
 from .._tree import count
 from ..peft import Contents
@@ -99,13 +99,18 @@ def _find_contradictions(each: Sequence[Contents]) -> Iterator[str]:
     for own in each:
         for name, x in _facts(own).items():
             if not np.array_equal(x, known.setdefault(name, x)):
-                yield f"{show(name)} is not the same in all"
+                yield f"{show(name)} is not the same in all{_show_both(known[name], x)}"
         if others := [name for name, x in own.leaves.items() if type(x) is not LowRank]:
             yield f"the change of {show(others[0])} is not s·A·B alone"
         stacked = (name for name, x in own.leaves.items() if is_node(x) and x.layout.stack)
         found = collections.Counter(name.rpartition(".")[0] for name in stacked)
         if several := [module for module, count in found.items() if count > 1]:
             yield f"the files do not distinguish the parameters of experts in {show(several[0])}"
+
+
+def _show_both(one: object, other: object) -> str:
+    """Shows two values of configurations; nothing of arrays."""
+    return "" if isinstance(one, np.ndarray) else f": {shorten(one)} and {shorten(other)}"
 
 
 def _facts(own: Contents) -> dict[str, Any]:

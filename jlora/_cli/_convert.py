@@ -99,10 +99,15 @@ def _to_peft(
     rows = table(names)
     fields = None if config is None else call(read_config, config, ignore=ignore)
     adapter = call(jlora.checkpoint.restore, source)
-    if base is None:
-        params = Arg("the base", None, call(jlora.checkpoint.base_shapes, source))
-    else:
+    if base is not None:
         params = base.with_value(call(jlora.checkpoint.base_values, base))
+    elif call(jlora.checkpoint.read, source).base is None:
+        raise ValueError(
+            f"IN: {source} was saved without its base, so the base's shapes are not known. Give "
+            "--base, an Orbax checkpoint of the base's parameters."
+        )
+    else:
+        params = Arg("the base", None, call(jlora.checkpoint.base_shapes, source))
     given = source.with_value(adapter)
     call(jlora.peft.save, out, params, given, rows, config=fields, **form)
     return adapter

@@ -348,11 +348,21 @@ BAD: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
         {"model.diffusion_model.x.weight": ONE}, None, ("model.diffusion_model.x.weight",)
     ),
     "LoHa": ({f"{MANGLED}.hada_w1_a": ONE}, None, (f"{MANGLED}.hada_w1_a", "LoHa")),
+    "LoKr": ({f"{MANGLED}.lokr_w1": ONE}, None, (f"{MANGLED}.lokr_w1", "LoKr")),
     "LoCon": (
         pair(MANGLED) | {f"{MANGLED}.lora_mid.weight": ONE},
         None,
-        (f"{MANGLED}.lora_mid.weight", "unexpected"),
+        (f"{MANGLED}.lora_mid.weight", "LoCon"),
     ),
+    "diff": ({f"{MANGLED}.diff": ONE}, None, (f"{MANGLED}.diff", "difference")),
+    "diff_b": (pair(MANGLED) | {f"{MANGLED}.diff_b": ONE}, None, (f"{MANGLED}.diff_b",)),
+    "OFT": ({f"{MANGLED}.oft_blocks": ONE}, None, (f"{MANGLED}.oft_blocks", "OFT, or BOFT")),
+    "OFT of PEFT": ({f"{Q}.oft_R.weight": ONE}, None, (f"{Q}.oft_R.weight", "OFT")),
+    "BOFT of PEFT": ({f"{Q}.boft_R": ONE}, None, (f"{Q}.boft_R", "is BOFT")),
+    "GLoRA": ({f"{MANGLED}.b2.weight": ONE}, None, (f"{MANGLED}.b2.weight", "GLoRA")),
+    "IA3": ({f"{MANGLED}.on_input": ONE[0, 0]}, None, (f"{MANGLED}.on_input", "IA3")),
+    "IA3 of PEFT": ({f"{Q}.ia3_l": ONE}, None, (f"{Q}.ia3_l", "IA3")),
+    "norms": ({f"{MANGLED}.w_norm": ONE}, None, (f"{MANGLED}.w_norm", "difference")),
     "mixed": (pair(MANGLED) | pair(Q), None, (f"{Q}.lora_A.weight", "mixes")),
     "mixed ends": (pair(Q) | spelled(Q, DOWN), None, (f"{Q}.lora_up.weight", "mixes")),
     "no B": (
@@ -409,6 +419,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     ),
     "other modules": (pair(Q), {"unet.r": 2, "unet.target_modules": ["to_k"]}, ()),
     "no JSON": (pair(Q), "{", ()),
+    "huge": (pair(Q), json.dumps({"unet.r": 2, "x": "x" * (5 * 2**20)}), ()),
     "many values": (pair(Q), {"unet.rank_pattern": {str(i): 1 for i in range(110_000)}}, ()),
 }  # fmt: skip
 

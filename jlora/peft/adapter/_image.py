@@ -14,7 +14,7 @@ import numpy as np
 from ..._errors import InputError, Problem, blame
 from .._file import CONFIG, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, parse, show
 from .._recognized import ALPHA, BIAS, FORMS, KEY, MAGNITUDES, MANGLED, A
-from ._config import leave_out
+from ._config import LIMIT, leave_out
 from ._describe import find_common
 from ._files import Files
 from ._roles import list_parents
@@ -26,14 +26,26 @@ _MODEL = re.compile(
 )
 # The modules of CLIP's text encoder, which transformers 5 no longer has in a `text_model`.
 _CLIP = re.compile(r"(encoder\.layers|embeddings|final_layer_norm)\b")
+# Methods of LyCORIS and PEFT, by a part of their keys, with a dot after these.
+_OTHERS = {
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.oft_": "OFT, or BOFT",
+    r"\.boft_": "BOFT",
+    r"\.[ab][12]\.weight\.": "GLoRA",
+    r"\.(on_input|ia3_l)\.": "IA3",
+    r"\.lora_mid\.": "LoCon with a core between A and B",
+    r"\.diff\.|\.w_norm\.": "a difference of all weights",
+    r"\.diff_b\.|\.b_norm\.": "a difference of all biases",
+}
 _NOT_READ = "cannot be read; nothing was loaded."
 _ORIGINAL = (
     "If these are names of the model's first implementation, such as input_blocks or double_blocks,"
     " load the file with load_lora_weights of diffusers, and save it with save_lora_adapter of the "
     "model."
 )
+_MERGE = "jlora reads LoRA and DoRA: merge others with the tool that wrote them."
 _RESAVE = (
-    "jlora reads LoRA and DoRA: merge other methods, such as LoHa, with the tool that wrote them. "
     "Expected names of modules, or names with _ for dots after lora_unet_, lora_te1_ or lycoris_, "
     f"whose A ends in {', '.join(next(iter(ends)) for ends in FORMS.values())}. Load other files "
     "with load_lora_weights of diffusers, and save them with save_lora_adapter of the model."
@@ -119,11 +131,18 @@ def _refuse(
 def _parse_keys(files: Files, refuse: Refuse) -> list[_Entry]:
     """Splits all keys; raises for keys of other methods, and unknown ones."""
     each = [(KEY.fullmatch(x.key), x) for x in files.tensors]
-    if wrong := [Problem(x.key, "unexpected", _RESAVE) for key, x in each if not key]:
+    if wrong := [_explain_key(x.key) for key, x in each if not key]:
         raise refuse(_NOT_READ, wrong)
     if not each:
         raise refuse("has no tensors.")
     return [_Entry(key["module"], key["end"], x) for key, x in each if key]
+
+
+def _explain_key(key: str) -> Problem:
+    method = next((x for part, x in _OTHERS.items() if re.search(part, f"{key}.")), "")
+    if method:
+        return Problem(key, f"is {method}, which jlora does not read", _MERGE)
+    return Problem(key, "unexpected", _RESAVE)
 
 
 def _find_form(entries: Iterable[_Entry], refuse: Refuse) -> Mapping[str, str]:
@@ -140,7 +159,10 @@ def _find_form(entries: Iterable[_Entry], refuse: Refuse) -> Mapping[str, str]:
 def _parse_configs(files: Files, where: str) -> dict[str, dict[str, Any]]:
     """Parses the configurations in the header, by prefix."""
     with blame(files.argument, where, f"{FIELDS} in the header of "):
-        raw = parse(files.metadata.get(FIELDS, "{}").encode())
+        text = files.metadata.get(FIELDS, "{}")
+        if len(text) > LIMIT:
+            raise ValueError(f"has {len(text)} characters; expected at most {LIMIT}")
+        raw = parse(text.encode())
     found = dict[str, dict[str, Any]]()
     for key, x in raw.items():
         prefix, _, field = key.rpartition(".")

@@ -14,6 +14,7 @@ from ..._errors import InputError, Problem
 from .._file import CONFIG, NAME_LIMIT, shorten
 
 T = TypeVar("T")
+LENGTH = 10_000  # characters of a pattern
 SECONDS = 5.0  # of CPU time, for all patterns of an adapter
 COMPARISONS = 20_000_000  # of a pattern with a name; the answers to more would not fit in 512 MB
 # A pattern that is a name, whose dots may be escaped. It matches without backtracking.
@@ -121,19 +122,22 @@ def match(jobs: Iterable[Job], names: Sequence[str], clock: Clock) -> Found:
         return {job: {} for job in jobs}
     if len(jobs) * len(names) > COMPARISONS:
         clock.spend(math.inf)
+    long = f"has more than {LENGTH} characters"
+    _refuse(clock, {job: long for job in jobs if len(job.pattern or "") > LENGTH})
     answers, seconds = _ask([job.as_in_peft() for job in jobs], names, clock.left) or ((), math.inf)
     clock.spend(seconds)
     found = dict(zip(jobs, answers, strict=True))
-    wrong = [
-        Problem(job.field, f"{shorten(job.pattern)}: {why}")
-        for job, why in found.items()
-        if isinstance(why, str)
-    ]
-    if wrong:
-        why = f"{CONFIG} has a pattern that is not a regular expression."
-        raise InputError(clock.argument, why, path=CONFIG, problems=wrong)
+    _refuse(clock, {job: why for job, why in found.items() if isinstance(why, str)})
     each = ((job, zip(names, answer, strict=True)) for job, answer in found.items())
     return {job: {name: x for name, x in pairs if x is not None} for job, pairs in each}
+
+
+def _refuse(clock: Clock, wrong: Mapping[Job, str]) -> None:
+    """Raises if there are patterns that cannot be matched, with the reasons."""
+    if wrong:
+        why = f"{CONFIG} has a pattern that is not a regular expression, or is too long."
+        each = [Problem(job.field, f"{shorten(job.pattern)}: {x}") for job, x in wrong.items()]
+        raise InputError(clock.argument, why, path=CONFIG, problems=each)
 
 
 def _ask(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..._errors import InputError, Problem
 from .._file import shorten
 from ._config import CHOICES, DEFAULTS, PATTERNS
 from ._patterns import PLAIN, Clock, Found, Job, match
@@ -74,6 +75,17 @@ def resolve(fields: Fields, names: Iterable[str], clock: Clock) -> dict[str, Rol
         scale = alpha / find_divisor(fields, rank)
         roles[name] = Role(adapts, saves(name), rank, scale, parameters)
     return roles
+
+
+def list_bad_patterns(fields: Fields) -> tuple[Problem, ...]:
+    """Lists the patterns that are no regular expressions; raises if that takes too long."""
+    try:
+        match(_list_jobs(fields), [""], Clock("path"))
+    except InputError as e:
+        if not e.problems:
+            raise
+        return e.problems
+    return ()
 
 
 def list_unused(
@@ -189,23 +201,33 @@ def _make_layers(fields: Fields, found: Found) -> Callable[[str], bool]:
 def _make_matching(fields: Fields, key: str, found: Found) -> Callable[[str], Iterator[str]]:
     r"""Makes a function that lists the patterns of a field for which `(.*\.)?(pattern)$` matches.
 
-    Most patterns are names, and are compared with names of their length alone.
+    Most patterns are names, of which there may be one for each module. They are looked up: in a
+    table for each length and each set of positions where a dot takes any character.
     """
-    plain = collections.defaultdict[int, dict[str, re.Pattern[str]]](dict)
+    tables: dict[int, dict[tuple[int, ...], dict[str, list[str]]]] = {}
     others = list[str]()
     for pattern in fields.get(key) or ():
         if PLAIN.fullmatch(pattern):
-            plain[len(pattern.replace("\\", ""))][pattern] = re.compile(pattern)
+            characters = re.findall(r"\\?.", pattern)
+            places = tuple(at for at, c in enumerate(characters) if c == ".")
+            table = tables.setdefault(len(characters), {}).setdefault(places, {})
+            table.setdefault("".join(c[-1] for c in characters), []).append(pattern)
         else:
             others.append(pattern)
 
     def list_matching(name: str) -> Iterator[str]:
-        for tail in list_tails(name) if plain else ():
-            own = plain.get(len(tail), {})
-            yield from (pattern for pattern, x in own.items() if x.fullmatch(tail))
+        for tail in list_tails(name) if tables else ():
+            for places, table in tables.get(len(tail), {}).items():
+                yield from table.get(_put_dots(tail, places), ())
         yield from (pattern for pattern in others if name in found[Job(key, pattern)])
 
     return list_matching
+
+
+def _put_dots(name: str, places: Sequence[int]) -> str:
+    """Puts dots into a name at some positions."""
+    ends = zip((0, *(at + 1 for at in places)), (*places, len(name)), strict=True)
+    return ".".join(name[start:stop] for start, stop in ends)
 
 
 def _make_first(fields: Fields, key: str, found: Found) -> Callable[[str, Any], Any]:

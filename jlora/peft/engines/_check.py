@@ -11,6 +11,7 @@ from .._checkpoint import open_checkpoint
 from .._file import DTYPES, PREFIX, Source, find_image
 from ..adapter._config import list_misformed
 from ..adapter._files import Files, open_files
+from ..adapter._roles import list_bad_patterns
 from ..adapter._sorted import FACTOR
 from . import ENGINES
 from ._engine import Base, Engine, Finding, Served, Side
@@ -101,7 +102,7 @@ def check(
         why = f"serves no image LoRA; {image} is no adapter of PEFT in a folder"
         raise InputError("path", f"{server.title} {why}.", path=image)
     files = open_files(Source(to_path(path)), ignore)
-    if wrong := list_misformed(files.fields):
+    if wrong := list_misformed(files.fields) or list_bad_patterns(files.fields):
         findings = [Finding(x.where, x.why, AGAIN, False) for x in wrong]
         notes = []
     else:

@@ -185,6 +185,8 @@ ADAPTERS: dict[str, tuple[Any, ...]] = {
     "no kind": (without("peft_type"),),
     "another kind": (of(peft_type="LOHA"), "vt~ peft_type"),
     "a rank in words": (of(r="4"), "vt! r"),
+    "a bad pattern": (of(rank_pattern={"(": 3}), "vt! rank_pattern"),
+    "a bad choice": (of(target_modules="("), "vt! target_modules"),
     "DoRA": (
         holding({f"{Q}.lora_magnitude_vector": (8,)}, use_dora=True),
         "vt! use_dora; vt! .*magnitude_vector"
