@@ -126,7 +126,7 @@ def _multiply_together(products: Sequence[Contraction]) -> list[jax.Array]:
 def _dot_general(eqn: Equation, *_: Operand) -> jax.Array:
     weights = _weights(eqn)
     changed = [i for i, w in weights.items() if w.is_changed] or [*weights][:1]
-    # The product of two weights is as large as they are, so it costs no more to form one of them.
+    # Of two adapted weights, the other one is formed: a product of their deltas would need both.
     results = [_contraction(eqn, i).result() for i in changed]
     return results[0]
 

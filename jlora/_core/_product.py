@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .._arrays import lie_along, promote
-from ._axes import Factor, Roles, Unfactorable
+from ._axes import RANK, Factor, Roles, Unfactorable
 from ._change import Delta, Pair
 from ._weight import Weight
 
@@ -103,14 +104,33 @@ class Product(abc.ABC):
         inputs = {*self.roles.inputs}
         q, p = sorted((delta.b, delta.a), key=lambda f: len(inputs.intersection(f.axes)))
         delta = dataclasses.replace(delta, a=p, b=q, key=None, dropout=0.0)
-        if delta.is_matrix and jnp.finfo(dtype).minexp > -100:  # in float16 s, or B, may vanish
-            scaled = q.each(lambda x: x.astype(promote(x.dtype, jnp.float32)) * delta.scale)
-            delta = dataclasses.replace(delta, b=scaled, scale=1.0)
+        if delta.is_matrix and jnp.finfo(dtype).minexp > -100:
+            delta = _balance(delta)
         p, q = (f.each(lambda x: x.astype(dtype)) for f in (delta.a, delta.b))
         rest = {a: n for a, n in self.w.lengths.items() if a not in (*p.axes, *q.axes)}
         of_q = {a: n for a, n in rest.items() if a in self.roles.outputs}
         of_p = {a: n for a, n in rest.items() if a not in of_q}
         return dataclasses.replace(delta, a=p.repeat(of_p), b=q.repeat(of_q))
+
+
+def _balance(delta: Delta) -> Delta:
+    """Moves s and the norm of each column of A into B, for float16.
+
+    There x·A, s·A or s·x·A could be above 65,504, or round to 0, while s·A·B is neither. Columns
+    of A are divided by powers of two, so nothing else is rounded.
+    """
+    others = [i for i, a in enumerate(delta.a.axes) if a != RANK]
+    wide = lax.stop_gradient(delta.a.value).astype(promote(delta.a.dtype, jnp.float32))
+    norm = jnp.sqrt(jnp.square(wide).sum(others)).astype(jnp.float32)
+    power = jnp.where((norm > 0) & jnp.isfinite(norm), jnp.frexp(norm)[1], 0)
+
+    def times_power(f: Factor, sign: int, scale: float = 1.0) -> Factor:
+        factor = jnp.ldexp(jnp.float32(scale), sign * power)
+        wide = promote(f.dtype, jnp.float32)
+        return f.replace(f.value.astype(wide) * f.replace(factor, [RANK]).expand_to(f.axes))
+
+    b = times_power(delta.b, 1, delta.scale)
+    return dataclasses.replace(delta, a=times_power(delta.a, -1), b=b, scale=1.0)
 
 
 def times(x: jax.Array, gain: jax.Array, divides: bool) -> jax.Array:

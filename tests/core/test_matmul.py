@@ -15,6 +15,30 @@ import jlora
 MANY, FEW, DIM = 256, 8, 16  # rows
 
 
+def test_float16_neither_overflows_nor_vanishes():
+    """x·A is beyond float16, s·x·A is not; a small s loses no more than rounding."""
+    layout = jlora.types.Layout((), (0,), (1,))
+    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+    base = {"w": jnp.zeros((256, 3), jnp.float16)}
+    a, b = jnp.full((256, 2), 4.0), jnp.ones((2, 3))
+    node = jlora.types.LowRank(a, b, 0.01, layout)
+    y = jax.jit(lora.apply)(base, {"w": node}, jnp.full((4, 256), 100, jnp.float16))
+    np.testing.assert_allclose(y, np.full((4, 3), 2048.0), rtol=1e-3)
+
+    def gradient(x, c):
+        def loss(node):
+            return jnp.sum(c * lora.apply(base, {"w": node}, x).astype(jnp.float32))
+
+        return jax.jit(jax.grad(loss))(node._replace(scale=0.0005)).a
+
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (512, 256)).astype(jnp.float16)
+    c = jax.random.normal(keys[1], (512, 3)) / 512
+    expected = 0.0005 * np.asarray(x, np.float64).T @ np.asarray(c, np.float64) @ np.ones((3, 2))
+    error = np.linalg.norm(gradient(x, c) - expected) / np.linalg.norm(expected)
+    assert error < 3e-3
+
+
 def _product(p, x):
     return x @ p["w"]
 
@@ -213,10 +237,10 @@ def _convolution(p, x):
 @pytest.mark.parametrize("model", some([_product, _experts, _convolution], _product))
 @pytest.mark.parametrize(
     ("scale", "of_a", "of_b"),
-    some_rows([(1e6, 1, 1e-6), (1e-6, 1, 1e6)], (1e6, 1, 1e-6)),
+    some_rows([(1e6, 1, 1e-6), (1, 1e5, 1e-5), (1, 1e-9, 1e9), (1e-7, 1e7, 1)], (1e6, 1, 1e-6)),
 )
-def test_float16_is_merged_whatever_the_sizes_of_s_and_b(model, scale, of_a, of_b):
-    """Values and gradients where s·B is in float16, but s or B are not."""
+def test_float16_is_merged_whatever_the_sizes_of_s_a_and_b(model, scale, of_a, of_b):
+    """Values and gradients where s·A·B is like W, but s, A, B or s·A are not in float16."""
     w = {"w": (array(64, 8) / 8).astype(jnp.float16)}
     x = array(16, 64).astype(jnp.float16)
     layout = jlora.types.Layout((), (0,), (1,))

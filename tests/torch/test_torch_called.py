@@ -169,6 +169,7 @@ USED: dict[str, tuple[Callable[[Any, torch.Tensor], Any], str]] = {
     "without gradients": (lambda m, x: m.one(x) + m.two(x).detach(), "one"),
     "under no_grad": (lambda m, x: m.one(x) + torch.no_grad()(m.two)(x), "one"),
     "written in a view": (written, "one two"),
+    "grad by torch.func": (lambda m, x: torch.func.grad(lambda y: y.exp().sum())(m.one(x)), "one"),
     "written over": (lambda m, x: (y := m.two(x), y.copy_(m.one(x)))[1], "one two"),
     "at a traced index": (lambda m, x: m.one(x)[x.sum().long() % 2], "one"),
 }

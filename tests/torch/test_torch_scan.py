@@ -103,7 +103,9 @@ def made(name: str, how: str = "") -> Made:
     def call(params: Any, arrays: dict[str, Any]) -> dict[str, Any]:
         return numbers(apply(params, **arrays, **row.static))
 
-    jlora.transform(call).sites(params, row.arrays)  # so that `apply` knows what is called
+    sites = jlora.transform(call).sites(params, row.arrays)
+    used = {site.path for site in sites.leaves if site.used}
+    assert {x.replace(".", "/") for x in apply.used} >= used
     pattern = "in_proj/weight" if name == "mamba2" else jlora.torch.all_linear(apply)
     lora = jlora.transform(call, LoRA(pattern, rank=2, alpha=4))
     base, adapter = lora.init(jax.random.key(0), params, row.arrays)
