@@ -271,6 +271,33 @@ def _chat(names: Names) -> None:
     assert len(names["losses"]) == names["found"] + 30 < 500
 
 
+WRITERS = {"jlora.merge", "checkpoint.save", "checkpoint.export", "peft.save", "peft.save_base"}
+WRITERS |= {"peft.write", "peft.export_merged", "adapted.merge"}
+
+
+def test_the_table_of_files_has_every_way_to_write():
+    """Before all else on the page; each is a function or a command."""
+    text = (GUIDES / "files_and_serving.md").read_text(encoding="utf-8")
+    table = text.split("\n\n")[1]
+    calls = set(re.findall(r"`([\w.]+)(?:\(.*?\))?`", table)) - {"jlora.nnx", "jlora.keras"}
+    assert calls == WRITERS
+    for call in WRITERS - {"adapted.merge"}:
+        module, name = call.rsplit(".", 1)
+        found = jlora if module == "jlora" else importlib.import_module(f"jlora.{module}")
+        assert callable(getattr(found, name)), call
+    commands = set(re.findall(r"`jlora (\w+)`", table))
+    assert commands == {"convert", "merge"}
+    for command in commands:
+        subprocess.run([sys.executable, "-m", "jlora", command, "--help"], check=True)
+
+
+def test_guides_end():
+    """Advice has at most 1,500 words. What was measured is in pages of its own."""
+    for path in GUIDES.rglob("*.md"):
+        if path.parent.name != "measurements":
+            assert len(path.read_text(encoding="utf-8").split()) <= 1500, path
+
+
 @of("linen")
 def _linen(names: Names) -> None:
     merged = jlora.merge(names["base"], names["state"].params)

@@ -21,6 +21,7 @@ from peft_files import SECONDS, Folder, bounded, measure, pair, write
 from small import some
 
 from jlora import peft
+from jlora.peft import _file
 from jlora.peft._checkpoint import open_checkpoint
 from jlora.peft._problems import Problems
 from jlora.peft.adapter import _patterns
@@ -439,3 +440,16 @@ def test_the_largest_that_is_read(largest: Callable[[Folder], Any], tmp_path: Fo
     seconds, memory = measure(tmp_path)
     assert seconds < 2 * SECONDS  # of two slow cores; 10 where nothing else runs
     assert memory < 2**30
+
+
+def test_a_configuration_is_parsed_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, parse = [], _file.parse
+    monkeypatch.setattr(_file, "parse", lambda x: parsed.append(x) or parse(x))
+    model = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    folder = base(tmp_path / "b", {"q.weight": ONE}, **model)
+    peft.export_merged(folder, adapter(tmp_path / "a", ["q"]), tmp_path / "out")
+    peft.load_base(folder, [peft.Name("q", "q", "io")], like={"q": ONE})
+    quantization = {"quantization_config": {"quant_method": "fp8"}}
+    codes = {"q.weight": ONE.astype(jnp.float8_e4m3fn), "q.weight_scale": ONE[0]}
+    peft.dequantize_checkpoint(base(tmp_path / "fp8", codes, **quantization), tmp_path / "dense")
+    assert sum(b"data_offsets" not in x and b"peft_type" not in x for x in parsed) == 3
