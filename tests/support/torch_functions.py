@@ -3,11 +3,13 @@
 Hidden states have the shape (3, 4). Needs PyTorch.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 F = nn.functional
 Case = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -311,7 +313,55 @@ DERIVED: dict[str, Case] = {
     "a checkpoint": lambda h, m: torch.utils.checkpoint.checkpoint(m.l, h, use_reentrant=True),
 }
 
-FUNCTIONS = STOPS | WRITES | KINKS | KEYWORDS
+
+@functools.lru_cache(1)
+def make_table(n: int, device: Any) -> torch.Tensor:
+    """Makes numbers, which are the same for each model."""
+    return torch.arange(n, device=device) + 1.5
+
+
+# What depends on no argument: it may be read, and kept from one call to the next.
+CONSTANTS: dict[str, Case] = {
+    "a number": lambda h, m: h * int(torch.ones(3).sum()),
+    "a condition": lambda h, m: h * 2 if torch.arange(3).max() > 1 else h,
+    "a mask": lambda h, m: h[:, torch.ones(4).cumsum(0) > 2],
+    "a list": lambda h, m: (
+        h * written(put(slice(1, None), 2), torch.zeros_like)(torch.arange(4.0), m).tolist()[1]
+    ),
+    "a cached table": lambda h, m: h * make_table(h.shape[1], h.device),
+    "a scalar that widens": lambda h, m: h.sum().bfloat16() * torch.tensor(1.001),
+    "a scalar that does not": lambda h, m: (h.bfloat16() * torch.tensor(1.001)).float(),
+    "offsets": lambda h, m: (
+        h[:2] * F.embedding_bag(torch.tensor([0, 1, 2]), h, torch.tensor([0, 1]))
+    ),
+}
+
+
+def look_at(h: torch.Tensor, m: nn.Module) -> torch.Tensor:
+    """Masks by a function of indices, as `transformers` does."""
+    seen = h > 0
+    is_seen = torch.vmap(lambda i, j: (j <= i) & seen[i, j], in_dims=(None, 0))
+    with TransformGetItemToIndex():
+        mask = torch.vmap(is_seen, in_dims=(0, None))(torch.arange(3), torch.arange(4))
+    return torch.where(mask, h, -h)
+
+
+VMAPS: dict[str, Case] = {
+    "vmap": lambda h, m: torch.vmap(lambda x: x.exp() * 2)(h),
+    "vmap of columns": lambda h, m: torch.vmap(lambda x: x.cumsum(0), in_dims=1, out_dims=1)(h),
+    "vmap of a module": lambda h, m: torch.vmap(m.l)(h),
+    "vmap of pairs": lambda h, m: torch.vmap(lambda x, y: x @ y, in_dims=(0, None))(h, h[0]),
+    "vmap of a norm": lambda h, m: torch.vmap(torch.linalg.norm)(h - h.detach()) + h[:, 0],
+    "vmap of a write": lambda h, m: torch.vmap(lambda x: (x * 1).mul_(2)[1:].exp_())(h),
+    "vmap under no_grad": lambda h, m: h * within(no_grad(), lambda: torch.vmap(torch.exp)(h)),
+    "vmap of detached": lambda h, m: torch.vmap(lambda x: x * x.detach())(h),
+    "vmap of constants": lambda h, m: (
+        h * torch.vmap(lambda i: torch.div(i, 2, rounding_mode="trunc"))(torch.arange(4))
+    ),
+    "vmap of indices": look_at,
+}
+
+FUNCTIONS = STOPS | WRITES | KINKS | KEYWORDS | CONSTANTS | VMAPS
 
 
 generator = torch.Generator()

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from importlib.metadata import version
 from typing import Any
@@ -112,13 +113,20 @@ class Subject:
         return "equal" if self.ours == theirs else f"different: {sorted(self.ours ^ theirs)[:3]}"
 
     def adapter(self) -> float:
-        """Compares the outputs with those of PEFT, which loads our file."""
+        """Compares the outputs with those of PEFT, which loads our file.
+
+        Raises PEFT's warning where it loses weights of its own file too.
+        """
         self.values = randomize(self.values)
         (_, self.outputs), self.grads = self._step(self.values, self.base, self.arrays)
         peft.save(self.folder / "adapter", self.base, self.values, self.names)
-        model = copy.deepcopy(self.model)
-        folder = self.folder / "adapter"
-        self.theirs = hf_peft.PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
+        with warnings.catch_warnings(record=True) as caught:
+            self.theirs = self._load("adapter")
+        if any("missing adapter keys" in str(x.message) for x in caught):
+            self.theirs.save_pretrained(self.folder / "own")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", ".*missing adapter keys")
+                self._load("own")
         return compare(self._run(self.theirs), self.outputs)
 
     def gradient(self) -> float:
@@ -148,6 +156,10 @@ class Subject:
             model = copy.deepcopy(self.model)
             load_model(model, self.folder / "merged" / "model.safetensors")
         return compare(self._run(model), self.outputs)
+
+    def _load(self, name: str) -> Any:
+        folder, model = self.folder / name, copy.deepcopy(self.model)
+        return hf_peft.PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
 
     def _run(self, model: Any) -> dict[str, np.ndarray]:
         with torch.no_grad():

@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 
 import jlora
 from jlora import LoRA, peft
+from jlora._tree import leaves_by_path
 from jlora.types import InputError
 
 # What torchax and PEFT warn of is theirs.
@@ -169,6 +170,10 @@ USED: dict[str, tuple[Callable[[Any, torch.Tensor], Any], str]] = {
     "without gradients": (lambda m, x: m.one(x) + m.two(x).detach(), "one"),
     "under no_grad": (lambda m, x: m.one(x) + torch.no_grad()(m.two)(x), "one"),
     "written in a view": (written, "one two"),
+    "of the shape alone": (lambda m, x: m.one(x) + torch.zeros_like(m.two(x)), "one"),
+    "of the dtype alone": (lambda m, x: m.one(x) + m.two(x).new_ones(8), "one"),
+    "by an index": (lambda m, x: m.one(x) * m.two(x).argmax(-1, keepdim=True), "one"),
+    "by a comparison": (lambda m, x: m.one(x) * (m.two(x) > 0), "one"),
     "grad by torch.func": (lambda m, x: torch.func.grad(lambda y: y.exp().sum())(m.one(x)), "one"),
     "written over": (lambda m, x: (y := m.two(x), y.copy_(m.one(x)))[1], "one two"),
     "at a traced index": (lambda m, x: m.one(x)[x.sum().long() % 2], "one"),
@@ -188,11 +193,11 @@ def test_modules_that_no_output_depends_on_are_left_out(name: str, kind: str) ->
         "activations": {"activations": {"one": place}},
     }
     params, apply = jlora.torch.extract(model.eval(), **options.get(kind, {}))
-    sites = jlora.transform(apply).sites(params, IDS)
+    grads = jax.grad(lambda p: sum(x.sum() for x in jax.tree.leaves(apply(p, IDS))))(params)
     pattern = jlora.torch.all_linear(apply)
     assert sorted(pattern.split("|")) == [f"{x}/weight" for x in expected.split()]
-    used = {site.path for site in sites.leaves if site.used}
-    assert {x.replace(".", "/") for x in apply.used} >= used
+    trained = {".".join(path) for path, x in leaves_by_path(grads) if x.any()}
+    assert apply.used >= trained
 
 
 def test_what_is_called_is_known_of_calls() -> None:

@@ -20,7 +20,17 @@ pytest.importorskip("torchax")
 import torch
 from small import KEY, randomize
 from torch import nn
-from torch_functions import DERIVED, DRAWS, FUNCTIONS, GRADIENTS, Case, Holder, within
+from torch_functions import (
+    CONSTANTS,
+    DERIVED,
+    DRAWS,
+    FUNCTIONS,
+    GRADIENTS,
+    Case,
+    Holder,
+    make_table,
+    within,
+)
 
 import jlora
 from jlora import LoRA
@@ -144,10 +154,6 @@ REFUSED: dict[str, tuple[Case, str]] = {
     "an operator that fails": (
         lambda h, m: torch.nn.functional.linear(h, m.l.weight[:, :3]),
         r"calls aten\.mm.* float32.3,4., float32.3,4., where torchax fails: .*by other",
-    ),
-    "vmap": (
-        lambda h, m: torch.vmap(lambda x: x * 2)(h),
-        r"calls torch.vmap, which torchax does not have",
     ),
     "a view of another dtype": (
         written_as_complex,
@@ -368,6 +374,21 @@ def test_values_in_forward(name: str) -> None:
         jax.jit(apply)(params, X)
     with pytest.raises(TypeError, match=r"reads the value of .* Use PyTorch's functions there"):
         jlora.transform(apply, LoRA(rank=2)).init(KEY, params, X)
+
+
+@pytest.mark.parametrize("remat", [{}, {"layers/0": None}])
+def test_what_models_cache(remat: Any) -> None:
+    """It outlives the trace in which it was computed."""
+    model = Layers(CONSTANTS["a cached table"]).eval()
+    y, grads = differentiate(model)
+    make_table.cache_clear()
+    for _ in range(2):
+        params, apply = extract(model, remat=remat)
+        jlora.transform(apply).sites(params, X)
+        out, grad = compute(lambda p, apply=apply: apply(p, X), params)
+        assert_close(out, y, "cached")
+        assert_close(grad["layers"]["0"]["l"]["bias"], grads["layers.0.l.bias"], "gradient")
+    assert make_table.cache_info().misses == 1
 
 
 def test_compile_goes_on_to_work() -> None:

@@ -13,10 +13,12 @@ import torch  # pyright: ignore[reportMissingImports]
 from jax.lax import stop_gradient
 from jax.typing import ArrayLike
 from torch._ops import OpOverload  # pyright: ignore[reportMissingImports]
+from torch._subclasses import fake_impls  # pyright: ignore[reportMissingImports]
 from torch.utils import _mode_utils, _pytree  # pyright: ignore[reportMissingImports]
 from torchax import tensor as torchax  # pyright: ignore[reportMissingImports]
 from torchax.ops import jtorch  # pyright: ignore[reportMissingImports]
 
+from ..._compat import is_concrete
 from .._skeleton import to_jax
 from ._functions import find_conversion
 from ._operators import OPERATORS
@@ -29,6 +31,7 @@ Options = Mapping[str, Any]
 DRAWS = {torch.rand, torch.randn, torch.randint}
 SPECIAL = torchax.TENSOR_CONSTRUCTORS | {torch.Tensor.to}
 UNTRACEABLE = jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError
+OF_SHAPES = fake_impls._like_tensor_constructors  # such as zeros_like, which read no values
 GRADIENTS = {torch.autograd.grad, torch.Tensor.backward, torch.Tensor.register_hook}
 
 
@@ -105,34 +108,52 @@ class Operators(torchax.Environment):
 
     def t2j_iso(self, torchtensors: Any) -> Any:
         """Returns the arrays in tensors; also of PyTorch's own, which models make as constants."""
+        tensors = [x for x in _pytree.tree_leaves(torchtensors) if isinstance(x, torch.Tensor)]
+        has_axes = any(x.ndim for x in tensors)
 
         def convert(x: torch.Tensor) -> jax.Array | float:
-            # A scalar of PyTorch does not widen the dtype of an array.
+            # A scalar of PyTorch does not widen the dtype of an array with axes.
             is_constant = x.ndim == 0 and not isinstance(x, torchax.Tensor)
-            return x.item() if is_constant else to_array(x)
+            return x.item() if is_constant and has_axes else to_array(x)
 
         return _pytree.tree_map_only(torch.Tensor, convert, torchtensors)
 
     def dispatch(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Options | None = None
     ) -> Any:
-        """Computes an operator; raises OperatorNotFound where PyTorch splits it into others."""
-        _check(func)
+        """Computes an operator; raises OperatorNotFound where PyTorch splits it into others.
+
+        What depends on no traced array has values in a trace too: models read them, and keep them
+        from one call to the next.
+        """
         tensors = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         given = [x for x in tensors if isinstance(x, Tensor)]
+        has_values = all(is_concrete(x.memory.type) for x in given)
+        with jax.ensure_compile_time_eval() if has_values else contextlib.nullcontext():
+            return self._dispatch(func, types, args, kwargs or {}, tensors, given)
+
+    def _dispatch(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any],
+        kwargs: Options,
+        tensors: Sequence[torch.Tensor],
+        given: Sequence[Tensor],
+    ) -> Any:
+        _check(func)
         if given and func in GRADIENTS:
             refuse("asks PyTorch for gradients", "Differentiate `apply` by jax.grad.")
-        if any(map(torch._C._functorch.is_batchedtensor, tensors)):
-            remedy = "Compute it by other operators; a mask may be an argument."
-            refuse("calls torch.vmap, which torchax does not have", remedy)
         calls = {getattr(x, "call", 0) for x in tensors} - {0}
         if len(calls) > 1:
             refuse("reads what the call before left", "Pass it as an argument.")
-        if not isinstance(func, OpOverload) and func not in self._ops and func not in SPECIAL:
+        is_batched = any(map(torch._C._functorch.is_batchedtensor, tensors))  # by torch.vmap
+        is_known = not is_batched and (func in self._ops or func in SPECIAL)
+        if not isinstance(func, OpOverload) and not is_known:
             raise torchax.OperatorNotFound(func)
         self._note(given)
         convert = find_conversion() if given else keep
-        call = Call(func, args, dict(kwargs or {}), convert)
+        call = Call(func, args, dict(kwargs), convert)
         if given and isinstance(func, OpOverload):
             first = func._schema.arguments[0].alias_info
             if first is not None and first.is_write:
@@ -148,12 +169,14 @@ class Operators(torchax.Environment):
                 return x
             found: Any = x
             if isinstance(x, torchax.Tensor):
-                found = self.wrap(convert(x._elem), leaves=join_leaves(given, convert))
+                has_gradients = x.is_floating_point() or x.is_complex()
+                sources = given if has_gradients and func not in OF_SHAPES else ()
+                found = self.wrap(convert(x._elem), leaves=join_leaves(sources, convert))
             found.call = max(calls, default=0)
             return found
 
         try:
-            out = super().dispatch(func, types, args, dict(kwargs or {}))
+            out = super().dispatch(func, types, args, dict(kwargs))
         except UNTRACEABLE:
             raise TracedError(str(func)) from None
         except (NotImplementedError, TracedError, torchax.OperatorNotFound):
@@ -162,14 +185,15 @@ class Operators(torchax.Environment):
             if not isinstance(func, OpOverload):  # PyTorch splits it into operators
                 raise torchax.OperatorNotFound(func) from e
             shapes = ", ".join(str(jax.typeof(x._elem)) for x in given)
-            reason = str(e).rstrip(".")
+            reason = str(e).partition("\n")[0].rstrip(".")
             remedy = "If PyTorch takes them, write it by other operators."
             refuse(f"calls {func} with {shapes}, where torchax fails: {reason}", remedy, e)
         return _pytree.tree_map_only(torch.Tensor, finish, out)
 
     def _to_copy(self, the_tensor: Any, new_dtype: Any, new_device: Any) -> Any:
         """Converts to a dtype; JAX decides where arrays are, so that a device changes nothing."""
-        return super()._to_copy(the_tensor, new_dtype, None)
+        is_tensor = isinstance(the_tensor, torch.Tensor)  # PyTorch also hands over numbers
+        return super()._to_copy(the_tensor if is_tensor else self.wrap(the_tensor), new_dtype, None)
 
     def _note(self, given: Sequence[Tensor]) -> None:
         """Notes which leaves are read, and whether in a call of their modules."""
@@ -266,7 +290,10 @@ class Operators(torchax.Environment):
 
 def to_array(x: torch.Tensor) -> jax.Array:
     """Returns the array in a tensor of torchax, or copies one of PyTorch."""
-    return x._elem if isinstance(x, torchax.Tensor) else jnp.asarray(to_jax(x))
+    if isinstance(x, torchax.Tensor):
+        return x._elem
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(to_jax(x))
 
 
 def join_leaves(given: Any, convert: Convert = keep) -> Leaves:

@@ -98,10 +98,18 @@ def hardswish(x: jax.Array) -> jax.Array:
     return jnp.where(x <= -3, 0, jnp.where(x < 3, x * (x + 3) / 6, x)).astype(x.dtype)
 
 
+def extreme(x: jax.Array, dim: Any = None, keepdim: bool = False, f: Any = jnp.max) -> jax.Array:
+    """Each of equal entries gets a part of the gradient.
+
+    JAX finds them by comparison, which gives NaN if XLA computes `x` again and rounds otherwise.
+    """
+    return f(lax.optimization_barrier(x), axis=_find_axes(x, dim), keepdims=keepdim)
+
+
 def maximum(x: jax.Array, dim: int | None = None, keepdim: bool = False, sign: int = 1) -> Any:
     """Along an axis, the first of equal entries gets the gradient; of all entries, each a part."""
     if dim is None or x.ndim == 0:
-        found = jnp.max(x) if sign > 0 else jnp.min(x)
+        found = extreme(x, f=jnp.max if sign > 0 else jnp.min)
         return found if dim is None else (found, jnp.zeros((), int))
     at = (jnp.argmax if sign > 0 else jnp.argmin)(x, axis=dim, keepdims=True)
     pair = (jnp.take_along_axis(x, at, dim), at)
@@ -156,7 +164,7 @@ def norm(
     if p == 0:
         return jnp.sum((size != 0).astype(size.dtype), **where)
     if math.isinf(p):
-        return (jnp.max if p > 0 else jnp.min)(size, **where)
+        return extreme(size, dim, keepdim, jnp.max if p > 0 else jnp.min)
     total = jnp.sum(size if p == 1 else size * size if p == 2 else root(size, 1 / p), **where)
     return total if p == 1 else root(total, p)
 
@@ -193,6 +201,8 @@ OPERATORS = {
     aten.hardsigmoid: lambda x: hardtanh(x / 6 + 0.5, 0.0, 1.0),
     aten.hardswish: hardswish,
     aten.leaky_relu: lambda x, slope=0.01: jnp.where(x > 0, x, x * slope),
+    aten.amax: extreme,
+    aten.amin: lambda x, dim=None, keepdim=False: extreme(x, dim, keepdim, jnp.min),
     aten.max: maximum,
     aten.min: lambda x, dim=None, keepdim=False: maximum(x, dim, keepdim, -1),
     aten.sinc: jnp.sinc,
