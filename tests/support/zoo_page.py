@@ -101,7 +101,7 @@ HEAD = """# A zoo of PyTorch's models
 What [`jlora.torch`](../loops/torch.md) makes of models that were drawn by lot, on a CPU. All are
 tiny and have random weights. The classes of `transformers` are those that PyTorch computes with
 tokens, images or sounds at these sizes; their configurations are the defaults made small. Models of
-timm and torchvision have fewer than 16 million parameters.
+timm and torchvision have fewer than 16 million parameters. No class is in two draws.
 
 A model is *whole* if all of this holds, to 1e-4 of the largest entry:
 

@@ -126,22 +126,15 @@ class Operators(torchax.Environment):
         What depends on no traced array has values in a trace too: models read them, and keep them
         from one call to the next.
         """
-        tensors = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        given = [x for x in tensors if isinstance(x, Tensor)]
+        given = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         has_values = all(is_concrete(x.memory.type) for x in given)
         with jax.ensure_compile_time_eval() if has_values else contextlib.nullcontext():
-            return self._dispatch(func, types, args, kwargs or {}, tensors, given)
+            return self._dispatch(func, types, args, kwargs or {})
 
-    def _dispatch(
-        self,
-        func: Any,
-        types: Any,
-        args: Sequence[Any],
-        kwargs: Options,
-        tensors: Sequence[torch.Tensor],
-        given: Sequence[Tensor],
-    ) -> Any:
+    def _dispatch(self, func: Any, types: Any, args: Sequence[Any], kwargs: Options) -> Any:
         _check(func)
+        tensors = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        given = [x for x in tensors if isinstance(x, Tensor)]
         if given and func in GRADIENTS:
             refuse("asks PyTorch for gradients", "Differentiate `apply` by jax.grad.")
         calls = {getattr(x, "call", 0) for x in tensors} - {0}
