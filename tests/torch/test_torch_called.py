@@ -193,11 +193,15 @@ def test_modules_that_no_output_depends_on_are_left_out(name: str, kind: str) ->
         "activations": {"activations": {"one": place}},
     }
     params, apply = jlora.torch.extract(model.eval(), **options.get(kind, {}))
+    sites = jlora.transform(apply).sites(params, IDS)
     grads = jax.grad(lambda p: sum(x.sum() for x in jax.tree.leaves(apply(p, IDS))))(params)
     pattern = jlora.torch.all_linear(apply)
     assert sorted(pattern.split("|")) == [f"{x}/weight" for x in expected.split()]
     trained = {".".join(path) for path, x in leaves_by_path(grads) if x.any()}
     assert apply.used >= trained
+    if not name.startswith("by "):  # sites are also used where integers are made of them
+        used = {site.path for site in sites.leaves if site.used}
+        assert {x.replace(".", "/") for x in apply.used} >= used
 
 
 def test_what_is_called_is_known_of_calls() -> None:
