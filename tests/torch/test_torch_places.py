@@ -58,7 +58,7 @@ def test_a_class_is_as_the_file_says(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_file_is_what_the_library_does() -> None:
-    """If not, make it again: `python tests/support/make_places.py`."""
+    """If not, make it again: `python tests/tools/make_places.py`."""
     made = list(make_places.make_all(tiny_models.list_classes()))
     found = make_places.gather(made)
     assert len(made) > 1_500 and sum(bool(x.rows) for x in made) > 300
@@ -75,7 +75,7 @@ def test_peft_answers_as_the_file_says(name: str) -> None:
 
 @pytest.mark.slow
 def test_all_answers_are_pefts() -> None:
-    """If not, ask again: `python tests/support/ask_peft.py`."""
+    """If not, ask again: `python tests/tools/ask_peft.py`."""
     found = ask_peft.ask_all(tiny_models.list_classes())
     assert found == json.loads(ask_peft.FILE.read_text())["models"]
 

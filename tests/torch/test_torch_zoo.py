@@ -11,7 +11,7 @@ FIRST = min(ZOOS)
 
 
 def test_the_page_has_what_was_found() -> None:
-    """If not, write it again: `python tests/support/zoo_page.py`."""
+    """If not, write it again: `python tests/tools/zoo_page.py`."""
     assert PAGE.read_text(encoding="utf-8") == zoo_page.write_page([*ZOOS.values()])
 
 

@@ -1,4 +1,4 @@
-"""What vLLM's models declare of adapters: `tests/peft/engines/served_models.py` writes the file."""
+"""What vLLM's models declare of adapters: `tests/tools/served_models.py` writes the file."""
 
 import functools
 import json

@@ -24,7 +24,7 @@ class Answer(NamedTuple):
 
 @functools.cache
 def load_answers() -> Mapping[str, Answer]:
-    """Loads the answers by `model_type`, which `tests/support/ask_peft.py` collected."""
+    """Loads the answers by `model_type`, which `tests/tools/ask_peft.py` collected."""
     text = Path(__file__).with_name("peft.json").read_text()
     found = json.loads(text)["models"]
     return {kind: Answer(**{k: tuple(x) for k, x in own.items()}) for kind, own in found.items()}

@@ -1,6 +1,6 @@
 """Where the parameters of a model are stored in a checkpoint.
 
-A file, `transformers.json`, has what `tests/support/make_places.py` found out about the models of
+A file, `transformers.json`, has what `tests/tools/make_places.py` found out about the models of
 `transformers` by running them: where their parameters differ from the tensors of a folder.
 
 Imports `_errors`.

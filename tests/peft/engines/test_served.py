@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peft as hf_peft
+import served_models
 import torch
 import transformers
 from models import llama
@@ -34,7 +35,6 @@ from jlora import LoRA, peft
 from jlora.peft.adapter._one_rank import RANKS
 from jlora.peft.engines._vllm import EMBEDDINGS
 from jlora.peft.engines._vllm import VLLM as ENGINE
-from tests.peft.engines import served_models
 from tests.peft.engines.served_worker import PROMPT, STEPS, Answer
 
 pytestmark = pytest.mark.filterwarnings("default")  # what PEFT and PyTorch warn of is their own

@@ -1,6 +1,6 @@
 """Finds out where `transformers` stores the parameters of each of its models, by their values.
 
-    python tests/support/make_places.py
+    python tests/tools/make_places.py
 
 Each element of a tiny model gets a number of its own. The folder that `save_pretrained` writes then
 tells for each of them in which tensor it is, and where. Rows are made of what differs from the

@@ -1,6 +1,6 @@
 """Asks PEFT what it does with the modules of each model of `transformers`, by adapting them.
 
-    python tests/support/ask_peft.py
+    python tests/tools/ask_peft.py
 
 Needs `transformers` 5, PEFT and PyTorch.
 """

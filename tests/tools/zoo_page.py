@@ -1,6 +1,6 @@
 """What the zoo of PyTorch's models has shown: the rows of a file, and the page of all files.
 
-`python tests/support/zoo_page.py` writes the page again. `zoo.py` makes the files.
+`python tests/tools/zoo_page.py` writes the page again. `zoo.py` makes the files.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Draws models in PyTorch, and measures what `jlora.torch` makes of each against PyTorch and PEFT.
 
-    python tests/support/zoo.py SEED [OTHER...]
+    PYTHONPATH=tests/support python tests/tools/zoo.py SEED [OTHER...]
 
 writes `examples/results/zoo_SEED.jsonl`, without the classes of the files of other seeds. Lines
 that the file has already are kept: delete those to be measured again. Needs what `zoo_families.py`

@@ -1,4 +1,4 @@
-"""What each of vLLM's models declares of adapters: `python served_models.py` asks and writes it.
+"""What each of vLLM's models declares of adapters: `python tests/tools/served_models.py` writes it.
 
 `test_served.py` compares what is written with the vLLM that is installed.
 """
@@ -10,7 +10,7 @@ import pathlib
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-FILE = pathlib.Path(__file__).parents[3] / "jlora" / "peft" / "engines" / "_vllm_models.json"
+FILE = pathlib.Path(__file__).parents[2] / "jlora" / "peft" / "engines" / "_vllm_models.json"
 
 
 def ask() -> dict[str, Any]:
