@@ -104,5 +104,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if messages.is_rewriting and not hasattr(session.config, "workerinput"):
-        found = messages.read(messages.FILE.read_text(encoding="utf-8")) | rewritten
-        messages.write({key: texts for key, texts in found.items() if texts})
+        written = messages.read(messages.FILE.read_text(encoding="utf-8"))
+        others = {key: written[key] for key in written if key not in rewritten}
+        messages.write(others | messages.choose(rewritten, others))

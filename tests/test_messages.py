@@ -307,3 +307,17 @@ def test_the_file_is_what_the_option_writes() -> None:
     assert messages.form(messages.EXPECTED) == messages.FILE.read_text(encoding="utf-8")
     odd = {"b.py::x[- y]": ["", "a\n\n  - b"], "a.py::x": ["a\u2028b", "\n"]}
     assert messages.read(messages.form(odd)) == odd
+
+
+def test_a_wording_has_one_text() -> None:
+    """The first test by name has it; values alone make no other wording, a word does."""
+    texts = {
+        "b": ["`rank` of LoRA('w') must be at least 1; got 0.", "`rank` is missing"],
+        "a": ["`alpha` of LoRA('v') must be at least 0.5; got [1, 2]."],
+        "c": ["it fails. 2 problems:\n  w/0: is missing\n  w, v and u: are wrong"],
+    }
+    chosen = {"a": texts["a"], "b": texts["b"][1:], "c": texts["c"]}
+    assert messages.choose(texts, {}) == chosen
+    assert messages.choose(texts, {"d": ["`x` of y(z) must be at most 3; got 4."]}) == chosen
+    assert messages.choose({"e": ["  w/1 and w/2: is missing"]}, chosen) == {}
+    assert messages.choose({"e": ["  w/1: is there"]}, chosen) == {"e": ["  w/1: is there"]}

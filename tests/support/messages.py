@@ -1,4 +1,9 @@
-"""What errors say: the facts in their fields, and their texts, which stand in `messages.txt`."""
+"""What errors say: the facts in their fields, and their texts, which stand in `messages.txt`.
+
+The file has one text for each place that writes one, with the first test that provokes it. That
+test says it to the letter. Of texts of other tests each line is held to the words of some line of
+the file: names and numbers in it are facts, which tests name themselves.
+"""
 
 import collections
 import contextlib
@@ -24,6 +29,9 @@ VARYING = {
     r"\bat 0x[0-9a-f]+": "at 0x…",
     r'NOT_FOUND: Error .*?"\)': "NOT_FOUND: …)",  # TensorStore's, of any of many files
 }
+QUOTED = re.compile(r"'[^'\n]*'|`[^`\n]*`|\"[^\"\n]*\"|\([^()\n]*\)")
+VALUE = re.compile(r"(?=\S*([\d_/=\[\](){}<>\\×→·]|\w\.\w))\S*[^\s.,:;]")
+LISTED = re.compile(r"…,? (?:and |or |× )?…|…[…\[\]()]+")
 said: dict[str, list[str]] = {}  # by the running test
 
 
@@ -38,6 +46,35 @@ def read(text: str) -> dict[str, list[str]]:
         else:
             texts[-1] += "\n" + line[4:]
     return found
+
+
+def list_wordings(text: str) -> set[str]:
+    """The lines of a text, with `…` for what depends on the arguments.
+
+    Examples:
+        >>> list_wordings("`rank` of LoRA('w') must be at least 1; got 0.")
+        {'… of LoRA… must be at least …; got ….'}
+    """
+    return {_word(line) for line in text.split("\n")}
+
+
+def _word(line: str) -> str:
+    line, before = VALUE.sub("…", QUOTED.sub("…", line.strip())), ""
+    while line != before:  # lists of values, and the place at the start
+        line, before = re.sub(r"^(…|\w+): ", "", LISTED.sub("…", line)), line
+    return line
+
+
+def choose(texts: Mapping[str, list[str]], others: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Chooses what the file has of some tests' texts: those with a wording that no other has."""
+    known = {x for kept in others.values() for text in kept for x in list_wordings(text)}
+    chosen = collections.defaultdict[str, list[str]](list)
+    for test, said_by_it in sorted(texts.items()):
+        for text in said_by_it:
+            if not list_wordings(text) <= known:
+                known |= list_wordings(text)
+                chosen[test].append(text)
+    return dict(chosen)
 
 
 def form(found: Mapping[str, list[str]]) -> str:
@@ -75,11 +112,12 @@ def find_stale(found: Iterable[str], collected: Iterable[str]) -> list[str]:
 
 
 EXPECTED, STALE = read(FILE.read_text(encoding="utf-8")), pytest.StashKey[list[str]]()
+WORDINGS = {x for texts in EXPECTED.values() for text in texts for x in list_wordings(text)}
 is_rewriting = False
 
 
 def check_text(text: str, case: str = "") -> None:
-    """Compares a text with that in the file.
+    """Compares a text with those in the file.
 
     Args:
         text: it may have paths of the test and lines of code, which are not compared.
@@ -90,19 +128,20 @@ def check_text(text: str, case: str = "") -> None:
     for pattern, better in VARYING.items():
         text = re.sub(pattern, better, text)
     text = "\n".join(line.rstrip() for line in text.split("\n"))
-    texts = said.setdefault(key, [])
-    if text not in texts:
-        texts.append(text)
-        expected = "\n".join(EXPECTED.get(key, [])[len(texts) - 1 : len(texts)])
-        if text != expected and not is_rewriting:
-            pytest.fail(f"{FILE.name} has\n{expected}\nthe test says\n{text}\n{HOW}")
+    said.setdefault(key, []).append(text)
+    new = list_wordings(text) - WORDINGS
+    if new and not is_rewriting:
+        has = "\n".join(EXPECTED.get(key, []))
+        pytest.fail(f"{FILE.name} has of this test\n{has}\nthe test says\n{text}\n{HOW}")
 
 
 def check_all_said(test: str) -> None:
-    """Raises if the file has more texts of a test than it said."""
+    """Raises if the file has a text of a test that it did not say."""
     for key in {test, *said} & EXPECTED.keys():
-        if said.get(key, []) != EXPECTED[key] and not is_rewriting:
-            pytest.fail(f"{FILE.name} has texts of {key} that the test does not say\n{HOW}")
+        gone = [text for text in EXPECTED[key] if text not in said.get(key, [])]
+        if gone and not is_rewriting:
+            has, says = "\n".join(gone), "\n".join(said.get(key, []))
+            pytest.fail(f"{FILE.name} has of {key}\n{has}\nthe test says\n{says}\n{HOW}")
 
 
 def check_facts(error: Exception, argument: str, *facts: object) -> None:
