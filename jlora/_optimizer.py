@@ -1,6 +1,5 @@
 """Labels for the leaves of an adapter, and an optimizer that trains only the adapter."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
@@ -30,9 +29,9 @@ def labels(tree: PyTree) -> PyTree:
         factors that a rule freezes.
 
     Raises:
-        TypeError: if `tree` is neither form, such as a tuple or dict of base and adapter, or holds
-            only arrays, like parameters. An adapter of `Full` leaves only looks like parameters
-            too: give it as `Params({}, adapter)`.
+        TypeError: if `tree` is neither form, such as a tuple or dict of base and adapter or a tree
+            of `bind`, or holds only arrays, like parameters. An adapter of `Full` leaves only
+            looks like parameters too: give it as `Params({}, adapter)`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -78,7 +77,7 @@ def is_masked(x: object) -> bool:
 
 
 def _is_labeled(x: object) -> bool:
-    """Whether `x` brings its labels: a node, a bound leaf or `Params`."""
+    """Whether `x` brings its labels: a node or `Params`; or is a bound leaf, which has none."""
     return is_node(x) or isinstance(x, Params | Adapted)
 
 
@@ -88,7 +87,11 @@ def _labels(tree: PyTree) -> PyTree:
             case Params():
                 return Params(jax.tree.map(lambda _: "base", leaf.base), _labels(leaf.adapter))
             case Adapted():
-                return dataclasses.replace(leaf, base="base", delta=label(path, leaf.delta))
+                raise TypeError(
+                    "`tree` must be an adapter or jlora.Params(base, adapter); got a tree from "
+                    "`bind`, in which the rest of the base looks trained in full. Give the adapter "
+                    "in it, or Params."
+                )
             case _ if is_node(leaf):
                 label_of = {**leaf.labels, **dict.fromkeys(leaf.frozen, "base")}
                 return leaf._replace(**{name: label_of[name] or "base" for name in arrays(leaf)})

@@ -26,7 +26,7 @@ from ._quantized import (
 from ._rules import explain_no_match, matches, name_mistake, rule_name
 from ._site import Full, Site
 from ._sites import Sites
-from ._tree import flatten, is_abstract, leaves_by_path, name_of
+from ._tree import check_base, flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
 from .sharding._specs import place_codes
 
@@ -58,7 +58,7 @@ def quantize(
         bytes and errors.
 
     Raises:
-        TypeError: if one of `schemes` is not a scheme.
+        TypeError: if one of `schemes` is not a scheme, or `params` has an adapter in it.
         ValueError: if a scheme matches nothing, or has no pattern while `sites` is missing; if
             `sites` are of another tree; if a leaf has fewer than two axes, is not floating-point,
             is quantized already, is trained in full, has an axis that the blocks of the scheme must
@@ -86,6 +86,7 @@ def quantize(
                 "`schemes` must be jlora.NF4, jlora.FP4, jlora.Int8, jlora.Int4, jlora.FP8 or "
                 f"jlora.MXFP4; got {name_mistake(scheme, unpack=True)}."
             )
+    check_base(params, "params")
     leaves, tree = flatten(params)
     paths = [path for path, _ in leaves_by_path(params)]
     forms = _find_forms(dict(zip(paths, leaves, strict=True)), schemes, sites)

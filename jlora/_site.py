@@ -220,6 +220,9 @@ def check_rules(rules: object, unpack: bool = False) -> tuple[Rule, ...]:
     """Returns one or several rules as a tuple; raises if they are not rules, or contradict."""
     if isinstance(rules, Rule | str | Mapping) or not isinstance(rules, Iterable):
         rules = (rules,)
+    if hasattr(rules, "rules"):
+        got = f"a {type(rules).__name__}. Give its rules, as in lora.rules"
+        raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
     found = []
     for rule in rules:
         if not isinstance(rule, Rule):

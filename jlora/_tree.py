@@ -127,15 +127,15 @@ def _is_array(x: object) -> TypeGuard[AnyArray]:
     return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
-def check_base(base: PyTree) -> None:
+def check_base(base: PyTree, argument: str = "base") -> None:
     """Raises `TypeError` if `base` has an adapter in it."""
-    if other := _describe_other(base):
-        raise TypeError(f"`base` must be the frozen tree alone; got {other}")
-    if _has_nodes(base):
-        raise TypeError(
-            "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
-            "and `adapter` swapped, or is `base` missing?"
-        )
+    other = _describe_other(base)
+    if other is None and _has_nodes(base):
+        is_bound = any(map(is_adapted, jax.tree.leaves(base, is_leaf=is_adapted)))
+        other = "a tree from `bind`" if is_bound else "an adapter"
+        other += ", which holds LowRank nodes. Are two arguments swapped, or is one missing?"
+    if other:
+        raise TypeError(f"`{argument}` must be the frozen tree alone; got {other}")
 
 
 def _describe_other(x: object) -> str | None:

@@ -53,7 +53,7 @@ def test_empty_adapter_is_the_base_model(empty: Any) -> None:
 
 def test_empty_adapter_still_needs_a_base() -> None:
     """An adapter in the place of the base is as wrong as ever."""
-    with refused(TypeError, "", "are `base` and `adapter` swapped"):
+    with refused(TypeError, "", "Are two arguments swapped"):
         LORA.apply(setup()[1], {}, X)
 
 

@@ -212,12 +212,12 @@ def _check_merged(merged: PyTree) -> None:
     flat = dict(leaves_by_path(merged))
     if not flat:
         raise TypeError(f"`merged` must be a tree of arrays; got {merged!r}, which has none.")
-    _check_arrays(flat, "merged")
     if found := [name_of(path) for path, x in flat.items() if is_quantized(x)]:
         raise TypeError(
             f"`merged` must have plain arrays; got quantized leaves at {', '.join(found)}. Give "
             "jlora.dequantize(merged), or merge without requantize=True."
         )
+    _check_arrays(flat, "merged")
 
 
 def _check_arrays(flat: dict[Path, Any], argument: str) -> None:
@@ -225,7 +225,7 @@ def _check_arrays(flat: dict[Path, Any], argument: str) -> None:
     wrong = [
         f"{name_of(path)}: {type(x).__name__}"
         for path, x in flat.items()
-        if is_abstract(x) or not hasattr(x, "dtype")
+        if is_abstract(x) or is_quantized(x) or not hasattr(x, "dtype")
     ]
     if wrong:
         raise TypeError(f"`{argument}` must have arrays to be saved; got {', '.join(wrong)}.")

@@ -112,10 +112,10 @@ def test_adapter_does_not_fit(case: str, call: str) -> None:
 def test_optimizer_never_trains_the_base() -> None:
     """Whatever holds a base and an adapter, the base gets no updates."""
     base, adapter = made()
-    params = {"m": [Params(base, adapter)] * 2, "bound": jlora.bind(base, adapter)}
+    params = {"m": [Params(base, adapter)] * 2}
     tx = jlora.optimizer(optax.sgd(1.0))
     updates, _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
-    for found in (*(x.base for x in updates["m"]), updates["bound"]["fused"].base):
+    for found in (x.base for x in updates["m"]):
         assert not any(np.any(u) for u in jax.tree.leaves(found) if u.dtype == jnp.float32)
 
 
@@ -127,6 +127,8 @@ HELD: dict[str, Any] = {
     "nnx": (lambda: VARIABLES, "\"['w'].value\"", "", "nnx.Optimizer(model, tx, wrt=nnx.LoRAPa"),
     "base": (lambda: {"base": made()[0], "adapter": made()[1]}, "'base'", "a dict of both"),
     "params": (lambda: {"params": made()[0], "adapter": made()[1]}, "'params'", "a dict of both"),
+    # No leaf of it says whether a rule trains it in full, or no rule took it.
+    "bound": (lambda: jlora.bind(*made()), "from `bind`", "Give the adapter in it, or Params."),
 }  # fmt: skip
 
 
@@ -134,7 +136,7 @@ HELD: dict[str, Any] = {
 def test_optimizer_refuses_a_base_that_it_would_train(case: str) -> None:
     make, *facts = HELD[case]
     tree = make()
-    for call in ("labels", "optimizer", "train-state"):
+    for call in ("labels", "mask", "optimizer", "train-state"):
         with refused(TypeError, "tree", *facts):
             LABELING[call](tree)
 
@@ -237,10 +239,7 @@ WRONG: dict[type[Exception], dict[str, Any]] = {
         "`adapter` ... the root ... float32[2,4] ... apply(base, adapter, x)?": lambda: (
             jlora.transform(dense).apply(W, X)
         ),
-        "`base` ... holds LowRank nodes ... swapped": lambda: jlora.merge(
-            jlora.bind(*made()), made()[1]
-        ),
-        "`base` ... so it is an adapter ... is `base` missing?": lambda: jlora.summary(made()[1]),
+        "`base` ... got an adapter ... is one missing?": lambda: jlora.summary(made()[1]),
     },
     ValueError: {
         "`check` ... needs concrete values ... check the result outside": lambda: jax.jit(
@@ -267,6 +266,7 @@ PAIRS: dict[str, Any] = {
     "bind": (lambda x: jlora.bind(x, {}), "base"),
     "summary": (lambda x: jlora.summary(x), "base"),
     "dropout": (lambda x: jlora.dropout(x, KEY), "adapter"),
+    "quantize": (lambda x: jlora.quantize(x, jlora.NF4("fused")), "params"),
     "specs-base": (lambda x: jlora.sharding.specs(x, made()[1]), "base"),
     "specs-adapter": (lambda x: jlora.sharding.specs(PARAMS, x), "adapter"),
     "arithmetic": (lambda x: jlora.arithmetic.add([x, x]), "adapter"),
@@ -279,10 +279,11 @@ PAIRS: dict[str, Any] = {
 
 @pytest.mark.parametrize("case", list(PAIRS))
 def test_base_and_adapter_in_one(case: str) -> None:
-    """A pair that was not unpacked, and Params, wherever one of both belongs."""
+    """A pair that was not unpacked, Params, and a bound tree, wherever one of both belongs."""
     call, argument = PAIRS[case]
-    for x, got, remedy in ((made(), "the pair", "Unpack"), (jlora.Params(*made()), "Params", "")):
-        with refused(TypeError, argument, f"got {got}", remedy):
+    both = {"the pair": made(), "Params": jlora.Params(*made()), "a tree": jlora.bind(*made())}
+    for got, x in both.items():
+        with refused(TypeError, argument, f"got {got}"):
             call(x)
 
 

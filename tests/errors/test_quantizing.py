@@ -87,6 +87,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "`schemes` ... got None": quantize,
         "`schemes` ... got Full(": lambda: quantize(NF4("kernel"), Full("odd")),
         "`schemes` ... the class NF4 ... NF4(...)": lambda: quantize(NF4),
+        "`params` ... got an adapter": lambda: quantize(NF4(), params=adapted()[1]),
     },
     ValueError: {
         "`pattern` ... '[' ... at position 0": lambda: NF4("["),
@@ -177,6 +178,13 @@ def adapted() -> tuple[Any, Any]:
     )
 
 
+def with_codes(adapter: Any) -> Any:
+    """An adapter whose A is quantized."""
+    node = adapter["layer"]["kernel"]
+    a = jlora.quantize({"a": node.a}, Int8("a"))["a"]
+    return swap(adapter, "layer/kernel", node.replace(a=a))
+
+
 SPEC = P(None, "tensor")
 GATHERED = {"embed": P(), "layer": {"bias": P()}}
 TAKERS: dict[type[Exception], dict[str, Any]] = {
@@ -195,6 +203,9 @@ TAKERS: dict[type[Exception], dict[str, Any]] = {
     TypeError: {
         "`merged` ... head, layer/kernel ... Give jlora.dequantize(merged)": lambda: (
             checkpoint.export("/nowhere/merged", adapted()[0])
+        ),
+        "`adapter` ... layer/kernel/a: Quantized": lambda: checkpoint.save(
+            "/nowhere/adapter", with_codes(adapted()[1]), LORA.rules
         ),
     },
 }

@@ -86,6 +86,9 @@ MALFORMED: dict[type[Exception], dict[str, Callable[[], Any]]] = {
         "`rules` ... got NF4(": lambda: jlora.transform(model, jlora.NF4()),
         "`schemes` ... a list ... unpack it": lambda: jlora.quantize({}, [jlora.NF4()]),
         "`scheme` ... loftq ... class Int8 ... Int8(...)": lambda: initializers.loftq(jlora.Int8),
+        "`rules` ... a Transformed ... lora.rules": lambda: checkpoint.save(
+            "/nowhere", {"w": jnp.ones((2, 2))}, jlora.transform(model)
+        ),
         "`rules` ... class Full ... Full(...)": lambda: checkpoint.save(
             "nowhere", {"w": jnp.ones((2, 2))}, [Full]
         ),

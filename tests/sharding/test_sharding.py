@@ -253,7 +253,7 @@ REFUSALS: dict[type[Exception], dict[str, Callable[[], Any]]] = {
         "so its sharding is unknown in jit": lambda: jax.jit(
             lambda base: sharding.specs(base, models.adapter_of(SCANNED))
         )(SCANNED.params),
-        "are `base` and `adapter` swapped": lambda: sharding.specs(
+        "Are two arguments swapped": lambda: sharding.specs(
             models.adapter_of(SCANNED), SCANNED.base
         ),
         "`adapter` ... a nested dict of LowRank nodes": lambda: sharding.specs(
