@@ -30,10 +30,10 @@ TREE = {
             methods""",
     },
     "loops/index": {
-        "By framework": """loops/torch loops/vision_language
-            loops/image_lora loops/plain loops/linen loops/nnx
-            loops/equinox loops/haiku loops/keras loops/tunix
-            loops/maxtext""",
+        "By framework": """loops/torch loops/head
+            loops/vision_language loops/image_lora loops/plain
+            loops/linen loops/nnx loops/equinox loops/haiku
+            loops/keras loops/tunix loops/maxtext""",
         "By task": """loops/chat loops/vision loops/audio loops/graphs
             loops/rates loops/tokens loops/dpo loops/grpo
             loops/privacy loops/mixing loops/stacked loops/federated

@@ -42,6 +42,7 @@ NEEDS = {
     "loops/tunix": ["tunix"],
     "loops/maxtext": ["maxtext"],
     "loops/torch": ["torchax"],
+    "loops/head": ["torchax"],
     "loops/image_lora": ["torchax", "diffusers"],
     "loops/vision_language": ["torchax", "peft"],
 }

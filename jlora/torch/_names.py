@@ -1,6 +1,7 @@
 """The names of leaves in PyTorch, by how the model uses them."""
 
 import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from .._errors import InputError
@@ -64,6 +65,38 @@ class Structure(NamedTuple):
     linear: tuple[str, ...]
     stacks: tuple[Stack, ...] = ()
 
+    def nest(self, prefix: str) -> "Structure":
+        """Returns the structure with longer names, as of a model in another module."""
+
+        def lengthen(name: str) -> str:
+            return f"{prefix}{name}".removesuffix(".")
+
+        return Structure(
+            tuple(map(lengthen, self.order)),
+            {lengthen(x): tuple(map(lengthen, others)) for x, others in self.tied.items()},
+            {lengthen(x): why for x, why in self.refused.items()},
+            frozenset(map(lengthen, self.bare)),
+            frozenset(map(lengthen, self.transposed)),
+            tuple(map(lengthen, self.linear)),
+            tuple(stack._replace(name=lengthen(stack.name)) for stack in self.stacks),
+        )
+
+    def find_prefixes(self, names: Collection[str]) -> list[str]:
+        """Finds the parts of a tree that are the model: what is there before the model's names."""
+        leaves = list(dict.fromkeys(place(x, self.stacks) for x in self.order))
+        if not leaves:
+            return [""]
+        starts = [x.removesuffix(leaves[0]) for x in names if f".{x}".endswith(f".{leaves[0]}")]
+        return [x for x in starts if all(f"{x}{leaf}" in names for leaf in leaves)]
+
+
+def place(name: str, stacks: Sequence[Stack]) -> str:
+    """Returns the name of the leaf that has a tensor: that of the first step if layers are one."""
+    return next(filter(None, (stack.place(name) for stack in stacks)), name)
+
+
+UNKNOWN = Structure((), {}, {}, frozenset(), frozenset(), ())
+
 
 class Structured(Protocol):
     """A function that knows the module of which it was made, and how calls read its parameters."""
@@ -76,13 +109,16 @@ class Structured(Protocol):
 def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
     r"""Makes the name table of a model in PyTorch: a row for each leaf, by how the model uses it.
 
-    The path of a leaf is its name in PyTorch. Its use says what it is: the weight of a linear
-    module, of GPT-2's `Conv1D`, of an embedding or a convolution, or a parameter of experts. The
-    other leaves, such as norms, biases and position tables, have a row for `Full` and for
+    The path of a leaf is its name in PyTorch, also in a larger tree: if the parameters of the model
+    are at `model` and those of a head at `score`, the names are those of a module that has the
+    model as `model` and the head as `score`. The use of a leaf says what it is: the weight of a
+    linear module, of GPT-2's `Conv1D`, of an embedding or a convolution, or a parameter of experts.
+    The other leaves, such as norms, biases and position tables, have a row for `Full` and for
     checkpoints.
 
     Args:
-        sites: `jlora.transform(apply).sites(params, …)`, with or without rules.
+        sites: `jlora.transform(apply).sites(params, …)`, with or without rules; or those of a
+            function that calls `apply` with a part of its parameters.
         apply: the function that `jlora.torch.extract` returned. It knows the order of the
             parameters, which heads share the weight of an embedding, which modules PEFT adapts, and
             which of them its calls so far have called: adapters elsewhere are refused, by
@@ -93,8 +129,8 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
         Rows for `jlora.peft.save`, `load`, `load_base` and all others that take `names`.
 
     Raises:
-        ValueError: if `apply` has not been called with what `sites` has: `sites` is of another
-            function.
+        ValueError: if no part of `sites` has the leaves of `apply`, or it has not been called with
+            them: `sites` is of another function.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -107,19 +143,35 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
         up_proj weight oi
     """
     own = {".".join(site.parts): site for site in sites.leaves}
-    if apply is None:
-        unknown = Structure(tuple(own), {}, {}, frozenset(), frozenset(), ())
-        return tuple(_row(site, name, unknown, is_called=True) for name, site in own.items())
-    structure, reads = apply.structure, apply.reads
-    unread = [x for x in structure.order if x in own and own[x].kind and x not in reads]
-    if unread:
+    rows = dict[str, Name]()
+    for prefix in [] if apply is None else _find_parts(apply, own):
+        part = apply.structure.nest(prefix)
+        for name in filter(own.__contains__, part.order):
+            is_called = apply.reads.get(name.removeprefix(prefix), True)
+            rows[name] = _row(own[name], name, part, is_called)
+    others = {x: _row(site, x, UNKNOWN, True) for x, site in own.items() if x not in rows}
+    return (*rows.values(), *others.values())
+
+
+def _find_parts(apply: Structured, own: Mapping[str, Site]) -> list[str]:
+    """Finds the prefixes of the parts of a tree that are the model; raises if there is none."""
+    prefixes = apply.structure.find_prefixes(own)
+    if not prefixes:
         raise InputError(
             "apply",
-            f"has not been called with {unread[0]!r}, so it does not know whether the "
-            "model calls its module. Give the function of which `sites` was made.",
+            f"is of a model with a leaf {apply.structure.order[0]!r} and others, and no part of "
+            f"`sites` has them all: its first leaf is {next(iter(own), None)!r}.",
+            remedy="Give the function of which `sites` was made.",
         )
-    rows = ((own[name], name) for name in structure.order if name in own)
-    return tuple(_row(*row, structure, is_called=reads.get(row[1], True)) for row in rows)
+    for name in apply.structure.order:
+        site = own.get(f"{prefixes[0]}{name}")
+        if site is not None and site.kind and name not in apply.reads:
+            raise InputError(
+                "apply",
+                f"has not been called with {name!r}, so it does not know whether the "
+                "model calls its module. Give the function of which `sites` was made.",
+            )
+    return prefixes
 
 
 def _row(site: Site, name: str, structure: Structure, is_called: bool) -> Name:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import torch  # pyright: ignore[reportMissingImports]
 
 from .._errors import InputError
-from ._names import Stack
+from ._names import Stack, place
 from .operators._state import OWN
 
 NO_SCAN = "Leave its list out of `scan`."
@@ -96,9 +96,9 @@ def stack_arrays(arrays: Mapping[str, Any], stacks: Sequence[Stack]) -> dict[str
     """Stacks what layers have, at the name of the first of them."""
     found, groups = dict[str, Any](), dict[str, list[Any]]()
     for name, x in arrays.items():
-        place = next(filter(None, (stack.place(name) for stack in stacks)), name)
-        found[place] = x
-        groups.setdefault(place, []).append(x)
+        leaf = place(name, stacks)
+        found[leaf] = x
+        groups.setdefault(leaf, []).append(x)
     for stack in stacks:
         for name in filter(stack.place, found):
             each = groups[name]

@@ -1,5 +1,8 @@
 """What a model calls, and what it only reads: PEFT computes what jlora does, or jlora refuses."""
 
+import dataclasses
+import functools
+import operator
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +23,7 @@ from torch.nn.functional import linear
 
 import jlora
 from jlora import LoRA, peft
-from jlora._tree import leaves_by_path
+from jlora._tree import leaves_by_path, nest
 from jlora.types import InputError
 
 # What torchax and PEFT warn of is theirs.
@@ -154,6 +157,37 @@ def test_peft_computes_what_jlora_does(name: str, tmp_path: pathlib.Path) -> Non
         peft.save(tmp_path / "wrong", base, adapter, jlora.torch.names(sites))
         with pytest.raises((AssertionError, RuntimeError)):
             np.testing.assert_allclose(compute(Net(form.function), tmp_path / "wrong"), outputs)
+
+
+@pytest.mark.parametrize("parts", [["lm"], ["policy/lm", "reference"]])
+def test_models_in_a_larger_tree(parts: list[str]) -> None:
+    """Rows know the model in each of its parts; those of other leaves are by use."""
+    params, apply = jlora.torch.extract(Net(of_rows(lambda m, x: linear(x, m.one.weight))).eval())
+    row = {x.path: x for x in jlora.torch.names(jlora.transform(apply).sites(params, IDS), apply)}
+    paths = [tuple(part.split("/")) for part in parts]
+    tree = nest({("head", "weight"): np.ones((3, 8), np.float32)} | dict.fromkeys(paths, params))
+
+    def score(tree: Any) -> list[jax.Array]:
+        models = [functools.reduce(operator.getitem, path, tree) for path in paths]
+        return [apply(x, IDS) @ tree["head"]["weight"].T for x in models]
+
+    sites = jlora.transform(score, LoRA("one/weight", rank=2)).sites(tree)
+    names = {x.path: x for x in jlora.torch.names(sites, apply)}
+    assert names.pop("head/weight") == peft.Name("head/weight", "head", "oi")
+    expected = {
+        f"{part}/{path}": dataclasses.replace(
+            x, path=f"{part}/{path}", module=f"{part.replace('/', '.')}.{x.module}"
+        )
+        for part in parts
+        for path, x in row.items()
+    }
+    assert names == expected
+    problems = peft.check_sites(sites, jlora.torch.names(sites, apply))
+    assert [x.where for x in problems] == [f"{part}/one/weight" for part in parts]
+    assert all(READ in x.why for x in problems)
+    other = jlora.transform(lambda p: p["weight"].sum()).sites({"weight": np.ones((3, 3))})
+    with pytest.raises(ValueError, match=r"no part of `sites` has them .* leaf is 'weight'"):
+        jlora.torch.names(other, apply)
 
 
 def written(m: Any, x: torch.Tensor) -> torch.Tensor:
