@@ -68,6 +68,10 @@ class Holder:
         """The adapter as a tree of arrays, for all other functions of jlora."""
         raise NotImplementedError
 
+    def find_state(self) -> list[str]:
+        """Lists variables of the base that are not trained, but that calls may change."""
+        raise NotImplementedError
+
 
 class Params(NamedTuple):
     """Base and adapter in one tree, for code that holds one tree, such as Flax's `TrainState`.

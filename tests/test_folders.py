@@ -1,6 +1,10 @@
 """Folders and files appear whole or not at all."""
 
 import errno
+import pathlib
+import re
+import subprocess
+import sys
 from typing import Any
 
 import disks
@@ -46,6 +50,26 @@ def test_a_file_appears_whole(tmp_path: Folder) -> None:
         other.touch()
     assert sorted(x.name for x in tmp_path.iterdir()) == ["m.x", "o.x", "other"]
     assert not (tmp_path / "o.x").read_text()
+
+
+GUIDES = pathlib.Path(__file__).parents[1] / "notebooks"
+KILLED = """
+import os, pathlib, sys
+from jlora._folders import fresh
+with fresh(sys.argv[1], "OUT") as folder:
+    (folder / "file").write_text("x")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_is_left_of_a_killed_write(tmp_path: Folder) -> None:
+    """One hidden folder, which the guide's line removes."""
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "m"])
+    [left] = tmp_path.iterdir()
+    assert [p.name for p in left.rglob("*")] == ["m", "file"]
+    [line] = re.findall(r"```bash\n(.*)\n```", (GUIDES / "files_and_serving.md").read_text())
+    subprocess.run(line, shell=True, cwd=tmp_path, check=True)
+    assert not list(tmp_path.iterdir())
 
 
 LAYOUT = jlora.types.Layout((), (0,), (1,))

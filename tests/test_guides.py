@@ -308,6 +308,31 @@ def _linen(names: Names) -> None:
     assert jnp.abs(kernel - old).max() > 0.01
 
 
+@of("checkpoints", 2)
+def _checkpoints(names: Names) -> None:
+    """The statistics have moved, and come back with the adapter."""
+    adapted, again, x = names["adapted"], names["again"], names["x"]
+    adapted.eval()
+    again.eval()
+    close(again(x), adapted(x), 0)
+    assert jnp.abs(again(x) - names["make"]()(x)).max() > 0.1
+
+
+@of("checkpoints", 3)
+def _checkpoints_of_linen(names: Names) -> None:
+    close(names["restored"], names["base"], 0)
+    assert names["found"]["layers_1"]["mean"].any()
+    assert not names["variables"]["batch_stats"]["layers_1"]["mean"].any()
+
+
+@of("stopping", 1)
+def _stopping(names: Names) -> None:
+    """The best loss comes back, which the best adapter with the last statistics has not."""
+    x, y = names["x"][32:], names["y"][32:]
+    best = min(names["losses"])
+    assert float(names["loss_of"](names["adapted"], x, y)) == best != names["losses"][-1]
+
+
 @of("nnx", 1)
 def _nnx(names: Names) -> None:
     model, adapted, merged = names["model"], names["adapted"], names["merged"]

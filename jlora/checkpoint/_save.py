@@ -21,7 +21,7 @@ from .._tree import (
     name_of,
     nest,
 )
-from .._types import Path, PyTree
+from .._types import Holder, Path, PyTree
 from ._fingerprint import fingerprint, is_fingerprint, shapes_of
 from ._meta import encode, flatten_leaves, node_types
 from ._store import by_all, write
@@ -64,7 +64,8 @@ def save(
             of an optimizer or a table from `jlora.many.prepare`; or if another argument has a wrong
             type.
         ValueError: if `adapter` does not fit `base`, or has keys that Orbax confuses: it treats a
-            dot in a key as a level of the tree.
+            dot in a key as a level of the tree; or if it is a module with batch statistics, or
+            other state that is not in its adapter.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -168,6 +169,7 @@ def _check(
     adapter: PyTree, rules: Sequence[Rule], base: PyTree | None, hash_values: bool
 ) -> tuple[dict[Path, Any], tuple[Rule, ...]]:
     """Returns the leaves of the adapter by path, and the rules; raises for what cannot be saved."""
+    _check_state(adapter)
     found = adapter_leaves(adapter_of(adapter))
     _check_arrays(flatten_leaves(found), "adapter")
     given = check_rules(rules)
@@ -178,6 +180,18 @@ def _check(
     elif hash_values:
         raise TypeError("`hash_values` needs the base, whose values it hashes. Give `base` too.")
     return found, given
+
+
+def _check_state(adapter: PyTree) -> None:
+    """Raises for a module whose base has state: read into a fresh base, it is another model."""
+    if names := adapter.find_state() if isinstance(adapter, Holder) else []:
+        raise InputError(
+            "adapter",
+            f"is a module with state that is not in its adapter, but that calls may change: "
+            f"{', '.join(names)}.",
+            remedy="Give adapted.adapter, and save the state beside it. The guide "
+            '"Load a checkpoint, and export" has the lines, under "Statistics".',
+        )
 
 
 def _check_full(found: dict[Path, Any], rules: tuple[Rule, ...]) -> None:

@@ -80,6 +80,7 @@ class Adapted(Holder, keras.Model):
         self._adapted = {name_of(path) for path in dict(leaves_by_path(adapter, is_node))}
         self._masks = keras.random.SeedGenerator(seed)
         self._is_merged = False
+        self._changed = set[str]()
         self.built = True
 
     def _add(self, name: str, x: jax.Array, trainable: bool) -> Any:
@@ -115,6 +116,10 @@ class Adapted(Holder, keras.Model):
     def trainable(self, value: bool) -> None:
         keras.Model.trainable.__set__(self, value)  # which reaches all parts of a model
         self.base.trainable = False
+
+    def find_state(self) -> list[str]:
+        """Lists weights of the base that are not trained, but that calls have changed."""
+        return [v.path for v in self.base.weights if v.path in self._changed]
 
     def merge(self) -> Any:
         """Puts W + s·A·B into the variables of the base, and returns the base.
@@ -199,6 +204,7 @@ class Adapted(Holder, keras.Model):
         for v, old, x in zip(others, values, new, strict=True):
             if x is not old:
                 v.assign(x)
+                self._changed.add(v.path)
         for x in losses:
             self.add_loss(x)
         return jax.tree.map(lambda x, mask: SetMask(mask)(x), outputs, masks)

@@ -24,6 +24,8 @@ from .._types import Holder, PyTree
 from ..sharding import specs
 from ._changes import find_attributes, find_changes, make_changes
 
+# What a checkpoint of a trained model has otherwise, or does not need.
+NO_STATE = nnx.Param, nnx.RngState, nnx.Cache, nnx.Intermediate
 OWN = ("base", "lora", "rngs", "deterministic")  # attributes of an `Adapted`, not of its model
 
 
@@ -48,7 +50,8 @@ class Adapted(Holder, nnx.Module):
             statistics and dropout counts.
         lora: the tree of the adapter, with each array as an `nnx.LoRAParam`, which is sharded like
             the axes of W that it has.
-        adapter: the adapter as a tree of arrays, for all other functions of jlora.
+        adapter: the adapter as a tree of arrays, for all other functions of jlora. Assign another
+            one to it to go on with that, such as the best one of a run.
         deterministic: whether the dropout of the low-rank path is off. `adapted.eval()` sets it to
             True and `adapted.train()` to False, here and in the base.
 
@@ -70,10 +73,8 @@ class Adapted(Holder, nnx.Module):
     """
 
     def __init__(self, model: nnx.Module, adapter: PyTree, *, rngs: nnx.Rngs | None = None) -> None:
-        params = _split(model)[1]
-        bind(params, adapter)  # raises unless it fits
         self.base = model
-        self.lora = nnx.data(_variables(params, adapter))
+        self.adapter = adapter
         drops = any(x.dropout for _, x in leaves_by_path(adapter, is_node) if is_node(x))
         self.rngs = _stream(rngs, "dropout").fork() if rngs is not None and drops else None
         self.deterministic = False
@@ -82,6 +83,22 @@ class Adapted(Holder, nnx.Module):
     def adapter(self) -> PyTree:
         """The adapter as a tree of arrays."""
         return nnx.as_pure(self.lora)
+
+    @adapter.setter
+    def adapter(self, adapter: PyTree) -> None:
+        params = _split(self.base)[1]
+        bind(params, adapter)  # raises unless it fits
+        held = vars(self).get("lora")
+        new = _variables(params, adapter)
+        if jax.tree.structure(held) == jax.tree.structure(new):
+            nnx.update(held, nnx.state(new))  # a new attribute would not leave nnx.jit(graph=False)
+        else:
+            self.lora = nnx.data(new)
+
+    def find_state(self) -> list[str]:
+        """Lists variables of the base that are not trained, but that calls may change."""
+        state = nnx.to_flat_state(nnx.state(self.base, nnx.Not(nnx.Any(*NO_STATE))))
+        return [name_of(tuple(map(str, path))) for path, x in state if _has_state(x)]
 
     def merge(self) -> nnx.Module:
         """Makes a module of the model's class with W + s·A·B, in W's dtype; see `jlora.merge`.
@@ -142,7 +159,9 @@ class Adapted(Holder, nnx.Module):
     def __setattr__(self, name: str, value: object) -> None:
         base = vars(self).get("base")
         is_own = name in OWN or hasattr(type(self), name) or not hasattr(base, name)
-        if is_own:
+        if name == "adapter":  # NNX would refuse its arrays before the property gets them
+            object.__setattr__(self, name, value)
+        elif is_own:
             super().__setattr__(name, value)
         else:
             setattr(base, name, value)

@@ -1,5 +1,6 @@
 """Models of Keras with an adapter: what the transform computes, in Keras's own loop."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from own_methods import Diagonal, Gain
 from small import every, some
 
 import jlora.keras
-from jlora import DoRA, Full, LoRA, Rows
+from jlora import DoRA, Full, LoRA, Rows, checkpoint
 from jlora.keras import Adapted, adapt
 
 # Of Keras, which makes NumPy's arrays of its variables.
@@ -106,6 +107,34 @@ def test_fit_trains_the_adapter_alone() -> None:
         np.testing.assert_array_equal(v.value, before[v.path])
     drawn = [v for v in model.variables if "seed" in v.path]
     assert [int(v.value[1]) for v in drawn] == [40]  # two batches in each of 20 epochs
+
+
+class Mean(layers.Layer):
+    """Subtracts a mean that training moves, whatever is frozen."""
+
+    def build(self, shape: Any) -> None:
+        """Makes the mean."""
+        self.mean = self.add_weight(name="mean", shape=shape[1:], trainable=False)
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        """Moves it."""
+        if training:
+            self.mean.assign(0.9 * self.mean + 0.1 * keras.ops.mean(x, 0))
+        return x - self.mean
+
+
+def test_state_is_not_lost_with_the_adapter(tmp_path: Any) -> None:
+    """What training has changed in the base is; frozen statistics and drawn masks are not."""
+    for more, names in (([], []), ([Mean(name="moved")], ["state/moved/mean"])):
+        parts = [layers.Dense(4, name="dense"), layers.BatchNormalization(), layers.Dropout(0.1)]
+        model = keras.Sequential([layers.Input([16]), *parts, *more], name="state")
+        adapted = adapt(model, LoRA("kernel", rank=2), example=X)
+        adapted.compile("adam", "mse")
+        adapted.fit(X, X[:, :4], verbose=0)
+        assert adapted.find_state() == names
+        check = refused(ValueError, "adapter", "state/moved/mean", "Give adapted.adapter")
+        with check if names else contextlib.nullcontext():
+            checkpoint.save(tmp_path / "a", adapted, [LoRA("kernel", rank=2)])
 
 
 def test_a_whole_model_is_not_saved(tmp_path: Any) -> None:

@@ -16,7 +16,7 @@ from own_methods import Diagonal, Gain
 from small import array, every, some
 
 import jlora
-from jlora import DoRA, Full, LoRA, Rows
+from jlora import DoRA, Full, LoRA, Rows, checkpoint
 from jlora.nnx import Adapted, adapt
 
 ADAPTER = nnx.DiffState(0, nnx.LoRAParam)
@@ -394,6 +394,47 @@ def test_dropout_of_the_low_rank_path() -> None:
     np.testing.assert_allclose(bare(x), merged, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [None, {}, {"graph": False}])
+def test_another_adapter_is_assigned(options: dict[str, Any] | None) -> None:
+    """Also in a compiled step, and one of another rank; the optimizer goes on with it."""
+    adapted, x = trained(LoRA("kernel", rank=2)), inputs()
+    adapted.eval()
+    best, expected = adapted.adapter, adapted(x)
+    optimizer = nnx.Optimizer(adapted, optax.sgd(0.1), wrt=nnx.LoRAParam)
+    step = nnx.jit(lambda m, o: o.update(m, nnx.grad(lambda m: m(x).sum(), argnums=ADAPTER)(m)))
+    step(adapted, optimizer)
+    assert not np.allclose(adapted(x), expected)
+    put = lambda model, adapter: setattr(model, "adapter", adapter)  # noqa: E731
+    (put if options is None else nnx.jit(put, **options))(adapted, best)
+    np.testing.assert_allclose(adapted(x), expected, atol=1e-5)
+    assert_close(adapted.adapter, best)
+    step(adapted, optimizer)
+    assert not np.allclose(adapted(x), expected)
+    adapted.adapter = other = trained(LoRA("kernel", rank=4)).adapter
+    assert adapted.adapter["up"]["kernel"].a is other["up"]["kernel"].a
+
+
+def test_state_is_not_lost_with_the_adapter(tmp_path: Any) -> None:
+    """Of a module with statistics no checkpoint is written; the adapter alone is."""
+    adapted, rules = trained(LoRA("kernel", rank=2)), [LoRA("kernel", rank=2)]
+    for write in (checkpoint.save, lambda _, *args: checkpoint.items(*args)):
+        with refused(ValueError, "adapter", "norm/mean, norm/var", "Give adapted.adapter"):
+            write(tmp_path / "a", adapted, rules)
+    checkpoint.save(tmp_path / "a", adapted.adapter, rules)
+    adapted = trained(LoRA("layers/0/kernel", rank=2), model=masked())
+    checkpoint.save(tmp_path / "b", adapted, [LoRA("layers/0/kernel", rank=2)])
+    again = Adapted(masked(), checkpoint.restore(tmp_path / "b"))
+    adapted.eval()
+    again.eval()
+    np.testing.assert_array_equal(again(inputs()), adapted(inputs()))
+
+
+def masked() -> nnx.Module:
+    """A model whose only state draws masks."""
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(nnx.Linear(8, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+
+
 def test_no_adapter_is_the_model() -> None:
     model = Layers()
     model.eval()
@@ -463,6 +504,9 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
         ),
         "`adapter` ... other/kernel ... not in `base`": lambda: Adapted(
             Layers(), {"other": trained(UP).adapter["up"]}
+        ),
+        "`adapter` ... up/kernel ... expected shape": lambda: setattr(
+            trained(UP), "adapter", {"up": {"kernel": jnp.ones(3)}}
         ),
     },
     AttributeError: {
