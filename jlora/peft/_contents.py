@@ -22,7 +22,7 @@ from .adapter._files import Files
 from .adapter._one_rank import with_profile
 from .adapter._open import open_adapter
 from .adapter._parameters import assign_parameters, find_twins
-from .adapter._parts import Parameters, Part, fill
+from .adapter._parts import Parameters, Part, Values, fill, list_changes
 from .adapter._sorted import sort_tensors
 from .adapter._writable import explain_unstored
 from .names._kinds import EMBEDDING, EXPERTS, KINDS, ROWS
@@ -99,7 +99,7 @@ def read(
         (2, 3)
     """
     problems = Problems("path", f"the adapter in {path} cannot be read.", path)
-    return _read(open_adapter(path, "path", ignore, prefix), problems)
+    return _as_contents(*_read(open_adapter(path, "path", ignore, prefix), problems))
 
 
 def write(
@@ -160,27 +160,32 @@ def write(
         "cannot be written so that `read` reads the same adapter. If leaves were added or renamed, "
         "leave target_modules out of its `config`.",
     )
-    _read(draft.as_files("contents", contents.leaves), problems)
+    _, again = _read(draft.as_files("contents", contents.leaves), problems)
+    problems.stop(*list_changes(own, again))
     draft.write(path)
     return fields
 
 
-def _read(files: Files, problems: Problems) -> Contents:
+def _read(files: Files, problems: Problems) -> tuple[dict[str, Any], Values]:
+    """Reads the configuration, and the values of all parameters."""
     adapter = sort_tensors(files, problems)
     own = assign_parameters(adapter, None, "", problems)
     values = files.values(own, problems)
     problems.stop()
-    own = fill(own, values)
+    return adapter.fields, fill(own, values)
+
+
+def _as_contents(fields: dict[str, Any], own: Values) -> Contents:
     twins = find_twins(own.parts)
     tied = {x.key: twins[x.name].key for x in own.parts if x.kind is EMBEDDING and x.name in twins}
-    dropout = float(adapter.fields.get("lora_dropout", 0.0))
+    dropout = float(fields.get("lora_dropout", 0.0))
     nodes = {
         x.key: join_factors(_as_leaf(x), [x.arrays], scale=x.scale, dropout=dropout)
         for x in own.parts
         if x.kind is EMBEDDING or x.name not in twins
     }
     rows = {x.module: Replaced(put(x.v), x.rows, _ROWS) for x in own.tokens.values()}
-    return Contents({**nodes, **rows, **own.full}, adapter.fields, tied, own.frozen)
+    return Contents({**nodes, **rows, **own.full}, fields, tied, own.frozen)
 
 
 def _as_leaf(part: Part[np.ndarray]) -> NamedLeaf:

@@ -28,7 +28,7 @@ from .adapter._describe import (
 )
 from .adapter._draft import Draft, make_draft
 from .adapter._one_rank import with_profile
-from .adapter._parts import Parameters, Part, Values
+from .adapter._parts import Parameters, Part, Values, list_changes
 from .adapter._roles import make_saves
 from .adapter._sorted import may_tie
 from .adapter._writable import explain_unstored
@@ -204,7 +204,8 @@ def _draft(
         "apart from others or from those that PEFT saves as a whole, or `config` selects others. "
         "Then leave target_modules out of it; or train these leaves in full, or merge them.",
     )
-    fit(draft.as_files("config", tree.modules), tree.leaves, problems)
+    _, _, again = fit(draft.as_files("config", tree.modules), tree.leaves, problems)
+    problems.stop(*list_changes(own, again))
     if base_model is not None:
         _warn_of_prefix(Path(base_model), own)
     return draft

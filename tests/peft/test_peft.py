@@ -39,9 +39,10 @@ from small import some
 
 import jlora
 from jlora import DoRA, Full, LoRA, peft
-from jlora.peft import Name
+from jlora.peft import Name, _contents, _save
 from jlora.peft.adapter._config import list_misformed
 from jlora.peft.adapter._describe import _select
+from jlora.peft.adapter._draft import make_draft
 from jlora.peft.names._leaves import resolve
 from jlora.types import Layout, LowRank
 from tests.peft.merge.test_peft_merged import checkpoint
@@ -96,6 +97,106 @@ def test_files_come_back(name: str, tmp_path: Folder) -> None:
     assert ours.keys() == config.keys()
     assert ours["base_model_name_or_path"] == "some/model"
     assert (tmp_path / "b" / CONFIG).read_text() == json.dumps(ours, indent=2, sort_keys=True)
+
+
+# In a model with experts PEFT may take `up_proj` for a part of them, but not where it selected the
+# module itself.
+BASE = {
+    "m.q.weight": (6, 6),
+    "m.shared_experts.up_proj.weight": (4, 6),
+    "m.experts.gate_up_proj": (2, 8, 6),
+    "m.experts.down_proj": (2, 6, 4),
+}
+OF_EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+KEPT: dict[str, dict[str, Any]] = {
+    "an alpha": {"alpha_pattern": {"up_proj": 3}},
+    "a rank": {"rank_pattern": {"up_proj": 4}},
+    "whole names": {"rank_pattern": {"m.shared_experts.up_proj": 4}, "alpha_pattern": {"q": 3}},
+}
+KEPT |= {f"{what}, and experts": fields | OF_EXPERTS for what, fields in KEPT.items()}
+
+
+def of_peft(name: str, folder: Folder) -> models.Case:
+    """A fixture, or a case of `KEPT` in a new folder."""
+    if name in CASES:
+        return models.case(name)
+    base = {name: np.asarray(normal(i, *x)) for i, (name, x) in enumerate(BASE.items())}
+    homes = {name: name.rpartition(".")[::2] for name in base}
+    names = tuple(Name(n, m, ("oi", "eoi")[base[n].ndim > 2], p) for n, (m, p) in homes.items())
+    rank = next(iter(KEPT[name].get("rank_pattern", {}).values()), 2)
+    sizes = {"m.q": (2, 6, 6), "m.shared_experts.up_proj": (rank, 6, 4)}
+    if "target_parameters" in KEPT[name]:
+        sizes |= {"m.experts.base_layer": (4, 6, 8), "m.experts": (4, 4, 6)}
+    tensors = {
+        module + end: normal(i, *shape)
+        for module, (r, inputs, outputs) in sizes.items()
+        for i, (end, shape) in enumerate(zip(ENDS, ((r, inputs), (outputs, r)), strict=True))
+    }
+    usual = {"peft_type": "LORA", "peft_version": "0.21.2", "r": 2, "lora_alpha": 32}
+    write(folder, tensors, **usual, target_modules=["q", "up_proj"], **KEPT[name])
+    return models.Case(folder, None, base, names, {})
+
+
+@pytest.mark.parametrize("name", [*some(CASES, *DAILY), *KEPT])
+def test_what_is_written_changes_no_number(name: str, tmp_path: Folder) -> None:
+    """With the configuration or without it, from a tree or without a model: it says what was read.
+
+    `test_merged_is_peft_s` has the law for what is merged of the fixtures.
+    """
+    case = of_peft(name, tmp_path / "peft")
+    contents, adapter = peft.read(case.folder), peft.load(case.folder, case.base, case.names)
+    peft.save(tmp_path / "kept", case.base, adapter, case.names, config=contents.config)
+    peft.save(tmp_path / "chosen", case.base, adapter, case.names)
+    peft.write(tmp_path / "written", contents)
+    for folder in ("kept", "chosen", "written"):
+        assert_equal(peft.load(tmp_path / folder, case.base, case.names), adapter)
+    for folder in ("kept", "written"):
+        assert_equal(dict(peft.read(tmp_path / folder).leaves), dict(contents.leaves))
+    if name in KEPT:
+        checkpoint(tmp_path / "base", case.base)
+        peft.export_merged(tmp_path / "base", adapter, tmp_path / "tree", names=case.names)
+        for folder in ("kept", "chosen", "written"):
+            peft.export_merged(tmp_path / "base", tmp_path / folder, tmp_path / f"{folder} merged")
+            assert_equal(read_all(tmp_path / f"{folder} merged"), read_all(tmp_path / "tree"))
+
+
+# What a draft may say otherwise than the adapter: fields, or the tensors of keys that end so.
+LAYER, OF_BERT = "model.layers.0", "encoder.layer.0.attention.self"
+OTHERS = "has other values than the files"
+DRAFTED: dict[str, tuple[str, Any, tuple[str, str]]] = {
+    "a scale": ("patterns", {"lora_alpha": 64}, (f"{LAYER}.mlp.down_proj.weight", "scale 32")),
+    "A": ("qv", "query.lora_A.weight", (f"{OF_BERT}.query.weight", OTHERS)),
+    "B": ("experts", "experts.lora_B.weight", ("experts.down_proj", OTHERS)),
+    "magnitudes": ("dora", "lora_magnitude_vector", (f"{LAYER}.mlp.down_proj.weight", OTHERS)),
+    "rows": ("tokens", "trainable_tokens_delta", ("model.embed_tokens.weight", OTHERS)),
+    "a bias": ("bias", "query.base_layer.bias", (f"{OF_BERT}.query.bias", OTHERS)),
+    "a whole leaf": ("modules_to_save", "classifier.weight", ("classifier.weight", OTHERS)),
+}
+
+
+@pytest.mark.parametrize("what", DRAFTED)
+def test_what_is_drafted_is_compared(
+    what: str, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that changes a number: no file is written that says something else."""
+    name, changed, facts = DRAFTED[what]
+    case, adapter = loaded(name)
+    contents = peft.read(case.folder)
+
+    def draft(*args: Any) -> Any:
+        made = make_draft(*args)
+        if isinstance(changed, dict):
+            return made._replace(fields=made.fields | changed)
+        new = {k: x + x.dtype.type(k.endswith(changed)) for k, x in made.tensors.items()}
+        return made._replace(tensors=new)
+
+    for module in (_save, _contents):
+        monkeypatch.setattr(module, "make_draft", draft)
+    with refused(ValueError, "adapter", *facts):
+        peft.save(tmp_path / "a", case.base, adapter, case.names, config=contents.config)
+    with refused(ValueError, "contents", *facts):
+        peft.write(tmp_path / "a", contents)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

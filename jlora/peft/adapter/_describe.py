@@ -63,13 +63,11 @@ def _choose(tree: Tree) -> Fields:
 
 
 def _key(parts: Sequence[Part[np.ndarray]], fields: Fields) -> Iterable[Part[np.ndarray]]:
-    """Gives parts whose parameters are selected by name these names as keys."""
-    if not fields["target_parameters"]:
-        return parts
+    """Gives parts the names that patterns match: of parameters if they are selected by name."""
     homes = [part.name.rpartition(".")[::2] for part in parts]
     roles = resolve(fields, (module for module, _ in homes), Clock())
     return [
-        part._replace(key=part.name) if parameter in roles[module].parameters else part
+        part._replace(key=part.name if parameter in roles[module].parameters else module)
         for part, (module, parameter) in zip(parts, homes, strict=True)
     ]
 

@@ -137,6 +137,28 @@ def _is_tensor(x: object) -> TypeGuard[TensorInfo]:
     return isinstance(x, TensorInfo)
 
 
+def list_changes(drafted: Values, again: Values) -> list[Problem]:
+    """Lists what files say otherwise than the adapter that they were made of."""
+    after = _list_numbers(again)
+    found = list[Problem]()
+    for name, (rank, scale, *arrays) in _list_numbers(drafted).items():
+        wide, factor, *others = after.get(name, (0, 0.0))
+        # The factor of a row of `names`, and alpha / r, may change the last bits of a scale.
+        if rank != wide or not math.isclose(scale, factor, rel_tol=1e-15):
+            forms = (f"rank {r} and scale {s}" for r, s in ((rank, scale), (wide, factor)))
+            found.append(Problem(name, "has {}, but the files say {}".format(*forms)))
+        elif len(arrays) != len(others) or not all(map(np.array_equal, arrays, others)):
+            found.append(Problem(name, "has other values than the files"))
+    return found
+
+
+def _list_numbers(own: Values) -> dict[str, tuple[Any, ...]]:
+    """Lists rank, scale and arrays of each parameter; whole parameters are of scale 1."""
+    found = {name: (0, 1.0, x) for name, x in own.full.items()}
+    found |= {name: (len(x.rows), 1.0, np.asarray(x.rows), x.v) for name, x in own.tokens.items()}
+    return found | {x.name: (x.rank, x.scale, *x.arrays) for x in own.parts}
+
+
 # ---------------------------------------------------------------------------- rows of embeddings
 
 
