@@ -270,28 +270,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+
+    def add(name: str, *, help: str, **options: Any) -> None:
+        is_shown = isinstance(options.get("default"), int | float | str)
+        parser.add_argument(name, help=help + ", by default %(default)s" * is_shown, **options)
+
     on_cpu = jax.default_backend() == "cpu"
-    add("--base", type=pathlib.Path, help="folder of the model; SmolLM2-135M-Instruct by default")
-    add("--data", type=pathlib.Path, nargs="+", default=[DEFINITIONS], help="JSON lines")
+    add("--base", type=pathlib.Path, help="folder of the model, by default SmolLM2-135M-Instruct")
+    data = "JSON lines, by default definitions of words"
+    add("--data", type=pathlib.Path, nargs="+", default=[DEFINITIONS], help=data)
     add("--vllm", help="the Python of an environment with vLLM: serve the adapter, and ask it")
-    add("--quantize", choices=SCHEMES, help="what the frozen weights are kept in")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32" if on_cpu else "bfloat16")
-    add("--out", type=pathlib.Path, default=pathlib.Path("out/chat"))
+    add("--quantize", choices=SCHEMES, help="of the frozen weights, by default --dtype")
+    dtypes = "float32", "bfloat16"
+    add("--dtype", choices=dtypes, default=dtypes[not on_cpu], help="of the model")
+    add("--out", type=pathlib.Path, default="out/chat", help="folder to write")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--length", type=count, default=256, help="tokens of a row")
     add("--batch", type=count, default=2, help="rows at once")
     add("--accumulate", type=count, default=1, help="batches a step")
-    add("--steps", type=count, default=40)
+    add("--steps", type=count, default=40, help="steps to train")
     add("--evaluate-every", type=count, help="steps; writes the best adapter, not the last")
     add("--patience", type=count, help="stop after so many evaluations without a better one")
     add("--save-every", type=count, default=20, help="steps from checkpoint to checkpoint")
     add("--held-out", type=count, default=24, help="conversations to measure on")
-    add("--rank", type=count, default=8)
+    add("--rank", type=count, default=8, help="of the adapter")
     add("--alpha", type=float, default=ALPHA, help="the adapter is scaled by alpha / rank")
-    add("--learning-rate", type=float, help="at the end of the warmup; see `advice.py`")
+    add("--learning-rate", type=float, help="after the warmup, by default that of `advice.py`")
     add("--seed", type=int, default=0, help="of the adapter, the split and the order")
-    add("--remat", action=argparse.BooleanOptionalAction, help="recompute layers; with --base yes")
+    add("--remat", action=argparse.BooleanOptionalAction, help="recompute layers, as --base does")
     args = parser.parse_args(argv)
     if args.remat is None:
         args.remat = args.base is not None

@@ -58,6 +58,7 @@ def train(
     """The state after a step for each row of `plan`, from `start` on, and the loss of each."""
     losses, tokens, began = [], 0, 0.0
     with progress(plan[start:], initial=start, total=len(plan)) as bar:
+        bar.set_postfix_str("compiling")
         for done, index in enumerate(bar, start + 1):
             if watch.is_over(done - 1):
                 break
@@ -67,6 +68,7 @@ def train(
             seconds = time.perf_counter() - began
             if len(losses) == 1:  # with the time to compile
                 began += seconds
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
             else:
                 tokens, left = tokens + np.count_nonzero(batch.segments), len(plan) - done
                 if len(losses) == 2:

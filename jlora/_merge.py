@@ -26,7 +26,8 @@ def merge(
 
     The sum is computed in float32 (in float64 if W is float64) and rounded once to W's dtype.
     Leaves trained in full replace those of the base. All other leaves are the arrays of the base.
-    Quantized weights become plain arrays: ΔW is added to their values in float32.
+    Quantized weights, adapted or not, become plain arrays of W's full size: ΔW is added to their
+    values in float32. With `requantize` they stay as small as they are.
 
     Call it eagerly if memory is short: it then forms one ΔW at a time, and none at ranks up to 16.
     To update the base in place, call `jax.jit(jlora.merge, donate_argnums=0)`. On CPUs XLA then
@@ -65,6 +66,9 @@ def merge(
         >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4), jnp.bfloat16))
         >>> jlora.merge(base, adapter)["w"].dtype.name
         'bfloat16'
+        >>> base = jlora.quantize({"w": jnp.ones((64, 64))}, jlora.NF4("w"))
+        >>> base["w"].nbytes, jlora.merge(base, {})["w"].nbytes
+        (2120, 16384)
     """
     return _combine(base, adapter, 1, check, requantize)
 

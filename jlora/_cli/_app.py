@@ -9,6 +9,7 @@ import jax
 
 from ._check import check
 from ._combine import combine
+from ._command import ERROR
 from ._convert import convert
 from ._diff import diff
 from ._inspect import inspect
@@ -38,6 +39,9 @@ def main() -> None:
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
     sys.unraisablehook = _report_unraisable
+    if sys.stdout is None:
+        click.echo("jlora: standard output is closed: there is no place for an answer.", err=True)
+        sys.exit(ERROR)
     cli(prog_name="jlora")
 
 

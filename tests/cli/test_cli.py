@@ -692,6 +692,19 @@ def test_the_module_is_the_command(
     assert capsys.readouterr() == (run(*args, code=1).stdout, "")
 
 
+def test_standard_output_is_closed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `jlora inspect DIR >&-` does it: an answer would be lost without a word."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(sys, "argv", ["jlora", "inspect", str(models.FIXTURES / "patterns")])
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(SystemExit) as ended:
+        _app.main()
+    assert (ended.value.code, "is closed" in capsys.readouterr().err) == (2, True)
+
+
 def test_what_python_cannot_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     """That alone is left out."""
     printed: list[Any] = []

@@ -11,6 +11,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import types
 
 import chat
 import conversations
@@ -21,6 +22,7 @@ import numpy as np
 import optax
 import pytest
 import tables
+import watch
 from cases._case import fill
 from conversations import lay
 from jax.tree_util import Partial
@@ -165,6 +167,21 @@ def whole(argv, tmp_path_factory):
         return chat.main([*argv, f"--out={out}"]), out, printed.getvalue(), stopped
 
 
+def test_the_bar_says_what_takes_long(monkeypatch):
+    """It stands at no steps while the first one compiles."""
+    texts = []
+
+    class Bar(watch.progress):
+        def set_postfix_str(self, text, refresh=True):
+            texts.append(text.partition(" ")[0])
+
+    monkeypatch.setattr(watch, "progress", Bar)
+    watched = types.SimpleNamespace(is_over=lambda done: False, look=lambda *_: None)
+    rows = conversations.Rows(*[np.ones((2, 3), int)] * len(conversations.Rows._fields))
+    watch.train(None, None, rows, lambda *_: (None, 1.0), np.zeros((3, 1), int), 0, watched)
+    assert texts == ["compiling", "loss", "loss", "loss"]
+
+
 def test_learns_and_writes_what_is_served(argv, whole, base):
     """A run that has finished is left alone."""
     result, folder, printed, _ = whole
@@ -229,6 +246,17 @@ def test_the_best_adapter_is_kept(argv, tmp_path, monkeypatch):
     assert (rest.losses, rest.step, rest.after) == (whole.losses[4:], 3, 3.0)
     saved = [tmp_path / x / "adapter" / "adapter_model.safetensors" for x in ("whole", "rest")]
     assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
+def test_help_has_defaults(capsys):
+    """Of each option that has one."""
+    with pytest.raises(SystemExit):
+        chat.parse(["--help"])
+    options = [x.split() for x in re.split(r"^  (?=--)", capsys.readouterr().out, flags=re.M)]
+    shown = {words[0]: " ".join(words) for words in options}
+    for name, x in vars(chat.parse([])).items():
+        if isinstance(x, int | float | str | pathlib.Path) and not isinstance(x, bool):
+            assert f"by default {x}" in shown[f"--{name.replace('_', '-')}"]
 
 
 def test_the_guide_has_flags_that_exist():
