@@ -18,7 +18,7 @@ from ._adapters import Node
 from ._arrays import abstract, pick
 from ._compat import scan_counts
 from ._core import Change, Operand, as_array, evaluate, leaf_weight
-from ._foreign import check_kept, check_leaf
+from ._foreign import check_kept, check_leaf, note_call
 from ._node import weight_of
 from ._quantized import is_quantized
 from ._rules import matches, precedence
@@ -177,7 +177,8 @@ def _trace(
     def apply(*values: Any) -> Any:
         params, args, kwargs = put(values)
         check = check_kept(params)
-        outputs = apply_fn(params, *args, **kwargs)
+        with note_call(apply_fn, params):
+            outputs = apply_fn(params, *args, **kwargs)
         check()
         return outputs
 

@@ -1,15 +1,18 @@
 """Errors for objects of other libraries that were given instead of a function or an array."""
 
+import contextlib
 import functools
+import inspect
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
-from ._errors import InputError
+from ._errors import InputError, shorten
 from ._tree import leaves_by_path, name_of
-from ._types import Path, PyTree
+from ._types import Path, PyTree, short
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
@@ -38,13 +41,21 @@ _MODULES = {
 }
 
 
+_NAMES = {"params", "parameters", "variables"}
+
+
 def check_apply_fn(apply_fn: object) -> None:
-    """Raises `TypeError` if `apply_fn` is a module that holds its parameters, or not callable."""
+    """Raises `TypeError` if `apply_fn` holds its parameters, as modules do, or is not callable."""
+    inner = _unwrap(apply_fn)
+    holder = _holder(inner)
+    method = "" if holder is inner else inner.__name__
     for (package, name), remedy in _MODULES.items():
-        if _is_a(package, name, apply_fn):
+        is_pure = method and (package == "flax.linen" or method.startswith("stateless_"))
+        if _is_a(package, name, holder) and not is_pure:
             raise TypeError(
-                "`apply_fn` must be a function of parameters; got the module "
-                f"{type(apply_fn).__name__} of {package}. {remedy}"
+                "`apply_fn` must be a function of parameters; got "
+                f"{f'{method} of the module' if method else 'the module'} "
+                f"{type(holder).__name__} of {package}. {remedy}"
             )
     if not callable(apply_fn):
         raise TypeError(
@@ -52,6 +63,54 @@ def check_apply_fn(apply_fn: object) -> None:
             f"{type(apply_fn).__name__}. The function comes first: "
             "transform(model.apply, LoRA(...))."
         )
+
+
+def _unwrap(f: Any) -> Any:
+    """Returns the function in one of `functools.partial` or `jax.jit`."""
+    is_plain = inspect.isfunction(f) or inspect.ismethod(f)  # such as one by `functools.wraps`
+    inner = f.func if isinstance(f, functools.partial) else getattr(f, "__wrapped__", f)
+    return f if is_plain or inner is f else _unwrap(inner)
+
+
+def _holder(f: Any) -> object:
+    """Returns the object whose method `f` is; any other function is returned as it is."""
+    return getattr(f, "__self__", f)
+
+
+@contextlib.contextmanager
+def note_call(apply_fn: Callable[..., Any], params: PyTree) -> Iterator[None]:
+    """Adds to errors of `apply_fn` what it must get first, if that may be something else."""
+    try:
+        yield
+    except Exception as e:
+        if _is_other(apply_fn, params):
+            keys = f" of {shorten(list(params))}" if isinstance(params, Mapping) else ""
+            is_array = hasattr(params, "dtype")
+            got = short(params) if is_array else f"a {type(params).__name__}{keys}"
+            e.add_note(
+                f"jlora: `init` and `sites` call apply_fn(params, ...), here with {got}. Give all "
+                "parameters that apply_fn takes: in Flax linen the variables, {'params': ...}, and "
+                "no TrainState. If it takes other arguments first, give jlora.transform a function "
+                "such as lambda params, x: apply_fn(x, params)."
+            )
+        raise
+
+
+def _is_other(apply_fn: Callable[..., Any], params: PyTree) -> bool:
+    """Whether `params` may be something else than the parameters that `apply_fn` takes first."""
+    is_linen = _is_a("flax.linen", "Module", _holder(_unwrap(apply_fn)))
+    is_part = is_linen and isinstance(params, Mapping) and "params" not in params
+    is_state = _is_a("flax.training.train_state", "TrainState", params)
+    return is_part or is_state or hasattr(params, "dtype") or _takes_params_later(apply_fn)
+
+
+def _takes_params_later(apply_fn: Callable[..., Any]) -> bool:
+    """Whether the names of arguments say so."""
+    try:
+        first, *later = inspect.signature(apply_fn).parameters
+    except (TypeError, ValueError):  # it has none, or no argument
+        return False
+    return first not in ("p", "weights", *_NAMES) and not _NAMES.isdisjoint(later)
 
 
 def check_leaf(x: object, path: Path) -> None:

@@ -161,7 +161,17 @@ def stand_in(module: str, name: str, **members: Any) -> Any:
     return type("Mine", (base,), {"__module__": "mine"})()
 
 
-CALLED = {"__call__": lambda self, x: x}
+def call(self: Any, *args: Any) -> Any:
+    """A module's call, or another method."""
+    return args[-1]
+
+
+def stateless_call(self: Any, params: Any, rest: Any, x: Any) -> Any:
+    """The call that gets its parameters."""
+    return x
+
+
+CALLED = {"__call__": call}
 MODULES_GIVEN: dict[str, tuple[Callable[[], Any], str, str]] = {
     "linen": (lambda: nn.Dense(3), "Dense of flax.linen", "jlora.transform(model.apply"),
     "nnx": (lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(0)), "Linear of flax.nnx", "lambda model, x: "),
@@ -184,17 +194,27 @@ MODULES_GIVEN: dict[str, tuple[Callable[[], Any], str, str]] = {
 
 @pytest.mark.parametrize("case", list(MODULES_GIVEN))
 def test_module_in_the_place_of_a_function(case: str) -> None:
-    """A module that holds its parameters is not a function of them; what is, is said."""
+    """A module that holds its parameters, or its call, is no function of them; what is, is said."""
     make, got, remedy = MODULES_GIVEN[case]
-    with refused(TypeError, "apply_fn", "", got, remedy):
-        check_apply_fn(make())
+    given = make()
+    forms = [given]
+    if case not in ("linen", "parameters"):  # whose methods get the variables; none has any
+        own = given.__call__
+        forms += [own, jax.jit(own), functools.partial(own), functools.partial(given)]
+    for form in forms:
+        with refused(TypeError, "apply_fn", "", got, remedy):
+            check_apply_fn(form)
 
 
 def test_functions_of_modules_pass() -> None:
     """Methods, partials, compiled functions, and modules of packages with a similar name."""
     module = nn.Dense(3)
     other = stand_in("kerasaurus", "Layer", **CALLED)
-    for fn in (module.apply, functools.partial(module.apply, mutable=["x"]), jax.jit(dense), other):
+    keras = stand_in("keras.src.layers.layer", "Layer", stateless_call=stateless_call)
+    wraps = functools.wraps(nnx.Linear(4, 3, rngs=nnx.Rngs(0)).__call__)
+    wrapper = wraps(lambda params, x: x @ params["kernel"])
+    compiled = jax.jit(functools.partial(module.apply, mutable=["x"]))
+    for fn in (module.apply, compiled, jax.jit(dense), other, wrapper, keras.stateless_call):
         check_apply_fn(fn)
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from flax.errors import FlaxError
 from flax.training.train_state import TrainState
 from laws import assert_close
-from messages import all_refused, refused
+from messages import all_refused, check_text, refused
 from small import (
     ADAPTED,
     KEY,
@@ -312,7 +312,7 @@ def test_keys_of_nnx(case: str) -> None:
 
 
 def test_a_collection_of_linen_variables() -> None:
-    """Flax's own error arrives; the trees of `apply` and `merge` are compared."""
+    """Flax's own error arrives, in `init` with a note; `apply` and `merge` compare trees."""
     module = nn.Dense(3)
     variables = module.init(KEY, X)
     for wrapped in (module.apply, jax.jit(module.apply), functools.partial(module.apply)):
@@ -320,10 +320,12 @@ def test_a_collection_of_linen_variables() -> None:
         for call in (
             lambda lora=lora: lora.init(KEY, variables["params"], X),
             lambda lora=lora: lora.sites(variables["params"], X),
-            lambda lora=lora: lora.apply(variables["params"], {}, X),
         ):
-            with pytest.raises(FlaxError, match="collection"):
+            with pytest.raises(FlaxError, match="collection") as caught:
                 call()
+            check_note(caught.value)
+        with pytest.raises(FlaxError, match="collection"):
+            lora.apply(variables["params"], {}, X)
     adapter = lora.init(KEY, variables, X)[1]
     for f, *args in ((lora.apply, X), (jlora.merge,)):
         with refused(ValueError, "adapter", "params/kernel", "not in `base`"):
@@ -333,13 +335,33 @@ def test_a_collection_of_linen_variables() -> None:
 
 
 def test_parameters_that_are_not_the_first_argument() -> None:
-    """The model's own error, and rules that match no path of an activation."""
+    """The model's own error, with a note; and rules that match no path of an activation."""
     lora = jlora.transform(lambda x, params: x @ params["w"], LoRA("w", rank=2))
     for call in (lambda: lora.init(KEY, W, X), lambda: lora.sites(W, X)):
-        with pytest.raises(TypeError, match="string index"):
+        with pytest.raises(TypeError, match="string index") as caught:
             call()
+        check_note(caught.value)
     with refused(ValueError, "params", "LoRA('w')", "Near misses: the root"):
         lora.init(KEY, X, W)
+
+
+def check_note(error: Exception) -> None:
+    """Compares jlora's note on somebody else's error."""
+    [note] = (x for x in error.__notes__ if x.startswith("jlora"))
+    check_text(note)
+
+
+def test_a_train_state_in_the_place_of_parameters() -> None:
+    """And a batch: the error of linen has a note."""
+    module = nn.Dense(3)
+    variables = module.init(KEY, X)
+    tx = optax.sgd(0.1)
+    state = TrainState.create(apply_fn=module.apply, params=variables["params"], tx=tx)
+    lora = jlora.transform(module.apply, LoRA("kernel", rank=2))
+    for wrong in (state, X):
+        with pytest.raises(TypeError) as caught:
+            lora.init(KEY, wrong, X)
+        check_note(caught.value)
 
 
 FULL, NAMES = Full("layer/kernel"), (peft.Name("(.*)", r"\1", "io"),)
