@@ -152,7 +152,7 @@ def write(
     full = {leaf.parameters[0]: np.asarray(leaf.value) for leaf in tree.full}
     own = Parameters(tree.parts, full, contents.frozen, tree.tokens)
     problems = Problems("contents", "has a configuration that cannot be written.")
-    fields = describe(dict(contents.config), tree, own.parts, "contents", problems)
+    fields = describe(dict(contents.config), tree, own.parts, problems)
     fields, own = with_profile(profile, fields, own)
     draft = make_draft(fields, own, contents.tied, dialect, prefix, contents.leaves)
     problems = Problems(

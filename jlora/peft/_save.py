@@ -18,7 +18,7 @@ from ._file import Source, read_json, shorten
 from ._load import fit
 from ._problems import Problems
 from .adapter._arranged import Tree, arrange
-from .adapter._config import LIMIT, ROWS_ALONE
+from .adapter._config import LIMIT
 from .adapter._describe import (
     Fields,
     describe,
@@ -56,9 +56,8 @@ def save(
     The values of A and B are written bit for bit. Each layer of a scan becomes a module. Axes are
     flattened to PyTorch's. The slots of a fused kernel become one A of rank slots·r, and one B with
     zeros outside each slot. PEFT has one DoRA flag for all sites, so LoRA beside DoRA is refused.
-    Rows of an embedding become `trainable_token_indices`; an adapter of rows alone becomes
-    `TRAINABLE_TOKENS`. PEFT saves some modules only as a whole: then frozen parameters are written
-    too, with the values in `base`.
+    Rows of an embedding become `trainable_token_indices`. PEFT saves some modules only as a whole:
+    then frozen parameters are written too, with the values in `base`.
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
@@ -190,12 +189,9 @@ def _draft(
     given = dict(config or {})
     if base_model is not None:
         given["base_model_name_or_path"] = _name_model(base_model)
-    if is_alone := len(tree.rows) == len(tree.found):
-        given["peft_type"] = ROWS_ALONE
     parts = tree.parts
-    fields = describe(given, tree, parts, "adapter", Problems("config", "cannot be written."))
-    if not is_alone:
-        fields = set_training(fields, given, tree)
+    fields = describe(given, tree, parts, Problems("config", "cannot be written."))
+    fields = set_training(fields, given, tree)
     fields, own = with_profile(profile, fields, _collect(fields, tree, parts))
     draft = make_draft(fields, own, tree.tied, dialect, prefix, tree.modules)
     problems = Problems(

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from jlora import peft
 from jlora._adapters._gated import Routed
-from jlora.peft.adapter._config import DEFAULTS, ROWS_DEFAULTS
+from jlora.peft.adapter._config import DEFAULTS
 from jlora.types import Layout, LowRank, Replaced
 
 # The fields that choose modules, ranks, scales and rows.
@@ -54,9 +54,7 @@ def test_written_as_it_was_read(name: str, tmp_path: Folder) -> None:
     case = models.case(name)
     fields = peft.write(tmp_path / "a", peft.read(case.folder))
     assert_equal(models.read(tmp_path / "a" / TENSORS), models.read(case.folder / TENSORS))
-    old = config_of(case.folder)
-    whole = DEFAULTS if old["peft_type"] == "LORA" else ROWS_DEFAULTS
-    assert config_of(tmp_path / "a") == fields == {**whole, **old}
+    assert config_of(tmp_path / "a") == fields == {**DEFAULTS, **config_of(case.folder)}
 
 
 def test_reading_while_jax_traces() -> None:
@@ -104,8 +102,7 @@ def test_a_configuration_is_made(name: str, tmp_path: Folder) -> None:
     """The model takes what is written without the fields that choose."""
     case = models.case(name)
     contents = peft.read(case.folder)
-    alone = contents.config["peft_type"] != "LORA"
-    peft.write(tmp_path / "a", without(contents, *CHOOSING[alone:]))
+    peft.write(tmp_path / "a", without(contents, *CHOOSING))
     expected = peft.load(case.folder, case.base, case.names)
     assert_equal(peft.load(tmp_path / "a", case.base, case.names), expected)
 
@@ -162,14 +159,13 @@ def test_counted_batches(tmp_path: Folder) -> None:
     assert_equal(models.read(tmp_path / "b" / TENSORS), models.read(folder / TENSORS))
 
 
-def test_rows_alone_are_those_of_the_leaves(tmp_path: Folder) -> None:
-    """Not those that the configuration had."""
+def test_rows_alone(tmp_path: Folder) -> None:
+    """They are of LoRA of no module."""
     rows = Replaced(np.ones((2, 2), np.float32), (5, 6), Layout((), (0,), (1,)))
-    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [3, 4], "target_modules": ["e0"]}
-    fields = peft.write(tmp_path / "a", peft.Contents({"m.e0": rows}, config))
-    assert fields["token_indices"] == [5, 6]
-    found = peft.read(tmp_path / "a").leaves["m.e0"]
-    assert isinstance(found, Replaced) and found.rows == (5, 6)
+    fields = peft.write(tmp_path / "a", peft.Contents({"m.e0": rows}))
+    assert fields["target_modules"] == "dummy-target-modules"
+    assert fields["trainable_token_indices"] == {"m.e0": [5, 6]}
+    assert_same_leaves(peft.read(tmp_path / "a").leaves, {"m.e0": rows})
 
 
 Q = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), 1.0, Layout((), (1,), (0,)))
@@ -185,7 +181,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "shapes": ({"m.q": jax.eval_shape(lambda: Q)}, {}, "m.q: .*got jax.ShapeDtypeStruct"),
     "not finite": ({"m.q": Q.replace(a=Q.a * jnp.inf)}, {}, "3 of 3 values are not finite"),
     "a field": ({"m.q": Q}, {"bias": "x"}, "`contents` has a configuration .*\n.*bias: expected"),
-    "A and B, and rows alone": ({"m.q": Q}, {"peft_type": "TRAINABLE_TOKENS"}, "token_indices: "),
+    "a method": ({"m.q": Q}, {"peft_type": "TRAINABLE_TOKENS"}, "Leave peft_type out"),
     "a deep name": ({f"{'m.' * 101}q": Q}, {}, r"\.lora_A\.weight.*: expected at most 1000 print"),
     "both": ({"m.q": Q, "m.q.weight": np.ones((2, 3))}, {}, r"m\.q.* also has A and B"),
 }

@@ -677,14 +677,11 @@ FROZEN = {
 OTHER = FROZEN | {"lm_head.base_layer.bias": FROZEN["lm_head.base_layer.bias"] + 1}
 NORM = {"norm.weight": 3 * TABLE[0], "norm.running_mean": 2 * TABLE[0], COUNT: np.asarray(7)}
 OF_HEAD, OF_NORM = {"target_modules": ["lm_head"]}, {"modules_to_save": ["norm"]}
-ROWS_ALONE = {
-    "peft_type": "TRAINABLE_TOKENS",
-    "target_modules": ["shared"],
-    "token_indices": [5, 1],
-}
 SHARED = ("decoder.embed_tokens", "encoder.embed_tokens", "lm_head", "shared")
-ROWS = {f"{module}.trainable_tokens_delta": TABLE[:2] for module in SHARED}
-ENCODER = "encoder.embed_tokens.trainable_tokens_delta"
+ROWS = {f"{module}.token_adapter.trainable_tokens_delta": TABLE[:2] for module in SHARED}
+OF_ROWS: dict[str, Any] = {"trainable_token_indices": {module: [5, 1] for module in SHARED}}
+OF_ROWS |= {"target_modules": "dummy-target-modules"}
+ENCODER = "encoder.embed_tokens.token_adapter.trainable_tokens_delta"
 RESIZED = {"embed_tokens.weight": TABLE, "lm_head.weight": 2 * TABLE, "lm_head.bias": TABLE[:, 0]}
 # With `modules_to_save` beside it, PEFT stores each table three times.
 COPIES = {
@@ -734,11 +731,11 @@ BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
         "expected a floating-point dtype, got I64",
     ),
     # T5's `shared` is the table of encoder and decoder, which PEFT writes once each.
-    "rows of several modules": ({"shared": 0 * TABLE}, ROWS, ROWS_ALONE, {"shared.weight": None}),
+    "rows of several modules": ({"shared": 0 * TABLE}, ROWS, OF_ROWS, {"shared.weight": None}),
     "other rows of one": (
         {"shared": 0 * TABLE},
         ROWS | {ENCODER: 2 * TABLE[:2]},
-        ROWS_ALONE,
+        OF_ROWS,
         "expected the values of ",
     ),
 }
@@ -749,8 +746,7 @@ def test_what_peft_saves_beside_a_and_b(case: str, tmp_path: Folder) -> None:
     """Onto a tree and onto a checkpoint: the same weights, or the same refusal."""
     base, tensors, fields, expected = BESIDE[case]
     own = {} if "target_modules" in fields else pair("q", 2, 4, 6)
-    rank = {} if "peft_type" in fields else {"r": 2, "lora_alpha": 2}
-    write(tmp_path / "a", own | tensors, **fields | rank)
+    write(tmp_path / "a", own | tensors, **fields, r=2, lora_alpha=2)
     weights = peft.to_tensors(base, VOCABULARY)
     weights |= {COUNT: np.asarray(2)} if "norm" in base else {}
     config = {"architectures": ["AForMaskedLM"], "tie_word_embeddings": "lm_head" not in base}

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft_models as models
 import pytest
 from messages import refused
 from own_methods import Gain
@@ -153,12 +152,6 @@ NOT_WRITTEN: dict[str, tuple[Any, ...]] = {
     "other norms": (
         (STACKED, {"w": node(NORMS, (3, 8, 6), cls=Decomposed)}, [STACK]), {},
         *("adapter", "w", "norms over axes (0, 1)"),
-    ),
-    # Of rows.
-    "different rows alone": (
-        (TABLE | {"u": TABLE["t"]}, {"t": ROWS, "u": ROWS._replace(rows=(1, 2, 3))},
-         [Name("[tu]", r"m.\g<0>", "vo")]), {},
-        *("adapter", "t", "rows (6, 1, 3)", "Save each embedding by itself"),
     ),
     "another method": (
         (BASE, LOW, [W]), {"config": {"peft_type": "VERA"}},
@@ -381,7 +374,7 @@ OF_DORA: Damages = {
     ),
 }  # fmt: skip
 
-ALL, AT = ".trainable_tokens_delta", EMBED + DELTA
+AT = EMBED + DELTA
 
 
 def listed(**rows: list[int]) -> Damage:
@@ -420,19 +413,12 @@ OF_ROWS: Damages = {
     f"rows {wrong!r}": (say(**{INDICES: wrong}), INDICES, f"got {wrong!r}")
     for wrong in ([1, 2, -1], [1, 2, 2], [], "123", [True, 2, 3])
 }  # fmt: skip
-ROWS_ALONE: Damages = {
-    "no rows": (say(token_indices=[]), "token_indices", "got []"),
-    "A": (put(AT_Q + ENDS[0], np.ones((2, 8), np.float32)), AT_Q + ENDS[0], "does not select it"),
-    "integers": (put(EMBED + ALL, np.ones((3, 8), np.int64)), EMBED + ALL, "got I64"),
-    "missing": (
-        change(lambda t: t.clear() or t.update({AT_Q: ONES})), AT_Q, "does not select it"
-    ),
-    "feature": (say(r=8), "r", "8 is a feature"),
-    "nothing": (say(target_modules=None), EMBED + ALL, "does not select it"),
-}  # fmt: skip
-
 OF_METHODS: Damages = {
     "another method": (say(peft_type="ADALORA"), "peft_type", "got 'ADALORA'", "peft.save_as_lora"),
+    "rows alone": (
+        say(peft_type="TRAINABLE_TOKENS", token_indices=[1]),
+        *("peft_type", "got 'TRAINABLE_TOKENS'", "Merge it in PEFT"),
+    ),
     "no method": (say(peft_type=["LORA"]), "peft_type", "['LORA']", "Set it to the met"),
 }  # fmt: skip
 OF_TIED_DORA: Damages = {
@@ -511,45 +497,33 @@ DAMAGES = {
         "dora_scanned": OF_TIED_DORA,
         "dora": OF_DORA,
         "tokens": OF_ROWS,
-        "alone": ROWS_ALONE,
     }.items()
     for damage, found in each.items()
 }
-METHODS = ("dora", "tokens", "alone")
+METHODS = ("dora", "tokens")
 # What nothing but the tree of the model can tell.
 OF_TREES = {"of a linear module", "of the head alone", "another table"}
-
-
-def files(name: str, folder: Folder) -> Files:
-    """A copy of a fixture; `alone` is one of rows and nothing else."""
-    if name != "alone":
-        return Files(folder, name)
-    case = models.case("tokens")
-    adapter = peft.load(case.folder, case.base, case.names)
-    rows = {"params": {"embed": adapter["params"]["embed"]}}
-    peft.save(folder / "source", case.base, rows, case.names)
-    return Files(folder, name, case._replace(folder=folder / "source"))
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGES)
 def test_load_refuses(name: str, damage: str, tmp_path: Folder) -> None:
     """Each by name; of methods onto a checkpoint too, with the same words; nothing is written."""
     damaging, *facts = DAMAGES[name, damage]
-    found = files(name, tmp_path)
+    found = Files(tmp_path, name)
     damaging(found)
     with refused((ValueError, FileNotFoundError), "path", *facts):
         found.load()
     if name in METHODS and damage not in OF_TREES:
-        _, base = fixture("tokens" if name == "alone" else name, tmp_path)
+        _, base = fixture(name, tmp_path)
         with refused(ValueError, "adapter", *facts):
             peft.export_merged(base, found.folder, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["qv", "dora", "tokens", "alone"])
+@pytest.mark.parametrize("name", ["qv", "dora", "tokens"])
 def test_what_is_damaged_was_sound(name: str, tmp_path: Folder) -> None:
     """A pickle beside a safetensors file is not looked at."""
-    found = files(name, tmp_path)
+    found = Files(tmp_path, name)
     (found.folder / "adapter_model.bin").write_bytes(b"code")
     found.load()
     with refused(FileNotFoundError, "path", tmp_path / "nowhere", "there is no folder"):
@@ -580,19 +554,13 @@ def test_a_sparse_file_allocates_nothing(tmp_path: Folder) -> None:
         files.load()
 
 
-@pytest.mark.parametrize("form", ["list", "by name", "alone"])
+@pytest.mark.parametrize("form", ["list", "by name"])
 def test_many_rows_of_many_modules_take_no_time(form: str, tmp_path: Folder) -> None:
     """A list of a hundred thousand rows, and two thousand modules with values."""
-    found = files("alone" if form == "alone" else "tokens", tmp_path)
-    rows, end = list(range(99_999)), DELTA
-    if form == "alone":
-        found.config(token_indices=rows, target_modules=".*")
-        end = ALL
-    else:
-        many = {f"m{i}": rows[:900] for i in range(99)}
-        found.config(**{INDICES: rows if form == "list" else many})
-    few = {f"{PREFIX}m{i}{end}": np.ones((1, 1), np.float32) for i in range(2_000)}
+    found, rows = Files(tmp_path, "tokens"), list(range(99_999))
+    many = {f"m{i}": rows[:900] for i in range(99)}
+    found.config(**{INDICES: rows if form == "list" else many})
+    few = {f"{PREFIX}m{i}{DELTA}": np.ones((1, 1), np.float32) for i in range(2_000)}
     found.tensors(lambda t: t.update(few))
-    facts = (TENSORS, "rows of 2002 modules") if form == "alone" else (INDICES,)
-    with bounded(), refused(ValueError, "path", *facts):
+    with bounded(), refused(ValueError, "path", INDICES):
         peft.read(found.folder)

@@ -67,9 +67,7 @@ def test_what_is_read_and_saved_again(tmp_path: Folder) -> None:
     assert_same_files(tmp_path / "b", tmp_path / "expected")
 
 
-@pytest.mark.parametrize(
-    "known", ["r", "use_dora", "layer_replication", "peft_type", "token_indices"]
-)
+@pytest.mark.parametrize("known", ["r", "use_dora", "layer_replication", "peft_type"])
 def test_known_fields_are_not_ignored(known: str, tmp_path: Folder) -> None:
     """Neither those that jlora reads, nor those that it refuses."""
     adapter = folders(tmp_path)[1]

@@ -10,7 +10,7 @@ from ..._adapters import Replaced, is_node
 from ..._tree import adapter_leaves, check_fits
 from ..._types import Path, PyTree
 from .._file import PREFIX
-from ..names._kinds import EXPERTS, LINEAR, LONE_ROWS, ROWS
+from ..names._kinds import EXPERTS, LINEAR, ROWS
 from ..names._leaves import NamedLeaf, find_tied_heads
 from ..names._names import Name
 from ..names._torch_layout import (
@@ -21,7 +21,6 @@ from ..names._torch_layout import (
     split_rows,
     swap,
 )
-from ._config import ROWS_ALONE
 from ._parts import MAGNITUDE, Part, Tokens, Values
 from ._roles import make_saves
 from ._sorted import BASE
@@ -163,11 +162,8 @@ def make_tensors(
         module, _, parameter = name.rpartition(".")
         is_wrapped = name in own.frozen or (module in adapted and not saves(module))
         tensors[f"{PREFIX}{module}{BASE * is_wrapped}.{parameter}"] = x
-    is_alone = fields["peft_type"] == ROWS_ALONE
-    [end] = (LONE_ROWS if is_alone else ROWS).keys
-    for x in own.tokens.values():
-        heads = [tied[x.module]] if is_alone and x.module in tied else []
-        tensors |= {f"{PREFIX}{module}{end}": x.v for module in (x.module, *heads)}
+    [end] = ROWS.keys
+    tensors |= {f"{PREFIX}{x.module}{end}": x.v for x in own.tokens.values()}
     # Contiguous, as the safetensors library writes memory in its order.
     return {key: np.asarray(x, order="C") for key, x in tensors.items()}
 

@@ -12,16 +12,6 @@ from .._file import CONFIG, Source, read_json, shorten
 
 LIMIT = 4 * 2**20  # bytes
 PARAMETERS = 100  # names; each is searched in all modules
-# The fields that PEFT 0.21 writes for every method.
-COMMON: dict[str, Any] = {
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "inference_mode": True,
-    "peft_version": "0.21.2",
-    "revision": None,
-    "target_modules": [],
-    "task_type": None,
-}
 # Features beyond plain LoRA, as is every unknown field: those that jlora supports, and the others.
 _READ = {"trainable_token_indices": None, "use_dora": False}
 _UNREAD = {
@@ -38,13 +28,16 @@ _UNREAD = {
     "use_qalora": False,
     "velora_config": None,
 }
-_PLAIN = COMMON | {
+_PLAIN: dict[str, Any] = {
     "alpha_pattern": {},
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
     "bias": "none",
     "ensure_weight_tying": False,
     "eva_config": None,
     "exclude_modules": None,
     "fan_in_fan_out": False,
+    "inference_mode": True,
     "init_lora_weights": True,
     "layers_pattern": None,
     "layers_to_transform": None,
@@ -54,19 +47,20 @@ _PLAIN = COMMON | {
     "megatron_core": "megatron.core",
     "modules_to_save": None,
     "peft_type": "LORA",
+    "peft_version": "0.21.2",
     "qalora_group_size": 16,
     "r": 8,
     "rank_pattern": {},
+    "revision": None,
+    "target_modules": [],
     "target_parameters": None,
+    "task_type": None,
     "use_rslora": False,
 }
 DEFAULTS = _PLAIN | _READ | _UNREAD
 METHODS = tuple(_READ)
 PATTERNS = ("rank_pattern", "alpha_pattern")
 CHOICES = ("target_modules", "exclude_modules")
-ROWS_ALONE = "TRAINABLE_TOKENS"  # another method
-ROWS_DEFAULTS = COMMON | {"init_weights": True, "peft_type": ROWS_ALONE, "token_indices": []}
-_KNOWN = DEFAULTS.keys() | ROWS_DEFAULTS.keys()
 # Initializations of A and B that do not change the base.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
@@ -85,7 +79,7 @@ def leave_out(fields: Mapping[str, Any], ignore: Collection[str]) -> dict[str, A
     """Returns a configuration without the fields in `ignore`, which jlora must not know."""
     if isinstance(ignore, str):
         raise TypeError(f"`ignore` must be a tuple of names, such as ({ignore!r},); got a string.")
-    if known := [name for name in ignore if name in _KNOWN]:
+    if known := [name for name in ignore if name in DEFAULTS]:
         raise InputError(
             "ignore",
             f"is for fields that jlora does not know, but it knows {', '.join(known)}: "
@@ -105,19 +99,18 @@ def dumps(fields: Mapping[str, Any]) -> str:
 def problems_of(fields: Mapping[str, Any], *, is_file: bool = True) -> list[Problem]:
     """Lists the problems with a configuration, with remedies for a file or for `config`."""
     method = fields.get("peft_type", "LORA")
-    if method == ROWS_ALONE:
-        required = ("target_modules", "token_indices")
-        strange = {key: x for key, x in fields.items() if x and key not in ROWS_DEFAULTS}
-    else:
-        required = ("peft_type", "target_modules")
-        strange = {key: x for key, x in find_features(fields).items() if key not in METHODS}
+    if method == "TRAINABLE_TOKENS":  # with fields of its own
+        remedy = _ROWS if is_file else "Leave peft_type out."
+        return [Problem("peft_type", f"expected 'LORA', got {method!r}", remedy)]
+    required = ("peft_type", "target_modules")
     found = [Problem(key, "missing") for key in required if key not in fields]
-    if method not in ("LORA", ROWS_ALONE):
+    if method != "LORA":
         remedy = _CONVERT if isinstance(method, str) else _NAME
         remedy = remedy if is_file else "Leave peft_type out."
         found.append(Problem("peft_type", f"expected 'LORA', got {shorten(method)}", remedy))
+    strange = {key: x for key, x in find_features(fields).items() if key not in METHODS}
     found += list_unsupported(strange, is_file=is_file)
-    found += [] if method == ROWS_ALONE else _list_contradictions(fields)
+    found += _list_contradictions(fields)
     found += list_misformed(fields)
     if found or is_file:
         return found
@@ -125,6 +118,10 @@ def problems_of(fields: Mapping[str, Any], *, is_file: bool = True) -> list[Prob
     return [Problem(key, f"expected a value for JSON, got {shorten(x)}") for key, x in odd]
 
 
+_ROWS = (
+    "Merge it in PEFT with merge_and_unload. jlora reads rows as LORA has them, in "
+    "trainable_token_indices."
+)
 _NAME = "Set it to the method of the adapter."
 _CONVERT = (
     "Convert it to LoRA in PEFT with peft.save_as_lora; if PEFT cannot (AdaLoRA), merge it there "
@@ -147,7 +144,7 @@ def list_unsupported(fields: Mapping[str, Any], *, is_file: bool) -> list[Proble
     remedy = "name the field in `ignore`" if is_file else "leave the field out"
     found = list[Problem]()
     for key, value in fields.items():
-        why, then = known if key in _KNOWN else (unknown, f"If it does not, {remedy}.")
+        why, then = known if key in DEFAULTS else (unknown, f"If it does not, {remedy}.")
         found.append(Problem(key, f"{shorten(value)} {why}", then))
     return found
 
@@ -240,7 +237,6 @@ _KINDS: dict[str, tuple[str, _Fits]] = {
     "r": ("an integer of at least 1 and below 2^31", _is_rank),
     "lora_alpha": ("a finite number", is_finite),
     "lora_dropout": ("a number in [0, 1)", lambda x: is_finite(x) and 0 <= x < 1),
-    "token_indices": ("distinct rows", _is_rows),
     "trainable_token_indices": (
         f"distinct rows, an object with the rows of at most {PARAMETERS} modules, or null",
         _or_null(_is_rows, _is_rows_by_name),

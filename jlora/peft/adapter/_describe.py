@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..._errors import InputError, Problem
-from ..._tree import name_of
-from .._file import shorten
+from ..._errors import InputError
 from .._problems import Problems
 from ..names._kinds import LINEAR
 from ..names._leaves import NamedLeaf
 from ._arranged import Tree
-from ._config import DEFAULTS, PATTERNS, ROWS_ALONE, ROWS_DEFAULTS, problems_of
+from ._config import DEFAULTS, PATTERNS, problems_of
 from ._parts import INDICES, Part
 from ._patterns import Clock
 from ._roles import find_divisor, list_parents, list_tails, make_saves, resolve, saves_bias
@@ -27,7 +25,7 @@ NO_MODULE = "dummy-target-modules"  # PEFT's word for "no module"
 
 
 def describe(
-    given: Fields, tree: Tree, parts: Sequence[Part[np.ndarray]], argument: str, problems: Problems
+    given: Fields, tree: Tree, parts: Sequence[Part[np.ndarray]], problems: Problems
 ) -> Fields:
     """Makes the configuration of an adapter.
 
@@ -37,21 +35,17 @@ def describe(
         given: fields.
         tree: the adapter.
         parts: its A and B.
-        argument: the user's argument with the adapter.
         problems: collects what is wrong with `given`.
     """
-    is_alone = given.get("peft_type") == ROWS_ALONE
-    fields = (ROWS_DEFAULTS if is_alone else DEFAULTS) | given
-    if is_alone:
-        fields["token_indices"] = _find_rows_of_all(tree, argument)
-    elif parts:
+    fields = DEFAULTS | given
+    if parts:
         fields["use_dora"] = any(part.m is not None for part in parts)
     problems.stop(*problems_of(fields, is_file=False))
     # PEFT may take modules for experts, but not those that it selected itself.
     is_known = "peft_version" in given or not any(leaf.by_parameter for leaf in tree.leaves)
     if not (is_known and "target_modules" in given):
-        fields |= _choose_rows_alone(tree) if is_alone else _choose(tree)
-    return fields if is_alone else _set_scales(fields, _key(parts, fields), tree.tied)
+        fields |= _choose(tree)
+    return _set_scales(fields, _key(parts, fields), tree.tied)
 
 
 def _choose(tree: Tree) -> Fields:
@@ -215,27 +209,6 @@ def _choose_tokens(tree: Tree) -> Fields:
         return last if tree.is_whole and is_clear else module
 
     return {INDICES: {shorten_name(m): list(rows) for m, rows in wanted.items()} or None}
-
-
-def _find_rows_of_all(tree: Tree, argument: str) -> list[int]:
-    """Finds the rows of an adapter of rows alone: PEFT has one list of them for all embeddings."""
-    lists = {tree.found[leaf.path].rows: name_of(leaf.path) for leaf in tree.rows}
-    if len(lists) > 1:
-        raise InputError(
-            argument,
-            "has only rows of embeddings, and PEFT has one list of rows for all of "
-            "them; got different lists.",
-            problems=[Problem(name, f"rows {shorten(rows)}") for rows, name in lists.items()],
-            remedy="Save each embedding by itself.",
-        )
-    return list(*lists)
-
-
-def _choose_rows_alone(tree: Tree) -> Fields:
-    """Chooses the embeddings of an adapter of rows alone."""
-    wanted = [leaf.modules[0] for leaf in tree.rows]
-    chosen = dict.fromkeys(_with_parents(tree.modules), False) | dict.fromkeys(wanted, True)
-    return {"target_modules": _select(chosen, tree.is_whole)}
 
 
 # ------------------------------------------------------------------------- names

@@ -11,7 +11,6 @@ from ..._errors import Problem
 from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, show
 from .._problems import Problems
 from ..names._kinds import CONV, EMBEDDING, EXPERTS, LINEAR, Kind
-from ._config import ROWS_ALONE
 from ._parts import Header, Headers, Part, T
 from ._roles import Role, list_unused
 from ._sorted import Adapter, may_tie
@@ -193,7 +192,6 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
     """Lists the parameters of the model that are selected but missing in the file."""
     fields = adapter.fields
     modules = adapter.modules.keys()
-    alone = adapter.rest.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
 
     def is_missing(name: str) -> bool:
         module, _, parameter = name.rpartition(".")
@@ -202,7 +200,7 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
         role = adapter.roles[module]
         if role.saves_whole(fields, parameter, module in modules):
             return name not in adapter.rest.full
-        if len(shapes[name]) < 2 or module in modules or name in alone:
+        if len(shapes[name]) < 2 or module in modules:
             return False
         return parameter in role.parameters or (parameter == "weight" and role.adapts)
 

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..._errors import Problem
-from .._file import COUNT, COUNTS, DTYPES, FLOATS, PREFIX, TENSORS, TensorInfo, show
+from .._file import COUNT, COUNTS, DTYPES, FLOATS, PREFIX, TensorInfo, show
 from .._problems import Problems
 from .._vocabulary import is_table
-from ..names._kinds import CONV, EMBEDDING, LINEAR, LONE_ROWS, ROWS
+from ..names._kinds import CONV, EMBEDDING, LINEAR, ROWS
 from ..names._weights import explain_narrowing
-from ._config import PARAMETERS, ROWS_ALONE, problems_of
+from ._config import problems_of
 from ._files import Files
 from ._parts import MAGNITUDE, WRAPPED, Header, Headers, Parameters, Part, Tokens, find_rows
 from ._patterns import Clock
@@ -83,10 +83,6 @@ def sort_tensors(
             if x.dtype in DTYPES and explain_narrowing(DTYPES[x.dtype]):
                 problems.add(x.key, f"dtype {x.dtype} needs jax_enable_x64")
     clock = Clock(files.argument)
-    if fields.get("peft_type") == ROWS_ALONE:
-        tokens = _rows_alone(fields, files.tensors, clock, problems)
-        roles = resolve(fields, modules, clock)
-        return Adapter(fields, roles, clock, {}, Parameters([], tokens=tokens), [])
     sides = collections.defaultdict[tuple[str, int, bool], dict[str, TensorInfo]](dict)
     by_ending = {end: dict[str, TensorInfo]() for end in (MAGNITUDE, *ROWS.keys, B_BIAS)}
     endings = [end for end in by_ending if end != B_BIAS or fields.get("lora_bias")]
@@ -135,32 +131,6 @@ def _list_targets(files: Files) -> dict[str, Any]:
     found = (FACTOR.fullmatch(x.key.removeprefix(PREFIX)) for x in files.tensors)
     modules = dict.fromkeys(x["module"] for x in found if x and x["side"])
     return files.fields | {"target_modules": [x for x in modules if not list_parameters(x)]}
-
-
-def _rows_alone(
-    fields: Mapping[str, Any], tensors: Iterable[TensorInfo], clock: Clock, problems: Problems
-) -> dict[str, Tokens[TensorInfo]]:
-    """Sorts the tensors of an adapter of rows alone."""
-    rows = tuple(fields["token_indices"])
-    found = dict[str, Tokens[TensorInfo]]()
-    [end] = LONE_ROWS.keys
-    by_module = {x.key.removeprefix(PREFIX).removesuffix(end): x for x in tensors}
-    if len(by_module) > PARAMETERS:
-        why = f"has rows of {len(by_module)} modules; expected at most {PARAMETERS}"
-        problems.add(TENSORS, why)
-        return {}
-    roles = resolve(fields, by_module, clock)
-    selected = [module for module in by_module if roles[module].adapts]
-    for module, x in by_module.items():
-        # PEFT stores a tied head with its embedding, even if it is not selected.
-        is_taken = module in selected or (selected and is_table(module))
-        if x.key != f"{PREFIX}{module}{end}" or not is_taken:
-            problems.add(x.key, f"unexpected; {problems.config} does not select it")
-        elif x.dtype not in FLOATS:
-            problems.add_not_floating(x)
-        else:
-            found[f"{module}.weight"] = Tokens(module, rows, x)
-    return found
 
 
 # ------------------------------------------------------------------------- parameters as a whole

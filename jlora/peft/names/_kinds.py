@@ -32,9 +32,8 @@ EMBEDDING = Kind(
 CONV = Kind("conv", "oik", "k", transposed=False, refused=("vllm",))
 LINEAR = Kind("linear", "oi", "i")
 KINDS = (EXPERTS, EMBEDDING, CONV, LINEAR)
-# New values of some rows: beside A and B, and as a method of their own.
+# New values of some rows.
 ROWS = Kind("rows of an embedding", "vo", "", (".token_adapter.trainable_tokens_delta",))
-LONE_ROWS = dataclasses.replace(ROWS, keys=(".trainable_tokens_delta",))
 
 
 def find_kind(axes: str) -> Kind | None:
