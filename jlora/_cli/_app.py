@@ -8,7 +8,6 @@ import click
 import jax
 
 from ._check import check
-from ._combine import combine
 from ._command import ERROR
 from ._convert import convert
 from ._diff import diff
@@ -19,14 +18,14 @@ from ._plan import plan
 
 @click.group(
     "jlora",
-    commands=[inspect, merge, convert, combine, diff, check, plan],
+    commands=[inspect, merge, convert, diff, check, plan],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, equal, or it fits; 1 the adapters differ, it does not fit, or an "
     "engine refuses or drops a part of it; 2 an error; 130 interrupted.",
 )
 @click.version_option(package_name="jlora", prog_name="jlora")
 def cli() -> None:
-    """Inspect, compare, combine, convert, merge and check LoRA adapters; plan training.
+    """Inspect, compare, convert, merge and check LoRA adapters; plan training.
 
     Nothing is ever overwritten. Output appears complete or not at all.
     """

@@ -550,7 +550,6 @@ DIR: check o --for vllm
 --for: check p --for tgi
 A: diff unknown p --names llama; diff lost o; diff p o --names rows.py:OTHER
 B: diff p nowhere; diff p deep
-ADAPTERS: combine p deep x
 IN: convert hf x; convert unknown x --names llama; convert lost x --names llama
 IN: convert o x --names rows.py:OTHER; convert deep x --profile vllm
 --profile: convert p x --profile vllm --dialect kohya
@@ -724,7 +723,6 @@ WRITERS = (
     "convert o x --names llama",
     "convert p x --names llama --base base",
     "convert p x --profile vllm",
-    "combine p p x",
 )
 
 

@@ -73,7 +73,6 @@ COMMANDS = {
         "jlora inspect adapter",
         "jlora check adapter --for vllm",
         "jlora diff adapter adapter",
-        "jlora combine adapter adapter out",
         "jlora convert adapter out --profile vllm",
         "jlora convert adapter out --base params --names peft_calls:NAMES",
     )
