@@ -258,7 +258,12 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(*args, **kwargs)
 
         jaxpr, finish = trace(plain, [w.type for w in weights], [path for path, _ in found])
-        outs = evaluate(jaxpr, *weights)
+        try:
+            outs = evaluate(jaxpr, *weights)
+        except Exception as e:
+            if type(e).__name__ == "ShardingTypeError":  # of JAX 0.12, in any replay of a jaxpr
+                e.add_note("If this is not under jax.jit, call the gradient under jax.jit.")
+            raise
         # A literal is no array yet.
         return finish([jnp.asarray(as_array(x, lambda: "the function's outputs")) for x in outs])
 
