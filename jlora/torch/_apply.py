@@ -59,12 +59,11 @@ class Call(torch.nn.Module):
     def _wrap(self, number: int, x: object) -> Any:
         if not jax.tree_util.all_leaves([x]):  # a cache
             return jax.tree.map(functools.partial(self._wrap, number), x)
-        if isinstance(x, np.ndarray) and x.dtype.kind in "biu":
-            x = torch.tensor(x)
-        if isinstance(x, torch.Tensor):
-            found = x.detach().clone()  # which the model may change
-        elif isinstance(x, jax.Array | np.ndarray):  # NumPy's floats are data
+        if not is_static(x):
             found: Any = self.environment.wrap(x)
+        elif isinstance(x, torch.Tensor | np.ndarray):
+            is_copied = isinstance(x, np.ndarray)  # as the model may change it
+            found = torch.tensor(x) if is_copied else x.detach().clone()
         else:
             return x
         found.call = number
@@ -121,10 +120,26 @@ class Apply:
         for pattern, sharding in (activations or {}).items():
             self._constrain(pattern, sharding)
 
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """The modules that are traced on their own, and the lists of layers that a scan runs."""
+        return (*self._remat, *(stack.name for stack in self.structure.stacks))
+
     def __call__(
         self, params: PyTree, /, *args: Any, method: str = "forward", **kwargs: Any
     ) -> Any:
         """Computes what the model computes with `params`."""
+        return self.run(params, args, kwargs, method)
+
+    def run(
+        self,
+        params: PyTree,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        method: str,
+        seen: dict[str, Any] | None = None,
+    ) -> Any:
+        """Calls a method; adds what modules return to `seen`, but for those of `inside`."""
         every = {".".join(path): x for path, x in leaves_by_path(params)}
         for name in self._buffers & every.keys():
             every[name] = jax.lax.stop_gradient(every[name])
@@ -133,14 +148,16 @@ class Apply:
         tensors = {f"model.{name}": self._wrap(x, name) for name, x in every.items()}
         # A copy, as modules may keep values in their attributes.
         model = copy.deepcopy(self._model)
+        if seen is not None:
+            record_outputs(model, self.inside, seen, to_array)
         for name, policy in self._remat.items():
             recompute(model.get_submodule(name), self._environment, policy)
         for stack in self.structure.stacks:
             Scan(stack, model, self._environment)
         call = Call(model, method, self._environment)
         with self._environment.running():
-            out = torch.func.functional_call(call, tensors, args, kwargs, strict=True)
-        return self._to_jax(out, "")
+            out = torch.func.functional_call(call, tensors, tuple(args), dict(kwargs), strict=True)
+        return convert(out, self._to_jax)
 
     def _wrap(self, x: jax.Array, name: str) -> Tensor:
         """Makes the tensor of a leaf; of several layers, one that only their scan can read."""
@@ -167,30 +184,59 @@ class Apply:
         for name in _match(self._model, "activations", pattern):
             self._model.get_submodule(name).register_forward_hook(constrain)
 
-    def _to_jax(self, x: Any, where: str) -> Any:
-        """Replaces tensors by arrays, and registers the classes around them as pytrees."""
-        if isinstance(x, torch.Tensor):
-            if getattr(x, "call", 0) == WITHIN:
-                refuse(f"returns a value of a layer in a scan, at output{where}", NO_SCAN)
-            self.used |= join_leaves(x)
-            return to_array(x)
-        if x is None or isinstance(x, bool | int | float | complex):
-            return x
-        if isinstance(x, tuple | list):
-            each = [self._to_jax(y, f"{where}[{i}]") for i, y in enumerate(x)]
-            return type(x)(*each) if hasattr(x, "_fields") else type(x)(each)
-        if isinstance(x, dict) or dataclasses.is_dataclass(x):
-            items = {k: self._to_jax(y, f"{where}[{k!r}]") for k, y in _items(x).items()}
-            found = _make(type(x), items)
-            if jax.tree_util.all_leaves([found]):
-                _register(type(x))
-            return found
-        if not jax.tree_util.all_leaves([x]):  # a cache
-            return jax.tree.map(lambda y: self._to_jax(y, where), x)
-        raise TypeError(
-            f"`model` returns an object of type {type(x).__name__} at output{where}, which holds "
-            "no arrays of JAX. Ask for outputs without it."
-        )
+    def _to_jax(self, x: torch.Tensor, where: str) -> jax.Array:
+        if getattr(x, "call", 0) == WITHIN:
+            refuse(f"returns a value of a layer in a scan, at output{where}", NO_SCAN)
+        self.used |= join_leaves(x)
+        return to_array(x)
+
+
+def convert(x: Any, change: Callable[[torch.Tensor, str], Any], where: str = "") -> Any:
+    """Changes the tensors of an output, and registers the classes around them as pytrees."""
+    if isinstance(x, torch.Tensor):
+        return change(x, where)
+    if x is None or isinstance(x, bool | int | float | complex | jax.Array):
+        return x
+    if isinstance(x, tuple | list):
+        each = [convert(y, change, f"{where}[{i}]") for i, y in enumerate(x)]
+        return type(x)(*each) if hasattr(x, "_fields") else type(x)(each)
+    if isinstance(x, dict) or dataclasses.is_dataclass(x):
+        items = {k: convert(y, change, f"{where}[{k!r}]") for k, y in _items(x).items()}
+        found = _make(type(x), items)
+        if jax.tree_util.all_leaves([found]):
+            _register(type(x))
+        return found
+    if not jax.tree_util.all_leaves([x]):  # a cache
+        return jax.tree.map(lambda y: convert(y, change, where), x)
+    raise TypeError(
+        f"`model` returns an object of type {type(x).__name__} at output{where}, which holds "
+        "no arrays of JAX. Ask for outputs without it."
+    )
+
+
+def record_outputs(
+    model: torch.nn.Module,
+    inside: Sequence[str],
+    seen: dict[str, Any],
+    read: Callable[[torch.Tensor], Any],
+) -> None:
+    """Has `seen` get what modules return, by number and name; not of those in `inside`."""
+
+    def leave(module: torch.nn.Module, args: Any, out: Any) -> None:
+        del args
+        for x in filter(torch.is_tensor, _pytree.tree_leaves(out)):
+            seen[f"{len(seen)} {names[module]}"] = read(x)
+
+    names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
+        if not any(f"{name}.".startswith(f"{x}.") for x in inside):
+            module.register_forward_hook(leave)
+
+
+def is_static(x: object) -> bool:
+    """Whether the model may read the values of an argument, which is not traced then."""
+    is_array = isinstance(x, jax.Array | np.ndarray)
+    return not is_array or (isinstance(x, np.ndarray) and x.dtype.kind in "biu")
 
 
 def _match(model: torch.nn.Module, argument: str, pattern: str) -> list[str]:

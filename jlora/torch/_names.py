@@ -143,14 +143,20 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
         up_proj weight oi
     """
     own = {".".join(site.parts): site for site in sites.leaves}
+    rows = {} if apply is None else _name_parts(apply, own)
+    others = {x: _row(site, x, UNKNOWN, True) for x, site in own.items() if x not in rows}
+    return (*rows.values(), *others.values())
+
+
+def _name_parts(apply: Structured, own: Mapping[str, Site]) -> dict[str, Name]:
+    """Makes the rows of the parts of a tree that are the model, by name."""
     rows = dict[str, Name]()
-    for prefix in [] if apply is None else _find_parts(apply, own):
+    for prefix in _find_parts(apply, own):
         part = apply.structure.nest(prefix)
         for name in filter(own.__contains__, part.order):
             is_called = apply.reads.get(name.removeprefix(prefix), True)
             rows[name] = _row(own[name], name, part, is_called)
-    others = {x: _row(site, x, UNKNOWN, True) for x, site in own.items() if x not in rows}
-    return (*rows.values(), *others.values())
+    return rows
 
 
 def _find_parts(apply: Structured, own: Mapping[str, Site]) -> list[str]:

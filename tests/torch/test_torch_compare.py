@@ -1,0 +1,201 @@
+"""`jlora.torch.compare` sees what differs from PyTorch, and nothing else."""
+
+import functools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torchax")
+
+import jax
+import jax.numpy as jnp
+import torch
+from torch import nn
+
+import jlora
+from jlora import LoRA
+from jlora.torch import compare, extract
+
+# What torchax and PEFT warn of is theirs.
+pytestmark = pytest.mark.filterwarnings("default")
+X = jax.random.normal(jax.random.key(0), (3, 4))
+Function = Callable[[Any, torch.Tensor], Any]
+
+
+class Block(nn.Module):
+    """A linear module whose output is scaled."""
+
+    scale = 1.0
+
+    def __init__(self) -> None:
+        """Draws its weight."""
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiplies."""
+        return self.linear(x).tanh() * self.scale
+
+
+class Net(nn.Module):
+    """Layers, and a function of what they compute."""
+
+    def __init__(self, function: Function) -> None:
+        """Draws its parameters."""
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.table = nn.Embedding(5, 4)
+        self.seen: list[int] = []
+        self.function = function
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> Any:
+        """Calls one after the other."""
+        for layer in self.layers:
+            x = layer(x)
+        return self.function(self, x * scale)
+
+    def halve(self, x: torch.Tensor) -> torch.Tensor:
+        """Is another method."""
+        return self.forward(x) / 2
+
+
+def made(function: Function = lambda m, h: h, scale: float = 1.0) -> Net:
+    model = Net(function).eval()
+    if scale != 1:
+        model.layers[1].scale = scale
+    return model
+
+
+def count(m: Net, h: torch.Tensor) -> torch.Tensor:
+    m.seen.append(1)
+    return h * len(m.seen)
+
+
+def hooked(m: Net, h: torch.Tensor) -> torch.Tensor:
+    h.register_hook(lambda g: 2 * g)
+    return h * 1
+
+
+DRAWN = random.Random(0)
+# A module, one of which `apply` is made instead, what is seen of it, and the likely cause.
+SEEN: dict[str, tuple[Net, Net, str, str]] = {
+    "a value": (made(scale=1.1), made(), "output", "layers.1 (Block)"),
+    "a shape": (made(lambda m, h: h[:2]), made(), "output", "the root (Net)"),
+    "a NaN": (made(lambda m, h: h * torch.nan), made(), "output", "the root (Net)"),
+    "an output": (made(lambda m, h: {"a": h, "b": h}), made(lambda m, h: {"a": h}), "output", ""),
+    "an integer": (made(lambda m, h: h.long()), made(lambda m, h: h.long() + 1), "output", "root"),
+    "grad mode": (made(lambda m, h: h * (1 + h.requires_grad)), made(), "output", "root"),
+    "a state": (made(count), made(), "output of call 2", "keeps a state"),
+    "a draw": (made(lambda m, h: h + DRAWN.random()), made(), "output", ""),
+    "a gradient": (made(lambda m, h: h * 2 - h.detach()), made(), "gradient", "hook on gradients"),
+    "a hook": (made(hooked), made(), "gradient layers.0", "hook on gradients"),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_what_differs_is_seen(name: str) -> None:
+    """With its place and its likely cause."""
+    model, other, what, hint = SEEN[name]
+    params, apply = extract(other)
+    found = compare(model, params, apply, X)
+    assert found
+    assert what in str(found) and hint in str(found), found
+    assert "Likely cause: " in str(found)
+    if what == "gradient":
+        assert not compare(model, params, apply, X, gradients=False)
+
+
+def half(model: Net) -> Net:
+    return model.to(torch.bfloat16)
+
+
+ALIKE: dict[str, tuple[Net, dict[str, Any]]] = {
+    "plain": (made(), {}),
+    "a scan": (made(), {"scan": ["layers"]}),
+    "computed again": (made(), {"remat": {r"layers/\d": None}}),
+    "16 bits": (half(made(lambda m, h: h.softmax(-1))), {}),
+    "frozen": (made().requires_grad_(False), {}),
+    "no gradient": (made(lambda m, h: h.detach()), {}),
+    "integers": (made(lambda m, h: (h.argmax(-1), h > 0, h)), {}),
+    "infinite": (made(lambda m, h: (h - torch.inf, h.masked_fill(h > 0, -torch.inf))), {}),
+    "rounding alone": (made(lambda m, h: (h * 1e4).exp().log1p() - (h * 1e4).relu()), {}),
+    "written": (made(lambda m, h: h.clone().mul_(2)), {}),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_is_equal(name: str) -> None:
+    """Whatever the caller's mode; the module stays as it was."""
+    model, options = ALIKE[name]
+    before = {k: (x.clone(), x.requires_grad, x.grad) for k, x in model.named_parameters()}
+    params, apply = extract(model, **options)
+    x = X.astype(jnp.bfloat16) if name == "16 bits" else X
+    with torch.no_grad():
+        found = compare(model, params, apply, x)
+    assert not found, found
+    assert str(found) == "`apply` computes what PyTorch does."
+    for k, p in model.named_parameters():
+        assert torch.equal(p, before[k][0]) and (p.requires_grad, p.grad) == before[k][1:]
+
+
+def test_arguments() -> None:
+    """Keywords of a partial, another method, static ones."""
+    model = made()
+    params, apply = extract(model)
+    assert not compare(model, params, functools.partial(apply, scale=2.0), X)
+    assert not compare(model, params, apply, x=X)
+    assert not compare(model, params, apply, X, method="halve")
+    assert not compare(model, params, apply, np.asarray(X), scale=3.0)
+    assert not compare(model, params, apply, torch.tensor(np.asarray(X)))
+
+
+class Listed(nn.Module):
+    """Calls modules that a plain list holds, and PEFT replaces elsewhere."""
+
+    def __init__(self) -> None:
+        """Draws a weight."""
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = [nn.Linear(4, 4)]
+        self.add_module("0", self.layers[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Calls them."""
+        return self.layers[0](x)
+
+
+@pytest.mark.parametrize(("model", "is_reached"), [(made(), True), (Listed().eval(), False)])
+def test_adapters_are_compared_with_peft(model: Any, is_reached: bool) -> None:
+    """Also those that were just made, whose B is 0."""
+    pytest.importorskip("peft")
+    params, apply = extract(model)
+    lora = jlora.transform(apply, LoRA("linear/weight|0/weight", rank=2))
+    base, adapter = lora.init(jax.random.key(0), params, X)
+    names = jlora.torch.names(lora.sites(params, X), apply)
+    found = compare(model, base, apply, X, adapter=adapter, names=names)
+    assert bool(found) != is_reached
+    assert is_reached or "PEFT does not reach" in found.cause
+
+
+def test_refused() -> None:
+    model = made()
+    params, apply = extract(model)
+    with pytest.raises(TypeError, match=r"`apply` must be the function that .* got function\."):
+        compare(model, params, lambda *_: X, X)
+    with torch.device("meta"):
+        empty = Net(lambda m, h: h).eval()
+    with pytest.raises(ValueError, match=r"(?s)on PyTorch's meta device.* smaller model"):
+        compare(empty, params, apply, X)
+    with pytest.raises(ValueError, match="evaluation mode"):
+        compare(made().train(), params, apply, X)
+
+
+def test_a_difference_is_data() -> None:
+    params, apply = extract(made())
+    [found] = compare(made(scale=2.0), params, apply, X).found
+    assert (found.what, found.where) == ("output", "")
+    assert 1e-5 <= found.bound < 1e-3 < found.error <= 1
