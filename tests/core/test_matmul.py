@@ -11,6 +11,7 @@ import pytest
 from small import array, some, some_rows
 
 import jlora
+from jlora._core._change import plus
 
 MANY, FEW, DIM = 256, 8, 16  # rows
 
@@ -237,7 +238,10 @@ def _convolution(p, x):
 @pytest.mark.parametrize("model", some([_product, _experts, _convolution], _product))
 @pytest.mark.parametrize(
     ("scale", "of_a", "of_b"),
-    some_rows([(1e6, 1, 1e-6), (1, 1e5, 1e-5), (1, 1e-9, 1e9), (1e-7, 1e7, 1)], (1e6, 1, 1e-6)),
+    some_rows(
+        [(1e6, 1, 1e-6), (1, 1e5, 1e-5), (1, 1e-9, 1e9), (1e-7, 1e7, 1)],
+        *[(1e6, 1, 1e-6), (1, 1e-9, 1e9)],
+    ),
 )
 def test_float16_is_merged_whatever_the_sizes_of_s_a_and_b(model, scale, of_a, of_b):
     """Values and gradients where s·A·B is like W, but s, A, B or s·A are not in float16."""
@@ -257,3 +261,19 @@ def test_float16_is_merged_whatever_the_sizes_of_s_a_and_b(model, scale, of_a, o
         return jax.jit(lambda node: (f(node), jax.grad(lambda n: laws.scalar(f(n)))(node)))(node)
 
     laws.assert_close(both(adapted), both(merged), 5e-3, least=0)
+
+
+def test_float16_with_a_column_of_zeros():
+    """It has no norm, by which its row of B could be multiplied out of float16."""
+    w, x = {"w": jnp.zeros((4, 3), jnp.float16)}, jnp.ones((2, 4), jnp.float16)
+    layout = jlora.types.Layout((), (0,), (1,))
+    node = jlora.types.LowRank(jnp.zeros((4, 1)), jnp.full((1, 3), 6e4), 1.0, layout)
+    assert not np.any(jlora.wrap(_product)(jlora.bind(w, {"w": node}), x))
+
+
+def test_a_sum_and_its_derivative_round_alike():
+    """Whatever the dtype of the change: both are a sum in float32, or in W's dtype."""
+    with jax.enable_x64(True):
+        w, change = jnp.float32(1), jnp.float64(2**-24 + 2**-50)
+        value, slope = jax.jvp(plus, (w, change), (w, change))
+        assert slope == value == 1

@@ -113,6 +113,12 @@ def use_padding(p: Any, x: jax.Array) -> Any:
     return x @ lax.pad(p["w"], corner, ((0, 0, 0), (0, 2, 0)))  # here
 
 
+def use_convolution(p: Any, x: jax.Array) -> Any:
+    """Convolved with itself: kernel and input are weights."""
+    w = p["w"][None, None]
+    return x @ lax.conv(w, w, (1, 1), "SAME")[0, 0]  # here
+
+
 def use_mask(p: Any, x: jax.Array) -> Any:
     """A product with a mask."""
     return x @ (p["w"] * jnp.eye(4))  # here
@@ -157,6 +163,9 @@ OUTSIDE = [
     Outside(use_nested, "`sin` at {here} ({name}.<locals>.body.<locals>.<lambda>)"),
     Outside(use_divisor, "`add` at {here} ({name})"),
     Outside(use_padding, "`pad` at {here} ({name}): the weight is a padding value"),
+    Outside(
+        use_convolution, "`conv_general_dilated` at {here} ({name}): the weight is not the kernel"
+    ),
     Outside(use_mask, "`mul` at {here} ({name}): it is scaled by more than a scalar"),
     Outside(use_output, "the function's outputs", only=False),
 ]
