@@ -15,7 +15,7 @@ TREE = {
         "": """start choose loops/index files_and_serving
             reference/index measurements/index project"""
     },
-    "start": {"": "quickstart concepts errors"},
+    "start": {"": "quickstart concepts peft errors"},
     "choose": {"": "rules variants initialize costs"},
     "project": {
         "": "versions migration changelog internals",
@@ -34,12 +34,12 @@ TREE = {
             loops/vision_language loops/image_lora loops/plain
             loops/linen loops/nnx loops/equinox loops/haiku
             loops/keras loops/tunix loops/maxtext""",
-        "By task": """loops/chat loops/vision loops/audio loops/graphs
-            loops/rates loops/tokens loops/dpo loops/grpo
+        "By task": """loops/whole loops/chat loops/vision
+            loops/audio loops/graphs loops/rates loops/tokens
+            loops/dpo loops/grpo
             loops/privacy loops/mixing loops/stacked loops/federated
-            loops/evaluation loops/stopping loops/orbax
             loops/export adapters""",
-        "By size": """loops/accumulation loops/precision quantized
+        "By size": """loops/precision quantized
             loops/remat loops/logits loops/home loops/sharding
             loops/hosts pods""",
     },
@@ -70,7 +70,15 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinx_reredirects",
 ]
+# Pages that moved, and where they are, from their folder.
+redirects = {
+    "loops/accumulation": "whole.html#multisteps",
+    "loops/evaluation": "whole.html",
+    "loops/orbax": "whole.html",
+    "loops/stopping": "whole.html",
+}
 exclude_patterns = ["*.py", "pictures/*.py"]
 default_role = "py:obj"  # what docstrings have in single backticks
 highlight_language = "none"

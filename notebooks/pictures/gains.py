@@ -16,7 +16,7 @@ NAMES = {
     "LoRA, all dense layers": "LoRA",
     "the same on NF4": "LoRA on 4 bits",
 }
-DEVICES = {"TPU v5e": 16, "H100": 80}  # GiB
+DEVICES = {"TPU v5e": 17.2, "H100": 85.9}  # GB: 16 and 80 GiB
 WIDTH, EDGE, TOP, ROW, BAR = 360, 14, 40, 43, 20
 SCALE = 3.2  # of a GB
 FOOT = TOP + ROW * len(NAMES)
@@ -40,11 +40,11 @@ def draw():
             f' fill="{color}"/>',
         ]
     for name, size in DEVICES.items():
-        x = EDGE + round(SCALE * size * 2**30 / 1e9)
+        x = EDGE + round(SCALE * size)
         parts += [
             f'<path d="M{x} {TOP - 4}V{FOOT}" stroke="#c62828" stroke-dasharray="4 3"/>',
             f'<text x="{x}" y="{FOOT + 16}" text-anchor="middle">{name}</text>',
-            f'<text x="{x}" y="{FOOT + 33}" text-anchor="middle">{size} GiB</text>',
+            f'<text x="{x}" y="{FOOT + 33}" text-anchor="middle">{size} GB</text>',
         ]
     high = FOOT + 42
     size = f'width="{WIDTH}" height="{high}" viewBox="0 0 {WIDTH} {high}"'

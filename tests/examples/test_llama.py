@@ -260,12 +260,20 @@ def test_help_has_defaults(capsys):
 
 
 def test_the_guide_has_flags_that_exist():
-    """Each command of the page on chat."""
-    page = pathlib.Path(__file__).parents[2] / "notebooks" / "loops" / "chat.md"
-    commands = re.findall(r"^python examples/chat.py(.*)", page.read_text("utf-8"), re.M)
-    assert len(commands) > 5
+    """Each command of README and of the page on chat; its table has every flag with its default."""
+    root = pathlib.Path(__file__).parents[2]
+    text = (root / "notebooks" / "loops" / "chat.md").read_text("utf-8")
+    both = text + (root / "README.md").read_text("utf-8")
+    commands = re.findall(r"^ *python examples/chat.py(.*)", both, re.M)
+    assert len(commands) > 6 and any(x.startswith(" --base") for x in commands)
     for command in commands:
         chat.parse(shlex.split(command, comments=True))
+    rows = re.findall(r"^\| `--([\w-]+)[^|`]*` \| (.*?) \|", text, re.M)
+    shown = {name.replace("-", "_"): default for name, default in rows}
+    defaults = vars(chat.parse([]))
+    assert shown.keys() == defaults.keys()
+    numbers = {k: f"{v:g}" for k, v in defaults.items() if type(v) in (int, float)}
+    assert {k: shown[k] for k in numbers} == numbers
 
 
 @pytest.mark.slow

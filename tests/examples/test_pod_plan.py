@@ -65,6 +65,6 @@ def test_the_first_picture_has_the_results():
     picture = ROOT / "notebooks" / "pictures" / "gains.svg"
     assert picture.read_text(encoding="utf-8") == names["draw"]()
     peaks = ", ".join(f"{name} {peak} GB" for name, peak in names["figures"]().items())
-    sizes = ", ".join(f"{device} has {size} GiB" for device, size in names["DEVICES"].items())
+    sizes = ", ".join(f"{device} has {size} GB" for device, size in names["DEVICES"].items())
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"![Memory of a step of Llama 3 8B: {peaks}; {sizes}]" in text

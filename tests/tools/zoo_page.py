@@ -1,8 +1,10 @@
-"""What the zoo of PyTorch's models has shown: the rows of a file, and the page of all files.
+"""What the zoo of PyTorch's models has shown: the rows of a file, and a page and a table of all.
 
-`python tests/tools/zoo_page.py` writes the page again. `zoo.py` makes the files.
+`python tests/tools/zoo_page.py` writes both again. `zoo.py` makes the files.
 """
 
+import csv
+import io
 import json
 import pathlib
 import re
@@ -11,6 +13,8 @@ from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = ROOT / "notebooks" / "measurements" / "zoo.md"
+TABLE = ROOT / "examples" / "results" / "zoo.csv"
+MENDED = {1}  # seeds after whose first draw jlora was mended, and which were then measured again
 CLOSE = 1e-4
 VERDICTS = ("whole", "right", "refused", "failed", "wrong")
 STAGES = ("forward", "linear", "adapter", "gradient", "merged")
@@ -98,7 +102,7 @@ def write_line(x: Row) -> str:
 
 HEAD = """# A zoo of PyTorch's models
 
-What [`jlora.torch`](../loops/torch.md) makes of models that were drawn by lot, on a CPU. All are
+What [`jlora.torch`](../loops/torch.md) makes of models that were drawn at random, on a CPU. All are
 tiny and have random weights. The classes of `transformers` are those that PyTorch computes with
 tokens, images or sounds at these sizes; their configurations are the defaults made small. Models of
 timm and torchvision have fewer than 16 million parameters. No class is in two draws.
@@ -108,58 +112,65 @@ A model is *whole* if all of this holds, to 1e-4 of the largest entry:
 - **forward**: its outputs are PyTorch's.
 - **linear**: `jlora.torch.all_linear` has, module for module, what PEFT adapts as `all-linear` and
   the model calls.
-- **adapter**: PEFT computes with the saved adapter what JAX does.
-- **gradient**: the gradients of A and B are PEFT's.
+- **adapter** and **gradient**: PEFT computes with the saved adapter what JAX does, and so are the
+  gradients of A and B.
 - **merged**: the merged folder, loaded by the model's own library, computes the same too.
 
-Where PEFT refuses `all-linear`, as of Mamba's layers and of models without linear modules, the rest
-must hold. A model is *right* if its outputs are, and `all_linear` is not PEFT's, or jlora or PEFT
-fails in a later step by an error of its own. It is *refused* if jlora refuses to run it, with the
-module and a remedy. *Failed* is an error that has neither, or no end within minutes. *Wrong* is a
-number that is not PyTorch's, without an error.
+Where PEFT refuses `all-linear`, the rest must hold. A model is *right* if its outputs are, and a
+later step differs or fails. It is *refused* if jlora refuses to run it, with the module and a
+remedy, *failed* if there is neither or no end within minutes, and *wrong* if a number is not
+PyTorch's, without an error.
+
+When seed 1 was first drawn, 107 of its 120 models were whole and one was wrong. jlora was mended by
+what they showed, and they were measured again. Seed 3 was drawn after that, of other classes;
+some errors that it showed, such as that of SAM 3, were mended before its record. Seed 2 has none.
 """
 
 
 def write_page(zoos: Sequence[Zoo]) -> str:
     """Writes the page."""
-    return "\n".join([HEAD, *(line for zoo in zoos for line in _write_zoo(zoo))])
+    return "\n".join([HEAD, *_list_counts(zoos), *_list_ends(zoos)])
 
 
-def _write_zoo(zoo: Zoo) -> Iterator[str]:
-    versions = ", ".join(f"{name} {x}" for name, x in zoo.versions.items())
-    yield f"## Seed {zoo.seed}\n"
-    yield f"{summarize(zoo)}\n\nVersions: {versions}.\n"
-    families = (*dict.fromkeys(x.family for x in zoo.rows), "")
-    counts = ([zoo.count(x, family=family) for x in VERDICTS] for family in families)
-    rows = ((name or "all", sum(n), *n) for name, n in zip(families, counts, strict=True))
-    yield from _table(("family", "drawn", *VERDICTS), rows)
-    if wide := [x for x in zoo.rows if x.rounded]:
-        worst = max(x.rounded or 0 for x in wide)
-        names = ", ".join(f"`{x.name}`" for x in wide)
-        yield f"Rounding in 32 bits is above 1e-4 in {len(wide)}, up to {worst:.1e}, so that"
-        yield "they were measured in 64 bits, also where the model itself converts to 32:"
-        yield f"{names}.\n"
-    yield "### What is not whole\n"
-    odd = [x for x in zoo.rows if x.verdict != "whole"]
-    yield from _table(("model", "", "why"), ((f"`{x.name}`", x.verdict, _explain(x)) for x in odd))
-    yield "### All models\n"
-    yield from _table(("model", *STAGES), ((f"`{x.name}`", *x.stages) for x in zoo.rows))
-
-
-def summarize(zoo: Zoo) -> str:
-    """Says in numbers what a zoo has shown."""
-    n = len(zoo.rows)
-    right = zoo.count("whole", "right", "refused")
-    return (
-        f"Of {n} models, {right} ({right / n:.0%}) are right or refused by name, "
-        f"{zoo.count('whole')} ({zoo.count('whole') / n:.0%}) whole, {zoo.count('wrong')} wrong."
+def _list_counts(zoos: Sequence[Zoo]) -> Iterator[str]:
+    yield from _table(
+        ("seed", "drawn", *VERDICTS),
+        ((zoo.seed, len(zoo.rows), *map(zoo.count, VERDICTS)) for zoo in zoos),
+    )
+    names = [f"whole, seed {zoo.seed}" for zoo in zoos]
+    families = dict.fromkeys(x.family for zoo in zoos for x in zoo.rows)
+    yield from _table(
+        ("family", *names),
+        ((name, *(_count_whole(zoo, name) for zoo in zoos)) for name in families),
     )
 
 
-def _explain(x: Row) -> str:
-    stages = [stage for stage in STAGES if getattr(x, stage) in ("refused", "failed", "PEFT fails")]
-    text = " ".join(x.why.split()) or f"linear: {x.linear}"
-    return ": ".join([*stages, text]).replace("|", r"\|")
+def _count_whole(zoo: Zoo, family: str) -> str:
+    drawn = zoo.count(*VERDICTS, family=family)
+    return f"{zoo.count('whole', family=family)} of {drawn}"
+
+
+def _list_ends(zoos: Sequence[Zoo]) -> Iterator[str]:
+    wide = [x for zoo in zoos for x in zoo.rows if x.rounded]
+    worst = max((x.rounded or 0 for x in wide), default=0)
+    yield f"Rounding in 32 bits is above 1e-4 in {len(wide)} models, up to {worst:.1e}: they were"
+    yield "measured in 64 bits, also where the model itself converts to 32.\n"
+    yield "`examples/results/zoo.csv` has all models, what each stage came to, and refusals.\n"
+    versions = dict.fromkeys(tuple(zoo.versions.items()) for zoo in zoos)
+    for pairs in versions:
+        yield f"Versions: {', '.join(f'{name} {x}' for name, x in pairs)}.\n"
+
+
+def write_table(zoos: Sequence[Zoo]) -> str:
+    """Writes all rows of all zoos as CSV."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("seed", "family", "model", "verdict", *STAGES, "why"))
+    for zoo in zoos:
+        for x in zoo.rows:
+            why = " ".join(x.why.split())
+            writer.writerow((zoo.seed, x.family, x.name, x.verdict, *x.stages, why))
+    return out.getvalue()
 
 
 def _table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
@@ -176,3 +187,4 @@ def read_all() -> list[Zoo]:
 
 if __name__ == "__main__":
     PAGE.write_text(write_page(read_all()), encoding="utf-8")
+    TABLE.write_text(write_table(read_all()), encoding="utf-8")
