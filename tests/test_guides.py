@@ -328,12 +328,12 @@ def _checkpoints_of_linen(names: Names) -> None:
     assert not names["variables"]["batch_stats"]["layers_1"]["mean"].any()
 
 
-@of("stopping", 1)
-def _stopping(names: Names) -> None:
+@of("whole", 5)
+def _statistics(names: Names) -> None:
     """The best loss comes back, which the best adapter with the last statistics has not."""
     x, y = names["x"][32:], names["y"][32:]
-    best = min(names["losses"])
-    assert float(names["loss_of"](names["adapted"], x, y)) == best != names["losses"][-1]
+    best = min(names["scores"])
+    assert float(names["loss_of"](names["adapted"], x, y)) == best != names["scores"][-1]
 
 
 @of("nnx", 1)
