@@ -129,7 +129,7 @@ def fit(
         The configuration, the adapted leaves, and the values of their parameters.
     """
     shapes = {name: leaf.weight_shape for leaf in leaves for name in leaf.parameters}
-    adapter = sort_tensors(files, problems, [name.rpartition(".")[0] for name in shapes])
+    adapter = sort_tensors(files, problems)
     problems.found += list_missing(adapter, shapes)
     found = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
     match = match_to_tree(found, adapter.heads, leaves, problems)

@@ -28,7 +28,7 @@ def test_the_hook_sees(answers: Any) -> None:
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_nothing_else_happens(case: str, answers: Any) -> None:
-    """No new module, no connection, no process but a pattern's, no file outside of the folder.
+    """No new module, no connection, no process, no file outside of the folder.
 
     Names are printed harmlessly.
     """

@@ -160,8 +160,6 @@ FOLDERS: dict[str, Callable[[Folder], Any]] = {
     "odd format": of_orbax(lambda found: found.update(format=ODD)),
 }
 
-WITH_PATTERNS = ("odd pattern", "odd ranks")  # which are matched in a process
-
 
 # ------------------------------------------------------------------------- what is done with them
 
@@ -266,11 +264,9 @@ def main() -> None:
         for case, root in roots.items():
             FOLDERS[case](root)
             os.chdir(root / "adapter")
-            allowed = STARTS if case in WITH_PATTERNS else ()
             with audit.listening() as events:
                 said = list(messages(root, good))
-            bad = [x for x in events if x.partition(" ")[0] not in allowed]
-            bad += [f"a command was run in {x}" for x in top.rglob("bomb")]
+            bad = [*events, *(f"a command was run in {x}" for x in top.rglob("bomb"))]
             answers[case] = {"events": bad, "messages": said}
         os.chdir("/")
     sys.stdout.write(json.dumps(answers))

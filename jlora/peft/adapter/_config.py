@@ -9,6 +9,7 @@ from ..._errors import InputError, Problem
 from ..._folders import to_path
 from ..._rules import is_finite
 from .._file import CONFIG, Source, read_json, shorten
+from ._patterns import list_bad_patterns
 
 LIMIT = 4 * 2**20  # bytes
 PARAMETERS = 100  # names; each is searched in all modules
@@ -59,8 +60,6 @@ _PLAIN: dict[str, Any] = {
 }
 DEFAULTS = _PLAIN | _READ | _UNREAD
 METHODS = tuple(_READ)
-PATTERNS = ("rank_pattern", "alpha_pattern")
-CHOICES = ("target_modules", "exclude_modules")
 # Initializations of A and B that do not change the base.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
@@ -111,7 +110,7 @@ def problems_of(fields: Mapping[str, Any], *, is_file: bool = True) -> list[Prob
     strange = {key: x for key, x in find_features(fields).items() if key not in METHODS}
     found += list_unsupported(strange, is_file=is_file)
     found += _list_contradictions(fields)
-    found += list_misformed(fields)
+    found += list_misformed(fields) or list_bad_patterns(fields)
     if found or is_file:
         return found
     odd = ((key, x) for key, x in fields.items() if not _is_json(x))

@@ -13,10 +13,10 @@ from .._problems import Problems
 from ..names._kinds import LINEAR
 from ..names._leaves import NamedLeaf
 from ._arranged import Tree
-from ._config import DEFAULTS, PATTERNS, problems_of
+from ._config import DEFAULTS, problems_of
 from ._parts import INDICES, Part
-from ._patterns import Clock
-from ._roles import find_divisor, list_parents, list_tails, make_saves, resolve, saves_bias
+from ._patterns import PATTERNS, list_parents, list_tails
+from ._roles import Roles, find_divisor, make_saves, saves_bias
 from ._sorted import SAVED_BY_NAME, is_of_vocabulary, may_tie
 
 Fields = dict[str, Any]
@@ -59,7 +59,7 @@ def _choose(tree: Tree) -> Fields:
 def _key(parts: Sequence[Part[np.ndarray]], fields: Fields) -> Iterable[Part[np.ndarray]]:
     """Gives parts the names that patterns match: of parameters if they are selected by name."""
     homes = [part.name.rpartition(".")[::2] for part in parts]
-    roles = resolve(fields, (module for module, _ in homes), Clock())
+    roles = Roles(fields)
     return [
         part._replace(key=part.name if parameter in roles[module].parameters else module)
         for part, (module, parameter) in zip(parts, homes, strict=True)
@@ -244,7 +244,7 @@ def _set_scales(
     scales |= {head: scales[key] for key, head in tied.items() if key in scales}
     # The first pattern that matches counts, and files have them in order.
     fields = fields | {key: dict(sorted(fields[key].items())) for key in PATTERNS if fields[key]}
-    roles = resolve(fields, scales, Clock())
+    roles = Roles(fields)
     # The factor of a row of `names` may have changed the last bit of a scale.
     same = (
         roles[k].rank == rank and math.isclose(roles[k].scale, scale, rel_tol=1e-15)

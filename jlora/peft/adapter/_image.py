@@ -17,7 +17,7 @@ from .._recognized import ALPHA, BIAS, FORMS, KEY, MAGNITUDES, MANGLED, A
 from ._config import LIMIT, leave_out
 from ._describe import find_common
 from ._files import Files
-from ._roles import list_parents
+from ._patterns import list_parents
 
 FIELDS = "lora_adapter_metadata"  # of the header, with LoraConfig's fields by prefix
 # The models of a pipeline, in files whose header does not name them.

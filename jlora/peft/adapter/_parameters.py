@@ -54,7 +54,7 @@ def assign_parameters(
         known = [n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) > 1]
     keys = [part.key for part in found]
     saved = {name.rpartition(".")[0] for name in adapter.rest.full}
-    problems.unused += list_unused(adapter.fields, keys, saved, known, where, adapter.clock)
+    problems.unused += list_unused(adapter.roles, keys, saved, known, where)
     if not (found or adapter.rest.changed or problems.found):
         problems.add(TENSORS, "has neither A and B nor a parameter in full")
     return adapter.rest._replace(parts=found)
@@ -111,7 +111,7 @@ def _assign_by_shape(
     roles = adapter.roles
     each = [{n: _try_parameter(roles[n], n, x, shapes) for n in tried} for x in parts]
     fitting = list[list[Header]]()
-    for order in adapter.clock.watch(itertools.permutations(tried, len(parts))):
+    for order in itertools.permutations(tried, len(parts)):
         found = [x for fits, name in zip(each, order, strict=True) if (x := fits[name])]
         is_one = shapes is not None or len({x.experts for x in found}) == 1
         if len(found) == len(parts) and is_one:
@@ -190,7 +190,6 @@ def _fit_axes(part: Part[T], shape: tuple[int, ...]) -> Part[T]:
 
 def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
     """Lists the parameters of the model that are selected but missing in the file."""
-    fields = adapter.fields
     modules = adapter.modules.keys()
 
     def is_missing(name: str) -> bool:
@@ -198,7 +197,7 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:
         if parameter == "bias" and len(shapes[name]) > 1:
             return False  # a mask that GPT-2 has in its attention
         role = adapter.roles[module]
-        if role.saves_whole(fields, parameter, module in modules):
+        if adapter.roles.saves_whole(module, parameter, module in modules):
             return name not in adapter.rest.full
         if len(shapes[name]) < 2 or module in modules:
             return False

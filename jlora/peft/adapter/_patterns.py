@@ -1,174 +1,116 @@
-"""Matches untrusted patterns in bounded time and memory."""
+"""Matches the patterns of a configuration with modules, as PEFT does.
 
-import importlib.util
-import json
-import math
+A file may have ten thousand patterns and a hundred thousand modules. Patterns that are names are
+therefore looked up, and of other forms a field has few.
+"""
+
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from ..._errors import InputError, Problem
-from .._file import CONFIG, NAME_LIMIT, shorten
+from ..._errors import Problem
+from .._file import NAME_LIMIT, shorten
 
-T = TypeVar("T")
+PATTERNS = ("rank_pattern", "alpha_pattern")
+CHOICES = ("target_modules", "exclude_modules")
 LENGTH = 10_000  # characters of a pattern
-SECONDS = 5.0  # of CPU time, for all patterns of an adapter
-COMPARISONS = 20_000_000  # of a pattern with a name; the answers to more would not fit in 512 MB
+FORMS = 250  # of the patterns in a field; real files have dozens
 # A pattern that is a name, whose dots may be escaped. It matches without backtracking.
 PLAIN = re.compile(rf"(?:\w|\\?[.-]){{1,{NAME_LIMIT}}}", re.ASCII)
-# Python's `re` cannot be interrupted, but a process can. The process prints a line of JSON for each
-# pattern: an error, or for each name null, true or the number of a layer. Then it prints its time.
-_CHILD = """
-import json, re, sys, time
-jobs, names, seconds = json.load(sys.stdin)
-try:
-    import resource
-    limits = ("CORE", 0), ("AS", 2**29), ("CPU", seconds)
-except ImportError:
-    limits = ()
-for name, limit in limits:
-    try:
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-    except (OSError, ValueError):
-        pass  # not of this system
 
-def answer(kind, pattern):
+
+def list_bad_patterns(fields: Mapping[str, Any]) -> list[Problem]:
+    """Lists the patterns that are no regular expressions, or too long, and fields with too many."""
+    patterns = {key: [x] for key in CHOICES if isinstance(x := fields.get(key), str)}
+    patterns |= {key: list(fields.get(key) or ()) for key in PATTERNS}
+    patterns["layers_pattern"] = as_list(fields.get("layers_pattern"))
+    found = list[Problem]()
+    for field, own in patterns.items():
+        # Names are looked up once for each length and each set of places where a dot takes any
+        # character.
+        names = {x: _find_places(x) for x in own if PLAIN.fullmatch(x)}
+        others = [x for x in own if x not in names]
+        if (count := len({*names.values()}) + len(others)) > FORMS:
+            why = f"has patterns of {count} forms; expected at most {FORMS}"
+            remedy = "Escape the dots of names, or list the modules by name."
+            found.append(Problem(field, why, remedy))
+            continue
+        each = ((x, _explain_pattern(field, x)) for x in others)
+        found += [Problem(field, f"{shorten(x)} {why}") for x, why in each if why]
+    return found
+
+
+def _explain_pattern(field: str, pattern: str) -> str:
+    """Explains why a pattern cannot be matched; empty if it can."""
+    if len(pattern) > LENGTH:
+        return f"has more than {LENGTH} characters"
     try:
-        pattern = re.compile(pattern)
+        as_in_peft(field, pattern)
     except (re.error, RecursionError, OverflowError) as e:
-        return str(e)
-    if kind != "layer":
-        match = getattr(pattern, kind)
-        return [match(name) and True for name in names]
-    found = map(pattern.match, names)
-    return [match and match["idx"] and int(match["idx"]) for match in found]
-
-for job in jobs:  # one at a time, to save memory
-    print(json.dumps(answer(*job)))
-print(time.process_time())
-"""
-_HAS_LIMITS = importlib.util.find_spec("resource") is not None
+        return f"is not a regular expression: {e}"
+    return ""
 
 
-class Clock:
-    """The CPU time that matching the patterns of one adapter may take, here and in processes."""
+def as_in_peft(field: str, pattern: str | None) -> re.Pattern[str]:
+    """Returns the expression that PEFT matches with the start of a module's name.
 
-    def __init__(self, argument: str = "config") -> None:
-        """Takes the user's argument with the adapter, for errors."""
-        self.argument, self.left = argument, SECONDS
-
-    def watch(self, items: Iterable[T]) -> Iterator[T]:
-        """Yields `items` until no time is left for what is done with them; then it raises."""
-        last = time.thread_time()
-        for x in items:
-            yield x
-            now = time.thread_time()
-            self.spend(now - last)
-            last = now
-
-    def spend(self, seconds: float) -> None:
-        """Takes away time; raises if too little is left."""
-        self.left -= seconds
-        if self.left <= 0:
-            raise InputError(
-                self.argument,
-                f"matching the patterns of adapter_config.json with the modules "
-                f"takes more than {SECONDS:g} seconds of CPU time or 512 MB. List the modules by "
-                "name.",
-                path=CONFIG,
-            )
-
-
-class Job(NamedTuple):
-    """A pattern to match with names.
-
-    Attributes:
-        field: the field that has it.
-        pattern: the pattern; None for that of layers without one.
+    Its group `idx` is the number of a layer. `layers_pattern` may be None.
     """
-
-    field: str
-    pattern: str | None
-
-    def as_in_peft(self) -> tuple[str, str]:
-        """Returns how PEFT matches: `fullmatch`, `match`, or `layer`, and a regular expression."""
-        if self.field.endswith("_modules"):
-            return "fullmatch", self.pattern or ""
-        if self.field != "layers_pattern":
-            return "match", rf"(.*\.)?({self.pattern})$"
-        start = r".*?\.[^.]*" if self.pattern is None else rf"(?:^|.*?\.){self.pattern}"
-        return "layer", rf"{start}\.(?P<idx>\d{{1,9}})\."
+    if field in PATTERNS:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    if field != "layers_pattern":
+        return re.compile(pattern or "")
+    start = r".*?\.[^.]*" if pattern is None else rf"(?:^|.*?\.){pattern}"
+    return re.compile(rf"{start}\.(?P<idx>\d{{1,9}})\.")
 
 
-Found = Mapping[Job, Mapping[str, Any]]
+def make_matching(field: str, patterns: Iterable[str]) -> Callable[[str], Iterator[str]]:
+    r"""Makes a function that lists the patterns for which `(.*\.)?(pattern)$` matches a name."""
+    tables: dict[int, dict[tuple[int, ...], dict[str, list[str]]]] = {}
+    others = dict[str, re.Pattern[str]]()
+    for pattern in patterns:
+        if PLAIN.fullmatch(pattern):
+            length, *places = _find_places(pattern)
+            table = tables.setdefault(length, {}).setdefault((*places,), {})
+            table.setdefault(pattern.replace("\\", ""), []).append(pattern)
+        else:
+            others[pattern] = as_in_peft(field, pattern)
+
+    def list_matching(name: str) -> Iterator[str]:
+        for tail in list_tails(name) if tables else ():
+            for places, table in tables.get(len(tail), {}).items():
+                yield from table.get(_put_dots(tail, places), ())
+        yield from (pattern for pattern, expression in others.items() if expression.match(name))
+
+    return list_matching
 
 
-def match(jobs: Iterable[Job], names: Sequence[str], clock: Clock) -> Found:
-    """Matches patterns with names, in one process with limited CPU time and memory.
-
-    Python's `re` matches them, as in PEFT.
-
-    Returns:
-        For each pattern the names that match, each with True or the number of a layer.
-
-    Raises:
-        ValueError: if a pattern is no regular expression, or matching takes too much.
-    """
-    jobs = list(dict.fromkeys(jobs))
-    if not jobs or not names:
-        return {job: {} for job in jobs}
-    if len(jobs) * len(names) > COMPARISONS:
-        clock.spend(math.inf)
-    long = f"has more than {LENGTH} characters"
-    _refuse(clock, {job: long for job in jobs if len(job.pattern or "") > LENGTH})
-    answers, seconds = _ask([job.as_in_peft() for job in jobs], names, clock.left) or ((), math.inf)
-    clock.spend(seconds)
-    found = dict(zip(jobs, answers, strict=True))
-    _refuse(clock, {job: why for job, why in found.items() if isinstance(why, str)})
-    each = ((job, zip(names, answer, strict=True)) for job, answer in found.items())
-    return {job: {name: x for name, x in pairs if x is not None} for job, pairs in each}
+def _find_places(pattern: str) -> tuple[int, ...]:
+    """Returns the length of a name, and where a dot of its pattern takes any character."""
+    characters = re.findall(r"\\?.", pattern)
+    return len(characters), *(at for at, c in enumerate(characters) if c == ".")
 
 
-def _refuse(clock: Clock, wrong: Mapping[Job, str]) -> None:
-    """Raises if there are patterns that cannot be matched, with the reasons."""
-    if wrong:
-        why = f"{CONFIG} has a pattern that is not a regular expression, or is too long."
-        each = [Problem(job.field, f"{shorten(job.pattern)}: {x}") for job, x in wrong.items()]
-        raise InputError(clock.argument, why, path=CONFIG, problems=each)
+def _put_dots(name: str, places: Sequence[int]) -> str:
+    """Puts dots into a name at some positions."""
+    ends = zip((0, *(at + 1 for at in places)), (*places, len(name)), strict=True)
+    return ".".join(name[start:stop] for start, stop in ends)
 
 
-def _ask(
-    jobs: Sequence[tuple[str, str]], names: Collection[str], seconds: float
-) -> tuple[list[Any], float] | None:
-    """Matches patterns in a new process; None if it needs too much time or memory."""
-    command = [sys.executable, "-I", "-S", "-c", _CHILD]
-    text = json.dumps([jobs, list(names), math.ceil(seconds)])
-    try:
-        done = subprocess.run(
-            command,
-            input=text,
-            capture_output=True,
-            text=True,
-            # A clock only if the system has no limit of CPU time.
-            timeout=None if _HAS_LIMITS else 60,
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    except (OSError, TypeError) as e:  # `sys.executable` is None where Python is embedded
-        raise _explain_start(e) from e
-    if done.returncode > 0 and "MemoryError" not in done.stderr:
-        raise _explain_start(done.stderr.strip().rpartition("\n")[2])
-    if done.returncode:
-        return None
-    *answers, seconds = map(json.loads, done.stdout.splitlines())
-    return answers, seconds
+def as_list(values: Any) -> list[Any]:
+    """Returns the values of a field that may have one, several or none."""
+    return values if isinstance(values, list) else [] if values is None else [values]
 
 
-def _explain_start(why: object) -> ValueError:
-    return ValueError(
-        "patterns of adapter_config.json are matched in a separate process, but Python could not "
-        f"be started ({why}). List the modules by name."
-    )
+def list_parents(module: str) -> Iterator[str]:
+    """Yields `module` and the modules around it."""
+    yield module
+    while module := module.rpartition(".")[0]:
+        yield module
+
+
+def list_tails(module: str) -> Iterator[str]:
+    """Yields `module` and its endings after a dot, the longest first."""
+    while module:
+        yield module
+        module = module.partition(".")[2]

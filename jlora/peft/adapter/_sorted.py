@@ -2,7 +2,7 @@
 
 import collections
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from ..._errors import Problem
@@ -14,8 +14,7 @@ from ..names._weights import explain_narrowing
 from ._config import problems_of
 from ._files import Files
 from ._parts import MAGNITUDE, WRAPPED, Header, Headers, Parameters, Part, Tokens, find_rows
-from ._patterns import Clock
-from ._roles import Role, make_parameters, resolve
+from ._roles import Roles
 
 BASE = ".base_layer"  # the module that an adapter wraps
 B_BIAS = ".lora_B.bias"
@@ -33,22 +32,22 @@ class Adapter(NamedTuple):
     """The tensors of an adapter, sorted by kind.
 
     Attributes:
-        fields: its configuration.
-        roles: what the configuration does with each module of the file, with the parameters that it
-            targets in them, and with the modules of the model.
-        clock: the time that is left to match its patterns.
+        roles: what its configuration does with each module.
         modules: A and B by module. If several parameters of a module are adapted, the file does not
             distinguish them: they are in the order in which PEFT wraps them.
         rest: all but A and B.
         heads: tied heads, for which the configuration repeats the rows of the embedding.
     """
 
-    fields: dict[str, Any]
-    roles: dict[str, Role]
-    clock: Clock
+    roles: Roles
     modules: dict[str, list[Header]]
     rest: Headers
     heads: list[str]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Its configuration."""
+        return self.roles.fields
 
     @property
     def names(self) -> list[str]:
@@ -57,32 +56,23 @@ class Adapter(NamedTuple):
         adapted = (f"{module}.{name}" for module, names in each for name in names)
         return [*self.rest.changed, *self.rest.biases, *adapted]
 
-    def resolve(self, modules: Iterable[str]) -> "Adapter":
-        """Returns the same adapter with the roles of further modules."""
-        new = [module for module in modules if module not in self.roles]
-        return self._replace(roles=self.roles | resolve(self.fields, new, self.clock))
 
-
-def sort_tensors(
-    files: Files, problems: Problems, modules: Iterable[str] = (), *, is_merged: bool = False
-) -> Adapter:
+def sort_tensors(files: Files, problems: Problems, *, is_merged: bool = False) -> Adapter:
     """Sorts tensors by kind; raises if the configuration is not supported.
 
     Args:
         files: the adapter.
         problems: collects problems.
-        modules: modules of the model, whose roles are needed too.
         is_merged: whether it is merged in NumPy, so that dtypes and `lora_bias` are no problem.
     """
     problems.keys = files.keys
     problems.stop(*problems_of(files.fields))
-    fields = _list_targets(files)
+    fields = files.fields
     problems.examine(files.tensors)
     if not (is_merged or files.is_own):
         for x in files.tensors:
             if x.dtype in DTYPES and explain_narrowing(DTYPES[x.dtype]):
                 problems.add(x.key, f"dtype {x.dtype} needs jax_enable_x64")
-    clock = Clock(files.argument)
     sides = collections.defaultdict[tuple[str, int, bool], dict[str, TensorInfo]](dict)
     by_ending = {end: dict[str, TensorInfo]() for end in (MAGNITUDE, *ROWS.keys, B_BIAS)}
     endings = [end for end in by_ending if end != B_BIAS or fields.get("lora_bias")]
@@ -105,14 +95,12 @@ def sort_tensors(
         why = "lora_bias is supported only when merging; use jlora.peft.export_merged"
         problems.add(x.key, why)
     adapted = {module for module, *_ in sides}
-    wrapping = (_find_home(name)[0] for name in others)
-    roles = resolve(fields, [*adapted, *biases, *deltas, *wrapping, *modules], clock)
+    roles = Roles(fields, adapted)
     # The name of a parameter alone, such as `gate_up_proj`, may be in any module, but not in these.
-    tied = [module for module in adapted if may_tie(fields, module)]
-    roles |= {module: roles[module]._replace(parameters=()) for module in tied}
-    roles |= resolve(fields, (f"{m}.{p}" for m in adapted for p in roles[m].parameters), clock)
-    full, frozen = _others(fields, roles, others, adapted, deltas, problems)
-    parts = _parts(fields, roles, sides, magnitudes, problems)
+    for module in (x for x in adapted if may_tie(fields, x)):
+        roles[module] = roles[module]._replace(parameters=())
+    full, frozen = _others(roles, others, adapted, deltas, problems)
+    parts = _parts(roles, sides, magnitudes, problems)
     rows, heads = find_rows(fields, deltas, problems)
     for module in rows:
         if module in adapted or roles[module].saves:
@@ -120,17 +108,7 @@ def sort_tensors(
     tokens = {f"{module}.weight": Tokens(module, rows[module], deltas[module]) for module in rows}
     added = {f"{module}.bias": (x, roles[module].scale) for module, x in biases.items()}
     rest = Parameters([], full, frozen, tokens, added)
-    return Adapter(fields, roles, clock, parts, rest, heads)
-
-
-def _list_targets(files: Files) -> dict[str, Any]:
-    """Lists the modules with A and B as targets, where PEFT chose all linear ones of the model."""
-    if files.fields.get("target_modules") != "all-linear":
-        return files.fields
-    list_parameters = make_parameters(files.fields)
-    found = (FACTOR.fullmatch(x.key.removeprefix(PREFIX)) for x in files.tensors)
-    modules = dict.fromkeys(x["module"] for x in found if x and x["side"])
-    return files.fields | {"target_modules": [x for x in modules if not list_parameters(x)]}
+    return Adapter(roles, parts, rest, heads)
 
 
 # ------------------------------------------------------------------------- parameters as a whole
@@ -143,8 +121,7 @@ def _find_home(key: str) -> tuple[str, str, str]:
 
 
 def _others(
-    fields: Mapping[str, Any],
-    roles: Mapping[str, Role],
+    roles: Roles,
     tensors: Mapping[str, TensorInfo],
     adapted: Collection[str],
     with_rows: Collection[str],
@@ -157,8 +134,8 @@ def _others(
         name = f"{module}.{parameter}"
         is_wrapped = module != wrapped
         is_adapted = module in adapted
-        is_full = roles[module].saves_whole(fields, parameter, is_adapted)
-        is_full = is_full or may_tie(fields, module)
+        is_full = roles.saves_whole(module, parameter, is_adapted)
+        is_full = is_full or may_tie(roles.fields, module)
         is_frozen = parameter == "weight" or (parameter == "bias" and not is_full)
         is_resized = is_of_vocabulary(module, parameter) and not (is_wrapped or is_adapted)
         if (copied := _WRAPPERS.sub(".", key)) != key:
@@ -207,15 +184,14 @@ def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) 
 
 
 def _parts(
-    fields: Mapping[str, Any],
-    roles: Mapping[str, Role],
+    roles: Roles,
     sides: Mapping[tuple[str, int, bool], Mapping[str, TensorInfo]],
     magnitudes: Mapping[str, TensorInfo],
     problems: Problems,
 ) -> dict[str, list[Header]]:
     """Pairs A and B of each module with their magnitudes, the innermost first."""
     found: dict[str, list[Header]] = {module: [] for module, *_ in sides}
-    is_dora = bool(fields.get("use_dora"))
+    is_dora = bool(roles.fields.get("use_dora"))
     for (module, depth, table), pair in sorted(sides.items(), key=lambda x: -x[0][1]):
         key = PREFIX + module + BASE * depth
         there = [*pair.values()]

@@ -11,7 +11,7 @@ from .._checkpoint import open_checkpoint
 from .._file import DTYPES, PREFIX, Source, find_image
 from ..adapter._config import list_misformed
 from ..adapter._files import Files, open_files
-from ..adapter._roles import list_bad_patterns
+from ..adapter._patterns import list_bad_patterns
 from ..adapter._sorted import FACTOR
 from . import ENGINES
 from ._engine import Base, Engine, Finding, Served, Side

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..adapter._config import DEFAULTS
-from ..adapter._patterns import Clock
-from ..adapter._roles import list_parents, resolve
+from ..adapter._patterns import list_parents
+from ..adapter._roles import Roles
 from ._models import by_transformers, find_model
 
 
@@ -135,10 +135,9 @@ class Served:
 
     @functools.cached_property
     def ranks(self) -> dict[str, int]:
-        """The rank of each module by the configuration; patterns are matched in bounded time."""
-        fields = {"r": self.rank, "rank_pattern": self.fields.get("rank_pattern")}
-        found = resolve(fields, {side.module for side in self.factors}, Clock("path"))
-        return {module: role.rank for module, role in found.items()}
+        """The rank of each module by the configuration."""
+        roles = Roles({"r": self.rank, "rank_pattern": self.fields.get("rank_pattern")})
+        return {side.module: roles[side.module].rank for side in self.factors}
 
     @functools.cached_property
     def pairs(self) -> dict[tuple[str, int], dict[str, Side]]:

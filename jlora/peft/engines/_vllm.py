@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterable, Iterator
 
 from .._file import shorten, show
-from ..adapter._config import METHODS, PATTERNS, STARTS, find_features
+from ..adapter._config import METHODS, STARTS, find_features
 from ..adapter._one_rank import RANKS
+from ..adapter._patterns import PATTERNS
 from ..adapter._roles import HEADS
 from ._engine import Base, Engine, Finding, Served
 

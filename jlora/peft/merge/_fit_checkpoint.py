@@ -20,7 +20,6 @@ from ..adapter._files import Files
 from ..adapter._open import open_adapter
 from ..adapter._parameters import assign_parameters, list_missing, list_orientations
 from ..adapter._parts import Headers, Parameters, T, Values, fill, list_misfits, list_unequal
-from ..adapter._roles import make_saves
 from ..adapter._sorted import Adapter, explain_resized, sort_tensors
 from ..names._names import Name
 from ..names._weights import split_all
@@ -111,16 +110,16 @@ def _match_files(
     adapter = sort_tensors(files, problems, is_merged=True)
     is_transposed = bool(files.fields.get("fan_in_fan_out"))
     models = find(adapter.names, checkpoint.shapes, checkpoint.config, renamed)
-    tried = [(adapter.resolve(module_of(x) for x in model), model) for model in models]
-    whole = (x for x in tried if not list_missing(x[0], x[1].shapes))
-    adapter, old = next(whole, tried[0])
+    tried = list(models)
+    old = next((x for x in tried if not list_missing(adapter, x.shapes)), tried[0])
     _report_missing(adapter, old, problems)
     found = assign_parameters(adapter, old.shapes, "the checkpoint", problems)
     target = Target(checkpoint, old)
     shared = find_shared(target, found, problems)
     problems.found += list_untied_heads(checkpoint, shared, adapter)
-    saves = make_saves(adapter.fields)
-    target, found, shared, uneven = settle_ties(target, found, shared, files.read, saves)
+    target, found, shared, uneven = settle_ties(
+        target, found, shared, files.read, adapter.roles.saves
+    )
     target = add_head(fit_vocabulary(target, found, problems), found, adapter)
     checkpoint, model = target
     parts = orient(found.parts, model.shapes, is_transposed)

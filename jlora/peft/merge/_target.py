@@ -10,7 +10,6 @@ from .._file import TensorInfo
 from .._problems import Problems
 from .._vocabulary import copy_config, is_table, walk_objects
 from ..adapter._parts import Headers, Parameters, T
-from ..adapter._roles import make_saves
 from ..adapter._sorted import Adapter, explain_resized
 from ..places._views import Piece, Places, View
 
@@ -123,11 +122,11 @@ def add_head(target: Target, found: Headers, adapter: Adapter) -> Target:
     if the adapter does not tell the class, or the checkpoint's names are not known.
     """
     checkpoint, model = target
-    saves = make_saves(adapter.fields)
     # What is missing inside of the model may only have another name there.
     inside = {name.partition(".")[0] for name in model}
     lost = {n: x for n, x in found.full.items() if n.partition(".")[0] not in inside}
     modules = {name: name.rpartition(".")[0] for name in lost}
+    saves = adapter.roles.saves
     new = {n: x for n, x in lost.items() if saves(modules[n]) and not is_table(modules[n])}
     if not new or model.prefix is None:
         return target
