@@ -114,7 +114,8 @@ def list_unused(
         modules: those of the model, which is called `where`; None if unknown.
         where: what the texts call the model.
     """
-    fields, unused = roles.fields, list[str]()
+    unused = list[str]()
+    fields = roles.fields
     if modules is not None:
         both = ("target_modules", "target_parameters")
         listed = {key: x for key in both if isinstance(x := fields.get(key), list)}
