@@ -164,22 +164,22 @@ OTHER_RULES = (
 
 
 def test_one_rule_for_the_learning_rate():
-    """Its home and the pages that repeat it have the same words; no page has another rule."""
+    """It stands once, and no page has another rule."""
     rule, found = " ".join(advice.RULE.split()), set()
     for path in [*GUIDES.rglob("*.md"), *GUIDES.rglob("*.ipynb"), GUIDES.parent / "README.md"]:
         text = " ".join(path.read_text(encoding="utf-8").split())
         assert not re.search(OTHER_RULES, text), path
         if rule in text:
             found.add(path.relative_to(GUIDES).as_posix())
-        if "calculator" in text and path.stem != "rules":
-            assert "rules.md#which-learning-rate" in text, path
-    assert found == {"rules.md", "variants.md", "loops/chat.md", "loops/rates.md"}
+        if "calculator" in text and path.stem != "variants":
+            assert "variants.md#learning-rate" in text, path
+    assert found == {"variants.md"}
 
 
 def test_the_formula_for_the_learning_rate_is_the_one_that_was_fitted():
     """Guides and the calculator have the same numbers."""
     (levels, (p, q)), rate = advice.fit(TABLE), advice.best_rate(TABLE, 1, 1)
-    for page in ("rules", "measurements/rates"):
+    for page in ("variants", "measurements/rates"):
         text = " ".join((GUIDES / f"{page}.md").read_text(encoding="utf-8").split())
         assert f"{rate:.2g} · width^{p:.2f} · batch^{q:.2f}" in text
         off = max(abs(np.log10(10**level / rate)) for level in levels.values())
