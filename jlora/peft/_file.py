@@ -38,6 +38,17 @@ def read_json(source: Source, name: str, limit: int) -> dict[str, Any]:
             return parse(file.read(size))
 
 
+def parse_text(
+    argument: str, where: str, texts: Mapping[str, str], key: str, limit: int
+) -> dict[str, Any]:
+    """Parses the object in one of the `texts` of a header; empty if there is none."""
+    with blame(argument, where, f"{key} in the header of "):
+        text = texts.get(key, "{}")
+        if len(text) > limit:
+            raise ValueError(f"has {len(text)} characters; expected at most {limit}")
+        return parse(text.encode())
+
+
 def parse(data: bytes) -> dict[str, Any]:
     """Parses a JSON object.
 

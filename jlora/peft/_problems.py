@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 
 from .._errors import InputError, Problem
 from ._file import CONFIG, TensorInfo, explain_name
-from ._recognized import find_cause
 
 
 class Problems:
@@ -46,10 +45,8 @@ class Problems:
         self.add(where, why, self.advice())
 
     def examine(self, tensors: Iterable[TensorInfo]) -> None:
-        """Looks for a cause in the keys and shapes; adds tensors of no size, and long names."""
-        shapes = {x.key: x.shape for x in tensors}
-        self.cause = find_cause(shapes)
-        for key, shape in shapes.items():
+        """Adds tensors of no size, and long names."""
+        for key, shape in ((x.key, x.shape) for x in tensors):
             if why := explain_name(self.keys.get(key, key)):
                 self.add(key, why)
             if 0 in shape:

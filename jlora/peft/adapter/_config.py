@@ -66,12 +66,7 @@ STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 def read_config(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> dict[str, Any]:
     """Reads the fields of an adapter's `adapter_config.json`, without those in `ignore`."""
-    return read_fields(Source(to_path(path)), ignore)
-
-
-def read_fields(source: Source, ignore: Collection[str]) -> dict[str, Any]:
-    """Reads a configuration without the fields in `ignore`, which jlora must not know."""
-    return leave_out(read_json(source, CONFIG, LIMIT), ignore)
+    return leave_out(read_json(Source(to_path(path)), CONFIG, LIMIT), ignore)
 
 
 def leave_out(fields: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """Makes the configuration that describes an adapter tree."""
 
-import collections
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +13,7 @@ from ..names._leaves import NamedLeaf
 from ._arranged import Tree
 from ._config import DEFAULTS, problems_of
 from ._parts import INDICES, Part
-from ._patterns import PATTERNS, list_parents, list_tails
+from ._patterns import PATTERNS, find_common, last_of, list_parents, list_tails
 from ._roles import Roles, find_divisor, make_saves, saves_bias
 from ._sorted import SAVED_BY_NAME, is_of_vocabulary, may_tie
 
@@ -82,7 +80,7 @@ def _choose_targets(tree: Tree) -> Fields:
                 keys[False][module] = name in adapted
     # PEFT ties a head by itself if both names are those that it knows; others are selected.
     tying = {"ensure_weight_tying": True}
-    apart = [h for m, h in tied.items() if not (may_tie(tying, h) and _last_of(m) in SAVED_BY_NAME)]
+    apart = [h for m, h in tied.items() if not (may_tie(tying, h) and last_of(m) in SAVED_BY_NAME)]
     keys[False] |= dict.fromkeys(apart, True)
     targets = _select(keys[False], tree.is_whole)
     # A whole name also selects the modules whose names end with it.
@@ -156,13 +154,13 @@ def find_frozen(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:
     if fields.get(INDICES) is not None:  # then PEFT stores none
         return {}
     target = fields["target_modules"]
-    lasts = [_last_of(module) for leaf in tree.low for module in leaf.modules]
+    lasts = [last_of(module) for leaf in tree.low for module in leaf.modules]
     if not any(name in (target if isinstance(target, list) else lasts) for name in SAVED_BY_NAME):
         return {}
     return {
         f"{module}.weight": leaf
         for leaf in tree.low
-        if leaf.name.tied or _last_of(leaf.modules[0]) in SAVED_BY_NAME
+        if leaf.name.tied or last_of(leaf.modules[0]) in SAVED_BY_NAME
         for module in (*leaf.modules, tree.tied.get(leaf.modules[0]))
         if module
     }
@@ -204,7 +202,7 @@ def _choose_tokens(tree: Tree) -> Fields:
 
     # PEFT compares the ends of names, also within a component.
     def shorten_name(module: str) -> str:
-        last = _last_of(module)
+        last = last_of(module)
         is_clear = last.isidentifier() and not any(x.endswith(last) for x in others)
         return last if tree.is_whole and is_clear else module
 
@@ -223,14 +221,10 @@ def _select(chosen: Mapping[str, bool], is_whole: bool = True) -> list[str]:
     model, and if PEFT would store the frozen weight of an embedding that its last word selects.
     """
     names = [name for name, is_chosen in chosen.items() if is_chosen]
-    lasts = dict.fromkeys(map(_last_of, names))
-    others = {_last_of(name) for name, is_chosen in chosen.items() if not is_chosen}
+    lasts = dict.fromkeys(map(last_of, names))
+    others = {last_of(name) for name, is_chosen in chosen.items() if not is_chosen}
     is_short = is_whole and all(map(str.isidentifier, lasts)) and others.isdisjoint(lasts)
     return [*lasts] if is_short and lasts.keys().isdisjoint(SAVED_BY_NAME) else names
-
-
-def _last_of(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 # ------------------------------------------------------------------------- ranks and scales
@@ -269,20 +263,3 @@ def find_alpha(scale: float, divisor: float) -> float:
     """Finds the alpha of a scale, an integer if it can be."""
     alpha = scale * divisor
     return round(alpha) if round(alpha) / divisor == scale else alpha
-
-
-def find_common(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """Finds the most common value, and patterns for the others: last words, or else whole names."""
-    [(most, _)] = collections.Counter(values.values()).most_common(1)
-    each = collections.defaultdict[str, set[float]](set)
-    for name, x in values.items():
-        each[_last_of(name)].add(x)
-    inner = {tail for name in values for tail in list_tails(name) if tail != name}
-
-    def spell(name: str) -> str:
-        last = _last_of(name)
-        if len(each[last]) == 1:
-            return re.escape(last)
-        return "^" * (name in inner) + re.escape(name)  # PEFT matches the ends of names
-
-    return most, {spell(name): x for name, x in values.items() if x != most}

@@ -82,7 +82,8 @@ class Draft(NamedTuple):
         files = as_files(self.fields, self.tensors, argument)
         if self.metadata is None:
             return files
-        return decode(files._replace(metadata=self.metadata), "the file", (), None, modules)
+        fields = json.loads(self.metadata.get(FIELDS, "{}"))
+        return decode(files, fields, "the file", None, modules)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the files to a new folder `path`, or to a new file in other dialects."""

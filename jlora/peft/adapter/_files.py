@@ -1,15 +1,13 @@
 """The two files of an adapter, in a folder or in memory."""
 
-import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..._types import PyTree
-from .._file import COUNTS, DTYPES, TENSORS, Source, TensorInfo, read_header, read_tensors
+from .._file import COUNTS, DTYPES, TensorInfo
 from .._problems import Problems
-from ._config import read_fields
 from ._parts import MAGNITUDE, list_tensors
 
 
@@ -23,7 +21,7 @@ class Files(NamedTuple):
         argument: the user's argument with the files, for errors.
         is_own: whether this process made them, so that they can be trusted.
         keys: what a file of another dialect has, by PEFT's keys and names of files.
-        metadata: the texts in the header of a file of another dialect.
+        cause: a likely cause of problems, with a remedy; empty if none is known.
     """
 
     fields: dict[str, Any]
@@ -32,7 +30,7 @@ class Files(NamedTuple):
     argument: str
     is_own: bool = False
     keys: Mapping[str, str] = {}
-    metadata: Mapping[str, str] = {}
+    cause: str = ""
 
     def values(self, tree: PyTree, problems: Problems) -> dict[str, np.ndarray]:
         """Reads the tensors of a tree; raises first if there are problems.
@@ -48,24 +46,6 @@ class Files(NamedTuple):
                 why = f"all {x.size} values are 0, so that the module would return zeros"
                 problems.add(key, why)
         return found
-
-
-def open_files(source: Source, ignore: Collection[str]) -> Files:
-    """Reads the configuration, without the fields in `ignore`, and the header in a folder.
-
-    Raises:
-        FileNotFoundError: if the folder or a file is missing.
-        ValueError: if the files are damaged, or jlora knows a field in `ignore`.
-    """
-    fields = read_fields(source, ignore)
-    return open_tensors(source, TENSORS)._replace(fields=fields)
-
-
-def open_tensors(source: Source, name: str) -> Files:
-    """Reads the header of a file in a folder."""
-    header = read_header(source, name)
-    read = functools.partial(read_tensors, source, header, name=name)
-    return Files({}, [*header.entries.values()], read, source.argument, metadata=header.metadata)
 
 
 def as_files(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argument: str) -> Files:

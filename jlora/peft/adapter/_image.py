@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..._errors import InputError, Problem, blame
-from .._file import CONFIG, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, parse, show
+from ..._errors import InputError, Problem
+from .._file import CONFIG, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, show
 from .._recognized import ALPHA, BIAS, FORMS, KEY, MAGNITUDES, MANGLED, A
-from ._config import LIMIT, leave_out
-from ._describe import find_common
 from ._files import Files
-from ._patterns import list_parents
+from ._patterns import find_common, list_parents
 
 FIELDS = "lora_adapter_metadata"  # of the header, with LoraConfig's fields by prefix
 # The models of a pipeline, in files whose header does not name them.
@@ -69,11 +67,23 @@ class _Entry(NamedTuple):
 
 
 def decode(
-    files: Files, where: str, ignore: Collection[str], prefix: str | None, modules: Collection[str]
+    files: Files,
+    fields: Mapping[str, Any],
+    where: str,
+    prefix: str | None,
+    modules: Collection[str],
 ) -> Files:
-    """Translates a file, which errors call `where`, to PEFT's keys and configuration."""
+    """Translates a file to PEFT's keys and configuration.
+
+    Args:
+        files: its tensors.
+        fields: the configurations in its header.
+        where: what errors call it.
+        prefix: which model's adapter to read; None for that of a single model.
+        modules: the modules of the model, which kohya's names are matched to.
+    """
     refuse = functools.partial(_refuse, files.argument, where)
-    configs = _parse_configs(files, where)
+    configs = _split(fields)
     known = {*configs} if prefix is None else {*configs, prefix}
     groups = dict[str, list[_Entry]]()
     for x in _parse_keys(files, refuse):
@@ -88,12 +98,12 @@ def decode(
         if sides[form[x.end]].setdefault(names[x.module], x.tensor) is not x.tensor:
             wrong.append(Problem(x.tensor.key, f"a duplicate of {show(names[x.module])}"))
     alphas = sides.pop(ALPHA)
-    fields = configs.get(prefix)
-    if fields is None:
+    own_fields = configs.get(prefix)
+    if own_fields is None:
         # Its scale may be meant, so that one which follows from the shapes may be wrong.
         why = f"is in {FIELDS} of the header, but no key begins with it"
         wrong += [Problem(show(repr(p)), why) for p in sorted(configs.keys() - groups.keys())]
-        fields = _infer_fields(sides, _read_alphas(files, alphas, sides[A], wrong))
+        own_fields = _infer_fields(sides, _read_alphas(files, alphas, sides[A], wrong))
     else:
         why = f"unexpected beside {FIELDS} in the header, which has the alphas"
         wrong += [Problem(x.key, why) for x in alphas.values()]
@@ -101,7 +111,7 @@ def decode(
         raise refuse(_NOT_READ, wrong)
     if form is FORMS["kohya"]:
         sides[MAGNITUDES] = _shape_magnitudes(sides)
-    fields = {"peft_type": "LORA", "target_modules": [*names.values()]} | fields
+    fields = {"peft_type": "LORA", "target_modules": [*names.values()]} | own_fields
     keys = {f"{PREFIX}{name}": module for module, name in names.items()}
     keys |= {f"{ours}.{end}": f"{x}.{e}" for ours, x in keys.items() for e, end in form.items()}
     keys |= {CONFIG: "the configuration", TENSORS: "the file"}  # in errors
@@ -117,7 +127,6 @@ def decode(
         values = files.read([given[keys[x.key]] for x in wanted])
         return {x.key: values[keys[x.key]].reshape(x.shape) for x in wanted}
 
-    fields = leave_out(fields, ignore)
     return files._replace(fields=fields, tensors=found, read=read, keys=keys)
 
 
@@ -156,15 +165,10 @@ def _find_form(entries: Iterable[_Entry], refuse: Refuse) -> Mapping[str, str]:
     return found
 
 
-def _parse_configs(files: Files, where: str) -> dict[str, dict[str, Any]]:
-    """Parses the configurations in the header, by prefix."""
-    with blame(files.argument, where, f"{FIELDS} in the header of "):
-        text = files.metadata.get(FIELDS, "{}")
-        if len(text) > LIMIT:
-            raise ValueError(f"has {len(text)} characters; expected at most {LIMIT}")
-        raw = parse(text.encode())
+def _split(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Splits the fields in a header by prefix."""
     found = dict[str, dict[str, Any]]()
-    for key, x in raw.items():
+    for key, x in fields.items():
         prefix, _, field = key.rpartition(".")
         found.setdefault(prefix, {})[field] = x
     return found

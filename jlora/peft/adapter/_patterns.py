@@ -4,6 +4,7 @@ A file may have ten thousand patterns and a hundred thousand modules. Patterns t
 therefore looked up, and of other forms a field has few.
 """
 
+import collections
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -114,3 +115,25 @@ def list_tails(module: str) -> Iterator[str]:
     while module:
         yield module
         module = module.partition(".")[2]
+
+
+def find_common(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """Finds the most common value, and patterns for the others: last words, or else whole names."""
+    [(most, _)] = collections.Counter(values.values()).most_common(1)
+    each = collections.defaultdict[str, set[float]](set)
+    for name, x in values.items():
+        each[last_of(name)].add(x)
+    inner = {tail for name in values for tail in list_tails(name) if tail != name}
+
+    def spell(name: str) -> str:
+        last = last_of(name)
+        if len(each[last]) == 1:
+            return re.escape(last)
+        return "^" * (name in inner) + re.escape(name)  # PEFT matches the ends of names
+
+    return most, {spell(name): x for name, x in values.items() if x != most}
+
+
+def last_of(name: str) -> str:
+    """Returns the last word of a name."""
+    return name.rpartition(".")[2]

@@ -68,6 +68,7 @@ def sort_tensors(files: Files, problems: Problems, *, is_merged: bool = False) -
     problems.keys = files.keys
     problems.stop(*problems_of(files.fields))
     fields = files.fields
+    problems.cause = files.cause
     problems.examine(files.tensors)
     if not (is_merged or files.is_own):
         for x in files.tensors:

@@ -6,11 +6,11 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from ..._errors import InputError
-from ..._folders import to_path
 from .._checkpoint import open_checkpoint
-from .._file import DTYPES, PREFIX, Source, find_image
+from .._file import DTYPES, PREFIX, find_image
 from ..adapter._config import list_misformed
-from ..adapter._files import Files, open_files
+from ..adapter._files import Files
+from ..adapter._open import open_adapter
 from ..adapter._patterns import list_bad_patterns
 from ..adapter._sorted import FACTOR
 from . import ENGINES
@@ -101,7 +101,7 @@ def check(
     if image := find_image(path):
         why = f"serves no image LoRA; {image} is no adapter of PEFT in a folder"
         raise InputError("path", f"{server.title} {why}.", path=image)
-    files = open_files(Source(to_path(path)), ignore)
+    files = open_adapter(path, "path", ignore)
     if wrong := list_misformed(files.fields) or list_bad_patterns(files.fields):
         findings = [Finding(x.where, x.why, AGAIN, False) for x in wrong]
         notes = []
