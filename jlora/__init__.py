@@ -40,6 +40,7 @@ from ._report import summary as summary
 from ._rules import Slots as Slots
 from ._scaling import lora_plus as lora_plus
 from ._scaling import precondition as precondition
+from ._site import Frozen as Frozen
 from ._site import Full as Full
 from ._sketching import allocate as allocate
 from ._sketching import sketch as sketch

@@ -22,7 +22,7 @@ from ._foreign import check_kept, check_leaf, note_call
 from ._node import weight_of
 from ._quantized import is_quantized
 from ._rules import matches, precedence
-from ._site import Full, Rule, Site, Unsupported
+from ._site import Frozen, Full, Rule, Site, Unsupported
 from ._sites import Sites, Uses
 from ._trace import ValueReadError, trace
 from ._tree import flatten, is_abstract, leaves_by_path, refuse_module
@@ -134,7 +134,7 @@ def find_sites(
     """Traces a call of `apply_fn` on shapes, and finds how it uses each leaf of the parameters.
 
     If Python code of `apply_fn` reads the value of a leaf, only the leaves that a rule other than
-    `Full` may match are traced; the other leaves are not listed as sites.
+    `Full` and `Frozen` may match are traced; the other leaves are not listed as sites.
     """
     refuse_module(call[0], "params")
     leaves = leaves_by_path(call[0])
@@ -150,7 +150,8 @@ def find_sites(
     try:
         traced = _trace(apply_fn, call, types, matrices | full)
     except ValueReadError:
-        matrices = (matrices - full).intersection(taken)
+        fixed = {path for path, rule in taken.items() if isinstance(rule, Full | Frozen)}
+        matrices = (matrices - fixed).intersection(taken)
         traced = _trace(apply_fn, call, types, matrices)
     used = traced.used
     uses = traced.uses({path for path in matrices if used.get(path)})

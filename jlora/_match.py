@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ._errors import InputError
 from ._rules import explain_no_match, is_for, matches, precedence, rule_name
-from ._site import Full, Rule, Site
+from ._site import Frozen, Full, Rule, Site
 from ._sites import Sites
 
 T = TypeVar("T")
@@ -49,8 +49,9 @@ def _fit(site: Site, rule: Rule, sites: Sites) -> Site:
     """Gives a site its rule, fitted to the shape; raises if the rule cannot train the site."""
     if site.kind is None and rule.materialize and site.materialized is not None:
         site = dataclasses.replace(site, kind="materialized", layout=site.materialized)
-    _check(site, rule, sites)
-    if isinstance(rule, Full):
+    if not isinstance(rule, Frozen):
+        _check(site, rule, sites)
+    if isinstance(rule, Full | Frozen):
         return dataclasses.replace(site, rule=rule)
     fitted, layout = rule.fit(site)
     asked, got = (x.sizes(layout).get("rank") for x in (rule, fitted))
@@ -111,6 +112,6 @@ def _raise_idle(rule: Rule, sites: Sites) -> None:
         )
         listed = ["These have no factored form:", *missed] if missed else []
         raise ValueError("\n".join([why, *listed]))
-    leaves = ([] if isinstance(rule, Full) else list(sites)) or sites.leaves
+    leaves = ([] if isinstance(rule, Full | Frozen) else list(sites)) or sites.leaves
     advice = explain_no_match(rule.pattern, [s.path for s in leaves])
     raise InputError("params", f"has no leaf that {rule_name(rule)} matches. {advice}")

@@ -70,6 +70,7 @@ class Slots:
 
 
 FLAGS = re.compile(r"\A(?:\(\?[aimsux]+\))+")  # Python accepts them only at a pattern's start
+LOOK = re.compile(r"\A((?:\(\?[aimsux]+\))*)(\(\?<?)!")  # a negative look-around at the start
 
 
 @functools.lru_cache(4096)
@@ -103,9 +104,35 @@ def pattern_anywhere(pattern: str) -> str:
 
 
 def matches(rule: HasPattern, path: str) -> bool:
-    """Whether the pattern of `rule` matches components of `path`; never for a rule without one."""
+    """Whether the pattern of `rule` matches components of `path`; never for a rule without one.
+
+    Raises `ValueError` if the pattern starts with a negative look-around that refuses a component
+    of `path`, and matches from another component all the same.
+    """
     pattern = rule.pattern
-    return pattern is not None and compile_pattern(pattern).search(path) is not None
+    if pattern is None or compile_pattern(pattern).search(path) is None:
+        return False
+    if _refuses_in_vain(pattern, path):
+        raise InputError(
+            "pattern",
+            f"{pattern!r} of {type(rule).__name__} matches {path!r}, although it refuses a part of "
+            "this path: a pattern may begin at any component, also before or behind that part.",
+            remedy="Leave leaves out by a rule of their own that comes first, such as "
+            "jlora.Frozen('head'), or begin the pattern with `^` and the whole path.",
+        )
+    return True
+
+
+def _refuses_in_vain(pattern: str, path: str) -> bool:
+    """Whether a look-around at the start of `pattern`, which matches `path`, refuses a part of it.
+
+    >>> [_refuses_in_vain("(?!head).*/w|b", x) for x in ("layer/w", "params/head/w", "head/b")]
+    [False, True, False]
+    """
+    if not LOOK.match(pattern):
+        return False
+    refused, others = LOOK.sub(r"\1\2=", pattern), LOOK.sub(r"\1(?!)\2!", pattern)
+    return [bool(compile_pattern(x).search(path)) for x in (refused, others)] == [True, False]
 
 
 def is_for(rule: HasPattern, path: str, kind: str | None) -> bool:
@@ -147,6 +174,8 @@ def explain_no_match(pattern: str, paths: Sequence[str]) -> str:
 . Did you mean 'multi_head'?"
     """
     found = [path for path in paths if compile_pattern(pattern).search(path)]
+    if better := _anchor(pattern, paths):
+        return f"`^` is the start of a path. Did you mean {better!r}?"
     hits = [] if found else [(path, m) for path in paths if (m := re.search(pattern, path))]
     names = list(dict.fromkeys(_components(path, m) for path, m in hits))
     if not names:
@@ -157,6 +186,16 @@ def explain_no_match(pattern: str, paths: Sequence[str]) -> str:
         "A pattern must match whole components of a path, but this one matches only parts of "
         f"{', '.join(names[:3])}{', …' if names[3:] else ''}. Did you mean {better!r}?"
     )
+
+
+def _anchor(pattern: str, paths: Sequence[str]) -> str | None:
+    """Returns a pattern with `^` that matches behind the first component of a path, if one does."""
+    firsts = dict.fromkeys(path.partition("/")[0] for path in paths)
+    flags = pattern.removesuffix(FLAGS.sub("", pattern))
+    rest = pattern.removeprefix(flags).removeprefix("^")
+    found = [f"{flags}^{re.escape(first)}/{rest}" for first in firsts]
+    matched = (x for x in found if any(map(compile_pattern(x).search, paths)))
+    return next(matched, None) if rest != pattern.removeprefix(flags) else None
 
 
 def _components(path: str, found: re.Match[str]) -> str:

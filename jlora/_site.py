@@ -176,7 +176,12 @@ class Site:
     @property
     def is_adapted(self) -> bool:
         """Whether it gets an adapter, rather than being frozen or trained in full."""
-        return self.rule is not None and not isinstance(self.rule, Full)
+        return self.is_trained and not isinstance(self.rule, Full)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is adapted or trained in full."""
+        return self.rule is not None and not isinstance(self.rule, Frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +219,35 @@ class Full(Rule):
         """Counts the entries of W."""
         del layout
         return math.prod(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Rule):
+    """Takes the leaves whose path matches `pattern`, and trains nothing: no later rule adapts them.
+
+    Attributes:
+        pattern: as of `Full`. Any leaf may match, also one that no rule could adapt.
+
+    Raises:
+        TypeError: as `Full`.
+        ValueError: as `Full`.
+
+    Examples:
+        All linear layers but the head:
+
+        >>> import jlora
+        >>> rules = jlora.Frozen("head"), jlora.LoRA()
+    """
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        check_pattern(self, self.pattern)
+
+    def trainable(self, layout: Layout, shape: tuple[int, ...]) -> int:
+        """Counts none."""
+        del layout, shape
+        return 0
 
 
 def check_rules(rules: object, unpack: bool = False) -> tuple[Rule, ...]:

@@ -20,7 +20,7 @@ from ._match import match
 from ._node import Adapted, weight_of
 from ._quantized import BaseLeaf, Quantized, is_quantized
 from ._rules import rule_name
-from ._site import Full, Rule, Site, check_rules
+from ._site import Frozen, Full, Rule, Site, check_rules
 from ._sites import Sites
 from ._trace import trace
 from ._tree import adapter_leaves, bind, flatten, is_adapted, is_empty, leaves_by_path, nest
@@ -73,9 +73,9 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     Args:
         apply_fn: a function that JAX can trace, such as the `apply` of a Flax module. Its first
             argument is the parameters, which it gets in their own containers.
-        *rules: `LoRA`, `DoRA`, `Rows` or `Full`. Each leaf of the parameters gets the first rule
-            whose pattern matches its path. One rule may be without a pattern: it takes the dense
-            and convolutional sites that are left, wherever it stands.
+        *rules: `LoRA`, `DoRA`, `Rows`, `Full` or `Frozen`. Each leaf of the parameters gets the
+            first rule whose pattern matches its path. One rule may be without a pattern: it takes
+            the dense and convolutional sites that are left, wherever it stands.
 
     Returns:
         Three pure functions:
@@ -160,9 +160,10 @@ def _init(
     **kwargs: Any,
 ) -> tuple[PyTree, PyTree]:
     check_key(key)
-    if not rules:
+    if all(isinstance(rule, Frozen) for rule in rules):
+        why = "has only jlora.Frozen" if rules else "is empty"
         raise ValueError(
-            "`rules` is empty, so nothing would be trained. "
+            f"`rules` {why}, so nothing would be trained. "
             "Give transform(apply_fn, ...) a jlora.LoRA() or a jlora.Full(pattern)."
         )
     sites, traced = _find(apply_fn, rules, (params, args, kwargs))
@@ -179,7 +180,7 @@ def _init(
     flat, tree = flatten(params)
     base, adapter = [], {}
     for site, w in zip(sites.leaves, flat, strict=True):
-        if site.rule is not None:
+        if site.rule is not None and site.is_trained:
             w, adapter[site.parts] = _start(site.rule, site, fold(key, site.parts), w)
         base.append(w)
     adapter = nest(adapter)

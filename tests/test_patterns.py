@@ -13,7 +13,7 @@ from own_methods import Gain
 from small import some_rows
 
 import jlora
-from jlora import NF4, DoRA, Full, LoRA, Rows
+from jlora import NF4, DoRA, Frozen, Full, LoRA, Rows
 from jlora._rules import compile_pattern, matches, pattern_anywhere
 
 PATHS = (
@@ -43,6 +43,9 @@ PATTERNS = {  # and which of the paths it matches
     r"(e)mb\1d_\w+": [3],
     "(?<!query/)kernel": [1, 2, 3, 4],
     "encoder/(?!layers_0).*": [1],
+    "(?!head)[^/]+/kernel": [0, 1, 2, 3],
+    "^(?!head).*": [0, 1, 2, 3],
+    "(?!nothing).*/query|embed_tokens|head": [0, 3, 4],
     ".*[^d]/kernel": [0, 1, 2, 3],
     "(?i)HEAD": [4],
     "(?i)(?s)HEAD|QUERY": [0, 4],
@@ -90,6 +93,7 @@ TAKERS: dict[str, Callable[[str], Sequence[str]]] = {
     "DoRA": lambda pattern: take_by_rules(DoRA(pattern, rank=1)),
     "Rows": lambda pattern: take_by_rules(Rows(pattern, [3]), use=lambda w: w[IDS]),
     "Full": lambda pattern: take_by_rules(Full(pattern)),
+    "Frozen": lambda pattern: take_by_rules(Frozen(pattern)),
     "Gain": lambda pattern: take_by_rules(Gain(pattern)),
     "NF4": take_by_scheme,
     "allocate": take_by_rank,
@@ -122,27 +126,55 @@ def rest_by_scheme(*schemes: Any) -> list[str]:
     return ["/".join(entry.path) for entry in found if isinstance(entry.scheme, NF4)]
 
 
-RULES = LoRA(rank=1), Full("head")
-REST: dict[str, tuple[Callable[..., Sequence[str]], tuple[Any, Any]]] = {
+LINEAR = LoRA(rank=1)
+REST: dict[str, tuple[Callable[..., Sequence[str]], Any, list[Any]]] = {
     "transform": (
         lambda *rules: [
             site.path
             for site in jlora.transform(multiply, *rules).sites(PARAMS, X)
             if site.is_adapted
         ],
-        RULES,
+        *(LINEAR, [Full("head"), Frozen("head")]),
     ),
-    "sketch": (lambda *rules: list(sketch(*rules).sites), RULES),
-    "allocate": (rest_by_rank, RULES),
-    "quantize": (rest_by_scheme, (NF4(), jlora.Int8("head"))),
+    "sketch": (lambda *rules: list(sketch(*rules).sites), LINEAR, [Full("head"), Frozen("head")]),
+    "allocate": (rest_by_rank, LINEAR, [Full("head"), Frozen("head")]),
+    "quantize": (rest_by_scheme, NF4(), [jlora.Int8("head")]),
 }
 
 
 @pytest.mark.parametrize("taker", REST)
 def test_without_a_pattern(taker: str) -> None:
     """A rule takes what those with a pattern leave, wherever it stands."""
-    take, rules = REST[taker]
-    assert sorted(take(*rules)) == sorted(take(*reversed(rules))) == sorted(PATHS[:4])
+    take, rest, others = REST[taker]
+    for other in others:
+        assert sorted(take(rest, other)) == sorted(take(other, rest)) == sorted(PATHS[:4])
+
+
+# A look-ahead that refuses a component, and a leaf within that it does not keep out.
+IN_VAIN = ("(?!head).*", "(?!encoder/layers_0).*/kernel", "(?i)(?!HEAD).*|nothing", "(?<!head/).*")
+
+
+@each(dict.fromkeys(IN_VAIN), IN_VAIN[0])
+def test_what_a_pattern_refuses_in_vain(taker: str, pattern: str) -> None:
+    """It would be taken from another component on: none is, but an error names leaf and remedy."""
+    remedy = "jlora.Frozen('head')"
+    path = PATHS[0] if "encoder" in pattern else PATHS[4]
+    with refused(ValueError, "pattern", repr(pattern), repr(path), remedy):
+        TAKERS[taker](pattern)
+
+
+def test_a_start_behind_the_first_component() -> None:
+    """As of the variables of linen: the error has the pattern with it."""
+    for pattern, better in (
+        ("^query", "^encoder/query"),
+        ("(?i)^Q_PROJ", "(?i)^multi_head/Q_PROJ"),
+    ):
+        params = PARAMS | {"encoder": PARAMS["encoder"]["layers_0"]}
+        for rule in (LoRA(pattern), Full(pattern), Frozen(pattern)):
+            with refused(ValueError, "params", f"{pattern!r}", f"Did you mean {better!r}?"):
+                jlora.transform(multiply, rule).sites(params, X)
+            kept = jlora.transform(multiply, type(rule)(better)).sites(params, X)
+            assert sum(site.rule is not None for site in kept.leaves) == 1
 
 
 def test_the_root_has_the_empty_path() -> None:

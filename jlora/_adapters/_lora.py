@@ -35,7 +35,7 @@ KEYWORDS_OF_PEFT = {
     "init_lora_weights": "`init`, one of jlora.initializers",
     "target_modules": "`pattern`, a regular expression for paths, such as '(query|value)/kernel'",
     "target_parameters": "`pattern`, a regular expression for paths",
-    "exclude_modules": "`pattern`, for what is not excluded",
+    "exclude_modules": "a rule before this one, jlora.Frozen(pattern)",
     "layers_to_transform": "`pattern`, with the numbers of the layers",
     "rank_pattern": "a separate rule before this one",
     "alpha_pattern": "a separate rule before this one",

@@ -14,11 +14,11 @@ from jax import export
 from .._node import Node, is_node_type
 from .._registry import check_free
 from .._rules import is_finite, is_int, rule_name
-from .._site import Full, Rule
+from .._site import Frozen, Full, Rule
 from .._types import Layout
 
 C = TypeVar("C", bound=type)
-RULES: dict[str, type[Rule]] = {"Full": Full}  # by the name in checkpoints
+RULES: dict[str, type[Rule]] = {"Full": Full, "Frozen": Frozen}  # by the name in checkpoints
 
 
 def register(cls: C, *, override: bool = False) -> C:

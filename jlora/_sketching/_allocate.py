@@ -19,7 +19,7 @@ from .._rules import (
     precedence,
     rule_name,
 )
-from .._site import Rule, check_rules
+from .._site import Frozen, Rule, check_rules
 from .._types import short
 from ._kinds import Sketch, Spectrum
 
@@ -207,8 +207,8 @@ def _check_slots(path: str, rule: LoRA, site: Spectrum) -> None:
 
 
 def _check_left_out(sites: Mapping[str, Spectrum], given: Sequence[Rule]) -> None:
-    """Raises if a rule of another method would match a site of rank 0."""
-    others = [rule for rule in given if not isinstance(rule, LoRA)]
+    """Raises if a rule of another method would train a site of rank 0."""
+    others = [rule for rule in given if not isinstance(rule, LoRA | Frozen)]
     for path, site in sites.items():
         if found := [rule for rule in others if is_for(rule, path, site.use)]:
             raise ValueError(

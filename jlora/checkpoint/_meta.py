@@ -10,7 +10,7 @@ import numpy as np
 
 from .._adapters import RULES, AdapterLeaf, Node, is_node, state, static, to_tuples
 from .._rules import Slots
-from .._site import Full, Rule
+from .._site import Rule
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from ._fingerprint import Fingerprint, Leaf, leaf_of, struct_of
@@ -120,7 +120,7 @@ def _decode_leaf(item: Fields, parts: dict[str, Any]) -> Any:
 
 def node_types() -> dict[str, type[Node]]:
     """Returns the classes of nodes that checkpoints know, by name: those of registered rules."""
-    return {x.node.__name__: x.node for x in RULES.values() if x is not Full}
+    return {x.node.__name__: x.node for x in RULES.values() if hasattr(x, "node")}
 
 
 def _layout(**fields: Any) -> Layout:

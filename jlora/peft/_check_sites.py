@@ -44,7 +44,7 @@ def check_sites(sites: HasSites, names: Sequence[Name]) -> tuple[Problem, ...]:
     """
     shapes = {site.parts: jax.ShapeDtypeStruct(site.shape, site.dtype) for site in sites.leaves}
     leaves = name_leaves(nest(shapes), names, for_peft=True)
-    uses = {site.parts: _use(site) for site in sites.leaves if site.rule is not None}
+    uses = {site.parts: _use(site) for site in sites.leaves if site.is_trained}
     return tuple(list_unheld(uses, leaves, names))
 
 

@@ -28,7 +28,7 @@ from own_methods import Diagonal, Gain, GainNode
 from small import array, some
 
 import jlora
-from jlora import DoRA, Full, LoRA, Rows, checkpoint, peft
+from jlora import DoRA, Frozen, Full, LoRA, Rows, checkpoint, peft
 from jlora import _adapters as adapters
 from jlora.extend import Node, register
 
@@ -121,6 +121,8 @@ def test_laws(method: type, case: Case, every_law: bool) -> None:
     with laws.precision(case, dtype) as tolerance:
         made = laws.make(case, dtype)
         laws.hold(made, tolerance, every_law)
+        if every_law:
+            laws.frozen_is_left_out(made)
         if every_law and method in (DoRA, Rows):
             laws.quantized_is_dequantized(made, max(tolerance, 1e-5))
 
@@ -202,7 +204,8 @@ class Made(NamedTuple):
 def made(request: Any) -> Made:
     """Each method."""
     method = METHODS[request.param]
-    rules = (method.rule, Full("head"))
+    [rest] = PARAMS.keys() - {method.path, "head"}
+    rules = (method.rule, Full("head"), Frozen(rest))
     lora = jlora.transform(model, *rules)
     base, adapter = lora.init(jax.random.key(1), PARAMS, IDS)
     return Made(method, rules, lora, base, laws.randomize(adapter))
@@ -250,6 +253,8 @@ def test_sites_and_counts(made: Made) -> None:
     method, sites = made.method, made.lora.sites(made.base, IDS)
     assert sites[method.path].trainable == method.trained
     assert f"{type(method.rule).__name__}({method.path!r}" in str(sites)
+    [frozen] = (site for site in sites.leaves if isinstance(site.rule, Frozen))
+    assert frozen.trainable == 0 and frozen.path not in made.adapter
     mask = jlora.mask(made.adapter)
     sizes = jax.tree.map(lambda x, is_trained: is_trained * x.size, made.adapter, mask)
     assert sum(jax.tree.leaves(sizes)) == sites.trainable == method.trained + 4 * 2

@@ -35,6 +35,7 @@ def test_laws(case: Case, dtype: Any, every_law: bool) -> None:
         laws.hold(made, tolerance, every_law)
         if every_law:
             laws.table_is_that_of_init(made)
+            laws.frozen_is_left_out(made)
             laws.quantized_is_dequantized(made, max(tolerance, 1e-5))
 
 

@@ -19,12 +19,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from cases import Case, Problem
 from own_schemes import Pairs
 from small import assert_close as assert_close
 from small import randomize as randomize
 
 import jlora
+from jlora._tree import adapter_leaves, nest
 from jlora.initializers._initializer import dtype_of
 
 
@@ -113,6 +115,30 @@ def table_is_that_of_init(made: Made) -> None:
     table = made.lora.sites(problem.params, *problem.args, **problem.kwargs)
     assert table.trainable == made.case.trainable
     assert table.total == jlora.count(problem.params)
+
+
+def frozen_is_left_out(made: Made) -> None:
+    """A leaf of `Frozen` has no node, and all else starts as without it; no rule may be idle."""
+    problem, call = made.problem, (made.problem.params, *made.problem.args)
+    trained = [s for s in made.lora.sites(*call, **problem.kwargs).leaves if s.rule is not None]
+    patterns = [s.rule.pattern for s in trained if s.rule is not None]
+    shared = [s for s in trained if s.rule and patterns.count(s.rule.pattern) > 1]
+    first = [*shared, *trained][0]
+    lora = jlora.transform(
+        problem.apply, jlora.Frozen(f"^{re.escape(first.path)}$"), *made.lora.rules
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\w+\(\) does not adapt \d+ weights")
+        if not shared:
+            with pytest.raises(ValueError, match="gets no leaf: other rules take"):
+                lora.init(jax.random.key(0), *call, **problem.kwargs)
+            return
+        base, adapter = lora.init(jax.random.key(0), *call, **problem.kwargs)
+    expected = adapter_leaves(made.initial)
+    del expected[first.parts]
+    assert_close(adapter, nest(expected), 0, "all but what is frozen")
+    for x, y in zip(jax.tree.leaves(base), jax.tree.leaves(made.base), strict=True):
+        assert x is y or np.array_equal(x, y)
 
 
 def adapted_is_merged(made: Made, tolerance: float) -> tuple[Callable[..., Any], Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora import Full, LoRA
+from jlora import Frozen, Full, LoRA
 
 KEY = jax.random.key(0)
 
@@ -141,7 +141,7 @@ def raw(tree: Any) -> list[bytes]:
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
-ADAPTED = (LoRA("kernel|fused", rank=2), Full("bias"))
+ADAPTED = (LoRA("kernel|fused", rank=2), Full("bias"), Frozen("vocabulary|bucket"))
 
 
 def swap(tree: Mapping[str, Any], path: str, leaf: Any) -> dict[str, Any]:
