@@ -14,14 +14,15 @@ from .._arrays import put
 from .._errors import InputError, Problem
 from .._types import Layout, short
 from ._file import COUNT, COUNTS, DTYPES
-from ._problems import Problems
+from ._problems import About
 from .adapter._arranged import Tree, make_tree
+from .adapter._config import problems_of
 from .adapter._describe import describe
 from .adapter._draft import make_draft
 from .adapter._files import Files
 from .adapter._one_rank import with_profile
 from .adapter._open import open_adapter
-from .adapter._parameters import assign_parameters, find_twins
+from .adapter._parameters import Model, assign_parameters, find_twins
 from .adapter._parts import Parameters, Part, Values, fill, list_changes
 from .adapter._sorted import sort_tensors
 from .adapter._writable import explain_unstored
@@ -98,8 +99,8 @@ def read(
         >>> contents.leaves["model.q_proj"].b.shape
         (2, 3)
     """
-    problems = Problems("path", f"the adapter in {path} cannot be read.", path)
-    return _as_contents(*_read(open_adapter(path, "path", ignore, prefix), problems))
+    about = About("path", f"the adapter in {path} cannot be read.", path)
+    return _as_contents(*_read(open_adapter(path, "path", ignore, prefix), about))
 
 
 def write(
@@ -151,27 +152,30 @@ def write(
     tree = _as_tree(contents)
     full = {leaf.parameters[0]: np.asarray(leaf.value) for leaf in tree.full}
     own = Parameters(tree.parts, full, contents.frozen, tree.tokens)
-    problems = Problems("contents", "has a configuration that cannot be written.")
-    fields = describe(dict(contents.config), tree, own.parts, problems)
+    about = About("contents", "has a configuration that cannot be written.")
+    fields = describe(dict(contents.config), tree, own.parts, about)
     fields, own = with_profile(profile, fields, own)
     draft = make_draft(fields, own, contents.tied, dialect, prefix, contents.leaves)
-    problems = Problems(
+    about = About(
         "contents",
         "cannot be written so that `read` reads the same adapter. If leaves were added or renamed, "
         "leave target_modules out of its `config`.",
     )
-    _, again = _read(draft.as_files("contents", contents.leaves), problems)
-    problems.stop(*list_changes(own, again))
+    _, again = _read(draft.as_files("contents", contents.leaves), about)
+    about.stop(list_changes(own, again))
     draft.write(path)
     return fields
 
 
-def _read(files: Files, problems: Problems) -> tuple[dict[str, Any], Values]:
+def _read(files: Files, about: About) -> tuple[dict[str, Any], Values]:
     """Reads the configuration, and the values of all parameters."""
-    adapter = sort_tensors(files, problems)
-    own = assign_parameters(adapter, None, "", problems)
-    values = files.values(own, problems)
-    problems.stop()
+    about = about._replace(cause=files.cause, keys=files.keys)
+    about.stop(problems_of(files.fields))
+    adapter, problems = sort_tensors(files)
+    own, unassigned = assign_parameters(adapter, Model(None))
+    about.stop([*problems, *unassigned])
+    values, problems = files.values(own)
+    about.stop(problems)
     return adapter.fields, fill(own, values)
 
 

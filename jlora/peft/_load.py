@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,14 @@ from .._adapters import AdapterLeaf, is_node
 from .._arrays import put
 from .._tree import leaves_by_path, nest
 from .._types import PyTree
-from ._problems import Problems
+from ._problems import About, warn
+from .adapter._config import problems_of
 from .adapter._files import Files
 from .adapter._fit_tree import match_to_tree
 from .adapter._open import open_adapter
-from .adapter._parameters import assign_parameters, list_missing
+from .adapter._parameters import Model, assign_parameters, list_missing, list_unmatched
 from .adapter._parts import Part, Values, fill
-from .adapter._sorted import sort_tensors
+from .adapter._sorted import Adapter, sort_tensors
 from .names._advice import advise
 from .names._leaves import NamedLeaf, resolve, sort_by_row
 from .names._names import Name
@@ -87,19 +88,21 @@ def load(
     named = {leaf.path for leaf in leaves}
     every = {path: getattr(x, "shape", ()) for path, x in leaves_by_path(base, is_node)}
     lost = {path: shape for path, shape in every.items() if path not in named and len(shape) > 1}
-    problems = Problems(
+    about = About(
         "path",
         f"the adapter in {path} cannot be loaded onto `base` with `names`; nothing was loaded.",
         path,
-        functools.cache(lambda: advise(names, lost) if lost else ""),
     )
+    remedy = functools.cache(lambda: advise(names, lost) if lost else "")
     modules = {module for leaf in leaves for module in leaf.modules}
     files = open_adapter(path, "path", ignore, prefix, modules)
-    fields, adapted, own = fit(files, leaves, problems)
+    adapter, adapted, own = fit(files, leaves, about, remedy)
+    unused = list_unmatched(adapter, own, Model(_shapes(leaves), WHERE))
+    fields = files.fields
     static: dict[str, Any] = {"dropout": float(fields.get("lora_dropout", 0.0))}
     if fields.get("use_dora") and (rate := static["dropout"]):
-        problems.unused.append(f"lora_dropout: {rate} is ignored, as DoRA has no dropout in jlora")
-    problems.warn()
+        unused.append(f"lora_dropout: {rate} is ignored, as DoRA has no dropout in jlora")
+    warn(files.config, unused)
     parts = {part.name: part for part in own.parts}
     return nest({leaf.path: _value(leaf, own, parts, static) for leaf in adapted})
 
@@ -121,19 +124,29 @@ def _value(
 
 
 def fit(
-    files: Files, leaves: Sequence[NamedLeaf], problems: Problems
-) -> tuple[dict[str, Any], list[NamedLeaf], Values]:
+    files: Files,
+    leaves: Sequence[NamedLeaf],
+    about: About,
+    advise: Callable[[], str] = lambda: "",
+) -> tuple[Adapter, list[NamedLeaf], Values]:
     """Matches an adapter to the `leaves` of a tree and reads it; raises all problems together.
 
     Returns:
-        The configuration, the adapted leaves, and the values of their parameters.
+        The adapter, the adapted leaves, and the values of their parameters.
     """
-    shapes = {name: leaf.weight_shape for leaf in leaves for name in leaf.parameters}
-    adapter = sort_tensors(files, problems)
-    problems.found += list_missing(adapter, shapes)
-    found = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
-    match = match_to_tree(found, adapter.heads, leaves, problems)
-    values = files.values(match.own, problems)
-    match.check(values, problems)
-    problems.stop()
-    return files.fields, match.leaves, fill(match.own, values)
+    about = about._replace(cause=files.cause, keys=files.keys)
+    about.stop(problems_of(files.fields))
+    shapes = _shapes(leaves)
+    adapter, problems = sort_tensors(files)
+    problems += list_missing(adapter, shapes)
+    found, unassigned = assign_parameters(adapter, Model(shapes, WHERE, True, advise))
+    match, misfits = match_to_tree(found, adapter.heads, leaves, advise)
+    about.stop([*problems, *unassigned, *misfits])
+    values, problems = files.values(match.own)
+    about.stop([*problems, *(match.check(values) if values else ())])
+    return adapter, match.leaves, fill(match.own, values)
+
+
+def _shapes(leaves: Sequence[NamedLeaf]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all parameters."""
+    return {name: leaf.weight_shape for leaf in leaves for name in leaf.parameters}

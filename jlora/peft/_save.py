@@ -16,7 +16,7 @@ from .._types import PyTree
 from ._checkpoint import open_checkpoint
 from ._file import Source, read_json, shorten
 from ._load import fit
-from ._problems import Problems
+from ._problems import About
 from .adapter._arranged import Tree, arrange
 from .adapter._config import LIMIT
 from .adapter._describe import (
@@ -190,18 +190,18 @@ def _draft(
     if base_model is not None:
         given["base_model_name_or_path"] = _name_model(base_model)
     parts = tree.parts
-    fields = describe(given, tree, parts, Problems("config", "cannot be written."))
+    fields = describe(given, tree, parts, About("config", "cannot be written."))
     fields = set_training(fields, given, tree)
     fields, own = with_profile(profile, fields, _collect(fields, tree, parts))
     draft = make_draft(fields, own, tree.tied, dialect, prefix, tree.modules)
-    problems = Problems(
+    about = About(
         "adapter",
         "cannot be written so that `load` reads the same adapter: its modules cannot be selected "
         "apart from others or from those that PEFT saves as a whole, or `config` selects others. "
         "Then leave target_modules out of it; or train these leaves in full, or merge them.",
     )
-    _, _, again = fit(draft.as_files("config", tree.modules), tree.leaves, problems)
-    problems.stop(*list_changes(own, again))
+    _, _, again = fit(draft.as_files("config", tree.modules), tree.leaves, about)
+    about.stop(list_changes(own, again))
     if base_model is not None:
         _warn_of_prefix(Path(base_model), own)
     return draft

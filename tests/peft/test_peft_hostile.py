@@ -20,7 +20,6 @@ from small import some
 from jlora import peft
 from jlora.peft import _file
 from jlora.peft._checkpoint import open_checkpoint
-from jlora.peft._problems import Problems
 from jlora.peft.adapter._parts import Parameters
 from jlora.peft.adapter._patterns import FORMS as FORM_LIMIT
 from jlora.peft.adapter._patterns import LENGTH, list_bad_patterns, list_parents
@@ -278,7 +277,7 @@ def test_copies_are_read_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(_ties, "_digest", digest)
     target = Target(folder, next(stored_as_is(folder.shapes)))
     found = Parameters([], dict(tables), {}, {}, {})
-    shared = _ties.find_shared(target, found, Problems("", ""))
+    shared, _ = _ties.find_shared(target, found)
     assert shared == {table: [head] for table, head in zip(tables, heads, strict=True)}
     assert sorted(read) == sorted(every)
 
@@ -301,7 +300,7 @@ def test_many_tables(tmp_path: Folder) -> None:
     target = Target(folder, next(stored_as_is(folder.shapes)))
     with bounded(4):
         found = Parameters([], dict(tables), {}, {}, {})
-        assert _ties.find_shared(target, found, Problems("", "")).keys() == tables.keys()
+        assert _ties.find_shared(target, found)[0].keys() == tables.keys()
 
 
 # ------------------------------------------------------------------------------ memory

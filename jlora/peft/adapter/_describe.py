@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..._errors import InputError
-from .._problems import Problems
+from .._problems import About
 from ..names._kinds import LINEAR
 from ..names._leaves import NamedLeaf
 from ._arranged import Tree
@@ -22,9 +22,7 @@ Fields = dict[str, Any]
 NO_MODULE = "dummy-target-modules"  # PEFT's word for "no module"
 
 
-def describe(
-    given: Fields, tree: Tree, parts: Sequence[Part[np.ndarray]], problems: Problems
-) -> Fields:
+def describe(given: Fields, tree: Tree, parts: Sequence[Part[np.ndarray]], about: About) -> Fields:
     """Makes the configuration of an adapter.
 
     If `given` has `target_modules`, it is what chooses modules, rows and what is saved whole.
@@ -33,12 +31,12 @@ def describe(
         given: fields.
         tree: the adapter.
         parts: its A and B.
-        problems: collects what is wrong with `given`.
+        about: what an error about `given` says.
     """
     fields = DEFAULTS | given
     if parts:
         fields["use_dora"] = any(part.m is not None for part in parts)
-    problems.stop(*problems_of(fields, is_file=False))
+    about.stop(problems_of(fields, is_file=False))
     # PEFT may take modules for experts, but not those that it selected itself.
     is_known = "peft_version" in given or not any(leaf.by_parameter for leaf in tree.leaves)
     if not (is_known and "target_modules" in given):

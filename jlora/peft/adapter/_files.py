@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..._errors import Problem
 from ..._types import PyTree
-from .._file import COUNTS, DTYPES, TensorInfo
-from .._problems import Problems
+from .._file import CONFIG, COUNTS, DTYPES, TENSORS, TensorInfo
 from ._parts import MAGNITUDE, list_tensors
 
 
@@ -32,20 +32,25 @@ class Files(NamedTuple):
     keys: Mapping[str, str] = {}
     cause: str = ""
 
-    def values(self, tree: PyTree, problems: Problems) -> dict[str, np.ndarray]:
-        """Reads the tensors of a tree; raises first if there are problems.
+    @property
+    def config(self) -> str:
+        """What the file with the configuration is called."""
+        return self.keys.get(CONFIG, CONFIG)
 
-        Adds a problem for each tensor with values that are not finite.
-        """
-        problems.stop()
-        found = self.read({x.key: x for x in list_tensors(tree)}.values())
+    def values(self, tree: PyTree) -> tuple[dict[str, np.ndarray], list[Problem]]:
+        """Reads the tensors of a tree, and lists those that are not finite."""
+        wanted = {x.key: x for x in list_tensors(tree)}
+        if not wanted:
+            return {}, [Problem(TENSORS, "has neither A and B nor a parameter in full")]
+        problems = list[Problem]()
+        found = self.read(wanted.values())
         for key, x in found.items():
             if n := x.size - np.count_nonzero(np.isfinite(x)):
-                problems.add(key, f"{n} of {x.size} values are not finite")
+                problems.append(Problem(key, f"{n} of {x.size} values are not finite"))
             elif key.endswith(MAGNITUDE) and not x.any():
                 why = f"all {x.size} values are 0, so that the module would return zeros"
-                problems.add(key, why)
-        return found
+                problems.append(Problem(key, why))
+        return found, problems
 
 
 def as_files(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argument: str) -> Files:

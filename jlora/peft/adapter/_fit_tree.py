@@ -1,15 +1,15 @@
 """Matches an adapter to the leaves of a tree."""
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from ..._errors import Problem
 from ..._tree import name_of
 from .._file import COUNT, PREFIX, TensorInfo
-from .._problems import Problems
 from .._vocabulary import is_table
 from ..names._kinds import EMBEDDING, LINEAR
 from ..names._leaves import NamedLeaf, find_tied_heads
@@ -46,16 +46,17 @@ class Match(NamedTuple):
     same: list[Pair]
     homes: Mapping[str, NamedLeaf]
 
-    def check(self, values: Mapping[str, np.ndarray], problems: Problems) -> None:
-        """Adds a problem for each tensor with wrong values."""
-        problems.found += list_unequal(self.same, values)
+    def check(self, values: Mapping[str, np.ndarray]) -> list[Problem]:
+        """Lists the tensors with wrong values."""
+        found = list_unequal(self.same, values)
         for name, x in self.own.frozen.items():
             if not _is_of_base(values[x.key], leaf := self.homes[name], name):
-                problems.add(
-                    x.key,
+                why = (
                     f"expected the values of `base` at {name_of(leaf.path)}, got others; an "
-                    "adapter on a trained or resized embedding is not supported",
+                    "adapter on a trained or resized embedding is not supported"
                 )
+                found.append(Problem(x.key, why))
+        return found
 
 
 def _is_of_base(x: np.ndarray, leaf: NamedLeaf, name: str) -> bool:
@@ -67,11 +68,12 @@ def _is_of_base(x: np.ndarray, leaf: NamedLeaf, name: str) -> bool:
 
 
 def match_to_tree(
-    adapter: Headers, heads: Iterable[str], leaves: Sequence[NamedLeaf], problems: Problems
-) -> Match:
-    """Finds the leaf for each tensor of an adapter; adds problems for tensors that do not fit.
+    adapter: Headers, heads: Iterable[str], leaves: Sequence[NamedLeaf], advise: Callable[[], str]
+) -> tuple[Match, list[Problem]]:
+    """Finds the leaf for each tensor of an adapter, and lists the tensors that do not fit.
 
-    For each of the `heads`, the configuration repeats the rows of an embedding.
+    For each of the `heads`, the configuration repeats the rows of an embedding. `advise` makes a
+    remedy for tensors without a leaf.
     """
     tied = {f"{head}.weight": leaf for head, leaf in find_tied_heads(leaves).items()}
     homes = tied | {name: leaf for leaf in leaves for name in leaf.parameters}
@@ -79,70 +81,68 @@ def match_to_tree(
     full = {name: x for name, x in adapter.full.items() if not name.endswith(COUNT)}
     frozen = {name: x for name, x in adapter.frozen.items() if name in homes}
     own = adapter._replace(full=full, frozen=frozen)
-    parts = ((x.name, x, homes.get(x.name)) for x in own.parts)
-    low = {name: x for name, x, leaf in parts if _fits(x, leaf, name in tied, problems)}
-    full = {n: x for n, x in full.items() if _fits_in_full(n, x, homes.get(n), problems)}
-    for name, x in frozen.items():
-        _has_shape(x, homes[name].weight_shape, problems)
-    rows, same = _match_rows(own.tokens, homes, tied, problems)
+    parts = [(x, _list_misfits(x, homes.get(x.name), x.name in tied, advise)) for x in own.parts]
+    low = {x.name: x for x, wrong in parts if not wrong}
+    whole = {n: _list_misfits_in_full(n, x, homes.get(n), advise) for n, x in full.items()}
+    full = {name: x for name, x in full.items() if not whole[name]}
+    problems = [y for wrong in (*(wrong for _, wrong in parts), *whole.values()) for y in wrong]
+    problems += [y for n, x in frozen.items() for y in _list_misshapen(x, homes[n].weight_shape)]
+    rows, same, unlike = _match_rows(own.tokens, homes, tied, advise)
     apart = [name.removesuffix(".weight") for name in homes if name not in tied]
-    problems.found += list_lone_heads(heads, apart)
+    problems += [*unlike, *list_lone_heads(heads, apart)]
     for (name, leaf), group in itertools.product(tied.items(), (low, full)):
         head = group.pop(name, None)
-        table = group.get(leaf.parameters[0])
-        same += _match_head(head, table, leaf, problems)
-    found = [*_gather(low, leaves, problems), *_gather(full, leaves, problems), *rows]
-    return Match(own, found, same, homes)
+        pairs, unlike = _match_head(head, group.get(leaf.parameters[0]), leaf)
+        same += pairs
+        problems += unlike
+    with_factors, partial = _gather(low, leaves)
+    in_full, others = _gather(full, leaves)
+    match = Match(own, [*with_factors, *in_full, *rows], same, homes)
+    return match, [*problems, *partial, *others]
 
 
 # --------------------------------------------------------------------------------- shape and kind
 
 
-def _fits(part: Header, leaf: NamedLeaf | None, is_head: bool, problems: Problems) -> bool:
-    """Whether A and B fit a leaf, or a head that shares its weight; adds the reason if not."""
+def _list_misfits(
+    part: Header, leaf: NamedLeaf | None, is_head: bool, advise: Callable[[], str]
+) -> list[Problem]:
+    """Lists why A and B do not fit a leaf, or a head that shares its weight."""
     key = PREFIX + part.name.rpartition(".")[0]
     if leaf is None:
-        problems.add_homeless(key, LOST)
-        return False
+        return [Problem(key, LOST, advise())]
     kind = LINEAR if is_head else leaf.kind
     path = name_of(leaf.path)
     if leaf.name.refused:
         why = f"has A and B, but PEFT has no form for those of {path}: {leaf.name.refused}"
-        problems.add(key, why)
-        return False
+        return [Problem(key, why)]
     if kind is None:
-        problems.add(key, f"has A and B, but {path} is a parameter that LoRA cannot adapt")
-        return False
+        return [Problem(key, f"has A and B, but {path} is a parameter that LoRA cannot adapt")]
     if kind is not part.kind:
         why = f"A and B are of kind {part.kind.name}, but {path} is of kind {kind.name}"
-        problems.add(key, f"{why} under `names`")
-        return False
+        return [Problem(key, f"{why} under `names`")]
     if part.transposed is False and leaf.name.transposed:
         why = f"is targeted by target_parameters, but {path} is stored as (inputs, outputs)"
-        problems.add(key, why)
-        return False
+        return [Problem(key, why)]
     a, b = leaf.shapes(part.a.shape[0] // leaf.experts)
     a, b = (b[::-1], a[::-1]) if is_head else (a, b)
-    return all([_has_shape(part.a, a, problems), _has_shape(part.b, b, problems)])
+    return _list_misshapen(part.a, a) + _list_misshapen(part.b, b)
 
 
-def _fits_in_full(name: str, x: TensorInfo, leaf: NamedLeaf | None, problems: Problems) -> bool:
+def _list_misfits_in_full(
+    name: str, x: TensorInfo, leaf: NamedLeaf | None, advise: Callable[[], str]
+) -> list[Problem]:
     if leaf is None:
-        problems.add_homeless(x.key, LOST)
-        return False
+        return [Problem(x.key, LOST, advise())]
     if leaf.name.part:
-        problems.add(x.key, "saved in full, but `base` has a leaf for each part of it")
-        return False
-    if problem := explain_resized(name, x.shape, leaf.weight_shape):
-        problems.found.append(problem)
-        return False
-    return _has_shape(x, leaf.weight_shape, problems)
+        return [Problem(x.key, "saved in full, but `base` has a leaf for each part of it")]
+    resized = explain_resized(name, x.shape, leaf.weight_shape)
+    return [resized] if resized else _list_misshapen(x, leaf.weight_shape)
 
 
-def _has_shape(x: TensorInfo, shape: tuple[int, ...], problems: Problems) -> bool:
-    if x.shape != shape:
-        problems.add(x.key, f"expected shape {shape}, got {x.shape}")
-    return x.shape == shape
+def _list_misshapen(x: TensorInfo, shape: tuple[int, ...]) -> list[Problem]:
+    is_same = x.shape == shape
+    return [] if is_same else [Problem(x.key, f"expected shape {shape}, got {x.shape}")]
 
 
 # ------------------------------------------------------------- a head that shares an embedding
@@ -152,36 +152,37 @@ def _match_head(
     head: Header | TensorInfo | None,
     table: Header | TensorInfo | None,
     leaf: NamedLeaf,
-    problems: Problems,
-) -> list[Pair]:
+) -> tuple[list[Pair], list[Problem]]:
     """Requires a tied head and its embedding to have the same A and B, or the same values."""
     others = leaf.modules[0], leaf.name.tied
     lone = [(x, other) for x, other in zip((head, table), others, strict=True) if x]
     dora = [(x, other) for x, other in lone if isinstance(x, Part) and x.m is not None]
     if dora:
         part, other = dora[0]
-        problems.add(part.key, f"DoRA is not supported for a weight that {other} shares")
-    elif len(lone) == 1:
+        why = f"DoRA is not supported for a weight that {other} shares"
+        return [], [Problem(part.key, why)]
+    if len(lone) == 1:
         [(x, other)] = lone
         how = "adapted" if isinstance(x, Part) else "saved in full"
-        problems.add(x.key, f"{how} without {other}, which shares its weight")
-    elif isinstance(head, TensorInfo) and isinstance(table, TensorInfo):
-        return [(head, table, False)]
-    elif isinstance(head, Part) and isinstance(table, Part):
+        return [], [Problem(x.key, f"{how} without {other}, which shares its weight")]
+    if isinstance(head, TensorInfo) and isinstance(table, TensorInfo):
+        return [(head, table, False)], []
+    if isinstance(head, Part) and isinstance(table, Part):
         if (head.scale, head.rank) == (table.scale, table.rank):
-            return [(head.a, table.b, True), (head.b, table.a, True)]
-        problems.add(head.key, f"shares its weight with {table.key}, which has other rank or scale")
-    return []
+            return [(head.a, table.b, True), (head.b, table.a, True)], []
+        why = f"shares its weight with {table.key}, which has other rank or scale"
+        return [], [Problem(head.key, why)]
+    return [], []
 
 
 def _match_rows(
     tokens: Mapping[str, Tokens[TensorInfo]],
     homes: Mapping[str, NamedLeaf],
     tied: Collection[str],
-    problems: Problems,
-) -> tuple[list[NamedLeaf], list[Pair]]:
+    advise: Callable[[], str],
+) -> tuple[list[NamedLeaf], list[Pair], list[Problem]]:
     """Finds the embeddings with rows, and the pairs of tied heads and embeddings with rows."""
-    rows, same = list[NamedLeaf](), list[Pair]()
+    rows, same, problems = list[NamedLeaf](), list[Pair](), list[Problem]()
     for name, x in tokens.items():
         leaf = homes.get(name)
         # T5: `base` has only the shared embedding.
@@ -189,17 +190,18 @@ def _match_rows(
         if leaf and name not in tied:
             rows.append(leaf)
             if leaf.kind is EMBEDDING:
-                problems.found += list_misfits(x, leaf.weight_shape)
+                problems += list_misfits(x, leaf.weight_shape)
             else:
-                problems.add(x.v.key, "has rows, but is not an embedding under `names`")
+                why = "has rows, but is not an embedding under `names`"
+                problems.append(Problem(x.v.key, why))
         elif table := find_table(name, tokens, tables):
             same.append((x.v, table.v, False))
         elif leaf:
             why = f"has rows, but shares the weight of {leaf.modules[0]}, which has no such rows"
-            problems.add(x.v.key, why)
+            problems.append(Problem(x.v.key, why))
         else:
-            problems.add_homeless(x.v.key, LOST)
-    return rows, same
+            problems.append(Problem(x.v.key, LOST, advise()))
+    return rows, same, problems
 
 
 # ---------------------------------------------------------------------- modules that are one leaf
@@ -208,9 +210,9 @@ def _match_rows(
 def _gather(
     found: Mapping[str, Header | TensorInfo],
     leaves: Sequence[NamedLeaf],
-    problems: Problems,
-) -> Iterator[NamedLeaf]:
+) -> tuple[list[NamedLeaf], list[Problem]]:
     """Finds the leaves of which all modules, or those of some slots, are adapted."""
+    whole, problems = list[NamedLeaf](), list[Problem]()
     for leaf in leaves:
         own = {name: found[name] for name in leaf.parameters if name in found}
         if not own:
@@ -231,9 +233,11 @@ def _gather(
         forms = dict.fromkeys((x.rank, x.scale) for x in parts)
         if left:
             count = f"{len(own)} of {len(leaf.modules)}"
-            problems.add(path, f"{start}, but only {count} are adapted, not {left[0]}; {advice}")
+            why = f"{start}, but only {count} are adapted, not {left[0]}; {advice}"
+            problems.append(Problem(path, why))
         elif len(forms) > 1:
             listed = ", ".join(f"rank {r} and scale {s:g}" for r, s in forms)
-            problems.add(path, f"{start} but differ: {listed}; {advice}")
+            problems.append(Problem(path, f"{start} but differ: {listed}; {advice}"))
         else:
-            yield leaf
+            whole.append(leaf)
+    return whole, problems

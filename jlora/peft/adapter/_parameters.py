@@ -3,96 +3,96 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ..._errors import Problem
 from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, show
-from .._problems import Problems
 from ..names._kinds import CONV, EMBEDDING, EXPERTS, LINEAR, Kind
-from ._parts import Header, Headers, Part, T
+from ._parts import Header, Headers, Parameters, Part, T
 from ._roles import Role, list_unused
 from ._sorted import Adapter, may_tie
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def assign_parameters(
-    adapter: Adapter,
-    shapes: Shapes | None,
-    where: str,
-    problems: Problems,
-    *,
-    ordered: bool = False,
-) -> Headers:
-    """Finds the parameter of each A and B, and returns all tensors by parameter.
+class Model(NamedTuple):
+    """The model that an adapter is for.
 
-    Args:
-        adapter: its tensors, sorted, with the roles of all modules.
-        shapes: the shapes of all parameters of the model, by the adapter's names; None if unknown.
-        where: what errors call the model.
-        problems: collects problems.
-        ordered: whether `shapes` has the parameters of a module in the order in which PEFT wraps
+    Attributes:
+        shapes: the shapes of all its parameters, by the adapter's names; None if unknown.
+        called: what errors call it.
+        is_ordered: whether `shapes` has the parameters of a module in the order in which PEFT wraps
             them. The order then distinguishes parameters of one shape.
+        advise: makes a remedy for tensors without a parameter.
     """
-    order = {name: i for i, name in enumerate(shapes or ())}
-    roles = adapter.roles
-    found = list[Header]()
+
+    shapes: Shapes | None
+    called: str = ""
+    is_ordered: bool = False
+    advise: Callable[[], str] = lambda: ""
+
+
+def assign_parameters(adapter: Adapter, model: Model) -> tuple[Headers, list[Problem]]:
+    """Finds the parameter of each A and B, and returns all tensors by parameter."""
+    shapes = model.shapes or {}
+    order = {name: i for i, name in enumerate(shapes)}
+    found, problems = list[Header](), list[Problem]()
     for module, parts in adapter.modules.items():
-        names = [f"{module}.{parameter}" for parameter in roles[module].parameters]
-        if shapes is not None:
+        names = [f"{module}.{parameter}" for parameter in adapter.roles[module].parameters]
+        if model.shapes is not None:
             names = sorted((name for name in names if name in order), key=order.__getitem__)
         if names and parts:
-            found += _assign_by_shape(adapter, module, names, parts, shapes, ordered, problems)
+            own, wrong = _assign_by_shape(adapter, module, names, parts, model)
         elif parts:
-            shape = (shapes or {}).get(f"{module}.weight", ())
-            parts = [_fit_axes(part, shape) for part in parts]
-            found += _check_module(adapter, module, parts, where, problems)
-    known = None
-    if shapes is not None:
-        known = [n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) > 1]
-    keys = [part.key for part in found]
+            parts = [_fit_axes(part, shapes.get(f"{module}.weight", ())) for part in parts]
+            own, wrong = _check_module(adapter, module, parts, model)
+        else:
+            continue
+        found += own
+        problems += wrong
+    return adapter.rest._replace(parts=found), problems
+
+
+def list_unmatched(adapter: Adapter, own: Parameters, model: Model) -> list[str]:
+    """Lists the names in the configuration that match nothing in the model, or in the adapter."""
+    shapes = model.shapes or {}
+    known = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) > 1]
     saved = {name.rpartition(".")[0] for name in adapter.rest.full}
-    problems.unused += list_unused(adapter.roles, keys, saved, known, where)
-    if not (found or adapter.rest.changed or problems.found):
-        problems.add(TENSORS, "has neither A and B nor a parameter in full")
-    return adapter.rest._replace(parts=found)
+    return list_unused(adapter.roles, [part.key for part in own.parts], saved, known, model.called)
 
 
 def _check_module(
-    adapter: Adapter,
-    module: str,
-    parts: list[Header],
-    where: str,
-    problems: Problems,
-) -> list[Header]:
-    """Checks A and B of the weight of a module."""
+    adapter: Adapter, module: str, parts: list[Header], model: Model
+) -> tuple[list[Header], list[Problem]]:
+    """Checks A and B of the weight of a module. A part of a wrong rank is kept."""
     role = adapter.roles[module]
+    config = adapter.files.config
+    key = PREFIX + module
     if role.parameters:
         listed = ", ".join(show(f"{module}.{name}") for name in role.parameters)
-        why = f"target_parameters selects {listed}, which is not in {where}"
-        problems.add_homeless(PREFIX + module, why)
-        return []
-    key = PREFIX + module
+        why = f"target_parameters selects {listed}, which is not in {model.called}"
+        return [], [Problem(key, why, model.advise())]
     part = parts[0]
     is_taken = role.adapts or may_tie(adapter.fields, module)
     if len(parts) > 1:
-        problems.add(key, "adapted more than once")
-        return []
+        return [], [Problem(key, "adapted more than once")]
     if not is_taken or role.saves:
         why = "has it in modules_to_save" if role.saves else "does not select it"
-        problems.add(key, f"unexpected; {problems.config} {why}")
-        return []
+        return [], [Problem(key, f"unexpected; {config} {why}")]
+    found = list[Problem]()
     if part.a.shape[0] != role.rank:
-        why = f"expected rank {role.rank} by {problems.config}, got an A of shape {part.a.shape}"
-        problems.add(key, why)
-    if not where and math.prod(part.b.shape[1:]) != part.rank:  # else the model's shape tells
+        why = f"expected rank {role.rank} by {config}, got an A of shape {part.a.shape}"
+        found.append(Problem(key, why))
+    # With a model its shape tells.
+    if model.shapes is None and math.prod(part.b.shape[1:]) != part.rank:
         why = f"expected {part.rank} columns, as A has rows, got shape {part.b.shape}"
-        problems.add(part.b.key, why)
+        found.append(Problem(part.b.key, why))
     if part.m is not None and part.m.shape != (shape := part.magnitude_shape):
-        problems.add(part.m.key, f"expected shape {shape}, got {part.m.shape}")
-    return parts
+        found.append(Problem(part.m.key, f"expected shape {shape}, got {part.m.shape}"))
+    return parts, found
 
 
 def _assign_by_shape(
@@ -100,12 +100,11 @@ def _assign_by_shape(
     module: str,
     names: Sequence[str],
     parts: Sequence[Header],
-    shapes: Shapes | None,
-    ordered: bool,
-    problems: Problems,
-) -> list[Header]:
+    model: Model,
+) -> tuple[list[Header], list[Problem]]:
     """Assigns A and B to parameters that the keys do not name, by shapes and ranks."""
     # There are n! ways. Without the model, some of the names may be of no parameter.
+    shapes = model.shapes
     few = len(parts) <= 6 and (shapes is None or len(parts) == len(names))
     tried = names[:6] if few else []
     roles = adapter.roles
@@ -116,12 +115,12 @@ def _assign_by_shape(
         is_one = shapes is not None or len({x.experts for x in found}) == 1
         if len(found) == len(parts) and is_one:
             fitting.append(found)
-            if ordered or (shapes is not None and len(fitting) > 1):
+            if model.is_ordered or (shapes is not None and len(fitting) > 1):
                 break
     if shapes is None:  # the list need not be in the order in which PEFT wraps them
         fitting = sorted(fitting, key=_is_gated, reverse=True)[:1]
     if len(fitting) == 1:
-        return fitting[0]
+        return fitting[0], []
     listed = ", ".join(f"{n} {shapes[n]}" if shapes else f"{n} {roles[n].rank}" for n in names)
     got = ", ".join(f"A {x.a.shape} with B {x.b.shape}" for x in parts)
     what = "can be assigned in several ways to" if fitting else "do not fit"
@@ -130,8 +129,7 @@ def _assign_by_shape(
         "what it returns."
     )
     why = f"{got} {what} {'' if shapes else 'the ranks of '}{listed}"
-    problems.add(PREFIX + module, why, remedy if fitting else "")
-    return []
+    return [], [Problem(PREFIX + module, why, remedy if fitting else "")]
 
 
 def _is_gated(found: Sequence[Header]) -> bool:

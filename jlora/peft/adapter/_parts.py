@@ -10,7 +10,6 @@ import numpy as np
 from ..._errors import Problem
 from ..._types import PyTree
 from .._file import PREFIX, TENSORS, TensorInfo, show
-from .._problems import Problems
 from ..names._kinds import CONV, EXPERTS, ROWS, Kind
 from ._config import PARAMETERS
 
@@ -163,9 +162,9 @@ def _list_numbers(own: Values) -> dict[str, tuple[Any, ...]]:
 
 
 def find_rows(
-    fields: Mapping[str, Any], modules: Iterable[str], problems: Problems
-) -> tuple[dict[str, RowNumbers], list[str]]:
-    """Finds the rows of each module with values, and the listed names without values.
+    fields: Mapping[str, Any], modules: Iterable[str]
+) -> tuple[dict[str, RowNumbers], list[str], list[Problem]]:
+    """Finds the rows of each module with values, the listed names without values, and problems.
 
     A name without values may be a head that is tied to an embedding with the same rows. Any other
     is a problem.
@@ -177,9 +176,10 @@ def find_rows(
     listed = {key: tuple(rows) for key, rows in listed.items()}
     if len(modules) > (1 if is_one else PARAMETERS):
         few = "one embedding" if is_one else f"at most {PARAMETERS}"
-        problems.add(INDICES, f"expected rows of {few}; there are values for {len(modules)}")
-        return {}, []
+        why = f"expected rows of {few}; there are values for {len(modules)}"
+        return {}, [], [Problem(INDICES, why)]
     found = dict[str, RowNumbers]()
+    problems = list[Problem]()
     for module in modules:
         # As in PEFT: the ends of names are compared, also within a component.
         each = {rows for key, rows in listed.items() if module.endswith(key)}
@@ -187,11 +187,11 @@ def find_rows(
             found[module] = each.pop()
         else:
             why = f"{INDICES} lists {'other rows too' if each else 'none of its rows'}"
-            problems.add(f"{PREFIX}{module}{ROWS.keys[0]}", f"unexpected; {why}")
+            problems.append(Problem(f"{PREFIX}{module}{ROWS.keys[0]}", f"unexpected; {why}"))
     alone = [key for key in listed if not any(module.endswith(key) for module in modules)]
     heads = [key for key in alone if listed[key] in found.values()]
-    problems.found += [_without_values(key) for key in alone if key not in heads]
-    return found, heads
+    problems += [_without_values(key) for key in alone if key not in heads]
+    return found, heads, problems
 
 
 def _without_values(key: str) -> Problem:

@@ -2,16 +2,14 @@
 
 import collections
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..._errors import Problem
-from .._file import COUNT, COUNTS, DTYPES, FLOATS, PREFIX, TensorInfo, show
-from .._problems import Problems
+from .._file import COUNT, COUNTS, DTYPES, FLOATS, PREFIX, TensorInfo, explain_name, show
 from .._vocabulary import is_table
 from ..names._kinds import CONV, EMBEDDING, LINEAR, ROWS
 from ..names._weights import explain_narrowing
-from ._config import problems_of
 from ._files import Files
 from ._parts import MAGNITUDE, WRAPPED, Header, Headers, Parameters, Part, Tokens, find_rows
 from ._roles import Roles
@@ -32,6 +30,7 @@ class Adapter(NamedTuple):
     """The tensors of an adapter, sorted by kind.
 
     Attributes:
+        files: its files.
         roles: what its configuration does with each module.
         modules: A and B by module. If several parameters of a module are adapted, the file does not
             distinguish them: they are in the order in which PEFT wraps them.
@@ -39,6 +38,7 @@ class Adapter(NamedTuple):
         heads: tied heads, for which the configuration repeats the rows of the embedding.
     """
 
+    files: Files
     roles: Roles
     modules: dict[str, list[Header]]
     rest: Headers
@@ -57,23 +57,15 @@ class Adapter(NamedTuple):
         return [*self.rest.changed, *self.rest.biases, *adapted]
 
 
-def sort_tensors(files: Files, problems: Problems, *, is_merged: bool = False) -> Adapter:
-    """Sorts tensors by kind; raises if the configuration is not supported.
+def sort_tensors(files: Files, *, is_merged: bool = False) -> tuple[Adapter, list[Problem]]:
+    """Sorts tensors by kind. The configuration must have no problems.
 
     Args:
         files: the adapter.
-        problems: collects problems.
         is_merged: whether it is merged in NumPy, so that dtypes and `lora_bias` are no problem.
     """
-    problems.keys = files.keys
-    problems.stop(*problems_of(files.fields))
     fields = files.fields
-    problems.cause = files.cause
-    problems.examine(files.tensors)
-    if not (is_merged or files.is_own):
-        for x in files.tensors:
-            if x.dtype in DTYPES and explain_narrowing(DTYPES[x.dtype]):
-                problems.add(x.key, f"dtype {x.dtype} needs jax_enable_x64")
+    problems = list(_list_odd(files, is_merged))
     sides = collections.defaultdict[tuple[str, int, bool], dict[str, TensorInfo]](dict)
     by_ending = {end: dict[str, TensorInfo]() for end in (MAGNITUDE, *ROWS.keys, B_BIAS)}
     endings = [end for end in by_ending if end != B_BIAS or fields.get("lora_bias")]
@@ -81,9 +73,10 @@ def sort_tensors(files: Files, problems: Problems, *, is_merged: bool = False) -
     for x in files.tensors:
         name = x.key.removeprefix(PREFIX)
         if not x.key.startswith(PREFIX):
-            problems.add(x.key, f"unexpected; PEFT's keys start with {PREFIX!r}")
+            problems.append(Problem(x.key, f"unexpected; PEFT's keys start with {PREFIX!r}"))
         elif x.dtype not in (COUNTS if x.key.endswith(COUNT) else FLOATS):
-            problems.add_not_floating(x)
+            why = f"expected a floating-point dtype, got {x.dtype}"
+            problems.append(Problem(x.key, why))
         elif found := FACTOR.fullmatch(name):
             module, depth, side, table = found.group("module", "depth", "side", "table")
             sides[module, depth.count("."), bool(table)][side or table] = x
@@ -94,22 +87,36 @@ def sort_tensors(files: Files, problems: Problems, *, is_merged: bool = False) -
     magnitudes, deltas, biases = by_ending.values()
     for x in biases.values() if not is_merged else ():
         why = "lora_bias is supported only when merging; use jlora.peft.export_merged"
-        problems.add(x.key, why)
+        problems.append(Problem(x.key, why))
     adapted = {module for module, *_ in sides}
     roles = Roles(fields, adapted)
     # The name of a parameter alone, such as `gate_up_proj`, may be in any module, but not in these.
     for module in (x for x in adapted if may_tie(fields, x)):
         roles[module] = roles[module]._replace(parameters=())
-    full, frozen = _others(roles, others, adapted, deltas, problems)
-    parts = _parts(roles, sides, magnitudes, problems)
-    rows, heads = find_rows(fields, deltas, problems)
+    full, frozen, unexpected = _others(roles, others, adapted, deltas)
+    parts, unpaired = _parts(files, roles, sides, magnitudes)
+    rows, heads, unlisted = find_rows(fields, deltas)
+    problems += [*unexpected, *unpaired, *unlisted]
     for module in rows:
         if module in adapted or roles[module].saves:
-            problems.add(deltas[module].key, "its module is also adapted or saved as a whole")
+            why = "its module is also adapted or saved as a whole"
+            problems.append(Problem(deltas[module].key, why))
     tokens = {f"{module}.weight": Tokens(module, rows[module], deltas[module]) for module in rows}
     added = {f"{module}.bias": (x, roles[module].scale) for module, x in biases.items()}
     rest = Parameters([], full, frozen, tokens, added)
-    return Adapter(roles, parts, rest, heads)
+    return Adapter(files, roles, parts, rest, heads), problems
+
+
+def _list_odd(files: Files, is_merged: bool) -> Iterator[Problem]:
+    """Lists long names, tensors of no size, and those that JAX would narrow."""
+    for x in files.tensors:
+        if why := explain_name(files.keys.get(x.key, x.key)):
+            yield Problem(x.key, why)
+        if 0 in x.shape:
+            yield Problem(x.key, f"has no values, as its shape is {x.shape}")
+    for x in files.tensors if not (is_merged or files.is_own) else ():
+        if x.dtype in DTYPES and explain_narrowing(DTYPES[x.dtype]):
+            yield Problem(x.key, f"dtype {x.dtype} needs jax_enable_x64")
 
 
 # ------------------------------------------------------------------------- parameters as a whole
@@ -126,10 +133,10 @@ def _others(
     tensors: Mapping[str, TensorInfo],
     adapted: Collection[str],
     with_rows: Collection[str],
-    problems: Problems,
-) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
+) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo], list[Problem]]:
     """Separates parameters that are replaced from those that must equal the base's."""
     full, frozen = dict[str, TensorInfo](), dict[str, TensorInfo]()
+    problems = list[Problem]()
     for key, x in tensors.items():
         module, wrapped, parameter = _find_home(key)
         name = f"{module}.{parameter}"
@@ -143,18 +150,18 @@ def _others(
             # PEFT reads the module itself, and writes these beside it if the vocabulary was
             # resized, or with bias "all".
             if copied not in tensors or tensors[copied].shape != x.shape:
-                problems.add(x.key, f"unexpected; {PREFIX}{copied} is not there, or of other shape")
+                why = f"unexpected; {PREFIX}{copied} is not there, or of other shape"
+                problems.append(Problem(x.key, why))
         elif name in full or name in frozen:
-            problems.add(x.key, f"duplicate, with and without {BASE[1:]}")
+            problems.append(Problem(x.key, f"duplicate, with and without {BASE[1:]}"))
         elif is_frozen and is_wrapped and (is_adapted or module in with_rows):
             frozen[name] = x
         elif is_resized or (is_full and (parameter == "bias" or not is_adapted)):
             full[name] = x
         else:
-            problems.add(
-                x.key, f"in full, but {show(module)} also has A and B" if is_full else "unexpected"
-            )
-    return full, frozen
+            why = f"in full, but {show(module)} also has A and B" if is_full else "unexpected"
+            problems.append(Problem(x.key, why))
+    return full, frozen, problems
 
 
 def is_of_vocabulary(module: str, parameter: str) -> bool:
@@ -185,13 +192,18 @@ def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) 
 
 
 def _parts(
+    files: Files,
     roles: Roles,
     sides: Mapping[tuple[str, int, bool], Mapping[str, TensorInfo]],
     magnitudes: Mapping[str, TensorInfo],
-    problems: Problems,
-) -> dict[str, list[Header]]:
+) -> tuple[dict[str, list[Header]], list[Problem]]:
     """Pairs A and B of each module with their magnitudes, the innermost first."""
     found: dict[str, list[Header]] = {module: [] for module, *_ in sides}
+    problems = list[Problem]()
+
+    def explain_missing(there: TensorInfo) -> str:
+        return f"missing, though {show(files.keys.get(there.key, there.key))} is there"
+
     is_dora = bool(roles.fields.get("use_dora"))
     for (module, depth, table), pair in sorted(sides.items(), key=lambda x: -x[0][1]):
         key = PREFIX + module + BASE * depth
@@ -199,9 +211,10 @@ def _parts(
         shapes = tuple(pair[side].shape for side in sorted(pair))
         if lost := [side for side in "AB" if side not in pair]:
             a, b = (EMBEDDING if table else LINEAR).keys
-            problems.add(key + (a if lost == ["A"] else b), _without(there[0], problems))
+            end = a if lost == ["A"] else b
+            problems.append(Problem(key + end, explain_missing(there[0])))
         elif min(map(len, shapes)) < 2:
-            problems.add(key, f"expected matrices as A and B, got shapes {shapes}")
+            problems.append(Problem(key, f"expected matrices as A and B, got shapes {shapes}"))
         else:
             kind = EMBEDDING if table else LINEAR if len(shapes[0]) == 2 else CONV
             m = magnitudes.get(module) if is_dora else None
@@ -209,19 +222,16 @@ def _parts(
             scale = roles[module].scale
             found[module].append(Part(name, kind, module, pair["A"], pair["B"], scale, m=m))
             if is_dora and m is None:
-                problems.add(PREFIX + module + MAGNITUDE, _without(pair["A"], problems))
+                lost = PREFIX + module + MAGNITUDE
+                problems.append(Problem(lost, explain_missing(pair["A"])))
     outermost = {module for module, depth, _ in sides if not depth}
     for module in found:
         if module not in outermost:
-            problems.add(PREFIX + module, "adapted more than once")
+            problems.append(Problem(PREFIX + module, "adapted more than once"))
             found[module].clear()
     for module, x in magnitudes.items():
         if not is_dora:
-            problems.add(x.key, f"unexpected; {problems.config} has no use_dora")
+            problems.append(Problem(x.key, f"unexpected; {files.config} has no use_dora"))
         elif module not in found:
-            problems.add(x.key, f"unexpected; {show(module)} has no A and B")
-    return found
-
-
-def _without(there: TensorInfo, problems: Problems) -> str:
-    return f"missing, though {show(problems.keys.get(there.key, there.key))} is there"
+            problems.append(Problem(x.key, f"unexpected; {show(module)} has no A and B"))
+    return found, problems

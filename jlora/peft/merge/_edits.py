@@ -1,10 +1,10 @@
 """Finds the edit of each tensor, and which weights are stored as (inputs, outputs)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from .._problems import Problems
+from ..._errors import Problem
 from .._write import Edit
 from ..adapter._parameters import Shapes, list_orientations
 from ..adapter._parts import Part, T, Values
@@ -13,16 +13,18 @@ from ..places._views import Places
 from ._blocks import NewValues, Parts, Sum
 
 
-def find_edits(model: Places, contents: Values, problems: Problems) -> dict[str, Edit]:
+def find_edits(model: Places, contents: Values) -> tuple[dict[str, Edit], list[Problem]]:
     """Finds the edit of each tensor that changes."""
     found, parts = dict[str, Edit](), dict[str, dict[int, tuple[int, Edit]]]()
-    for name, change in _list_changes(model, contents, problems):
+    changes, problems = _list_changes(model, contents)
+    for name, change in changes:
         for piece in (view := model[name]).pieces:
             edit = change if view.is_tensor else change.of_rows(piece.expert, piece.rows)
             own = parts.get(piece.tensor, {})
             start = piece.at.start
             if piece.tensor in found or (own and start in (None, *own)):
-                problems.add(piece.tensor, "changed twice by the adapter, under two names")
+                why = "changed twice by the adapter, under two names"
+                problems.append(Problem(piece.tensor, why))
             if start is None:
                 found[piece.tensor] = edit
             else:
@@ -35,31 +37,33 @@ def find_edits(model: Places, contents: Values, problems: Problems) -> dict[str,
         for name, x in contents.tokens.items()
     }
     for name in rows.keys() & found:
-        problems.add(name, "has new rows in the adapter, which also changes it as a whole")
-    return found | rows
+        why = "has new rows in the adapter, which also changes it as a whole"
+        problems.append(Problem(name, why))
+    return found | rows, problems
 
 
 def _list_changes(
-    model: Places, contents: Values, problems: Problems
-) -> Iterator[tuple[str, NewValues | Sum]]:
-    """Yields the change of each parameter."""
-    for name, x in contents.full.items():
-        if name in model:
-            yield name, NewValues(x)
+    model: Places, contents: Values
+) -> tuple[list[tuple[str, NewValues | Sum]], list[Problem]]:
+    """Lists the change of each parameter."""
+    found, problems = list[tuple[str, NewValues | Sum]](), list[Problem]()
+    found += [(name, NewValues(x)) for name, x in contents.full.items() if name in model]
     for part in contents.parts:
         if (view := model.get(part.name)) is None:
             continue  # a tied weight, which another part changes
         flips = list_orientations(part, view.shape)
         if len(flips) > 1:
             why = "is square, and may be stored as (inputs, outputs) or"
-            problems.add(part.name, f"{why} (outputs, inputs)")
+            problems.append(Problem(part.name, f"{why} (outputs, inputs)"))
         elif part.m is not None and flips[0] and len(view.pieces) > 1:
-            problems.add(part.name, "DoRA of inputs, but the checkpoint has it in parts")
+            why = "DoRA of inputs, but the checkpoint has it in parts"
+            problems.append(Problem(part.name, why))
         else:
-            yield part.name, _make_sum(part, *flips)
+            found.append((part.name, _make_sum(part, *flips)))
     one = np.ones((1, 1, 1), np.float32)
     for name, (x, scale) in contents.biases.items():
-        yield name, Sum(x.reshape(1, -1, 1), one, scale)
+        found.append((name, Sum(x.reshape(1, -1, 1), one, scale)))
+    return found, problems
 
 
 def _make_sum(part: Part[np.ndarray], transposed: bool) -> Sum:

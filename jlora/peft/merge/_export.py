@@ -3,16 +3,17 @@
 import os
 from collections.abc import Collection, Sequence
 
+from ..._errors import Problem
 from ..._folders import fresh
 from ..._types import PyTree
 from .._checkpoint import open_checkpoint
-from .._problems import Problems
+from .._problems import About, warn
 from .._write import write_tensors
 from ..formats._dequantize import dequantized
 from ..names._names import Name
 from ._blocks import check_cpu
 from ._edits import find_edits
-from ._fit_checkpoint import check_frozen, match_to_checkpoint
+from ._fit_checkpoint import list_changed, match_to_checkpoint
 from ._ties import with_copies
 
 
@@ -121,21 +122,19 @@ def export_merged(
     checkpoint = open_checkpoint(path, follow_links=follow_links, copied=True)
     if checkpoint.quantization:
         checkpoint, _ = dequantized(checkpoint)
-    problems = Problems(
-        "adapter", "cannot be merged into the checkpoint of `path`; nothing was written."
+    about = About("adapter", "cannot be merged into the checkpoint of `path`; nothing was written.")
+    target, contents, shared, found = match_to_checkpoint(
+        checkpoint, adapter, names, about, ignore, prefix, renamed
     )
-    target, contents, shared = match_to_checkpoint(
-        checkpoint, adapter, names, problems, ignore, prefix, renamed
-    )
-    edits = find_edits(target.model, contents, problems)
-    problems.stop()
+    about = found.about
+    edits, problems = find_edits(target.model, contents)
+    about.stop([*found.problems, *problems])
     checkpoint = target.checkpoint
     edits = with_copies(edits, shared)
-    check_frozen(target, contents, problems)
-    problems.stop()
-    problems.warn()
+    about.stop(list_changed(target, contents))
+    warn(found.config, found.unused)
     with fresh(out, "out") as folder:
-        for name, count in write_tensors(checkpoint, folder, edits, "merge").items():
-            problems.add(name, f"{count} values are not finite after merging")
-        problems.stop()
+        counts = write_tensors(checkpoint, folder, edits, "merge")
+        why = "{} values are not finite after merging"
+        about.stop(Problem(name, why.format(count)) for name, count in counts.items())
     return checkpoint.left_out

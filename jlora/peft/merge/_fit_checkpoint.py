@@ -1,24 +1,32 @@
 """Matches an adapter to the tensors of a checkpoint."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from ..._adapters import is_node, weight_shape
-from ..._errors import InputError
+from ..._errors import InputError, Problem
 from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
 from .._changed import with_values
 from .._checkpoint import Checkpoint
-from .._file import COUNT, COUNTS, DTYPES, show
-from .._problems import Problems
+from .._file import CONFIG, COUNT, COUNTS, DTYPES, show
+from .._problems import About
 from .._vocabulary import is_head
 from ..adapter._arranged import arrange
+from ..adapter._config import problems_of
 from ..adapter._files import Files
 from ..adapter._open import open_adapter
-from ..adapter._parameters import assign_parameters, list_missing, list_orientations
+from ..adapter._parameters import (
+    Model,
+    assign_parameters,
+    list_missing,
+    list_orientations,
+    list_unmatched,
+)
 from ..adapter._parts import Headers, Parameters, T, Values, fill, list_misfits, list_unequal
 from ..adapter._sorted import Adapter, explain_resized, sort_tensors
 from ..names._names import Name
@@ -39,20 +47,36 @@ from ._ties import (
 _SHOWN = 9  # names in a warning
 
 
+class Remarks(NamedTuple):
+    """What else is found while an adapter is matched.
+
+    Attributes:
+        about: what errors say of the adapter.
+        problems: those with its values.
+        unused: names in the configuration that match nothing, which PEFT accepts.
+        config: what the file with the configuration is called.
+    """
+
+    about: About
+    problems: Sequence[Problem] = ()
+    unused: Sequence[str] = ()
+    config: str = CONFIG
+
+
 def match_to_checkpoint(
     checkpoint: Checkpoint,
     adapter: str | os.PathLike[str] | PyTree,
     names: Sequence[Name] | None,
-    problems: Problems,
+    about: About,
     ignore: Collection[str] = (),
     prefix: str | None = None,
     renamed: Pairs = (),
-) -> tuple[Target, Values, Shared]:
+) -> tuple[Target, Values, Shared, Remarks]:
     """Reads a PEFT folder, or a tree with `names`, and finds its parameters in the checkpoint.
 
     Returns:
-        The checkpoint with all that the adapter adds to it, the contents of the adapter, and what
-        the model may read twice of the weights that it changes.
+        The checkpoint with all that the adapter adds to it, the contents of the adapter, what the
+        model may read twice of the weights that it changes, and what else is found.
 
     Raises:
         ValueError: if the adapter does not fit the checkpoint, with all problems.
@@ -64,7 +88,7 @@ def match_to_checkpoint(
             )
         modules = {module_of(name) for name in checkpoint.where}
         files = open_adapter(adapter, "adapter", ignore, prefix, modules)
-        target, found, shared = _match_files(checkpoint, files, problems, renamed)
+        target, own, shared, found = _match_files(checkpoint, files, about, renamed)
     elif names is None:
         raise InputError(
             "names",
@@ -72,18 +96,18 @@ def match_to_checkpoint(
             "None.",
         )
     else:
-        target, found, shared = _match_tree(checkpoint, adapter, names, problems, renamed)
-    problems.found += list_absent(*target, found)
-    return target, found, shared
+        target, own, shared, found = _match_tree(checkpoint, adapter, names, about, renamed)
+    problems = [*found.problems, *list_absent(*target, own)]
+    return target, own, shared, found._replace(problems=problems)
 
 
 def _match_tree(
     checkpoint: Checkpoint,
     adapter: PyTree,
     names: Sequence[Name],
-    problems: Problems,
+    about: About,
     renamed: Pairs,
-) -> tuple[Target, Values, Shared]:
+) -> tuple[Target, Values, Shared, Remarks]:
     nodes = adapter_leaves(adapter)
     shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in nodes.items()}
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
@@ -92,65 +116,70 @@ def _match_tree(
     found = Parameters(tree.parts, full, tokens=tree.tokens)
     places = next(find(found.changed, checkpoint.shapes, checkpoint.config, renamed))
     target = Target(checkpoint, places)
-    shared = find_shared(target, found, problems)
+    shared, problems = find_shared(target, found)
     if any(is_head(module_of(name)) for name in found.changed):
         target, found, shared, _ = settle_ties(target, found, shared, lambda _: {}, lambda _: True)
-    target = fit_vocabulary(target, found, problems)
+    target, unsized = fit_vocabulary(target, found)
     parts = orient(found.parts, target.model.shapes, False)
     # Where shapes do not tell it, the table does.
     found = found._replace(parts=[x._replace(transposed=bool(x.transposed)) for x in parts])
-    _check(target, found, problems)
-    problems.stop()
-    return target, found, shared
+    about.stop([*problems, *unsized, *_list_misfits(target, found)])
+    return target, found, shared, Remarks(about)
 
 
 def _match_files(
-    checkpoint: Checkpoint, files: Files, problems: Problems, renamed: Pairs
-) -> tuple[Target, Values, Shared]:
-    adapter = sort_tensors(files, problems, is_merged=True)
+    checkpoint: Checkpoint, files: Files, about: About, renamed: Pairs
+) -> tuple[Target, Values, Shared, Remarks]:
+    about = about._replace(cause=files.cause, keys=files.keys)
+    about.stop(problems_of(files.fields))
+    adapter, problems = sort_tensors(files, is_merged=True)
     is_transposed = bool(files.fields.get("fan_in_fan_out"))
     models = find(adapter.names, checkpoint.shapes, checkpoint.config, renamed)
     tried = list(models)
     old = next((x for x in tried if not list_missing(adapter, x.shapes)), tried[0])
-    _report_missing(adapter, old, problems)
-    found = assign_parameters(adapter, old.shapes, "the checkpoint", problems)
+    missing, unused = _sort_missing(adapter, old)
+    described = Model(old.shapes, "the checkpoint")
+    found, unassigned = assign_parameters(adapter, described)
+    unused += list_unmatched(adapter, found, described)
     target = Target(checkpoint, old)
-    shared = find_shared(target, found, problems)
-    problems.found += list_untied_heads(checkpoint, shared, adapter)
+    shared, untied = find_shared(target, found)
+    problems += [*missing, *unassigned, *untied, *list_untied_heads(checkpoint, shared, adapter)]
     target, found, shared, uneven = settle_ties(
         target, found, shared, files.read, adapter.roles.saves
     )
-    target = add_head(fit_vocabulary(target, found, problems), found, adapter)
+    target, unsized = fit_vocabulary(target, found)
+    target = add_head(target, found, adapter)
     checkpoint, model = target
     parts = orient(found.parts, model.shapes, is_transposed)
     tokens, heads = separate_heads(model, shared, found.tokens)
     found = found._replace(parts=parts, tokens=tokens)
-    _check(target, found, problems)
-    _check_biases(model, found, problems)
-    problems.found[:0] = list_absent(checkpoint, model, found)  # of the others, the likely cause
-    values = files.values((found, heads), problems)
-    problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
+    problems += [*unsized, *_list_misfits(target, found), *_list_odd_biases(model, found)]
+    # What is absent is the likely cause of the others.
+    about.stop([*list_absent(checkpoint, model, found), *problems])
+    values, problems = files.values((found, heads))
+    unequal = list_unequal(((x.v, y.v, False) for x, y in heads), values) if values else []
+    about.stop([*problems, *unequal])
     found = fill(found, values)
-    problems.found += uneven
     names = [n for n in found.frozen if n in old and old[n].shape != model[n].shape]
     values = {model.tensor(name): found.frozen[name] for name in names}
     target = target._replace(checkpoint=with_values(checkpoint, values))
-    return target, found, shared
+    return target, found, shared, Remarks(about, uneven, unused, files.config)
 
 
-def _report_missing(adapter: Adapter, model: Places, problems: Problems) -> None:
-    """Adds what the configuration selects but the file lacks.
+def _sort_missing(adapter: Adapter, model: Places) -> tuple[list[Problem], list[str]]:
+    """Lists what the configuration selects but the file lacks: problems, and what stays as it is.
 
     That is a problem in layers of which the adapter has some modules. Elsewhere the adapted model
     may have lacked it, such as an old head or a pooler: it stays as it is, as in PEFT.
     """
     adapted = {_find_layers(name) for name in adapter.names if name in model} - {None}
     missing = list_missing(adapter, model.shapes)
-    problems.found += [x for x in missing if _find_layers(x.where) in adapted]
-    if left := [show(x.where) for x in missing if _find_layers(x.where) not in adapted]:
-        more = f" and {n} more" if (n := len(left) - _SHOWN) > 0 else ""
-        what = f"{', '.join(left[:_SHOWN])}{more}"
-        problems.unused.append(f"selects {what}, which the adapter lacks; they stay as they are")
+    problems = [x for x in missing if _find_layers(x.where) in adapted]
+    left = [show(x.where) for x in missing if _find_layers(x.where) not in adapted]
+    more = f" and {n} more" if (n := len(left) - _SHOWN) > 0 else ""
+    what = f"{', '.join(left[:_SHOWN])}{more}"
+    unused = [f"selects {what}, which the adapter lacks; they stay as they are"] if left else []
+    return problems, unused
 
 
 def _find_layers(name: str) -> str | None:
@@ -160,58 +189,61 @@ def _find_layers(name: str) -> str | None:
     return None if at is None else ".".join(parts[:at])
 
 
-def _check(target: Target, found: Parameters[T], problems: Problems) -> None:
-    """Adds the parameters whose shape or dtype in the checkpoint does not fit."""
+def _list_misfits(target: Target, found: Parameters[T]) -> list[Problem]:
+    """Lists the parameters whose shape or dtype in the checkpoint does not fit."""
     checkpoint, model = target
+    problems = list[Problem]()
     for name, x in found.tokens.items():
         if (view := model.get(name)) is None or len(view.shape) != 2 or not view.is_tensor:
-            problems.add(name, "has rows in the adapter, but is not an embedding in the checkpoint")
+            why = "has rows in the adapter, but is not an embedding in the checkpoint"
+            problems.append(Problem(name, why))
         else:
-            problems.found += list_misfits(x, view.shape)
+            problems += list_misfits(x, view.shape)
     for part in found.parts:
         if (view := model.get(part.name)) and not list_orientations(part, view.shape):
             why = f"expected a {part.kind.name} weight of shape {view.shape}, but"
             is_swapped = sorted(view.shape) == sorted(part.matrix)
             swapped = ": A has the outputs, and B the inputs" * is_swapped
             made = f"A {part.a.shape} and B {part.b.shape} make {part.matrix}"
-            problems.add(part.name, f"{why} {made}{swapped}")
+            problems.append(Problem(part.name, f"{why} {made}{swapped}"))
     whole = {**found.full, **found.frozen}
     for name, x in whole.items():
         if (view := model.get(name)) is None:
             continue
         if problem := explain_resized(name, x.shape, view.shape):
-            problems.found.append(problem)
+            problems.append(problem)
         elif view.shape != x.shape:
             dtype = checkpoint.entry(view.pieces[0].tensor).dtype
             why = f"expected {dtype} of shape {view.shape}, got {x.shape} in the adapter"
-            problems.add(name, why)
+            problems.append(Problem(name, why))
     names = (part.name for part in found.parts)
     for name in dict.fromkeys([*found.tokens, *names, *whole, *found.biases]):
         pieces = model[name].pieces if name in model else ()
         known = COUNTS if name.endswith(COUNT) else DTYPES
         if odd := {checkpoint.entry(x.tensor).dtype for x in pieces} - known.keys():
             remedy = "" if known is COUNTS else "Dequantize the checkpoint first."
-            problems.add(name, f"of dtype {min(odd)}; expected one of {', '.join(known)}", remedy)
+            why = f"of dtype {min(odd)}; expected one of {', '.join(known)}"
+            problems.append(Problem(name, why, remedy))
+    return problems
 
 
-def _check_biases(model: Places, found: Headers, problems: Problems) -> None:
-    """Adds the tensors of `lora_bias` that the checkpoint has no bias for."""
+def _list_odd_biases(model: Places, found: Headers) -> Iterator[Problem]:
+    """Lists the tensors of `lora_bias` that the checkpoint has no bias for."""
     adapted = {part.key for part in found.parts}
     for name, (x, _) in found.biases.items():
         view = model.get(name)
         if name in found.full:
-            problems.add(x.key, "added to a bias that the adapter also replaces")
+            yield Problem(x.key, "added to a bias that the adapter also replaces")
         elif name.removesuffix(".bias") not in adapted:
-            problems.add(x.key, "added to the bias of a module that has no A and B")
+            yield Problem(x.key, "added to the bias of a module that has no A and B")
         elif view is None or view.shape != x.shape:
             there = f"a bias of shape {view.shape}" if view else "no bias"
-            problems.add(
-                x.key, f"has shape {x.shape}, but the module in the checkpoint has {there}"
-            )
+            why = f"has shape {x.shape}, but the module in the checkpoint has {there}"
+            yield Problem(x.key, why)
 
 
-def check_frozen(target: Target, found: Values, problems: Problems) -> None:
-    """Adds the frozen tensors of an adapter whose values differ from the checkpoint's."""
+def list_changed(target: Target, found: Values) -> Iterator[Problem]:
+    """Lists the frozen tensors of an adapter whose values differ from the checkpoint's."""
     checkpoint, model = target
     for name, x in found.frozen.items():
         view = model.get(name)
@@ -220,7 +252,7 @@ def check_frozen(target: Target, found: Values, problems: Problems) -> None:
                 "has other values than the adapter's copy of the base: `path` is another model, "
                 "or one with this adapter merged already"
             )
-            problems.add(view.tensor, why)
+            yield Problem(view.tensor, why)
 
 
 def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:

@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ..._errors import Problem
 from .._changed import change
 from .._checkpoint import Checkpoint
 from .._file import TensorInfo
-from .._problems import Problems
 from .._vocabulary import copy_config, is_table, walk_objects
 from ..adapter._parts import Headers, Parameters, T
 from ..adapter._sorted import Adapter, explain_resized
@@ -56,17 +56,18 @@ def _rename(view: View, prefix: str) -> View:
 # ---------------------------------------------------------------- a vocabulary that was resized
 
 
-def fit_vocabulary(target: Target, found: Parameters[T], problems: Problems) -> Target:
+def fit_vocabulary(target: Target, found: Parameters[T]) -> tuple[Target, list[Problem]]:
     """Resizes embedding and head, and what else has a number for each token, as the adapter did.
 
-    Adds a problem if the adapter does not hold all of these.
+    It is a problem if the adapter does not hold all of these.
     """
     checkpoint, model = target
     whole = {n: x for n, x in {**found.frozen, **found.full}.items() if n in model}
     tables = {n for n, x in whole.items() if explain_resized(n, x.shape, model[n].shape)}
     sizes = {(model[name].shape[0], whole[name].shape[0]) for name in tables}
     if len(sizes) != 1:
-        return target
+        return target, []
+    problems = list[Problem]()
     [(old, new)] = sizes
     shapes = {
         name: x.shape
@@ -81,13 +82,13 @@ def fit_vocabulary(target: Target, found: Parameters[T], problems: Problems) -> 
         is_matrix = shape[:1] == (old,) and is_table(tensor.rpartition(".")[0])
         is_vector = shape in ((old,), (1, old)) and old not in columns
         if tensor not in resized and (is_matrix or is_vector):
-            problems.add(
-                tensor,
+            why = (
                 f"is for {old} tokens, and the adapter, whose vocabulary was resized to {new}, has "
-                "no values of it",
-                f"Call resize_token_embeddings({new}) on the base in `transformers`, and save it.",
+                "no values of it"
             )
-    return target.resize(shapes, _resize(checkpoint.config, old, new))
+            remedy = f"Call resize_token_embeddings({new}) on the base in `transformers`"
+            problems.append(Problem(tensor, why, f"{remedy}, and save it."))
+    return target.resize(shapes, _resize(checkpoint.config, old, new)), problems
 
 
 def _resize(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import numpy as np
 from ..._errors import Problem
 from .._checkpoint import Checkpoint
 from .._file import TensorInfo, show
-from .._problems import Problems
 from .._vocabulary import (
     TIE,
     copy_config,
@@ -51,10 +50,10 @@ _UNTIE = (
 )
 
 
-def find_shared(target: Target, found: Parameters[T], problems: Problems) -> dict[str, list[str]]:
+def find_shared(target: Target, found: Parameters[T]) -> tuple[dict[str, list[str]], list[Problem]]:
     """Finds the embeddings and heads that an adapter changes and the model may read twice.
 
-    If the checkpoint lacks a head that the adapter changes, an embedding may be that head. Adds a
+    If the checkpoint lacks a head that the adapter changes, an embedding may be that head. It is a
     problem if the configuration ties weights whose values differ.
     """
     checkpoint, model = target
@@ -70,7 +69,7 @@ def find_shared(target: Target, found: Parameters[T], problems: Problems) -> dic
     is_apart = is_untied(config) and any(is_head(module_of(name)) for name in model)
     may_be_head = make_may_be_head([*model, *found.full], config)
     digest = functools.cache(functools.partial(_digest, checkpoint))
-    shared = dict[str, list[str]]()
+    shared, problems = dict[str, list[str]](), list[Problem]()
     for module in filter(changed.__contains__, tensors):
         is_two = is_embedding(module) and is_of_two(module, has_encoder)
         if is_apart and not is_two:
@@ -81,10 +80,10 @@ def find_shared(target: Target, found: Parameters[T], problems: Problems) -> dic
         if others and not copies and not is_two and not has_encoder:
             if _is_tied(config, f"{module}.weight" in found.tokens):
                 why = f"config.json ties it to {show(others[0])}, but their values differ"
-                problems.add(own, why, f"Correct {TIE} there.")
+                problems.append(Problem(own, why, f"Correct {TIE} there."))
         elif copies or is_head(module) or may_be_head(module):
             shared[own] = copies
-    return shared
+    return shared, problems
 
 
 def _is_tied(config: Mapping[str, Any], has_rows: bool) -> bool:
