@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 
-from .._adapters import Decomposed, LowRank, Node, Replaced, is_node, state, weight_shape
+from .._adapters import Node, Replaced, is_node, state, weight_shape
 from .._arrays import put
 from .._errors import InputError, Problem
 from .._types import Layout, short
@@ -20,6 +20,7 @@ from .adapter._config import problems_of
 from .adapter._describe import describe
 from .adapter._draft import make_draft
 from .adapter._files import Files
+from .adapter._methods import Factored
 from .adapter._one_rank import with_profile
 from .adapter._open import open_adapter
 from .adapter._parameters import Model, assign_parameters, find_twins
@@ -31,7 +32,7 @@ from .names._leaves import NamedLeaf
 from .names._names import Name
 from .names._torch_layout import join_factors
 
-Leaf = LowRank | Decomposed | Replaced | np.ndarray | jax.Array
+Leaf = Factored | Replaced | np.ndarray | jax.Array
 _ROWS = Layout((), (0,), (1,))
 # The axes of the weights of linear modules, embeddings, experts, and convolutions.
 _AXES = {
@@ -228,7 +229,7 @@ def _name_leaf(name: str, x: object) -> NamedLeaf | None:
     if _is_array(x):
         row = _name("o"[: x.ndim] + "k" * (x.ndim - 1), parameter)
         return NamedLeaf((name,), x, x.shape, row, (module,)) if module else None
-    axes = _AXES.get(x.layout) if isinstance(x, LowRank | Decomposed | Replaced) else None
+    axes = _AXES.get(x.layout) if isinstance(x, Factored | Replaced) else None
     if not isinstance(x, Node) or axes is None or (isinstance(x, Replaced) and axes != ROWS.axes):
         return None
     is_parameter = axes == EXPERTS.axes or parameter == "weight"

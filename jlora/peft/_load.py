@@ -15,6 +15,7 @@ from ._problems import About, warn
 from .adapter._config import problems_of
 from .adapter._files import Files
 from .adapter._fit_tree import match_to_tree
+from .adapter._methods import method_of
 from .adapter._open import open_adapter
 from .adapter._parameters import Model, assign_parameters, list_missing, list_unmatched
 from .adapter._parts import Part, Values, fill
@@ -100,8 +101,10 @@ def load(
     unused = list_unmatched(adapter, own, Model(_shapes(leaves), WHERE))
     fields = files.fields
     static: dict[str, Any] = {"dropout": float(fields.get("lora_dropout", 0.0))}
-    if fields.get("use_dora") and (rate := static["dropout"]):
-        unused.append(f"lora_dropout: {rate} is ignored, as DoRA has no dropout in jlora")
+    method = method_of(fields)
+    if (rate := static["dropout"]) and "lora_dropout" in method.ignored:
+        why = f"is ignored, as {method.name} has no dropout in jlora"
+        unused.append(f"lora_dropout: {rate} {why}")
     warn(files.config, unused)
     parts = {part.name: part for part in own.parts}
     return nest({leaf.path: _value(leaf, own, parts, static) for leaf in adapted})

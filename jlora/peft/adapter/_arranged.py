@@ -21,10 +21,11 @@ from ..names._torch_layout import (
     split_rows,
     swap,
 )
-from ._parts import MAGNITUDE, Part, Tokens, Values
+from ._methods import FACTORED
+from ._parts import Part, Tokens, Values
 from ._roles import make_saves
 from ._sorted import BASE
-from ._writable import FACTORED, check_adapter, name_leaves
+from ._writable import check_adapter, name_leaves
 
 
 class Tree(NamedTuple):
@@ -156,8 +157,7 @@ def make_tensors(
         module = part.name.rpartition(".")[0]
         left[module] -= 1
         start = f"{PREFIX}{module}{BASE * left[module]}"
-        ends = (*part.kind.keys, MAGNITUDE)
-        tensors |= {start + end: x for end, x in zip(ends, part.arrays, strict=False)}
+        tensors |= {start + end: x for end, x in zip(part.keys, part.arrays, strict=True)}
     for name, x in {**own.full, **own.frozen}.items():
         module, _, parameter = name.rpartition(".")
         is_wrapped = name in own.frozen or (module in adapted and not saves(module))

@@ -12,6 +12,7 @@ from ..names._kinds import LINEAR
 from ..names._leaves import NamedLeaf
 from ._arranged import Tree
 from ._config import DEFAULTS, problems_of
+from ._methods import FURTHER
 from ._parts import INDICES, Part
 from ._patterns import PATTERNS, find_common, last_of, list_parents, list_tails
 from ._roles import Roles, find_divisor, make_saves, saves_bias
@@ -35,7 +36,8 @@ def describe(given: Fields, tree: Tree, parts: Sequence[Part[np.ndarray]], about
     """
     fields = DEFAULTS | given
     if parts:
-        fields["use_dora"] = any(part.m is not None for part in parts)
+        methods = {part.method for part in parts}
+        fields |= {flag: method in methods for flag, method in FURTHER.items()}
     about.stop(problems_of(fields, is_file=False))
     # PEFT may take modules for experts, but not those that it selected itself.
     is_known = "peft_version" in given or not any(leaf.by_parameter for leaf in tree.leaves)

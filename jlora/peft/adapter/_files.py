@@ -8,7 +8,8 @@ import numpy as np
 from ..._errors import Problem
 from ..._types import PyTree
 from .._file import CONFIG, COUNTS, DTYPES, TENSORS, TensorInfo
-from ._parts import MAGNITUDE, list_tensors
+from ._methods import ENDS
+from ._parts import list_tensors
 
 
 class Files(NamedTuple):
@@ -47,7 +48,7 @@ class Files(NamedTuple):
         for key, x in found.items():
             if n := x.size - np.count_nonzero(np.isfinite(x)):
                 problems.append(Problem(key, f"{n} of {x.size} values are not finite"))
-            elif key.endswith(MAGNITUDE) and not x.any():
+            elif key.endswith((*ENDS,)) and not x.any():
                 why = f"all {x.size} values are 0, so that the module would return zeros"
                 problems.append(Problem(key, why))
         return found, problems

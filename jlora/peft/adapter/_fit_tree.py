@@ -14,6 +14,7 @@ from .._vocabulary import is_table
 from ..names._kinds import EMBEDDING, LINEAR
 from ..names._leaves import NamedLeaf, find_tied_heads
 from ..names._torch_layout import split_weight
+from ._methods import LORA
 from ._parts import (
     Header,
     Headers,
@@ -156,10 +157,10 @@ def _match_head(
     """Requires a tied head and its embedding to have the same A and B, or the same values."""
     others = leaf.modules[0], leaf.name.tied
     lone = [(x, other) for x, other in zip((head, table), others, strict=True) if x]
-    dora = [(x, other) for x, other in lone if isinstance(x, Part) and x.m is not None]
-    if dora:
-        part, other = dora[0]
-        why = f"DoRA is not supported for a weight that {other} shares"
+    apart = [(x, other) for x, other in lone if isinstance(x, Part) and x.method is not LORA]
+    if apart:
+        part, other = apart[0]
+        why = f"{part.method.name} is not supported for a weight that {other} shares"
         return [], [Problem(part.key, why)]
     if len(lone) == 1:
         [(x, other)] = lone

@@ -8,6 +8,7 @@ import numpy as np
 from ..._errors import InputError, Problem
 from ..names._kinds import EXPERTS
 from ..names._torch_layout import rescale, swap
+from ._methods import LORA
 from ._parts import Part, Values
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -28,7 +29,7 @@ def with_profile(
     if profile != "vllm":
         raise InputError("profile", f"must be None or 'vllm'; got {profile!r}.")
     wrong = own.list_unheld(profile)
-    wrong += [Problem(x.key, "DoRA") for x in own.parts if x.m is not None]
+    wrong += [Problem(x.key, x.method.name) for x in own.parts if x.method is not LORA]
     experts = {x.name: x for x in own.parts if x.kind is EXPERTS}
     lone = (x for x in experts.values() if _other(x.name) not in experts)
     wrong += [Problem(x.key, f"experts without {_other(x.name)}") for x in lone]

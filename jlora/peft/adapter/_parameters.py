@@ -90,7 +90,7 @@ def _check_module(
     if model.shapes is None and math.prod(part.b.shape[1:]) != part.rank:
         why = f"expected {part.rank} columns, as A has rows, got shape {part.b.shape}"
         found.append(Problem(part.b.key, why))
-    if part.m is not None and part.m.shape != (shape := part.magnitude_shape):
+    if part.m is not None and part.m.shape != (shape := part.further_shape):
         found.append(Problem(part.m.key, f"expected shape {shape}, got {part.m.shape}"))
     return parts, found
 
@@ -183,7 +183,7 @@ def _fit_axes(part: Part[T], shape: tuple[int, ...]) -> Part[T]:
     part = part._replace(kind=CONV if rest else LINEAR, a=a, b=b)
     if part.m is None or math.prod(part.m.shape) != b.shape[0]:
         return part
-    return part._replace(m=part.m.reshape(part.magnitude_shape))
+    return part._replace(m=part.m.reshape(part.further_shape))
 
 
 def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:

@@ -12,8 +12,8 @@ from ..._types import PyTree
 from .._file import PREFIX, TENSORS, TensorInfo, show
 from ..names._kinds import CONV, EXPERTS, ROWS, Kind
 from ._config import PARAMETERS
+from ._methods import BY_TENSORS, Method
 
-MAGNITUDE = ".lora_magnitude_vector"
 WRAPPED = ".token_adapter"
 INDICES = "trainable_token_indices"
 RowNumbers = tuple[int, ...]
@@ -31,7 +31,7 @@ class Part(NamedTuple, Generic[T]):
         b: PEFT's B.
         scale: s.
         transposed: whether PyTorch stores the weight as the transpose of B·A; None if not known.
-        m: PEFT's magnitudes of DoRA, or None.
+        m: the further tensor of its method, or None.
         experts: how many experts A and B are for.
     """
 
@@ -47,8 +47,18 @@ class Part(NamedTuple, Generic[T]):
 
     @property
     def arrays(self) -> tuple[T, ...]:
-        """A, B, and the magnitudes if there are any."""
+        """A, B, and the further tensor if there is one."""
         return (self.a, self.b) if self.m is None else (self.a, self.b, self.m)
+
+    @property
+    def method(self) -> Method:
+        """Its method."""
+        return BY_TENSORS[self.m is not None]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The ends of the keys of its tensors."""
+        return self.kind.keys + self.method.keys
 
     @property
     def rank(self) -> int:
@@ -61,7 +71,7 @@ class Part(NamedTuple, Generic[T]):
         return self.b.shape[0], math.prod(self.a.shape[1:])
 
     @property
-    def magnitude_shape(self) -> tuple[int, ...]:
+    def further_shape(self) -> tuple[int, ...]:
         """The shape of PEFT's magnitudes: one for each output."""
         n = self.b.shape[0]
         return (1, n, *[1] * (len(self.a.shape) - 2)) if self.kind is CONV else (n,)

@@ -11,7 +11,8 @@ from .._vocabulary import is_table
 from ..names._kinds import CONV, EMBEDDING, LINEAR, ROWS
 from ..names._weights import explain_narrowing
 from ._files import Files
-from ._parts import MAGNITUDE, WRAPPED, Header, Headers, Parameters, Part, Tokens, find_rows
+from ._methods import ENDS, method_of
+from ._parts import WRAPPED, Header, Headers, Parameters, Part, Tokens, find_rows
 from ._roles import Roles
 
 BASE = ".base_layer"  # the module that an adapter wraps
@@ -67,7 +68,7 @@ def sort_tensors(files: Files, *, is_merged: bool = False) -> tuple[Adapter, lis
     fields = files.fields
     problems = list(_list_odd(files, is_merged))
     sides = collections.defaultdict[tuple[str, int, bool], dict[str, TensorInfo]](dict)
-    by_ending = {end: dict[str, TensorInfo]() for end in (MAGNITUDE, *ROWS.keys, B_BIAS)}
+    by_ending = {end: dict[str, TensorInfo]() for end in (*ENDS, *ROWS.keys, B_BIAS)}
     endings = [end for end in by_ending if end != B_BIAS or fields.get("lora_bias")]
     others = dict[str, TensorInfo]()
     for x in files.tensors:
@@ -84,7 +85,8 @@ def sort_tensors(files: Files, *, is_merged: bool = False) -> tuple[Adapter, lis
             by_ending[end][name.removesuffix(end)] = x
         else:
             others[name] = x
-    magnitudes, deltas, biases = by_ending.values()
+    *_, deltas, biases = by_ending.values()
+    further = {end: by_ending[end] for end in ENDS}
     for x in biases.values() if not is_merged else ():
         why = "lora_bias is supported only when merging; use jlora.peft.export_merged"
         problems.append(Problem(x.key, why))
@@ -94,7 +96,7 @@ def sort_tensors(files: Files, *, is_merged: bool = False) -> tuple[Adapter, lis
     for module in (x for x in adapted if may_tie(fields, x)):
         roles[module] = roles[module]._replace(parameters=())
     full, frozen, unexpected = _others(roles, others, adapted, deltas)
-    parts, unpaired = _parts(files, roles, sides, magnitudes)
+    parts, unpaired = _parts(files, roles, sides, further)
     rows, heads, unlisted = find_rows(fields, deltas)
     problems += [*unexpected, *unpaired, *unlisted]
     for module in rows:
@@ -195,16 +197,16 @@ def _parts(
     files: Files,
     roles: Roles,
     sides: Mapping[tuple[str, int, bool], Mapping[str, TensorInfo]],
-    magnitudes: Mapping[str, TensorInfo],
+    further: Mapping[str, Mapping[str, TensorInfo]],
 ) -> tuple[dict[str, list[Header]], list[Problem]]:
-    """Pairs A and B of each module with their magnitudes, the innermost first."""
+    """Pairs A and B of each module with the further tensor of their method, the innermost first."""
     found: dict[str, list[Header]] = {module: [] for module, *_ in sides}
     problems = list[Problem]()
 
     def explain_missing(there: TensorInfo) -> str:
         return f"missing, though {show(files.keys.get(there.key, there.key))} is there"
 
-    is_dora = bool(roles.fields.get("use_dora"))
+    method = method_of(roles.fields)
     for (module, depth, table), pair in sorted(sides.items(), key=lambda x: -x[0][1]):
         key = PREFIX + module + BASE * depth
         there = [*pair.values()]
@@ -217,21 +219,22 @@ def _parts(
             problems.append(Problem(key, f"expected matrices as A and B, got shapes {shapes}"))
         else:
             kind = EMBEDDING if table else LINEAR if len(shapes[0]) == 2 else CONV
-            m = magnitudes.get(module) if is_dora else None
+            m = next((further[end].get(module) for end in method.keys), None)
             name = f"{module}.weight"
             scale = roles[module].scale
             found[module].append(Part(name, kind, module, pair["A"], pair["B"], scale, m=m))
-            if is_dora and m is None:
-                lost = PREFIX + module + MAGNITUDE
+            if method.keys and m is None:
+                lost = PREFIX + module + method.keys[0]
                 problems.append(Problem(lost, explain_missing(pair["A"])))
     outermost = {module for module, depth, _ in sides if not depth}
     for module in found:
         if module not in outermost:
             problems.append(Problem(PREFIX + module, "adapted more than once"))
             found[module].clear()
-    for module, x in magnitudes.items():
-        if not is_dora:
-            problems.append(Problem(x.key, f"unexpected; {files.config} has no use_dora"))
+    for end, module, x in ((e, m, x) for e, own in further.items() for m, x in own.items()):
+        if end not in method.keys:
+            why = f"unexpected; {files.config} has no {ENDS[end].flag}"
+            problems.append(Problem(x.key, why))
         elif module not in found:
             problems.append(Problem(x.key, f"unexpected; {show(module)} has no A and B"))
     return found, problems

@@ -33,8 +33,8 @@ from ..names._leaves import (
 )
 from ..names._names import Name
 from ..names._torch_layout import keep_adapted
+from ._methods import FACTORED
 
-FACTORED = (LowRank, Decomposed)
 MERGE = "or merge what is trained: jlora.merge, and jlora.peft.save_base."
 LEAVE_OUT = f"Leave these leaves out of the rules, {MERGE}"
 

@@ -56,7 +56,7 @@ def _list_changes(
             why = "is square, and may be stored as (inputs, outputs) or"
             problems.append(Problem(part.name, f"{why} (outputs, inputs)"))
         elif part.m is not None and flips[0] and len(view.pieces) > 1:
-            why = "DoRA of inputs, but the checkpoint has it in parts"
+            why = f"{part.method.name} of inputs, but the checkpoint has it in parts"
             problems.append(Problem(part.name, why))
         else:
             found.append((part.name, _make_sum(part, *flips)))
