@@ -692,6 +692,7 @@ def damage(path: Folder, draw: random.Random) -> None:
 
 
 @quiet
+@pytest.mark.filterwarnings("ignore:the configuration of the adapter. ")
 @pytest.mark.parametrize("count", [60, MANY_LIES])
 @each_dialect
 def test_damaged(dialect: str, count: int, tmp_path: Folder) -> None:

@@ -103,9 +103,9 @@ def _assign_by_shape(
     model: Model,
 ) -> tuple[list[Header], list[Problem]]:
     """Assigns A and B to parameters that the keys do not name, by shapes and ranks."""
-    # There are n! ways. Without the model, some of the names may be of no parameter.
+    # Of n parameters there are n! ways. Without the model, some names may be of no parameter.
     shapes = model.shapes
-    few = len(parts) <= 6 and (shapes is None or len(parts) == len(names))
+    few = len(parts) <= 4 and (shapes is None or len(parts) == len(names))
     tried = names[:6] if few else []
     roles = adapter.roles
     each = [{n: _try_parameter(roles[n], n, x, shapes) for n in tried} for x in parts]
