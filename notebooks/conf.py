@@ -12,47 +12,46 @@ from sphinx import addnodes
 # The pages below each page, by caption. Their titles are their labels.
 TREE = {
     "index": {
-        "": """start choose loops/index files_and_serving
-            reference/index measurements/index project"""
+        "": """start loops/index loops/home files_and_serving errors
+            reference/index measurements/index"""
     },
-    "start": {"": "quickstart concepts peft errors"},
-    "choose": {"": "rules variants initialize costs"},
-    "project": {
-        "": "versions migration changelog internals",
+    "start": {
+        "": "quickstart concepts peft",
+        "Choose": "rules variants initialize",
+        "Project": "versions migration changelog internals",
     },
     "measurements/index": {
         "Training": "measurements/rates measurements/ranks",
-        "Cost": """measurements/cpu measurements/accelerators
-            measurements/meshes measurements/forms""",
+        "Cost": """costs measurements/cpu measurements/accelerators
+            measurements/meshes measurements/devices""",
         "Files and serving": "measurements/vllm measurements/damage",
         "PyTorch": "measurements/zoo",
-        "Examples": """measurements/devices measurements/paper section7
+        "Archive": """measurements/forms measurements/paper section7
             methods""",
     },
     "loops/index": {
-        "By framework": """loops/torch loops/head
-            loops/vision_language loops/image_lora loops/plain
-            loops/linen loops/nnx loops/equinox loops/haiku
-            loops/keras loops/tunix loops/maxtext""",
-        "By task": """loops/whole loops/chat loops/vision
-            loops/audio loops/graphs loops/rates loops/tokens
-            loops/dpo loops/grpo
-            loops/privacy loops/mixing loops/stacked loops/federated
-            loops/export adapters""",
-        "By size": """loops/precision quantized
-            loops/remat loops/logits loops/home loops/sharding
-            loops/hosts pods""",
+        "Whole runs": "loops/whole loops/chat loops/vision",
+        "Hugging Face": """loops/torch loops/head
+            loops/vision_language loops/image_lora""",
+        "JAX": """loops/plain loops/linen loops/nnx loops/equinox
+            loops/haiku loops/keras loops/tunix loops/maxtext""",
+        "By task": """loops/rates loops/tokens loops/dpo loops/grpo
+            loops/privacy loops/mixing adapters loops/audio
+            loops/graphs""",
+        "Several devices": "loops/sharding loops/hosts pods",
+    },
+    "loops/home": {
+        "": "quantized loops/remat loops/logits loops/precision"
     },
     "files_and_serving": {
-        "": "loops/checkpoints files untrusted serve"
+        "": "loops/checkpoints files untrusted serve loops/export"
     },
     "reference/index": {
         "": """reference/transform reference/training
-            reference/initializers reference/sketches
-            reference/quantized reference/files reference/tables
-            reference/meshes reference/many reference/arithmetic
-            reference/analysis reference/torch reference/nnx
-            reference/keras reference/methods genindex"""
+            reference/initializers reference/quantized
+            reference/files reference/tables reference/meshes
+            reference/many reference/arithmetic reference/analysis
+            reference/frameworks reference/methods genindex"""
     },
 }
 
@@ -76,8 +75,16 @@ extensions = [
 redirects = {
     "loops/accumulation": "whole.html#multisteps",
     "loops/evaluation": "whole.html",
+    "loops/federated": "mixing.html#average-adapters-of-many-clients",
     "loops/orbax": "whole.html",
+    "loops/stacked": "mixing.html#train-on-top-of-an-adapter",
     "loops/stopping": "whole.html",
+    "choose": "start.html",
+    "project": "start.html",
+    "reference/keras": "frameworks.html#keras-models",
+    "reference/nnx": "frameworks.html#nnx-modules",
+    "reference/sketches": "initializers.html#sketches-and-ranks",
+    "reference/torch": "frameworks.html",
 }
 exclude_patterns = ["*.py", "pictures/*.py"]
 default_role = "py:obj"  # what docstrings have in single backticks
@@ -110,6 +117,7 @@ html_theme_options = {
     "collapse_navigation": True,
     "footer_start": ["copyright"],
     "footer_end": [],
+    "header_links_before_dropdown": 7,
     "github_url": "https://github.com/jlora/jlora",
     "logo": {"text": f"jlora {release}"},
     "search_as_you_type": True,

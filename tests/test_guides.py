@@ -59,7 +59,7 @@ PAGES = [page for page in PAGES if blocks(page)]
 LOOPS = [page for page in PAGES if page.startswith("loops/")]
 # The others take long to import or to compile.
 DAILY = {"concepts", "errors", "migration", "serve", "untrusted", "variants"}
-DAILY |= {f"loops/{page}" for page in ("checkpoints", "linen", "mixing", "plain", "stacked")}
+DAILY |= {f"loops/{page}" for page in ("checkpoints", "linen", "mixing", "plain")}
 
 
 def parameters() -> Iterator[Any]:
