@@ -295,11 +295,51 @@ def test_the_table_of_files_has_every_way_to_write():
         subprocess.run([sys.executable, "-m", "jlora", command, "--help"], check=True)
 
 
+MOST = 1500, 32_700  # words of a page, and of all
+
+
 def test_guides_end():
-    """Advice has at most 1,500 words. What was measured is in pages of its own."""
-    for path in GUIDES.rglob("*.md"):
-        if path.parent.name != "measurements":
-            assert len(path.read_text(encoding="utf-8").split()) <= 1500, path
+    """Advice has so many words at most. What was measured is in pages of its own."""
+    pages = [path for path in GUIDES.rglob("*.md") if path.parent.name != "measurements"]
+    words = {path: len(path.read_text(encoding="utf-8").split()) for path in pages}
+    assert max(words.values()) <= MOST[0], max(words, key=lambda path: words[path])
+    assert sum(n for x, n in words.items() if x.parent.name != "reference") <= MOST[1]
+
+
+# What readers call it, and the page that answers, so that the search of the site finds it.
+WORDS = {
+    "peft": """get_peft_model LoraConfig target_modules exclude_modules modules_to_save task_type
+        print_trainable_parameters merge_and_unload disable_adapter add_adapter set_adapter
+        add_weighted_adapter rank_pattern use_dora use_rslora init_lora_weights save_pretrained
+        trainable_token_indices prepare_model_for_kbit_training BitsAndBytesConfig device_map
+        gradient_checkpointing_enable gradient_accumulation_steps SFTTrainer max_seq_length""",
+    "start": "jax[cuda12] jax[tpu] git+https",
+    "rules": "target_modules exclude_modules",
+    "versions": "Windows Mac",
+    "costs": "tokens/s",
+    "loops/home": "QLoRA offload",
+    "loops/chat": """QLoRA multi-GPU FSDP Packing train_on_inputs ShareGPT Alpaca truncated resume
+        length""",
+    "loops/remat": "checkpointing",
+    "loops/precision": "bf16 fp16 autocast",
+    "loops/sharding": "multi-GPU FSDP parallel pipeline",
+    "loops/hosts": "jax.distributed",
+    "loops/whole": """accumulation wandb TensorBoard resumes evaluates MultiSteps lm-eval-harness
+        Statistics""",
+    "loops/dpo": "DPO ORPO KTO PPO",
+    "loops/head": "classifier reward",
+    "loops/audio": "Whisper",
+    "loops/image_lora": "SDXL Flux ComfyUI",
+    "loops/mixing": "ties dare",
+    "pods": "SLURM GKE",
+    "serve": "vLLM SGLang llama.cpp",
+}
+
+
+@pytest.mark.parametrize("page", WORDS)
+def test_the_readers_words_are_on_the_page_that_answers(page):
+    text = (GUIDES / f"{page}.md").read_text(encoding="utf-8")
+    assert [word for word in WORDS[page].split() if word not in text] == []
 
 
 @of("linen")
