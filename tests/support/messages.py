@@ -27,6 +27,7 @@ VARYING = {
     r"(\.py):\d+": r"\1:LINE",
     r"\bjlora \d+\.\d+\.\w+": "jlora VERSION",
     r"\bat 0x[0-9a-f]+": "at 0x…",
+    r"\bhash [0-9a-f]{16}, got [0-9a-f]{16}\b": "hash H, got ANOTHER",  # of codes: as a CPU rounds
     r'NOT_FOUND: Error .*?"\)': "NOT_FOUND: …)",  # TensorStore's, of any of many files
 }
 QUOTED = re.compile(r"'[^'\n]*'|`[^`\n]*`|\"[^\"\n]*\"|\([^()\n]*\)")
