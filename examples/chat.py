@@ -90,14 +90,15 @@ def prepare(args: argparse.Namespace) -> tuple[pathlib.Path, Any, list[Text]]:
 
 def load(args: argparse.Namespace, folder: pathlib.Path, mesh: jax.sharding.Mesh) -> Causal:
     """The model: SmolLM2 in Flax, without PyTorch, or that of --base."""
+    options = args.dtype, args.remat, SCHEMES.get(args.quantize)
     if not args.base:
-        return smollm2.causal(folder, mesh, args.dtype, args.remat)
+        return smollm2.causal(folder, mesh, *options)
     try:
         from models import causal
     except ModuleNotFoundError as error:
         needed = "pip install -e '.[examples,torch]' accelerate"
         raise ValueError(f"--base runs a model of PyTorch ({error}): {needed}") from error
-    return causal.load(folder, mesh, args.remat)
+    return causal.load(folder, mesh, *options)
 
 
 def make_step(
@@ -164,13 +165,10 @@ def run(args, mesh, folder, tokenizer, texts) -> Result:
     variables = jax.tree.map(
         lambda x: x if isinstance(x, jlora.Quantized) else x.astype(args.dtype),
         model.variables,
-        is_leaf=lambda x: isinstance(x, jlora.Quantized),  # of a checkpoint in 4 bits
+        is_leaf=lambda x: isinstance(x, jlora.Quantized),
     )
     rules = (jlora.LoRA(model.pattern, rank=args.rank, alpha=args.alpha),)
     lora = jlora.transform(model.apply, *rules)
-    if args.quantize:
-        sites = lora.sites(variables, rows.ids[:1])
-        variables = jlora.quantize(variables, SCHEMES[args.quantize], sites=sites, donate=True)
     base, adapter = lora.init(jax.random.key(args.seed), variables, rows.ids[:1])
     # A and B are small: each device has the whole of them, and gathers nothing in the layers.
     adapter = jax.device_put(adapter, NamedSharding(mesh, PartitionSpec()))

@@ -1,5 +1,6 @@
 """Operations on arrays under any promotion rules and along explicit mesh axes; leaves of trees."""
 
+import contextlib
 import functools
 import math
 import string
@@ -71,15 +72,28 @@ def lie_along(x: jax.Array, like: jax.Array) -> jax.Array:
     return x if known is None else jax.sharding.reshard(x, follow(known, x, range(x.ndim)))
 
 
-def put(x: np.ndarray) -> jax.Array:
+def put(x: np.ndarray, copy: bool = True) -> jax.Array:
     """Copies an array to the default device, or to all devices of the mesh in scope.
 
-    `jnp.asarray` does so too, but compiles a program for each shape.
+    `jnp.asarray` does so too, but compiles a program for each shape. Without `copy`, x must not
+    change afterwards.
     """
     if not jax.sharding.get_abstract_mesh().empty:
         return jnp.asarray(x)
     # Without a copy, JAX may use the memory of x, which may be a mapped file.
-    return jax.device_put(np.array(x))
+    return jax.device_put(np.array(x) if copy else x)
+
+
+def put_like(x: Any, like: object) -> jax.Array:
+    """Puts an array on the mesh of `like`, if it has one; x must not change afterwards."""
+    place = getattr(like, "sharding", None)
+    return jax.device_put(x, place) if isinstance(place, NamedSharding) else put(x, copy=False)
+
+
+def on_host() -> contextlib.AbstractContextManager[Any]:
+    """Lets the host's CPU compute, whatever mesh is in scope."""
+    cpu = jax.local_devices(backend="cpu")[:1]
+    return jax.set_mesh(Mesh(cpu, ("host",), axis_types=(AxisType.Auto,)))
 
 
 def is_on_host(x: object) -> bool:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
-from ._arrays import count_not_finite
 from ._compat import evaluate_now, is_concrete, place_of
 from ._errors import InputError
 from ._match import first_matches
@@ -18,6 +17,7 @@ from ._quantized import (
     Form,
     Quantized,
     Scheme,
+    check_finite,
     form_of,
     is_quantized,
     quantize_weight,
@@ -192,12 +192,7 @@ def _quantize_leaf(x: BaseLeaf, path: Path, scheme: Scheme, form: Form) -> Quant
         leaf = jax.eval_shape(lambda x: quantize_weight(x, scheme, form), x)
         return _place_like(x.sharding, path, leaf)
     x = evaluate_now(jnp.asarray, x) if isinstance(x, np.ndarray) else x
-    if bad := count_not_finite(x):
-        raise InputError(
-            "params",
-            f"has {bad} values that are NaN or infinite at {name_of(path)!r}, for which "
-            f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite.",
-        )
+    check_finite(x, scheme, "params", name_of(path))
     leaf = quantize_weight(jnp.asarray(x), scheme, form)
     return _place_like(place_of(x) if is_concrete(leaf.data) else None, path, leaf)
 

@@ -1,6 +1,6 @@
 """Any causal language model of `transformers`, in PyTorch, as `chat.py` needs it.
 
-    model = causal.load(folder, mesh, remat=True)
+    model = causal.load(folder, mesh, "bfloat16", remat=True)
     lora = jlora.transform(model.apply, jlora.LoRA(model.pattern))
     base, adapter = lora.init(key, model.variables, ids)
     log_probs = lora.apply(base, adapter, ids, None, positions, labels=labels)
@@ -31,14 +31,17 @@ from progress import progress
 
 import jlora
 from jlora import peft
+from jlora.extend import Scheme
 
 from .parts import Causal
 
 TEXT = 8  # tokens of each text that `are_apart` packs
 
 
-def load(folder: pathlib.Path, mesh: Mesh, remat: bool) -> Causal:
-    """The model of a folder, with its weights on the mesh.
+def load(
+    folder: pathlib.Path, mesh: Mesh, dtype: str, remat: bool, scheme: Scheme | None = None
+) -> Causal:
+    """The model of a folder, with its weights on the mesh, quantized if there is a scheme.
 
     Raises:
         ValueError: `config.json` names no class of `transformers`.
@@ -53,19 +56,22 @@ def load(folder: pathlib.Path, mesh: Mesh, remat: bool) -> Causal:
     model.tie_weights()
     shapes, apply, is_plain = extract(model, mesh, remat)
     run = functools.partial(compute, apply)
-    put = functools.partial(place, model.state_dict(), mesh)
+    put = functools.partial(place, model.state_dict(), mesh, dtype)
     like = jax.tree_util.tree_map_with_path(put, shapes)
     every = jlora.LoRA(jlora.torch.all_linear(apply), rank=1)
     sites = jlora.transform(run, every).sites(like, np.zeros((1, TEXT), np.int32))
     names = jlora.torch.names(sites, apply)
     experts = {row.path for row in names if row.kind == "experts"}  # vLLM would want them otherwise
     adapted = [site.path for site in sites if site.is_adapted and site.path not in experts]
+    places = jax.tree.map(lambda x: x.sharding, like)
+    if scheme:
+        like = jlora.quantize(like, scheme, sites=sites)
     variables = peft.load_base(folder, names, like=like)
     hidden = jax.jit(jlora.transform(functools.partial(apply, method="hide")).apply)
     return Causal(
         run,
         variables,
-        jax.tree.map(lambda x: x.sharding, like),
+        places,
         names,
         "|".join(map(re.escape, adapted)),
         are_apart(functools.partial(hidden, variables, {})),
@@ -141,14 +147,17 @@ def extract(model: Any, mesh: Mesh, remat: bool) -> tuple[Any, Any, bool]:
     raise refusals[-1]
 
 
-def place(tensors: Any, mesh: Mesh, path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """A shape with a sharding: matrices are cut along their outputs, or else their inputs."""
+def place(
+    tensors: Any, mesh: Mesh, dtype: str, path: Any, x: jax.ShapeDtypeStruct
+) -> jax.ShapeDtypeStruct:
+    """A shape with a sharding: matrices are cut along outputs, or else inputs; floats: `dtype`."""
     axes: list[str | None] = [None] * x.ndim
     is_vector = tensors[".".join(key.key for key in path)].ndim < 2  # of one layer
     for axis in () if is_vector else (-2, -1):
         if x.shape[axis] % mesh.shape["fsdp"] == 0 and not any(axes):
             axes[axis] = "fsdp"
-    return x.update(sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+    dtype = dtype if np.issubdtype(x.dtype, np.inexact) else x.dtype
+    return x.update(sharding=NamedSharding(mesh, PartitionSpec(*axes)), dtype=dtype)
 
 
 def are_apart(hidden: Any) -> bool:

@@ -22,11 +22,15 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import jlora
 from jlora import peft
+from jlora.extend import Scheme
 
 from . import beam, hf, llama, parts
 
 # Sizes that `config.json` says; the rest is as `transformers` has it where nothing is said.
 WRITTEN = ("vocab", "layers", "dim", "hidden", "heads", "kv_heads", "rope_base", "norm_eps")
+
+# As PEFT's all-linear: without the output head, which vLLM does not adapt in all models.
+PATTERN = "layers/.*/kernel"
 
 # --------------------------------------------------------------------------- GGUF
 
@@ -94,26 +98,34 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def causal(folder: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str, remat: bool) -> parts.Causal:
-    """The model of a folder, with its weights on the mesh, for `chat.py`."""
+def causal(
+    folder: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    remat: bool,
+    scheme: Scheme | None,
+) -> parts.Causal:
+    """The model of a folder, with its weights on the mesh, quantized by a scheme, for `chat.py`."""
     config = llama.read(folder)
     model = llama.Llama(config, dtype=jnp.dtype(dtype), remat=remat)
     places = parts.shardings(
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)), mesh
     )
-    place = lambda x, place: x.update(sharding=place)  # noqa: E731
+    place = lambda x, place: x.update(sharding=place, dtype=dtype)  # noqa: E731
     names = llama.names(config)
-    variables = peft.load_base(
-        folder, names, like=jax.tree.map(place, llama.shapes(config), places)
-    )
+    like = jax.tree.map(place, llama.shapes(config), places)
+    if scheme:
+        lora = jlora.transform(model.apply, jlora.LoRA(PATTERN))
+        sites = lora.sites(like, jnp.zeros((1, 1), jnp.int32))
+        like = jlora.quantize(like, scheme, sites=sites)
+    variables = peft.load_base(folder, names, like=like)
 
     def answer(
         call: jax.tree_util.Partial, prompts: Sequence[Sequence[int]], stop: Sequence[int]
     ) -> list[list[int]]:
         return beam.greedy(call, prompts, config.cache, *stop)
 
-    # As PEFT's all-linear: without the output head, which vLLM does not adapt in all models.
-    return parts.Causal(model.apply, variables, places, names, "layers/.*/kernel", True, answer)
+    return parts.Causal(model.apply, variables, places, names, PATTERN, True, answer)
 
 
 def _field(reader: gguf.GGUFReader, name: str) -> Any:

@@ -6,7 +6,9 @@ Read the modules in this order: `_scheme`, `_leaf`, `_encode`, `_nf4`.
 """
 
 from ._dynamic import DYNAMIC as DYNAMIC
+from ._encode import check_finite as check_finite
 from ._encode import quantize_weight as quantize_weight
+from ._entries import quantize_entries as quantize_entries
 from ._fp4 import FP4 as FP4
 from ._fp8 import FP8 as FP8
 from ._int4 import Int4 as Int4

@@ -10,11 +10,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._arrays import automatically, back, explicit, follow, to_device
+from .._arrays import automatically, back, count_not_finite, explicit, follow, to_device
+from .._errors import InputError
 from .._linalg import norm
 from ._dynamic import quantize_scales
-from ._leaf import Nested, Quantized
+from ._leaf import BaseLeaf, Nested, Quantized
 from ._scheme import Form, Scheme, join, pack, split
+
+
+def check_finite(w: BaseLeaf, scheme: Scheme, argument: str, name: str) -> None:
+    """Raises if a weight, which is `name` in `argument`, has values that are not finite."""
+    if bad := count_not_finite(w):
+        raise InputError(
+            argument,
+            f"has {bad} values that are NaN or infinite at {name!r}, for which "
+            f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite.",
+        )
 
 
 def quantize_weight(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:

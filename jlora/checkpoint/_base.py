@@ -1,5 +1,6 @@
 """Reads the shapes or the values of a base model from an Orbax checkpoint."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,11 +10,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from .._arrays import AnyArray
+from .._arrays import AnyArray, put_like
 from .._errors import InputError
 from .._folders import Where
-from .._types import PyTree
-from ._fingerprint import shapes_of
+from .._quantized import BaseLeaf, is_quantized, quantize_entries
+from .._tree import flatten, leaves_by_path, name_of
+from .._types import Path, PyTree
+from ._fingerprint import Leaf, differences, shapes_of
 from ._restore import read
 from ._save import METADATA
 from ._store import check_files, damage, find
@@ -66,19 +69,22 @@ def base_shapes(path: Where) -> PyTree:
     return _with_variables(jax.tree.map(_struct, own))
 
 
-def base_values(path: Where) -> PyTree:
-    """Reads the parameters of an Orbax checkpoint into the host's memory.
+def base_values(path: Where, *, like: PyTree | None = None) -> PyTree:
+    """Reads the parameters of an Orbax checkpoint, without `like` into the host's memory.
 
     Args:
         path: a folder that `ocp.StandardCheckpointer` or `export` wrote.
+        like: the tree of parameters: arrays, `jax.ShapeDtypeStruct`s and `jlora.Quantized`, as in
+            `peft.load_base`. Each leaf is read on its own, and put where that of `like` is.
 
     Returns:
-        A tree of NumPy arrays (random keys are JAX arrays), with the saved dtypes and the paths of
-        `base_shapes`.
+        A tree like `like`; without it, of NumPy arrays (random keys are JAX arrays) with the paths
+        of `base_shapes`. Arrays have the saved dtypes.
 
     Raises:
         FileNotFoundError: if `path` does not exist.
-        ValueError: if the checkpoint has no parameters, or is damaged.
+        ValueError: if the checkpoint has no parameters, is damaged, or has other paths or shapes
+            than `like`.
 
     Examples:
         >>> import tempfile, jax.numpy as jnp
@@ -88,8 +94,38 @@ def base_values(path: Where) -> PyTree:
         ...     checkpoint.base_values(f"{folder}/base")["w"].sum()
         np.float32(6.0)
     """
-    _, values = _read(find(path), lambda _: True)
+    folder = find(path)
+    if like is not None:
+        return _read_like(folder, like)
+    _, values = _read(folder, lambda _: True)
     return _with_variables(jax.tree.map(lambda x: x if _is_key(x) else np.asarray(x), values))
+
+
+def _read_like(folder: epath.Path, like: PyTree) -> PyTree:
+    saved = base_shapes(folder)
+    if wrong := differences(_forms(like), _forms(saved)):
+        raise InputError("path", f"{folder} does not fit `like`.", path=folder, problems=wrong)
+    index = {path: i for i, (path, _) in enumerate(leaves_by_path(saved))}
+    leaves = [_place(_read_leaf(folder, index[p]), x, name_of(p)) for p, x in leaves_by_path(like)]
+    return jax.tree.unflatten(flatten(like)[1], leaves)
+
+
+def _forms(tree: PyTree) -> dict[Path, Leaf]:
+    return {path: Leaf(tuple(x.shape), "") for path, x in leaves_by_path(tree)}
+
+
+def _read_leaf(folder: epath.Path, index: int) -> Any:
+    wanted = (i == index for i in itertools.count())
+    _, values = _read(folder, lambda _: next(wanted))
+    return jax.tree.leaves(values)[index]
+
+
+def _place(x: Any, like: BaseLeaf, name: str) -> Any:
+    if not is_quantized(like):
+        return put_like(x, like)
+    axis = next(iter(like.form.stack), None)
+    entry = lambda i: x if axis is None else x.take([i], axis)  # noqa: E731
+    return quantize_entries(like, axis, entry, "path", name)
 
 
 def _read(folder: epath.Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree, PyTree]:

@@ -629,3 +629,13 @@ def test_no_parameters_are_no_damage(saved, tmp_path):
     for folder in (tmp_path / "steps" / "12", tmp_path / "steps", saved[0]):
         with refused(ValueError, "path", folder, "Give the whole folder of a checkpoint"):
             checkpoint.base_values(folder)
+
+
+def test_values_like_another_tree(tmp_path):
+    """Paths and shapes are compared; dtypes are those of the checkpoint."""
+    checkpoint.export(tmp_path / "base", {"w": jnp.ones((4, 3), jnp.bfloat16), "b": jnp.ones(3)})
+    like = {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3)}
+    assert checkpoint.base_values(tmp_path / "base", like=like)["w"].dtype == jnp.bfloat16
+    like = {"w": jnp.zeros((3, 4)), "c": jnp.zeros(3)}
+    with refused(ValueError, "path", "w", "expected shape (3, 4), got (4, 3)", "b", "c"):
+        checkpoint.base_values(tmp_path / "base", like=like)

@@ -140,4 +140,4 @@ def test_other_options(more: str, tmp_path: pathlib.Path) -> None:
 def test_a_class_that_is_not_there(tmp_path: pathlib.Path) -> None:
     transformers.LlamaConfig(architectures=["Other"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"config\.json names Other, not of `transformers`"):
-        causal.load(tmp_path, jax.make_mesh((1, 1), ("fsdp", "tensor")), remat=False)
+        causal.load(tmp_path, jax.make_mesh((1, 1), ("fsdp", "tensor")), "float32", remat=False)

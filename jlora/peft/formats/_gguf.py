@@ -71,7 +71,7 @@ class GgufTensors:
             raise Unreadable(name, f"expected shape {shape}, got {got}")
         self.taken.add(name)
         if type_.name in DTYPES:
-            return data.reshape(-1).view(DTYPES[type_.name]).reshape(shape)
+            return np.array(data.reshape(-1)).view(DTYPES[type_.name]).reshape(shape)
         try:
             return self._gguf.dequantize(data, type_).reshape(shape)
         except NotImplementedError:

@@ -1,9 +1,10 @@
 """Loads a base from a checkpoint, quantized or not, and writes one in floats."""
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
-from ..._arrays import put
+from ..._arrays import put_like
 from ..._errors import InputError, Problem
 from ..._folders import fresh, to_path
 from ..._progress import progress
@@ -27,7 +28,7 @@ from ..names._kinds import EMBEDDING, EXPERTS, LINEAR
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._torch_layout import join_weight, take_part
-from ..names._weights import explain_narrowing, name_all, split_all
+from ..names._weights import explain_narrowing, name_all, quantize_leaf, split_all
 from ..places._find import Pairs, find
 from ..places._views import Piece, Places, View
 from ._codes import make_leaf, take_part_of_codes
@@ -66,7 +67,10 @@ def load_base(
         path: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.
         names: the name table of the model; for a GGUF file, a table with its names.
         like: the tree of parameters: arrays or `jax.ShapeDtypeStruct`s. Shapes, dtypes and
-            shardings matter. A quantized weight has this dtype unless the file has one for it.
+            shardings matter. A quantized weight has this dtype unless the file has one for it. A
+            leaf may be a `jlora.Quantized`, from `jlora.quantize` of a tree of shapes. Its tensors
+            are then converted to its dtype and quantized one by one, by the host's CPU, and only
+            codes are put on devices. Codes of the file that are like those of the leaf are kept.
         renamed: as in `export_merged`.
 
     Returns:
@@ -108,11 +112,12 @@ def load_base(
     shapes = {name: format.tensors.shape(name) for name in format.tensors}
     shapes |= dict.fromkeys(quantized, (0, 0))  # that of codes tells nothing
     places = next(find(wanted, shapes, config, renamed, "names"))
+    read = functools.partial(_read, format=format, quantized=quantized, places=places)
     values, wrong = [], []
     unread = set[str]()  # modules with tensors that were not read
     for leaf in progress(leaves, "load", unit="leaf"):
         try:
-            values.append(_place(_read(leaf, format, quantized, places), leaf))
+            values.append(_make(leaf, read))
         except Unreadable as e:
             wrong.append(e.problem)
             unread.update(leaf.modules)
@@ -128,7 +133,7 @@ def load_base(
 
 def _read(
     leaf: NamedLeaf, format: Format, quantized: Collection[str], places: Places
-) -> jax.Array | Quantized:
+) -> np.ndarray | jax.Array | Quantized:
     name, whole = leaf.name, leaf.weight_shape
     views = [places.get(key, View(whole, (Piece(key),))) for key in leaf.parameters]
     if jnp.issubdtype(leaf.value.dtype, jnp.integer):
@@ -142,7 +147,7 @@ def _read(
     coded = [tensor for tensor in tensors if is_matrix and tensor in quantized]
     if not coded:
         each = (take_part(_read_dense(format, view, whole), name) for view in views)
-        return put(join_weight(leaf, list(each)))
+        return join_weight(leaf, list(each))
     if is_split and not is_apart:
         raise Unreadable(
             leaf.parameters[0],
@@ -165,13 +170,13 @@ def _read(
     return make_leaf(leaf, read if is_apart else [take_part_of_codes(x, name) for x in read])
 
 
-def _read_integers(leaf: NamedLeaf, keys: Sequence[str], format: Format) -> jax.Array:
+def _read_integers(leaf: NamedLeaf, keys: Sequence[str], format: Format) -> np.ndarray:
     """Reads a buffer, such as the count of a batch normalization, in the dtype of the leaf."""
     x = join_weight(leaf, [format.tensors.read(k, INTEGERS, leaf.weight_shape) for k in keys])
     found = x.astype(leaf.value.dtype)
     if not np.array_equal(found, x):
         raise Unreadable(keys[0], f"has values that {leaf.value.dtype} cannot hold")
-    return put(found)
+    return found
 
 
 def _read_dense(format: Format, view: View, shape: tuple[int, ...]) -> np.ndarray:
@@ -190,14 +195,15 @@ def _read_dense(format: Format, view: View, shape: tuple[int, ...]) -> np.ndarra
     return view.read(read)
 
 
-def _place(x: jax.Array | Quantized, leaf: NamedLeaf) -> jax.Array | Quantized:
-    """Shards a value like its leaf, if that is on a mesh."""
+def _make(leaf: NamedLeaf, read: Callable[[NamedLeaf], Any]) -> jax.Array | Quantized:
+    """Reads a leaf, and shards it like that of `like`, if that is on a mesh."""
+    if is_quantized(leaf.value):
+        return quantize_leaf(leaf, read, "path")
+    x = read(leaf)
+    if not is_quantized(x):
+        return put_like(x, leaf.value)
     place = getattr(leaf.value, "sharding", None)
-    if not isinstance(place, NamedSharding):
-        return x
-    if is_quantized(x):
-        return place_codes(leaf.path, x, place, "like")
-    return jax.device_put(x, place)
+    return place_codes(leaf.path, x, place, "like") if isinstance(place, NamedSharding) else x
 
 
 def save_base(

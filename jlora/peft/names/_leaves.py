@@ -42,11 +42,16 @@ class NamedLeaf(NamedTuple):
 
     def with_slots(self, slots: tuple[int, ...]) -> "NamedLeaf":
         """Returns the leaf with only some modules of its tuple."""
-        [axis], stacked = self.name.where("s"), self.name.where("ls")
+        [axis] = self.name.where("s")
+        return self.take(axis, slots)._replace(slots=slots)
+
+    def take(self, axis: int, indices: tuple[int, ...]) -> "NamedLeaf":
+        """Returns the leaf with only some modules along an axis of them."""
+        stacked = self.name.where("ls")
         every = np.arange(len(self.modules)).reshape([self.shape[d] for d in stacked])
-        modules = tuple(self.modules[i] for i in every.take(slots, stacked.index(axis)).flat)
-        shape = (*self.shape[:axis], len(slots), *self.shape[axis + 1 :])
-        return self._replace(shape=shape, modules=modules, slots=slots)
+        modules = tuple(self.modules[i] for i in every.take(indices, stacked.index(axis)).flat)
+        shape = (*self.shape[:axis], len(indices), *self.shape[axis + 1 :])
+        return self._replace(shape=shape, modules=modules)
 
     @property
     def layout(self) -> Layout:

@@ -1,7 +1,7 @@
 """Converts the tensors of a PyTorch checkpoint to a JAX tree and back, by a name table."""
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from ..._arrays import put
 from ..._errors import InputError, Problem
+from ..._quantized import Quantized, is_quantized, quantize_entries
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from ..places._find import find
@@ -25,7 +26,8 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
     Args:
         tensors: arrays by PyTorch's names, as from `safetensors.numpy.load_file`. Experts of one
             parameter may be separate tensors.
-        like: the tree of parameters: arrays or `jax.ShapeDtypeStruct`s. Only the shapes matter.
+        like: the tree of parameters: arrays or `jax.ShapeDtypeStruct`s, of which only the shapes
+            matter, and `jlora.Quantized`, as in `load_base`.
         names: the name table of the model.
 
     Returns:
@@ -69,10 +71,25 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
     if wrong:
         raise InputError("tensors", "do not fit `like`.", problems=wrong)
     read = lambda key: views[key].read(lambda name: np.asarray(tensors[name]))  # noqa: E731
+
+    def join(x: NamedLeaf) -> np.ndarray:
+        return join_weight(x, [take_part(read(key), x.name) for key in x.parameters])
+
     values = [
-        put(join_weight(x, [take_part(read(key), x.name) for key in x.parameters])) for x in leaves
+        quantize_leaf(x, join, "tensors") if is_quantized(x.value) else put(join(x)) for x in leaves
     ]
     return jax.tree.unflatten(flatten(like)[1], values)
+
+
+def quantize_leaf(leaf: NamedLeaf, read: Callable[[NamedLeaf], Any], argument: str) -> Quantized:
+    """Reads a leaf that is quantized in `like`, if it is a stack of modules, one after the other.
+
+    `read` returns the values or the codes of some modules of the leaf.
+    """
+    like = leaf.value
+    axis = next((d for d in leaf.name.where("ls") if d in like.form.stack), None)
+    entry = lambda i: read(leaf if axis is None else leaf.take(axis, (i,)))  # noqa: E731
+    return quantize_entries(like, axis, entry, argument, name_of(leaf.path))
 
 
 def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:

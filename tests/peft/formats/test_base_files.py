@@ -220,6 +220,12 @@ def eight_bits(seed=0):
     )
 
 
+def floats(seed=0):
+    """Not quantized."""
+    matrix = np.random.default_rng(seed).standard_normal((ROWS, COLUMNS)).astype(np.float32)
+    return File({}, matrix, weight=matrix)
+
+
 TABLES = {"nf4": jlora.NF4, "fp4": jlora.FP4}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized"}
 SCALAR = {"input_scale": np.ones((), np.float32), "dtype": np.float32}
