@@ -30,7 +30,7 @@ from ._file import (
 from ._recognized import IMAGE, WEIGHTS, find_image, recognize
 from ._recognized import MODELS as MODELS
 from ._source import explain_no_folder
-from ._vocabulary import copy_config, walk_objects
+from ._submodels import copy_config, walk_objects
 
 QUANTIZATION = "quantization_config"  # of `config.json`
 PIECE = 4 * 2**20  # bytes

@@ -15,6 +15,7 @@ from typing import Any
 
 import peft
 import transformers
+from peft.utils import constants
 from tiny_models import list_classes, make_model
 
 import jlora
@@ -72,8 +73,16 @@ def ask_all(classes: Iterable[Any]) -> dict[str, dict[str, list[str]]]:
     return {kind: x for kind, x in sorted(found.items()) if x}
 
 
+def ask_constants() -> dict[str, Any]:
+    """Returns the fields of PEFT's configuration as it saves them, and the names that it knows."""
+    fields = peft.LoraConfig(inference_mode=True, target_modules=[]).to_dict()
+    fields = {key: sorted(x) if isinstance(x, set) else x for key, x in sorted(fields.items())}
+    names = {"heads": constants.SEQ_CLS_HEAD_NAMES, "tables": constants.EMBEDDING_LAYER_NAMES}
+    return {"fields": fields, **{key: sorted(x) for key, x in names.items()}}
+
+
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     versions = {"peft": peft.__version__, "transformers": transformers.__version__}
-    found = versions | {"models": ask_all(list_classes())}
+    found = versions | ask_constants() | {"models": ask_all(list_classes())}
     FILE.write_text(json.dumps(found, indent=1) + "\n")

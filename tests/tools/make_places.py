@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
+from ask_classes import declare
 from safetensors import safe_open
-from tiny_models import list_classes, list_options, list_parts, make_model
+from tiny_models import Pair, list_options, list_pairs, list_parts, make_model
 
 import jlora
 from jlora.peft.places._rows import Rows, make_table
@@ -145,6 +146,7 @@ class Made(NamedTuple):
         parts: the submodels, each with the field of its configuration and its `model_type`.
         stored: the shapes of what it stores.
         others: the names that it reads beside them, each with the parameter.
+        is_own: whether the `model_type` is the class's own.
     """
 
     name: str
@@ -156,6 +158,7 @@ class Made(NamedTuple):
     parts: dict[str, str]
     stored: dict[str, Any]
     others: dict[str, str]
+    is_own: bool
 
 
 def make(model: Any) -> Made:
@@ -174,9 +177,10 @@ def make(model: Any) -> Made:
     prefix = model.base_model_prefix
     prefix = prefix if prefix and hasattr(model, prefix) else ""
     kind = model.config.model_type
-    return Made(
-        type(model).__name__, kind, prefix, rows, read, lost, find_parts(model), stored, others
-    )
+    is_own = kind == getattr(model.config_class, "model_type", kind)
+    parts = find_parts(model)
+    name = type(model).__name__
+    return Made(name, kind, prefix, rows, read, lost, parts, stored, others, is_own)
 
 
 def list_others(model: Any, stored: Set[str]) -> Iterator[tuple[str, str]]:
@@ -453,7 +457,8 @@ def gather(made: Sequence[Made]) -> dict[str, Any]:
             }
             if differs(x, entry) or x.lost:
                 fields = {key: dict(sorted(y.items())) for key, y in theirs.items() if y}
-                classes[x.name] = {"model": kind} | fields
+                name = x.name if x.is_own else f"{kind}/{x.name}"
+                classes[name] = {"model": kind} | fields
     found = {"transformers": transformers.__version__, "endings": list_endings()}
     return found | {"models": models, "classes": classes}
 
@@ -498,12 +503,13 @@ def _shorten_lost(lost: Mapping[str, str]) -> dict[str, str]:
     return {template(name): template(why) for name, why in sorted(lost.items())}
 
 
-def make_with_options(cls: Any) -> Made:
+def make_with_options(pair: Pair) -> Made:
     """Asks tiny models of a class: by default, and with each part that it may use instead."""
-    found = make(make_model(cls))
-    for option in list_options(cls.config_class) if found.rows else ():
+    cls = pair.config_class
+    found = make(make_model(pair.cls, config_class=cls))
+    for option in list_options(cls) if found.rows else ():
         try:
-            other = make(make_model(cls, option))
+            other = make(make_model(pair.cls, option, config_class=cls))
         except Exception:  # an option that needs others
             continue
         both = other._replace(rows=other.rows | found.rows, stored=other.stored | found.stored)
@@ -512,19 +518,19 @@ def make_with_options(cls: Any) -> Made:
     return found
 
 
-def make_all(classes: Iterable[Any]) -> Iterator[Made]:
+def make_all(pairs: Iterable[Pair]) -> Iterator[Made]:
     """Asks tiny models of all classes; those that cannot be made are left out."""
-    for cls in classes:
+    for pair in pairs:
         try:
-            yield make_with_options(cls)
+            yield make_with_options(pair)
         except WrongRowsError:
             raise
         except Exception as e:
-            sys.stderr.write(f"{cls.__name__}: {type(e).__name__} {str(e)[:99]!r}\n")
+            sys.stderr.write(f"{pair.cls.__name__}: {type(e).__name__} {str(e)[:99]!r}\n")
 
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    found = gather(list(make_all(list_classes())))
+    found = gather(list(make_all(list_pairs()))) | declare()
     FILE.write_text(json.dumps(found, indent=1) + "\n")

@@ -8,10 +8,11 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
+from transformers.models.auto import configuration_auto, modeling_auto
 
 MOST = 16_000_000  # parameters
 _SIZES = {
@@ -108,21 +109,49 @@ def list_classes() -> Iterator[Any]:
             yield cls
 
 
-def make_model(cls: Any, fields: Mapping[str, Any] = {}, is_untied: bool = True) -> Any:
+class Pair(NamedTuple):
+    """A `model_type` and a class that is made from its configuration."""
+
+    kind: str
+    cls: Any
+
+    @property
+    def config_class(self) -> Any:
+        """The class of its configuration."""
+        name = configuration_auto.CONFIG_MAPPING_NAMES.get(self.kind)
+        return getattr(transformers, name) if name else self.cls.config_class
+
+
+def list_pairs() -> list[Pair]:
+    """Lists the pairs that `transformers` maps, and each class with its own `model_type`."""
+    classes = {cls.__name__: cls for cls in list_classes()}
+    found = [Pair(getattr(cls.config_class, "model_type", ""), cls) for cls in classes.values()]
+    names = (x for x in dir(modeling_auto) if re.fullmatch(r"MODEL\w*_MAPPING_NAMES", x))
+    for mapping in map(vars(modeling_auto).get, names):
+        for kind, own in mapping.items():
+            each = [own] if isinstance(own, str) else own
+            found += [Pair(kind, classes[name]) for name in each if name in classes]
+    return list(dict.fromkeys(found))
+
+
+def make_model(
+    cls: Any, fields: Mapping[str, Any] = {}, is_untied: bool = True, config_class: Any = None
+) -> Any:
     """Makes a tiny model of a class in float32; raises what its constructor does if none is.
 
-    Its configuration has these fields beside small sizes; its head has a weight of its own, or is
-    as the class has it.
+    Its configuration, of its own class or another, has these fields beside small sizes; its head
+    has a weight of its own, or is as the class has it.
     """
+    config_class = config_class or cls.config_class
     problems = list[Exception]()
     for way in range(4):
         try:
-            config = make_config(cls.config_class, way, None, fields, is_untied)
+            config = make_config(config_class, way, None, fields, is_untied)
             with torch.device("meta"):
                 size = sum(x.numel() for x in cls(config).parameters())
             if not 0 < size < MOST:
                 raise ValueError(f"{size} parameters")
-            config = make_config(cls.config_class, way, None, fields, is_untied)
+            config = make_config(config_class, way, None, fields, is_untied)
             return cls(config).float().eval()
         except Exception as e:
             problems.append(e)

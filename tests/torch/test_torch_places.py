@@ -59,11 +59,10 @@ def test_a_class_is_as_the_file_says(name: str) -> None:
 @pytest.mark.slow
 def test_the_file_is_what_the_library_does() -> None:
     """If not, make it again: `python tests/tools/make_places.py`."""
-    made = list(make_places.make_all(tiny_models.list_classes()))
-    found = make_places.gather(made)
+    made = list(make_places.make_all(tiny_models.list_pairs()))
+    found = make_places.gather(made) | make_places.declare()
     assert len(made) > 1_500 and sum(bool(x.rows) for x in made) > 300
-    for key in ("models", "classes"):
-        assert found[key] == TABLE[key]
+    assert found == TABLE | {"transformers": transformers.__version__}
 
 
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "Mamba2ForCausalLM", "BertForMaskedLM"])
@@ -71,6 +70,13 @@ def test_peft_answers_as_the_file_says(name: str) -> None:
     model = tiny_models.make_model(getattr(transformers, name))
     found = {key: tuple(x) for key, x in ask_peft.ask(model).items()}
     assert Answer(**found) == load_answers().get(model.config.model_type, Answer())
+
+
+def test_constants_are_pefts() -> None:
+    """If not, ask again: `python tests/tools/ask_peft.py`."""
+    text = json.loads(ask_peft.FILE.read_text())
+    for key, x in ask_peft.ask_constants().items():
+        assert json.loads(json.dumps(x)) == text[key]
 
 
 @pytest.mark.slow

@@ -9,57 +9,43 @@ from ..._errors import InputError, Problem
 from ..._folders import to_path
 from ..._rules import is_finite
 from .._file import CONFIG, Source, read_json, shorten
+from ..names._peft import load_constants
 from ._patterns import list_bad_patterns
 
 LIMIT = 4 * 2**20  # bytes
 PARAMETERS = 100  # names; each is searched in all modules
-# Features beyond plain LoRA, as is every unknown field: those that jlora supports, and the others.
-_READ = {"trainable_token_indices": None, "use_dora": False}
-_UNREAD = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "corda_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-    "loftq_config": {},
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "monteclora_config": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "velora_config": None,
-}
-_PLAIN: dict[str, Any] = {
-    "alpha_pattern": {},
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "bias": "none",
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "lora_alpha": 8,
-    "lora_bias": False,
-    "lora_dropout": 0.0,
-    "megatron_core": "megatron.core",
-    "modules_to_save": None,
-    "peft_type": "LORA",
-    "peft_version": "0.21.2",
-    "qalora_group_size": 16,
-    "r": 8,
-    "rank_pattern": {},
-    "revision": None,
-    "target_modules": [],
-    "target_parameters": None,
-    "task_type": None,
-    "use_rslora": False,
-}
-DEFAULTS = _PLAIN | _READ | _UNREAD
-METHODS = tuple(_READ)
+DEFAULTS = load_constants().fields
+# Features beyond plain LoRA are all other fields, known or not; jlora supports these.
+METHODS = ("trainable_token_indices", "use_dora")
+_PLAIN = [
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_bias",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+    "use_rslora",
+]
 # Initializations of A and B that do not change the base.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
 

@@ -10,10 +10,10 @@ import numpy as np
 from ..._errors import Problem
 from ..._tree import name_of
 from .._file import COUNT, PREFIX, TensorInfo
-from .._vocabulary import is_table
 from ..names._kinds import EMBEDDING, LINEAR
 from ..names._leaves import NamedLeaf, find_tied_heads
 from ..names._torch_layout import split_weight
+from ..places._declared import is_table
 from ._methods import LORA
 from ._parts import (
     Header,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._file import shorten
+from ..names._peft import load_constants
 from ._config import DEFAULTS
 from ._patterns import (
     CHOICES,
@@ -19,8 +20,7 @@ from ._patterns import (
     make_matching,
 )
 
-# PEFT lists both names for every sequence classifier, whatever its head is called.
-HEADS = ("classifier", "score")
+HEADS = load_constants().heads
 Fields = Mapping[str, Any]
 
 

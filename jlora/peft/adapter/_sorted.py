@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from ..._errors import Problem
 from .._file import COUNT, COUNTS, DTYPES, FLOATS, PREFIX, TensorInfo, explain_name, show
-from .._vocabulary import is_table
 from ..names._kinds import CONV, EMBEDDING, LINEAR, ROWS
+from ..names._peft import load_constants
 from ..names._weights import explain_narrowing
+from ..places._declared import is_table
 from ._files import Files
 from ._methods import ENDS, method_of
 from ._parts import WRAPPED, Header, Headers, Parameters, Part, Tokens, find_rows
@@ -17,8 +18,7 @@ from ._roles import Roles
 
 BASE = ".base_layer"  # the module that an adapter wraps
 B_BIAS = ".lora_B.bias"
-# If one of these names is targeted, PEFT saves the weight too, with A and B.
-SAVED_BY_NAME = ("embed_tokens", "lm_head")
+SAVED_BY_NAME = load_constants().tables
 # Where PEFT has the new and the old values of a module in `modules_to_save`.
 _WRAPPERS = re.compile(r"\.(modules_to_save|original_module)\.")
 FACTOR = re.compile(

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import re
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,15 +15,10 @@ from ..._folders import fresh
 from .._changed import opener, rearrange
 from .._checkpoint import Checkpoint, explain_shorter, open_checkpoint
 from .._file import DTYPES, TensorInfo, shorten
-from .._vocabulary import walk_objects
 from .._write import write_tensors
+from ..places._declared import find_transposed
 from ._codes import Codes, Dense
 from ._format import Unreadable, list_left, open_format, read_checked
-
-# The models of `transformers` with a `Conv1D`, and the names of these modules: their weights are
-# (inputs, outputs) in floats, and (outputs, inputs) in codes.
-_MODELS = {"clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
-_CONV1D = re.compile(r".*\.(c_attn|c_fc|c_proj|q_attn)\.weight")
 
 
 class Matrix(NamedTuple):
@@ -136,8 +130,7 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
     """
     format = open_format(checkpoint)
     dtype = _float_dtype(checkpoint)
-    models = {str(part.get("model_type")) for part in walk_objects(checkpoint.config)}
-    has_conv1d = not models.isdisjoint(_MODELS)
+    transposed = find_transposed(checkpoint.config) or ()
     turned = set[str]()  # whose inputs are before outputs in floats
     matrices = dict[str, Matrix]()
     # Each tensor that is read, with the weight that is written for it, if any.
@@ -146,7 +139,7 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
         x = read_checked(format, name, dtype)
         matrices[name] = _matrix(name, x)
         *lead, rows, columns = x.shape
-        if not format.keeps_axes if lead else has_conv1d and _CONV1D.fullmatch(name):
+        if not format.keeps_axes if lead else name.split(".")[-2] in transposed:
             turned.add(name)
         order = (columns, rows) if name in turned else (rows, columns)
         spelling = next(key for key, known in DTYPES.items() if known == (x.dtype or dtype))

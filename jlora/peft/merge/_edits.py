@@ -1,6 +1,7 @@
 """Finds the edit of each tensor, and which weights are stored as (inputs, outputs)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from .._write import Edit
 from ..adapter._parameters import Shapes, list_orientations
 from ..adapter._parts import Part, T, Values
 from ..names._kinds import EXPERTS, LINEAR, Kind
+from ..places._declared import find_transposed
 from ..places._views import Places
 from ._blocks import NewValues, Parts, Sum
 
@@ -76,72 +78,60 @@ def _make_sum(part: Part[np.ndarray], transposed: bool) -> Sum:
 
 
 # ------------------------------------------------------------------- which weights are transposed
-#
-# PEFT knows it from the classes of modules; here the checkpoint has to tell. A linear weight is
-# transposed only in a `Conv1D`, which always has a bias in `transformers`. A bias has as many
-# numbers as there are outputs. Without one, a weight is transposed if the adapter says so, and its
-# shape too.
 
 
-def orient(parts: Sequence[Part[T]], shapes: Shapes, flag: bool) -> list[Part[T]]:
-    """Sets `transposed` of the linear parts and experts that leave it open.
+def orient(
+    parts: Sequence[Part[T]], shapes: Shapes, config: Mapping[str, Any], flag: bool
+) -> list[Part[T]]:
+    """Sets `transposed` of the linear parts and experts of PEFT's files.
 
-    Modules with the same last name are stored alike. If the shapes of none of them tell how,
-    `flag` (`fan_in_fan_out`) decides. PEFT also writes it for modules that ignore it, so it counts
-    only if the checkpoint has a `Conv1D`. `transposed` stays None where it is not known.
+    The model tells it. One that `transformers` does not know has a `Conv1D` where `flag` says so
+    and the shape fits; it stays None where the matrix is square.
 
     Args:
         parts: A and B of each parameter.
         shapes: the shapes of the parameters of the checkpoint.
-        flag: whether square weights are transposed if nothing else tells.
+        config: its configuration.
+        flag: `fan_in_fan_out`. PEFT also leaves it in files of modules that ignore it.
     """
-    biased = {name: x for name in shapes if (x := _tell_by_bias(name, shapes)) is not None}
-    seen = {t: {_group(LINEAR, n) for n, x in biased.items() if x is t} for t in (False, True)}
-    fits = {part.name: list_orientations(part, shapes.get(part.name, ())) for part in parts}
-    for part in parts:
-        # A linear part that fits only the transpose may be a mistake.
-        if len(own := fits[part.name]) == 1 and (part.kind is EXPERTS or own == [False]):
-            seen[own[0]].add(_group(part.kind, part.name))
-    has_linear, has_conv1d = (any(kind is LINEAR for kind, _ in seen[t]) for t in (False, True))
+    modules = find_transposed(config)
 
     def find(part: Part[T]) -> bool | None:
-        if part.kind is LINEAR and _bias_of(part.name) not in shapes:
-            return flag and fits[part.name] == [True]
-        votes = [t for t in (False, True) if _group(part.kind, part.name) in seen[t]]
-        votes = [biased[part.name]] if part.name in biased else votes
-        if part.kind is EXPERTS and len(fits[part.name]) == 1:
-            votes = fits[part.name]
-        if votes or part.kind is EXPERTS:
-            return votes[0] if len(votes) == 1 else None
-        if has_conv1d:
-            return True if flag and not has_linear else None
-        return False
+        if modules is not None or not flag:
+            return _last_of(part) in (modules or ())
+        fits = list_orientations(part, shapes.get(part.name, ()))
+        return fits[0] if len(fits) == 1 else None if fits else False
 
-    return [
-        part._replace(transposed=find(part))
-        if part.transposed is None and part.kind.transposed is None
-        else part
-        for part in parts
-    ]
+    own = [x._replace(transposed=find(x)) if _is_open(x, LINEAR) else x for x in parts]
+    return orient_experts(own, shapes, modules)
 
 
-def _tell_by_bias(name: str, shapes: Shapes) -> bool | None:
-    """Whether the matrix `name` is transposed, by the length of its bias; None if that is open.
+def orient_experts(
+    parts: Sequence[Part[T]], shapes: Shapes, modules: Collection[str] | None
+) -> list[Part[T]]:
+    """Sets `transposed` of experts. Where matrices are square, the others of the file tell it.
 
-    Biases of experts are not used: whether PEFT's A has their inputs depends on the version of
-    `transformers`.
+    These are of one version of PEFT and `transformers`, as A and B are. Without others, the model
+    tells, by the last names of its `modules` with transposed experts; None if it is not known.
     """
-    shape = shapes[name]
-    bias = shapes.get(_bias_of(name), ())
-    if len(shape) != 2 or shape[0] == shape[1] or bias[:1] not in (shape[:1], shape[1:]):
-        return None
-    return bias[:1] == shape[1:]
+    fits = [list_orientations(x, shapes.get(x.name, ())) for x in parts if _is_open(x, EXPERTS)]
+    told = {own[0] for own in fits if len(own) == 1}
+
+    def find(part: Part[T]) -> bool | None:
+        own = list_orientations(part, shapes.get(part.name, ()))
+        if len(own) == 1:
+            return own[0]
+        if len(told) == 1:
+            return next(iter(told))
+        return None if told or modules is None else _last_of(part) in modules
+
+    return [x._replace(transposed=find(x)) if _is_open(x, EXPERTS) else x for x in parts]
 
 
-def _bias_of(name: str) -> str:
-    return name.removesuffix("weight") + "bias"
+def _is_open(part: Part[T], kind: Kind) -> bool:
+    return part.kind is kind and part.transposed is None
 
 
-def _group(kind: Kind, name: str) -> tuple[Kind, str]:
-    """Returns a key for modules with the same orientation: kind and last name."""
-    return kind, name.rpartition(".")[0].rpartition(".")[2]
+def _last_of(part: Part[T]) -> str:
+    """Returns the last name of a part's module."""
+    return part.name.rpartition(".")[0].rpartition(".")[2]

@@ -42,9 +42,10 @@ def export_merged(
       `config.json`, as `LABEL_0` and so on, because the adapter does not have their names. Weights
       that neither has, such as a new pooler, stay missing; an old head stays too, and
       `transformers` ignores it.
-    - If a decoder's output head shares the weight of the embedding, and the adapter changes only
-      one of them, or both differently, the head gets a weight of its own, and
-      `tie_word_embeddings` becomes false. For other models, such an adapter is refused.
+    - If the output head shares the weight of the embedding, and the adapter changes only one of
+      them, or both differently, the head gets a weight of its own, and `tie_word_embeddings`
+      becomes false. Such an adapter is refused if the class of `config.json` shares more than this
+      one weight, or is not in `transformers`, and nothing denies it.
 
     All other files in `path` are copied: configuration, generation and tokenizer files, code,
     folders. Not copied are weights in other formats, as they would stay unmerged

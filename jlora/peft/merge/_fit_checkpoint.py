@@ -15,7 +15,6 @@ from .._changed import with_values
 from .._checkpoint import Checkpoint
 from .._file import CONFIG, COUNT, COUNTS, DTYPES, show
 from .._problems import About
-from .._vocabulary import is_head
 from ..adapter._arranged import arrange
 from ..adapter._config import problems_of
 from ..adapter._files import Files
@@ -33,7 +32,7 @@ from ..names._names import Name
 from ..names._weights import split_all
 from ..places._find import Pairs, find
 from ..places._views import Places, module_of
-from ._edits import orient
+from ._edits import orient, orient_experts
 from ._target import Target, add_head, fit_vocabulary
 from ._ties import (
     Shared,
@@ -116,13 +115,16 @@ def _match_tree(
     found = Parameters(tree.parts, full, tokens=tree.tokens)
     places = next(find(found.changed, checkpoint.shapes, checkpoint.config, renamed))
     target = Target(checkpoint, places)
-    shared, problems = find_shared(target, found)
-    if any(is_head(module_of(name)) for name in found.changed):
-        target, found, shared, _ = settle_ties(target, found, shared, lambda _: {}, lambda _: True)
+    ties, shared, problems = find_shared(target, found, {})
+    if ties and any(ties.tensor(name, places) in ties.sources for name in found.changed):
+        target, found, shared, uneven = settle_ties(
+            target, found, ties, shared, lambda _: {}, lambda _: True
+        )
+        problems += uneven
     target, unsized = fit_vocabulary(target, found)
-    parts = orient(found.parts, target.model.shapes, False)
-    # Where shapes do not tell it, the table does.
-    found = found._replace(parts=[x._replace(transposed=bool(x.transposed)) for x in parts])
+    # Where shapes do not tell how experts are stored, the table does.
+    parts = orient_experts(found.parts, target.model.shapes, frozenset())
+    found = found._replace(parts=parts)
     about.stop([*problems, *unsized, *_list_misfits(target, found)])
     return target, found, shared, Remarks(about)
 
@@ -142,15 +144,15 @@ def _match_files(
     found, unassigned = assign_parameters(adapter, described)
     unused += list_unmatched(adapter, found, described)
     target = Target(checkpoint, old)
-    shared, untied = find_shared(target, found)
+    ties, shared, untied = find_shared(target, found, adapter.fields)
     problems += [*missing, *unassigned, *untied, *list_untied_heads(checkpoint, shared, adapter)]
     target, found, shared, uneven = settle_ties(
-        target, found, shared, files.read, adapter.roles.saves
+        target, found, ties, shared, files.read, adapter.roles.saves
     )
     target, unsized = fit_vocabulary(target, found)
     target = add_head(target, found, adapter)
     checkpoint, model = target
-    parts = orient(found.parts, model.shapes, is_transposed)
+    parts = orient(found.parts, model.shapes, checkpoint.config, is_transposed)
     tokens, heads = separate_heads(model, shared, found.tokens)
     found = found._replace(parts=parts, tokens=tokens)
     problems += [*unsized, *_list_misfits(target, found), *_list_odd_biases(model, found)]

@@ -8,9 +8,10 @@ from ..._errors import Problem
 from .._changed import change
 from .._checkpoint import Checkpoint
 from .._file import TensorInfo
-from .._vocabulary import copy_config, is_table, walk_objects
+from .._submodels import copy_config, walk_objects
 from ..adapter._parts import Headers, Parameters, T
 from ..adapter._sorted import Adapter, explain_resized
+from ..places._declared import is_table
 from ..places._views import Piece, Places, View
 
 
@@ -143,7 +144,7 @@ def _with_head(
     config: Mapping[str, Any], fields: Mapping[str, Any], labels: int | None
 ) -> dict[str, Any] | None:
     """Returns the configuration of the model with the head; None if its class is not known."""
-    if (name := _find_class(config, fields)) is None or not config:
+    if (name := find_class_of(config, fields)) is None or not config:
         return None
     found = copy_config(config) | {"architectures": [name]}
     known = config.get("id2label")
@@ -159,7 +160,7 @@ def _with_head(
     return found
 
 
-def _find_class(config: Mapping[str, Any], fields: Mapping[str, Any]) -> str | None:
+def find_class_of(config: Mapping[str, Any], fields: Mapping[str, Any]) -> str | None:
     """Finds the class of the adapted model: PEFT writes it, or the task instead."""
     mapping, task = fields.get("auto_mapping"), fields.get("task_type")
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else None

@@ -4,27 +4,14 @@ import collections
 import functools
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..._errors import Problem
 from .._checkpoint import Checkpoint
 from .._file import TensorInfo, show
-from .._vocabulary import (
-    TIE,
-    copy_config,
-    find_pair,
-    is_embedding,
-    is_encoder_decoder,
-    is_head,
-    is_of_two,
-    is_table,
-    is_untied,
-    list_tables,
-    make_may_be_head,
-    walk_objects,
-)
+from .._submodels import TIE, copy_config, is_untied, walk_objects
 from .._write import Edit
 from ..adapter._parameters import find_twins, identify
 from ..adapter._parts import (
@@ -37,9 +24,11 @@ from ..adapter._parts import (
     list_tensors,
 )
 from ..adapter._sorted import Adapter
+from ..names._kinds import EMBEDDING
+from ..places._declared import Ties, find_class, find_ties, get_part, is_table
 from ..places._find import explain_absent
-from ..places._views import Places, Shape, module_of
-from ._target import Target
+from ..places._views import Places, module_of
+from ._target import Target, find_class_of
 
 # Tensors that the model may read twice, each with its copies in the checkpoint.
 Shared = Mapping[str, list[str]]
@@ -50,71 +39,66 @@ _UNTIE = (
 )
 
 
-def find_shared(target: Target, found: Parameters[T]) -> tuple[dict[str, list[str]], list[Problem]]:
-    """Finds the embeddings and heads that an adapter changes and the model may read twice.
+def find_shared(
+    target: Target, found: Parameters[T], fields: Mapping[str, Any]
+) -> tuple[Ties | None, dict[str, list[str]], list[Problem]]:
+    """Finds the weights that an adapter changes and the model may read twice.
 
-    If the checkpoint lacks a head that the adapter changes, an embedding may be that head. It is a
-    problem if the configuration ties weights whose values differ.
+    It is a problem if the configuration ties weights whose values differ.
+
+    Args:
+        target: the checkpoint.
+        found: the contents of the adapter.
+        fields: its configuration, which may name another class than the checkpoint's.
+
+    Returns:
+        What the model ties, None if its class is not known; the weights; and problems. Without a
+        class, the weights are the embeddings and heads that another tensor equals, or that may be a
+        head that the checkpoint lacks.
     """
     checkpoint, model = target
-    config, shapes = checkpoint.config, model.shapes
-    tensors = {x: model.tensor(f"{x}.weight") for x in list_tables(config, shapes)}
-    sides = collections.defaultdict[tuple[bool, Shape], list[str]](list)
-    for module, tensor in tensors.items():
-        sides[is_head(module), shapes[f"{module}.weight"]].append(tensor)
-    changed = set(map(module_of, found.changed))
-    if any(is_head(module) and f"{module}.weight" not in model for module in changed):
-        changed |= set(filter(is_embedding, tensors))
-    has_encoder = is_encoder_decoder(config)
-    is_apart = is_untied(config) and any(is_head(module_of(name)) for name in model)
-    may_be_head = make_may_be_head([*model, *found.full], config)
     digest = functools.cache(functools.partial(_digest, checkpoint))
+    config = checkpoint.config
+    adapted = {**config, "architectures": [find_class_of(config, fields)]}
+    config = adapted if find_class(adapted) else config
+    ties = find_ties(checkpoint.shapes, config)
+    if model.prefix and not _has_prefix(config, model.prefix):
+        ties = None  # the adapted model is of another class
     shared, problems = dict[str, list[str]](), list[Problem]()
-    for module in filter(changed.__contains__, tensors):
-        is_two = is_embedding(module) and is_of_two(module, has_encoder)
-        if is_apart and not is_two:
-            continue
-        own = tensors[module]
-        others = sides[not is_head(module), shapes[f"{module}.weight"]]
-        copies = [x for x in others if digest(x) == digest(own)]
-        if others and not copies and not is_two and not has_encoder:
-            if _is_tied(config, f"{module}.weight" in found.tokens):
-                why = f"config.json ties it to {show(others[0])}, but their values differ"
-                problems.append(Problem(own, why, f"Correct {TIE} there."))
-        elif copies or is_head(module) or may_be_head(module):
-            shared[own] = copies
-    return shared, problems
+    if ties is None:
+        changed = _list_tables(model, found, bool(config))
+        for tensor in changed if not is_untied(config) else ():
+            same = (n for n, x in checkpoint.shapes.items() if x == checkpoint.shapes[tensor])
+            shared[tensor] = [x for x in same if x != tensor and digest(x) == digest(tensor)]
+        return None, shared, []
+    rows = {model.tensor(name) for name in found.tokens}
+    is_said = any(part.get(TIE) is True for part in walk_objects(config))
+    for changed in dict.fromkeys(ties.tensor(name, model) for name in found.changed):
+        own = [x for x in ties.group(changed) if x in checkpoint.where]
+        if other := next((x for x in own[1:] if digest(x) != digest(own[0])), None):
+            if is_said or changed in rows:
+                why = f"config.json ties it to {show(other)}, but their values differ"
+                problems.append(Problem(own[0], why, f"Correct {TIE} there."))
+        elif own:
+            shared[own[0]] = own[1:]
+    return ties, shared, problems
 
 
-def _is_tied(config: Mapping[str, Any], has_rows: bool) -> bool:
-    """Whether a configuration ties embedding and head; PEFT ties rows if it does not deny it."""
-    said = {part.get(TIE) for part in walk_objects(config)}
-    return True in said or (has_rows and config.get(TIE) is not False)
+def _has_prefix(config: Mapping[str, Any], prefix: str) -> bool:
+    """Whether the class of a configuration has the prefix that stored names lack."""
+    own = find_class(config)
+    return own is not None and f"{own.prefix}." == prefix
 
 
-class Pair(NamedTuple):
-    """The embedding of a plain decoder, and its head.
+def _list_tables(model: Places, found: Parameters[T], has_model: bool) -> list[str]:
+    """Lists the tensors of the embeddings and heads that an adapter changes.
 
-    Attributes:
-        table: the tensor of the embedding.
-        head: the tensor of the head, stored or not, after the other tensors got `prefix`.
-        prefix: what the names of the other tensors need beside a head.
+    Without a configuration, which says what model it is, these are known by their names alone.
     """
-
-    table: str
-    head: str
-    prefix: str
-
-
-def find_plain(target: Target) -> Pair | None:
-    """Finds the embedding and the head of a plain decoder; None if it may be another model."""
-    checkpoint, model = target
-    for prefix in ("", model.prefix or ""):
-        shapes = {prefix + name: shape for name, shape in checkpoint.shapes.items()}
-        if pair := find_pair(shapes, checkpoint.config):
-            table, head = (f"{module}.weight" for module in pair)
-            return Pair(table.removeprefix(prefix), head, prefix)
-    return None
+    tables = {x.name for x in found.parts if x.kind is EMBEDDING} | found.tokens.keys()
+    tables = tables if has_model else set[str]()
+    names = (x for x in found.changed if x in tables or is_table(module_of(x)))
+    return [model.tensor(x) for x in names if x in model and len(model[x].shape) == 2]
 
 
 def list_absent(checkpoint: Checkpoint, model: Places, found: Parameters[T]) -> list[Problem]:
@@ -136,7 +120,7 @@ def list_absent(checkpoint: Checkpoint, model: Places, found: Parameters[T]) -> 
 
 
 def _advise(name: str) -> str:
-    if is_head(module_of(name)):
+    if is_table(module_of(name)):
         return f"It may share the weight of the input embedding. {_UNTIE}"
     return (
         "Save the base model as it was adapted, with its head, and in `transformers` 5 with "
@@ -154,8 +138,7 @@ def separate_heads(
     heads = []
     there = dict(tokens)
     for name, x in tokens.items():
-        table = find_table(name, tokens, model) if is_table(x.module) else None
-        if table is None:
+        if (table := find_table(name, tokens, model)) is None:
             continue
         if name not in model or model.tensor(name) in shared:
             heads.append((x, table))
@@ -192,43 +175,58 @@ def _digest(checkpoint: Checkpoint, name: str) -> bytes:
 
 
 def settle_ties(
-    target: Target, found: Parameters[T], shared: Shared, read: Read, saves: Callable[[str], bool]
+    target: Target,
+    found: Parameters[T],
+    ties: Ties | None,
+    shared: Shared,
+    read: Read,
+    saves: Callable[[str], bool],
 ) -> tuple[Target, Parameters[T], Shared, list[Problem]]:
-    """Gives the head of a plain decoder its own weight if the adapter changes the two differently.
+    """Gives a head its own weight if the adapter changes it and its embedding differently.
 
-    For other models, that is a problem. New rows in the embedding are new in the head too, as in
-    PEFT. A table that `modules_to_save` does not name is in the adapter because the base's own was
-    resized.
+    That is a problem if the class of the model is not known, or has more than this one tie. New
+    rows in the embedding are new in the head too, as in PEFT. A table that `modules_to_save` does
+    not name is in the adapter because the base's own was resized.
 
     Args:
         target: the checkpoint.
         found: the contents of the adapter.
+        ties: what the model ties, None if that is not known.
         shared: the weights that the model may read twice.
         read: reads tensors of the adapter, whose values are compared.
         saves: whether `modules_to_save` names a module.
     """
-    checkpoint, model = target
+    model = target.model
     if not shared:
         return target, found, shared, []
-    tensors = {name: model.tensor(name) for name in found.changed}
-    heads = [name for name in tensors if name not in model and is_head(module_of(name))]
-    sides = {name for name, x in tensors.items() if x in shared or name in heads}
+    known = ties or Ties(sources={x: own for own, copies in shared.items() for x in copies})
+    tensors = {name: known.tensor(name, model) for name in found.changed}
+    groups = {name: known.group(x) or [x] for name, x in tensors.items()}
+    sides = {name for name, own in groups.items() if own[0] in shared}
     rows = sides & found.tokens.keys()
-    has_encoder = is_encoder_decoder(checkpoint.config)
-    even = set[str]() if has_encoder else _find_even(found, sides, read)
-    uneven = {n for n in sides - rows if n not in even or is_of_two(module_of(n), has_encoder)}
-    pair = find_plain(target)
-    if pair and uneven:
-        return *_store_head(target, found, pair, heads), []
+    even = _find_even(found, sides, read)
+    uneven = {n for n in sides - rows if n not in even or len(groups[n]) > 2}
+    head = ties and ties.head
+    if ties and head and uneven:
+        names = [name for name in found.changed if tensors[name] == head]
+        return *_store_head(target, found, ties, head, names), []
     uneven = {n for n in uneven if n not in found.full or saves(module_of(n))}
-    if not pair or not _is_tied(checkpoint.config, True):
-        uneven |= rows
+    uneven |= set() if ties and head and _takes_rows(ties, head, target.checkpoint) else rows
     why = (
         "the model may read this weight twice, as its input embedding and as its output head, and "
         "the adapter does not say that it changes both equally"
     )
-    names = (name for name in tensors if name in uneven and name in model)
-    return target, found, shared, [Problem(model.tensor(name), why, _UNTIE) for name in names]
+    left = [name for name in tensors if name in uneven and name in model]
+    others = {n: ", ".join(show(x) for x in groups[n] if x != tensors[n]) for n in left}
+    also = {n: f"; by its class, it is {others[n]} too" * bool(ties) for n in left}
+    uneven = [Problem(tensors[name], why + also[name], _UNTIE) for name in left]
+    return target, found, shared, uneven
+
+
+def _takes_rows(ties: Ties, head: str, checkpoint: Checkpoint) -> bool:
+    """Whether PEFT gives rows of an embedding to its head: it computes none with a bias."""
+    bias = f"{module_of(head)}.bias"
+    return "" in ties.paths and bias not in ties.sources and bias not in checkpoint.where
 
 
 def _find_even(found: Parameters[T], names: Collection[str], read: Read) -> set[str]:
@@ -242,35 +240,41 @@ def _find_even(found: Parameters[T], names: Collection[str], read: Read) -> set[
 
 
 def _store_head(
-    target: Target, found: Parameters[T], pair: Pair, heads: Collection[str]
+    target: Target, found: Parameters[T], ties: Ties, head: str, names: Collection[str]
 ) -> tuple[Target, Parameters[T], Shared]:
     """Gives a head its own weight, with the values of the embedding if it has none.
 
     Args:
         target: the checkpoint.
         found: the contents of the adapter.
-        pair: the embedding and its head.
-        heads: the heads that the adapter changes and the checkpoint lacks.
+        ties: what the model ties.
+        head: the tensor of the head, stored or not.
+        names: the adapter's names of the head, if it changes it.
     """
     checkpoint, model = target
     tokens = dict(found.tokens)
-    own = [n for n in found.changed if model.tensor(n) == pair.head and n not in tokens]
-    [name, *_] = [*own, *heads, pair.head]
-    if rows := [x for n, x in tokens.items() if model.tensor(n) == pair.table]:
+    rows = [x for name, x in tokens.items() if model.tensor(name) == ties.sources[head]]
+    name = next((x for x in names if x not in tokens), head)
+    if rows:
         tokens[name] = rows[0]._replace(module=module_of(name))
-    config = _untied(checkpoint.config)
-    if pair.head in checkpoint.where:
-        target = target.resize({}, config)
-    else:
-        new = checkpoint.entry(pair.table)._replace(key=pair.head)
-        target = target.add({name: new}, config, pair.prefix, {name: pair.table})
+    config = _untied(checkpoint.config, ties.paths)
+    origins = {x: own for x, own in ties.sources.items() if x not in checkpoint.where}
+    if not origins:
+        return target.resize({}, config), found._replace(tokens=tokens), {}
+    new = {
+        name if x == head else x: checkpoint.entry(own)._replace(key=x)
+        for x, own in origins.items()
+    }
+    origins = {name if x == head else x: own for x, own in origins.items()}
+    target = target.add(new, config, ties.prefix, origins)
     return target, found._replace(tokens=tokens), {}
 
 
-def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+def _untied(config: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
     """Says in a configuration, and in those of its submodels, that the head is not tied."""
     found = copy_config(config)
+    asked = [get_part(found, path) for path in (*paths, "text_config")]
     for part in walk_objects(found):
-        if part is found or TIE in part or part is found.get("text_config"):
+        if part is found or TIE in part or any(part is x for x in asked):
             part[TIE] = False
     return found

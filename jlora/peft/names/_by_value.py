@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,8 +17,9 @@ from ..._tree import leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import Checkpoint, open_checkpoint
 from .._file import DTYPES
-from .._vocabulary import find_tied_head
+from ..places._declared import Ties, find_class, find_ties, find_transposed
 from ..places._find import as_transformers_stores, stored_as_is
+from ..places._views import module_of
 from ._generalized import Held, Home, find_homes, generalize
 from ._kinds import EMBEDDING, EXPERTS, find_kind
 from ._leaves import NamedLeaf, path_in_names, resolve
@@ -29,7 +29,6 @@ from ._torch_layout import split_weight, take_part
 EXACT, ROUNDED = 1e-5, 4e-3  # relative differences of sums, in 32 bits and in 16
 SLOTS = 4  # modules that one leaf may hold along an axis of its own
 SHORT = 8  # vectors that are shorter are not recognized up to a factor
-_TABLE = re.compile("emb|wte|shared|token", re.IGNORECASE)
 
 
 class HasSites(Protocol):
@@ -204,16 +203,20 @@ class _Tensors:
     Attributes:
         shapes: those of each shape, measured.
         used: those that leaves hold as a whole.
-        head: the head that shares the embedding, if the checkpoint has no weight for it.
-        is_transposed: as in `Name`, if a row is `transposed`.
+        head: the head that shares the embedding.
+        table: the last name of the embedding; empty if it is not known.
+        transposed: the last names of modules that are `is_transposed`, as in `Name`.
     """
 
     def __init__(self, checkpoint: Checkpoint):
         """Measures all tensors in floats."""
         self.checkpoint = checkpoint
         self.used = set[str]()
-        self.head = find_tied_head(checkpoint.shapes, checkpoint.config)
-        self.is_transposed = checkpoint.config.get("model_type") == "gpt_oss"  # no other model is
+        ties = find_ties(checkpoint.shapes, checkpoint.config) or Ties()
+        self.head = module_of(ties.names.get(ties.head or "", "")) or None
+        own = find_class(checkpoint.config)
+        self.table = own.table.rpartition(".")[2] if own else ""
+        self.transposed = find_transposed(checkpoint.config) or set()
         names = collections.defaultdict[tuple[int, ...], list[str]](list)
         for name in checkpoint.where:
             if (entry := checkpoint.entry(name)).dtype in DTYPES and entry.shape:
@@ -258,7 +261,8 @@ class _Tensors:
         if factor != 1:
             row = dataclasses.replace(row, times=Times(factor))
         if row.transposed and leaf.kind is EXPERTS:
-            row = dataclasses.replace(row, is_transposed=self.is_transposed)
+            last = module_of(keys[0]).rpartition(".")[2]
+            row = dataclasses.replace(row, is_transposed=last in self.transposed)
         return keys, row
 
     def find_homes(self, found: Iterable[Held]) -> dict[str, Home]:
@@ -282,7 +286,7 @@ class _Tensors:
 
     def _tie(self, row: Name, names: list[str]) -> tuple[Name, list[str]]:
         """Tells an embedding from the head that has the same values."""
-        tables = [name for name in names if _TABLE.search(name)]
+        tables = [name for name in names if name.endswith(f".{self.table}.weight")]
         if len(names) == 2 and len(tables) == 1:
             [head] = {*names} - {*tables}
             return dataclasses.replace(row, tied=head.rpartition(".")[0]), tables

@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Answer(NamedTuple):
@@ -22,9 +22,33 @@ class Answer(NamedTuple):
     parameters: tuple[str, ...] = ()
 
 
+class Constants(NamedTuple):
+    """What PEFT has by name.
+
+    Attributes:
+        fields: those of `adapter_config.json`, with their defaults.
+        heads: the heads that it lists for every classifier, whatever its head is called.
+        tables: the modules whose weights it saves too if their names are targeted.
+    """
+
+    fields: dict[str, Any]
+    heads: tuple[str, ...]
+    tables: tuple[str, ...]
+
+
+def load_constants() -> Constants:
+    """Loads PEFT's constants."""
+    found = _load()
+    return Constants(found["fields"], tuple(found["heads"]), tuple(found["tables"]))
+
+
 @functools.cache
 def load_answers() -> Mapping[str, Answer]:
     """Loads the answers by `model_type`, which `tests/tools/ask_peft.py` collected."""
-    text = Path(__file__).with_name("peft.json").read_text()
-    found = json.loads(text)["models"]
+    found = _load()["models"]
     return {kind: Answer(**{k: tuple(x) for k, x in own.items()}) for kind, own in found.items()}
+
+
+@functools.cache
+def _load() -> Mapping[str, Any]:
+    return json.loads(Path(__file__).with_name("peft.json").read_text())

@@ -138,11 +138,23 @@ def _find_entries(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     table = load_table()
     names = config.get("architectures")
     kind = str(config.get("model_type"))
-    if isinstance(names, list) and names and (own := table["classes"].get(str(names[0]))):
-        return [own]
+    name = str(names[0]) if isinstance(names, list) and names else ""
     found = [table["models"][kind]] if kind in table["models"] else []
+    own = table["classes"].get(f"{kind}/{name}", table["classes"].get(name))
+    if own and (own["model"] == kind or not found):
+        return [own]
     others = [] if names else [x for x in table["classes"].values() if x["model"] == kind]
     return [*found, *others]
+
+
+def name_stored(name: str, config: Mapping[str, Any]) -> str:
+    """Returns the name under which `transformers` would store a parameter."""
+    for entry in _find_entries(config):
+        rows = make_table(entry, False)
+        for stored in rows.list_stored(name):
+            if name in rows.name({stored: (1,)}):
+                return stored
+    return name
 
 
 def explain_absent(name: str, config: Mapping[str, Any]) -> str:

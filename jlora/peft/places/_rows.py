@@ -52,12 +52,24 @@ class Rows:
     def __init__(self, texts: Mapping[str, str]):
         """Reads the rows."""
         self._tree: dict[str, Any] = {}
+        self._whole = list[tuple[tuple[str, ...], tuple[str, ...]]]()
         for stored, name in texts.items():
             row = _read(stored), _read(name)
+            if row[0].cut == row[1].cut == Cut() and not {"{}", "*"}.intersection(row[0].names):
+                self._whole.append((row[0].names, row[1].names))
             node = self._tree
             for part in row[0].names:
                 node = node.setdefault(part, {})
             node.setdefault("", []).append(row)
+
+    def list_stored(self, name: str) -> list[str]:
+        """Lists stored names that may have a whole parameter, without numbers in them."""
+        found = list[str]()
+        for stored, own in self._whole:
+            names = tuple(name.split("."))
+            if names[: len(own)] == own:
+                found.append(".".join((*stored, *names[len(own) :])))
+        return found
 
     def name(self, shapes: Shapes) -> Places:
         """Names the parameters in stored tensors."""

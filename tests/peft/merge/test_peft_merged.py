@@ -69,7 +69,10 @@ def fixture(name: str, folder: Folder, shards: int = 1) -> tuple[models.Case, Fo
     """The base of a fixture as a checkpoint."""
     case = models.case(name)
     about = json.loads((case.folder / "model.json").read_text())
-    config = about["config"] | {"architectures": [about["architecture"]]}
+    name = about["architecture"]
+    kinds = ("llama", "gpt2", "bert", "roberta", "vit")
+    kind = next((x for x in kinds if name.lower().startswith(x)), "none")
+    config = about["config"] | {"architectures": [name], "model_type": kind}
     return case, checkpoint(folder / "base", base_of(case), shards, **config)
 
 
@@ -458,56 +461,51 @@ def test_what_the_adapted_model_lacked(tmp_path: Folder) -> None:
             merge(tmp_path, weights, rest, **fields)
 
 
-CONV1D = {"c_attn.weight": ones(8, 24), "c_attn.bias": ones(24)}
-LINEAR = {"c_fc.weight": ones(8, 9), "c_fc.bias": ones(8)}
-WIDE = {"mlp.c_proj.weight": ones(16, 8), "mlp.c_proj.bias": ones(8)}
-
-
 @pytest.mark.parametrize(
-    ("others", "flag", "transposed"),
+    ("kind", "flag", "transposed"),
     [
-        ({}, True, False),  # as bitsandbytes' layers leave it in the file
-        ({}, False, False),
-        (LINEAR, True, False),
-        (CONV1D, True, True),
-        (CONV1D, False, None),
-        (CONV1D | LINEAR, True, None),
-        (WIDE, True, True),  # a namesake, as GPT-2 has
-        (WIDE, False, True),
+        ("gpt2", True, True),
+        ("gpt2", False, True),  # as PEFT writes if a linear module comes last
+        ("llama", True, False),  # as bitsandbytes' layers leave it in the file
+        ("llama", False, False),
+        ("unknown", False, False),
+        ("unknown", True, None),
     ],
 )
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_square_weights(
-    others: Tensors, flag: bool, transposed: bool | None, has_bias: bool, tmp_path: Folder
-) -> None:
-    """Their kin tells, else `fan_in_fan_out` if there is a Conv1D, which always has a bias."""
-    module = "attn.c_proj"
-    weights = {f"{module}.weight": 0 * ones(8, 8), **others}
-    weights |= {f"{module}.bias": ones(8)} if has_bias else {}
+def test_square_weights(kind: str, flag: bool, transposed: bool | None, tmp_path: Folder) -> None:
+    """The model tells it. One that is not known may have a `Conv1D` if `fan_in_fan_out` says so."""
+    module, config = "attn.c_proj", {"model_type": kind}
+    weights = {f"{module}.weight": 0 * ones(8, 8)}
     (a, b), fields = low_rank((8, 8), 2), {"lora_alpha": 2, "fan_in_fan_out": flag}
-    if has_bias and transposed is None:
+    if transposed is None:
         with refused(ValueError, "adapter", f"{module}.weight", "is square"):
-            merge(tmp_path, weights, {module: (a, b)}, **fields)
+            merge(tmp_path, weights, {module: (a, b)}, config, **fields)
         return
-    merged = merge(tmp_path, weights, {module: (a, b)}, **fields)
-    expected = (b @ a).T if has_bias and transposed else b @ a
+    merged = merge(tmp_path, weights, {module: (a, b)}, config, **fields)
+    expected = (b @ a).T if transposed else b @ a
     np.testing.assert_allclose(merged[f"{module}.weight"], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("bias", [None, 4, 6])
 @pytest.mark.parametrize("swapped", [True, False])
-def test_swapped_sides(bias: int | None, swapped: bool, tmp_path: Folder) -> None:
-    """A and B of the transpose fit a Conv1D only, whose bias has the length of the last axis."""
-    weights = {"q.weight": ones(4, 6)} | ({"q.bias": ones(bias)} if bias else {})
-    (a, b), is_conv1d = low_rank((6, 4) if swapped else (4, 6), 2), bias == 6
-    if swapped != is_conv1d:
-        with refused(ValueError, "adapter", "q.weight", f"of shape (4, 6), but A {a.shape} and B"):
-            merge(tmp_path, weights, {"q": (a, b)})
+@pytest.mark.parametrize(
+    ("kind", "flag", "transposed"),
+    [("gpt2", False, [True]), ("llama", True, [False]), ("unknown", False, [False]),
+     ("unknown", True, [True, False])],
+)  # fmt: skip
+def test_swapped_sides(
+    kind: str, flag: bool, transposed: list[bool], swapped: bool, tmp_path: Folder
+) -> None:
+    """A and B of the transpose fit a Conv1D only."""
+    weights, config = {"c_fc.weight": ones(4, 6)}, {"model_type": kind}
+    a, b = low_rank((6, 4) if swapped else (4, 6), 2)
+    if swapped not in transposed:
+        with refused(ValueError, "adapter", "c_fc.weight", f"of shape (4, 6), but A {a.shape}"):
+            merge(tmp_path, weights, {"c_fc": (a, b)}, config, fan_in_fan_out=flag)
         return
-    merged = merge(tmp_path, weights, {"q": (a, b)})
+    merged = merge(tmp_path, weights, {"c_fc": (a, b)}, config, fan_in_fan_out=flag)
     expected = 1 + 1.5 * (b @ a)
     expected = expected.T if swapped else expected
-    np.testing.assert_allclose(merged["q.weight"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(merged["c_fc.weight"], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("known", ["sibling", "nothing"])
@@ -677,55 +675,55 @@ def test_a_shared_weight_of_a_tree(tmp_path: Folder) -> None:
             np.testing.assert_allclose(merged[name], x, rtol=1e-5, atol=1e-6)
 
 
+def of_class(name: str, **fields: Any) -> dict[str, Any]:
+    return {"architectures": [name], "vocab_size": 11, **fields}
+
+
 @pytest.mark.parametrize(
-    ("table", "head"),
+    ("name", "table", "head"),
     [
-        ("model.embed_tokens", "lm_head"),
-        ("model.language_model.embed_tokens", "lm_head"),
-        ("language_model.model.embed_tokens", "language_model.lm_head"),
-        ("model.decoder.embed_tokens", "lm_head"),
-        ("transformer.wte", "lm_head"),
-        ("gpt_neox.embed_in", "embed_out"),
-        ("backbone.embeddings", "lm_head"),
+        ("LlamaForCausalLM", "model.embed_tokens", "lm_head"),
+        ("LlavaForConditionalGeneration", "model.language_model.embed_tokens", "lm_head"),
+        ("LlavaForConditionalGeneration", "language_model.model.embed_tokens",
+         "language_model.lm_head"),
+        ("OPTForCausalLM", "model.decoder.embed_tokens", "lm_head"),
+        ("GPT2LMHeadModel", "transformer.wte", "lm_head"),
+        ("GPTNeoXForCausalLM", "gpt_neox.embed_in", "embed_out"),
+        ("MambaForCausalLM", "backbone.embeddings", "lm_head"),
+        ("BertForMaskedLM", "bert.embeddings.word_embeddings", "cls.predictions.decoder"),
     ],
-)
-def test_where_the_head_of_a_decoder_is(table: str, head: str, tmp_path: Folder) -> None:
-    """Beside the module that has the embedding, if the adapter does not name it."""
+)  # fmt: skip
+def test_where_the_head_is(name: str, table: str, head: str, tmp_path: Folder) -> None:
+    """As the class declares it, if the adapter does not name it; its bias is stored too."""
     weights = {f"{table.rpartition('.')[0]}.h.0.fc.weight": ones(4, 4), f"{table}.weight": TABLE}
-    merged, config = grow(tmp_path, BODY | weights, change(1, 0, table), SILENT)
-    assert merged.keys() == {*BODY, *weights, f"{head}.weight"}
+    bias = {"cls.predictions.bias": ones(11)} if "BertForMaskedLM" in name else {}
+    config = of_class(name, **{TIE: True})
+    merged, config = grow(tmp_path, BODY | weights | bias, change(1, 0, table), config)
+    biases = {f"{head}.bias", *bias} if bias else {*bias}
+    assert merged.keys() == {*BODY, *weights, *biases, f"{head}.weight"}
     np.testing.assert_array_equal(merged[f"{head}.weight"], TABLE)
     assert config[TIE] is False
 
 
 LAYER = ones(4, 4)
-TWO = {"is_encoder_decoder": True}
-OF_BERT = {"bert.embeddings.word_embeddings.weight": TABLE, "bert.encoder.layer.0.weight": LAYER}
-OF_DECODER = {f"decoder.{name}": x for name, x in OF_BERT.items()} | {"encoder.layer.0.q": LAYER}
-SILENT_PART = UNTIED | {"decoder": {"model_type": "bert"}}
+OF_T5 = {"shared.weight": TABLE, "encoder.block.0.q.weight": LAYER}
+OF_BART = {"model.shared.weight": TABLE, "model.encoder.layers.0.q.weight": LAYER}
+OF_DECODER = {"decoder.transformer.wte.weight": TABLE, "decoder.transformer.h.0.weight": LAYER}
+OF_GPT2 = {"decoder": {"model_type": "gpt2"}}
 # Weights of models that may read an embedding twice, and what the configuration may say of it.
 READ_TWICE: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "BERT": (OF_BERT | {"cls.predictions.bias": ones(11)}, [TIED, SILENT, UNTIED]),
-    "a head with a layer": (
-        tied(False) | {"lm_head.dense.weight": LAYER, "lm_head.bias": ones(11)}, [TIED, SILENT]
+    "a table of two": (OF_T5, [of_class("T5ForConditionalGeneration", **{TIE: False})]),
+    "several ties": (
+        OF_BART,
+        [of_class("BartForConditionalGeneration"),
+         of_class("BartForConditionalGeneration", **{TIE: True})],
     ),
-    "two heads": (tied(False) | {"bias": ones(11)}, [TIED, SILENT]),
-    "another name": (
-        {"biogpt.embed_tokens.weight": TABLE, "biogpt.layers.0.q.weight": LAYER}, [TIED, SILENT]
+    "an unknown class": (
+        tied(False),
+        [SILENT, SILENT | {TIE: True}, of_class("Own", **{TIE: False}, part={"model_type": "x"})],
     ),
-    "a decoder of an encoder": (
-        tied(False) | {"model.layers.0.encoder_attn.k.weight": LAYER}, [TIED, SILENT]
-    ),
-    "an encoder and a decoder": (tied(False), [TIED | TWO, SILENT | TWO, {"a": TWO}]),
-    "a decoder in another model": (OF_DECODER, [TIED, SILENT, SILENT_PART]),
-    "a table of two": (
-        {"shared.weight": TABLE, "encoder.block.0.q.weight": LAYER}, [TIED, SILENT, UNTIED]
-    ),
-    "a table of two, and a head": (
-        {"model.shared.weight": TABLE, "model.encoder.layers.0.q.weight": LAYER, HEAD: 2 * TABLE},
-        [UNTIED, SILENT | TWO],
-    ),
-    "an encoder, a decoder and a head": (tied(False) | {HEAD: 2 * TABLE}, [SILENT | TWO]),
+    "an unknown class, stored twice": (tied(True), [SILENT, SILENT | {TIE: True}]),
+    "another submodel": (OF_DECODER, [of_class("VisionEncoderDecoderModel", **OF_GPT2)]),
 }  # fmt: skip
 TWICE = "the model may read this weight twice, as its input embedding and as its output head"
 
@@ -758,7 +756,8 @@ def test_a_head_that_is_no_embedding(tmp_path: Folder) -> None:
     with refused(ValueError, "adapter", HEAD, TWICE):
         grow(tmp_path / "alone", weights, change(0, 1), SILENT)
     of_bark = {"input_embeds_layer.weight": 2 * TABLE}
-    for others, config in ({}, {"architectures": ["SewForCTC"]}), (of_bark, SILENT):
+    of_ctc, of_two = of_class("Wav2Vec2ForCTC"), of_class("BarkSemanticModel")
+    for others, config in ({}, of_ctc), (of_bark, of_two):
         folder = tmp_path / str(len(others))
         merged, _ = grow(folder, weights | others, change(0, 1), config)
         assert merged.keys() == weights.keys() | others.keys()
@@ -774,33 +773,36 @@ def test_a_tied_weight_with_two_values(tmp_path: Folder) -> None:
 
 
 BARE = {name.removeprefix("model."): x for name, x in tied(False).items()}
+OF_BERT = {"embeddings.word_embeddings.weight": TABLE, "encoder.layer.0.q.weight": ones(4, 6)}
+OF_OPT = {"model.decoder.embed_tokens.weight": TABLE, "model.decoder.layers.0.q.weight": LAYER}
 # Weights of models that read their embedding once, and what the configuration may say.
 READ_ONCE: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "no module around it": (BARE, [TIED, SILENT, UNTIED]),
-    "no module around it, in a part": (
-        {"embeddings.word_embeddings.weight": TABLE, "encoder.layer.0.q.weight": ones(4, 6)},
-        [TIED, SILENT],
+    "no head": (BARE, [of_class("LlamaModel", **{TIE: True}), of_class("LlamaModel")]),
+    "no head, in a part": (OF_BERT, [of_class("BertModel", **{TIE: True})]),
+    "a classifier": (
+        tied(False) | {"score.weight": ones(3, 4)},
+        [of_class("LlamaForSequenceClassification", **{TIE: True})],
     ),
-    "a classifier": (tied(False) | {"score.weight": ones(3, 4)}, [TIED, SILENT, UNTIED]),
-    "a head of its own": (tied(False) | {HEAD: 2 * TABLE}, [SILENT, UNTIED]),
-    "a decoder's with a head of its own": (
-        {"model.decoder.embed_tokens.weight": TABLE, "model.decoder.layers.0.q.weight": LAYER}
-        | {HEAD: 2 * TABLE},
-        [UNTIED | TWO],
+    "a head of its own": (
+        tied(False) | {HEAD: 2 * TABLE}, [UNTIED, of_class("LlamaForCausalLM")]
+    ),
+    "a head of its own, where the default is another": (
+        OF_OPT | {HEAD: 2 * TABLE}, [of_class("OPTForCausalLM"), UNTIED]
     ),
     "a head that began as it": (tied(True), [UNTIED]),
-}
+    "an unknown class that denies it": (tied(True), [of_class("Own", **{TIE: False})]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", READ_ONCE)
 def test_what_a_model_reads_once(case: str, tmp_path: Folder) -> None:
-    """Whatever its class is called; nothing else changes."""
+    """Nothing else changes."""
     weights, configs = READ_ONCE[case]
     table = next(name for name, x in weights.items() if x is TABLE)
     last = table.removesuffix(".weight").rpartition(".")[2]
     a, b = low_rank((4, 11), 2)
     for i, config in enumerate(configs):
-        place, config = tmp_path / str(i), config | {"architectures": ["XForMaskedLM"]}
+        place = tmp_path / str(i)
         base = checkpoint(place / "base", weights, **config)
         given = adapter(place / "a", change(1, 0, table), target_modules=[last])
         peft.export_merged(base, given, place / "out")
@@ -925,7 +927,7 @@ def test_a_head(has_prefix: bool, shards: int, tmp_path: Folder) -> None:
     assert config == {"architectures": ["BertForSequenceClassification"], "a": 1} | LABELS
 
 
-def of_class(name: str, **fields: Any) -> dict[str, Any]:
+def of_bert(name: str, **fields: Any) -> dict[str, Any]:
     return {"architectures": [f"Bert{name}"], **fields}
 
 
@@ -934,13 +936,13 @@ COUNTED = {"num_labels": 2, "model_type": "bert_text"}
 WILD = {"base_model_class": "AForB" * 10**5 + "!"}
 # Fields of the adapter and of the base, and the configuration, if the class is known.
 CLASSES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]] = [
-    ({"task_type": "TOKEN_CLS"}, {}, of_class("ForTokenClassification", **LABELS)),
-    ({"auto_mapping": MAPPED}, {}, of_class("ForTokenClassification", **LABELS)),
-    ({"task_type": "QUESTION_ANS"}, {}, of_class("ForQuestionAnswering")),
-    ({}, NAMED, of_class("ForSequenceClassification", **NAMED)),
+    ({"task_type": "TOKEN_CLS"}, {}, of_bert("ForTokenClassification", **LABELS)),
+    ({"auto_mapping": MAPPED}, {}, of_bert("ForTokenClassification", **LABELS)),
+    ({"task_type": "QUESTION_ANS"}, {}, of_bert("ForQuestionAnswering")),
+    ({}, NAMED, of_bert("ForSequenceClassification", **NAMED)),
     (
         *({}, COUNTED),
-        of_class("TextForSequenceClassification", **COUNTED | {"num_labels": 3} | LABELS),
+        of_bert("TextForSequenceClassification", **COUNTED | {"num_labels": 3} | LABELS),
     ),
     ({"task_type": None}, {}, None),
     ({"task_type": None, "auto_mapping": {"base_model_class": "os; x"}}, {}, None),

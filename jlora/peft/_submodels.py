@@ -1,0 +1,27 @@
+"""A configuration, and those of its submodels."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+TIE = "tie_word_embeddings"
+
+
+def copy_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies a configuration with all that is in it, however deeply it is nested."""
+    return json.loads(json.dumps(config))
+
+
+def walk_objects(config: Mapping[str, Any]) -> Iterator[Any]:
+    """Yields a configuration and all objects in it, such as those of submodels."""
+    left: list[Any] = [config]
+    while left:
+        part = left.pop()
+        yield part
+        left += [value for value in part.values() if isinstance(value, dict)]
+
+
+def is_untied(config: Mapping[str, Any]) -> bool:
+    """Whether the configurations of a model and of all its submodels say that nothing is tied."""
+    parts = (x for x in walk_objects(config) if x is config or "model_type" in x)
+    return all(part.get(TIE) is False for part in parts)
