@@ -224,9 +224,11 @@ def settle_ties(
 
 
 def _takes_rows(ties: Ties, head: str, checkpoint: Checkpoint) -> bool:
-    """Whether PEFT gives rows of an embedding to its head: it computes none with a bias."""
+    """Whether PEFT gives rows of an embedding to a head, and computes them: not with a bias."""
+    own = find_class(checkpoint.config)
     bias = f"{module_of(head)}.bias"
-    return "" in ties.paths and bias not in ties.sources and bias not in checkpoint.where
+    is_head = own is not None and ties.names[head] == f"{own.head}.weight" and "" in ties.paths
+    return is_head and bias not in ties.sources and bias not in checkpoint.where
 
 
 def _find_even(found: Parameters[T], names: Collection[str], read: Read) -> set[str]:
