@@ -277,7 +277,7 @@ def test_copies_are_read_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(_ties, "_digest", digest)
     target = Target(folder, next(stored_as_is(folder.shapes)))
     found = Parameters([], dict(tables), {}, {}, {})
-    shared, _ = _ties.find_shared(target, found)
+    _, shared, _ = _ties.find_shared(target, found, {})
     assert shared == {table: [head] for table, head in zip(tables, heads, strict=True)}
     assert sorted(read) == sorted(every)
 
@@ -300,7 +300,7 @@ def test_many_tables(tmp_path: Folder) -> None:
     target = Target(folder, next(stored_as_is(folder.shapes)))
     with bounded(4):
         found = Parameters([], dict(tables), {}, {}, {})
-        assert _ties.find_shared(target, found)[0].keys() == tables.keys()
+        assert _ties.find_shared(target, found, {})[1].keys() == tables.keys()
 
 
 # ------------------------------------------------------------------------------ memory

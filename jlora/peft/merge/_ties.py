@@ -66,10 +66,13 @@ def find_shared(
         ties = None  # the adapted model is of another class
     shared, problems = dict[str, list[str]](), list[Problem]()
     if ties is None:
-        changed = _list_tables(model, found, bool(config))
-        for tensor in changed if not is_untied(config) else ():
-            same = (n for n, x in checkpoint.shapes.items() if x == checkpoint.shapes[tensor])
-            shared[tensor] = [x for x in same if x != tensor and digest(x) == digest(tensor)]
+        shapes, alike = checkpoint.shapes, collections.defaultdict(list)
+        for tensor, shape in shapes.items():
+            alike[shape].append(tensor)
+        changed = _list_tables(model, found, bool(config)) if not is_untied(config) else []
+        for tensor in changed:
+            others = (x for x in alike[shapes[tensor]] if x != tensor)
+            shared[tensor] = [x for x in others if digest(x) == digest(tensor)]
         return None, shared, []
     rows = {model.tensor(name) for name in found.tokens}
     is_said = any(part.get(TIE) is True for part in walk_objects(config))
