@@ -214,7 +214,7 @@ def outcome(family: str, configuration: str, folder: pathlib.Path) -> Outcome:
     try:
         peft.export_merged(folder / "base", folder / "a", folder / "ours")
     except ValueError as e:
-        return Outcome("refused", brief(e))
+        return Outcome("refused", f"{brief(e)} {str(e).splitlines()[-1]}")
     return compare_logits(cls, folder) if is_untied(folder) else compare(folder)
 
 

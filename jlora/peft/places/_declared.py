@@ -136,6 +136,8 @@ def find_ties(shapes: Shapes, config: Mapping[str, Any]) -> Ties | None:
             return places[stored].tensor
         return name_stored(name, config) if is_renamed else name
 
+    # Version 4 leaves out what is true at the top, and PEFT reads it so.
+    is_old = str(config.get("transformers_version")).partition(".")[0] in ("2", "3", "4")
     asked = dict[str, str]()
     for path, ties in own.asked.items():
         part = get_part(config, path)
@@ -144,7 +146,7 @@ def find_ties(shapes: Shapes, config: Mapping[str, Any]) -> Ties | None:
             return None
         says = part.get(TIE)
         if says is None:
-            default = own.default[path] if path == "" else kind in load_table()["tying"]
+            default = own.default[path] or is_old if path == "" else kind in load_table()["tying"]
             says = default or any(find(x) not in shapes for pair in ties.items() for x in pair)
         asked |= ties if says else {}
     names = {find(name): name for name in (*own.always, *asked)}

@@ -18,6 +18,7 @@ REFUSED = (
     "layer_replication",
     "the model may read this weight twice, as its input embedding and as its output head",
     "It may share the weight of the input embedding",
+    "but their values differ. Correct tie_word_embeddings there.",
     "has rows in the adapter, which PEFT also gives",
 )
 NAMES = list(families.CONFIGURATIONS)
