@@ -229,8 +229,12 @@ def compare_logits(cls: Any, folder: pathlib.Path) -> Outcome:
     ids = torch.arange(12)[None]
     adapted = hf_peft.PeftModel.from_pretrained(cls.from_pretrained(folder / "base"), folder / "a")
     merged = cls.from_pretrained(folder / "ours")
+    inputs = {"input_ids": ids}
+    if merged.main_input_name == "input_features":
+        shape = (1, merged.config.num_mel_bins, 2 * merged.config.max_source_positions)
+        inputs = {"input_features": torch.rand(shape), "decoder_input_ids": ids}
     with torch.no_grad():
-        ours, theirs = (model.eval()(input_ids=ids).logits for model in (merged, adapted))
+        ours, theirs = (model.eval()(**inputs).logits for model in (merged, adapted))
     far = (ours - theirs).abs().max() > 1e-5 * theirs.abs().max()
     return Outcome("DIFFERENT", "logits") if far else Outcome("untied")
 

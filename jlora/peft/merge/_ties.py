@@ -66,7 +66,8 @@ def find_shared(
         ties = None  # the adapted model is of another class
     shared, problems = dict[str, list[str]](), list[Problem]()
     if ties is None:
-        shapes, alike = checkpoint.shapes, collections.defaultdict(list)
+        shapes = checkpoint.shapes
+        alike = collections.defaultdict(list)
         for tensor, shape in shapes.items():
             alike[shape].append(tensor)
         changed = _list_tables(model, found, bool(config)) if not is_untied(config) else []
