@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from small import array, some
 
 import jlora
+from jlora import sharding
 
 DIM, LAYERS, ROWS = 32, 2, 64
 PARAMS = {"up": array(LAYERS, DIM, 4 * DIM) / 6, "down": array(LAYERS, 4 * DIM, DIM) / 11}
@@ -70,6 +73,26 @@ def test_of_a_sum_one_term_is_kept(is_scanned: bool) -> None:
     _, kept, _ = slope(model(jax.nn.gelu, is_scanned, keeps=True), array(ROWS, DIM))
     hidden = [v.size for v in kept if v.shape[-2:] == (ROWS, 4 * DIM)]
     assert sum(hidden) == LAYERS * ROWS * 4 * DIM
+
+
+@pytest.mark.parametrize("is_scanned", some([True, False], True))
+@pytest.mark.parametrize("scheme", some([jlora.NF4(), jlora.MXFP4()], jlora.NF4()))
+def test_quantized_weights_are_unpacked_again(scheme: Any, is_scanned: bool) -> None:
+    """What is kept is smaller by what quantizing saves, also if the codes are gathered."""
+    mesh = jax.make_mesh((1,), ("fsdp",), (AxisType.Auto,), devices=jax.devices()[:1])
+    whole = dict.fromkeys(PARAMS, NamedSharding(mesh, P()))
+    x = jax.device_put(array(ROWS // 4, DIM), whole["up"])
+    lora = jlora.transform(model(jax.nn.gelu, is_scanned, keeps=True), jlora.LoRA(rank=2))
+    dense = jax.device_put(PARAMS, whole)
+    packed = jlora.quantize(dense, scheme, sites=lora.sites(dense, x))
+    kept = []
+    for params in (dense, packed):
+        base, adapter = lora.init(jax.random.key(0), params, x)
+        call = lambda a, b=base: lora.apply(sharding.gathered(b, whole), a, x)  # noqa: E731
+        arrays = jax.tree.leaves(jax.eval_shape(lambda a, f=call: jax.vjp(f, a)[1], adapter))
+        kept.append(sum(v.size * v.dtype.itemsize for v in arrays))
+    size = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (dense, packed)]
+    assert kept[0] - kept[1] > 0.8 * (size[0] - size[1])
 
 
 def test_products_are_saved_and_elementwise_results_are_not() -> None:
