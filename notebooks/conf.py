@@ -23,8 +23,9 @@ TREE = {
     "measurements/index": {
         "Training": "measurements/rates measurements/ranks",
         "Cost": """costs measurements/cpu measurements/accelerators
-            measurements/meshes measurements/devices""",
-        "Files and serving": "measurements/vllm measurements/damage",
+            measurements/lengths measurements/meshes
+            measurements/devices""",
+        "Files and serving": "measurements/vllm",
         "PyTorch": "measurements/zoo",
         "Archive": """measurements/forms measurements/paper section7
             methods""",
@@ -36,9 +37,8 @@ TREE = {
         "JAX": """loops/plain loops/linen loops/nnx loops/equinox
             loops/haiku loops/keras loops/tunix loops/maxtext""",
         "By task": """loops/rates loops/tokens loops/dpo loops/grpo
-            loops/privacy loops/mixing adapters loops/audio
-            loops/graphs""",
-        "Several devices": "loops/sharding loops/hosts pods",
+            loops/privacy loops/mixing adapters loops/other""",
+        "Several devices": "loops/sharding pods",
     },
     "loops/home": {
         "": "quantized loops/remat loops/logits loops/precision"
@@ -73,9 +73,13 @@ extensions = [
 ]
 # Pages that moved, and where they are, from their folder.
 redirects = {
+    "measurements/damage": "../untrusted.html#how-this-is-tested",
     "loops/accumulation": "whole.html#multisteps",
     "loops/evaluation": "whole.html",
     "loops/federated": "mixing.html#average-adapters-of-many-clients",
+    "loops/audio": "other.html",
+    "loops/graphs": "other.html#graphs-a-simulation-of-heat",
+    "loops/hosts": "sharding.html#several-hosts",
     "loops/orbax": "whole.html",
     "loops/stacked": "mixing.html#train-on-top-of-an-adapter",
     "loops/stopping": "whole.html",

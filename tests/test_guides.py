@@ -4,6 +4,7 @@ The blocks of a page run in order and share their names. A block of output right
 it prints, and what it leaves in `losses` has fallen.
 """
 
+import ast
 import builtins
 import doctest
 import importlib
@@ -36,7 +37,7 @@ import jlora
 Names = dict[str, Any]
 GUIDES = pathlib.Path(__file__).parents[1] / "notebooks"
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\n(?:\n```output\n(.*?)^```\n)?", re.M | re.S)
-OWN = {"loops/hosts", "loops/sharding"}  # below
+OWN = {"loops/sharding"}  # below
 # What pages need that has an environment of its own, and warns.
 NEEDS = {
     "loops/tunix": ["tunix"],
@@ -234,7 +235,7 @@ def _vision(names: Names) -> None:
     assert jlora.count(names["adapter"]) < 0.12 * jlora.count(names["params"])
 
 
-@of("audio", 4)
+@of("other", 5)
 def _audio(names: Names) -> None:
     """The adapter learns the children as well as full fine-tuning does; the base knows the men."""
     lora, full = (curve[-1] for curve in names["curves"]["children"])
@@ -243,7 +244,7 @@ def _audio(names: Names) -> None:
     assert jlora.count(names["adapter"]) < 0.12 * jlora.count(names["params"])
 
 
-@of("graphs", 3)
+@of("other", 8)
 def _graphs(names: Names) -> None:
     """The adapter is as good as full fine-tuning; without the first material it is far off."""
     lora, full, fresh = (curve[-1] for curve in names["curves"]["error"])
@@ -295,7 +296,7 @@ def test_the_table_of_files_has_every_way_to_write():
         subprocess.run([sys.executable, "-m", "jlora", command, "--help"], check=True)
 
 
-MOST = 1500, 32_700  # words of a page, and of all
+MOST = 1500, 31_800  # words of a page, and of all
 
 
 def test_guides_end():
@@ -304,6 +305,16 @@ def test_guides_end():
     words = {path: len(path.read_text(encoding="utf-8").split()) for path in pages}
     assert max(words.values()) <= MOST[0], max(words, key=lambda path: words[path])
     assert sum(n for x, n in words.items() if x.parent.name != "reference") <= MOST[1]
+
+
+def test_every_page_has_a_way_in():
+    """The page above links to it, as only the site shows the tree."""
+    tree = re.search(r"^TREE = (\{.*?^\})", (GUIDES / "conf.py").read_text(), re.M | re.S)
+    for above, groups in ast.literal_eval(tree[1]).items():
+        links = re.findall(r"\]\(([^)#:]+)\.(?:md|ipynb)", (GUIDES / f"{above}.md").read_text())
+        linked = {os.path.normpath(os.path.join(os.path.dirname(above), x)) for x in links}
+        below = set(" ".join(groups.values()).split()) - {"genindex"}  # which Sphinx makes
+        assert below <= linked, (above, below - linked)
 
 
 # What readers call it, and the page that answers, so that the search of the site finds it.
@@ -322,13 +333,12 @@ WORDS = {
         length""",
     "loops/remat": "checkpointing",
     "loops/precision": "bf16 fp16 autocast",
-    "loops/sharding": "multi-GPU FSDP parallel pipeline",
-    "loops/hosts": "jax.distributed",
+    "loops/sharding": "multi-GPU FSDP parallel pipeline jax.distributed",
     "loops/whole": """accumulation wandb TensorBoard resumes evaluates MultiSteps lm-eval-harness
         Statistics""",
     "loops/dpo": "DPO ORPO KTO PPO",
     "loops/head": "classifier reward",
-    "loops/audio": "Whisper",
+    "loops/other": "Whisper",
     "loops/image_lora": "SDXL Flux ComfyUI",
     "loops/mixing": "ties dare",
     "pods": "SLURM GKE",
@@ -546,9 +556,10 @@ print(json.dumps([losses, jax.tree.leaves(tree), jax.device_count()]))
 """
 
 
-def start(page: str, **environment: str) -> subprocess.Popen[str]:
-    """A process that runs a page and prints what came of it."""
-    code = "".join(code for code, _ in blocks(page)) + REPORT
+def start(*numbers: int, **environment: str) -> subprocess.Popen[str]:
+    """A process that runs blocks of the page on devices and prints what came of it."""
+    page = blocks("loops/sharding")
+    code = "".join(page[number][0] for number in numbers) + REPORT
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", code],
         env=os.environ | environment,
@@ -569,7 +580,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[list[float], list[str], int]
 
 @pytest.mark.slow
 def test_sharding():
-    _, specs, devices = finish(start("loops/sharding"))
+    _, specs, devices = finish(start(0, 1))
     assert devices == 8
     of_adapter = ["P('tensor',)", "P(None, 'fsdp')", "P('fsdp',)", "P(None, 'tensor')"]
     specs = [spec.replace(", None)", ",)") for spec in specs]  # which is the same
@@ -581,7 +592,7 @@ def job(processes: int) -> list[tuple[list[float], list[str], int]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         where = f"localhost:{free.getsockname()[1]}"
-    started = [start("loops/hosts", JOB=f"{where} {processes} {i}") for i in range(processes)]
+    started = [start(2, 1, JOB=f"{where} {processes} {i}") for i in range(processes)]
     return [finish(process) for process in started]
 
 

@@ -88,8 +88,8 @@ def cards():
         "text": lines("Reviews: accuracy", {"LoRA": text}),
         "chat": lines("Definitions: held-out loss", {"LoRA": chat[:best]}),
         "digits": lines("Sideways digits: accuracy", runs("vision", "ConvNet")),
-        "heat": lines("Heat on graphs: error", runs("graphs", "(?:LoRA|full)")),
-        "vowels": lines("Children's vowels: accuracy", runs("audio", "children")),
+        "heat": lines("Heat on graphs: error", runs("other", "(?:LoRA|full)")),
+        "vowels": lines("Children's vowels: accuracy", runs("other", "children")),
         "sums": bars("Sums that are right", "%", {"after 32 steps": after, "before": before}),
         "adapters": bars(
             "Speed on a CPU, of 1",

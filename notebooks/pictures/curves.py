@@ -10,7 +10,10 @@ import numpy as np
 HERE, NAME = pathlib.Path(__file__).parent, sys.argv[1]
 LABELS = "LoRA", "full fine-tuning", "from random weights"
 WHAT, EVERY = ("error, %", 50) if NAME == "graphs" else ("accuracy, %", 25)
-page = (HERE.parent / "loops" / f"{NAME}.md").read_text(encoding="utf-8")
+PAGE = {"audio": "other", "graphs": "other"}.get(NAME, NAME)
+page = (HERE.parent / "loops" / f"{PAGE}.md").read_text(encoding="utf-8")
+if NAME == "audio":  # the first half
+    page = page.split("\n## Graphs")[0]
 names = {}
 for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
     exec(code, names)

@@ -46,7 +46,9 @@ def test_where_inputs_are_kept_changes_nothing(kind):
     assert any(jnp.any(x != 0) for x in jax.tree.leaves(on_host[1]))
 
 
-def test_the_page_has_the_table():
-    page = pathlib.Path(home.__file__).parents[1] / "notebooks" / "loops" / "home.md"
+def test_the_pages_have_the_table():
+    guides = pathlib.Path(home.__file__).parents[1] / "notebooks"
     rows = tables.read(home.HERE / "results" / "home.csv")
-    assert home.table(rows) in page.read_text(encoding="utf-8")
+    assert home.table(rows) in (guides / "measurements" / "lengths.md").read_text(encoding="utf-8")
+    small = home.table([row for row in rows if row["weights"] == "nf4"])
+    assert small in (guides / "loops" / "home.md").read_text(encoding="utf-8")
