@@ -31,7 +31,7 @@ TREE = {
             methods""",
     },
     "loops/index": {
-        "Whole runs": "loops/whole loops/chat loops/vision",
+        "Whole runs": "loops/whole loops/data loops/chat loops/vision",
         "Hugging Face": """loops/torch loops/head
             loops/vision_language loops/image_lora""",
         "JAX": """loops/plain loops/linen loops/nnx loops/equinox

@@ -264,6 +264,14 @@ def _rates(names: Names) -> None:
     assert names["start"] == pytest.approx(trials.to_rate(advice.start(TABLE, width=64, batch=16)))
 
 
+@of("data", 2)
+def _data(names: Names) -> None:
+    """Every tenth loss is in both logs."""
+    [file] = pathlib.Path(names["folder"], "board").iterdir()
+    assert file.stat().st_size > 200
+    assert list(pathlib.Path(names["folder"], "wandb").glob("offline-run-*/*.wandb"))
+
+
 @of("whole", 3)
 def _whole(names: Names) -> None:
     """It stopped three evaluations after the best adapter, which it kept; the log has all."""
@@ -296,7 +304,7 @@ def test_the_table_of_files_has_every_way_to_write():
         subprocess.run([sys.executable, "-m", "jlora", command, "--help"], check=True)
 
 
-MOST = 1500, 31_800  # words of a page, and of all
+MOST = 1500, 32_200  # words of a page, and of all
 
 
 def test_guides_end():
@@ -334,8 +342,9 @@ WORDS = {
     "loops/remat": "checkpointing",
     "loops/precision": "bf16 fp16 autocast",
     "loops/sharding": "multi-GPU FSDP parallel pipeline jax.distributed",
-    "loops/whole": """accumulation wandb TensorBoard resumes evaluates MultiSteps lm-eval-harness
+    "loops/whole": """accumulation resumes evaluates MultiSteps lm-eval-harness
         Statistics""",
+    "loops/data": "datasets grain wandb TensorBoard",
     "loops/dpo": "DPO ORPO KTO PPO",
     "loops/head": "classifier reward",
     "loops/other": "Whisper",
@@ -535,16 +544,21 @@ def _tunix(names: Names) -> None:
 
 
 @pytest.mark.slow
-def test_a_whole_loop_goes_on(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page, steps", [("loops/whole", 501), ("loops/data", 61)])
+def test_a_loop_goes_on(page, steps, tmp_path, monkeypatch):
     """To the losses of a run that was not stopped, bit for bit."""
-    whole = run("loops/whole")
+    for module in NEEDS.get(page, ()):
+        pytest.importorskip(module)
+    whole = run(page)
     monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(tmp_path / "stopped"))
-    first = run("loops/whole", lambda code: code.replace("last + 1, 501)", "last + 1, 26)"))
-    second = run("loops/whole")
+    first = run(page, lambda code: code.replace(f"last + 1, {steps})", "last + 1, 26)"))
+    second = run(page)
     assert len(first["losses"]) == 25 and second["last"] == 20
     assert first["losses"] == whole["losses"][:25]
     assert second["losses"] == whole["losses"][20:]
-    jax.tree.map(np.testing.assert_array_equal, second["rest"], whole["rest"])
+    for name in {"adapter", "rest"} & whole.keys():
+        jax.tree.map(np.testing.assert_array_equal, second[name], whole[name])
 
 
 # ------------------------------------------------------------------------ in processes of their own
