@@ -34,15 +34,13 @@ TREE = {
         "Whole runs": "loops/whole loops/data loops/chat loops/vision",
         "Hugging Face": """loops/torch loops/head
             loops/vision_language loops/image_lora""",
-        "JAX": """loops/plain loops/linen loops/nnx loops/equinox
-            loops/haiku loops/keras loops/tunix loops/maxtext""",
+        "JAX": """loops/plain loops/linen loops/nnx loops/keras
+            loops/tunix loops/maxtext""",
         "By task": """loops/rates loops/tokens loops/dpo loops/grpo
             loops/privacy loops/mixing adapters loops/other""",
         "Several devices": "loops/sharding pods",
     },
-    "loops/home": {
-        "": "quantized loops/remat loops/logits loops/precision"
-    },
+    "loops/home": {"": "quantized loops/logits loops/precision"},
     "files_and_serving": {
         "": "loops/checkpoints files untrusted serve loops/export"
     },
@@ -76,11 +74,14 @@ redirects = {
     "measurements/damage": "../untrusted.html#how-this-is-tested",
     "loops/accumulation": "whole.html#multisteps",
     "loops/evaluation": "whole.html",
+    "loops/equinox": "plain.html#equinox",
     "loops/federated": "mixing.html#average-adapters-of-many-clients",
     "loops/audio": "other.html",
     "loops/graphs": "other.html#graphs-a-simulation-of-heat",
+    "loops/haiku": "plain.html#haiku",
     "loops/hosts": "sharding.html#several-hosts",
     "loops/orbax": "whole.html",
+    "loops/remat": "home.html",
     "loops/stacked": "mixing.html#train-on-top-of-an-adapter",
     "loops/stopping": "whole.html",
     "choose": "start.html",
