@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     config = llama.read(folder)
     names, tokenizer = llama.names(config), load_tokenizer(folder)
     prompt = tokenizer(PROMPT)["input_ids"]
-    variables = peft.load_base(folder, names, like=llama.shapes(config))
+    variables = peft.load_base(folder, llama.shapes(config), names)
     variables = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
     model = llama.Llama(config, dtype=jnp.float32)
     lora = jlora.transform(model.apply, jlora.LoRA("(query|value|down)/kernel", rank=8))

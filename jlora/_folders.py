@@ -64,13 +64,13 @@ def fresh_file(path: Where, argument: str) -> Iterator[Path]:
         os.rename(file, final)
 
 
-def check_vacant(path: os.PathLike[str], argument: str = "path") -> None:
-    """Raises unless a folder can appear at `path`."""
-    if os.path.ismount(path):  # nothing is renamed to one
-        raise OccupiedError(argument, f"{path} is a mount point; give a folder in it.", path=path)
-    is_empty = os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path)
-    if os.path.lexists(path) and not is_empty:
-        raise _occupied(path, argument)
+def check_vacant(out: os.PathLike[str], argument: str = "out") -> None:
+    """Raises unless a folder can appear at `out`."""
+    if os.path.ismount(out):  # nothing is renamed to one
+        raise OccupiedError(argument, f"{out} is a mount point; give a folder in it.", path=out)
+    is_empty = os.path.isdir(out) and not os.path.islink(out) and not os.listdir(out)
+    if os.path.lexists(out) and not is_empty:
+        raise _occupied(out, argument)
 
 
 @contextlib.contextmanager

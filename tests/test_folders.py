@@ -127,7 +127,7 @@ def test_a_full_disk_costs_nothing_else(what: str, tmp_path: Folder) -> None:
     write, read = WRITERS[what], READERS[what]
     write(tmp_path / "old")
     before = contents(tmp_path)
-    with disks.full(), refused(OSError, "path", tmp_path / "new", "Make room or permission"):
+    with disks.full(), refused(OSError, "out", tmp_path / "new", "Make room or permission"):
         write(tmp_path / "new")
     left = {path: x for path, x in contents(tmp_path).items() if ".orbax-" not in path}
     assert left == before
@@ -141,7 +141,7 @@ def test_where_nobody_may_write(write: Any, tmp_path: Folder) -> None:
     write(tmp_path / "locked" / "old")
     before = contents(tmp_path)
     with disks.read_only(tmp_path / "locked"):
-        message = r"`path`: could not write .*(Read-only|Permission denied).* Make room"
+        message = r"`out`: could not write .*(Read-only|Permission denied).* Make room"
         with pytest.raises(OSError, match=message) as caught:
             write(tmp_path / "locked" / "new")
         given = caught.value.errno in (errno.EROFS, errno.EACCES)
@@ -170,7 +170,7 @@ def test_what_is_there_stays(write: Any, kind: str, tmp_path: Folder) -> None:
     else:
         write(tmp_path / "m")
     before = contents(tmp_path)
-    with refused(FileExistsError, "path", tmp_path / "m", "exists and is not an empty folder"):
+    with refused(FileExistsError, "out", tmp_path / "m", "exists and is not an empty folder"):
         write(tmp_path / "m")
     assert contents(tmp_path) == before
 
@@ -180,5 +180,5 @@ def test_where_a_folder_may_appear(write: Any, tmp_path: Folder) -> None:
     """In one that is there and empty, but no mount point."""
     write(tmp_path)
     assert contents(tmp_path)
-    with refused(FileExistsError, "path", "/", "is a mount point", "give a folder in it."):
+    with refused(FileExistsError, "out", "/", "is a mount point", "give a folder in it."):
         write("/")

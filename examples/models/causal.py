@@ -66,7 +66,7 @@ def load(
     places = jax.tree.map(lambda x: x.sharding, like)
     if scheme:
         like = jlora.quantize(like, scheme, sites=sites)
-    variables = peft.load_base(folder, names, like=like)
+    variables = peft.load_base(folder, like, names)
     hidden = jax.jit(jlora.transform(functools.partial(apply, method="hide")).apply)
     return Causal(
         run,

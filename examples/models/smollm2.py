@@ -71,7 +71,7 @@ def load(
     """
     reader = gguf.GGUFReader(path)
     config = _config(reader)
-    variables = peft.load_base(path, NAMES, like=llama.shapes(config))
+    variables = peft.load_base(path, llama.shapes(config), NAMES)
     attention = variables["params"]["layers"]["attention"]
     for name, heads in (("query", config.heads), ("key", config.kv_heads)):
         kernel = attention[name]["kernel"]
@@ -118,7 +118,7 @@ def causal(
         lora = jlora.transform(model.apply, jlora.LoRA(PATTERN))
         sites = lora.sites(like, jnp.zeros((1, 1), jnp.int32))
         like = jlora.quantize(like, scheme, sites=sites)
-    variables = peft.load_base(folder, names, like=like)
+    variables = peft.load_base(folder, like, names)
 
     def answer(
         call: jax.tree_util.Partial, prompts: Sequence[Sequence[int]], stop: Sequence[int]

@@ -30,7 +30,7 @@ ADAPTER, METADATA = "adapter", "jlora"
 
 
 def save(
-    path: Where,
+    out: Where,
     adapter: PyTree,
     rules: Sequence[Rule],
     *,
@@ -46,7 +46,7 @@ def save(
     all raise.
 
     Args:
-        path: a folder that does not exist yet, or an empty one. Orbax makes it appear complete or
+        out: a folder that does not exist yet, or an empty one. Orbax makes it appear complete or
             not at all, also in an object store (`gs://…`).
         adapter: from `init`, training or `restore`. Dropout keys in it are ignored. A module from
             `jlora.nnx.adapt` or `jlora.keras.adapt` is saved as its adapter.
@@ -57,7 +57,7 @@ def save(
         hash_values: whether the fingerprint includes the base's values.
 
     Raises:
-        FileExistsError: if `path` exists and is not an empty folder.
+        FileExistsError: if `out` exists and is not an empty folder.
         OSError: if a process cannot write it. No checkpoint is there then.
         RuntimeError: with several processes, if another one raised; it says which, and why.
         TypeError: if `adapter` is no adapter of arrays, such as parameters, a bound tree, the state
@@ -86,7 +86,7 @@ def save(
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False)
     )
     handler = ocp.CompositeCheckpointHandler(composite_options=options)
-    write(path, handler, ocp.args.Composite(**saved))
+    write(out, handler, ocp.args.Composite(**saved))
 
 
 def items(
@@ -136,17 +136,17 @@ def items(
     }
 
 
-def export(path: Where, merged: PyTree) -> None:
+def export(out: Where, merged: PyTree) -> None:
     """Writes merged weights as a plain Orbax checkpoint. Each process writes its own shards.
 
     `ocp.StandardCheckpointer().restore(path, like)` reads it.
 
     Args:
-        path: as in `save`.
+        out: as in `save`.
         merged: a tree of arrays, as from `jlora.merge`. Shapes and dtypes are kept.
 
     Raises:
-        FileExistsError: if `path` exists and is not an empty folder.
+        FileExistsError: if `out` exists and is not an empty folder.
         OSError: as in `save`.
         RuntimeError: as in `save`.
         TypeError: if `merged` has no leaf, or a leaf that is not a plain array.
@@ -162,7 +162,7 @@ def export(path: Where, merged: PyTree) -> None:
         (2, 2)
     """
     by_all(lambda: _check_merged(merged))
-    write(path, ocp.StandardCheckpointHandler(), ocp.args.StandardSave(merged))
+    write(out, ocp.StandardCheckpointHandler(), ocp.args.StandardSave(merged))
 
 
 def _check(

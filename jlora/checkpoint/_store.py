@@ -140,12 +140,12 @@ def check_files(folder: Where) -> None:
         raise InputError("path", why, path=odd)
 
 
-def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> None:
-    """Writes a checkpoint to `path`, with all processes together.
+def write(out: Where, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> None:
+    """Writes a checkpoint to `out`, with all processes together.
 
-    Orbax writes it beside `path`, and renames it when it is complete.
+    Orbax writes it beside `out`, and renames it when it is complete.
     """
-    final = place(path)
+    final = place(out)
 
     def save() -> None:
         with ocp.Checkpointer(handler) as checkpointer:
@@ -158,7 +158,7 @@ def write(path: Where, handler: ocp.CheckpointHandler, args: ocp.args.Checkpoint
         raise
     except Exception as e:
         raise WritingError(
-            "path",
+            "out",
             f"could not write {final}: {one_line(e)}. No checkpoint is there, and nothing "
             "else was touched. Make room or permission there, or give another path.",
             path=final,
@@ -173,4 +173,4 @@ def _make_room(final: epath.Path) -> None:
             final.rmdir()
     elif final.exists():
         why = "exists; nothing is ever overwritten. Give another."
-        raise OccupiedError("path", f"{final} {why}", path=final)
+        raise OccupiedError("out", f"{final} {why}", path=final)

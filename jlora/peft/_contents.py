@@ -105,7 +105,7 @@ def read(
 
 
 def write(
-    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     contents: Contents,
     profile: str | None = None,
     dialect: str = "peft",
@@ -119,7 +119,7 @@ def write(
     replaced unless they are those of the leaves.
 
     Args:
-        path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
+        out: a folder that does not exist yet, or an empty one. It appears complete or not at all.
         contents: from `read`, or made of leaves.
         profile: as in `save`: `"vllm"` pads A and B with zeros to one rank, and multiplies the
             scales into B.
@@ -130,8 +130,8 @@ def write(
         The fields that were written. In other dialects than PEFT's, a file does not have them all.
 
     Raises:
-        FileExistsError: if `path` exists and is not an empty folder.
-        OSError: if `path` cannot be written. Nothing is left of it then.
+        FileExistsError: if `out` exists and is not an empty folder.
+        OSError: if `out` cannot be written. Nothing is left of it then.
         ValueError: if a leaf has other axes than PyTorch's weights; if `read` would refuse the
             files, such as for values that are not finite; if the `profile` does not support a leaf.
 
@@ -164,7 +164,7 @@ def write(
     )
     _, again = _read(draft.as_files("contents", contents.leaves), about)
     about.stop(list_changes(own, again))
-    draft.write(path)
+    draft.write(out)
     return fields
 
 

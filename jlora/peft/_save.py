@@ -40,7 +40,7 @@ from .places._find import find
 
 
 def save(
-    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     base: PyTree,
     adapter: PyTree,
     names: Sequence[Name],
@@ -60,7 +60,7 @@ def save(
     then frozen parameters are written too, with the values in `base`.
 
     Args:
-        path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
+        out: a folder that does not exist yet, or an empty one. It appears complete or not at all.
         base: the frozen tree. `jax.ShapeDtypeStruct`s suffice where no value is written.
         adapter: from `init`, training or `load`. Dropout keys in it are ignored.
         names: a table of `Name` rows, such as `jlora.peft.TABLES["llama"]`.
@@ -76,7 +76,7 @@ def save(
             with experts if there is no `peft_version`. Ranks and alphas are replaced unless they
             are those of the adapter.
         dialect: what reads the files. `"peft"`: two files, as above. For image LoRA, one file:
-            `pytorch_lora_weights.safetensors` in the folder `path`, or `path` itself if it ends in
+            `pytorch_lora_weights.safetensors` in the folder `out`, or `out` itself if it ends in
             `.safetensors`. `"diffusers"`: keys `prefix.module.lora_A.weight`, and the configuration
             in the file's header. `"kohya"`: keys `lora_prefix_module.lora_down.weight`, with `_`
             for the dots of module, and an `alpha` for each module, as ComfyUI reads them.
@@ -86,9 +86,9 @@ def save(
             and SD 3; or that of a text encoder, such as `"te1"`. No tool reads other models there.
 
     Raises:
-        FileExistsError: if `path` exists and is not an empty folder.
+        FileExistsError: if `out` exists and is not an empty folder.
         FileNotFoundError: if `base_model` is a folder without `config.json`.
-        OSError: if `path` cannot be written. Nothing is left of it then.
+        OSError: if `out` cannot be written. Nothing is left of it then.
         TypeError: if `adapter` is no adapter of arrays, or `names` is not a table.
         ValueError: if a leaf of the adapter has no name, or no form in PEFT or in the `dialect`;
             image LoRA has only linear and convolutional sites. All are listed. Or if `profile`,
@@ -127,7 +127,7 @@ def save(
         ['unet.model.q_proj.lora_A.weight', 'unet.model.q_proj.lora_B.weight']
     """
     draft = _draft(base, adapter, names, base_model, profile, config, dialect, prefix)
-    draft.write(path)
+    draft.write(out)
 
 
 def tensors(

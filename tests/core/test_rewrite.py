@@ -68,7 +68,7 @@ def test_shards(tmp_path):
 def test_merged_onto_quantized(tmp_path):
     """What is merged into floats is what is merged into the loaded codes."""
     folder = write(tmp_path / "base", {f"h.{i}.up": FORMATS["nf4"](seed=i) for i in range(2)})
-    base = peft.load_base(folder, NAMES, like=like(jnp.bfloat16))
+    base = peft.load_base(folder, like(jnp.bfloat16), NAMES)
     lora = jlora.transform(lambda p, x: x @ p["layers"]["up"]["kernel"], jlora.LoRA("up", rank=4))
     _, adapter = lora.init(jax.random.key(0), base, jnp.ones((2, 1, COLUMNS), jnp.bfloat16))
     adapter = jax.tree.map(lambda v: v + 0.05, adapter)
@@ -196,7 +196,7 @@ WAYS = {
         cli, ["merge", str(base), str(adapter), str(out)], catch_exceptions=False
     ),
     "load_base": lambda base, adapter, out: peft.load_base(
-        base, NAMES, like={"q": {"kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32)}}
+        base, {"q": {"kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32)}}, NAMES
     ),
 }
 

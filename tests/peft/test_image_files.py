@@ -622,7 +622,7 @@ def test_merged(dialect: str, shards: int, tmp_path: Folder) -> None:
     params = {k: {"weight": jnp.asarray(tensors[f"{k}.weight"])} for k in SHAPES}
     for name, leaf in jlora.merge(params, adapter).items():
         np.testing.assert_allclose(found[f"{name}.weight"], leaf["weight"], 1e-5, 1e-5)
-    loaded = peft.load_base(tmp_path / "out", NAMES, like=BASE)
+    loaded = peft.load_base(tmp_path / "out", BASE, NAMES)
     np.testing.assert_array_equal(loaded["conv_in"]["weight"], found["conv_in.weight"])
 
 

@@ -106,7 +106,7 @@ def test_what_is_given_for_a_base(tmp_path: Folder) -> None:
         with refused(ValueError, "path", given, message):
             peft.export_merged(given, adapter, tmp_path / "out")
         with refused(ValueError, "path", given, message):
-            peft.load_base(given, NAMES, like=LIKE)
+            peft.load_base(given, LIKE, NAMES)
     with refused(ValueError, "path", adapter / CONFIG, "but it is a file"):
         checkpoint.restore(adapter / CONFIG)
 

@@ -315,7 +315,7 @@ def test_layouts_by_the_formula(layout: str, tmp_path: Folder) -> None:
 
     peft.save_base(tmp_path / "base", base, [name])
     peft.export_merged(tmp_path / "base", adapter, tmp_path / "out", names=[name])
-    merged = peft.load_base(tmp_path / "out", [name], like=base)
+    merged = peft.load_base(tmp_path / "out", base, [name])
     assert_close(merged, jlora.merge(base, adapter), 1e-6)
 
 

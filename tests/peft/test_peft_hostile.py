@@ -230,7 +230,7 @@ def test_a_gguf_file_claims_much(claim: str, counts: tuple[int, int], tmp_path: 
     key = struct.pack("<Q", 1) + b"k" if counts[1] else b""
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + key + GGUF_CLAIMS[claim])
     with bounded(1), refused(ValueError, "", "is not a valid GGUF file: it"):
-        peft.load_base(path, [peft.Name("w", "w", "io")], like={"w": ONE})
+        peft.load_base(path, {"w": ONE}, [peft.Name("w", "w", "io")])
 
 
 def of_codes(folder: Folder, count: int, config: Any) -> Folder:
@@ -339,7 +339,7 @@ def test_a_configuration_is_parsed_once(tmp_path: Folder, monkeypatch: pytest.Mo
     model = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
     folder = base(tmp_path / "b", {"q.weight": ONE}, **model)
     peft.export_merged(folder, adapter(tmp_path / "a", ["q"]), tmp_path / "out")
-    peft.load_base(folder, [peft.Name("q", "q", "io")], like={"q": ONE})
+    peft.load_base(folder, {"q": ONE}, [peft.Name("q", "q", "io")])
     quantization = {"quantization_config": {"quant_method": "fp8"}}
     codes = {"q.weight": ONE.astype(jnp.float8_e4m3fn), "q.weight_scale": ONE[0]}
     peft.dequantize_checkpoint(base(tmp_path / "fp8", codes, **quantization), tmp_path / "dense")

@@ -106,7 +106,7 @@ def test_quantized(tmp_path: Folder) -> None:
     files = {m: base_files.gptq(seed=i) for i, m in enumerate(("k_proj", "v_proj"))}
     shape = (2, 2, base_files.COLUMNS, base_files.ROWS // 2)
     like = {"kv": {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}, "norm": normal(0, 64)}
-    base = peft.load_base(base_files.write(tmp_path / "base", files), names, like=like)
+    base = peft.load_base(base_files.write(tmp_path / "base", files), like, names)
     assert isinstance(base["kv"]["w"], jlora.Quantized)
     for w, file in zip(jlora.dequantize(base)["kv"]["w"], files.values(), strict=True):
         w = np.moveaxis(w, 1, 0).reshape(base_files.COLUMNS, base_files.ROWS)
@@ -474,7 +474,7 @@ def test_experts_that_are_stored_one_by_one(tmp_path: Folder) -> None:
     assert_equal(peft.from_tensors(tensors, base, PARTS), base)
     (tmp_path / "base").mkdir()
     save_file(tensors, tmp_path / "base" / "model.safetensors")
-    assert_equal(peft.load_base(tmp_path / "base", PARTS, like=base), base)
+    assert_equal(peft.load_base(tmp_path / "base", base, PARTS), base)
 
 
 @pytest.mark.parametrize(

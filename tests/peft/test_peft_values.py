@@ -106,4 +106,4 @@ def test_quantized(tmp_path: Folder) -> None:
     params = {PATHS["one"]: jnp.ones((base_files.COLUMNS, 2, base_files.ROWS // 2))}
     files = {f"{MODULES['one'][0]}.self_attn.q_proj": base_files.gptq()}
     with refused(ValueError, "", "is quantized, but `names` changes the values or their"):
-        peft.load_base(base_files.write(tmp_path / "base", files), TABLE, like=params)
+        peft.load_base(base_files.write(tmp_path / "base", files), params, TABLE)

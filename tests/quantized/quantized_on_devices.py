@@ -288,7 +288,7 @@ def test_loaded_where_it_is_to_lie(tmp_path):
     places = on(AUTO, SPECS | {"norm": P("fsdp")})
     shapes = dict.fromkeys(SPECS, shape) | {"norm": shape[1:]}
     like = {n: jax.ShapeDtypeStruct(s, jnp.float32, sharding=places[n]) for n, s in shapes.items()}
-    loaded = peft.load_base(folder, names, like=like)
+    loaded = peft.load_base(folder, like, names)
     assert all(isinstance(loaded[name], jlora.Quantized) for name in SPECS)
     assert_lies(loaded, sharding.specs(places, loaded))
     expected = {name: file.matrix.T for name, file in files.items()} | {"norm": np.ones(shape[1])}
@@ -308,7 +308,7 @@ def test_blocks_that_shards_would_break(tmp_path):
     names = (peft.Name("mlp/up", "mlp", "io"), peft.Name("norm", "norm", "o"))
     like["norm"] = jax.ShapeDtypeStruct(shape[1:], jnp.float32)
     with pytest.raises(ValueError, match=r"(?s)`like` has a weight.*mlp/up: axis 0 of length 128"):
-        peft.load_base(tmp_path / "base", names, like=like)
+        peft.load_base(tmp_path / "base", like, names)
 
 
 @each(FEW)

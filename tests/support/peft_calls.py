@@ -81,9 +81,9 @@ ADAPTERS = FUNCTIONS | COMMANDS
 # What reads the base.
 BASES: dict[str, Call] = {
     "export_merged": FUNCTIONS["export_merged"],
-    "load_base": lambda base, a, out: peft.load_base(base, NAMES, like=LIKE),
+    "load_base": lambda base, a, out: peft.load_base(base, LIKE, NAMES),
     "save_base": lambda base, a, out: peft.save_base(
-        out, peft.load_base(base, NAMES, like=LIKE), NAMES, config=base
+        out, peft.load_base(base, LIKE, NAMES), NAMES, config=base
     ),
     "save": save,
     "check of a base": lambda base, a, out: peft.check(a, "vllm", base=base),

@@ -82,7 +82,7 @@ def test_checkpoint(tmp_path: pathlib.Path) -> None:
     }
     assert all(tensors[name].shape == x.shape for name, (x, *_) in LEAVES.items())
     peft.save_base(tmp_path / "base", PARAMS, NAMES)
-    assert raw(peft.load_base(tmp_path / "base", NAMES, like=PARAMS)) == raw(PARAMS)
+    assert raw(peft.load_base(tmp_path / "base", PARAMS, NAMES)) == raw(PARAMS)
 
 
 def test_names_that_a_checkpoint_has(tmp_path: pathlib.Path) -> None:
@@ -110,16 +110,16 @@ def test_names_that_a_checkpoint_has(tmp_path: pathlib.Path) -> None:
     ]
     config = {"model_type": "mixtral"}
     peft.save_base(tmp_path / "theirs", stored, own, config=config)
-    assert raw(peft.load_base(tmp_path / "theirs", names, like=tree)) == raw(tree)
+    assert raw(peft.load_base(tmp_path / "theirs", tree, names)) == raw(tree)
     peft.save_base(tmp_path / "ours", tree, names, config=config)
     assert "scale" in load_file(tmp_path / "ours" / "model.safetensors")
-    assert raw(peft.load_base(tmp_path / "ours", names, like=tree)) == raw(tree)
+    assert raw(peft.load_base(tmp_path / "ours", tree, names)) == raw(tree)
     peft.save_base(tmp_path / "odd", stored, own)
     with pytest.raises(ValueError, match=r"(?s)mlp.gate.weight: missing.*experts.1.w2.weight: un"):
-        peft.load_base(tmp_path / "odd", names, like=tree)
+        peft.load_base(tmp_path / "odd", tree, names)
     pairs = [("block_sparse_moe.experts", "none"), ("block_sparse_moe", "mlp")]
     with pytest.raises(ValueError, match=r"gate_up_proj: missing") as e:
-        peft.load_base(tmp_path / "odd", names, like=tree, renamed=pairs)
+        peft.load_base(tmp_path / "odd", tree, names, renamed=pairs)
     assert "mlp.gate.weight" not in str(e.value)
 
 

@@ -210,7 +210,7 @@ def test_folders(name: str, tmp_path: pathlib.Path) -> None:
     """A folder as `transformers` writes it, whose names may be others than the model's."""
     found = extracted(name)
     found.model.save_pretrained(tmp_path / "base")
-    base = peft.load_base(tmp_path / "base", found.names, like=found.params)
+    base = peft.load_base(tmp_path / "base", found.params, found.names)
     assert raw(base) == raw(found.params)
 
 
@@ -234,7 +234,7 @@ def test_older_folders(name: str, tmp_path: pathlib.Path) -> None:
     save_file(renamed, file, {"format": "pt"})
     _, told = type(found.model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(told.values()), told
-    base = peft.load_base(tmp_path, found.names, like=found.params)
+    base = peft.load_base(tmp_path, found.params, found.names)
     assert raw(base) == raw(found.params)
 
 

@@ -61,7 +61,7 @@ def test_streamed_onto_a_mesh(name: str, options: Any, tmp_path: pathlib.Path) -
     ids = np.tile(MODELS[name].arrays["input_ids"], (4, 1))
     lora = jlora.transform(lambda p, x: apply(p, x, use_cache=False).logits, LoRA(rank=2))
     names = jlora.torch.names(lora.sites(shapes, ids), apply)
-    base = peft.load_base(tmp_path / "base", names, like=like)
+    base = peft.load_base(tmp_path / "base", like, names)
     for x, y, z in zip(*map(jax.tree.leaves, (base, whole, like)), strict=True):
         np.testing.assert_array_equal(x, y)
         assert x.sharding == z.sharding
@@ -112,7 +112,7 @@ def test_codes_on_a_mesh(tmp_path: pathlib.Path) -> None:
     lora = jlora.transform(lambda p, x: apply(p, x, use_cache=False).logits, LoRA(rank=2))
     names = jlora.torch.names(lora.sites(shapes, ids), apply)
     like = jax.tree.map(functools.partial(place, mesh), shapes)
-    base = peft.load_base(tmp_path, names, like=like)
+    base = peft.load_base(tmp_path, like, names)
     codes = [x for x in jax.tree.leaves(base, is_leaf=is_quantized) if is_quantized(x)]
     assert len(codes) == 14
     assert all(len(x.data.sharding.device_set) == 8 for x in codes)

@@ -85,15 +85,15 @@ class Draft(NamedTuple):
         fields = json.loads(self.metadata.get(FIELDS, "{}"))
         return decode(files, fields, "the file", None, modules)
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the files to a new folder `path`, or to a new file in other dialects."""
+    def write(self, out: str | os.PathLike[str]) -> None:
+        """Writes the files to a new folder `out`, or to a new file in other dialects."""
         if self.misread:
             warnings.warn(f"{self.misread}; {_SAVE_FOR_IT}", stacklevel=3)
-        if self.metadata is not None and Path(path).suffix == ".safetensors":
-            with fresh_file(path, "path") as file:
+        if self.metadata is not None and Path(out).suffix == ".safetensors":
+            with fresh_file(out, "out") as file:
                 self._write_tensors(file)
             return
-        with fresh(path, "path") as folder:
+        with fresh(out, "out") as folder:
             self._write_tensors(folder / (TENSORS if self.metadata is None else IMAGE))
             if self.metadata is None:
                 # As bytes, as text would get other line ends on Windows.

@@ -39,7 +39,7 @@ INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # of buffers
 
 
 def load_base(
-    path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTree, renamed: Pairs = ()
+    path: str | os.PathLike[str], like: PyTree, names: Sequence[Name], *, renamed: Pairs = ()
 ) -> PyTree:
     r"""Loads the base from a checkpoint, and keeps quantized weights quantized.
 
@@ -65,12 +65,12 @@ def load_base(
 
     Args:
         path: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.
-        names: the name table of the model; for a GGUF file, a table with its names.
         like: the tree of parameters: arrays or `jax.ShapeDtypeStruct`s. Shapes, dtypes and
             shardings matter. A quantized weight has this dtype unless the file has one for it. A
             leaf may be a `jlora.Quantized`, from `jlora.quantize` of a tree of shapes. Its tensors
             are then converted to its dtype and quantized one by one, by the host's CPU, and only
             codes are put on devices. Codes of the file that are like those of the leaf are kept.
+        names: the name table of the model; for a GGUF file, a table with its names.
         renamed: as in `export_merged`.
 
     Returns:
@@ -94,7 +94,7 @@ def load_base(
         >>> params = {"up": {"kernel": jnp.ones((64, 32))}}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     peft.save_base(f"{folder}/base", params, names)
-        ...     base = peft.load_base(f"{folder}/base", names, like=params)
+        ...     base = peft.load_base(f"{folder}/base", params, names)
         >>> base["up"]["kernel"].shape
         (64, 32)
     """
@@ -207,7 +207,7 @@ def _make(leaf: NamedLeaf, read: Callable[[NamedLeaf], Any]) -> jax.Array | Quan
 
 
 def save_base(
-    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     base: PyTree,
     names: Sequence[Name],
     *,
@@ -218,7 +218,7 @@ def save_base(
     Dtypes stay. Axes are PyTorch's.
 
     Args:
-        path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
+        out: a folder that does not exist yet, or an empty one. It appears complete or not at all.
         base: the parameters, in floats.
         names: the name table of the model.
         config: the contents of `config.json`; or the folder of the checkpoint that the base comes
@@ -226,8 +226,8 @@ def save_base(
             and `config.json` gets no `quantization_config`.
 
     Raises:
-        FileExistsError: if `path` exists and is not an empty folder.
-        OSError: if `path` cannot be written. Nothing is left of it then.
+        FileExistsError: if `out` exists and is not an empty folder.
+        OSError: if `out` cannot be written. Nothing is left of it then.
         TypeError: if `names` is not a table.
         ValueError: if a leaf has no name or is quantized, or `config` is not a checkpoint.
 
@@ -248,7 +248,7 @@ def save_base(
     if isinstance(config, str | os.PathLike):
         source = open_checkpoint(config, "config", copied=True)
         config = source.config_of_floats
-    with fresh(path, "path") as folder:
+    with fresh(out, "out") as folder:
         (name, _) = MODELS[0] if source is None else source.names
         save_file(tensors, folder / name, metadata=FORMAT)
         if source is not None:

@@ -229,10 +229,9 @@ def settle_ties(
 
 def _takes_rows(ties: Ties, head: str, checkpoint: Checkpoint) -> bool:
     """Whether PEFT gives rows of an embedding to a head, and computes them: not with a bias."""
-    own = find_class(checkpoint.config)
     bias = f"{module_of(head)}.bias"
-    is_head = own is not None and ties.names[head] == f"{own.head}.weight" and "" in ties.paths
-    return is_head and bias not in ties.sources and bias not in checkpoint.where
+    is_of_class = head == ties.output and "" in ties.paths
+    return is_of_class and bias not in ties.sources and bias not in checkpoint.where
 
 
 def _find_even(found: Parameters[T], names: Collection[str], read: Read) -> set[str]:

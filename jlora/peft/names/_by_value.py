@@ -72,7 +72,7 @@ class Found(tuple[Name, ...]):
         return "\n".join([*lines, *(f"# not found: {problem}" for problem in self.left)])
 
 
-def find_names(params: PyTree, folder: str | os.PathLike[str], sites: HasSites) -> Found:
+def find_names(path: str | os.PathLike[str], params: PyTree, sites: HasSites) -> Found:
     r"""Finds a name table by the values: which tensor of a checkpoint each leaf holds.
 
     Use it if the model's own code loads Hugging Face's checkpoints. A leaf may hold one tensor, or
@@ -82,8 +82,8 @@ def find_names(params: PyTree, folder: str | os.PathLike[str], sites: HasSites) 
     one at a time: all of them once, and those that no leaf holds whole again for each part.
 
     Args:
-        params: the parameters, as the model loaded them from `folder`.
-        folder: the checkpoint, in floats.
+        path: the folder of the checkpoint, in floats.
+        params: the parameters, as the model loaded them from there.
         sites: of `params`. How the model uses a leaf tells its inputs from its outputs.
 
     Returns:
@@ -105,26 +105,26 @@ def find_names(params: PyTree, folder: str | os.PathLike[str], sites: HasSites) 
         >>> sites = jlora.transform(f, jlora.LoRA()).sites(params, jnp.ones((1, 4)))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     peft.save_base(f"{folder}/base", params, names)
-        ...     print(peft.find_names(params, f"{folder}/base", sites))
+        ...     print(peft.find_names(f"{folder}/base", params, sites))
         (
             Name(r'layer_(\d+)/up', r'h.\1.up', 'ioo'),
         )
     """
-    tensors = _Tensors(open_checkpoint(folder, "folder", follow_links=True))
+    tensors = _Tensors(open_checkpoint(path, "path", follow_links=True))
     if not tensors.shapes:
-        why = f"{folder} is quantized; give the checkpoint in floats."
-        raise InputError("folder", why, path=folder)
+        why = f"{path} is quantized; give the checkpoint in floats."
+        raise InputError("path", why, path=path)
     uses = {site.parts: site for site in sites.leaves}
     leaves = leaves_by_path(params)
-    if odd := [path for path, x in leaves if path not in uses or not hasattr(x, "__array__")]:
-        each = [Problem(name_of(path), "is no array, or not in `sites`") for path in odd]
+    if odd := [at for at, x in leaves if at not in uses or not hasattr(x, "__array__")]:
+        each = [Problem(name_of(at), "is no array, or not in `sites`") for at in odd]
         raise InputError("params", "must be the arrays that `sites` lists.", problems=each)
     found, left = dict[str, Held](), dict[str, str]()
     for is_part in (False, True):
-        for path, x in progress(leaves, "parts" if is_part else "leaves", unit="leaf"):
-            if (name := path_in_names(path)) not in found and name not in left:
+        for at, x in progress(leaves, "parts" if is_part else "leaves", unit="leaf"):
+            if (name := path_in_names(at)) not in found and name not in left:
                 try:
-                    held = _find(name, np.asarray(x), uses[path], tensors, is_part)
+                    held = _find(name, np.asarray(x), uses[at], tensors, is_part)
                     found |= {name: held} if held else {}
                 except _SeveralError as e:
                     left[name] = f"its values are in several tensors: {e}"

@@ -44,6 +44,7 @@ class Ties(NamedTuple):
         names: the names of these parameters in the model, by the tensors.
         prefix: what the names of all tensors need beside a head, as the model has it.
         paths: the submodels whose configurations tie.
+        output: the tensor of the class's output head; empty if it has none.
     """
 
     sources: Mapping[str, str] = {}
@@ -51,6 +52,7 @@ class Ties(NamedTuple):
     names: Mapping[str, str] = {}
     prefix: str = ""
     paths: tuple[str, ...] = ()
+    output: str = ""
 
     def tensor(self, name: str, model: Places) -> str:
         """Returns the tensor that has a parameter, or would have it."""
@@ -151,7 +153,8 @@ def find_ties(shapes: Shapes, config: Mapping[str, Any]) -> Ties | None:
         asked |= ties if says else {}
     names = {find(name): name for name in (*own.always, *asked)}
     sources = {find(name): find(x) for name, x in (*own.always.items(), *asked.items())}
-    return Ties(sources, tuple(map(find, asked)), names, prefix, tuple(own.asked))
+    output = find(f"{own.head}.weight") if own.head else ""
+    return Ties(sources, tuple(map(find, asked)), names, prefix, tuple(own.asked), output)
 
 
 def _find_home(

@@ -359,7 +359,7 @@ def save_ours(base: pathlib.Path, folder: pathlib.Path, rules: Any, options: Fie
     """Of jlora, for the same base in JAX."""
     config = llama.read(base)
     model, names = llama.Llama(config, dtype=jnp.float32), llama.names(config)
-    variables = peft.load_base(base, names, like=llama.shapes(config))
+    variables = peft.load_base(base, llama.shapes(config), names)
     scheme, dtype = options.get("scheme"), options.get("dtype", jnp.float32)
     ids = jnp.array([PROMPT])
     lora = jlora.transform(model.apply, *rules)

@@ -108,7 +108,7 @@ def answer_in_jax(base: pathlib.Path, folder: pathlib.Path) -> Answer:
     """Greedy tokens with their log-probabilities, with the adapter beside the base."""
     config = llama.read(base)
     model, names = llama.Llama(config, dtype=jnp.float32), llama.names(config)
-    variables = peft.load_base(base, names, like=llama.shapes(config))
+    variables = peft.load_base(base, llama.shapes(config), names)
     ids = list(PROMPT)
     lora = jlora.transform(model.apply, *MIXED)
     frozen, _ = lora.init(jax.random.key(0), variables, jnp.array([ids]))

@@ -75,7 +75,7 @@ def quantized(tree, scheme):
 
 def of_folder(folder, like):
     """By the files themselves."""
-    return peft.load_base(folder, base_files.NAMES, like=like)
+    return peft.load_base(folder, like, base_files.NAMES)
 
 
 def of_tensors(folder, like):

@@ -317,7 +317,7 @@ def test_stacked_layers(format, dtype, tmp_path):
     folder = write(tmp_path / "base", {f"h.{i}.up": file for i, file in enumerate(files)})
     matrix = np.stack([np.moveaxis(f.matrix, -1, -2) for f in files])
     kernel = "experts" if format == "mxfp4" else "kernel"
-    base = peft.load_base(folder, NAMES, like=like(dtype, kernel, matrix.shape))
+    base = peft.load_base(folder, like(dtype, kernel, matrix.shape), NAMES)
     leaf = base["layers"]["up"][kernel]
     assert isinstance(leaf, jlora.Quantized) == (format in FORMATS)
     dtype = files[0].dtype or dtype
@@ -351,9 +351,7 @@ def test_conv1d(model, tmp_path):
     matrix = gptq().matrix.T if model == "gpt2" else gptq().matrix
     assert_rounded(found, matrix.astype(jnp.bfloat16))
     names = [peft.Name("w", "h.0.c_proj", "io", transposed=model == "gpt2"), NAMES[-1]]
-    base = peft.load_base(
-        folder, names, like={"w": jnp.zeros((COLUMNS, ROWS))} | {"norm": ONE["norm"]}
-    )
+    base = peft.load_base(folder, {"w": jnp.zeros((COLUMNS, ROWS))} | {"norm": ONE["norm"]}, names)
     assert_rounded(base["w"].array(), gptq().matrix.T)
 
 
@@ -366,13 +364,13 @@ def test_experts_of_bitsandbytes(double, tmp_path):
     folder, like = write(tmp_path / "base", {"up": file}), {"w": jnp.zeros(shape)}
     names = [peft.Name("w", "up", "eoi", "weight"), NAMES[-1]]
     like |= {"norm": ONE["norm"]}
-    leaf = peft.load_base(folder, names, like=like)["w"]
+    leaf = peft.load_base(folder, like, names)["w"]
     assert isinstance(leaf, jlora.Quantized)
     expected = file.matrix.reshape(shape)
     assert_rounded(leaf.array(jnp.float32), expected)
     names[0] = peft.Name("w", "up", "eio", "weight", transposed=True)
     with refused(ValueError, "path", "up.weight", "but `names` changes the values"):
-        peft.load_base(folder, names, like=like)
+        peft.load_base(folder, like, names)
     peft.dequantize_checkpoint(folder, tmp_path / "dense")
     new = load_file(tmp_path / "dense" / "model.safetensors")["up.weight"]
     assert_rounded(new, expected.astype(jnp.bfloat16))
@@ -448,7 +446,7 @@ def test_leaves_in_codes(case, tmp_path):
     files, names, values = make()
     like = {x: jax.ShapeDtypeStruct(value.shape, jnp.float32) for x, value in values.items()}
     folder = write(tmp_path / "base", files)
-    base = peft.load_base(folder, [*names, NAMES[-1]], like=like | {"norm": ONE["norm"]})
+    base = peft.load_base(folder, like | {"norm": ONE["norm"]}, [*names, NAMES[-1]])
     for x, value in values.items():
         assert isinstance(base[x], jlora.Quantized) == is_quantized
         assert_rounded(base[x].array() if is_quantized else base[x], value)
@@ -466,14 +464,14 @@ def test_gate_and_up_of_experts_one_by_one(tmp_path):
     (tmp_path / "base" / "config.json").write_text("{}")
     save_file(each, tmp_path / "base" / "model.safetensors")
     like = {"w": jax.ShapeDtypeStruct((3, 10, 4), jnp.float32)}
-    base = peft.load_base(tmp_path / "base", names, like=like)
+    base = peft.load_base(tmp_path / "base", like, names)
     experts = np.stack(list(each.values())).reshape(3, 10, 4)
     np.testing.assert_array_equal(base["w"], experts)
     files = {f"experts.{e}.{part}_proj": fp8(seed=e) for e in range(2) for part in ("gate", "up")}
     folder = write(tmp_path / "codes", files)
     like = {"w": jax.ShapeDtypeStruct((2, 2 * ROWS, COLUMNS), jnp.float32), "norm": ONE["norm"]}
     with pytest.raises(ValueError, match=r"gate_up_proj: is stored in parts, which are quantized"):
-        peft.load_base(folder, [*names, NAMES[-1]], like=like)
+        peft.load_base(folder, like, [*names, NAMES[-1]])
 
 
 @pytest.mark.parametrize("count", [7, 2**40])
@@ -486,9 +484,9 @@ def test_a_count(count, tmp_path):
     like = {"count": jax.ShapeDtypeStruct((), jnp.int32)}
     if count > 2**31:
         with pytest.raises(ValueError, match=r"tracked: has values that int32 cannot hold"):
-            peft.load_base(tmp_path, names, like=like)
+            peft.load_base(tmp_path, like, names)
     else:
-        found = peft.load_base(tmp_path, names, like=like)["count"]
+        found = peft.load_base(tmp_path, like, names)["count"]
         assert (found.shape, found.dtype, int(found)) == ((), jnp.int32, 7)
 
 
@@ -499,7 +497,7 @@ def test_integers_of_layers(tmp_path):
     save_file({f"h.{i}.index": x for i, x in enumerate(each)}, tmp_path / "model.safetensors")
     names = [peft.Name("index", "h.{}", "olk", "index")]
     like = {"index": jax.ShapeDtypeStruct((2, 2, 3), jnp.int32)}
-    found = peft.load_base(tmp_path, names, like=like)["index"]
+    found = peft.load_base(tmp_path, like, names)["index"]
     np.testing.assert_array_equal(found, each.swapaxes(0, 1))
 
 
@@ -580,7 +578,7 @@ def test_lies(format, name, change, where, got, tmp_path):
         tensors[name] = np.array(change(old), order="C")
     save_file(tensors, folder / "model.safetensors")
     with refused(ValueError, "path", where, got) as e:
-        peft.load_base(folder, NAMES, like=ONE)
+        peft.load_base(folder, ONE, NAMES)
     assert len(e.value.problems) == 1
 
 
@@ -633,7 +631,7 @@ def test_configurations(case, tmp_path):
     format, config, *facts = case
     folder = write(tmp_path / "base", {"up": FORMATS[format]()}, **config)
     with refused(ValueError, "path", *facts):
-        peft.load_base(folder, NAMES, like=ONE)
+        peft.load_base(folder, ONE, NAMES)
 
 
 @pytest.mark.parametrize(
@@ -652,7 +650,7 @@ def test_groups_that_the_configuration_has(format, config, tmp_path):
     """Where the groups are next to each other, their order may be missing."""
     file = FORMATS[format]()
     file.pop("g_idx", None)
-    loaded = peft.load_base(write(tmp_path / "base", {"up": file}, **config), NAMES, like=ONE)
+    loaded = peft.load_base(write(tmp_path / "base", {"up": file}, **config), ONE, NAMES)
     assert_rounded(jlora.dequantize(loaded)["up"]["kernel"], file.matrix.T)
 
 
@@ -672,12 +670,12 @@ def test_a_few_inputs_of_compressed_tensors(bits, tmp_path):
     like = ONE | {"up": {"kernel": jnp.zeros(codes.shape[::-1])}}
     if len(bits) == 1:
         [middle] = [2 ** (n - 1) for n in bits]
-        loaded = jlora.dequantize(peft.load_base(folder, NAMES, like=like))
+        loaded = jlora.dequantize(peft.load_base(folder, like, NAMES))
         expected = (codes.astype(np.float32) - middle) * scale.astype(np.float32)
         return assert_rounded(loaded["up"]["kernel"], expected.T)
     said = ", ".join(map(str, bits)) or "None"
     with refused(ValueError, "path", "is that of 4 or 8 bits, and `num_bits`", f"is {said}"):
-        peft.load_base(folder, NAMES, like=like)
+        peft.load_base(folder, like, NAMES)
 
 
 def test_what_is_wrong_of_every_layer_is_said_once(tmp_path):
@@ -685,7 +683,7 @@ def test_what_is_wrong_of_every_layer_is_said_once(tmp_path):
     names = [peft.Name(r"h(\d)", r"h.\1.up", "io"), *NAMES]
     tree = {f"h{i}": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32) for i in range(3)}
     with refused(ValueError, "path", "`bits` of the quantization", "got 3") as e:
-        peft.load_base(folder, names, like=tree | {"norm": ONE["norm"]})
+        peft.load_base(folder, tree | {"norm": ONE["norm"]}, names)
     assert len(e.value.problems) == 1
 
 
@@ -696,14 +694,14 @@ def test_codes_and_floats_of_one_name(tmp_path):
     with refused(ValueError, "path", "up.weight", "is there in codes and in floats"):
         peft.dequantize_checkpoint(folder, tmp_path / "dense")
     with refused(ValueError, "path", "up.weight", "unexpected"):
-        peft.load_base(folder, NAMES, like=ONE)
+        peft.load_base(folder, ONE, NAMES)
 
 
 def test_an_order_that_is_not_known_yet(tmp_path):
     """As compressed-tensors wrote it of groups next to each other."""
     file = compressed()
     file["weight_g_idx"] = np.full(COLUMNS, -1, np.int32)
-    base = peft.load_base(write(tmp_path / "base", {"up": file}), NAMES, like=ONE)
+    base = peft.load_base(write(tmp_path / "base", {"up": file}), ONE, NAMES)
     np.testing.assert_array_equal(base["up"]["kernel"].array(), file.matrix.T)
 
 
@@ -749,7 +747,7 @@ def test_random_lies(count, tmp_path):
         with contextlib.suppress(ValueError):  # and without names, whose `find` reads it first
             peft.dequantize_checkpoint(folder, out)
             shutil.rmtree(out)
-        for x in jax.tree.leaves(jlora.dequantize(peft.load_base(folder, NAMES, like=like()))):
+        for x in jax.tree.leaves(jlora.dequantize(peft.load_base(folder, like(), NAMES))):
             assert np.isfinite(np.asarray(x)).all()
 
     campaign(count, tmp_path, lie, answer, "`path`: ")
@@ -786,7 +784,7 @@ def test_gguf(kind, tmp_path):
         data = gguf.quantize(scales(*shape, dtype=np.float32) - 0.07, type_)
     path = write_gguf(tmp_path, data, type_)
     tree = {"up": {"kernel": jax.ShapeDtypeStruct(shape[::-1], jnp.float32)}}
-    leaf = peft.load_base(path, NAMES, like=tree)["up"]["kernel"]
+    leaf = peft.load_base(path, tree, NAMES)["up"]["kernel"]
     packed = kind in ("Q4_0", "Q4_1", "Q8_0", "MXFP4")
     assert isinstance(leaf, jlora.Quantized) == packed
     expected = np.float32(data) if kind == "F16" else gguf.dequantize(data, type_)
@@ -804,7 +802,7 @@ def test_64_bits_are_not_narrowed(kind, tmp_path):
         if kind == "tensors":
             return peft.from_tensors({"up.weight": w}, tree, NAMES)
         path = tmp_path if kind == "safetensors" else write_gguf(tmp_path, w)
-        return peft.load_base(path, NAMES, like=tree)
+        return peft.load_base(path, tree, NAMES)
 
     with refused(ValueError, "", "up.weight", "its dtype float64 needs jax_enable_x64"):
         load()
@@ -823,18 +821,18 @@ def test_gguf_without_numbers(shape, tmp_path):
     path.write_bytes(head + struct.pack("<IQ", TYPES.Q8_0, 0) + bytes(64))
     tree = {"up": {"kernel": jax.ShapeDtypeStruct((32, 4), jnp.float32)}}
     with refused(ValueError, "path", "up.weight", f"got shape {shape}"):
-        peft.load_base(path, NAMES, like=tree)
+        peft.load_base(path, tree, NAMES)
 
 
 def test_gguf_that_is_none(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(20))
     with refused(ValueError, "path", "is not a valid GGUF file: "):
-        peft.load_base(tmp_path / "a.gguf", NAMES, like=like())
+        peft.load_base(tmp_path / "a.gguf", like(), NAMES)
     with refused(FileNotFoundError, "path", tmp_path / "b.gguf", "there is no file"):
-        peft.load_base(tmp_path / "b.gguf", NAMES, like=like())
+        peft.load_base(tmp_path / "b.gguf", like(), NAMES)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with refused(ImportError, "path", "pip install 'jlora[gguf]'"):
-        peft.load_base(tmp_path / "a.gguf", NAMES, like=like())
+        peft.load_base(tmp_path / "a.gguf", like(), NAMES)
 
 
 def test_codes_are_not_written(tmp_path):
@@ -847,7 +845,7 @@ def test_codes_are_not_written(tmp_path):
 def test_save_base_beside_the_files_of_its_model(tmp_path):
     """What a user needs to load the result is copied; weights and links out are not."""
     source = write(tmp_path / "base", {"up": gptq()})
-    base = jlora.dequantize(peft.load_base(source, NAMES, like=ONE))
+    base = jlora.dequantize(peft.load_base(source, ONE, NAMES))
     files = {"tokenizer.json": "{}", "generation_config.json": "{}", "code/model.py": "pass"}
     for name, text in files.items():
         (source / name).parent.mkdir(exist_ok=True)
@@ -860,7 +858,7 @@ def test_save_base_beside_the_files_of_its_model(tmp_path):
     assert new.keys() == {*files, "config.json", "model.safetensors"}
     assert all(new[name].read_text() == text for name, text in files.items())
     assert json.loads(new["config.json"].read_text()) == {"model_type": "llama"}
-    again = peft.load_base(tmp_path / "new", NAMES, like=base)
+    again = peft.load_base(tmp_path / "new", base, NAMES)
     jax.tree.map(np.testing.assert_array_equal, again, base)
     (tmp_path / "secret").write_text("of another")
     (source / "tokenizer.model").symlink_to(tmp_path / "secret")

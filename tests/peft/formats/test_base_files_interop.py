@@ -80,7 +80,7 @@ def values_of(module, kind):
 def test_every_leaf_to_a_bit(folder, kind, scan):
     model, path = quantized(folder, kind)
     like, names = llama.shapes(CONFIG, scan), llama.names(CONFIG)
-    base = peft.load_base(path, names, like=like)
+    base = peft.load_base(path, like, names)
     found = jlora.summary(base).quantized
     assert len(found) == (7 if scan else 14)
     assert {type(e.scheme).__name__.lower() for e in found} == {kind.partition("-")[0]}
@@ -117,7 +117,7 @@ def test_conv1d(kind, tmp_path):
         said = json.loads((tmp_path / "codes" / "config.json").read_text())
         folder = written(tmp_path / name, own, said["quantization_config"])
         like = {name: jax.ShapeDtypeStruct(expected.shape, jnp.float32)}
-        leaf = peft.load_base(folder, names, like=like)[name]
+        leaf = peft.load_base(folder, like, names)[name]
         assert isinstance(leaf, jlora.Quantized)
         np.testing.assert_allclose(leaf.array(), expected, rtol=1e-6)
 
@@ -147,7 +147,7 @@ def draw(*shape, low=-8, high=8, dtype=torch.int8):
 
 def loaded(folder, shape):
     like = {"up": {"kernel": jax.ShapeDtypeStruct(shape[::-1], jnp.float32)}}
-    leaf = peft.load_base(folder, NAMES, like=like)["up"]["kernel"]
+    leaf = peft.load_base(folder, like, NAMES)["up"]["kernel"]
     assert isinstance(leaf, jlora.Quantized)
     return np.float32(leaf.array()).T
 
@@ -204,7 +204,7 @@ def test_compressed_tensors_by_its_compressors(scheme, symmetric, tmp_path):
     config = {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
     folder = written(tmp_path / "base", {f"up.{k}": x for k, x in small.items()}, config)
     like = {"up": {"kernel": jax.ShapeDtypeStruct((128, 64), jnp.float32)}}
-    base = peft.load_base(folder, NAMES, like=like)
+    base = peft.load_base(folder, like, NAMES)
     found = jlora.dequantize(base)["up"]["kernel"].T
     np.testing.assert_array_equal(found, expected.float().numpy())
 
@@ -262,6 +262,6 @@ def test_mxfp4_experts(tmp_path):
     tensors = {"up.w_blocks": blocks, "up.w_scales": scales}
     folder = written(tmp_path / "base", tensors, {"quant_method": "mxfp4"})
     like = {"up": {"experts": jax.ShapeDtypeStruct(tuple(expected.shape), jnp.bfloat16)}}
-    leaf = peft.load_base(folder, NAMES, like=like)["up"]["experts"]
+    leaf = peft.load_base(folder, like, NAMES)["up"]["experts"]
     assert isinstance(leaf, jlora.Quantized)
     np.testing.assert_array_equal(np.float32(leaf.array()), expected.float().numpy())

@@ -1033,7 +1033,7 @@ def test_what_is_in_the_place_of_a_file(kind: str, name: str, tmp_path: Folder) 
     ]
     if name == "config.json":  # it says what the weights are
         ways += [
-            lambda _: peft.load_base(base, [Name(".*", "m", "io")], like={}),
+            lambda _: peft.load_base(base, {}, [Name(".*", "m", "io")]),
         ]
     for way in ways:
         with refused(ValueError, "", name, f"is {what}"):
@@ -1194,7 +1194,7 @@ def test_one_file_beside_an_index(stem: str, tmp_path: Folder) -> None:
     [w] = read(tmp_path / "out").values()
     assert (w == (4 if stem == "model" else 8)).all()
     like = {"q": jax.ShapeDtypeStruct((4, 6), jnp.float32)}
-    loaded = peft.load_base(base, [Name("q", "q", "oi")], like=like)
+    loaded = peft.load_base(base, like, [Name("q", "q", "oi")])
     assert (loaded["q"] == w - 3).all()
 
 

@@ -55,7 +55,7 @@ def test_as_peft_has_it(family: str, tmp_path: pathlib.Path) -> None:
     names, model = peft.TABLES[table], build(family, tmp_path / "base")
     values = nest(dict(leaves(model, family)))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), values)
-    base = peft.load_base(tmp_path / "base", names, like=like)
+    base = peft.load_base(tmp_path / "base", like, names)
     assert_equal(base, values)
     assert_equal(peft.from_tensors(peft.to_tensors(base, names), like, names), base)
 
@@ -71,7 +71,7 @@ def test_as_peft_has_it(family: str, tmp_path: pathlib.Path) -> None:
     for own in ("tree", "ours"):
         found = families.compare(tmp_path, own)
         assert found.kind in ("bits", "rounding"), (own, found)
-    again = peft.load_base(tmp_path / "tree", names, like=like)
+    again = peft.load_base(tmp_path / "tree", like, names)
     merged = jax.tree.leaves(jlora.merge(base, adapter))
     for x, y in zip(jax.tree.leaves(again), merged, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
@@ -92,7 +92,7 @@ def test_gate_and_up_as_one_leaf(family: str, tmp_path: pathlib.Path) -> None:
     """As the parameter is in the file; an adapter comes back in the same bytes."""
     names, model = peft.TABLES[TABLES[family][0]], build(family, tmp_path / "base")
     values = nest(dict(leaves(model, family, is_fused=True)))
-    base = peft.load_base(tmp_path / "base", names, like=values)
+    base = peft.load_base(tmp_path / "base", values, names)
     assert_equal(base, values)
     adapt(model, tmp_path / "a")
     adapter = peft.load(tmp_path / "a", base, names)

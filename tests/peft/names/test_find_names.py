@@ -190,7 +190,7 @@ def test_each_table_is_found(table: str, dtype: Any, tmp_path: Folder) -> None:
     model = {"model_type": table.replace("-", "_")}
     peft.save_base(tmp_path / "base", params, names, config=model)
     rounded = jax.tree.map(lambda x: x.astype(dtype), params)
-    found = peft.find_names(rounded, tmp_path / "base", sites_of(params, names))
+    found = peft.find_names(tmp_path / "base", rounded, sites_of(params, names))
     assert found.left == ()
     assert what(params, found) == what(params, names)
     assert eval(str(found), {"Name": Name}) is not None  # what it prints is code
@@ -370,7 +370,7 @@ def test_ports_of_others(port: str, tmp_path: Folder) -> None:
     rows = PORTS[port]
     tensors = tensors_of(rows)
     params, sites = made(rows, tmp_path / "base", tensors)
-    found = peft.find_names(params, tmp_path / "base", sites)
+    found = peft.find_names(tmp_path / "base", params, sites)
     check(found, params, rows, ["lm_head/kernel"] if "llama32" in port else [])
     if port.startswith("bonsai llama32"):
         del params["lm_head"]
@@ -391,7 +391,7 @@ def test_numbers_with_zeros(start: int, tmp_path: Folder) -> None:
     last = [f"b.{i}.{'cd'[i // 6]}.weight" for i in range(11)]
     rows += [turned(f"block_{i:02d}/w", 6, 5, tensor=x) for i, x in enumerate(last)]
     params, sites = made(rows, tmp_path / "base", tensors_of(rows))
-    check(peft.find_names(params, tmp_path / "base", sites), params, rows)
+    check(peft.find_names(tmp_path / "base", params, sites), params, rows)
 
 
 # ------------------------------------------------------------------------- a thousand at random
@@ -440,7 +440,7 @@ def test_shuffled(count: int, tmp_path: Folder) -> None:
         gone = draw.choice(rows).path
         flat: dict[str, Any] = dict(flatten_dict(params, sep="/"))
         params = unflatten_dict({k: x + 1 if k == gone else x for k, x in flat.items()}, "/")
-        found = peft.find_names(params, tmp_path / str(seed), sites)
+        found = peft.find_names(tmp_path / str(seed), params, sites)
         expected = {row.path: [row.tensor] for row in rows}
         for leaf in resolve(params, found) if found else []:
             assert leaf.parameters == expected["/".join(leaf.path)], seed
@@ -459,12 +459,12 @@ def test_refused(tmp_path: Folder) -> None:
     with pytest.raises(ValueError, match="`params` must be the arrays that `sites` lists"):
         folder = tmp_path / "base"
         peft.save_base(folder, params, [Name("w", "w", "io")])
-        peft.find_names({"v": params["w"]}, folder, sites)
-    with pytest.raises(FileNotFoundError, match="`folder`: there is no folder"):
-        peft.find_names(params, tmp_path / "nowhere", sites)
+        peft.find_names(folder, {"v": params["w"]}, sites)
+    with pytest.raises(FileNotFoundError, match="`path`: there is no folder"):
+        peft.find_names(tmp_path / "nowhere", params, sites)
     with pytest.raises(
-        ValueError, match=r"`folder`: .* is quantized; give the checkpoint in floats"
+        ValueError, match=r"`path`: .* is quantized; give the checkpoint in floats"
     ):
         (tmp_path / "codes").mkdir()
         save_file({"w": np.ones((3, 4), np.int8)}, tmp_path / "codes" / "model.safetensors")
-        peft.find_names(params, tmp_path / "codes", sites)
+        peft.find_names(tmp_path / "codes", params, sites)

@@ -124,7 +124,7 @@ def make(case: Case, folder: pathlib.Path) -> Made:
     config.allow_global_per_layer_attribute_access = True  # what layers differ in, builders know
     model = case.build(config)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.like)
-    base = peft.load_base(folder / "base", case.names, like=like)
+    base = peft.load_base(folder / "base", like, case.names)
     run = jax.jit(jlora.transform(model.apply, jlora.LoRA()).apply)
     return Made(case, model, folder, logits, base, run)
 
@@ -285,7 +285,7 @@ def test_found_by_value(made: Made) -> None:
     """Without the table, by the values: every matrix as the table has it."""
     tokens = jnp.asarray(TOKENS)
     sites = jlora.transform(made.model.apply, jlora.LoRA()).sites(made.base, tokens)
-    found = peft.find_names(made.base, made.folder / "base", sites)
+    found = peft.find_names(made.folder / "base", made.base, sites)
     ours, theirs = (
         {leaf.path: split(leaf, made.folder / "base") for leaf in resolve(made.base, rows)}
         for rows in (found, made.case.names)
