@@ -52,6 +52,11 @@ def scopes(eqn: JaxprEqn) -> tuple[Any, ...]:
     return eqn.source_info.name_stack.stack
 
 
+def current_scope() -> str:
+    """Returns the name scopes around what is traced, or evaluated, joined by `/`."""
+    return str(source_info_util.current_name_stack())
+
+
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Counts the constants and the carries among the operands of a `scan` equation."""
     if "num_consts" in params:

@@ -87,12 +87,19 @@ class Traced:
 def _find_used(jaxpr: Any, wanted: Sequence[bool]) -> list[bool]:
     """Finds the inputs that the wanted outputs, or effects, depend on."""
     live = {id(v) for v, is_wanted in zip(jaxpr.outvars, wanted, strict=True) if is_wanted}
+    inputs = set(map(id, jaxpr.invars))
     for eqn in reversed(jaxpr.eqns):
         outs = [id(v) in live for v in eqn.outvars]
         if any(outs) or eqn.effects:
             pairs = zip(eqn.invars, _find_read(eqn, outs), strict=True)
-            live.update(id(v) for v, is_read in pairs if is_read)
+            live.update(id(v) for v, is_read in pairs if is_read and _is_kept(v, inputs))
     return [id(v) in live for v in jaxpr.invars]
+
+
+def _is_kept(v: Any, inputs: set[int]) -> bool:
+    """Whether what depends on a variable counts: not by integers, which have no gradient."""
+    dtype = getattr(v.aval, "dtype", None)
+    return id(v) in inputs or dtype is None or jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _find_read(eqn: Any, wanted: list[bool]) -> list[bool]:
@@ -221,7 +228,9 @@ def _site(path: Path, leaf: object, x: jax.ShapeDtypeStruct, uses: Uses, used: b
         each = (_layout(frozenset().union(*axes[:-1]), axes[-1], x.shape) for axes in found)
         formed = next(filter(None, each), Layout((), tuple(rest), (last,)))
     found = (tuple(unsupported), formed, used, scheme)
-    return Site(path, x.shape, x.dtype, kind, layout or Layout((), (), ()), expert, *found)
+    layout = layout or Layout((), (), ())
+    scopes = frozenset(uses.scopes[name])
+    return Site(path, x.shape, x.dtype, kind, layout, expert, *found, scopes=scopes)
 
 
 def _layout(

@@ -112,6 +112,7 @@ class Site:
         scheme: the scheme in which it is quantized, or None.
         rule: its rule, or None.
         asked_rank: the rank in the rule, if the site is too small for it; else None.
+        scopes: where the model multiplies with it: the names of `jax.named_scope`, joined by `/`.
     """
 
     parts: Path
@@ -126,6 +127,7 @@ class Site:
     scheme: Scheme | None = None
     rule: Rule | None = None
     asked_rank: int | None = None
+    scopes: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from ._compat import current_scope
 from ._core import REPEATED, Axis, Roles, Weight
 from ._quantized import spell
 from ._rules import near_misses, rule_name
@@ -37,9 +38,17 @@ class Uses:
         """Starts without uses."""
         self.products: dict[str, list[ProductUse]] = defaultdict(list)
         self.unsupported: dict[str, list[Unsupported]] = defaultdict(list)
+        self.scopes: dict[str, set[str]] = defaultdict(set)
+
+    def read(self, w: Weight) -> None:
+        """Records the name scope in which the weight `w` is multiplied or looked up."""
+        for path in w.origin.paths:
+            self.scopes[path].add(current_scope())
 
     def product(self, w: Weight, kind: str, roles: Roles) -> None:
         """Records a product in which the axes of the weight `w` have `roles`."""
+        if not w.picked:  # else it was read where it was looked up
+            self.read(w)
         lengths = w.lengths
         long = [a for a in (*roles.inputs, *roles.outputs) if lengths[a] > 1]
         if any(REPEATED in a.leaf for a in long):

@@ -58,8 +58,10 @@ def load(
     run = functools.partial(compute, apply)
     put = functools.partial(place, model.state_dict(), mesh, dtype)
     like = jax.tree_util.tree_map_with_path(put, shapes)
-    every = jlora.LoRA(jlora.torch.all_linear(apply), rank=1)
-    sites = jlora.transform(run, every).sites(like, np.zeros((1, TEXT), np.int32))
+    ids = np.zeros((1, TEXT), np.int32)
+    sites = jlora.transform(run).sites(like, ids)
+    every = jlora.LoRA(jlora.torch.all_linear(apply, sites), rank=1)
+    sites = jlora.transform(run, every).sites(like, ids)
     names = jlora.torch.names(sites, apply)
     experts = {row.path for row in names if row.kind == "experts"}  # vLLM would want them otherwise
     adapted = [site.path for site in sites if site.is_adapted and site.path not in experts]

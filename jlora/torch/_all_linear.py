@@ -2,33 +2,36 @@
 
 import functools
 import re
+from collections.abc import Mapping
 
 from .._errors import InputError
 from .._rules import compile_pattern
-from ._names import Structured
+from .._site import Site
+from .._sites import Sites
+from ._names import Part, Structured, find_parts
 
 
-def all_linear(apply: Structured) -> str:
+def all_linear(apply: Structured, sites: Sites | None = None) -> str:
     r"""Makes the pattern of the weights that PEFT adapts for `target_modules="all-linear"`.
 
     These are the linear modules of the model and GPT-2's `Conv1D`, without the output head. In
     models with experts that PEFT renames, such as Qwen 3, Mixtral and DeepSeek V3, they are the
     attention, the experts and their router, but not dense layers and shared experts.
 
-    Weights that PEFT cannot adapt are left out: those that several modules share, and those that
-    the model reads without calling their module. The latter are known once `apply` has been called
-    or traced, as by `jlora.transform(apply).sites(params, …)`. Then modules that no call used are
-    left out too, and so are those that no output depends on, such as the pooler of an image encoder
-    whose tokens are used. Before, of all these only weights in `torch.nn.MultiheadAttention` are.
+    Weights that several modules share are left out, as PEFT cannot adapt them, and those of
+    `torch.nn.MultiheadAttention`. With `sites`, so are all that the model reads without calling
+    their module, modules that it does not call, and those that no output depends on, such as the
+    pooler of an image encoder whose tokens are used.
 
     Args:
         apply: the function that `jlora.torch.extract` returned.
+        sites: `jlora.transform(apply).sites(params, …)`, of `apply` or of a function that calls it.
 
     Returns:
         A pattern for `jlora.LoRA` and the like.
 
     Raises:
-        ValueError: if the model has no such weight.
+        ValueError: if the model has no such weight, or `sites` is of another one.
 
     Source: PEFT 0.21.
 
@@ -40,12 +43,22 @@ def all_linear(apply: Structured) -> str:
         '\\d+/weight'
     """
     structure = apply.structure
-    linear = [x for x in structure.linear if x not in structure.tied]
-    own = [x for x in linear if not apply.reads or (apply.reads.get(x) and x in apply.used)]
-    if not own:
+    every = structure.order
+    chosen = [x for x in structure.linear if x not in structure.tied]
+    if sites is not None:
+        own = {".".join(site.parts): site for site in sites.leaves}
+        every = tuple(own)
+        chosen = [x for part in find_parts(apply, own) for x in _list_used(part, own)]
+    if not chosen:
         raise InputError("apply", "is of a model without linear modules that PEFT adapts.")
-    others = tuple(_path(name) for name in structure.order if name not in own)
-    return "|".join(dict.fromkeys(_shorten(_path(name), others) for name in own))
+    others = tuple(_path(name) for name in every if name not in chosen)
+    return "|".join(dict.fromkeys(_shorten(_path(name), others) for name in chosen))
+
+
+def _list_used(part: Part, own: Mapping[str, Site]) -> list[str]:
+    """Lists the linear leaves of a model that outputs depend on, by calls of their modules."""
+    known = (x for x in part.structure.linear if x in own and x not in part.structure.tied)
+    return [x for x in known if own[x].kind and own[x].used and part.is_called(x, own[x])]
 
 
 def _path(name: str) -> str:

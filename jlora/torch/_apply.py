@@ -20,10 +20,10 @@ from .._tree import leaves_by_path
 from .._types import PyTree
 from ._caches import register_caches
 from ._calls import WITHIN, Scan, recompute
-from ._names import Stack
+from ._names import Stack, name_scope
 from ._skeleton import copy_structure, find_constants, find_saved, read_structure
 from ._stacks import NO_SCAN, stack_arrays, strip
-from .operators._environment import Operators, join_leaves, to_array
+from .operators._environment import Operators, to_array
 from .operators._refuse import refuse
 from .operators._state import find_left, read_attributes
 from .operators._tensor import Pending, Tensor
@@ -91,8 +91,6 @@ class Apply:
 
     Attributes:
         structure: what `jlora.torch.names` needs to know of the module.
-        reads: by each leaf that calls so far have read, whether only calls of its modules read it.
-        used: the leaves that get gradients from what calls so far have returned.
     """
 
     def __init__(
@@ -112,11 +110,7 @@ class Apply:
         self._buffers = find_saved(skeleton).keys() - dict(skeleton.named_parameters()).keys()
         self._remat = {x: p for path, p in remat.items() for x in _match(skeleton, "remat", path)}
         self._environment = Operators()
-        self.reads = self._environment.reads
-        self.used: set[str] = set()
         self._model = skeleton
-        for module in skeleton.modules():
-            self._environment.watch(module)
         for pattern, sharding in (activations or {}).items():
             self._constrain(pattern, sharding)
 
@@ -148,6 +142,7 @@ class Apply:
         tensors = {f"model.{name}": self._wrap(x, name) for name, x in every.items()}
         # A copy, as modules may keep values in their attributes.
         model = copy.deepcopy(self._model)
+        enter_scopes(model)
         if seen is not None:
             record_outputs(model, self.inside, seen, to_array)
         for name, policy in self._remat.items():
@@ -162,12 +157,10 @@ class Apply:
     def _wrap(self, x: jax.Array, name: str) -> Tensor:
         """Makes the tensor of a leaf; of several layers, one that only their scan can read."""
         if not any(stack.place(name) for stack in self.structure.stacks):
-            return self._environment.wrap(x, name)
+            return self._environment.wrap(x)
         one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
         does = "reads a parameter of a layer in `scan` outside of its call"
-        found = Tensor(Pending(one, does, frozenset([name]), x), self._environment)
-        found.leaf = name
-        return found
+        return Tensor(Pending(one, does, x), self._environment)
 
     def _constrain(self, pattern: str, sharding: PartitionSpec | NamedSharding) -> None:
         """Constrains the outputs of the modules whose last components match `pattern`."""
@@ -178,7 +171,7 @@ class Apply:
             first = next(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))
             x = leaves[first]
             fixed = jax.lax.with_sharding_constraint(to_array(x), sharding)
-            leaves[first] = self._environment.wrap(fixed, leaves=join_leaves(x))
+            leaves[first] = self._environment.wrap(fixed)
             return _pytree.tree_unflatten(leaves, structure)
 
         for name in _match(self._model, "activations", pattern):
@@ -187,7 +180,6 @@ class Apply:
     def _to_jax(self, x: torch.Tensor, where: str) -> jax.Array:
         if getattr(x, "call", 0) == WITHIN:
             refuse(f"returns a value of a layer in a scan, at output{where}", NO_SCAN)
-        self.used |= join_leaves(x)
         return to_array(x)
 
 
@@ -231,6 +223,22 @@ def record_outputs(
     for module, name in names.items():
         if not any(f"{name}.".startswith(f"{x}.") for x in inside):
             module.register_forward_hook(leave)
+
+
+def enter_scopes(model: torch.nn.Module) -> None:
+    """Has each module of a copy run in a name scope of JAX, which tells whose call reads what."""
+    scopes = list[Any]()
+
+    def enter(name: str) -> None:
+        scopes.append(jax.named_scope(name_scope(name)))
+        scopes[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        scopes.pop().__exit__(None, None, None)
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: enter(name))
+        module.register_forward_hook(leave, always_call=True)
 
 
 def is_static(x: object) -> bool:

@@ -11,7 +11,7 @@ from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
 
 from ._names import Stack
 from ._stacks import NO_SCAN, describe, find_numbers, is_same
-from .operators._environment import Operators, join_leaves, to_array
+from .operators._environment import Operators, to_array
 from .operators._refuse import refuse
 from .operators._state import PLAIN
 from .operators._tensor import Pending, Tensor
@@ -102,8 +102,8 @@ class Module:
     def wrap(self, arrays: Leaves, like: Given, call: int) -> Any:
         """Makes tensors of arrays, in place of those in `like`, for a call of the model."""
         found: list[Tensor | None] = []
-        for x, y in zip(arrays, like.leaves, strict=True):
-            new = None if x is None else self.environment.wrap(x, leaves=y.memory.leaves)
+        for x in arrays:
+            new = None if x is None else self.environment.wrap(x)
             if new is not None:
                 new.call = call
             found.append(new)
@@ -111,8 +111,7 @@ class Module:
 
     def compute(self, given: Given, params: Arrays, arrays: Leaves, call: int) -> Leaves:
         """Computes the arrays of `out`; raises if the module writes into its arguments."""
-        leaves = {name: x.leaf for name, x in self.tensors.items()}
-        wrapped = {name: self.environment.wrap(x, leaves[name]) for name, x in params.items()}
+        wrapped = {name: self.environment.wrap(x) for name, x in params.items()}
         args, kwargs = self.wrap(arrays, given, call)
         before = _pytree.tree_leaves((args, kwargs))
         every = [x for x in (*before, *wrapped.values()) if isinstance(x, torch.Tensor)]
@@ -273,10 +272,8 @@ class Scan:
             return {at: out[k] for at, k in carried.items()}, None
 
         end, _ = jax.lax.scan(step, start, (stacked, varying), length=self.stack.steps)
-        every = [layer.tensors for layer in self.layers[:period]]
-        leaves = join_leaves([every, [noted.given.leaves for noted in self._calls]])
         wrap = self.layers[0].environment.wrap
-        return {carried[at]: wrap(x, leaves=leaves) for at, x in end.items()}
+        return {carried[at]: wrap(x) for at, x in end.items()}
 
     def _gather(self, kind: int, carried: Mapping[int, int]) -> tuple[dict[int, Any], ...]:
         """Returns the arguments of a layer that differ in the steps, stacked, and the others."""
@@ -307,6 +304,6 @@ def _wait(x: Any, environment: Operators, call: int) -> Any:
         return None
     like = jax.ShapeDtypeStruct(x.memory.type.shape, x.memory.type.dtype)
     does = "uses what a layer in `scan` returns before all layers have run"
-    found = Tensor(Pending(like, does, x.memory.leaves), environment)
+    found = Tensor(Pending(like, does), environment)
     found.call = call
     return found

@@ -99,11 +99,33 @@ UNKNOWN = Structure((), {}, {}, frozenset(), frozenset(), ())
 
 
 class Structured(Protocol):
-    """A function that knows the module of which it was made, and how calls read its parameters."""
+    """A function that knows the module of which it was made."""
 
     structure: Structure
-    reads: dict[str, bool]
-    used: set[str]
+
+
+class Part(NamedTuple):
+    """A part of a tree that has the parameters of the model.
+
+    Attributes:
+        prefix: what is before its names.
+        structure: that of the model, with the names of the whole tree.
+    """
+
+    prefix: str
+    structure: Structure
+
+    def is_called(self, name: str, site: Site) -> bool:
+        """Whether each product with a weight is in a call of one of its modules."""
+        others = self.structure.tied.get(name, ())
+        owners = {x.removeprefix(self.prefix).rpartition(".")[0] for x in (name, *others)}
+        scopes = (set(re.split(r"[/()]", x)) for x in site.scopes)
+        return all(not x.isdisjoint(map(name_scope, owners)) for x in scopes)
+
+
+def name_scope(module: str) -> str:
+    """Names the scope of JAX in which the calls of a module run."""
+    return f"torch:{module}"
 
 
 def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
@@ -120,17 +142,16 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
         sites: `jlora.transform(apply).sites(params, …)`, with or without rules; or those of a
             function that calls `apply` with a part of its parameters.
         apply: the function that `jlora.torch.extract` returned. It knows the order of the
-            parameters, which heads share the weight of an embedding, which modules PEFT adapts, and
-            which of them its calls so far have called: adapters elsewhere are refused, by
-            `jlora.peft.check_sites` before training and by `save`. Without it, each weight counts
-            as one of a module that is called, and no head as tied.
+            parameters, which heads share the weight of an embedding, and which modules PEFT adapts.
+            `sites` knows which modules the model calls: adapters elsewhere are refused, by
+            `jlora.peft.check_sites` before training and by `save`. Without `apply`, each weight
+            counts as one of a module that is called, and no head as tied.
 
     Returns:
         Rows for `jlora.peft.save`, `load`, `load_base` and all others that take `names`.
 
     Raises:
-        ValueError: if no part of `sites` has the leaves of `apply`, or it has not been called with
-            them: `sites` is of another function.
+        ValueError: if no part of `sites` has the leaves of `apply`: `sites` is of another function.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -143,24 +164,17 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
         up_proj weight oi
     """
     own = {".".join(site.parts): site for site in sites.leaves}
-    rows = {} if apply is None else _name_parts(apply, own)
+    rows = dict[str, Name]()
+    for part in () if apply is None else find_parts(apply, own):
+        for name in filter(own.__contains__, part.structure.order):
+            is_called = part.is_called(name, own[name])
+            rows[name] = _row(own[name], name, part.structure, is_called)
     others = {x: _row(site, x, UNKNOWN, True) for x, site in own.items() if x not in rows}
     return (*rows.values(), *others.values())
 
 
-def _name_parts(apply: Structured, own: Mapping[str, Site]) -> dict[str, Name]:
-    """Makes the rows of the parts of a tree that are the model, by name."""
-    rows = dict[str, Name]()
-    for prefix in _find_parts(apply, own):
-        part = apply.structure.nest(prefix)
-        for name in filter(own.__contains__, part.order):
-            is_called = apply.reads.get(name.removeprefix(prefix), True)
-            rows[name] = _row(own[name], name, part, is_called)
-    return rows
-
-
-def _find_parts(apply: Structured, own: Mapping[str, Site]) -> list[str]:
-    """Finds the prefixes of the parts of a tree that are the model; raises if there is none."""
+def find_parts(apply: Structured, own: Mapping[str, Site]) -> list[Part]:
+    """Finds the parts of a tree that are the model; raises if there is none."""
     prefixes = apply.structure.find_prefixes(own)
     if not prefixes:
         raise InputError(
@@ -169,15 +183,7 @@ def _find_parts(apply: Structured, own: Mapping[str, Site]) -> list[str]:
             f"`sites` has them all: its first leaf is {next(iter(own), None)!r}.",
             remedy="Give the function of which `sites` was made.",
         )
-    for name in apply.structure.order:
-        site = own.get(f"{prefixes[0]}{name}")
-        if site is not None and site.kind and name not in apply.reads:
-            raise InputError(
-                "apply",
-                f"has not been called with {name!r}, so it does not know whether the "
-                "model calls its module. Give the function of which `sites` was made.",
-            )
-    return prefixes
+    return [Part(x, apply.structure.nest(x)) for x in prefixes]
 
 
 def _row(site: Site, name: str, structure: Structure, is_called: bool) -> Name:

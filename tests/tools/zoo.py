@@ -208,7 +208,7 @@ class Subject:
         self.expected = self._run(self.model)  # after a call, which makes pytrees of its outputs
         self.names = jlora.torch.names(sites, self.apply)
         try:
-            pattern, has_linear = jlora.torch.all_linear(self.apply), True
+            pattern, has_linear = jlora.torch.all_linear(self.apply, sites), True
         except ValueError:
             pattern, has_linear = (
                 "|".join(x.path for x in self.names if x.kind and not x.refused),

@@ -5,6 +5,7 @@ import functools
 import operator
 import pathlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,7 +210,7 @@ USED: dict[str, tuple[Callable[[Any, torch.Tensor], Any], str]] = {
     "by an index": (lambda m, x: m.one(x) * m.two(x).argmax(-1, keepdim=True), "one"),
     "by a comparison": (lambda m, x: m.one(x) * (m.two(x) > 0), "one"),
     "grad by torch.func": (lambda m, x: torch.func.grad(lambda y: y.exp().sum())(m.one(x)), "one"),
-    "written over": (lambda m, x: (y := m.two(x), y.copy_(m.one(x)))[1], "one two"),
+    "written over": (lambda m, x: (y := m.two(x), y.copy_(m.one(x)))[1], "one"),
     "at a traced index": (lambda m, x: m.one(x)[x.sum().long() % 2], "one"),
 }
 
@@ -229,31 +230,45 @@ def test_modules_that_no_output_depends_on_are_left_out(name: str, kind: str) ->
     params, apply = jlora.torch.extract(model.eval(), **options.get(kind, {}))
     sites = jlora.transform(apply).sites(params, IDS)
     grads = jax.grad(lambda p: sum(x.sum() for x in jax.tree.leaves(apply(p, IDS))))(params)
-    pattern = jlora.torch.all_linear(apply)
+    pattern = jlora.torch.all_linear(apply, sites)
     assert sorted(pattern.split("|")) == [f"{x}/weight" for x in expected.split()]
-    trained = {".".join(path) for path, x in leaves_by_path(grads) if x.any()}
-    assert apply.used >= trained
-    if not name.startswith("by "):  # sites are also used where integers are made of them
-        used = {site.path for site in sites.leaves if site.used}
-        assert {x.replace(".", "/") for x in apply.used} >= used
+    trained = {path for path, x in leaves_by_path(grads) if x.any()}
+    assert trained.isdisjoint(site.parts for site in sites.leaves if site.used is False)
 
 
-def test_what_is_called_is_known_of_calls() -> None:
-    """Of each call and trace so far; names of what none has read are refused."""
+def either(m: Any, ids: torch.Tensor, by: str = "call") -> torch.Tensor:
+    h = m.table(ids)
+    return m.one(h) if by == "call" else linear(h, m.one.weight)
 
-    def either(m: Any, ids: torch.Tensor, by: str = "call") -> torch.Tensor:
-        h = m.table(ids)
-        return m.one(h) if by == "call" else linear(h, m.one.weight)
 
+def describe(params: Any, apply: Any, by: str) -> tuple[Any, ...]:
+    """What is known of a call, by the trace that found the sites."""
+    sites = jlora.transform(apply, LoRA("one/weight", rank=2)).sites(params, IDS, by=by)
+    names = jlora.torch.names(sites, apply)
+    return names, jlora.torch.all_linear(apply), len(peft.check_sites(sites, names))
+
+
+def test_apply_remembers_no_call() -> None:
+    """In any order, in several threads: the same answers as of a function that was never called."""
     params, apply = jlora.torch.extract(Net(either).eval())
-    lora = jlora.transform(apply, LoRA("one/weight", rank=2))
+    called, read = (describe(*jlora.torch.extract(Net(either).eval()), by) for by in ("call", "x"))
+    assert (called[2], read[2]) == (0, 1)
+    for by in ("x", "call", "x"):
+        apply(params, IDS, by=by)
+        assert describe(params, apply, "call") == called
+        assert describe(params, apply, "x") == read
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda i: describe(params, apply, ["call", "x"][i % 2]), range(8)))
+    assert found == [called, read] * 4
+
+
+def test_all_linear_of_sites() -> None:
+    """Of those that were read by name, and of another model."""
+    params, apply = jlora.torch.extract(Net(either).eval())
+    lora = jlora.transform(apply)
     sites = lora.sites(params, IDS)
-    assert jlora.torch.all_linear(apply) == "one/weight"
-    assert not peft.check_sites(sites, jlora.torch.names(sites, apply))
-    apply(params, IDS, by="name")
-    assert peft.check_sites(sites, jlora.torch.names(sites, apply))
-    _, other = jlora.torch.extract(Net(either).eval())
-    with pytest.raises(ValueError, match=r"`apply` has not been called with 'table\.weight'"):
-        jlora.torch.names(sites, other)
+    assert jlora.torch.all_linear(apply, sites) == "one/weight"
     with pytest.raises(ValueError, match="`apply` is of a model without linear modules"):
-        jlora.torch.all_linear(apply)
+        jlora.torch.all_linear(apply, lora.sites(params, IDS, by="x"))
+    nested = jlora.transform(lambda p, x: apply(p["lm"], x)).sites({"lm": params}, IDS)
+    assert jlora.torch.all_linear(apply, nested) == "one/weight"

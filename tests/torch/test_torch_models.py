@@ -187,12 +187,11 @@ def test_all_linear(name: str) -> None:
         return
     theirs = set(list_adapted(hf_peft.get_peft_model(row.make(), config)))
     called = {x for x in theirs if not re.search(f"{READ.get(name)}|{UNUSED.get(name)}", x)}
-    rule = LoRA(jlora.torch.all_linear(found.apply), rank=1)
+    rule = LoRA(jlora.torch.all_linear(found.apply, found.sites), rank=1)
     sites = jlora.transform(found.call, rule).sites(found.params, row.arrays)
     assert {site.path for site in sites if site.is_adapted} == called
     assert peft.check_sites(sites, jlora.torch.names(sites, found.apply)) == ()
-    _, untraced = jlora.torch.extract(row.make())
-    pattern = re.compile(f"(^|.*/)({jlora.torch.all_linear(untraced)})")
+    pattern = re.compile(f"(^|.*/)({jlora.torch.all_linear(found.apply)})")
     paths = {site.path for site in sites.leaves if pattern.fullmatch(site.path)}
     assert paths == {x for x in theirs if name == "wavlm" or not re.search(READ.get(name, "!"), x)}
 
@@ -370,7 +369,9 @@ def test_theirs_in_jax(name: str, tmp_path: pathlib.Path) -> None:
 def test_gradients_in_pytorch(name: str, tmp_path: pathlib.Path) -> None:
     """Of images and texts, those of the adapter are what PEFT's backward pass computes."""
     row, found = MODELS[name], extracted(name)
-    lora = jlora.transform(found.call, LoRA(jlora.torch.all_linear(found.apply), rank=2))
+    lora = jlora.transform(
+        found.call, LoRA(jlora.torch.all_linear(found.apply, found.sites), rank=2)
+    )
     base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
     adapter = randomize(adapter)
     peft.save(tmp_path / "ours", base, adapter, found.names)

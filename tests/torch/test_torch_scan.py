@@ -104,9 +104,7 @@ def made(name: str, how: str = "") -> Made:
         return numbers(apply(params, **arrays, **row.static))
 
     sites = jlora.transform(call).sites(params, row.arrays)
-    used = {site.path for site in sites.leaves if site.used}
-    assert {x.replace(".", "/") for x in apply.used} >= used
-    pattern = "in_proj/weight" if name == "mamba2" else jlora.torch.all_linear(apply)
+    pattern = "in_proj/weight" if name == "mamba2" else jlora.torch.all_linear(apply, sites)
     lora = jlora.transform(call, LoRA(pattern, rank=2, alpha=4))
     base, adapter = lora.init(jax.random.key(0), params, row.arrays)
     names = jlora.torch.names(lora.sites(params, row.arrays), apply)

@@ -13,7 +13,6 @@ import torch  # pyright: ignore[reportMissingImports]
 from jax.lax import stop_gradient
 from jax.typing import ArrayLike
 from torch._ops import OpOverload  # pyright: ignore[reportMissingImports]
-from torch._subclasses import fake_impls  # pyright: ignore[reportMissingImports]
 from torch.utils import _mode_utils, _pytree  # pyright: ignore[reportMissingImports]
 from torchax import tensor as torchax  # pyright: ignore[reportMissingImports]
 from torchax.ops import jtorch  # pyright: ignore[reportMissingImports]
@@ -23,7 +22,7 @@ from .._skeleton import to_jax
 from ._functions import find_conversion
 from ._operators import OPERATORS
 from ._refuse import find_place, refuse
-from ._tensor import NO_LEAVES, Convert, Leaves, Memory, Part, Tensor, TracedError, keep
+from ._tensor import Convert, Memory, Part, Tensor, TracedError, keep
 
 aten = torch.ops.aten
 Options = Mapping[str, Any]
@@ -31,7 +30,6 @@ Options = Mapping[str, Any]
 DRAWS = {torch.rand, torch.randn, torch.randint}
 SPECIAL = torchax.TENSOR_CONSTRUCTORS | {torch.Tensor.to}
 UNTRACEABLE = jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError
-OF_SHAPES = fake_impls._like_tensor_constructors  # such as zeros_like, which read no values
 GRADIENTS = {torch.autograd.grad, torch.Tensor.backward, torch.Tensor.register_hook}
 
 
@@ -56,17 +54,11 @@ class Call(NamedTuple):
 
 
 class Operators(torchax.Environment):
-    """Computes each operator by JAX. It reads PyTorch's grad mode, and draws no random numbers.
-
-    Attributes:
-        reads: by each leaf that was read, whether only calls of its modules read it.
-    """
+    """Computes each operator by JAX. It reads PyTorch's grad mode, and draws no random numbers."""
 
     def __init__(self) -> None:
         """Adds operators to those of torchax, for this object alone."""
         super().__init__()
-        self.reads: dict[str, bool] = {}
-        self._called: list[torch.nn.Module] = []
         for operator in (torch.Tensor.__getitem__, torch.tensor_split, torch.Tensor.resize_):
             del self._ops[operator]  # PyTorch's own tells what is a view
         of_arrays = self._ops[aten.detach]
@@ -86,21 +78,9 @@ class Operators(torchax.Environment):
             why = f"{find_place(frame)} calls what torchax does not have: {e}. Write it by others."
             raise NotImplementedError(why) from None
 
-    def watch(self, module: torch.nn.Module) -> None:
-        """Has calls of a module, or of its copies, known to `reads`."""
-        called = self._called  # hooks are copied with the module, and this object is not
-
-        def leave(*_: Any) -> None:
-            called.pop()
-
-        module.register_forward_pre_hook(lambda m, _: called.append(m))
-        module.register_forward_hook(leave, always_call=True)
-
-    def wrap(self, x: ArrayLike, leaf: str = "", leaves: Leaves = NO_LEAVES) -> Tensor:
-        """Makes a tensor of an array, which may be that of a leaf, or computed of `leaves`."""
-        found = Tensor(Memory(jnp.asarray(x), frozenset([leaf]) if leaf else leaves), self)
-        found.leaf = leaf
-        return found
+    def wrap(self, x: ArrayLike) -> Tensor:
+        """Makes a tensor of an array."""
+        return Tensor(Memory(jnp.asarray(x)), self)
 
     def j2t_iso(self, jaxarray: Any) -> Any:
         """Makes tensors of arrays."""
@@ -144,7 +124,6 @@ class Operators(torchax.Environment):
         is_known = not is_batched and (func in self._ops or func in SPECIAL)
         if not isinstance(func, OpOverload) and not is_known:
             raise torchax.OperatorNotFound(func)
-        self._note(given)
         convert = find_conversion() if given else keep
         call = Call(func, args, dict(kwargs), convert)
         if given and isinstance(func, OpOverload):
@@ -162,9 +141,7 @@ class Operators(torchax.Environment):
                 return x
             found: Any = x
             if isinstance(x, torchax.Tensor):
-                has_gradients = x.is_floating_point() or x.is_complex()
-                sources = given if has_gradients and func not in OF_SHAPES else ()
-                found = self.wrap(convert(x._elem), leaves=join_leaves(sources, convert))
+                found = self.wrap(convert(x._elem))
             found.call = max(calls, default=0)
             return found
 
@@ -187,13 +164,6 @@ class Operators(torchax.Environment):
         """Converts to a dtype; JAX decides where arrays are, so that a device changes nothing."""
         is_tensor = isinstance(the_tensor, torch.Tensor)  # PyTorch also hands over numbers
         return super()._to_copy(the_tensor if is_tensor else self.wrap(the_tensor), new_dtype, None)
-
-    def _note(self, given: Sequence[Tensor]) -> None:
-        """Notes which leaves are read, and whether in a call of their modules."""
-        for x in given:
-            if x.leaf:
-                is_called = any(x is y for m in self._called for y in m._parameters.values())
-                self.reads[x.leaf] = self.reads.get(x.leaf, True) and is_called
 
     def _view(self, call: Call) -> Any:
         """Makes tensors that share memory with the first argument; None where PyTorch copies."""
@@ -243,7 +213,7 @@ class Operators(torchax.Environment):
         except torchax.OperatorNotFound:
             out = super().dispatch(func, (), (self.wrap(target._elem), *rest), kwargs)
         x = jnp.broadcast_to(to_array(out), target.shape).astype(target._elem.dtype)
-        target.memory.write(x, convert, join_leaves((args, kwargs), convert))
+        target.memory.write(x, convert)
         target.call = max(target.call, getattr(out, "call", 0))
         return target
 
@@ -287,14 +257,6 @@ def to_array(x: torch.Tensor) -> jax.Array:
         return x._elem
     with jax.ensure_compile_time_eval():
         return jnp.asarray(to_jax(x))
-
-
-def join_leaves(given: Any, convert: Convert = keep) -> Leaves:
-    """Returns the leaves that get gradients through what is computed of tensors in `given`."""
-    if convert is stop_gradient:
-        return NO_LEAVES
-    tensors = (x for x in _pytree.tree_leaves(given) if isinstance(x, Tensor))
-    return NO_LEAVES.union(*(x.memory.leaves for x in tensors))
 
 
 @contextlib.contextmanager

@@ -16,8 +16,6 @@ from ..._compat import is_concrete
 from ._refuse import find_place, refuse
 
 Convert = Callable[[jax.Array], jax.Array]
-Leaves = frozenset[str]
-NO_LEAVES: Leaves = frozenset()
 
 
 class Memory:
@@ -26,19 +24,16 @@ class Memory:
     Attributes:
         array: the values.
         writes: how often they have changed.
-        leaves: the names of the leaves that get gradients from it.
     """
 
-    def __init__(self, array: jax.Array, leaves: Leaves = NO_LEAVES) -> None:
+    def __init__(self, array: jax.Array) -> None:
         """Holds the values."""
         self.array = array
-        self.leaves = leaves
         self.writes = 0
 
-    def write(self, x: jax.Array, convert: Convert, leaves: Leaves) -> None:
+    def write(self, x: jax.Array, convert: Convert) -> None:
         """Changes the values; under `no_grad` their gradient stays that of the old ones."""
         self.array = _settle(self.array, x, convert)
-        self.leaves |= leaves
         self.writes += 1
 
     @property
@@ -57,10 +52,9 @@ class Pending(Memory):
 
     type: Any = None
 
-    def __init__(self, type: Any, does: str, leaves: Leaves, value: Any = None) -> None:
+    def __init__(self, type: Any, does: str, value: Any = None) -> None:
         """Takes what a module does that reads it, for the error."""
         self.type = type
-        self.leaves = leaves
         self.value = value
         self._does = does
         self.writes = 0
@@ -94,23 +88,18 @@ class Part(Memory):
         return self.source.writes
 
     @property
-    def leaves(self) -> Leaves:
-        """The leaves of the source."""
-        return NO_LEAVES if self.convert is stop_gradient else self.source.leaves
-
-    @property
     def array(self) -> jax.Array:
         """The values, which follow those of the source."""
         if self._known[0] != self.writes:
             self._known = (self.writes, self.convert(self.read(self.source.array)))
         return self._known[1]
 
-    def write(self, x: jax.Array, convert: Convert, leaves: Leaves) -> None:
+    def write(self, x: jax.Array, convert: Convert) -> None:
         """Writes into the source; a detached view then has a gradient that its source has not."""
         x = _settle(self.array, x, convert)
         is_detached = self.convert is stop_gradient
         whole = _put(self.source.array, x, self.read)
-        self.source.write(whole, stop_gradient if is_detached else convert, leaves)
+        self.source.write(whole, stop_gradient if is_detached else convert)
         self._known = (self.writes, x)
 
 
@@ -150,11 +139,9 @@ class Tensor(torchax.Tensor):
     Attributes:
         memory: where its values are.
         call: the number of the call of the model on whose arguments they depend; 0 if on none.
-        leaf: the name of the leaf of the model that it is; empty if it is none.
     """
 
     call = 0
-    leaf = ""
 
     @staticmethod
     def __new__(cls, memory: Memory, env: Any, strides: Any = None) -> "Tensor":
@@ -205,7 +192,7 @@ class Tensor(torchax.Tensor):
 
     @_elem.setter
     def _elem(self, x: jax.Array) -> None:
-        self.memory.write(x, keep, NO_LEAVES)
+        self.memory.write(x, keep)
 
     @property
     def data(self) -> torch.Tensor:
@@ -214,7 +201,7 @@ class Tensor(torchax.Tensor):
 
     @data.setter
     def data(self, x: torch.Tensor) -> None:
-        self.memory.write(self._env.t2j_iso(x), stop_gradient, NO_LEAVES)
+        self.memory.write(self._env.t2j_iso(x), stop_gradient)
 
     def numpy(self, *, force: bool = False) -> np.ndarray:
         """Returns the values; raises if they are traced."""
