@@ -126,7 +126,7 @@ def _explain_no_form(use: Use, leaf: NamedLeaf, for_peft: bool) -> tuple[str, ..
     if not issubclass(use.node, (*FACTORED, Replaced)):
         return f"PEFT has no form for a {use.node.__name__}", LEAVE_OUT
     if name.refused and (for_peft or leaf.kind is None):
-        pattern = "jlora.torch.all_linear(apply) is a pattern of what PEFT adapts."
+        pattern = "jlora.torch.all_linear(apply, sites) is a pattern of what PEFT adapts."
         return f"PEFT has no form for an adapter of it: {name.refused}", f"{LEAVE_OUT} {pattern}"
     if leaf.kind is None:
         why = f"`names` has {leaf.parameters[0]} as a parameter without inputs (axes {name.axes!r})"
