@@ -38,7 +38,7 @@ TREE = {
             loops/tunix loops/maxtext""",
         "By task": """loops/rates loops/tokens loops/dpo loops/grpo
             loops/privacy loops/mixing adapters loops/other""",
-        "Several devices": "loops/sharding pods",
+        "Several devices": "loops/sharding loops/cluster pods",
     },
     "loops/home": {"": "quantized loops/logits loops/precision"},
     "files_and_serving": {

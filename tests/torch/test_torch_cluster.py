@@ -1,0 +1,63 @@
+"""The guide of many hosts: its program in two processes, killed and started again."""
+
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torchax")
+transformers = pytest.importorskip("transformers")
+
+PAGE = pathlib.Path(__file__).parents[2] / "notebooks/loops/cluster.md"
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+def start(folder: pathlib.Path, out: str) -> list[subprocess.Popen[str]]:
+    """Two processes that train on a base, in a folder."""
+    code = "".join(re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"localhost:{free.getsockname()[1]}"
+    own = {"BASE": str(folder / "base"), "OUT": str(folder / out), "JAX_PLATFORMS": "cpu"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | own | {"JOB": f"{where} 2 {i}"},
+            text=True,
+            stdout=subprocess.PIPE if i == 0 else subprocess.DEVNULL,
+        )
+        for i in range(2)
+    ]
+
+
+def losses(processes: list[subprocess.Popen[str]], stop: int | None = None) -> dict[int, float]:
+    """Steps and losses, as process 0 prints them; at step `stop` both are killed."""
+    found = {}
+    for line in processes[0].stdout or ():
+        if match := re.fullmatch(r"(\d+) (\d+\.\d+)\n", line):
+            found[int(match[1])] = float(match[2])
+        if stop in found:
+            break
+    for process in processes:
+        if stop is not None:
+            process.kill()
+        process.communicate()
+        assert stop is not None or process.returncode == 0
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(tmp_path: pathlib.Path) -> None:
+    """To the losses of a run that was not stopped, bit for bit."""
+    config = transformers.LlamaConfig(**SIZES, num_attention_heads=4, initializer_range=0.2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    whole = losses(start(tmp_path, "whole"))
+    assert list(whole) == [10, 20, 30, 40] and whole[40] < 0.8 * whole[10]
+    losses(start(tmp_path, "out"), stop=20)  # the checkpoint of step 10 is written
+    again = losses(start(tmp_path, "out"))
+    assert again and again.items() <= whole.items() and 10 not in again and 40 in again
