@@ -235,23 +235,6 @@ def _vision(names: Names) -> None:
     assert jlora.count(names["adapter"]) < 0.12 * jlora.count(names["params"])
 
 
-@of("other", 5)
-def _audio(names: Names) -> None:
-    """The adapter learns the children as well as full fine-tuning does; the base knows the men."""
-    lora, full = (curve[-1] for curve in names["curves"]["children"])
-    assert names["curves"]["children"][0][0] < 0.4 and lora > max(0.7, full - 0.08)
-    assert names["curves"]["men"][0][0] > 0.8
-    assert jlora.count(names["adapter"]) < 0.12 * jlora.count(names["params"])
-
-
-@of("other", 8)
-def _graphs(names: Names) -> None:
-    """The adapter is as good as full fine-tuning; without the first material it is far off."""
-    lora, full, fresh = (curve[-1] for curve in names["curves"]["error"])
-    assert lora < min(0.2, 1.2 * full, 0.7 * fresh)
-    assert jlora.count(names["adapter"]) < 0.1 * jlora.count(names["params"])
-
-
 @of("rates", 2)
 def _rates(names: Names) -> None:
     """The seeds differ; the best mean is inside, and the adapter is its first seed's."""

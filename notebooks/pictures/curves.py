@@ -1,5 +1,6 @@
-"""Runs a page and draws its curves: `python notebooks/pictures/curves.py audio|graphs|rates|vision`."""
+"""Runs what a page shows, and draws its curves: `python notebooks/pictures/curves.py audio|graphs|rates|vision`."""
 
+import importlib
 import pathlib
 import re
 import sys
@@ -10,13 +11,15 @@ import numpy as np
 HERE, NAME = pathlib.Path(__file__).parent, sys.argv[1]
 LABELS = "LoRA", "full fine-tuning", "from random weights"
 WHAT, EVERY = ("error, %", 50) if NAME == "graphs" else ("accuracy, %", 25)
-PAGE = {"audio": "other", "graphs": "other"}.get(NAME, NAME)
-page = (HERE.parent / "loops" / f"{PAGE}.md").read_text(encoding="utf-8")
-if NAME == "audio":  # the first half
-    page = page.split("\n## Graphs")[0]
-names = {}
-for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
-    exec(code, names)
+EXAMPLES = {"audio": "voices", "graphs": "heat"}
+if NAME in EXAMPLES:
+    sys.path.insert(0, str(HERE.parents[1] / "examples"))
+    names = {"curves": importlib.import_module(EXAMPLES[NAME]).main()[-1]}
+else:
+    page = (HERE.parent / "loops" / f"{NAME}.md").read_text(encoding="utf-8")
+    names = {}
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(code, names)
 if "figure" in names:
     names["figure"].savefig(HERE / f"{NAME}.png", dpi=100)
     sys.exit()
