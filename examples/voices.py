@@ -76,7 +76,7 @@ class Recognizer(nn.Module):
         return nn.Dense(10, name="head")(nn.LayerNorm()(x).mean(1))
 
 
-def fit(apply, loss, measure, tx, base, trained, data, steps):
+def fit(apply, loss, measure, tx, base, trained, data, steps, batch=32):
     """Trains an adapter, or all parameters; what `measure` says of it every 25 steps."""
 
     @jax.jit
@@ -92,7 +92,7 @@ def fit(apply, loss, measure, tx, base, trained, data, steps):
     for i in range(steps + 1):
         if i % 25 == 0:
             curve.append(measure(guess, base, trained))
-        rows = draw.integers(len(data[0]), size=32)
+        rows = draw.integers(len(data[0]), size=batch)
         *inputs, target = (x[rows] for x in data)
         trained, state = step(trained, state, base, inputs, target)
     return trained, np.array(curve).T

@@ -31,7 +31,7 @@ TREE = {
             methods""",
     },
     "loops/index": {
-        "Whole runs": "loops/whole loops/data loops/chat loops/vision",
+        "Whole runs": "loops/whole loops/data loops/chat",
         "Hugging Face": """loops/torch loops/head
             loops/vision_language loops/image_lora""",
         "JAX": """loops/plain loops/linen loops/nnx loops/keras
@@ -84,6 +84,7 @@ redirects = {
     "loops/remat": "home.html",
     "loops/stacked": "mixing.html#train-on-top-of-an-adapter",
     "loops/stopping": "whole.html",
+    "loops/vision": "other.html",
     "choose": "start.html",
     "project": "start.html",
     "reference/keras": "frameworks.html#keras-models",

@@ -227,14 +227,6 @@ def _privacy(names: Names) -> None:
     assert optax.tree.norm(first) < 1 + 2 * expected
 
 
-@of("vision", 3)
-def _vision(names: Names) -> None:
-    """Adapters learn nearly as well as full fine-tuning, and are a tenth as large."""
-    for lora, full in names["curves"].values():
-        assert lora[0] == full[0] < 0.3 and lora[-1] > max(0.65, full[-1] - 0.1)
-    assert jlora.count(names["adapter"]) < 0.12 * jlora.count(names["params"])
-
-
 @of("rates", 2)
 def _rates(names: Names) -> None:
     """The seeds differ; the best mean is inside, and the adapter is its first seed's."""
@@ -287,7 +279,7 @@ def test_the_table_of_files_has_every_way_to_write():
         subprocess.run([sys.executable, "-m", "jlora", command, "--help"], check=True)
 
 
-MOST = 1500, 29_650  # words of a page, and of all
+MOST = 1500, 27_677  # words of a page, and of all
 
 
 def test_guides_end():
@@ -361,13 +353,6 @@ def _checkpoints(names: Names) -> None:
     again.eval()
     close(again(x), adapted(x), 0)
     assert jnp.abs(again(x) - names["make"]()(x)).max() > 0.1
-
-
-@of("checkpoints", 3)
-def _checkpoints_of_linen(names: Names) -> None:
-    close(names["restored"], names["base"], 0)
-    assert names["found"]["layers_1"]["mean"].any()
-    assert not names["variables"]["batch_stats"]["layers_1"]["mean"].any()
 
 
 @of("whole", 5)

@@ -87,7 +87,7 @@ def cards():
     return {
         "text": lines("Reviews: accuracy", {"LoRA": text}),
         "chat": lines("Definitions: held-out loss", {"LoRA": chat[:best]}),
-        "digits": lines("Sideways digits: accuracy", runs("vision", "ConvNet")),
+        "digits": lines("Sideways digits: accuracy", runs("other", "ConvNet")),
         "heat": lines("Heat on graphs: error", runs("other", "(?:LoRA|full)")),
         "vowels": lines("Children's vowels: accuracy", runs("other", "children")),
         "sums": bars("Sums that are right", "%", {"after 32 steps": after, "before": before}),

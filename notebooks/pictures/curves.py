@@ -11,7 +11,7 @@ import numpy as np
 HERE, NAME = pathlib.Path(__file__).parent, sys.argv[1]
 LABELS = "LoRA", "full fine-tuning", "from random weights"
 WHAT, EVERY = ("error, %", 50) if NAME == "graphs" else ("accuracy, %", 25)
-EXAMPLES = {"audio": "voices", "graphs": "heat"}
+EXAMPLES = {"audio": "voices", "graphs": "heat", "vision": "digits"}
 if NAME in EXAMPLES:
     sys.path.insert(0, str(HERE.parents[1] / "examples"))
     names = {"curves": importlib.import_module(EXAMPLES[NAME]).main()[-1]}
