@@ -88,6 +88,12 @@ def padded_with_itself(p, x):
     return x @ jnp.pad(p["w"], ((0, 0), (0, 2)), constant_values=p["w"][0, 0])
 
 
+@rearranged("product", ONE, (6, 5), (3, 6), rules=FORMED)
+def repeated_outputs(p, x):
+    """Neither A nor B has the axis along which W is repeated."""
+    return jnp.einsum("bi,nio->nbo", x @ p["w"] @ p["w"].T, jnp.broadcast_to(p["w"], (2, 6, 5)))
+
+
 @case("product", 2 * ONE + 2 * (5 + 5), {"w": (2, 6, 5), "o": (5, 5)}, (3, 6), sites=2)
 def unpacked(p, x):
     """A stack that is unpacked into its matrices: slices in JAX 0.10, `unstack` in 0.12."""
@@ -343,6 +349,11 @@ def conv_of_an_empty_batch(p, x):
 def conv_nchw(p, x):
     """PyTorch's layouts: NCHW and OIHW."""
     return conv("NCHW OIHW NCHW", x, p["w"])
+
+
+@case("convolution", 2 * (4 + 5), (4, 5), (2, 6, 4), rules=FORMED)
+def one_matrix_for_the_window(p, x):
+    return conv("NWC WIO NWC", x, jnp.broadcast_to(p["w"], (3, 4, 5))) + x @ p["w"]
 
 
 @case(
