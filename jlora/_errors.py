@@ -4,7 +4,7 @@ import collections
 import contextlib
 import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 MOST = 100  # problems that a text lists
@@ -170,6 +170,11 @@ def printable(text: str) -> str:
 def show(name: str) -> str:
     """Returns a name as it is, or shortened and escaped if it is long or would garble a message."""
     return name if name.isprintable() and len(name) <= 300 else shorten(name)
+
+
+def list_few(values: Sequence[object], n: int) -> str:
+    """Lists `n` values; "…" stands for the others."""
+    return ", ".join(map(str, [*values[:n], "…"] if values[n:] else values))
 
 
 def shorten(value: Any) -> str:

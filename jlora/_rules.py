@@ -12,7 +12,7 @@ from typing import Protocol, TypeGuard, TypeVar, runtime_checkable
 import jax
 import numpy as np
 
-from ._errors import InputError
+from ._errors import InputError, list_few
 
 T = TypeVar("T")
 
@@ -184,7 +184,7 @@ def explain_no_match(pattern: str, paths: Sequence[str]) -> str:
     better = "|".join(map(re.escape, names)) if few else pattern_anywhere(pattern)
     return (
         "A pattern must match whole components of a path, but this one matches only parts of "
-        f"{', '.join(names[:3])}{', …' if names[3:] else ''}. Did you mean {better!r}?"
+        f"{list_few(names, 3)}. Did you mean {better!r}?"
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from . import _compat
 from ._arrays import pick
+from ._errors import list_few
 
 
 class ValueReadError(TypeError):
@@ -40,7 +41,7 @@ def trace(
         try:
             jaxpr = jax.make_jaxpr(eager)(*specs)
         except _READS as e:
-            names = ", ".join(map(repr, paths[:3])) + (", …" if len(paths) > 3 else "")
+            names = list_few(list(map(repr, paths)), 3)
             advice = getattr(e, "remedy", "") or (
                 "Name a flag in jax.jit(..., static_argnames=...). For other values use "
                 "jax.lax.cond or jnp.where there, or leave the weights out of the rules."

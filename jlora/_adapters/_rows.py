@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._arrays import explicit, promote, to_device
 from .._core import RANK, Axis, Change, Delta, Factor, Weight, evaluate, leaf_weight
-from .._errors import InputError
+from .._errors import InputError, list_few
 from .._node import SHOWN, Axes, Node, lengths
 from .._quantized import BaseLeaf, Quantized
 from .._rules import check_field, check_pattern, is_int, rule_name
@@ -69,7 +69,7 @@ class Replaced(Node):
             return f"it has {len(self.rows)} `rows` but values for {k}"
         # The length is 0 if only the adapter of the weight is known.
         if shape[axis] and (beyond := [i for i in self.rows if i >= shape[axis]]):
-            return f"its `rows` must be in [0, {shape[axis]}); got {_list_few(beyond)}"
+            return f"its `rows` must be in [0, {shape[axis]}); got {list_few(beyond, SHOWN)}"
         return None
 
     def needs(self) -> dict[str, tuple[int, ...]]:
@@ -145,7 +145,8 @@ class Rows(Rule):
             raise InputError(
                 "rows",
                 f"of {rule_name(self)} must be in [0, {site.shape[axis]}), the rows of "
-                f"{site.name}; got {_list_few(beyond)}. For new tokens, enlarge the table first.",
+                f"{site.name}; got {list_few(beyond, SHOWN)}. For new tokens, enlarge the table "
+                "first.",
             )
         return self, site.layout
 
@@ -170,14 +171,10 @@ def _problem(rows: object) -> str | None:
     if not rows:
         return "at least one row"
     if negative := [i for i in rows if i < 0]:
-        return f"counted from 0; got {_list_few(negative)}"
+        return f"counted from 0; got {list_few(negative, SHOWN)}"
     if twice := [i for i, n in collections.Counter(rows).items() if n > 1]:
-        return f"distinct; got {_list_few(twice)} more than once"
+        return f"distinct; got {list_few(twice, SHOWN)} more than once"
     return None
-
-
-def _list_few(rows: Sequence[int]) -> str:
-    return ", ".join(map(str, rows[:SHOWN])) + (", …" if len(rows) > SHOWN else "")
 
 
 def _one_hot(node: Replaced, w: jax.Array | Quantized) -> Factor:

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from .._arrays import AnyMesh
 from .._compat import Jaxpr, equations
-from .._errors import InputError
+from .._errors import InputError, list_few
 from .._tree import is_abstract, leaves_by_path, name_of
 from .._types import PyTree
 
@@ -39,7 +39,7 @@ def check_places(mesh: AnyMesh | None, base: PyTree, adapter: PyTree, args: Sequ
             raise InputError(
                 name,
                 f"has shapes without `sharding`, on a mesh of {axes}, at {len(bare)} of "
-                f"{len(leaves)} paths: {', '.join(bare[:3])}{', …' if len(bare) > 3 else ''}. "
+                f"{len(leaves)} paths: {list_few(bare, 3)}. "
                 f"{remedy}Write a leaf as jax.ShapeDtypeStruct(shape, dtype, "
                 "sharding=NamedSharding(mesh, spec)); with PartitionSpec() every device holds all "
                 "of it.",

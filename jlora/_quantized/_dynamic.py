@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._scheme import lookup
+from ._scheme import divisor, lookup
 
 GROUP = 256  # scales that share one
 
@@ -53,7 +53,7 @@ def quantize_scales(scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x = jnp.pad(scale - offset[..., None], [(0, 0)] * (scale.ndim - 1) + [(0, groups * GROUP - n)])
     x = x.reshape(*scale.shape[:-1], groups, GROUP)
     largest = jnp.abs(x).max(-1)
-    relative = x / jnp.where(largest > 0, largest, 1)[..., None]
+    relative = x / divisor(largest)[..., None]
     middles = (DYNAMIC[1:] + DYNAMIC[:-1]) / 2
     codes = jnp.searchsorted(middles, relative).astype(jnp.uint8)
     return codes.reshape(*codes.shape[:-2], groups * GROUP)[..., :n], largest, offset

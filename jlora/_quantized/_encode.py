@@ -15,7 +15,7 @@ from .._errors import InputError
 from .._linalg import norm
 from ._dynamic import quantize_scales
 from ._leaf import BaseLeaf, Nested, Quantized
-from ._scheme import Form, Scheme, join, pack, split
+from ._scheme import Form, Scheme, divisor, join, pack, split
 
 
 def check_finite(w: BaseLeaf, scheme: Scheme, argument: str, name: str) -> None:
@@ -64,8 +64,7 @@ def _encode(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
     wide = w.astype(jnp.float32)
     size = norm(wide, form.order)
     difference = norm(leaf.array(jnp.float32) - wide, form.order)
-    error = jnp.where(size > 0, difference / jnp.where(size > 0, size, 1), 0)
-    return dataclasses.replace(leaf, error=error)
+    return dataclasses.replace(leaf, error=difference / divisor(size))
 
 
 def _is_padded(form: Form, cut: Sequence[int]) -> jax.Array | None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from ._scheme import Coded, Form, Scheme, along, one_block
+from ._scheme import Coded, Form, Scheme, along, divisor, one_block
 
 LARGEST = 448.0
 
@@ -57,6 +57,6 @@ class FP8(Scheme):
         """Rounds w ÷ s to the nearest number of the type."""
         largest = jnp.abs(w).max(within, keepdims=True)
         scale = largest / LARGEST
-        relative = w / jnp.where(scale > 0, scale, 1)
+        relative = w / divisor(scale)
         codes = jnp.clip(relative, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
         return Coded(codes, scale)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ._dynamic import round_product
-from ._scheme import Coded, Scheme
+from ._scheme import Coded, Scheme, divisor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Int4(Scheme):
         least = jnp.minimum(w.min(within, keepdims=True), 0)
         largest = jnp.maximum(w.max(within, keepdims=True), 0)
         scale = ((largest - least) / 15).astype(jnp.bfloat16)
-        wide = jnp.where(scale > 0, scale.astype(jnp.float32), 1)
+        wide = divisor(scale.astype(jnp.float32))
         zero = jnp.clip(jnp.round(-least / wide), 0, 15)
         codes = jnp.clip(jnp.round(w / wide) + zero, 0, 15)
         return Coded(codes.astype(jnp.uint8), scale, zero.astype(jnp.uint8))

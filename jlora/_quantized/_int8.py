@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._scheme import Coded, Scheme
+from ._scheme import Coded, Scheme, divisor
 
 STEP = np.float32(7.874015718698502e-3)  # 1 / 127 as in bitsandbytes
 
@@ -50,12 +50,10 @@ class Int8(Scheme):
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """Rounds to the nearest multiple of the scale."""
         largest = jnp.abs(w).max(within, keepdims=True)
-        nonzero = jnp.where(largest > 0, largest, 1)
         if self.block is None:
-            return Coded(jnp.round(w * (127 / nonzero)).astype(jnp.int8), largest)
+            return Coded(jnp.round(w * (127 / divisor(largest))).astype(jnp.int8), largest)
         scale = largest / 127
-        inverse = jnp.where(largest > 0, 1 / jnp.where(largest > 0, scale, 1), 0)
-        return Coded(jnp.round(w * inverse).astype(jnp.int8), scale)
+        return Coded(jnp.round(w * (1 / divisor(scale))).astype(jnp.int8), scale)
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
         """Multiplies the code by the scale; without blocks, the stored scale is 127 times s."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._rules import check_field
-from ._scheme import Coded, Form, Scheme, along, lookup
+from ._scheme import Coded, Form, Scheme, along, divisor, lookup
 
 NORMAL = np.array(
     [
@@ -50,7 +50,7 @@ class Table(Scheme):
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """Picks the number nearest to w ÷ the block's maximum; a tie goes to the lower number."""
         largest = jnp.abs(w).max(within, keepdims=True)
-        nonzero = jnp.where(largest > 0, largest, 1)
+        nonzero = divisor(largest)
         relative = w * (1 / nonzero)
         if short is not None:  # in a block that is not full, bitsandbytes divides
             relative = jnp.where(short, w / nonzero, relative)

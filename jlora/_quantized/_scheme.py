@@ -106,6 +106,11 @@ def one_block(
 # --------------------------------------------------------------------------------- arrays in blocks
 
 
+def divisor(x: jax.Array) -> jax.Array:
+    """Returns `x`, but 1 where it is 0."""
+    return jnp.where(x == 0, 1, x)
+
+
 def split(w: jax.Array, blocks: Sequence[int]) -> tuple[jax.Array, tuple[int, ...]]:
     """Divides each axis of W into blocks, padded with 0; also returns the axes within a block."""
     counts = [-(-n // b) for n, b in zip(w.shape, blocks, strict=True)]

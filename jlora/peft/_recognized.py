@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from .._errors import show
+from .._errors import list_few, show
 from .._folders import to_path
 
 CONFIG = "adapter_config.json"
@@ -63,7 +63,7 @@ def recognize(folder: Path, marks: Collection[str] = (CONFIG,)) -> str:
     is_adapter = CONFIG in marks
     if below := _find_below(folder, marks):
         what = f"a folder with {'adapters' if is_adapter else 'models'} in it"
-        listed = ", ".join(below[:_SHOWN]) + ", …" * (len(below) > _SHOWN)
+        listed = list_few(below, _SHOWN)
         return f"It is {what}. Give one of them: {listed}."
     if _has(folder, ORBAX):
         use = "Use jlora.checkpoint, or write an adapter in it as PEFT's with jlora convert."

@@ -33,6 +33,7 @@ from jlora._tree import nest
 from jlora.peft import Name
 from jlora.peft.names._advice import advise
 from jlora.peft.names._leaves import resolve, row_of
+from jlora.peft.names.tables import transformers
 from jlora.types import Layout, LowRank
 from tests.peft.formats import test_base_files as base_files
 from tests.peft.test_peft import delta
@@ -367,11 +368,7 @@ def test_what_peft_wrote_of_experts(version: dict[str, str], tmp_path: Folder) -
 
 # --------------------------------------------------------------------------- parts of a parameter
 
-PARTS = (
-    Name("gate", "experts", "eio", "gate_up_proj", part=(0, 2)),
-    Name("up", "experts", "eio", "gate_up_proj", part=(1, 2)),
-    Name("down", "experts", "eio", "down_proj"),
-)
+PARTS = transformers.experts("", "experts", leaves=("gate", "up", "down"))[:3]
 LINEAR_PARTS = tuple(Name(n, "mlp.fused", "io", part=(j, 3)) for j, n in enumerate("abc"))
 
 

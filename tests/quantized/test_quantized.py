@@ -116,10 +116,15 @@ def test_shapes_and_jit_and_stacks(scheme):
 
 
 @schemes
-def test_zeros(scheme):
-    back = jlora.dequantize(jlora.quantize({"w": jnp.zeros((512, 640))}, scheme))["w"]
-    np.testing.assert_array_equal(back, np.zeros((512, 640)))
-    assert not np.signbit(back).any()
+def test_small_weights_and_zeros(scheme):
+    """Small weights are quantized in proportion to large ones; zeros stay zeros."""
+    w = normal(512, 640)
+    large, small, zeros = (
+        jlora.dequantize(jlora.quantize({"w": x}, scheme))["w"] for x in (w, w * 2**-9, 0 * abs(w))
+    )
+    np.testing.assert_array_equal(small, large * 2**-9)
+    np.testing.assert_array_equal(zeros, np.zeros((512, 640)))
+    assert not np.signbit(zeros).any()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..._errors import InputError, Problem
+from ..._errors import InputError, Problem, list_few
 from .._file import CONFIG, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, show
 from .._recognized import ALPHA, BIAS, FORMS, KEY, MAGNITUDES, MANGLED, A
 from ._files import Files
@@ -184,7 +184,7 @@ def _find_prefix(x: _Entry, known: Collection[str]) -> str:
 
 def _choose(groups: Collection[str], prefix: str | None, refuse: Refuse) -> str:
     """Chooses the prefix of one model."""
-    listed = ", ".join(show(repr(x)) for x in sorted(groups)[:9]) + ", …" * (len(groups) > 9)
+    listed = list_few([show(repr(x)) for x in sorted(groups)], 9)
     if prefix is None and len(groups) > 1:
         why = f"has adapters of several models. Give `prefix`, one of {listed}, and read each."
         raise refuse(why)

@@ -124,7 +124,7 @@ def experts(
     )
 
 
-def _decoder(*, alternating: bool = False, **how: Any) -> tuple[Name, ...]:
+def _decoder(**how: Any) -> tuple[Name, ...]:
     """Makes the table of decoders; `how` has fields for the rows of experts."""
     at = rf"({_LAYERS}/(?:(?:mlp|feed_forward)/)?experts)/"
     last = "embed_tokens(?:_per_layer)?|per_layer_model_projection|per_layer_projection_norm|norm"
@@ -146,7 +146,7 @@ def _decoder(*, alternating: bool = False, **how: Any) -> tuple[Name, ...]:
         Name(rf"({_LAYERS}/linear_attn/conv1d)/kernel", r"\1", "kio"),
         Name(at + "gate_up_proj", r"\1", "eio", "gate_up_proj", **how),
         Name(at + "gate_up_proj_bias", r"\1", "eo", "gate_up_proj_bias"),
-        *experts(at, r"\1", alternating=alternating, **how),
+        *experts(at, r"\1", **how),
     )
 
 
