@@ -107,9 +107,9 @@ class Product(abc.ABC):
         if delta.is_matrix and jnp.finfo(dtype).minexp > -100:
             delta = _balance(delta)
         p, q = (f.each(lambda x: x.astype(dtype)) for f in (delta.a, delta.b))
-        outputs, lengths = self.roles.outputs, self.w.lengths.items()
-        of_p = {a: n for a, n in lengths if a not in outputs and a not in q.axes}
-        of_q = {a: n for a, n in lengths if a in outputs and a not in p.axes}
+        outputs = self.roles.outputs
+        of_p = {a: n for a, n in self.w.lengths.items() if a not in (*outputs, *q.axes)}
+        of_q = {a: n for a, n in self.w.lengths.items() if a in outputs and a not in p.axes}
         return dataclasses.replace(delta, a=p.repeat(of_p), b=q.repeat(of_q))
 
 
