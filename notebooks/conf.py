@@ -40,7 +40,7 @@ TREE = {
             loops/privacy loops/mixing adapters loops/other""",
         "Several devices": "loops/sharding loops/cluster pods",
     },
-    "loops/home": {"": "quantized loops/logits loops/precision"},
+    "loops/home": {"": "quantized loops/logits"},
     "files_and_serving": {
         "": "loops/checkpoints files untrusted serve loops/export"
     },
@@ -81,6 +81,7 @@ redirects = {
     "loops/haiku": "plain.html#haiku",
     "loops/hosts": "sharding.html#several-hosts",
     "loops/orbax": "whole.html",
+    "loops/precision": "home.html#mixed-precision",
     "loops/remat": "home.html",
     "loops/stacked": "mixing.html#train-on-top-of-an-adapter",
     "loops/stopping": "whole.html",

@@ -462,9 +462,7 @@ def test_refused(tmp_path: Folder) -> None:
         peft.find_names(folder, {"v": params["w"]}, sites)
     with pytest.raises(FileNotFoundError, match="`path`: there is no folder"):
         peft.find_names(tmp_path / "nowhere", params, sites)
-    with pytest.raises(
-        ValueError, match=r"`path`: .* is quantized; give the checkpoint in floats"
-    ):
+    with pytest.raises(ValueError, match=r"`path`: .* is quantized; give the checkpoint in floats"):
         (tmp_path / "codes").mkdir()
         save_file({"w": np.ones((3, 4), np.int8)}, tmp_path / "codes" / "model.safetensors")
         peft.find_names(tmp_path / "codes", params, sites)
