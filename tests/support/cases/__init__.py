@@ -16,7 +16,7 @@ NAMES = """
     bfloat16_compute_over_float32 bfloat16_result jit_returns_the_weight jit_passes_a_tree
     unrolled_stack lookup_filled lookup_scalar lookup_broadcast tied_embedding
     tied_embedding_head_first conv_nchw conv_of_an_empty_batch
-    one_matrix_for_the_window repeated_outputs concatenate_adapted_all
+    one_matrix_for_the_window repeated_outputs unpacked concatenate_adapted_all
     stack_adapted_one slots_split_after experts_einsum experts_ragged_mlp_that_share_inputs
     experts_with_slots_that_share_inputs experts_with_frozen_that_share_inputs
     experts_scanned_that_share_outputs experts_ragged_mlp python_if_on_a_value trained_in_full
