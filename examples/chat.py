@@ -26,7 +26,9 @@ import contextlib
 import functools
 import pathlib
 import random
+import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -177,6 +179,13 @@ def run(args, mesh, folder, tokenizer, texts) -> Result:
         f"{len(texts) - args.held_out} conversations in {len(rows.ids)} rows, {args.held_out} held "
         f"out{'' if model.is_packed else ', one in a row, as it would see others'}; "
         f"{jlora.count(adapter):,} parameters train, {jlora.count(base):,} are frozen"
+    )
+    size = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(base))
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    progress.write(
+        f"the weights take {size / 1e9:.2f} GB of each device; loading took {peak / 1e9:.2f} GB of "
+        "the host at most"
     )
 
     def apply(base, *args, **more):

@@ -135,7 +135,7 @@ def extract(model: Any, mesh: Mesh, remat: bool) -> tuple[Any, Any, bool]:
     embed = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
     outputs = rf"{embed.replace('.', '/')}|{layers}/\d+"
     rows = {outputs: NamedSharding(mesh, PartitionSpec("fsdp"))}
-    again = {"remat": {rf"{layers}/\d+": jlora.remat_policy}} if remat else {}
+    again = {"remat": {rf"{layers}/\d+": None}} if remat else {}
     ids, refusals = np.zeros((1, TEXT), np.int32), []
     for options in ({"scan": [layers], **again}, again, {}):
         try:
