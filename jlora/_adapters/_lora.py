@@ -79,7 +79,7 @@ class LoRA(Rule):
             small gets the largest rank, at least 1, that trains no more parameters than the weight
             has, with the same scale. `sites` shows both ranks.
         alpha: the numerator of the scale s = alpha / r, positive. If you change r alone, the best
-            learning rate stays nearly the same: see the guide "Choose rules".
+            learning rate stays nearly the same: see the guide "Rank, rate, method".
         slots: a `Slots`, to adapt only some parts of a fused output axis; by default None: one A
             and one B for the whole axis.
         dropout: probability of dropping an input of A, in [0, 1); active only under
