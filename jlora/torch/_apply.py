@@ -13,7 +13,7 @@ import torch  # pyright: ignore[reportMissingImports]
 from jax.sharding import NamedSharding, PartitionSpec
 from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
 
-from .._compat import is_staged
+from .._compat import is_concrete, is_staged
 from .._errors import InputError
 from .._rules import near_misses
 from .._tree import leaves_by_path
@@ -21,11 +21,11 @@ from .._types import PyTree
 from ._caches import register_caches
 from ._calls import WITHIN, Scan, recompute
 from ._names import Stack, name_scope
-from ._skeleton import copy_structure, find_constants, find_saved, read_structure
+from ._skeleton import check_hooks, copy_structure, find_constants, find_saved, read_structure
 from ._stacks import NO_SCAN, stack_arrays, strip
-from .operators._environment import Operators, to_array
+from .operators._environment import DRAWN, Operators, to_array
 from .operators._refuse import refuse
-from .operators._state import find_left, read_attributes
+from .operators._state import find_left, read_attributes, read_draws
 from .operators._tensor import Pending, Tensor
 
 Shardings = Mapping[str, PartitionSpec | NamedSharding]
@@ -44,8 +44,11 @@ class Call(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the method with arrays; raises if its next call would compute something else."""
-        before = read_attributes(self.model)
+        before, draws = read_attributes(self.model), read_draws()
         out = self._call(1, args, kwargs)
+        if draws != read_draws():
+            self._check_draws(args, kwargs)
+        check_hooks(self.model)
         left = find_left(before, read_attributes(self.model))
         if left:
             self._check(left, args, kwargs)
@@ -69,12 +72,26 @@ class Call(torch.nn.Module):
         found.call = number
         return found
 
+    def _check_draws(self, args: Any, kwargs: Any) -> None:
+        """Raises if two more calls differ; numbers that are seeded or not used change nothing."""
+
+        def again() -> list[jax.Array]:
+            out = _pytree.tree_leaves(self._call(1, args, kwargs))
+            return [to_array(x) for x in out if isinstance(x, Tensor)]
+
+        one, two = (jax.make_jaxpr(lambda: again())() for _ in range(2))  # not a cached one
+        pairs = zip(one.consts, two.consts, strict=False)
+        is_same = all(x is y or (is_concrete(x) and np.array_equal(x, y)) for x, y in pairs)
+        if not is_same or str(one.jaxpr) != str(two.jaxpr):
+            raise NotImplementedError(f"`model` draws numbers by Python or NumPy, {DRAWN}")
+
     def _check(self, left: list[str], args: Any, kwargs: Any) -> None:
         """Calls again, and raises if that reads what the first call left in attributes."""
 
         def again() -> tuple[()]:
             out = _pytree.tree_leaves(self._call(2, args, kwargs))
-            assert all(getattr(x, "call", 0) != 1 for x in out)
+            if any(getattr(x, "call", 0) == 1 for x in out):
+                raise NotImplementedError("An output is one of the first call.")
             return ()
 
         try:
@@ -226,7 +243,17 @@ def record_outputs(
 
 
 def enter_scopes(model: torch.nn.Module) -> None:
-    """Has each module of a copy run in a name scope of JAX, which tells whose call reads what."""
+    """Has each module of a copy run in a name scope of JAX, which tells whose call reads what.
+
+    Modules without others are copied where their names reach them, as PEFT replaces them there. One
+    that a plain list holds too, and that the model calls through it, then runs in no scope.
+    """
+    copies = dict[torch.nn.Module, torch.nn.Module]()
+    for module in list(model.modules()):
+        for key, child in module._modules.items():
+            if child is not None and not child._modules:
+                copies.setdefault(child, _copy_module(child))
+                module._modules[key] = copies[child]
     scopes = list[Any]()
 
     def enter(name: str) -> None:
@@ -239,6 +266,14 @@ def enter_scopes(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: enter(name))
         module.register_forward_hook(leave, always_call=True)
+
+
+def _copy_module(module: torch.nn.Module) -> torch.nn.Module:
+    """Copies a module that keeps its tensors, but has hooks of its own."""
+    found = copy.copy(module)
+    hooks = (k for k, x in vars(module).items() if "_hooks" in k and isinstance(x, dict))
+    vars(found).update({k: copy.copy(vars(module)[k]) for k in hooks})
+    return found
 
 
 def is_static(x: object) -> bool:

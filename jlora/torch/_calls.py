@@ -101,9 +101,10 @@ class Module:
 
     def wrap(self, arrays: Leaves, like: Given, call: int) -> Any:
         """Makes tensors of arrays, in place of those in `like`, for a call of the model."""
-        found: list[Tensor | None] = []
-        for x in arrays:
-            new = None if x is None else self.environment.wrap(x)
+        found = list[Any]()
+        for x, old in zip(arrays, like.leaves, strict=True):
+            is_static = x is None and isinstance(old, torch.Tensor)
+            new = old.detach() if is_static else None if x is None else self.environment.wrap(x)
             if new is not None:
                 new.call = call
             found.append(new)
@@ -153,6 +154,7 @@ class Number:
     def _refuse(self, *_: Any) -> Any:
         refuse(f"uses its {self.name}, which differs in the layers of a scan", NO_SCAN)
 
+    __class__: Any = property(lambda self: int)  # for `isinstance`
     __bool__ = __int__ = __index__ = __float__ = __hash__ = __eq__ = __neg__ = _refuse
     __str__ = __format__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse

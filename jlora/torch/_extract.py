@@ -108,6 +108,9 @@ def extract(
             f"({e}). Install a version of PyTorch that it knows: pip install 'jlora[torch]'."
         ) from e
     check_module(model)
+    if remat is not None and not isinstance(remat, Mapping):
+        why = f"must be a dict from patterns of modules to policies; got {type(remat).__name__}."
+        raise TypeError(f"`remat` {why} For no policy write {{pattern: None}}.")
     saved = find_saved(model)
     warn_of_rounding(saved)
     stacks = [find_stack(model, path) for path in scan]

@@ -22,7 +22,13 @@ def check_module(model: object) -> None:
     """Raises unless `model` is a module whose calls are functions of their arguments."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
-    if training := [name or "the root" for name, m in model.named_modules() if m.training]:
+    if lazy := [name for name, x in model.named_parameters() if torch.nn.parameter.is_lazy(x)]:
+        why = f"has parameters without a shape, such as {lazy[0]}."
+        raise InputError("model", why, remedy="Call it once in PyTorch, which makes them.")
+    is_exported = "eval" in vars(model)  # `torch.export` has replaced it by an error
+    if not is_exported and (
+        training := [name or "the root" for name, m in model.named_modules() if m.training]
+    ):
         raise InputError(
             "model",
             "must be in evaluation mode: in training mode its dropout would draw random "
@@ -37,18 +43,7 @@ def check_module(model: object) -> None:
             f"has gradient checkpointing enabled, in {checked[0]}.",
             remedy="Call model.gradient_checkpointing_disable(), and give extract(..., remat=...).",
         )
-    hooked = [
-        Problem(name, "has a hook on its gradient")
-        for name, x in (*model.named_modules(), *model.named_parameters())
-        if any(getattr(x, key, None) for key in HOOKS)
-    ]
-    if hooked:
-        raise InputError(
-            "model",
-            "has hooks that JAX would not call.",
-            problems=hooked,
-            remedy="Remove them, and change the gradients that jax.grad returns.",
-        )
+    check_hooks(model)
     computed = [
         Problem(f"{name}.{key}".removeprefix("."), "is computed from parameters")
         for name, m in model.named_modules()
@@ -62,6 +57,22 @@ def check_module(model: object) -> None:
             problems=computed,
             remedy="Compute them in `forward`. For torch.nn.utils.weight_norm, use that of "
             "torch.nn.utils.parametrizations, or call torch.nn.utils.remove_weight_norm.",
+        )
+
+
+def check_hooks(model: torch.nn.Module) -> None:
+    """Raises if a module or a parameter has a hook on its gradient."""
+    hooked = [
+        Problem(name, "has a hook on its gradient")
+        for name, x in (*model.named_modules(), *model.named_parameters())
+        if any(getattr(x, key, None) for key in HOOKS)
+    ]
+    if hooked:
+        raise InputError(
+            "model",
+            "has hooks that JAX would not call.",
+            problems=hooked,
+            remedy="Remove them, and change the gradients that jax.grad returns.",
         )
 
 

@@ -334,7 +334,35 @@ CONSTANTS: dict[str, Case] = {
     "offsets": lambda h, m: (
         h[:2] * F.embedding_bag(torch.tensor([0, 1, 2]), h, torch.tensor([0, 1]))
     ),
+    "bags of weights": lambda h, m: bags(h, "sum", per_sample_weights=h.exp().reshape(-1)),
+    "bags with padding": lambda h, m: bags(h, "mean", padding_idx=2),
+    "bags with a last offset": lambda h, m: bags(h, "max", [0, 5, 5, 12], include_last_offset=True),
+    "rows by how often": lambda h, m: F.embedding(
+        torch.tensor([0, 1, 2, 2]), h, scale_grad_by_freq=True
+    ),
+    "indices along an axis": lambda h, m: h.take_along_dim(torch.tensor([[0], [1], [3]]), 1),
+    "quantiles": lambda h, m: torch.quantile(h, torch.tensor([0.1, 0.5]), dim=1),
+    "a first state": lambda h, m: torch.lstm(
+        h[:, None],
+        (torch.zeros(1, 1, 2),) * 2,
+        [h[:2].repeat(4, 1), h[:2].repeat(2, 1).reshape(8, 2)],
+        *(False, 1, 0.0, False, False, False),
+    )[0],
+    "powers of 0": lambda h, m: torch.pow(h * 0, torch.tensor([0.0, 1.0, 2.0, 3.0])) + h ** h.exp(),
+    "a sum in another dtype": lambda h, m: (
+        h * h.detach().bfloat16().expand(99, 3, 4).sum(0, dtype=torch.float)
+    ),
+    "a factor's inverse": lambda h, m: torch.cholesky_inverse(
+        torch.linalg.cholesky(h.T @ h + torch.eye(4), upper=True), upper=True
+    ),
+    "no meta device": lambda h, m: h * (1 + h.is_meta),
 }
+
+
+def bags(h: torch.Tensor, mode: str, offsets: Any = (0, 3, 3, 8), **options: Any) -> torch.Tensor:
+    """Looks up rows of `h` in bags, of which one is empty."""
+    ids = torch.tensor([0, 1, 2, 2, 1, 0, 2, 2, 2, 0, 0, 1])
+    return F.embedding_bag(ids, h, torch.tensor(offsets), mode=mode, **options)
 
 
 def look_at(h: torch.Tensor, m: nn.Module) -> torch.Tensor:
@@ -392,4 +420,6 @@ GRADIENTS: dict[str, Case] = {
     "a hook": lambda h, m: (h.register_hook(lambda g: g * 2), h)[1],
     "grad": lambda h, m: torch.autograd.grad(h.sum(), h)[0],
     "backward": lambda h, m: h.sum().backward() or h,
+    "a question": lambda h, m: h * (1 + h.requires_grad),
+    "a question of a weight": lambda h, m: h * (1 + m.l.weight.requires_grad),
 }

@@ -57,6 +57,7 @@ class Net(nn.Module):
         self.table = nn.Embedding(5, 8)
         self.one, self.two, self.same = (nn.Linear(8, 8) for _ in range(3))
         self.same.weight = self.two.weight
+        self.plain = [self.one]
         self.router = Router()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.grouped = nn.Conv1d(8, 8, 1, groups=2)
@@ -107,6 +108,7 @@ FORMS = {
         of_rows(lambda m, x: linear(x, m.router.weight)), "router/weight", READ, has_file=False
     ),
     "shared": Form(of_rows(lambda m, x: m.same(torch.relu(m.two(x)))), "two/weight", SHARED),
+    "called through a plain list": Form(of_rows(lambda m, x: m.plain[0](x)), "one/weight", READ),
     "of attention": Form(
         of_rows(lambda m, x: m.attention(x, x, x)[0]), "attention/out_proj/weight", READ
     ),

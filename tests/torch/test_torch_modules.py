@@ -216,12 +216,15 @@ def normal(*shape: int) -> np.ndarray:
 
 QUERY, KEY_4, GROUPED = normal(2, 4, 5, 8), normal(2, 4, 6, 8), normal(2, 2, 6, 8)
 SEEN = np.tri(5, 6, dtype=bool)
+HIDDEN = np.tri(5, 6, -1, dtype=bool)  # from the first query
 ATTENTION: dict[str, tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]] = {
     "plain": ((QUERY, KEY_4, -KEY_4), {"scale": 0.3}),
     "causal": ((QUERY, KEY_4, -KEY_4), {"is_causal": True}),
     "grouped": ((QUERY, GROUPED, -GROUPED), {"enable_gqa": True, "is_causal": True}),
     "masked": ((QUERY, KEY_4, -KEY_4), {"attn_mask": SEEN[None, None]}),
     "mask of two axes": ((QUERY, KEY_4, -KEY_4), {"attn_mask": SEEN}),
+    "no key": ((QUERY, KEY_4, -KEY_4), {"attn_mask": HIDDEN}),
+    "no key, larger values": ((QUERY, KEY_4, normal(2, 4, 6, 10)), {"attn_mask": HIDDEN}),
     "bias": ((QUERY, KEY_4, -KEY_4), {"attn_mask": normal(1, 4, 5, 6)}),
     "larger values": ((QUERY, KEY_4, normal(2, 4, 6, 10)), {}),
     "three axes": ((QUERY[0], KEY_4[0], -KEY_4[0]), {"is_causal": True}),
@@ -371,6 +374,12 @@ def test_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         normed = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 2))).eval()
+    with pytest.raises(ValueError, match=r"without a shape, such as 0\.weight\.\nCall it once"):
+        extract(nn.Sequential(nn.LazyLinear(3)).eval())
+    exported = torch.export.export(nn.Linear(4, 2).eval(), (torch.ones(1, 4),)).module()
+    assert extract(exported)[1](extract(exported)[0], np.ones((1, 4), np.float32)).shape == (1, 2)
+    with pytest.raises(TypeError, match=r"`remat` must be a dict .* got list\."):
+        extract(nn.Linear(3, 2).eval(), remat=["layers"])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"(?s)0\.weight: is computed.*parametrizations, or call"):
         extract(normed)
     nn.utils.remove_weight_norm(normed[0])

@@ -15,13 +15,12 @@ from jax.typing import ArrayLike
 from torch._ops import OpOverload  # pyright: ignore[reportMissingImports]
 from torch.utils import _mode_utils, _pytree  # pyright: ignore[reportMissingImports]
 from torchax import tensor as torchax  # pyright: ignore[reportMissingImports]
-from torchax.ops import jtorch  # pyright: ignore[reportMissingImports]
 
 from ..._compat import is_concrete
 from .._skeleton import to_jax
 from ._functions import find_conversion
-from ._operators import OPERATORS
-from ._refuse import find_place, refuse
+from ._operators import OPERATORS, REFUSED
+from ._refuse import find_place, refuse, walk
 from ._tensor import Convert, Memory, Part, Tensor, TracedError, keep
 
 aten = torch.ops.aten
@@ -30,7 +29,19 @@ Options = Mapping[str, Any]
 DRAWS = {torch.rand, torch.randn, torch.randint}
 SPECIAL = torchax.TENSOR_CONSTRUCTORS | {torch.Tensor.to}
 UNTRACEABLE = jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError
-GRADIENTS = {torch.autograd.grad, torch.Tensor.backward, torch.Tensor.register_hook}
+CONTROL = {torch.ops.higher_order.cond, torch.ops.higher_order.while_loop}
+GRADIENTS = {
+    torch.autograd.grad,
+    torch.Tensor.backward,
+    torch.Tensor.register_hook,
+}
+QUESTIONS = {getattr(torch.Tensor, x).__get__ for x in ("requires_grad", "grad_fn", "is_leaf")}
+
+
+DRAWN = (
+    "which would be the same in each call of a compiled function. Give it the numbers as an "
+    "argument."
+)
 
 
 class Guard(torch._C._acc.DeviceGuard):
@@ -64,6 +75,8 @@ class Operators(torchax.Environment):
         of_arrays = self._ops[aten.detach]
         for operator, f in OPERATORS.items():
             self._ops[operator] = dataclasses.replace(of_arrays, torch_op=operator, func=f)
+        for operator in REFUSED:
+            del self._decomps[operator.default]
         self.override_op_definition(torch.detach_, Tensor.detach_)
         self.override_op_definition(torch.nn.functional.scaled_dot_product_attention, self._attend)
 
@@ -115,7 +128,7 @@ class Operators(torchax.Environment):
         _check(func)
         tensors = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         given = [x for x in tensors if isinstance(x, Tensor)]
-        if given and func in GRADIENTS:
+        if given and (func in GRADIENTS or (func in QUESTIONS and not _is_asked_by_torch())):
             refuse("asks PyTorch for gradients", "Differentiate `apply` by jax.grad.")
         calls = {getattr(x, "call", 0) for x in tensors} - {0}
         if len(calls) > 1:
@@ -123,7 +136,9 @@ class Operators(torchax.Environment):
         is_batched = any(map(torch._C._functorch.is_batchedtensor, tensors))  # by torch.vmap
         is_known = not is_batched and (func in self._ops or func in SPECIAL)
         if not isinstance(func, OpOverload) and not is_known:
-            raise torchax.OperatorNotFound(func)
+            if is_batched or not (given and args and args[0] is given[0]):
+                raise torchax.OperatorNotFound(func)
+            return self._split(func, args, kwargs)
         convert = find_conversion() if given else keep
         call = Call(func, args, dict(kwargs), convert)
         if given and isinstance(func, OpOverload):
@@ -159,6 +174,22 @@ class Operators(torchax.Environment):
             remedy = "If PyTorch takes them, write it by other operators."
             refuse(f"calls {func} with {shapes}, where torchax fails: {reason}", remedy, e)
         return _pytree.tree_map_only(torch.Tensor, finish, out)
+
+    def _split(self, func: Any, args: Sequence[Any], kwargs: Options) -> Any:
+        """Has PyTorch split a function; some take no constants beside tensors of arrays."""
+        try:
+            return func(*args, **kwargs)
+        except NotImplementedError:
+            raise
+        except RuntimeError:
+            return func(*_pytree.tree_map(self._move, args), **_pytree.tree_map(self._move, kwargs))
+
+    def _move(self, x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or isinstance(x, Tensor) or not x.ndim:
+            return x
+        moved = self.wrap(to_array(x))
+        moved.call = getattr(x, "call", 0)
+        return moved
 
     def _to_copy(self, the_tensor: Any, new_dtype: Any, new_device: Any) -> Any:
         """Converts to a dtype; JAX decides where arrays are, so that a device changes nothing."""
@@ -228,27 +259,34 @@ class Operators(torchax.Environment):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """Attends, with softmax in float32; what JAX's function does not take, torchax does."""
-        if query.dtype == torch.float64:  # PyTorch's own operators keep the precision
+        """Attends, with softmax in float32; what JAX does not take, PyTorch splits up."""
+        has_axes = query.ndim == 4 and (attn_mask is None or attn_mask.ndim in (2, 4))
+        is_plain = has_axes and query.shape[0] == key.shape[0] and key.shape == value.shape
+        if query.dtype == torch.float64 or dropout_p or not is_plain:
             if attn_mask is not None and attn_mask.dtype == torch.bool:
-                attn_mask = query.new_zeros(()).masked_fill(~attn_mask, -math.inf)
+                zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
+                attn_mask = zeros.masked_fill(~attn_mask, -math.inf)
+            wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+            given = (x if x is None else x.to(wide) for x in (query, key, value, attn_mask))
             options = {"scale": scale, "enable_gqa": enable_gqa}
-            given = query, key, value, attn_mask, dropout_p, is_causal
-            return aten._scaled_dot_product_attention_math(*given, **options)[0]
-        is_plain = query.ndim == 4 and query.shape[0] == key.shape[0] and key.shape == value.shape
-        if dropout_p or not is_plain or (attn_mask is not None and attn_mask.ndim != 4):
-            return jtorch.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-            )
+            split = aten._scaled_dot_product_attention_math
+            return split(*given, dropout_p, is_causal, **options)[0].to(query.dtype)
         *heads, mask = self.t2j_iso((query, key, value, attn_mask))
+        if mask is not None and mask.ndim == 2:
+            mask = mask[None, None]
         is_bias = mask is not None and mask.dtype != bool
+        seen = mask > -jnp.inf if is_bias else mask
+        mask = jnp.maximum(mask, jnp.finfo(mask.dtype).min) if is_bias else mask
         found = jax.nn.dot_product_attention(
             *(jnp.swapaxes(x, 1, 2) for x in heads),
             **{"bias" if is_bias else "mask": mask},
             scale=scale,
             is_causal=is_causal,
         )
-        return self.wrap(jnp.swapaxes(found, 1, 2))
+        found = jnp.swapaxes(found, 1, 2)
+        if seen is not None:  # a query without keys gets zeros
+            found = jnp.where(seen.any(-1, keepdims=True), found, 0)
+        return self.wrap(found)
 
 
 def to_array(x: torch.Tensor) -> jax.Array:
@@ -265,12 +303,17 @@ def _no_modes() -> Iterator[None]:
         yield
 
 
+def _is_asked_by_torch() -> bool:
+    """Whether PyTorch's own code, which only warns, has called a function."""
+    mode = next(x for x in walk() if x.f_code.co_name == "__torch_function__")
+    return mode.f_back is not None and mode.f_back.f_globals["__name__"].startswith("torch.")
+
+
 def _check(func: Any) -> None:
     if func in DRAWS or torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
-        refuse(
-            "draws random numbers, which would be the same in each call of a compiled function",
-            "Give it the numbers as an argument.",
-        )
+        raise NotImplementedError(f"{find_place()} draws random numbers, {DRAWN}")
+    if func in CONTROL:
+        refuse(f"calls {func}, whose functions JAX cannot trace", "Write it by torch.where.")
     if any(map(torch.is_autocast_enabled, ("cpu", "cuda", "jax"))):
         refuse(
             "runs under torch.autocast, which JAX has not",

@@ -8,21 +8,60 @@ import jax
 import jax.numpy as jnp
 import torch  # pyright: ignore[reportMissingImports]
 from jax import lax
+from jax.scipy.linalg import cho_solve
 from jax.typing import ArrayLike
 from torchax.ops import mappings  # pyright: ignore[reportMissingImports]
 
 from ..._compat import is_concrete
+from ._refuse import refuse
 
 aten = torch.ops.aten
 
 
-def look_up(weight: jax.Array, ids: jax.Array, padding_idx: int = -1, *options: bool) -> jax.Array:
+def look_up(
+    weight: jax.Array,
+    ids: jax.Array,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> jax.Array:
     """Looks up rows of an embedding; that of torchax is a `custom_jvp`, without sites."""
-    del options
+    del sparse
     found = jnp.take(weight, ids, axis=0)
+    if scale_grad_by_freq:
+        part = found / jnp.bincount(ids.ravel(), length=len(weight))[ids][..., None]
+        found = lax.stop_gradient(found) + part - lax.stop_gradient(part)
     if padding_idx < 0:
         return found
     return jnp.where((ids == padding_idx)[..., None], lax.stop_gradient(found), found)
+
+
+def sum_bags(
+    weight: jax.Array,
+    ids: jax.Array,
+    offsets: jax.Array,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: jax.Array | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> tuple[jax.Array, ...]:
+    """Looks up rows; returns the sum, mean or maximum of each bag, and what PyTorch keeps."""
+    del sparse
+    if scale_grad_by_freq:
+        refuse("calls embedding_bag with scale_grad_by_freq", "Leave it out.")
+    n = len(offsets) - include_last_offset
+    rows = look_up(weight, ids, padding_idx)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[:, None]
+    bag = jnp.searchsorted(offsets[:n], jnp.arange(len(ids)), side="right") - 1
+    bag = jnp.where(ids == padding_idx, n, bag)  # which is no bag
+    sizes = jnp.bincount(bag, length=n)
+    found = (jax.ops.segment_max if mode == 2 else jax.ops.segment_sum)(rows, bag, n)
+    if mode == 1:
+        found = found / jnp.maximum(sizes, 1)[:, None]
+    return jnp.where(sizes[:, None] > 0, found, 0), bag, sizes, sizes
 
 
 def linear(input: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -55,6 +94,21 @@ def new_tensor(x: jax.Array, data: Any, dtype: torch.dtype | None = None, **_: A
 def mean(x: jax.Array, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> jax.Array:
     """Computes the mean, in another dtype if asked for."""
     return jnp.mean(x.astype(_find_dtype(dtype, x)), _find_axes(x, dim), keepdims=keepdim)
+
+
+def add(x: jax.Array, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> jax.Array:
+    """Computes the sum, in another dtype if asked for."""
+    return jnp.sum(x.astype(_find_dtype(dtype, x)), _find_axes(x, dim), keepdims=keepdim)
+
+
+def take_along(input: jax.Array, indices: jax.Array, dim: int | None = None) -> jax.Array:
+    """Takes entries along an axis; PyTorch itself takes no indices of 32 bits."""
+    return jnp.take_along_axis(input, indices, dim)
+
+
+def power(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Has no NaN in the gradient of 0 to the power of 0."""
+    return jnp.where((x == 0) & (y == 0), 1, x) ** y
 
 
 def solve(A: jax.Array, B: jax.Array) -> jax.Array:  # noqa: N803
@@ -178,6 +232,8 @@ def cdist(x1: jax.Array, x2: jax.Array, p: float = 2.0, compute_mode: Any = None
     return root(squares - 2 * x1 @ jnp.swapaxes(x2, -1, -2))
 
 
+# torchax computes these otherwise than PyTorch, so that they are refused.
+REFUSED = {aten.multilabel_margin_loss_forward}
 OPERATORS = {
     torch.nn.functional.linear: linear,
     torch.matmul: matmul,
@@ -187,10 +243,16 @@ OPERATORS = {
     torch.Tensor.type_as: lambda x, other: jnp.asarray(x, other.dtype),
     torch.linalg.solve: solve,
     torch.cdist: cdist,
+    torch.take_along_dim: take_along,
+    torch.Tensor.take_along_dim: take_along,
     aten.embedding: look_up,
+    aten._embedding_bag: sum_bags,
+    aten._embedding_bag_forward_only: sum_bags,
+    aten.cholesky_inverse: lambda x, upper=False: cho_solve((x, not upper), jnp.eye(len(x))),
     aten._is_all_true: check,
     aten._grouped_mm: multiply_groups,
     aten.mean: mean,
+    aten.sum: add,
     aten.contiguous: lambda x, **_: x,
     aten.abs: absolute,
     aten.clamp.default: clamp,
@@ -207,6 +269,7 @@ OPERATORS = {
     aten.min: lambda x, dim=None, keepdim=False: maximum(x, dim, keepdim, -1),
     aten.sinc: jnp.sinc,
     aten.atan2: arctan2,
+    aten.pow.Tensor_Tensor: power,
     aten.pow.Tensor_Scalar: lambda x, y: x**y if y else jnp.ones_like(x + y),
     aten.fmax: lambda x, y: jnp.where((x >= y) | jnp.isnan(y), x, y),
     aten.fmin: lambda x, y: jnp.where((x <= y) | jnp.isnan(y), x, y),

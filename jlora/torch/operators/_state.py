@@ -1,8 +1,10 @@
 """What a call changes in its module. A copy runs each call, so the next one would not know."""
 
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
 
@@ -10,7 +12,7 @@ from ._tensor import Tensor
 
 # What every module has, and what recurrent ones make of their parameters in each call.
 OWN = vars(torch.nn.Module()).keys() | {"_flat_weights", "_flat_weight_refs"}
-PLAIN = bool | int | float | complex | str | None
+PLAIN = bool | int | float | complex | str | bytes | None
 
 
 class Leaf(NamedTuple):
@@ -21,10 +23,11 @@ class Leaf(NamedTuple):
 
     def is_kept(self, new: "Leaf") -> bool:
         """Whether `new` is the same, or in its place a tensor that depends on arguments."""
+        if new.value is self.value:
+            return self.writes == new.writes
         if isinstance(self.value, PLAIN):
             return type(self.value) is type(new.value) and self.value == new.value
-        is_new = new.value is not self.value
-        return bool(getattr(new.value, "call", 0)) if is_new else self.writes == new.writes
+        return bool(getattr(new.value, "call", 0))
 
 
 Leaves = Mapping[str, list[Leaf]]
@@ -33,15 +36,40 @@ NOTHING = [Leaf(None)]
 
 def read_attributes(model: torch.nn.Module) -> Leaves:
     """Returns what is in the attributes, buffers and parameters of all modules, by name."""
+    known = set[int]()
     return {
-        f"{name}.{key}".removeprefix("."): [
-            Leaf(x, x.memory.writes if isinstance(x, Tensor) else 0)
-            for x in _pytree.tree_leaves(value)
-        ]
+        f"{name}.{key}".removeprefix("."): list(_walk(value, known))
         for name, m in model.named_modules()
         for key, value in {**vars(m), **m._buffers, **m._parameters}.items()
         if key not in OWN
     }
+
+
+def _walk(value: Any, known: set[int]) -> Iterator[Leaf]:
+    """Yields what is in a value, and in its objects what Python would copy of them, once."""
+    for x in _pytree.tree_leaves(value):
+        yield Leaf(x, x.memory.writes if isinstance(x, Tensor) else 0)
+        if not isinstance(x, PLAIN | torch.Tensor | torch.nn.Module | type) and id(x) not in known:
+            known.add(id(x))
+            yield from _walk(_read_state(x), known)
+
+
+def _read_state(x: Any) -> list[Any]:
+    try:
+        reduced = x.__reduce_ex__(4)
+    except TypeError:  # has no state that can be copied, as a function
+        return []
+    return [] if isinstance(reduced, str) else list(map(_list_items, reduced[1:]))
+
+
+def _list_items(x: Any) -> Any:
+    return list(x) if isinstance(x, Iterator) else x
+
+
+def read_draws() -> tuple[Any, ...]:
+    """Returns where the generators of Python and NumPy are that all share."""
+    _, numbers, *at = np.random.get_state()
+    return random.getstate(), bytes(numbers), at
 
 
 def find_left(before: Leaves, after: Leaves) -> list[str]:

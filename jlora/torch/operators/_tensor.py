@@ -142,6 +142,7 @@ class Tensor(torchax.Tensor):
     """
 
     call = 0
+    is_meta = False
 
     @staticmethod
     def __new__(cls, memory: Memory, env: Any, strides: Any = None) -> "Tensor":
@@ -184,6 +185,16 @@ class Tensor(torchax.Tensor):
             torch.Tensor.__setitem__(self[index], ..., x)
         else:
             torch.Tensor.__setitem__(self, index, x)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Returns the shape, of numbers alone."""
+        shape = self.memory.type.shape
+        if not all(isinstance(n, int) for n in shape):
+            refuse(
+                f"reads the shape {shape}, which is symbolic", "Export for each shape of its own."
+            )
+        return torch.Size(shape)
 
     @property
     def _elem(self) -> jax.Array:
