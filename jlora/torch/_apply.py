@@ -20,11 +20,12 @@ from .._tree import leaves_by_path
 from .._types import PyTree
 from ._caches import register_caches
 from ._calls import WITHIN, Scan, recompute
-from ._names import Stack, name_scope
+from ._names import Stack
+from ._scopes import enter_scopes
 from ._skeleton import check_hooks, copy_structure, find_constants, find_saved, read_structure
 from ._stacks import NO_SCAN, stack_arrays, strip
-from .operators._environment import DRAWN, Operators, to_array
-from .operators._refuse import refuse
+from .operators._environment import Operators, to_array
+from .operators._refuse import DRAWN, refuse
 from .operators._state import find_left, read_attributes, read_draws
 from .operators._tensor import Pending, Tensor
 
@@ -44,7 +45,8 @@ class Call(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the method with arrays; raises if its next call would compute something else."""
-        before, draws = read_attributes(self.model), read_draws()
+        before = read_attributes(self.model)
+        draws = read_draws()
         out = self._call(1, args, kwargs)
         if draws != read_draws():
             self._check_draws(args, kwargs)
@@ -240,40 +242,6 @@ def record_outputs(
     for module, name in names.items():
         if not any(f"{name}.".startswith(f"{x}.") for x in inside):
             module.register_forward_hook(leave)
-
-
-def enter_scopes(model: torch.nn.Module) -> None:
-    """Has each module of a copy run in a name scope of JAX, which tells whose call reads what.
-
-    Modules without others are copied where their names reach them, as PEFT replaces them there. One
-    that a plain list holds too, and that the model calls through it, then runs in no scope.
-    """
-    copies = dict[torch.nn.Module, torch.nn.Module]()
-    for module in list(model.modules()):
-        for key, child in module._modules.items():
-            if child is not None and not child._modules:
-                copies.setdefault(child, _copy_module(child))
-                module._modules[key] = copies[child]
-    scopes = list[Any]()
-
-    def enter(name: str) -> None:
-        scopes.append(jax.named_scope(name_scope(name)))
-        scopes[-1].__enter__()
-
-    def leave(*_: Any) -> None:
-        scopes.pop().__exit__(None, None, None)
-
-    for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: enter(name))
-        module.register_forward_hook(leave, always_call=True)
-
-
-def _copy_module(module: torch.nn.Module) -> torch.nn.Module:
-    """Copies a module that keeps its tensors, but has hooks of its own."""
-    found = copy.copy(module)
-    hooks = (k for k, x in vars(module).items() if "_hooks" in k and isinstance(x, dict))
-    vars(found).update({k: copy.copy(vars(module)[k]) for k in hooks})
-    return found
 
 
 def is_static(x: object) -> bool:

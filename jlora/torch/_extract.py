@@ -73,8 +73,7 @@ def extract(
           A row at `padding_idx` of an embedding gets none.
         - Writes in place are seen in views, and in what they are views of.
         - `scaled_dot_product_attention` is that of `jax.nn` where it takes the shapes. Its softmax
-          is in float32, but of float64 in float64. A query that sees no key gets the mean of the
-          values, not zeros.
+          is in float32, but of float64 in float64.
 
     Raises:
         ImportError: if PyTorch or torchax is not installed, or the two do not fit.

@@ -20,28 +20,20 @@ from ..._compat import is_concrete
 from .._skeleton import to_jax
 from ._functions import find_conversion
 from ._operators import OPERATORS, REFUSED
-from ._refuse import find_place, refuse, walk
+from ._refuse import check_call, find_place, refuse, walk
 from ._tensor import Convert, Memory, Part, Tensor, TracedError, keep
 
 aten = torch.ops.aten
 Options = Mapping[str, Any]
-# What torchax handles beside its operators; the first three draw random numbers.
-DRAWS = {torch.rand, torch.randn, torch.randint}
+# What torchax handles beside its operators.
 SPECIAL = torchax.TENSOR_CONSTRUCTORS | {torch.Tensor.to}
 UNTRACEABLE = jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError
-CONTROL = {torch.ops.higher_order.cond, torch.ops.higher_order.while_loop}
 GRADIENTS = {
     torch.autograd.grad,
     torch.Tensor.backward,
     torch.Tensor.register_hook,
 }
 QUESTIONS = {getattr(torch.Tensor, x).__get__ for x in ("requires_grad", "grad_fn", "is_leaf")}
-
-
-DRAWN = (
-    "which would be the same in each call of a compiled function. Give it the numbers as an "
-    "argument."
-)
 
 
 class Guard(torch._C._acc.DeviceGuard):
@@ -125,7 +117,7 @@ class Operators(torchax.Environment):
             return self._dispatch(func, types, args, kwargs or {})
 
     def _dispatch(self, func: Any, types: Any, args: Sequence[Any], kwargs: Options) -> Any:
-        _check(func)
+        check_call(func)
         tensors = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         given = [x for x in tensors if isinstance(x, Tensor)]
         if given and (func in GRADIENTS or (func in QUESTIONS and not _is_asked_by_torch())):
@@ -307,15 +299,3 @@ def _is_asked_by_torch() -> bool:
     """Whether PyTorch's own code, which only warns, has called a function."""
     mode = next(x for x in walk() if x.f_code.co_name == "__torch_function__")
     return mode.f_back is not None and mode.f_back.f_globals["__name__"].startswith("torch.")
-
-
-def _check(func: Any) -> None:
-    if func in DRAWS or torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
-        raise NotImplementedError(f"{find_place()} draws random numbers, {DRAWN}")
-    if func in CONTROL:
-        refuse(f"calls {func}, whose functions JAX cannot trace", "Write it by torch.where.")
-    if any(map(torch.is_autocast_enabled, ("cpu", "cuda", "jax"))):
-        refuse(
-            "runs under torch.autocast, which JAX has not",
-            "Convert the model by model.to(torch.bfloat16), and leave autocast out.",
-        )

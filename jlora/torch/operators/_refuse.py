@@ -4,9 +4,16 @@ import inspect
 import pathlib
 import types
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch  # pyright: ignore[reportMissingImports]
+
+DRAWS = {torch.rand, torch.randn, torch.randint}
+CONTROL = {torch.ops.higher_order.cond, torch.ops.higher_order.while_loop}
+DRAWN = (
+    "which would be the same in each call of a compiled function. Give it the numbers as an "
+    "argument."
+)
 
 
 def refuse(does: str, remedy: str, cause: Exception | None = None) -> NoReturn:
@@ -37,3 +44,16 @@ def find_place(frame: types.FrameType | None = None) -> str:
     return (
         f"{name.removeprefix('model').strip('.') or 'The model'} ({type(module).__name__}, {line})"
     )
+
+
+def check_call(func: Any) -> None:
+    """Refuses functions that draw, or that branch on values, and mixed precision."""
+    if func in DRAWS or torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+        raise NotImplementedError(f"{find_place()} draws random numbers, {DRAWN}")
+    if func in CONTROL:
+        refuse(f"calls {func}, whose functions JAX cannot trace", "Write it by torch.where.")
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda", "jax"))):
+        refuse(
+            "runs under torch.autocast, which JAX has not",
+            "Convert the model by model.to(torch.bfloat16), and leave autocast out.",
+        )

@@ -57,7 +57,7 @@ def _walk(value: Any, known: set[int]) -> Iterator[Leaf]:
 def _read_state(x: Any) -> list[Any]:
     try:
         reduced = x.__reduce_ex__(4)
-    except TypeError:  # has no state that can be copied, as a function
+    except Exception:  # of its own: it has no state that can be copied, as a function
         return []
     return [] if isinstance(reduced, str) else list(map(_list_items, reduced[1:]))
 
