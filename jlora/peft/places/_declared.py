@@ -163,8 +163,10 @@ def _find_home(
     """Finds the class's parameters; what their names there lack; whether they are renamed."""
     written = [(places, True) for places in as_transformers_stores(shapes, config)]
     tried = [*written, *((places, False) for places in stored_as_is(shapes))]
+    others = {**own.always, **own.asked.get("", {})}.values()
+    known = [f"{x}.weight" for x in (own.table, own.head) if x] or others
     for prefix in ("", f"{own.prefix}."):
-        names = [f"{x}.weight".removeprefix(prefix) for x in (own.table, own.head) if x]
+        names = [x.removeprefix(prefix) for x in known]
         for places, is_renamed in tried:
             if any(name in places for name in names):
                 return places, prefix, is_renamed
