@@ -18,10 +18,11 @@ def all_linear(apply: Structured, sites: Sites | None = None) -> str:
     models with experts that PEFT renames, such as Qwen 3, Mixtral and DeepSeek V3, they are the
     attention, the experts and their router, but not dense layers and shared experts.
 
-    Gates of one row are left out, as A and B would be larger. So are weights that several modules
-    share, as PEFT cannot adapt them, and those of `torch.nn.MultiheadAttention`. With `sites`, so
-    are all that the model reads without calling their module, modules that it does not call, and
-    those that no output depends on, such as the pooler of an image encoder whose tokens are used.
+    Weights of one row or column, such as gates, are left out, as A and B would be larger. So are
+    weights that several modules share, as PEFT cannot adapt them, and those of
+    `torch.nn.MultiheadAttention`. With `sites`, so are all that the model reads without calling
+    their module, modules that it does not call, and those that no output depends on, such as the
+    pooler of an image encoder whose tokens are used.
 
     Args:
         apply: the function that `jlora.torch.extract` returned.

@@ -187,7 +187,7 @@ def test_all_linear(name: str) -> None:
         return
     shapes = {site.path: site.shape for site in found.sites.leaves}
     adapted = list_adapted(hf_peft.get_peft_model(row.make(), config))
-    theirs = {x for x in adapted if 1 not in shapes[x]}  # no gates of one row
+    theirs = {x for x in adapted if 1 not in shapes[x]}  # such as gates
     called = {x for x in theirs if not re.search(f"{READ.get(name)}|{UNUSED.get(name)}", x)}
     rule = LoRA(jlora.torch.all_linear(found.apply, found.sites), rank=1)
     sites = jlora.transform(found.call, rule).sites(found.params, row.arrays)

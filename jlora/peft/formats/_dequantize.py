@@ -17,6 +17,7 @@ from .._checkpoint import Checkpoint, explain_shorter, open_checkpoint
 from .._file import DTYPES, TensorInfo, shorten
 from .._write import write_tensors
 from ..places._declared import find_transposed
+from ..places._views import last_of
 from ._codes import Codes, Dense
 from ._format import Unreadable, list_left, open_format, read_checked
 
@@ -139,7 +140,7 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
         x = read_checked(format, name, dtype)
         matrices[name] = _matrix(name, x)
         *lead, rows, columns = x.shape
-        if not format.keeps_axes if lead else name.split(".")[-2] in transposed:
+        if not format.keeps_axes if lead else last_of(name) in transposed:
             turned.add(name)
         order = (columns, rows) if name in turned else (rows, columns)
         spelling = next(key for key, known in DTYPES.items() if known == (x.dtype or dtype))

@@ -11,7 +11,7 @@ from ..adapter._parameters import Shapes, list_orientations
 from ..adapter._parts import Part, T, Values
 from ..names._kinds import EXPERTS, LINEAR, Kind
 from ..places._declared import find_transposed
-from ..places._views import Places
+from ..places._views import Places, last_of
 from ._blocks import NewValues, Parts, Sum
 
 
@@ -98,7 +98,7 @@ def orient(
 
     def find(part: Part[T]) -> bool | None:
         if modules is not None or not flag:
-            return _last_of(part) in (modules or ())
+            return last_of(part.name) in (modules or ())
         fits = list_orientations(part, shapes.get(part.name, ()))
         return fits[0] if len(fits) == 1 else None if fits else False
 
@@ -123,15 +123,10 @@ def orient_experts(
             return own[0]
         if len(told) == 1:
             return next(iter(told))
-        return None if told or modules is None else _last_of(part) in modules
+        return None if told or modules is None else last_of(part.name) in modules
 
     return [x._replace(transposed=find(x)) if _is_open(x, EXPERTS) else x for x in parts]
 
 
 def _is_open(part: Part[T], kind: Kind) -> bool:
     return part.kind is kind and part.transposed is None
-
-
-def _last_of(part: Part[T]) -> str:
-    """Returns the last name of a part's module."""
-    return part.name.rpartition(".")[0].rpartition(".")[2]

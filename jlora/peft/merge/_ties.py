@@ -223,8 +223,8 @@ def settle_ties(
     left = [name for name in tensors if name in uneven and name in model]
     others = {n: ", ".join(show(x) for x in groups[n] if x != tensors[n]) for n in left}
     also = {n: f"; by its class, it is {others[n]} too" * bool(ties) for n in left}
-    uneven = [Problem(tensors[name], why + also[name], _UNTIE) for name in left]
-    return target, found, shared, uneven
+    problems = [Problem(tensors[name], why + also[name], _UNTIE) for name in left]
+    return target, found, shared, problems
 
 
 def _takes_rows(ties: Ties, head: str, checkpoint: Checkpoint) -> bool:

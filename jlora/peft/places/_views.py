@@ -78,3 +78,8 @@ class Places(dict[str, View]):
 def module_of(name: str) -> str:
     """Returns the module of a parameter."""
     return name.rpartition(".")[0]
+
+
+def last_of(name: str) -> str:
+    """Returns the last name of a parameter's module; it is empty if there is no module."""
+    return module_of(name).rpartition(".")[2]

@@ -36,7 +36,7 @@ NOTHING = [Leaf(None)]
 
 def read_attributes(model: torch.nn.Module) -> Leaves:
     """Returns what is in the attributes, buffers and parameters of all modules, by name."""
-    known = set[int]()
+    known = dict[int, Any]()
     return {
         f"{name}.{key}".removeprefix("."): list(_walk(value, known))
         for name, m in model.named_modules()
@@ -45,12 +45,12 @@ def read_attributes(model: torch.nn.Module) -> Leaves:
     }
 
 
-def _walk(value: Any, known: set[int]) -> Iterator[Leaf]:
+def _walk(value: Any, known: dict[int, Any]) -> Iterator[Leaf]:
     """Yields what is in a value, and in its objects what Python would copy of them, once."""
     for x in _pytree.tree_leaves(value):
         yield Leaf(x, x.memory.writes if isinstance(x, Tensor) else 0)
         if not isinstance(x, PLAIN | torch.Tensor | torch.nn.Module | type) and id(x) not in known:
-            known.add(id(x))
+            known[id(x)] = x  # kept, as the number of what is gone is given again
             yield from _walk(_read_state(x), known)
 
 
