@@ -27,13 +27,13 @@ def find_bare(model: torch.nn.Module) -> frozenset[str]:
 
 
 def find_linear(model: torch.nn.Module) -> tuple[str, ...]:
-    """Finds the parameters that PEFT adapts for `target_modules="all-linear"`, but of one row or column.
+    """Finds what PEFT adapts for `target_modules="all-linear"`, without vectors.
 
     Source: PEFT 0.21, `_maybe_include_all_linear_layers`, and `peft/names/peft.json`.
     """
     modules = dict(model.named_modules())
     head = _head_of(model)
-    # A and B of one row or column would have more numbers than it.
+    # Of a matrix with one row or column, A and B would have more numbers than it.
     names = [name for name, x in model.named_parameters() if 1 not in x.shape]
     answer = _answer_of(model)
     if not all(any(name.endswith(f".{x}") for name in names) for x in answer.parameters):
