@@ -175,7 +175,11 @@ def test_adapters_are_compared_with_peft(model: Any, is_reached: bool) -> None:
     params, apply = extract(model)
     lora = jlora.transform(apply, LoRA("linear/weight|0/weight", rank=2))
     base, adapter = lora.init(jax.random.key(0), params, X)
-    names = jlora.torch.names(lora.sites(params, X), apply)
+    sites = lora.sites(params, X)
+    names = jlora.torch.names(sites, apply)
+    assert bool(jlora.peft.check_sites(sites, names)) != is_reached
+    if not is_reached:  # what is refused by these names is also seen
+        names = jlora.torch.names(sites)
     found = compare(model, base, apply, X, adapter=adapter, names=names)
     assert bool(found) != is_reached
     assert is_reached or "PEFT does not reach" in found.cause
