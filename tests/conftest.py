@@ -14,6 +14,7 @@ collect_ignore = [
     "fixtures",
     "peft/engines/served_tpu_worker.py",
     "peft/names/tables/pytorch.py",
+    "tools/ask_classes.py",
     "tools/ask_peft.py",
     "tools/make_places.py",
     "support/peft_families.py",

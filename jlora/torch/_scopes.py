@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import jax
-from torch import nn  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+from torch import nn  # pyright: ignore[reportMissingImports]
 
 from ._names import name_scope
 
