@@ -1,7 +1,7 @@
 """Models written in PyTorch, as functions of JAX.
 
-Nothing else in jlora imports PyTorch or torchax. Imports `_compat`, `_errors`, `_rules`,
-`_site`, `_sites`, `_transform`, `_tree`, `_types`, `peft`.
+Nothing else in jlora imports PyTorch or torchax. Imports `_compat`, `_errors`, `_progress`,
+`_rules`, `_site`, `_sites`, `_text`, `_transform`, `_tree`, `_types`, `peft`.
 """
 
 from ._all_linear import all_linear as all_linear

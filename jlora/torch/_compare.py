@@ -17,6 +17,7 @@ def compare(
     params: PyTree,
     apply: Callable[..., Any],
     *args: Any,
+    rows: int | None = None,
     gradients: bool = True,
     adapter: PyTree | None = None,
     names: Sequence[Name] = (),
@@ -25,17 +26,17 @@ def compare(
     r"""Compares `apply` with the module itself, on your own batch. Call it before you train.
 
     PyTorch runs the module twice, with grad mode on: a function has one result, so the two must be
-    equal. JAX compiles `apply`. Then both compute the gradients of all parameters, for one random
-    cotangent of the outputs. The module does not change: a copy runs, which shares its parameters.
-    What comes after a difference is not compared.
+    equal. The first time it also computes the gradients of all parameters, for a random cotangent
+    of the outputs. JAX compiles the same of `apply`. The module does not change: a copy runs, which
+    shares its parameters. What comes after a difference is not compared.
 
     What differs in float32 is compared with what PyTorch computes in float64: an error is a
     difference if it is more than four times that of PyTorch, and than 1e-5 of the largest entry.
     Integers must be equal. Where PyTorch cannot compute in float64, the bound is 1e-3, or 8 units
     in the last place of 16 bits.
 
-    It takes the time and the memory of a few forward passes of PyTorch on the host, and of a
-    backward pass with a gradient of all parameters. Another branch, for another batch, is not seen.
+    It takes the time and the memory of two forward passes and a backward pass of PyTorch on the
+    host, of which a line tells before they start. Another branch, for another batch, is not seen.
 
     Examples:
         >>> import jax.numpy as jnp, jlora, torch  # doctest: +SKIP
@@ -48,8 +49,9 @@ def compare(
         model: the module that `jlora.torch.extract` took, with values.
         params: its parameters.
         apply: the function that `extract` returned, or a `functools.partial` of it with keywords.
-        *args: arguments of `apply`: a few rows of your batch. Arrays of JAX are traced, and PyTorch
-            gets their values.
+        *args: arguments of `apply`: your batch. Arrays of JAX are traced, and PyTorch gets their
+            values.
+        rows: takes so many rows of each array that has as many as the first; by default all.
         gradients: whether gradients are compared too; without them it takes half the time.
         adapter: an adapter of `params`, whose outputs are compared with PEFT's. Random numbers are
             added to its arrays, as those that were just made change nothing.
@@ -69,5 +71,6 @@ def compare(
     if isinstance(apply, functools.partial) and not apply.args:
         kwargs = apply.keywords | kwargs
         apply = apply.func
-    found, module = Judge(model, params, apply, args, kwargs).compare(gradients, adapter, names)
+    judge = Judge(model, params, apply, (args, kwargs), rows)
+    found, module = judge.compare(gradients, adapter, names)
     return Differences(tuple(found), module)

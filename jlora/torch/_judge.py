@@ -2,9 +2,9 @@
 
 import copy
 import functools
-import math
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,26 +14,36 @@ import torch  # pyright: ignore[reportMissingImports]
 
 from .. import peft
 from .._errors import InputError
+from .._progress import progress
+from .._text import format_bytes
 from .._transform import wrap
 from .._tree import bind, leaves_by_path
 from .._types import PyTree
 from ._apply import Apply, convert, is_static, record_outputs
-from ._differences import Difference
+from ._differences import (
+    ADAPTED,
+    AGAIN,
+    CLOSE,
+    GRADIENT,
+    OUTPUT,
+    UNKNOWN,
+    Arrays,
+    Difference,
+    Results,
+    judge,
+)
 from ._skeleton import check_module
 from ._stacks import stack_arrays
 
-CLOSE, TIMES = 1e-5, 4.0  # of the largest entry; of PyTorch's own error
-LEAST = 1e-3  # of the largest entry of all arrays: errors of smaller ones are relative to it
-UNKNOWN, ULPS = 1e-3, 8  # where PyTorch computes nothing in float64
-
-Arrays = Mapping[str, Any]  # by path
+ULPS = 8  # of 16 bits, where PyTorch computes nothing in float64
+Run = Callable[[torch.nn.Module], Results]
 
 
 class Judge:
     """A module, and the function of its parameters, with the arguments of one call."""
 
     def __init__(
-        self, model: torch.nn.Module, params: PyTree, apply: Any, args: Any, kwargs: Any
+        self, model: torch.nn.Module, params: PyTree, apply: Any, call: Any, rows: int | None
     ) -> None:
         """Checks the module."""
         check_module(model)
@@ -45,60 +55,64 @@ class Judge:
             remedy = "Compare a smaller model of the same class, with values."
             raise InputError("model", why, remedy=remedy)
         self.model, self.params, self.apply = model, params, apply
-        self.method = kwargs.pop("method", "forward")
-        self.leaves, self.structure = jax.tree.flatten((args, kwargs))
-        dtypes = [x.dtype for x in model.parameters() if x.is_floating_point()]
-        self.unknown = max([UNKNOWN, *(ULPS * torch.finfo(x).eps for x in dtypes)])
+        self.method = call[1].pop("method", "forward")
+        leaves, self.structure = jax.tree.flatten(call)
+        self.leaves = _take(leaves, rows)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
     def compare(
-        self, gradients: bool, adapter: PyTree | None, names: Sequence[peft.Name]
+        self, has_gradients: bool, adapter: PyTree | None, names: Sequence[peft.Name]
     ) -> tuple[list[Difference], str]:
-        """Returns what differs, up to the first kind that does, and the first module."""
-        if found := list(self._compare_outputs()):
-            return found, self._find_module()
-        if gradients:
-            found = list(self._compare_gradients())
-        if adapter is not None and not found:
-            found = list(self._compare_adapted(adapter, names))
-        return found, ""
-
-    def _compare_outputs(self) -> Iterator[Difference]:
-        """Compares the outputs, and those of PyTorch's second call with those of its first."""
-        yield from self._judge("output", self._compile(self._apply, self.params), self._run)
+        """Returns what differs, of the first kind that does, and the first module."""
+        size = sum(x.numel() * x.element_size() for x in self.model.parameters())
+        backward = f", a backward pass with {format_bytes(size)} of gradients" * has_gradients
+        wide = f"where they differ, the same in float64, with {format_bytes(2 * size)} of weights"
+        text = f"compare: two calls of PyTorch{backward} on the host; {wide}"
+        progress.write(text, file=sys.stderr)
         model = _share(self.model)
-        first, second = (self._run(model) for _ in range(2))
-        yield from self._judge("output of call 2", lambda: first, lambda _: second)
+        run = functools.partial(self._run, has_gradients)
+        theirs = run(model)
+        second = _read({AGAIN: self._call(model)})
+        if found := judge({AGAIN: theirs[OUTPUT]}, second, dict, CLOSE):
+            return found, ""
+        ours = self._compile(functools.partial(self._compute, has_gradients), self.params)
+        if found := self._judge(ours, theirs, run):
+            return found, self._find_module() if found[0].what == OUTPUT else ""
+        return ([] if adapter is None else self._compare_adapted(adapter, names)), ""
 
-    def _compare_gradients(self) -> Iterator[Difference]:
-        """Compares the gradients of all parameters, for a random cotangent."""
-        weights = dict[str, np.ndarray]()
+    def _run(self, has_gradients: bool, model: torch.nn.Module) -> Results:
+        """Returns the outputs of a copy of the module, and gradients for random signs."""
+        trained = {k: x for k, x in model.named_parameters() if x.is_floating_point()}
+        for x in trained.values() if has_gradients else ():
+            x.requires_grad_()
+        outs = self._call(model)
+        if not has_gradients:
+            return _read({OUTPUT: outs})
+        known = {k: x for k, x in outs.items() if x.requires_grad}
+        signs = [torch.tensor(np.asarray(x)) for k, x in _draw_signs(outs).items() if k in known]
+        given = [x.to(y) for x, y in zip(signs, known.values(), strict=True)]
+        options = {"allow_unused": True, "materialize_grads": True}
+        grads = torch.autograd.grad([*known.values()], [*trained.values()], given, **options)
+        found = _read({OUTPUT: outs, GRADIENT: dict(zip(trained, grads, strict=True))})
         stacks = self.apply.structure.stacks
+        return {OUTPUT: found[OUTPUT], GRADIENT: stack_arrays(found[GRADIENT], stacks)}
 
-        def run(model: torch.nn.Module) -> Arrays:
-            trained = {k: x for k, x in model.named_parameters() if x.is_floating_point()}
-            for x in trained.values():
-                x.requires_grad_()
-            outs = {k: x for k, x in self._call(model).items() if getattr(x, "grad_fn", None)}
-            draw = np.random.default_rng(0).standard_normal
-            weights.update({k: draw(x.shape).astype(np.float32) for k, x in outs.items()})
-            given = [torch.tensor(weights[k]).to(x) for k, x in outs.items()]
-            options = {"allow_unused": True, "materialize_grads": True}
-            grads = torch.autograd.grad(tuple(outs.values()), [*trained.values()], given, **options)
-            return stack_arrays(_read(dict(zip(trained, grads, strict=True))), stacks)
+    def _compute(self, has_gradients: bool, params: PyTree, *call: Any) -> Results:
+        """Returns the outputs of `apply`, and gradients for the same signs."""
 
-        def loss(params: PyTree, args: Any, kwargs: Any) -> Any:
-            out = self._apply(params, args, kwargs)
-            return sum(((out[k].astype(x.dtype) * x).sum() for k, x in weights.items()), 0.0)
+        def weigh(params: PyTree) -> tuple[Any, Any]:
+            outs = self._apply(params, *call)
+            signs = _draw_signs(outs)
+            terms = ((x.real.astype(jnp.float32) * signs[k]).sum() for k, x in outs.items())
+            return sum(terms, jnp.zeros(())), outs
 
-        def gradients(params: PyTree, args: Any, kwargs: Any) -> Arrays:
-            found = jax.grad(loss, allow_int=True)(params, args, kwargs)
-            return {".".join(path): x for path, x in leaves_by_path(found)}
+        if not has_gradients:
+            return {OUTPUT: self._apply(params, *call)}
+        grads, outs = jax.grad(weigh, has_aux=True, allow_int=True)(params)
+        return {OUTPUT: outs, GRADIENT: {".".join(p): x for p, x in leaves_by_path(grads)}}
 
-        return self._judge("gradient", self._compile(gradients, self.params), run)
-
-    def _compare_adapted(self, adapter: PyTree, names: Sequence[peft.Name]) -> Iterator[Difference]:
+    def _compare_adapted(self, adapter: PyTree, names: Sequence[peft.Name]) -> list[Difference]:
         """Compares the outputs with those of PEFT, which reads the file of an adapter."""
         try:
             from peft import PeftModel
@@ -110,27 +124,29 @@ class Judge:
         with tempfile.TemporaryDirectory() as folder:
             peft.save(f"{folder}/adapter", self.params, adapter, names)
 
-            def load(model: torch.nn.Module) -> torch.nn.Module:
-                return PeftModel.from_pretrained(copy.deepcopy(model), f"{folder}/adapter").eval()
+            def run(model: torch.nn.Module) -> Results:
+                adapted = PeftModel.from_pretrained(model, f"{folder}/adapter").eval()
+                adapted = adapted.double() if _is_wide(model) else adapted
+                return _read({ADAPTED: self._call(adapted)})
 
-            yield from self._judge("adapted output", ours, self._run, load)
+            return self._judge({ADAPTED: ours}, run(_share(self.model)), run)
 
     def _find_module(self) -> str:
         """Finds the first module, in the order of calls, whose output differs."""
 
-        def apply(params: PyTree, args: Any, kwargs: Any) -> Arrays:
+        def compute(params: PyTree, args: Any, kwargs: Any) -> Results:
             seen = dict[str, Any]()
             self.apply.run(params, args, kwargs, self.method, seen)
-            return seen
+            return {OUTPUT: seen}
 
-        def run(model: torch.nn.Module) -> Arrays:
+        def run(model: torch.nn.Module) -> Results:
             seen = dict[str, Any]()
             record_outputs(model, self.apply.inside, seen, lambda x: x.detach().clone())
             self._call(model)
-            return _read(seen)
+            return _read({OUTPUT: seen})
 
-        differ = self._judge("output", self._compile(apply, self.params), run)
-        keys = [x.where.split(" ") for x in differ]
+        found = self._judge(self._compile(compute, self.params), run(_share(self.model)), run)
+        keys = [x.where.split(" ") for x in found]
         if not keys:
             return ""
         name = min(keys, key=lambda key: int(key[0]))[1]
@@ -138,79 +154,31 @@ class Judge:
 
     # ------------------------------------------------------------------------------ both sides
 
-    def _apply(self, params: PyTree, args: Any, kwargs: Any) -> Arrays:
+    def _apply(self, params: PyTree, args: Any, kwargs: Any) -> dict[str, Any]:
         return _flatten(self.apply.run(params, args, kwargs, self.method))
 
-    def _compile(self, f: Callable[..., Any], tree: PyTree) -> Callable[[], Any]:
-        """Returns the compiled call of a function of a tree and of the arguments."""
+    def _compile(self, f: Callable[..., Any], params: PyTree) -> Any:
+        """Compiles and calls a function of parameters and of the arguments."""
         traced = {i: x for i, x in enumerate(self.leaves) if not is_static(x)}
 
-        def call(tree: Any, traced: dict[int, Any]) -> Any:
+        def call(params: PyTree, traced: dict[int, Any]) -> Any:
             leaves = [traced.get(i, x) for i, x in enumerate(self.leaves)]
-            return f(tree, *self.structure.unflatten(leaves))
+            return f(params, *self.structure.unflatten(leaves))
 
-        return functools.partial(jax.jit(call), tree, traced)
+        return jax.jit(call)(params, traced)
 
     def _call(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Calls a copy of the module; returns tensors."""
-        is_wide = any(x.dtype == torch.float64 for x in model.parameters())
-        leaves = [_to_torch(x, is_wide) for x in self.leaves]  # which the call may change
+        leaves = [_to_torch(x, _is_wide(model)) for x in self.leaves]  # which the call may change
         args, kwargs = self.structure.unflatten(leaves)
         call = model if self.method == "forward" else getattr(model, self.method)
         return _flatten(convert(call(*args, **kwargs), lambda x, _: x))
 
-    def _run(self, model: torch.nn.Module) -> Arrays:
-        return _read(self._call(model))
-
-    def _judge(
-        self,
-        what: str,
-        compute: Callable[[], Arrays],
-        run: Callable[[torch.nn.Module], Arrays],
-        load: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
-    ) -> Iterator[Difference]:
-        """Compares arrays with PyTorch's; where these differ, both with those of float64."""
-        load = load or _share
-        theirs = run(load(self.model))
-        ours = {k: x for k, x in compute().items() if k in theirs or what != "gradient"}
-        yield from (Difference(what, x, math.inf, 0.0) for x in ours.keys() ^ theirs.keys())
-        least = LEAST * max(map(_measure, theirs.values()), default=0.0)
-        wide = functools.cache(lambda: _try(run, load(self.model).double()))
-        for key in (x for x in theirs if x in ours):
-            x, y = ours[key], theirs[key]
-            is_exact = y.dtype.kind in "biu"
-            error = _find_error(x, y, least)
-            bound = 0.0 if is_exact else CLOSE
-            if bound < error < math.inf and not is_exact:
-                bound = self.unknown
-                if (z := wide()) is not None:
-                    bound = max(CLOSE, TIMES * _find_error(y, z[key], least))
-                    error = _find_error(x, z[key], least)
-            if error > bound:
-                yield Difference(what, key, error, bound)
-
-
-def _try(run: Callable[[Any], Arrays], model: torch.nn.Module) -> Arrays | None:
-    """Runs PyTorch in float64; None if some operator takes no such floats."""
-    try:
-        return run(model)
-    except RuntimeError:
-        return None
-
-
-def _measure(x: Any) -> float:
-    """Returns the size of the largest finite entry."""
-    return float(np.abs(x[np.isfinite(x)].astype(complex)).max(initial=0))
-
-
-def _find_error(x: Any, y: Any, least: float) -> float:
-    """Returns the largest difference, relative to the largest entry of `y`, or to `least`."""
-    x, y = (np.asarray(x).astype(complex) for x in (x, y))
-    is_finite = np.isfinite(y)
-    if x.shape != y.shape or not np.array_equal(x[~is_finite], y[~is_finite], equal_nan=True):
-        return math.inf
-    error = np.abs(x[is_finite] - y[is_finite]).max(initial=0)
-    return math.inf if np.isnan(error) else float(error / max(_measure(y), least, 1e-30))
+    def _judge(self, ours: Results, theirs: Results, run: Run) -> list[Difference]:
+        trained = {k: x for k, x in ours.get(GRADIENT, {}).items() if k in theirs[GRADIENT]}
+        dtypes = [x.dtype for x in self.model.parameters() if x.is_floating_point()]
+        unknown = max([UNKNOWN, *(ULPS * torch.finfo(x).eps for x in dtypes)])
+        known = {**ours, GRADIENT: trained}
+        return judge(known, theirs, lambda: run(_share(self.model).double()), unknown)
 
 
 def _flatten(outputs: Any) -> dict[str, Any]:
@@ -220,11 +188,31 @@ def _flatten(outputs: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): x for path, x in leaves if isinstance(x, kinds)}
 
 
-def _read(tensors: Arrays) -> dict[str, np.ndarray]:
-    """Copies tensors; NumPy has no bfloat16."""
-    held = {k: x.detach().cpu() if torch.is_tensor(x) else x for k, x in tensors.items()}
-    bfloat16 = torch.bfloat16, jnp.bfloat16
-    return {k: np.array(x.float() if x.dtype in bfloat16 else x) for k, x in held.items()}
+def _draw_signs(outputs: Arrays) -> dict[str, jax.Array]:
+    """Draws a cotangent, which every dtype holds."""
+    keys = jax.random.split(jax.random.key(0), max(1, len(outputs)))
+    draw = functools.partial(jax.random.rademacher, dtype=jnp.float32)
+    pairs = zip(outputs.items(), keys, strict=False)
+    return {k: draw(key, tuple(x.shape)) for (k, x), key in pairs}
+
+
+def _read(results: Results) -> dict[str, Any]:
+    """Copies tensors to NumPy, which has no bfloat16."""
+    return jax.tree.map(
+        lambda x: (x.float() if x.dtype is torch.bfloat16 else x).numpy(force=True).copy(), results
+    )
+
+
+def _is_wide(model: torch.nn.Module) -> bool:
+    return any(x.dtype == torch.float64 for x in model.parameters())
+
+
+def _take(leaves: list[Any], rows: int | None) -> list[Any]:
+    """Takes the first rows of all arrays that have as many as the first."""
+    kinds = jax.Array | np.ndarray | torch.Tensor
+    sizes = [x.shape[:1] if isinstance(x, kinds) else () for x in leaves]
+    first = next(filter(None, sizes), None)
+    return [x[:rows] if n == first else x for x, n in zip(leaves, sizes, strict=True)]
 
 
 def _to_torch(x: Any, is_wide: bool) -> Any:

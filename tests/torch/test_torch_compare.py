@@ -43,6 +43,8 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Layers, and a function of what they compute."""
 
+    calls = 0
+
     def __init__(self, function: Function) -> None:
         """Draws its parameters."""
         super().__init__()
@@ -75,8 +77,19 @@ def count(m: Net, h: torch.Tensor) -> torch.Tensor:
     return h * len(m.seen)
 
 
+def count_calls(m: Net, h: torch.Tensor) -> torch.Tensor:
+    type(m).calls += 1
+    return h * type(m).calls
+
+
 def hooked(m: Net, h: torch.Tensor) -> torch.Tensor:
     h.register_hook(lambda g: 2 * g)
+    return h * 1
+
+
+def hook_more(m: Net, h: torch.Tensor) -> torch.Tensor:
+    m.doubled = [*getattr(m, "doubled", []), 2]
+    h.register_hook(lambda g: 2 ** len(m.doubled) * g)
     return h * 1
 
 
@@ -90,8 +103,10 @@ SEEN: dict[str, tuple[Net, Net, str, str]] = {
     "an integer": (made(lambda m, h: h.long()), made(lambda m, h: h.long() + 1), "output", "root"),
     "grad mode": (made(lambda m, h: h * (1 + h.requires_grad)), made(), "output", "root"),
     "a state": (made(count), made(), "output of call 2", "keeps a state"),
+    "a class attribute": (made(count_calls), made(), "output of call 2", "keeps a state"),
     "a draw": (made(lambda m, h: h + DRAWN.random()), made(), "output", ""),
     "a gradient": (made(lambda m, h: h * 2 - h.detach()), made(), "gradient", "hook on gradients"),
+    "more hooks": (made(hook_more), made(), "gradient layers.0", "hook on gradients"),
     "a hook": (made(hooked), made(), "gradient layers.0", "hook on gradients"),
 }
 
@@ -128,8 +143,8 @@ ALIKE: dict[str, tuple[Net, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", ALIKE)
-def test_what_is_equal(name: str) -> None:
-    """Whatever the caller's mode; the module stays as it was."""
+def test_what_is_equal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the caller's mode; the module stays as it was. What it costs is said."""
     model, options = ALIKE[name]
     before = {k: (x.clone(), x.requires_grad, x.grad) for k, x in model.named_parameters()}
     params, apply = extract(model, **options)
@@ -138,6 +153,7 @@ def test_what_is_equal(name: str) -> None:
         found = compare(model, params, apply, x)
     assert not found, found
     assert str(found) == "`apply` computes what PyTorch does."
+    assert "a backward pass with" in capsys.readouterr().err
     for k, p in model.named_parameters():
         assert torch.equal(p, before[k][0]) and (p.requires_grad, p.grad) == before[k][1:]
 
@@ -149,6 +165,8 @@ def test_arguments() -> None:
     assert not compare(model, params, functools.partial(apply, scale=2.0), X)
     assert not compare(model, params, apply, x=X)
     assert not compare(model, params, apply, X, method="halve")
+    few = lambda m, h: h if len(h) == 2 else h * torch.nan  # noqa: E731
+    assert not compare(made(few), *extract(made()), X, rows=2, gradients=False)
     assert not compare(model, params, apply, np.asarray(X), scale=3.0)
     assert not compare(model, params, apply, torch.tensor(np.asarray(X)))
 
