@@ -28,7 +28,9 @@ from ._trace import ValueReadError, trace
 from ._tree import flatten, is_abstract, leaves_by_path, refuse_module
 from ._types import Layout, Path, PyTree
 
-Call = tuple[PyTree, tuple[Any, ...], dict[str, Any]]  # the parameters, and the other arguments
+Arguments = tuple[
+    PyTree, tuple[Any, ...], dict[str, Any]
+]  # the parameters, and the other arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _find_used_in_loop(body: Any, wanted: list[bool], n_consts: int, n_carry: in
 
 
 def find_sites(
-    apply_fn: Callable[..., Any], rules: Sequence[Rule], call: Call
+    apply_fn: Callable[..., Any], rules: Sequence[Rule], call: Arguments
 ) -> tuple[Sites, Traced]:
     """Traces a call of `apply_fn` on shapes, and finds how it uses each leaf of the parameters.
 
@@ -168,7 +170,7 @@ def find_sites(
 
 def _trace(
     apply_fn: Callable[..., Any],
-    call: Call,
+    call: Arguments,
     types: Mapping[Path, jax.ShapeDtypeStruct],
     paths: set[Path],
 ) -> Traced:

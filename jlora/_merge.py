@@ -13,7 +13,7 @@ from ._arrays import back, count_not_finite, to_device
 from ._compat import is_concrete, place_of
 from ._core import Axis
 from ._errors import InputError, Problem
-from ._node import Adapted, PartialWeightError, lower
+from ._node import BoundLeaf, PartialWeightError, lower
 from ._quantized import BaseLeaf, Quantized, dequantize, is_quantized, quantize_weight
 from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
 from ._types import Path, PyTree
@@ -142,7 +142,7 @@ def _quantize_like(w: BaseLeaf, old: Quantized) -> Quantized:
     return dataclasses.replace(moved, error=jax.device_put(leaf.error, at))
 
 
-def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
+def _apply_change(leaf: BoundLeaf, path: str, sign: int) -> Any:
     if sign < 0 and (is_quantized(leaf.base) or not leaf.delta.is_invertible):
         why = "its change depends on the original weight"
         why = "it is quantized, and codes are rough" if is_quantized(leaf.base) else why

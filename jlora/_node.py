@@ -204,7 +204,7 @@ def is_node(x: object) -> TypeGuard[Node]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Adapted(NotAnArray):
+class BoundLeaf(NotAnArray):
     """A leaf of a bound tree: the frozen weight and its adapter. It is not an array.
 
     Attributes:
@@ -222,7 +222,7 @@ class Adapted(NotAnArray):
     )
 
     def __repr__(self) -> str:
-        return f"Adapted(base={short(self.base)}, delta={self.delta!r})"
+        return f"BoundLeaf(base={short(self.base)}, delta={self.delta!r})"
 
 
 class PartialWeightError(Exception):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.tree_util import DictKey, GetAttrKey
 
 from ._adapters import arrays, is_node
-from ._node import Adapted, is_table
+from ._node import BoundLeaf, is_table
 from ._tree import leaves_by_path, name_of
 from ._types import Params, PyTree
 
@@ -78,7 +78,7 @@ def is_masked(x: object) -> bool:
 
 def _is_labeled(x: object) -> bool:
     """Whether `x` brings its labels: a node or `Params`; or is a bound leaf, which has none."""
-    return is_node(x) or isinstance(x, Params | Adapted)
+    return is_node(x) or isinstance(x, Params | BoundLeaf)
 
 
 def _labels(tree: PyTree) -> PyTree:
@@ -86,7 +86,7 @@ def _labels(tree: PyTree) -> PyTree:
         match leaf:
             case Params():
                 return Params(jax.tree.map(lambda _: "base", leaf.base), _labels(leaf.adapter))
-            case Adapted():
+            case BoundLeaf():
                 raise TypeError(
                     "`tree` must be an adapter or jlora.Params(base, adapter); got a tree from "
                     "`bind`, in which the rest of the base looks trained in full. Give the adapter "

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ._compat import current_scope
-from ._core import REPEATED, Axis, Roles, Weight
+from ._core import REPEATED, Axis, ProductAxes, Weight
 from ._quantized import spell
 from ._rules import near_misses, rule_name
 from ._site import Site, Unsupported
@@ -45,7 +45,7 @@ class Uses:
         for path in w.origin.paths:
             self.scopes[path].add(current_scope())
 
-    def product(self, w: Weight, kind: str, roles: Roles) -> None:
+    def product(self, w: Weight, kind: str, roles: ProductAxes) -> None:
         """Records a product in which the axes of the weight `w` have `roles`."""
         if not w.picked:  # else it was read where it was looked up
             self.read(w)

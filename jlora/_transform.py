@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from ._adapters import AdapterLeaf, check_registered, is_node, state
 from ._arrays import pick
 from ._core import Change, Weight, as_array, evaluate, leaf_weight
-from ._find_sites import Call, Traced, find_sites
+from ._find_sites import Arguments, Traced, find_sites
 from ._foreign import check_apply_fn
 from ._keys import check_key, fold
 from ._match import match
-from ._node import Adapted, weight_of
+from ._node import BoundLeaf, weight_of
 from ._quantized import BaseLeaf, Quantized, is_quantized
 from ._rules import rule_name
 from ._site import Frozen, Full, Rule, Site, check_rules
@@ -138,7 +138,7 @@ def _sites(
 
 
 def _find(
-    apply_fn: Callable[..., Any], rules: tuple[Rule, ...], call: Call
+    apply_fn: Callable[..., Any], rules: tuple[Rule, ...], call: Arguments
 ) -> tuple[Sites, Traced]:
     sites, traced = find_sites(apply_fn, rules, call)
     return match(sites, rules), traced
@@ -275,7 +275,7 @@ def _is_weight(x: object) -> bool:
     return is_adapted(x) or is_quantized(x)
 
 
-def _weight(leaf: Adapted | Quantized, path: str) -> Weight:
+def _weight(leaf: BoundLeaf | Quantized, path: str) -> Weight:
     if is_quantized(leaf):
         return leaf_weight(leaf, Change(), path, materialize=True)
     w = leaf.base if is_quantized(leaf.base) else jnp.asarray(leaf.base)

@@ -14,7 +14,7 @@ from jax.tree_util import GetAttrKey
 from ._adapters import AdapterLeaf, Node, is_node, state
 from ._arrays import AnyArray
 from ._errors import InputError, Problem, printable
-from ._node import Adapted, misfit
+from ._node import BoundLeaf, misfit
 from ._quantized import Quantized, is_quantized
 from ._types import Holder, Params, Path, PyTree, short
 
@@ -86,9 +86,9 @@ def is_abstract(x: object) -> TypeGuard[jax.ShapeDtypeStruct]:
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
-def is_adapted(x: object) -> TypeGuard[Adapted]:
+def is_adapted(x: object) -> TypeGuard[BoundLeaf]:
     """Whether `x` is a weight of a bound tree, with its adapter."""
-    return isinstance(x, Adapted)
+    return isinstance(x, BoundLeaf)
 
 
 def adapter_of(x: PyTree) -> PyTree:
@@ -239,7 +239,7 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
     def join(parts: Path, w: jax.Array | Quantized) -> Any:
         delta = found.get(parts)
         if is_node(delta):
-            return Adapted(w, delta)
+            return BoundLeaf(w, delta)
         return w if delta is None else delta
 
     leaves = [join(path, w) for path, w in leaves_by_path(base)]

@@ -71,6 +71,7 @@ from ._core import Change as Change
 from ._core import Delta as Delta
 from ._core import Equation as Equation
 from ._core import Factor as Factor
+from ._core import Packed as Packed
 from ._core import Unfactorable as Unfactorable
 from ._core import Weight as Weight
 from ._core import primitive as primitive

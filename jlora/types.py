@@ -5,7 +5,7 @@ from ._adapters import LowRank as LowRank
 from ._adapters import Replaced as Replaced
 from ._errors import InputError as InputError
 from ._errors import Problem as Problem
-from ._node import Adapted as Adapted
+from ._node import BoundLeaf as BoundLeaf
 from ._planning import Plan as Plan
 from ._quantized import BaseLeaf as BaseLeaf
 from ._report import QuantizedLeaf as QuantizedLeaf

@@ -110,7 +110,7 @@ def test_leaf_is_no_array(use: str) -> None:
 def test_a_leaf_has_no_attributes_of_an_array() -> None:
     """`w.T`, `w.shape`; and what asks politely, as `hasattr` and copies do, gets an answer."""
     leaf, eight, _ = leaves()
-    for kind, x in (("Adapted", leaf), ("Quantized", eight)):
+    for kind, x in (("BoundLeaf", leaf), ("Quantized", eight)):
         with refused(AttributeError, "", f"{kind} has no attribute 'T'", "jlora.wrap"):
             x.T  # noqa: B018
     assert not hasattr(leaf, "shape")

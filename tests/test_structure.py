@@ -1,6 +1,7 @@
 """The layout of the package: what a folder may import, what depends on what, what is registered."""
 
 import ast
+import collections
 import functools
 import gc
 import pathlib
@@ -138,6 +139,58 @@ def test_one_statement_a_line() -> None:
         if len({form(x) for x in node.value.elts if not isinstance(x, ast.Starred)}) > 1
     ]
     assert not found, "\n".join(found)
+
+
+PUBLIC = [
+    "__init__.py",
+    "types.py",
+    "extend.py",
+    *(f"{x}/__init__.py" for x in FOLDERS if x[0] != "_"),
+]
+
+
+@functools.cache
+def classes() -> dict[str, list[pathlib.Path]]:
+    """The modules that define a class of each name."""
+    found = collections.defaultdict(list)
+    for file in ROOT.rglob("*.py"):
+        for node in find_all(ast.ClassDef, ast.parse(file.read_text())):
+            found[node.name.lstrip("_")].append(file)
+    return found
+
+
+def test_a_class_or_type_has_a_name_of_its_own() -> None:
+    """A model of NNX or of Keras with an adapter is the same thing of two libraries."""
+    count = collections.Counter({name: len(files) for name, files in classes().items()})
+    for file in ROOT.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call):
+                text = ast.unparse(node.targets[0]).lstrip("_")
+                count[text] += bool(re.fullmatch("[A-Z]+[a-z]+[A-Za-z]*", text))
+    assert [name for name, n in count.items() if n > 1] == ["Adapted"]
+
+
+def test_what_a_public_function_returns_has_a_public_name() -> None:
+    """And what methods of public classes return."""
+    public = {
+        x.name
+        for file in PUBLIC
+        for node in find_all(ast.ImportFrom, ast.parse((ROOT / file).read_text()))
+        for x in node.names
+    }
+    returned = {
+        f"{x.name}.{f.name}": ast.unparse(f.returns)
+        for file in ROOT.rglob("*.py")
+        for x in ast.parse(file.read_text()).body
+        if isinstance(x, ast.FunctionDef | ast.ClassDef) and x.name in public
+        if file.parent.name != "_cli"
+        for f in find_all(ast.FunctionDef, x)
+        if f.returns and (f is x or f.name[0] != "_")
+    }
+    hidden = classes().keys() - public
+    assert len(returned) > 200
+    found = {x: hint for x, hint in returned.items() if hidden & {*re.findall(r"(?<!\.)\b\w+", hint)}}
+    assert not found
 
 
 TYPED = {"site", "rule", "w", "layout", "leaf"}  # names of parameters that say what they are

@@ -110,7 +110,7 @@ def test_bind_and_merge_keep_what_a_tree_is(container: str) -> None:
         assert type(tree) is type(s.params)
         assert jax.tree.structure(tree) == jax.tree.structure(s.params)
         assert jax.tree.leaves(kinds(tree)) == jax.tree.leaves(kinds(s.params))
-    is_leaf = lambda x: isinstance(x, jlora.types.Adapted | jlora.types.LowRank)  # noqa: E731
+    is_leaf = lambda x: isinstance(x, jlora.types.BoundLeaf | jlora.types.LowRank)  # noqa: E731
     leaves = jax.tree.leaves(bound, is_leaf=is_leaf)
     assert all(x.base is w for x, w in zip(leaves, jax.tree.leaves(s.params), strict=True))
     plain = jax.tree.leaves(jlora.bind(s.base, {}))

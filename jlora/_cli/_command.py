@@ -17,6 +17,7 @@ import jax
 from .._errors import ArgumentError, printable
 
 T = TypeVar("T")
+Json = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Answer(NamedTuple):
     """
 
     text: str
-    fields: dict[str, Any]
+    fields: Json
     exit_code: int = 0
 
     def as_json(self) -> str:

@@ -11,10 +11,8 @@ from .._tree import adapter_leaves, count
 from .._types import PyTree
 from ..peft._recognized import find_image
 from ..peft.adapter._config import read_config
-from ._command import FOLDER, Answer, Arg, Command, call
+from ._command import FOLDER, Answer, Arg, Command, Json, call
 from ._inputs import IGNORE, NAMES, PREFIX, format_of_adapter, table
-
-Fields = dict[str, Any]  # of JSON, or arguments by name
 
 
 @click.command(cls=Command)
@@ -72,7 +70,7 @@ def convert(
         written = "orbax"
     else:
         adapter = _to_form(source, out, {"ignore": ignore, "prefix": of_source}, form, **options)
-    fields: Fields = {
+    fields: Json = {
         "in": str(source),
         "out": str(out),
         "from": kind,
@@ -90,7 +88,7 @@ def convert(
 def _to_peft(
     source: Arg,
     out: Arg,
-    form: Fields,
+    form: Json,
     ignore: tuple[str, ...],
     names: str | None,
     base: Arg | None,
@@ -114,7 +112,7 @@ def _to_peft(
 
 
 def _to_orbax(
-    source: Arg, out: Arg, reading: Fields, names: str | None, base: Arg | None, config: Arg | None
+    source: Arg, out: Arg, reading: Json, names: str | None, base: Arg | None, config: Arg | None
 ) -> PyTree:
     if config is not None:
         raise ValueError("--config is for writing PEFT, but OUT is an Orbax checkpoint.")
@@ -130,7 +128,7 @@ def _to_orbax(
     return adapter
 
 
-def _to_form(source: Arg, out: Arg, reading: Fields, form: Fields, **unused: Any) -> PyTree:
+def _to_form(source: Arg, out: Arg, reading: Json, form: Json, **unused: Any) -> PyTree:
     for name, value in unused.items():
         if value is not None:
             raise ValueError(f"--{name} is not needed: IN and OUT are PEFT adapters. Leave it out.")

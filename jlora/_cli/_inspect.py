@@ -15,15 +15,13 @@ from .._text import align_columns, format_bytes
 from .._tree import count, size_in_bytes
 from ..peft._checkpoint import holds
 from ..peft.formats._dequantize import matrices
-from ._command import FOLDER, Answer, Arg, Command, call
+from ._command import FOLDER, Answer, Arg, Command, Json, call
 from ._inputs import IGNORE, PREFIX, format_of, open_adapter
 
 SHOWN = 4  # singular values in the table
 HEADER = ("site", "inputs × outputs", "r", "s", "‖ΔW‖", "stable", "effective", "singular values")
 NUMBERS = ("norm", "stable_rank", "effective_rank")
 TENSORS = ("tensor", "shape", "scheme", "bits", "size")
-
-Fields = dict[str, Any]  # of JSON
 
 
 @click.command(cls=Command)
@@ -79,14 +77,14 @@ def _list_quantized(folder: Arg, found: Sequence[Any]) -> Answer:
 # --------------------------------------------------------------------------------------- measuring
 
 
-def _list_leaves(leaves: Mapping[str, Any]) -> list[Fields]:
+def _list_leaves(leaves: Mapping[str, Any]) -> list[Json]:
     return [
         {"name": name, "shape": x.shape, "dtype": str(x.dtype), "parameters": math.prod(x.shape)}
         for name, x in leaves.items()
     ]
 
 
-def _site(name: str, x: LowRank | Decomposed) -> Fields:
+def _site(name: str, x: LowRank | Decomposed) -> Json:
     """Describes the ΔW of a node, a matrix each. For DoRA this is s·A·B, before normalization."""
     shape = weight_shape(x)
     measured = jlora.analysis.measure(x)._asdict()
@@ -112,7 +110,7 @@ def _site(name: str, x: LowRank | Decomposed) -> Fields:
 # ---------------------------------------------------------------------------------------- printing
 
 
-def _lines(fields: Fields, about: Fields, every: bool) -> list[str]:
+def _lines(fields: Json, about: Json, every: bool) -> list[str]:
     sites, full, rows = fields["sites"], fields["full"], fields["rows"]
     measured = [row for site in sites for row in _rows(site, every)]
     lines = align_columns(HEADER, measured, HEADER[1:-1]) if measured else []
@@ -130,7 +128,7 @@ def _lines(fields: Fields, about: Fields, every: bool) -> list[str]:
     return [*lines, "", f"{fields['format']} adapter: {found}"]
 
 
-def _rows(site: Fields, every: bool) -> list[tuple[str, ...]]:
+def _rows(site: Json, every: bool) -> list[tuple[str, ...]]:
     """Makes the rows of a site: one for each matrix, or one for a stack."""
     name, matrices = site["name"], site["matrices"]
     start = (f"{site['inputs']} × {site['outputs']}", str(site["rank"]), f"{site['scale']:.4g}")

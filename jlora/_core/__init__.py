@@ -11,7 +11,7 @@ from ._axes import RANK as RANK
 from ._axes import REPEATED as REPEATED
 from ._axes import Axis as Axis
 from ._axes import Factor as Factor
-from ._axes import Roles as Roles
+from ._axes import ProductAxes as ProductAxes
 from ._axes import Unfactorable as Unfactorable
 from ._change import Change as Change
 from ._change import Delta as Delta

@@ -38,7 +38,7 @@ RANK = Axis(-1)
 REPEATED = (None, -1)
 
 
-class Roles(NamedTuple):
+class ProductAxes(NamedTuple):
     """The axes of W that a product batches, contracts and keeps."""
 
     stack: tuple[Axis, ...]

@@ -20,7 +20,7 @@ from .. import _compat
 from .._arrays import automatically, einsum, explicit, lie_along, promote
 from ._axes import RANK, Axis, Factor, Unfactorable
 
-Pair = tuple[jax.Array, jax.Array]
+ArrayPair = tuple[jax.Array, jax.Array]
 
 FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
 
@@ -192,7 +192,7 @@ def plus(w: jax.Array, change: jax.Array) -> jax.Array:
 
 
 @plus.defjvp
-def _plus_jvp(primals: Pair, tangents: Pair) -> Pair:
+def _plus_jvp(primals: ArrayPair, tangents: ArrayPair) -> ArrayPair:
     # Added here, as under explicit sharding the two may lie differently.
     wide = promote(primals[0].dtype, jnp.float32)
     tangent = tangents[0].astype(wide) + tangents[1].astype(wide)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from .._arrays import explicit
-from ._axes import RANK, Axis, Factor, Roles, Unfactorable
+from ._axes import RANK, Axis, Factor, ProductAxes, Unfactorable
 from ._change import Delta
 from ._factored import Term, low_rank
 from ._interpret import Equation, primitive
@@ -89,7 +89,7 @@ def _contraction(eqn: Equation, at: int) -> Contraction:
     shared = {d: w.axes[i] for d, i in meet}
     x_axes = tuple(shared.get(d, Axis(RANK.name - 1 - d)) for d in range(x.ndim))
     stack, inputs = (tuple(w.axes[d] for d in dims[at]) for dims in (batch, contracted))
-    roles = Roles(stack, inputs, tuple(a for a in w.axes if a not in stack + inputs))
+    roles = ProductAxes(stack, inputs, tuple(a for a in w.axes if a not in stack + inputs))
     both = w.axes + x_axes if at == 0 else x_axes + w.axes
     y_axes = (*stack, *(a for a in both if a not in stack + inputs))
     return Contraction(eqn, w, x, roles, at, x_axes, y_axes)
@@ -142,7 +142,7 @@ def _conv_general_dilated(eqn: Equation, x: Operand, w: Operand) -> jax.Array:
         raise Unfactorable("the weight is not the kernel")
     outer, inner, *spatial = eqn.params["dimension_numbers"].rhs_spec
     inputs = tuple(w.axes[d] for d in (*sorted(spatial), inner))
-    return _Convolution(eqn, w, x, Roles((), inputs, (w.axes[outer],))).result()
+    return _Convolution(eqn, w, x, ProductAxes((), inputs, (w.axes[outer],))).result()
 
 
 @dataclasses.dataclass(frozen=True)

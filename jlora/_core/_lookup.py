@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._axes import RANK, Axis, Factor, Roles, Unfactorable, map_factors
+from ._axes import RANK, Axis, Factor, ProductAxes, Unfactorable, map_factors
 from ._change import Delta, plus
 from ._interpret import Equation, primitive
 from ._packed import Packed
@@ -41,7 +41,7 @@ def _gather(eqn: Equation, w: Operand, indices: jax.Array) -> Operand:
     batch = [axes[i] for i in dims if i not in numbers.offset_dims]
     if fills:  # such rows have no change: what is looked up must have all axes of the indices
         w = w.replace(w.w, w.change.repeat({a: w.lengths[a] for a in indexed}))
-    roles = Roles((), picked, tuple(a for a in w.axes if a in whole))
+    roles = ProductAxes((), picked, tuple(a for a in w.axes if a in whole))
     found = _Lookup(eqn, w, indices, roles, tuple(axes), tuple(batch), fills)
     return found.weight() if found.is_weight else found.result()
 

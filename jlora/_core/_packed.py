@@ -189,22 +189,22 @@ def multiply_unpacked(
     return product(packed, x, *others)
 
 
-Operands = tuple[Packed, jax.Array, *tuple[jax.Array, ...]]  # of `multiply_unpacked`
+PackedOperands = tuple[Packed, jax.Array, *tuple[jax.Array, ...]]  # of `multiply_unpacked`
 
 
 @multiply_unpacked.defjvp
 def _multiply_unpacked_jvp(
-    product: Callable[..., jax.Array], primals: Operands, tangents: Operands
+    product: Callable[..., jax.Array], primals: PackedOperands, tangents: PackedOperands
 ) -> tuple[jax.Array, jax.Array]:
     packed, _, *others = primals
     tangent = jax.checkpoint(lambda packed, dx, *others: product(packed, dx, *others))
     return multiply_unpacked(product, *primals), tangent(packed, tangents[1], *others)
 
 
-Place = NamedSharding | PartitionSpec  # which refers to the mesh of `jax.set_mesh`
+NamedPlace = NamedSharding | PartitionSpec  # which refers to the mesh of `jax.set_mesh`
 
 
-def place_of_part(f: Factor, sharding: Place, axes: Sequence[Axis]) -> Place:
+def place_of_part(f: Factor, sharding: NamedPlace, axes: Sequence[Axis]) -> NamedPlace:
     """Shards a part like the weight with the axes `axes`, as far as it can be split evenly."""
     named = isinstance(sharding, NamedSharding)
     mesh = sharding.mesh if named else jax.sharding.get_abstract_mesh()

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._arrays import lie_along, promote
-from ._axes import RANK, Factor, Roles, Unfactorable
-from ._change import Delta, Pair
+from ._axes import RANK, Factor, ProductAxes, Unfactorable
+from ._change import ArrayPair, Delta
 from ._weight import Weight
 
 
@@ -32,7 +32,7 @@ class Product(abc.ABC):
     eqn: Any
     w: Weight
     x: jax.Array
-    roles: Roles
+    roles: ProductAxes
 
     @abc.abstractmethod
     def base(self, x: jax.Array) -> jax.Array:
@@ -151,7 +151,7 @@ _scaled = jax.custom_jvp(_product)
 
 
 @_scaled.defjvp
-def _scaled_jvp(primals: Pair, tangents: Pair) -> Pair:
+def _scaled_jvp(primals: ArrayPair, tangents: ArrayPair) -> ArrayPair:
     (_, gain), (dx, dgain) = primals, tangents
     y = _scaled(*primals)
     # Without the barrier XLA would compute y again, from x, and keep both.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._grouped import multiply
-from ._axes import RANK, Axis, Factor, Roles, Unfactorable
+from ._axes import RANK, Axis, Factor, ProductAxes, Unfactorable
 from ._change import Delta
 from ._interpret import Equation, primitive
 from ._product import Product
@@ -29,7 +29,7 @@ def _ragged_dot_general(eqn: Equation, x: Operand, w: Operand, group_sizes: jax.
     if not isinstance(w, Weight):
         return multiply(eqn.bind, x, w, group_sizes, groups[0])
     [outer] = {0, 1, 2} - {groups[0], contracted[0]}
-    roles = Roles(*((w.axes[d],) for d in (groups[0], contracted[0], outer)))
+    roles = ProductAxes(*((w.axes[d],) for d in (groups[0], contracted[0], outer)))
     try:
         return _Ragged(eqn, w, x, roles, group_sizes).result()
     except NotImplementedError as e:  # JAX's, within `vmap`

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from .. import _compat
-from ._axes import Along, Axis, Factor, Group, Roles, Unfactorable, map_factors
+from ._axes import Along, Axis, Factor, Group, ProductAxes, Unfactorable, map_factors
 from ._change import Change
 from ._packed import Packed
 
@@ -219,7 +219,7 @@ class Recorder(Protocol):
     def read(self, w: Weight) -> None:
         """Records the name scope in which `w` is multiplied or looked up."""
 
-    def product(self, w: Weight, kind: str, roles: Roles) -> None:
+    def product(self, w: Weight, kind: str, roles: ProductAxes) -> None:
         """Records a product in which the axes of `w` have `roles`."""
 
     def no_product(self, w: Weight, reason: str, added: bool = False) -> None:

@@ -11,6 +11,7 @@ out of W. To see what training changed, give nodes of `arithmetic.difference(ada
 from ._directions import amplification as amplification
 from ._directions import intruder_dimensions as intruder_dimensions
 from ._directions import subspace_similarity as subspace_similarity
+from ._measure import Measured as Measured
 from ._measure import measure as measure
 from ._size import delta_spectrum as delta_spectrum
 from ._size import distance as distance

@@ -8,8 +8,6 @@ import numpy as np
 from .._adapters import Decomposed, LowRank, weight_shape, without_slots
 from ._size import effective_rank, stable_rank
 
-Matrices = tuple[np.ndarray, np.ndarray]
-
 
 class Measured(NamedTuple):
     """The size of each ΔW of a node, as arrays of float64.
@@ -61,7 +59,7 @@ def relative(change: float, size: float) -> float:
     return change / size if size else math.inf if change else 0.0
 
 
-def _matrices(node: LowRank | Decomposed) -> Matrices:
+def _matrices(node: LowRank | Decomposed) -> tuple[np.ndarray, np.ndarray]:
     """Returns s·A as (stack…, inputs, r) and B as (stack…, r, outputs); slots are concatenated."""
     flat = without_slots(node, weight_shape(node))
     a, b = (np.asarray(x, np.float64) for x in (flat.a, flat.b))

@@ -14,7 +14,7 @@ from .._site import Rule
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from ._fingerprint import Fingerprint, Leaf, leaf_of, struct_of
-from ._rules_in_files import Fields, decode_rule, encode_rule, registered
+from ._rules_in_files import Record, decode_rule, encode_rule, registered
 
 FORMAT = 2  # format 1 is of jlora 0.1 and 0.2
 LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")
@@ -55,7 +55,7 @@ def flatten_leaves(found: Mapping[Path, Any]) -> dict[Path, Any]:
 
 def encode(
     found: Mapping[Path, Any], rules: Sequence[Rule], step: int | None, base: Fingerprint | None
-) -> Fields:
+) -> Record:
     """Returns the metadata of an adapter as JSON."""
     fields = {
         "format": FORMAT,
@@ -69,13 +69,13 @@ def encode(
     return plain | {"sha256": digest(plain)}
 
 
-def digest(fields: Fields) -> str:
+def digest(fields: Record) -> str:
     """Returns the hash of metadata, without their field `sha256`."""
     rest = {name: value for name, value in fields.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def decode(fields: Fields) -> Saved:
+def decode(fields: Record) -> Saved:
     """Returns the metadata from JSON; any error may be raised for invalid JSON."""
     leaves, hashes = {}, {}
     for item in fields["adapter"]:
@@ -97,7 +97,7 @@ def decode(fields: Fields) -> Saved:
 # ------------------------------------------------------------------------------------------ leaves
 
 
-def _encode_leaf(path: Path, x: AdapterLeaf) -> Fields:
+def _encode_leaf(path: Path, x: AdapterLeaf) -> Record:
     parts = {p[-1]: leaf_of(array, values=True) for p, array in flatten_leaves({path: x}).items()}
     item = {"path": list(path), "arrays": parts}
     if is_node(x):
@@ -105,7 +105,7 @@ def _encode_leaf(path: Path, x: AdapterLeaf) -> Fields:
     return item
 
 
-def _decode_leaf(item: Fields, parts: dict[str, Any]) -> Any:
+def _decode_leaf(item: Record, parts: dict[str, Any]) -> Any:
     if "layout" not in item:
         (full,) = parts.values()
         return full

@@ -16,7 +16,7 @@ from .._site import Rule
 from ..initializers import Initializer
 from ..initializers._initializer import SketchInitializer
 
-Fields = dict[str, Any]
+Record = dict[str, Any]
 OWN = "jlora.initializers."
 SCHEMES = {
     name: x for name, x in vars(_quantized).items() if isinstance(x, type) and issubclass(x, Scheme)
@@ -42,7 +42,7 @@ class Foreign:
         )
 
 
-def encode_rule(rule: Rule) -> Fields:
+def encode_rule(rule: Rule) -> Record:
     fields = {f.name: _encode_field(getattr(rule, f.name)) for f in dataclasses.fields(rule)}
     if isinstance(rule, LoRA):
         fields["scale"] = rule.scale  # for readers of the file; it follows from the other fields
@@ -60,7 +60,7 @@ def _encode_field(value: Any) -> Any:
         case np.dtype() | type():
             return {"dtype": jnp.dtype(value).name}
         case Initializer():
-            fields: Fields = {"function": _name(type(value))}
+            fields: Record = {"function": _name(type(value))}
             if _is_known(value):
                 fields["options"] = {name: _encode_field(x) for name, x in vars(value).items()}
             return fields
@@ -69,7 +69,7 @@ def _encode_field(value: Any) -> Any:
     return {"function": value.name if isinstance(value, Foreign) else _name(value)}
 
 
-def decode_rule(fields: Fields) -> Rule:
+def decode_rule(fields: Record) -> Rule:
     kind = registered("rule", fields["rule"], RULES)
     names = [f.name for f in dataclasses.fields(kind) if f.name in fields]
     return kind(**{name: _decode_field(fields[name]) for name in names})

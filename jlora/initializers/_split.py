@@ -30,7 +30,7 @@ from ._initializer import RankRule, Start, dtype_of
 
 Factors = tuple[jax.Array, jax.Array]  # A and B, or Q and R
 # `(key, w, rank, scale) -> (a, b)` for matrices w (…, inputs, outputs), which lose scale·A·B.
-Factored = Callable[[jax.Array, jax.Array, int, float], Factors]
+Factorize = Callable[[jax.Array, jax.Array, int, float], Factors]
 
 
 class Split(NamedTuple):
@@ -68,7 +68,7 @@ def split_of(w: BaseLeaf, site: Site, rule: RankRule, form: Form | None = None) 
     return Split(site.layout, rule.rank, rule.scale, dtype_of(site, rule), form)
 
 
-def split(factored: Factored, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
+def split(factored: Factorize, key: jax.Array, w: BaseLeaf, site: Site, rule: RankRule) -> Start:
     """Returns W - s·A·B, rounded once, and A and B, which `factored` computes.
 
     Each matrix of a stack and each slot is factored on its own. If W is quantized, W - s·A·B is
@@ -79,7 +79,7 @@ def split(factored: Factored, key: jax.Array, w: BaseLeaf, site: Site, rule: Ran
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _split(factored: Factored, spec: Split, key: jax.Array, w: jax.Array | Quantized) -> Start:
+def _split(factored: Factorize, spec: Split, key: jax.Array, w: jax.Array | Quantized) -> Start:
     if not isinstance(w, Quantized):
         return split_array(factored, spec, key, w)
 
@@ -111,7 +111,7 @@ def map_stack(
 
 
 def split_array(
-    factored: Factored, spec: Split, key: jax.Array, w: jax.Array
+    factored: Factorize, spec: Split, key: jax.Array, w: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns W - s·A·B, A and B; slots that are not chosen do not change."""
 
@@ -141,7 +141,7 @@ def _in_slots(f: Callable[..., Any], spec: Split, w: jax.Array) -> tuple[Any, An
     return jnp.concatenate(parts, axis), a, b
 
 
-def _factor_matrices(factored: Factored, spec: Split, key: jax.Array, w: jax.Array) -> Factors:
+def _factor_matrices(factored: Factorize, spec: Split, key: jax.Array, w: jax.Array) -> Factors:
     stack, inputs, outputs = (tuple(w.shape[d] for d in axes) for axes in spec.layout[:3])
     x = lax.transpose(w, [d for axes in spec.layout[:3] for d in axes])
     x = x.reshape(*stack, math.prod(inputs), math.prod(outputs))

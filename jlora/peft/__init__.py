@@ -18,12 +18,15 @@ from ._save import save as save
 from ._save import tensors as tensors
 from .adapter._draft import DIALECTS as DIALECTS
 from .engines import ENGINES as ENGINES
+from .engines._check import Checked as Checked
 from .engines._check import check as check
+from .formats._dequantize import Matrix as Matrix
 from .formats._dequantize import dequantize_checkpoint as dequantize_checkpoint
 from .formats._load_base import load_base as load_base
 from .formats._load_base import save_base as save_base
 from .merge._export import export_merged as export_merged
 from .names import tables as tables
+from .names._by_value import Found as Found
 from .names._by_value import find_names as find_names
 from .names._names import Name as Name
 from .names._weights import from_tensors as from_tensors

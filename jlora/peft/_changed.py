@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ._checkpoint import Checkpoint, Opener
-from ._file import DTYPES, Header, TensorInfo, make_header
+from ._file import DTYPES, FileHeader, TensorInfo, make_header
 
 
 def rearrange(
@@ -27,7 +27,7 @@ def rearrange(
         config: the configuration.
         openers: the openers of the tensors that are not those of this name in `checkpoint`.
     """
-    headers = dict[str, Header]()
+    headers = dict[str, FileHeader]()
     where = dict[str, str]()
     for file, entries in files.items():
         if entries == [*checkpoint.headers[file].entries.values()]:

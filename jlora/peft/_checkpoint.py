@@ -17,7 +17,7 @@ from ._file import (
     LIMIT,
     PICKLES,
     TENSORS,
-    Header,
+    FileHeader,
     Source,
     TensorInfo,
     open_file,
@@ -63,7 +63,7 @@ class Checkpoint:
     """
 
     source: Source
-    headers: dict[str, Header]
+    headers: dict[str, FileHeader]
     where: dict[str, str]
     kept: list[str]
     left_out: list[str]

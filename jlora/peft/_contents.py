@@ -32,7 +32,7 @@ from .names._leaves import NamedLeaf
 from .names._names import Name
 from .names._torch_layout import join_factors
 
-Leaf = Factored | Replaced | np.ndarray | jax.Array
+ContentsLeaf = Factored | Replaced | np.ndarray | jax.Array
 _ROWS = Layout((), (0,), (1,))
 # The axes of the weights of linear modules, embeddings, experts, and convolutions.
 _AXES = {
@@ -54,7 +54,7 @@ class Contents:
         frozen: parameters of the base that PEFT stores with A and B, by name.
     """
 
-    leaves: Mapping[str, Leaf]
+    leaves: Mapping[str, ContentsLeaf]
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     frozen: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)

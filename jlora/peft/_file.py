@@ -128,7 +128,7 @@ class TensorInfo(NamedTuple):
         return self._replace(shape=shape)
 
 
-class Header(NamedTuple):
+class FileHeader(NamedTuple):
     """The header of a file.
 
     Attributes:
@@ -142,7 +142,7 @@ class Header(NamedTuple):
     metadata: Mapping[str, str] = {}
 
 
-def read_header(source: Source, name: str = TENSORS) -> Header:
+def read_header(source: Source, name: str = TENSORS) -> FileHeader:
     """Reads the header of a file of `source`; `ValueError` if the file is damaged."""
     with open_file(source, name) as (file, size), blame(source.argument, name):
         start = file.read(8)
@@ -156,7 +156,7 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
             raw = parse(text := file.read(count))
         entries = _parse_entries(raw)
         _check_extents(entries, size - 8 - count)
-    return Header(entries, start + text, raw.get("__metadata__", {}))
+    return FileHeader(entries, start + text, raw.get("__metadata__", {}))
 
 
 def _parse_entries(raw: dict[str, Any]) -> dict[str, TensorInfo]:
@@ -184,7 +184,7 @@ def explain_name(key: str) -> str:
     return f"expected at most {NAME_LIMIT} printable characters, with at most {DEPTH_LIMIT} dots"
 
 
-def make_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> Header:
+def make_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> FileHeader:
     """Makes the header of a file as the safetensors library does."""
     metadata = {**FORMAT, **metadata}
     sizes = {name: x.itemsize for name, x in DTYPES.items()} | OTHERS
@@ -197,7 +197,7 @@ def make_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> H
         fields[x.key] = {"dtype": x.dtype, "shape": x.shape, "data_offsets": [start, at]}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return Header(entries, len(text).to_bytes(8, "little") + text, metadata)
+    return FileHeader(entries, len(text).to_bytes(8, "little") + text, metadata)
 
 
 def _parse_tensor(key: str, fields: object) -> TensorInfo | None:
@@ -235,7 +235,7 @@ def _check_extents(entries: dict[str, TensorInfo], size: int) -> None:
 
 
 def read_tensors(
-    source: Source, header: Header, tensors: Iterable[TensorInfo], name: str = TENSORS
+    source: Source, header: FileHeader, tensors: Iterable[TensorInfo], name: str = TENSORS
 ) -> dict[str, np.ndarray]:
     """Reads tensors of an adapter by their names; those of 8 bits become float32."""
     found = {}

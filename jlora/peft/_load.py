@@ -21,7 +21,7 @@ from .adapter._parameters import Model, assign_parameters, list_missing, list_un
 from .adapter._parts import Part, Values, fill
 from .adapter._sorted import Adapter, sort_tensors
 from .names._advice import advise
-from .names._leaves import NamedLeaf, resolve, sort_by_row
+from .names._leaves import NamedLeaf, find_leaves, sort_by_row
 from .names._names import Name
 from .names._torch_layout import join_factors, join_rows, join_weight
 
@@ -85,7 +85,7 @@ def load(
         >>> jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), again, adapter))
         True
     """
-    leaves = sort_by_row(resolve(base, names), names)
+    leaves = sort_by_row(find_leaves(base, names), names)
     named = {leaf.path for leaf in leaves}
     every = {path: getattr(x, "shape", ()) for path, x in leaves_by_path(base, is_node)}
     lost = {path: shape for path, shape in every.items() if path not in named and len(shape) > 1}

@@ -20,7 +20,7 @@ from ._problems import About
 from .adapter._arranged import Tree, arrange
 from .adapter._config import LIMIT
 from .adapter._describe import (
-    Fields,
+    Configuration,
     describe,
     find_frozen,
     find_full,
@@ -233,7 +233,7 @@ def _warn_of_prefix(folder: Path, own: Values) -> None:
             )
 
 
-def _collect(fields: Fields, tree: Tree, parts: list[Part[np.ndarray]]) -> Values:
+def _collect(fields: Configuration, tree: Tree, parts: list[Part[np.ndarray]]) -> Values:
     """Collects what PEFT stores of an adapter, with what it saves as a whole."""
     # What has A and B too, `fit` refuses.
     saved = [x for x in find_full(fields, tree) if not is_node(tree.found.get(x.path))]
@@ -250,7 +250,7 @@ def _collect(fields: Fields, tree: Tree, parts: list[Part[np.ndarray]]) -> Value
     return Parameters(parts, full, values, tree.tokens)
 
 
-def _refuse_lost(saved: Sequence[NamedLeaf], fields: Fields, tree: Tree) -> None:
+def _refuse_lost(saved: Sequence[NamedLeaf], fields: Configuration, tree: Tree) -> None:
     """Raises for leaves in full, and heads tied to them, that a given configuration leaves out."""
     saves = make_saves(fields)
     heads = filter(None, (tree.tied.get(leaf.modules[0]) for leaf in tree.full))

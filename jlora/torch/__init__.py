@@ -5,6 +5,7 @@ Nothing else in jlora imports PyTorch or torchax. Imports `_compat`, `_errors`, 
 """
 
 from ._all_linear import all_linear as all_linear
+from ._apply import Apply as Apply
 from ._compare import compare as compare
 from ._differences import Difference as Difference
 from ._differences import Differences as Differences

@@ -8,7 +8,7 @@ from .._errors import InputError
 from .._rules import compile_pattern
 from .._site import Site
 from .._sites import Sites
-from ._names import Part, Structured, find_parts
+from ._names import Structured, Subtree, find_parts
 
 
 def all_linear(apply: Structured, sites: Sites | None = None) -> str:
@@ -56,7 +56,7 @@ def all_linear(apply: Structured, sites: Sites | None = None) -> str:
     return "|".join(dict.fromkeys(_shorten(_path(name), others) for name in chosen))
 
 
-def _list_used(part: Part, own: Mapping[str, Site]) -> list[str]:
+def _list_used(part: Subtree, own: Mapping[str, Site]) -> list[str]:
     """Lists the linear leaves of a model that outputs depend on, by calls of their modules."""
     known = (x for x in part.structure.linear if x in own and x not in part.structure.tied)
     return [x for x in known if own[x].kind and own[x].used and part.is_called(x, own[x])]

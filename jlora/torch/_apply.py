@@ -33,7 +33,7 @@ Shardings = Mapping[str, PartitionSpec | NamedSharding]
 Policies = Mapping[str, Callable[..., bool] | None]
 
 
-class Call(torch.nn.Module):
+class MethodCall(torch.nn.Module):
     """A module whose call is the call of a method of `model`."""
 
     def __init__(self, model: torch.nn.Module, method: str, environment: Operators) -> None:
@@ -168,7 +168,7 @@ class Apply:
             recompute(model.get_submodule(name), self._environment, policy)
         for stack in self.structure.stacks:
             Scan(stack, model, self._environment)
-        call = Call(model, method, self._environment)
+        call = MethodCall(model, method, self._environment)
         with self._environment.running():
             out = torch.func.functional_call(call, tensors, tuple(args), dict(kwargs), strict=True)
         return convert(out, self._to_jax)

@@ -17,7 +17,7 @@ from .operators._state import PLAIN
 from .operators._tensor import Pending, Tensor
 
 Arrays = Mapping[str, jax.Array]
-Leaves = list[jax.Array | jax.ShapeDtypeStruct | None]  # None for what is static
+ArrayLeaves = list[jax.Array | jax.ShapeDtypeStruct | None]  # None for what is static
 WITHIN = 3  # the number of the call that tensors within a scan belong to
 
 
@@ -43,7 +43,7 @@ class Given(NamedTuple):
         return cls(leaves, structure)
 
     @property
-    def arrays(self) -> Leaves:
+    def arrays(self) -> ArrayLeaves:
         """The arrays in tensors that are traced; of tensors without values, their types."""
         return [_read(x) if isinstance(x, Tensor) else None for x in self.leaves]
 
@@ -99,7 +99,7 @@ class Module:
         """Its parameters and buffers, by name."""
         return dict((*self.module.named_parameters(), *self.module.named_buffers()))
 
-    def wrap(self, arrays: Leaves, like: Given, call: int) -> Any:
+    def wrap(self, arrays: ArrayLeaves, like: Given, call: int) -> Any:
         """Makes tensors of arrays, in place of those in `like`, for a call of the model."""
         found = list[Any]()
         for x, old in zip(arrays, like.leaves, strict=True):
@@ -110,7 +110,7 @@ class Module:
             found.append(new)
         return like.with_tensors(found)
 
-    def compute(self, given: Given, params: Arrays, arrays: Leaves, call: int) -> Leaves:
+    def compute(self, given: Given, params: Arrays, arrays: ArrayLeaves, call: int) -> ArrayLeaves:
         """Computes the arrays of `out`; raises if the module writes into its arguments."""
         wrapped = {name: self.environment.wrap(x) for name, x in params.items()}
         args, kwargs = self.wrap(arrays, given, call)
@@ -240,12 +240,12 @@ class Scan:
         if not same or (number > period and one.sources != other.sources):
             refuse(f"gives layer {number} in `scan` other arguments than those before", NO_SCAN)
 
-    def _shape(self, stacked: Arrays, single: Arrays, arrays: Leaves) -> Leaves:
+    def _shape(self, stacked: Arrays, single: Arrays, arrays: ArrayLeaves) -> ArrayLeaves:
         """Computes what a layer of the first step returns."""
         first = {name: x[0] for name, x in stacked.items()}
         return self._compute(len(self._calls) - 1, {**single, **first}, arrays)
 
-    def _compute(self, kind: int, params: Arrays, arrays: Leaves) -> Leaves:
+    def _compute(self, kind: int, params: Arrays, arrays: ArrayLeaves) -> ArrayLeaves:
         given, _, has_gradients = self._calls[kind]
         with torch.set_grad_enabled(has_gradients):
             return self.layers[kind].compute(given, params, arrays, WITHIN)
@@ -265,7 +265,7 @@ class Scan:
         varying, same = zip(*inputs, strict=True)
 
         def step(carry: dict[int, Any], x: Any) -> tuple[dict[int, Any], None]:
-            out: Leaves = []
+            out: ArrayLeaves = []
             for kind, (given, sources, _) in enumerate(first):
                 known = same[kind] | x[1][kind] | ({} if kind else carry)
                 known |= {at: out[k] for at, k in enumerate(sources) if k is not None}

@@ -27,7 +27,7 @@ from ._differences import (
     GRADIENT,
     OUTPUT,
     UNKNOWN,
-    Arrays,
+    ByPath,
     Difference,
     Results,
     judge,
@@ -188,7 +188,7 @@ def _flatten(outputs: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): x for path, x in leaves if isinstance(x, kinds)}
 
 
-def _draw_signs(outputs: Arrays) -> dict[str, jax.Array]:
+def _draw_signs(outputs: ByPath) -> dict[str, jax.Array]:
     """Draws a cotangent, which every dtype holds."""
     keys = jax.random.split(jax.random.key(0), max(1, len(outputs)))
     draw = functools.partial(jax.random.rademacher, dtype=jnp.float32)

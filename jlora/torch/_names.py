@@ -104,7 +104,7 @@ class Structured(Protocol):
     structure: Structure
 
 
-class Part(NamedTuple):
+class Subtree(NamedTuple):
     """A part of a tree that has the parameters of the model.
 
     Attributes:
@@ -173,7 +173,7 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
     return (*rows.values(), *others.values())
 
 
-def find_parts(apply: Structured, own: Mapping[str, Site]) -> list[Part]:
+def find_parts(apply: Structured, own: Mapping[str, Site]) -> list[Subtree]:
     """Finds the parts of a tree that are the model; raises if there is none."""
     prefixes = apply.structure.find_prefixes(own)
     if not prefixes:
@@ -183,7 +183,7 @@ def find_parts(apply: Structured, own: Mapping[str, Site]) -> list[Part]:
             f"`sites` has them all: its first leaf is {next(iter(own), None)!r}.",
             remedy="Give the function of which `sites` was made.",
         )
-    return [Part(x, apply.structure.nest(x)) for x in prefixes]
+    return [Subtree(x, apply.structure.nest(x)) for x in prefixes]
 
 
 def _row(site: Site, name: str, structure: Structure, is_called: bool) -> Name:

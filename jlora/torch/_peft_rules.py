@@ -2,7 +2,7 @@
 
 import torch  # pyright: ignore[reportMissingImports]
 
-from ..peft.names._peft import Answer, load_answers
+from ..peft.names._peft import ModuleRules, load_module_rules
 
 
 def find_refused(model: torch.nn.Module) -> dict[str, str]:
@@ -37,7 +37,7 @@ def find_linear(model: torch.nn.Module) -> tuple[str, ...]:
     names = [name for name, x in model.named_parameters() if 1 not in x.shape]
     answer = _answer_of(model)
     if not all(any(name.endswith(f".{x}") for name in names) for x in answer.parameters):
-        answer = Answer()  # of `transformers` 4, whose experts PEFT takes as they are
+        answer = ModuleRules()  # of `transformers` 4, whose experts PEFT takes as they are
     experts = tuple(f".{name}" for name in answer.parameters)
     linear = {name for name, m in modules.items() if _is_linear(m) and m is not head}
     # PEFT also adapts modules whose names end with one of these.
@@ -69,9 +69,9 @@ def _head_of(model: torch.nn.Module) -> torch.nn.Module | None:
     return model.get_output_embeddings() if is_known else None
 
 
-def _answer_of(model: torch.nn.Module) -> Answer:
+def _answer_of(model: torch.nn.Module) -> ModuleRules:
     kind = str(getattr(getattr(model, "config", None), "model_type", ""))
-    return load_answers().get(kind, Answer())
+    return load_module_rules().get(kind, ModuleRules())
 
 
 def _last(name: str) -> str:

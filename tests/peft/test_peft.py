@@ -43,7 +43,7 @@ from jlora.peft import Name, _contents, _save
 from jlora.peft.adapter._config import list_misformed
 from jlora.peft.adapter._describe import _select
 from jlora.peft.adapter._draft import make_draft
-from jlora.peft.names._leaves import resolve
+from jlora.peft.names._leaves import find_leaves
 from jlora.types import Layout, LowRank
 from tests.peft.merge.test_peft_merged import checkpoint
 from tests.peft.merge.test_peft_merged import read as read_all
@@ -504,9 +504,9 @@ def test_tables_of_the_examples() -> None:
         (bert, config, bert.shapes(config, 3)),
         (llama, sizes, llama.shapes(sizes)),
     ):
-        modules = {leaf.path: leaf.modules for leaf in resolve(params, model.NAMES)}
+        modules = {leaf.path: leaf.modules for leaf in find_leaves(params, model.NAMES)}
         assert len(modules) == len(jax.tree.leaves(params))
-        assert modules == {leaf.path: leaf.modules for leaf in resolve(params, model.names(of))}
+        assert modules == {leaf.path: leaf.modules for leaf in find_leaves(params, model.names(of))}
 
 
 def test_tensors_need_a_name_for_every_leaf() -> None:

@@ -32,7 +32,7 @@ from jlora import peft
 from jlora._tree import nest
 from jlora.peft import Name
 from jlora.peft.names._advice import advise
-from jlora.peft.names._leaves import resolve, row_of
+from jlora.peft.names._leaves import find_leaves, row_of
 from jlora.peft.names.tables import transformers
 from jlora.types import Layout, LowRank
 from tests.peft.formats import test_base_files as base_files
@@ -171,7 +171,7 @@ PATHS: dict[tuple[str, str, tuple[int, ...]], tuple[list[str], str | None]] = {
 @pytest.mark.parametrize(("table", "path", "shape"), PATHS)
 def test_tables(table: str, path: str, shape: tuple[int, ...]) -> None:
     """One path of each kind; whole models need their libraries: `tests/peft/names/tables`."""
-    [leaf] = resolve(nest({tuple(path.split("/")): jnp.zeros(shape)}), peft.TABLES[table])
+    [leaf] = find_leaves(nest({tuple(path.split("/")): jnp.zeros(shape)}), peft.TABLES[table])
     assert (list(leaf.modules), leaf.name.kind) == PATHS[table, path, shape]
 
 
@@ -209,7 +209,7 @@ def test_tables_of_flax_models(table: str) -> None:
     assert len(models) >= len(FLAX[table])
     for shapes in models.values():
         leaves = [tree_of(path, shape) for path, shape in shapes.items()]
-        resolved = [resolve(leaf, peft.TABLES[table]) for leaf in leaves]
+        resolved = [find_leaves(leaf, peft.TABLES[table]) for leaf in leaves]
         for (path, shape), found in zip(shapes.items(), resolved, strict=True):
             if len(shape) == 3:  # ViT's token and positions
                 assert not found
@@ -503,4 +503,4 @@ def test_layers_in_blocks(
 def test_sizes_tell_rows_apart() -> None:
     """A row of two modules is none of a leaf of three."""
     base = {"0": {"kv": {"w": jnp.zeros((3, 3, 4, 2))}}}
-    assert resolve(base, NAMES) == []
+    assert find_leaves(base, NAMES) == []

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from tiny_models import Pair, list_options, list_pairs, list_parts, make_model
 
 import jlora
-from jlora.peft.places._rows import Rows, make_table
+from jlora.peft.places._rows import Renaming, make_table
 from jlora.peft.places._views import Piece
 
 FILE = pathlib.Path(jlora.__file__).parent / "peft" / "places" / "transformers.json"
@@ -172,7 +172,7 @@ def make(model: Any) -> Made:
     read = {stored: name for stored, name in read.items() if rows.get(stored) != name}
     sizes = {x: stored.get(name) or shapes[name] for x, name in others.items()}
     wanted = {own for x in others for own, *_ in every[x]}
-    if Rows(rows | read).name(sizes).keys() != wanted:
+    if Renaming(rows | read).name(sizes).keys() != wanted:
         read = {}
     prefix = model.base_model_prefix
     prefix = prefix if prefix and hasattr(model, prefix) else ""
@@ -396,7 +396,7 @@ def _write(names: Names, box: str) -> str:
 
 def _check(rows: Any, found: Any, own: Any, stored: Any) -> None:
     """Raises unless the rows give each parameter its boxes, and no name to two of them."""
-    places = Rows(rows).name(stored)
+    places = Renaming(rows).name(stored)
     if wrong := [name for name in places.keys() & stored.keys() if places[name].tensor != name]:
         raise WrongRowsError(rows, wrong)
     for name, boxes in found.items():

@@ -23,7 +23,7 @@ import tiny_models  # noqa: E402
 from small import some  # noqa: E402
 
 from jlora import peft  # noqa: E402
-from jlora.peft.names._peft import Answer, load_answers  # noqa: E402
+from jlora.peft.names._peft import ModuleRules, load_module_rules  # noqa: E402
 from jlora.peft.places._find import load_table  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
@@ -69,7 +69,7 @@ def test_the_file_is_what_the_library_does() -> None:
 def test_peft_answers_as_the_file_says(name: str) -> None:
     model = tiny_models.make_model(getattr(transformers, name))
     found = {key: tuple(x) for key, x in ask_peft.ask(model).items()}
-    assert Answer(**found) == load_answers().get(model.config.model_type, Answer())
+    assert ModuleRules(**found) == load_module_rules().get(model.config.model_type, ModuleRules())
 
 
 def test_constants_are_pefts() -> None:

@@ -18,12 +18,14 @@ from ._patterns import PATTERNS, find_common, last_of, list_parents, list_tails
 from ._roles import Roles, find_divisor, make_saves, saves_bias
 from ._sorted import SAVED_BY_NAME, is_of_vocabulary, may_tie
 
-Fields = dict[str, Any]
+Configuration = dict[str, Any]
 
 NO_MODULE = "dummy-target-modules"  # PEFT's word for "no module"
 
 
-def describe(given: Fields, tree: Tree, parts: Sequence[Part[np.ndarray]], about: About) -> Fields:
+def describe(
+    given: Configuration, tree: Tree, parts: Sequence[Part[np.ndarray]], about: About
+) -> Configuration:
     """Makes the configuration of an adapter.
 
     If `given` has `target_modules`, it is what chooses modules, rows and what is saved whole.
@@ -46,7 +48,7 @@ def describe(given: Fields, tree: Tree, parts: Sequence[Part[np.ndarray]], about
     return _set_scales(fields, _key(parts, fields), tree.tied)
 
 
-def _choose(tree: Tree) -> Fields:
+def _choose(tree: Tree) -> Configuration:
     """Makes the fields that choose what is adapted and saved, and nothing else."""
     targets = _choose_targets(tree)
     full = _choose_full(tree)
@@ -54,7 +56,7 @@ def _choose(tree: Tree) -> Fields:
     return targets | full | _choose_tokens(tree) | {"ensure_weight_tying": is_tied}
 
 
-def _key(parts: Sequence[Part[np.ndarray]], fields: Fields) -> Iterable[Part[np.ndarray]]:
+def _key(parts: Sequence[Part[np.ndarray]], fields: Configuration) -> Iterable[Part[np.ndarray]]:
     """Gives parts the names that patterns match: of parameters if they are selected by name."""
     homes = [part.name.rpartition(".")[::2] for part in parts]
     roles = Roles(fields)
@@ -67,7 +69,7 @@ def _key(parts: Sequence[Part[np.ndarray]], fields: Fields) -> Iterable[Part[np.
 # ------------------------------------------------------------------------- which are adapted
 
 
-def _choose_targets(tree: Tree) -> Fields:
+def _choose_targets(tree: Tree) -> Configuration:
     """Selects the leaves with A and B, and the heads tied to them, and nothing else."""
     adapted = {name for leaf in tree.low for name in leaf.parameters}
     tied = {m: head for m, head in tree.tied.items() if f"{m}.weight" in adapted}
@@ -111,7 +113,7 @@ def _with_parents(modules: Iterable[str]) -> set[str]:
 # ------------------------------------------------------------------------- what is saved whole
 
 
-def _choose_full(tree: Tree) -> Fields:
+def _choose_full(tree: Tree) -> Configuration:
     """Saves leaves in full, and heads tied to them, by `bias` or `modules_to_save`."""
     # PEFT stores the parameters of a vocabulary although no field names their modules.
     each = () if tree.is_whole else tree.full
@@ -138,7 +140,7 @@ def _choose_full(tree: Tree) -> Fields:
     }
 
 
-def find_full(fields: Fields, tree: Tree) -> list[NamedLeaf]:
+def find_full(fields: Configuration, tree: Tree) -> list[NamedLeaf]:
     """Finds the leaves of which all modules are saved in full."""
     saves = make_saves(fields)
     adapted = {module for leaf in tree.low for module in leaf.modules}
@@ -149,7 +151,7 @@ def find_full(fields: Fields, tree: Tree) -> list[NamedLeaf]:
     return [leaf for leaf in tree.leaves if all(is_saved(leaf, module) for module in leaf.modules)]
 
 
-def find_frozen(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:
+def find_frozen(fields: Configuration, tree: Tree) -> dict[str, NamedLeaf]:
     """Finds the frozen embeddings and heads that PEFT stores with A and B, by parameter."""
     if fields.get(INDICES) is not None:  # then PEFT stores none
         return {}
@@ -169,7 +171,7 @@ def find_frozen(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:
 # ------------------------------------------------------------------------- how it is trained
 
 
-def set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields:
+def set_training(fields: Configuration, given: Mapping[str, Any], tree: Tree) -> Configuration:
     """Sets dropout and `fan_in_fan_out`."""
     dropouts = {tree.found[leaf.path].dropout for leaf in tree.low}
     if "lora_dropout" not in given and len(dropouts) > 1:
@@ -178,7 +180,7 @@ def set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields
             f"has the dropout rates {sorted(dropouts)}, but PEFT has one for all sites. "
             "Choose it with config={'lora_dropout': 0.1}.",
         )
-    new: Fields = {}
+    new: Configuration = {}
     if "lora_dropout" not in given:
         new["lora_dropout"] = next(iter(dropouts), 0.0)
     if "fan_in_fan_out" not in given:
@@ -195,7 +197,7 @@ def set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields
     return fields
 
 
-def _choose_tokens(tree: Tree) -> Fields:
+def _choose_tokens(tree: Tree) -> Configuration:
     """Chooses the rows of embeddings."""
     wanted = {leaf.modules[0]: tree.found[leaf.path].rows for leaf in tree.rows}
     others = _with_parents(tree.modules) - wanted.keys()
@@ -231,8 +233,8 @@ def _select(chosen: Mapping[str, bool], is_whole: bool = True) -> list[str]:
 
 
 def _set_scales(
-    fields: Fields, parts: Iterable[Part[np.ndarray]], tied: Mapping[str, str]
-) -> Fields:
+    fields: Configuration, parts: Iterable[Part[np.ndarray]], tied: Mapping[str, str]
+) -> Configuration:
     """Sets rank, alpha and patterns for the keys of parts, and for the heads tied to them."""
     scales = {part.key: (part.rank, part.scale) for part in parts}
     scales |= {head: scales[key] for key, head in tied.items() if key in scales}

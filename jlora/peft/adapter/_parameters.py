@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +11,10 @@ import numpy as np
 from ..._errors import Problem
 from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, show
 from ..names._kinds import CONV, EMBEDDING, EXPERTS, LINEAR, Kind
+from ..places._views import Shapes
 from ._parts import Header, Headers, Parameters, Part, T
 from ._roles import Role, list_unused
 from ._sorted import Adapter, may_tie
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Model(NamedTuple):

@@ -25,9 +25,9 @@ from ..names._advice import advise
 from ..names._kinds import EMBEDDING
 from ..names._leaves import (
     NamedLeaf,
+    find_leaves,
     find_tied_heads,
     path_in_names,
-    resolve,
     select_by_parameter,
     sort_by_row,
 )
@@ -55,7 +55,7 @@ class Use(NamedTuple):
 
 def name_leaves(base: PyTree, names: Sequence[Name], for_peft: bool) -> list[NamedLeaf]:
     """Finds the leaves that `names` has rows for, in the order in which PEFT wraps them."""
-    leaves = sort_by_row(resolve(base, names), names)
+    leaves = sort_by_row(find_leaves(base, names), names)
     return select_by_parameter(leaves) if for_peft else leaves
 
 

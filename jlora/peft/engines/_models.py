@@ -13,7 +13,7 @@ _END = re.compile(r"(For[A-Z]\w*|Model)$")
 _ENDS = ("ForCausalLM", "ForConditionalGeneration")
 
 
-class Model(NamedTuple):
+class ServedModel(NamedTuple):
     """What a class of vLLM declares.
 
     Attributes:
@@ -44,12 +44,12 @@ class Model(NamedTuple):
         return name.removesuffix(".weight")
 
 
-def find_model(architecture: str) -> Model | None:
+def find_model(architecture: str) -> ServedModel | None:
     """Returns what vLLM's class for an architecture declares; None if it has none."""
     stem = _END.sub("", architecture)
     names = (architecture, *(stem + end for end in _ENDS))
     found = next((name for name in names if name in _models()), None)
-    return None if found is None else Model(**_models()[found])
+    return None if found is None else ServedModel(**_models()[found])
 
 
 @functools.cache
@@ -58,6 +58,6 @@ def _models() -> dict[str, dict[str, Any]]:
     return {name: group for group in groups for name in group.pop("models")}
 
 
-def by_transformers() -> Model:
+def by_transformers() -> ServedModel:
     """Returns what holds of models without a class, which vLLM runs by transformers."""
-    return Model(**_models()["TransformersForCausalLM"])
+    return ServedModel(**_models()["TransformersForCausalLM"])

@@ -17,7 +17,7 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 
 
-class Tensor(NamedTuple):
+class GgufTensor(NamedTuple):
     """A tensor whose bytes are mapped into memory; blocks are along the last axis of `shape`."""
 
     type: Any
@@ -25,7 +25,7 @@ class Tensor(NamedTuple):
     data: np.ndarray
 
 
-def read_tensors(path: Path, gguf: ModuleType) -> dict[str, Tensor]:
+def read_tensors(path: Path, gguf: ModuleType) -> dict[str, GgufTensor]:
     """Reads the tensors of a file by name; `gguf` is the package with the types.
 
     Raises:
@@ -51,7 +51,7 @@ def read_tensors(path: Path, gguf: ModuleType) -> dict[str, Tensor]:
     if not 0 < alignment <= 2**20:
         raise ValueError(f"its alignment is {alignment}")
     start = -(-file.at // alignment) * alignment
-    found: dict[str, Tensor] = {}
+    found: dict[str, GgufTensor] = {}
     for name, shape, kind, offset in infos:
         if name in found:
             raise ValueError(f"it has two tensors {name!r}")
@@ -63,7 +63,7 @@ def read_tensors(path: Path, gguf: ModuleType) -> dict[str, Tensor]:
         if end > len(data):
             raise ValueError(f"{name!r} ends at byte {end} of {len(data)}")
         bytes_ = np.asarray(data[start + offset : end])
-        found[name] = Tensor(
+        found[name] = GgufTensor(
             type_, shape, bytes_.reshape(*shape[:-1], -1) if bytes_.size else bytes_
         )
     return found

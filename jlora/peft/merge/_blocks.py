@@ -16,7 +16,7 @@ from .._checkpoint import read_exactly
 from .._file import DTYPES, TensorInfo
 from .._write import Edit
 
-Rows = slice | np.ndarray
+RowIndex = slice | np.ndarray
 BLOCK = 2**19  # numbers
 # On CPUs with fused multiply-adds, XLA sums matrices with such sides in the order of the rank.
 _SIDE = 64
@@ -33,7 +33,7 @@ class NewValues(Edit):
         data.seek(tensor.stop - tensor.start, 1)
         yield self.value
 
-    def of_rows(self, expert: int | None, rows: Rows) -> "NewValues":
+    def of_rows(self, expert: int | None, rows: RowIndex) -> "NewValues":
         """Returns the values of some rows, of one matrix if there is a stack of them."""
         return NewValues((self.value if expert is None else self.value[expert])[rows])
 
@@ -62,7 +62,7 @@ class Sum(Edit):
         left, right = self.right.swapaxes(1, 2), self.left.swapaxes(1, 2)
         return Sum(left, right, self.scale, self.m, not self.by_rows)
 
-    def of_rows(self, expert: int | None, rows: Rows) -> "Sum":
+    def of_rows(self, expert: int | None, rows: RowIndex) -> "Sum":
         """Returns the sum for some rows, of one matrix if there is a stack of them."""
         own = slice(None) if expert is None else slice(expert, expert + 1)
         m = self.m if self.m is None or not self.by_rows else self.m[rows]

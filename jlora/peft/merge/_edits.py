@@ -7,11 +7,11 @@ import numpy as np
 
 from ..._errors import Problem
 from .._write import Edit
-from ..adapter._parameters import Shapes, list_orientations
+from ..adapter._parameters import list_orientations
 from ..adapter._parts import Part, T, Values
 from ..names._kinds import EXPERTS, LINEAR, Kind
 from ..places._declared import find_transposed
-from ..places._views import Places, last_of
+from ..places._views import Places, Shapes, last_of
 from ._blocks import NewValues, Parts, Sum
 
 

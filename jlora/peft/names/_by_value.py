@@ -22,7 +22,7 @@ from ..places._find import as_transformers_stores, stored_as_is
 from ..places._views import module_of
 from ._generalized import Held, Home, find_homes, generalize
 from ._kinds import EMBEDDING, EXPERTS, find_kind
-from ._leaves import NamedLeaf, path_in_names, resolve
+from ._leaves import NamedLeaf, find_leaves, path_in_names
 from ._names import Name
 from ._torch_layout import split_weight, take_part
 
@@ -110,7 +110,7 @@ def find_names(path: str | os.PathLike[str], params: PyTree, sites: HasSites) ->
             Name(r'layer_(\d+)/up', r'h.\1.up', 'ioo'),
         )
     """
-    tensors = _Tensors(open_checkpoint(path, "path", follow_links=True))
+    tensors = _Candidates(open_checkpoint(path, "path", follow_links=True))
     if not tensors.shapes:
         why = f"{path} is quantized; give the checkpoint in floats."
         raise InputError("path", why, path=path)
@@ -140,7 +140,7 @@ def find_names(path: str | os.PathLike[str], params: PyTree, sites: HasSites) ->
             left[name] = f"holds what {other} holds: {held.keys.flat[0]}"
             del found[name]
     rows, known = generalize(found.values(), tensors.find_homes(found.values()))
-    named = {path_in_names(x.path): x.parameters for x in resolve(params, rows)} if rows else {}
+    named = {path_in_names(x.path): x.parameters for x in find_leaves(params, rows)} if rows else {}
     for name in (path_in_names(path) for path, _ in leaves):
         if name not in found:
             left.setdefault(name, "its values are in no tensor")
@@ -156,7 +156,7 @@ class _SeveralError(Exception):
     """The values of a leaf are in several tensors, which it lists."""
 
 
-class _Table(NamedTuple):
+class _Measures(NamedTuple):
     """Arrays of one shape, measured.
 
     Attributes:
@@ -181,7 +181,7 @@ class _Table(NamedTuple):
         return {self.names[n]: float(one.norms[0] / (self.norms[n] or 1)) or 1.0 for n in found}
 
 
-def _measure(arrays: Iterable[tuple[str, np.ndarray]]) -> _Table:
+def _measure(arrays: Iterable[tuple[str, np.ndarray]]) -> _Measures:
     """Measures arrays of one shape."""
     names, sums, norms = list[str](), list[np.ndarray](), list[float]()
     for name, x in arrays:
@@ -194,10 +194,10 @@ def _measure(arrays: Iterable[tuple[str, np.ndarray]]) -> _Table:
         norms.append(norm)
     every = np.array(sums)
     random = np.random.default_rng(0).standard_normal(every.shape[-1])
-    return _Table(names, every, np.array(norms), every @ random)
+    return _Measures(names, every, np.array(norms), every @ random)
 
 
-class _Tensors:
+class _Candidates:
     """The tensors of a checkpoint.
 
     Attributes:
@@ -223,9 +223,9 @@ class _Tensors:
                 names[entry.shape].append(name)
         each = progress(names.items(), "tensors", unit="shape")
         self.shapes = {shape: self._measure(own) for shape, own in each}
-        self.parts = dict[Any, _Table]()
+        self.parts = dict[Any, _Measures]()
 
-    def _measure(self, names: Iterable[str], row: Name | None = None) -> _Table:
+    def _measure(self, names: Iterable[str], row: Name | None = None) -> _Measures:
         """Measures tensors, or the part of each that a row names."""
         each = ((name, self._read(name)) for name in names)
         return _measure((name, x if row is None else take_part(x, row)) for name, x in each)
@@ -273,7 +273,7 @@ class _Tensors:
         tried = map(find_homes, (*as_transformers_stores(shapes, config), *joined))
         return next((homes for homes in tried if homes.keys() >= keys), find_homes(whole))
 
-    def _find_table(self, leaf: NamedLeaf) -> _Table | None:
+    def _find_table(self, leaf: NamedLeaf) -> _Measures | None:
         """Finds the tensors, or parts of tensors, with the shape of a module of a leaf."""
         whole, row = leaf.weight_shape, leaf.name
         if row.part is None or whole not in self.shapes:
@@ -304,7 +304,7 @@ def _round_factor(x: float) -> float:
     return x
 
 
-def _find(path: str, x: np.ndarray, site: Site, tensors: _Tensors, is_part: bool) -> Held | None:
+def _find(path: str, x: np.ndarray, site: Site, tensors: _Candidates, is_part: bool) -> Held | None:
     """Tries all rows that fit the use of a leaf, the simplest first."""
     for row in _list_rows(site, x.shape, is_part):
         lengths = [x.shape[d] for d in row.where("ls")]

@@ -15,7 +15,7 @@ from ..._tree import leaves_by_path, name_of
 from ..._types import Layout, Path, PyTree
 from ._kinds import EXPERTS, LINEAR, Kind, find_kind
 from ._names import RANK, Name, fill_indices, multiply_lengths
-from ._peft import load_answers
+from ._peft import load_module_rules
 
 
 class NamedLeaf(NamedTuple):
@@ -112,7 +112,7 @@ class NamedLeaf(NamedTuple):
         return multiply_lengths(self.name.weight_groups, self._sizes)
 
 
-def resolve(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
+def find_leaves(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
     """Finds the leaves of `base` that `names` has rows for, in tree order.
 
     Raises:
@@ -167,7 +167,7 @@ def select_by_parameter(leaves: Sequence[NamedLeaf]) -> list[NamedLeaf]:
         is_plain = leaf.kind is LINEAR and not (leaf.name.transposed or is_one_expert(leaf))
         return is_plain and leaf.modules[0].rpartition(".")[2] in confused
 
-    confused = {name for answer in load_answers().values() for name in answer.modules}
+    confused = {name for answer in load_module_rules().values() for name in answer.modules}
     if not any(leaf.kind is EXPERTS or is_one_expert(leaf) for leaf in leaves):
         return [*leaves]
     return [leaf._replace(by_parameter=is_confused(leaf)) for leaf in leaves]

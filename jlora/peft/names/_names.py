@@ -11,8 +11,8 @@ from ..._types import Layout
 from ._kinds import CONV, EMBEDDING, EXPERTS, find_kind
 
 RANK = "rank"  # the axis of A and B that the weight does not have
-Axes = tuple[int | str, ...]  # axes of the weight, and the rank
-Groups = list[Axes]  # for each axis of a PyTorch array, the axes that are flattened into it
+AxisGroup = tuple[int | str, ...]  # axes of the weight, and the rank
+Groups = list[AxisGroup]  # for each axis of a PyTorch array, the axes that are flattened into it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +185,8 @@ def fill_indices(module: str, indices: Sequence[int]) -> str:
     return _SUM.sub(compute, module)
 
 
-def multiply_lengths(groups: Sequence[Axes], sizes: Mapping[int | str, int]) -> tuple[int, ...]:
+def multiply_lengths(
+    groups: Sequence[AxisGroup], sizes: Mapping[int | str, int]
+) -> tuple[int, ...]:
     """Returns the length of each group of axes, flattened."""
     return tuple(math.prod(sizes[d] for d in group) for group in groups)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
-class Answer(NamedTuple):
+class ModuleRules(NamedTuple):
     """What PEFT does with the modules of a model, by their last names.
 
     Attributes:
@@ -43,10 +43,12 @@ def load_constants() -> Constants:
 
 
 @functools.cache
-def load_answers() -> Mapping[str, Answer]:
+def load_module_rules() -> Mapping[str, ModuleRules]:
     """Loads the answers by `model_type`, which `tests/tools/ask_peft.py` collected."""
     found = _load()["models"]
-    return {kind: Answer(**{k: tuple(x) for k, x in own.items()}) for kind, own in found.items()}
+    return {
+        kind: ModuleRules(**{k: tuple(x) for k, x in own.items()}) for kind, own in found.items()
+    }
 
 
 @functools.cache

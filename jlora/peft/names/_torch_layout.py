@@ -15,9 +15,11 @@ from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, without_slots
 from ..._arrays import put
 from ..._types import Layout
 from ._leaves import NamedLeaf
-from ._names import RANK, Axes, Groups, Name, multiply_lengths
+from ._names import RANK, AxisGroup, Groups, Name, multiply_lengths
 
-Arrays = tuple[np.ndarray, ...]  # PEFT's A and B of a module, and its magnitudes if it has any
+ModuleFactors = tuple[
+    np.ndarray, ...
+]  # PEFT's A and B of a module, and its magnitudes if it has any
 
 
 # --------------------------------------------------------------------------------------- weights
@@ -92,7 +94,7 @@ def _slots_are_modules(leaf: NamedLeaf, layout: Layout) -> bool:
     return bool(ours and theirs and ours[::2] == theirs[::2])
 
 
-def split_factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[Arrays]:
+def split_factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[ModuleFactors]:
     """Splits `node` into PEFT's A, B and magnitudes for each module of `leaf`; not yet swapped.
 
     PEFT has no slots within a module. They become one A of rank slots·r, and one B with zeros
@@ -120,7 +122,9 @@ def _join_slots(m: np.ndarray, layout: Layout) -> np.ndarray:
     return np.concatenate(parts, at + layout.outputs.index(axis))
 
 
-def join_factors(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> LowRank | Decomposed:
+def join_factors(
+    leaf: NamedLeaf, modules: Sequence[ModuleFactors], **static: Any
+) -> LowRank | Decomposed:
     """Makes the node of `leaf` from the arrays of its modules; inverts `split_factors`."""
     if leaf.name.is_swapped:
         modules = [swap(a, b, leaf.experts) for a, b in modules]
@@ -143,7 +147,7 @@ def swap(a: np.ndarray, b: np.ndarray, experts: int) -> tuple[np.ndarray, np.nda
     return new_a, new_b
 
 
-def _take_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
+def _take_part(leaf: NamedLeaf, modules: Sequence[ModuleFactors]) -> Sequence[ModuleFactors]:
     """Takes A and B of the part that `leaf` is, if it is one of several of a parameter.
 
     For gate or up of `gate_up_proj` it cuts B to the outputs of the part. If the zeros in B show
@@ -173,7 +177,7 @@ def _take_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
     ]
 
 
-def _axes(layout: Layout, name: str) -> Axes:
+def _axes(layout: Layout, name: str) -> AxisGroup:
     """Returns the axes of A, B or m. If slots are modules, their axis is that of the weight."""
     found = Decomposed.axes(layout)[name]
     if layout.slots is None:
@@ -191,7 +195,7 @@ def _ones(layout: Layout, name: str) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------- axes and values
 
 
-def _pack(x: ArrayLike, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.ndarray]:
+def _pack(x: ArrayLike, axes: AxisGroup, groups: Groups, leaf: NamedLeaf) -> list[np.ndarray]:
     """Splits an array of the leaf into its modules, and flattens each group of axes."""
     x = _rescale(np.asarray(x), axes, leaf, np.divide)
     stacked = leaf.name.where("ls")
@@ -210,7 +214,7 @@ def _pack(x: ArrayLike, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.
 
 def _unpack(
     parts: Sequence[np.ndarray],
-    axes: Axes,
+    axes: AxisGroup,
     groups: Groups,
     leaf: NamedLeaf,
     sizes: Mapping[int | str, int] = {},
@@ -225,7 +229,7 @@ def _unpack(
 
 
 def _rescale(
-    x: np.ndarray, axes: Axes, leaf: NamedLeaf, operation: Callable[..., np.ndarray]
+    x: np.ndarray, axes: AxisGroup, leaf: NamedLeaf, operation: Callable[..., np.ndarray]
 ) -> np.ndarray:
     """Multiplies or divides an array by the factor of a row, rounded once; A and B stay."""
     return x if leaf.name.times is None or RANK in axes else rescale(x, leaf.factor, operation)
@@ -240,7 +244,7 @@ def rescale(
 
 
 def _reorder(
-    x: np.ndarray, axes: Axes, leaf: NamedLeaf, order: Callable[[np.ndarray], np.ndarray]
+    x: np.ndarray, axes: AxisGroup, leaf: NamedLeaf, order: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """Reorders the entries of an interleaved axis; `order` is a function of their pairs."""
     last = leaf.name.where("o")[-1:]

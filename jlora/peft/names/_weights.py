@@ -15,7 +15,7 @@ from ..._types import PyTree
 from ..places._find import find
 from ..places._views import View
 from ._advice import advise
-from ._leaves import NamedLeaf, path_in_names, resolve
+from ._leaves import NamedLeaf, find_leaves, path_in_names
 from ._names import Name
 from ._torch_layout import join_parts, join_weight, split_weight, take_part
 
@@ -141,7 +141,7 @@ def explain_narrowing(dtype: np.dtype) -> str | None:
 
 def name_all(tree: PyTree, names: Sequence[Name], argument: str) -> list[NamedLeaf]:
     """Names all leaves; raises `ValueError` if one has no name."""
-    leaves = resolve(tree, names)
+    leaves = find_leaves(tree, names)
     named = {leaf.path for leaf in leaves}
     parts = [leaf for leaf in leaves if leaf.name.part]
     counts = collections.Counter(key for leaf in parts for key in leaf.parameters)

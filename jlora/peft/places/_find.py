@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._errors import InputError
-from ._rows import Rows, is_number, make_table
+from ._rows import Renaming, is_number, make_table
 from ._views import Piece, Places, Shapes, View
 
 Pairs = Sequence[tuple[str, str]]  # patterns of stored names, and what replaces them
@@ -100,7 +100,7 @@ def _join_experts(shapes: Shapes) -> Places:
         if part in _PAIR and all((module, x) in there for x in _PAIR):
             own = f"gate_up_proj[{{}},{_PAIR.index(part)}/{len(_PAIR)}]"
         rows[f"{module}.{{}}.{part}.weight"] = f"{module}.{own}"
-    return Rows(rows).name({name: shapes[name] for name in single})
+    return Renaming(rows).name({name: shapes[name] for name in single})
 
 
 def rename(shapes: Shapes, pairs: Pairs) -> Places:
@@ -181,7 +181,7 @@ def _name_parts(
     return places
 
 
-def _rename_part(places: Places, start: str, rows: Rows) -> Places:
+def _rename_part(places: Places, start: str, rows: Renaming) -> Places:
     inside = {n.removeprefix(start): x for n, x in places.items() if n.startswith(start)}
     whole = {name: x.tensor for name, x in inside.items() if x.is_tensor}
     named = rows.name({name: inside[name].shape for name in whole})

@@ -31,22 +31,22 @@ class Cut(NamedTuple):
     parts: int = 1
 
 
-class Side(NamedTuple):
+class Template(NamedTuple):
     """One side of a row: the first components of names, and a cut."""
 
     names: tuple[str, ...]
     cut: Cut
 
 
-class Found(NamedTuple):
+class Matched(NamedTuple):
     """The rows of a stored name, its numbers where they have `{}`, and its other components."""
 
-    rows: Sequence[tuple[Side, Side]]
+    rows: Sequence[tuple[Template, Template]]
     numbers: tuple[str, ...]
     rest: tuple[str, ...]
 
 
-class Rows:
+class Renaming:
     """The rows of a class of models, by the components of stored names."""
 
     def __init__(self, texts: Mapping[str, str]):
@@ -76,7 +76,7 @@ class Rows:
         found = Places()
         pieces = collections.defaultdict[str, dict[tuple[int, int], tuple[Cut, Shape, Piece]]](dict)
         for tensor, shape in shapes.items():
-            matched = _find(self._tree, tuple(tensor.split("."))) or Found((), (), ())
+            matched = _find(self._tree, tuple(tensor.split("."))) or Matched((), (), ())
             for stored, own in matched.rows:
                 names = [*own.names, "{}"] if own.cut.is_indexed else own.names
                 index, name = _fill(names, matched, own.cut.is_indexed)
@@ -96,15 +96,15 @@ def is_number(part: str) -> bool:
     return len(part) < 9 and part.isdecimal()
 
 
-def _find(node: Mapping[str, Any], parts: tuple[str, ...]) -> Found | None:
+def _find(node: Mapping[str, Any], parts: tuple[str, ...]) -> Matched | None:
     """Finds the rows with the most components, below a node of the tree."""
     for key in (parts[0], "{}") if parts and is_number(parts[0]) else parts[:1]:
         if key in node and (found := _find(node[key], parts[1:])):
             return found._replace(numbers=parts[:1] * (key == "{}") + found.numbers)
-    return Found(node[""], (), parts) if "" in node else None
+    return Matched(node[""], (), parts) if "" in node else None
 
 
-def _fill(names: Sequence[str], matched: Found, is_indexed: bool) -> tuple[int, str]:
+def _fill(names: Sequence[str], matched: Matched, is_indexed: bool) -> tuple[int, str]:
     """Fills in numbers; the last is the index in a stack, if there is one."""
     left = iter(matched.numbers)
     parts = [next(left) if part == "{}" else part for part in names]
@@ -112,12 +112,12 @@ def _fill(names: Sequence[str], matched: Found, is_indexed: bool) -> tuple[int, 
     return index, ".".join((*parts, *matched.rest))
 
 
-def _read(text: str) -> Side:
+def _read(text: str) -> Template:
     matched = _TEXT.fullmatch(text)
     assert matched, text
     names = tuple(part for part in matched["name"].split(".") if part)
     part, parts = int(matched["part"] or 0), int(matched["parts"] or 1)
-    return Side(names, Cut(bool(matched["index"]), part, parts))
+    return Template(names, Cut(bool(matched["index"]), part, parts))
 
 
 def _cut(cut: Cut, shape: Shape) -> tuple[slice, Shape] | None:
@@ -153,7 +153,7 @@ def _join(pieces: Mapping[tuple[int, int], tuple[Cut, Shape, Piece]]) -> View | 
     return View((count, *whole) if cut.is_indexed else whole, tuple(found))
 
 
-def make_table(entry: Mapping[str, Any], has_read: bool) -> Rows:
+def make_table(entry: Mapping[str, Any], has_read: bool) -> Renaming:
     """Makes the rows of a model, with and without the prefix of its base model.
 
     Args:
@@ -163,7 +163,7 @@ def make_table(entry: Mapping[str, Any], has_read: bool) -> Rows:
     rows = {**entry.get("rows", {}), **(entry.get("read", {}) if has_read else {})}
     if prefix := entry.get("prefix"):
         rows |= {_prepend(prefix, stored): _prepend(prefix, own) for stored, own in rows.items()}
-    return Rows(rows)
+    return Renaming(rows)
 
 
 def _prepend(prefix: str, text: str) -> str:

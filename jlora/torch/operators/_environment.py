@@ -21,7 +21,7 @@ from .._skeleton import to_jax
 from ._functions import find_conversion
 from ._operators import OPERATORS, REFUSED
 from ._refuse import check_call, find_place, refuse, walk
-from ._tensor import Convert, Memory, Part, Tensor, TracedError, keep
+from ._tensor import Convert, Memory, PartMemory, Tensor, TracedError, keep
 
 aten = torch.ops.aten
 Options = Mapping[str, Any]
@@ -144,7 +144,7 @@ class Operators(torchax.Environment):
             args, kwargs = self.j2t_iso(self.t2j_iso(call[1:3]))
 
         def finish(x: torch.Tensor) -> torch.Tensor:
-            if any(x is y for y in given) or isinstance(getattr(x, "memory", None), Part):
+            if any(x is y for y in given) or isinstance(getattr(x, "memory", None), PartMemory):
                 return x
             found: Any = x
             if isinstance(x, torchax.Tensor):
@@ -203,7 +203,7 @@ class Operators(torchax.Environment):
             view.call = source.call
         return _pytree.tree_unflatten(views, structure)
 
-    def _part(self, call: Call, i: int = 0) -> Part:
+    def _part(self, call: Call, i: int = 0) -> PartMemory:
         """Returns the memory of the i-th view that a call makes of its first argument."""
         source, *rest = call.args
         compute = super().dispatch
@@ -213,7 +213,7 @@ class Operators(torchax.Environment):
             return _pytree.tree_leaves(out)[i]._elem
 
         is_detached = call.func is aten.detach.default
-        return Part(source.memory, read, stop_gradient if is_detached else call.convert)
+        return PartMemory(source.memory, read, stop_gradient if is_detached else call.convert)
 
     def _write(self, call: Call) -> Any:
         """Changes the first argument, say by `add_`, to what the operator `add` returns."""

@@ -15,13 +15,13 @@ OWN = vars(torch.nn.Module()).keys() | {"_flat_weights", "_flat_weight_refs"}
 PLAIN = bool | int | float | complex | str | bytes | None
 
 
-class Leaf(NamedTuple):
+class StateLeaf(NamedTuple):
     """An object in an attribute of a module; of a tensor, how often its values have changed."""
 
     value: Any
     writes: int = 0
 
-    def is_kept(self, new: "Leaf") -> bool:
+    def is_kept(self, new: "StateLeaf") -> bool:
         """Whether `new` is the same, or in its place a tensor that depends on arguments."""
         if new.value is self.value:
             return self.writes == new.writes
@@ -30,11 +30,11 @@ class Leaf(NamedTuple):
         return bool(getattr(new.value, "call", 0))
 
 
-Leaves = Mapping[str, list[Leaf]]
-NOTHING = [Leaf(None)]
+State = Mapping[str, list[StateLeaf]]
+NOTHING = [StateLeaf(None)]
 
 
-def read_attributes(model: torch.nn.Module) -> Leaves:
+def read_attributes(model: torch.nn.Module) -> State:
     """Returns what is in the attributes, buffers and parameters of all modules, by name."""
     known = dict[int, Any]()
     return {
@@ -45,10 +45,10 @@ def read_attributes(model: torch.nn.Module) -> Leaves:
     }
 
 
-def _walk(value: Any, known: dict[int, Any]) -> Iterator[Leaf]:
+def _walk(value: Any, known: dict[int, Any]) -> Iterator[StateLeaf]:
     """Yields what is in a value, and in its objects what Python would copy of them, once."""
     for x in _pytree.tree_leaves(value):
-        yield Leaf(x, x.memory.writes if isinstance(x, Tensor) else 0)
+        yield StateLeaf(x, x.memory.writes if isinstance(x, Tensor) else 0)
         if not isinstance(x, PLAIN | torch.Tensor | torch.nn.Module | type) and id(x) not in known:
             known[id(x)] = x  # kept, as the number of what is gone is given again
             yield from _walk(_read_state(x), known)
@@ -72,7 +72,7 @@ def read_draws() -> tuple[Any, ...]:
     return random.getstate(), bytes(numbers), at
 
 
-def find_left(before: Leaves, after: Leaves) -> list[str]:
+def find_left(before: State, after: State) -> list[str]:
     """Finds attributes in which a call has left objects; raises where it has changed a value.
 
     An attribute that was None or not there may get a value: each call makes it again.
@@ -82,7 +82,7 @@ def find_left(before: Leaves, after: Leaves) -> list[str]:
         old = before.get(name, NOTHING)
         is_new = len(old) == 1 and old[0].value is None
         added = leaves if is_new else leaves[len(old) :]
-        is_kept = len(old) <= len(leaves) and all(map(Leaf.is_kept, old, leaves))
+        is_kept = len(old) <= len(leaves) and all(map(StateLeaf.is_kept, old, leaves))
         if not is_new and not (is_kept and not any(isinstance(x.value, PLAIN) for x in added)):
             raise NotImplementedError(
                 f"`model` changes its {name} in a call, and the next call would not know. Return "

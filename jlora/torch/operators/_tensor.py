@@ -65,7 +65,7 @@ class Pending(Memory):
         refuse(self._does, "Leave its list out of `scan`.")
 
 
-class Part(Memory):
+class PartMemory(Memory):
     """The memory of a view.
 
     Attributes:
@@ -164,7 +164,7 @@ class Tensor(torchax.Tensor):
 
     def detach_(self) -> "Tensor":
         """Stops gradients; other tensors with the same memory keep theirs."""
-        self.memory = Part(self.memory, keep, stop_gradient)
+        self.memory = PartMemory(self.memory, keep, stop_gradient)
         return self
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -174,7 +174,7 @@ class Tensor(torchax.Tensor):
             return torch.Tensor.__getitem__(self, index)
         at = self._env.t2j_iso(index)
         convert = keep if torch.is_grad_enabled() else stop_gradient
-        found = Tensor(Part(self.memory, lambda x: x[at], convert), self._env)
+        found = Tensor(PartMemory(self.memory, lambda x: x[at], convert), self._env)
         found.call = self.call
         return found
 

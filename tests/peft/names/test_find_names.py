@@ -18,7 +18,7 @@ from jlora._site import Site
 from jlora._sites import Sites
 from jlora._tree import leaves_by_path
 from jlora.peft import Name
-from jlora.peft.names._leaves import resolve, row_of
+from jlora.peft.names._leaves import find_leaves, row_of
 from jlora.peft.names.tables import gemma, keras_hub, maxtext, tunix
 from jlora.types import Layout
 
@@ -58,7 +58,7 @@ def what(params: Any, names: Sequence[Name]) -> dict[Any, Any]:
             leaf.name.is_swapped,
             round(leaf.factor, 5),
         )
-        for leaf in resolve(params, names)
+        for leaf in find_leaves(params, names)
     }
 
 
@@ -361,7 +361,7 @@ def check(found: Any, params: Any, rows: Sequence[Row], left: Sequence[str] = ()
     """Each leaf has its tensor's name, or is left; and the tensors come out again."""
     assert [problem.where for problem in found.left] == list(left)
     expected = {row.path: {row.tensor} for row in rows if row.path not in left}
-    named = {"/".join(leaf.path): {*leaf.parameters} for leaf in resolve(params, found)}
+    named = {"/".join(leaf.path): {*leaf.parameters} for leaf in find_leaves(params, found)}
     assert named == expected
 
 
@@ -442,7 +442,7 @@ def test_shuffled(count: int, tmp_path: Folder) -> None:
         params = unflatten_dict({k: x + 1 if k == gone else x for k, x in flat.items()}, "/")
         found = peft.find_names(tmp_path / str(seed), params, sites)
         expected = {row.path: [row.tensor] for row in rows}
-        for leaf in resolve(params, found) if found else []:
+        for leaf in find_leaves(params, found) if found else []:
             assert leaf.parameters == expected["/".join(leaf.path)], seed
             named += 1
         assert gone in [problem.where for problem in found.left], seed

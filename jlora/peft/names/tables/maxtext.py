@@ -45,7 +45,7 @@ def root_of_width(shape: tuple[int, ...]) -> float:
 
 
 # Where layers are: their path, their number in PyTorch, and the number of axes of the stack.
-_Where = tuple[tuple[str, str, int], ...]
+_Layers = tuple[tuple[str, str, int], ...]
 _UNSCANNED = (r"layers_(\d+)", r"\1", 0)
 _LAYERS = (_UNSCANNED, ("layers", "{}", 1))
 _PAIRS, _FOURS = ((_UNSCANNED, (r"layers/layers_(\d+)", rf"{{{n}*+\1}}", 1)) for n in (2, 4))
@@ -57,7 +57,7 @@ _SIXES = (
 
 
 def _rows(
-    where: _Where, lines: str, more: Mapping[str, Mapping[str, Any]] = {}
+    where: _Layers, lines: str, more: Mapping[str, Mapping[str, Any]] = {}
 ) -> tuple[Name, ...]:
     """Makes rows from lines: a path, PyTorch's parameter without `.weight`, and axes.
 
@@ -81,7 +81,7 @@ def _rows(
     return tuple(found)
 
 
-def _experts(where: _Where, path: str, module: str, **how: Any) -> tuple[Name, ...]:
+def _experts(where: _Layers, path: str, module: str, **how: Any) -> tuple[Name, ...]:
     each = (
         experts(
             f"decoder/{layers}/{path}/",

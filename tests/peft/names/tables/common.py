@@ -29,7 +29,7 @@ from jlora import peft
 from jlora._tree import leaves_by_path
 from jlora.peft import Name
 from jlora.peft._checkpoint import open_checkpoint
-from jlora.peft.names._leaves import NamedLeaf, resolve
+from jlora.peft.names._leaves import NamedLeaf, find_leaves
 from jlora.peft.places._find import find
 
 if importlib.util.find_spec("torch") is None and "PYTORCH_PYTHON" not in os.environ:
@@ -287,7 +287,7 @@ def test_found_by_value(made: Made) -> None:
     sites = jlora.transform(made.model.apply, jlora.LoRA()).sites(made.base, tokens)
     found = peft.find_names(made.folder / "base", made.base, sites)
     ours, theirs = (
-        {leaf.path: split(leaf, made.folder / "base") for leaf in resolve(made.base, rows)}
+        {leaf.path: split(leaf, made.folder / "base") for leaf in find_leaves(made.base, rows)}
         for rows in (found, made.case.names)
     )
     for path, leaf in theirs.items():
