@@ -189,7 +189,9 @@ def test_what_a_public_function_returns_has_a_public_name() -> None:
     }
     hidden = classes().keys() - public
     assert len(returned) > 200
-    found = {x: hint for x, hint in returned.items() if hidden & {*re.findall(r"(?<!\.)\b\w+", hint)}}
+    found = {
+        x: hint for x, hint in returned.items() if hidden & {*re.findall(r"(?<!\.)\b\w+", hint)}
+    }
     assert not found
 
 

@@ -1,6 +1,7 @@
 """What classes of `transformers` declare: weights that are one, and weights that are transposed."""
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -165,11 +166,11 @@ def _find_home(
     tried = [*written, *((places, False) for places in stored_as_is(shapes))]
     others = {**own.always, **own.asked.get("", {})}.values()
     known = [f"{x}.weight" for x in (own.table, own.head) if x] or others
-    for prefix in ("", f"{own.prefix}."):
-        names = [x.removeprefix(prefix) for x in known]
-        for places, is_renamed in tried:
-            if any(name in places for name in names):
-                return places, prefix, is_renamed
+    prefixes = ("", f"{own.prefix}.")
+    # By the embedding first: a head may be stored under one name everywhere, or not at all.
+    for name, prefix, (places, is_renamed) in itertools.product(known, prefixes, tried):
+        if name.removeprefix(prefix) in places:
+            return places, prefix, is_renamed
     return None
 
 
