@@ -14,8 +14,8 @@ UNKNOWN = 1e-3  # where PyTorch computes nothing in float64
 MOST = 10  # differences that a text lists
 OUTPUT, AGAIN, GRADIENT, ADAPTED = "output", "output of call 2", "gradient", "adapted output"
 
-Arrays = Mapping[str, Any]  # by path
-Results = Mapping[str, Arrays]  # by what they are
+ByPath = Mapping[str, Any]  # arrays or tensors
+Results = Mapping[str, ByPath]  # by what they are
 
 
 class Difference(NamedTuple):
