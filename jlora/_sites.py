@@ -40,15 +40,8 @@ class Uses:
         self.unsupported: dict[str, list[Unsupported]] = defaultdict(list)
         self.scopes: dict[str, set[str]] = defaultdict(set)
 
-    def read(self, w: Weight) -> None:
-        """Records the name scope in which the weight `w` is multiplied or looked up."""
-        for path in w.origin.paths:
-            self.scopes[path].add(current_scope())
-
     def product(self, w: Weight, kind: str, roles: ProductAxes) -> None:
         """Records a product in which the axes of the weight `w` have `roles`."""
-        if not w.picked:  # else it was read where it was looked up
-            self.read(w)
         lengths = w.lengths
         long = [a for a in (*roles.inputs, *roles.outputs) if lengths[a] > 1]
         if any(REPEATED in a.leaf for a in long):
@@ -63,7 +56,7 @@ class Uses:
             picked = frozenset(d for p, d in w.picked if p == path)
             if inputs - picked and (vector or outputs - picked):  # one of a stack was looked up
                 inputs, outputs = inputs - picked, outputs - picked
-            self.products[path].append(ProductUse(kind, inputs, outputs, batch))
+            self._add(path, ProductUse(kind, inputs, outputs, batch))
 
     def no_product(self, w: Weight, reason: str, added: bool = False) -> None:
         """Records a use of the weight `w` that is not a product; a looked-up row counts as one."""
@@ -73,9 +66,13 @@ class Uses:
             picked = frozenset(d for p, d in w.picked if p == path)
             if picked:
                 rest = frozenset().union(*axes) - picked
-                self.products[path].append(ProductUse("embed", picked, rest))
+                self._add(path, ProductUse("embed", picked, rest))
             else:
                 self.unsupported[path].append(Unsupported(reason, axes, added))
+
+    def _add(self, path: str, use: ProductUse) -> None:
+        self.products[path].append(use)
+        self.scopes[path].add(current_scope())
 
 
 def _of(path: str, axes: Iterable[Axis]) -> frozenset[int]:

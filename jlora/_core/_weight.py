@@ -156,8 +156,6 @@ class Weight:
 
     def mark_picked(self, axes: Sequence[Axis]) -> "Weight":
         """Remembers that one entry was looked up along each of `axes`."""
-        if self.origin.uses is not None:
-            self.origin.uses.read(self)
         return dataclasses.replace(self, picked=self.picked.union(*(a.leaf for a in axes)))
 
     def as_stack(self) -> "Weight":
@@ -215,9 +213,6 @@ class Packable(Protocol):
 
 class Recorder(Protocol):
     """Records the uses of weights while sites are searched."""
-
-    def read(self, w: Weight) -> None:
-        """Records the name scope in which `w` is multiplied or looked up."""
 
     def product(self, w: Weight, kind: str, roles: ProductAxes) -> None:
         """Records a product in which the axes of `w` have `roles`."""

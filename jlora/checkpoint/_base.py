@@ -14,12 +14,14 @@ from .._arrays import AnyArray, put_like
 from .._errors import InputError
 from .._folders import Where
 from .._quantized import BaseLeaf, is_quantized, quantize_entries
-from .._tree import flatten, leaves_by_path, name_of
+from .._tree import flatten, leaves_by_path, name_of, size_in_bytes
 from .._types import Path, PyTree
 from ._fingerprint import Leaf, differences, shapes_of
 from ._restore import read
 from ._save import METADATA
 from ._store import check_files, damage, find
+
+PIECES = 16  # of a checkpoint that is read like another tree
 
 
 class _Variable(NamedTuple):
@@ -75,7 +77,8 @@ def base_values(path: Where, *, like: PyTree | None = None) -> PyTree:
     Args:
         path: a folder that `ocp.StandardCheckpointer` or `export` wrote.
         like: the tree of parameters: arrays, `jax.ShapeDtypeStruct`s and `jlora.Quantized`, as in
-            `peft.load_base`. Each leaf is read on its own, and put where that of `like` is.
+            `peft.load_base`. Each leaf is put where that of `like` is. The host holds a sixteenth of
+            the checkpoint at a time, or one leaf if it is larger.
 
     Returns:
         A tree like `like`; without it, of NumPy arrays (random keys are JAX arrays) with the paths
@@ -102,22 +105,24 @@ def base_values(path: Where, *, like: PyTree | None = None) -> PyTree:
 
 
 def _read_like(folder: epath.Path, like: PyTree) -> PyTree:
-    saved = base_shapes(folder)
-    if wrong := differences(_forms(like), _forms(saved)):
+    """Reads the leaves in pieces of similar size, each of which reads Orbax's metadata again."""
+    saved, wanted = (dict(leaves_by_path(x)) for x in (base_shapes(folder), like))
+    if wrong := differences(_forms(wanted), _forms(saved)):
         raise InputError("path", f"{folder} does not fit `like`.", path=folder, problems=wrong)
-    index = {path: i for i, (path, _) in enumerate(leaves_by_path(saved))}
-    leaves = [_place(_read_leaf(folder, index[p]), x, name_of(p)) for p, x in leaves_by_path(like)]
-    return jax.tree.unflatten(flatten(like)[1], leaves)
+    ends = list(itertools.accumulate(map(size_in_bytes, saved.values())))
+    pieces = [PIECES * end // (ends[-1] + 1) for end in ends]
+    found = {}
+    for piece in sorted(set(pieces)):
+        turns = map(piece.__eq__, pieces)
+        _, values = _read(folder, lambda _, turns=turns: next(turns))
+        for path, n, x in zip(saved, pieces, jax.tree.leaves(values), strict=True):
+            if n == piece:
+                found[path] = _place(x, wanted[path], name_of(path))
+    return jax.tree.unflatten(flatten(like)[1], [found[path] for path in wanted])
 
 
-def _forms(tree: PyTree) -> dict[Path, Leaf]:
-    return {path: Leaf(tuple(x.shape), "") for path, x in leaves_by_path(tree)}
-
-
-def _read_leaf(folder: epath.Path, index: int) -> Any:
-    wanted = (i == index for i in itertools.count())
-    _, values = _read(folder, lambda _: next(wanted))
-    return jax.tree.leaves(values)[index]
+def _forms(leaves: dict[Path, Any]) -> dict[Path, Leaf]:
+    return {path: Leaf(tuple(x.shape), "") for path, x in leaves.items()}
 
 
 def _place(x: Any, like: BaseLeaf, name: str) -> Any:

@@ -639,3 +639,22 @@ def test_values_like_another_tree(tmp_path):
     like = {"w": jnp.zeros((3, 4)), "c": jnp.zeros(3)}
     with refused(ValueError, "path", "w", "expected shape (3, 4), got (4, 3)", "b", "c"):
         checkpoint.base_values(tmp_path / "base", like=like)
+
+
+def test_values_like_a_tree_are_read_in_pieces(tmp_path, monkeypatch):
+    """So the metadata are not read for each leaf, nor all leaves held at once."""
+    tree = {f"w{i}": i + jnp.arange(1.0 + i) for i in range(50)} | {"large": jnp.ones(10**4)}
+    checkpoint.export(tmp_path / "base", tree)
+    sizes = []
+
+    def restore(self, *args, **kwargs):
+        values = original(self, *args, **kwargs)
+        held = [x for x in jax.tree.leaves(values) if x is not ocp.PLACEHOLDER]
+        sizes.append(sum(x.nbytes for x in held))
+        return values
+
+    original = ocp.PyTreeCheckpointer.restore
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", restore)
+    assert_equal(checkpoint.base_values(tmp_path / "base", like=tree), tree)
+    total = sum(x.nbytes for x in tree.values())
+    assert len(sizes) <= 17 and max(sizes) < tree["large"].nbytes + total / 16
