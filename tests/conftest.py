@@ -76,7 +76,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before any test is left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Finds texts of tests that are gone, and drops them: each process the same."""
+    """Lets PyTorch warn; drops the texts of tests that are gone: each process the same."""
+    for module in {x.getparent(pytest.Module) for x in items}:
+        if module and hasattr(module.obj, "torch"):  # what PyTorch and its libraries warn of
+            module.add_marker(pytest.mark.filterwarnings("default"))
     is_part = any("::" in str(x) for x in config.invocation_params.args)
     tests = () if is_part else (x.nodeid for x in items)
     config.stash[messages.STALE] = stale = messages.find_stale(messages.EXPECTED, tests)

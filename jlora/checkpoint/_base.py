@@ -77,8 +77,8 @@ def base_values(path: Where, *, like: PyTree | None = None) -> PyTree:
     Args:
         path: a folder that `ocp.StandardCheckpointer` or `export` wrote.
         like: the tree of parameters: arrays, `jax.ShapeDtypeStruct`s and `jlora.Quantized`, as in
-            `peft.load_base`. Each leaf is put where that of `like` is. The host holds a sixteenth of
-            the checkpoint at a time, or one leaf if it is larger.
+            `peft.load_base`. Each leaf is put where that of `like` is. The host holds a sixteenth
+            of the checkpoint at a time, or one leaf if it is larger.
 
     Returns:
         A tree like `like`; without it, of NumPy arrays (random keys are JAX arrays) with the paths

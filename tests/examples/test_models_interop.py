@@ -18,7 +18,6 @@ from models import beam, bert, deberta, gpt, llama  # noqa: E402
 from small import some  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("default")
 
 IDS = np.random.default_rng(0).integers(2, 61, (3, 12))
 MASK = (np.arange(12) < np.array([[12], [7], [1]])).astype(np.int64)

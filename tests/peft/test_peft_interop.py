@@ -25,7 +25,6 @@ from jlora._tree import leaves_by_path, nest  # noqa: E402
 from jlora.peft import Name  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("default")
 
 KEY = jax.random.key(0)
 # In bfloat16 the two frameworks round the base model's own activations differently.

@@ -15,7 +15,6 @@ from jlora import peft  # noqa: E402
 from tests.peft.test_peft_interop import TOLERANCE, in_peft, make, models, outputs  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("default")
 
 Folder = pathlib.Path
 ROWS = [9, 2, 3]

@@ -19,7 +19,6 @@ from jlora import LoRA  # noqa: E402
 from jlora.initializers import eva, lora_ga  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("default")
 
 RANK, ALPHA, WIDTH = 3, 5, 24
 

@@ -28,7 +28,6 @@ from jlora._tree import leaves_by_path, nest
 from jlora.types import InputError
 
 # What torchax and PEFT warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("default")
 IDS = np.array([[1, 2, 0], [3, 0, 4]])
 READ, SHARED = "reads it without calling its module", "share"
 

@@ -20,7 +20,6 @@ from jlora import LoRA
 from jlora.torch import compare, extract
 
 # What torchax and PEFT warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("default")
 X = jax.random.normal(jax.random.key(0), (3, 4))
 Function = Callable[[Any, torch.Tensor], Any]
 

@@ -39,7 +39,6 @@ from jlora import LoRA
 from jlora.torch import extract
 
 # What torchax warns of is its own.
-pytestmark = pytest.mark.filterwarnings("default")
 X = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
 
 

@@ -27,7 +27,6 @@ from jlora import LoRA, peft
 from jlora._tree import leaves_by_path
 
 # What torchax, PEFT and `transformers` warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("default")
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
 NAMES = "llama", "gemma3", "qwen3-moe", "gpt2", "mamba2"
 ROWS = {name: MODELS[name] for name in NAMES} | {

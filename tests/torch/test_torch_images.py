@@ -28,7 +28,6 @@ import jlora
 from jlora import DoRA, LoRA, peft
 
 # What torchax, PEFT and diffusers warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("default")
 EVERY = pytest.mark.parametrize("name", MODELS)
 BOTH = [(name, "diffusers") for name in MODELS]
 BOTH += [(name, "kohya") for name, row in MODELS.items() if row.kohya]

@@ -26,7 +26,6 @@ from jlora._tree import leaves_by_path, name_of
 from jlora.torch import extract
 
 # What torchax warns of is its own.
-pytestmark = pytest.mark.filterwarnings("default")
 X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
 IDS = np.array([[1, 2, 0], [3, 0, 4]])
 

@@ -30,7 +30,6 @@ from jlora import LoRA, peft
 from tests.torch.test_torch_models import assert_close, numbers, run
 
 # What torchax, PEFT and `transformers` warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("default")
 
 
 class Scanned(NamedTuple):

@@ -30,7 +30,6 @@ from jlora import LoRA, sharding
 from jlora._compat import HURRIED
 
 # What torchax warns of is its own.
-pytestmark = pytest.mark.filterwarnings("default")
 SMALL = llama.Config(2048, 2, 1024, 2816, 8, 4, tied=False)
 LARGE = llama.SIZES["llama3-8b"]
 ACTIVATIONS = r"embed_tokens|layers/\d+(/mlp|/self_attn)?"

@@ -29,7 +29,6 @@ from tests.examples.folders import (
     write_tokenizer,
 )
 
-pytestmark = pytest.mark.filterwarnings("default")  # what torchax warns of is its own
 LAYERS = r"embed_tokens|layers/\d+(/mlp|/self_attn)?"
 
 

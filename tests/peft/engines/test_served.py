@@ -37,7 +37,6 @@ from jlora.peft.engines._vllm import EMBEDDINGS
 from jlora.peft.engines._vllm import VLLM as ENGINE
 from tests.peft.engines.served_worker import PROMPT, STEPS, Answer
 
-pytestmark = pytest.mark.filterwarnings("default")  # what PEFT and PyTorch warn of is their own
 WORKER = pathlib.Path(__file__).with_name("served_worker.py")
 Fields, Tensors = dict[str, Any], dict[str, torch.Tensor]
 

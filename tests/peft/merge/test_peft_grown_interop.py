@@ -24,7 +24,6 @@ from safetensors.torch import load_file  # noqa: E402
 from jlora import peft  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("default")
 
 Folder = pathlib.Path
 OFTEN = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}  # that differ

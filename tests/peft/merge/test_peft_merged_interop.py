@@ -17,7 +17,6 @@ from jlora import peft  # noqa: E402
 from tests.peft.test_peft_interop import make  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("default")
 
 # Sides of at least 64, and of no round numbers: layers as they are, but small.
 LARGE = {

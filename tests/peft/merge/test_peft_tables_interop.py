@@ -24,12 +24,9 @@ import jlora
 from jlora import peft
 from jlora._tree import nest
 
-pytestmark = [
-    pytest.mark.filterwarnings("default"),  # what PyTorch and its libraries warn of is theirs
-    pytest.mark.skipif(
-        int(transformers.__version__.split(".")[0]) < 5, reason="experts are modules there"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="experts are modules there"
+)
 
 # Family: its table, and whether its experts are (experts, inputs, outputs) in PyTorch.
 TABLES = {
