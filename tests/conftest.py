@@ -77,7 +77,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before any test is left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Lets PyTorch warn; drops the texts of tests that are gone: each process the same."""
-    for module in {x.getparent(pytest.Module) for x in items}:
+    for module in {x.getparent(pytest.Module) for x in items if isinstance(x, pytest.Function)}:
         if module and hasattr(module.obj, "torch"):  # what PyTorch and its libraries warn of
             module.add_marker(pytest.mark.filterwarnings("default"))
     is_part = any("::" in str(x) for x in config.invocation_params.args)

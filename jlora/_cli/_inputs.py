@@ -14,7 +14,7 @@ import jlora
 from .._tree import adapter_leaves, name_of
 from .._types import PyTree
 from ..peft._checkpoint import holds
-from ..peft._recognized import ORBAX, find_image, recognize
+from ..peft._recognized import find_image, recognize
 from ._command import Arg, call
 
 TABLES = f"{', '.join(jlora.peft.TABLES)}, module:ATTRIBUTE or file.py:ATTRIBUTE"
@@ -73,23 +73,15 @@ def format_of(given: Arg, *, model: bool = False) -> str:
 
     A folder with both is an adapter, or with `model=True` a model.
     """
-    folder = given.value
     held = call(holds, given)
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if model and "weights" in held:
-        return "huggingface"
-    if "adapter" in held:
-        return "peft"
-    if names & {*ORBAX}:
-        return "orbax"
-    if "model" in held:
-        return "huggingface"
-    # Steps of a CheckpointManager; jlora.checkpoint.read then says what to give.
-    if any(name.isdigit() for name in names):
-        return "orbax"
+    kinds = {"weights": "huggingface"} if model else {}
+    # Of steps, jlora.checkpoint.read says what to give.
+    kinds |= {"adapter": "peft", "orbax": "orbax", "model": "huggingface", "steps": "orbax"}
+    if kind := next((kind for what, kind in kinds.items() if what in held), None):
+        return kind
     raise ValueError(
-        f"{given.what}: {folder} has neither PEFT's adapter_config.json, nor an Orbax checkpoint, "
-        f"nor a Hugging Face model. {recognize(folder)}".rstrip()
+        f"{given.what}: {given} has neither PEFT's adapter_config.json, nor an Orbax checkpoint, "
+        f"nor a Hugging Face model. {recognize(given.value)}".rstrip()
     )
 
 

@@ -27,7 +27,7 @@ from ._file import (
     shorten,
     show,
 )
-from ._recognized import IMAGE, WEIGHTS, find_image, recognize
+from ._recognized import IMAGE, ORBAX, WEIGHTS, find_image, recognize
 from ._recognized import MODELS as MODELS
 from ._source import explain_no_folder
 from ._submodels import copy_config, walk_objects
@@ -189,8 +189,8 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
 
     Returns:
         A subset of `"adapter"` (PEFT's files, or the one of diffusers), `"model"` (a Hugging Face
-        model) and `"weights"` (the model's safetensors). A single file of safetensors is an
-        adapter.
+        model), `"weights"` (the model's safetensors), `"orbax"` (a checkpoint of Orbax) and
+        `"steps"` (those of a `CheckpointManager`). A single file of safetensors is an adapter.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -206,6 +206,8 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
         "adapter": names & {CONFIG, TENSORS, IMAGE, *PICKLES[:2]},
         "weights": names & {*WEIGHTS},
         "model": "config.json" in names or any(n.endswith(".safetensors") for n in names),
+        "orbax": names & {*ORBAX},
+        "steps": any(map(str.isdigit, names)),
     }
     return {what for what, there in found.items() if there}
 

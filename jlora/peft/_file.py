@@ -95,8 +95,8 @@ FLOATS = DTYPES | SHORT
 # of a BatchNorm
 COUNT = ".num_batches_tracked"
 COUNTS = {"I64": np.dtype(np.int64)}
-# Other dtypes, with their bytes, to check the offsets of such tensors.
-OTHERS = {
+# The bytes of these and of other dtypes, to check the offsets of tensors.
+SIZES = {name: x.itemsize for name, x in DTYPES.items()} | {
     **dict.fromkeys(("I64", "U64", "C64"), 8),
     **dict.fromkeys(("I32", "U32"), 4),
     **dict.fromkeys(("I16", "U16"), 2),
@@ -187,12 +187,11 @@ def explain_name(key: str) -> str:
 def make_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> FileHeader:
     """Makes the header of a file as the safetensors library does."""
     metadata = {**FORMAT, **metadata}
-    sizes = {name: x.itemsize for name, x in DTYPES.items()} | OTHERS
     entries, fields, at = dict[str, TensorInfo](), dict[str, Any](), 0
     fields["__metadata__"] = metadata
-    for x in sorted(tensors, key=lambda x: (-sizes[x.dtype], x.dtype == "F16", x.key)):
+    for x in sorted(tensors, key=lambda x: (-SIZES[x.dtype], x.dtype == "F16", x.key)):
         start = at
-        at += math.prod(x.shape) * sizes[x.dtype]
+        at += math.prod(x.shape) * SIZES[x.dtype]
         entries[x.key] = x._replace(start=start, stop=at)
         fields[x.key] = {"dtype": x.dtype, "shape": x.shape, "data_offsets": [start, at]}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
@@ -204,11 +203,10 @@ def _parse_tensor(key: str, fields: object) -> TensorInfo | None:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return None
     dtype, shape, offsets = (fields[k] for k in ("dtype", "shape", "data_offsets"))
-    known = isinstance(dtype, str) and (dtype in DTYPES or dtype in OTHERS)
+    known = isinstance(dtype, str) and dtype in SIZES
     if not known or not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2:
         return None
-    itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else OTHERS[dtype]
-    if len(shape) > 16 or math.prod(shape) * itemsize != offsets[1] - offsets[0]:
+    if len(shape) > 16 or math.prod(shape) * SIZES[dtype] != offsets[1] - offsets[0]:
         return None
     return TensorInfo(key, dtype, tuple(shape), *offsets)
 

@@ -17,34 +17,19 @@ PARAMETERS = 100  # names; each is searched in all modules
 DEFAULTS = load_constants().fields
 # Features beyond plain LoRA are all other fields, known or not; jlora supports these.
 METHODS = ("trainable_token_indices", "use_dora")
-_PLAIN = [
-    "alpha_pattern",
+# Fields that jlora has no use for, of any value.
+_UNUSED = [
     "auto_mapping",
     "base_model_name_or_path",
-    "bias",
-    "ensure_weight_tying",
     "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
     "inference_mode",
     "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_bias",
-    "lora_dropout",
     "megatron_core",
-    "modules_to_save",
     "peft_type",
     "peft_version",
     "qalora_group_size",
-    "r",
-    "rank_pattern",
     "revision",
-    "target_modules",
-    "target_parameters",
     "task_type",
-    "use_rslora",
 ]
 # Initializations of A and B that do not change the base.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
@@ -146,7 +131,8 @@ def _list_contradictions(fields: Mapping[str, Any]) -> list[Problem]:
 
 def find_features(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Finds the fields with features beyond plain LoRA."""
-    each = ((key, x) for key, x in fields.items() if key not in _PLAIN)
+    plain = {*_KINDS, *_UNUSED} - {*METHODS}
+    each = ((key, x) for key, x in fields.items() if key not in plain)
     return {key: x for key, x in each if x and x != DEFAULTS.get(key)}
 
 

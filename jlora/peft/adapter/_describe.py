@@ -14,7 +14,7 @@ from ._arranged import Tree
 from ._config import DEFAULTS, problems_of
 from ._methods import FURTHER
 from ._parts import INDICES, Part
-from ._patterns import PATTERNS, find_common, last_of, list_parents, list_tails
+from ._patterns import PATTERNS, last_of, list_parents, list_tails, make_scales
 from ._roles import Roles, find_divisor, make_saves, saves_bias
 from ._sorted import SAVED_BY_NAME, is_of_vocabulary, may_tie
 
@@ -250,15 +250,7 @@ def _set_scales(
         return fields
     ranks = {key: rank for key, (rank, _) in scales.items()}
     alphas = {k: find_alpha(scale, find_divisor(fields, r)) for k, (r, scale) in scales.items()}
-    r, rank_pattern = find_common(ranks)
-    alpha, alpha_pattern = find_common(alphas)
-    new = {
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-    }
-    return fields | new
+    return fields | make_scales(ranks, alphas)
 
 
 def find_alpha(scale: float, divisor: float) -> float:

@@ -15,7 +15,7 @@ from ..._errors import InputError, Problem, list_few
 from .._file import CONFIG, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, show
 from .._recognized import ALPHA, BIAS, FORMS, KEY, MAGNITUDES, MANGLED, A
 from ._files import Files
-from ._patterns import find_common, list_parents
+from ._patterns import list_parents, make_scales
 
 FIELDS = "lora_adapter_metadata"  # of the header, with LoraConfig's fields by prefix
 # The models of a pipeline, in files whose header does not name them.
@@ -257,16 +257,8 @@ def _infer_fields(
     if not ranks:
         return {}
     each = {name: alphas.get(name, rank) for name, rank in ranks.items()}
-    r, rank_pattern = find_common(ranks)
-    alpha, alpha_pattern = find_common(each)
-    return {
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "use_dora": bool(sides[MAGNITUDES]),
-        "lora_bias": bool(sides[BIAS]),
-    }
+    methods = {"use_dora": bool(sides[MAGNITUDES]), "lora_bias": bool(sides[BIAS])}
+    return make_scales(ranks, each) | methods
 
 
 def spell(dialect: str, prefix: str, name: str) -> str:

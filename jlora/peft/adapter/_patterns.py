@@ -117,7 +117,14 @@ def list_tails(module: str) -> Iterator[str]:
         module = module.partition(".")[2]
 
 
-def find_common(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+def make_scales(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """Makes the fields of ranks and alphas: the most common ones, and patterns for the others."""
+    (r, rank_pattern), (alpha, alpha_pattern) = map(_find_common, (ranks, alphas))
+    values = r, alpha, rank_pattern, alpha_pattern
+    return dict(zip(("r", "lora_alpha", *PATTERNS), values, strict=True))
+
+
+def _find_common(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """Finds the most common value, and patterns for the others: last words, or else whole names."""
     [(most, _)] = collections.Counter(values.values()).most_common(1)
     each = collections.defaultdict[str, set[float]](set)
