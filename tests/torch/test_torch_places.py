@@ -44,7 +44,8 @@ DAILY = [
 def entry_of(model: Any) -> Mapping[str, Any]:
     """What the file says of a model."""
     name, kind = type(model).__name__, model.config.model_type
-    return TABLE["classes"].get(name) or TABLE["models"].get(kind, {})
+    classes = TABLE["classes"]
+    return classes.get(f"{kind}/{name}") or classes.get(name) or TABLE["models"].get(kind, {})
 
 
 @pytest.mark.parametrize("name", DAILY)
@@ -95,46 +96,53 @@ CLASSES = [name for name, x in TABLE["classes"].items() if "rows" in x and name 
 NOT_RUN = """
     ASTForAudioClassification AXK1ForCausalLM AXK2ForCausalLM CHMv2ForDepthEstimation
     ColPaliForRetrieval DeepseekOcr2ForConditionalGeneration DeepseekOcr2Model
-    DeepseekV2ForCausalLM DepthAnythingForDepthEstimation DepthProForDepthEstimation
-    DepthProModel Dots3NoteAudioModel Ernie4_5_MoeForCausalLM Glm4MoeLiteForCausalLM
-    Glm4vMoeForConditionalGeneration GraniteMoeHybridForCausalLM GroundingDinoForObjectDetection
-    HYV4ForCausalLM HYV4VLForConditionalGeneration HYV4VLModel HYV4VLTextModel
-    HunYuanVLForConditionalGeneration HunYuanVLModel JevForDecision
-    Kimi_K25ForConditionalGeneration Kimi_K25Model Lfm3VlVisionModel LongcatFlashForCausalLM
-    LwDetrForObjectDetection MMGroundingDinoForObjectDetection
+    DeepseekV2ForCausalLM DeepseekV3ForCausalLM DepthAnythingForDepthEstimation
+    DepthProForDepthEstimation DepthProModel Dots3NoteAudioModel Ernie4_5_MoeForCausalLM
+    Glm4MoeLiteForCausalLM Glm4vMoeForConditionalGeneration GraniteMoeHybridForCausalLM
+    GroundingDinoForObjectDetection HYV4ForCausalLM HYV4VLForConditionalGeneration HYV4VLModel
+    HYV4VLTextModel HunYuanVLForConditionalGeneration HunYuanVLModel JevForDecision
+    Kimi_K25ForConditionalGeneration Kimi_K25Model Lfm3VlVisionModel LlavaOnevision15VisionModel
+    LongcatFlashForCausalLM LwDetrForObjectDetection MMGroundingDinoForObjectDetection
     Mask2FormerForUniversalSegmentation MimiEncoderModel MistralLarge4ForConditionalGeneration
     MistralLarge4Model MistralLarge4TextModel NemotronHForCausalLM NemotronHModel
-    OneFormerForUniversalSegmentation PI0ForConditionalGeneration PI0Model
-    PPDocLayoutV2ForObjectDetection PPDocLayoutV3ForObjectDetection
-    PPDocLayoutV4ForObjectDetection PaddleOCRVLForConditionalGeneration
-    PaliGemmaForConditionalGeneration PaliGemmaModel PromptDepthAnythingForDepthEstimation
-    Qwen2_5OmniThinkerForConditionalGeneration Qwen3NextForQuestionAnswering
-    Qwen3_5MoeForConditionalGeneration Qwen4ExpForConditionalGeneration RTDetrForObjectDetection
-    RTDetrV2ForObjectDetection Sam3TrackerVideoModel Sam3VideoModel
-    ShieldGemma2ForImageClassification Step3p7ForConditionalGeneration Step3p7Model
-    TimesFm2_5ModelForPrediction Tipsv2DptForDensePrediction Tipsv2DptForDepthEstimation
-    Tipsv2DptForNormalEstimation Tipsv2DptForSemanticSegmentation UnlimitedOcrVisionModel
-    VideoMAEForPreTraining ZoeDepthForDepthEstimation
+    OneFormerForUniversalSegmentation PI05ForConditionalGeneration PI05Model
+    PI0ForConditionalGeneration PI0Model PPDocLayoutV2ForObjectDetection
+    PPDocLayoutV3ForObjectDetection PPDocLayoutV4ForObjectDetection
+    PaddleOCRVLForConditionalGeneration PaliGemmaForConditionalGeneration PaliGemmaModel
+    PromptDepthAnythingForDepthEstimation Qwen2_5OmniThinkerForConditionalGeneration
+    Qwen3NextForQuestionAnswering Qwen3_5MoeForConditionalGeneration
+    Qwen4ExpForConditionalGeneration RTDetrForObjectDetection RTDetrV2ForObjectDetection
+    Sam3TrackerVideoModel Sam3VideoModel ShieldGemma2ForImageClassification
+    Step3p7ForConditionalGeneration Step3p7Model TimesFm2_5ModelForPrediction
+    Tipsv2DptForDensePrediction Tipsv2DptForDepthEstimation Tipsv2DptForNormalEstimation
+    Tipsv2DptForSemanticSegmentation UnlimitedOcrVisionModel VideoMAEForPreTraining
+    ZoeDepthForDepthEstimation
 """
 # Models that do not call all their linear modules: PEFT's model ignores A and B until it is merged.
 NOT_CALLED = {"JambaForCausalLM", "MaskFormerForInstanceSegmentation"}
 
 
 @functools.cache
-def list_by_kind() -> Mapping[str, list[Any]]:
-    """Lists classes of each kind: first those without rows of their own, and with heads."""
-    found = collections.defaultdict[str, list[Any]](list)
-    for cls in tiny_models.list_classes():
-        found[cls.config_class.model_type].append(cls)
+def list_by_kind() -> Mapping[str, list[tiny_models.Pair]]:
+    """Lists pairs of each kind: first those without rows of their own, and with heads."""
+    pairs = collections.defaultdict[str, list[tiny_models.Pair]](list)
+    for pair in tiny_models.list_pairs():
+        pairs[pair.kind].append(pair)
 
-    def order(cls: Any) -> tuple[bool, bool]:
-        return cls.__name__ in TABLE["classes"], not re.search("For[A-Z]|LMHead", cls.__name__)
+    def order(pair: tiny_models.Pair) -> tuple[bool, bool]:
+        name = pair.cls.__name__
+        return name in TABLE["classes"], not re.search("For[A-Z]|LMHead", name)
 
-    return {kind: sorted(own, key=order) for kind, own in found.items()}
+    return {kind: sorted(own, key=order) for kind, own in pairs.items()}
 
 
-def find_class(case: str) -> Any:
-    return getattr(transformers, case) if case[0].isupper() else list_by_kind()[case][0]
+def find_pair(case: str) -> tiny_models.Pair:
+    """Finds the pair of a kind, of a class, or of "kind/class"."""
+    kind, _, name = case.rpartition("/")
+    if not kind and case in list_by_kind():
+        return list_by_kind()[case][0]
+    cls = getattr(transformers, name)
+    return tiny_models.Pair(kind or cls.config_class.model_type, cls)
 
 
 def list_linear(model: Any) -> list[str]:
@@ -164,8 +172,8 @@ def test_merged_as_peft_merges(case: str, is_original: bool, tmp_path: pathlib.P
     What is stored in no boxes is refused by its name.
     """
     torch.manual_seed(0)
-    cls = find_class(case)
-    model = tiny_models.make_model(cls)
+    cls = (pair := find_pair(case)).cls
+    model = tiny_models.make_model(cls, config_class=pair.config_class)
     inputs = tiny_models.find_inputs(model)
     assert (inputs is None) == (cls.__name__ in NOT_RUN.split())
     model.save_pretrained(tmp_path / "base", save_original_format=is_original)
