@@ -120,6 +120,10 @@ NOT_RUN = """
 """
 # Models that do not call all their linear modules: PEFT's model ignores A and B until it is merged.
 NOT_CALLED = {"JambaForCausalLM", "MaskFormerForInstanceSegmentation"}
+# What is tied is not clear from what `transformers` declares: a head that is adapted is refused.
+UNCLEAR = {"ShieldGemma2ForImageClassification"}
+# `transformers` does not read what it has saved in the original form.
+NOT_READ = {"shieldgemma2/Gemma3ForConditionalGeneration"}
 
 
 @functools.cache
@@ -177,6 +181,7 @@ def test_merged_as_peft_merges(case: str, is_original: bool, tmp_path: pathlib.P
     inputs = tiny_models.find_inputs(model)
     assert (inputs is None) == (cls.__name__ in NOT_RUN.split())
     model.save_pretrained(tmp_path / "base", save_original_format=is_original)
+    saved = model.state_dict()
     modules = list_linear(model)
     lost = list_lost(model, modules) if is_original else []
     options = {"r": 2, "target_modules": modules, "init_lora_weights": False}
@@ -187,9 +192,18 @@ def test_merged_as_peft_merges(case: str, is_original: bool, tmp_path: pathlib.P
             peft.export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
         assert all(f"{name}: in " in str(e.value) for name in lost[:9])
         return
+    if cls.__name__ in UNCLEAR:
+        with pytest.raises(ValueError, match="the model may read this weight twice"):
+            peft.export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        return
     peft.export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    merged = cls.from_pretrained(tmp_path / "out").eval()
-    before = cls.from_pretrained(tmp_path / "base").eval().state_dict()
+    config = pair.config_class.from_pretrained(tmp_path / "base")
+    merged = cls.from_pretrained(tmp_path / "out", config=config).eval()
+    before = cls.from_pretrained(tmp_path / "base", config=config).eval().state_dict()
+    is_read = all(torch.equal(x, before[key]) for key, x in saved.items())
+    assert is_read != (is_original and case in NOT_READ)
+    if not is_read:
+        return
     assert any(not torch.equal(x, before[key]) for key, x in merged.state_dict().items())
     if inputs and cls.__name__ not in NOT_CALLED:
         pairs = zip(tiny_models.run(merged, inputs), tiny_models.run(adapted, inputs), strict=True)
