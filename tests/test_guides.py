@@ -239,10 +239,10 @@ def _rates(names: Names) -> None:
     assert names["start"] == pytest.approx(trials.to_rate(advice.start(TABLE, width=64, batch=16)))
 
 
-@of("data", 2)
+@of("data", 1)
 def _data(names: Names) -> None:
     """Every tenth loss is in both logs."""
-    [file] = pathlib.Path(names["folder"], "board").iterdir()
+    [file] = pathlib.Path(names["folder"]).glob("events*")
     assert file.stat().st_size > 200
     assert list(pathlib.Path(names["folder"], "wandb").glob("offline-run-*/*.wandb"))
 
@@ -279,7 +279,7 @@ def test_the_table_of_files_has_every_way_to_write():
         subprocess.run([sys.executable, "-m", "jlora", command, "--help"], check=True)
 
 
-MOST = 1500, 27_260  # words of a page, and of all
+MOST = 1500, 26_000  # words of a page, and of all
 
 
 def test_guides_end():
@@ -344,22 +344,13 @@ def _linen(names: Names) -> None:
     assert jnp.abs(kernel - old).max() > 0.01
 
 
-@of("checkpoints", 2)
-def _checkpoints(names: Names) -> None:
-    """The statistics have moved, and come back with the adapter."""
-    adapted, again, x = names["adapted"], names["again"], names["x"]
-    adapted.eval()
-    again.eval()
-    close(again(x), adapted(x), 0)
-    assert jnp.abs(again(x) - names["make"]()(x)).max() > 0.1
-
-
-@of("whole", 5)
+@of("whole", 6)
 def _statistics(names: Names) -> None:
-    """The best loss comes back, which the best adapter with the last statistics has not."""
-    x, y = names["x"][32:], names["y"][32:]
-    best = min(names["scores"])
-    assert float(names["loss_of"](names["adapted"], x, y)) == best != names["scores"][-1]
+    """The best loss comes back, also from files. The last statistics would spoil it."""
+    x, y, best = names["x"][32:], names["y"][32:], min(names["scores"])
+    names["again"].eval()
+    for model in (names["adapted"], names["again"]):
+        assert float(names["loss_of"](model, x, y)) == best != names["scores"][-1]
 
 
 @of("nnx", 1)

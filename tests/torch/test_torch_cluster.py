@@ -13,7 +13,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("torchax")
 transformers = pytest.importorskip("transformers")
 
-PAGE = pathlib.Path(__file__).parents[2] / "notebooks/loops/cluster.md"
+ROOT = pathlib.Path(__file__).parents[2]
+PAGE = ROOT / "notebooks/loops/cluster.md"
+JOIN = "import jax\njax.distributed.initialize('{}', 2, {})\n"
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 
 
@@ -24,10 +26,11 @@ def start(folder: pathlib.Path, out: str) -> list[subprocess.Popen[str]]:
         free.bind(("localhost", 0))
         where = f"localhost:{free.getsockname()[1]}"
     own = {"BASE": str(folder / "base"), "OUT": str(folder / out), "JAX_PLATFORMS": "cpu"}
+    own |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/examples", "PYTHONUNBUFFERED": "1"}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ | own | {"JOB": f"{where} 2 {i}"},
+            [sys.executable, "-c", JOIN.format(where, i) + code],
+            env=os.environ | own,
             text=True,
             stdout=subprocess.PIPE if i == 0 else subprocess.DEVNULL,
         )
