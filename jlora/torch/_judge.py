@@ -83,11 +83,11 @@ class Judge:
 
     def _run(self, has_gradients: bool, model: torch.nn.Module) -> Results:
         """Returns the outputs of a copy of the module, and gradients for random signs."""
-        trained = {k: x for k, x in model.named_parameters() if x.is_floating_point()}
-        for x in trained.values() if has_gradients else ():
-            x.requires_grad_()
+        every = model.named_parameters() if has_gradients else ()
+        floats = ((k, x) for k, x in every if x.is_floating_point() or x.is_complex())
+        trained = {k: x.requires_grad_() for k, x in floats}
         outs = self._call(model)
-        if not has_gradients:
+        if not trained:
             return _read({OUTPUT: outs})
         known = {k: x for k, x in outs.items() if x.requires_grad}
         signs = [torch.tensor(np.asarray(x)) for k, x in _draw_signs(outs).items() if k in known]
@@ -110,7 +110,11 @@ class Judge:
         if not has_gradients:
             return {OUTPUT: self._apply(params, *call)}
         grads, outs = jax.grad(weigh, has_aux=True, allow_int=True)(params)
-        return {OUTPUT: outs, GRADIENT: {".".join(p): x for p, x in leaves_by_path(grads)}}
+        # Those of JAX are the conjugates of PyTorch's.
+        named = {
+            ".".join(p): x.conj() for p, x in leaves_by_path(grads) if x.dtype != jax.dtypes.float0
+        }
+        return {OUTPUT: outs, GRADIENT: named}
 
     def _compare_adapted(self, adapter: PyTree, names: Sequence[peft.Name]) -> list[Difference]:
         """Compares the outputs with those of PEFT, which reads the file of an adapter."""
@@ -174,7 +178,7 @@ class Judge:
         return _flatten(convert(call(*args, **kwargs), lambda x, _: x))
 
     def _judge(self, ours: Results, theirs: Results, run: Run) -> list[Difference]:
-        trained = {k: x for k, x in ours.get(GRADIENT, {}).items() if k in theirs[GRADIENT]}
+        trained = {k: x for k, x in ours.get(GRADIENT, {}).items() if k in theirs.get(GRADIENT, {})}
         dtypes = [x.dtype for x in self.model.parameters() if x.is_floating_point()]
         unknown = max([UNKNOWN, *(ULPS * torch.finfo(x).eps for x in dtypes)])
         known = {**ours, GRADIENT: trained}

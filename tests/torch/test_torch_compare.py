@@ -163,11 +163,26 @@ def test_arguments() -> None:
     params, apply = extract(model)
     assert not compare(model, params, functools.partial(apply, scale=2.0), X)
     assert not compare(model, params, apply, x=X)
+    turned = Complex().eval()
+    assert not compare(turned, *extract(turned), X)
     assert not compare(model, params, apply, X, method="halve")
     few = lambda m, h: h if len(h) == 2 else h * torch.nan  # noqa: E731
     assert not compare(made(few), *extract(made()), X, rows=2, gradients=False)
     assert not compare(model, params, apply, np.asarray(X), scale=3.0)
     assert not compare(model, params, apply, torch.tensor(np.asarray(X)))
+
+
+class Complex(nn.Module):
+    """Has a weight of complex numbers, whose gradients JAX conjugates."""
+
+    def __init__(self) -> None:
+        """Makes it."""
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j, 1j, 2.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiplies."""
+        return (self.w * x) ** 2
 
 
 class Listed(nn.Module):
