@@ -6,14 +6,16 @@
     python examples/chat.py --resume                 # go on after Ctrl-C, kill -9, a full disk
     python examples/chat.py --evaluate-every 10 --patience 3   # keep the best adapter, stop early
     python examples/chat.py --accumulate 4           # steps of four batches
+    python examples/chat.py --base DIR --no-compare  # without PyTorch's outputs beside JAX's
     python examples/chat.py --vllm served/bin/python # serve the adapter too, and ask it
 
 DIR is any causal language model of `transformers`: config.json, tokenizer, safetensors. It runs in
-JAX through torchax. A line of FILE is a conversation: {"messages": [{"role": "user", "content":
-"..."}, {"role": "assistant", "content": "..."}]}, {"prompt": "...", "completion": "..."}, or one of
-ShareGPT. The loss counts the tokens of the answers only; their logits are never all there at once
-(`chunked`). Several conversations share a row of `--length` tokens, and do not see each other.
-Each device has a part of the weights and of the rows.
+JAX through torchax, and its outputs for the first batch are compared with PyTorch's. A line of FILE
+is a conversation: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
+"content": "..."}]}, {"prompt": "...", "completion": "..."}, or one of ShareGPT. The loss counts the
+tokens of the answers only; their logits are never all there at once (`chunked`). Several
+conversations share a row of `--length` tokens, and do not see each other. Each device has a part of
+the weights and of the rows.
 
 Without arguments the run takes two minutes on two CPU cores, and the loss on held-out answers falls
 from 5.1 to 2.4 nats per token. It writes OUT/adapter for PEFT, OUT/merged, and OUT/losses.csv with
@@ -64,7 +66,7 @@ import jlora
 from jlora import peft, sharding
 
 WARMUP = 5
-CHANGEABLE = "out", "resume", "save_every"  # options that change no number of a run
+CHANGEABLE = "out", "resume", "save_every", "compare"  # options that change no number of a run
 SHOWN = 3  # of the held-out conversations, answered before and after
 SCHEMES = {"nf4": jlora.NF4(), "int8": jlora.Int8()}
 
@@ -188,6 +190,10 @@ def run(args, mesh, folder, tokenizer, texts) -> Result:
         "the host at most"
     )
 
+    if args.compare and model.compare:
+        with explained():
+            compare(model, rows.ids[: args.batch], rows.positions[: args.batch])
+
     def apply(base, *args, **more):
         return lora.apply(sharding.gathered(base, whole), *args, **more)
 
@@ -252,6 +258,13 @@ def run(args, mesh, folder, tokenizer, texts) -> Result:
     return Result(before, after, losses, best.step, then, answers)
 
 
+def compare(model: Causal, ids: np.ndarray, positions: np.ndarray) -> None:
+    """Raises if the model computes something else than in PyTorch."""
+    if found := model.compare(ids, positions):
+        raise ValueError(f"{found}\nTo train anyway, pass --no-compare")
+    progress.write("for the first batch, the model computes what it does in PyTorch")
+
+
 def serve(args, folder, saved, shown) -> list[str]:
     """What vLLM answers with the adapter."""
     with served.serve(args.vllm, folder, saved, "--dtype", args.dtype) as url:
@@ -304,6 +317,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--alpha", type=float, default=ALPHA, help="the adapter is scaled by alpha / rank")
     add("--learning-rate", type=float, help="after the warmup, by default that of `advice.py`")
     add("--seed", type=int, default=0, help="of the adapter, the split and the order")
+    add("--compare", action=argparse.BooleanOptionalAction, default=True, help="with PyTorch")
     add("--remat", action=argparse.BooleanOptionalAction, help="recompute layers, as --base does")
     args = parser.parse_args(argv)
     if args.remat is None:

@@ -43,7 +43,8 @@ def generate(
         key: draws the tokens; None takes the most likely.
         temperature: what logits are divided by before a draw.
         is_cached: whether the keys and values of earlier tokens are kept. Otherwise each step reads
-            whole texts: slower, for models that cannot, such as those with layers in a scan.
+            whole texts: slower, for models that cannot, such as those with layers in a scan, and
+            MPT and XGLM, which read the cache's length.
 
     Raises:
         ValueError: the model has a cache that no scan can hold.
@@ -78,7 +79,10 @@ def generate(
 
     cache = make_cache(model.config, ids.shape[1]) if is_cached else None
     if is_cached:
-        _, cache = read(ids[:, :start], positions[:, :start], mask[:, :start], cache)
+        # Without position_ids, as Bloom, a model reads them from a mask of all slots.
+        is_whole = "position_ids" not in takes and not any(cache.is_linear)
+        seen = mask if is_whole else mask[:, :start]
+        _, cache = read(ids[:, :start], positions[:, :start], seen, cache)
     keys = None if key is None else jax.random.split(key, new_tokens)
     carry = ids, jnp.zeros(len(ids), bool), cache
     return jax.lax.scan(step, carry, (start + jnp.arange(new_tokens), keys))[1].T

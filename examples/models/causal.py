@@ -20,6 +20,7 @@ from typing import Any
 
 import chunked
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -70,6 +71,7 @@ def load(
         like = jlora.quantize(like, scheme, sites=sites)
     variables = peft.load_base(folder, like, names)
     hidden = jax.jit(jlora.transform(functools.partial(apply, method="hide")).apply)
+    is_cached = is_plain and keeps_cache(functools.partial(run, like), model)
     return Causal(
         run,
         variables,
@@ -77,7 +79,10 @@ def load(
         names,
         "|".join(map(re.escape, adapted)),
         are_apart(functools.partial(hidden, variables, {})),
-        make_answer(model, folder, is_plain),
+        make_answer(model, folder, is_cached),
+        None
+        if scheme
+        else functools.partial(compare, folder, type(model), dtype, variables, apply),
     )
 
 
@@ -107,6 +112,15 @@ def compute(apply, variables, ids, segments=None, positions=None, labels=None, *
         return apply(variables, ids, **{"use_cache": False} | more)
     hidden = apply(variables, ids, positions, method="hide")
     return chunked.log_probs(functools.partial(apply, variables, method="read"), hidden, labels)
+
+
+def compare(folder, kind, dtype, variables, apply, ids, positions):
+    """What differs from the model in PyTorch, which is loaded. Gradients would need more memory."""
+    model = kind.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    takes = inspect.signature(kind.forward).parameters
+    given = {"position_ids": jnp.asarray(positions)} if "position_ids" in takes else {}
+    options = {"use_cache": False, "gradients": False} | given
+    return jlora.torch.compare(model, variables, apply, jnp.asarray(ids), **options)
 
 
 class Outputs:
@@ -171,6 +185,16 @@ def are_apart(hidden: Any) -> bool:
     rows = positions, np.where(np.arange(2 * TEXT) < TEXT, positions[:, ::-1], positions)
     one, other = (np.asarray(hidden(ids, positions)[:, TEXT:]) for ids in rows)
     return bool((one == other).all())
+
+
+def keeps_cache(call: Any, model: Any) -> bool:
+    """Whether a scan over tokens can hold the model's cache; MPT and XGLM read its length."""
+    ids = np.ones((1, 1), np.int32)
+    try:
+        jax.eval_shape(lambda: generate(call, model, ids, ids, new_tokens=2, stop=()))
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    return True
 
 
 def make_answer(model: Any, folder: pathlib.Path, is_cached: bool) -> Any:

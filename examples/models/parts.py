@@ -86,6 +86,7 @@ class Causal(NamedTuple):
         pattern: of the weights that are adapted: of all linear layers but head and experts.
         is_packed: whether a row may hold several texts that do not see each other.
         answer: (model function, prompts, stops) to the likeliest tokens after each prompt.
+        compare: (ids, positions) to what differs from PyTorch; None without PyTorch's floats.
     """
 
     apply: Callable[..., Any]
@@ -95,6 +96,7 @@ class Causal(NamedTuple):
     pattern: str
     is_packed: bool
     answer: Callable[..., list[list[int]]]
+    compare: Callable[..., Any] | None = None
 
 
 # ---- layers -------------------------------------------------------------------------------------

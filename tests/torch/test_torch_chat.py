@@ -102,7 +102,9 @@ def test_chat(
     pick = conversations.lay
     monkeypatch.setattr(chat, "lay", lambda rows, *n: seen.append(rows) or pick(rows, *n))
     result = chat.main([f"--base={base}", f"--data={data}", f"--out={out}", *sizes.split()])
-    assert (len(seen[1]) < 31) == (name in APART), capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (len(seen[1]) < 31) == (name in APART), said
+    assert "computes what it does in PyTorch" in said
     held_out = [text for row in seen[0] for text in row]
     assert result.before == pytest.approx(nll(model, held_out), rel=1e-4)
     assert result.after < result.before

@@ -28,9 +28,11 @@ from jlora._tree import leaves_by_path
 
 # What torchax, PEFT and `transformers` warn of is theirs.
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+SMALL = {"vocab_size": 71, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 NAMES = "llama", "gemma3", "qwen3-moe", "gpt2", "mamba2"
 ROWS = {name: MODELS[name] for name in NAMES} | {
     "phi": Model("PhiForCausalLM", TEXT, {}),
+    "bloom": Model("BloomForCausalLM", SMALL, {}),
     "falcon-h1": Model("FalconH1ForCausalLM", GROUPED | MAMBA | {"mamba_chunk_size": 4}, {}),
 }
 WINDOW = {"gemma3": {"sliding_window": 4}}
