@@ -10,19 +10,23 @@ does.
 import copy
 import functools
 import json
-import math
 import multiprocessing
+import os
 import pathlib
+import random
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from importlib.metadata import version
 from typing import Any
 
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiles faster
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft as hf_peft
 import torch
@@ -30,14 +34,17 @@ from peft.tuners.lora import LoraLayer
 from safetensors.numpy import load_file
 from safetensors.torch import load_model, save_model
 from small import randomize
+from torch._subclasses import fake_tensor
 from zoo_families import FAMILIES, Specimen, list_drawn
 from zoo_page import STAGES, Row, file_of, read, write_line
 
 import jlora
 from jlora import LoRA, peft
+from jlora._adapters._low_rank import matrix_lengths
+from jlora.torch._differences import ADAPTED, GRADIENT, Difference, Results, judge
 
 SECONDS = 900  # for a model
-OPTIONS = {"xla_backend_optimization_level": 0}  # compiles faster
+RANKS = 1, 4
 LIBRARIES = ("torch", "torchax", "transformers", "peft", "diffusers", "timm", "torchvision", "jax")
 
 
@@ -52,29 +59,19 @@ def flatten(outputs: Any) -> dict[str, Any]:
     return {k: x for k, x in named.items() if "float" in str(x.dtype) and 0 not in x.shape}
 
 
-def compare(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
-    """Returns the largest difference of arrays, relative to their largest entry.
-
-    Of arrays whose entries are below a thousandth of the largest of all, it is relative to that.
-    """
-    if found.keys() != expected.keys():
-        return math.inf
-    sizes = {k: _measure_size(x) for k, x in expected.items()}
-    least = max(1e-3 * max(sizes.values(), default=0), 1e-9)
-    pairs = ((found[k], x, max(sizes[k], least)) for k, x in expected.items())
-    return max((_compare(*pair) for pair in pairs), default=0.0)
-
-
-def _measure_size(x: Any) -> float:
+def measure_size(x: Any) -> float:
+    """Returns the largest finite entry."""
     return np.abs(x, where=np.isfinite(x), out=np.zeros(np.shape(x))).max(initial=0)
 
 
-def _compare(found: Any, expected: Any, size: float) -> float:
-    found, expected = np.asarray(found), np.asarray(expected)
-    is_finite = np.isfinite(expected)
-    if not np.array_equal(found[~is_finite], expected[~is_finite], equal_nan=True):
-        return math.inf
-    return float(np.abs(found[is_finite] - expected[is_finite]).max(initial=0) / size)
+def describe(found: Iterable[Difference]) -> str:
+    """Says what differs."""
+    return "; ".join(f"different: {x}" for x in list(found)[:3]) or "equal"
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """Makes floats of 64 bits."""
+    return x.double() if x.is_floating_point() else x
 
 
 class Subject:
@@ -83,63 +80,59 @@ class Subject:
     def __init__(self, specimen: Specimen, folder: pathlib.Path) -> None:
         """Takes a folder for files."""
         self.model, self.inputs = specimen
+        self.wide = torch.utils._pytree.tree_map_only(torch.Tensor, widen, self.inputs)
         self.folder = folder
-        self.problem: Exception | None = None
         leaves = {k: jax.tree.leaves(x) for k, x in self.inputs.items()}
         traced = {k for k, x in leaves.items() if x and all(map(torch.is_tensor, x))}
-        to_numpy = functools.partial(jax.tree.map, lambda x: x.numpy())
-        self.arrays = {k: to_numpy(x) for k, x in self.inputs.items() if k in traced}
+        to_jax = functools.partial(jax.tree.map, lambda x: jnp.asarray(x.numpy()))
+        self.arrays = {k: to_jax(x) for k, x in self.inputs.items() if k in traced}
         self.static = {k: x for k, x in self.inputs.items() if k not in traced}
+        self.problem: Exception | None = None
 
-    def forward(self) -> float:
-        """Compares the outputs with PyTorch's: those of a step, with B = 0, if it can be made."""
+    def forward(self) -> str:
+        """Compares the outputs with PyTorch's, and the gradients of all parameters."""
         self.params, self.apply = jlora.torch.extract(self.model)
+        jax.eval_shape(self._call, self.params, self.arrays)  # a refusal comes before a difference
+        call = functools.partial(self.apply, **self.static)
+        compare = functools.partial(jlora.torch.compare, self.model, self.params, call)
         try:
-            self._init()
-            (_, found), _ = self._step(self.values, self.base, self.arrays)
-        except Exception as e:
+            found = compare(**self.arrays)
+        except NotImplementedError as e:  # of gradients, if the outputs can be computed
             self.problem = e
-            found = jax.jit(self._call, compiler_options=OPTIONS)(self.params, self.arrays)
-            self.expected = self._run(self.model)
-        return compare(found, self.expected)
+            found = compare(**self.arrays, gradients=False)
+        return describe(found.found)
 
     def linear(self) -> str:
         """Compares `all_linear` with the modules that PEFT adapts and its model calls."""
         if self.problem:
             raise self.problem
+        self.expected = self._run(self.model)
+        sites = jlora.transform(self._call).sites(self.params, self.arrays)
+        self.names = jlora.torch.names(sites, self.apply)
+        try:
+            self.pattern = jlora.torch.all_linear(self.apply, sites)
+        except ValueError:  # without linear modules, all that PEFT can hold
+            self.pattern = "|".join(x.path for x in self.names if x.kind and not x.refused)
+            ours = set[str]()
+        else:
+            rule = LoRA(self.pattern, rank=1)
+            sites = jlora.transform(self._call, rule).sites(self.params, self.arrays)
+            ours = {site.path for site in sites if site.is_adapted}
         theirs = self._list_theirs()
         if theirs is None:
             return "PEFT refuses"
-        return "equal" if self.ours == theirs else f"different: {sorted(self.ours ^ theirs)[:3]}"
+        return "equal" if ours == theirs else f"different: {sorted(ours ^ theirs)[:3]}"
 
-    def adapter(self) -> float:
-        """Compares the outputs with those of PEFT, which loads our file.
+    def adapter(self) -> str:
+        """Compares the outputs with those of PEFT, which loads our file."""
+        self.adapted = [self._adapt(rank) for rank in RANKS]
+        return self._judge_adapted(ADAPTED)
 
-        Raises PEFT's warning where it loses weights of its own file too.
-        """
-        self.values = randomize(self.values)
-        (_, self.outputs), self.grads = self._step(self.values, self.base, self.arrays)
-        peft.save(self.folder / "adapter", self.base, self.values, self.names)
-        with warnings.catch_warnings(record=True) as caught:
-            self.theirs = self._load("adapter")
-        if any("missing adapter keys" in str(x.message) for x in caught):
-            self.theirs.save_pretrained(self.folder / "own")
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", ".*missing adapter keys")
-                self._load("own")
-        return compare(self._run(self.theirs), self.outputs)
-
-    def gradient(self) -> float:
+    def gradient(self) -> str:
         """Compares the gradients of A and B with PEFT's, by the names of its file."""
-        peft.save(self.folder / "grads", self.base, self.grads, self.names)
-        ours = load_file(self.folder / "grads" / "adapter_model.safetensors")
-        self._differentiate(self.theirs)
-        named = {k.replace(".default", ""): x.grad for k, x in self.theirs.named_parameters()}
-        ours = {k: x for k, x in ours.items() if ".lora_" in k}  # PEFT's file has adapted heads too
-        theirs = {k: 0 * x if named[k] is None else named[k].numpy() for k, x in ours.items()}
-        return compare(ours, theirs)
+        return self._judge_adapted(GRADIENT)
 
-    def merged(self) -> float:
+    def merged(self) -> str:
         """Compares the outputs with those of the merged folder, loaded by its own library."""
         has_folder = hasattr(self.model, "save_pretrained")
         (self.folder / "base").mkdir()
@@ -147,7 +140,9 @@ class Subject:
             self.model.save_pretrained(self.folder / "base")
         else:
             save_model(self.model, self.folder / "base" / "model.safetensors")
-        peft.export_merged(self.folder / "base", self.folder / "adapter", self.folder / "merged")
+        peft.export_merged(
+            self.folder / "base", self.folder / f"rank_{RANKS[-1]}", self.folder / "merged"
+        )
         if has_folder:
             model = type(self.model).from_pretrained(self.folder / "merged").eval()
             if hasattr(model, "set_experts_implementation"):  # which is in no file
@@ -155,23 +150,68 @@ class Subject:
         else:
             model = copy.deepcopy(self.model)
             load_model(model, self.folder / "merged" / "model.safetensors")
-        return compare(self._run(model), self.outputs)
+        ours, theirs = {ADAPTED: self.adapted[-1][0][ADAPTED]}, {ADAPTED: self._run(model)}
+        return describe(judge(ours, theirs, lambda: {ADAPTED: self._run(model.double())}))
 
-    def _load(self, name: str) -> Any:
-        folder, model = self.folder / name, copy.deepcopy(self.model)
+    def _adapt(self, rank: int) -> tuple[Results, Results, Any]:
+        """Returns what an adapter computes in JAX and in PEFT, and in PEFT in float64."""
+        sites = jlora.transform(self._call, LoRA(self.pattern, rank=1))
+        adapted = [x for x in sites.sites(self.params, self.arrays) if x.is_adapted]
+        most = min(n for x in adapted for n in matrix_lengths(x.layout, x.shape))
+        lora = jlora.transform(self._call, LoRA(self.pattern, rank=min(rank, most), alpha=2))
+        base, values = lora.init(jax.random.key(0), self.params, self.arrays)
+        values = randomize(values)
+
+        def weigh(adapter: Any, base: Any, arrays: Any) -> tuple[jax.Array, Any]:
+            outputs = lora.apply(base, adapter, arrays)
+            return self._weigh(outputs), outputs
+
+        step = jax.jit(jax.value_and_grad(weigh, has_aux=True))
+        (_, outputs), grads = step(values, base, self.arrays)
+        peft.save(folder := self.folder / f"rank_{rank}", base, values, self.names)
+        peft.save(saved := self.folder / f"grads_{rank}", base, grads, self.names)
+        grads = load_file(saved / "adapter_model.safetensors")
+        grads = {k: x for k, x in grads.items() if ".lora_" in k}  # not adapted heads
+        run = functools.partial(self._run_adapted, folder, grads)
+        return {ADAPTED: outputs, GRADIENT: grads}, run(False), functools.cache(lambda: run(True))
+
+    def _run_adapted(self, folder: pathlib.Path, names: Iterable[str], is_wide: bool) -> Results:
+        """Loads an adapter by PEFT; raises its warning if it loses weights of its own file too."""
+        with warnings.catch_warnings(record=True) as caught:
+            model = self._load(folder)
+        if any("missing adapter keys" in str(x.message) for x in caught):
+            model.save_pretrained(self.folder / "own")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", ".*missing adapter keys")
+                self._load(self.folder / "own")
+        model = model.double() if is_wide else model
+        outputs = flatten(model(**(self.wide if is_wide else self.inputs)))
+        loss = self._weigh(outputs)
+        if loss.requires_grad:
+            loss.backward()
+        named = {k.replace(".default", ""): x for k, x in model.named_parameters()}
+        grads = {k: torch.zeros_like(x) if x.grad is None else x.grad for k, x in named.items()}
+        return {
+            ADAPTED: {k: x.detach().numpy() for k, x in outputs.items()},
+            GRADIENT: {k: grads[k].numpy() for k in names},
+        }
+
+    def _judge_adapted(self, what: str) -> str:
+        each = [judge({what: x[what]}, {what: y[what]}, z) for x, y, z in self.adapted]
+        return describe(x for found in each for x in found)
+
+    def _load(self, folder: pathlib.Path) -> Any:
+        model = copy.deepcopy(self.model)
         return hf_peft.PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
 
     def _run(self, model: Any) -> dict[str, np.ndarray]:
+        is_wide = any(x.dtype == torch.float64 for x in model.parameters())
         with torch.no_grad():
-            return {k: x.numpy() for k, x in flatten(model(**self.inputs)).items()}
+            outputs = model(**(self.wide if is_wide else self.inputs))
+        return {k: x.numpy() for k, x in flatten(outputs).items()}
 
     def _call(self, params: Any, arrays: Any) -> dict[str, jax.Array]:
         return flatten(self.apply(params, **arrays, **self.static))
-
-    def _differentiate(self, model: Any) -> None:
-        loss = self._weigh(flatten(model(**self.inputs)))
-        if loss.requires_grad:
-            loss.backward()
 
     def _weigh(self, outputs: Mapping[str, Any]) -> Any:
         """Adds up all finite outputs, with weights of either sign."""
@@ -179,20 +219,25 @@ class Subject:
         for key, x in self.expected.items():
             is_finite = np.isfinite(x).ravel()
             draw = np.random.default_rng(0).standard_normal(x.size)[is_finite]
-            weights = (draw / max(_measure_size(x), 1e-6)).astype(x.dtype)
+            weights = (draw / max(measure_size(x), 1e-6)).astype(x.dtype)
             if torch.is_tensor(outputs[key]):
                 is_finite, weights = map(torch.as_tensor, (is_finite, weights))
             total += (outputs[key].reshape(-1)[is_finite] * weights).sum()
         return total
 
     def _list_theirs(self) -> set[str] | None:
-        """Lists the parameters whose A and B have gradients in PEFT; None if it refuses them."""
+        """Lists the parameters whose A and B have gradients in PEFT; None if it refuses them.
+
+        Without those of one row or column, which `all_linear` leaves out.
+        """
         config = hf_peft.LoraConfig(r=1, target_modules="all-linear", init_lora_weights=False)
         try:
             model = hf_peft.get_peft_model(copy.deepcopy(self.model), config).eval()
         except ValueError as e:
             return set() if "No modules were targeted" in str(e) else None
-        self._differentiate(model)
+        loss = self._weigh(flatten(model(**self.inputs)))
+        if loss.requires_grad:
+            loss.backward()
         each = model.base_model.model.named_modules()
         adapted = {name: m for name, m in each if isinstance(m, LoraLayer)}
         names = {
@@ -200,40 +245,12 @@ class Subject:
             for name, m in adapted.items()
             if m.lora_A["default"].weight.grad is not None
         }
-        return {name.replace(".", "/") for name in names}
-
-    def _init(self) -> None:
-        """Makes an adapter by `all_linear`; without linear modules, of all that PEFT can hold."""
-        sites = jlora.transform(self._call).sites(self.params, self.arrays)
-        self.expected = self._run(self.model)  # after a call, which makes pytrees of its outputs
-        self.names = jlora.torch.names(sites, self.apply)
-        try:
-            pattern, has_linear = jlora.torch.all_linear(self.apply, sites), True
-        except ValueError:
-            pattern, has_linear = (
-                "|".join(x.path for x in self.names if x.kind and not x.refused),
-                False,
-            )
-        lora = jlora.transform(self._call, LoRA(pattern, rank=1, alpha=2))
-        self.base, self.values = lora.init(jax.random.key(0), self.params, self.arrays)
-        nodes = jax.tree_util.tree_leaves_with_path(self.values, lambda x: not isinstance(x, dict))
-        paths = {"/".join(key.key for key in path) for path, _ in nodes}
-        self.ours = paths if has_linear else set[str]()
-
-        def adapt(adapter: Any, base: Any, arrays: Any) -> tuple[jax.Array, Any]:
-            outputs = lora.apply(base, adapter, arrays)
-            return self._weigh(outputs), outputs
-
-        step = jax.value_and_grad(adapt, has_aux=True)
-        self._step = jax.jit(step, compiler_options=OPTIONS)
+        shapes = {name: x.shape for name, x in self.model.named_parameters()}
+        return {name.replace(".", "/") for name in names if 1 not in shapes[name]}
 
 
 def measure(family: str, name: str) -> Row | None:
-    """Measures a model; None if PyTorch computes nothing with it.
-
-    With floats of 64 bits throughout if those of 32 are not close, as rounding may be what is
-    measured.
-    """
+    """Measures a model; None if PyTorch computes nothing with it."""
     start = time.monotonic()
     torch.manual_seed(0)
     try:
@@ -244,65 +261,24 @@ def measure(family: str, name: str) -> Row | None:
             specimen.model(**specimen.inputs)
     except Exception:  # each has errors of its own
         return None
-    row = judge(specimen)
-    if row.verdict == "wrong":
-        inputs = torch.utils._pytree.tree_map_only(torch.Tensor, widen, specimen.inputs)
-        torch.set_default_dtype(torch.float64)  # of what the model makes in a call
-        with jax.enable_x64(True):
-            wide = judge(Specimen(widen_model(specimen.model), inputs))
-        torch.set_default_dtype(torch.float32)
-        if wide.verdict not in ("wrong", "failed"):
-            row = wide._replace(rounded=max(row.errors))
+    row = measure_stages(specimen)
     jax.clear_caches()
     return row._replace(family=family, name=name, seconds=round(time.monotonic() - start))
 
 
-def widen(x: torch.Tensor) -> torch.Tensor:
-    """Makes floats of 64 bits."""
-    return x.double() if x.is_floating_point() else x
-
-
-class Wide(torch.overrides.TorchFunctionMode):
-    """Computes in 64 bits what a model asks for in 32."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls a function with the wider dtype."""
-        del types
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        given = torch.utils._pytree.tree_map(_widen_dtype, (args, kwargs or {}))
-        return func(*given[0], **given[1])
-
-
-def _widen_dtype(x: Any) -> Any:
-    return torch.float64 if x is torch.float32 else x
-
-
-def widen_model(model: Any) -> Any:
-    """Makes weights of 64 bits, and has the model compute in them throughout."""
-    own = type(model)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with Wide():
-            return own.forward(self, *args, **kwargs)
-
-    model.__class__ = type(own.__name__, (own,), {"forward": forward, "__module__": own.__module__})
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("batched_mm")  # the default takes no floats of 64 bits
-    return model.double()
-
-
-def judge(specimen: Specimen) -> Row:
+def measure_stages(specimen: Specimen) -> Row:
     """Measures stage by stage; what comes after an error is left open."""
     found = dict[str, str]()
     with tempfile.TemporaryDirectory() as folder:
         subject = Subject(specimen, pathlib.Path(folder))
         for stage in STAGES:
             try:
-                x = getattr(subject, stage)()
+                found[stage] = getattr(subject, stage)()
             except Exception as e:
                 word = explain(e)
+                if (stage, word) == ("forward", "refused") and not needs_values(specimen):
+                    word = "failed"
                 return Row(**found, **{stage: word}, why=f"{type(e).__name__}: {e}")
-            found[stage] = x if isinstance(x, str) else f"{x:.1e}"
         return Row(**found)
 
 
@@ -314,6 +290,31 @@ def explain(e: Exception) -> str:
         return "refused"
     home = pathlib.Path(hf_peft.__file__).parent
     return "PEFT fails" if any(x.is_relative_to(home) for x in files) else "failed"
+
+
+def needs_values(specimen: Specimen) -> bool:
+    """Whether PyTorch itself must know values of tensors in the call, or draws."""
+    model, inputs = copy.deepcopy(specimen.model), specimen.inputs
+    before = read_generators()
+    with torch.no_grad():
+        model(**inputs)
+    if before != read_generators():
+        return True
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        given = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs)
+        try:
+            model(**given)
+        except (
+            fake_tensor.DataDependentOutputException,
+            fake_tensor.DynamicOutputShapeException,
+        ):
+            return True
+    return False
+
+
+def read_generators() -> tuple[Any, ...]:
+    """Returns where the generators of PyTorch, NumPy and Python are."""
+    return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
 
 def draw(seed: int, left_out: Set[str] = frozenset(), known: Sequence[Row] = ()) -> Iterator[Row]:

@@ -70,14 +70,31 @@ def list_by_family() -> dict[str, list[str]]:
 
 def make_transformers(name: str) -> Specimen | None:
     """Makes a model with what it takes; of one that sees, with the tokens of an image."""
-    model = tiny_models.make_model(getattr(transformers, name))
+    model = tiny_models.make_model(getattr(transformers, name), is_untied=False)
     shake(model)
     for config in (model.config, *tiny_models.list_parts(model.config).values()):
         config.use_cache = False  # where the call does not name it
     inputs = tiny_models.find_inputs(model)
     if inputs is None:
         return None
-    return Specimen(model, see(model, inputs))
+    return Specimen(model, pair(model, see(model, inputs)))
+
+
+def pair(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Makes a batch of two, of which the second is padded, if the model takes one."""
+    is_tensor = torch.is_tensor
+    two = {k: torch.cat([x, x.flip(-1)]) if is_tensor(x) else x for k, x in inputs.items()}
+    masks = dict[str, Any]()
+    if "input_ids" in inputs and "attention_mask" in inspect.signature(model.forward).parameters:
+        masks["attention_mask"] = torch.ones_like(two["input_ids"])
+        masks["attention_mask"][1, -3:] = 0
+    for given in (two | masks, two):
+        try:
+            if tiny_models.run(model, given):
+                return given
+        except Exception:  # each model has errors of its own
+            continue
+    return inputs
 
 
 def see(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
