@@ -1,7 +1,6 @@
 """Reads and writes adapters without their model."""
 
 import dataclasses
-import functools
 import os
 from collections.abc import Collection, Mapping
 from typing import Any, TypeGuard
@@ -10,12 +9,11 @@ import jax
 import numpy as np
 
 from .._adapters import Node, Replaced, is_node, state, weight_shape
-from .._arrays import put
 from .._errors import InputError, Problem
-from .._types import Layout, short
+from .._types import short
 from ._file import COUNT, COUNTS, DTYPES
 from ._problems import About
-from .adapter._arranged import Tree, make_tree
+from .adapter._arranged import Tree, make_node, make_tree
 from .adapter._config import problems_of
 from .adapter._describe import describe
 from .adapter._draft import make_draft
@@ -24,16 +22,14 @@ from .adapter._methods import Factored
 from .adapter._one_rank import with_profile
 from .adapter._open import open_adapter
 from .adapter._parameters import Model, assign_parameters, find_twins
-from .adapter._parts import Parameters, Part, Values, fill, list_changes
+from .adapter._parts import Parameters, Values, fill, list_changes, wholes
 from .adapter._sorted import sort_tensors
 from .adapter._writable import explain_unstored
 from .names._kinds import EMBEDDING, EXPERTS, KINDS, ROWS
-from .names._leaves import NamedLeaf
+from .names._leaves import NamedLeaf, own_leaf
 from .names._names import Name
-from .names._torch_layout import join_factors
 
 ContentsLeaf = Factored | Replaced | np.ndarray | jax.Array
-_ROWS = Layout((), (0,), (1,))
 # The axes of the weights of linear modules, embeddings, experts, and convolutions.
 _AXES = {
     Name("", "", axes).layout: axes for axes in (*(kind.axes for kind in KINDS), "oikk", "oikkk")
@@ -151,8 +147,7 @@ def write(
         (8, 8)
     """
     tree = _as_tree(contents)
-    full = {leaf.parameters[0]: np.asarray(leaf.value) for leaf in tree.full}
-    own = Parameters(tree.parts, full, contents.frozen, tree.tokens)
+    own = Parameters(tree.parts, tree.whole, wholes(contents.frozen))
     about = About("contents", "has a configuration that cannot be written.")
     fields = describe(dict(contents.config), tree, own.parts, about)
     fields, own = with_profile(profile, fields, own)
@@ -184,24 +179,12 @@ def _as_contents(fields: dict[str, Any], own: Values) -> Contents:
     twins = find_twins(own.parts)
     tied = {x.key: twins[x.name].key for x in own.parts if x.kind is EMBEDDING and x.name in twins}
     dropout = float(fields.get("lora_dropout", 0.0))
-    nodes = {
-        x.key: join_factors(_as_leaf(x), [x.arrays], scale=x.scale, dropout=dropout)
-        for x in own.parts
-        if x.kind is EMBEDDING or x.name not in twins
-    }
-    rows = {x.module: Replaced(put(x.v), x.rows, _ROWS) for x in own.tokens.values()}
-    return Contents({**nodes, **rows, **own.full}, fields, tied, own.frozen)
-
-
-def _as_leaf(part: Part[np.ndarray]) -> NamedLeaf:
-    """Makes the leaf that a part adapts, with PyTorch's axes."""
-    shape = part.delta(bool(part.kind.transposed))
-    return NamedLeaf((), None, shape, _name(part.kind.axes.ljust(len(shape), "k")), ("",))
-
-
-@functools.cache
-def _name(axes: str, parameter: str = "weight") -> Name:
-    return Name("", "", axes, parameter)
+    parts = (x for x in own.parts if x.kind is EMBEDDING or x.name not in twins)
+    nodes: dict[str, Any] = {x.key: make_node(x.leaf, [x], dropout) for x in parts}
+    nodes |= {x.module: make_node(x.leaf, [x], dropout) for x in own.tokens.values()}
+    full, frozen = ({x.name: x.x for x in each.values()} for each in (own.full, own.frozen))
+    full = {name: x for name, x in full.items() if name not in own.tokens}
+    return Contents(nodes | full, fields, tied, frozen)
 
 
 def _as_tree(contents: Contents) -> Tree:
@@ -225,16 +208,14 @@ def _as_tree(contents: Contents) -> Tree:
 
 def _name_leaf(name: str, x: object) -> NamedLeaf | None:
     """Returns the leaf that has PyTorch's axes; None if it has others."""
-    module, _, parameter = name.rpartition(".")
     if _is_array(x):
-        row = _name("o"[: x.ndim] + "k" * (x.ndim - 1), parameter)
-        return NamedLeaf((name,), x, x.shape, row, (module,)) if module else None
+        return own_leaf(name, "o"[: x.ndim] + "k" * (x.ndim - 1), x.shape) if "." in name else None
     axes = _AXES.get(x.layout) if isinstance(x, Factored | Replaced) else None
     if not isinstance(x, Node) or axes is None or (isinstance(x, Replaced) and axes != ROWS.axes):
         return None
-    is_parameter = axes == EXPERTS.axes or parameter == "weight"
-    own = (_name(axes, parameter), (module,)) if is_parameter else (_name(axes), (name,))
-    return NamedLeaf((name,), None, weight_shape(x), *own, by_parameter=is_parameter)
+    is_parameter = axes == EXPERTS.axes or name.endswith(".weight")
+    leaf = own_leaf(name if is_parameter else f"{name}.weight", axes, weight_shape(x))
+    return leaf._replace(path=(name,), by_parameter=is_parameter)
 
 
 def _is_array(x: object) -> TypeGuard[np.ndarray | jax.Array]:

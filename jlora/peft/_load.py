@@ -2,28 +2,24 @@
 
 import functools
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
-import numpy as np
-
-from .._adapters import AdapterLeaf, is_node
-from .._arrays import put
+from .._adapters import is_node
 from .._tree import leaves_by_path, nest
 from .._types import PyTree
 from ._problems import About, warn
+from .adapter._arranged import make_node
 from .adapter._config import problems_of
 from .adapter._files import Files
 from .adapter._fit_tree import match_to_tree
 from .adapter._methods import method_of
 from .adapter._open import open_adapter
 from .adapter._parameters import Model, assign_parameters, list_missing, list_unmatched
-from .adapter._parts import Part, Values, fill
+from .adapter._parts import Values, fill
 from .adapter._sorted import Adapter, sort_tensors
 from .names._advice import advise
 from .names._leaves import NamedLeaf, find_leaves, sort_by_row
 from .names._names import Name
-from .names._torch_layout import join_factors, join_rows, join_weight
 
 WHERE = "`base` under `names`"
 
@@ -100,30 +96,15 @@ def load(
     adapter, adapted, own = fit(files, leaves, about, remedy)
     unused = list_unmatched(adapter, own, Model(_shapes(leaves), WHERE))
     fields = files.fields
-    static: dict[str, Any] = {"dropout": float(fields.get("lora_dropout", 0.0))}
     method = method_of(fields)
-    if (rate := static["dropout"]) and "lora_dropout" in method.ignored:
+    dropout = float(fields.get("lora_dropout", 0.0))
+    if dropout and "lora_dropout" in method.ignored:
         why = f"is ignored, as {method.name} has no dropout in jlora"
-        unused.append(f"lora_dropout: {rate} {why}")
+        unused.append(f"lora_dropout: {dropout} {why}")
     warn(files.config, unused)
-    parts = {part.name: part for part in own.parts}
-    return nest({leaf.path: _value(leaf, own, parts, static) for leaf in adapted})
-
-
-def _value(
-    leaf: NamedLeaf,
-    own: Values,
-    parts: Mapping[str, Part[np.ndarray]],
-    static: Mapping[str, Any],
-) -> AdapterLeaf:
-    """Makes a leaf of the adapter tree from the values of its modules."""
-    names = leaf.parameters
-    if rows := own.tokens.get(names[0]):
-        return join_rows(leaf, rows.rows, rows.v)
-    if names[0] in own.full:
-        return put(join_weight(leaf, [own.full[name] for name in names]))
-    each = [parts[name].arrays for name in names]
-    return join_factors(leaf, each, scale=parts[names[0]].scale * leaf.factor, **static)
+    changed = {x.name: x for x in (*own.parts, *own.full.values())}
+    each = ((leaf, [changed[name] for name in leaf.parameters]) for leaf in adapted)
+    return nest({leaf.path: make_node(leaf, parts, dropout) for leaf, parts in each})
 
 
 def fit(

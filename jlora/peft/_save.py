@@ -28,7 +28,7 @@ from .adapter._describe import (
 )
 from .adapter._draft import Draft, make_draft
 from .adapter._one_rank import with_profile
-from .adapter._parts import Parameters, Part, Values, list_changes
+from .adapter._parts import Parameters, Part, Values, list_changes, wholes
 from .adapter._roles import make_saves
 from .adapter._sorted import may_tie
 from .adapter._writable import explain_unstored
@@ -247,7 +247,7 @@ def _collect(fields: Configuration, tree: Tree, parts: list[Part[np.ndarray]]) -
             full[f"{head}.weight"] = full[leaf.parameters[0]]
     own = split_all(frozen.values())  # a head has the values of its embedding
     values = {name: own.get(name, own[leaf.parameters[0]]) for name, leaf in frozen.items()}
-    return Parameters(parts, full, values, tree.tokens)
+    return Parameters(parts, wholes(full) | tree.tokens, wholes(values))
 
 
 def _refuse_lost(saved: Sequence[NamedLeaf], fields: Configuration, tree: Tree) -> None:

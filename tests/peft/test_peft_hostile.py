@@ -20,7 +20,7 @@ from small import some
 from jlora import peft
 from jlora.peft import _file
 from jlora.peft._checkpoint import open_checkpoint
-from jlora.peft.adapter._parts import Parameters
+from jlora.peft.adapter._parts import Parameters, wholes
 from jlora.peft.adapter._patterns import FORMS as FORM_LIMIT
 from jlora.peft.adapter._patterns import LENGTH, list_bad_patterns, list_parents
 from jlora.peft.adapter._roles import Roles, list_unused
@@ -276,7 +276,7 @@ def test_copies_are_read_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(_ties, "_digest", digest)
     target = Target(folder, next(stored_as_is(folder.shapes)))
-    found = Parameters([], dict(tables), {}, {}, {})
+    found = Parameters([], wholes(tables))
     _, shared, _ = _ties.find_shared(target, found, {})
     assert shared == {table: [head] for table, head in zip(tables, heads, strict=True)}
     assert sorted(read) == sorted(every)
@@ -299,7 +299,7 @@ def test_many_tables(tmp_path: Folder) -> None:
     folder = open_checkpoint(base(tmp_path / "b", tables, parts=parts))
     target = Target(folder, next(stored_as_is(folder.shapes)))
     with bounded(4):
-        found = Parameters([], dict(tables), {}, {}, {})
+        found = Parameters([], wholes(tables))
         assert _ties.find_shared(target, found, {})[1].keys() == tables.keys()
 
 

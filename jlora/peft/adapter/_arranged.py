@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..._adapters import Replaced, is_node
+from ..._adapters import AdapterLeaf, Replaced, is_node
+from ..._arrays import put
 from ..._tree import adapter_leaves, check_fits
 from ..._types import Path, PyTree
 from .._file import PREFIX
@@ -14,15 +15,19 @@ from ..names._kinds import EXPERTS, LINEAR, ROWS
 from ..names._leaves import NamedLeaf, find_tied_heads
 from ..names._names import Name
 from ..names._torch_layout import (
+    join_factors,
     join_outputs,
+    join_rows,
+    join_weight,
     keep_adapted,
     rescale,
     split_factors,
     split_rows,
     swap,
 )
+from ..names._weights import split_all
 from ._methods import FACTORED
-from ._parts import Part, Tokens, Values
+from ._parts import Part, Values, Whole, wholes
 from ._roles import make_saves
 from ._sorted import BASE
 from ._writable import check_adapter, name_leaves
@@ -55,11 +60,16 @@ class Tree(NamedTuple):
         return {module for leaf in self.leaves for module in leaf.modules}
 
     @property
-    def tokens(self) -> dict[str, Tokens[np.ndarray]]:
+    def whole(self) -> dict[str, Whole[np.ndarray]]:
+        """The parameters in full, and the rows of embeddings, in PyTorch's layout."""
+        full = wholes(split_all(leaf._replace(value=self.found[leaf.path]) for leaf in self.full))
+        return full | self.tokens
+
+    @property
+    def tokens(self) -> dict[str, Whole[np.ndarray]]:
         """The rows of embeddings in PyTorch's layout, by parameter."""
-        each = ((leaf, self.found[leaf.path]) for leaf in self.rows)
-        found = (Tokens(leaf.modules[0], x.rows, split_rows(leaf, x)) for leaf, x in each)
-        return {f"{x.module}.weight": x for x in found}
+        each = ((leaf.parameters[0], leaf, self.found[leaf.path]) for leaf in self.rows)
+        return {name: Whole(name, split_rows(leaf, x), x.rows) for name, leaf, x in each}
 
     @property
     def parts(self) -> list[Part[np.ndarray]]:
@@ -141,6 +151,19 @@ def _swap(leaf: NamedLeaf, part: Part[np.ndarray]) -> Part[np.ndarray]:
     return part._replace(a=a, b=b)
 
 
+def make_node(
+    leaf: NamedLeaf, own: Sequence[Part[np.ndarray] | Whole[np.ndarray]], dropout: float
+) -> AdapterLeaf:
+    """Makes a leaf of an adapter tree from what PEFT has of its parameters."""
+    first = own[0]
+    if isinstance(first, Part):
+        arrays = [x.arrays for x in own if isinstance(x, Part)]
+        return join_factors(leaf, arrays, scale=first.scale * leaf.factor, dropout=dropout)
+    if first.rows:
+        return join_rows(leaf, first.rows, first.x)
+    return put(join_weight(leaf, [x.x for x in own if isinstance(x, Whole)]))
+
+
 def make_tensors(
     fields: Mapping[str, Any], own: Values, tied: Mapping[str, str]
 ) -> dict[str, np.ndarray]:
@@ -158,12 +181,12 @@ def make_tensors(
         left[module] -= 1
         start = f"{PREFIX}{module}{BASE * left[module]}"
         tensors |= {start + end: x for end, x in zip(part.keys, part.arrays, strict=True)}
-    for name, x in {**own.full, **own.frozen}.items():
+    for name, x in own.whole.items():
         module, _, parameter = name.rpartition(".")
         is_wrapped = name in own.frozen or (module in adapted and not saves(module))
-        tensors[f"{PREFIX}{module}{BASE * is_wrapped}.{parameter}"] = x
+        tensors[f"{PREFIX}{module}{BASE * is_wrapped}.{parameter}"] = x.x
     [end] = ROWS.keys
-    tensors |= {f"{PREFIX}{x.module}{end}": x.v for x in own.tokens.values()}
+    tensors |= {f"{PREFIX}{x.module}{end}": x.x for x in own.tokens.values()}
     # Contiguous, as the safetensors library writes memory in its order.
     return {key: np.asarray(x, order="C") for key, x in tensors.items()}
 

@@ -12,11 +12,12 @@ from ..names._kinds import LINEAR
 from ..names._leaves import NamedLeaf
 from ._arranged import Tree
 from ._config import DEFAULTS, problems_of
+from ._fits import is_of_vocabulary
 from ._methods import FURTHER
 from ._parts import INDICES, Part
 from ._patterns import PATTERNS, last_of, list_parents, list_tails, make_scales
 from ._roles import Roles, find_divisor, make_saves, saves_bias
-from ._sorted import SAVED_BY_NAME, is_of_vocabulary, may_tie
+from ._sorted import SAVED_BY_NAME, may_tie
 
 Configuration = dict[str, Any]
 

@@ -14,18 +14,17 @@ from ..names._kinds import EMBEDDING, LINEAR
 from ..names._leaves import NamedLeaf, find_tied_heads
 from ..names._torch_layout import split_weight
 from ..places._declared import is_table
+from ._fits import list_misfits, list_misfits_in_full
 from ._methods import LORA
 from ._parts import (
     Header,
     Headers,
     Part,
-    Tokens,
+    Whole,
     find_table,
     list_lone_heads,
-    list_misfits,
     list_unequal,
 )
-from ._sorted import explain_resized
 
 # The tensor of a head, the tensor of its embedding, and whether one is the other's transpose.
 Pair = tuple[TensorInfo, TensorInfo, bool]
@@ -84,10 +83,12 @@ def match_to_tree(
     own = adapter._replace(full=full, frozen=frozen)
     parts = [(x, _list_misfits(x, homes.get(x.name), x.name in tied, advise)) for x in own.parts]
     low = {x.name: x for x, wrong in parts if not wrong}
-    whole = {n: _list_misfits_in_full(n, x, homes.get(n), advise) for n, x in full.items()}
-    full = {name: x for name, x in full.items() if not whole[name]}
-    problems = [y for wrong in (*(wrong for _, wrong in parts), *whole.values()) for y in wrong]
-    problems += [y for n, x in frozen.items() for y in _list_misshapen(x, homes[n].weight_shape)]
+    whole = [x for x in full.values() if not x.rows]
+    lost = [(x, _list_misfits_in_full(x, homes.get(x.name), advise)) for x in whole]
+    full = {x.name: x for x, wrong in lost if not wrong}
+    problems = [y for _, wrong in (*parts, *lost) for y in wrong]
+    for name, x in frozen.items():
+        problems += list_misfits_in_full(x, homes[name].weight_shape)
     rows, same, unlike = _match_rows(own.tokens, homes, tied, advise)
     apart = [name.removesuffix(".weight") for name in homes if name not in tied]
     problems += [*unlike, *list_lone_heads(heads, apart)]
@@ -125,33 +126,25 @@ def _list_misfits(
     if part.transposed is False and leaf.name.transposed:
         why = f"is targeted by target_parameters, but {path} is stored as (inputs, outputs)"
         return [Problem(key, why)]
-    a, b = leaf.shapes(part.a.shape[0] // leaf.experts)
-    a, b = (b[::-1], a[::-1]) if is_head else (a, b)
-    return _list_misshapen(part.a, a) + _list_misshapen(part.b, b)
+    return list_misfits(part, leaf.weight_shape, not is_head and leaf.name.is_reversed)
 
 
 def _list_misfits_in_full(
-    name: str, x: TensorInfo, leaf: NamedLeaf | None, advise: Callable[[], str]
+    x: Whole[TensorInfo], leaf: NamedLeaf | None, advise: Callable[[], str]
 ) -> list[Problem]:
     if leaf is None:
         return [Problem(x.key, LOST, advise())]
     if leaf.name.part:
         return [Problem(x.key, "saved in full, but `base` has a leaf for each part of it")]
-    resized = explain_resized(name, x.shape, leaf.weight_shape)
-    return [resized] if resized else _list_misshapen(x, leaf.weight_shape)
-
-
-def _list_misshapen(x: TensorInfo, shape: tuple[int, ...]) -> list[Problem]:
-    is_same = x.shape == shape
-    return [] if is_same else [Problem(x.key, f"expected shape {shape}, got {x.shape}")]
+    return list_misfits_in_full(x, leaf.weight_shape)
 
 
 # ------------------------------------------------------------- a head that shares an embedding
 
 
 def _match_head(
-    head: Header | TensorInfo | None,
-    table: Header | TensorInfo | None,
+    head: Header | Whole[TensorInfo] | None,
+    table: Header | Whole[TensorInfo] | None,
     leaf: NamedLeaf,
 ) -> tuple[list[Pair], list[Problem]]:
     """Requires a tied head and its embedding to have the same A and B, or the same values."""
@@ -166,8 +159,8 @@ def _match_head(
         [(x, other)] = lone
         how = "adapted" if isinstance(x, Part) else "saved in full"
         return [], [Problem(x.key, f"{how} without {other}, which shares its weight")]
-    if isinstance(head, TensorInfo) and isinstance(table, TensorInfo):
-        return [(head, table, False)], []
+    if isinstance(head, Whole) and isinstance(table, Whole):
+        return [(head.x, table.x, False)], []
     if isinstance(head, Part) and isinstance(table, Part):
         if (head.scale, head.rank) == (table.scale, table.rank):
             return [(head.a, table.b, True), (head.b, table.a, True)], []
@@ -177,7 +170,7 @@ def _match_head(
 
 
 def _match_rows(
-    tokens: Mapping[str, Tokens[TensorInfo]],
+    tokens: Mapping[str, Whole[TensorInfo]],
     homes: Mapping[str, NamedLeaf],
     tied: Collection[str],
     advise: Callable[[], str],
@@ -191,17 +184,17 @@ def _match_rows(
         if leaf and name not in tied:
             rows.append(leaf)
             if leaf.kind is EMBEDDING:
-                problems += list_misfits(x, leaf.weight_shape)
+                problems += list_misfits_in_full(x, leaf.weight_shape)
             else:
                 why = "has rows, but is not an embedding under `names`"
-                problems.append(Problem(x.v.key, why))
+                problems.append(Problem(x.key, why))
         elif table := find_table(name, tokens, tables):
-            same.append((x.v, table.v, False))
+            same.append((x.x, table.x, False))
         elif leaf:
             why = f"has rows, but shares the weight of {leaf.modules[0]}, which has no such rows"
-            problems.append(Problem(x.v.key, why))
+            problems.append(Problem(x.key, why))
         else:
-            problems.append(Problem(x.v.key, LOST, advise()))
+            problems.append(Problem(x.key, LOST, advise()))
     return rows, same, problems
 
 
@@ -209,7 +202,7 @@ def _match_rows(
 
 
 def _gather(
-    found: Mapping[str, Header | TensorInfo],
+    found: Mapping[str, Header | Whole[TensorInfo]],
     leaves: Sequence[NamedLeaf],
 ) -> tuple[list[NamedLeaf], list[Problem]]:
     """Finds the leaves of which all modules, or those of some slots, are adapted."""

@@ -10,8 +10,9 @@ import numpy as np
 
 from ..._errors import Problem
 from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, show
-from ..names._kinds import CONV, EMBEDDING, EXPERTS, LINEAR, Kind
+from ..names._kinds import EMBEDDING, EXPERTS, LINEAR, Kind
 from ..places._views import Shapes
+from ._fits import fit_axes, list_orientations
 from ._parts import Header, Headers, Parameters, Part, T
 from ._roles import Role, list_unused
 from ._sorted import Adapter, may_tie
@@ -46,7 +47,7 @@ def assign_parameters(adapter: Adapter, model: Model) -> tuple[Headers, list[Pro
         if names and parts:
             own, wrong = _assign_by_shape(adapter, module, names, parts, model)
         elif parts:
-            parts = [_fit_axes(part, shapes.get(f"{module}.weight", ())) for part in parts]
+            parts = [fit_axes(part, shapes.get(f"{module}.weight", ())) for part in parts]
             own, wrong = _check_module(adapter, module, parts, model)
         else:
             continue
@@ -154,35 +155,6 @@ def _try_parameter(role: Role, name: str, part: Header, shapes: Shapes | None) -
             part = part._replace(kind=LINEAR, transposed=False)
         fits = list_orientations(part, shape)
     return part if fits and part.experts and wide == rank * part.experts else None
-
-
-def list_orientations(part: Part[T], shape: tuple[int, ...]) -> list[bool]:
-    """Lists whether a weight of a shape may be B·A (False) or its transpose (True)."""
-    part = _fit_axes(part, shape)
-    rank = part.a.shape[0]
-    is_conv = len(part.a.shape) > 2
-    if rank != math.prod(part.b.shape[1:]) or is_conv != (part.kind is CONV):
-        return []
-    if part.experts == 0 or rank % part.experts:
-        return []
-    known = part.transposed if part.kind.transposed is None else part.kind.transposed
-    return [t for t in (False, True) if known in (None, t) and part.delta(t) == shape]
-
-
-def _fit_axes(part: Part[T], shape: tuple[int, ...]) -> Part[T]:
-    """Gives A and B of a matrix the axes of a 1×1 convolution of `shape`, or takes them away.
-
-    Some tools write the one for the other.
-    """
-    rest = shape[2:]
-    extra = {*rest, *part.a.shape[2:], *part.b.shape[2:]}
-    if part.kind not in (LINEAR, CONV) or len(shape) < 2 or extra != {1}:
-        return part
-    a, b = (x.reshape(x.shape[:2] + rest) for x in (part.a, part.b))
-    part = part._replace(kind=CONV if rest else LINEAR, a=a, b=b)
-    if part.m is None or math.prod(part.m.shape) != b.shape[0]:
-        return part
-    return part._replace(m=part.m.reshape(part.further_shape))
 
 
 def list_missing(adapter: Adapter, shapes: Shapes) -> list[Problem]:

@@ -11,6 +11,7 @@ from ..._errors import Problem
 from ..._types import PyTree
 from .._file import PREFIX, TENSORS, TensorInfo, show
 from ..names._kinds import CONV, EXPERTS, ROWS, Kind
+from ..names._leaves import NamedLeaf, own_leaf
 from ._config import PARAMETERS
 from ._methods import BY_TENSORS, Method
 
@@ -76,25 +77,53 @@ class Part(NamedTuple, Generic[T]):
         n = self.b.shape[0]
         return (1, n, *[1] * (len(self.a.shape) - 2)) if self.kind is CONV else (n,)
 
-    def delta(self, transposed: bool) -> tuple[int, ...]:
-        """Returns the shape of ΔW if it is B·A, or its transpose."""
+    @property
+    def weight(self) -> tuple[int, ...]:
+        """The shape of a weight of its kind that is not transposed otherwise."""
         rows, columns = self.b.shape[:1], self.a.shape[1:]
         stack = (self.experts,) if self.kind is EXPERTS else ()
-        return stack + (columns + rows if transposed else rows + columns)
+        return stack + (columns + rows if self.kind.transposed else rows + columns)
+
+    @property
+    def leaf(self) -> NamedLeaf:
+        """The leaf of PyTorch's axes that it adapts."""
+        return own_leaf(self.name, self.kind.axes.ljust(len(self.weight), "k"), self.weight)
+
+    def shapes(self, weight: tuple[int, ...], transposed: bool) -> list[tuple[int, ...]]:
+        """Returns the shapes of A and B for a weight that is B·A, or its transpose."""
+        rows, columns, *window = weight[self.kind is EXPERTS :]
+        n, inputs = (columns, rows) if transposed else (rows, columns)
+        wide = self.rank * self.experts
+        return [(wide, inputs, *window), (n, wide, *[1] * len(window))]
 
 
-class Tokens(NamedTuple, Generic[T]):
-    """Rows of an embedding.
+class Whole(NamedTuple, Generic[T]):
+    """New values of a parameter, or of some rows of an embedding.
 
     Attributes:
-        module: PyTorch's module.
-        rows: the numbers of the k rows.
-        v: the new values, (k, dim).
+        name: PyTorch's parameter.
+        x: the values.
+        rows: the numbers of the rows; None for a whole parameter.
     """
 
-    module: str
-    rows: RowNumbers
-    v: T
+    name: str
+    x: T
+    rows: RowNumbers | None = None
+
+    @property
+    def module(self) -> str:
+        """PyTorch's module."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> NamedLeaf:
+        """The leaf of PyTorch's axes in which it replaces rows."""
+        return own_leaf(self.name, ROWS.axes, self.x.shape)
+
+    @property
+    def key(self) -> str:
+        """The key of the values in the file, or what errors call values that are of none."""
+        return getattr(self.x, "key", self.module if self.rows else self.name)
 
 
 class Parameters(NamedTuple, Generic[T]):
@@ -102,29 +131,42 @@ class Parameters(NamedTuple, Generic[T]):
 
     Attributes:
         parts: A and B.
-        full: tensors that replace a parameter.
+        full: tensors that replace a parameter, or rows of one.
         frozen: tensors that must equal the base's parameter.
-        tokens: rows that replace those of an embedding.
         biases: tensors that `lora_bias` adds to the bias of a module, with their scale.
     """
 
     parts: list[Part[T]]
-    full: Mapping[str, T] = {}
-    frozen: Mapping[str, T] = {}
-    tokens: Mapping[str, Tokens[T]] = {}
+    full: Mapping[str, Whole[T]] = {}
+    frozen: Mapping[str, Whole[T]] = {}
     biases: Mapping[str, tuple[T, float]] = {}
 
     @property
     def changed(self) -> list[str]:
         """The parameters that the adapter changes, but for the biases to which it adds."""
-        return [*(part.name for part in self.parts), *self.full, *self.tokens]
+        return [*(part.name for part in self.parts), *self.full]
+
+    @property
+    def tokens(self) -> dict[str, Whole[T]]:
+        """New rows of embeddings."""
+        return {name: x for name, x in self.full.items() if x.rows}
+
+    @property
+    def whole(self) -> dict[str, Whole[T]]:
+        """The tensors of whole parameters."""
+        return {n: x for n, x in (*self.full.items(), *self.frozen.items()) if not x.rows}
 
     def list_unheld(self, form: str) -> list[Problem]:
         """Lists what a dialect or a profile has no form for."""
-        found = [Problem(name, "trained in full") for name in self.full]
+        found = [Problem(x.name, "trained in full") for x in self.full.values() if not x.rows]
         found += [Problem(x.module, ROWS.name) for x in self.tokens.values()]
         odd = (x for x in self.parts if form in x.kind.refused)
         return [*found, *(Problem(x.key, f"of kind {x.kind.name}") for x in odd)]
+
+
+def wholes(values: Mapping[str, T]) -> dict[str, Whole[T]]:
+    """Makes records of whole parameters."""
+    return {name: Whole(name, x) for name, x in values.items()}
 
 
 Header = Part[TensorInfo]
@@ -163,8 +205,8 @@ def list_changes(drafted: Values, again: Values) -> list[Problem]:
 
 def _list_numbers(own: Values) -> dict[str, tuple[Any, ...]]:
     """Lists rank, scale and arrays of each parameter; whole parameters are of scale 1."""
-    found = {name: (0, 1.0, x) for name, x in own.full.items()}
-    found |= {name: (len(x.rows), 1.0, np.asarray(x.rows), x.v) for name, x in own.tokens.items()}
+    rows = {name: x.rows or () for name, x in own.full.items()}
+    found = {n: (len(rows[n]), 1.0, np.asarray(rows[n]), x.x) for n, x in own.full.items()}
     return found | {x.name: (x.rank, x.scale, *x.arrays) for x in own.parts}
 
 
@@ -208,26 +250,15 @@ def _without_values(key: str) -> Problem:
     return Problem(INDICES, f"selects {show(key) or 'rows'}, but {TENSORS} has no values for it")
 
 
-def list_misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[Problem]:
-    """Explains why rows do not fit an embedding of `shape` in PyTorch."""
-    found = list[Problem]()
-    wanted = (len(tokens.rows), *shape[1:])
-    if tokens.v.shape != wanted:
-        key = getattr(tokens.v, "key", tokens.module)
-        found.append(Problem(key, f"expected shape {wanted}, got {tokens.v.shape}"))
-    if (last := max(tokens.rows)) >= shape[0]:
-        why = f"{INDICES} lists row {last}, but there are {shape[0]} rows"
-        found.append(Problem(tokens.module, why, "Resize the vocabulary as in training."))
-    return found
-
-
 def list_lone_heads(heads: Iterable[str], modules: Iterable[str]) -> list[Problem]:
     """Lists problems with `heads` that are modules with a weight of their own."""
     modules = list(modules)
     return [_without_values(k) for k in heads if any(module.endswith(k) for module in modules)]
 
 
-def find_table(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) -> Tokens | None:
+def find_table(
+    name: str, tokens: Mapping[str, Whole[T]], tables: Container[str]
+) -> Whole[T] | None:
     """Finds the rows of the embedding, one of the `tables`, to which `name` may be tied."""
     others = (x for other, x in tokens.items() if other != name and other in tables)
     return next((x for x in others if x.rows == tokens[name].rows), None)

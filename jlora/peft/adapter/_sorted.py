@@ -12,8 +12,9 @@ from ..names._peft import load_constants
 from ..names._weights import explain_narrowing
 from ..places._declared import is_table
 from ._files import Files
+from ._fits import is_of_vocabulary
 from ._methods import ENDS, method_of
-from ._parts import WRAPPED, Header, Headers, Parameters, Part, Tokens, find_rows
+from ._parts import WRAPPED, Header, Headers, Parameters, Part, Whole, find_rows
 from ._roles import Roles
 
 BASE = ".base_layer"  # the module that an adapter wraps
@@ -95,17 +96,18 @@ def sort_tensors(files: Files, *, is_merged: bool = False) -> tuple[Adapter, lis
     # The name of a parameter alone, such as `gate_up_proj`, may be in any module, but not in these.
     for module in (x for x in adapted if may_tie(fields, x)):
         roles[module] = roles[module]._replace(parameters=())
-    full, frozen, unexpected = _others(roles, others, adapted, deltas)
+    full, frozen, unexpected = _sort_whole(roles, others, adapted, deltas)
     parts, unpaired = _parts(files, roles, sides, further)
     rows, heads, unlisted = find_rows(fields, deltas)
     problems += [*unexpected, *unpaired, *unlisted]
     for module in rows:
-        if module in adapted or roles[module].saves:
+        name = f"{module}.weight"
+        if module in adapted or roles[module].saves or name in full:
             why = "its module is also adapted or saved as a whole"
             problems.append(Problem(deltas[module].key, why))
-    tokens = {f"{module}.weight": Tokens(module, rows[module], deltas[module]) for module in rows}
+        full[name] = Whole(name, deltas[module], rows[module])
     added = {f"{module}.bias": (x, roles[module].scale) for module, x in biases.items()}
-    rest = Parameters([], full, frozen, tokens, added)
+    rest = Parameters([], full, frozen, added)
     return Adapter(files, roles, parts, rest, heads), problems
 
 
@@ -130,14 +132,14 @@ def _find_home(key: str) -> tuple[str, str, str]:
     return wrapped.removesuffix(BASE).removesuffix(WRAPPED), wrapped, parameter
 
 
-def _others(
+def _sort_whole(
     roles: Roles,
     tensors: Mapping[str, TensorInfo],
     adapted: Collection[str],
     with_rows: Collection[str],
-) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo], list[Problem]]:
+) -> tuple[dict[str, Whole[TensorInfo]], dict[str, Whole[TensorInfo]], list[Problem]]:
     """Separates parameters that are replaced from those that must equal the base's."""
-    full, frozen = dict[str, TensorInfo](), dict[str, TensorInfo]()
+    full, frozen = dict[str, Whole[TensorInfo]](), dict[str, Whole[TensorInfo]]()
     problems = list[Problem]()
     for key, x in tensors.items():
         module, wrapped, parameter = _find_home(key)
@@ -157,37 +159,18 @@ def _others(
         elif name in full or name in frozen:
             problems.append(Problem(x.key, f"duplicate, with and without {BASE[1:]}"))
         elif is_frozen and is_wrapped and (is_adapted or module in with_rows):
-            frozen[name] = x
+            frozen[name] = Whole(name, x)
         elif is_resized or (is_full and (parameter == "bias" or not is_adapted)):
-            full[name] = x
+            full[name] = Whole(name, x)
         else:
             why = f"in full, but {show(module)} also has A and B" if is_full else "unexpected"
             problems.append(Problem(x.key, why))
     return full, frozen, problems
 
 
-def is_of_vocabulary(module: str, parameter: str) -> bool:
-    """Whether PEFT saves a parameter automatically after the vocabulary was resized."""
-    return parameter in ("weight", "bias") and is_table(module)
-
-
 def may_tie(fields: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT may have changed `module` because it shares a weight."""
     return bool(fields.get("ensure_weight_tying")) and is_table(module)
-
-
-def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> Problem | None:
-    """Explains a misfit that comes from a vocabulary of another size, if it does."""
-    module, _, parameter = name.rpartition(".")
-    if shape == wanted or shape[1:] != wanted[1:] or not is_of_vocabulary(module, parameter):
-        return None
-    return Problem(
-        name,
-        f"has {shape[0]} rows in the adapter, whose vocabulary was resized, but {wanted[0]} in the "
-        "base",
-        "Merge it with jlora.peft.export_merged, which adds rows, or call "
-        f"resize_token_embeddings({shape[0]}) on the base in `transformers`, and save it.",
-    )
 
 
 # --------------------------------------------------------------------------------------- A and B

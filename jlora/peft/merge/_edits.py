@@ -7,7 +7,7 @@ import numpy as np
 
 from ..._errors import Problem
 from .._write import Edit
-from ..adapter._parameters import list_orientations
+from ..adapter._fits import list_orientations
 from ..adapter._parts import Part, T, Values
 from ..names._kinds import EXPERTS, LINEAR, Kind
 from ..places._declared import find_transposed
@@ -34,7 +34,7 @@ def find_edits(model: Places, contents: Values) -> tuple[dict[str, Edit], list[P
     found |= {name: Parts(x) for name, x in parts.items()}
     rows = {
         model.tensor(name): Parts(
-            {row: (1, NewValues(v[None])) for row, v in zip(x.rows, x.v, strict=True)}
+            {row: (1, NewValues(v[None])) for row, v in zip(x.rows or (), x.x, strict=True)}
         )
         for name, x in contents.tokens.items()
     }
@@ -49,7 +49,8 @@ def _list_changes(
 ) -> tuple[list[tuple[str, NewValues | Sum]], list[Problem]]:
     """Lists the change of each parameter."""
     found, problems = list[tuple[str, NewValues | Sum]](), list[Problem]()
-    found += [(name, NewValues(x)) for name, x in contents.full.items() if name in model]
+    full = (x for x in contents.full.values() if x.name in model and not x.rows)
+    found += [(x.name, NewValues(x.x)) for x in full]
     for part in contents.parts:
         if (view := model.get(part.name)) is None:
             continue  # a tied weight, which another part changes

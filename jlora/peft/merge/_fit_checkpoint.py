@@ -18,18 +18,17 @@ from .._problems import About
 from ..adapter._arranged import arrange
 from ..adapter._config import problems_of
 from ..adapter._files import Files
+from ..adapter._fits import list_misfits, list_misfits_in_full
 from ..adapter._open import open_adapter
 from ..adapter._parameters import (
     Model,
     assign_parameters,
     list_missing,
-    list_orientations,
     list_unmatched,
 )
-from ..adapter._parts import Headers, Parameters, T, Values, fill, list_misfits, list_unequal
-from ..adapter._sorted import Adapter, explain_resized, sort_tensors
+from ..adapter._parts import Headers, Parameters, T, Values, fill, list_unequal
+from ..adapter._sorted import Adapter, sort_tensors
 from ..names._names import Name
-from ..names._weights import split_all
 from ..places._find import Pairs, find
 from ..places._views import Places, module_of
 from ._edits import orient, orient_experts
@@ -111,8 +110,7 @@ def _match_tree(
     shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in nodes.items()}
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
     tree = arrange(base, adapter, names, for_peft=False)
-    full = split_all(leaf._replace(value=nodes[leaf.path]) for leaf in tree.full)
-    found = Parameters(tree.parts, full, tokens=tree.tokens)
+    found = Parameters(tree.parts, tree.whole)
     places = next(find(found.changed, checkpoint.shapes, checkpoint.config, renamed))
     target = Target(checkpoint, places)
     ties, shared, problems = find_shared(target, found, {})
@@ -153,17 +151,17 @@ def _match_files(
     target = add_head(target, found, adapter)
     checkpoint, model = target
     parts = orient(found.parts, model.shapes, checkpoint.config, is_transposed)
-    tokens, heads = separate_heads(model, shared, found.tokens)
-    found = found._replace(parts=parts, tokens=tokens)
+    full, heads = separate_heads(model, shared, found)
+    found = found._replace(parts=parts, full=full)
     problems += [*unsized, *_list_misfits(target, found), *_list_odd_biases(model, found)]
     # What is absent is the likely cause of the others.
     about.stop([*list_absent(checkpoint, model, found), *problems])
     values, problems = files.values((found, heads))
-    unequal = list_unequal(((x.v, y.v, False) for x, y in heads), values) if values else []
+    unequal = list_unequal(((x.x, y.x, False) for x, y in heads), values) if values else []
     about.stop([*problems, *unequal])
     found = fill(found, values)
     names = [n for n in found.frozen if n in old and old[n].shape != model[n].shape]
-    values = {model.tensor(name): found.frozen[name] for name in names}
+    values = {model.tensor(name): found.frozen[name].x for name in names}
     target = target._replace(checkpoint=with_values(checkpoint, values))
     return target, found, shared, Remarks(about, uneven, unused, files.config)
 
@@ -195,31 +193,17 @@ def _list_misfits(target: Target, found: Parameters[T]) -> list[Problem]:
     """Lists the parameters whose shape or dtype in the checkpoint does not fit."""
     checkpoint, model = target
     problems = list[Problem]()
-    for name, x in found.tokens.items():
-        if (view := model.get(name)) is None or len(view.shape) != 2 or not view.is_tensor:
+    for x in (*found.full.values(), *found.frozen.values()):
+        view = model.get(x.name)
+        if x.rows and not (view and view.is_tensor and len(view.shape) == 2):
             why = "has rows in the adapter, but is not an embedding in the checkpoint"
-            problems.append(Problem(name, why))
-        else:
-            problems += list_misfits(x, view.shape)
+            problems.append(Problem(x.name, why))
+        elif view:
+            problems += list_misfits_in_full(x, view.shape, checkpoint.entry(view.tensor).dtype)
     for part in found.parts:
-        if (view := model.get(part.name)) and not list_orientations(part, view.shape):
-            why = f"expected a {part.kind.name} weight of shape {view.shape}, but"
-            is_swapped = sorted(view.shape) == sorted(part.matrix)
-            swapped = ": A has the outputs, and B the inputs" * is_swapped
-            made = f"A {part.a.shape} and B {part.b.shape} make {part.matrix}"
-            problems.append(Problem(part.name, f"{why} {made}{swapped}"))
-    whole = {**found.full, **found.frozen}
-    for name, x in whole.items():
-        if (view := model.get(name)) is None:
-            continue
-        if problem := explain_resized(name, x.shape, view.shape):
-            problems.append(problem)
-        elif view.shape != x.shape:
-            dtype = checkpoint.entry(view.pieces[0].tensor).dtype
-            why = f"expected {dtype} of shape {view.shape}, got {x.shape} in the adapter"
-            problems.append(Problem(name, why))
-    names = (part.name for part in found.parts)
-    for name in dict.fromkeys([*found.tokens, *names, *whole, *found.biases]):
+        if view := model.get(part.name):
+            problems += list_misfits(part, view.shape)
+    for name in dict.fromkeys([*found.changed, *found.frozen, *found.biases]):
         pieces = model[name].pieces if name in model else ()
         known = COUNTS if name.endswith(COUNT) else DTYPES
         if odd := {checkpoint.entry(x.tensor).dtype for x in pieces} - known.keys():
@@ -249,7 +233,7 @@ def list_changed(target: Target, found: Values) -> Iterator[Problem]:
     checkpoint, model = target
     for name, x in found.frozen.items():
         view = model.get(name)
-        if view and not (view.is_tensor and _holds(checkpoint, view.tensor, x)):
+        if view and not (view.is_tensor and _holds(checkpoint, view.tensor, x.x)):
             why = (
                 "has other values than the adapter's copy of the base: `path` is another model, "
                 "or one with this adapter merged already"

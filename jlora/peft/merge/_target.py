@@ -9,8 +9,9 @@ from .._changed import change
 from .._checkpoint import Checkpoint
 from .._file import TensorInfo
 from .._submodels import copy_config, walk_objects
+from ..adapter._fits import explain_resized
 from ..adapter._parts import Headers, Parameters, T
-from ..adapter._sorted import Adapter, explain_resized
+from ..adapter._sorted import Adapter
 from ..places._declared import is_table
 from ..places._views import Piece, Places, View
 
@@ -63,8 +64,8 @@ def fit_vocabulary(target: Target, found: Parameters[T]) -> tuple[Target, list[P
     It is a problem if the adapter does not hold all of these.
     """
     checkpoint, model = target
-    whole = {n: x for n, x in {**found.frozen, **found.full}.items() if n in model}
-    tables = {n for n, x in whole.items() if explain_resized(n, x.shape, model[n].shape)}
+    whole = {name: x.x for name, x in found.whole.items() if name in model}
+    tables = {n for n in whole if explain_resized(found.whole[n], model[n].shape)}
     sizes = {(model[name].shape[0], whole[name].shape[0]) for name in tables}
     if len(sizes) != 1:
         return target, []
@@ -126,7 +127,7 @@ def add_head(target: Target, found: Headers, adapter: Adapter) -> Target:
     checkpoint, model = target
     # What is missing inside of the model may only have another name there.
     inside = {name.partition(".")[0] for name in model}
-    lost = {n: x for n, x in found.full.items() if n.partition(".")[0] not in inside}
+    lost = {n: x.x for n, x in found.whole.items() if n.partition(".")[0] not in inside}
     modules = {name: name.rpartition(".")[0] for name in lost}
     saves = adapter.roles.saves
     new = {n: x for n, x in lost.items() if saves(modules[n]) and not is_table(modules[n])}

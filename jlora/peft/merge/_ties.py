@@ -17,7 +17,7 @@ from ..adapter._parameters import find_twins, identify
 from ..adapter._parts import (
     Parameters,
     T,
-    Tokens,
+    Whole,
     fill,
     find_table,
     list_lone_heads,
@@ -112,7 +112,7 @@ def list_absent(checkpoint: Checkpoint, model: Places, found: Parameters[T]) -> 
     are not read yet are compared by shape.
     """
     lost = [x.name for x in found.parts if x.name not in model]
-    whole = {**found.full, **found.frozen}
+    whole = {name: x.x for name, x in found.whole.items()}
     if lost:
         shared = find_twins(found.parts)
         lost = [name for name in lost if name not in shared or shared[name].name not in model]
@@ -136,13 +136,13 @@ def _advise(name: str) -> str:
 
 
 def separate_heads(
-    model: Places, shared: Shared, tokens: Mapping[str, Tokens[T]]
-) -> tuple[dict[str, Tokens[T]], list[tuple[Tokens[T], Tokens[T]]]]:
-    """Returns the rows of embeddings in the checkpoint, and pairs of tied heads and embeddings."""
+    model: Places, shared: Shared, found: Parameters[T]
+) -> tuple[dict[str, Whole[T]], list[tuple[Whole[T], Whole[T]]]]:
+    """Returns what is in full without tied heads, and pairs of these and embeddings with rows."""
     heads = []
-    there = dict(tokens)
-    for name, x in tokens.items():
-        if (table := find_table(name, tokens, model)) is None:
+    there = dict(found.full)
+    for name, x in found.tokens.items():
+        if (table := find_table(name, found.tokens, model)) is None:
             continue
         if name not in model or model.tensor(name) in shared:
             heads.append((x, table))
@@ -208,7 +208,7 @@ def settle_ties(
     groups = {name: known.group(x) or [x] for name, x in tensors.items()}
     sides = {name for name, own in groups.items() if own[0] in shared}
     rows = sides & found.tokens.keys()
-    even = _find_even(found, sides, read)
+    even = _find_even(found, sides - rows, read)
     uneven = {n for n in sides - rows if n not in even or len(groups[n]) > 2}
     head = ties and ties.head
     if ties and head and uneven:
@@ -239,8 +239,8 @@ def _find_even(found: Parameters[T], names: Collection[str], read: Read) -> set[
     parts = [x for x in found.parts if x.name in names]
     own = Parameters(parts, {name: x for name, x in found.full.items() if name in names})
     own = fill(own, read(list_tensors(own)))
-    counts = collections.Counter(map(identify, own.full.values()))
-    same = (name for name, x in own.full.items() if counts[identify(x)] > 1)
+    counts = collections.Counter(identify(x.x) for x in own.full.values())
+    same = (name for name, x in own.full.items() if counts[identify(x.x)] > 1)
     return {*find_twins(own.parts), *same}
 
 
@@ -257,22 +257,22 @@ def _store_head(
         names: the adapter's names of the head, if it changes it.
     """
     checkpoint, model = target
-    tokens = dict(found.tokens)
-    rows = [x for name, x in tokens.items() if model.tensor(name) == ties.sources[head]]
-    name = next((x for x in names if x not in tokens), head)
+    full = dict(found.full)
+    rows = [x for n, x in found.tokens.items() if model.tensor(n) == ties.sources[head]]
+    name = next((x for x in names if x not in found.tokens), head)
     if rows:
-        tokens[name] = rows[0]._replace(module=module_of(name))
+        full[name] = rows[0]._replace(name=name)
     config = _untied(checkpoint.config, ties.paths)
     origins = {x: own for x, own in ties.sources.items() if x not in checkpoint.where}
     if not origins:
-        return target.resize({}, config), found._replace(tokens=tokens), {}
+        return target.resize({}, config), found._replace(full=full), {}
     new = {
         name if x == head else x: checkpoint.entry(own)._replace(key=x)
         for x, own in origins.items()
     }
     origins = {name if x == head else x: own for x, own in origins.items()}
     target = target.add(new, config, ties.prefix, origins)
-    return target, found._replace(tokens=tokens), {}
+    return target, found._replace(full=full), {}
 
 
 def _untied(config: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:

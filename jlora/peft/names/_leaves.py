@@ -1,6 +1,7 @@
 """The leaves of a JAX tree with their rows of a name table."""
 
 import collections
+import functools
 import itertools
 import math
 import re
@@ -14,7 +15,7 @@ from ..._errors import InputError, Problem, shorten
 from ..._tree import leaves_by_path, name_of
 from ..._types import Layout, Path, PyTree
 from ._kinds import EXPERTS, LINEAR, Kind, find_kind
-from ._names import RANK, Name, fill_indices, multiply_lengths
+from ._names import Name, fill_indices, multiply_lengths
 from ._peft import load_module_rules
 
 
@@ -82,12 +83,6 @@ class NamedLeaf(NamedTuple):
         """Returns the name by which PEFT selects the parameter: its own, or the module's."""
         return f"{module}.{self.name.parameter}".removeprefix(".") if self.is_bare else module
 
-    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns the shapes of A and B of one module in the file."""
-        sizes = self._sizes | {RANK: rank}
-        a, b = (multiply_lengths(self.name.factor_groups[x], sizes) for x in "ab")
-        return ((a[0], b[0]), (a[1], b[1])) if self.name.is_swapped else (a, b)
-
     @property
     def factor(self) -> float:
         """The factor from PyTorch's parameter to the leaf."""
@@ -110,6 +105,17 @@ class NamedLeaf(NamedTuple):
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of one module's parameter in PyTorch."""
         return multiply_lengths(self.name.weight_groups, self._sizes)
+
+
+def own_leaf(name: str, axes: str, shape: tuple[int, ...]) -> NamedLeaf:
+    """Makes the leaf that is PyTorch's parameter `name` itself, with its axes."""
+    module, _, parameter = name.rpartition(".")
+    return NamedLeaf((name,), None, shape, _own_row(axes, parameter), (module,))
+
+
+@functools.cache
+def _own_row(axes: str, parameter: str) -> Name:
+    return Name("", "", axes, parameter)
 
 
 def find_leaves(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:

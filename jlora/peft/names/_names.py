@@ -142,6 +142,11 @@ class Name:
         """Whether PEFT's A is jlora's B."""
         return self.transposed and find_kind(self.axes) is EXPERTS and not self.is_transposed
 
+    @property
+    def is_reversed(self) -> bool:
+        """Whether the parameter is the transpose of PEFT's B·A."""
+        return "v" in self.axes or (self.transposed and not self.is_swapped)
+
     @functools.cached_property
     def factor_groups(self) -> dict[str, Groups]:
         """For PEFT's A, B and magnitudes: the axes of the weight that each axis flattens.
