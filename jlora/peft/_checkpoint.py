@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .._errors import InputError, Problem
+from .._errors import Problem
 from .._folders import to_path
 from ._file import (
     CONFIG,
@@ -158,21 +158,12 @@ def open_checkpoint(
             if mapped.get(name) != where.get(name)
         ]
     if wrong:
-        raise InputError(
-            argument,
-            f"{source.folder} contradicts itself.",
-            path=source.folder,
-            problems=wrong,
-        )
+        raise source.error(f"{source.folder} contradicts itself.", problems=wrong)
     kept, left_out, odd = _others(source, {*files, names[1]} if mapped else set(files))
     if odd := [name for name in odd if copied or name == "config.json"]:
-        raise InputError(
-            argument,
-            f"{source.folder} has entries that are not files, but have names of files.",
-            path=source.folder,
-            problems=[_describe(source, name) for name in odd],
-            remedy="Replace them with the files, or remove them.",
-        )
+        why = f"{source.folder} has entries that are not files, but have names of files."
+        remedy = "Replace them with the files, or remove them."
+        raise source.error(why, None, [_describe(source, name) for name in odd], remedy)
     for name in kept if not follow_links else ():
         resolve(source, source.folder / name)
     if mapped is not None:
@@ -232,11 +223,8 @@ def explain_shorter(source: Source, name: str) -> Iterator[None]:
     try:
         yield
     except EOFError:
-        raise InputError(
-            source.argument,
-            f"{show(name)}: its file changed while it was read; start again.",
-            path=name,
-        ) from None
+        why = f"{show(name)}: its file changed while it was read; start again."
+        raise source.error(why, name) from None
 
 
 def _files(source: Source) -> tuple[list[str], dict[str, str] | None, tuple[str, str]]:
@@ -244,38 +232,26 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None, tuple[str,
     there = {name for name in WEIGHTS if (source.folder / name).exists()}
     one, index = next((pair for pair in MODELS if not there.isdisjoint(pair)), MODELS[0])
     if odd := there - {one, index}:
-        raise InputError(
-            source.argument,
-            f"{source.folder} has two checkpoints: "
-            f"{', '.join(sorted({one, index} & there))}, and {', '.join(sorted(odd))}. Remove one.",
-            path=source.folder,
-        )
+        both = f"{', '.join(sorted({one, index} & there))}, and {', '.join(sorted(odd))}"
+        raise source.error(f"{source.folder} has two checkpoints: {both}. Remove one.")
     if not there and source.folder.is_dir():
         kind = recognize(source.folder, WEIGHTS) or (
             "Save the model as safetensors, in transformers with "
             "save_pretrained(..., safe_serialization=True)."
         )
-        raise InputError(
-            source.argument,
-            f"{source.folder} has neither {one} nor {index}. {kind}",
-            path=source.folder,
-        )
+        raise source.error(f"{source.folder} has neither {one} nor {index}. {kind}")
     # Where both are, transformers reads the one file, and diffusers those of the index.
     is_one = one in there and (index not in there or one == MODELS[0][0])
     if is_one or not there:
         return [one], None, (one, index)
     mapped = read_json(source, index, LIMIT).get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
-        why = f"has no `weight_map`; got {shorten(mapped)}."
-        raise InputError(source.argument, f"{index} {why}", path=index)
+        raise source.error(f"{index} has no `weight_map`; got {shorten(mapped)}.", index)
     for file in mapped.values():
         # With a name that leads out of the folder, the copy would be written there too.
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.\-]*\.safetensors", file):
-            raise InputError(
-                source.argument,
-                f"{index} names {shorten(file)}; expected a safetensors file in the same folder.",
-                path=index,
-            )
+            why = f"names {shorten(file)}; expected a safetensors file in the same folder."
+            raise source.error(f"{index} {why}", index)
     return sorted(set(mapped.values())), mapped, (one, index)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax.numpy as jnp
 import numpy as np
 
-from .._errors import InputError, blame
+from .._errors import blame
 from .._errors import shorten as shorten
 from .._errors import show as show
 from ._recognized import CONFIG as CONFIG
@@ -32,8 +32,7 @@ def read_json(source: Source, name: str, limit: int) -> dict[str, Any]:
     """Reads the object in a JSON file of at most `limit` bytes."""
     with open_file(source, name) as (file, size):
         if size > limit:
-            why = f"has {size} bytes; expected at most {limit}."
-            raise InputError(source.argument, f"{name} {why}", path=name)
+            raise source.error(f"{name} has {size} bytes; expected at most {limit}.", name)
         with blame(source.argument, name):
             return parse(file.read(size))
 

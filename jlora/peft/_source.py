@@ -3,11 +3,11 @@
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .._errors import InputError, MissingError, show
+from .._errors import InputError, MissingError, Problem, show
 from ._recognized import CONFIG, PICKLES, TENSORS, recognize
 
 
@@ -24,6 +24,13 @@ class Source(NamedTuple):
     folder: Path
     argument: str = "path"
     follow_links: bool | None = None
+
+    def error(
+        self, why: str, path: object = None, problems: Iterable[Problem] = (), remedy: str = ""
+    ) -> InputError:
+        """Makes the error about a `path` in the folder, or about the folder."""
+        path = self.folder if path is None else path
+        return InputError(self.argument, why, path=path, problems=problems, remedy=remedy)
 
 
 @contextlib.contextmanager
@@ -42,7 +49,7 @@ def open_file(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(source.argument, f"{path} is not a regular file.", path=path)
+            raise source.error(f"{path} is not a regular file.", path)
         yield file, status.st_size
 
 
@@ -52,13 +59,9 @@ def resolve(source: Source, path: Path) -> Path:
     if real.is_relative_to(folder) or _is_in_cache(real):
         return real
     option = "" if source.follow_links is None else ", or `follow_links=True`"
-    raise InputError(
-        source.argument,
-        f"{show(str(path))} is a link out of the folder, to "
-        f"{show(str(real))}, which may be any file of this machine. Give a copy with links "
-        f"followed (cp -rL){option}.",
-        path=path,
-    )
+    why = f"{show(str(path))} is a link out of the folder, to {show(str(real))}, which may be any"
+    advice = f"Give a copy with links followed (cp -rL){option}."
+    raise source.error(f"{why} file of this machine. {advice}", path)
 
 
 def _is_in_cache(path: Path) -> bool:
@@ -80,12 +83,10 @@ def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
         return explain_no_folder(argument, folder)
     pickles = [p for p in PICKLES if (folder / p).exists()]
     if name == TENSORS and pickles:
-        return InputError(
-            argument,
-            f"{folder} has {pickles[0]}, a pickle, but no {TENSORS}. jlora reads no "
-            "pickles, as reading one runs the code in it. Save the adapter in PEFT with "
-            "safe_serialization=True.",
-            path=folder,
+        why = "jlora reads no pickles, as reading one runs the code in it."
+        return source.error(
+            f"{folder} has {pickles[0]}, a pickle, but no {TENSORS}. {why} Save the adapter in "
+            "PEFT with safe_serialization=True."
         )
     if isinstance(error, FileNotFoundError):
         kind = recognize(folder) if name in (CONFIG, TENSORS) else ""

@@ -1,7 +1,7 @@
 """Matches an adapter to the leaves of a tree."""
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -81,24 +81,29 @@ def match_to_tree(
     full = {name: x for name, x in adapter.full.items() if not name.endswith(COUNT)}
     frozen = {name: x for name, x in adapter.frozen.items() if name in homes}
     own = adapter._replace(full=full, frozen=frozen)
-    parts = [(x, _list_misfits(x, homes.get(x.name), x.name in tied, advise)) for x in own.parts]
-    low = {x.name: x for x, wrong in parts if not wrong}
-    whole = [x for x in full.values() if not x.rows]
-    lost = [(x, _list_misfits_in_full(x, homes.get(x.name), advise)) for x in whole]
-    full = {x.name: x for x, wrong in lost if not wrong}
-    problems = [y for _, wrong in (*parts, *lost) for y in wrong]
+    lone = {n: x for n, x in own.tokens.items() if n in tied or n not in homes}
+    changed = [*own.parts, *(x for name, x in full.items() if name not in lone)]
+    each = [(x, _list_misfits(x, homes.get(x.name), x.name in tied, advise)) for x in changed]
+    problems = [y for _, wrong in each for y in wrong]
     for name, x in frozen.items():
         problems += list_misfits_in_full(x, homes[name].weight_shape)
-    rows, same, unlike = _match_rows(own.tokens, homes, tied, advise)
+    same = list[Pair]()
+    for name, x in lone.items():
+        pairs, unlike = _match_rows(x, homes, own.tokens, advise)
+        same += pairs
+        problems += unlike
     apart = [name.removesuffix(".weight") for name in homes if name not in tied]
-    problems += [*unlike, *list_lone_heads(heads, apart)]
+    problems += list_lone_heads(heads, apart)
+    fitting = [x for x, wrong in each if not wrong]
+    low = {x.name: x for x in fitting if isinstance(x, Part)}
+    full = {x.name: x for x in fitting if isinstance(x, Whole) and not x.rows}
     for (name, leaf), group in itertools.product(tied.items(), (low, full)):
-        head = group.pop(name, None)
-        pairs, unlike = _match_head(head, group.get(leaf.parameters[0]), leaf)
+        pairs, unlike = _match_head(group.pop(name, None), group.get(leaf.parameters[0]), leaf)
         same += pairs
         problems += unlike
     with_factors, partial = _gather(low, leaves)
     in_full, others = _gather(full, leaves)
+    rows = [homes[x.name] for x in fitting if isinstance(x, Whole) and x.rows]
     match = Match(own, [*with_factors, *in_full, *rows], same, homes)
     return match, [*problems, *partial, *others]
 
@@ -107,36 +112,34 @@ def match_to_tree(
 
 
 def _list_misfits(
-    part: Header, leaf: NamedLeaf | None, is_head: bool, advise: Callable[[], str]
+    x: Header | Whole[TensorInfo],
+    leaf: NamedLeaf | None,
+    is_head: bool,
+    advise: Callable[[], str],
 ) -> list[Problem]:
-    """Lists why A and B do not fit a leaf, or a head that shares its weight."""
-    key = PREFIX + part.name.rpartition(".")[0]
+    """Lists why a record does not fit a leaf, or a head that shares its weight."""
+    key = x.key if isinstance(x, Whole) else PREFIX + x.name.rpartition(".")[0]
     if leaf is None:
         return [Problem(key, LOST, advise())]
-    kind = LINEAR if is_head else leaf.kind
-    path = name_of(leaf.path)
-    if leaf.name.refused:
+    path, kind = name_of(leaf.path), LINEAR if is_head else leaf.kind
+    if isinstance(x, Whole):
+        if x.rows and kind is not EMBEDDING:
+            why = "has rows, but is not an embedding under `names`"
+        elif leaf.name.part:
+            why = "saved in full, but `base` has a leaf for each part of it"
+        else:
+            return list_misfits_in_full(x, leaf.weight_shape)
+    elif leaf.name.refused:
         why = f"has A and B, but PEFT has no form for those of {path}: {leaf.name.refused}"
-        return [Problem(key, why)]
-    if kind is None:
-        return [Problem(key, f"has A and B, but {path} is a parameter that LoRA cannot adapt")]
-    if kind is not part.kind:
-        why = f"A and B are of kind {part.kind.name}, but {path} is of kind {kind.name}"
-        return [Problem(key, f"{why} under `names`")]
-    if part.transposed is False and leaf.name.transposed:
+    elif kind is None:
+        why = f"has A and B, but {path} is a parameter that LoRA cannot adapt"
+    elif kind is not x.kind:
+        why = f"A and B are of kind {x.kind.name}, but {path} is of kind {kind.name} under `names`"
+    elif x.transposed is False and leaf.name.transposed:
         why = f"is targeted by target_parameters, but {path} is stored as (inputs, outputs)"
-        return [Problem(key, why)]
-    return list_misfits(part, leaf.weight_shape, not is_head and leaf.name.is_reversed)
-
-
-def _list_misfits_in_full(
-    x: Whole[TensorInfo], leaf: NamedLeaf | None, advise: Callable[[], str]
-) -> list[Problem]:
-    if leaf is None:
-        return [Problem(x.key, LOST, advise())]
-    if leaf.name.part:
-        return [Problem(x.key, "saved in full, but `base` has a leaf for each part of it")]
-    return list_misfits_in_full(x, leaf.weight_shape)
+    else:
+        return list_misfits(x, leaf.weight_shape, not is_head and leaf.name.is_reversed)
+    return [Problem(key, why)]
 
 
 # ------------------------------------------------------------- a head that shares an embedding
@@ -170,32 +173,21 @@ def _match_head(
 
 
 def _match_rows(
-    tokens: Mapping[str, Whole[TensorInfo]],
+    head: Whole[TensorInfo],
     homes: Mapping[str, NamedLeaf],
-    tied: Collection[str],
+    tokens: Mapping[str, Whole[TensorInfo]],
     advise: Callable[[], str],
-) -> tuple[list[NamedLeaf], list[Pair], list[Problem]]:
-    """Finds the embeddings with rows, and the pairs of tied heads and embeddings with rows."""
-    rows, same, problems = list[NamedLeaf](), list[Pair](), list[Problem]()
-    for name, x in tokens.items():
-        leaf = homes.get(name)
-        # T5: `base` has only the shared embedding.
-        tables = leaf.parameters if leaf else homes if is_table(x.module) else ()
-        if leaf and name not in tied:
-            rows.append(leaf)
-            if leaf.kind is EMBEDDING:
-                problems += list_misfits_in_full(x, leaf.weight_shape)
-            else:
-                why = "has rows, but is not an embedding under `names`"
-                problems.append(Problem(x.key, why))
-        elif table := find_table(name, tokens, tables):
-            same.append((x.x, table.x, False))
-        elif leaf:
-            why = f"has rows, but shares the weight of {leaf.modules[0]}, which has no such rows"
-            problems.append(Problem(x.key, why))
-        else:
-            problems.append(Problem(x.key, LOST, advise()))
-    return rows, same, problems
+) -> tuple[list[Pair], list[Problem]]:
+    """Requires a tied head with rows and its embedding to have the same."""
+    leaf = homes.get(head.name)
+    # T5: `base` has only the shared embedding.
+    tables = leaf.parameters if leaf else homes if is_table(head.module) else ()
+    if table := find_table(head.name, tokens, tables):
+        return [(head.x, table.x, False)], []
+    if leaf is None:
+        return [], [Problem(head.key, LOST, advise())]
+    why = f"has rows, but shares the weight of {leaf.modules[0]}, which has no such rows"
+    return [], [Problem(head.key, why)]
 
 
 # ---------------------------------------------------------------------- modules that are one leaf

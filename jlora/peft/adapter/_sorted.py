@@ -185,30 +185,27 @@ def _parts(
     """Pairs A and B of each module with the further tensor of their method, the innermost first."""
     found: dict[str, list[Header]] = {module: [] for module, *_ in sides}
     problems = list[Problem]()
-
-    def explain_missing(there: TensorInfo) -> str:
-        return f"missing, though {show(files.keys.get(there.key, there.key))} is there"
-
     method = method_of(roles.fields)
+
+    def add_missing(key: str, there: TensorInfo) -> None:
+        other = show(files.keys.get(there.key, there.key))
+        problems.append(Problem(key, f"missing, though {other} is there"))
+
     for (module, depth, table), pair in sorted(sides.items(), key=lambda x: -x[0][1]):
         key = PREFIX + module + BASE * depth
-        there = [*pair.values()]
+        ends = zip("AB", (EMBEDDING if table else LINEAR).keys, strict=True)
         shapes = tuple(pair[side].shape for side in sorted(pair))
-        if lost := [side for side in "AB" if side not in pair]:
-            a, b = (EMBEDDING if table else LINEAR).keys
-            end = a if lost == ["A"] else b
-            problems.append(Problem(key + end, explain_missing(there[0])))
+        if lost := [end for side, end in ends if side not in pair]:
+            add_missing(key + lost[0], *pair.values())
         elif min(map(len, shapes)) < 2:
             problems.append(Problem(key, f"expected matrices as A and B, got shapes {shapes}"))
         else:
             kind = EMBEDDING if table else LINEAR if len(shapes[0]) == 2 else CONV
             m = next((further[end].get(module) for end in method.keys), None)
-            name = f"{module}.weight"
-            scale = roles[module].scale
-            found[module].append(Part(name, kind, module, pair["A"], pair["B"], scale, m=m))
+            own = (pair["A"], pair["B"], roles[module].scale)
+            found[module].append(Part(f"{module}.weight", kind, module, *own, m=m))
             if method.keys and m is None:
-                lost = PREFIX + module + method.keys[0]
-                problems.append(Problem(lost, explain_missing(pair["A"])))
+                add_missing(PREFIX + module + method.keys[0], pair["A"])
     outermost = {module for module, depth, _ in sides if not depth}
     for module in found:
         if module not in outermost:

@@ -101,11 +101,8 @@ def dequantize_checkpoint(
     """
     checkpoint = open_checkpoint(path, follow_links=follow_links, copied=True)
     if not checkpoint.quantization:
-        raise InputError(
-            "path",
-            f"{checkpoint.source.folder} is not quantized. Use it directly.",
-            path=checkpoint.source.folder,
-        )
+        source = checkpoint.source
+        raise source.error(f"{source.folder} is not quantized. Use it directly.")
     dense, matrices = dequantized(checkpoint)
     with fresh(out, "out") as folder:
         write_tensors(dense, folder, {}, "dequantize")
@@ -154,13 +151,9 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
     if left or not matrices:
         method = shorten(checkpoint.quantization.get("quant_method"))
         what = "these tensors are not in that format" if left else "no weight is"
-        raise InputError(
-            "path",
-            f"by its config.json, {checkpoint.source.folder} is quantized by {method}, "
-            f"but {what}. Give the original checkpoint, or correct this one.",
-            path=checkpoint.source.folder,
-            problems=left,
-        )
+        why = f"by its config.json, {checkpoint.source.folder} is quantized by {method}, but {what}"
+        advice = "Give the original checkpoint, or correct this one."
+        raise checkpoint.source.error(f"{why}. {advice}", problems=left)
     files = dict[str, list[TensorInfo]]()
     for file, header in checkpoint.headers.items():
         both = (places.get(name, entry) for name, entry in header.entries.items())

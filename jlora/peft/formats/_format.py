@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from ..._errors import InputError, Problem
+from ..._errors import Problem
 from .._checkpoint import Checkpoint
 from .._file import DTYPES, TensorInfo, shorten
 from ._codes import Codes, Dense
@@ -202,13 +202,11 @@ def open_format(checkpoint: Checkpoint) -> Format:
     if not config:
         return Format(tensors, config)
     if not isinstance(method, str) or method not in FORMATS:
-        raise InputError(
-            checkpoint.source.argument,
-            f"config.json has the unknown `quant_method` "
-            f"{shorten(method)}; known are {', '.join(sorted(FORMATS))}. Give the original "
-            "checkpoint, and quantize it with jlora.quantize.",
-            path="config.json",
+        why = (
+            f"the unknown `quant_method` {shorten(method)}; known are {', '.join(sorted(FORMATS))}"
         )
+        advice = "Give the original checkpoint, and quantize it with jlora.quantize."
+        raise checkpoint.source.error(f"config.json has {why}. {advice}", "config.json")
     return FORMATS[method](tensors, config)
 
 
