@@ -109,6 +109,14 @@ class InputError(ArgumentError, ValueError):
     """
 
 
+def stop(
+    problems: Iterable[Problem], argument: str, why: str, remedy: str = "", path: object = None
+) -> None:
+    """Raises one error about all problems with an argument, if there are any."""
+    if listed := tuple(problems):
+        raise InputError(argument, why, path=path, remedy=remedy, problems=listed)
+
+
 class MissingError(ArgumentError, FileNotFoundError):
     """A file or folder is not there."""
 

@@ -12,7 +12,7 @@ from ._adapters import Node, arrays, state
 from ._arrays import back, count_not_finite, to_device
 from ._compat import is_concrete, place_of
 from ._core import Axis
-from ._errors import InputError, Problem
+from ._errors import InputError, Problem, stop
 from ._node import BoundLeaf, PartialWeightError, lower
 from ._quantized import BaseLeaf, Quantized, dequantize, is_quantized, quantize_weight
 from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
@@ -120,14 +120,8 @@ def _combine(
         # Codes may not tell that a value is not finite.
         wrong += _find_not_finite(path, x) if check else []
         leaves.append(_quantize_like(x, old) if to_codes and x is not old else x)
-    if wrong:
-        raise InputError(
-            "merge",
-            "computed values that are not finite.",
-            problems=wrong,
-            remedy="The adapter or the base holds NaN or infinity there; use an earlier "
-            "checkpoint.",
-        )
+    remedy = "The adapter or the base holds NaN or infinity there; use an earlier checkpoint."
+    stop(wrong, "merge", "computed values that are not finite.", remedy)
     return jax.tree.unflatten(tree, leaves)
 
 

@@ -13,7 +13,7 @@ from jax.tree_util import GetAttrKey
 
 from ._adapters import AdapterLeaf, Node, is_node, state
 from ._arrays import AnyArray
-from ._errors import InputError, Problem, printable
+from ._errors import Problem, printable, stop
 from ._node import BoundLeaf, misfit
 from ._quantized import Quantized, is_quantized
 from ._types import Holder, Params, Path, PyTree, short
@@ -168,14 +168,9 @@ def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
     shapes = {path: tuple(jnp.shape(x)) for path, x in leaves_by_path(base)}
     _check_not_forgotten(found, shapes)
     wrong = {p: why for p, x in found.items() if (why := _misfit(x, shapes.get(p)))}
-    if wrong:
-        raise InputError(
-            "adapter",
-            f"does not fit `base` at {len(wrong)} of {len(found)} paths.",
-            problems=problems_at(wrong),
-            remedy="Use the adapter with the parameters that it was made for, or make one with "
-            "`init`.",
-        )
+    why = f"does not fit `base` at {len(wrong)} of {len(found)} paths."
+    remedy = "Use the adapter with the parameters that it was made for, or make one with `init`."
+    stop(problems_at(wrong), "adapter", why, remedy)
 
 
 def _check_not_forgotten(found: dict[Path, Any], shapes: dict[Path, tuple[int, ...]]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from .._adapters import AdapterLeaf, LowRank, is_node, is_table, weight_shape, without_slots
 from .._arrays import promote
 from .._compat import is_concrete
-from .._errors import InputError
+from .._errors import InputError, stop
 from .._rules import is_finite, number_of
 from .._tree import adapter_leaves, check_fits, is_empty, leaves_by_path, nest, problems_at
 from .._types import Path, PyTree, short
@@ -58,9 +58,8 @@ def is_residual(leaf: AdapterLeaf) -> bool:
 
 def refuse(refusal: Refusal, wrong: Mapping[Path, str], remedy: str) -> None:
     """Raises `ValueError` with all paths in `wrong`, if there are any."""
-    if wrong:
-        argument, why = refusal
-        raise InputError(argument, f"{why}.", problems=problems_at(wrong), remedy=remedy)
+    argument, why = refusal
+    stop(problems_at(wrong), argument, f"{why}.", remedy)
 
 
 def refuse_other_methods(refusal: Refusal, leaves: Iterable[tuple[Path, Any]], remedy: str) -> None:

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from .._arrays import AnyArray, put_like
-from .._errors import InputError
+from .._errors import InputError, stop
 from .._folders import Where
 from .._quantized import BaseLeaf, is_quantized, quantize_entries
 from .._tree import flatten, leaves_by_path, name_of, size_in_bytes
@@ -107,8 +107,8 @@ def base_values(path: Where, *, like: PyTree | None = None) -> PyTree:
 def _read_like(folder: epath.Path, like: PyTree) -> PyTree:
     """Reads the leaves in pieces of similar size, each of which reads Orbax's metadata again."""
     saved, wanted = (dict(leaves_by_path(x)) for x in (base_shapes(folder), like))
-    if wrong := differences(_forms(wanted), _forms(saved)):
-        raise InputError("path", f"{folder} does not fit `like`.", path=folder, problems=wrong)
+    wrong = differences(_forms(wanted), _forms(saved))
+    stop(wrong, "path", f"{folder} does not fit `like`.", path=folder)
     ends = list(itertools.accumulate(map(size_in_bytes, saved.values())))
     pieces = [PIECES * end // (ends[-1] + 1) for end in ends]
     found = {}

@@ -10,7 +10,7 @@ from etils import epath
 
 from .._adapters import AdapterLeaf, arrays, is_node, state, static
 from .._arrays import AnyArray
-from .._errors import InputError, Problem, shorten, show
+from .._errors import InputError, Problem, shorten, show, stop
 from .._folders import Where
 from .._tree import adapter_leaves, adapter_of, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
@@ -194,14 +194,10 @@ def _check_base(path: Where, saved: Saved, base: PyTree) -> None:
     hashed = any(leaf.hash for leaf in saved.base.values())
     values = hashed and not any(map(is_abstract, jax.tree.leaves(base)))
     got = base if is_fingerprint(base) else fingerprint(base, values)
-    if wrong := differences(saved.base, got, any_width=True):
-        raise InputError(
-            "base",
-            f"is not the one that the adapter in {place(path)} was trained on.",
-            problems=wrong,
-            remedy="Give the base that it was saved with, or an adapter of this base. To use it "
-            "with this base all the same, leave out `base`.",
-        )
+    wrong = differences(saved.base, got, any_width=True)
+    why = f"is not the one that the adapter in {place(path)} was trained on."
+    remedy = "Give the base that it was saved with, or an adapter of this base."
+    stop(wrong, "base", why, f"{remedy} To use it with this base all the same, leave out `base`.")
 
 
 def _check_like(path: Where, checkpoint: Saved, like: PyTree | None) -> dict[Path, Any]:
@@ -217,13 +213,9 @@ def _check_like(path: Where, checkpoint: Saved, like: PyTree | None) -> dict[Pat
                 a, b = getattr(saved[p], name), getattr(like[p], name, None)
                 if a != b:
                     wrong.append(Problem(name_of(p), f"expected {name} {a}, got {b}"))
-    if wrong:
-        raise InputError(
-            "like",
-            f"does not have the form of the adapter in {place(path)}.",
-            problems=sorted(wrong),
-            remedy="Make it with the rules of the checkpoint, jlora.checkpoint.read(path).rules.",
-        )
+    why = f"does not have the form of the adapter in {place(path)}."
+    remedy = "Make it with the rules of the checkpoint, jlora.checkpoint.read(path).rules."
+    stop(sorted(wrong), "like", why, remedy)
     return like
 
 

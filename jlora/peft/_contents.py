@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from .._adapters import Node, Replaced, is_node, state, weight_shape
-from .._errors import InputError, Problem
+from .._errors import Problem, stop
 from .._types import short
 from ._file import COUNT, COUNTS, DTYPES
 from ._problems import About
@@ -200,8 +200,7 @@ def _as_tree(contents: Contents) -> Tree:
         else:
             why = f"expected a node with the axes of PyTorch's weight, or an array; got {short(x)}"
             wrong.append(Problem(name, why))
-    if wrong:
-        raise InputError("contents", "has leaves that cannot be written.", problems=wrong)
+    stop(wrong, "contents", "has leaves that cannot be written.")
     found = {(name,): x for name, x in contents.leaves.items()}
     return make_tree(leaves, found, contents.tied, is_whole=False)
 

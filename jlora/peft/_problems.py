@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from .._errors import InputError, Problem
+from .._errors import Problem, stop
 
 
 class About(NamedTuple):
@@ -27,9 +27,7 @@ class About(NamedTuple):
     def stop(self, problems: Iterable[Problem]) -> None:
         """Raises if there are problems; they name what the user's file has."""
         named = [x._replace(where=self.keys.get(x.where, x.where)) for x in problems]
-        if named:
-            sentence = f"{self.sentence} {self.cause}".rstrip()
-            raise InputError(self.argument, sentence, path=self.path, problems=named)
+        stop(named, self.argument, f"{self.sentence} {self.cause}".rstrip(), path=self.path)
 
 
 def warn(config: str, unused: Sequence[str]) -> None:

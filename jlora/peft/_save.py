@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .._adapters import is_node
-from .._errors import InputError, Problem
+from .._errors import InputError, Problem, stop
 from .._tree import name_of
 from .._types import PyTree
 from ._checkpoint import open_checkpoint
@@ -268,10 +268,7 @@ def _refuse_lost(saved: Sequence[NamedLeaf], fields: Configuration, tree: Tree) 
 
 def _check_values(leaves: Iterable[NamedLeaf]) -> None:
     each = {name_of(leaf.path): explain_unstored(leaf.value) for leaf in leaves}
-    if wrong := [Problem(name, why) for name, why in each.items() if why]:
-        raise InputError(
-            "base",
-            "must hold values where PEFT stores frozen ones with the adapter.",
-            problems=wrong,
-            remedy="Give such arrays, adapt other leaves, or export the merged model.",
-        )
+    wrong = [Problem(name, why) for name, why in each.items() if why]
+    why = "must hold values where PEFT stores frozen ones with the adapter."
+    remedy = "Give such arrays, adapt other leaves, or export the merged model."
+    stop(wrong, "base", why, remedy)

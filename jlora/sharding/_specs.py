@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapters import AdapterLeaf, Node, arrays, is_node, is_table, weight_shape
 from .._arrays import AnyMesh, count_pieces, mesh_axes
-from .._errors import InputError
+from .._errors import InputError, stop
 from .._quantized import Quantized, is_quantized
 from .._rules import near_misses
 from .._tree import adapter_leaves, is_abstract, is_empty, leaves_by_path, name_of, problems_at
@@ -93,13 +93,8 @@ def specs(base: PyTree, adapter: PyTree, mesh: AnyMesh | None = None) -> PyTree:
             own.append(_follow(places[path], leaf, mesh, before))
         except Misfit as e:
             wrong[path] = str(e)
-    if wrong:
-        raise InputError(
-            "base",
-            f"has shardings that do not fit at {len(wrong)} of {len(found)} paths of `adapter`.",
-            problems=problems_at(wrong),
-            remedy="Correct them in `base`: the adapter follows W.",
-        )
+    why = f"has shardings that do not fit at {len(wrong)} of {len(found)} paths of `adapter`."
+    stop(problems_at(wrong), "base", why, "Correct them in `base`: the adapter follows W.")
     structure = jax.tree.structure(adapter, is_leaf=lambda x: is_node(x) or is_quantized(x))
     return jax.tree.unflatten(structure, own)
 
@@ -215,14 +210,10 @@ def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
 
 def _check_known(places: Mapping[Path, Any], found: Mapping[Path, Any]) -> None:
     """Raises for the paths at which `base` has no leaf, or a leaf without a sharding."""
-    if missing := {path: _explain(path, places) for path in found if path not in places}:
-        raise InputError(
-            "base",
-            f"lacks {len(missing)} of {len(found)} paths of `adapter`.",
-            problems=problems_at(missing),
-            remedy="Give the shardings of the parameters that you gave to `init`, with the same "
-            "paths.",
-        )
+    missing = {path: _explain(path, places) for path in found if path not in places}
+    why = f"lacks {len(missing)} of {len(found)} paths of `adapter`."
+    remedy = "Give the shardings of the parameters that you gave to `init`, with the same paths."
+    stop(problems_at(missing), "base", why, remedy)
     unknown = {p: f"got {places[p].got}" for p in found if isinstance(places[p], Unknown)}
     if unknown:
         raise TypeError(

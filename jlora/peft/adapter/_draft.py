@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..._errors import InputError, Problem, shorten, show
+from ..._errors import InputError, Problem, shorten, show, stop
 from ..._folders import fresh, fresh_file
 from .._file import CONFIG, IMAGE, TENSORS, make_header
 from .._recognized import ALPHA, FORMS, MAGNITUDES, MANGLED, A, B
@@ -199,13 +199,8 @@ def _encode(
         if names.setdefault(spelled, x.key) != x.key:
             why = f"would have the name of {names[spelled]}, {spelled}"
             wrong.append(Problem(x.key, why, "Save it in the dialect of diffusers."))
-    if wrong:
-        raise InputError(
-            "dialect",
-            f"{dialect!r} holds only LoRA of linear and convolutional sites, each under "
-            "a name of its own.",
-            problems=wrong,
-        )
+    why = "holds only LoRA of linear and convolutional sites, each under a name of its own."
+    stop(wrong, "dialect", f"{dialect!r} {why}")
     found = dict[str, np.ndarray]()
     for x in own.parts:
         values = dict[str, np.ndarray](zip((A, B, MAGNITUDES), x.arrays, strict=False))
@@ -235,17 +230,11 @@ def _narrow(alpha: float) -> np.ndarray:
 def _find_mangled(names: Iterable[str], dialect: str, prefix: str | None) -> dict[str, str]:
     """Finds kohya's names, with their prefixes; raises if the dialect or `prefix` excludes them."""
     mangled = {x: found["prefix"] for x in names if (found := MANGLED.fullmatch(x))}
-    if mangled and dialect != "kohya":
-        raise InputError(
-            "contents",
-            "has kohya's names, in which dots and _ are the same, so that only "
-            "dialect 'kohya' can hold them.",
-            problems=[Problem(x, "is kohya's") for x in mangled],
-            remedy="Load the file onto its model with jlora.peft.load, and save that.",
-        )
+    why = "in which dots and _ are the same, so that only dialect 'kohya' can hold them."
+    remedy = "Load the file onto its model with jlora.peft.load, and save that."
+    wrong = [Problem(x, "is kohya's") for x in mangled if dialect != "kohya"]
+    stop(wrong, "contents", f"has kohya's names, {why}", remedy)
     if other := next((p for p in mangled.values() if prefix not in (None, p)), None):
-        raise InputError(
-            "prefix",
-            f"must be {other!r}, as kohya's names have it, or None; got {prefix!r}.",
-        )
+        why = f"must be {other!r}, as kohya's names have it, or None; got {prefix!r}."
+        raise InputError("prefix", why)
     return mangled

@@ -88,7 +88,7 @@ def match_to_tree(
     for name, x in frozen.items():
         problems += list_misfits_in_full(x, homes[name].weight_shape)
     same = list[Pair]()
-    for name, x in lone.items():
+    for x in lone.values():
         pairs, unlike = _match_rows(x, homes, own.tokens, advise)
         same += pairs
         problems += unlike
@@ -121,7 +121,8 @@ def _list_misfits(
     key = x.key if isinstance(x, Whole) else PREFIX + x.name.rpartition(".")[0]
     if leaf is None:
         return [Problem(key, LOST, advise())]
-    path, kind = name_of(leaf.path), LINEAR if is_head else leaf.kind
+    path = name_of(leaf.path)
+    kind = LINEAR if is_head else leaf.kind
     if isinstance(x, Whole):
         if x.rows and kind is not EMBEDDING:
             why = "has rows, but is not an embedding under `names`"

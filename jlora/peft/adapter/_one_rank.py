@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from ..._errors import InputError, Problem
+from ..._errors import InputError, Problem, stop
 from ..names._kinds import EXPERTS
 from ..names._torch_layout import rescale, swap
 from ._methods import LORA
 from ._parts import Part, Values
+from ._patterns import make_scales
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -33,30 +34,16 @@ def with_profile(
     experts = {x.name: x for x in own.parts if x.kind is EXPERTS}
     lone = (x for x in experts.values() if _other(x.name) not in experts)
     wrong += [Problem(x.key, f"experts without {_other(x.name)}") for x in lone]
-    if wrong:
-        raise InputError(
-            "profile",
-            "'vllm' supports only LoRA of linear and embedding sites, and of experts' "
-            "gate_up_proj and down_proj together.",
-            problems=wrong,
-            remedy="Leave these out of the rules, or merge the adapter and serve the merged model.",
-        )
+    held = "LoRA of linear and embedding sites, and of experts' gate_up_proj and down_proj together"
+    remedy = "Leave these out of the rules, or merge the adapter and serve the merged model."
+    stop(wrong, "profile", f"'vllm' supports only {held}.", remedy)
     largest = max((x.rank for x in own.parts), default=1)
     rank = next((r for r in RANKS if r >= largest), None)
     if rank is None:
-        raise InputError(
-            "profile",
-            f"'vllm' supports ranks up to {RANKS[-1]}; got {largest}. Lower it with "
-            "jlora.arithmetic.truncate.",
-        )
+        why = f"'vllm' supports ranks up to {RANKS[-1]}; got {largest}."
+        raise InputError("profile", f"{why} Lower it with jlora.arithmetic.truncate.")
     turned = (_turn(x, experts) if x.kind is EXPERTS else x for x in own.parts)
-    flat = {
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-    }
+    flat = make_scales({"": rank}, {"": rank}) | {"use_rslora": False}
     return dict(fields) | flat, own._replace(parts=[_pad(x, rank) for x in turned])
 
 

@@ -17,7 +17,7 @@ from ..._adapters import (
     state,
     weight_shape,
 )
-from ..._errors import InputError, Problem
+from ..._errors import InputError, Problem, stop
 from ..._tree import name_of
 from ..._types import Layout, Path, PyTree
 from .._file import DTYPES
@@ -77,8 +77,7 @@ def check_adapter(
     known = {problem.where for problem in problems}
     each = ((name_of(path), x) for path, x in found.items())
     problems += [Problem(n, why) for n, x in each if n not in known and (why := _explain_values(x))]
-    if problems:
-        raise InputError("adapter", "cannot be written with `names`.", problems=problems)
+    stop(problems, "adapter", "cannot be written with `names`.")
 
 
 def _use(x: AdapterLeaf) -> Use:

@@ -104,11 +104,9 @@ def read_affine(
     if order is None and (groups < 1 or inputs % groups):
         raise Unreadable(module, f"{groups} groups of scales do not divide {inputs} inputs")
     if order is None and not _is_configured(inputs, groups, sizes):
-        raise Unreadable(
-            module,
-            f"{groups} groups of scales for {inputs} inputs contradict `group_size` of "
-            f"the quantization, {', '.join(map(shorten, sizes[:9]))}",
-        )
+        said = f"`group_size` of the quantization, {', '.join(map(shorten, sizes[:9]))}"
+        why = f"{groups} groups of scales for {inputs} inputs contradict {said}"
+        raise Unreadable(module, why)
     if order is not None and not 0 <= order.min(initial=0) <= order.max(initial=0) < groups:
         raise Unreadable(module, f"has inputs in groups other than the {groups} with scales")
     usual = np.arange(inputs) * groups // max(inputs, 1)

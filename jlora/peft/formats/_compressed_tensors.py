@@ -9,7 +9,7 @@ import numpy as np
 from .._file import shorten
 from ._affine import read_affine, unpack
 from ._codes import Codes, Dense
-from ._format import FLOATS, Format, Unreadable, register
+from ._format import FLOATS, Format, Unreadable, refuse_field, register
 from ._fp8 import Block, read_float8
 
 KNOWN = ("dense", "float-quantized", "int-quantized", "mixed-precision", "naive-quantized")
@@ -55,12 +55,9 @@ class CompressedTensors(Format):
         known = each if each and None not in each else BITS
         found = [bits for bits in fits if bits in known]
         if len(found) != 1:  # up to 4 inputs fit one word in either
-            raise Unreadable(
-                f"{name}_packed",
-                f"its shape {words} is that of {' or '.join(map(str, fits))} bits, "
-                "and `num_bits` of the quantization is "
-                f"{', '.join(map(shorten, each[:9])) or None}",
-            )
+            said = f"`num_bits` of the quantization is {', '.join(map(shorten, each[:9])) or None}"
+            why = f"its shape {words} is that of {' or '.join(map(str, fits))} bits, and {said}"
+            raise Unreadable(f"{name}_packed", why)
         codes = unpack(self.tensors.read(f"{name}_packed", ("I32",)), 1, found[0])
         return self._integers(name, found[0], codes[:, :inputs])
 
@@ -72,9 +69,8 @@ class CompressedTensors(Format):
         if scale.size == 1 or scale.shape == (rows,):  # for the tensor, or for each output
             scale = np.broadcast_to(scale.reshape(-1, 1), (rows, 1))
         if scale.ndim != 2 or len(scale) != rows:
-            raise Unreadable(
-                f"{name}_scale", f"expected scales for groups of {rows} outputs, got {scale.shape}"
-            )
+            why = f"expected scales for groups of {rows} outputs, got {scale.shape}"
+            raise Unreadable(f"{name}_scale", why)
         order = None
         if f"{name}_g_idx" in tensors:
             order = tensors.read(f"{name}_g_idx", ("I32", "I64"), codes.shape[1:])
@@ -103,19 +99,13 @@ class CompressedTensors(Format):
         """Raises if the configuration gives the tensors a meaning that is not supported."""
         formats = [self.config.get("format"), *(group.get("format") for group in self._groups)]
         if odd := [x for x in formats if x is not None and x not in KNOWN]:
-            raise Unreadable(
-                "`format` of the quantization",
-                f"expected one of {', '.join(KNOWN)}; got {shorten(odd[0])}",
-            )
+            why = f"expected one of {', '.join(KNOWN)}; got {shorten(odd[0])}"
+            raise refuse_field("format", why)
         sparse = self.config.get("sparsity_config") or {}
         if isinstance(sparse, dict) and (kind := sparse.get("format", "dense")) != "dense":
-            raise Unreadable(
-                "`sparsity_config` of the quantization", f"{shorten(kind)} is not supported"
-            )
+            raise refuse_field("sparsity_config", f"{shorten(kind)} is not supported")
         if self.config.get("transform_config"):
-            raise Unreadable(
-                "`transform_config` of the quantization", "rotated weights are not supported"
-            )
+            raise refuse_field("transform_config", "rotated weights are not supported")
 
     @functools.cached_property
     def _groups(self) -> list[dict[str, Any]]:
@@ -123,8 +113,7 @@ class CompressedTensors(Format):
         each = given.values() if isinstance(given, dict) else ()
         found = [group for group in each if isinstance(group, dict)]
         if len(found) > MOST:
-            why = f"expected at most {MOST}, got {len(found)}"
-            raise Unreadable("`config_groups` of the quantization", why)
+            raise refuse_field("config_groups", f"expected at most {MOST}, got {len(found)}")
         return found
 
     @functools.cached_property

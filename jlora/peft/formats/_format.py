@@ -43,6 +43,11 @@ class Unreadable(Exception):  # noqa: N818 - collected into one ValueError
         self.problem = Problem(where, why, remedy)
 
 
+def refuse_field(name: str, why: str) -> Unreadable:
+    """Makes the error about a field of the quantization in a configuration."""
+    return Unreadable(f"`{name}` of the quantization", why)
+
+
 class Tensors:
     """The tensors of a checkpoint by name.
 
@@ -94,11 +99,18 @@ class Tensors:
         entry = self._entry(name)
         shape = entry.shape if shape is None else shape
         if entry.dtype not in dtypes or entry.shape != shape:
-            wanted = " or ".join(dtypes)
-            raise Unreadable(
-                name, f"expected {wanted} of shape {shape}, got {entry.dtype} {entry.shape}"
-            )
+            wanted = f"{' or '.join(dtypes)} of shape {shape}"
+            raise Unreadable(name, f"expected {wanted}, got {entry.dtype} {entry.shape}")
         return self.bytes(name).view(READ[entry.dtype]).reshape(shape)
+
+    def read_finite(
+        self, name: str, dtypes: Collection[str], shape: tuple[int, ...] | None = None
+    ) -> np.ndarray:
+        """Reads floats; raises for values that are not finite."""
+        x = self.read(name, dtypes, shape)
+        if not np.isfinite(x.astype(np.float32)).all():
+            raise Unreadable(name, "has values that are not finite")
+        return x
 
     def skip_activations(self, parameter: str) -> None:
         """Marks the scales of a module's activations as read, although they are ignored."""
@@ -174,9 +186,7 @@ class Format:
         value = self.config.get(name, default)
         if type(value) not in {type(x) for x in legal} or value not in legal:
             expected = " or ".join(map(str, legal))
-            raise Unreadable(
-                f"`{name}` of the quantization", f"expected {expected}, got {shorten(value)}"
-            )
+            raise refuse_field(name, f"expected {expected}, got {shorten(value)}")
         return value
 
 
@@ -202,11 +212,10 @@ def open_format(checkpoint: Checkpoint) -> Format:
     if not config:
         return Format(tensors, config)
     if not isinstance(method, str) or method not in FORMATS:
-        why = (
-            f"the unknown `quant_method` {shorten(method)}; known are {', '.join(sorted(FORMATS))}"
-        )
+        known = ", ".join(sorted(FORMATS))
+        why = f"has the unknown `quant_method` {shorten(method)}; known are {known}"
         advice = "Give the original checkpoint, and quantize it with jlora.quantize."
-        raise checkpoint.source.error(f"config.json has {why}. {advice}", "config.json")
+        raise checkpoint.source.error(f"config.json {why}. {advice}", "config.json")
     return FORMATS[method](tensors, config)
 
 

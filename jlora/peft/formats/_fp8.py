@@ -6,7 +6,7 @@ import numpy as np
 
 from ..._quantized import FP8
 from ._codes import Codes, Dense
-from ._format import FLOATS, Format, Tensors, Unreadable, register
+from ._format import FLOATS, Format, Tensors, Unreadable, refuse_field, register
 
 Block = tuple[int, int]
 
@@ -21,10 +21,7 @@ class Fp8(Format):
         """Reads a parameter whose tensor is in FP8."""
         block = self.config.get("weight_block_size")
         if block is not None and not _is_pair(block):
-            raise Unreadable(
-                "`weight_block_size` of the quantization",
-                f"expected two numbers or null, got {block!r}",
-            )
+            raise refuse_field("weight_block_size", f"expected two numbers or null, got {block!r}")
         self.tensors.skip_activations(name)
         scale = f"{name}_scale" if f"{name}_scale" in self.tensors else f"{name}_scale_inv"
         return read_float8(self.tensors, name, scale, [] if block is None else [tuple(block)])
@@ -48,11 +45,8 @@ def read_float8(tensors: Tensors, key: str, name: str, blocks: Iterable[Block]) 
     if len(shape) == 2 and shape[0] == rows and shape[1] and columns % shape[1] == 0:
         return _in_blocks(codes, scale, (1, columns // shape[1]))
     known = ", ".join(f"blocks of {a} × {b}" for a, b in blocks) or "no blocks"
-    raise Unreadable(
-        name,
-        f"expected one scale, one for each of {rows} outputs, or by the configuration "
-        f"{known}; got shape {shape}",
-    )
+    wanted = f"one scale, one for each of {rows} outputs, or by the configuration {known}"
+    raise Unreadable(name, f"expected {wanted}; got shape {shape}")
 
 
 def _is_pair(x: object) -> bool:

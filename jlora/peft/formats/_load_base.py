@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
 from ..._arrays import put_like
-from ..._errors import InputError, Problem
+from ..._errors import Problem, stop
 from ..._folders import fresh, to_path
 from ..._progress import progress
 from ..._quantized import Quantized, is_quantized
@@ -126,8 +126,7 @@ def load_base(
     left = [n for n in left if unread.isdisjoint(accumulate(n.split("."), "{}.{}".format))]
     # With a wrong configuration, all leaves have the same problem.
     wrong = list(dict.fromkeys(wrong)) + [Problem(name, "unexpected") for name in left]
-    if wrong:
-        raise InputError("path", f"{path} does not fit `like`.", path=path, problems=wrong)
+    stop(wrong, "path", f"{path} does not fit `like`.", path=path)
     return jax.tree.unflatten(flatten(like)[1], values)
 
 
@@ -236,13 +235,9 @@ def save_base(
     """
     leaves = leaves_by_path(base)
     packed = [Problem(name_of(path), repr(x)) for path, x in leaves if is_quantized(x)]
-    if packed:
-        raise InputError(
-            "base",
-            "must be in floats. Save jlora.dequantize(base), and quantize that checkpoint "
-            "with `transformers` and bitsandbytes, or with llm-compressor.",
-            problems=packed,
-        )
+    advice = "Save jlora.dequantize(base), and quantize that checkpoint with `transformers` and"
+    why = f"must be in floats. {advice} bitsandbytes, or with llm-compressor."
+    stop(packed, "base", why)
     tensors = split_all(name_all(base, names, "base"))
     source = None
     if isinstance(config, str | os.PathLike):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..._errors import InputError, Problem
+from ..._errors import InputError, Problem, stop
 from ..._progress import progress
 from ..._site import Site
 from ..._tree import leaves_by_path, name_of
@@ -116,9 +116,9 @@ def find_names(path: str | os.PathLike[str], params: PyTree, sites: HasSites) ->
         raise InputError("path", why, path=path)
     uses = {site.parts: site for site in sites.leaves}
     leaves = leaves_by_path(params)
-    if odd := [at for at, x in leaves if at not in uses or not hasattr(x, "__array__")]:
-        each = [Problem(name_of(at), "is no array, or not in `sites`") for at in odd]
-        raise InputError("params", "must be the arrays that `sites` lists.", problems=each)
+    odd = [at for at, x in leaves if at not in uses or not hasattr(x, "__array__")]
+    each = [Problem(name_of(at), "is no array, or not in `sites`") for at in odd]
+    stop(each, "params", "must be the arrays that `sites` lists.")
     found, left = dict[str, Held](), dict[str, str]()
     for is_part in (False, True):
         for at, x in progress(leaves, "parts" if is_part else "leaves", unit="leaf"):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..._adapters import is_node
-from ..._errors import InputError, Problem, shorten
+from ..._errors import Problem, shorten, stop
 from ..._tree import leaves_by_path, name_of
 from ..._types import Layout, Path, PyTree
 from ._kinds import EXPERTS, LINEAR, Kind, find_kind
@@ -142,12 +142,10 @@ def find_leaves(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
         for name, own in owners.items()
         if len(own) > 1 and not _are_parts(own)
     ]
-    if twice:
-        own = {leaf.path[-1] for name in twice for leaf in owners[name.where]}
-        remedy = "Narrow its patterns."
-        if "bias" in own:
-            remedy += " A row for biases needs parameter='bias'; 'weight' is the default."
-        raise InputError("names", "gives leaves the same name.", problems=twice, remedy=remedy)
+    has_biases = any(leaf.path[-1] == "bias" for name in twice for leaf in owners[name.where])
+    of_biases = " A row for biases needs parameter='bias'; 'weight' is the default." * has_biases
+    remedy = f"Narrow its patterns.{of_biases}"
+    stop(twice, "names", "gives leaves the same name.", remedy)
     return leaves
 
 

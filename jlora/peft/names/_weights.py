@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ..._arrays import put
-from ..._errors import InputError, Problem
+from ..._errors import Problem, stop
 from ..._quantized import Quantized, is_quantized, quantize_entries
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
@@ -68,8 +68,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
             wrong.append(Problem(key, f"unexpected, of shape {shapes[key]}"))
         elif why := explain_narrowing(np.asarray(tensor).dtype):
             wrong.append(Problem(key, why))
-    if wrong:
-        raise InputError("tensors", "do not fit `like`.", problems=wrong)
+    stop(wrong, "tensors", "do not fit `like`.")
     read = lambda key: views[key].read(lambda name: np.asarray(tensors[name]))  # noqa: E731
 
     def join(x: NamedLeaf) -> np.ndarray:
@@ -151,19 +150,10 @@ def name_all(tree: PyTree, names: Sequence[Name], argument: str) -> list[NamedLe
         for key in leaf.parameters[:1]
         if leaf.name.part and counts[key] < leaf.name.part[1]
     ]
-    if lone:
-        raise InputError(
-            "names",
-            f"makes these leaves of `{argument}` parts of parameters whose other parts "
-            "have no leaf. Add rows for the other parts.",
-            problems=lone,
-        )
+    why = f"makes these leaves of `{argument}` parts of parameters whose other parts have no leaf."
+    stop(lone, "names", f"{why} Add rows for the other parts.")
     lost = {path: tuple(x.shape) for path, x in leaves_by_path(tree) if path not in named}
-    if lost:
-        raise InputError(
-            "names",
-            f"has no row that fits these leaves of `{argument}` by path and number of axes.",
-            problems=[Problem(path_in_names(path), f"of shape {lost[path]}") for path in lost],
-            remedy=advise(names, lost),
-        )
+    why = f"has no row that fits these leaves of `{argument}` by path and number of axes."
+    each = [Problem(path_in_names(path), f"of shape {shape}") for path, shape in lost.items()]
+    stop(each, "names", why, advise(names, lost) if lost else "")
     return leaves
