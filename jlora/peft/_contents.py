@@ -13,7 +13,7 @@ from .._errors import Problem, stop
 from .._types import short
 from ._file import COUNT, COUNTS, DTYPES
 from ._problems import About
-from .adapter._arranged import Tree, make_node, make_tree
+from .adapter._arranged import Tree, make_tree
 from .adapter._config import problems_of
 from .adapter._describe import describe
 from .adapter._draft import make_draft
@@ -22,7 +22,7 @@ from .adapter._methods import Factored
 from .adapter._one_rank import with_profile
 from .adapter._open import open_adapter
 from .adapter._parameters import Model, assign_parameters, find_twins
-from .adapter._parts import Parameters, Values, fill, list_changes, wholes
+from .adapter._parts import Parameters, Values, fill, list_changes, make_node, wholes
 from .adapter._sorted import sort_tensors
 from .adapter._writable import explain_unstored
 from .names._kinds import EMBEDDING, EXPERTS, KINDS, ROWS
@@ -182,8 +182,8 @@ def _as_contents(fields: dict[str, Any], own: Values) -> Contents:
     parts = (x for x in own.parts if x.kind is EMBEDDING or x.name not in twins)
     nodes: dict[str, Any] = {x.key: make_node(x.leaf, [x], dropout) for x in parts}
     nodes |= {x.module: make_node(x.leaf, [x], dropout) for x in own.tokens.values()}
-    full, frozen = ({x.name: x.x for x in each.values()} for each in (own.full, own.frozen))
-    full = {name: x for name, x in full.items() if name not in own.tokens}
+    full = {x.name: x.x for x in own.full.values() if not x.rows}
+    frozen = {x.name: x.x for x in own.frozen.values()}
     return Contents(nodes | full, fields, tied, frozen)
 
 

@@ -8,14 +8,13 @@ from .._adapters import is_node
 from .._tree import leaves_by_path, nest
 from .._types import PyTree
 from ._problems import About, warn
-from .adapter._arranged import make_node
 from .adapter._config import problems_of
 from .adapter._files import Files
 from .adapter._fit_tree import match_to_tree
 from .adapter._methods import method_of
 from .adapter._open import open_adapter
 from .adapter._parameters import Model, assign_parameters, list_missing, list_unmatched
-from .adapter._parts import Values, fill
+from .adapter._parts import Values, fill, make_node
 from .adapter._sorted import Adapter, sort_tensors
 from .names._advice import advise
 from .names._leaves import NamedLeaf, find_leaves, sort_by_row

@@ -240,14 +240,16 @@ def _collect(fields: Configuration, tree: Tree, parts: list[Part[np.ndarray]]) -
     _refuse_lost(saved, fields, tree)
     frozen = find_frozen(fields, tree)
     _check_values([*(x for x in saved if x.path not in tree.found), *frozen.values()])
-    full = dict[str, np.ndarray]()
+    full = tree.whole
     for leaf in saved:
-        full |= split_weight(leaf, tree.found.get(leaf.path, leaf.value))
-        if leaf.path in tree.found and (head := tree.tied.get(leaf.modules[0])):
-            full[f"{head}.weight"] = full[leaf.parameters[0]]
+        if leaf.path not in tree.found:
+            full |= wholes(split_weight(leaf, leaf.value))
+        elif head := tree.tied.get(leaf.modules[0]):
+            name = f"{head}.weight"
+            full[name] = full[leaf.parameters[0]]._replace(name=name)
     own = split_all(frozen.values())  # a head has the values of its embedding
     values = {name: own.get(name, own[leaf.parameters[0]]) for name, leaf in frozen.items()}
-    return Parameters(parts, wholes(full) | tree.tokens, wholes(values))
+    return Parameters(parts, full, wholes(values))
 
 
 def _refuse_lost(saved: Sequence[NamedLeaf], fields: Configuration, tree: Tree) -> None:

@@ -397,6 +397,9 @@ OF_ROWS: Damages = {
         all_of(listed(lm_head=[1]), put(HEAD + DELTA, ONES[None])),
         *(HEAD + DELTA, "shares the weight of model.embed_tokens"),
     ),
+    "beside the embedding": (
+        put(EMBED + ".weight", np.ones((11, 8), np.float32)), AT, "adapted or saved as a whole"
+    ),
     "beside A and B": (
         all_of(
             put(EMBED + ".lora_embedding_A", np.ones((2, 11), np.float32)),

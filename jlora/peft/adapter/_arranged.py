@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..._adapters import AdapterLeaf, Replaced, is_node
-from ..._arrays import put
+from ..._adapters import Replaced, is_node
 from ..._tree import adapter_leaves, check_fits
 from ..._types import Path, PyTree
 from .._file import PREFIX
@@ -15,10 +14,7 @@ from ..names._kinds import EXPERTS, LINEAR, ROWS
 from ..names._leaves import NamedLeaf, find_tied_heads
 from ..names._names import Name
 from ..names._torch_layout import (
-    join_factors,
     join_outputs,
-    join_rows,
-    join_weight,
     keep_adapted,
     rescale,
     split_factors,
@@ -63,13 +59,8 @@ class Tree(NamedTuple):
     def whole(self) -> dict[str, Whole[np.ndarray]]:
         """The parameters in full, and the rows of embeddings, in PyTorch's layout."""
         full = wholes(split_all(leaf._replace(value=self.found[leaf.path]) for leaf in self.full))
-        return full | self.tokens
-
-    @property
-    def tokens(self) -> dict[str, Whole[np.ndarray]]:
-        """The rows of embeddings in PyTorch's layout, by parameter."""
-        each = ((leaf.parameters[0], leaf, self.found[leaf.path]) for leaf in self.rows)
-        return {name: Whole(name, split_rows(leaf, x), x.rows) for name, leaf, x in each}
+        rows = ((leaf.parameters[0], leaf, self.found[leaf.path]) for leaf in self.rows)
+        return full | {name: Whole(name, split_rows(leaf, x), x.rows) for name, leaf, x in rows}
 
     @property
     def parts(self) -> list[Part[np.ndarray]]:
@@ -149,19 +140,6 @@ def _swap(leaf: NamedLeaf, part: Part[np.ndarray]) -> Part[np.ndarray]:
         return part
     a, b = map(np.ascontiguousarray, swap(part.a, part.b, leaf.experts))
     return part._replace(a=a, b=b)
-
-
-def make_node(
-    leaf: NamedLeaf, own: Sequence[Part[np.ndarray] | Whole[np.ndarray]], dropout: float
-) -> AdapterLeaf:
-    """Makes a leaf of an adapter tree from what PEFT has of its parameters."""
-    first = own[0]
-    if isinstance(first, Part):
-        arrays = [x.arrays for x in own if isinstance(x, Part)]
-        return join_factors(leaf, arrays, scale=first.scale * leaf.factor, dropout=dropout)
-    if first.rows:
-        return join_rows(leaf, first.rows, first.x)
-    return put(join_weight(leaf, [x.x for x in own if isinstance(x, Whole)]))
 
 
 def make_tensors(

@@ -1,17 +1,20 @@
 """The tensors of an adapter by PyTorch's parameters: headers, and values once they are read."""
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 
 import jax
 import numpy as np
 
+from ..._adapters import AdapterLeaf
+from ..._arrays import put
 from ..._errors import Problem
 from ..._types import PyTree
 from .._file import PREFIX, TENSORS, TensorInfo, show
 from ..names._kinds import CONV, EXPERTS, ROWS, Kind
 from ..names._leaves import NamedLeaf, own_leaf
+from ..names._torch_layout import join_factors, join_rows, join_weight
 from ._config import PARAMETERS
 from ._methods import BY_TENSORS, Method
 
@@ -79,7 +82,7 @@ class Part(NamedTuple, Generic[T]):
 
     @property
     def weight(self) -> tuple[int, ...]:
-        """The shape of a weight of its kind that is not transposed otherwise."""
+        """The shape of PyTorch's weight, unless its module stores it transposed."""
         rows, columns = self.b.shape[:1], self.a.shape[1:]
         stack = (self.experts,) if self.kind is EXPERTS else ()
         return stack + (columns + rows if self.kind.transposed else rows + columns)
@@ -167,6 +170,19 @@ class Parameters(NamedTuple, Generic[T]):
 def wholes(values: Mapping[str, T]) -> dict[str, Whole[T]]:
     """Makes records of whole parameters."""
     return {name: Whole(name, x) for name, x in values.items()}
+
+
+def make_node(
+    leaf: NamedLeaf, own: Sequence[Part[np.ndarray] | Whole[np.ndarray]], dropout: float
+) -> AdapterLeaf:
+    """Makes a leaf of an adapter tree from what PEFT has of its parameters."""
+    first = own[0]
+    if isinstance(first, Part):
+        arrays = [x.arrays for x in own if isinstance(x, Part)]
+        return join_factors(leaf, arrays, scale=first.scale * leaf.factor, dropout=dropout)
+    if first.rows:
+        return join_rows(leaf, first.rows, first.x)
+    return put(join_weight(leaf, [x.x for x in own if isinstance(x, Whole)]))
 
 
 Header = Part[TensorInfo]

@@ -64,8 +64,9 @@ def fit_vocabulary(target: Target, found: Parameters[T]) -> tuple[Target, list[P
     It is a problem if the adapter does not hold all of these.
     """
     checkpoint, model = target
-    whole = {name: x.x for name, x in found.whole.items() if name in model}
-    tables = {n for n in whole if explain_resized(found.whole[n], model[n].shape)}
+    records = {name: x for name, x in found.whole.items() if name in model}
+    tables = {name for name, x in records.items() if explain_resized(x, model[name].shape)}
+    whole = {name: x.x for name, x in records.items()}
     sizes = {(model[name].shape[0], whole[name].shape[0]) for name in tables}
     if len(sizes) != 1:
         return target, []
@@ -127,7 +128,7 @@ def add_head(target: Target, found: Headers, adapter: Adapter) -> Target:
     checkpoint, model = target
     # What is missing inside of the model may only have another name there.
     inside = {name.partition(".")[0] for name in model}
-    lost = {n: x.x for n, x in found.whole.items() if n.partition(".")[0] not in inside}
+    lost = {n: x.x for n, x in found.full.items() if n.partition(".")[0] not in inside}
     modules = {name: name.rpartition(".")[0] for name in lost}
     saves = adapter.roles.saves
     new = {n: x for n, x in lost.items() if saves(modules[n]) and not is_table(modules[n])}
