@@ -16,18 +16,13 @@ import pytest
 from flax import nnx
 from jax import lax
 from messages import STALE, check_text, refused
+from small import KEY, dense
 
 import jlora
 from jlora import Full, LoRA
 from jlora._foreign import check_apply_fn, check_leaf
 
-KEY = jax.random.key(0)
 X = jnp.ones((1, 4))
-
-
-def dense(params: Any, x: jax.Array) -> jax.Array:
-    """The smallest model."""
-    return x @ params["w"]
 
 
 W = {"w": jnp.arange(12.0).reshape(4, 3)}

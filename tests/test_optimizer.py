@@ -18,11 +18,10 @@ import pytest
 from flax import serialization
 from flax.training.train_state import TrainState
 from messages import refused
-from small import as_jax, every, raw, some, some_rows
+from small import KEY, as_jax, every, raw, some, some_rows
 
 import jlora
 
-KEY = jax.random.key(0)
 FORMS = pytest.mark.parametrize("form", some(["adapter", "params"], "params"))
 random = functools.partial(laws.start, of_b=0.1)  # at B = 0 a wrong gradient of A would not show
 

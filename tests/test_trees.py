@@ -26,12 +26,11 @@ from jax import lax
 from laws import assert_close
 from messages import check_text, refused
 from own_methods import Diagonal
-from small import X, every, normal, raw, some
+from small import KEY, X, every, normal, raw, some
 
 import jlora
 from jlora._arrays import is_on_host
 
-KEY = jax.random.key(0)
 Struct = jax.ShapeDtypeStruct
 
 

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import KINDS, assert_lies, compiled, mesh_of, moved, normal, on, put
-from small import every, some
+from small import KEY, every, some
 
 import jlora
 from jlora import analysis, arithmetic, sharding
@@ -29,7 +29,6 @@ SITES = {
     "slots": ((256, 192), P("fsdp"), Layout((), (0,), (1,), (3, (0, 2), 1))),
     "head": ((256, 128), P("fsdp", "tensor"), None),
 }
-KEY = jax.random.key(0)
 MOVE_NOTHING = {
     "add": lambda t, base: arithmetic.add(t, [0.5, -2.0], base=base),
     "scale": lambda t, base: arithmetic.scale(t[0], -0.5, base=base),

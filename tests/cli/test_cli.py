@@ -29,7 +29,7 @@ import pytest
 from click.shell_completion import ShellComplete
 from flax import nnx
 from messages import check_text, refused
-from peft_files import assert_equal, config_of
+from peft_files import Folder, assert_equal, config_of
 from safetensors.numpy import save_file
 from small import some, without_progress
 
@@ -40,7 +40,6 @@ from jlora._cli._app import cli
 from jlora._cli._inputs import attribute
 from jlora._tree import adapter_leaves, nest
 
-Folder = pathlib.Path
 SUPPORT = pathlib.Path(__file__).parents[1] / "support"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Where PEFT stores frozen values beside A and B.

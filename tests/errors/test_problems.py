@@ -1,11 +1,10 @@
 """Errors as data: what programs read of them, and the text that is made of it."""
 
 import copy
-import pathlib
 import pickle
 
 import pytest
-from peft_files import Files
+from peft_files import Files, Folder
 
 import jlora
 from jlora import LoRA
@@ -18,8 +17,6 @@ from jlora._errors import (
     WritingError,
     not_written,
 )
-
-Folder = pathlib.Path
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from own_methods import Diagonal, Gain
 from small import every, some
 
 import jlora.keras
-from jlora import DoRA, Frozen, Full, LoRA, Rows, checkpoint
+from jlora import DoRA, Full, LoRA, Rows, checkpoint
 from jlora.keras import Adapted, adapt
 
 # Of Keras, which makes NumPy's arrays of its variables.
@@ -107,12 +107,6 @@ def test_fit_trains_the_adapter_alone() -> None:
         np.testing.assert_array_equal(v.value, before[v.path])
     drawn = [v for v in model.variables if "seed" in v.path]
     assert [int(v.value[1]) for v in drawn] == [40]  # two batches in each of 20 epochs
-
-
-def test_a_frozen_layer_has_no_adapter() -> None:
-    adapted = adapt(network(), Frozen("dense_4"), LoRA(rank=2), example=X)
-    assert list(adapted.adapter) == ["network/dense_32/kernel"]
-    assert len(adapted.trainable_variables) == 2
 
 
 class Mean(layers.Layer):

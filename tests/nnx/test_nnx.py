@@ -16,7 +16,7 @@ from own_methods import Diagonal, Gain
 from small import array, every, some
 
 import jlora
-from jlora import DoRA, Frozen, Full, LoRA, Rows, checkpoint
+from jlora import DoRA, Full, LoRA, Rows, checkpoint
 from jlora.nnx import Adapted, adapt
 
 ADAPTER = nnx.DiffState(0, nnx.LoRAParam)
@@ -457,12 +457,6 @@ def test_an_example_of_another_call() -> None:
     call = lambda model: model.encode(inputs())  # noqa: E731
     adapted = adapt(Layers(), LoRA(rank=2), rngs=nnx.Rngs(1), example=call)
     assert list(adapted.adapter) == ["up"]  # which alone is used by that
-
-
-def test_a_frozen_layer_has_no_adapter() -> None:
-    rules = Frozen("down"), LoRA(rank=2)
-    adapted = adapt(Layers(), *rules, rngs=nnx.Rngs(1), example=(inputs(),))
-    assert list(adapted.adapter) == list(adapted.lora) == ["up"]
 
 
 @pytest.mark.parametrize("use", ["stack", "merge", "init", "summary", "plan", "apply", "dropout"])

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 import random
 import shutil
 import struct
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from messages import refused
-from peft_files import DEEP, WILD, assert_equal, bounded, node
+from peft_files import DEEP, WILD, Folder, assert_equal, bounded, node
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small import as_jax
@@ -27,7 +26,6 @@ from jlora.types import Decomposed, LowRank
 from tests.peft.test_campaigns import MANY as MANY_LIES
 from tests.peft.test_campaigns import campaign
 
-Folder = pathlib.Path
 FILE = "pytorch_lora_weights.safetensors"
 SHAPES = {
     "conv_in": (4, 3, 3, 3),

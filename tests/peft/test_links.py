@@ -2,18 +2,15 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from messages import refused
 from peft_calls import ADAPTERS, BASES, folders
-from peft_files import CONFIG, TENSORS, bytes_of, pair, write
+from peft_files import CONFIG, TENSORS, Folder, bytes_of, pair, write
 
 from jlora import peft
-
-Folder = pathlib.Path
 
 
 def in_cache(folder: Folder, below: str = "snapshots/0a1b", model: str = "") -> Folder:

@@ -1,7 +1,6 @@
 """Folders, files and keys that are not as PEFT saves them: the error says what they are."""
 
 import json
-import pathlib
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +11,13 @@ import numpy as np
 import pytest
 from messages import refused
 from peft_calls import FUNCTIONS, LIKE, NAMES, folders
-from peft_files import CONFIG, ENDS, PREFIX, TENSORS, pair, write
+from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Folder, pair, write
 from safetensors.numpy import save_file
 
 from jlora import checkpoint, peft
 from jlora.types import Layout, LowRank
 from tests.peft.test_links import in_cache
 
-Folder = pathlib.Path
 ONE = np.ones((2, 2), np.float32)
 
 

@@ -35,7 +35,7 @@ from peft_files import (
     raw,
     write,
 )
-from small import some
+from small import KEY, some
 
 import jlora
 from jlora import DoRA, Full, LoRA, peft
@@ -48,7 +48,6 @@ from jlora.types import Layout, LowRank
 from tests.peft.merge.test_peft_merged import checkpoint
 from tests.peft.merge.test_peft_merged import read as read_all
 
-KEY = jax.random.key(0)
 CASES = models.CASES
 
 
@@ -264,6 +263,7 @@ LAYOUTS = {
     "conv2d": ("kkio", (3, 2, 4, 6), "m", "xyio->oixy", 1, (6, 4, 3, 2)),
     "scanned_conv": ("lkio", (2, 3, 4, 6), "m.{}", "lxio->loix", 2, (6, 4, 3)),
     "experts": ("eio", (3, 4, 6), "m", "eio->eoi", 1, (3, 6, 4)),
+    "square_experts": ("eio", (3, 4, 4), "m", "eio->eoi", 1, (3, 4, 4)),
     "scanned_experts": ("leio", (2, 3, 4, 6), "m.{}", "leio->leoi", 2, (3, 6, 4)),
     "experts_inside": ("ieo", (4, 3, 6), "m", "ieo->eoi", 1, (3, 6, 4)),
     "modules": ("soio", (2, 3, 4, 2), ("k", "v"), "saib->sabi", 2, (6, 4)),
@@ -286,7 +286,7 @@ def delta(tensors: dict[str, np.ndarray], module: str, kind: str, scale: float) 
 
 
 OF_EACH_KIND = ("transposed", "heads_in", "twice_scanned", "embedding", "conv2d", "scanned_conv")
-OF_EACH_KIND += ("experts", "scanned_experts", "modules", "modules_of_scans")
+OF_EACH_KIND += ("experts", "square_experts", "scanned_experts", "modules", "modules_of_scans")
 
 
 @pytest.mark.parametrize("layout", some(LAYOUTS, *OF_EACH_KIND))

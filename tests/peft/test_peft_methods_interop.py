@@ -1,6 +1,5 @@
 """Rows of the real PEFT on PyTorch, and back; MiSS, which PEFT converts. Needs `interop`."""
 
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -9,14 +8,13 @@ import pytest
 torch = pytest.importorskip("torch")
 hf_peft = pytest.importorskip("peft")
 
-from peft_files import assert_close, assert_equal, assert_same_files, config_of  # noqa: E402
+from peft_files import Folder, assert_close, assert_equal, assert_same_files, config_of  # noqa: E402
 
 from jlora import peft  # noqa: E402
 from tests.peft.test_peft_interop import TOLERANCE, in_peft, make, models, outputs  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
 
-Folder = pathlib.Path
 ROWS = [9, 2, 3]
 
 

@@ -1,7 +1,6 @@
 """Fields of `adapter_config.json` that jlora does not know: refused, unless they are ignored."""
 
 import json
-import pathlib
 import shutil
 from typing import Any
 
@@ -9,12 +8,11 @@ import pytest
 from click.testing import CliRunner
 from messages import refused
 from peft_calls import ADAPTERS, LIKE, NAMES, folders
-from peft_files import CONFIG, assert_same_files, bytes_of, config_of
+from peft_files import CONFIG, Folder, assert_same_files, bytes_of, config_of
 
 from jlora import peft
 from jlora._cli._app import cli
 
-Folder = pathlib.Path
 FIELD = "use_tomorrow"
 
 

@@ -1,19 +1,17 @@
 """Every function and command that reads an adapter or a base: what all of them do alike."""
 
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import click.testing
 import jax
 import numpy as np
-from peft_files import pair, write
+from peft_files import Folder, pair, write
 from safetensors.numpy import save_file
 
 from jlora import checkpoint, peft
 from jlora._cli._app import cli
 
-Folder = pathlib.Path
 # Each gets the base, the adapter, the output, and the fields of the adapter to be ignored.
 Call = Callable[..., Any]
 NAMES = [peft.Name("q/kernel", "q", "io")]

@@ -7,7 +7,6 @@ import contextlib
 import importlib
 import json
 import os
-import pathlib
 import pickle
 import re
 import shutil
@@ -21,12 +20,11 @@ from typing import Any
 
 import numpy as np
 from peft_calls import ADAPTERS, BASES, NAMES, command, folders
-from peft_files import edit_metadata, node
+from peft_files import Folder, edit_metadata, node
 
 import jlora
 from jlora import checkpoint
 
-Folder = pathlib.Path
 ODD = "a\0b\u202ec\x1b[2Jd\u2028e"  # NUL, a bidirectional mark, an escape sequence, a line's end
 STARTS = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.system")
 

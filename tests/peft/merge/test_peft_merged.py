@@ -461,6 +461,7 @@ def test_what_the_adapted_model_lacked(tmp_path: Folder) -> None:
             merge(tmp_path, weights, rest, **fields)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (4, 6), (6, 4)])
 @pytest.mark.parametrize(
     ("kind", "flag", "transposed"),
     [
@@ -469,43 +470,25 @@ def test_what_the_adapted_model_lacked(tmp_path: Folder) -> None:
         ("llama", True, False),  # as bitsandbytes' layers leave it in the file
         ("llama", False, False),
         ("unknown", False, False),
-        ("unknown", True, None),
+        ("unknown", True, None),  # it may have a `Conv1D`, which the sides of A and B tell
     ],
 )
-def test_square_weights(kind: str, flag: bool, transposed: bool | None, tmp_path: Folder) -> None:
-    """The model tells it. One that is not known may have a `Conv1D` if `fan_in_fan_out` says so."""
-    module, config = "attn.c_proj", {"model_type": kind}
-    weights = {f"{module}.weight": 0 * ones(8, 8)}
-    (a, b), fields = low_rank((8, 8), 2), {"lora_alpha": 2, "fan_in_fan_out": flag}
-    if transposed is None:
-        with refused(ValueError, "adapter", f"{module}.weight", "is square"):
-            merge(tmp_path, weights, {module: (a, b)}, config, **fields)
-        return
-    merged = merge(tmp_path, weights, {module: (a, b)}, config, **fields)
-    expected = (b @ a).T if transposed else b @ a
-    np.testing.assert_allclose(merged[f"{module}.weight"], expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("swapped", [True, False])
-@pytest.mark.parametrize(
-    ("kind", "flag", "transposed"),
-    [("gpt2", False, [True]), ("llama", True, [False]), ("unknown", False, [False]),
-     ("unknown", True, [True, False])],
-)  # fmt: skip
-def test_swapped_sides(
-    kind: str, flag: bool, transposed: list[bool], swapped: bool, tmp_path: Folder
+def test_orientation(
+    kind: str, flag: bool, transposed: bool | None, shape: tuple[int, int], tmp_path: Folder
 ) -> None:
-    """A and B of the transpose fit a Conv1D only."""
-    weights, config = {"c_fc.weight": ones(4, 6)}, {"model_type": kind}
-    a, b = low_rank((6, 4) if swapped else (4, 6), 2)
-    if swapped not in transposed:
-        with refused(ValueError, "adapter", "c_fc.weight", f"of shape (4, 6), but A {a.shape}"):
-            merge(tmp_path, weights, {"c_fc": (a, b)}, config, fan_in_fan_out=flag)
+    """The model tells it; A and B of the transpose fit a `Conv1D` only."""
+    name, config, (a, b) = "c_fc.weight", {"model_type": kind}, low_rank(shape, 2)
+    weights = {name: ones(*min(shape, shape[::-1]))}
+    is_swapped = transposed if shape == (8, 8) else shape == (6, 4)
+    run = functools.partial(merge, tmp_path, weights, {"c_fc": (a, b)}, config)
+    if is_swapped is None or transposed not in (None, is_swapped):
+        why = "is square" if is_swapped is None else f"of shape (4, 6), but A {a.shape}"
+        with refused(ValueError, "adapter", name, why):
+            run(fan_in_fan_out=flag)
         return
-    merged = merge(tmp_path, weights, {"c_fc": (a, b)}, config, fan_in_fan_out=flag)
-    expected = 1 + 1.5 * (b @ a)
-    expected = expected.T if swapped else expected
-    np.testing.assert_allclose(merged["c_fc.weight"], expected, rtol=1e-5, atol=1e-5)
+    change = 1.5 * (b @ a)
+    expected = 1 + (change.T if is_swapped else change)
+    np.testing.assert_allclose(run(fan_in_fan_out=flag)[name], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("known", ["sibling", "nothing"])
@@ -524,18 +507,6 @@ def test_square_experts(known: str, tmp_path: Folder) -> None:
     merged = merge(tmp_path, weights, given, **fields | {"target_parameters": ["m.down", "m.up"]})
     each = [(b[:, i::e] @ a[i * r : (i + 1) * r]).T for i in range(e)]
     np.testing.assert_allclose(merged["m.down"], each, rtol=1e-4, atol=1e-5)
-
-
-def test_square_experts_of_a_table(tmp_path: Folder) -> None:
-    """Its row has their axes."""
-    draw = np.random.default_rng(0).standard_normal
-    w, a, b = draw((2, 4, 4)), draw((2, 4, 3)), draw((2, 3, 4))
-    row = peft.Name("w", "m", "eio", "w")
-    checkpoint(tmp_path / "base", {"m.w": np.float32(w)})
-    node = LowRank(jnp.float32(a), jnp.float32(b), 1.0, row.layout)
-    peft.export_merged(tmp_path / "base", {"w": node}, tmp_path / "out", names=[row])
-    found = load_file(tmp_path / "out" / "model.safetensors")["m.w"]
-    np.testing.assert_allclose(found, w + (a @ b).swapaxes(1, 2), rtol=1e-5, atol=1e-5)
 
 
 # ----------------------------------------------------------------------- shared weights
