@@ -28,9 +28,8 @@ from ._trace import ValueReadError, trace
 from ._tree import flatten, is_abstract, leaves_by_path, refuse_module
 from ._types import Layout, Path, PyTree
 
-Arguments = tuple[
-    PyTree, tuple[Any, ...], dict[str, Any]
-]  # the parameters, and the other arguments
+# The parameters, and the other arguments.
+Arguments = tuple[PyTree, tuple[Any, ...], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)

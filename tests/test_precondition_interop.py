@@ -13,8 +13,6 @@ hf_peft = pytest.importorskip("peft")
 
 import jlora  # noqa: E402
 
-# What PyTorch and its libraries warn of is theirs.
-
 DAMPING, RATE = 1e-2, 0.05
 
 

@@ -116,7 +116,9 @@ def compute(apply, variables, ids, segments=None, positions=None, labels=None, *
 
 def compare(folder, kind, dtype, variables, apply, ids, positions):
     """What differs from the model in PyTorch, which is loaded. Gradients would need more memory."""
-    model = kind.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    # `transformers` 5.25 would ask for a package of kernels.
+    options = {"dtype": getattr(torch, dtype), "use_kernels": False}
+    model = kind.from_pretrained(folder, **options).eval()
     takes = inspect.signature(kind.forward).parameters
     given = {"position_ids": jnp.asarray(positions)} if "position_ids" in takes else {}
     options = {"use_cache": False, "gradients": False} | given

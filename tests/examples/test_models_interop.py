@@ -17,8 +17,6 @@ transformers = pytest.importorskip("transformers")
 from models import beam, bert, deberta, gpt, llama  # noqa: E402
 from small import some  # noqa: E402
 
-# What PyTorch and its libraries warn of is theirs.
-
 IDS = np.random.default_rng(0).integers(2, 61, (3, 12))
 MASK = (np.arange(12) < np.array([[12], [7], [1]])).astype(np.int64)
 TYPES = np.random.default_rng(1).integers(0, 2, IDS.shape)

@@ -16,8 +16,6 @@ import laws  # noqa: E402
 import jlora  # noqa: E402
 from jlora import arithmetic, initializers, peft  # noqa: E402
 
-# What PyTorch and its libraries warn of is theirs.
-
 INPUTS, OUTPUTS, RANK = 48, 32, 4
 NAMES = [peft.Name("w", "0", "io")]
 

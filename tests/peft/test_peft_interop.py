@@ -24,8 +24,6 @@ from jlora import Full, LoRA, Rows, Slots, peft  # noqa: E402
 from jlora._tree import leaves_by_path, nest  # noqa: E402
 from jlora.peft import Name  # noqa: E402
 
-# What PyTorch and its libraries warn of is theirs.
-
 KEY = jax.random.key(0)
 # In bfloat16 the two frameworks round the base model's own activations differently.
 TOLERANCE = {"bf16": 2e-2}

@@ -13,8 +13,6 @@ from peft_files import Folder, assert_close, assert_equal, assert_same_files, co
 from jlora import peft  # noqa: E402
 from tests.peft.test_peft_interop import TOLERANCE, in_peft, make, models, outputs  # noqa: E402
 
-# What PyTorch and its libraries warn of is theirs.
-
 ROWS = [9, 2, 3]
 
 

@@ -18,8 +18,6 @@ import jlora  # noqa: E402
 from jlora import LoRA  # noqa: E402
 from jlora.initializers import eva, lora_ga  # noqa: E402
 
-# What PyTorch and its libraries warn of is theirs.
-
 RANK, ALPHA, WIDTH = 3, 5, 24
 
 

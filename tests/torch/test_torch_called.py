@@ -27,7 +27,6 @@ from jlora import LoRA, peft
 from jlora._tree import leaves_by_path, nest
 from jlora.types import InputError
 
-# What torchax and PEFT warn of is theirs.
 IDS = np.array([[1, 2, 0], [3, 0, 4]])
 READ, SHARED = "reads it without calling its module", "share"
 

@@ -24,7 +24,6 @@ from torch_models import GROUPED, MODELS, TEXT, Model
 from jlora import peft
 from tests.examples.folders import train_tokenizer, write_conversations, write_tokenizer
 
-# What torchax, PEFT and `transformers` warn of is theirs.
 SIZES = {"vocab_size": 400, "max_position_embeddings": 256, "initializer_range": 0.2}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
 WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}

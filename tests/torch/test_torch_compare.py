@@ -19,7 +19,6 @@ import jlora
 from jlora import LoRA
 from jlora.torch import compare, extract
 
-# What torchax and PEFT warn of is theirs.
 X = jax.random.normal(jax.random.key(0), (3, 4))
 Function = Callable[[Any, torch.Tensor], Any]
 

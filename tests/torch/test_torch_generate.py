@@ -26,7 +26,6 @@ import jlora
 from jlora import LoRA, peft
 from jlora._tree import leaves_by_path
 
-# What torchax, PEFT and `transformers` warn of is theirs.
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
 SMALL = {"vocab_size": 71, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 NAMES = "llama", "gemma3", "qwen3-moe", "gpt2", "mamba2"

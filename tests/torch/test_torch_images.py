@@ -27,7 +27,6 @@ from torch_images import MODELS
 import jlora
 from jlora import DoRA, LoRA, peft
 
-# What torchax, PEFT and diffusers warn of is theirs.
 EVERY = pytest.mark.parametrize("name", MODELS)
 BOTH = [(name, "diffusers") for name in MODELS]
 BOTH += [(name, "kohya") for name, row in MODELS.items() if row.kohya]

@@ -30,7 +30,6 @@ from jlora import LoRA, many, peft
 from jlora._tree import leaves_by_path, name_of
 from jlora.many._route import FORMS
 
-# What torchax, PEFT and `transformers` warn of is theirs.
 EVERY = pytest.mark.parametrize("name", MODELS)
 ALONE = re.compile("(gate|up|down)_proj/weight")  # beside experts PEFT takes them for these
 WEIGHTS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)

@@ -26,8 +26,6 @@ from jlora import peft  # noqa: E402
 from jlora.peft.names._peft import ModuleRules, load_module_rules  # noqa: E402
 from jlora.peft.places._find import load_table  # noqa: E402
 
-# What PyTorch and its libraries warn of is theirs.
-
 TABLE = load_table()
 # Of each kind: renamed, joined, split, with other submodels, by their class alone, as they are.
 DAILY = [

@@ -29,8 +29,6 @@ import jlora
 from jlora import LoRA, peft
 from tests.torch.test_torch_models import assert_close, numbers, run
 
-# What torchax, PEFT and `transformers` warn of is theirs.
-
 
 class Scanned(NamedTuple):
     """A row of `MODELS` with more layers.

@@ -58,6 +58,19 @@ JUDGED = [
 
 
 @pytest.mark.slow
+def test_the_same_models_are_drawn() -> None:
+    """In the order of the record, which lacks those with which PyTorch computes nothing."""
+    for library in ("torchax", "timm", "torchvision"):
+        pytest.importorskip(library)
+    from zoo_families import list_drawn
+
+    known = ZOOS[FIRST].rows
+    drawn = [(family, name) for family, names in list_drawn(FIRST) for name in names]
+    recorded = [(x.family, x.name) for x in known]
+    assert [x for x in drawn if x in recorded] == recorded
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("family", "name", "verdict"), JUDGED)
 def test_the_judge(family: str, name: str, verdict: str) -> None:

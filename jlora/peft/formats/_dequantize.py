@@ -138,7 +138,7 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
         matrices[name] = _matrix(name, x)
         *lead, rows, columns = x.shape
         if not format.keeps_axes if lead else last_of(name) in transposed:
-            turned |= {name}
+            turned.add(name)
         order = (columns, rows) if name in turned else (rows, columns)
         spelling = next(key for key, known in DTYPES.items() if known == (x.dtype or dtype))
         weight = TensorInfo(name, spelling, (*lead, *order))

@@ -23,8 +23,6 @@ from safetensors.torch import load_file  # noqa: E402
 
 from jlora import peft  # noqa: E402
 
-# What PyTorch and its libraries warn of is theirs.
-
 Folder = pathlib.Path
 OFTEN = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}  # that differ
 OUTER = re.compile(r"^language_model\.(?=lm_head)")  # before a head, in older checkpoints

@@ -16,8 +16,6 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from jlora import peft  # noqa: E402
 from tests.peft.test_peft_interop import make  # noqa: E402
 
-# What PyTorch and its libraries warn of is theirs.
-
 # Sides of at least 64, and of no round numbers: layers as they are, but small.
 LARGE = {
     "vocab_size": 301,
