@@ -512,7 +512,12 @@ def test_a_loop_goes_on(page, steps, tmp_path, monkeypatch):
         pytest.importorskip(module)
     whole = run(page)
     monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(tmp_path / "stopped"))
-    first = run(page, lambda code: code.replace(f"last + 1, {steps})", "last + 1, 26)"))
+
+    def stop(code: str) -> str:
+        early = code.replace(f"last + 1, {steps})", "last + 1, 26)")
+        return early.replace('folder + "-', 'folder + "-stopped-')
+
+    first = run(page, stop)
     second = run(page)
     assert len(first["losses"]) == 25 and second["last"] == 20
     assert first["losses"] == whole["losses"][:25]
