@@ -40,7 +40,7 @@ TREE = {
             loops/privacy loops/mixing adapters loops/other""",
         "Several devices": "loops/sharding loops/cluster pods",
     },
-    "loops/home": {"": "quantized loops/logits"},
+    "loops/home": {"": "quantized free loops/logits"},
     "files_and_serving": {
         "": "loops/checkpoints files untrusted serve loops/export"
     },

@@ -303,35 +303,43 @@ def test_every_page_has_a_way_in():
 # What readers call it, and the page that answers, so that the search of the site finds it.
 WORDS = {
     "peft": """get_peft_model LoraConfig target_modules exclude_modules modules_to_save task_type
-        print_trainable_parameters merge_and_unload disable_adapter add_adapter set_adapter
-        add_weighted_adapter rank_pattern use_dora use_rslora init_lora_weights save_pretrained
-        trainable_token_indices prepare_model_for_kbit_training BitsAndBytesConfig device_map
-        gradient_checkpointing_enable gradient_accumulation_steps SFTTrainer max_seq_length""",
+        print_trainable_parameters merge_and_unload unmerge disable_adapter add_adapter TIES DARE
+        set_adapter add_weighted_adapter rank_pattern use_dora use_rslora init_lora_weights
+        save_pretrained trainable_token_indices prepare_model_for_kbit_training device_map
+        BitsAndBytesConfig gradient_checkpointing_enable gradient_accumulation_steps from_pretrained
+        Trainer SFTTrainer TRL max_seq_length multi-GPU""",
     "start": "jax[cuda12] jax[tpu] git+https",
-    "rules": "target_modules exclude_modules",
+    "rules": "target_modules exclude_modules head",
     "versions": "Windows Mac",
-    "costs": "tokens/s",
+    "costs": "tokens/s profile",
+    "quantized": "QLoRA bitsandbytes GPTQ AWQ GGUF FP8",
+    "free": "Colab Kaggle T4 QLoRA",
     "loops/home": "QLoRA offload checkpointing bf16 fp16 autocast",
     "loops/chat": """QLoRA multi-GPU FSDP Packing train_on_inputs ShareGPT Alpaca truncated resume
-        length""",
-    "loops/sharding": "multi-GPU FSDP parallel pipeline jax.distributed",
-    "loops/whole": """accumulation resumes evaluates MultiSteps lm-eval-harness
-        Statistics""",
-    "loops/data": "datasets grain wandb TensorBoard",
-    "loops/cluster": "Dockerfile xpk Ray",
+        length tokenizer template Evaluation""",
+    "loops/sharding": """multi-GPU FSDP parallel pipeline jax.distributed multi-host ring context
+        DCN""",
+    "loops/whole": """accumulation resumes evaluates MultiSteps lm-eval-harness best weight
+        Statistics preemption deterministic validation early""",
+    "loops/data": "load_dataset streaming grain tf.data Prefetch wandb TensorBoard MLflow",
+    "loops/cluster": "Dockerfile xpk KubeRay",
     "loops/dpo": "DPO ORPO KTO PPO",
-    "loops/head": "classifier reward",
+    "loops/grpo": "GRPO",
+    "loops/head": "classifier reward SEQ_CLS pad_token_id",
+    "loops/torch": "Generate from_pretrained autocast",
+    "loops/vision_language": "VLM",
     "loops/other": "Whisper",
     "loops/image_lora": "SDXL Flux ComfyUI",
     "loops/mixing": "ties dare",
-    "pods": "SLURM GKE",
-    "serve": "vLLM SGLang llama.cpp GGUF Ollama hub",
+    "pods": "SLURM GKE JobSet TPU spot",
+    "serve": "vLLM swap SGLang sglang-jax llama.cpp GGUF Ollama Studio hub card",
 }
 
 
 @pytest.mark.parametrize("page", WORDS)
 def test_the_readers_words_are_on_the_page_that_answers(page):
-    text = (GUIDES / f"{page}.md").read_text(encoding="utf-8")
+    [path] = GUIDES.glob(f"{page}.*")
+    text = path.read_text(encoding="utf-8")
     assert [word for word in WORDS[page].split() if word not in text] == []
 
 

@@ -9,30 +9,9 @@ import jax
 import numpy as np
 import pytest
 from models import llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from models.tiny import write_tokenizer
 
 from tests.examples.test_models import Small
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def train_tokenizer(special: Sequence[str], text: str) -> Tokenizer:
-    """Pairs of bytes, as those of RoBERTa, GPT-2 and SmolLM2; at most 400 tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=list(special),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([text] * 3, trainer)
-    return tokenizer
 
 
 def write_chat_model(folder: pathlib.Path, config: llama.Config) -> pathlib.Path:
@@ -45,20 +24,6 @@ def write_chat_model(folder: pathlib.Path, config: llama.Config) -> pathlib.Path
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
     write_tokenizer(folder)
     return folder
-
-
-def write_tokenizer(folder: pathlib.Path) -> None:
-    """A tokenizer of at most 400 tokens, with a chat template."""
-    PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(
-            ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "he user"
-        ),
-        chat_template=CHATML,
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    ).save_pretrained(folder)
 
 
 def write_conversations(path: pathlib.Path, count: int) -> pathlib.Path:

@@ -27,11 +27,12 @@ from cases._case import fill
 from conversations import lay
 from jax.tree_util import Partial
 from models import llama
+from models.tiny import CHATML
 from peft_files import config_of
 
 import jlora
 from jlora import peft
-from tests.examples.folders import CHATML, say, write_chat_model, write_conversations
+from tests.examples.folders import say, write_chat_model, write_conversations
 
 TINY = llama.Config(vocab=400, layers=2, dim=32, hidden=48, heads=4, kv_heads=2)
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tables
 from models import bert, gpt
+from models.tiny import train_tokenizer
 from paper import train as paper
 from paper.tasks import pretrained, table, texts
 from tokenizers import processors
 
 from jlora import checkpoint
-from tests.examples.folders import train_tokenizer
 from tests.examples.test_models import Small
 from tests.examples.test_tasks import tsv, write
 

@@ -19,10 +19,11 @@ import peft as hf_peft
 import torch
 import transformers
 from models import causal
+from models.tiny import train_tokenizer, write_tokenizer
 from torch_models import GROUPED, MODELS, TEXT, Model
 
 from jlora import peft
-from tests.examples.folders import train_tokenizer, write_conversations, write_tokenizer
+from tests.examples.folders import write_conversations
 
 SIZES = {"vocab_size": 400, "max_position_embeddings": 256, "initializer_range": 0.2}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}

@@ -16,6 +16,7 @@ pytest.importorskip("torchax")
 
 import chat
 import torch
+from models.tiny import write_tokenizer
 from safetensors.numpy import load_file, save_file
 from small import KEY, assert_close, randomize
 from torch_models import GROUPED, MODELS, NO_CACHE, Model
@@ -26,7 +27,6 @@ from jlora._quantized import is_quantized
 from tests.examples.folders import (
     run_on_eight_and_on_one,
     write_conversations,
-    write_tokenizer,
 )
 
 LAYERS = r"embed_tokens|layers/\d+(/mlp|/self_attn)?"
