@@ -76,7 +76,7 @@ def _configuration(x: Served) -> Iterator[Finding]:
         option = f"--max-lora-rank {least}, and check again with the same option"
         why = f"{rank} is above --max-lora-rank {x.max_lora_rank}"
         yield Finding("r", why, f"Start the server with {option}", False)
-    kind = x.base.architecture if x.base else str(x.fields.get("task_type"))
+    kind = x.base.architecture if x.base else str(x.fields.get("task_type") or "no task_type")
     heads = HEADS if "Classification" in kind or kind in ("SEQ_CLS", "TOKEN_CLS") else ()
     others = (name for name in fields.get("modules_to_save") or [] if name not in heads)
     why = f"only the head of a classifier, {' or '.join(HEADS)}, may be saved in full; got {kind!r}"
