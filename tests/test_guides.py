@@ -42,10 +42,10 @@ OWN = {"loops/sharding", "loops/cluster"}  # below, and tests/torch/test_torch_c
 NEEDS = {
     "loops/tunix": ["tunix"],
     "loops/maxtext": ["maxtext"],
-    "loops/torch": ["torchax"],
-    "loops/head": ["torchax"],
-    "loops/image_lora": ["torchax", "diffusers"],
-    "loops/vision_language": ["torchax", "peft"],
+    "loops/torch": ["jlora.torch._apply"],
+    "loops/head": ["jlora.torch._apply"],
+    "loops/image_lora": ["jlora.torch._apply", "diffusers"],
+    "loops/vision_language": ["jlora.torch._apply", "peft"],
 }
 
 

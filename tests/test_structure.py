@@ -6,6 +6,7 @@ import functools
 import gc
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import TypeVar
 
 import jax
@@ -234,3 +235,23 @@ def test_registered_primitives_exist() -> None:
     names = {x.name for x in gc.get_objects() if issubclass(type(x), Primitive)}
     is_newest = jax.__version_info__ >= (0, 11)
     assert set(PRIMITIVES) - names == (GONE if is_newest else set())
+
+
+def find_private(tree: ast.AST) -> Iterator[str]:
+    """What a file takes from PyTorch or torchax that has a private name."""
+    for x in ast.walk(tree):
+        if isinstance(x, ast.Attribute) and x.attr[0] == "_" != x.attr[1]:
+            root = ast.unparse(x.value)
+            if not root.startswith(("self", "aten")) and x.attr != "_replace":
+                yield f"{root}.{x.attr}"
+        if isinstance(x, ast.ImportFrom) and x.level == 0 and x.module:
+            names = [*x.module.split("."), *(y.name for y in x.names)]
+            if names[0] == "torchax" or (names[0] == "torch" and any(n[0] == "_" for n in names)):
+                yield f"{x.module}: {names[-1]}"
+
+
+def test_private_names_of_pytorch_are_in_one_file() -> None:
+    """Each of them has a contract, in tests/torch/test_torch_private.py."""
+    files = [x for x in (ROOT / "torch").rglob("*.py") if x.name != "_private.py"]
+    used = {f"{x.name}: {y}" for x in files for y in find_private(ast.parse(x.read_text()))}
+    assert not used

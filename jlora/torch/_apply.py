@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from jax.sharding import NamedSharding, PartitionSpec
-from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
 
 from .._compat import is_concrete, is_staged
 from .._errors import InputError
@@ -21,13 +20,14 @@ from .._types import PyTree
 from ._caches import register_caches
 from ._calls import WITHIN, Scan, recompute
 from ._names import Stack
+from ._private import pytree
 from ._scopes import enter_scopes
 from ._skeleton import check_hooks, copy_structure, find_constants, find_saved, read_structure
 from ._stacks import NO_SCAN, stack_arrays, strip
-from .operators._environment import Operators, to_array
-from .operators._refuse import DRAWN, refuse
+from .operators._dispatch import running
+from .operators._refuse import DRAWN, SAME, refuse
 from .operators._state import find_left, read_attributes, read_draws
-from .operators._tensor import Pending, Tensor
+from .operators._tensor import Pending, StateError, Tensor, to_array, to_tensor
 
 Shardings = Mapping[str, PartitionSpec | NamedSharding]
 Policies = Mapping[str, Callable[..., bool] | None]
@@ -36,12 +36,11 @@ Policies = Mapping[str, Callable[..., bool] | None]
 class MethodCall(torch.nn.Module):
     """A module whose call is the call of a method of `model`."""
 
-    def __init__(self, model: torch.nn.Module, method: str, environment: Operators) -> None:
+    def __init__(self, model: torch.nn.Module, method: str) -> None:
         """Holds the model."""
         super().__init__()
         self.model = model
         self.method = method
-        self.environment = environment
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the method with arrays; raises if its next call would compute something else."""
@@ -54,10 +53,10 @@ class MethodCall(torch.nn.Module):
         left = find_left(before, read_attributes(self.model))
         if left:
             self._check(left, args, kwargs)
-        return out
+        return convert(out, _to_jax)  # while the model has its parameters
 
     def _call(self, number: int, args: Any, kwargs: Any) -> Any:
-        args, kwargs = _pytree.tree_map(functools.partial(self._wrap, number), (args, kwargs))
+        args, kwargs = pytree.tree_map(functools.partial(self._wrap, number), (args, kwargs))
         call = self.model if self.method == "forward" else getattr(self.model, self.method)
         return call(*args, **kwargs)  # the module's own, with its hooks
 
@@ -65,7 +64,7 @@ class MethodCall(torch.nn.Module):
         if not jax.tree_util.all_leaves([x]):  # a cache
             return jax.tree.map(functools.partial(self._wrap, number), x)
         if not is_static(x):
-            found: Any = self.environment.wrap(x)
+            found: Any = to_tensor(x)
         elif isinstance(x, torch.Tensor | np.ndarray):
             is_copied = isinstance(x, np.ndarray)  # as the model may change it
             found = torch.tensor(x) if is_copied else x.detach().clone()
@@ -78,27 +77,29 @@ class MethodCall(torch.nn.Module):
         """Raises if two more calls differ; numbers that are seeded or not used change nothing."""
 
         def again() -> list[jax.Array]:
-            out = _pytree.tree_leaves(self._call(1, args, kwargs))
+            out = pytree.tree_leaves(self._call(1, args, kwargs))
             return [to_array(x) for x in out if isinstance(x, Tensor)]
 
         one, two = (jax.make_jaxpr(lambda: again())() for _ in range(2))  # not a cached one
         pairs = zip(one.consts, two.consts, strict=False)
         is_same = all(x is y or (is_concrete(x) and np.array_equal(x, y)) for x, y in pairs)
         if not is_same or str(one.jaxpr) != str(two.jaxpr):
-            raise NotImplementedError(f"`model` draws numbers by Python or NumPy, {DRAWN}")
+            raise NotImplementedError(
+                f"`model` draws numbers by Python or NumPy, {SAME}. {DRAWN[1]}"
+            )
 
     def _check(self, left: list[str], args: Any, kwargs: Any) -> None:
         """Calls again, and raises if that reads what the first call left in attributes."""
 
         def again() -> tuple[()]:
-            out = _pytree.tree_leaves(self._call(2, args, kwargs))
+            out = pytree.tree_leaves(self._call(2, args, kwargs))
             if any(getattr(x, "call", 0) == 1 for x in out):
-                raise NotImplementedError("An output is one of the first call.")
+                raise StateError("An output is one of the first call.")
             return ()
 
         try:
             jax.eval_shape(again) if is_staged() else again()
-        except Exception as e:
+        except StateError as e:
             raise NotImplementedError(
                 f"`model` leaves values in its {', '.join(left)} which its next call reads, and "
                 "they would be lost. Return them as outputs, and pass them as arguments."
@@ -128,7 +129,6 @@ class Apply:
             strip(skeleton, stack)
         self._buffers = find_saved(skeleton).keys() - dict(skeleton.named_parameters()).keys()
         self._remat = {x: p for path, p in remat.items() for x in _match(skeleton, "remat", path)}
-        self._environment = Operators()
         self._model = skeleton
         for pattern, sharding in (activations or {}).items():
             self._constrain(pattern, sharding)
@@ -165,41 +165,40 @@ class Apply:
         if seen is not None:
             record_outputs(model, self.inside, seen, to_array)
         for name, policy in self._remat.items():
-            recompute(model.get_submodule(name), self._environment, policy)
+            recompute(model.get_submodule(name), policy)
         for stack in self.structure.stacks:
-            Scan(stack, model, self._environment)
-        call = MethodCall(model, method, self._environment)
-        with self._environment.running():
-            out = torch.func.functional_call(call, tensors, tuple(args), dict(kwargs), strict=True)
-        return convert(out, self._to_jax)
+            Scan(stack, model)
+        call = MethodCall(model, method)
+        with running():
+            return torch.func.functional_call(call, tensors, tuple(args), dict(kwargs), strict=True)
 
     def _wrap(self, x: jax.Array, name: str) -> Tensor:
         """Makes the tensor of a leaf; of several layers, one that only their scan can read."""
         if not any(stack.place(name) for stack in self.structure.stacks):
-            return self._environment.wrap(x)
+            return to_tensor(x)
         one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
         does = "reads a parameter of a layer in `scan` outside of its call"
-        return Tensor(Pending(one, does, x), self._environment)
+        return Tensor(Pending(one, does, x))
 
     def _constrain(self, pattern: str, sharding: PartitionSpec | NamedSharding) -> None:
         """Constrains the outputs of the modules whose last components match `pattern`."""
 
         def constrain(module: torch.nn.Module, args: Any, out: Any) -> Any:
             del module, args
-            leaves, structure = _pytree.tree_flatten(out)
+            leaves, structure = pytree.tree_flatten(out)
             first = next(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))
             x = leaves[first]
-            fixed = jax.lax.with_sharding_constraint(to_array(x), sharding)
-            leaves[first] = self._environment.wrap(fixed)
-            return _pytree.tree_unflatten(leaves, structure)
+            leaves[first] = to_tensor(jax.lax.with_sharding_constraint(to_array(x), sharding))
+            return pytree.tree_unflatten(leaves, structure)
 
         for name in _match(self._model, "activations", pattern):
             self._model.get_submodule(name).register_forward_hook(constrain)
 
-    def _to_jax(self, x: torch.Tensor, where: str) -> jax.Array:
-        if getattr(x, "call", 0) == WITHIN:
-            refuse(f"returns a value of a layer in a scan, at output{where}", NO_SCAN)
-        return to_array(x)
+
+def _to_jax(x: torch.Tensor, where: str) -> jax.Array:
+    if getattr(x, "call", 0) == WITHIN:
+        refuse(f"returns a value of a layer in a scan, at output{where}", NO_SCAN)
+    return to_array(x)
 
 
 def convert(x: Any, change: Callable[[torch.Tensor, str], Any], where: str = "") -> Any:
@@ -235,7 +234,7 @@ def record_outputs(
 
     def leave(module: torch.nn.Module, args: Any, out: Any) -> None:
         del args
-        for x in filter(torch.is_tensor, _pytree.tree_leaves(out)):
+        for x in filter(torch.is_tensor, pytree.tree_leaves(out)):
             seen[f"{len(seen)} {names[module]}"] = read(x)
 
     names = {module: name for name, module in model.named_modules()}

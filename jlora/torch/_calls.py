@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import torch  # pyright: ignore[reportMissingImports]
-from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
 
 from ._names import Stack
+from ._private import count_writes, pytree
 from ._stacks import NO_SCAN, describe, find_numbers, is_same
-from .operators._environment import Operators, to_array
 from .operators._refuse import refuse
 from .operators._state import PLAIN
-from .operators._tensor import Pending, Tensor
+from .operators._tensor import Pending, Tensor, to_array, to_tensor
 
 Arrays = Mapping[str, jax.Array]
 ArrayLeaves = list[jax.Array | jax.ShapeDtypeStruct | None]  # None for what is static
@@ -35,7 +34,7 @@ class Given(NamedTuple):
     @classmethod
     def of(cls, tree: Any) -> "Given":
         """Flattens arguments or outputs; refuses what may hold tensors and is none."""
-        leaves, structure = _pytree.tree_flatten(tree)
+        leaves, structure = pytree.tree_flatten(tree)
         known = PLAIN | torch.Tensor | torch.dtype | torch.device
         if odd := [x for x in leaves if not isinstance(x, known)]:
             what = f"a {type(odd[0]).__name__} in a layer of `scan` or `remat`"
@@ -56,11 +55,11 @@ class Given(NamedTuple):
         """Returns the tree with other tensors."""
         pairs = zip(tensors, self.leaves, strict=True)
         leaves = [y if x is None else x for x, y in pairs]
-        return _pytree.tree_unflatten(leaves, self.structure)
+        return pytree.tree_unflatten(leaves, self.structure)
 
 
 def _count_writes(x: torch.Tensor) -> int:
-    return x.memory.writes if isinstance(x, Tensor) else x._version
+    return x.memory.writes if isinstance(x, Tensor) else count_writes(x)
 
 
 def _read(x: Tensor) -> Any:
@@ -78,12 +77,10 @@ class Module:
     def __init__(
         self,
         module: torch.nn.Module,
-        environment: Operators,
         call: Callable[["Module", Given], Any],
     ) -> None:
         """Gives `module` a class of its own, whose calls are those of `call`."""
         self.module = module
-        self.environment = environment
         self.is_running = False
         own = type(module)
 
@@ -104,7 +101,7 @@ class Module:
         found = list[Any]()
         for x, old in zip(arrays, like.leaves, strict=True):
             is_static = x is None and isinstance(old, torch.Tensor)
-            new = old.detach() if is_static else None if x is None else self.environment.wrap(x)
+            new = old.detach() if is_static else None if x is None else to_tensor(x)
             if new is not None:
                 new.call = call
             found.append(new)
@@ -112,9 +109,9 @@ class Module:
 
     def compute(self, given: Given, params: Arrays, arrays: ArrayLeaves, call: int) -> ArrayLeaves:
         """Computes the arrays of `out`; raises if the module writes into its arguments."""
-        wrapped = {name: self.environment.wrap(x) for name, x in params.items()}
+        wrapped = {name: to_tensor(x) for name, x in params.items()}
         args, kwargs = self.wrap(arrays, given, call)
-        before = _pytree.tree_leaves((args, kwargs))
+        before = pytree.tree_leaves((args, kwargs))
         every = [x for x in (*before, *wrapped.values()) if isinstance(x, torch.Tensor)]
         writes = list(map(_count_writes, every))
         self.is_running = True
@@ -122,7 +119,7 @@ class Module:
             out = torch.func.functional_call(self.module, wrapped, args, kwargs)
         finally:
             self.is_running = False
-        after, structure = _pytree.tree_flatten((args, kwargs))
+        after, structure = pytree.tree_flatten((args, kwargs))
         same = structure == given.structure and all(map(operator.is_, before, after))
         if not same or writes != list(map(_count_writes, every)):
             refuse("writes into its arguments in `scan` or `remat`", "Leave it out of them.")
@@ -130,7 +127,7 @@ class Module:
         return self.out.arrays
 
 
-def recompute(module: torch.nn.Module, environment: Operators, policy: Any) -> None:
+def recompute(module: torch.nn.Module, policy: Any) -> None:
     """Has the calls of a module computed again in the backward pass, by `jax.checkpoint`."""
 
     def call(own: Module, given: Given) -> Any:
@@ -138,7 +135,7 @@ def recompute(module: torch.nn.Module, environment: Operators, policy: Any) -> N
         found = run({name: to_array(x) for name, x in own.tensors.items()}, given.arrays)
         return own.wrap(found, own.out, given.call)
 
-    Module(module, environment, call)
+    Module(module, call)
 
 
 # ------------------------------------------------------------------------------------- scans
@@ -178,7 +175,7 @@ class Noted(NamedTuple):
 class Scan:
     """The calls of the layers of a stack, all of which run when the last one is called."""
 
-    def __init__(self, stack: Stack, model: torch.nn.Module, environment: Operators) -> None:
+    def __init__(self, stack: Stack, model: torch.nn.Module) -> None:
         """Takes a model that runs no more than once at a time."""
         self.stack = stack
         layers = model.get_submodule(stack.name)[stack.start : stack.stop]
@@ -187,7 +184,7 @@ class Scan:
                 owner, _, key = name.rpartition(".")
                 vars(one.get_submodule(owner))[key] = Number(key)
         self.layers = [
-            Module(x, environment, lambda own, given, i=i: self._note(i, own, given))
+            Module(x, lambda own, given, i=i: self._note(i, own, given))
             for i, x in enumerate(layers)
         ]
         self._calls: list[Noted] = []
@@ -205,7 +202,7 @@ class Scan:
         else:
             self._check(number)
         call = max(noted.given.call for noted in self._calls)
-        self._last = [_wait(x, layer.environment, call) for x in kind.out.leaves]
+        self._last = [_wait(x, call) for x in kind.out.leaves]
         if number < len(self.layers) - 1:
             return kind.out.with_tensors(self._last)
         found = self._run()
@@ -274,8 +271,7 @@ class Scan:
             return {at: out[k] for at, k in carried.items()}, None
 
         end, _ = jax.lax.scan(step, start, (stacked, varying), length=self.stack.steps)
-        wrap = self.layers[0].environment.wrap
-        return {carried[at]: wrap(x) for at, x in end.items()}
+        return {carried[at]: to_tensor(x) for at, x in end.items()}
 
     def _gather(self, kind: int, carried: Mapping[int, int]) -> tuple[dict[int, Any], ...]:
         """Returns the arguments of a layer that differ in the steps, stacked, and the others."""
@@ -300,12 +296,12 @@ def _split(layer: Module) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     return stacked, single
 
 
-def _wait(x: Any, environment: Operators, call: int) -> Any:
+def _wait(x: Any, call: int) -> Any:
     """Makes a tensor like `x`, without values; None of what is no tensor."""
     if not isinstance(x, Tensor):
         return None
     like = jax.ShapeDtypeStruct(x.memory.type.shape, x.memory.type.dtype)
     does = "uses what a layer in `scan` returns before all layers have run"
-    found = Tensor(Pending(like, does), environment)
+    found = Tensor(Pending(like, does))
     found.call = call
     return found

@@ -69,11 +69,11 @@ def extract(
         - Gradients stop where PyTorch stops them: at `no_grad`, `inference_mode`, `detach` and
           `.data`. A weight that is read only there is no site. Grad mode around the call of
           `apply` changes nothing.
+        - The `backward` of a torch.autograd.Function is the rule of a `jax.custom_vjp`.
         - Gradients are PyTorch's at kinks and at zero too, as of `clamp`, `abs`, `max` and `norm`.
           A row at `padding_idx` of an embedding gets none.
         - Writes in place are seen in views, and in what they are views of.
-        - `scaled_dot_product_attention` is that of `jax.nn` where it takes the shapes. Its softmax
-          is in float32, but of float64 in float64.
+        - The softmax of `scaled_dot_product_attention` is in float32, but of float64 in float64.
 
     Raises:
         ImportError: if PyTorch or torchax is not installed, or the two do not fit.
@@ -88,8 +88,8 @@ def extract(
             torchax does not have, or writes into a tensor that `torch.zeros` and the like made; if
             it changes a buffer or an attribute so that its next call would compute something else;
             if it does anything with what a layer in `scan` returns but hand it to the next layer.
-            When it is differentiated, if it calls a torch.autograd.Function, whose `backward` JAX
-            does not know.
+            When it is differentiated, if it calls a torch.autograd.Function that keeps tensors for
+            its `backward` beside those of `save_for_backward`.
     """
     try:
         from ._apply import Apply

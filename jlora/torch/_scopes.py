@@ -7,6 +7,7 @@ import jax
 from torch import nn  # pyright: ignore[reportMissingImports]
 
 from ._names import name_scope
+from ._private import copy_hooks, read_children
 
 
 def enter_scopes(model: nn.Module) -> None:
@@ -17,10 +18,10 @@ def enter_scopes(model: nn.Module) -> None:
     """
     copies = dict[nn.Module, nn.Module]()
     for module in list(model.modules()):
-        for key, child in module._modules.items():
-            if child is not None and not child._modules:
+        for key, child in read_children(module).items():
+            if not read_children(child):
                 copies.setdefault(child, _copy_module(child))
-                module._modules[key] = copies[child]
+                setattr(module, key, copies[child])
     scopes = list[Any]()
 
     def enter(name: str) -> None:
@@ -38,6 +39,5 @@ def enter_scopes(model: nn.Module) -> None:
 def _copy_module(module: nn.Module) -> nn.Module:
     """Copies a module that keeps its tensors, but has hooks of its own."""
     found = copy.copy(module)
-    hooks = (k for k, x in vars(module).items() if "_hooks" in k and isinstance(x, dict))
-    vars(found).update({k: copy.copy(vars(module)[k]) for k in hooks})
+    vars(found).update(copy_hooks(module))
     return found

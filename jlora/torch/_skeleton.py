@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-from torchax.ops import mappings  # pyright: ignore[reportMissingImports]
 
 from .._errors import InputError, Problem
 from ._names import Structure
 from ._peft_rules import find_bare, find_linear, find_refused
+from ._private import BACKWARD_HOOKS, count_writes, find_jax_dtype, initialize
 
-HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
 Array = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -65,7 +64,7 @@ def check_hooks(model: torch.nn.Module) -> None:
     hooked = [
         Problem(name, "has a hook on its gradient")
         for name, x in (*model.named_modules(), *model.named_parameters())
-        if any(getattr(x, key, None) for key in HOOKS)
+        if any(getattr(x, key, None) for key in BACKWARD_HOOKS)
     ]
     if hooked:
         raise InputError(
@@ -144,15 +143,14 @@ def _compute_buffers(skeleton: torch.nn.Module) -> None:
     for name, x in skeleton.named_buffers():
         if x.is_meta and name not in saved:
             module, _, last = name.rpartition(".")
-            modules[module]._buffers[last] = lost[name] = torch.empty_like(x, device="cpu")
+            lost[name] = torch.empty_like(x, device="cpu")
+            setattr(modules[module], last, lost[name])
     with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for name in dict.fromkeys(name.rpartition(".")[0] for name in lost):
             around = [m for n, m in modules.items() if not n or f"{name}.".startswith(f"{n}.")]
-            owners = [m for m in around if hasattr(m, "_init_weights")]
-            for owner in owners[-1:]:
-                owner._init_weights(modules[name])
+            initialize(modules[name], around)
     kept = [name for name, x in lost.items() if skeleton.get_buffer(name) is x]
-    if wrong := [name for name in kept if not lost[name]._version]:
+    if wrong := [name for name in kept if not count_writes(lost[name])]:
         raise InputError(
             "model",
             "has buffers on the meta device that are not saved, and that it does not "
@@ -167,7 +165,7 @@ def to_jax(x: torch.Tensor, name: str = "a constant") -> Array:
 
     Without jax_enable_x64 floats of 64 bits are rounded, and integers must fit into 32.
     """
-    dtype = mappings.t2j_dtype(x.dtype)
+    dtype = find_jax_dtype(x.dtype)
     shape = tuple(x.shape)
     if x.is_meta:
         return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))

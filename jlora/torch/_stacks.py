@@ -13,7 +13,7 @@ import torch  # pyright: ignore[reportMissingImports]
 
 from .._errors import InputError
 from ._names import Stack, place
-from .operators._state import OWN
+from ._private import OWN, list_hooks, read_tensors
 
 NO_SCAN = "Leave its list out of `scan`."
 # What makes two of these equal.
@@ -53,10 +53,8 @@ def describe(layer: torch.nn.Module) -> dict[str, Any]:
     """Returns what a layer is, by name."""
     found: dict[str, Any] = {}
     for name, module in layer.named_modules():
-        hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
         own = {k: x for k, x in vars(module).items() if k not in OWN}
-        own |= {"class": type(module), "hooks": hooks}
-        own |= module._parameters | module._buffers
+        own |= {"class": type(module), "hooks": list_hooks(module)} | read_tensors(module)
         found |= {f"{name}.{key}".removeprefix("."): x for key, x in own.items()}
     tensors = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
     return found | {name: (x.shape, x.dtype, x.requires_grad) for name, x in tensors.items()}
@@ -114,5 +112,5 @@ def strip(model: torch.nn.Module, stack: Stack) -> None:
     """Takes the tensors from the layers that are never called themselves."""
     for layer in model.get_submodule(stack.name)[stack.start + stack.period : stack.stop]:
         for module in layer.modules():
-            module._parameters.clear()
-            module._buffers.clear()
+            for name in read_tensors(module):
+                delattr(module, name)

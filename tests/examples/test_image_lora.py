@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("torchax")
+pytest.importorskip("jlora.torch._apply")
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 pytest.importorskip("sklearn")

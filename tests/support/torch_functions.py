@@ -59,6 +59,16 @@ class Reversed(torch.autograd.Function):
         return -ctx.scale * g, None
 
 
+class Kept(Reversed):
+    """Keeps a tensor that `save_for_backward` does not get."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """Returns `x`."""
+        ctx.scale = x.detach()
+        return x * 1
+
+
 class Pair(torch.autograd.Function):
     """A function with two results."""
 
@@ -389,7 +399,7 @@ VMAPS: dict[str, Case] = {
     "vmap of indices": look_at,
 }
 
-FUNCTIONS = STOPS | WRITES | KINKS | KEYWORDS | CONSTANTS | VMAPS
+FUNCTIONS = STOPS | WRITES | KINKS | KEYWORDS | DERIVED | CONSTANTS | VMAPS
 
 
 generator = torch.Generator()

@@ -1,5 +1,6 @@
 """`jlora.torch` without PyTorch: names by use, on plain functions of PyTorch's parameters."""
 
+import importlib
 import pathlib
 from typing import Any
 
@@ -187,7 +188,7 @@ def test_a_head_with_a_bias_of_its_own(tmp_path: pathlib.Path) -> None:
 def test_without_pytorch() -> None:
     """The error names the extra."""
     try:
-        import torchax  # noqa: F401  # pyright: ignore[reportMissingImports]
+        importlib.import_module("jlora.torch._apply")
     except ModuleNotFoundError:
         with pytest.raises(ImportError, match=r"pip install 'jlora\[torch\]'"):
             jlora.torch.extract(None)  # pyright: ignore[reportArgumentType]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-pytest.importorskip("torchax")
+pytest.importorskip("jlora.torch._apply")
 pytest.importorskip("peft")
 
 import jax

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("torchax")
+pytest.importorskip("jlora.torch._apply")
 transformers = pytest.importorskip("transformers")
 
 ROOT = pathlib.Path(__file__).parents[2]

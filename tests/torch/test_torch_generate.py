@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("torchax")
+pytest.importorskip("jlora.torch._apply")
 pytest.importorskip("peft")
 
 import peft as hf_peft

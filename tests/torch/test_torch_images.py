@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("torchax")
+pytest.importorskip("jlora.torch._apply")
 pytest.importorskip("diffusers")
 
 import peft as hf_peft

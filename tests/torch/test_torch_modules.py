@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("torchax")
+pytest.importorskip("jlora.torch._apply")
 
 import torch
 from jax.sharding import PartitionSpec

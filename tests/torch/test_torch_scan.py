@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("torchax")
+pytest.importorskip("jlora.torch._apply")
 pytest.importorskip("peft")
 
 import torch

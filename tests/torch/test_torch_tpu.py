@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from tests.bench import tpu
 
 pytest.importorskip("libtpu")
-pytest.importorskip("torchax")
+pytest.importorskip("jlora.torch._apply")
 
 import flax.linen as nn
 import torch

@@ -60,7 +60,7 @@ JUDGED = [
 @pytest.mark.slow
 def test_the_same_models_are_drawn() -> None:
     """In the order of the record, which lacks those with which PyTorch computes nothing."""
-    for library in ("torchax", "timm", "torchvision"):
+    for library in ("jlora.torch._apply", "timm", "torchvision"):
         pytest.importorskip(library)
     from zoo_families import list_drawn
 
@@ -75,7 +75,7 @@ def test_the_same_models_are_drawn() -> None:
 @pytest.mark.parametrize(("family", "name", "verdict"), JUDGED)
 def test_the_judge(family: str, name: str, verdict: str) -> None:
     """It judges models of today by today's rules, which are not those of all records."""
-    for library in ("torchax", "timm", "torchvision"):
+    for library in ("jlora.torch._apply", "timm", "torchvision"):
         pytest.importorskip(library)
     import zoo
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-pytest.importorskip("torchax")
+pytest.importorskip("jlora.torch._apply")
 
 import chat
 import torch

@@ -10,9 +10,10 @@ import torch  # pyright: ignore[reportMissingImports]
 from jax import lax
 from jax.scipy.linalg import cho_solve
 from jax.typing import ArrayLike
-from torchax.ops import mappings  # pyright: ignore[reportMissingImports]
 
 from ..._compat import is_concrete
+from .._private import find_jax_dtype
+from ._attention import attend
 from ._refuse import refuse
 
 aten = torch.ops.aten
@@ -86,9 +87,20 @@ def check(holds: jax.Array) -> torch.Tensor:
     return torch.tensor(not is_concrete(holds) or bool(holds.all()))
 
 
-def new_tensor(x: jax.Array, data: Any, dtype: torch.dtype | None = None, **_: Any) -> jax.Array:
+def make(data: Any, dtype: torch.dtype | None = None, **_: Any) -> jax.Array:
+    """Makes a tensor of numbers and of tensors, without gradients."""
+    return lax.stop_gradient(jnp.asarray(data, dtype and find_jax_dtype(dtype)))
+
+
+def make_like(x: jax.Array, data: Any, dtype: torch.dtype | None = None, **_: Any) -> jax.Array:
     """Makes a tensor of the dtype of another one."""
-    return jnp.asarray(data, _find_dtype(dtype, x))
+    return make(data).astype(_find_dtype(dtype, x))
+
+
+def convert(x: jax.Array, *options: Any, dtype: torch.dtype | None = None, **_: Any) -> jax.Array:
+    """Converts to a dtype; JAX decides where arrays are, so that a device changes nothing."""
+    dtype = next((y for y in options if isinstance(y, torch.dtype)), dtype)
+    return x.astype(_find_dtype(dtype, x))
 
 
 def mean(x: jax.Array, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> jax.Array:
@@ -119,7 +131,7 @@ def solve(A: jax.Array, B: jax.Array) -> jax.Array:  # noqa: N803
 
 
 def _find_dtype(dtype: torch.dtype | None, x: jax.Array) -> Any:
-    return x.dtype if dtype is None else mappings.t2j_dtype(dtype)
+    return x.dtype if dtype is None else find_jax_dtype(dtype)
 
 
 def _find_axes(x: jax.Array, dim: Sequence[int] | int | None) -> Any:
@@ -168,6 +180,11 @@ def maximum(x: jax.Array, dim: int | None = None, keepdim: bool = False, sign: i
     at = (jnp.argmax if sign > 0 else jnp.argmin)(x, axis=dim, keepdims=True)
     pair = (jnp.take_along_axis(x, at, dim), at)
     return pair if keepdim else tuple(y.squeeze(dim) for y in pair)
+
+
+def minimum(x: jax.Array, dim: int | None = None, keepdim: bool = False) -> Any:
+    """Has the gradients of `maximum`."""
+    return maximum(x, dim, keepdim, -1)
 
 
 def accumulate(x: jax.Array, dim: int, f: Any) -> tuple[jax.Array, jax.Array]:
@@ -232,19 +249,26 @@ def cdist(x1: jax.Array, x2: jax.Array, p: float = 2.0, compute_mode: Any = None
     return root(squares - 2 * x1 @ jnp.swapaxes(x2, -1, -2))
 
 
-# torchax computes these otherwise than PyTorch, so that they are refused.
-REFUSED = {aten.multilabel_margin_loss_forward}
+# torchax or PyTorch's decomposition computes these otherwise than PyTorch's operators do.
+UNUSED = {
+    aten.multilabel_margin_loss_forward.default,
+    torch.full,
+    torch.tensor_split,
+}
 OPERATORS = {
     torch.nn.functional.linear: linear,
-    torch.matmul: matmul,
-    torch.Tensor.matmul: matmul,
-    torch.Tensor.__matmul__: matmul,
-    torch.Tensor.new_tensor: new_tensor,
-    torch.Tensor.type_as: lambda x, other: jnp.asarray(x, other.dtype),
+    aten.linear: linear,
+    aten.matmul: matmul,
+    aten.scaled_dot_product_attention: attend,
+    aten.to.device: convert,
+    aten.to.dtype: convert,
+    aten.to.dtype_layout: convert,
+    aten._to_copy: convert,
+    torch.tensor: make,
+    torch.Tensor.new_tensor: make_like,
     torch.linalg.solve: solve,
     torch.cdist: cdist,
-    torch.take_along_dim: take_along,
-    torch.Tensor.take_along_dim: take_along,
+    aten.take_along_dim: take_along,
     aten.embedding: look_up,
     aten._embedding_bag: sum_bags,
     aten._embedding_bag_forward_only: sum_bags,
@@ -265,8 +289,10 @@ OPERATORS = {
     aten.leaky_relu: lambda x, slope=0.01: jnp.where(x > 0, x, x * slope),
     aten.amax: extreme,
     aten.amin: lambda x, dim=None, keepdim=False: extreme(x, dim, keepdim, jnp.min),
-    aten.max: maximum,
-    aten.min: lambda x, dim=None, keepdim=False: maximum(x, dim, keepdim, -1),
+    aten.max.default: maximum,
+    aten.max.dim: maximum,
+    aten.min.default: minimum,
+    aten.min.dim: minimum,
     aten.sinc: jnp.sinc,
     aten.atan2: arctan2,
     aten.pow.Tensor_Tensor: power,

@@ -1,6 +1,7 @@
 """Refuses what a module does and JAX cannot, with the module and the line that does it."""
 
 import inspect
+import operator
 import pathlib
 import types
 from collections.abc import Iterator
@@ -8,12 +9,11 @@ from typing import Any, NoReturn
 
 import torch  # pyright: ignore[reportMissingImports]
 
-DRAWS = {torch.rand, torch.randn, torch.randint}
+from .._private import is_composite
+
 CONTROL = {torch.ops.higher_order.cond, torch.ops.higher_order.while_loop}
-DRAWN = (
-    "which would be the same in each call of a compiled function. Give it the numbers as an "
-    "argument."
-)
+SAME = "which would be the same in each call of a compiled function"
+DRAWN = f"draws random numbers, {SAME}", "Give it the numbers as an argument."
 
 
 def refuse(does: str, remedy: str, cause: Exception | None = None) -> NoReturn:
@@ -37,22 +37,21 @@ def find_place(frame: types.FrameType | None = None) -> str:
         first = each.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(first, torch.nn.Module):
             found.append((first, f"{pathlib.Path(code.co_filename).name}:{each.f_lineno}"))
-    if not found:
-        return "The model"
-    module, line = found[0]
-    name = next((name for name, m in found[-1][0].named_modules() if m is module), "")
-    return (
-        f"{name.removeprefix('model').strip('.') or 'The model'} ({type(module).__name__}, {line})"
-    )
+    names = {m: name for name, m in found[-1][0].named_modules()} if found else {}
+    known = ((names.get(m, ""), type(m).__name__, line) for m, line in found)
+    name, kind, line = next(filter(operator.itemgetter(0), known), ("", "", ""))
+    place = name.removeprefix("model").strip(".") or "The model"
+    return f"{place} ({kind}, {line})" if name else place
 
 
 def check_call(func: Any) -> None:
     """Refuses functions that draw, or that branch on values, and mixed precision."""
-    if func in DRAWS or torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
-        raise NotImplementedError(f"{find_place()} draws random numbers, {DRAWN}")
+    is_drawing = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+    if is_drawing and not is_composite(func):
+        refuse(*DRAWN)
     if func in CONTROL:
         refuse(f"calls {func}, whose functions JAX cannot trace", "Write it by torch.where.")
-    if any(map(torch.is_autocast_enabled, ("cpu", "cuda", "jax"))):
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         refuse(
             "runs under torch.autocast, which JAX has not",
             "Convert the model by model.to(torch.bfloat16), and leave autocast out.",

@@ -1,17 +1,16 @@
 """What a call changes in its module. A copy runs each call, so the next one would not know."""
 
+import pickle
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
 
+from .._private import OWN, pytree, read_tensors
 from ._tensor import Tensor
 
-# What every module has, and what recurrent ones make of their parameters in each call.
-OWN = vars(torch.nn.Module()).keys() | {"_flat_weights", "_flat_weight_refs"}
 PLAIN = bool | int | float | complex | str | bytes | None
 
 
@@ -40,14 +39,14 @@ def read_attributes(model: torch.nn.Module) -> State:
     return {
         f"{name}.{key}".removeprefix("."): list(_walk(value, known))
         for name, m in model.named_modules()
-        for key, value in {**vars(m), **m._buffers, **m._parameters}.items()
+        for key, value in {**vars(m), **read_tensors(m)}.items()
         if key not in OWN
     }
 
 
 def _walk(value: Any, known: dict[int, Any]) -> Iterator[StateLeaf]:
     """Yields what is in a value, and in its objects what Python would copy of them, once."""
-    for x in _pytree.tree_leaves(value):
+    for x in pytree.tree_leaves(value):
         yield StateLeaf(x, x.memory.writes if isinstance(x, Tensor) else 0)
         if not isinstance(x, PLAIN | torch.Tensor | torch.nn.Module | type) and id(x) not in known:
             known[id(x)] = x  # kept, as the number of what is gone is given again
@@ -57,7 +56,7 @@ def _walk(value: Any, known: dict[int, Any]) -> Iterator[StateLeaf]:
 def _read_state(x: Any) -> list[Any]:
     try:
         reduced = x.__reduce_ex__(4)
-    except Exception:  # of its own: it has no state that can be copied, as a function
+    except (TypeError, RuntimeError, pickle.PicklingError):  # without a state to copy
         return []
     return [] if isinstance(reduced, str) else list(map(_list_items, reduced[1:]))
 

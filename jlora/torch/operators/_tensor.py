@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from jax.lax import stop_gradient
-from torch.utils import _pytree  # pyright: ignore[reportMissingImports]
-from torchax import tensor as torchax  # pyright: ignore[reportMissingImports]
-from torchax.ops import mappings  # pyright: ignore[reportMissingImports]
+from jax.typing import ArrayLike
 
 from ..._compat import is_concrete
+from .. import _private
+from .._private import pytree
+from .._skeleton import to_jax
 from ._refuse import find_place, refuse
 
 Convert = Callable[[jax.Array], jax.Array]
+# That of PyTorch's CPU, whose branches models take; the number tells arrays from constants.
+DEVICE = torch.device("cpu", 1)
 
 
 class Memory:
@@ -133,48 +136,62 @@ def _put(whole: jax.Array, x: jax.Array, read: Callable[[jax.Array], jax.Array])
     return whole.reshape(-1).at[at.reshape(-1)].set(x.reshape(-1)).reshape(whole.shape)
 
 
-class Tensor(torchax.Tensor):
-    """An array of JAX. Its methods are PyTorch's own, so that the environment sees each call.
+class Tensor(torch.Tensor):
+    """An array of JAX. Its methods are PyTorch's own, so that the modes see each call.
 
     Attributes:
-        memory: where its values are.
         call: the number of the call of the model on whose arguments they depend; 0 if on none.
+        function: the call of an autograd.Function that has made it, if one has.
     """
 
     call = 0
+    function: Any = None
     is_meta = False
+    device = DEVICE
+    __torch_function__ = _private.NO_FUNCTION
 
     @staticmethod
-    def __new__(cls, memory: Memory, env: Any, strides: Any = None) -> "Tensor":
+    def __new__(cls, memory: Memory, strides: Any = None) -> "Tensor":
         """Makes a tensor of which PyTorch knows the shape and the strides, but not the values."""
-        del env
         shape = [n if isinstance(n, int) else 1 for n in memory.type.shape]
-        dtype = mappings.j2t_dtype(memory.type.dtype)
-        return cls._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device="meta")
+        dtype = _private.find_torch_dtype(memory.type.dtype)
+        return _private.make_wrapper(cls, shape, strides, dtype)
 
-    def __init__(self, memory: Memory, env: Any, strides: Any = None) -> None:
+    def __init__(self, memory: Memory, strides: Any = None) -> None:
         """Holds the memory."""
         del strides
-        self.memory = memory
-        self._env = env
+        self._memory = memory
 
-    detach = torch.Tensor.detach
-    flatten = torch.Tensor.flatten
-    type_as = torch.Tensor.type_as
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Raises: a mode sees each call within that of a model."""
+        raise NotImplementedError(
+            f"{func} is called with a tensor of `apply` after its call. Return it as an output."
+        )
 
-    def detach_(self) -> "Tensor":
-        """Stops gradients; other tensors with the same memory keep theirs."""
-        self.memory = PartMemory(self.memory, keep, stop_gradient)
-        return self
+    def __repr__(self, **_: Any) -> str:
+        """Has the array."""
+        return f"Tensor({self.memory.type})"
+
+    @property
+    def memory(self) -> Memory:
+        """Where its values are."""
+        if self.function is not None:
+            self.function.settle()
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        self._memory = memory
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Returns a part; a view where PyTorch does."""
         index = _make_index(index)
         if not _is_traced(index):
             return torch.Tensor.__getitem__(self, index)
-        at = self._env.t2j_iso(index)
+        at = pytree.tree_map_only(torch.Tensor, to_array, index)
         convert = keep if torch.is_grad_enabled() else stop_gradient
-        found = Tensor(PartMemory(self.memory, lambda x: x[at], convert), self._env)
+        found = Tensor(PartMemory(self.memory, lambda x: x[at], convert))
         found.call = self.call
         return found
 
@@ -197,33 +214,51 @@ class Tensor(torchax.Tensor):
         return torch.Size(shape)
 
     @property
-    def _elem(self) -> jax.Array:
-        """The name of torchax for the values."""
-        return self.memory.array
-
-    @_elem.setter
-    def _elem(self, x: jax.Array) -> None:
-        self.memory.write(x, keep)
-
-    @property
     def data(self) -> torch.Tensor:
         """The values without gradients; to write them changes no gradient."""
         return self.detach()
 
     @data.setter
     def data(self, x: torch.Tensor) -> None:
-        self.memory.write(self._env.t2j_iso(x), stop_gradient)
+        self.memory.write(to_array(x), stop_gradient)
 
     def numpy(self, *, force: bool = False) -> np.ndarray:
         """Returns the values; raises if they are traced."""
         del force
-        if not is_concrete(self._elem):
+        if not is_concrete(self.memory.type):
             raise TracedError("NumPy")
-        return np.array(self._elem)
+        return np.array(self.memory.array)
+
+    def jax(self) -> jax.Array:
+        """Returns the array; `transformers` asks it whether values are traced."""
+        return self.memory.array
 
     def tolist(self) -> Any:
         """Returns the values; raises if they are traced."""
         return self.numpy().tolist()
+
+
+def to_tensor(x: ArrayLike) -> Tensor:
+    """Makes a tensor of an array."""
+    return Tensor(Memory(jnp.asarray(x)))
+
+
+def to_array(x: torch.Tensor) -> jax.Array:
+    """Returns the array in a tensor, or copies one of PyTorch."""
+    if isinstance(x, Tensor):
+        return x.memory.array
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(to_jax(x))
+
+
+class StateError(NotImplementedError):
+    """A call of a model reads what the one before has left."""
+
+    def __init__(self, why: str = "") -> None:
+        """Says where."""
+        super().__init__(
+            why or f"{find_place()} reads what the call before left. Pass it as an argument."
+        )
 
 
 class TracedError(jax.errors.TracerArrayConversionError):
@@ -239,14 +274,14 @@ class TracedError(jax.errors.TracerArrayConversionError):
 
 def _is_traced(index: Any) -> bool:
     """Whether numbers in an index have no values yet, which PyTorch would read."""
-    numbers = [x for x in _pytree.tree_leaves(index) if isinstance(x, Tensor) and x.ndim == 0]
-    return not all(is_concrete(x._elem) for x in numbers)
+    numbers = [x for x in pytree.tree_leaves(index) if isinstance(x, Tensor) and x.ndim == 0]
+    return not all(is_concrete(x.memory.type) for x in numbers)
 
 
 def _make_index(index: Any) -> Any:
     """Makes tensors of lists of numbers, of which PyTorch would keep the shape alone."""
     if isinstance(index, tuple):
         return tuple(map(_make_index, index))
-    numbers = _pytree.tree_leaves(index) if isinstance(index, list) else []
+    numbers = pytree.tree_leaves(index) if isinstance(index, list) else []
     is_list = bool(numbers) and all(isinstance(i, int) for i in numbers)
     return torch.tensor(index) if is_list or isinstance(index, np.ndarray) else index
