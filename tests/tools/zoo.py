@@ -246,7 +246,7 @@ class Subject:
             if m.lora_A["default"].weight.grad is not None
         }
         shapes = {name: x.shape for name, x in self.model.named_parameters()}
-        return {name.replace(".", "/") for name in names if 1 not in shapes[name]}
+        return {name.replace(".", "/") for name in names if 1 not in shapes.get(name, ())}
 
 
 def measure(family: str, name: str) -> Row | None:
