@@ -22,6 +22,11 @@ def walk_objects(config: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def is_untied(config: Mapping[str, Any]) -> bool:
-    """Whether the configurations of a model and of all its submodels say that nothing is tied."""
+    """Whether the configurations of a model and of all its submodels say that nothing is tied.
+
+    A model of diffusers that has no vocabulary has no embedding that its head could share.
+    """
+    if "_diffusers_version" in config and "vocab_size" not in config:
+        return True
     parts = (x for x in walk_objects(config) if x is config or "model_type" in x)
     return all(part.get(TIE) is False for part in parts)

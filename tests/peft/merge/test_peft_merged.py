@@ -588,6 +588,19 @@ def test_each_side_of_a_shared_weight(
     assert config == (before if is_shared else UNTIED | {"text_config": {TIE: False}})
 
 
+@pytest.mark.parametrize("vocabulary", [{}, {"vocab_size": 11}])
+def test_a_head_of_a_model_of_diffusers(vocabulary: dict[str, int], tmp_path: Folder) -> None:
+    """Its name is that of a head of `transformers`; without a vocabulary nothing is tied."""
+    name, config = "proj_out", {"_class_name": "A", "_diffusers_version": "0.42.1"}
+    weights, given = BODY | {f"{name}.weight": TABLE}, {name: low_rank((11, 4), 2)}
+    if vocabulary:
+        with refused(ValueError, "adapter", "may read this weight twice"):
+            grow(tmp_path, weights, given, config | vocabulary)
+    else:
+        merged, _ = grow(tmp_path, weights, given, config)
+        assert not np.allclose(merged[f"{name}.weight"], TABLE)
+
+
 def test_each_side_of_a_shared_weight_in_full(tmp_path: Folder) -> None:
     """What PEFT ties itself with `ensure_weight_tying`, it does not list."""
     whole = {EMBEDDING: 2 * TABLE, HEAD: 2 * TABLE}
