@@ -1,10 +1,9 @@
 """Checkpoints whose tensors or configuration differ from those on disk."""
 
-import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -91,22 +90,10 @@ def change(
 
 def with_values(checkpoint: Checkpoint, values: Mapping[str, np.ndarray]) -> Checkpoint:
     """Returns the checkpoint with other values of some tensors."""
-    made = {
-        name: opener(lambda x=x, name=name: _encode(x, checkpoint.entry(name)))
-        for name, x in values.items()
-    }
+
+
+    def open(name: str) -> io.BytesIO:
+        return io.BytesIO(values[name].astype(DTYPES[checkpoint.entry(name).dtype]).tobytes())
+
+    made = {name: functools.partial(open, name) for name in values}
     return dataclasses.replace(checkpoint, openers={**checkpoint.openers, **made})
-
-
-def opener(read: Callable[[], bytes]) -> Opener:
-    """Makes an opener of a tensor whose bytes `read` returns."""
-
-    @contextlib.contextmanager
-    def open() -> Iterator[io.BytesIO]:
-        yield io.BytesIO(read())
-
-    return open
-
-
-def _encode(x: np.ndarray, entry: TensorInfo) -> bytes:
-    return x.astype(DTYPES[entry.dtype]).tobytes()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from tiny_models import Pair, list_pairs, make_config
-from transformers.models.auto import configuration_auto
+from transformers.models.auto import configuration_auto, modeling_auto
 
 TIE = "tie_word_embeddings"
 Ties = dict[str, str]  # each parameter that is another one's
@@ -158,6 +158,8 @@ def declare() -> dict[str, Any]:
         "transposed": {kind: sorted(x) for kind, x in sorted(transposed.items())},
         "tables": list_tables([x for x in asked.values() if x]),
         "tying": list_tying(),
+        "tasks": list_tasks(),
+        "labels": list_labels(),
     }
 
 
@@ -199,6 +201,55 @@ def list_tying() -> list[str]:
             if getattr(getattr(transformers, name)(), TIE, False) is True:
                 found.append(kind)
     return sorted(found)
+
+
+TASKS = {  # of PEFT
+    "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+}
+
+
+def list_tasks() -> dict[str, dict[str, str]]:
+    """Lists the class of each `model_type` for PEFT's tasks."""
+    return {
+        task: {kind: x if isinstance(x, str) else x[0] for kind, x in sorted(classes.items())}
+        for task, classes in TASKS.items()
+    }
+
+
+def list_labels() -> dict[str, str | None]:
+    """Lists the weight with a row for each label, by class; None where that is not known.
+
+    A class that is not listed has no labels.
+    """
+    answers = collections.defaultdict[str, set[str | None]](set)
+    for pair in list_pairs():
+        answers[pair.cls.__name__].add(find_labels(pair))
+    known = {name: (x - {None}) or {None} for name, x in sorted(answers.items())}
+    one = {name: x.pop() if len(x) == 1 else None for name, x in known.items()}
+    return {name: x for name, x in one.items() if x != ""}
+
+
+def find_labels(pair: Pair) -> str | None:
+    """Finds the weight of tiny models that has as many rows as there are labels; "" if none has."""
+    for way in range(4):
+        with contextlib.suppress(Exception):
+            list_labeled(pair, way, 2)
+            try:
+                one, two = (list_labeled(pair, way, count) for count in (17, 19))
+            except ValueError:  # it always has two
+                return ""
+            return None if len(one & two) > 1 else next(iter(one & two), "")
+    return None
+
+
+def list_labeled(pair: Pair, way: int, count: int) -> set[str]:
+    """Lists the weights of a tiny model with so many labels that have as many rows."""
+    config = make_config(pair.config_class, way, None, {"num_labels": count}, False)
+    with torch.device("meta"):
+        model = pair.cls(config)
+    return {name for name, x in model.named_parameters() if x.ndim > 1 and x.shape[0] == count}
 
 
 def gather(asked: Mapping[str, Any]) -> list[dict[str, Any]]:

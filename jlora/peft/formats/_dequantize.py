@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import numpy as np
 
 from ..._errors import InputError
 from ..._folders import fresh
-from .._changed import opener, rearrange
+from .._changed import rearrange
 from .._checkpoint import Checkpoint, explain_shorter, open_checkpoint
 from .._file import DTYPES, TensorInfo, shorten
 from .._write import write_tensors
@@ -160,13 +161,13 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
         files[file] = [entry for entry in both if entry is not None]
     lock = threading.Lock()
 
-    def read(name: str) -> bytes:
+    def open(name: str) -> io.BytesIO:
         of_name = explain_shorter(checkpoint.source, name)
         with lock, _errors_about(checkpoint.source.argument), of_name:
             w = np.asarray(format.read(name).array(DTYPES[found.entry(name).dtype]))
-        return (w.swapaxes(-1, -2) if name in turned else w).tobytes()
+        return io.BytesIO((w.swapaxes(-1, -2) if name in turned else w).tobytes())
 
-    openers = {name: opener(functools.partial(read, name)) for name in matrices}
+    openers = {name: functools.partial(open, name) for name in matrices}
     found = rearrange(checkpoint, files, checkpoint.config_of_floats, openers)
     return found, list(matrices.values())
 

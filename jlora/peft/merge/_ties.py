@@ -59,8 +59,8 @@ def find_shared(
     checkpoint, model = target
     digest = functools.cache(functools.partial(_digest, checkpoint))
     config = checkpoint.config
-    adapted = {**config, "architectures": [find_class_of(config, fields)]}
-    config = adapted if find_class(adapted) else config
+    if (name := find_class_of(config, fields)) is not None:
+        config = {**config, "architectures": [name]}
     ties = find_ties(checkpoint.shapes, config)
     if model.prefix and not _has_prefix(config, model.prefix):
         ties = None  # the adapted model is of another class

@@ -1,8 +1,9 @@
 """Finds the parameters of a model in the tensors of its checkpoint.
 
-There are three ways, in this order: a parameter is stored as it is; as `transformers` stores it; or
-as the user says. The names in an adapter may have a first component more than the checkpoint's, or
-one less: those of a model with a head have one that those of a model without one lack.
+A parameter is stored as it is, as `transformers` stores it, or as the user says. What has most of
+the wanted names is taken; of what has equally many, the first in this order. The names in an
+adapter may have a first component more than the checkpoint's, or one less: those of a model with a
+head have one that those of a model without one lack.
 """
 
 import collections
@@ -14,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..._errors import InputError
+from ..._errors import InputError, shorten
 from ._rows import Renaming, is_number, make_table
 from ._views import Piece, Places, Shapes, View
 
@@ -42,7 +43,7 @@ def find(
         argument: the user's argument that has the names, for errors.
 
     Yields:
-        The places that have most of the `wanted` names, in the order of the three ways.
+        The places that have most of the `wanted` names, in the order of these ways.
 
     Raises:
         ValueError: if several first components fit equally well.
@@ -159,6 +160,10 @@ def name_stored(name: str, config: Mapping[str, Any]) -> str:
 
 def explain_absent(name: str, config: Mapping[str, Any]) -> str:
     """Explains why no tensor is a parameter."""
+    kind = config.get("model_type")
+    if kind is not None and kind not in load_table()["transposed"]:
+        lacking = f"model_type {shorten(kind)} jlora's map of `transformers` does not have"
+        return f"not in the checkpoint, whose {lacking}"
     form = ".".join("{}" if is_number(part) else part for part in name.split("."))
     reasons = (entry.get("lost", {}).get(form) for entry in _find_entries(config))
     return next(filter(None, reasons), "not in the checkpoint")

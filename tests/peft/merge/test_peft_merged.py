@@ -748,12 +748,18 @@ def test_a_head_that_is_no_embedding(tmp_path: Folder) -> None:
         assert not np.array_equal(merged[HEAD], TABLE)
 
 
-def test_a_tied_weight_with_two_values(tmp_path: Folder) -> None:
+THINKER = of_class("Qwen2_5OmniThinkerForConditionalGeneration", model_type="qwen2_5_omni_thinker")
+# Of a folder with the names of today, in which the head alone has the name of a folder as usual.
+IN_MEMORY = "model.language_model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(("table", "config"), [(EMBEDDING, TIED), (IN_MEMORY, THINKER)])
+def test_a_tied_weight_with_two_values(table: str, config: Any, tmp_path: Folder) -> None:
     """One version of `transformers` takes the first, another both."""
-    weights = tied(False) | {HEAD: 2 * TABLE}
+    weights = BODY | {table: TABLE, HEAD: 2 * TABLE}
     for i, sides in enumerate([(1, 0), (0, 1), (1, 1)]):
         with refused(ValueError, "adapter", f"Correct {TIE} there", "but their values differ"):
-            grow(tmp_path / str(i), weights, change(*sides), TIED)
+            grow(tmp_path / str(i), weights, change(*sides, table), config | {TIE: True})
 
 
 BARE = {name.removeprefix("model."): x for name, x in tied(False).items()}
@@ -798,8 +804,8 @@ def test_what_a_model_reads_once(case: str, tmp_path: Folder) -> None:
 
 def test_a_classifier_on_a_decoder(tmp_path: Folder) -> None:
     """The head that the adapter brings is the only one of its model."""
-    head = {"score.weight": ones(3, 4)}
-    merged, config = grow(tmp_path, tied(False), head | change(1, 0), TIED, **CLASSIFIES)
+    head, base = {"score.weight": ones(3, 4)}, TIED | {"model_type": "llama"}
+    merged, config = grow(tmp_path, tied(False), head | change(1, 0), base, **CLASSIFIES)
     assert merged.keys() == {*tied(False), *head}
     assert config["architectures"] == ["LlamaForSequenceClassification"]
 
@@ -898,7 +904,8 @@ def test_a_head(has_prefix: bool, shards: int, tmp_path: Folder) -> None:
     """It is added, and names without the prefix of a model with a head get it."""
     body = BODY if has_prefix else {name.removeprefix("model."): x for name, x in BODY.items()}
     body |= {"cls.bias": ones(7)} if has_prefix else {"pooler.bias": ones(7)}
-    before = {"architectures": ["BertForMaskedLM" if has_prefix else "BertModel"], "a": 1}
+    names = ["BertForMaskedLM" if has_prefix else "BertModel"]
+    before = {"architectures": names, "model_type": "bert"}
     merged, config = grow(tmp_path, body, CLASSIFIER, before, shards, **CLASSIFIES)
     prefix = "" if has_prefix else "model."
     assert merged.keys() == {prefix + name for name in body} | CLASSIFIER.keys()
@@ -908,39 +915,37 @@ def test_a_head(has_prefix: bool, shards: int, tmp_path: Folder) -> None:
     np.testing.assert_allclose(
         merged["model.layers.0.q.weight"], 1 + 1.5 * b @ a, rtol=1e-5, atol=1e-6
     )
-    assert config == {"architectures": ["BertForSequenceClassification"], "a": 1} | LABELS
+    assert config == of_bert("ForSequenceClassification", **LABELS)
 
 
 def of_bert(name: str, **fields: Any) -> dict[str, Any]:
-    return {"architectures": [f"Bert{name}"], **fields}
+    return {"architectures": [f"Bert{name}"], "model_type": "bert", **fields}
 
 
 NAMED = {"id2label": {"0": "a", "1": "b", "2": "c"}}
-COUNTED = {"num_labels": 2, "model_type": "bert_text"}
+COUNTED = {"num_labels": 2}
 WILD = {"base_model_class": "AForB" * 10**5 + "!"}
-# Fields of the adapter and of the base, and the configuration, if the class is known.
-CLASSES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]] = [
+LACKS = "not in the checkpoint"
+# Fields of the adapter and of the base, and the configuration, or why it is not known.
+CLASSES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any] | str]] = [
     ({"task_type": "TOKEN_CLS"}, {}, of_bert("ForTokenClassification", **LABELS)),
     ({"auto_mapping": MAPPED}, {}, of_bert("ForTokenClassification", **LABELS)),
-    ({"task_type": "QUESTION_ANS"}, {}, of_bert("ForQuestionAnswering")),
     ({}, NAMED, of_bert("ForSequenceClassification", **NAMED)),
-    (
-        *({}, COUNTED),
-        of_bert("TextForSequenceClassification", **COUNTED | {"num_labels": 3} | LABELS),
-    ),
-    ({"task_type": None}, {}, None),
-    ({"task_type": None, "auto_mapping": {"base_model_class": "os; x"}}, {}, None),
-    ({"task_type": None, "auto_mapping": WILD}, {}, None),
-    ({}, {"architectures": None}, None),
+    ({}, COUNTED, of_bert("ForSequenceClassification", **{"num_labels": 3} | LABELS)),
+    ({}, {"model_type": "gemma3_text"}, LACKS),  # its head has another name
+    ({"task_type": None}, {}, LACKS),
+    ({"task_type": None, "auto_mapping": {"base_model_class": "os; x"}}, {}, LACKS),
+    ({"task_type": None, "auto_mapping": WILD}, {}, LACKS),
+    ({}, {"model_type": "own"}, "model_type 'own'"),
 ]
 
 
 @pytest.mark.parametrize(("fields", "config", "expected"), CLASSES)
 def test_the_class_of_a_head(fields: Any, config: Any, expected: Any, tmp_path: Folder) -> None:
     """From the task or PEFT's mapping; nothing is added to a model of unknown class."""
-    config = {"architectures": ["BertModel"]} | config
-    if expected is None:
-        with bounded(), refused(ValueError, "adapter", "classifier.weight", "not in the che", SAVE):
+    config = of_bert("Model", **config)
+    if isinstance(expected, str):
+        with bounded(), refused(ValueError, "adapter", "classifier.weight", expected, SAVE):
             grow(tmp_path, BODY, CLASSIFIER, config, **CLASSIFIES | fields)
         return
     assert grow(tmp_path, BODY, CLASSIFIER, config, **CLASSIFIES | fields)[1] == expected
@@ -948,7 +953,7 @@ def test_the_class_of_a_head(fields: Any, config: Any, expected: Any, tmp_path: 
 
 def test_what_is_missing_inside_of_a_model(tmp_path: Folder) -> None:
     """It may have another name there, and is no head."""
-    config, norm = {"architectures": ["BertModel"]}, {"model.layer_norm.weight": ones(4)}
+    config, norm = of_bert("Model"), {"model.layer_norm.weight": ones(4)}
     saved = ["classifier", "layer_norm"]
     with refused(ValueError, "adapter", "model.layer_norm.weight", "not in the checkpoint", SAVE):
         grow(tmp_path, BODY, CLASSIFIER | norm, config, **CLASSIFIES | {"modules_to_save": saved})
@@ -958,9 +963,10 @@ def test_a_head_of_two_layers(tmp_path: Folder) -> None:
     """The labels are the outputs of the last one."""
     head = {"classifier.dense.weight": ones(4, 4), "classifier.dense.bias": ones(4)}
     head |= {"classifier.out_proj.weight": ones(3, 4), "classifier.out_proj.bias": ones(3)}
-    merged, config = grow(tmp_path, BODY, head, {"architectures": ["XModel"]}, **CLASSIFIES)
+    merged, config = grow(tmp_path, BODY, head, {"model_type": "roberta"}, **CLASSIFIES)
     assert head.keys() <= merged.keys()
-    assert config == {"architectures": ["XForSequenceClassification"]} | LABELS
+    own = {"architectures": ["RobertaForSequenceClassification"], "model_type": "roberta"}
+    assert config == own | LABELS
 
 
 # ----------------------------------------------------------------------- files beside the weights
