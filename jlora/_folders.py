@@ -38,13 +38,9 @@ def fresh(path: Where, argument: str) -> Iterator[Path]:
     """
     final = Path(os.path.abspath(to_path(path, argument)))
     check_vacant(final, argument)
-    with _scratch(final, argument) as folder:
+    with fresh_file(final, argument) as folder:
         folder.mkdir()
         yield folder
-        for each in filter(Path.is_file, folder.rglob("*")):
-            _sync(each)
-        check_vacant(final, argument)
-        os.rename(folder, final)
 
 
 @contextlib.contextmanager
@@ -56,32 +52,19 @@ def fresh_file(path: Where, argument: str) -> Iterator[Path]:
         OSError: as `fresh`.
     """
     final = Path(os.path.abspath(to_path(path, argument)))
-    with _scratch(final, argument) as file:
-        yield file
-        _sync(file)
-        if os.path.lexists(final):
-            raise _occupied(final, argument)
-        os.rename(file, final)
-
-
-def check_vacant(out: os.PathLike[str], argument: str = "out") -> None:
-    """Raises unless a folder can appear at `out`."""
-    if os.path.ismount(out):  # nothing is renamed to one
-        raise OccupiedError(argument, f"{out} is a mount point; give a folder in it.", path=out)
-    is_empty = os.path.isdir(out) and not os.path.islink(out) and not os.listdir(out)
-    if os.path.lexists(out) and not is_empty:
-        raise _occupied(out, argument)
-
-
-@contextlib.contextmanager
-def _scratch(final: Path, argument: str) -> Iterator[Path]:
-    """Yields a path on the disk of `final`, in a hidden folder that is removed in the end."""
     scratch = None
     try:
         with contextlib.suppress(FileExistsError):
             os.makedirs(final.parent)
+        # On the same disk, in a hidden folder that is removed in the end.
         scratch = tempfile.mkdtemp(prefix=".jlora-", dir=final.parent)
-        yield Path(scratch, final.name)
+        yield (new := Path(scratch, final.name))
+        # On disk before the rename, so that a crash leaves nothing or the whole.
+        for each in filter(Path.is_file, (new, *new.rglob("*"))):
+            with open(each, "rb+") as file:
+                os.fsync(file.fileno())
+        check_vacant(final, argument, is_file=new.is_file())
+        os.rename(new, final)
     except Exception as e:
         if isinstance(e, OccupiedError) or (number := _number_of(e, final)) is None:
             raise
@@ -89,6 +72,20 @@ def _scratch(final: Path, argument: str) -> Iterator[Path]:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_vacant(out: os.PathLike[str], argument: str = "out", is_file: bool = False) -> None:
+    """Raises unless a folder, or a file, can appear at `out`."""
+    if os.path.ismount(out):  # nothing is renamed to one
+        raise OccupiedError(argument, f"{out} is a mount point; give a folder in it.", path=out)
+    is_empty = os.path.isdir(out) and not os.path.islink(out) and not os.listdir(out)
+    if os.path.lexists(out) and (is_file or not is_empty):
+        raise OccupiedError(
+            argument,
+            f"{out} exists and is not an empty folder; nothing is ever overwritten. "
+            "Give another path, or remove it first.",
+            path=out,
+        )
 
 
 # Errors that only writing can cause.
@@ -104,18 +101,3 @@ def _number_of(error: Exception, final: Path) -> int | None:
     # The words of safetensors' writer, which is not written in Python.
     found = re.search(r"I/O error: .*\(os error (\d+)\)", str(error))
     return None if found is None else int(found[1])
-
-
-def _occupied(path: os.PathLike[str], argument: str) -> OccupiedError:
-    return OccupiedError(
-        argument,
-        f"{path} exists and is not an empty folder; nothing is ever overwritten. "
-        "Give another path, or remove it first.",
-        path=path,
-    )
-
-
-def _sync(path: Path) -> None:
-    # On disk before the rename, so that a crash leaves no folder or a whole one.
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())

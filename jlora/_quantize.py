@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
 
 from ._compat import evaluate_now, is_concrete, place_of
 from ._errors import InputError
@@ -190,13 +189,8 @@ def _quantize_leaf(x: BaseLeaf, path: Path, scheme: Scheme, form: Form) -> Quant
     scheme = dataclasses.replace(scheme, pattern=None)
     if is_abstract(x):
         leaf = jax.eval_shape(lambda x: quantize_weight(x, scheme, form), x)
-        return _place_like(x.sharding, path, leaf)
+        return place_codes(path, leaf, x.sharding, "params")
     x = evaluate_now(jnp.asarray, x) if isinstance(x, np.ndarray) else x
-    check_finite(x, scheme, "params", name_of(path))
+    check_finite(x, "params", name_of(path), f"{type(scheme).__name__} has no codes for")
     leaf = quantize_weight(jnp.asarray(x), scheme, form)
-    return _place_like(place_of(x) if is_concrete(leaf.data) else None, path, leaf)
-
-
-def _place_like(place: Sharding | None, path: Path, leaf: Quantized) -> Quantized:
-    is_on_mesh = isinstance(place, NamedSharding)
-    return place_codes(path, leaf, place, "params") if is_on_mesh else leaf
+    return place_codes(path, leaf, place_of(x) if is_concrete(leaf.data) else None, "params")

@@ -19,6 +19,7 @@ from .._node import trained as trained
 from .._node import weight_shape as weight_shape
 from ._dora import Decomposed as Decomposed
 from ._dora import DoRA as DoRA
+from ._dora import join_slots as join_slots
 from ._gated import Probe as Probe
 from ._gated import Routed as Routed
 from ._lora import LoRA as LoRA

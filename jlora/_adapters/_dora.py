@@ -247,10 +247,14 @@ def _compute_gain(node: Decomposed, w: jax.Array | Quantized) -> jax.Array:
     n = norms(*lax.stop_gradient((w, LowRank(node.a, node.b, node.scale, node.layout))))
     gain = node.m.astype(promote(n.dtype, node.m.dtype)) / jnp.where(n > 0, n, jnp.inf)
     gain = _away_from_zero(gain)
-    if node.layout.slots is None:
-        return gain
-    count, chosen, axis = node.layout.slots
-    at = len(node.layout.stack)
-    each = [lax.index_in_dim(gain, i, at, keepdims=False) for i in range(len(chosen))]
+    return gain if node.layout.slots is None else join_slots(gain, node.layout)
+
+
+def join_slots(m: jax.Array, layout: Layout) -> jax.Array:
+    """Joins numbers of all slots of a weight; those of slots that are not adapted are 1."""
+    assert layout.slots is not None
+    count, chosen, axis = layout.slots
+    at = len(layout.stack)
+    each = [lax.index_in_dim(m, i, at, keepdims=False) for i in range(len(chosen))]
     parts = [each[chosen.index(i)] if i in chosen else jnp.ones_like(each[0]) for i in range(count)]
-    return jnp.concatenate(parts, at + node.layout.outputs.index(axis))
+    return jnp.concatenate(parts, at + layout.outputs.index(axis))

@@ -13,9 +13,8 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
-from .._arrays import explicit, promote, to_device
+from .._arrays import explicit, follow, promote, to_device
 from .._core import RANK, Axis, Change, Delta, Factor, Weight, evaluate, leaf_weight
 from .._errors import InputError, list_few
 from .._node import SHOWN, Axes, Node, lengths
@@ -184,8 +183,7 @@ def _one_hot(node: Replaced, w: jax.Array | Quantized) -> Factor:
     chosen = jax.nn.one_hot(rows, w.shape[axis], dtype=promote(w.dtype), axis=0)
     chosen = jnp.broadcast_to(chosen, (*(w.shape[d] for d in stack), *chosen.shape))
     if (known := explicit(w)) is not None:
-        spec = PartitionSpec(*(known.spec[d] for d in (*stack, axis)), None)
-        chosen = jax.sharding.reshard(chosen, NamedSharding(known.mesh, spec))
+        chosen = jax.sharding.reshard(chosen, follow(known, chosen, (*stack, axis, None)))
     return Factor(chosen, (*map(Axis, (*stack, axis)), RANK))
 
 
@@ -193,15 +191,13 @@ def _take_rows(w: jax.Array | Quantized, layout: Layout, rows: tuple[int, ...]) 
     """Takes rows of W, with the axes of V; of a quantized W it unpacks no other rows if it can."""
     stack, [axis], outputs, _ = layout
     at = (*[slice(None)] * axis, jnp.asarray(rows, jnp.int32))
-    place = None
-    if (known := explicit(w)) is not None:
-        spec = [None if d == axis else known.spec[d] for d in range(w.ndim)]
-        place = NamedSharding(known.mesh, PartitionSpec(*spec))
+    weight = leaf_weight(to_device(w), Change(), "", materialize=True)
+    known = explicit(w)
+    place = known and follow(known, weight.type, [None if d == axis else d for d in range(w.ndim)])
 
     def take(w: jax.Array) -> jax.Array:
         return w.at[at].get(mode="promise_in_bounds", out_sharding=place)
 
-    weight = leaf_weight(to_device(w), Change(), "", materialize=True)
     [found] = evaluate(jax.make_jaxpr(take)(weight.type), weight)
     found = found.array if isinstance(found, Weight) else found
     return found.transpose((*stack, axis, *outputs))

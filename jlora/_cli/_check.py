@@ -34,9 +34,6 @@ def check(folder: Arg, engine: str, **options: Any) -> Answer:
     for each, and exit code 1. If there is nothing, shows a command that starts the engine, with
     exit code 0.
     """
-    if engine not in jlora.peft.ENGINES:
-        known = ", ".join(jlora.peft.ENGINES)
-        raise ValueError(f"--for must be one of {known}; got {engine!r}.")
     if format_of_adapter(folder, "PEFT") == "orbax":
         raise ValueError(f"DIR: {folder} is an Orbax adapter; write it as PEFT with jlora convert.")
     found = call(jlora.peft.check, folder, engine, **options)

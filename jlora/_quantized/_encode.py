@@ -18,14 +18,11 @@ from ._leaf import BaseLeaf, Nested, Quantized
 from ._scheme import Form, Scheme, divisor, join, pack, split
 
 
-def check_finite(w: BaseLeaf, scheme: Scheme, argument: str, name: str) -> None:
+def check_finite(w: BaseLeaf, argument: str, name: str, which: str) -> None:
     """Raises if a weight, which is `name` in `argument`, has values that are not finite."""
     if bad := count_not_finite(w):
-        raise InputError(
-            argument,
-            f"has {bad} values that are NaN or infinite at {name!r}, for which "
-            f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite.",
-        )
+        why = f"has {bad} values that are NaN or infinite at {name!r}, which {which}."
+        raise InputError(argument, f"{why} Use a checkpoint whose values are finite.")
 
 
 def quantize_weight(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:

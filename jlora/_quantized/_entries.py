@@ -50,7 +50,7 @@ def _quantize(x: Any, like: Quantized, argument: str, name: str) -> Quantized:
             return x
         x = dequantize(x, like.dtype)
     x = put(np.asarray(x).astype(like.dtype, copy=False))
-    check_finite(x, like.scheme, argument, name)
+    check_finite(x, argument, name, f"{type(like.scheme).__name__} has no codes for")
     return quantize_weight(x, like.scheme, like.form)
 
 

@@ -17,7 +17,7 @@ from .._errors import (
     InputError,
     MissingError,
     OccupiedError,
-    WritingError,
+    not_written,
     printable,
     show,
 )
@@ -51,11 +51,6 @@ def by_all(work: Callable[[], T]) -> T:
         failed = [f"process {i}: {text}" for i, text in enumerate(texts) if text]
         raise RuntimeError("; ".join(failed))
     return result
-
-
-def by_first(work: Callable[[], None]) -> None:
-    """Calls `work` on process 0. If it raises, all processes raise."""
-    by_all(work if jax.process_index() == 0 else lambda: None)
 
 
 def in_step(work: Callable[[], T]) -> T:
@@ -152,17 +147,12 @@ def write(out: Where, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointA
             checkpointer.save(final, args=args)
 
     try:
-        by_first(lambda: _make_room(final))
+        by_all(lambda: _make_room(final) if jax.process_index() == 0 else None)
         in_step(save)
     except FileExistsError:
         raise
     except Exception as e:
-        raise WritingError(
-            "out",
-            f"could not write {final}: {one_line(e)}. No checkpoint is there, and nothing "
-            "else was touched. Make room or permission there, or give another path.",
-            path=final,
-        ) from e
+        raise not_written("out", final, one_line(e)) from e
 
 
 def _make_room(final: epath.Path) -> None:

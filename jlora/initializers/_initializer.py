@@ -14,19 +14,14 @@ from jax.typing import DTypeLike
 from .._arrays import promote
 from .._compat import evaluate_now
 from .._quantized import BaseLeaf
-from .._rules import rule_name
+from .._rules import HasPattern, rule_name
 from .._site import Site
 
 Start = tuple[BaseLeaf, jax.Array, jax.Array]  # the W of the base, A and B
 
 
-class RankRule(Protocol):
+class RankRule(HasPattern, Protocol):
     """What an initializer reads of a rule with A and B, such as a `LoRA`."""
-
-    @property
-    def pattern(self) -> str | None:
-        """The pattern."""
-        ...
 
     @property
     def rank(self) -> int:

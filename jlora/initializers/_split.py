@@ -14,7 +14,6 @@ from .. import _compat
 from .._arrays import (
     automatically,
     back,
-    count_not_finite,
     explicit,
     follow,
     promote,
@@ -22,7 +21,14 @@ from .._arrays import (
 )
 from .._core import RANK, Axis, Change, Delta, Factor, leaf_weight
 from .._linalg import map_matrices, qr
-from .._quantized import BaseLeaf, Form, Quantized, is_quantized, quantize_weight
+from .._quantized import (
+    BaseLeaf,
+    Form,
+    Quantized,
+    check_finite,
+    is_quantized,
+    quantize_weight,
+)
 from .._rules import rule_name
 from .._site import Site, check_whole
 from .._types import Layout
@@ -190,13 +196,8 @@ def check_values(w: BaseLeaf, site: Site, rule: RankRule) -> jax.Array | Quantiz
     """Returns W; raises if W has no values, is not finite, or may be a shard."""
     name = f"the `init` of {rule_name(rule)}"
     w = check_whole(f"{name} factors", w, site.path)
-    if isinstance(w, Quantized):
-        return w
-    if bad := count_not_finite(w):
-        raise ValueError(
-            f"{site.path!r} of `params` has {bad} values that are NaN or infinite, which {name} "
-            "cannot factor. Use a checkpoint whose values are finite."
-        )
+    if not isinstance(w, Quantized):
+        check_finite(w, "params", site.path, f"{name} cannot factor")
     return w
 
 

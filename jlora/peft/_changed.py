@@ -91,7 +91,6 @@ def change(
 def with_values(checkpoint: Checkpoint, values: Mapping[str, np.ndarray]) -> Checkpoint:
     """Returns the checkpoint with other values of some tensors."""
 
-
     def open(name: str) -> io.BytesIO:
         return io.BytesIO(values[name].astype(DTYPES[checkpoint.entry(name).dtype]).tobytes())
 

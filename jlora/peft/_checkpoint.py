@@ -10,26 +10,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .._errors import Problem
+from .._errors import Problem, shorten, show
 from .._folders import to_path
-from ._file import (
+from ._file import LIMIT, FileHeader, TensorInfo, read_header, read_json
+from ._recognized import (
     CONFIG,
-    LIMIT,
+    IMAGE,
+    MODELS,
+    ORBAX,
     PICKLES,
     TENSORS,
-    FileHeader,
-    Source,
-    TensorInfo,
-    open_file,
-    read_header,
-    read_json,
-    resolve,
-    shorten,
-    show,
+    WEIGHTS,
+    find_image,
+    recognize,
 )
-from ._recognized import IMAGE, ORBAX, WEIGHTS, find_image, recognize
-from ._recognized import MODELS as MODELS
-from ._source import explain_no_folder
+from ._source import Source, explain_no_folder, open_file, resolve
 from ._submodels import copy_config, walk_objects
 
 QUANTIZATION = "quantization_config"  # of `config.json`

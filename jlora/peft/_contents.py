@@ -14,7 +14,6 @@ from .._types import short
 from ._file import COUNT, COUNTS, DTYPES
 from ._problems import About
 from .adapter._arranged import Tree, make_tree
-from .adapter._config import problems_of
 from .adapter._describe import describe
 from .adapter._draft import make_draft
 from .adapter._files import Files
@@ -165,9 +164,7 @@ def write(
 
 def _read(files: Files, about: About) -> tuple[dict[str, Any], Values]:
     """Reads the configuration, and the values of all parameters."""
-    about = about._replace(cause=files.cause, keys=files.keys)
-    about.stop(problems_of(files.fields))
-    adapter, problems = sort_tensors(files)
+    adapter, about, problems = sort_tensors(files, about)
     own, unassigned = assign_parameters(adapter, Model(None))
     about.stop([*problems, *unassigned])
     values, problems = files.values(own)

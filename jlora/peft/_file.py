@@ -12,17 +12,9 @@ from typing import Any, NamedTuple, TypeGuard
 import jax.numpy as jnp
 import numpy as np
 
-from .._errors import blame
-from .._errors import shorten as shorten
-from .._errors import show as show
-from ._recognized import CONFIG as CONFIG
-from ._recognized import IMAGE as IMAGE
-from ._recognized import PICKLES as PICKLES
-from ._recognized import TENSORS as TENSORS
-from ._recognized import find_image as find_image
-from ._source import Source as Source
-from ._source import open_file as open_file
-from ._source import resolve as resolve
+from .._errors import blame, shorten
+from ._recognized import TENSORS
+from ._source import Source, open_file
 
 PREFIX = "base_model.model."  # of the keys in it
 LIMIT = 24 * 2**20  # bytes of JSON, which take forty times the memory
@@ -94,14 +86,14 @@ FLOATS = DTYPES | SHORT
 # of a BatchNorm
 COUNT = ".num_batches_tracked"
 COUNTS = {"I64": np.dtype(np.int64)}
-# The bytes of these and of other dtypes, to check the offsets of tensors.
-SIZES = {name: x.itemsize for name, x in DTYPES.items()} | {
-    **dict.fromkeys(("I64", "U64", "C64"), 8),
-    **dict.fromkeys(("I32", "U32"), 4),
-    **dict.fromkeys(("I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+INTEGERS = {
+    f"{kind[0].upper()}{bits}": np.dtype(f"{kind}{bits}")
+    for kind in ("int", "uint")
+    for bits in (8, 16, 32, 64)
 }
+# The bytes of these and of other dtypes, to check the offsets of tensors.
+SIZES = {name: x.itemsize for name, x in (FLOATS | INTEGERS).items()} | {"C64": 8}
+SIZES |= dict.fromkeys(("BOOL", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1)
 FORMAT = {"format": "pt"}  # without which `transformers` reads no file
 
 

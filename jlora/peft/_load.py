@@ -8,7 +8,6 @@ from .._adapters import is_node
 from .._tree import leaves_by_path, nest
 from .._types import PyTree
 from ._problems import About, warn
-from .adapter._config import problems_of
 from .adapter._files import Files
 from .adapter._fit_tree import match_to_tree
 from .adapter._methods import method_of
@@ -117,10 +116,8 @@ def fit(
     Returns:
         The adapter, the adapted leaves, and the values of their parameters.
     """
-    about = about._replace(cause=files.cause, keys=files.keys)
-    about.stop(problems_of(files.fields))
     shapes = _shapes(leaves)
-    adapter, problems = sort_tensors(files)
+    adapter, about, problems = sort_tensors(files, about)
     problems += list_missing(adapter, shapes)
     found, unassigned = assign_parameters(adapter, Model(shapes, WHERE, True, advise))
     match, misfits = match_to_tree(found, adapter.heads, leaves, advise)

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from .._adapters import is_node
-from .._errors import InputError, Problem, stop
-from .._tree import name_of
+from .._errors import InputError, shorten, stop
+from .._tree import problems_at
 from .._types import PyTree
 from ._checkpoint import open_checkpoint
-from ._file import Source, read_json, shorten
+from ._file import read_json
 from ._load import fit
 from ._problems import About
+from ._source import Source
 from .adapter._arranged import Tree, arrange
 from .adapter._config import LIMIT
 from .adapter._describe import (
@@ -269,8 +270,7 @@ def _refuse_lost(saved: Sequence[NamedLeaf], fields: Configuration, tree: Tree) 
 
 
 def _check_values(leaves: Iterable[NamedLeaf]) -> None:
-    each = {name_of(leaf.path): explain_unstored(leaf.value) for leaf in leaves}
-    wrong = [Problem(name, why) for name, why in each.items() if why]
+    wrong = {x.path: why for x in leaves if (why := explain_unstored(x.value))}
     why = "must hold values where PEFT stores frozen ones with the adapter."
     remedy = "Give such arrays, adapt other leaves, or export the merged model."
-    stop(wrong, "base", why, remedy)
+    stop(problems_at(wrong), "base", why, remedy)

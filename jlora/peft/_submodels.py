@@ -12,6 +12,12 @@ def copy_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(config))
 
 
+def class_of(config: Mapping[str, Any]) -> str:
+    """Returns the model's class, the first of those in a configuration; empty if it has none."""
+    listed = config.get("architectures")
+    return str(listed[0]) if isinstance(listed, list) and listed else ""
+
+
 def walk_objects(config: Mapping[str, Any]) -> Iterator[Any]:
     """Yields a configuration and all objects in it, such as those of submodels."""
     left: list[Any] = [config]

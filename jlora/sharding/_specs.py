@@ -99,8 +99,13 @@ def specs(base: PyTree, adapter: PyTree, mesh: AnyMesh | None = None) -> PyTree:
     return jax.tree.unflatten(structure, own)
 
 
-def place_codes(path: Path, leaf: Quantized, place: NamedSharding, argument: str) -> Quantized:
-    """Shards a quantized leaf, or its shapes, like the weight at `path` of the tree `argument`."""
+def place_codes(path: Path, leaf: Quantized, place: object, argument: str) -> Quantized:
+    """Shards a quantized leaf, or its shapes, like the weight at `path` of the tree `argument`.
+
+    It stays as it is if the weight is at a `place` that is on no mesh.
+    """
+    if not isinstance(place, NamedSharding):
+        return leaf
     try:
         places = _follow(place, leaf, None, ())
     except Misfit as e:

@@ -2,19 +2,21 @@
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from ..._errors import InputError, Problem
+from ..._errors import InputError, Problem, shorten
 from ..._folders import to_path
 from ..._rules import is_finite
-from .._file import CONFIG, Source, read_json, shorten
-from ..names._peft import load_constants
+from .._file import read_json
+from .._recognized import CONFIG
+from .._source import Source
+from ..names._peft import load_answers
 from ._patterns import list_bad_patterns
 
 LIMIT = 4 * 2**20  # bytes
 PARAMETERS = 100  # names; each is searched in all modules
-DEFAULTS = load_constants().fields
+DEFAULTS = load_answers()["fields"]
 # Features beyond plain LoRA are all other fields, known or not; jlora supports these.
 METHODS = ("trainable_token_indices", "use_dora")
 # Fields that jlora has no use for, of any value.
@@ -73,8 +75,7 @@ def problems_of(fields: Mapping[str, Any], *, is_file: bool = True) -> list[Prob
         remedy = _CONVERT if isinstance(method, str) else _NAME
         remedy = remedy if is_file else "Leave peft_type out."
         found.append(Problem("peft_type", f"expected 'LORA', got {shorten(method)}", remedy))
-    strange = {key: x for key, x in find_features(fields).items() if key not in METHODS}
-    found += list_unsupported(strange, is_file=is_file)
+    found += _list_unsupported(fields, is_file)
     found += _list_contradictions(fields)
     found += list_misformed(fields) or list_bad_patterns(fields)
     if found or is_file:
@@ -102,16 +103,15 @@ def _is_json(x: object) -> bool:
     return True
 
 
-def list_unsupported(fields: Mapping[str, Any], *, is_file: bool) -> list[Problem]:
-    """Lists `fields` as features that are not supported, or not known."""
+def _list_unsupported(fields: Mapping[str, Any], is_file: bool) -> Iterator[Problem]:
+    """Lists the features that are not supported, or not known."""
     known = "is a feature that jlora does not support", ""
     unknown = "is not known to jlora, and may change what the adapter computes"
     remedy = "name the field in `ignore`" if is_file else "leave the field out"
-    found = list[Problem]()
-    for key, value in fields.items():
+    for key, value in find_features(fields).items():
         why, then = known if key in DEFAULTS else (unknown, f"If it does not, {remedy}.")
-        found.append(Problem(key, f"{shorten(value)} {why}", then))
-    return found
+        if key not in METHODS:
+            yield Problem(key, f"{shorten(value)} {why}", then)
 
 
 def _list_contradictions(fields: Mapping[str, Any]) -> list[Problem]:
@@ -153,12 +153,8 @@ def _is_text(x: object) -> bool:
     return isinstance(x, str)
 
 
-def _is_flag(x: object) -> bool:
-    return isinstance(x, bool)
-
-
-def _is_integer(x: object) -> bool:
-    return type(x) is int
+def _of(kind: type) -> _Fits:
+    return lambda x: type(x) is kind
 
 
 def _is_rank(x: object) -> bool:
@@ -197,7 +193,7 @@ def _is_parameters(x: object) -> bool:
     return len({name.rpartition(".")[2] for name in x}) <= PARAMETERS
 
 
-_FLAG = "true or false", _is_flag
+_FLAG = "true or false", _of(bool)
 _MODULES = "a pattern, names or null", _or_null(_is_text, _is_names)
 _KINDS: dict[str, tuple[str, _Fits]] = {
     "r": ("an integer of at least 1 and below 2^31", _is_rank),
@@ -222,6 +218,6 @@ _KINDS: dict[str, tuple[str, _Fits]] = {
         _or_null(_is_parameters),
     ),
     "modules_to_save": ("names or null", _or_null(_is_names)),
-    "layers_to_transform": ("numbers or null", _or_null(_is_integer, _listing(_is_integer))),
+    "layers_to_transform": ("numbers or null", _or_null(_of(int), _listing(_of(int)))),
     "layers_pattern": ("a name, names or null", _or_null(_is_text, _is_names)),
 }

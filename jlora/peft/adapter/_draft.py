@@ -12,8 +12,8 @@ import numpy as np
 
 from ..._errors import InputError, Problem, shorten, show, stop
 from ..._folders import fresh, fresh_file
-from .._file import CONFIG, IMAGE, TENSORS, make_header
-from .._recognized import ALPHA, FORMS, MAGNITUDES, MANGLED, A, B
+from .._file import make_header
+from .._recognized import ALPHA, CONFIG, FORMS, IMAGE, MAGNITUDES, MANGLED, TENSORS, A, B
 from ._arranged import make_tensors
 from ._config import DEFAULTS, dumps
 from ._describe import find_alpha
@@ -202,13 +202,12 @@ def _encode(
     why = "holds only LoRA of linear and convolutional sites, each under a name of its own."
     stop(wrong, "dialect", f"{dialect!r} {why}")
     found = dict[str, np.ndarray]()
-    for x in own.parts:
+    for name, x in zip(names, own.parts, strict=True):
         values = dict[str, np.ndarray](zip((A, B, MAGNITUDES), x.arrays, strict=False))
         if dialect == "kohya":
             values[ALPHA] = _narrow(find_alpha(x.scale, x.rank))
             if x.m is not None:
                 values[MAGNITUDES] = x.m.reshape(-1, *[1] * (x.a.ndim - 1))
-        name = spell(dialect, prefix, x.key)
         each = {end: values[ours] for end, ours in FORMS[dialect].items() if ours in values}
         found |= {f"{name}.{end}": y for end, y in each.items()}
     metadata = dict[str, str]()

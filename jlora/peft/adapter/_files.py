@@ -7,7 +7,8 @@ import numpy as np
 
 from ..._errors import Problem
 from ..._types import PyTree
-from .._file import CONFIG, COUNTS, DTYPES, TENSORS, TensorInfo
+from .._file import COUNTS, DTYPES, TensorInfo
+from .._recognized import CONFIG, TENSORS
 from ._methods import ENDS
 from ._parts import list_tensors
 

@@ -4,16 +4,16 @@ One file holds A and B of one or several models, each under a prefix. PEFT's con
 header, or else follows from the shapes and alphas.
 """
 
-import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..._errors import InputError, Problem, list_few
-from .._file import CONFIG, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, show
-from .._recognized import ALPHA, BIAS, FORMS, KEY, MAGNITUDES, MANGLED, A
+from ..._errors import InputError, Problem, list_few, show
+from .._file import COUNTS, DTYPES, PREFIX, TensorInfo
+from .._problems import About
+from .._recognized import ALPHA, BIAS, CONFIG, FORMS, KEY, MAGNITUDES, MANGLED, TENSORS, A
 from ._files import Files
 from ._patterns import list_parents, make_scales
 
@@ -36,7 +36,6 @@ _OTHERS = {
     r"\.diff\.|\.w_norm\.": "a difference of all weights",
     r"\.diff_b\.|\.b_norm\.": "a difference of all biases",
 }
-_NOT_READ = "cannot be read; nothing was loaded."
 _ORIGINAL = (
     "If these are names of the model's first implementation, such as input_blocks or double_blocks,"
     " load the file with load_lora_weights of diffusers, and save it with save_lora_adapter of the "
@@ -48,9 +47,6 @@ _RESAVE = (
     f"whose A ends in {', '.join(next(iter(ends)) for ends in FORMS.values())}. Load other files "
     "with load_lora_weights of diffusers, and save them with save_lora_adapter of the model."
 )
-
-
-Refuse = Callable[..., InputError]
 
 
 class _Entry(NamedTuple):
@@ -82,16 +78,16 @@ def decode(
         prefix: which model's adapter to read; None for that of a single model.
         modules: the modules of the model, which kohya's names are matched to.
     """
-    refuse = functools.partial(_refuse, files.argument, where)
+    about = About(files.argument, f"{where} cannot be read; nothing was loaded.", where)
     configs = _split(fields)
     known = {*configs} if prefix is None else {*configs, prefix}
     groups = dict[str, list[_Entry]]()
-    for x in _parse_keys(files, refuse):
+    for x in _parse_keys(files, about):
         groups.setdefault(_find_prefix(x, known), []).append(x)
-    prefix = _choose(groups, prefix, refuse)
+    prefix = _choose(groups, prefix, about)
     own = groups[prefix]
-    form = _find_form(own, refuse)
-    names = _name_modules(own, prefix, modules, refuse)
+    form = _find_form(own, about)
+    names = _name_modules(own, prefix, modules, about)
     sides = {end: dict[str, TensorInfo]() for end in FORMS["diffusers"]}
     wrong = list[Problem]()
     for x in own:
@@ -107,8 +103,7 @@ def decode(
     else:
         why = f"unexpected beside {FIELDS} in the header, which has the alphas"
         wrong += [Problem(x.key, why) for x in alphas.values()]
-    if wrong:
-        raise refuse(_NOT_READ, wrong)
+    about.stop(wrong)
     if form is FORMS["kohya"]:
         sides[MAGNITUDES] = _shape_magnitudes(sides)
     fields = {"peft_type": "LORA", "target_modules": [*names.values()]} | own_fields
@@ -130,20 +125,17 @@ def decode(
     return files._replace(fields=fields, tensors=found, read=read, keys=keys)
 
 
-def _refuse(
-    argument: str, where: str, why: str, problems: Iterable[Problem] = (), remedy: str = ""
-) -> InputError:
-    """Makes an error about the file `where`."""
-    return InputError(argument, f"{where} {why}", path=where, problems=problems, remedy=remedy)
+def _refuse(about: About, why: str, problems: Iterable[Problem] = ()) -> InputError:
+    """Makes an error about the file as a whole."""
+    return InputError(about.argument, f"{about.path} {why}", path=about.path, problems=problems)
 
 
-def _parse_keys(files: Files, refuse: Refuse) -> list[_Entry]:
+def _parse_keys(files: Files, about: About) -> list[_Entry]:
     """Splits all keys; raises for keys of other methods, and unknown ones."""
     each = [(KEY.fullmatch(x.key), x) for x in files.tensors]
-    if wrong := [_explain_key(x.key) for key, x in each if not key]:
-        raise refuse(_NOT_READ, wrong)
+    about.stop(_explain_key(x.key) for key, x in each if not key)
     if not each:
-        raise refuse("has no tensors.")
+        raise _refuse(about, "has no tensors.")
     return [_Entry(key["module"], key["end"], x) for key, x in each if key]
 
 
@@ -154,14 +146,16 @@ def _explain_key(key: str) -> Problem:
     return Problem(key, "unexpected", _RESAVE)
 
 
-def _find_form(entries: Iterable[_Entry], refuse: Refuse) -> Mapping[str, str]:
+def _find_form(entries: Iterable[_Entry], about: About) -> Mapping[str, str]:
     """Finds the one of `FORMS` that all keys have; raises if there is none, or some are mangled."""
     kinds = {(x.end, x.is_mangled): x.tensor.key for x in entries}
     ends = {end for end, _ in kinds}
     found = next((form for form in FORMS.values() if ends <= form.keys()), None)
     if found is None or len({is_mangled for _, is_mangled in kinds}) > 1:
         why = "mixes what keys of different tools are like. Save each by itself."
-        raise refuse(why, [Problem(key, f"ends in {end}") for (end, _), key in kinds.items()])
+        raise _refuse(
+            about, why, [Problem(key, f"ends in {end}") for (end, _), key in kinds.items()]
+        )
     return found
 
 
@@ -182,12 +176,12 @@ def _find_prefix(x: _Entry, known: Collection[str]) -> str:
     return next((p for p in parents if p in known), found["prefix"] if found else "")
 
 
-def _choose(groups: Collection[str], prefix: str | None, refuse: Refuse) -> str:
+def _choose(groups: Collection[str], prefix: str | None, about: About) -> str:
     """Chooses the prefix of one model."""
     listed = list_few([show(repr(x)) for x in sorted(groups)], 9)
     if prefix is None and len(groups) > 1:
         why = f"has adapters of several models. Give `prefix`, one of {listed}, and read each."
-        raise refuse(why)
+        raise _refuse(about, why)
     chosen = next(iter(groups)) if prefix is None else prefix
     if chosen not in groups:
         raise InputError("prefix", f"must be in the file, one of {listed}; got {chosen!r}.")
@@ -195,7 +189,7 @@ def _choose(groups: Collection[str], prefix: str | None, refuse: Refuse) -> str:
 
 
 def _name_modules(
-    entries: Collection[_Entry], prefix: str, modules: Collection[str], refuse: Refuse
+    entries: Collection[_Entry], prefix: str, modules: Collection[str], about: About
 ) -> dict[str, str]:
     """Names modules as the model does; kohya's names stay as they are without a model."""
     found = dict.fromkeys(x.module for x in entries)
@@ -215,8 +209,7 @@ def _name_modules(
     ]
     lost = [module for module in found if modules and module not in known]
     why = "no module of the model has this name with _ for dots"
-    if wrong := wrong or [Problem(module, why, _ORIGINAL) for module in lost]:
-        raise refuse(_NOT_READ, wrong)
+    about.stop(wrong or [Problem(module, why, _ORIGINAL) for module in lost])
     return {module: known[module][0] if known else module for module in found}
 
 

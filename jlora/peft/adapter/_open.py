@@ -6,18 +6,9 @@ from collections.abc import Collection
 
 from ..._errors import InputError
 from ..._folders import to_path
-from .._file import (
-    CONFIG,
-    IMAGE,
-    TENSORS,
-    Source,
-    find_image,
-    parse_text,
-    read_header,
-    read_json,
-    read_tensors,
-)
-from .._recognized import find_cause
+from .._file import parse_text, read_header, read_json, read_tensors
+from .._recognized import CONFIG, IMAGE, TENSORS, find_cause, find_image
+from .._source import Source
 from ._config import LIMIT, leave_out
 from ._files import Files
 from ._image import FIELDS, decode

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..._errors import Problem
-from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, show
+from ..._errors import Problem, show
+from .._file import PREFIX, TensorInfo
+from .._recognized import CONFIG, TENSORS
 from ..names._kinds import EMBEDDING, EXPERTS, LINEAR, Kind
 from ..places._views import Shapes
 from ._fits import fit_axes, list_orientations

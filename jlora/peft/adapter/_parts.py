@@ -9,9 +9,10 @@ import numpy as np
 
 from ..._adapters import AdapterLeaf
 from ..._arrays import put
-from ..._errors import Problem
+from ..._errors import Problem, show
 from ..._types import PyTree
-from .._file import PREFIX, TENSORS, TensorInfo, show
+from .._file import PREFIX, TensorInfo
+from .._recognized import TENSORS
 from ..names._kinds import CONV, EXPERTS, ROWS, Kind
 from ..names._leaves import NamedLeaf, own_leaf
 from ..names._torch_layout import join_factors, join_rows, join_weight

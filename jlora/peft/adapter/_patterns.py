@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..._errors import Problem
-from .._file import NAME_LIMIT, shorten
+from ..._errors import Problem, shorten
+from .._file import NAME_LIMIT
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 CHOICES = ("target_modules", "exclude_modules")

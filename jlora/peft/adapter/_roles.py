@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .._file import shorten
-from ..names._peft import load_constants
+from ..._errors import shorten
+from ..names._peft import load_answers
 from ._config import DEFAULTS
 from ._patterns import (
     CHOICES,
@@ -20,7 +20,7 @@ from ._patterns import (
     make_matching,
 )
 
-HEADS = load_constants().heads
+HEADS = load_answers()["heads"]
 Fields = Mapping[str, Any]
 
 
@@ -97,11 +97,7 @@ def saves_bias(fields: Fields, parameter: str, is_adapted: bool) -> bool:
 
 
 def list_unused(
-    roles: Roles,
-    keys: Sequence[str],
-    saved: Iterable[str],
-    modules: Iterable[str] | None,
-    where: str,
+    roles: Roles, keys: Sequence[str], saved: Iterable[str], modules: Iterable[str], where: str
 ) -> list[str]:
     """Lists the names in a configuration that match nothing, which PEFT accepts.
 
@@ -111,19 +107,17 @@ def list_unused(
         roles: those of the configuration.
         keys: what is adapted.
         saved: the modules that the adapter has in full.
-        modules: those of the model, which is called `where`; None if unknown.
+        modules: those of the model, which is called `where`.
         where: what the texts call the model.
     """
-    unused = list[str]()
     fields = roles.fields
-    if modules is not None:
-        both = ("target_modules", "target_parameters")
-        listed = {key: x for key in both if isinstance(x := fields.get(key), list)}
-        wanted = set[str]().union(*listed.values())
-        names = itertools.chain(keys, modules)
-        used = {tail for name in names for tail in list_tails(name) if tail in wanted}
-        left = ((key, x) for key, own in listed.items() for x in own if x not in used)
-        unused += [f"{key}: {shorten(x)} matches no module of {where}" for key, x in left]
+    both = ("target_modules", "target_parameters")
+    listed = {key: x for key in both if isinstance(x := fields.get(key), list)}
+    wanted = set[str]().union(*listed.values())
+    names = itertools.chain(keys, modules)
+    used = {tail for name in names for tail in list_tails(name) if tail in wanted}
+    left = ((key, x) for key, own in listed.items() for x in own if x not in used)
+    unused = [f"{key}: {shorten(x)} matches no module of {where}" for key, x in left]
     list_saved = _make_endings(fields)
     holders = {parent for module in saved for parent in list_parents(module)}
     used = {end for name in holders for end in list_saved(name)}.union(HEADS)

@@ -5,12 +5,14 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..._errors import Problem
-from .._file import COUNT, COUNTS, DTYPES, FLOATS, PREFIX, TensorInfo, explain_name, show
+from ..._errors import Problem, show
+from .._file import COUNT, COUNTS, DTYPES, FLOATS, PREFIX, TensorInfo, explain_name
+from .._problems import About
 from ..names._kinds import CONV, EMBEDDING, LINEAR, ROWS
-from ..names._peft import load_constants
+from ..names._peft import load_answers
 from ..names._weights import explain_narrowing
 from ..places._declared import is_table
+from ._config import problems_of
 from ._files import Files
 from ._fits import is_of_vocabulary
 from ._methods import ENDS, method_of
@@ -19,7 +21,7 @@ from ._roles import Roles
 
 BASE = ".base_layer"  # the module that an adapter wraps
 B_BIAS = ".lora_B.bias"
-SAVED_BY_NAME = load_constants().tables
+SAVED_BY_NAME = load_answers()["tables"]
 # Where PEFT has the new and the old values of a module in `modules_to_save`.
 _WRAPPERS = re.compile(r"\.(modules_to_save|original_module)\.")
 FACTOR = re.compile(
@@ -59,13 +61,21 @@ class Adapter(NamedTuple):
         return [*self.rest.changed, *self.rest.biases, *adapted]
 
 
-def sort_tensors(files: Files, *, is_merged: bool = False) -> tuple[Adapter, list[Problem]]:
-    """Sorts tensors by kind. The configuration must have no problems.
+def sort_tensors(
+    files: Files, about: About, *, is_merged: bool = False
+) -> tuple[Adapter, About, list[Problem]]:
+    """Sorts tensors by kind; raises for problems with the configuration.
 
     Args:
         files: the adapter.
+        about: what errors say of it.
         is_merged: whether it is merged in NumPy, so that dtypes and `lora_bias` are no problem.
+
+    Returns:
+        The adapter; what errors say of it, with its likely cause and its keys; and problems.
     """
+    about = about._replace(cause=files.cause, keys=files.keys)
+    about.stop(problems_of(files.fields))
     fields = files.fields
     problems = list(_list_odd(files, is_merged))
     sides = collections.defaultdict[tuple[str, int, bool], dict[str, TensorInfo]](dict)
@@ -108,7 +118,7 @@ def sort_tensors(files: Files, *, is_merged: bool = False) -> tuple[Adapter, lis
         full[name] = Whole(name, deltas[module], rows[module])
     added = {f"{module}.bias": (x, roles[module].scale) for module, x in biases.items()}
     rest = Parameters([], full, frozen, added)
-    return Adapter(files, roles, parts, rest, heads), problems
+    return Adapter(files, roles, parts, rest, heads), about, problems
 
 
 def _list_odd(files: Files, is_merged: bool) -> Iterator[Problem]:

@@ -1,6 +1,7 @@
 """Engines that serve adapters: what each refuses, and what it drops silently.
 
-Imports `_errors`, `peft._checkpoint`, `peft._file` and `peft.adapter`.
+Imports `_errors`, `peft._checkpoint`, `peft._file`, `peft._recognized`, `peft._submodels` and
+`peft.adapter`.
 """
 
 from ._engine import Engine as Engine

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from ..._errors import InputError
 from .._checkpoint import open_checkpoint
-from .._file import DTYPES, PREFIX, find_image
+from .._file import DTYPES, PREFIX
+from .._recognized import find_image
 from ..adapter._config import list_misformed
 from ..adapter._files import Files
 from ..adapter._open import open_adapter

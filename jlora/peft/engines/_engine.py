@@ -5,10 +5,11 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from .._submodels import class_of
 from ..adapter._config import DEFAULTS
 from ..adapter._patterns import list_parents
 from ..adapter._roles import Roles
-from ._models import by_transformers, find_model
+from ._models import find_model
 
 
 class Finding(NamedTuple):
@@ -67,19 +68,13 @@ class Base:
     def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]):
         """Takes `config.json` and the shapes of all tensors, with () for codes."""
         self.config, self.shapes = config, shapes
-        self.listed = find_model(self.architecture)
-        self.model = self.listed or by_transformers()
+        self.architecture = class_of(config)
+        self.model, self.is_listed = find_model(self.architecture)
         own = {name.rpartition(".")[0] for name in shapes}
         modules = {parent for module in own for parent in list_parents(module)}
         # The checkpoint's name of each module, by the engine's name.
         self.modules = {self.model.rename(module): module for module in modules}
         self.lasts = {self.last(module) for module in modules}
-
-    @property
-    def architecture(self) -> str:
-        """The model's class, the first of those in the configuration; "" if it has none."""
-        listed = self.config.get("architectures")
-        return str(listed[0]) if isinstance(listed, list) and listed else ""
 
     def called(self, module: str) -> str | None:
         """Returns the checkpoint's name for a module; None if an engine finds no such module.

@@ -44,20 +44,18 @@ class ServedModel(NamedTuple):
         return name.removesuffix(".weight")
 
 
-def find_model(architecture: str) -> ServedModel | None:
-    """Returns what vLLM's class for an architecture declares; None if it has none."""
+def find_model(architecture: str) -> tuple[ServedModel, bool]:
+    """Returns what vLLM declares for an architecture, and whether it has a class for it.
+
+    A model without a class it runs by transformers, with another class.
+    """
     stem = _END.sub("", architecture)
     names = (architecture, *(stem + end for end in _ENDS))
     found = next((name for name in names if name in _models()), None)
-    return None if found is None else ServedModel(**_models()[found])
+    return ServedModel(**_models()[found or "TransformersForCausalLM"]), found is not None
 
 
 @functools.cache
 def _models() -> dict[str, dict[str, Any]]:
     groups = json.loads(FILE.read_text(encoding="utf-8"))["groups"]
     return {name: group for group in groups for name in group.pop("models")}
-
-
-def by_transformers() -> ServedModel:
-    """Returns what holds of models without a class, which vLLM runs by transformers."""
-    return ServedModel(**_models()["TransformersForCausalLM"])

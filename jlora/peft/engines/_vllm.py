@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from .._file import shorten, show
+from ..._errors import shorten, show
 from ..adapter._config import METHODS, STARTS, find_features
 from ..adapter._one_rank import RANKS
 from ..adapter._patterns import PATTERNS
@@ -178,7 +178,7 @@ def _notes(x: Served) -> list[str]:
     """Says what versions before the one of these rules drop, and which model is not known."""
     patterns = [key for key in PATTERNS if x.fields.get(key)]
     notes = [f"{key} {_OLD}. {PROFILE}, if yours is older." for key in patterns]
-    if x.base and x.base.architecture and not x.base.listed:
+    if x.base and x.base.architecture and not x.base.is_listed:
         notes.append(f"{x.base.architecture} {_UNLISTED}")
     return notes
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..._errors import shorten
 from ..._quantized import Int4, Int8
-from .._file import shorten
 from ._codes import Codes, Dense
 from ._format import FLOATS, Format, Unreadable, register
 

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..._errors import shorten
 from ..._quantized import DYNAMIC, FP4, NF4, Int8
-from .._file import parse, shorten
+from .._file import parse
 from ._codes import Codes
 from ._format import Format, Unreadable, register
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .._file import shorten
+from ..._errors import shorten
 from ._affine import read_affine, unpack
 from ._codes import Codes, Dense
 from ._format import FLOATS, Format, Unreadable, refuse_field, register

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ..._errors import InputError
+from ..._errors import InputError, shorten
 from ..._folders import fresh
 from .._changed import rearrange
 from .._checkpoint import Checkpoint, explain_shorter, open_checkpoint
-from .._file import DTYPES, TensorInfo, shorten
+from .._file import DTYPES, TensorInfo
 from .._write import write_tensors
 from ..places._declared import find_transposed
 from ..places._views import last_of

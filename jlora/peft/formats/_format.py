@@ -9,23 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from ..._errors import Problem
+from ..._errors import Problem, shorten
 from .._checkpoint import Checkpoint
-from .._file import DTYPES, TensorInfo, shorten
+from .._file import DTYPES, INTEGERS, SHORT, TensorInfo
 from ._codes import Codes, Dense
 
 FLOATS = ("F32", "F16", "BF16")
 # Scales of a module's inputs and outputs, which are ignored: activations are not quantized here.
 OF_ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", "input_scale_ub")
 OF_ACTIVATIONS += ("input_zero_point", "output_zero_point", "input_global_scale")
-READ = DTYPES | {
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
-    "F8_E8M0": np.dtype(np.uint8),  # exponents of 2
-}
+READ = DTYPES | SHORT | INTEGERS | {"F8_E8M0": np.dtype(np.uint8)}  # exponents of 2
 
 # Last components of the names of floats that belong to codes.
 _OF_CODES = re.compile(

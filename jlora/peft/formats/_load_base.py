@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
 from ..._arrays import put_like
@@ -19,11 +18,12 @@ from ..._errors import Problem, stop
 from ..._folders import fresh, to_path
 from ..._progress import progress
 from ..._quantized import Quantized, is_quantized
-from ..._tree import flatten, leaves_by_path, name_of
+from ..._tree import flatten, leaves_by_path, problems_at
 from ..._types import PyTree
 from ...sharding._specs import place_codes
-from .._checkpoint import MODELS, open_checkpoint
-from .._file import DTYPES, FORMAT
+from .._checkpoint import open_checkpoint
+from .._file import DTYPES, FORMAT, INTEGERS
+from .._recognized import MODELS
 from ..names._kinds import EMBEDDING, EXPERTS, LINEAR
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
@@ -34,8 +34,6 @@ from ..places._views import Piece, Places, View
 from ._codes import make_leaf, take_part_of_codes
 from ._format import Format, Unreadable, open_format, read_checked
 from ._gguf import Gguf, GgufTensors
-
-INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # of buffers
 
 
 def load_base(
@@ -201,8 +199,7 @@ def _make(leaf: NamedLeaf, read: Callable[[NamedLeaf], Any]) -> jax.Array | Quan
     x = read(leaf)
     if not is_quantized(x):
         return put_like(x, leaf.value)
-    place = getattr(leaf.value, "sharding", None)
-    return place_codes(leaf.path, x, place, "like") if isinstance(place, NamedSharding) else x
+    return place_codes(leaf.path, x, getattr(leaf.value, "sharding", None), "like")
 
 
 def save_base(
@@ -233,11 +230,10 @@ def save_base(
     Examples:
         See `load_base`.
     """
-    leaves = leaves_by_path(base)
-    packed = [Problem(name_of(path), repr(x)) for path, x in leaves if is_quantized(x)]
+    packed = {path: repr(x) for path, x in leaves_by_path(base) if is_quantized(x)}
     advice = "Save jlora.dequantize(base), and quantize that checkpoint with `transformers` and"
     why = f"must be in floats. {advice} bitsandbytes, or with llm-compressor."
-    stop(packed, "base", why)
+    stop(problems_at(packed), "base", why)
     tensors = split_all(name_all(base, names, "base"))
     source = None
     if isinstance(config, str | os.PathLike):

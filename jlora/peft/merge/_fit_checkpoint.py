@@ -8,15 +8,15 @@ import jax
 import numpy as np
 
 from ..._adapters import is_node, weight_shape
-from ..._errors import InputError, Problem
+from ..._errors import InputError, Problem, list_few, show
 from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
 from .._changed import with_values
 from .._checkpoint import Checkpoint
-from .._file import CONFIG, COUNT, COUNTS, DTYPES, show
+from .._file import COUNT, COUNTS, DTYPES
 from .._problems import About
+from .._recognized import CONFIG
 from ..adapter._arranged import arrange
-from ..adapter._config import problems_of
 from ..adapter._files import Files
 from ..adapter._fits import list_misfits, list_misfits_in_full
 from ..adapter._open import open_adapter
@@ -130,9 +130,7 @@ def _match_tree(
 def _match_files(
     checkpoint: Checkpoint, files: Files, about: About, renamed: Pairs
 ) -> tuple[Target, Values, Shared, Remarks]:
-    about = about._replace(cause=files.cause, keys=files.keys)
-    about.stop(problems_of(files.fields))
-    adapter, problems = sort_tensors(files, is_merged=True)
+    adapter, about, problems = sort_tensors(files, about, is_merged=True)
     is_transposed = bool(files.fields.get("fan_in_fan_out"))
     models = find(adapter.names, checkpoint.shapes, checkpoint.config, renamed)
     tried = list(models)
@@ -176,10 +174,8 @@ def _sort_missing(adapter: Adapter, model: Places) -> tuple[list[Problem], list[
     missing = list_missing(adapter, model.shapes)
     problems = [x for x in missing if _find_layers(x.where) in adapted]
     left = [show(x.where) for x in missing if _find_layers(x.where) not in adapted]
-    more = f" and {n} more" if (n := len(left) - _SHOWN) > 0 else ""
-    what = f"{', '.join(left[:_SHOWN])}{more}"
-    unused = [f"selects {what}, which the adapter lacks; they stay as they are"] if left else []
-    return problems, unused
+    what = f"selects {list_few(left, _SHOWN)}, which the adapter lacks; they stay as they are"
+    return problems, [what] * bool(left)
 
 
 def _find_layers(name: str) -> str | None:

@@ -13,7 +13,7 @@ from ..adapter._parts import Headers, Parameters, T
 from ..adapter._sorted import Adapter
 from ..places._declared import find_class, is_table
 from ..places._find import load_table
-from ..places._views import Piece, Places, View
+from ..places._views import Piece, Places, Shape, View
 
 
 class Target(NamedTuple):
@@ -22,37 +22,33 @@ class Target(NamedTuple):
     checkpoint: Checkpoint
     model: Places
 
-    def resize(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> "Target":
-        """Gives parameters of one tensor each other shapes, and the checkpoint a configuration."""
-        resized = {self.model.tensor(name): shape for name, shape in shapes.items()}
-        views = {name: self.model[name]._replace(shape=shape) for name, shape in shapes.items()}
-        checkpoint = change(self.checkpoint, config, resized=resized)
-        model = Places(self.model | views)
-        model.prefix = self.model.prefix
-        return Target(checkpoint, model)
-
-    def add(
+    def change(
         self,
-        tensors: Mapping[str, TensorInfo],
         config: Mapping[str, Any],
-        prefix: str,
-        origins: Mapping[str, str] = {},
+        *,
+        resized: Mapping[str, Shape] = {},
+        added: Mapping[str, tuple[TensorInfo, str | None]] = {},
+        prefix: str = "",
     ) -> "Target":
-        """Adds tensors by the adapter's names, with the old values of the tensors `origins`.
+        """Gives the checkpoint a configuration, and other tensors.
 
-        All other tensors get the prefix that the adapter's names have and theirs lack:
-        `transformers` does not read a head beside names without it.
+        Args:
+            config: the configuration.
+            resized: new shapes of parameters of one tensor each.
+            added: new tensors by the adapter's names, each with the tensor that has its old values.
+            prefix: what the names of all other tensors get, as the adapter's have it and theirs
+                lack it: `transformers` does not read a head beside names without it.
         """
-        added = {info.key: (info, origins.get(name)) for name, info in tensors.items()}
-        checkpoint = change(self.checkpoint, config, prefix=prefix, added=added)
-        views = {name: _rename(view, prefix) for name, view in self.model.items()}
-        views |= {name: View(info.shape, (Piece(info.key),)) for name, info in tensors.items()}
-        return Target(checkpoint, Places(views))
-
-
-def _rename(view: View, prefix: str) -> View:
-    pieces = tuple(piece._replace(tensor=prefix + piece.tensor) for piece in view.pieces)
-    return view._replace(pieces=pieces)
+        shapes = {self.model.tensor(name): shape for name, shape in resized.items()}
+        new = {info.key: (info, origin) for info, origin in added.values()}
+        checkpoint = change(self.checkpoint, config, prefix=prefix, resized=shapes, added=new)
+        model = Places()
+        for name, view in self.model.items():
+            pieces = tuple(x._replace(tensor=prefix + x.tensor) for x in view.pieces)
+            model[name] = View(resized.get(name, view.shape), pieces)
+        model |= {name: View(x.shape, (Piece(x.key),)) for name, (x, _) in added.items()}
+        model.prefix = "" if added else self.model.prefix
+        return Target(checkpoint, model)
 
 
 # ---------------------------------------------------------------- a vocabulary that was resized
@@ -91,7 +87,7 @@ def fit_vocabulary(target: Target, found: Parameters[T]) -> tuple[Target, list[P
             )
             remedy = f"Call resize_token_embeddings({new}) on the base in `transformers`"
             problems.append(Problem(tensor, why, f"{remedy}, and save it."))
-    return target.resize(shapes, _resize(checkpoint.config, old, new)), problems
+    return target.change(_resize(checkpoint.config, old, new), resized=shapes), problems
 
 
 def _resize(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
@@ -129,8 +125,8 @@ def add_head(target: Target, contents: Headers, adapter: Adapter) -> Target:
     config = _with_head(checkpoint.config, adapter.fields, new)
     if config is None:
         return target
-    new = {name: x._replace(key=name) for name, x in new.items()}
-    return target.add(new, config, model.prefix)
+    added = {name: (x._replace(key=name), None) for name, x in new.items()}
+    return target.change(config, added=added, prefix=model.prefix)
 
 
 def _with_head(

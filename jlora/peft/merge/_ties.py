@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..._errors import Problem
+from ..._errors import Problem, show
 from .._checkpoint import Checkpoint
-from .._file import TensorInfo, show
+from .._file import TensorInfo
 from .._submodels import TIE, copy_config, is_untied, walk_objects
 from .._write import Edit
 from ..adapter._parameters import find_twins, identify
@@ -62,18 +62,15 @@ def find_shared(
     if (name := find_class_of(config, fields)) is not None:
         config = {**config, "architectures": [name]}
     ties = find_ties(checkpoint.shapes, config)
-    if model.prefix and not _has_prefix(config, model.prefix):
+    own = find_class(config)
+    if model.prefix and (own is None or model.prefix != f"{own.prefix}."):
         ties = None  # the adapted model is of another class
     shared, problems = dict[str, list[str]](), list[Problem]()
     if ties is None:
         shapes = checkpoint.shapes
-        alike = collections.defaultdict(list)
-        for tensor, shape in shapes.items():
-            alike[shape].append(tensor)
-        changed = _list_tables(model, found, bool(config)) if not is_untied(config) else []
-        for tensor in changed:
-            others = (x for x in alike[shapes[tensor]] if x != tensor)
-            shared[tensor] = [x for x in others if digest(x) == digest(tensor)]
+        for tensor in [] if is_untied(config) else _list_tables(model, found, bool(config)):
+            alike = (x for x in shapes if x != tensor and shapes[x] == shapes[tensor])
+            shared[tensor] = [x for x in alike if digest(x) == digest(tensor)]
         return None, shared, []
     rows = {model.tensor(name) for name in found.tokens}
     is_said = any(part.get(TIE) is True for part in walk_objects(config))
@@ -86,12 +83,6 @@ def find_shared(
         elif own:
             shared[own[0]] = own[1:]
     return ties, shared, problems
-
-
-def _has_prefix(config: Mapping[str, Any], prefix: str) -> bool:
-    """Whether the class of a configuration has the prefix that stored names lack."""
-    own = find_class(config)
-    return own is not None and f"{own.prefix}." == prefix
 
 
 def _list_tables(model: Places, found: Parameters[T], has_model: bool) -> list[str]:
@@ -262,16 +253,13 @@ def _store_head(
     name = next((x for x in names if x not in found.tokens), head)
     if rows:
         full[name] = rows[0]._replace(name=name)
-    config = _untied(checkpoint.config, ties.paths)
-    origins = {x: own for x, own in ties.sources.items() if x not in checkpoint.where}
-    if not origins:
-        return target.resize({}, config), found._replace(full=full), {}
     new = {
-        name if x == head else x: checkpoint.entry(own)._replace(key=x)
-        for x, own in origins.items()
+        name if x == head else x: (checkpoint.entry(own)._replace(key=x), own)
+        for x, own in ties.sources.items()
+        if x not in checkpoint.where
     }
-    origins = {name if x == head else x: own for x, own in origins.items()}
-    target = target.add(new, config, ties.prefix, origins)
+    config = _untied(checkpoint.config, ties.paths)
+    target = target.change(config, added=new, prefix=ties.prefix if new else "")
     return target, found._replace(full=full), {}
 
 

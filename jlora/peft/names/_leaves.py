@@ -89,14 +89,6 @@ class NamedLeaf(NamedTuple):
         return 1.0 if self.name.times is None else self.name.times(self.shape)
 
     @property
-    def _sizes(self) -> dict[int | str, int]:
-        """The lengths of the leaf's axes in PyTorch."""
-        sizes: dict[int | str, int] = dict(enumerate(self.shape))
-        if self.name.part is not None:
-            sizes[self.name.where("o")[0]] *= self.name.part[1]
-        return sizes
-
-    @property
     def experts(self) -> int:
         """The number of experts in a parameter."""
         return math.prod(self.shape[d] for d in self.name.where("e"))
@@ -104,7 +96,10 @@ class NamedLeaf(NamedTuple):
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of one module's parameter in PyTorch."""
-        return multiply_lengths(self.name.weight_groups, self._sizes)
+        sizes: dict[int | str, int] = dict(enumerate(self.shape))
+        if self.name.part is not None:
+            sizes[self.name.where("o")[0]] *= self.name.part[1]
+        return multiply_lengths(self.name.weight_groups, sizes)
 
 
 def own_leaf(name: str, axes: str, shape: tuple[int, ...]) -> NamedLeaf:

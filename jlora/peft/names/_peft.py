@@ -22,35 +22,21 @@ class ModuleRules(NamedTuple):
     parameters: tuple[str, ...] = ()
 
 
-class Constants(NamedTuple):
-    """What PEFT has by name.
-
-    Attributes:
-        fields: those of `adapter_config.json`, with their defaults.
-        heads: the heads that it lists for every classifier, whatever its head is called.
-        tables: the modules whose weights it saves too if their names are targeted.
-    """
-
-    fields: dict[str, Any]
-    heads: tuple[str, ...]
-    tables: tuple[str, ...]
-
-
-def load_constants() -> Constants:
-    """Loads PEFT's constants."""
-    found = _load()
-    return Constants(found["fields"], tuple(found["heads"]), tuple(found["tables"]))
-
-
 @functools.cache
 def load_module_rules() -> Mapping[str, ModuleRules]:
     """Loads the answers by `model_type`, which `tests/tools/ask_peft.py` collected."""
-    found = _load()["models"]
+    found = load_answers()["models"]
     return {
         kind: ModuleRules(**{k: tuple(x) for k, x in own.items()}) for kind, own in found.items()
     }
 
 
 @functools.cache
-def _load() -> Mapping[str, Any]:
+def load_answers() -> Mapping[str, Any]:
+    """Loads all of them, by what they are about.
+
+    Besides `models`, these are `fields` of `adapter_config.json`, with their defaults; the `heads`
+    that PEFT lists for every classifier, whatever its head is called; and `tables`, the modules
+    whose weights it saves too if their names are targeted.
+    """
     return json.loads(Path(__file__).with_name("peft.json").read_text())

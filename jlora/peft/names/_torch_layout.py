@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, without_slots
+from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, join_slots, without_slots
 from ..._arrays import put
 from ..._types import Layout
 from ._leaves import NamedLeaf
@@ -101,9 +101,9 @@ def split_factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[ModuleFac
     outside the outputs of each slot: ΔW is exactly the same.
     """
     low = LowRank(node.a, node.b, node.scale, node.layout)
-    m = np.asarray(node.m) if isinstance(node, Decomposed) else None
+    m = node.m if isinstance(node, Decomposed) else None
     if low.layout.slots is not None and not _slots_are_modules(leaf, node.layout):
-        m = None if m is None else _join_slots(m, low.layout)
+        m = None if m is None else join_slots(m, low.layout)
         low = without_slots(low, leaf.shape)
     packed = [
         _pack(np.squeeze(x, _ones(low.layout, name)), _axes(low.layout, name), groups, leaf)
@@ -111,15 +111,6 @@ def split_factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[ModuleFac
         if (x := {"a": low.a, "b": low.b, "m": m}[name]) is not None
     ]
     return list(zip(*packed, strict=True))
-
-
-def _join_slots(m: np.ndarray, layout: Layout) -> np.ndarray:
-    """Joins the magnitudes of all slots of a module."""
-    assert layout.slots is not None
-    count, chosen, axis = layout.slots
-    at = len(layout.stack)
-    parts = [m.take(chosen.index(i), at) for i in range(count)]
-    return np.concatenate(parts, at + layout.outputs.index(axis))
 
 
 def join_factors(

@@ -10,7 +10,7 @@ import numpy as np
 from ..._arrays import put
 from ..._errors import Problem, stop
 from ..._quantized import Quantized, is_quantized, quantize_entries
-from ..._tree import flatten, leaves_by_path, name_of
+from ..._tree import flatten, leaves_by_path, name_of, problems_at
 from ..._types import PyTree
 from ..places._find import find
 from ..places._views import View
@@ -144,14 +144,13 @@ def name_all(tree: PyTree, names: Sequence[Name], argument: str) -> list[NamedLe
     named = {leaf.path for leaf in leaves}
     parts = [leaf for leaf in leaves if leaf.name.part]
     counts = collections.Counter(key for leaf in parts for key in leaf.parameters)
-    lone = [
-        Problem(name_of(leaf.path), key)
+    lone = {
+        leaf.path: key
         for leaf in parts
-        for key in leaf.parameters[:1]
-        if leaf.name.part and counts[key] < leaf.name.part[1]
-    ]
+        if leaf.name.part and counts[key := leaf.parameters[0]] < leaf.name.part[1]
+    }
     why = f"makes these leaves of `{argument}` parts of parameters whose other parts have no leaf."
-    stop(lone, "names", f"{why} Add rows for the other parts.")
+    stop(problems_at(lone), "names", f"{why} Add rows for the other parts.")
     lost = {path: tuple(x.shape) for path, x in leaves_by_path(tree) if path not in named}
     why = f"has no row that fits these leaves of `{argument}` by path and number of axes."
     each = [Problem(path_in_names(path), f"of shape {shape}") for path, shape in lost.items()]

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .._submodels import TIE, walk_objects
+from .._submodels import TIE, class_of, walk_objects
 from ._find import as_transformers_stores, load_table, name_stored, stored_as_is
 from ._views import Places, Shapes
 
@@ -84,10 +84,9 @@ def _load_classes() -> Mapping[str, Declared]:
 
 def find_class(config: Mapping[str, Any]) -> Declared | None:
     """Finds what the class of a configuration declares; None if `transformers` has no such one."""
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
+    name = class_of(config)
     classes = _load_classes()
-    return classes.get(f"{config.get('model_type')}/{name}", classes.get(str(name)))
+    return classes.get(f"{config.get('model_type')}/{name}", classes.get(name))
 
 
 def find_transposed(config: Mapping[str, Any]) -> set[str] | None:

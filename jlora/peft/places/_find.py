@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._errors import InputError, shorten
+from .._submodels import class_of
 from ._rows import Renaming, is_number, make_table
 from ._views import Piece, Places, Shapes, View
 
@@ -137,14 +138,13 @@ def as_transformers_stores(shapes: Shapes, config: Mapping[str, Any]) -> Iterato
 def _find_entries(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Finds the entry of the model's class; all of its kind if the class is not known."""
     table = load_table()
-    names = config.get("architectures")
     kind = str(config.get("model_type"))
-    name = str(names[0]) if isinstance(names, list) and names else ""
+    name = class_of(config)
     found = [table["models"][kind]] if kind in table["models"] else []
     own = table["classes"].get(f"{kind}/{name}", table["classes"].get(name))
     if own and (own["model"] == kind or not found):
         return [own]
-    others = [] if names else [x for x in table["classes"].values() if x["model"] == kind]
+    others = [] if name else [x for x in table["classes"].values() if x["model"] == kind]
     return [*found, *others]
 
 

@@ -39,8 +39,7 @@ def decoder(layer: str) -> tuple[Name, ...]:
         "post_(?:attention|attn)_norm": "post_attention_layernorm",
         "pre_ffw_norm": "pre_feedforward_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
-        "attn/_?query_norm": "self_attn.q_norm",
-        "attn/_?key_norm": "self_attn.k_norm",
+        "attn/_?([qk])(?:uery|ey)_norm": r"self_attn.\2_norm",
     }
     return (
         Name("embedder/input_embedding", "model.embed_tokens", "vo", tied="lm_head"),

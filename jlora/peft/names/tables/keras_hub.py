@@ -25,12 +25,11 @@ from .._names import Name
 # Kernels of attention have an axis of heads: (d, heads, head_dim), (heads, head_dim, d).
 _LAYER = r"transformer_layer_(\d+)/"
 _ATTENTION = _LAYER + "self_attention/"
+_QK, _QKV = "([qk])(?:uery|ey)", "([qkv])(?:uery|ey|alue)"
 
 LLAMA3 = (
     Name("token_embedding/embeddings", "model.embed_tokens", "vo", tied="lm_head"),
-    Name(_ATTENTION + "query/kernel", r"model.layers.\1.self_attn.q_proj", "ioo"),
-    Name(_ATTENTION + "key/kernel", r"model.layers.\1.self_attn.k_proj", "ioo"),
-    Name(_ATTENTION + "value/kernel", r"model.layers.\1.self_attn.v_proj", "ioo"),
+    Name(_ATTENTION + _QKV + "/kernel", r"model.layers.\1.self_attn.\2_proj", "ioo"),
     Name(_ATTENTION + "attention_output/kernel", r"model.layers.\1.self_attn.o_proj", "iio"),
     Name(_LAYER + "feedforward_gate_dense/kernel", r"model.layers.\1.mlp.gate_proj", "io"),
     Name(_LAYER + "feedforward_intermediate_dense/kernel", r"model.layers.\1.mlp.up_proj", "io"),
@@ -44,8 +43,7 @@ LLAMA3 = (
 # Llama 3 with norms of queries and keys.
 QWEN3 = (
     *LLAMA3,
-    Name(_ATTENTION + "query_dense_layernorm/scale", r"model.layers.\1.self_attn.q_norm", "o"),
-    Name(_ATTENTION + "key_dense_layernorm/scale", r"model.layers.\1.self_attn.k_norm", "o"),
+    Name(_ATTENTION + _QK + "_dense_layernorm/scale", r"model.layers.\1.self_attn.\2_norm", "o"),
 )
 
 # Gemma's axis of heads is the first: (heads, d, head_dim).
@@ -53,12 +51,9 @@ _BLOCK = r"decoder_block_(\d+)/"
 
 GEMMA3 = (
     Name("token_embedding/embeddings", "model.embed_tokens", "vo", tied="lm_head"),
-    Name(_BLOCK + "attention/query/kernel", r"model.layers.\1.self_attn.q_proj", "oio"),
-    Name(_BLOCK + "attention/key/kernel", r"model.layers.\1.self_attn.k_proj", "oio"),
-    Name(_BLOCK + "attention/value/kernel", r"model.layers.\1.self_attn.v_proj", "oio"),
+    Name(_BLOCK + f"attention/{_QKV}/kernel", r"model.layers.\1.self_attn.\2_proj", "oio"),
     Name(_BLOCK + "attention/attention_output/kernel", r"model.layers.\1.self_attn.o_proj", "iio"),
-    Name(_BLOCK + "attention/query_norm/scale", r"model.layers.\1.self_attn.q_norm", "o"),
-    Name(_BLOCK + "attention/key_norm/scale", r"model.layers.\1.self_attn.k_norm", "o"),
+    Name(_BLOCK + f"attention/{_QK}_norm/scale", r"model.layers.\1.self_attn.\2_norm", "o"),
     Name(_BLOCK + "ffw_gating/kernel", r"model.layers.\1.mlp.gate_proj", "io"),
     Name(_BLOCK + "ffw_gating_2/kernel", r"model.layers.\1.mlp.up_proj", "io"),
     Name(_BLOCK + "ffw_linear/kernel", r"model.layers.\1.mlp.down_proj", "io"),
