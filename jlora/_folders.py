@@ -47,6 +47,8 @@ def fresh(path: Where, argument: str) -> Iterator[Path]:
 def fresh_file(path: Where, argument: str) -> Iterator[Path]:
     """Yields a path to write a file to; it becomes `path` at the end, or is removed on failure.
 
+    A folder that is written there becomes `path` too, also if an empty folder is there.
+
     Raises:
         FileExistsError: if `path` exists.
         OSError: as `fresh`.
