@@ -14,22 +14,14 @@ collect_ignore = [
     "fixtures",
     "peft/engines/served_tpu_worker.py",
     "peft/names/tables/pytorch.py",
-    "tools/ask_classes.py",
-    "tools/ask_peft.py",
-    "tools/make_places.py",
     "support/peft_families.py",
-    "tools/tiny_models.py",
-    "support/torch_functions.py",
-    "support/torch_images.py",
-    "support/torch_models.py",
-    "tools/zoo.py",
-    "tools/zoo_families.py",
+    "tools",
     "bench",
 ]
+collect_ignore_glob = ["support/torch_*.py"]
 # Run by `test_eight_devices.py`; imported, for their doctests, only where there are devices.
-collect_ignore_glob = (
-    [] if "device_count" in os.environ.get("XLA_FLAGS", "") else ["*_on_devices.py"]
-)
+if "device_count" not in os.environ.get("XLA_FLAGS", ""):
+    collect_ignore_glob.append("*_on_devices.py")
 
 # Thousands of small programs, each run once: what compiles fast, not what runs fast. It makes the
 # suite three times as fast, and an unknown flag ends the process.

@@ -21,6 +21,7 @@ from messages import refused
 from small import KEY, as_jax, every, raw, some, some_rows
 
 import jlora
+from jlora._tree import size_in_bytes
 
 FORMS = pytest.mark.parametrize("form", some(["adapter", "params"], "params"))
 random = functools.partial(laws.start, of_b=0.1)  # at B = 0 a wrong gradient of A would not show
@@ -100,11 +101,6 @@ def with_lora_plus(tx: Any, ratio: Any = 4) -> Any:
     return jlora.optimizer(optax.chain(tx, jlora.lora_plus(ratio)))
 
 
-def size(tree: Any) -> int:
-    """The bytes of all leaves."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def run(tx: Any, params: Any, grads: list[Any]) -> tuple[Any, Any]:
     """Parameters and state after steps with each of `grads`, in one program; a loss is given."""
 
@@ -162,7 +158,9 @@ def test_moments_are_two_trees_of_what_is_trained(small: Setup, form: str, freez
     moments = [x.shape for x in jax.tree.leaves(state) if x.ndim]
     assert sorted(moments) == sorted(2 * trained)
     if not freeze_a:
-        assert 0 <= size(state) - 2 * jlora.summary(s.base, s.adapter).trainable_bytes <= 16
+        assert (
+            0 <= size_in_bytes(state) - 2 * jlora.summary(s.base, s.adapter).trainable_bytes <= 16
+        )
 
 
 STACKS = {
@@ -178,7 +176,7 @@ def test_a_step_holds_nothing_of_the_size_of_the_base(stack: str, form: str) -> 
     """By XLA's own account: the base once, as an argument, and no gradient or moment of it."""
     s = setup(width=256, **STACKS[stack])
     tx = with_lora_plus(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)), 16)
-    base, adapter = size(s.base), size(s.adapter)
+    base, adapter = size_in_bytes(s.base), size_in_bytes(s.adapter)
     assert adapter < base / 30
     create = functools.partial(TrainState.create, apply_fn=s.lora.apply, tx=tx)
     state = jax.eval_shape(lambda tree: create(params=tree), s.tree(form))
@@ -367,7 +365,7 @@ def test_both_forms_agree_under(small: Setup, name: str, freeze_a: bool) -> None
     laws.assert_close(both.adapter, alone, 1e-6)
     assert raw(both.base) == raw(s.base)
     assert raw(alone) != raw(s.adapter)
-    assert size(wide_state) == size(state)
+    assert size_in_bytes(wide_state) == size_in_bytes(state)
 
 
 SEARCHES = {  # transformations that evaluate functions of the parameters, with their arguments

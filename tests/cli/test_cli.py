@@ -39,6 +39,7 @@ from jlora._cli import _app
 from jlora._cli._app import cli
 from jlora._cli._inputs import attribute
 from jlora._tree import adapter_leaves, nest
+from tests.peft.merge.test_peft_merged import fixture
 
 SUPPORT = pathlib.Path(__file__).parents[1] / "support"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -459,20 +460,16 @@ def test_random_keys_stay_keys(is_known: bool, tmp_path: Folder) -> None:
 
 def huggingface(folder: Folder, name: str) -> tuple[Folder, dict[str, np.ndarray]]:
     """A case's model as a Hugging Face checkpoint, and what PyTorch merged it to."""
-    torch = models.case(name).torch
-    folder.mkdir()
-    base = {k.removeprefix("base."): x for k, x in torch.items() if k.startswith("base.")}
-    save_file(base, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text("{}")
+    case, base = fixture(name, folder)
     for left_out in ("pytorch_model.bin", FILES[0]):  # an adapter, as training scripts leave it
-        (folder / left_out).write_bytes(b"{}")
-    return folder, models.case(name).merged()
+        (base / left_out).write_bytes(b"{}")
+    return base, case.merged()
 
 
 @pytest.mark.parametrize(("kind", "name"), [("peft", "tokens"), ("orbax", "scanned")])
 def test_merge_into_hugging_face(kind: str, name: str, tmp_path: Folder, orbax: Any) -> None:
     """What PyTorch merged, from either format of the adapter; other files are copied or named."""
-    base, merged = huggingface(tmp_path / "base", name)
+    base, merged = huggingface(tmp_path, name)
     folder, case, _ = orbax(name)
     args = (folder, "--names", table(name)) if kind == "orbax" else (case.folder,)
     text = run("merge", base, args[0], tmp_path / "m", *args[1:], "--json").stdout

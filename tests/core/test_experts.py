@@ -1,4 +1,4 @@
-"""Experts that share a factor: how many parameters they train, their files, what is refused."""
+"""Experts that share a factor, rows of them with an adapter each, files, what is refused."""
 
 import functools
 from collections.abc import Callable
@@ -15,8 +15,6 @@ from small import array, assert_close, every, randomize, some
 import jlora
 from jlora import DoRA, Full, LoRA, checkpoint, many, peft
 
-# Qwen3-30B-A3B: its layers, experts and widths.
-LAYERS, EXPERTS, WIDTH, HIDDEN, QUERIES, KEYS = 48, 128, 2048, 768, 32 * 128, 4 * 128
 MIXTURE = {"up": (3, 6, 5), "down": (3, 5, 6)}
 NAMES = [
     peft.Name("up", "mlp.experts", "eio", "up_proj"),
@@ -28,51 +26,6 @@ def mixture(p: Any, x: jax.Array) -> jax.Array:
     """(3 experts, rows, 6) to the same."""
     h = jnp.tanh(jnp.einsum("ebi,eio->ebo", x, p["up"]))
     return jnp.einsum("ebi,eio->ebo", h, p["down"])
-
-
-def qwen3(p: Any, x: jax.Array) -> jax.Array:
-    """The products of Qwen3-30B-A3B, without what stands between them."""
-
-    def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
-        q, k, v = (x @ p[name] for name in "qkv")
-        x = q @ p["o"] + (k * v).sum()
-        rows = jnp.broadcast_to(x, (EXPERTS, *x.shape)) * 2  # what a router would send
-        gate, up = (jnp.einsum("ebi,eio->ebo", rows, p[name]) for name in ("gate", "up"))
-        return jnp.einsum("ebo,eoi->ebi", gate * up, p["down"]).sum(0), None
-
-    return jax.lax.scan(layer, x, p)[0]
-
-
-def shapes_of_qwen3() -> Any:
-    matrices = {
-        "q": (WIDTH, QUERIES),
-        "k": (WIDTH, KEYS),
-        "v": (WIDTH, KEYS),
-        "o": (QUERIES, WIDTH),
-    }
-    experts = dict.fromkeys(("gate", "up"), (WIDTH, HIDDEN)) | {"down": (HIDDEN, WIDTH)}
-    matrices |= {name: (EXPERTS, *shape) for name, shape in experts.items()}
-    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    return {name: struct((LAYERS, *shape)) for name, shape in matrices.items()}
-
-
-@pytest.mark.parametrize(
-    ("rules", "each"),
-    [
-        ([LoRA("[qkvo]", rank=1)], 835_584),
-        ([LoRA("gate|up|down", rank=1)], 51_904_512),
-        (
-            [LoRA("gate|up", rank=1, share="inputs"), LoRA("down", rank=1, share="outputs")],
-            14_450_688,
-        ),
-    ],
-)
-@pytest.mark.parametrize("rank", [1, 8])
-def test_counts_of_qwen3(rules: list[LoRA], each: int, rank: int) -> None:
-    """The experts share what is of the model's width, and differ in what is of their own."""
-    lora = jlora.transform(qwen3, *(rule.of_rank(rank) for rule in rules))
-    x = jax.ShapeDtypeStruct((2, WIDTH), jnp.bfloat16)
-    assert lora.sites(shapes_of_qwen3(), x).trainable == rank * each
 
 
 def make(*rules: LoRA) -> tuple[Any, Any, jlora.types.Transformed, jax.Array]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from messages import all_refused, check_text, refused
 from own_methods import Diagonal, Gain
-from small import every, some
+from small import every, raw, some
 
 import jlora.keras
 from jlora import DoRA, Full, LoRA, Rows, checkpoint
@@ -57,6 +57,11 @@ def noisy(adapted: Adapted) -> Adapted:
     return adapted
 
 
+def weights(model: Any) -> dict[str, Any]:
+    """Its values by path."""
+    return {v.path: v.value for v in model.weights}
+
+
 # Every method, two of them somebody else's.
 RULES = (
     LoRA("kernel", rank=2),
@@ -82,7 +87,7 @@ def test_a_call_is_that_of_the_transform(rule: Any, policy: str) -> None:
         with keras.StatelessScope(values):
             return model(x)
 
-    params = {v.path: v.value for v in model.weights}
+    params = weights(model)
     within = 1e-5 if policy == "float32" else 0.05
     expected = jax.jit(jlora.transform(call, rule).apply)(params, adapted.adapter, X)
     np.testing.assert_allclose(adapted(X), expected, within, within)
@@ -94,7 +99,7 @@ def test_a_call_is_that_of_the_transform(rule: Any, policy: str) -> None:
 
 def test_fit_trains_the_adapter_alone() -> None:
     model = network()
-    before = {v.path: np.array(v.value) for v in model.weights}
+    before = raw(weights(model))
     adapted = adapt(model, LoRA("kernel", rank=4, dropout=0.1), example=X, seed=1)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     adapted.compile(keras.optimizers.Adam(1e-2), loss, metrics=["accuracy"])
@@ -103,8 +108,7 @@ def test_fit_trains_the_adapter_alone() -> None:
     assert found["loss"][-1] < found["loss"][0] - 0.3
     assert len(adapted.trainable_variables) == 4
     assert len(adapted.optimizer.variables) == 2 + 2 * 4
-    for v in model.weights:
-        np.testing.assert_array_equal(v.value, before[v.path])
+    assert raw(weights(model)) == before
     drawn = [v for v in model.variables if "seed" in v.path]
     assert [int(v.value[1]) for v in drawn] == [40]  # two batches in each of 20 epochs
 
@@ -221,14 +225,13 @@ PISSA = LoRA("kernel", rank=2, init=jlora.initializers.pissa)
 def test_a_base_that_a_start_changes(tmp_path: Any) -> None:
     """Stays as it is, beside what the start made of it, until the merge."""
     model = network()
-    before = [np.array(v.value) for v in model.weights]
+    before = raw(weights(model))
     expected = model.predict(X, verbose=0)
     adapted = adapt(model, PISSA, example=X)
     np.testing.assert_allclose(adapted(X), expected, atol=1e-5)
     changed = noisy(adapted)(X)
     assert not np.allclose(changed, expected, atol=1e-2)
-    for v, w in zip(model.weights, before, strict=True):
-        np.testing.assert_array_equal(v.value, w)
+    assert raw(weights(model)) == before
 
     adapted.save_weights(tmp_path / "own.weights.h5")
     other = adapt(network(), PISSA, example=X, seed=3)
@@ -254,7 +257,7 @@ def test_weights_are_not_copied() -> None:
 def test_a_frozen_model_that_is_freed_trains_the_adapter_alone(outer: bool) -> None:
     """As the discriminator of a GAN is, alone or as a part of a model."""
     model = network()
-    before = [np.array(v.value) for v in model.weights]
+    before = raw(weights(model))
     adapted = adapt(model, LoRA("kernel", rank=2), example=X)
     whole = keras.Sequential([layers.Input([16]), adapted]) if outer else adapted
     own = [np.array(v.value) for v in adapted.trainable_variables]
@@ -268,8 +271,7 @@ def test_a_frozen_model_that_is_freed_trains_the_adapter_alone(outer: bool) -> N
             not np.array_equal(v.value, w) for v, w in zip(adapted.weights[:4], own, strict=True)
         ]
         assert any(moved) == trainable
-    for v, w in zip(model.weights, before, strict=True):
-        np.testing.assert_array_equal(v.value, w)
+    assert raw(weights(model)) == before
 
 
 @pytest.mark.parametrize("part", some(["model", "layer"], "layer"))
@@ -282,11 +284,10 @@ def test_a_base_that_is_freed_is_refused(part: str, compiled: bool) -> None:
     if compiled:
         adapted.fit(X, X[:, :4], verbose=0)
     (model if part == "model" else model.layers[0]).trainable = True
-    before = [np.array(v.value) for v in model.weights]
+    before = raw(weights(model))
     with refused(RuntimeError, "", "have become trainable, such as network/d"):
         adapted.fit(X, X[:, :4], verbose=0)
-    for v, w in zip(model.weights, before, strict=True):
-        np.testing.assert_array_equal(v.value, w)
+    assert raw(weights(model)) == before
     adapted.base.trainable = False
     adapted.fit(X, X[:, :4], verbose=0)
 

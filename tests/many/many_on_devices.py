@@ -74,7 +74,9 @@ def test_rows_are_what_they_are_alone(form, apply):
     args = zip((table, params, which, ids), (specs, SPECS, rows, rows), strict=True)
     args = [put(tree, MESH, spec) for tree, spec in args]
     program = compiled(on_mesh, *args)
-    close(program(*args), jax.jit(laws.value_and_slope(alone(params, which, ids)))(table))
+    laws.assert_close(
+        program(*args), jax.jit(laws.value_and_slope(alone(params, which, ids)))(table), 1e-9
+    )
     found = moved(program)
     assert all(n < 64 * 128 for kind, n in found if kind != "all-reduce"), found
 
@@ -124,7 +126,7 @@ def test_rows_along_explicit_axes(form, known, of_ids, drop):
             return jax.jit(laws.value_and_slope(step))(table, base, ids, rows)
 
     actual = run(EXPLICIT)
-    close(actual, run(mesh_of(AxisType.Explicit, (1, 1))))
+    laws.assert_close(actual, run(mesh_of(AxisType.Explicit, (1, 1))), 1e-9)
     assert actual[0][0].sharding.spec[0] == "fsdp"
 
 
@@ -161,16 +163,11 @@ def test_steps_are_those_of_one_device(name, runs):
     of_state = sharding.moments(jax.eval_shape(tx.init, table), table, places)
     of_base = jax.tree.map(lambda x: x.sharding, params)
     actual = jax.jit(begin, out_shardings=(of_base, places, of_state))(params)
-    close(actual, (base, table, state))
+    laws.assert_close(actual, (base, table, state), 1e-9)
     placed, alone = jax.jit(step, out_shardings=(places, of_state)), jax.jit(step)
     trained, expected = actual[1:], (table, state)
     for _ in range(3):
         trained, expected = placed(*trained, actual[0]), alone(*expected, base)
-    close(trained, expected)
+    laws.assert_close(trained, expected, 1e-9)
     assert_lies(trained, (places, of_state))
     assert {x.sharding.spec[0] for x in jax.tree.leaves(trained[0])} == {runs} or runs is None
-
-
-def close(actual, expected):
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)

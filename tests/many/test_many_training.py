@@ -17,7 +17,7 @@ import pytest
 import small
 from cases import CASES, Case
 from messages import all_refused, refused
-from small import ADAPTED, PARAMS, X, some, some_rows
+from small import ADAPTED, PARAMS, X, assert_close, raw, some, some_rows
 
 import jlora
 from jlora import Full, LoRA, many
@@ -34,15 +34,6 @@ def slot(tree: Any, i: Any) -> Any:
 def stack(trees: list[Any]) -> Any:
     """Trees of one structure, along a new first axis."""
     return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
-
-
-def raw(tree: Any) -> list[bytes]:
-    """The bytes of every leaf: zeros of two signs, and NaNs, are compared as they are."""
-    return small.raw(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree))
-
-
-def is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 # ------------------------------------------------------------------------------------------- init
@@ -291,13 +282,6 @@ def alone(name: str, i: int, table: Any, grads: list[Any]) -> Any:
     return run_of(name, True)(table, grads, values=values)
 
 
-def close(actual: Any, expected: Any) -> None:
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert (x.shape, x.dtype) == (y.shape, y.dtype)
-        if not is_key(x):
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("name", some(OPTIMIZERS, "lora_plus"))
 def test_each_run_is_its_own(name: str) -> None:
     """Parameters and states of each slot are those of a single run; the state is no larger."""
@@ -306,7 +290,7 @@ def test_each_run_is_its_own(name: str) -> None:
     assert list(state.steps) == [ROUNDS] * N and all(state.running)
     for i in range(N):
         expected, inner = alone(name, i, slot(table, i), [slot(g, i) for g in grads])
-        close((slot(actual, i), slot(state.inner, i)), (expected, inner))
+        assert_close((slot(actual, i), slot(state.inner, i)), (expected, inner))
     assert all(x.shape[0] == N for x in jax.tree.leaves(state))
 
 
@@ -381,7 +365,7 @@ def test_runs_are_replaced_without_compilation(name: str) -> None:
     assert list(state.steps) == [ROUNDS, 0, ROUNDS] and all(state.running)
     actual, state = run(fresh, grads[:2], state)
     expected = alone(name, 2, slot(fresh, BAD), [slot(g, BAD) for g in grads[:2]])
-    close((slot(actual, BAD), slot(state.inner, BAD)), expected)
+    assert_close((slot(actual, BAD), slot(state.inner, BAD)), expected)
     doubled = {k: 2 * v for k, v in state.hyperparams.items()}  # between steps, with no new start
     run(stack([slot(table, i) for i in (0, 0, 2)]), grads, state._replace(hyperparams=doubled))
     assert run.traced == traced

@@ -23,6 +23,7 @@ import jlora
 from jlora import checkpoint, peft
 from jlora._cli._app import cli
 from jlora.types import Decomposed, LowRank
+from tests.peft.merge.test_peft_merged import checkpoint as write_checkpoint
 from tests.peft.test_campaigns import MANY as MANY_LIES
 from tests.peft.test_campaigns import campaign
 
@@ -586,18 +587,9 @@ STEM = "diffusion_pytorch_model"
 
 def checkpoint_of(folder: Folder, shards: int = 1) -> dict[str, np.ndarray]:
     """The base as diffusers writes it, with random values, which are returned."""
-    folder.mkdir()
     draw = np.random.default_rng(0)
     tensors = {f"{k}.weight": draw.normal(size=x).astype(np.float32) for k, x in SHAPES.items()}
-    files = [f"{STEM}.safetensors"]
-    if shards > 1:
-        files = [f"{STEM}-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-        where = {k: files[i % shards] for i, k in enumerate(tensors)}
-        index = json.dumps({"metadata": {}, "weight_map": where})
-        (folder / f"{STEM}.safetensors.index.json").write_text(index)
-    for i, file in enumerate(files):
-        save_file(dict([*tensors.items()][i::shards]), folder / file)
-    (folder / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    write_checkpoint(folder, tensors, shards, STEM, _class_name="UNet2DConditionModel")
     return tensors
 
 

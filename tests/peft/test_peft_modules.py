@@ -24,7 +24,7 @@ from peft_files import (
     pair,
     write,
 )
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from small import some
 
 import jlora
@@ -458,20 +458,6 @@ def test_lone_parts_of_weights() -> None:
     base = zeros(nodes("gate", "down"))
     with refused(ValueError, "names", "makes these leaves of `params` parts of"):
         peft.to_tensors(base, PARTS)
-
-
-def test_experts_that_are_stored_one_by_one(tmp_path: Folder) -> None:
-    """A checkpoint has a module for each expert where its parameters are not there."""
-    base = {name: normal(i, 3, 4, 6) for i, name in enumerate(("gate", "up", "down"))}
-    tensors = {
-        f"experts.{e}.{name}_proj.weight": np.ascontiguousarray(x[e].T)
-        for name, x in base.items()
-        for e in range(3)
-    }
-    assert_equal(peft.from_tensors(tensors, base, PARTS), base)
-    (tmp_path / "base").mkdir()
-    save_file(tensors, tmp_path / "base" / "model.safetensors")
-    assert_equal(peft.load_base(tmp_path / "base", base, PARTS), base)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from small import some, some_rows
 import jlora
 from jlora import NF4, LoRA, sharding
 from jlora._compat import HURRIED
+from jlora._tree import size_in_bytes
 from tests.bench import tpu, traffic
 
 pytest.importorskip("libtpu")
@@ -64,10 +65,6 @@ def compiled(form, layers, mesh, scheme, *spec):
     return jax.jit(jax.value_and_grad(loss)).lower(*operands).compile(), operands
 
 
-def size(tree):
-    return sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(tree))
-
-
 @pytest.mark.parametrize("form", some(FORMS, "scan+remat"))
 def test_one_weight_at_a_time(form):
     """Of the many, two at most are unpacked at once: one in use, and the next."""
@@ -76,7 +73,7 @@ def test_one_weight_at_a_time(form):
     ours, (adapter, _, x) = compiled(form, layers, mesh, NF4(r"w\d*"))
     dense, ours = dense.memory_analysis(), ours.memory_analysis()
     assert ours.temp_size_in_bytes <= dense.temp_size_in_bytes + 2 * W
-    base = ours.argument_size_in_bytes - size((adapter, x))
+    base = ours.argument_size_in_bytes - size_in_bytes((adapter, x))
     assert 8 * base / (layers * DIM * DIM) == pytest.approx(BITS, rel=0.01)
 
 

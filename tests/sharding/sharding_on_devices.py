@@ -14,7 +14,7 @@ import sharding_models as models
 from jax.sharding import AxisType, reshard
 from jax.sharding import PartitionSpec as P
 from meshes import assert_lies, compiled, mesh_of, moved, on, put
-from small import some
+from small import assert_close, some
 
 import jlora
 from jlora import DoRA, LoRA, Slots, sharding
@@ -30,11 +30,7 @@ def placed(model):
     return base, put(adapter, AUTO, sharding.specs(model.base, adapter)), put(model.args, AUTO, ROW)
 
 
-def close(actual, expected, tolerance=1e-9):
-    """To a share of the largest value."""
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        scale = max(1.0, float(np.abs(np.asarray(y)).max()))
-        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * scale)
+close = functools.partial(assert_close, tolerance=1e-9, least=1.0)
 
 
 def loss_of(lora):
@@ -87,7 +83,7 @@ def test_a_start_and_a_step_are_those_of_one_device(model):
     alone = models.adapter_of(model)
     expected = jax.jit(step)(alone, tx.init(alone), model.params, *model.args)
     close(found[:2], expected[:2])
-    close(found[2:], expected[2:], 1e-5)  # Adam divides by gradients near zero
+    close(found[2:], expected[2:], tolerance=1e-5)  # Adam divides by gradients near zero
 
 
 @pytest.mark.parametrize("name", some(["merge", "unmerge"], "merge"))

@@ -129,16 +129,21 @@ def assert_close(
             continue
         assert y.shape == x.shape, where
         assert y.dtype == x.dtype, where
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if is_key(x):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         x, y = (np.asarray(v, np.result_type(v.dtype, np.float64)) for v in (x, y))
         scale = max(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)), least, 1e-6)
         np.testing.assert_allclose(y / scale, x / scale, rtol=0, atol=tolerance, err_msg=where)
 
 
+def is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def raw(tree: Any) -> list[bytes]:
-    """The bytes of every leaf, so that zeros of different signs differ."""
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+    """The bytes of every leaf, so that zeros of different signs differ; and NaNs."""
+    leaves = (jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(tree))
+    return [np.asarray(x).tobytes() for x in leaves]
 
 
 ADAPTED = (LoRA("kernel|fused", rank=2), Full("bias"), Frozen("vocabulary|bucket"))

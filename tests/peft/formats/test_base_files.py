@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import gguf
@@ -99,8 +100,11 @@ def awq(seed=0, group=64):
     )
 
 
-def compressed(seed=0, group=32, symmetric=True, bits=4, mixed=False, bytes=False):
-    """With `bytes` the zero points are in a byte each, as older versions wrote them."""
+def compressed(seed=0, group=32, symmetric=True, bits=4, mixed=False, bytes=False, known=True):
+    """With `bytes` the zero points are in a byte each, as older versions wrote them.
+
+    An order of groups next to each other that is not `known` yet was written, too.
+    """
     top, groups, order = 2**bits, COLUMNS // group, order_of(group, mixed)
     codes, scale = draw(ROWS, COLUMNS, high=top, seed=seed), scales(ROWS, groups, seed=seed)
     zero, scale = draw(ROWS, groups, high=top, seed=seed + 1), scale.astype(jnp.bfloat16)
@@ -114,8 +118,8 @@ def compressed(seed=0, group=32, symmetric=True, bits=4, mixed=False, bytes=Fals
     elif not symmetric:
         packed = words(np.ascontiguousarray(zero.T), bits=bits).T
         tensors["weight_zero_point"] = np.ascontiguousarray(packed)
-    if mixed:
-        tensors["weight_g_idx"] = order.astype(np.int32)
+    if mixed or not known:
+        tensors["weight_g_idx"] = order.astype(np.int32) if known else np.full(COLUMNS, -1, "i4")
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     used = top // 2 if symmetric and not bytes else zero
     return File(config, grouped(codes, used, scale, order), **tensors)
@@ -239,6 +243,7 @@ FORMATS = {
     "compressed-tensors": compressed,
     "compressed-tensors, asymmetric": partial(compressed, symmetric=False),
     "compressed-tensors, asymmetric by bytes": partial(compressed, bytes=True),
+    "compressed-tensors, no order yet": partial(compressed, known=False),
     "compressed-tensors, 8 bits": partial(compressed, bits=8),
     "compressed-tensors, 8 bits by output": partial(compressed, group=COLUMNS, bits=8),
     "int8 by output": int8,
@@ -287,7 +292,7 @@ def tensors_of(modules):
 
 def write(folder, modules, **config):
     """A folder with the tensors of modules by name."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     [first, *_] = modules.values()
     save_file(tensors_of(modules), folder / "model.safetensors")
     said = {"quantization_config": first.config | config}
@@ -390,14 +395,17 @@ def parts_of_experts(alternating: bool) -> Laid:
     return {"up": file}, names, dict(zip("ab", values, strict=True))
 
 
-def experts_one_by_one() -> Laid:
-    """As DeepSeek ships them: a leaf of all has the codes of each."""
+def experts_one_by_one(make: Callable[..., File], is_one_leaf: bool = False) -> Laid:
+    """As DeepSeek ships them: a leaf has what is stored of all, a part each or both."""
     names, files, values = [], {}, {}
     for j, part in enumerate(("gate", "up")):
-        each = {f"experts.{e}.{part}_proj": fp8(seed=2 * e + j) for e in range(2)}
+        each = {f"experts.{e}.{part}_proj": make(seed=2 * e + j) for e in range(2)}
         names.append(peft.Name(part, "experts", "eio", "gate_up_proj", part=(j, 2)))
         values[part] = np.stack([file.matrix.T for file in each.values()])
         files |= each
+    if is_one_leaf:
+        names = [peft.Name("both", "experts", "eio", "gate_up_proj")]
+        values = {"both": np.concatenate([*values.values()], 2)}
     return files, names, values
 
 
@@ -431,7 +439,9 @@ def heads(*lengths: int) -> Laid:
 LEAVES = {
     "alternating parts": (lambda: parts_of_experts(True), True),
     "parts": (lambda: parts_of_experts(False), True),
-    "one by one": (experts_one_by_one, True),
+    "one by one": (lambda: experts_one_by_one(fp8), True),
+    "one by one, in floats": (lambda: experts_one_by_one(floats), False),
+    "one by one, as one leaf in floats": (lambda: experts_one_by_one(floats, True), False),
     "experts before layers": (experts_before_layers, True),
     "blocks of outputs": (parts_in_blocks_of_outputs, False),
     "blocks in heads": (lambda: heads(2, 64), True),
@@ -450,55 +460,42 @@ def test_leaves_in_codes(case, tmp_path):
     for x, value in values.items():
         assert isinstance(base[x], jlora.Quantized) == is_quantized
         assert_rounded(base[x].array() if is_quantized else base[x], value)
+    if not any(file.config for file in files.values()):
+        named = tensors_of(files), like | {"norm": ONE["norm"]}, [*names, NAMES[-1]]
+        jax.tree.map(np.testing.assert_array_equal, peft.from_tensors(*named), base)
 
 
-def test_gate_and_up_of_experts_one_by_one(tmp_path):
-    """A leaf with both, as PyTorch's module has it; of codes it cannot be made."""
-    names = [peft.Name("w", "experts", "eoi", "gate_up_proj")]
-    each = {
-        f"experts.{e}.{part}_proj.weight": draw(5, 4, seed=2 * e + j).astype(np.float32)
-        for e in range(3)
-        for j, part in enumerate(("gate", "up"))
-    }
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text("{}")
-    save_file(each, tmp_path / "base" / "model.safetensors")
-    like = {"w": jax.ShapeDtypeStruct((3, 10, 4), jnp.float32)}
-    base = peft.load_base(tmp_path / "base", like, names)
-    experts = np.stack(list(each.values())).reshape(3, 10, 4)
-    np.testing.assert_array_equal(base["w"], experts)
-    files = {f"experts.{e}.{part}_proj": fp8(seed=e) for e in range(2) for part in ("gate", "up")}
-    folder = write(tmp_path / "codes", files)
-    like = {"w": jax.ShapeDtypeStruct((2, 2 * ROWS, COLUMNS), jnp.float32), "norm": ONE["norm"]}
-    with pytest.raises(ValueError, match=r"gate_up_proj: is stored in parts, which are quantized"):
-        peft.load_base(folder, like, [*names, NAMES[-1]])
+def test_codes_of_gate_and_up_are_no_one_leaf(tmp_path):
+    """Of those that are stored one by one it cannot be made."""
+    files, names, values = experts_one_by_one(fp8, True)
+    like = {"both": jax.ShapeDtypeStruct(values["both"].shape, jnp.float32), "norm": ONE["norm"]}
+    facts = "experts.gate_up_proj", "is stored in parts, which are quantized"
+    with refused(ValueError, "path", *facts):
+        peft.load_base(write(tmp_path / "base", files), like, [*names, NAMES[-1]])
 
 
-@pytest.mark.parametrize("count", [7, 2**40])
-def test_a_count(count, tmp_path):
-    """It gets the dtype of its leaf, if that can hold it."""
+# Values of 64 bits, the axes of their leaf, and whether 32 hold them: those of a count, of a large
+# one, and of the positions of a window, which each layer has.
+INTEGERS = [(7, "", True), (2**40, "", False), (np.arange(12).reshape(2, 2, 3), "olk", True)]
+
+
+@pytest.mark.parametrize(("values", "axes", "fits"), INTEGERS, ids=["count", "large", "layers"])
+def test_integers(values, axes, fits, tmp_path):
+    """They get the dtype of their leaf, if that can hold them."""
     (tmp_path / "config.json").write_text("{}")
-    count = np.array(count, np.int64)
-    save_file({"bn.num_batches_tracked": count}, tmp_path / "model.safetensors")
-    names = [peft.Name("count", "bn", "", "num_batches_tracked")]
-    like = {"count": jax.ShapeDtypeStruct((), jnp.int32)}
-    if count > 2**31:
-        with pytest.raises(ValueError, match=r"tracked: has values that int32 cannot hold"):
-            peft.load_base(tmp_path, like, names)
-    else:
-        found = peft.load_base(tmp_path, like, names)["count"]
-        assert (found.shape, found.dtype, int(found)) == ((), jnp.int32, 7)
-
-
-def test_integers_of_layers(tmp_path):
-    """The positions of a window, which each layer has."""
-    (tmp_path / "config.json").write_text("{}")
-    each = np.arange(12).reshape(2, 2, 3)
+    values, module = np.array(values, np.int64), "h.{}" if "l" in axes else "h.0"
+    each = values if "l" in axes else [values]
     save_file({f"h.{i}.index": x for i, x in enumerate(each)}, tmp_path / "model.safetensors")
-    names = [peft.Name("index", "h.{}", "olk", "index")]
-    like = {"index": jax.ShapeDtypeStruct((2, 2, 3), jnp.int32)}
+    names = [peft.Name("index", module, axes, "index")]
+    expected = values.swapaxes(0, 1) if "l" in axes else values
+    like = {"index": jax.ShapeDtypeStruct(expected.shape, jnp.int32)}
+    if not fits:
+        with refused(ValueError, "path", "h.0.index", "has values that int32 cannot hold"):
+            peft.load_base(tmp_path, like, names)
+        return
     found = peft.load_base(tmp_path, like, names)["index"]
-    np.testing.assert_array_equal(found, each.swapaxes(0, 1))
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, expected)
 
 
 # ------------------------------------------------------------------------------- files that lie
@@ -582,21 +579,12 @@ def test_lies(format, name, change, where, got, tmp_path):
     assert len(e.value.problems) == 1
 
 
-def groups_of(*sizes):
-    """A configuration of compressed-tensors with a group of modules for each of the sizes."""
-    return {"config_groups": {f"group_{n}": {"weights": {"group_size": n}} for n in sizes}}
+def groups_of(field, *values):
+    """A configuration of compressed-tensors with a group of modules for each of the values."""
+    return {"config_groups": {f"group_{x}": {"weights": {field: x}} for x in values}}
 
 
-def blocks_of(*block):
-    """A configuration of compressed-tensors with blocks, of which the last may be smaller."""
-    return {"config_groups": {"group_0": {"weights": {"block_structure": block}}}}
-
-
-def bits_of(*bits):
-    """A configuration of compressed-tensors with a group of modules for each number of bits."""
-    return {"config_groups": {f"group_{n}": {"weights": {"num_bits": n}} for n in bits}}
-
-
+sizes_of, bits_of = partial(groups_of, "group_size"), partial(groups_of, "num_bits")
 CONFIGURATIONS = [  # what is in a configuration, and what is said of it
     ("gptq", {"bits": 3}, "`bits` of the quantization", "got 3"),
     ("gptq", {"bits": True}, "`bits` of the quantization", "got True"),
@@ -609,7 +597,7 @@ CONFIGURATIONS = [  # what is in a configuration, and what is said of it
     ("awq", {"group_size": 256}, "up", "2 groups of scales for 128 inputs contradict"),
     ("fp8", {"weight_block_size": [48, 48]}, "blocks of 48 × 48; got shape (2, 4)"),
     ("fp8", {"weight_block_size": [0, 48]}, "got [0, 48]"),
-    ("int8 by output", groups_of(64), "up", "1 groups of scales for 128 inputs contradict"),
+    ("int8 by output", sizes_of(64), "up", "1 groups of scales for 128 inputs contradict"),
     *(
         ("compressed-tensors", config, *facts)
         for config, *facts in (
@@ -618,8 +606,12 @@ CONFIGURATIONS = [  # what is in a configuration, and what is said of it
             ({"config_groups": {"group_0": {"format": "mxfp8-quantized"}}}, "got 'mxfp8"),
             ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "'sparse-24-bitmask' is not"),
             ({"transform_config": {"config_groups": {}}}, "rotated weights are not supported"),
-            (groups_of(48, 64), "up", "4 groups of scales for 128 inputs contradict"),
-            (blocks_of(1, 48), "up", "4 groups of scales for 128 inputs contradict"),
+            (sizes_of(48, 64), "up", "4 groups of scales for 128 inputs contradict"),
+            (
+                groups_of("block_structure", (1, 48)),
+                "up",
+                "4 groups of scales for 128 inputs contradict",
+            ),
             (bits_of(8), "its shape (64, 16) is that of 4 bits, and `num_bits`"),
         )
     ),
@@ -640,10 +632,10 @@ def test_configurations(case, tmp_path):
         ("awq", {"group_size": None}),
         ("gptq, all inputs", {"group_size": -1}),
         ("gptq, all inputs", {"group_size": 256}),
-        ("compressed-tensors", groups_of(64, 32)),
-        ("compressed-tensors", groups_of(None)),
-        ("int8 by output", groups_of(64, -1)),
-        ("int8 by tensor", groups_of(None, 64)),
+        ("compressed-tensors", sizes_of(64, 32)),
+        ("compressed-tensors", sizes_of(None)),
+        ("int8 by output", sizes_of(64, -1)),
+        ("int8 by tensor", sizes_of(None, 64)),
     ],
 )
 def test_groups_that_the_configuration_has(format, config, tmp_path):
@@ -695,14 +687,6 @@ def test_codes_and_floats_of_one_name(tmp_path):
         peft.dequantize_checkpoint(folder, tmp_path / "dense")
     with refused(ValueError, "path", "up.weight", "unexpected"):
         peft.load_base(folder, ONE, NAMES)
-
-
-def test_an_order_that_is_not_known_yet(tmp_path):
-    """As compressed-tensors wrote it of groups next to each other."""
-    file = compressed()
-    file["weight_g_idx"] = np.full(COLUMNS, -1, np.int32)
-    base = peft.load_base(write(tmp_path / "base", {"up": file}), ONE, NAMES)
-    np.testing.assert_array_equal(base["up"]["kernel"].array(), file.matrix.T)
 
 
 def mutants(seed, tensors):
