@@ -1,80 +1,43 @@
 """`jlora.precondition(δ)`: each gradient times the inverse matrix of the other factor."""
 
-import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
 import optax
+import peft_files
 import pytest
 from messages import refused
-from small import normal, some
+from nodes import SITES
+from small import array, normal, some
 
 import jlora
 from jlora.extend import Change, Delta, Node, register
+from jlora.types import Decomposed, Layout, LowRank
+
+FORMS: dict[str, tuple[tuple[int, ...], Layout, Any]] = {
+    name: (*site, LowRank) for name, site in SITES.items()
+} | {"dora": (*SITES["plain"], Decomposed)}
 
 
-class Model(NamedTuple):
-    """A function of one weight, its rule, and the axes of A and of B in letters, r the rank."""
-
-    apply: Callable[..., Any]
-    shape: tuple[int, ...]
-    x: tuple[int, ...]
-    rule: Any
-    a: str
-    b: str
-
-
-def layers(p: Any, x: jax.Array) -> jax.Array:
-    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
-
-
-def conv(p: Any, x: jax.Array) -> jax.Array:
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=numbers)
-
-
-LORA, SLOTS = jlora.LoRA("w", rank=3), jlora.LoRA("w", rank=3, slots=jlora.Slots(3, (0, 2)))
-MODELS = {
-    "plain": Model(lambda p, x: x @ p["w"], (6, 4), (4, 6), LORA, "ir", "ro"),
-    "dora": Model(lambda p, x: x @ p["w"], (6, 5), (4, 6), jlora.DoRA("w", rank=3), "ir", "ro"),
-    "slots": Model(lambda p, x: x @ p["w"], (6, 12), (4, 6), SLOTS, "sir", "sro"),
-    "scanned": Model(layers, (2, 6, 6), (4, 6), LORA, "lir", "lro"),
-    "heads": Model(
-        lambda p, x: jnp.einsum("bij,ijkm->bkm", x, p["w"]),
-        (2, 3, 4, 2), (4, 2, 3), LORA, "ijr", "rkm",
-    ),
-    "experts": Model(
-        lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"]),
-        (2, 6, 5), (2, 4, 6), LORA, "eir", "ero",
-    ),
-    "conv": Model(conv, (3, 3, 2, 4), (1, 5, 5, 2), LORA, "hwir", "ro"),
-    "embedding": Model(
-        lambda p, x: p["w"][jnp.asarray(x, jnp.int32)], (9, 5), (4,), LORA, "ir", "ro"
-    ),
-}  # fmt: skip
-
-
-def models(*daily: str) -> Any:
+def forms(*daily: str) -> Any:
     """Some every day, the others in the long run."""
-    return pytest.mark.parametrize("name", some(MODELS, *daily))
+    return pytest.mark.parametrize("name", some(FORMS, *daily))
 
 
-def made(name: str) -> tuple[Any, Any, Any]:
-    """The base, an adapter with noise on all leaves, and gradients of its form, in float64."""
-    model = MODELS[name]
-    lora = jlora.transform(model.apply, dataclasses.replace(model.rule, init=laws.start))
-    params = {"w": normal(0, *model.shape)}
-    base, adapter = lora.init(jax.random.key(0), params, normal(1, *model.x))
-    leaves, tree = jax.tree.flatten(laws.randomize(adapter))
-    grads = [normal(i + 10, *x.shape) for i, x in enumerate(leaves)]
-    return base, jax.tree.unflatten(tree, leaves), jax.tree.unflatten(tree, grads)
+def made(name: str, shape: tuple[int, ...] = ()) -> tuple[Any, Any]:
+    """An adapter of rank 3 and gradients of its form, of the session's width of floats."""
+    usual, layout, cls = FORMS[name]
+    leaves, tree = jax.tree.flatten({"w": peft_files.node(layout, shape or usual, 3, cls=cls)})
+    return (
+        jax.tree.unflatten(tree, leaves),
+        jax.tree.unflatten(tree, [normal(i + 10, *x.shape) for i, x in enumerate(leaves)]),
+    )
 
 
 def chained(tx: Any, damping: Any) -> Any:
@@ -90,54 +53,47 @@ def step(adapter: Any, grads: Any, damping: Any = None) -> Any:
     return update(grads, adapter)
 
 
-def matrices(x: Any, axes: str) -> np.ndarray:
-    """(matrices, inputs or outputs, r): what is neither stack nor slot in one axis."""
-    order = sorted(range(len(axes)), key=lambda i: (axes[i] not in "les", axes[i] == "r"))
-    count = math.prod(x.shape[i] for i in order if axes[i] in "les")
-    return np.transpose(x, order).reshape(count, -1, x.shape[axes.index("r")])
+def matrices(node: Any, name: str) -> jax.Array:
+    """A, or B transposed: (matrices of the stack and of slots, inputs or outputs, r)."""
+    x, layout = getattr(node, name), node.layout
+    count = math.prod(x.shape[: len(layout.stack) + (layout.slots is not None)])
+    return x.reshape(count, -1, 3) if name == "a" else x.reshape(count, 3, -1).mT
 
 
-@models("slots", "dora")
+@forms("slots", "dora")
 def test_is_the_formula(name: str) -> None:
     """By NumPy, matrix by matrix; the magnitudes of DoRA as they were."""
-    damping, model = 0.1, MODELS[name]
+    damping = 0.1
     with jax.enable_x64(True):
-        _, adapter, grads = made(name)
-        updates = step(adapter, grads, damping)["w"]
-        (node,), (grad,) = adapter.values(), grads.values()
-        factors = {"a": model.a, "b": model.b}
-        for mine, other in itertools.permutations(factors):
-            x = matrices(getattr(node, other), factors[other])
-            g = matrices(getattr(grad, mine), factors[mine])
+        adapter, grads = made(name)
+        updates, node, grad = (x["w"] for x in (step(adapter, grads, damping), adapter, grads))
+        for mine, other in itertools.permutations("ab"):
+            x, g = matrices(node, other), matrices(grad, mine)
             gram = np.einsum("nir,nis->nrs", x, x) + damping * np.eye(3)
-            expected = -np.linalg.solve(gram, g.swapaxes(1, 2)).swapaxes(1, 2)
-            actual = matrices(getattr(updates, mine), factors[mine])
-            np.testing.assert_allclose(actual, expected, rtol=1e-9)
+            expected = -np.linalg.solve(gram, g.mT).mT
+            np.testing.assert_allclose(matrices(updates, mine), expected, rtol=1e-9)
         if name == "dora":
             np.testing.assert_array_equal(updates.m, -grad.m)
 
 
-@models("slots")
+@forms("slots")
 def test_a_step_changes_the_weight_alike_however_it_is_split(name: str) -> None:
     """With A·M and M⁻¹·B, whose gradients are Ā·M⁻ᵀ and Mᵀ·B̄, ΔW has the same first change."""
-    model = MODELS[name]
-    whole = "".join(c for c in dict.fromkeys(model.a + model.b) if c != "r")
 
-    def turned(x: jax.Array, axes: str, by: jax.Array) -> jax.Array:
-        return jnp.einsum(f"{axes},rz->{axes.replace('r', 'z')}", x, by)
+    def turned(node: Any, of_a: jax.Array, of_b: jax.Array) -> Any:
+        a, b = (matrices(node, x) @ by for x, by in (("a", of_a), ("b", of_b)))
+        return node._replace(a=a.reshape(node.a.shape), b=b.mT.reshape(node.b.shape))
 
     def change(node: Any, grad: Any, damping: Any = None) -> jax.Array:
         update = step({"w": node}, {"w": grad}, damping)["w"]
-        product = f"{model.a},{model.b}->{whole}"
-        return jnp.einsum(product, update.a, node.b) + jnp.einsum(product, node.a, update.b)
+        each = [(update, node), (node, update)]
+        return sum(matrices(x, "a") @ matrices(y, "b").mT for x, y in each)
 
     with jax.enable_x64(True):
-        _, adapter, grads = made(name)
+        adapter, grads = made(name)
         node, grad, m = adapter["w"], grads["w"], normal(5, 3, 3)
         back = jnp.linalg.inv(m)
-        other = node._replace(a=turned(node.a, model.a, m), b=turned(node.b, model.b, back.T))
-        of_other = grad._replace(a=turned(grad.a, model.a, back.T), b=turned(grad.b, model.b, m))
-        each = [(node, grad), (other, of_other)]
+        each = [(node, grad), (turned(node, m, back.T), turned(grad, back.T, m))]
         expected, actual = (change(*pair, 1e-12) for pair in each)
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
         expected, actual = (change(*pair) for pair in each)
@@ -146,7 +102,7 @@ def test_a_step_changes_the_weight_alike_however_it_is_split(name: str) -> None:
 
 def test_comes_before_the_transformation_and_lora_plus_after() -> None:
     """What `tx` sees are the new gradients, so that Adam's first step is their sign."""
-    _, adapter, grads = made("plain")
+    adapter, grads = made("plain")
     tx = chained(optax.chain(optax.scale_by_sign(), jlora.lora_plus(4.0)), 0.1)
     update = jax.jit(lambda grads, adapter: tx.update(grads, tx.init(adapter), adapter)[0])
     seen, updates = (x["w"] for x in (step(adapter, grads, 0.1), update(grads, adapter)))
@@ -158,7 +114,7 @@ def test_comes_before_the_transformation_and_lora_plus_after() -> None:
 @pytest.mark.parametrize("freeze_a", [False, True])
 def test_both_trees_train_the_same_adapter(freeze_a: bool) -> None:
     """Of `Params` the base stays as it is; A is in the matrix of B also where it is frozen."""
-    base, adapter, grads = made("scanned")
+    base, (adapter, grads) = {"w": array(3, 12, 9)}, made("stacked")
     tx = chained(optax.adam(0.1), 1e-6)
     if freeze_a:
         adapter, grads = ({"w": x["w"]._replace(frozen=("a",))} for x in (adapter, grads))
@@ -178,7 +134,7 @@ def test_both_trees_train_the_same_adapter(freeze_a: bool) -> None:
 
 def test_dtypes_stay_and_zero_is_no_division() -> None:
     """bfloat16 in, bfloat16 out; B of zero gives A the gradient of zero that it has."""
-    _, adapter, grads = made("plain")
+    adapter, grads = made("plain")
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (adapter, grads))
     updates = jax.eval_shape(lambda x: step(*x, 1e-6), narrow)
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
@@ -188,7 +144,7 @@ def test_dtypes_stay_and_zero_is_no_division() -> None:
     assert not np.any(updates.a) and np.isfinite(updates.b).all()
 
 
-def axes_of(names: str, layout: jlora.types.Layout) -> Any:
+def axes_of(names: str, layout: Layout) -> Any:
     """Those of A and B, by names of their own, of the rank too."""
     of_a, of_b = (*layout.inputs, "width"), ("width", *layout.outputs)
     return {x: (*layout.stack, *(of_a if x == "u" else of_b)) for x in names}
@@ -201,7 +157,7 @@ class Renamed(Node):
     u: jax.Array
     v: jax.Array
     scale: float
-    layout: jlora.types.Layout
+    layout: Layout
     labels: ClassVar = {"u": "a", "v": "b"}
     axes = staticmethod(functools.partial(axes_of, "uv"))
 
@@ -217,7 +173,7 @@ class TwoB(Node):
     u: jax.Array
     v: jax.Array
     w: jax.Array | None
-    layout: jlora.types.Layout
+    layout: Layout
     labels: ClassVar = {"u": "a", "v": "b", "w": "b"}
     axes = staticmethod(functools.partial(axes_of, "uvw"))
 
@@ -227,7 +183,7 @@ class TwoB(Node):
 
 
 def test_a_and_b_are_what_is_labeled_so() -> None:
-    _, *trees = made("scanned")
+    trees = made("stacked")
     renamed = [{"w": Renamed(*x["w"][:4])} for x in trees]
     tx: Any = jlora.optimizer(jlora.precondition(0.1))
     expected, actual = (
@@ -237,7 +193,7 @@ def test_a_and_b_are_what_is_labeled_so() -> None:
 
 
 def test_one_a_and_one_b_are_needed() -> None:
-    _, adapter, grads = made("plain")
+    adapter, grads = made("plain")
     two = [{"w": TwoB(x["w"].a, x["w"].b, x["w"].b, x["w"].layout)} for x in (adapter, grads)]
     tx = jlora.precondition(0.1)
     with refused(TypeError, "", "got TwoB", "{'u': 'a', 'v': 'b', 'w': 'b'}"):
@@ -245,7 +201,7 @@ def test_one_a_and_one_b_are_needed() -> None:
 
 
 def test_parameters_are_needed() -> None:
-    _, adapter, grads = made("plain")
+    adapter, grads = made("plain")
     for tx in (jlora.precondition(1e-6), chained(optax.sgd(1.0), 1e-6)):
         with refused(ValueError, "", "needs the parameters: call update(grads"):
             tx.update(grads, tx.init(adapter))
@@ -253,7 +209,7 @@ def test_parameters_are_needed() -> None:
 
 def test_a_factor_that_is_hidden_is_missed() -> None:
     """`jlora.optimizer` gives the frozen one, also through wrappers; `optax.masked` does not."""
-    _, adapter, grads = made("plain")
+    adapter, grads = made("plain")
     adapter, grads = ({"w": x["w"]._replace(frozen=("a",))} for x in (adapter, grads))
     tx = optax.chain(jlora.precondition(0.1), optax.sgd(1.0))
     with refused(ValueError, "", "needs A and B, but the transformation around it hides"):

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import laws
+import nodes
 import numpy as np
 import pytest
 from cases import CASES, Case
@@ -71,33 +72,15 @@ def einsum(spec: str) -> Any:
     return lambda p, x: jnp.einsum(spec, x, p["w"])
 
 
-# Model, W, x, slots, and W as the matrices (inputs, outputs) that are factored.
+# Model, W, x and slots.
 FORMS: dict[str, Any] = {
-    "dense": (dense, (12, 10), (2, 12), None, lambda w: [w]),
-    "stack": (layers, (3, 7, 5), (3, 2, 7), None, list),
-    "experts": (
-        einsum("lebi,leio->lebo"),
-        (2, 3, 6, 5),
-        (2, 3, 2, 6),
-        None,
-        lambda w: list(w.reshape(6, 6, 5)),
-    ),
-    "last": (
-        einsum("sbi,ios->sbo"),
-        (8, 6, 3),
-        (3, 2, 8),
-        None,
-        lambda w: list(w.transpose(2, 0, 1)),
-    ),
-    "convolution": (convolution, (3, 4, 10), (2, 7, 4), None, lambda w: [w.reshape(12, 10)]),
-    "slots": (dense, (8, 18), (2, 8), Slots(3, (0, 2)), lambda w: [w[:, :6], w[:, 12:]]),
-    "stack of slots": (
-        layers,
-        (2, 8, 18),
-        (2, 2, 8),
-        Slots(3, (2,)),
-        lambda w: [w[0, :, 12:], w[1, :, 12:]],
-    ),
+    "dense": (dense, (12, 10), (2, 12), None),
+    "stack": (layers, (3, 7, 5), (3, 2, 7), None),
+    "experts": (einsum("lebi,leio->lebo"), (2, 3, 6, 5), (2, 3, 2, 6), None),
+    "last": (einsum("sbi,ios->sbo"), (8, 6, 3), (3, 2, 8), None),
+    "convolution": (convolution, (3, 4, 10), (2, 7, 4), None),
+    "slots": (dense, (8, 18), (2, 8), Slots(3, (0, 2))),
+    "stack of slots": (layers, (2, 8, 18), (2, 2, 8), Slots(3, (2,))),
 }
 RANK, ALPHA = 3, 5.0
 
@@ -105,11 +88,17 @@ RANK, ALPHA = 3, 5.0
 @functools.cache
 def made(form: str, init: Any, kind: Any = jnp.float32, rule: Any = LoRA, **options: Any) -> Any:
     """Transform, parameters, base, adapter and x of one of `FORMS`."""
-    apply, shape, of_x, slots, _ = FORMS[form]
+    apply, shape, of_x, slots = FORMS[form]
     rule = rule("w", rank=RANK, alpha=ALPHA, slots=slots, init=init, **options)
     lora, params = jlora.transform(apply, rule), {"w": as_jax(array(*shape), kind)}
     x = as_jax(array(*of_x), kind)
     return lora, params, *lora.init(KEY, params, x), x
+
+
+def matrices(w: Any, node: Any) -> np.ndarray:
+    """Those of W (inputs, outputs) that are factored."""
+    each = nodes.matrices(w, node.layout)
+    return each.reshape(-1, *each.shape[-2:])
 
 
 def singular(kept: slice) -> Any:
@@ -141,16 +130,16 @@ def test_initializers_of_jax_draw_each_matrix_of_a(name: str, form: str) -> None
     """B is zero; a variance is that of the inputs of one matrix, however many are stacked."""
     init, deviation = OF_JAX[name]
     node = made(form, init)[3]["w"]
-    own = FORMS[form][4](np.zeros(FORMS[form][1]))  # the matrices
-    a = np.asarray(node.a).reshape(len(own), len(own[0]), RANK)
+    count, inputs, _ = matrices(np.zeros(FORMS[form][1]), node).shape
+    a = np.asarray(node.a).reshape(count, inputs, RANK)
     assert not np.any(node.b)
-    expected = deviation(len(own[0]))
+    expected = deviation(inputs)
     assert abs(a.std() / expected - 1) < 4 / a.size**0.5 if expected else np.all(a == 0.5)
     if name != "constant":
         assert len(np.unique(a)) == a.size
     if name == "orthogonal":
         np.testing.assert_allclose(
-            a.mT @ a, np.broadcast_to(np.eye(RANK), (len(a), 3, 3)), atol=1e-5
+            a.mT @ a, np.broadcast_to(np.eye(RANK), (count, 3, 3)), atol=1e-5
         )
 
 
@@ -163,11 +152,10 @@ def test_the_part_of_each_matrix(name: str, form: str) -> None:
     """In float64: what is taken is the formula's, what is left the rest; other slots stay."""
     with jax.enable_x64(True):
         lora, params, base, adapter, x = made(form, CHANGING[name], jnp.float64)
-        matrices = FORMS[form][-1]
         w, rest = (np.asarray(t["w"]) for t in (params, base))
-        for whole, left in zip(matrices(w), matrices(rest), strict=True):
-            np.testing.assert_allclose(whole - left, PARTS[name](whole), atol=1e-12)
-        assert np.sum(w != rest) <= sum(x.size for x in matrices(w))
+        whole, left = (matrices(x, adapter["w"]) for x in (w, rest))
+        np.testing.assert_allclose(whole - left, [*map(PARTS[name], whole)], atol=1e-12)
+        assert np.sum(w != rest) <= whole.size
         np.testing.assert_allclose(jlora.merge(base, adapter)["w"], w, atol=1e-12)
         np.testing.assert_allclose(lora.apply(base, adapter, x), FORMS[form][0](params, x), 1e-12)
         assert {x.dtype for x in (base["w"], adapter["w"].a, adapter["w"].b)} == {np.dtype("f8")}
@@ -394,7 +382,7 @@ def changes(form: str, init: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     node = adapter["w"]
     b = array(*node.b.shape)
     delta = jlora.merge({"w": jnp.zeros_like(params["w"])}, {"w": node._replace(b=b)})["w"]
-    each = FORMS[form][-1](np.asarray(delta))
+    each = matrices(delta, node)
     return list(zip(each, np.asarray(b).reshape(len(each), RANK, -1), strict=True))
 
 
@@ -484,7 +472,7 @@ def test_miss_among_adapters() -> None:
 @pytest.mark.parametrize("name", some(STARTS, "pissa_niter"))
 def test_equal_starts_share_a_program(name: str, caplog: Any) -> None:
     """A sweep makes its rules anew for each run."""
-    apply, shape, of_x, *_ = FORMS["dense"]
+    apply, shape, of_x, _ = FORMS["dense"]
     params, x = {"w": as_jax(array(*shape))}, as_jax(array(*of_x))
     jax.clear_caches()
     with jax.log_compiles():
