@@ -17,115 +17,55 @@ from safetensors.torch import load_file
 
 from jlora import peft
 
-# By whatever names a family has for them.
-_NAMES = {
-    71: "vocab_size",
-    48: "intermediate_size hidden_dim d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim",
-    40: "max_position_embeddings max_target_positions",
-    32: "hidden_size d_model dim",
-    24: "shared_expert_intermediate_size",
-    20: "moe_intermediate_size",
-    16: "d_kv image_size",
-    8: "patch_size",
-    3: "num_local_experts num_experts num_labels eos_token_id decoder_start_token_id",
-    2: "num_hidden_layers num_layers n_layers num_attention_heads num_heads n_heads "
-    "encoder_attention_heads decoder_attention_heads num_experts_per_tok bos_token_id",
-    1: "encoder_layers decoder_layers num_key_value_heads pad_token_id",
-}
-SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
-HEADS = {"head_dim": 16}
 TIED = {"tie_word_embeddings": True}
-# The models of `transformers`, tiny; version 5 calls many modules otherwise than it saves them.
-_FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "llama-tied": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "phi": "PhiForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "starcoder2": "Starcoder2ForCausalLM",
-    "stablelm": "StableLmForCausalLM",
-    "cohere": "CohereForCausalLM",
-    "olmo": "OlmoForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2-moe": "Qwen2MoeForCausalLM",
-    "qwen3-moe": "Qwen3MoeForCausalLM",
-    "gpt-oss": "GptOssForCausalLM",
-    "deepseek-v3": "DeepseekV3ForCausalLM",
-    "llama4": "Llama4ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "gptj": "GPTJForCausalLM",
-    "gpt-neo": "GPTNeoForCausalLM",
-    "gpt-neox": "GPTNeoXForCausalLM",
-    "opt": "OPTForCausalLM",
-    "bloom": "BloomForCausalLM",
-    "falcon": "FalconForCausalLM",
-    "bert": "BertForSequenceClassification",
-    "bert-mlm": "BertForMaskedLM",
-    "roberta": "RobertaForSequenceClassification",
-    "deberta-v2": "DebertaV2ForSequenceClassification",
-    "electra": "ElectraForSequenceClassification",
-    "distilbert": "DistilBertForSequenceClassification",
-    "albert": "AlbertForSequenceClassification",
-    "codegen": "CodeGenForCausalLM",
-    "t5": "T5ForConditionalGeneration",
-    "bart": "BartForConditionalGeneration",
-    "whisper": "WhisperForConditionalGeneration",
-    "vit": "ViTForImageClassification",
-    "dinov2": "Dinov2ForImageClassification",
-    "resnet": "ResNetForImageClassification",
-    "clip": "CLIPModel",
-    "gemma4": "Gemma4ForCausalLM",
-    "gemma4-moe": "Gemma4ForCausalLM",
-    "qwen3.5": "Qwen3_5ForCausalLM",
-    "qwen3.5-moe": "Qwen3_5MoeForCausalLM",
-    "qwen2-vl": "Qwen2VLForConditionalGeneration",
-    "llava": "LlavaForConditionalGeneration",
-    "gemma3-vl": "Gemma3ForConditionalGeneration",
-    "gemma4-vl": "Gemma4ForConditionalGeneration",
-    "qwen3.5-vl": "Qwen3_5ForConditionalGeneration",
-    "qwen3.5-vl-moe": "Qwen3_5MoeForConditionalGeneration",
-    "llama4-vl": "Llama4ForConditionalGeneration",
-    "swin": "SwinForImageClassification",
-    "segformer": "SegformerForSemanticSegmentation",
-    "nemotron-h": "NemotronHForCausalLM",
-    "altclip": "AltCLIPModel",
-    "phimoe": "PhimoeForCausalLM",
-    "granitemoe": "GraniteMoeForCausalLM",
-    "qwen3-vl-moe": "Qwen3VLMoeForConditionalGeneration",
-    "nomic": "NomicBertForMaskedLM",
-    "jina-v3": "JinaEmbeddingsV3ForSequenceClassification",
-    "gte": "GteForMaskedLM",
-    "hrm": "HrmTextForCausalLM",
-    "dinov2-giant": "Dinov2ForImageClassification",
-    "kimi-k2.5": "Kimi_K25ForConditionalGeneration",
-    "minimax-m3": "MiniMaxM3SparseForConditionalGeneration",
-    "trocr": "VisionEncoderDecoderModel",
-}
+# The models of `transformers`, tiny, some of them twice, with other fields; version 5 calls many
+# modules otherwise than it saves them.
+_CLASSES = """
+    LlamaForCausalLM LlamaForCausalLM-tied MistralForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM
+    GemmaForCausalLM Gemma2ForCausalLM PhiForCausalLM Phi3ForCausalLM Starcoder2ForCausalLM
+    StableLmForCausalLM CohereForCausalLM OlmoForCausalLM GraniteForCausalLM MixtralForCausalLM
+    Qwen2MoeForCausalLM Qwen3MoeForCausalLM GptOssForCausalLM DeepseekV3ForCausalLM
+    Llama4ForCausalLM GPT2LMHeadModel GPTJForCausalLM GPTNeoForCausalLM GPTNeoXForCausalLM
+    OPTForCausalLM BloomForCausalLM FalconForCausalLM BertForSequenceClassification BertForMaskedLM
+    RobertaForSequenceClassification DebertaV2ForSequenceClassification
+    ElectraForSequenceClassification DistilBertForSequenceClassification
+    AlbertForSequenceClassification CodeGenForCausalLM T5ForConditionalGeneration
+    BartForConditionalGeneration WhisperForConditionalGeneration ViTForImageClassification
+    Dinov2ForImageClassification ResNetForImageClassification CLIPModel Gemma4ForCausalLM
+    Gemma4ForCausalLM-experts Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM
+    Qwen2VLForConditionalGeneration LlavaForConditionalGeneration Gemma3ForConditionalGeneration
+    Gemma4ForConditionalGeneration Qwen3_5ForConditionalGeneration
+    Qwen3_5MoeForConditionalGeneration Llama4ForConditionalGeneration SwinForImageClassification
+    SegformerForSemanticSegmentation NemotronHForCausalLM AltCLIPModel PhimoeForCausalLM
+    GraniteMoeForCausalLM Qwen3VLMoeForConditionalGeneration NomicBertForMaskedLM
+    JinaEmbeddingsV3ForSequenceClassification GteForMaskedLM HrmTextForCausalLM
+    Dinov2ForImageClassification-gated Kimi_K25ForConditionalGeneration
+    MiniMaxM3SparseForConditionalGeneration VisionEncoderDecoderModel
+"""
 # What the configurations of some have beside small sizes.
 _BOTH = {"layer_types": ["linear_attention", "full_attention"]}
 _FIELDS: dict[str, dict[str, Any]] = {
-    "llama-tied": TIED,
-    "gemma4-moe": {"enable_moe_block": True, "num_experts": 3, "moe_intermediate_size": 20},
-    "qwen3.5": _BOTH,
-    "qwen3.5-moe": _BOTH,
-    "dinov2-giant": {"use_swiglu_ffn": True},
-    "trocr": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "LlamaForCausalLM-tied": TIED,
+    "Gemma4ForCausalLM-experts": {
+        "enable_moe_block": True,
+        "num_experts": 3,
+        "moe_intermediate_size": 20,
+    },
+    "Qwen3_5ForCausalLM": _BOTH,
+    "Qwen3_5MoeForCausalLM": _BOTH,
+    "Dinov2ForImageClassification-gated": {"use_swiglu_ffn": True},
+    "VisionEncoderDecoderModel": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
 }
+_HERE = set(dir(transformers))  # of the installed version; `hasattr` would import each
 if transformers.__version__ < "5":  # which has other defaults for their parts
-    del _FAMILIES["qwen3-vl-moe"], _FAMILIES["trocr"]
-_CLASSES = frozenset(dir(transformers))  # of the installed version; `hasattr` would import each
-FAMILIES = {name: cls for name, cls in _FAMILIES.items() if cls in _CLASSES}
+    _HERE -= {"Qwen3VLMoeForConditionalGeneration", "VisionEncoderDecoderModel"}
+FAMILIES = [name for name in _CLASSES.split() if name.partition("-")[0] in _HERE]
 
 
 def make_model(family: str, **fields: Any) -> Any:
     """A tiny random model, with other fields in its configuration."""
     torch.manual_seed(0)
-    cls = getattr(transformers, FAMILIES[family])
+    cls = getattr(transformers, family.partition("-")[0])
     return tiny_models.make_model(cls, _FIELDS.get(family, {}) | fields, is_untied=False)
 
 

@@ -28,7 +28,11 @@ SLICE = [
     for step in (0, 3)
 ]
 # A model that partly has the names of the checkpoint, and two that have none of them.
-ONCE = {"trocr": "bias-of-b", "nemotron-h": "experts", "altclip": "all-linear"}
+ONCE = {
+    "VisionEncoderDecoderModel": "bias-of-b",
+    "NemotronHForCausalLM": "experts",
+    "AltCLIPModel": "all-linear",
+}
 SLICE += [x for x in ONCE.items() if x[0] in families.FAMILIES and x not in SLICE]
 
 

@@ -17,8 +17,9 @@ torch = pytest.importorskip("torch")
 hf_peft = pytest.importorskip("peft")
 
 import peft_families  # noqa: E402
+import tiny_models  # noqa: E402
 import transformers  # noqa: E402
-from peft_families import HEADS, SIZES, TIED  # noqa: E402
+from peft_families import TIED  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from jlora import peft  # noqa: E402
@@ -96,14 +97,14 @@ def make(architecture: str, **config: Any) -> Any:
     """A tiny random model."""
     torch.manual_seed(0)
     cls = getattr(transformers, architecture)
-    sizes = {} if config.keys() & {"text_config", "ngram"} else SIZES
-    return cls(cls.config_class(**copy.deepcopy(sizes | config))).eval()
+    if "encoder" in config:
+        return cls(cls.config_class(**copy.deepcopy(config))).eval()
+    return tiny_models.make_model(cls, config, is_untied=False)
 
 
 # ----------------------------------------------------------------------------------- heads
 
 POOLER = ("bert.pooler", "pooler")
-GEMMA3 = {"text_config": SIZES | HEADS, "vision_config": SIZES, "mm_tokens_per_image": 1}
 # Architecture of the base and of the adapted model; its task, labels, and what it has of no one.
 HEADED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "bert": ("BertForMaskedLM", "BertForSequenceClassification", {}, {}, POOLER),
@@ -117,14 +118,13 @@ HEADED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], tuple[str, ...
     "tied": (
         "LlamaForCausalLM", "LlamaForSequenceClassification", {"tie_word_embeddings": True}, {}, ()
     ),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextForSequenceClassification", HEADS, {}, ()),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextForSequenceClassification", {}, {}, ()),
     "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification", {}, {"num_labels": 4}, ()),
     "gpt2 without prefix": ("GPT2Model", "GPT2ForSequenceClassification", {}, {}, ()),
     "t5": ("T5ForConditionalGeneration", "T5ForSequenceClassification", {}, {}, ()),
     "bart": ("BartForConditionalGeneration", "BartForSequenceClassification", {}, {}, ()),
     "images and text": (
-        "Gemma3ForConditionalGeneration", "Gemma3ForSequenceClassification",
-        GEMMA3, {}, ()
+        "Gemma3ForConditionalGeneration", "Gemma3ForSequenceClassification", {}, {}, ()
     ),
     "vit": ("ViTModel", "ViTForImageClassification", {}, {"num_labels": 7}, ()),
 }  # fmt: skip
@@ -200,16 +200,12 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 TIED_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaForCausalLM", TIED),
-    "gemma": ("GemmaForCausalLM", "GemmaForCausalLM", HEADS),
+    "gemma": ("GemmaForCausalLM", "GemmaForCausalLM", {}),
     "gpt2": ("GPT2LMHeadModel", "GPT2LMHeadModel", {}),
     "gpt2 without prefix": ("GPT2Model", "GPT2LMHeadModel", {"architectures": ["GPT2LMHeadModel"]}),
     "bloom": ("BloomForCausalLM", "BloomForCausalLM", {}),
 }
-TEXT, VISION = {"model_type": "llama"} | SIZES | TIED, {"model_type": "clip_vision_model"} | SIZES
-PARTS = {  # of models whose text is a part
-    "Llava": {"text_config": TEXT, "vision_config": VISION} | TIED,
-    "Gemma3": GEMMA3,
-}
+PARTS = {"Llava": {"text_config": TIED} | TIED, "Gemma3": {}}  # of models whose text is a part
 TIED_MODELS |= {
     name: (cls := f"{name}ForConditionalGeneration", cls, own) for name, own in PARTS.items()
 }
@@ -255,33 +251,25 @@ def test_one_side_of_a_tied_weight(name: str, side: str, tmp_path: Folder) -> No
 
 # ------------------------------------------------------------------- tables that are read twice
 
-SPEECH = {"num_mel_bins": 16, "input_feat_per_channel": 16, "max_source_positions": 40}
-SPEECH_T5 = {
-    "conv_dim": (32, 32), "conv_stride": (5, 2), "conv_kernel": (10, 3),
-    "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4, "decoder_layers": 1, "decoder_ffn_dim": 48,
-    "decoder_attention_heads": 2,
-}  # fmt: skip
-SEAMLESS = {
-    **{f"{part}_layers": 1 for part in ("speech_encoder", "t2u_encoder", "t2u_decoder")},
-    **{f"{part}_attention_heads": 2 for part in ("speech_encoder", "t2u_encoder", "t2u_decoder")},
-    "t2u_vocab_size": 50, "speech_encoder_intermediate_size": 48, "t2u_encoder_ffn_dim": 48,
-    "t2u_decoder_ffn_dim": 48, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4,
-}  # fmt: skip
-BERT = SIZES | {"model_type": "bert"}
+
+def part(name: str, **fields: Any) -> dict[str, Any]:
+    """The configuration of a tiny model within another."""
+    kind = getattr(transformers, f"{name}Config")
+    return tiny_models.make_config(kind, fields=fields, is_untied=False).to_dict()
+
+
 DECODER = {"is_decoder": True, "add_cross_attention": True}
-GPT2 = {"model_type": "gpt2", "vocab_size": 71, "n_embd": 32, "n_layer": 1, "n_head": 2} | DECODER
-# Models whose embedding is read once: all changes of it are merged.
+# Models that read their embedding once: all changes of it are merged.
 ONCE: dict[str, tuple[str, dict[str, Any]]] = {
     "xlm-roberta": ("XLMRobertaModel", {}),
     "smollm3": ("SmolLM3Model", TIED),
     "llama": ("LlamaModel", TIED),
     "bert": ("BertModel", {}),
-    "xlm": ("XLMModel", {"emb_dim": 32}),
+    "xlm": ("XLMModel", {}),
     "classifier": ("BertForSequenceClassification", {}),
     "reward": ("LlamaForSequenceClassification", TIED),
     "untied": ("LlamaForCausalLM", UNTIED),
-    "image tokens": ("ImageGPTForCausalImageModeling", {"n_embd": 32, "n_layer": 1, "n_head": 2}),
+    "image tokens": ("ImageGPTForCausalImageModeling", {}),
 }
 # Models that read it twice: their head gets a weight of its own.
 TWICE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -290,20 +278,23 @@ TWICE: dict[str, tuple[str, dict[str, Any]]] = {
     "bert decoder": ("BertLMHeadModel", {"is_decoder": True}),
     "roberta": ("RobertaForMaskedLM", {}),
     "electra": ("ElectraForMaskedLM", {}),
-    "xlm": ("XLMWithLMHeadModel", {"emb_dim": 32}),
+    "xlm": ("XLMWithLMHeadModel", {}),
     "biogpt": ("BioGptForCausalLM", {}),
-    "whisper": ("WhisperForConditionalGeneration", SPEECH),
-    "speech to text": ("SpeechT5ForSpeechToText", SPEECH_T5),
-    "encoder-decoder": ("EncoderDecoderModel", {"encoder": BERT, "decoder": BERT | DECODER}),
+    "whisper": ("WhisperForConditionalGeneration", {}),
+    "speech to text": ("SpeechT5ForSpeechToText", {}),
+    "encoder-decoder": (
+        "EncoderDecoderModel",
+        {"encoder": part("Bert"), "decoder": part("Bert", **DECODER)},
+    ),
 }
 # Models that read it several times, or may: each change of it is refused by name.
 OFTEN_READ: dict[str, tuple[str, dict[str, Any]]] = {
     "bart": ("BartForConditionalGeneration", {}),
     "bart without head": ("BartModel", {}),
-    "marian": ("MarianMTModel", {"decoder_vocab_size": 71}),
-    "seamless": ("SeamlessM4TForTextToText", SEAMLESS),
+    "marian": ("MarianMTModel", {}),
+    "seamless": ("SeamlessM4TForTextToText", {}),
     "image to text": (
-        "VisionEncoderDecoderModel", {"encoder": SIZES | {"model_type": "vit"}, "decoder": GPT2}
+        "VisionEncoderDecoderModel", {"encoder": part("ViT"), "decoder": part("GPT2", **DECODER)}
     ),
 }  # fmt: skip
 CHANGES: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -318,12 +309,12 @@ def inputs(model: Any) -> dict[str, Any]:
     """Tokens, sounds or pixels, and the first tokens of an answer."""
     tokens, draw = torch.tensor([[5, 9, 60, 7, 3]]), torch.Generator().manual_seed(0)
     config = model.config
-    shape = {
-        "input_features": (1, 16, 2 * SPEECH["max_source_positions"]),
-        "input_values": (1, 4000),
-        "pixel_values": (1, 3, SIZES["image_size"], SIZES["image_size"]),
+    make = {
+        "input_features": lambda: (1, config.num_mel_bins, 2 * config.max_source_positions),
+        "input_values": lambda: (1, 4000),
+        "pixel_values": lambda: (1, 3, config.encoder.image_size, config.encoder.image_size),
     }.get(model.main_input_name)
-    found = {model.main_input_name: tokens if shape is None else torch.randn(shape, generator=draw)}
+    found = {model.main_input_name: torch.randn(make(), generator=draw) if make else tokens}
     is_two = config.is_encoder_decoder or hasattr(model, "decoder")
     return found | ({"decoder_input_ids": tokens} if is_two else {})
 
@@ -338,7 +329,7 @@ def name_table(model: Any) -> str:
 
 
 def change_table(name: str, way: str, models: Any, folder: Folder) -> Any:
-    """Adapts a table; returns the class of the model and what PEFT's unmerged one computes."""
+    """Adapts a table; returns the class of the model."""
     architecture, config = models[name]
     if not hasattr(transformers, architecture):
         pytest.skip(f"no {architecture} in this version")
@@ -346,8 +337,7 @@ def change_table(name: str, way: str, models: Any, folder: Folder) -> Any:
     for x in model.parameters():
         x.data += 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(x.numel()))
     adapt(folder, model, architecture, CHANGES[way](name_table(model)))
-    base = type(model).from_pretrained(folder / "base")
-    return type(model), outputs(hf_peft.PeftModel.from_pretrained(base, folder / "a").eval())
+    return type(model)
 
 
 def outputs(model: Any) -> Any:
@@ -355,51 +345,36 @@ def outputs(model: Any) -> Any:
         return model(**inputs(model))[0]
 
 
-@pytest.mark.parametrize("way", CHANGES)
-@pytest.mark.parametrize("name", ONCE)
-def test_a_table_that_is_read_once(name: str, way: str, tmp_path: Folder) -> None:
-    """Whatever the class is called: outputs are those of PEFT's unmerged model."""
-    cls, expected = change_table(name, way, ONCE, tmp_path)
-    peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours")
-    ours = outputs(cls.from_pretrained(tmp_path / "ours").eval())
+def compare_outputs(cls: Any, folder: Folder) -> None:
+    """Merges; outputs are those of PEFT's unmerged model."""
+    base = cls.from_pretrained(folder / "base")
+    expected = outputs(hf_peft.PeftModel.from_pretrained(base, folder / "a").eval())
+    peft.export_merged(folder / "base", folder / "a", folder / "ours")
+    ours = outputs(cls.from_pretrained(folder / "ours").eval())
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 # PEFT computes rows in a head without its bias, or does not give them to it.
 WITH_BIAS = {"bert", "pretraining", "bert decoder", "roberta", "electra", "xlm", "encoder-decoder"}
+READ = [(models, name) for models in (ONCE, TWICE, OFTEN_READ) for name in models]
 
 
 @pytest.mark.parametrize("way", CHANGES)
-@pytest.mark.parametrize("name", TWICE)
-def test_a_table_that_is_read_twice(name: str, way: str, tmp_path: Folder) -> None:
-    """Outputs are those of PEFT's unmerged model, whose head does not change with the table."""
-    cls, expected = change_table(name, way, TWICE, tmp_path)
-    if way == "rows" and name in WITH_BIAS:
+@pytest.mark.parametrize(("models", "name"), READ, ids=[name for _, name in READ])
+def test_a_table(models: Any, name: str, way: str, tmp_path: Folder) -> None:
+    """Whatever the class is called; its head and other readings do not change with the table."""
+    cls = change_table(name, way, models, tmp_path)
+    if models is OFTEN_READ or (models is TWICE and way == "rows" and name in WITH_BIAS):
         with pytest.raises(ValueError, match="the model may read this weight twice"):
             peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours")
-        return
-    peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours")
-    ours = outputs(cls.from_pretrained(tmp_path / "ours").eval())
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("way", CHANGES)
-@pytest.mark.parametrize("name", OFTEN_READ)
-def test_a_table_that_is_read_often(name: str, way: str, tmp_path: Folder) -> None:
-    """The other readings would change too, which PEFT's unmerged model does not."""
-    change_table(name, way, OFTEN_READ, tmp_path)
-    with pytest.raises(ValueError, match="the model may read this weight twice"):
-        peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours")
-    assert not (tmp_path / "ours").exists()
+        assert not (tmp_path / "ours").exists()
+    else:
+        compare_outputs(cls, tmp_path)
 
 
 @pytest.mark.parametrize("way", CHANGES)
 @pytest.mark.parametrize("name", ["bert", "whisper"])
 def test_the_remedy_for_a_table_that_is_read_twice(name: str, way: str, tmp_path: Folder) -> None:
-    cls, _ = change_table(name, way, TWICE, tmp_path)
+    cls = change_table(name, way, TWICE, tmp_path)
     untie_base(cls, tmp_path / "base").save_pretrained(tmp_path / "base")
-    base = cls.from_pretrained(tmp_path / "base")
-    expected = outputs(hf_peft.PeftModel.from_pretrained(base, tmp_path / "a").eval())
-    peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "ours")
-    ours = outputs(cls.from_pretrained(tmp_path / "ours").eval())
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    compare_outputs(cls, tmp_path)

@@ -22,7 +22,7 @@ from messages import refused
 from peft_files import ENDS, PREFIX, TENSORS, Folder, bounded, bytes_of, measure, write
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small import every, some
+from small import assert_close, every, some
 
 from jlora import peft
 from jlora.peft import Name
@@ -36,20 +36,22 @@ SAVE = "Save the base model as it was adapted"
 LOST = f"selected by adapter_config.json, but missing in {TENSORS}"
 
 
-def checkpoint(folder: Folder, tensors: Tensors, shards: int = 1, **config: Any) -> Folder:
+def checkpoint(
+    folder: Folder, tensors: Tensors, shards: int = 1, stem: str = "model", **config: Any
+) -> Folder:
     """A checkpoint as `transformers` writes it, in one file or in several with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)
     if shards == 1:
-        save_file(dict(tensors), folder / ONE, metadata=METADATA)
+        save_file(dict(tensors), folder / f"{stem}.safetensors", metadata=METADATA)
     else:
-        files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+        files = [f"{stem}-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
         where = {name: files[i % shards] for i, name in enumerate(names)}
         for file in files:
             part = {name: tensors[name] for name in names if where[name] == file}
             save_file(part, folder / file, metadata=METADATA)
         index = {"metadata": {"total_size": 1}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index))
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -319,7 +321,8 @@ def test_experts_that_are_stored_one_by_one(
         up, down = (up.T, down.T) if swapped else (up, down)
         names = [n for n in weights if f"experts.{e}." in n]
         for name, delta in zip(names, (up[:inner], up[inner:], down), strict=True):
-            np.testing.assert_allclose(merged[name], weights[name] + delta, rtol=1e-5, atol=1e-5)
+            weights[name] = weights[name] + delta
+    assert_close(merged, weights)
 
 
 def test_experts_that_are_no_parameter(tmp_path: Folder) -> None:
@@ -381,8 +384,9 @@ def test_a_bias_of_b(tmp_path: Folder) -> None:
 
 # What `transformers` writes.
 RENAMED: dict[str, Any] = json.loads((models.FIXTURES / "renamed.json").read_text())
-config, rows = RENAMED["llava"]
-kind, same = RENAMED["qwen2-vl"]
+LLAVA = "LlavaForConditionalGeneration"
+config, rows = RENAMED[LLAVA]
+kind, same = RENAMED["Qwen2VLForConditionalGeneration"]
 RENAMED["qwen2-vl-unnamed"] = {"model_type": kind["model_type"]}, same
 RENAMED["llava-read"] = (
     config,
@@ -395,7 +399,7 @@ RENAMED["llava-read"] = (
 
 # Which of the modules are adapted: all, or those of a pattern.
 WHICH = ["", "language_model|layer|blocks", "q_proj|query|o_proj|q_a"]
-DAILY_NAMES = [(family, "") for family in RENAMED] + [("llava", which) for which in WHICH]
+DAILY_NAMES = [(family, "") for family in RENAMED] + [(LLAVA, which) for which in WHICH]
 
 
 @pytest.mark.parametrize(("family", "which"), every(RENAMED, WHICH, daily=DAILY_NAMES))
@@ -423,10 +427,8 @@ def test_names_of_today(family: str, which: str, tmp_path: Folder) -> None:
     fields: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": modules}
     fields["target_parameters"] = parameters or None
     merged = merge(tmp_path, weights, given, config, **fields)
-    assert merged.keys() == weights.keys() and expected
-    for home, w in weights.items():
-        x = expected.get(home, w)
-        np.testing.assert_allclose(merged[home], x, rtol=1e-5, atol=1e-5, err_msg=home)
+    assert expected
+    assert_close(merged, weights | expected)
 
 
 def test_a_mask_is_no_bias(tmp_path: Folder) -> None:
@@ -521,6 +523,21 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED_TEXT = {"text_config": {"tie_word_embeddings": True}}
 
 
+def product(rows: int, columns: int) -> np.ndarray:
+    """ΔW of A and B."""
+    a, b = low_rank((rows, columns), 2)
+    return 1.5 * b @ a
+
+
+def bare(weights: Tensors) -> dict[str, np.ndarray]:
+    """Without the prefix of a model with a head."""
+    return {name.removeprefix("model."): x for name, x in weights.items()}
+
+
+def of_bert(name: str, **fields: Any) -> dict[str, Any]:
+    return {"architectures": [f"Bert{name}"], "model_type": "bert", **fields}
+
+
 def tied(twice: bool) -> dict[str, np.ndarray]:
     """The weights of a model whose embedding is its head, stored once or twice."""
     return BODY | {EMBEDDING: TABLE} | ({HEAD: TABLE} if twice else {})
@@ -580,11 +597,8 @@ def test_each_side_of_a_shared_weight(
     before, is_shared = TIED | TIED_TEXT, sides == (1, 1)
     merged, config = grow(tmp_path, tied(twice), change(*sides), before, shards)
     names = (EMBEDDING, HEAD)[: 1 if is_shared and not twice else 2]
-    assert merged.keys() == {*BODY, *names}
-    a, b = low_rank((4, 11), 2)
-    for name, times in zip(names, sides, strict=False):
-        expected = TABLE + 1.5 * times * (b @ a).T
-        np.testing.assert_allclose(merged[name], expected, rtol=1e-5, atol=1e-6)
+    tables = {x: TABLE + n * product(4, 11).T for x, n in zip(names, sides, strict=False)}
+    assert_close(merged, ADAPTED | tables)
     assert config == (before if is_shared else UNTIED | {"text_config": {TIE: False}})
 
 
@@ -599,24 +613,6 @@ def test_a_head_of_a_model_of_diffusers(vocabulary: dict[str, int], tmp_path: Fo
     else:
         merged, _ = grow(tmp_path, weights, given, config)
         assert not np.allclose(merged[f"{name}.weight"], TABLE)
-
-
-def test_each_side_of_a_shared_weight_in_full(tmp_path: Folder) -> None:
-    """What PEFT ties itself with `ensure_weight_tying`, it does not list."""
-    whole = {EMBEDDING: 2 * TABLE, HEAD: 2 * TABLE}
-    saved = ["embed_tokens", "lm_head"]
-    for i, (given, fields) in enumerate({
-        "both": (whole, {"modules_to_save": saved}),
-        "tied": (whole, {"modules_to_save": saved[:1], "ensure_weight_tying": True}),
-        "other": (whole | {HEAD: 3 * TABLE}, {"modules_to_save": saved}),
-        "one": ({HEAD: 3 * TABLE}, {"modules_to_save": saved[1:]}),
-    }.values()):  # fmt: skip
-        fields["target_modules"] = ["q"]
-        merged, _ = grow(tmp_path / str(i), tied(False), given, TIED, **fields)
-        expected = tied(False) | (given if i > 1 else {EMBEDDING: given[EMBEDDING]})
-        assert merged.keys() == expected.keys()
-        for name in merged.keys() - BODY.keys():
-            np.testing.assert_array_equal(merged[name], expected[name])
 
 
 ROWS = np.full((2, 4), 5, np.float32)
@@ -640,7 +636,7 @@ def test_a_shared_weight_of_a_tree(tmp_path: Folder) -> None:
     """A tree has one leaf for it, and the copy of the checkpoint follows; or it has a head."""
     a, b = (jnp.asarray(x) for x in low_rank((4, 11), 2))
     node = lambda a, b: LowRank(a, b, 1.5, peft.TABLES["llama"][0].layout)  # noqa: E731
-    change = TABLE + 1.5 * np.asarray(b @ a).T
+    change = TABLE + product(4, 11).T
     trees: dict[str, Any] = {
         "table": {"model": {"embed_tokens": {"embedding": node(a.T, b.T)}}},
         "head": {"lm_head": {"kernel": node(b, a)}},
@@ -653,10 +649,8 @@ def test_a_shared_weight_of_a_tree(tmp_path: Folder) -> None:
         place = tmp_path / str(i)
         base = checkpoint(place, tied(twice), **config)
         peft.export_merged(base, trees[which], place / "out", names=peft.TABLES["llama"])
-        merged = read(place / "out")
-        assert merged.keys() == {*BODY, *(EMBEDDING, HEAD)[: len(expected)]}
-        for name, x in zip((EMBEDDING, HEAD), expected, strict=False):
-            np.testing.assert_allclose(merged[name], x, rtol=1e-5, atol=1e-6)
+        tables = dict(zip((EMBEDDING, HEAD), expected, strict=False))
+        assert_close(read(place / "out"), BODY | tables)
 
 
 def of_class(name: str, **fields: Any) -> dict[str, Any]:
@@ -762,12 +756,11 @@ def test_a_tied_weight_with_two_values(table: str, config: Any, tmp_path: Folder
             grow(tmp_path / str(i), weights, change(*sides, table), config | {TIE: True})
 
 
-BARE = {name.removeprefix("model."): x for name, x in tied(False).items()}
 OF_BERT = {"embeddings.word_embeddings.weight": TABLE, "encoder.layer.0.q.weight": ones(4, 6)}
 OF_OPT = {"model.decoder.embed_tokens.weight": TABLE, "model.decoder.layers.0.q.weight": LAYER}
 # Weights of models that read their embedding once, and what the configuration may say.
 READ_ONCE: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "no head": (BARE, [of_class("LlamaModel", **{TIE: True}), of_class("LlamaModel")]),
+    "no head": (bare(tied(False)), [of_class("LlamaModel", **{TIE: True}), of_class("LlamaModel")]),
     "no head, in a part": (OF_BERT, [of_class("BertModel", **{TIE: True})]),
     "a classifier": (
         tied(False) | {"score.weight": ones(3, 4)},
@@ -790,24 +783,13 @@ def test_what_a_model_reads_once(case: str, tmp_path: Folder) -> None:
     weights, configs = READ_ONCE[case]
     table = next(name for name, x in weights.items() if x is TABLE)
     last = table.removesuffix(".weight").rpartition(".")[2]
-    a, b = low_rank((4, 11), 2)
     for i, config in enumerate(configs):
         place = tmp_path / str(i)
         base = checkpoint(place / "base", weights, **config)
         given = adapter(place / "a", change(1, 0, table), target_modules=[last])
         peft.export_merged(base, given, place / "out")
-        expected = weights | {table: TABLE + 1.5 * (b @ a).T}
-        for name, x in read(place / "out").items():
-            np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-6)
+        assert_close(read(place / "out"), weights | {table: TABLE + product(4, 11).T})
         assert json.loads((place / "out" / "config.json").read_text()) == config
-
-
-def test_a_classifier_on_a_decoder(tmp_path: Folder) -> None:
-    """The head that the adapter brings is the only one of its model."""
-    head, base = {"score.weight": ones(3, 4)}, TIED | {"model_type": "llama"}
-    merged, config = grow(tmp_path, tied(False), head | change(1, 0), base, **CLASSIFIES)
-    assert merged.keys() == {*tied(False), *head}
-    assert config["architectures"] == ["LlamaForSequenceClassification"]
 
 
 # ----------------------------------------------------------------------- what the base lacks
@@ -816,68 +798,102 @@ def test_a_classifier_on_a_decoder(tmp_path: Folder) -> None:
 NEW = np.random.default_rng(6).standard_normal((13, 4), np.float32)
 TABLES = {"model.embed_tokens.weight": TABLE, "lm_head.weight": 2 * TABLE, "lm_head.bias": ones(11)}
 GROWN = {"model.embed_tokens.weight": NEW, "lm_head.weight": 3 * NEW, "lm_head.bias": ones(13)}
+BOTH = {"modules_to_save": ["embed_tokens", "lm_head"]}
+TYING = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+COPIES = GROWN | {
+    re.sub(r"(\w+)$", rf"{copy}.\1", name): x + more
+    for name, x in GROWN.items()
+    for copy, more in (("original_module", 1), ("modules_to_save", 0))
+}
+# A resized embedding that A and B are added to, and its copy in the head.
+RESIZED = {
+    f"model.embed_tokens.lora_embedding_{x}": y
+    for x, y in zip("AB", low_rank((4, 13), 2), strict=True)
+}
+RESIZED |= {"model.embed_tokens.base_layer.weight": NEW, HEAD: NEW}
+CODES = {"model.layers.0.q.weight": np.full((4, 6), 127, np.int8)}
+CODES |= {"model.layers.0.q.SCB": ones(4)}
+QUANTIZED = {"quantization_config": {"quant_method": "bitsandbytes"}}
+CLASSIFIER = {"classifier.weight": 5 * ones(3, 4), "classifier.bias": ones(3)}
+LAYERS = {"classifier.dense.weight": ones(4, 4), "classifier.dense.bias": ones(4)}
+LAYERS |= {"classifier.out_proj.weight": ones(3, 4), "classifier.out_proj.bias": ones(3)}
+SCORE, CLS, POOLER = {"score.weight": ones(3, 4)}, {"cls.bias": ones(7)}, {"pooler.bias": ones(7)}
+LABELS = {
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2},
+}
+CLASSIFIES: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+MAPPED = {"base_model_class": "BertForTokenClassification", "parent_library": "transformers"}
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("has_copies", [True, False])
-def test_new_tokens(has_copies: bool, shards: int, tmp_path: Folder) -> None:
-    """Embedding and head get the rows of the adapter; the configuration counts them."""
-    given = dict(GROWN)
-    for key, x in GROWN.items() if has_copies else ():
-        module, _, parameter = key.rpartition(".")
-        given |= {f"{module}.{copy}.{parameter}": x + 1 for copy in ("original_module",)}
-        given[f"{module}.modules_to_save.{parameter}"] = x
-    fields = {"modules_to_save": ["embed_tokens", "lm_head"] if has_copies else None}
-    merged, config = grow(tmp_path, BODY | TABLES, given, UNTIED, shards, **fields)
-    assert merged.keys() == (BODY | TABLES).keys()
-    for name, x in GROWN.items():
-        np.testing.assert_array_equal(merged[name], x)
-    np.testing.assert_array_equal(merged["model.norm.weight"], 1)
-    assert (merged["model.layers.0.q.weight"] != 1).any()
-    assert config == UNTIED | {"vocab_size": 13}
+def sized(before: dict[str, Any], after: dict[str, Any]) -> tuple[Any, ...]:
+    """A row of new tokens that a configuration counts somewhere."""
+    rest = {"architectures": ["A"], TIE: False}
+    return BODY | TABLES, GROWN, rest | before, {}, GROWN, rest | after
 
 
-SIZE_OF: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({"text_config": {"vocab_size": 11}}, {"text_config": {"vocab_size": 13}}),
-    ({"text_config": {}}, {"text_config": {"vocab_size": 13}}),  # the class has a default
-    ({}, {"vocab_size": 13}),
-    ({"vocab_size": 11, "a": {"vocab_size": 7}}, {"vocab_size": 13, "a": {"vocab_size": 7}}),
-]
+ADAPTED = BODY | {"model.layers.0.q.weight": 1 + product(4, 6)}
+CHANGED = {EMBEDDING: TABLE + product(4, 11).T}
+WHOLE, OTHER = {EMBEDDING: 2 * TABLE, HEAD: 2 * TABLE}, {HEAD: 3 * TABLE}
+OF_13, ROBERTA, LLAMA = (
+    {"vocab_size": 13},
+    {"model_type": "roberta"},
+    TIED | {"model_type": "llama"},
+)
+# Weights and configuration of a base, what the adapter has beside A and B of a layer, with its
+# fields, and what there is beside that layer after all, with its configuration.
+GROWTHS: dict[str, tuple[Any, ...]] = {
+    "tokens": (BODY | TABLES, GROWN, UNTIED, {}, GROWN, UNTIED | OF_13),
+    "tokens, with copies": (BODY | TABLES, COPIES, UNTIED, BOTH, GROWN, UNTIED | OF_13),
+    "tokens, of codes": (
+        BODY | TABLES | CODES, GROWN, UNTIED | QUANTIZED | {"dtype": "float32"}, {},
+        GROWN, UNTIED | OF_13 | {"dtype": "float32"}
+    ),
+    "tokens, beside A and B": (
+        tied(False), RESIZED, TIED, {},
+        {EMBEDDING: NEW + product(4, 13).T, HEAD: NEW}, UNTIED | OF_13
+    ),
+    "in a part": sized({"text_config": {"vocab_size": 11}}, {"text_config": OF_13}),
+    "in a part with a default": sized({"text_config": {}}, {"text_config": OF_13}),
+    "uncounted": sized({}, OF_13),
+    "counted twice": sized(
+        {"vocab_size": 11, "a": {"vocab_size": 7}}, OF_13 | {"a": {"vocab_size": 7}}
+    ),
+    "tied": (tied(False), WHOLE, TIED, BOTH, {EMBEDDING: 2 * TABLE}, TIED),
+    "tied by PEFT": (tied(False), WHOLE, TIED, TYING, {EMBEDDING: 2 * TABLE}, TIED),
+    "untied": (tied(False), WHOLE | OTHER, TIED, BOTH, WHOLE | OTHER, UNTIED),
+    "a head in full": (
+        tied(False), OTHER, TIED, {"modules_to_save": ["lm_head"]},
+        {EMBEDDING: TABLE} | OTHER, UNTIED
+    ),
+    "a classifier": (
+        BODY | CLS, CLASSIFIER, of_bert("ForMaskedLM", a=1), CLASSIFIES,
+        CLS | CLASSIFIER, of_bert("ForSequenceClassification", a=1, **LABELS)
+    ),
+    "a classifier, without prefix": (
+        bare(BODY) | POOLER, CLASSIFIER, of_bert("Model", a=1), CLASSIFIES,
+        {"model.pooler.bias": ones(7)} | CLASSIFIER,
+        of_bert("ForSequenceClassification", a=1, **LABELS)
+    ),
+    "a classifier of two layers": (
+        BODY, LAYERS, ROBERTA, CLASSIFIES,
+        LAYERS, ROBERTA | LABELS | {"architectures": ["RobertaForSequenceClassification"]}
+    ),
+    "a classifier on a decoder": (
+        tied(False), SCORE | change(1, 0), LLAMA, CLASSIFIES,
+        SCORE | CHANGED, LLAMA | LABELS | {"architectures": ["LlamaForSequenceClassification"]}
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("before", "after"), SIZE_OF)
-def test_where_the_size_of_a_vocabulary_is(before: Any, after: Any, tmp_path: Folder) -> None:
-    rest = {"architectures": ["A"], "tie_word_embeddings": False}
-    assert grow(tmp_path, BODY | TABLES, GROWN, rest | before)[1] == rest | after
-
-
-def test_new_tokens_of_quantized_weights(tmp_path: Folder) -> None:
-    """The checkpoint is dequantized, and then grows."""
-    codes = {
-        "model.layers.0.q.weight": np.full((4, 6), 127, np.int8),
-        "model.layers.0.q.SCB": ones(4),
-    }
-    quantized = {"quantization_config": {"quant_method": "bitsandbytes"}, "dtype": "float32"}
-    merged, config = grow(tmp_path, BODY | TABLES | codes, GROWN, UNTIED | quantized, shards=2)
-    a, b = low_rank((4, 6), 2)
-    np.testing.assert_allclose(
-        merged["model.layers.0.q.weight"], 1 + 1.5 * b @ a, rtol=1e-5, atol=1e-6
-    )
-    np.testing.assert_array_equal(merged["lm_head.weight"], 3 * NEW)
-    assert config == UNTIED | {"vocab_size": 13, "dtype": "float32"}
-
-
-def test_new_tokens_beside_a_and_b(tmp_path: Folder) -> None:
-    """PEFT stores the resized embedding, which A and B are added to, and its copy in the head."""
-    a, b = low_rank((4, 13), 2)
-    given: dict[str, Any] = {"model.embed_tokens.lora_embedding_A": a}
-    given |= {"model.embed_tokens.lora_embedding_B": b}
-    given |= {"model.embed_tokens.base_layer.weight": NEW, HEAD: NEW}
-    merged, config = grow(tmp_path, tied(False), given, TIED)
-    expected = NEW + 1.5 * (b @ a).T
-    np.testing.assert_allclose(merged[EMBEDDING], expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(merged[HEAD], NEW)
-    assert config == UNTIED | {"vocab_size": 13}
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("case", GROWTHS)
+def test_what_the_base_lacks(case: str, shards: int, tmp_path: Folder) -> None:
+    """It is added, under the prefix of a model with a head; the configuration tells it."""
+    weights, given, config, fields, expected, after = GROWTHS[case]
+    merged, found = grow(tmp_path, weights, given, config, shards, **fields)
+    assert_close(merged, ADAPTED | expected)
+    assert found == after
 
 
 @pytest.mark.parametrize("lost", [*GROWN, "final_logits_bias"])
@@ -887,39 +903,6 @@ def test_new_tokens_of_some_tables(lost: str, tmp_path: Folder) -> None:
     with refused(ValueError, "adapter", lost, "is for 11 tokens"):
         grow(tmp_path, BODY | {"final_logits_bias": ones(1, 11)} | TABLES, given, UNTIED)
     assert not (tmp_path / "out").exists()
-
-
-CLASSIFIER = {"classifier.weight": 5 * ones(3, 4), "classifier.bias": ones(3)}
-LABELS = {
-    "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"},
-    "label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2},
-}
-CLASSIFIES: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
-MAPPED = {"base_model_class": "BertForTokenClassification", "parent_library": "transformers"}
-
-
-@pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize("has_prefix", [True, False])
-def test_a_head(has_prefix: bool, shards: int, tmp_path: Folder) -> None:
-    """It is added, and names without the prefix of a model with a head get it."""
-    body = BODY if has_prefix else {name.removeprefix("model."): x for name, x in BODY.items()}
-    body |= {"cls.bias": ones(7)} if has_prefix else {"pooler.bias": ones(7)}
-    names = ["BertForMaskedLM" if has_prefix else "BertModel"]
-    before = {"architectures": names, "model_type": "bert"}
-    merged, config = grow(tmp_path, body, CLASSIFIER, before, shards, **CLASSIFIES)
-    prefix = "" if has_prefix else "model."
-    assert merged.keys() == {prefix + name for name in body} | CLASSIFIER.keys()
-    for name, x in CLASSIFIER.items():
-        np.testing.assert_array_equal(merged[name], x)
-    a, b = low_rank((4, 6), 2)
-    np.testing.assert_allclose(
-        merged["model.layers.0.q.weight"], 1 + 1.5 * b @ a, rtol=1e-5, atol=1e-6
-    )
-    assert config == of_bert("ForSequenceClassification", **LABELS)
-
-
-def of_bert(name: str, **fields: Any) -> dict[str, Any]:
-    return {"architectures": [f"Bert{name}"], "model_type": "bert", **fields}
 
 
 NAMED = {"id2label": {"0": "a", "1": "b", "2": "c"}}
@@ -957,16 +940,6 @@ def test_what_is_missing_inside_of_a_model(tmp_path: Folder) -> None:
     saved = ["classifier", "layer_norm"]
     with refused(ValueError, "adapter", "model.layer_norm.weight", "not in the checkpoint", SAVE):
         grow(tmp_path, BODY, CLASSIFIER | norm, config, **CLASSIFIES | {"modules_to_save": saved})
-
-
-def test_a_head_of_two_layers(tmp_path: Folder) -> None:
-    """The labels are the outputs of the last one."""
-    head = {"classifier.dense.weight": ones(4, 4), "classifier.dense.bias": ones(4)}
-    head |= {"classifier.out_proj.weight": ones(3, 4), "classifier.out_proj.bias": ones(3)}
-    merged, config = grow(tmp_path, BODY, head, {"model_type": "roberta"}, **CLASSIFIES)
-    assert head.keys() <= merged.keys()
-    own = {"architectures": ["RobertaForSequenceClassification"], "model_type": "roberta"}
-    assert config == own | LABELS
 
 
 # ----------------------------------------------------------------------- files beside the weights

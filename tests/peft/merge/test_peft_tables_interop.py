@@ -30,16 +30,16 @@ pytestmark = pytest.mark.skipif(
 
 # Family: its table, and whether its experts are (experts, inputs, outputs) in PyTorch.
 TABLES = {
-    "qwen2": ("llama", False),
-    "qwen3-moe": ("llama", False),
-    "gemma2": ("llama", False),
-    "gemma4": ("llama", False),
-    "gemma4-moe": ("llama", False),
-    "gpt-oss": ("gpt-oss", True),
-    "deepseek-v3": ("llama", False),
-    "qwen3.5": ("llama", False),
-    "qwen3.5-moe": ("llama", False),
-    "llama4": ("llama4", True),
+    "Qwen2ForCausalLM": ("llama", False),
+    "Qwen3MoeForCausalLM": ("llama", False),
+    "Gemma2ForCausalLM": ("llama", False),
+    "Gemma4ForCausalLM": ("llama", False),
+    "Gemma4ForCausalLM-experts": ("llama", False),
+    "GptOssForCausalLM": ("gpt-oss", True),
+    "DeepseekV3ForCausalLM": ("llama", False),
+    "Qwen3_5ForCausalLM": ("llama", False),
+    "Qwen3_5MoeForCausalLM": ("llama", False),
+    "Llama4ForCausalLM": ("llama4", True),
 }
 LINEAR = r".*(?:proj|proj_with_mqa|in_proj_\w+|per_layer_input_gate|per_layer_projection)"
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -84,7 +84,9 @@ def test_checked_for_engines(family: str, tmp_path: pathlib.Path) -> None:
     assert not peft.check(tmp_path / "a", "vllm", base=tmp_path / "base").findings
 
 
-@pytest.mark.parametrize("family", ["gpt-oss", "llama4", "gemma4-moe"])
+@pytest.mark.parametrize(
+    "family", ["GptOssForCausalLM", "Llama4ForCausalLM", "Gemma4ForCausalLM-experts"]
+)
 def test_gate_and_up_as_one_leaf(family: str, tmp_path: pathlib.Path) -> None:
     """As the parameter is in the file; an adapter comes back in the same bytes."""
     names, model = peft.TABLES[TABLES[family][0]], build(family, tmp_path / "base")
@@ -133,7 +135,7 @@ def leaves(
                 yield path, x
                 continue
             halves = (x[..., ::2], x[..., 1::2])
-            halves = halves if family == "gpt-oss" else np.split(x, 2, -1)
+            halves = halves if family == "GptOssForCausalLM" else np.split(x, 2, -1)
             for part, half in zip(("gate", "up"), halves, strict=True):
                 yield (*path[:-1], path[-1].replace("gate_up", part)), half
         else:
