@@ -80,11 +80,16 @@ import pathlib, re, sys, time
 from jlora import peft
 # Not `ru_maxrss`, which starts with what the process had that started this one.
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+def rewrite(folder):
+    if (folder / "adapter").exists():
+        peft.export_merged(folder / "base", folder / "adapter", folder / "out")
+    else:
+        peft.dequantize_checkpoint(folder / "base", folder / "out")
 for first in sys.argv[1:]:
-    peft.export_merged(f"{first}/base", f"{first}/adapter", f"{first}/out")
+    rewrite(pathlib.Path(first))
 before, start = peak(), time.process_time()
 try:
-    peft.export_merged("base", "adapter", "out")
+    rewrite(pathlib.Path())
 except ValueError:
     pass
 print(time.process_time() - start, (peak() - before) * 1024)
@@ -94,7 +99,8 @@ print(time.process_time() - start, (peak() - before) * 1024)
 def measure(folder: Folder, *first: Folder) -> tuple[float, float]:
     """The seconds and the memory that a process takes to merge `adapter` into `base` there.
 
-    It merges those in `first` before, and takes what JAX needs then.
+    Without an adapter it dequantizes. It rewrites those in `first` before, and takes what JAX needs
+    then.
     """
     command = [sys.executable, "-c", MEASURED, *first]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True)

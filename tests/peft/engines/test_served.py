@@ -28,7 +28,8 @@ import served_models
 import torch
 import transformers
 from models import llama
-from safetensors.torch import load_file, save_file
+from peft_files import TENSORS, config_of
+from peft_models import read
 
 import jlora
 from jlora import LoRA, peft
@@ -36,9 +37,18 @@ from jlora.peft.adapter._one_rank import RANKS
 from jlora.peft.engines._vllm import EMBEDDINGS
 from jlora.peft.engines._vllm import VLLM as ENGINE
 from tests.peft.engines.served_worker import PROMPT, STEPS, Answer
+from tests.peft.engines.test_serving import (
+    Change,
+    Fields,
+    Tensors,
+    holding,
+    named,
+    of,
+    without,
+    write,
+)
 
 WORKER = pathlib.Path(__file__).with_name("served_worker.py")
-Fields, Tensors = dict[str, Any], dict[str, torch.Tensor]
 
 SIZES = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -118,111 +128,79 @@ OPTIONS: dict[str, Fields] = {
 }
 
 
-def of(**new: Any) -> Callable[[Fields, Tensors], tuple[Fields, Tensors]]:
-    """Other fields; None leaves one out."""
-    return lambda fields, tensors: (
-        {k: x for k, x in (fields | new).items() if k not in new or x is not None},
-        tensors,
-    )
-
-
-def named(old: str, new: str) -> Callable[[Fields, Tensors], tuple[Fields, Tensors]]:
-    """Other keys."""
+def each(change: Callable[[str, np.ndarray], Tensors]) -> Change:
+    """Other tensors in the place of each, whose memory is what is written."""
     return lambda fields, tensors: (
         fields,
-        {re.sub(old, new, key): x.clone() for key, x in tensors.items()},
+        {k: y.copy() for key, x in tensors.items() for k, y in change(key, x).items()},
     )
 
 
-def cut(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Other tensors."""
-    return lambda fields, tensors: (
-        fields,
-        {k: change(x).contiguous() if re.search(key, k) else x for k, x in tensors.items()},
-    )
-
-
-def adding(new: dict[str, tuple[int, ...]], **fields: Any) -> Any:
-    """Other tensors too, given by shape."""
-    ones = {f"base_model.model.{key}": torch.ones(shape) for key, shape in new.items()}
-    return lambda old, tensors: (old | fields, tensors | ones)
-
-
-def without(key: str) -> Any:
-    """Fewer tensors."""
-    return lambda fields, tensors: (
-        fields,
-        {k: x for k, x in tensors.items() if not re.search(key, k)},
-    )
+def cut(pattern: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
+    """Some tensors changed."""
+    return each(lambda key, x: {key: change(x) if re.search(pattern, key) else x})
 
 
 TABLE = {"A": (8, 300), "B": (128, 8)}
 # A change of the files of `plain`.
 EDITS = {
-    "no rank": of(r=None),
-    "no alpha": of(lora_alpha=None),
-    "no targets": of(target_modules=None),
+    "no rank": without("r"),
+    "no alpha": without("lora_alpha"),
+    "no targets": without("target_modules"),
     "another kind": of(peft_type="LOHA"),
     "QALoRA": of(use_qalora=True),
     "BD-LoRA": of(use_bdlora={"nblocks": 2}),
     "another rank": of(r=4),
-    "bfloat16": lambda fields, tensors: (fields, {k: x.bfloat16() for k, x in tensors.items()}),
+    "bfloat16": cut("", lambda x: x.astype(jnp.bfloat16)),
     "another prefix": named(r"model\.layers", "decoder.layers"),
     "a prefix less": named(r"\.model\.layers", ".layers"),
     "a model within another": named(r"\.model\.layers", ".model.language_model.layers"),
     "other names": named("q_proj", "query"),
     "too many layers": named(r"layers\.1\.", "layers.2."),
     "smaller sizes": cut(r"0.*q_proj\.lora_A", lambda x: x[:, :96]),
-    "larger sizes": cut(r"0.*q_proj\.lora_A", lambda x: torch.cat([x, x], 1)),
-    "a lone A": without(r"0.*q_proj\.lora_B"),
-    "nothing": without("."),
+    "larger sizes": cut(r"0.*q_proj\.lora_A", lambda x: np.concatenate([x, x], 1)),
+    "a lone A": holding(drop=r"0.*q_proj\.lora_B"),
+    "nothing": holding(drop="."),
     "a convolution": cut(r"0.*q_proj\.lora_[AB]", lambda x: x[..., None]),
-    "a class head": adding({"score.weight": (3, 128)}, modules_to_save=["score"]),
-    "positions": adding({f"model.positions.lora_embedding_{x}": s for x, s in TABLE.items()}),
-    "more tokens": adding({f"model.embed_tokens.lora_embedding_{x}": s for x, s in TABLE.items()}),
+    "a class head": holding({"score.weight": (3, 128)}, modules_to_save=["score"]),
+    "positions": holding({f"model.positions.lora_embedding_{x}": s for x, s in TABLE.items()}),
+    "more tokens": holding({f"model.embed_tokens.lora_embedding_{x}": s for x, s in TABLE.items()}),
 }
 
 
-def swapped(key: str, x: torch.Tensor) -> tuple[str, torch.Tensor]:
+def swapped(key: str, x: np.ndarray) -> Tensors:
     """A or B of four experts, as the B or the A of the transposed weights."""
     if ".experts." not in key:
-        return key, x
+        return {key: x}
     if ".lora_A." in key:
-        new = x.reshape(4, -1, x.shape[1]).permute(2, 1, 0).reshape(x.shape[1], -1)
-        return key.replace("lora_A", "lora_B"), new.contiguous()
-    new = x.reshape(len(x), -1, 4).permute(2, 1, 0).reshape(-1, len(x))
-    return key.replace("lora_B", "lora_A"), new.contiguous()
+        new = x.reshape(4, -1, x.shape[1]).transpose(2, 1, 0).reshape(x.shape[1], -1)
+        return {key.replace("lora_A", "lora_B"): new}
+    new = x.reshape(len(x), -1, 4).transpose(2, 1, 0).reshape(-1, len(x))
+    return {key.replace("lora_B", "lora_A"): new}
 
 
-def one_by_one(key: str, x: torch.Tensor) -> Tensors:
+def one_by_one(key: str, x: np.ndarray) -> Tensors:
     """A or B of four experts, as modules of each."""
     if ".experts." not in key:
         return {key: x}
     place, _, rest = key.partition(".experts.")
     if "lora_A" in key:
-        each = [[part] * 2 for part in x.chunk(4)]
+        experts = [[part] * 2 for part in np.split(x, 4)]
     else:
-        each = [list(x.reshape(len(x), -1, 4)[..., i].chunk(2)) for i in range(4)]
+        experts = [np.split(x.reshape(len(x), -1, 4)[..., i], 2) for i in range(4)]
     names = ["gate_proj", "up_proj"]
     if "base_layer" not in rest:
-        each = [[torch.cat(parts) if "lora_B" in key else parts[0]] for parts in each]
+        experts = [[np.concatenate(x) if "lora_B" in key else x[0]] for x in experts]
         names = ["down_proj"]
     side = "lora_A" if "lora_A" in key else "lora_B"
     return {
-        f"{place}.experts.{i}.{name}.{side}.weight": part.clone()
-        for i, parts in enumerate(each)
+        f"{place}.experts.{i}.{name}.{side}.weight": part
+        for i, parts in enumerate(experts)
         for name, part in zip(names, parts, strict=True)
     }
 
 
-EDITS["experts swapped"] = lambda fields, tensors: (
-    fields,
-    dict(swapped(key, x) for key, x in tensors.items()),
-)
-EDITS["experts one by one"] = lambda fields, tensors: (
-    fields,
-    {k: x for key, old in tensors.items() for k, x in one_by_one(key, old).items()},
-)
+EDITS |= {"experts swapped": each(swapped), "experts one by one": each(one_by_one)}
 # Rules for JAX's models, and how their adapters are written.
 MIXED = (
     LoRA("(query|value|down)/kernel", rank=8),
@@ -347,11 +325,7 @@ def make_adapter(base: pathlib.Path, folder: pathlib.Path, options: Fields) -> N
 
 def edit(plain: pathlib.Path, folder: pathlib.Path, change: Any) -> None:
     """The files of another, changed."""
-    fields = json.loads((plain / "adapter_config.json").read_text())
-    fields, tensors = change(fields, load_file(plain / "adapter_model.safetensors"))
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
-    save_file(tensors, folder / "adapter_model.safetensors")
+    write(folder, *change(config_of(plain), read(plain / TENSORS)))
 
 
 def save_ours(base: pathlib.Path, folder: pathlib.Path, rules: Any, options: Fields) -> None:

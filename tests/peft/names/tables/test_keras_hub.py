@@ -57,17 +57,8 @@ def decoder(kind: str, **more: Any) -> Any:
     return build
 
 
-# Of Llama 3.1 and later. keras-hub 0.32 does not find it in the files of transformers 5.
-SCALED = {
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    }
-}
+# keras-hub 0.32 does not find it in the files of transformers 5.
+SCALED = scaled(32)
 LLAMA31 = decoder(
     "Llama3",
     rope_max_wavelength=5e5,
