@@ -22,6 +22,7 @@ import jlora
 from jlora import peft
 from jlora.peft import Name
 from jlora.types import Decomposed, Layout, LowRank, Replaced
+from tests.peft import test_peft_values as values
 
 MAGNITUDE, NEW, HALF = ".lora_magnitude_vector", (6, 1, 3), lambda shape: 0.5
 STACK, TURNED = (Name("w", r"w.{}", "lio", transposed=x) for x in (False, True))
@@ -52,6 +53,8 @@ FORMS: dict[str, Any] = {
     "rows that are columns": rows("ov", (4, 7)),
     "rows of heads": rows("voo", (7, 2, 2)),
     "rows inside": rows("ovo", (2, 7, 2)),
+    "A and B of other values, in a stack": (*values.adapted("scanned"), values.TABLE),
+    "A and B of other values": (*values.adapted("one"), values.TABLE),
 }
 
 

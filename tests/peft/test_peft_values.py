@@ -9,17 +9,12 @@ import pytest
 from messages import refused
 from peft_files import (
     Folder,
-    assert_close,
-    assert_equal,
     assert_same_files,
-    come_back,
     config_of,
     node,
 )
-from safetensors.numpy import load_file
 from small import some
 
-import jlora
 from jlora import peft
 from jlora.peft import Name, tables
 from jlora.types import Layout
@@ -70,17 +65,6 @@ def test_weights(form: str, dtype: Any) -> None:
     assert again.dtype == dtype
     wanted, got = w.astype(np.float32), np.asarray(again, np.float32)
     np.testing.assert_allclose(got, wanted, rtol=2 * rounding)
-
-
-@EACH
-def test_change(form: str, tmp_path: Folder) -> None:
-    """W + ΔW of PEFT's A, B and scale is what it is here, with A and B as they are."""
-    base, adapter = adapted(form)
-    assert_equal(come_back(tmp_path / "a", base, adapter, TABLE), adapter)
-    peft.save_base(tmp_path / "base", base, TABLE)
-    peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "out")
-    expected = peft.to_tensors(jlora.merge(base, adapter), TABLE)
-    assert_close(load_file(tmp_path / "out" / "model.safetensors"), expected)
 
 
 @EACH
