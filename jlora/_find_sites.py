@@ -122,7 +122,7 @@ def _find_read(eqn: Any, wanted: list[bool]) -> list[bool]:
             carry = list(map(max, wanted, tested[n:]))
             count = p["body_nconsts"], len(carry)
             return tested[:n] + _find_used_in_loop(p["body_jaxpr"], carry, *count)
-    # A function with derivatives of its own may use in these what it does not use itself.
+    # All of them: of a custom_vjp, say, only the derivative may use an operand.
     return [True] * len(eqn.invars)
 
 

@@ -38,7 +38,7 @@ def _scale(eqn: Equation, x: Operand, y: Operand | int = -1) -> Weight:
     if isinstance(other, Weight) or jnp.size(other) != 1:
         raise Unfactorable("it is scaled by more than a scalar")
     scalar = jnp.reshape(other, ())
-    # Its reciprocal may be out of the range of its dtype, and it out of that of B's.
+    # In float32 at least: float16 may not hold the reciprocal, nor the dtype of B the scalar.
     scalar = scalar.astype(promote(scalar.dtype, jnp.float32))
     scalar = 1 / scalar if eqn.name == "div" else scalar
     unchecked = frozenset[Any]()

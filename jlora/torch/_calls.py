@@ -17,7 +17,7 @@ from .operators._tensor import Pending, Tensor, to_array, to_tensor
 
 Arrays = Mapping[str, jax.Array]
 ArrayLeaves = list[jax.Array | jax.ShapeDtypeStruct | None]  # None for what is static
-WITHIN = 3  # the number of the call that tensors within a scan belong to
+WITHIN = 3  # in a scan, tensors have this as the number of their call
 
 
 class Given(NamedTuple):

@@ -42,7 +42,7 @@ def describe(
         methods = {part.method for part in parts}
         fields |= {flag: method in methods for flag, method in FURTHER.items()}
     about.stop(problems_of(fields, is_file=False))
-    # PEFT may take modules for experts, but not those that it selected itself.
+    # Where PEFT may take a module for experts, only targets that PEFT itself has written are kept.
     is_known = "peft_version" in given or not any(leaf.by_parameter for leaf in tree.leaves)
     if not (is_known and "target_modules" in given):
         fields |= _choose(tree)

@@ -96,7 +96,8 @@ def decode(
     alphas = sides.pop(ALPHA)
     own_fields = configs.get(prefix)
     if own_fields is None:
-        # Its scale may be meant, so that one which follows from the shapes may be wrong.
+        # The header may hold the scale of these tensors under a misspelled prefix. The scale that
+        # shapes give would then be wrong.
         why = f"is in {FIELDS} of the header, but no key begins with it"
         wrong += [Problem(show(repr(p)), why) for p in sorted(configs.keys() - groups.keys())]
         own_fields = _infer_fields(sides, _read_alphas(files, alphas, sides[A], wrong))

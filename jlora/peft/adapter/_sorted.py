@@ -103,7 +103,7 @@ def sort_tensors(
         problems.append(Problem(x.key, why))
     adapted = {module for module, *_ in sides}
     roles = Roles(fields, adapted)
-    # The name of a parameter alone, such as `gate_up_proj`, may be in any module, but not in these.
+    # A target such as `gate_up_proj` may be a parameter of any module, but not of a tied table.
     for module in (x for x in adapted if may_tie(fields, x)):
         roles[module] = roles[module]._replace(parameters=())
     full, frozen, unexpected = _sort_whole(roles, others, adapted, deltas)

@@ -138,6 +138,7 @@ def _read(
     j, n = name.part or (0, 1)
     pieces = [piece for view in views for piece in view.pieces]
     is_split = any(piece != Piece(piece.tensor) for piece in pieces)
+    # Gate and up of each expert are tensors of their own, in turn: part j is each n-th of them.
     is_apart = leaf.kind is EXPERTS and is_split and len(pieces) == len(views) * n * leaf.experts
     tensors = [piece.tensor for piece in (pieces[j::n] if is_apart else pieces)]
     is_matrix = leaf.kind in (EMBEDDING, EXPERTS, LINEAR)

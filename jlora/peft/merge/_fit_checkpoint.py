@@ -120,7 +120,7 @@ def _match_tree(
         )
         problems += uneven
     target, unsized = fit_vocabulary(target, found)
-    # Where shapes do not tell how experts are stored, the table does.
+    # The names that were given say which way round experts lie; here only shapes are left to ask.
     parts = orient_experts(found.parts, target.model.shapes, frozenset())
     found = found._replace(parts=parts)
     about.stop([*problems, *unsized, *_list_misfits(target, found)])

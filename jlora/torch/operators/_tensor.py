@@ -22,7 +22,7 @@ DEVICE = torch.device("cpu", 1)
 
 
 class Memory:
-    """What tensors share.
+    """Values that a tensor and its views share.
 
     Attributes:
         array: the values.
