@@ -20,19 +20,22 @@ import torch
 import transformers
 from models import causal
 from models.tiny import train_tokenizer, write_tokenizer
-from torch_models import GROUPED, MODELS, TEXT, Model
+from torch_models import EXPERTS, GROUPED, MODELS, TEXT, Model
 
 from jlora import peft
 from tests.examples.folders import write_conversations
 
 SIZES = {"vocab_size": 400, "max_position_embeddings": 256, "initializer_range": 0.2}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+SHARED = {"num_experts": 4, "shared_expert_intermediate_size": 24}
 WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
 FAMILIES = {
     "gemma3": Model("Gemma3ForCausalLM", GROUPED | WINDOWS | {"num_hidden_layers": 4}, {}),
     "mistral": Model("MistralForCausalLM", GROUPED | {"sliding_window": 16}, {}),
     "phi": Model("PhiForCausalLM", TEXT, {}),
     "qwen3-moe": MODELS["qwen3-moe"],
+    "qwen2-moe": Model("Qwen2MoeForCausalLM", GROUPED | EXPERTS | SHARED, {}),  # gates of one row
+    "qwen3-next": MODELS["qwen3-next"],
     "gpt-oss": MODELS["gpt-oss"],
     "glm": Model("GlmForCausalLM", GROUPED, {}),
     "olmo": Model("Olmo2ForCausalLM", TEXT, {}),
@@ -43,7 +46,7 @@ SPECIAL = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 KEYS = "lstrip", "rstrip", "normalized", "single_word"
 ADDED = {"special": True} | dict.fromkeys(KEYS, False)
 DAILY = "gemma3"  # with windows and a tied head
-APART = FAMILIES.keys() - {"gpt-oss", "falcon-h1"}  # which take several texts in a row
+APART = FAMILIES.keys() - {"gpt-oss", "falcon-h1", "qwen3-next"}  # which take several texts in a row
 
 
 def write(folder: pathlib.Path, name: str) -> Any:
