@@ -246,4 +246,9 @@ MODELS = {
         {"vocab_size": 71, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
         MASKED,
     ),
+    "flaubert": Model(  # it asserts that the lengths, whose values it may read, are no longer
+        "FlaubertWithLMHeadModel",
+        {"vocab_size": 71, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_langs": 1},
+        MASKED | {"lengths": torch.tensor([8, 5])},
+    ),
 }
