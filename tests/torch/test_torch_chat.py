@@ -46,7 +46,7 @@ SPECIAL = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 KEYS = "lstrip", "rstrip", "normalized", "single_word"
 ADDED = {"special": True} | dict.fromkeys(KEYS, False)
 DAILY = "gemma3"  # with windows and a tied head
-APART = FAMILIES.keys() - {"gpt-oss", "falcon-h1", "qwen3-next"}  # which take several texts in a row
+APART = FAMILIES.keys() - {"gpt-oss", "falcon-h1", "qwen3-next"}  # which take texts in a row
 
 
 def write(folder: pathlib.Path, name: str) -> Any:
