@@ -15,72 +15,45 @@ F = nn.functional
 Case = Callable[[torch.Tensor, Any], torch.Tensor]
 
 
-class Holder(nn.Module):
-    """Applies a function to the outputs of a linear module."""
+class Lambda(nn.Module):
+    """A function of a module and the arguments of a call, with the parts that it needs."""
 
-    def __init__(self, f: Case) -> None:
-        """Draws the weights."""
+    def __init__(self, function: Callable[..., Any], **parts: Any) -> None:
+        """Holds parts, such as modules, parameters and numbers, by name."""
         super().__init__()
-        torch.manual_seed(0)
-        self.l = nn.Linear(4, 4)
-        self.f = f
+        self.function = function
+        for name, x in parts.items():
+            setattr(self, name, x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Computes `f` of the hidden states."""
-        return self.f(self.l(x), self)
-
-
-class Rounded(torch.autograd.Function):
-    """Rounds, with the gradient of its argument."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """Rounds."""
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
-        """Passes the gradient."""
-        return g
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Computes the function of itself."""
+        return self.function(self, *args, **kwargs)
 
 
-class Reversed(torch.autograd.Function):
-    """Returns its argument, and turns the gradient round."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: float) -> torch.Tensor:
-        """Returns `x`."""
-        ctx.scale = scale
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Scales the gradient."""
-        return -ctx.scale * g, None
+def hold(f: Case) -> nn.Module:
+    """Applies a function to the outputs of a linear module."""
+    torch.manual_seed(0)
+    return Lambda(lambda m, x: f(m.l(x), m), l=nn.Linear(4, 4)).eval()
 
 
-class Kept(Reversed):
-    """Keeps a tensor that `save_for_backward` does not get."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """Returns `x`."""
-        ctx.scale = x.detach()
-        return x * 1
+def derive(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    """A function of PyTorch with a `backward` of its own."""
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods)
 
 
-class Pair(torch.autograd.Function):
-    """A function with two results."""
+def keep(ctx: Any, scale: Any, result: torch.Tensor) -> torch.Tensor:
+    """Keeps a number for `backward`, or a tensor that `save_for_backward` does not get."""
+    ctx.scale = scale
+    return result
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Doubles and adds."""
-        return x * 2, x + 1
 
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """Adds the gradients."""
-        return 5 * g - h
+Rounded = derive("Rounded", lambda ctx, x: x.round(), lambda ctx, g: g)
+Reversed = derive(
+    "Reversed", lambda ctx, x, scale: keep(ctx, scale, x), lambda ctx, g: (-ctx.scale * g, None)
+)
+Kept = derive("Kept", lambda ctx, x: keep(ctx, x.detach(), x * 1), lambda ctx, g: -ctx.scale * g)
+Pair = derive("Pair", lambda ctx, x: (x * 2, x + 1), lambda ctx, g, h: 5 * g - h)
 
 
 def within(context: Any, f: Callable[[], Any]) -> Any:

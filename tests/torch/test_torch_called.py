@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from small import KEY, randomize
 from torch import nn
 from torch.nn.functional import linear
+from torch_functions import Lambda
 
 import jlora
 from jlora import LoRA, peft
@@ -31,38 +32,22 @@ IDS = np.array([[1, 2, 0], [3, 0, 4]])
 READ, SHARED = "reads it without calling its module", "share"
 
 
-class Router(nn.Module):
-    """A linear module of a class of its own."""
-
-    def __init__(self) -> None:
-        """Draws its weight."""
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiplies."""
-        return linear(x, self.weight)
-
-
-class Net(nn.Module):
-    """A module with several others, whose forward pass is given."""
-
-    def __init__(self, function: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
-        """Draws its parameters."""
-        super().__init__()
-        torch.manual_seed(0)
-        self.function = function
-        self.table = nn.Embedding(5, 8)
-        self.one, self.two, self.same = (nn.Linear(8, 8) for _ in range(3))
-        self.same.weight = self.two.weight
-        self.plain = [self.one]
-        self.router = Router()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.grouped = nn.Conv1d(8, 8, 1, groups=2)
-
-    def forward(self, ids: torch.Tensor, **how: str) -> torch.Tensor:
-        """Computes the function."""
-        return self.function(self, ids, **how)
+def make(function: Callable[..., torch.Tensor]) -> Any:
+    """A module with several others, of which one is linear and of a class of its own."""
+    torch.manual_seed(0)
+    one, two, same = (nn.Linear(8, 8) for _ in range(3))
+    same.weight = two.weight
+    return Lambda(
+        function,
+        table=nn.Embedding(5, 8),
+        one=one,
+        two=two,
+        same=same,
+        plain=[one],
+        router=Lambda(lambda m, x: linear(x, m.weight), weight=nn.Parameter(torch.randn(8, 8))),
+        attention=nn.MultiheadAttention(8, 2, batch_first=True),
+        grouped=nn.Conv1d(8, 8, 1, groups=2),
+    ).eval()
 
 
 def of_rows(function: Callable[[Any, torch.Tensor], torch.Tensor]) -> Any:
@@ -136,7 +121,7 @@ def compute(model: nn.Module, folder: pathlib.Path) -> np.ndarray:
 def test_peft_computes_what_jlora_does(name: str, tmp_path: pathlib.Path) -> None:
     """Or it is known before training, and `save` says the same."""
     form = FORMS[name]
-    params, apply = jlora.torch.extract(Net(form.function).eval())
+    params, apply = jlora.torch.extract(make(form.function))
     lora = jlora.transform(apply, LoRA(form.pattern, rank=2))
     base, adapter = lora.init(KEY, params, IDS)
     adapter = randomize(adapter)
@@ -147,7 +132,9 @@ def test_peft_computes_what_jlora_does(name: str, tmp_path: pathlib.Path) -> Non
     if not form.why:
         assert problems == ()
         peft.save(tmp_path / "ours", base, adapter, names)
-        np.testing.assert_allclose(compute(Net(form.function), tmp_path / "ours"), outputs, 0, 1e-5)
+        np.testing.assert_allclose(
+            compute(make(form.function), tmp_path / "ours"), outputs, 0, 1e-5
+        )
         return
     [problem] = problems
     assert problem.where == form.pattern and form.why in problem.why
@@ -157,13 +144,13 @@ def test_peft_computes_what_jlora_does(name: str, tmp_path: pathlib.Path) -> Non
     if form.has_file:  # the names that do not know what is called
         peft.save(tmp_path / "wrong", base, adapter, jlora.torch.names(sites))
         with pytest.raises((AssertionError, RuntimeError)):
-            np.testing.assert_allclose(compute(Net(form.function), tmp_path / "wrong"), outputs)
+            np.testing.assert_allclose(compute(make(form.function), tmp_path / "wrong"), outputs)
 
 
 @pytest.mark.parametrize("parts", [["lm"], ["policy/lm", "reference"]])
 def test_models_in_a_larger_tree(parts: list[str]) -> None:
     """Rows know the model in each of its parts; those of other leaves are by use."""
-    params, apply = jlora.torch.extract(Net(of_rows(lambda m, x: linear(x, m.one.weight))).eval())
+    params, apply = jlora.torch.extract(make(of_rows(lambda m, x: linear(x, m.one.weight))))
     row = {x.path: x for x in jlora.torch.names(jlora.transform(apply).sites(params, IDS), apply)}
     paths = [tuple(part.split("/")) for part in parts]
     tree = nest({("head", "weight"): np.ones((3, 8), np.float32)} | dict.fromkeys(paths, params))
@@ -220,14 +207,14 @@ USED: dict[str, tuple[Callable[[Any, torch.Tensor], Any], str]] = {
 def test_modules_that_no_output_depends_on_are_left_out(name: str, kind: str) -> None:
     """As PEFT's would get no gradients."""
     function, expected = USED[name]
-    model = Net(of_rows(function))
-    model.same = nn.Identity()  # so that nothing is shared
+    model = make(of_rows(function))
+    model.same = nn.Identity().eval()  # so that nothing is shared
     place = NamedSharding(Mesh(jax.devices()[:1], "x"), PartitionSpec())
     options = {
         "remat": {"remat": {"one|two": None}},
         "activations": {"activations": {"one": place}},
     }
-    params, apply = jlora.torch.extract(model.eval(), **options.get(kind, {}))
+    params, apply = jlora.torch.extract(model, **options.get(kind, {}))
     sites = jlora.transform(apply).sites(params, IDS)
     grads = jax.grad(lambda p: sum(x.sum() for x in jax.tree.leaves(apply(p, IDS))))(params)
     pattern = jlora.torch.all_linear(apply, sites)
@@ -250,8 +237,8 @@ def describe(params: Any, apply: Any, by: str) -> tuple[Any, ...]:
 
 def test_apply_remembers_no_call() -> None:
     """In any order, in several threads: the same answers as of a function that was never called."""
-    params, apply = jlora.torch.extract(Net(either).eval())
-    called, read = (describe(*jlora.torch.extract(Net(either).eval()), by) for by in ("call", "x"))
+    params, apply = jlora.torch.extract(make(either))
+    called, read = (describe(*jlora.torch.extract(make(either)), by) for by in ("call", "x"))
     assert (called[2], read[2]) == (0, 1)
     for by in ("x", "call", "x"):
         apply(params, IDS, by=by)
@@ -264,7 +251,7 @@ def test_apply_remembers_no_call() -> None:
 
 def test_all_linear_of_sites() -> None:
     """Of those that were read by name, and of another model."""
-    params, apply = jlora.torch.extract(Net(either).eval())
+    params, apply = jlora.torch.extract(make(either))
     lora = jlora.transform(apply)
     sites = lora.sites(params, IDS)
     assert jlora.torch.all_linear(apply, sites) == "one/weight"

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import torch
 from torch import nn
+from torch_functions import Lambda
 
 import jlora
 from jlora import LoRA
@@ -23,34 +24,10 @@ X = jax.random.normal(jax.random.key(0), (3, 4))
 Function = Callable[[Any, torch.Tensor], Any]
 
 
-class Block(nn.Module):
-    """A linear module whose output is scaled."""
-
-    scale = 1.0
-
-    def __init__(self) -> None:
-        """Draws its weight."""
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiplies."""
-        return self.linear(x).tanh() * self.scale
-
-
-class Net(nn.Module):
+class Net(Lambda):
     """Layers, and a function of what they compute."""
 
     calls = 0
-
-    def __init__(self, function: Function) -> None:
-        """Draws its parameters."""
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(Block() for _ in range(3))
-        self.table = nn.Embedding(5, 4)
-        self.seen: list[int] = []
-        self.function = function
 
     def forward(self, x: torch.Tensor, scale: float = 1.0) -> Any:
         """Calls one after the other."""
@@ -64,10 +41,12 @@ class Net(nn.Module):
 
 
 def made(function: Function = lambda m, h: h, scale: float = 1.0) -> Net:
-    model = Net(function).eval()
-    if scale != 1:
-        model.layers[1].scale = scale
-    return model
+    """Of layers with an unused table; the second is scaled."""
+    torch.manual_seed(0)
+    block = lambda m, x: m.linear(x).tanh() * m.scale  # noqa: E731
+    layers = [Lambda(block, linear=nn.Linear(4, 4), scale=x) for x in (1.0, scale, 1.0)]
+    parts = {"layers": nn.ModuleList(layers), "table": nn.Embedding(5, 4), "seen": []}
+    return Net(function, **parts).eval()
 
 
 def count(m: Net, h: torch.Tensor) -> torch.Tensor:
@@ -94,7 +73,7 @@ def hook_more(m: Net, h: torch.Tensor) -> torch.Tensor:
 DRAWN = random.Random(0)
 # A module, one of which `apply` is made instead, what is seen of it, and the likely cause.
 SEEN: dict[str, tuple[Net, Net, str, str]] = {
-    "a value": (made(scale=1.1), made(), "output", "layers.1 (Block)"),
+    "a value": (made(scale=1.1), made(), "output", "layers.1 (Lambda)"),
     "a shape": (made(lambda m, h: h[:2]), made(), "output", "the root (Net)"),
     "a NaN": (made(lambda m, h: h * torch.nan), made(), "output", "the root (Net)"),
     "an output": (made(lambda m, h: {"a": h, "b": h}), made(lambda m, h: {"a": h}), "output", ""),
@@ -162,7 +141,8 @@ def test_arguments() -> None:
     params, apply = extract(model)
     assert not compare(model, params, functools.partial(apply, scale=2.0), X)
     assert not compare(model, params, apply, x=X)
-    turned = Complex().eval()
+    w = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j, 1j, 2.0]))
+    turned = Lambda(lambda m, x: (m.w * x) ** 2, w=w).eval()  # JAX conjugates its gradients
     assert not compare(turned, *extract(turned), X)
     assert not compare(model, params, apply, X, method="halve")
     few = lambda m, h: h if len(h) == 2 else h * torch.nan  # noqa: E731
@@ -171,35 +151,14 @@ def test_arguments() -> None:
     assert not compare(model, params, apply, torch.tensor(np.asarray(X)))
 
 
-class Complex(nn.Module):
-    """Has a weight of complex numbers, whose gradients JAX conjugates."""
-
-    def __init__(self) -> None:
-        """Makes it."""
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j, 1j, 2.0]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiplies."""
-        return (self.w * x) ** 2
+def listed() -> nn.Module:
+    """Calls a module that a plain list holds, and PEFT replaces elsewhere."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    return Lambda(lambda m, x: m.layers[0](x), layers=[layer], **{"0": layer}).eval()
 
 
-class Listed(nn.Module):
-    """Calls modules that a plain list holds, and PEFT replaces elsewhere."""
-
-    def __init__(self) -> None:
-        """Draws a weight."""
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = [nn.Linear(4, 4)]
-        self.add_module("0", self.layers[0])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Calls them."""
-        return self.layers[0](x)
-
-
-@pytest.mark.parametrize(("model", "is_reached"), [(made(), True), (Listed().eval(), False)])
+@pytest.mark.parametrize(("model", "is_reached"), [(made(), True), (listed(), False)])
 def test_adapters_are_compared_with_peft(model: Any, is_reached: bool) -> None:
     """Also those that were just made, whose B is 0."""
     pytest.importorskip("peft")
@@ -222,7 +181,7 @@ def test_refused() -> None:
     with pytest.raises(TypeError, match=r"`apply` must be the function that .* got function\."):
         compare(model, params, lambda *_: X, X)
     with torch.device("meta"):
-        empty = Net(lambda m, h: h).eval()
+        empty = made()
     with pytest.raises(ValueError, match=r"(?s)on PyTorch's meta device.* smaller model"):
         compare(empty, params, apply, X)
     with pytest.raises(ValueError, match="evaluation mode"):

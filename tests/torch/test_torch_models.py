@@ -23,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 from peft_files import config_of
 from safetensors.numpy import load_file, save_file
 from small import randomize, raw
+from torch_functions import Lambda
 from torch_models import MODELS, Model
 
 import jlora
@@ -271,23 +272,14 @@ def test_a_transposed_matrix_as_a_parameter(tmp_path: pathlib.Path) -> None:
         peft.load(tmp_path, extracted("gpt2").params, extracted("gpt2").names)
 
 
-class Attending(torch.nn.Module):
-    """Has PyTorch's own attention, with queries, keys and values in one parameter."""
-
-    def __init__(self) -> None:
-        """Draws its parameters."""
-        super().__init__()
-        self.attn = torch.nn.MultiheadAttention(16, 4, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Attends to itself."""
-        return self.attn(x, x, x, need_weights=False)[0]
-
-
 def test_pytorchs_own_attention(tmp_path: pathlib.Path) -> None:
-    """Its weights are adapted and merged, and refused in PEFT's files in both directions."""
+    """Its weights are adapted and merged, and refused in PEFT's files in both directions.
+
+    Queries, keys and values are one parameter.
+    """
     x = np.random.default_rng(0).standard_normal((2, 5, 16), np.float32)
-    model = Attending().eval()
+    attention = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    model = Lambda(lambda m, x: m.attn(x, x, x, need_weights=False)[0], attn=attention).eval()
     params, apply = jlora.torch.extract(model)
     lora = jlora.transform(apply, LoRA("in_proj_weight|out_proj/weight", rank=2))
     base, adapter = lora.init(jax.random.key(0), params, x)

@@ -19,6 +19,7 @@ import torch
 from jax.sharding import PartitionSpec
 from small import KEY, assert_close, randomize
 from torch import nn
+from torch_functions import Lambda
 
 import jlora
 from jlora import Full, LoRA
@@ -70,9 +71,9 @@ class Net(nn.Module):
         return Output(self.head(h), (h, h) if twice else None)
 
 
-def make(kind: Any = Net) -> Any:
+def make() -> Any:
     torch.manual_seed(0)
-    return kind().eval()
+    return Net().eval()
 
 
 def paths(params: Any) -> list[str]:
@@ -193,18 +194,11 @@ def test_values_are_copied_bit_for_bit(dtype: Any) -> None:
     np.testing.assert_array_equal(np.asarray(params["x"], np.float32), model.x.float().numpy())
 
 
-class Doubled(nn.Module):
-    """Has constants that it makes where it needs them."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Doubles the first entries, in another order."""
-        return x[..., torch.arange(2).flip(0)] * torch.tensor(2.0)
-
-
 def test_constants_of_pytorch() -> None:
     """They mix with arrays, and a scalar does not widen them."""
     x = jnp.arange(3, dtype=jnp.bfloat16)
-    found = jax.jit(extract(make(Doubled))[1])({}, x)
+    doubled = Lambda(lambda _, x: x[..., torch.arange(2).flip(0)] * torch.tensor(2.0))
+    found = jax.jit(extract(doubled.eval())[1])({}, x)
     assert found.dtype == jnp.bfloat16
     assert found.tolist() == [2, 0]
 
@@ -231,50 +225,27 @@ ATTENTION: dict[str, tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, 
 }
 
 
-class Attention(nn.Module):
-    """PyTorch's own function."""
-
-    def forward(self, q: Any, k: Any, v: Any, attn_mask: Any = None, **options: Any) -> Any:
-        """Attends."""
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, **options)
-
-
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-14)])
 @pytest.mark.parametrize("case", ATTENTION)
-def test_attention(case: str) -> None:
-    heads, options = ATTENTION[case]
-    found = make(Attention)
-    mask = {k: torch.as_tensor(x) for k, x in options.items() if isinstance(x, np.ndarray)}
-    expected = found(*map(torch.as_tensor, heads), **(options | mask))
-    np.testing.assert_allclose(extract(found)[1]({}, *heads, **options), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("case", ATTENTION)
-def test_attention_in_64_bits(case: str) -> None:
-    """Its softmax is in 64 bits too."""
-    heads, options = ATTENTION[case]
-    wide = [x.astype(float) for x in heads]
-    if case == "bias":
-        options = {"attn_mask": options["attn_mask"].astype(float)}
-    found = make(Attention)
-    mask = {k: torch.as_tensor(x) for k, x in options.items() if isinstance(x, np.ndarray)}
-    expected = found(*map(torch.as_tensor, wide), **(options | mask))
-    with jax.enable_x64(True):
-        ours = extract(found)[1]({}, *wide, **options)
-    np.testing.assert_allclose(ours, expected, atol=1e-14)
-
-
-class Matmul(nn.Module):
-    """Multiplies with arguments of four axes in the three ways that PyTorch has."""
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Adds the products."""
-        return x @ y + torch.matmul(x, y) + x.matmul(y)
+def test_attention(case: str, dtype: Any, tolerance: float) -> None:
+    """Of 64 bits its softmax is too."""
+    is_array = lambda x: isinstance(x, np.ndarray)  # noqa: E731
+    cast = lambda x: x.astype(dtype) if is_array(x) and x.dtype != bool else x  # noqa: E731
+    heads, options = jax.tree.map(cast, ATTENTION[case])
+    attend = nn.functional.scaled_dot_product_attention
+    model = Lambda(lambda _, *heads, **options: attend(*heads, **options)).eval()
+    mask = {k: torch.as_tensor(x) for k, x in options.items() if is_array(x)}
+    expected = attend(*map(torch.as_tensor, heads), **(options | mask))
+    with jax.enable_x64(dtype == np.float64):
+        found = extract(model)[1]({}, *heads, **options)
+    np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
 def test_products_keep_their_axes() -> None:
     """PyTorch's own would merge those of the batch, which a mesh cannot shard."""
     x, y = normal(2, 4, 5, 8), normal(2, 4, 8, 3)
-    apply = extract(make(Matmul))[1]
+    model = Lambda(lambda _, x, y: x @ y + torch.matmul(x, y) + x.matmul(y))
+    apply = extract(model.eval())[1]
     np.testing.assert_allclose(apply({}, x, y), 3 * (x @ y), atol=1e-5)
     assert "reshape" not in str(jax.make_jaxpr(apply)({}, x, y))
 
@@ -292,14 +263,6 @@ def test_activations() -> None:
         extract(make(), {"layer/0": PartitionSpec()})
 
 
-class Cached(nn.Module):
-    """Returns an object that is no pytree."""
-
-    def forward(self, x: torch.Tensor) -> dict[str, Any]:
-        """Returns its input and an object."""
-        return {"x": x, "cache": nn.Identity()}
-
-
 def test_example() -> None:
     """That of the docstring, which is skipped where PyTorch is not installed."""
     [example] = doctest.DocTestFinder(recurse=False).find(extract, "extract")
@@ -308,31 +271,20 @@ def test_example() -> None:
     assert doctest.DocTestRunner().run(example) == (0, len(example.examples))
 
 
-class Splitting(nn.Module):
-    """Reads sizes, and changes them."""
-
-    def forward(self, x: torch.Tensor, sizes: Any) -> list[torch.Tensor]:
-        """Adds the rows of each part."""
-        parts = x.split([int(n) for n in sizes])
-        sizes[0] = 0
-        return [part.sum(0) for part in parts]
+def split(_: Any, x: torch.Tensor, sizes: Any) -> list[torch.Tensor]:
+    """Adds the rows of each part, and changes the sizes."""
+    parts = x.split([int(n) for n in sizes])
+    sizes[0] = 0
+    return [part.sum(0) for part in parts]
 
 
 SIZES = [1, 2]
 
 
-class Moving(nn.Module):
+def move(m: Any, ids: torch.Tensor) -> torch.Tensor:
     """Moves what it computes to the device of an argument."""
-
-    def __init__(self) -> None:
-        """Makes its two parts."""
-        super().__init__()
-        self.embed, self.head = nn.Embedding(5, 8), nn.Linear(8, 4)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Computes scores."""
-        hidden = self.embed(ids).to(ids.device)
-        return self.head(hidden.to(ids.device, torch.float32)).to("cpu")
+    hidden = m.embed(ids).to(ids.device)
+    return m.head(hidden.to(ids.device, torch.float32)).to("cpu")
 
 
 @pytest.mark.parametrize(
@@ -340,7 +292,7 @@ class Moving(nn.Module):
 )
 def test_devices_of_arguments(ids: Any) -> None:
     """JAX decides where arrays are: a static argument is on PyTorch's CPU, and takes none there."""
-    model = Moving().eval()
+    model = Lambda(move, embed=nn.Embedding(5, 8), head=nn.Linear(8, 4)).eval()
     params, apply = extract(model)
     lora = jlora.transform(functools.partial(apply, ids=ids), LoRA("head/weight", rank=2))
     base, adapter = lora.init(KEY, params)
@@ -355,7 +307,7 @@ def test_devices_of_arguments(ids: Any) -> None:
 def test_static_arguments(kind: Any) -> None:
     """They have values for the model under `jax.jit` too, and stay as they are."""
     sizes = kind(SIZES)
-    apply = functools.partial(extract(make(Splitting))[1], sizes=sizes)
+    apply = functools.partial(extract(Lambda(split).eval())[1], sizes=sizes)
     first, second = jax.jit(apply)({}, X[0])
     np.testing.assert_allclose(first, X[0, :1].sum(0), rtol=1e-6)
     np.testing.assert_allclose(second, X[0, 1:].sum(0), rtol=1e-6)
@@ -388,7 +340,7 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match=r"integers in primes that int32 cannot hold. Set jax_ena"):
         extract(big)
     with pytest.raises(TypeError, match=r"of type Identity at output\['cache'\], which"):
-        extract(make(Cached))[1]({}, X)
+        extract(Lambda(lambda _, x: {"cache": nn.Identity()}).eval())[1]({}, X)
     params, apply = extract(make())
     with pytest.raises(RuntimeError, match="Missing key"):
         apply({**params, "head": {}, "norm": {}}, IDS)

@@ -7,7 +7,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from messages import refused
 from safetensors.numpy import load_file
 from small import randomize, raw, some
 from torch import nn
+from torch_functions import Lambda
 from torch_models import MODELS, Model
 
 import jlora
@@ -187,71 +188,28 @@ def compile_step(layers: int, options: dict[str, Any]) -> Any:
 # ------------------------------------------------------------------------- what no scan can hold
 
 
-class Layer(nn.Module):
+def multiply(m: Any, x: torch.Tensor, *others: Any) -> torch.Tensor:
+    return torch.tanh(m.linear(x))
+
+
+def layer(number: int, width: int = 4, function: Any = multiply, **own: Any) -> nn.Module:
     """A layer with a number, which it may use."""
-
-    def __init__(self, number: int, width: int = 4) -> None:
-        """Draws its parameters."""
-        super().__init__()
-        self.number = number
-        self.linear = nn.Linear(width, 4)
-
-    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
-        """Multiplies."""
-        return torch.tanh(self.linear(x))
+    return Lambda(function, number=number, linear=nn.Linear(width, 4), **own)
 
 
-class Net(nn.Module):
-    """Four layers, called by a function of the layers and their input."""
+def four(function: Any = multiply) -> list[nn.Module]:
+    return [layer(i, function=function) for i in range(4)]
 
-    def __init__(self, run: Callable[[Any, torch.Tensor], Any], *layers: nn.Module) -> None:
-        """Holds the function."""
-        super().__init__()
-        self.run = run
-        self.layers = nn.ModuleList(layers or [Layer(i) for i in range(4)])
 
-    def forward(self, x: torch.Tensor) -> Any:
-        """Runs the layers."""
-        return self.run(self.layers, x)
+def net(run: Callable[[Any, torch.Tensor], Any], layers: Sequence[nn.Module]) -> Any:
+    """Layers, called by a function of the layers and their input."""
+    return Lambda(lambda m, x: run(m.layers, x), layers=nn.ModuleList(layers)).eval()
 
 
 def chain(layers: Any, x: torch.Tensor, between: Any = lambda x: x) -> torch.Tensor:
     for layer in layers:
         x = between(layer(x))
     return x
-
-
-class Counting(Layer):
-    """A layer that uses its number."""
-
-    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
-        """Multiplies by the number."""
-        return super().forward(x) * self.number
-
-
-class Naming(Layer):
-    """A layer that looks something up by its number."""
-
-    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
-        """Multiplies the third layer by another number."""
-        return super().forward(x) * {"layer 2": 3.0}.get(f"layer {self.number}", 1.0)
-
-
-class Writing(Layer):
-    """A layer that writes into its input."""
-
-    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
-        """Adds in place."""
-        return x.add_(super().forward(x))
-
-
-class Collecting(Layer):
-    """A layer that appends to a list that it gets."""
-
-    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
-        """Appends its input."""
-        others[0].append(x)
-        return super().forward(x)
 
 
 def with_list(layers: Any, x: torch.Tensor) -> torch.Tensor:
@@ -269,29 +227,9 @@ def by_own(layers: Any, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-class Adding(Layer):
-    """A layer that adds what else it gets."""
-
-    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
-        """Adds the second argument."""
-        return super().forward(x) + others[0]
-
-
-class Splitting(Layer):
-    """A layer that reads the sizes that it gets."""
-
-    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
-        """Multiplies parts by their numbers."""
-        return torch.cat([i * part for i, part in enumerate(x.split(others[0].tolist()))])
-
-
-class Counted(Layer):
-    """A layer that changes the sizes that it gets."""
-
-    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
-        """Adds in place."""
-        others[0].add_(1)
-        return super().forward(x)
+def split(m: Any, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Reads sizes, and multiplies parts by their numbers."""
+    return torch.cat([i * part for i, part in enumerate(x.split(sizes.tolist()))])
 
 
 def with_sizes(layers: Any, x: torch.Tensor, step: int = 0) -> torch.Tensor:
@@ -301,29 +239,24 @@ def with_sizes(layers: Any, x: torch.Tensor, step: int = 0) -> torch.Tensor:
     return x
 
 
-class Masking(Layer):
-    """A layer with a tensor in an attribute, and another in a buffer."""
+def mask(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return multiply(m, x) * m.mask + m.shift
 
-    def __init__(self, number: int) -> None:
-        """Draws them."""
-        super().__init__(number)
-        self.mask = torch.randn(4)
-        self.register_buffer("shift", torch.randn(4), persistent=False)
 
-    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
-        """Reads both."""
-        return super().forward(x) * self.mask + self.shift
+def draw_masks() -> dict[str, torch.Tensor]:
+    """Draws a tensor for an attribute, and a buffer."""
+    return {"mask": torch.randn(4), "shift": nn.Buffer(torch.randn(4), persistent=False)}
 
 
 RIGHT = {
-    "constants of their own": (chain, [Masking(i) for i in range(4)]),
-    "as they are": (chain, []),
-    "an input of their own": (by_own, [Adding(i) for i in range(4)]),
-    "sizes that it reads": (with_sizes, [Splitting(i) for i in range(4)]),
-    "twice": (lambda layers, x: chain(layers, chain(layers, x)), []),
+    "constants of their own": (chain, [layer(i, 4, mask, **draw_masks()) for i in range(4)]),
+    "as they are": (chain, four()),
+    "an input of their own": (by_own, four(lambda m, x, other: multiply(m, x) + other)),
+    "sizes that it reads": (with_sizes, four(split)),
+    "twice": (lambda layers, x: chain(layers, chain(layers, x)), four()),
     "some before and after": (
         chain,
-        [Layer(0, 8), *(Layer(i) for i in (1, 2, 3)), nn.Linear(4, 3)],
+        [layer(0, 8), *(layer(i) for i in (1, 2, 3)), nn.Linear(4, 3)],
     ),
 }
 
@@ -332,11 +265,11 @@ RIGHT = {
 def test_what_a_scan_can_hold(case: str) -> None:
     torch.manual_seed(0)
     run_layers, layers = RIGHT[case]
-    net = Net(run_layers, *layers).eval()
-    params, apply = jlora.torch.extract(net, scan=["layers"])
-    x = np.ones((2, layers[0].linear.in_features if layers else 4), np.float32)
+    model = net(run_layers, layers)
+    params, apply = jlora.torch.extract(model, scan=["layers"])
+    x = np.ones((2, layers[0].linear.in_features), np.float32)
     with torch.no_grad():
-        expected = net(torch.tensor(x)).numpy()
+        expected = model(torch.tensor(x)).numpy()
     np.testing.assert_allclose(apply(params, x), expected, atol=1e-6)
     np.testing.assert_allclose(jax.jit(apply)(params, x), expected, atol=1e-6)
 
@@ -368,43 +301,53 @@ def frozen_at_first(layers: Any, x: torch.Tensor) -> torch.Tensor:
     return chain(layers[2:], x)
 
 
+def name(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Multiplies the third layer by another number."""
+    return multiply(m, x) * {"layer 2": 3.0}.get(f"layer {m.number}", 1.0)
+
+
+def append(m: Any, x: torch.Tensor, found: list[Any]) -> torch.Tensor:
+    found.append(x)
+    return multiply(m, x)
+
+
+def change(m: Any, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    sizes.add_(1)
+    return multiply(m, x)
+
+
+DIFFERS, WRITES = "its number, which differs", "writes into its arguments"
 REFUSED = {
-    "between them": (
-        lambda layers, x: chain(layers, x, torch.sin),
-        [],
-        EARLY,
-    ),
-    "gradients of some": (frozen_at_first, [], "other arguments"),
-    "skipped": (skip, [], "number 1 of the layers"),
-    "stopped": (lambda layers, x: chain(layers[:3], x), [], EARLY),
-    "collected": (collect, [], EARLY),
-    "other arguments": (twice_as_much, [], "other arguments"),
-    "other sizes": (lambda layers, x: with_sizes(layers, x, 1), [], "other arguments"),
-    "a number": (chain, [Counting(i) for i in range(4)], "its number, which differs"),
-    "a name": (chain, [Naming(i) for i in range(4)], "its number, which differs"),
-    "in place": (chain, [Writing(i) for i in range(4)], "writes into its arguments"),
-    "a list": (with_list, [Collecting(i) for i in range(4)], "writes into its arguments"),
-    "sizes in place": (with_sizes, [Counted(i) for i in range(4)], "writes into its arguments"),
-    "read outside": (read_outside, [], "outside of its call"),
+    "between them": (lambda layers, x: chain(layers, x, torch.sin), four(), EARLY),
+    "gradients of some": (frozen_at_first, four(), "other arguments"),
+    "skipped": (skip, four(), "number 1 of the layers"),
+    "stopped": (lambda layers, x: chain(layers[:3], x), four(), EARLY),
+    "collected": (collect, four(), EARLY),
+    "other arguments": (twice_as_much, four(), "other arguments"),
+    "other sizes": (lambda layers, x: with_sizes(layers, x, 1), four(), "other arguments"),
+    "a number": (chain, four(lambda m, x: multiply(m, x) * m.number), DIFFERS),
+    "a name": (chain, four(name), DIFFERS),
+    "in place": (chain, four(lambda m, x: x.add_(multiply(m, x))), WRITES),
+    "a list": (with_list, four(append), WRITES),
+    "sizes in place": (with_sizes, four(change), WRITES),
+    "read outside": (read_outside, four(), "outside of its call"),
     "another width": (chain, [nn.Linear(4, 4), nn.Linear(4, 3)], "which has layers that differ"),
-    "one layer": (chain, [Layer(0)], "which has one layer"),
+    "one layer": (chain, [layer(0)], "which has one layer"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_scan_cannot_hold(case: str) -> None:
-    run_layers, layers, said = REFUSED[case]
-    net = Net(run_layers, *layers).eval()
+    *model, said = REFUSED[case]
     with pytest.raises((NotImplementedError, ValueError), match=re.escape(said)):
-        params, apply = jlora.torch.extract(net, scan=["layers"])
+        params, apply = jlora.torch.extract(net(*model), scan=["layers"])
         apply(params, np.ones((2, 4), np.float32))
 
 
 @pytest.mark.parametrize("case", ["in place", "a list", "sizes in place"])
 def test_what_cannot_be_computed_again(case: str) -> None:
-    run_layers, layers, said = REFUSED[case]
-    net = Net(run_layers, *layers).eval()
-    params, apply = jlora.torch.extract(net, remat={r"layers/\d": None})
+    *model, said = REFUSED[case]
+    params, apply = jlora.torch.extract(net(*model), remat={r"layers/\d": None})
     with pytest.raises(NotImplementedError, match=re.escape(said)):
         apply(params, np.ones((2, 4), np.float32))
 
@@ -424,14 +367,14 @@ def test_what_llama_collects_is_refused(static: dict[str, Any], said: str) -> No
 
 
 def test_arguments() -> None:
-    net = Net(chain).eval()
+    model = net(chain, four())
     with refused(ValueError, "scan", "'blocks'", "'layers'"):
-        jlora.torch.extract(net, scan=["blocks"])
+        jlora.torch.extract(model, scan=["blocks"])
     with refused(ValueError, "remat", "'blocks'"):
-        jlora.torch.extract(net, remat={"blocks": None})
-    net.layers[2].linear = net.layers[1].linear
+        jlora.torch.extract(model, remat={"blocks": None})
+    model.layers[2].linear = model.layers[1].linear
     with refused(ValueError, "scan", "layers that share layers.0.linear.weight"):
-        jlora.torch.extract(net, scan=["layers"])
+        jlora.torch.extract(model, scan=["layers"])
 
 
 def test_checkpointing_of_pytorch_is_refused() -> None:
