@@ -86,13 +86,18 @@ def test_a_template_that_changes_earlier_turns_is_refused(base):
         conversations.encode(say("Hi", "Hello.", "And now?", "Bye"), other)
 
 
-def test_packed_is_unpacked():
-    """The loss and its gradient in A and B, whatever texts share a row."""
-    rng, sizes = np.random.default_rng(0), [9, 30, 5, 21, 14, 7]
-    texts = [
-        conversations.Text([], rng.integers(3, 260, n), np.float32(np.arange(n) > n // 2))
+def draw_texts(part, *sizes):
+    """Draws texts, of which what comes after a part, such as a half, counts."""
+    rng = np.random.default_rng(0)
+    return [
+        conversations.Text([], rng.integers(3, 260, n), np.float32(np.arange(n) > n // part))
         for n in sizes
     ]
+
+
+def test_packed_is_unpacked():
+    """The loss and its gradient in A and B, whatever texts share a row."""
+    texts = draw_texts(2, 9, 30, 5, 21, 14, 7)
     packed = conversations.pack(texts, 32)
     assert [len(row) for row in packed] == [3, 1, 2]  # 9 + 5 + 14, 30, 21 + 7
     lora = jlora.transform(llama.Llama(TINY).apply, jlora.LoRA(rank=2))
@@ -117,12 +122,7 @@ def test_packed_is_unpacked():
 @pytest.mark.slow
 def test_a_step_of_parts_is_one_of_all_rows():
     """Also if the parts have few answers, many or none."""
-    rng, sizes = np.random.default_rng(0), [9, 30, 5, 21]
-    texts = [
-        conversations.Text([], rng.integers(3, 260, n), np.float32(np.arange(n) > n // 3))
-        for n in sizes
-    ]
-    rows = lay([[text] for text in texts], 6)  # two are empty
+    rows = lay([[text] for text in draw_texts(3, 9, 30, 5, 21)], 6)  # two are empty
     model = llama.Llama(TINY)
     lora, tx = jlora.transform(model.apply, jlora.LoRA(rank=2)), jlora.optimizer(optax.sgd(1.0))
     tiny = fill(llama.shapes(TINY), jnp.float32, 0.3)

@@ -421,18 +421,12 @@ def test_state_is_not_lost_with_the_adapter(tmp_path: Any) -> None:
         with refused(ValueError, "adapter", "norm/mean, norm/var", "Give adapted.adapter"):
             write(tmp_path / "a", adapted, rules)
     checkpoint.save(tmp_path / "a", adapted.adapter, rules)
-    adapted = trained(LoRA("layers/0/kernel", rank=2), model=masked())
+    adapted = trained(LoRA("layers/0/kernel", rank=2), model=KINDS["mask"](nnx.Rngs(0)))
     checkpoint.save(tmp_path / "b", adapted, [LoRA("layers/0/kernel", rank=2)])
-    again = Adapted(masked(), checkpoint.restore(tmp_path / "b"))
+    again = Adapted(KINDS["mask"](nnx.Rngs(0)), checkpoint.restore(tmp_path / "b"))
     adapted.eval()
     again.eval()
     np.testing.assert_array_equal(again(inputs()), adapted(inputs()))
-
-
-def masked() -> nnx.Module:
-    """A model whose only state draws masks."""
-    rngs = nnx.Rngs(0)
-    return nnx.Sequential(nnx.Linear(8, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
 
 
 def test_no_adapter_is_the_model() -> None:

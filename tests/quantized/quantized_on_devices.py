@@ -6,6 +6,7 @@ By hand: XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_ENABLE_X64=1 pyt
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 from meshes import assert_lies, mesh_of, on, put
 from meshes import normal as draw
-from small import some
+from small import some, some_rows
 
 import jlora
 from jlora import FP8, NF4, Int4, Int8, peft, sharding
@@ -45,12 +46,9 @@ def each(schemes, *columns):
 
     The first of each are for every day, the rest for the long run.
     """
-    names = ",".join(["scheme", *(name for name, _ in columns)])
-    rows = [[s] for s in schemes]
-    for _, values in columns:
-        rows = [[*row, value] for row in rows for value in values]
-    cases = [pytest.param(*row, marks=pytest.mark.slow if i else ()) for i, row in enumerate(rows)]
-    return pytest.mark.parametrize(names, cases, ids=str)
+    names = ["scheme", *(name for name, _ in columns)]
+    rows = list(itertools.product(schemes, *(values for _, values in columns)))
+    return pytest.mark.parametrize(names, some_rows(rows, rows[0]), ids=str)
 
 
 def normal(seed, *shape):

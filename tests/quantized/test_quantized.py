@@ -14,7 +14,7 @@ from chain import FORMS
 from hypothesis import strategies as st
 from messages import refused
 from own_schemes import Pairs
-from small import some
+from small import some, some_rows
 
 import jlora
 from jlora._core import Axis
@@ -43,16 +43,10 @@ KEPT = [
 ]
 
 
-def entry(*row):
-    """A case of a scheme: every day the first of each type."""
-    first = next(s for s, _, _ in KEPT if type(s) is type(row[0]))
-    return pytest.param(*row, marks=[] if row[0] is first else pytest.mark.slow)
-
-
-schemes = pytest.mark.parametrize("scheme", [entry(s) for s, _, _ in KEPT], ids=str)
-
-
-FEW = [pytest.param(s, marks=[] if s is KEPT[7][0] else pytest.mark.slow) for s, _, _ in KEPT]
+SCHEMES = [scheme for scheme, _, _ in KEPT]
+DAILY = {type(row[0]): row for row in KEPT[::-1]}.values()  # the first of each type
+schemes = pytest.mark.parametrize("scheme", some(SCHEMES, *(row[0] for row in DAILY)), ids=str)
+FEW = some(SCHEMES, SCHEMES[7])
 few = pytest.mark.parametrize("scheme", FEW, ids=str)
 
 
@@ -62,7 +56,7 @@ def test_every_scheme_is_in_the_table():
     assert {type(s) for s, _, _ in KEPT} == set(public)
 
 
-@pytest.mark.parametrize(("scheme", "bits", "error"), [entry(*row) for row in KEPT], ids=str)
+@pytest.mark.parametrize(("scheme", "bits", "error"), some_rows(KEPT, *DAILY), ids=str)
 def test_bits_and_error(scheme, bits, error):
     w = normal(512, 640)
     found = jlora.summary(jlora.quantize({"w": w}, scheme)).quantized[0]
@@ -80,9 +74,7 @@ def test_errors_of_what_float32_has_no_squares_of():
 
 
 @few
-@pytest.mark.parametrize(
-    "dtype", [jnp.bfloat16, *(pytest.param(x, marks=pytest.mark.slow) for x in ("f4", "f2"))]
-)
+@pytest.mark.parametrize("dtype", some([jnp.bfloat16, "f4", "f2"], jnp.bfloat16))
 def test_a_second_time(scheme, dtype):
     """The dtype stays; and what codes stand for is of codes for it, but for an affine scheme."""
     once = jlora.dequantize(jlora.quantize({"w": normal(256, 128, dtype=dtype)}, scheme))["w"]
@@ -290,11 +282,11 @@ def problem(scheme=KEPT[1][0], name="products"):
     return lora, base, laws.randomize(adapter), x
 
 
-STEPS = [pytest.param(KEPT[1][0], name, id=name) for name in list(MODELS)[1:]]
-STEPS += [pytest.param(*p.values, "products", marks=p.marks, id=f"{p.values[0]}") for p in FEW]
+STEPS = [(SCHEMES[1], name) for name in list(MODELS)[1:]]
+STEPS += some_rows([(scheme, "products") for scheme in SCHEMES], (SCHEMES[7], "products"))
 
 
-@pytest.mark.parametrize(("scheme", "name"), STEPS)
+@pytest.mark.parametrize(("scheme", "name"), STEPS, ids=str)
 def test_the_step_is_that_on_dequantized_weights(scheme, name):
     """Values and gradients, of whatever is trained; values without an adapter."""
     lora, base, adapter, x = problem(scheme, name)
@@ -429,7 +421,7 @@ def test_a_scaled_weight_is_unpacked_next_to_its_product(name):
     assert kept(SCALED[name]) < kept(lambda w: w) + 64
 
 
-@pytest.mark.parametrize("scheme", some([s for s, _, _ in KEPT], jlora.Int8("w")), ids=str)
+@pytest.mark.parametrize("scheme", some(SCHEMES, jlora.Int8("w")), ids=str)
 def test_a_moved_weight_is_unpacked_next_to_its_product(scheme):
     """The backward pass of a loop reads the codes that are there, and keeps no moved ones."""
     base, x = jlora.quantize({"w": normal(4, 128, 128)}, scheme), normal(4, 128)

@@ -57,17 +57,17 @@ class Model(NamedTuple):
     Attributes:
         kind: its class.
         fields: the fields of its configuration.
-        call: the arguments of a call.
+        arrays: the arguments of a call that are traced.
         prefix: its name in a pipeline.
         pipeline: the family whose pipeline reads the files.
         kohya: the prefix under which diffusers reads its own names in kohya's dialect, and a
             pattern of those that it does not read; None if it wants the names of another model.
-        static: arguments that are not traced.
+        static: the other arguments.
     """
 
     kind: str
     fields: dict[str, Any]
-    call: dict[str, Any]
+    arrays: dict[str, Any]
     prefix: str
     pipeline: str
     kohya: tuple[str, str] | None = None

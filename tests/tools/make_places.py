@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 from ask_classes import declare
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_models import Pair, list_options, list_pairs, list_parts, make_model
 
 import jlora
@@ -29,6 +29,7 @@ from jlora.peft.places._views import Piece
 
 FILE = pathlib.Path(jlora.__file__).parent / "peft" / "places" / "transformers.json"
 FIRST, MOST = 100_000, 2**24  # above the numbers in buffers; exact in float32
+FIELDS = "rows", "read", "parts"  # of `Made`, by `model_type` or by class
 Names = tuple[str, ...]
 
 
@@ -59,15 +60,16 @@ def ask(model: Any) -> tuple[dict[str, list[Box] | str], dict[str, Any], dict[st
         raise ValueError(f"{stop} parameters are too many")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        stored = dict(_read(folder))
+        tensors = load_file(pathlib.Path(folder) / "model.safetensors")
+    stored = {k: (x.double() if x.is_floating_point() else x) for k, x in tensors.items()}
     home = np.full(stop, -1)
     place = np.zeros(stop, int)
     for i, x in enumerate(stored.values()):
-        values = x.astype(np.int64).ravel()
+        values = x.numpy().astype(np.int64).ravel()
         known = (values >= FIRST) & (values < stop)
         home[values[known]] = i
         place[values[known]] = np.flatnonzero(known)
-    shapes = {name: x.shape for name, x in stored.items()}
+    shapes = {name: (*x.shape,) for name, x in stored.items()}
     parameters = {name: x.detach().numpy().astype(int) for name, x in saved.items()}
     found = {name: _find_boxes(home[x], place[x], shapes) for name, x in parameters.items()}
     return found, {name: x.shape for name, x in parameters.items()}, shapes
@@ -80,14 +82,6 @@ def list_saved(model: Any) -> dict[str, Any]:
     parameters = dict(model.named_parameters())
     both = parameters | buffers
     return both if sum(x.numel() for x in both.values()) < MOST - FIRST else parameters
-
-
-def _read(folder: str) -> Iterator[tuple[str, np.ndarray]]:
-    for file in sorted(pathlib.Path(folder).glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                x = tensors.get_tensor(name)
-                yield name, (x.double() if x.is_floating_point() else x).numpy()
 
 
 def _find_boxes(home: np.ndarray, place: np.ndarray, shapes: Mapping[str, Any]) -> list[Box] | str:
@@ -438,23 +432,15 @@ def gather(made: Sequence[Made]) -> dict[str, Any]:
     for x in made:
         groups[x.kind].append(x)
     for kind, own in sorted(groups.items()):
-        entry = {
-            "rows": _merge(own, "rows"),
-            "read": _merge(own, "read"),
-            "parts": _merge(own, "parts"),
-        }
+        entry = {field: _merge(own, field) for field in FIELDS}
         prefixes = collections.Counter(x.prefix for x in own if x.prefix)
         entry |= {"prefix": prefixes.most_common(1)[0][0]} if prefixes else {}
         entry = {key: x for key, x in entry.items() if x}
         if entry.keys() - {"prefix"}:
             models[kind] = entry
         for x in own:
-            theirs = {
-                "rows": x.rows,
-                "read": x.read,
-                "parts": x.parts,
-                "lost": _shorten_lost(x.lost),
-            }
+            theirs = {field: getattr(x, field) for field in FIELDS}
+            theirs["lost"] = _shorten_lost(x.lost)
             if differs(x, entry) or x.lost:
                 fields = {key: dict(sorted(y.items())) for key, y in theirs.items() if y}
                 name = x.name if x.is_own else f"{kind}/{x.name}"

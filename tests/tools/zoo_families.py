@@ -311,7 +311,7 @@ def make_diffusers(name: str) -> Specimen:
     """Makes a model of diffusers."""
     if name in torch_images.MODELS:
         row = torch_images.MODELS[name]
-        inputs = torch.utils._pytree.tree_map(torch.as_tensor, row.call)
+        inputs = torch.utils._pytree.tree_map(torch.as_tensor, row.arrays)
         return Specimen(row.make(), inputs | dict(row.static))
     fields, inputs = DIFFUSERS[name]
     model = getattr(diffusers, name)(**fields).eval()

@@ -18,14 +18,18 @@ pytest.importorskip("diffusers")
 
 import peft as hf_peft
 import torch
+import torch_models
 import transformers
 from diffusers.loaders import lora_pipeline
 from safetensors.numpy import load_file, save_file
 from small import randomize
 from torch_images import MODELS
+from torch_models import MASKED, TEXT
 
 import jlora
 from jlora import DoRA, LoRA, peft
+from tests.torch import test_torch_models
+from tests.torch.test_torch_models import extract, run
 
 EVERY = pytest.mark.parametrize("name", MODELS)
 BOTH = [(name, "diffusers") for name in MODELS]
@@ -40,26 +44,7 @@ def mixed(*patterns: str) -> list[LoRA]:
     return [LoRA(f"{p}/weight", **x) for p, x in zip(patterns, settings, strict=True)]
 
 
-class Extracted(NamedTuple):
-    """A model, its parameters, and a function of them and the arguments, with names."""
-
-    model: Any
-    params: Any
-    call: Any
-    names: tuple[peft.Name, ...]
-
-
-@functools.cache
-def extracted(name: str) -> Extracted:
-    row = MODELS[name]
-    model = row.make()
-    params, apply = jlora.torch.extract(model)
-
-    def call(params: Any, arrays: dict[str, Any]) -> Any:
-        return apply(params, **arrays, **row.static, return_dict=False)[0]
-
-    sites = jlora.transform(call).sites(params, row.call)
-    return Extracted(model, params, call, jlora.torch.names(sites, apply))
+extracted = functools.cache(lambda name: extract(MODELS[name]))
 
 
 class Trained(NamedTuple):
@@ -67,15 +52,15 @@ class Trained(NamedTuple):
 
     base: Any
     adapter: Any
-    outputs: np.ndarray
+    outputs: dict[str, Any]
 
 
 def trained(name: str, rules: Sequence[Any]) -> Trained:
     row, found = MODELS[name], extracted(name)
     lora = jlora.transform(found.call, *rules)
-    base, adapter = lora.init(jax.random.key(0), found.params, row.call)
+    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
     adapter = randomize(adapter)
-    return Trained(base, adapter, np.asarray(jax.jit(lora.apply)(base, adapter, row.call)))
+    return Trained(base, adapter, jax.jit(lora.apply)(base, adapter, row.arrays))
 
 
 def every_module(name: str, unread: str = "none") -> LoRA:
@@ -84,14 +69,7 @@ def every_module(name: str, unread: str = "none") -> LoRA:
     return LoRA("|".join(x for x in rows if not re.search(unread, x)), rank=2, alpha=3)
 
 
-def run(model: Any, name: str) -> np.ndarray:
-    row = MODELS[name]
-    given = jax.tree.map(torch.as_tensor, row.call)
-    with torch.no_grad():
-        return model(**given, **row.static, return_dict=False)[0].numpy()
-
-
-def load_in_diffusers(name: str, folder: pathlib.Path, caplog: Any) -> np.ndarray:
+def load_in_diffusers(name: str, folder: pathlib.Path, caplog: Any) -> dict[str, np.ndarray]:
     """Computes with a file as a pipeline does; diffusers logs what it does not load."""
     row = MODELS[name]
     mixin = getattr(lora_pipeline, f"{row.pipeline}LoraLoaderMixin")
@@ -106,12 +84,10 @@ def load_in_diffusers(name: str, folder: pathlib.Path, caplog: Any) -> np.ndarra
     assert len(loaded) == len(
         {k for k in load_file(folder / FILE) if re.search("lora[_.](A|down)", k)}
     )
-    return run(model, name)
+    return run(model, row)
 
 
-def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(actual / scale, expected / scale, 0, 2e-5)
+assert_close = functools.partial(test_torch_models.assert_close, tolerance=2e-5)
 
 
 def prefix_of(name: str, dialect: str) -> str:
@@ -121,8 +97,8 @@ def prefix_of(name: str, dialect: str) -> str:
 
 @EVERY
 def test_outputs(name: str) -> None:
-    found = extracted(name)
-    assert_close(jax.jit(found.call)(found.params, MODELS[name].call), run(found.model, name))
+    row, found = MODELS[name], extracted(name)
+    assert_close(jax.jit(found.call)(found.params, row.arrays), run(found.model, row))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +178,7 @@ def test_theirs_in_jax(name: str, config: Any, tmp_path: pathlib.Path) -> None:
     for key, x in model.named_parameters():
         if "lora_" in key and "magnitude" not in key:
             torch.nn.init.normal_(x, std=0.1)
-    expected = run(model, name)
+    expected = run(model, row)
     model.save_lora_adapter(tmp_path / "model")
     layers = hf_peft.get_peft_model_state_dict(model, adapter_name="default")
     mixin = getattr(lora_pipeline, f"{row.pipeline}LoraLoaderMixin")
@@ -215,7 +191,7 @@ def test_theirs_in_jax(name: str, config: Any, tmp_path: pathlib.Path) -> None:
     lora = jlora.transform(found.call)
     for kind in ("model", "pipeline", "old")[: 2 if "rank_pattern" in config else 3]:
         adapter = peft.load(tmp_path / kind, found.params, found.names)
-        assert_close(jax.jit(lora.apply)(found.params, adapter, row.call), expected)
+        assert_close(jax.jit(lora.apply)(found.params, adapter, row.arrays), expected)
 
 
 # Files of other tools: the model, what begins its keys, the ends of A and B, and alpha or none.
@@ -247,29 +223,21 @@ def test_keys_of_other_tools(case: str, tmp_path: pathlib.Path, caplog: Any) -> 
     assert_close(load_in_diffusers(name, tmp_path / "b", caplog), outputs)
     again = peft.load(tmp_path / "b", found.params, found.names)
     lora = jlora.transform(found.call)
-    assert_close(jax.jit(lora.apply)(base, again, MODELS[name].call), outputs)
+    assert_close(jax.jit(lora.apply)(base, again, MODELS[name].arrays), outputs)
 
 
 @pytest.mark.parametrize(("dialect", "prefix"), [("diffusers", "text_encoder"), ("kohya", "te1")])
 def test_a_text_encoder(dialect: str, prefix: str, tmp_path: pathlib.Path) -> None:
     """CLIP's, whose modules have other names in transformers 5 than in files."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    config = transformers.CLIPTextConfig(
-        **sizes, vocab_size=64, num_hidden_layers=2, max_position_embeddings=8, eos_token_id=2
-    )
-    model = transformers.CLIPTextModel(config).eval()
-    params, apply = jlora.torch.extract(model)
-    ids = np.arange(12).reshape(2, 6)
-    call = lambda params, ids: apply(params, ids, return_dict=False)[0]  # noqa: E731
-    names = jlora.torch.names(jlora.transform(call).sites(params, ids), apply)
+    row = torch_models.Model("CLIPTextModel", TEXT | {"eos_token_id": 2}, MASKED)
+    model, params, _, call, _, names = extract(row)
     lora = jlora.transform(call, LoRA(rank=2, alpha=3))
-    base, adapter = lora.init(jax.random.key(0), params, ids)
+    base, adapter = lora.init(jax.random.key(0), params, row.arrays)
     adapter = randomize(adapter)
-    outputs = np.asarray(lora.apply(base, adapter, ids))
+    outputs = lora.apply(base, adapter, row.arrays)
     peft.save(tmp_path / "a", base, adapter, names, dialect=dialect, prefix=prefix)
     again = peft.load(tmp_path / "a", base, names)
-    assert_close(np.asarray(lora.apply(base, again, ids)), outputs)
+    assert_close(lora.apply(base, again, row.arrays), outputs)
     model.save_pretrained(tmp_path / "base")
     peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
     mixin = lora_pipeline.StableDiffusionLoraLoaderMixin
@@ -277,8 +245,7 @@ def test_a_text_encoder(dialect: str, prefix: str, tmp_path: pathlib.Path) -> No
     given = {"text_encoder": model, "prefix": "text_encoder", "metadata": found[2]}
     mixin.load_lora_into_text_encoder(found[0], found[1], **given)
     for loaded in (model, transformers.CLIPTextModel.from_pretrained(tmp_path / "merged")):
-        with torch.no_grad():
-            assert_close(loaded(torch.as_tensor(ids), return_dict=False)[0].numpy(), outputs)
+        assert_close(run(loaded, row), outputs)
 
 
 @pytest.mark.parametrize(("shards", "dialect"), [("10GB", "diffusers"), ("20KB", "kohya")])
@@ -294,5 +261,5 @@ def test_merged(shards: str, dialect: str, tmp_path: pathlib.Path) -> None:
     peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
     merged, told = type(found.model).from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(told.values()), told
-    assert_close(run(merged, "sd15"), outputs)
+    assert_close(run(merged, MODELS["sd15"]), outputs)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["_class_name"]

@@ -24,7 +24,7 @@ from peft_files import config_of
 from safetensors.numpy import load_file, save_file
 from small import randomize, raw
 from torch_functions import Lambda
-from torch_models import MODELS, Model
+from torch_models import MODELS
 
 import jlora
 from jlora import LoRA, many, peft
@@ -47,17 +47,18 @@ class Extracted(NamedTuple):
     names: tuple[peft.Name, ...]
 
 
-@functools.cache
-def extracted(name: str) -> Extracted:
-    row = MODELS[name]
+def extract(row: Any, **options: Any) -> Extracted:
     model = row.make()
-    params, apply = jlora.torch.extract(model)
+    params, apply = jlora.torch.extract(model, **options)
 
     def call(params: Any, arrays: dict[str, Any]) -> dict[str, Any]:
         return numbers(apply(params, **arrays, **row.static))
 
     sites = jlora.transform(call).sites(params, row.arrays)
     return Extracted(model, params, apply, call, sites, jlora.torch.names(sites, apply))
+
+
+extracted = functools.cache(lambda name: extract(MODELS[name]))
 
 
 def numbers(outputs: Any) -> dict[str, Any]:
@@ -69,9 +70,9 @@ def numbers(outputs: Any) -> dict[str, Any]:
     }
 
 
-def run(model: Any, row: Model) -> dict[str, np.ndarray]:
+def run(model: Any, row: Any) -> dict[str, np.ndarray]:
     """What PyTorch computes, by the names that JAX has."""
-    given = {name: torch.as_tensor(x) for name, x in row.arrays.items()}
+    given = jax.tree.map(torch.as_tensor, row.arrays)
     with torch.no_grad():
         outputs = model(**given, **row.static)
     arrays = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.numpy(), outputs)

@@ -28,7 +28,7 @@ from torch_models import MODELS, Model
 
 import jlora
 from jlora import LoRA, peft
-from tests.torch.test_torch_models import assert_close, numbers, run
+from tests.torch.test_torch_models import assert_close, extract, run
 
 
 class Scanned(NamedTuple):
@@ -94,19 +94,12 @@ class Made(NamedTuple):
 @functools.cache
 def made(name: str, how: str = "") -> Made:
     row = MODELS[name]._replace(fields=MODELS[name].fields | SCANNED[name].fields)
-    model = row.make()
-    options = HOW[how](SCANNED[name].layers) if how else {}
-    params, apply = jlora.torch.extract(model, **options)
-
-    def call(params: Any, arrays: dict[str, Any]) -> dict[str, Any]:
-        return numbers(apply(params, **arrays, **row.static))
-
-    sites = jlora.transform(call).sites(params, row.arrays)
-    pattern = "in_proj/weight" if name == "mamba2" else jlora.torch.all_linear(apply, sites)
-    lora = jlora.transform(call, LoRA(pattern, rank=2, alpha=4))
-    base, adapter = lora.init(jax.random.key(0), params, row.arrays)
-    names = jlora.torch.names(lora.sites(params, row.arrays), apply)
-    return Made(row, model, apply, lora, base, adapter, names)
+    found = extract(row, **(HOW[how](SCANNED[name].layers) if how else {}))
+    every = jlora.torch.all_linear(found.apply, found.sites)
+    pattern = "in_proj/weight" if name == "mamba2" else every
+    lora = jlora.transform(found.call, LoRA(pattern, rank=2, alpha=4))
+    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
+    return Made(row, found.model, found.apply, lora, base, adapter, found.names)
 
 
 def files(found: Made, adapter: Any, folder: pathlib.Path) -> tuple[dict[str, np.ndarray], Any]:

@@ -42,6 +42,22 @@ def place(mesh: jax.sharding.Mesh, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStr
 SCAN = {"scan": ["model/layers"], "remat": {r"layers/\d+": None}}
 
 
+def stream(model: Any, folder: pathlib.Path, ids: np.ndarray, **options: Any) -> tuple[Any, ...]:
+    """Loads a folder onto a mesh, for the same model without memory.
+
+    Returns its transform, its base, where it lies, and the ids, whose rows are sharded.
+    """
+    mesh = jax.sharding.Mesh(np.reshape(jax.devices(), (4, 2)), ("fsdp", "tensor"))
+    rows = NamedSharding(mesh, P("fsdp"))
+    with torch.device("meta"):
+        empty = type(model)(model.config).eval()
+    shapes, apply = jlora.torch.extract(empty, {LAYERS: rows}, **options)
+    like = jax.tree.map(functools.partial(place, mesh), shapes)
+    lora = jlora.transform(lambda p, x: apply(p, x, use_cache=False).logits, LoRA(rank=2))
+    names = jlora.torch.names(lora.sites(shapes, ids), apply)
+    return lora, peft.load_base(folder, like, names), like, jax.device_put(ids, rows)
+
+
 @pytest.mark.parametrize(
     ("name", "options"), [("llama", {}), ("llama", SCAN), ("qwen3-moe", {}), ("gemma4", {})]
 )
@@ -50,23 +66,13 @@ def test_streamed_onto_a_mesh(name: str, options: Any, tmp_path: pathlib.Path) -
     model = MODELS[name].make()
     model.save_pretrained(tmp_path / "base")
     whole, alone = jlora.torch.extract(model, **options)
-    mesh = jax.sharding.Mesh(np.reshape(jax.devices(), (4, 2)), ("fsdp", "tensor"))
-    rows = NamedSharding(mesh, P("fsdp"))
-    with torch.device("meta"):
-        empty = type(model)(model.config).eval()
-    shapes, apply = jlora.torch.extract(empty, {LAYERS: rows}, **options)
-
-    like = jax.tree.map(functools.partial(place, mesh), shapes)
     ids = np.tile(MODELS[name].arrays["input_ids"], (4, 1))
-    lora = jlora.transform(lambda p, x: apply(p, x, use_cache=False).logits, LoRA(rank=2))
-    names = jlora.torch.names(lora.sites(shapes, ids), apply)
-    base = peft.load_base(tmp_path / "base", like, names)
+    lora, base, like, inputs = stream(model, tmp_path / "base", ids, **options)
     for x, y, z in zip(*map(jax.tree.leaves, (base, whole, like)), strict=True):
         np.testing.assert_array_equal(x, y)
         assert x.sharding == z.sharding
     _, adapter = lora.init(KEY, base, ids)
     adapter = jax.device_put(randomize(adapter), sharding.specs(base, adapter))
-    inputs = jax.device_put(ids, rows)
     plain = jlora.transform(lambda p, x: alone(p, x, use_cache=False).logits, LoRA(rank=2))
     found, expected = (
         jax.jit(jax.grad(lambda a, b, x, f=f: (f.apply(b, a, x) ** 2).mean()))(*given)
@@ -103,15 +109,8 @@ def test_codes_on_a_mesh(tmp_path: pathlib.Path) -> None:
     config["quantization_config"] = {"quant_method": "bitsandbytes"}
     (tmp_path / "config.json").write_text(json.dumps(config))
 
-    mesh = jax.sharding.Mesh(np.reshape(jax.devices(), (4, 2)), ("fsdp", "tensor"))
-    rows = NamedSharding(mesh, P("fsdp"))
-    with torch.device("meta"):
-        shapes, apply = jlora.torch.extract(type(model)(model.config).eval(), {LAYERS: rows})
     ids = np.arange(64).reshape(8, 8)
-    lora = jlora.transform(lambda p, x: apply(p, x, use_cache=False).logits, LoRA(rank=2))
-    names = jlora.torch.names(lora.sites(shapes, ids), apply)
-    like = jax.tree.map(functools.partial(place, mesh), shapes)
-    base = peft.load_base(tmp_path, like, names)
+    lora, base, like, inputs = stream(model, tmp_path, ids)
     codes = [x for x in jax.tree.leaves(base, is_leaf=is_quantized) if is_quantized(x)]
     assert len(codes) == 14
     assert all(len(x.data.sharding.device_set) == 8 for x in codes)
@@ -120,7 +119,7 @@ def test_codes_on_a_mesh(tmp_path: pathlib.Path) -> None:
     adapter = randomize(adapter)
     placed = jax.device_put(adapter, sharding.specs(like, adapter))
     loss = jax.grad(lambda a, b, x: (lora.apply(b, a, x) ** 2).mean())
-    found = jax.jit(loss)(placed, base, jax.device_put(ids, rows))
+    found = jax.jit(loss)(placed, base, inputs)
     dense = jax.device_get(jlora.dequantize(base))
     assert_close(jax.device_get(found), jax.device_get(loss(adapter, dense, ids)), 1e-3)
 
