@@ -83,22 +83,6 @@ def test_outputs_and_merged_weights_are_pytorch_s(name: str) -> None:
     assert_close(jlora.merge(case.base, adapter), expected, 2**-7 if name == "bf16" else 1e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_files_come_back(name: str, tmp_path: Folder) -> None:
-    """Both files have PEFT's bytes with its configuration; without it another one says the same."""
-    case, adapter = loaded(name)
-    config = config_of(case.folder)
-    peft.save(tmp_path / "a", case.base, adapter, case.names, config=config)
-    assert_same_files(tmp_path / "a", case.folder)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", CONFIG, TENSORS]
-    peft.save(tmp_path / "b", case.base, adapter, case.names, base_model="some/model")
-    assert_equal(peft.load(tmp_path / "b", case.base, case.names), adapter)
-    ours = config_of(tmp_path / "b")
-    assert ours.keys() == config.keys()
-    assert ours["base_model_name_or_path"] == "some/model"
-    assert (tmp_path / "b" / CONFIG).read_text() == json.dumps(ours, indent=2, sort_keys=True)
-
-
 # In a model with experts PEFT may take `up_proj` for a part of them, but not where it selected the
 # module itself.
 BASE = {
@@ -137,17 +121,27 @@ def of_peft(name: str, folder: Folder) -> models.Case:
     return models.Case(folder, None, base, names, {})
 
 
-@pytest.mark.parametrize("name", [*some(CASES, *DAILY), *KEPT])
+@pytest.mark.parametrize("name", [*CASES, *KEPT])
 def test_what_is_written_changes_no_number(name: str, tmp_path: Folder) -> None:
     """With the configuration or without it, from a tree or without a model: it says what was read.
 
-    `test_merged_is_peft_s` has the law for what is merged of the fixtures.
+    Of the fixtures both files have PEFT's bytes with its configuration; `test_merged_is_peft_s` has
+    the law for what is merged.
     """
     case = of_peft(name, tmp_path / "peft")
     contents, adapter = peft.read(case.folder), peft.load(case.folder, case.base, case.names)
-    peft.save(tmp_path / "kept", case.base, adapter, case.names, config=contents.config)
-    peft.save(tmp_path / "chosen", case.base, adapter, case.names)
+    config, chosen = config_of(case.folder), tmp_path / "chosen"
+    peft.save(tmp_path / "kept", case.base, adapter, case.names, config=config)
+    peft.save(chosen, case.base, adapter, case.names, base_model="some/model")
     peft.write(tmp_path / "written", contents)
+    ours = config_of(chosen)
+    assert ours["base_model_name_or_path"] == "some/model"
+    assert (chosen / CONFIG).read_text() == json.dumps(ours, indent=2, sort_keys=True)
+    if name in CASES:
+        assert_same_files(tmp_path / "kept", case.folder)
+        assert sorted(p.name for p in chosen.iterdir()) == [CONFIG, TENSORS]
+        assert ours.keys() == config.keys()
+        assert contents.config == config
     for folder in ("kept", "chosen", "written"):
         assert_equal(peft.load(tmp_path / folder, case.base, case.names), adapter)
     for folder in ("kept", "written"):
@@ -367,7 +361,7 @@ def test_nnx_state(tmp_path: Folder) -> None:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
 def test_dtypes_are_kept(dtype: Any, tmp_path: Folder) -> None:
     """A and B keep their dtype, also those that NumPy has no name for."""
-    base, adapter, names = small()
+    base, adapter, names = of_modules("q", "", "q")
     adapter = jax.tree.map(lambda x: x.astype(dtype), adapter)
     assert_equal(come_back(tmp_path / "a", base, adapter, names), adapter)
 
@@ -377,13 +371,9 @@ def test_factors_of_8_bits_are_read_as_float32(dtype: Any, tmp_path: Folder) -> 
     """Exactly, as PEFT does."""
     files, found = Files(tmp_path), []
     for to in (dtype, np.float32):
-        files.tensors(functools.partial(cast, to))
+        files.tensors(lambda t, to=to: t.update({key: x.astype(to) for key, x in t.items()}))
         found.append((files.load(), peft.read(files.folder).leaves))
     assert_equal(*found)
-
-
-def cast(dtype: Any, tensors: dict[str, np.ndarray]) -> None:
-    tensors |= {key: x.astype(dtype) for key, x in tensors.items()}
 
 
 def test_leaves_in_full_alone(tmp_path: Folder) -> None:
@@ -418,7 +408,8 @@ def test_the_first_pattern_of_a_file_counts(tmp_path: Folder) -> None:
     peft.save(tmp_path / "a", base, {"m": sites}, names, config=given)
     adapter = peft.load(tmp_path / "a", base, names)
     assert_equal(adapter, {"m": sites})
-    write_config(tmp_path / "a", lora_alpha=1, **given)
+    fields = config_of(tmp_path / "a") | {"lora_alpha": 1} | given
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(fields))  # which keeps the order
     for again in (
         lambda out: peft.write(out, peft.read(tmp_path / "a")),
         lambda out: peft.save(out, base, adapter, names, config=config_of(tmp_path / "a")),
@@ -426,12 +417,6 @@ def test_the_first_pattern_of_a_file_counts(tmp_path: Folder) -> None:
         again(tmp_path / "b")
         assert_equal(peft.load(tmp_path / "b", base, names), adapter)
         shutil.rmtree(tmp_path / "b")
-
-
-def write_config(folder: Folder, **fields: Any) -> None:
-    """Changes fields of a configuration, and keeps the order."""
-    found = json.loads((folder / CONFIG).read_text()) | fields
-    (folder / CONFIG).write_text(json.dumps(found))
 
 
 # Linear modules, norms, the adapted modules, and the names by which PEFT finds these alone.
@@ -551,22 +536,15 @@ def test_vllm_profile_is_exact_for_powers_of_two(tmp_path: Folder) -> None:
 
 def test_convert_names_what_vllm_would_read_otherwise(tmp_path: Folder) -> None:
     """A scale that is folded into B may take it beyond what its dtype holds."""
-    base = {"q": {"kernel": np.ones((4, 3), np.float32)}}
-    ab = np.ones((4, 1), "f"), np.full((1, 3), 1e30, "f")
-    node = LowRank(*ab, 1e30, Layout((), (0,), (1,)))
-    peft.save(tmp_path / "a", base, {"q": {"kernel": node}}, [peft.Name("q/kernel", "q", "io")])
+    base, _, names = of_modules("q", "", "")
+    low = node(names[0], (4, 4), 1, 1e30)._replace(b=np.full((1, 4), 1e30, "f"))
+    peft.save(tmp_path / "a", base, {"q": {"kernel": low}}, names)
     given = refused(ValueError, "contents", "cannot be written so that", "not finite")
     with given, np.errstate(over="ignore"):
         peft.write(tmp_path / "b", peft.read(tmp_path / "a"), "vllm")
 
 
 # ----------------------------------------------------------------------- saving
-
-
-def small() -> tuple[Any, Any, list[Name]]:
-    """The smallest base, adapter and table."""
-    name = Name("w", "m", "io")
-    return {"w": jnp.zeros((4, 6))}, {"w": node(name, (4, 6), 2, 1.0)}, [name]
 
 
 ROWS_ODD: dict[str, dict[str, Any]] = {
