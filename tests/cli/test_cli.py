@@ -29,7 +29,7 @@ import pytest
 from click.shell_completion import ShellComplete
 from flax import nnx
 from messages import check_text, refused
-from peft_files import Folder, assert_equal, config_of
+from peft_files import CONFIG, TENSORS, Folder, assert_equal, assert_same_files, config_of
 from safetensors.numpy import save_file
 from small import some, without_progress
 
@@ -42,7 +42,6 @@ from jlora._tree import adapter_leaves, nest
 from tests.peft.merge.test_peft_merged import fixture
 
 SUPPORT = pathlib.Path(__file__).parents[1] / "support"
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Where PEFT stores frozen values beside A and B.
 KEEPS = ("tied", "gpt2_tied", "gpt2_untied")
 
@@ -109,7 +108,7 @@ DENSE = ("dora_conv", "tied")  # daily
 def by_formula(name: str) -> dict[str, np.ndarray]:
     """ΔW of every module of a fixture, by PEFT's formula in float64, without jlora's reader."""
     folder = models.FIXTURES / name
-    tensors = models.read(folder / FILES[1])
+    tensors = models.read(folder / TENSORS)
     found = {}
     for key, a in tensors.items():
         module, _, end = key.removeprefix("base_model.model.").partition(".lora_")
@@ -350,14 +349,13 @@ def test_convert_there_and_back(name: str, tmp_path: Folder) -> None:
     run("convert", orbax, tmp_path / "p", *names, *base)
     text = run("diff", theirs, tmp_path / "p").stdout
     assert re.fullmatch(r"(\d+) of \1 common sites are equal\n", text)
-    before, after = (models.read(f / FILES[1]) for f in (theirs, tmp_path / "p"))
+    before, after = (models.read(f / TENSORS) for f in (theirs, tmp_path / "p"))
     kept = {key for key in before if key.endswith(".base_layer.weight")}
     assert before.keys() - kept <= after.keys() <= before.keys()
     assert all(x.tobytes() == before[key].tobytes() for key, x in after.items())
 
     run("convert", orbax, tmp_path / "q", *names, "--config", theirs, *base)
-    for file in FILES:
-        assert (tmp_path / "q" / file).read_bytes() == (theirs / file).read_bytes()
+    assert_same_files(tmp_path / "q", theirs)
 
 
 PLAIN = ("qv", "all_linear", "patterns", "rslora", "embeddings", "tied", "gpt2", "gpt2_tied")
@@ -374,8 +372,7 @@ def test_convert_for_vllm(source: str, name: str, tmp_path: Folder, orbax: Any) 
     text = run("convert", args[0], ours, *args[1:], "--profile", "vllm").stdout
     config = config_of(case.folder) if source == "peft" else None
     peft.save(theirs, case.base, adapter, case.names, profile="vllm", config=config)
-    for file in FILES:
-        assert (ours / file).read_bytes() == (theirs / file).read_bytes()
+    assert_same_files(ours, theirs)
     run("diff", case.folder, ours, "--tolerance", 1e-6)
     if name == "patterns":
         about = f"6 leaves of {jlora.count(adapter)} parameters as peft"
@@ -461,7 +458,7 @@ def test_random_keys_stay_keys(is_known: bool, tmp_path: Folder) -> None:
 def huggingface(folder: Folder, name: str) -> tuple[Folder, dict[str, np.ndarray]]:
     """A case's model as a Hugging Face checkpoint, and what PyTorch merged it to."""
     case, base = fixture(name, folder)
-    for left_out in ("pytorch_model.bin", FILES[0]):  # an adapter, as training scripts leave it
+    for left_out in ("pytorch_model.bin", CONFIG):  # an adapter, as training scripts leave it
         (base / left_out).write_bytes(b"{}")
     return base, case.merged()
 
@@ -478,14 +475,14 @@ def test_merge_into_hugging_face(kind: str, name: str, tmp_path: Folder, orbax: 
         "adapter": str(args[0]),
         "out": str(tmp_path / "m"),
         "format": "huggingface",
-        "left_out": [FILES[0], "pytorch_model.bin"],
+        "left_out": [CONFIG, "pytorch_model.bin"],
     }
     found = models.read(tmp_path / "m" / "model.safetensors")
     assert found.keys() == merged.keys()
     for key, x in merged.items():
         np.testing.assert_allclose(found[key], x, rtol=0, atol=1e-6 * np.abs(x).max())
     text = run("merge", base, args[0], tmp_path / "n", *args[1:]).stdout
-    assert text.endswith(f" merged, as huggingface; not copied: {FILES[0]}, pytorch_model.bin\n")
+    assert text.endswith(f" merged, as huggingface; not copied: {CONFIG}, pytorch_model.bin\n")
 
 
 # --------------------------------------------------------------------------------------- errors
@@ -502,7 +499,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, orbax: Any) -> Folder:
     checkpoint.export(root / "small", {"w": jnp.ones(3)})
     shutil.copytree(case.folder, root / "p", ignore=shutil.ignore_patterns("torch*", "model*"))
     shutil.copytree(root / "p", root / "deep")
-    (root / "deep" / FILES[0]).write_text('{"a":' + 9**5 * "[" + 9**5 * "]" + "}")
+    (root / "deep" / CONFIG).write_text('{"a":' + 9**5 * "[" + 9**5 * "]" + "}")
     for name in ("steps/12", "lost"):
         shutil.copytree(root / "o", root / name)
     shutil.rmtree(root / "lost" / "adapter" / "d")

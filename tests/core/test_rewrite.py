@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from messages import refused
 from peft_files import measure
 from safetensors.numpy import load_file, save_file
@@ -14,8 +13,8 @@ from small import some
 
 import jlora
 from jlora import peft
-from jlora._cli._app import cli
 from jlora.peft.formats._dequantize import matrices
+from tests.cli.test_cli import fails, run
 from tests.peft.formats.test_base_files import (
     COLUMNS,
     DENSE,
@@ -164,11 +163,9 @@ LEFT = {
     "x.SCB.quant_state.bitsandbytes__zz": ("U8", np.ones(8, np.uint8)),
 }
 WAYS = {
-    "export_merged": lambda base, adapter, out: peft.export_merged(base, adapter, out),
+    "export_merged": peft.export_merged,
     "dequantize": lambda base, adapter, out: peft.dequantize_checkpoint(base, out),
-    "merge": lambda base, adapter, out: CliRunner().invoke(
-        cli, ["merge", str(base), str(adapter), str(out)], catch_exceptions=False
-    ),
+    "merge": lambda *folders: fails("merge", *folders),
     "load_base": lambda base, adapter, out: peft.load_base(
         base, {"q": {"kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32)}}, NAMES
     ),
@@ -188,7 +185,7 @@ def test_what_is_left_unread_is_refused(method, name, way, tmp_path):
     dtype, x = LEFT[name]
     base, adapter, _ = beside(tmp_path, method, **{name: x})
     try:
-        said = WAYS[way](base, adapter, tmp_path / "out").output
+        said = WAYS[way](base, adapter, tmp_path / "out")
     except ValueError as e:
         said = str(e)
     if way == "load_base":
@@ -216,10 +213,9 @@ def test_a_checkpoint_in_floats(tmp_path):
 
 def test_command_line(tmp_path):
     folder = write(tmp_path / "base", {f"h.{i}.up": FORMATS["nf4"](seed=i) for i in range(2)})
-    shown = CliRunner().invoke(cli, ["inspect", str(folder)], catch_exceptions=False).output
+    shown = run("inspect", folder).stdout
     assert "h.0.up.weight  64×128  NF4(block=64, double=True)  4.1" in shown
     assert shown.endswith("base: 2 matrices, 8.3 KiB\n")
-    shown = CliRunner().invoke(cli, ["inspect", str(folder), "--json"], catch_exceptions=False)
-    rows = json.loads(shown.output)["tensors"]
+    rows = json.loads(run("inspect", folder, "--json").stdout)["tensors"]
     assert [row["name"] for row in rows] == ["h.0.up.weight", "h.1.up.weight"]
     assert rows[0]["shape"] == [ROWS, COLUMNS]

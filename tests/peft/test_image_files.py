@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from messages import refused
 from peft_files import DEEP, WILD, Folder, assert_equal, bounded, node
 from safetensors import safe_open
@@ -21,8 +20,8 @@ from small import as_jax
 
 import jlora
 from jlora import checkpoint, peft
-from jlora._cli._app import cli
 from jlora.types import Decomposed, LowRank
+from tests.cli.test_cli import fails, run
 from tests.peft.merge.test_peft_merged import checkpoint as write_checkpoint
 from tests.peft.test_campaigns import MANY as MANY_LIES
 from tests.peft.test_campaigns import campaign
@@ -278,13 +277,11 @@ def test_several_models(tensors: Any, metadata: Any, prefixes: Any, tmp_path: Fo
     [text] = peft.read(path, prefix=prefixes[0]).leaves
     assert text == ("layers.0.q" if prefixes[0] == "text_encoder" else "lora_te1_layers_0_q")
     for command, said in (
-        (["inspect", str(path)], "image adapter: 1 sites"),
-        (["diff", str(path), str(path)], "1 of 1 common sites are equal"),
+        (["inspect", path], "image adapter: 1 sites"),
+        (["diff", path, path], "1 of 1 common sites are equal"),
     ):
-        failed = CliRunner().invoke(cli, command)
-        assert failed.exit_code == 2 and "Give --prefix, one of" in failed.stderr
-        done = CliRunner().invoke(cli, [*command, "--prefix", "unet"])
-        assert done.exit_code == 0 and said in done.stdout
+        assert "Give --prefix, one of" in fails(*command)
+        assert said in run(*command, "--prefix", "unet").stdout
 
 
 CLIP = {"encoder.layers.0.q_proj": "text_model.encoder.layers.0.q_proj", "head": "head"}
@@ -304,9 +301,7 @@ def test_a_text_encoder_of_transformers_5(dialect: str, prefix: str, tmp_path: F
         start + key for key in keys
     }
     assert_equal(peft.load(path, base, names), adapter)
-    (tmp_path / "base").mkdir()
-    tensors = {f"{x}.weight": np.zeros((6, 5), np.float32) for x in CLIP}
-    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    peft.save_base(tmp_path / "base", base, names)
     peft.export_merged(tmp_path / "base", path, tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for name, x in jlora.merge(base, adapter).items():
@@ -601,9 +596,7 @@ def test_merged(dialect: str, shards: int, tmp_path: Folder) -> None:
     adapter, _ = ADAPTERS["every module"]
     path = tmp_path / "x.safetensors"
     peft.save(path, BASE, adapter, NAMES, dialect=dialect, prefix="unet")
-    command = ["merge", *map(str, (tmp_path / "base", path, tmp_path / "out"))]
-    done = CliRunner().invoke(cli, command)
-    assert done.exit_code == 0, done.output
+    run("merge", tmp_path / "base", path, tmp_path / "out")
     assert sorted(x.name for x in (tmp_path / "out").iterdir()) == sorted(
         x.name for x in (tmp_path / "base").iterdir()
     )
@@ -633,9 +626,7 @@ def test_converted(tmp_path: Folder) -> None:
     names = ("--names", f"{__file__}:NAMES")
 
     def convert(*args: str) -> None:
-        words = [str(tmp_path / x) if len(x) < 3 else x for x in args]
-        done = CliRunner().invoke(cli, ["convert", *words])
-        assert done.exit_code == 0, done.output
+        run("convert", *(tmp_path / x if len(x) < 3 else x for x in args))
 
     convert("p", "d", "--dialect", "diffusers", "--prefix", "unet")
     convert("d", "k", "--dialect", "kohya", "--prefix", "unet")

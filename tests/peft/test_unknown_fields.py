@@ -5,13 +5,12 @@ import shutil
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from messages import refused
 from peft_calls import ADAPTERS, LIKE, NAMES, folders
 from peft_files import CONFIG, Folder, assert_same_files, bytes_of, config_of
 
 from jlora import peft
-from jlora._cli._app import cli
+from tests.cli.test_cli import fails, run
 
 FIELD = "use_tomorrow"
 
@@ -48,8 +47,7 @@ def test_an_engine_without_the_field(tmp_path: Folder) -> None:
     [finding] = peft.check(adapter, "vllm").findings
     assert finding.what == FIELD
     assert not peft.check(adapter, "vllm", ignore=(FIELD,)).findings
-    words = ["check", str(adapter), "--for", "vllm", "--ignore", FIELD]
-    assert CliRunner().invoke(cli, words).exit_code == 0
+    run("check", adapter, "--for", "vllm", "--ignore", FIELD)
 
 
 def test_what_is_read_and_saved_again(tmp_path: Folder) -> None:
@@ -71,9 +69,8 @@ def test_known_fields_are_not_ignored(known: str, tmp_path: Folder) -> None:
     adapter = folders(tmp_path)[1]
     with refused(ValueError, "ignore", f"but it knows {known}: without"):
         peft.read(adapter, ignore=("x", known))
-    found = CliRunner().invoke(cli, ["inspect", str(adapter), "--ignore", known])
-    assert found.exit_code == 2
-    assert found.stderr.startswith("jlora: --ignore is for fields that jlora does not know")
+    said = fails("inspect", adapter, "--ignore", known)
+    assert said.startswith("jlora: --ignore is for fields that jlora does not know")
 
 
 def test_one_name_is_a_tuple_too(tmp_path: Folder) -> None:

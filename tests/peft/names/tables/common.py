@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from peft_files import config_of
+from peft_files import TENSORS, assert_same_files, config_of
 from safetensors.numpy import load_file
 
 import jlora
@@ -47,7 +47,6 @@ __all__ = [
 pytestmark = pytest.mark.filterwarnings("ignore")
 VOCABULARY = 40
 TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 13))
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 each_adapter = pytest.mark.parametrize("which", ["all", "some"])
 
 
@@ -369,8 +368,7 @@ def test_files_come_back(which: str, made: Made, tmp_path: pathlib.Path) -> None
     adapter = peft.load(made.folder / which, made.base, made.case.names)
     config = config_of(made.folder / which)
     peft.save(tmp_path / "copy", made.base, adapter, made.case.names, config=config)
-    for file in FILES:
-        assert (tmp_path / "copy" / file).read_bytes() == (made.folder / which / file).read_bytes()
+    assert_same_files(tmp_path / "copy", made.folder / which)
 
 
 @each_adapter
@@ -390,6 +388,6 @@ def test_own_adapter(made: Made, tmp_path: pathlib.Path) -> None:
     peft.save(tmp_path / "own", made.base, adapter, made.case.names)
     expected = _logits(made.folder / "base", tmp_path / "own")
     _assert_close(our_logits(made, adapter), expected, made.model.tolerance)
-    own, theirs = (load_file(x / FILES[1]) for x in (tmp_path / "own", made.folder / "all"))
+    own, theirs = (load_file(x / TENSORS) for x in (tmp_path / "own", made.folder / "all"))
     odd = own.keys() ^ {key for key in theirs if f".{made.case.left}." not in key}
     assert not odd, odd
