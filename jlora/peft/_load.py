@@ -37,7 +37,8 @@ def load(
             are read, or the one file of image LoRA, `pytorch_lora_weights.safetensors`. Such a file
             may also be given itself. Its keys show which tool wrote it.
         base: the frozen tree that the adapter is for: arrays or `jax.ShapeDtypeStruct`s.
-        names: a table of `Name` rows, such as `jlora.peft.TABLES["llama"]`.
+        names: a table of `Name` rows, such as `jlora.peft.TABLES["llama"]`; for a model of PyTorch,
+            `jlora.torch.names(sites, apply)`.
         ignore: names of fields of `adapter_config.json` to read the adapter without: fields that
             jlora does not know, and that you know not to change what the adapter computes. Names
             that the file does not have are fine.

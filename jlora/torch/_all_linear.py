@@ -8,10 +8,10 @@ from .._errors import InputError
 from .._rules import compile_pattern
 from .._site import Site
 from .._sites import Sites
-from ._names import Structured, Subtree, find_parts
+from ._names import Extracted, Subtree, find_parts, structure_of
 
 
-def all_linear(apply: Structured, sites: Sites | None = None) -> str:
+def all_linear(apply: Extracted, sites: Sites | None = None) -> str:
     r"""Makes the pattern of the weights that PEFT adapts for `target_modules="all-linear"`.
 
     These are the linear modules of the model and GPT-2's `Conv1D`, without the output head. In
@@ -25,13 +25,14 @@ def all_linear(apply: Structured, sites: Sites | None = None) -> str:
     pooler of an image encoder whose tokens are used.
 
     Args:
-        apply: the function that `jlora.torch.extract` returned.
+        apply: the function that `jlora.torch.extract` returned, or a `functools.partial` of it.
         sites: `jlora.transform(apply).sites(params, …)`, of `apply` or of a function that calls it.
 
     Returns:
         A pattern for `jlora.LoRA` and the like.
 
     Raises:
+        TypeError: if `apply` is no function of `extract`.
         ValueError: if the model has no such weight, or `sites` is of another one.
 
     Source: PEFT 0.21.
@@ -43,13 +44,13 @@ def all_linear(apply: Structured, sites: Sites | None = None) -> str:
         >>> jlora.torch.all_linear(apply)  # doctest: +SKIP
         '\\d+/weight'
     """
-    structure = apply.structure
+    structure = structure_of(apply)
     every = structure.order
     chosen = [x for x in structure.linear if x not in structure.tied]
     if sites is not None:
         own = {".".join(site.parts): site for site in sites.leaves}
         every = tuple(own)
-        chosen = [x for part in find_parts(apply, own) for x in _list_used(part, own)]
+        chosen = [x for part in find_parts(structure, own) for x in _list_used(part, own)]
     if not chosen:
         raise InputError("apply", "is of a model without linear modules that PEFT adapts.")
     others = tuple(_path(name) for name in every if name not in chosen)

@@ -32,6 +32,7 @@ from ._differences import (
     Results,
     judge,
 )
+from ._names import NOT_EXTRACTED
 from ._skeleton import check_module
 from ._stacks import stack_arrays
 
@@ -48,8 +49,7 @@ class Judge:
         """Checks the module."""
         check_module(model)
         if not isinstance(apply, Apply):
-            why = "must be the function that jlora.torch.extract returned, or a partial of it"
-            raise TypeError(f"`apply` {why}; got {type(apply).__name__}.")
+            raise TypeError(f"{NOT_EXTRACTED}; got {type(apply).__name__}.")
         if any(x.is_meta for x in model.parameters()):
             why = "is on PyTorch's meta device, and computes nothing."
             remedy = "Compare a smaller model of the same class, with values."

@@ -1,8 +1,9 @@
 """The names of leaves in PyTorch, by how the model uses them."""
 
+import functools
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from .._errors import InputError
 from .._site import Site
@@ -98,10 +99,23 @@ def place(name: str, stacks: Sequence[Stack]) -> str:
 UNKNOWN = Structure((), {}, {}, frozenset(), frozenset(), ())
 
 
+@runtime_checkable
 class Structured(Protocol):
     """A function that knows the module of which it was made."""
 
     structure: Structure
+
+
+Extracted = Structured | functools.partial[Any]
+NOT_EXTRACTED = "`apply` must be the function that jlora.torch.extract returned, or a partial of it"
+
+
+def structure_of(apply: Extracted) -> Structure:
+    """Returns what is known of the module; raises if the function was made of none."""
+    function = apply.func if isinstance(apply, functools.partial) else apply
+    if not isinstance(function, Structured):
+        raise TypeError(f"{NOT_EXTRACTED}; got {type(function).__name__}.")
+    return function.structure
 
 
 class Subtree(NamedTuple):
@@ -128,7 +142,7 @@ def name_scope(module: str) -> str:
     return f"torch:{module}"
 
 
-def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
+def names(sites: Sites, apply: Extracted | None = None) -> tuple[Name, ...]:
     r"""Makes the name table of a model in PyTorch: a row for each leaf, by how the model uses it.
 
     The path of a leaf is its name in PyTorch, also in a larger tree: if the parameters of the model
@@ -141,16 +155,18 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
     Args:
         sites: `jlora.transform(apply).sites(params, …)`, with or without rules; or those of a
             function that calls `apply` with a part of its parameters.
-        apply: the function that `jlora.torch.extract` returned. It knows the order of the
-            parameters, which heads share the weight of an embedding, and which modules PEFT adapts.
-            `sites` knows which modules the model calls: adapters elsewhere are refused, by
-            `jlora.peft.check_sites` before training and by `save`. Without `apply`, each weight
-            counts as one of a module that is called, and no head as tied.
+        apply: the function that `jlora.torch.extract` returned, or a `functools.partial` of it. It
+            knows the order of the parameters, which heads share the weight of an embedding, and
+            which modules PEFT adapts. `sites` knows which modules the model calls: adapters
+            elsewhere are refused, by `jlora.peft.check_sites` before training and by `save`.
+            Without `apply`, each weight counts as one of a module that is called, and no head as
+            tied.
 
     Returns:
         Rows for `jlora.peft.save`, `load`, `load_base` and all others that take `names`.
 
     Raises:
+        TypeError: if `apply` is no function of `extract`.
         ValueError: if no part of `sites` has the leaves of `apply`: `sites` is of another function.
 
     Examples:
@@ -165,7 +181,7 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
     """
     own = {".".join(site.parts): site for site in sites.leaves}
     rows = dict[str, Name]()
-    for part in () if apply is None else find_parts(apply, own):
+    for part in () if apply is None else find_parts(structure_of(apply), own):
         for name in filter(own.__contains__, part.structure.order):
             is_called = part.is_called(name, own[name])
             rows[name] = _row(own[name], name, part.structure, is_called)
@@ -173,17 +189,17 @@ def names(sites: Sites, apply: Structured | None = None) -> tuple[Name, ...]:
     return (*rows.values(), *others.values())
 
 
-def find_parts(apply: Structured, own: Mapping[str, Site]) -> list[Subtree]:
+def find_parts(structure: Structure, own: Mapping[str, Site]) -> list[Subtree]:
     """Finds the parts of a tree that are the model; raises if there is none."""
-    prefixes = apply.structure.find_prefixes(own)
+    prefixes = structure.find_prefixes(own)
     if not prefixes:
         raise InputError(
             "apply",
-            f"is of a model with a leaf {apply.structure.order[0]!r} and others, and no part of "
+            f"is of a model with a leaf {structure.order[0]!r} and others, and no part of "
             f"`sites` has them all: its first leaf is {next(iter(own), None)!r}.",
             remedy="Give the function of which `sites` was made.",
         )
-    return [Subtree(x, apply.structure.nest(x)) for x in prefixes]
+    return [Subtree(x, structure.nest(x)) for x in prefixes]
 
 
 def _row(site: Site, name: str, structure: Structure, is_called: bool) -> Name:

@@ -6,7 +6,7 @@ import operator
 import pathlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -257,5 +257,10 @@ def test_all_linear_of_sites() -> None:
     assert jlora.torch.all_linear(apply, sites) == "one/weight"
     with pytest.raises(ValueError, match="`apply` is of a model without linear modules"):
         jlora.torch.all_linear(apply, lora.sites(params, IDS, by="x"))
+    bound = functools.partial(apply, by="call")
+    assert jlora.torch.all_linear(bound, sites) == "one/weight"
+    assert jlora.torch.names(sites, bound) == jlora.torch.names(sites, apply)
+    with pytest.raises(TypeError, match=r"`apply` must be the function that .* got function\."):
+        jlora.torch.names(sites, cast(Any, make))
     nested = jlora.transform(lambda p, x: apply(p["lm"], x)).sites({"lm": params}, IDS)
     assert jlora.torch.all_linear(apply, nested) == "one/weight"
