@@ -127,9 +127,9 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
     Raises:
         ValueError: if the checkpoint is damaged, or has codes that the format does not read.
     """
-    format = open_format(checkpoint)
     dtype = _float_dtype(checkpoint)
     transposed = find_transposed(checkpoint.config) or ()
+    format = open_format(checkpoint)
     turned = set[str]()  # whose inputs are before outputs in floats
     matrices = dict[str, Matrix]()
     # Each tensor that is read, with the weight that is written for it, if any.
@@ -139,7 +139,7 @@ def dequantized(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Matrix]]:
         matrices[name] = _matrix(name, x)
         *lead, rows, columns = x.shape
         if not format.keeps_axes if lead else last_of(name) in transposed:
-            turned.add(name)
+            turned |= {name}
         order = (columns, rows) if name in turned else (rows, columns)
         spelling = next(key for key, known in DTYPES.items() if known == (x.dtype or dtype))
         weight = TensorInfo(name, spelling, (*lead, *order))

@@ -1,7 +1,6 @@
 """Finds the edit of each tensor, and which weights are stored as (inputs, outputs)."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -10,7 +9,6 @@ from .._write import Edit
 from ..adapter._fits import list_orientations
 from ..adapter._parts import Part, T, Values
 from ..names._kinds import EXPERTS, LINEAR, Kind
-from ..places._declared import find_transposed
 from ..places._views import Places, Shapes, last_of
 from ._blocks import NewValues, Parts, Sum
 
@@ -82,20 +80,19 @@ def _make_sum(part: Part[np.ndarray], transposed: bool) -> Sum:
 
 
 def orient(
-    parts: Sequence[Part[T]], shapes: Shapes, config: Mapping[str, Any], flag: bool
+    parts: Sequence[Part[T]], shapes: Shapes, modules: Collection[str] | None, flag: bool
 ) -> list[Part[T]]:
     """Sets `transposed` of the linear parts and experts of PEFT's files.
 
-    The model tells it. One that `transformers` does not know has a `Conv1D` where `flag` says so
-    and the shape fits; it stays None where the matrix is square.
+    The model tells it. In one that `transformers` does not know, a weight is one of a `Conv1D` if
+    `flag` says so and the shape fits; it stays None where the matrix is square.
 
     Args:
         parts: A and B of each parameter.
         shapes: the shapes of the parameters of the checkpoint.
-        config: its configuration.
+        modules: the last names of its transposed modules, of `find_transposed`; None if unknown.
         flag: `fan_in_fan_out`. PEFT also leaves it in files of modules that ignore it.
     """
-    modules = find_transposed(config)
 
     def find(part: Part[T]) -> bool | None:
         if modules is not None or not flag:

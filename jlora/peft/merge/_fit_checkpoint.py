@@ -29,6 +29,7 @@ from ..adapter._parameters import (
 from ..adapter._parts import Headers, Parameters, T, Values, fill, list_unequal
 from ..adapter._sorted import Adapter, sort_tensors
 from ..names._names import Name
+from ..places._declared import find_transposed
 from ..places._find import Pairs, find
 from ..places._views import Places, module_of
 from ._edits import orient, orient_experts
@@ -148,7 +149,8 @@ def _match_files(
     target, unsized = fit_vocabulary(target, found)
     target = add_head(target, found, adapter)
     checkpoint, model = target
-    parts = orient(found.parts, model.shapes, checkpoint.config, is_transposed)
+    transposed = find_transposed(checkpoint.config)
+    parts = orient(found.parts, model.shapes, transposed, is_transposed)
     full, heads = separate_heads(model, shared, found)
     found = found._replace(parts=parts, full=full)
     problems += [*unsized, *_list_misfits(target, found), *_list_odd_biases(model, found)]
