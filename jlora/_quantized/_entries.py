@@ -35,7 +35,7 @@ def quantize_entries(
                 whole, part = (dataclasses.replace(x, error=None) for x in (whole, part))
             at: dict[int | None, slice] = {} if axis is None else {axis: slice(i, i + 1)}
             views = whole.map_arrays(
-                lambda x, axes, at=at: x[tuple(at.get(d, slice(None)) for d in axes)]
+                lambda x, axes, at=at: x[*(at.get(d, slice(None)) for d in axes), ...]
             )
             for view, new in zip(jax.tree.leaves(views), jax.tree.leaves(part), strict=True):
                 view[...] = new

@@ -110,6 +110,17 @@ def test_bits(folder, scheme, place):
                 assert_lies(kernel.scale, wanted.scale)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_bits_of_one_matrix(scheme):
+    """The same without a stack, where some arrays of a quantized weight have no axes."""
+    w = np.linspace(-1, 1, ROWS * COLUMNS, dtype=np.float32).reshape(ROWS, COLUMNS)
+    tree = {"up": {"kernel": jnp.asarray(w.T)}}
+    like = jlora.quantize(jax.eval_shape(lambda: tree), SCHEMES[scheme])
+    names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
+    found = peft.from_tensors({"up.weight": w}, like, names)
+    jax.tree.map(np.testing.assert_array_equal, found, jlora.quantize(tree, SCHEMES[scheme]))
+
+
 # ----------------------------------------------------------------------------------------- memory
 
 
