@@ -83,6 +83,10 @@ def is_same(x: Any, y: Any) -> bool:
         return torch.equal(x, y)
     if isinstance(x, tuple | list):
         return len(x) == len(y) and all(map(is_same, x, y))
+    if isinstance(x, dict):
+        return x.keys() == y.keys() and all(is_same(x[key], y[key]) for key in x)
+    if isinstance(x, torch.nn.Module) and not [*x.children()]:  # as `kernels` makes of functions
+        return is_same(vars(x), vars(y))
     if parts := next((names for kind, names in PARTS.items() if isinstance(x, kind)), None):
         return all(is_same(getattr(x, name), getattr(y, name)) for name in parts)
     with contextlib.suppress(Exception):

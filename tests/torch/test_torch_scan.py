@@ -241,7 +241,16 @@ def draw_masks() -> dict[str, torch.Tensor]:
     return {"mask": torch.randn(4), "shift": nn.Buffer(torch.randn(4), persistent=False)}
 
 
+def by_table(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Calls a function that is a module, and no part of the layer's."""
+    return multiply(m, m.table["f"](x))
+
+
 RIGHT = {
+    "functions as modules": (
+        chain,
+        [layer(i, 4, by_table, table={"f": nn.Sigmoid()}) for i in range(4)],
+    ),
     "constants of their own": (chain, [layer(i, 4, mask, **draw_masks()) for i in range(4)]),
     "as they are": (chain, four()),
     "an input of their own": (by_own, four(lambda m, x, other: multiply(m, x) + other)),
@@ -325,6 +334,11 @@ REFUSED = {
     "sizes in place": (with_sizes, four(change), WRITES),
     "read outside": (read_outside, four(), "outside of its call"),
     "another width": (chain, [nn.Linear(4, 4), nn.Linear(4, 3)], "which has layers that differ"),
+    "another function": (
+        chain,
+        [layer(i, 4, by_table, table={"f": f()}) for i, f in enumerate((nn.Sigmoid, nn.Tanh))],
+        "which has layers that differ: table",
+    ),
     "one layer": (chain, [layer(0)], "which has one layer"),
 }
 
