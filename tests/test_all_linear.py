@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from small import set_up
 
 import jlora
 from jlora import DoRA, LoRA, Slots
@@ -97,8 +98,7 @@ def test_what_is_an_activation_is_listed_without_a_warning():
 def test_an_empty_matrix_is_no_site(rule):
     """As of a block that a configuration leaves without features."""
     params = {"w": jnp.ones((16, 0)), "v": jnp.ones((0, 3)), "u": jnp.ones((3, 4))}
-    lora = jlora.transform(lambda p, x: x @ p["w"] @ p["v"] @ p["u"], rule)
-    base, adapter = lora.init(KEY, params, X)
+    lora, base, adapter = set_up(lambda p, x: x @ p["w"] @ p["v"] @ p["u"], rule, params, X)
     assert adapter.keys() == {"u"}
     assert not lora.apply(base, adapter, X).any()
 

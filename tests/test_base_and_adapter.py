@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.core import FrozenDict
 from messages import refused
+from small import set_up
 
 import jlora
 from jlora import Full, LoRA
@@ -115,8 +116,7 @@ def test_complex_leaf_in_full() -> None:
     """A complex leaf can be trained in full."""
     params = {"w": jnp.ones((4, 3)), "phase": jnp.full(3, 1j)}
     fn = lambda p, x: x @ p["w"] * p["phase"]  # noqa: E731
-    lora = jlora.transform(fn, LoRA("w", rank=2), Full("phase"))
-    base, adapter = lora.init(KEY, params, X)
+    lora, base, adapter = set_up(fn, (LoRA("w", rank=2), Full("phase")), params, X)
     laws.assert_close(lora.apply(base, adapter, X), fn(params, X), 1e-6)
     assert jlora.merge(base, adapter)["phase"].dtype == jnp.complex64
 
@@ -126,8 +126,7 @@ def test_complex_leaf_in_full() -> None:
 
 def draws(params: Any, rule: LoRA, get: Any) -> tuple[Any, Any]:
     """A and the dropout key of the one site."""
-    lora = jlora.transform(lambda p, x: x @ get(p), rule)
-    _, adapter = lora.init(KEY, params, X)
+    *_, adapter = set_up(lambda p, x: x @ get(p), rule, params, X)
     node = get(jlora.dropout(adapter, KEY))
     return np.asarray(node.a), jax.random.key_data(node.key)
 

@@ -4,11 +4,11 @@ import errno
 import pathlib
 import re
 import subprocess
-import sys
 from typing import Any
 
 import disks
 import numpy as np
+import processes
 import pytest
 from messages import refused
 from peft_files import Folder, assert_equal
@@ -64,7 +64,7 @@ with fresh(sys.argv[1], "OUT") as folder:
 
 def test_what_is_left_of_a_killed_write(tmp_path: Folder) -> None:
     """One hidden folder, which the guide's line removes."""
-    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "m"])
+    processes.run("-c", KILLED, tmp_path / "m")
     [left] = tmp_path.iterdir()
     assert [p.name for p in left.rglob("*")] == ["m", "file"]
     [line] = re.findall(r"```bash\n(.*)\n```", (GUIDES / "files_and_serving.md").read_text())

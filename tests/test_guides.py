@@ -13,10 +13,8 @@ import json
 import os
 import pathlib
 import re
-import socket
 import subprocess
 import symtable
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,10 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import processes
 import pytest
 import tables
 import trials
 from flax import nnx
+from small import set_up
 
 import jlora
 
@@ -276,7 +276,7 @@ def test_the_table_of_files_has_every_way_to_write():
     commands = set(re.findall(r"`jlora (\w+)`", table))
     assert commands == {"convert", "merge"}
     for command in commands:
-        subprocess.run([sys.executable, "-m", "jlora", command, "--help"], check=True)
+        assert processes.run("-m", "jlora", command, "--help").returncode == 0
 
 
 MOST = 1500, 26_000  # words of a page, and of all
@@ -380,8 +380,7 @@ def _keras(names: Names) -> None:
 @of("home", 3)
 def _home(names: Names) -> None:
     """The base stays where it was put, and what is trained is on the device."""
-    lora = jlora.transform(names["model"], jlora.LoRA(rank=8))
-    base, adapter = lora.init(jax.random.key(0), names["params"], names["x"])
+    _, base, adapter = set_up(names["model"], jlora.LoRA(rank=8), names["params"], names["x"])
     kinds = [{x.sharding.memory_kind for x in jax.tree.leaves(t)} for t in (base, adapter)]
     assert kinds == [{"pinned_host"}, {jax.devices()[0].default_memory().kind}]
     assert kinds[0] != kinds[1]
@@ -547,13 +546,7 @@ def start(*numbers: int, **environment: str) -> subprocess.Popen[str]:
     """A process that runs blocks of the page on devices and prints what came of it."""
     page = blocks("loops/sharding")
     code = "".join(page[number][0] for number in numbers) + REPORT
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code],
-        env=os.environ | environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    return processes.start("-W", "error", "-c", code, env=environment, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[list[float], list[str], int]:
@@ -574,12 +567,10 @@ def test_sharding():
     assert specs == [*of_adapter, "P()", *of_adapter, *of_adapter]  # a count, and two moments
 
 
-def job(processes: int) -> list[tuple[list[float], list[str], int]]:
+def job(count: int) -> list[tuple[list[float], list[str], int]]:
     """What came of the page on many hosts, in each of some processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        where = f"localhost:{free.getsockname()[1]}"
-    started = [start(2, 1, JOB=f"{where} {processes} {i}") for i in range(processes)]
+    where = f"localhost:{processes.free_port()}"
+    started = [start(2, 1, JOB=f"{where} {count} {i}") for i in range(count)]
     return [finish(process) for process in started]
 
 

@@ -18,10 +18,10 @@ import pytest
 from flax import serialization
 from flax.training.train_state import TrainState
 from messages import refused
-from small import KEY, as_jax, every, raw, some, some_rows
+from small import KEY, as_jax, dense, every, raw, set_up, some, some_rows
 
 import jlora
-from jlora._tree import size_in_bytes
+from jlora._tree import leaves_by_path, name_of, size_in_bytes
 
 FORMS = pytest.mark.parametrize("form", some(["adapter", "params"], "params"))
 random = functools.partial(laws.start, of_b=0.1)  # at B = 0 a wrong gradient of A would not show
@@ -386,8 +386,7 @@ def test_functions_of_the_parameters_get_all_of_them(name: str, freeze_a: bool) 
     """On either form the same step, and with A frozen that of B alone."""
     frozen = ("a",) if freeze_a else ()
     rule = jlora.LoRA("w", rank=2, alpha=2, init=random, frozen=frozen)
-    lora = jlora.transform(lambda p, x: x @ p["w"], rule)
-    base, adapter = lora.init(KEY, {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
+    lora, base, adapter = set_up(dense, rule, {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
     make, wanted = SEARCHES[name]
 
     def stepped(tree: Any, loss: Any, tx: Any) -> Any:
@@ -430,10 +429,7 @@ def test_labels_and_mask(small: Setup) -> None:
     assert labels == jlora.labels(tree)
     assert jlora.labels(tree.adapter) == labels.adapter
     assert set(jax.tree.leaves(labels.base)) == {"base"}
-    flat = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): name
-        for path, name in jax.tree_util.tree_flatten_with_path(labels.adapter)[0]
-    }
+    flat = {name_of(path): name for path, name in leaves_by_path(labels.adapter)}
     low_rank = {f"layers/w/{x}": x for x in "ab"}
     assert flat == low_rank | {"head/w": "full", "head/bias": "full"}
     assert jlora.mask(tree) == jax.tree.map(lambda name: name != "base", labels)

@@ -3,9 +3,9 @@
 import pathlib
 import re
 import subprocess
-import sys
 import tomllib
 
+import processes
 import pytest
 
 yaml = pytest.importorskip("yaml")  # Flax and Orbax need it
@@ -57,7 +57,5 @@ def test_what_was_tried_beside_is_in_the_guide() -> None:
 
 
 def test_the_package_is_a_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "jlora", "--version"], capture_output=True, text=True
-    )
+    done = processes.run("-m", "jlora", "--version")
     assert PROJECT["version"] in done.stdout, done.stderr

@@ -7,12 +7,9 @@ or identity of what the user brought.
 import copy
 import functools
 import importlib.metadata
-import os
 import pathlib
 import pickle
 import re
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -20,13 +17,15 @@ import jax.numpy as jnp
 import laws
 import ml_dtypes
 import numpy as np
+import processes
 import pytest
 from cases.trees import CONTAINERS, two_products
 from jax import lax
 from laws import assert_close
 from messages import check_text, refused
+from nodes import PLAIN
 from own_methods import Diagonal
-from small import KEY, X, every, normal, raw, some
+from small import KEY, X, every, normal, raw, set_up, some
 
 import jlora
 from jlora._arrays import is_on_host
@@ -63,8 +62,7 @@ def setup(
     params = make(normal(1, 6, 8, dtype=dtype), normal(2, 8, 4, dtype=dtype))
     x = normal(3, 3, 6, dtype=dtype)
     options = {"rank": 2, "alpha": 4, "init": random} | options
-    lora = jlora.transform(f, jlora.LoRA(**options, dtype=dtype_of_adapter))
-    return Setup(f, params, x, lora, *lora.init(KEY, params, x))
+    return Setup(f, params, x, *set_up(f, jlora.LoRA(**options, dtype=dtype_of_adapter), params, x))
 
 
 # ------------------------------------------------------------------------------ bind and wrap
@@ -236,9 +234,7 @@ def test_a_base_in_host_memory_stays_there(name: str) -> None:
 def test_merge_of_low_rank_writes_no_change() -> None:
     """Nothing of the size of W is beside it, also in bfloat16."""
     for dtype in (jnp.float32, jnp.bfloat16):
-        node = jlora.types.LowRank(
-            jnp.ones((64, 16)), jnp.ones((16, 32)), 1.0, jlora.types.Layout((), (0,), (1,))
-        )
+        node = jlora.types.LowRank(jnp.ones((64, 16)), jnp.ones((16, 32)), 1.0, PLAIN)
         merge = jax.jit(jlora.merge, donate_argnums=0)
         program = merge.lower({"w": jnp.ones((64, 32), dtype)}, {"w": node}).compile()
         assert program.memory_analysis().temp_size_in_bytes < 64 * 32
@@ -251,8 +247,7 @@ def test_merge_rounds_once() -> None:
     """
     w = normal(1, 64, 32, dtype=jnp.bfloat16)
     a, b = (jnp.round(8 * normal(i, *shape)) / 8 for i, shape in ((2, (64, 4)), (3, (4, 32))))
-    layout = jlora.types.Layout((), (0,), (1,))
-    adapter = {"w": jlora.types.LowRank(a, b, 0.5, layout)}
+    adapter = {"w": jlora.types.LowRank(a, b, 0.5, PLAIN)}
     merged = jlora.merge({"w": w}, adapter)["w"]
     assert_close(jlora.unmerge({"w": merged}, adapter)["w"], w, 4 * 2.0**-8)
     delta = 0.5 * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
@@ -267,8 +262,7 @@ def test_merge_rounds_once() -> None:
 def test_full_leaves_are_copies() -> None:
     """A step may donate the adapter without deleting the base; `unmerge` leaves them alone."""
     s = setup()
-    lora = jlora.transform(s.f, jlora.LoRA("up", rank=2), jlora.Full("down"))
-    base, adapter = lora.init(KEY, s.params, s.x)
+    _, base, adapter = set_up(s.f, (jlora.LoRA("up", rank=2), jlora.Full("down")), s.params, s.x)
     before = raw(base)
     doubled = jax.jit(lambda a: jax.tree.map(lambda x: 2 * x, a), donate_argnums=0)(adapter)
     assert raw(base) == before
@@ -559,14 +553,8 @@ def test_import_is_light() -> None:
         "jlora.peft.Name; print({'torch', 'peft', 'transformers'} & set(sys.modules)); "
         f"print(*[n for n in {SUBMODULES} if n not in dir(jlora) or not getattr(jlora, n)])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(pathlib.Path(jlora.__file__).parents[1])},
-        cwd=pathlib.Path(__file__).with_name("support"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    env = {"PYTHONPATH": str(pathlib.Path(jlora.__file__).parents[1])}
+    done = processes.run("-c", code, env=env, cwd=pathlib.Path(__file__).with_name("support"))
     assert done.stdout.split() == ["[]", "set()"], done.stderr
 
 

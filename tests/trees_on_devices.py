@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import assert_lies, mesh_of, put
+from small import set_up
 
 import jlora
 from jlora import peft
@@ -47,8 +48,7 @@ def test_merge_keeps_shardings() -> None:
 def test_trees_keep_shardings() -> None:
     """The base is the user's; leaves in full lie as they do, also from an adapter on the host."""
     s, params = placed()
-    lora = jlora.transform(s.f, jlora.LoRA("up", rank=2), jlora.Full("down"))
-    base, adapter = lora.init(KEY, params, s.x)
+    _, base, adapter = set_up(s.f, (jlora.LoRA("up", rank=2), jlora.Full("down")), params, s.x)
     assert all(base[name] is params[name] for name in base)
     assert_lies(adapter["down"], params["down"])
     assert_lies(jlora.merge(base, jax.tree.map(np.asarray, adapter)), params)
@@ -77,8 +77,7 @@ def test_dropout_masks_differ_by_shard(check: bool, masks: int) -> None:
         check_vma=check,
     )
     rule, x = jlora.LoRA("w", rank=2, dropout=0.5, init=random), jnp.ones((4, 64))
-    lora = jlora.transform(lambda p, x: product(p["w"], x), rule)
-    base, adapter = lora.init(KEY, {"w": jnp.ones((64, 4))}, x)
+    lora, base, adapter = set_up(lambda p, x: product(p["w"], x), rule, {"w": jnp.ones((64, 4))}, x)
     rows = np.asarray(jax.jit(lora.apply)(base, jlora.dropout(adapter, KEY), x))
     assert len({row.tobytes() for row in rows}) == masks
 

@@ -8,7 +8,7 @@ import laws
 import numpy as np
 import pytest
 from messages import refused
-from small import as_jax, some
+from small import as_jax, dense, set_up, set_up_noisy, some
 
 import jlora
 from jlora import DoRA, Slots
@@ -41,9 +41,7 @@ def made(request: Any) -> tuple[Any, ...]:
     rng = np.random.default_rng(0)
     params = {"w": as_jax(rng.standard_normal((3, 8, 6)), np.float32)}
     x = as_jax(rng.standard_normal((3, 5, 8)), np.float32)
-    dora = jlora.transform(scanned, DoRA("w", rank=2, slots=request.param))
-    base, adapter = dora.init(jax.random.key(0), params, x)
-    return dora, base, laws.randomize(adapter), x
+    return *set_up_noisy(scanned, DoRA("w", rank=2, slots=request.param), params, x), x
 
 
 def test_formula(made: Any) -> None:
@@ -87,8 +85,7 @@ W = np.random.default_rng(1).standard_normal((4, 3))
 
 def one(w: Any, **changed: Any) -> tuple[Any, Any]:
     """Transform and adapter of one matrix of 4 × 3, with `changed` in its node."""
-    dora = jlora.transform(lambda p, x: x @ p["w"], DoRA("w", rank=2, alpha=2))
-    _, adapter = dora.init(jax.random.key(0), {"w": w}, jnp.ones((1, 4)))
+    dora, _, adapter = set_up(dense, DoRA("w", rank=2, alpha=2), {"w": w}, jnp.ones((1, 4)))
     return dora, {"w": adapter["w"]._replace(**changed)}
 
 
@@ -157,8 +154,7 @@ def test_formed_weight_has_the_dtype_of_the_weight() -> None:
         return jax.lax.dot(x, jnp.tanh(p["w"]))
 
     x, params = jnp.ones((2, 8), jnp.bfloat16), {"w": jnp.ones((8, 4), jnp.bfloat16)}
-    lora = jlora.transform(model, DoRA("w", rank=2, materialize=True))
-    base, adapter = lora.init(jax.random.key(0), params, x)
+    lora, base, adapter = set_up(model, DoRA("w", rank=2, materialize=True), params, x)
     jaxpr = jax.make_jaxpr(lora.apply)(base, adapter, x)
     [formed] = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "tanh"]
     assert formed.outvars[0].aval.dtype == jnp.bfloat16
@@ -172,7 +168,5 @@ def test_a_tied_head_scales_inputs_of_any_dtype(dtype: str) -> None:
         return p["w"][jnp.array([1])], jax.lax.dot_general(x, p["w"], (((1,), (1,)), ((), ())))
 
     x = jnp.asarray([[1, 2, 3], [-1, 0, 2]], dtype)
-    dora = jlora.transform(model, DoRA("w", rank=2))
-    base, adapter = dora.init(jax.random.key(0), {"w": jnp.asarray(W)}, x)
-    adapter = laws.randomize(adapter)
+    dora, base, adapter = set_up_noisy(model, DoRA("w", rank=2), {"w": jnp.asarray(W)}, x)
     laws.assert_close(dora.apply(base, adapter, x), model(jlora.merge(base, adapter), x), 1e-5)

@@ -25,7 +25,7 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 from messages import all_refused, each_refusal, refused
 from own_methods import Diagonal, Gain, GainNode
-from small import array, some
+from small import array, set_up, set_up_noisy, some
 
 import jlora
 from jlora import DoRA, Frozen, Full, LoRA, Rows, checkpoint, peft
@@ -206,9 +206,7 @@ def made(request: Any) -> Made:
     method = METHODS[request.param]
     [rest] = PARAMS.keys() - {method.path, "head"}
     rules = (method.rule, Full("head"), Frozen(rest))
-    lora = jlora.transform(model, *rules)
-    base, adapter = lora.init(jax.random.key(1), PARAMS, IDS)
-    return Made(method, rules, lora, base, laws.randomize(adapter))
+    return Made(method, rules, *set_up_noisy(model, rules, PARAMS, IDS))
 
 
 def test_merged_and_back(made: Made) -> None:
@@ -499,8 +497,7 @@ def test_a_gain_of_any_size_is_that_of_the_merged_weight(dtype: Any, size: float
     size = 1e3 if size > float(limits.max) else size
     w = {"w": jnp.ones((4, len(GAINS)), dtype)}
     x = jnp.asarray([[1.0, 2.0, -1.0, 2.0]], dtype) * jnp.asarray(size, dtype)
-    lora = jlora.transform(lambda p, x: x @ p["w"], Gain("w"))
-    base, adapter = lora.init(jax.random.key(0), w, x)
+    lora, base, adapter = set_up(lambda p, x: x @ p["w"], Gain("w"), w, x)
     gain = jnp.asarray(GAINS, jnp.float32)
 
     def adapted(gain: jax.Array) -> jax.Array:

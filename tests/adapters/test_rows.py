@@ -8,7 +8,7 @@ import laws
 import numpy as np
 import pytest
 from messages import all_refused, each_refusal, refused
-from small import normal, raw, some
+from small import normal, raw, set_up_noisy, some
 
 import jlora
 from jlora import LoRA, Rows, arithmetic
@@ -26,9 +26,7 @@ def model(p: Any, ids: jax.Array) -> jax.Array:
 def made() -> tuple[Any, ...]:
     """Transform, base and random adapter of a tied model."""
     params = {"table": normal(0, 7, 4), "w": normal(1, 4, 4)}
-    lora = jlora.transform(model, Rows("table", NEW))
-    base, adapter = lora.init(jax.random.key(0), params, IDS)
-    return lora, base, laws.randomize(adapter)
+    return set_up_noisy(model, Rows("table", NEW), params, IDS)
 
 
 @pytest.mark.parametrize("dtype", some([jnp.float32, jnp.bfloat16, jnp.float16], jnp.bfloat16))

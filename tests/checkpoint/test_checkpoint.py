@@ -25,7 +25,7 @@ from flax import nnx
 from laws import from_numpy, make
 from messages import refused
 from peft_files import assert_equal
-from small import KEY, array, randomize, some
+from small import KEY, array, set_up, set_up_noisy, some
 
 import jlora
 from jlora import Full, LoRA, Slots, checkpoint
@@ -57,10 +57,7 @@ def made(rules: tuple[Any, ...] = RULES) -> tuple[Any, Any]:
     shapes = {"up": (4, 8), "down": (8, 6), "qkv": (6, 9), "out": (9, 5)}
     params = {name: array(*shape) for name, shape in shapes.items()}
     params["norm"] = jnp.linspace(0.5, 1.5, 6)
-    base, adapter = jlora.transform(model, *map(from_numpy, rules)).init(
-        KEY, params, jnp.ones((1, 4))
-    )
-    return base, randomize(adapter)
+    return set_up_noisy(model, [*map(from_numpy, rules)], params, jnp.ones((1, 4)))[1:]
 
 
 def abstract(tree: Any) -> Any:
@@ -549,8 +546,7 @@ def test_a_checkpoint_of_before_is_refused():
     params = {"query": {"w": jnp.ones((4, 6))}, "out": {"w": jnp.ones((6, 4))}}
     params = {"multi_head": params, "head": {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}}
     rules = LoRA("query", rank=2, alpha=16), LoRA("out", rank=1, alpha=16), Full(".*head")
-    lora = jlora.transform(heads, *rules)
-    _, like = lora.init(KEY, params, jnp.ones((1, 4)))
+    *_, like = set_up(heads, rules, params, jnp.ones((1, 4)))
     restored = run("migration")["arrays_of_02"](BEFORE, like)
     assert jax.tree.structure(restored) == jax.tree.structure(like)
     for x in (restored["head"]["b"], restored["multi_head"]["query"]["w"].b):

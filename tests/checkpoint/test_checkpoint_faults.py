@@ -4,17 +4,16 @@ The law: after any fault, every checkpoint that is there is whole, the error say
 and the run that goes on has the losses, to the last bit, of the one that was never stopped.
 """
 
-import os
 import pathlib
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import processes
 import pytest
 import resume
 
@@ -47,20 +46,8 @@ class Run:
 
     def start(self, name: str, *more: str) -> subprocess.Popen[str]:
         """Starts a process; of those with the same `name` each goes on where the last one was."""
-        cache = {
-            "PYTHONUNBUFFERED": "1",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
-            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
-        return subprocess.Popen(
-            [sys.executable, EXAMPLE, *self.arguments(name, *more)],
-            env=os.environ | cache,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        env = processes.cached(self.folder / "cache")
+        return processes.start(EXAMPLE, *self.arguments(name, *more), env=env)
 
     def log(self, name: str) -> str:
         """The losses so far."""

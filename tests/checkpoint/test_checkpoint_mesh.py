@@ -1,28 +1,17 @@
 """Adapters saved on one mesh by some processes come back on another mesh, in others."""
 
 import pathlib
-import socket
-import subprocess
-import sys
 
 import checkpoint_worker
 import pytest
-
-WORKER = str(checkpoint_worker.__file__)
+from processes import free_port, start
 
 
 def run(folder: pathlib.Path, tasks: str, devices: int, processes: int = 1) -> None:
     """Runs the worker in `processes` processes of `devices` devices; all must end well."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        place = str(processes), str(free.getsockname()[1])
-    command = [sys.executable, WORKER, str(folder), tasks, str(devices)]
-    workers = [
-        subprocess.Popen(
-            [*command, str(i), *place], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for i in range(processes)
-    ]
+    command = checkpoint_worker.__file__, folder, tasks, devices
+    place = processes, free_port()
+    workers = [start(*command, i, *place) for i in range(processes)]
     outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * processes, "\n".join(outputs)
 

@@ -25,6 +25,7 @@ import laws
 import numpy as np
 import orbax.checkpoint as ocp
 import peft_models as models
+import processes
 import pytest
 from click.shell_completion import ShellComplete
 from flax import nnx
@@ -763,8 +764,7 @@ main()
 def test_interrupt_at_the_start(module: str) -> None:
     """Nothing but the same line: no traceback of an import."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    command = [sys.executable, "-c", AT_IMPORT, "inspect", module]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = processes.run("-c", AT_IMPORT, "inspect", module)
     signal.signal(signal.SIGINT, before)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "jlora: interrupted; nothing is half written.\n"
@@ -776,11 +776,10 @@ def test_interrupt(files: Folder, tmp_path: Folder) -> None:
     out = tmp_path / "out"
     out.mkdir()
     folder = written_models(tmp_path)["model"]
-    command = [sys.executable, "-c", HELD, "merge", folder, files / "o", out / "m"]
+    args = "-c", HELD, "merge", folder, files / "o", out / "m", "--names", "llama"
     # A shell that runs the tests in its background has them, and so the process, ignore it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([*command, "--names", "llama"], stdout=pipe, stderr=pipe, text=True)
+    process = processes.start(*args, stderr=subprocess.PIPE)
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 300
     while not list(out.rglob("whole")) and process.poll() is None:

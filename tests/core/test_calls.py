@@ -6,9 +6,9 @@ Eager calls evaluate each layer in its place, so that they are the reference.
 import jax
 import jax.numpy as jnp
 import pytest
-from laws import assert_close, leaks_checked, randomize
+from laws import assert_close, leaks_checked
 from messages import refused
-from small import array, some
+from small import array, set_up, set_up_noisy, some
 
 import jlora
 
@@ -109,10 +109,8 @@ RULES = {
 
 
 def start(model, rules, params=PARAMS, x=X):
-    lora = jlora.transform(model, *rules)
-    base, adapter = lora.init(jax.random.key(0), params, x)
-    adapter = jlora.dropout(randomize(adapter), jax.random.key(1))
-    return lora, base, adapter
+    lora, base, adapter = set_up_noisy(model, rules, params, x)
+    return lora, base, jlora.dropout(adapter, jax.random.key(1))
 
 
 def derivatives(lora):
@@ -179,8 +177,7 @@ def test_a_weight_with_a_known_value_is_in_the_program_once():
             x = f(p["w"], x)
         return x
 
-    lora = jlora.transform(model, jlora.LoRA(rank=2))
-    base, adapter = lora.init(jax.random.key(0), params, jnp.ones((2, 64)))
+    lora, base, adapter = set_up(model, jlora.LoRA(rank=2), params, jnp.ones((2, 64)))
     lowered = jax.jit(lambda adapter, x: lora.apply(base, adapter, x)).lower(
         adapter, jnp.ones((2, 64))
     )

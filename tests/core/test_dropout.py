@@ -19,7 +19,7 @@ import pytest
 from jax import lax
 from laws import assert_close
 from messages import refused
-from small import as_jax, every, raw, some
+from small import as_jax, every, raw, set_up, some
 
 import jlora
 from jlora import many
@@ -42,8 +42,7 @@ random = functools.partial(laws.start, of_b=0.5)  # a B that is not zero
 def adapt(apply: Any, params: Any, x: Any, **options: Any) -> tuple[Any, Any, Any]:
     """Transform, base and adapter of all sites."""
     rule = jlora.LoRA(**{"pattern": ".*", "rank": 2, "dropout": 0.25, "init": random} | options)
-    lora = jlora.transform(apply, rule)
-    return lora, *lora.init(jax.random.key(0), params, x)
+    return set_up(apply, rule, params, x)
 
 
 # ----------------------------------------------------------------------- one linear use of W

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from small import array, some, some_rows
+from nodes import PLAIN
+from small import array, dense, set_up, some, some_rows
 
 import jlora
 from jlora._core._change import plus
@@ -18,11 +19,10 @@ MANY, FEW, DIM = 256, 8, 16  # rows
 
 def test_float16_neither_overflows_nor_vanishes():
     """x·A is beyond float16, s·x·A is not; a small s loses no more than rounding."""
-    layout = jlora.types.Layout((), (0,), (1,))
-    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+    lora = jlora.transform(dense, jlora.LoRA("w", rank=2))
     base = {"w": jnp.zeros((256, 3), jnp.float16)}
     a, b = jnp.full((256, 2), 4.0), jnp.ones((2, 3))
-    node = jlora.types.LowRank(a, b, 0.01, layout)
+    node = jlora.types.LowRank(a, b, 0.01, PLAIN)
     y = jax.jit(lora.apply)(base, {"w": node}, jnp.full((4, 256), 100, jnp.float16))
     np.testing.assert_allclose(y, np.full((4, 3), 2048.0), rtol=1e-3)
 
@@ -40,15 +40,10 @@ def test_float16_neither_overflows_nor_vanishes():
     assert error < 3e-3
 
 
-def _product(p, x):
-    return x @ p["w"]
-
-
 def _problem(rows, dtype=jnp.float32, dim=DIM, **rule):
     x, w = array(rows, dim).astype(dtype), (array(dim, dim) / dim**0.5).astype(dtype)
     rule = jlora.LoRA("w", rank=4, alpha=8, init=laws.start, **rule)
-    lora = jlora.transform(_product, rule)
-    base, adapter = lora.init(jax.random.key(0), {"w": w}, x)
+    lora, base, adapter = set_up(dense, rule, {"w": w}, x)
     return lora, base, jax.tree.map(lambda v: v + 0.1 * array(*v.shape), adapter), x
 
 
@@ -142,8 +137,7 @@ def test_factors_of_fewer_bits_than_the_scale():
     """1e-8 is zero in float16, in which A and B are, but not in float32, in which W is."""
     _, base, _, x = _problem(FEW)
     product = lambda p, x: x @ (p["w"] * 1e-8) * 1e8  # noqa: E731
-    lora = jlora.transform(product, jlora.LoRA("w", rank=4, dtype=jnp.float16))
-    _, adapter = lora.init(jax.random.key(0), base, x)
+    lora, _, adapter = set_up(product, jlora.LoRA("w", rank=4, dtype=jnp.float16), base, x)
     adapter = jax.tree.map(lambda v: v + jnp.asarray(0.5, v.dtype), adapter)
     expected = product(jlora.merge(base, adapter), x)
     np.testing.assert_allclose(lora.apply(base, adapter, x), expected, rtol=1e-4, atol=1e-4)
@@ -153,8 +147,7 @@ def test_factors_of_fewer_bits_than_the_scale():
 def test_float8_weights_have_wider_factors():
     x, w = jnp.ones((3, 6)), jnp.linspace(-1, 1, 30).reshape(6, 5).astype(jnp.float8_e4m3fn)
     product = lambda p, x: x @ p["w"].astype(x.dtype)  # noqa: E731
-    lora = jlora.transform(product, jlora.LoRA("w", rank=2, alpha=2))
-    base, adapter = lora.init(jax.random.key(0), {"w": w}, x)
+    lora, base, adapter = set_up(product, jlora.LoRA("w", rank=2, alpha=2), {"w": w}, x)
     adapter = jax.tree.map(lambda v: v + 0.25, adapter)
     assert {v.dtype for v in jax.tree.leaves(adapter)} == {jnp.dtype(jnp.float32)}
     merged = jlora.merge(base, adapter)["w"]
@@ -173,8 +166,7 @@ def test_an_activation_that_sites_share_is_kept_once(rows):
         y = jnp.exp(x)
         return [y @ params[n] for n in names]
 
-    lora = jlora.transform(model, jlora.LoRA(rank=1))
-    base, adapter = lora.init(jax.random.key(0), params, x)
+    lora, base, adapter = set_up(model, jlora.LoRA(rank=1), params, x)
     _, backward = jax.vjp(lambda adapter: lora.apply(base, adapter, x), adapter)
     kept = {id(v): v.shape for v in jax.tree.leaves(backward) if hasattr(v, "shape")}
     assert list(kept.values()).count(x.shape) == 1, kept
@@ -202,7 +194,7 @@ def test_no_platform_forms_the_sum(platform, rows, dtype):
 
 def test_a_transform_can_be_pickled():
     _, base, adapter, x = _problem(FEW)
-    lora = jlora.transform(_product, jlora.LoRA("w", rank=2))
+    lora = jlora.transform(dense, jlora.LoRA("w", rank=2))
     again = pickle.loads(pickle.dumps(lora))
     laws.assert_close(again.apply(base, adapter, x), lora.apply(base, adapter, x), 1e-6)
 
@@ -235,7 +227,7 @@ def _convolution(p, x):
     return jax.lax.conv(x[:, :, None], p["w"].T[:, :, None], (1,), "VALID")[:, :, 0]
 
 
-@pytest.mark.parametrize("model", some([_product, _experts, _convolution], _product))
+@pytest.mark.parametrize("model", some([dense, _experts, _convolution], dense))
 @pytest.mark.parametrize(
     ("scale", "of_a", "of_b"),
     some_rows(
@@ -247,15 +239,14 @@ def test_float16_is_merged_whatever_the_sizes_of_s_a_and_b(model, scale, of_a, o
     """Values and gradients where s·A·B is like W, but s, A, B or s·A are not in float16."""
     w = {"w": (array(64, 8) / 8).astype(jnp.float16)}
     x = array(16, 64).astype(jnp.float16)
-    layout = jlora.types.Layout((), (0,), (1,))
-    node = jlora.types.LowRank(of_a * array(64, 2), of_b * array(2, 8), scale, layout)
+    node = jlora.types.LowRank(of_a * array(64, 2), of_b * array(2, 8), scale, PLAIN)
 
     def adapted(node):
         return jlora.wrap(model)(jlora.bind(w, {"w": node}), x).astype(jnp.float32)
 
     def merged(node):
-        dense = w["w"].astype(jnp.float32) + node.scale * node.a @ node.b
-        return model({"w": dense}, x.astype(jnp.float32))
+        whole = w["w"].astype(jnp.float32) + node.scale * node.a @ node.b
+        return model({"w": whole}, x.astype(jnp.float32))
 
     def both(f):
         return jax.jit(lambda node: (f(node), jax.grad(lambda n: laws.scalar(f(n)))(node)))(node)
@@ -266,9 +257,8 @@ def test_float16_is_merged_whatever_the_sizes_of_s_a_and_b(model, scale, of_a, o
 def test_float16_with_a_column_of_zeros():
     """It has no norm, by which its row of B could be multiplied out of float16."""
     w, x = {"w": jnp.zeros((4, 3), jnp.float16)}, jnp.ones((2, 4), jnp.float16)
-    layout = jlora.types.Layout((), (0,), (1,))
-    node = jlora.types.LowRank(jnp.zeros((4, 1)), jnp.full((1, 3), 6e4), 1.0, layout)
-    assert not np.any(jlora.wrap(_product)(jlora.bind(w, {"w": node}), x))
+    node = jlora.types.LowRank(jnp.zeros((4, 1)), jnp.full((1, 3), 6e4), 1.0, PLAIN)
+    assert not np.any(jlora.wrap(dense)(jlora.bind(w, {"w": node}), x))
 
 
 def test_a_sum_and_its_derivative_round_alike():

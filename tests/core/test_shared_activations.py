@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from laws import assert_close, randomize, start
-from small import array, some_rows
+from small import array, set_up, set_up_noisy, some_rows
 
 import jlora
 
@@ -132,9 +132,8 @@ def test_an_activation_is_multiplied_once(model, rules, columns):
     """With the A of all weights at once; values and gradients are those of merged weights."""
     with jax.enable_x64(True):
         params, x = jax.tree.map(np.float64, (matrices("qkv"), array(2, 3, DIM)))
-        lora = jlora.transform(model, *(dataclasses.replace(r, init=start) for r in rules))
-        base, adapter = lora.init(jax.random.key(1), params, x)
-        adapter = randomize(adapter)
+        rules = [dataclasses.replace(rule, init=start) for rule in rules]
+        lora, base, adapter = set_up_noisy(model, rules, params, x)
 
         def adapted(adapter, x):
             return jnp.cos(lora.apply(base, adapter, x)).sum()
@@ -188,8 +187,7 @@ def test_effects_keep_their_order():
         return q + x @ doubled
 
     params, x = matrices("qk"), jnp.ones((2, DIM))
-    lora = jlora.transform(model, jlora.LoRA("[qk]", rank=4))
-    base, adapter = lora.init(jax.random.key(1), params, x)
+    lora, base, adapter = set_up(model, jlora.LoRA("[qk]", rank=4), params, x)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         out = lora.apply(base, adapter, x)
         jax.effects_barrier()

@@ -26,6 +26,7 @@ from small import (
     dense,
     init,
     model,
+    set_up,
     some_rows,
     swap,
 )
@@ -400,8 +401,7 @@ def test_errors_of_the_model_pass() -> None:
             raise OwnError("mine")
         return x @ p["w"]
 
-    lora = jlora.transform(failing, LoRA("w", rank=2))
-    base, adapter = lora.init(KEY, W, X, False)
+    lora, base, adapter = set_up(failing, LoRA("w", rank=2), W, X, False)
     keys = jlora.transform(lambda p, params: p["v"] @ params, LoRA("w", rank=2))
     with pytest.raises(KeyError) as caught:
         keys.init(KEY, W, X)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from messages import refused
-from small import KEY, PARAMS, W, X, assert_close, dense, model, randomize
+from small import KEY, PARAMS, W, X, assert_close, dense, model, set_up_noisy
 
 import jlora
 from jlora import LoRA
@@ -46,9 +46,7 @@ def test_failed_apply_leaves_inputs() -> None:
     def switchable(p: Any, x: jax.Array, odd: bool = False) -> jax.Array:
         return x @ (jnp.sin(p["w"]) if odd else p["w"])
 
-    lora = jlora.transform(switchable, LoRA("w", rank=2))
-    base, adapter = lora.init(KEY, W, X)
-    adapter = randomize(adapter)
+    lora, base, adapter = set_up_noisy(switchable, LoRA("w", rank=2), W, X)
     before = jax.tree.map(np.array, (base, adapter))
     expected = dense(jlora.merge(base, adapter), X)
     with refused(NotImplementedError, "sin", "the weight 'w'"):

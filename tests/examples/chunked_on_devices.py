@@ -1,6 +1,5 @@
 """`examples/chunked.py` on eight devices: each keeps its rows, and its part of the vocabulary."""
 
-import chunked
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,7 +11,7 @@ from small import some
 
 import jlora
 from tests.adapters.methods_on_devices import is_explicit
-from tests.examples.test_chunked import whole
+from tests.examples.test_chunked import by_chunks, whole
 
 ROWS, LENGTH, DIM, VOCAB, CHUNK = 8, 24, 128, 64, 5
 PARAMS = {"table": normal(0, VOCAB, DIM), "w": normal(1, DIM, DIM), "head": normal(2, DIM, VOCAB)}
@@ -49,15 +48,11 @@ def slope_of(form, kind):
     return lora, jax.value_and_grad(f)
 
 
-def by_chunks(*args):
-    return chunked.log_probs(*args, CHUNK)
-
-
 @pytest.mark.parametrize("kind", some(HEADS, "adapted"))
 def test_eight_devices_are_one(kind):
     """Values and gradients; no array is moved that is larger than with whole logits."""
     lora, expected = slope_of(whole, kind)
-    _, found = slope_of(by_chunks, kind)
+    _, found = slope_of(by_chunks(CHUNK), kind)
     params, mesh = PARAMS, mesh_of()
     if kind == "NF4":
         params = jlora.quantize(PARAMS, jlora.NF4("w|head", block=32))
@@ -84,7 +79,7 @@ def test_explicit_axes(kind):
     adapter = adapter_of(lora, PARAMS, IDS)
     one = jax.jit(expected)(adapter, PARAMS, IDS, WEIGHTS)
     with jax.set_mesh(mesh):
-        _, found = slope_of(by_chunks, kind)
+        _, found = slope_of(by_chunks(CHUNK), kind)
         args = (put(x, mesh, spec) for x, spec in ((adapter, P()), (PARAMS, P()), (IDS, P("d"))))
         eight = jax.jit(found)(*args, put(WEIGHTS, mesh, P("d")))
     assert_close(jax.device_get(eight), jax.device_get(one), 1e-10, "explicit axes")

@@ -4,12 +4,12 @@ import contextlib
 import os
 import pathlib
 import re
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
+
+from processes import cached, free_port, start
 
 EXAMPLE = str(pathlib.Path(__file__).parents[2] / "examples" / "pod.py")
 DEVICES = 8
@@ -21,27 +21,11 @@ class Run:
 
     def __init__(self, cache: pathlib.Path, processes: int, *arguments: str):
         """Starts them on eight devices together; `arguments` are those of the command."""
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count="
-        more = {
-            "PYTHONUNBUFFERED": "1",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "XLA_FLAGS": f"{flags}{DEVICES // processes}",
-        }
-        place = [f"--coordinator=localhost:{port}", f"--num-processes={processes}"]
+        env = cached(cache) | {"XLA_FLAGS": f"{flags}{DEVICES // processes}"}
+        place = [f"--coordinator=localhost:{free_port()}", f"--num-processes={processes}"]
         self.workers = [
-            subprocess.Popen(
-                [sys.executable, EXAMPLE, "train", *place, f"--process-id={i}", *arguments],
-                env=os.environ | more,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+            start(EXAMPLE, "train", *place, f"--process-id={i}", *arguments, env=env)
             for i in range(processes)
         ]
         self.lines: list[list[str]] = [[] for _ in self.workers]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 import tables
 from laws import assert_close
-from small import normal, randomize, some
+from small import normal, randomize, set_up, some
 
 import jlora
 
@@ -34,8 +34,7 @@ def test_where_inputs_are_kept_changes_nothing(kind):
 
     def slope(saved):
         model = functools.partial(home.log_probs, SHAPES[kind], attend, saved)
-        lora = jlora.transform(model, jlora.LoRA("layers/[qkvo]", rank=2))
-        base, adapter = lora.init(jax.random.key(1), params, IDS)
+        lora, base, adapter = set_up(model, jlora.LoRA("layers/[qkvo]", rank=2), params, IDS)
         f = jax.value_and_grad(lambda a, base: lora.apply(base, a, IDS).mean())
         traced = jax.jit(f).trace(randomize(adapter), base)
         return traced.lower().compile()(randomize(adapter), base), str(traced.jaxpr)

@@ -12,16 +12,13 @@ hf_peft = pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes")
 
 import laws  # noqa: E402
+from small import dense, set_up  # noqa: E402
 
 import jlora  # noqa: E402
 from jlora import arithmetic, initializers, peft  # noqa: E402
 
 INPUTS, OUTPUTS, RANK = 48, 32, 4
 NAMES = [peft.Name("w", "0", "io")]
-
-
-def dense(p: Any, x: jax.Array) -> jax.Array:
-    return x @ p["w"]
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -101,8 +98,7 @@ def test_miss(inputs: int, tmp_path: Any) -> None:
     torch.sin(y).sum().backward()
 
     rule = jlora.LoRA("w", rank=RANK, alpha=RANK, init=initializers.miss)
-    lora = jlora.transform(dense, rule)
-    base, adapter = lora.init(jax.random.key(0), {"w": jnp.asarray(w)}, x)
+    lora, base, adapter = set_up(dense, rule, {"w": jnp.asarray(w)}, x)
     adapter = {"w": adapter["w"]._replace(b=jnp.asarray(array(block)))}
     close(lora.apply(base, adapter, x), array(y))
     grads = jax.grad(lambda a: jnp.sin(lora.apply(base, a, x)).sum())(adapter)
@@ -117,8 +113,7 @@ def test_paca(tmp_path: Any) -> None:
     """The gradient of B is that of some columns of PyTorch's W; PEFT has it as a LoRA."""
     w, x = normal(INPUTS, OUTPUTS), normal(5, INPUTS)
     rule = jlora.LoRA("w", rank=RANK, alpha=6, init=initializers.paca)
-    lora = jlora.transform(dense, rule)
-    base, adapter = lora.init(jax.random.key(0), {"w": jnp.asarray(w)}, x)
+    lora, base, adapter = set_up(dense, rule, {"w": jnp.asarray(w)}, x)
     layer = layer_of(w)
     torch.sin(layer(torch.from_numpy(x))).sum().backward()
     columns = array(layer[0].weight.grad)[:, np.asarray(adapter["w"].a).argmax(0)]

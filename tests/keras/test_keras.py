@@ -1,15 +1,13 @@
 """Models of Keras with an adapter: what the transform computes, in Keras's own loop."""
 
 import contextlib
-import os
-import subprocess
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+import processes
 import pytest
 from messages import all_refused, check_text, refused
 from own_methods import Diagonal, Gain
@@ -365,8 +363,6 @@ test_mistakes = all_refused(MISTAKES)
 
 def test_without_a_backend() -> None:
     """Of an import without a setting, Keras says only that TensorFlow is missing."""
-    environment = os.environ | {"KERAS_BACKEND": "tensorflow"}
-    command = [sys.executable, "-c", "import jlora.keras"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = processes.run("-c", "import jlora.keras", env={"KERAS_BACKEND": "tensorflow"})
     assert done.returncode == 1
     check_text(done.stderr.splitlines()[-1])

@@ -15,7 +15,7 @@ import pytest
 from cases import CASES, Case
 from jax import export
 from messages import all_refused, refused
-from small import as_jax, some
+from small import as_jax, set_up, some
 
 import jlora
 from jlora import many
@@ -94,8 +94,7 @@ def made(*ranks: int) -> tuple[Any, Any, list[Any]]:
     adapters = []
     for r in ranks or (2, 1, 3):
         rules = jlora.LoRA("w|v", rank=r, init=laws.start), jlora.Full("c")
-        lora = jlora.transform(model, *rules)
-        base, adapter = lora.init(jax.random.key(1), params, jnp.ones((1, 64)))
+        lora, base, adapter = set_up(model, rules, params, jnp.ones((1, 64)))
         noisy = jax.tree.map(lambda x: np.asarray(x) + normal(rng, *x.shape) / 8, adapter)
         adapters.append(jax.tree.map(jnp.asarray, noisy))
     return lora, base, adapters

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
+from meshes import mesh_of
 from small import some
 
 import jlora
@@ -37,9 +38,7 @@ def test_rows_and_codes_on_a_mesh(quantized: bool) -> None:
     """A step on eight devices is one on a device; V lies as the table's columns do."""
     ids, found = jnp.arange(8), []
     for shape in ((1, 1), (4, 2)):
-        places = jax.devices()[: shape[0] * shape[1]]
-        kinds = (AxisType.Auto,) * 2
-        with jax.set_mesh(jax.make_mesh(shape, ("fsdp", "tensor"), kinds, devices=places)):
+        with jax.set_mesh(mesh_of(shape=shape)):
             model = nnx.jit(Words)()
             if quantized:
                 graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -65,10 +64,9 @@ def test_rows_and_codes_on_a_mesh(quantized: bool) -> None:
 @pytest.mark.parametrize("names", some(NAMES, "logical"))
 def test_an_adapter_lies_like_its_base(names: str) -> None:
     """By metadata of logical axes or of the mesh's; the step leaves A and B where they were."""
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
     start = nnx.with_partitioning(nnx.initializers.lecun_normal(), NAMES[names])
     x = jnp.ones((8, 16))
-    with jax.set_mesh(mesh), nnx.logical_axis_rules([("embed", "fsdp"), ("mlp", "tensor")]):
+    with jax.set_mesh(mesh_of()), nnx.logical_axis_rules([("embed", "fsdp"), ("mlp", "tensor")]):
         model = nnx.Linear(16, 8, rngs=nnx.Rngs(0), kernel_init=start)
         adapted = jlora.nnx.adapt(model, jlora.LoRA(rank=2), rngs=nnx.Rngs(1), example=(x,))
         optimizer = nnx.Optimizer(adapted, optax.adam(0.1), wrt=nnx.LoRAParam)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import plan_jobs
+import processes
 import pytest
 from small import without_progress
 
@@ -46,8 +47,7 @@ def test_compiled():
 def test_the_example_counts():
     """Of a small layer: the frozen step has the fewest operations and bytes, the full one most."""
     sizes = ["--aot", "v5e:2x2", "--sizes", "128,1,1,64"]
-    command = [sys.executable, str(EXAMPLE), *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = processes.run(EXAMPLE, *sizes, timeout=300)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     for what in ("GFLOP", "GB accessed", "GB of memory"):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from small import array, some
+from small import array, set_up_noisy, some
 
 import jlora
 from jlora import sharding
+from jlora._tree import size_in_bytes
 
 DIM, LAYERS, ROWS = 32, 2, 64
 PARAMS = {"up": array(LAYERS, DIM, 4 * DIM) / 6, "down": array(LAYERS, 4 * DIM, DIM) / 11}
@@ -39,9 +40,7 @@ def model(activation: Any, is_scanned: bool, keeps: bool) -> Any:
 
 def slope(apply: Any, x: jax.Array) -> tuple[Any, list[Any], int]:
     """The value and gradients of an adapter, the arrays kept for them, the products in both."""
-    lora = jlora.transform(apply, jlora.LoRA(rank=2, init=laws.start))
-    base, adapter = lora.init(jax.random.key(0), PARAMS, x)
-    adapter = laws.randomize(adapter)
+    lora, base, adapter = set_up_noisy(apply, jlora.LoRA(rank=2, init=laws.start), PARAMS, x)
 
     def loss(adapter: Any, base: Any, x: jax.Array) -> jax.Array:
         return jnp.square(lora.apply(base, adapter, x)).mean()
@@ -61,9 +60,7 @@ def test_same_gradients_from_fewer_bytes_and_the_same_products(name: str, is_sca
     )
     for got, expected in zip(*map(jax.tree.leaves, (same, plain)), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-    assert sum(v.size * v.dtype.itemsize for v in kept) < sum(
-        v.size * v.dtype.itemsize for v in kept_by_plain
-    )
+    assert size_in_bytes(kept) < size_in_bytes(kept_by_plain)
     assert same_products == products > 0
 
 
@@ -89,8 +86,7 @@ def test_quantized_weights_are_unpacked_again(scheme: Any, is_scanned: bool) -> 
     for params in (dense, packed):
         base, adapter = lora.init(jax.random.key(0), params, x)
         call = lambda a, b=base: lora.apply(sharding.gathered(b, whole), a, x)  # noqa: E731
-        arrays = jax.tree.leaves(jax.eval_shape(lambda a, f=call: jax.vjp(f, a)[1], adapter))
-        kept.append(sum(v.size * v.dtype.itemsize for v in arrays))
+        kept.append(size_in_bytes(jax.eval_shape(lambda a, f=call: jax.vjp(f, a)[1], adapter)))
     size = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (dense, packed)]
     assert kept[0] - kept[1] > 0.8 * (size[0] - size[1])
 

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 from meshes import assert_lies, mesh_of, on, put
 from meshes import normal as draw
-from small import some, some_rows
+from small import set_up_noisy, some, some_rows
 
 import jlora
 from jlora import FP8, NF4, Int4, Int8, peft, sharding
@@ -75,9 +75,8 @@ def problem(scheme, stacked=False):
     """Transform, quantized base, adapter and input on one device, and where weights lie."""
     params, specs = params_of(stacked)
     x = normal(2, ROWS, D)
-    lora = jlora.transform(scanned(layer) if stacked else layer, jlora.LoRA(rank=2))
-    base, adapter = lora.init(jax.random.key(0), jlora.quantize(params, scheme), x)
-    return lora, base, laws.randomize(adapter), x, specs
+    f, base = scanned(layer) if stacked else layer, jlora.quantize(params, scheme)
+    return *set_up_noisy(f, jlora.LoRA(rank=2), base, x), x, specs
 
 
 def on_mesh(mesh, base, adapter, x, specs):

@@ -14,7 +14,7 @@ from chain import FORMS
 from hypothesis import strategies as st
 from messages import refused
 from own_schemes import Pairs
-from small import some, some_rows
+from small import set_up_noisy, some, some_rows
 
 import jlora
 from jlora._core import Axis
@@ -277,9 +277,7 @@ def problem(scheme=KEPT[1][0], name="products"):
     """The transform, a quantized base, an adapter and the input of a model."""
     model, params, pattern, rule, x, _ = MODELS[name]
     scheme = type(scheme)(**vars(scheme) | {"pattern": pattern})
-    lora = jlora.transform(model, laws.from_numpy(rule))
-    base, adapter = lora.init(jax.random.key(0), jlora.quantize(params, scheme), x)
-    return lora, base, laws.randomize(adapter), x
+    return *set_up_noisy(model, laws.from_numpy(rule), jlora.quantize(params, scheme), x), x
 
 
 STEPS = [(SCHEMES[1], name) for name in list(MODELS)[1:]]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from messages import all_refused
-from small import KEY, array, some
+from small import array, set_up, some
 
 import jlora
 from jlora import DoRA, Full, LoRA, Slots, checkpoint
@@ -155,8 +155,7 @@ def test_its_rules_give_those_ranks(rule: LoRA, tmp_path: Any) -> None:
     sketch = of(SCAN, "inputs")
     rule = dataclasses.replace(rule, init=eva(sketch))
     rules = jlora.allocate(sketch, rule, budget=170)
-    lora = jlora.transform(scan, *rules)
-    base, adapter = lora.init(KEY, params, x)
+    _, base, adapter = set_up(scan, rules, params, x)
     assert {path: node.a.shape[-1] for path, node in adapter.items()} == ranks_of(rules, SCAN)
     for path, node in adapter.items():
         np.testing.assert_allclose(node.scale, rule.scale)

@@ -7,8 +7,6 @@ import random
 import resource
 import shutil
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import peft_models as models
+import processes
 from safetensors.numpy import save_file
 from small import assert_close as assert_close
 from small import normal as normal
@@ -102,8 +101,7 @@ def measure(folder: Folder, *first: Folder) -> tuple[float, float]:
     Without an adapter it dequantizes. It rewrites those in `first` before, and takes what JAX needs
     then.
     """
-    command = [sys.executable, "-c", MEASURED, *first]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True)
+    done = processes.run("-c", MEASURED, *first, cwd=folder, check=True)
     seconds, memory = map(float, done.stdout.split())
     return seconds, memory
 

@@ -81,6 +81,18 @@ def randomize(adapter: Any) -> Any:
     return jax.tree.map(noisy, adapter)
 
 
+def set_up(apply: Any, rules: Any, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+    """Transform, base and adapter of a model under one rule or several."""
+    lora = jlora.transform(apply, *(rules if isinstance(rules, list | tuple) else [rules]))
+    return lora, *lora.init(KEY, params, *args, **kwargs)
+
+
+def set_up_noisy(*args: Any) -> tuple[Any, Any, Any]:
+    """The same with noise on every leaf of the adapter, so that B is not zero."""
+    lora, base, adapter = set_up(*args)
+    return lora, base, randomize(adapter)
+
+
 def some(rows: Iterable[Any], *daily: Any) -> list[Any]:
     """The values of one parameter, of which all but `daily` are for the long run."""
     rows = list(rows)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 from safetensors.numpy import load_file
-from small import KEY, array, randomize, raw
+from small import array, raw, set_up, set_up_noisy
 
 import jlora
 from jlora import Full, LoRA, peft
@@ -127,9 +127,8 @@ def test_names_that_a_checkpoint_has(tmp_path: pathlib.Path) -> None:
 def test_adapter(tmp_path: pathlib.Path) -> None:
     """PEFT's keys and shapes; back bit for bit."""
     every = "|".join(row.path for row in NAMES if row.kind)
-    lora = jlora.transform(model, LoRA(every, rank=2), Full("norm/weight"))
-    base, adapter = lora.init(KEY, PARAMS, IDS)
-    adapter = randomize(adapter)
+    rules = LoRA(every, rank=2), Full("norm/weight")
+    _, base, adapter = set_up_noisy(model, rules, PARAMS, IDS)
     peft.save(tmp_path / "adapter", base, adapter, NAMES)
     found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     shapes = {key.removeprefix("base_model.model."): x.shape for key, x in found.items()}
@@ -160,8 +159,7 @@ def test_adapter(tmp_path: pathlib.Path) -> None:
 
 def test_no_form_in_peft(tmp_path: pathlib.Path) -> None:
     """An adapter of what PEFT cannot adapt is not written as something else."""
-    lora = jlora.transform(model, LoRA("up/weight", rank=1))
-    base, adapter = lora.init(KEY, PARAMS, IDS)
+    _, base, adapter = set_up(model, LoRA("up/weight", rank=1), PARAMS, IDS)
     with pytest.raises(ValueError, match=r"up/weight: PEFT has no form for an adapter of it"):
         peft.save(tmp_path / "adapter", base, adapter, NAMES)
 
@@ -178,8 +176,7 @@ def test_a_head_with_a_bias_of_its_own(tmp_path: pathlib.Path) -> None:
         peft.Name("embed_tokens/weight", "embed_tokens", "vo", tied="lm_head"),
         peft.Name("lm_head/bias", "lm_head", "o", "bias"),
     ]
-    lora = jlora.transform(apply, LoRA("embed_tokens/weight", rank=2))
-    base, adapter = lora.init(KEY, params, IDS)
+    _, base, adapter = set_up(apply, LoRA("embed_tokens/weight", rank=2), params, IDS)
     peft.save(tmp_path / "adapter", base, adapter, names)
     found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert "base_model.model.lm_head.lora_A.weight" in found

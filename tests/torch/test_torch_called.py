@@ -18,7 +18,7 @@ import jax
 import peft as hf_peft
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from small import KEY, randomize
+from small import set_up_noisy
 from torch import nn
 from torch.nn.functional import linear
 from torch_functions import Lambda
@@ -122,9 +122,7 @@ def test_peft_computes_what_jlora_does(name: str, tmp_path: pathlib.Path) -> Non
     """Or it is known before training, and `save` says the same."""
     form = FORMS[name]
     params, apply = jlora.torch.extract(make(form.function))
-    lora = jlora.transform(apply, LoRA(form.pattern, rank=2))
-    base, adapter = lora.init(KEY, params, IDS)
-    adapter = randomize(adapter)
+    lora, base, adapter = set_up_noisy(apply, LoRA(form.pattern, rank=2), params, IDS)
     outputs = np.asarray(lora.apply(base, adapter, IDS))
     sites = lora.sites(params, IDS)
     names = jlora.torch.names(sites, apply)

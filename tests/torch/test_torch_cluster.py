@@ -3,10 +3,9 @@
 import os
 import pathlib
 import re
-import socket
 import subprocess
-import sys
 
+import processes
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -22,31 +21,22 @@ SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 def start(folder: pathlib.Path, out: str) -> list[subprocess.Popen[str]]:
     """Two processes that train on a base, in a folder."""
     code = "".join(re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        where = f"localhost:{free.getsockname()[1]}"
+    where = f"localhost:{processes.free_port()}"
     own = {"BASE": str(folder / "base"), "OUT": str(folder / out), "JAX_PLATFORMS": "cpu"}
     own |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/examples", "PYTHONUNBUFFERED": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", JOIN.format(where, i) + code],
-            env=os.environ | own,
-            text=True,
-            stdout=subprocess.PIPE if i == 0 else subprocess.DEVNULL,
-        )
-        for i in range(2)
-    ]
+    codes = [JOIN.format(where, i) + code for i in range(2)]
+    return [processes.start("-c", code, env=own, stderr=None) for code in codes]
 
 
-def losses(processes: list[subprocess.Popen[str]], stop: int | None = None) -> dict[int, float]:
+def losses(started: list[subprocess.Popen[str]], stop: int | None = None) -> dict[int, float]:
     """Steps and losses, as process 0 prints them; at step `stop` both are killed."""
     found = {}
-    for line in processes[0].stdout or ():
+    for line in started[0].stdout or ():
         if match := re.fullmatch(r"(\d+) (\d+\.\d+)\n", line):
             found[int(match[1])] = float(match[2])
         if stop in found:
             break
-    for process in processes:
+    for process in started:
         if stop is not None:
             process.kill()
         process.communicate()

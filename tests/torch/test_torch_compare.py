@@ -13,6 +13,7 @@ pytest.importorskip("jlora.torch._apply")
 import jax
 import jax.numpy as jnp
 import torch
+from small import set_up
 from torch import nn
 from torch_functions import Lambda
 
@@ -163,8 +164,7 @@ def test_adapters_are_compared_with_peft(model: Any, is_reached: bool) -> None:
     """Also those that were just made, whose B is 0."""
     pytest.importorskip("peft")
     params, apply = extract(model)
-    lora = jlora.transform(apply, LoRA("linear/weight|0/weight", rank=2))
-    base, adapter = lora.init(jax.random.key(0), params, X)
+    lora, base, adapter = set_up(apply, LoRA("linear/weight|0/weight", rank=2), params, X)
     sites = lora.sites(params, X)
     names = jlora.torch.names(sites, apply)
     assert bool(jlora.peft.check_sites(sites, names)) != is_reached

@@ -3,7 +3,6 @@
 import os
 import pathlib
 import random
-import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -12,12 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import processes
 import pytest
 
 pytest.importorskip("jlora.torch._apply")
 
 import torch
-from small import KEY, randomize
+from small import KEY, set_up_noisy
 from torch import nn
 from torch_functions import (
     CONSTANTS,
@@ -80,9 +80,7 @@ def test_function(name: str) -> None:
     for key, expected in grads.items():
         assert_close(grad["l"][key.removeprefix("l.")], expected, f"gradient of {key}")
     if name not in UNADAPTED:
-        lora = jlora.transform(apply, LoRA("l/weight", rank=2))
-        base, adapter = lora.init(KEY, params, X)
-        adapter = randomize(adapter)
+        lora, base, adapter = set_up_noisy(apply, LoRA("l/weight", rank=2), params, X)
         found = compute(lambda a: lora.apply(base, a, X), adapter)
         merged = compute(lambda a: apply(jlora.merge(base, a), X), adapter)
         for x, expected in zip(*map(jax.tree.leaves, (found, merged)), strict=True):
@@ -401,7 +399,7 @@ assert all(getattr(torch, k) is x for k, x in known[0].items())
 assert all(getattr(torch.accelerator, k) is x for k, x in known[1].items())
 assert torch.compile(torch.nn.Linear(4, 4), backend="eager")(torch.ones(2, 4)).shape == (2, 4)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run("-c", code, check=True, capture_output=False)
 
 
 def test_floats_of_64_bits() -> None:
@@ -417,12 +415,6 @@ def test_a_version_that_torchax_does_not_know(tmp_path: pathlib.Path) -> None:
     (tmp_path / "torchax" / "ops" / "__init__.py").write_text(text)
     code = "import jlora.torch, torch; jlora.torch.extract(torch.nn.Linear(1, 1))"
     paths = [str(tmp_path), *sys.path]
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = processes.run("-c", code, env={"PYTHONPATH": os.pathsep.join(paths)})
     assert f"does not import with torch {version('torch')}" in run.stderr
     assert "ImportError: jlora.torch.extract needs torchax, and torchax 0." in run.stderr

@@ -19,7 +19,7 @@ import peft as hf_peft
 import torch
 import transformers
 from generation import generate, make_cache
-from small import randomize
+from small import set_up_noisy
 from torch_models import GROUPED, MODELS, TEXT, Model
 
 import jlora
@@ -80,9 +80,7 @@ def test_tokens_of_an_adapted_model(name: str) -> None:
     model = make(name)
     params, apply = jlora.torch.extract(model)
     pattern = "in_proj/weight" if name == "mamba2" else jlora.torch.all_linear(apply)
-    lora = jlora.transform(without_cache(apply), LoRA(pattern, rank=2))
-    base, adapter = lora.init(jax.random.key(0), params, IDS)
-    adapter = randomize(adapter)
+    _, base, adapter = set_up_noisy(without_cache(apply), LoRA(pattern, rank=2), params, IDS)
     plain = theirs(model, NEVER)
     merged = leaves_by_path(jlora.merge(base, adapter))
     tensors = {".".join(path): torch.tensor(np.asarray(x)) for path, x in merged}

@@ -22,7 +22,7 @@ import torch_models
 import transformers
 from diffusers.loaders import lora_pipeline
 from safetensors.numpy import load_file, save_file
-from small import randomize
+from small import set_up_noisy
 from torch_images import MODELS
 from torch_models import MASKED, TEXT
 
@@ -57,9 +57,7 @@ class Trained(NamedTuple):
 
 def trained(name: str, rules: Sequence[Any]) -> Trained:
     row, found = MODELS[name], extracted(name)
-    lora = jlora.transform(found.call, *rules)
-    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
-    adapter = randomize(adapter)
+    lora, base, adapter = set_up_noisy(found.call, rules, found.params, row.arrays)
     return Trained(base, adapter, jax.jit(lora.apply)(base, adapter, row.arrays))
 
 
@@ -231,9 +229,7 @@ def test_a_text_encoder(dialect: str, prefix: str, tmp_path: pathlib.Path) -> No
     """CLIP's, whose modules have other names in transformers 5 than in files."""
     row = torch_models.Model("CLIPTextModel", TEXT | {"eos_token_id": 2}, MASKED)
     model, params, _, call, _, names = extract(row)
-    lora = jlora.transform(call, LoRA(rank=2, alpha=3))
-    base, adapter = lora.init(jax.random.key(0), params, row.arrays)
-    adapter = randomize(adapter)
+    lora, base, adapter = set_up_noisy(call, LoRA(rank=2, alpha=3), params, row.arrays)
     outputs = lora.apply(base, adapter, row.arrays)
     peft.save(tmp_path / "a", base, adapter, names, dialect=dialect, prefix=prefix)
     again = peft.load(tmp_path / "a", base, names)

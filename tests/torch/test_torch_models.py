@@ -22,7 +22,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft_files import config_of
 from safetensors.numpy import load_file, save_file
-from small import randomize, raw
+from small import randomize, raw, set_up_noisy
 from torch_functions import Lambda
 from torch_models import MODELS
 
@@ -110,9 +110,7 @@ def test_quantized(name: str) -> None:
     """A base in 4 bits computes what its values in floats do, adapted or not."""
     row, found = MODELS[name], extracted(name)
     codes = jlora.quantize(found.params, jlora.NF4(block=32), sites=found.sites)
-    lora = jlora.transform(found.call, LoRA(rank=2))
-    base, adapter = lora.init(jax.random.key(0), codes, row.arrays)
-    adapter = randomize(adapter)
+    lora, base, adapter = set_up_noisy(found.call, LoRA(rank=2), codes, row.arrays)
     dense = jlora.dequantize(base)
     outputs = jax.jit(lora.apply)(base, adapter, row.arrays)
     assert_close(outputs, jax.jit(lora.apply)(dense, adapter, row.arrays))
@@ -141,9 +139,8 @@ def test_many(name: str, form: str) -> None:
 @pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
 def test_shared_factors_of_experts(name: str, share: Any) -> None:
     row, found = MODELS[name], extracted(name)
-    lora = jlora.transform(found.call, LoRA("gate_up_proj|down_proj", rank=2, share=share))
-    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
-    adapter = randomize(adapter)
+    rule = LoRA("gate_up_proj|down_proj", rank=2, share=share)
+    lora, base, adapter = set_up_noisy(found.call, rule, found.params, row.arrays)
     merged = found.call(jlora.merge(base, adapter), row.arrays)
     assert_close(lora.apply(base, adapter, row.arrays), merged)
     assert np.abs(merged[".logits"] - found.call(base, row.arrays)[".logits"]).max() > 1e-3
@@ -282,9 +279,8 @@ def test_pytorchs_own_attention(tmp_path: pathlib.Path) -> None:
     attention = torch.nn.MultiheadAttention(16, 4, batch_first=True)
     model = Lambda(lambda m, x: m.attn(x, x, x, need_weights=False)[0], attn=attention).eval()
     params, apply = jlora.torch.extract(model)
-    lora = jlora.transform(apply, LoRA("in_proj_weight|out_proj/weight", rank=2))
-    base, adapter = lora.init(jax.random.key(0), params, x)
-    adapter = randomize(adapter)
+    rule = LoRA("in_proj_weight|out_proj/weight", rank=2)
+    lora, base, adapter = set_up_noisy(apply, rule, params, x)
     merged = apply(jlora.merge(base, adapter), x)
     assert_close({"": lora.apply(base, adapter, x)}, {"": merged})
     names = jlora.torch.names(lora.sites(params, x), apply)
@@ -307,10 +303,8 @@ def adapted_rows(name: str) -> list[peft.Name]:
 def test_ours_in_pytorch(name: str, tmp_path: pathlib.Path) -> None:
     """PEFT computes with jlora's file what jlora does; so does `transformers` once it is merged."""
     row, found = MODELS[name], extracted(name)
-    every = "|".join(x.path for x in adapted_rows(name))
-    lora = jlora.transform(found.call, LoRA(every, rank=2, alpha=3))
-    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
-    adapter = randomize(adapter)
+    rule = LoRA("|".join(x.path for x in adapted_rows(name)), rank=2, alpha=3)
+    lora, base, adapter = set_up_noisy(found.call, rule, found.params, row.arrays)
     expected = jax.jit(lora.apply)(base, adapter, row.arrays)
     peft.save(tmp_path / "adapter", base, adapter, found.names)
     model = hf_peft.PeftModel.from_pretrained(row.make(), tmp_path / "adapter").eval()
@@ -362,11 +356,8 @@ def test_theirs_in_jax(name: str, tmp_path: pathlib.Path) -> None:
 def test_gradients_in_pytorch(name: str, tmp_path: pathlib.Path) -> None:
     """Of images and texts, those of the adapter are what PEFT's backward pass computes."""
     row, found = MODELS[name], extracted(name)
-    lora = jlora.transform(
-        found.call, LoRA(jlora.torch.all_linear(found.apply, found.sites), rank=2)
-    )
-    base, adapter = lora.init(jax.random.key(0), found.params, row.arrays)
-    adapter = randomize(adapter)
+    rule = LoRA(jlora.torch.all_linear(found.apply, found.sites), rank=2)
+    lora, base, adapter = set_up_noisy(found.call, rule, found.params, row.arrays)
     peft.save(tmp_path / "ours", base, adapter, found.names)
     model = hf_peft.PeftModel.from_pretrained(row.make(), tmp_path / "ours", is_trainable=True)
     given = {key: torch.as_tensor(x) for key, x in row.arrays.items()}

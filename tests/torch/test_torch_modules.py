@@ -17,7 +17,7 @@ pytest.importorskip("jlora.torch._apply")
 
 import torch
 from jax.sharding import PartitionSpec
-from small import KEY, assert_close, randomize
+from small import KEY, assert_close, set_up_noisy
 from torch import nn
 from torch_functions import Lambda
 
@@ -111,9 +111,8 @@ def test_outputs() -> None:
 
 def test_adapted_is_merged() -> None:
     params, apply = extract(make())
-    lora = jlora.transform(apply, LoRA("layers/0/weight|embed/weight", rank=2), Full("norm/weight"))
-    base, adapter = lora.init(KEY, params, IDS)
-    adapter = randomize(adapter)
+    rules = LoRA("layers/0/weight|embed/weight", rank=2), Full("norm/weight")
+    lora, base, adapter = set_up_noisy(apply, rules, params, IDS)
     merged = apply(jlora.merge(base, adapter), IDS)
     assert_close(lora.apply(base, adapter, IDS), merged)
     assert jnp.abs(merged.logits - apply(params, IDS).logits).max() > 0.1
@@ -294,9 +293,8 @@ def test_devices_of_arguments(ids: Any) -> None:
     """JAX decides where arrays are: a static argument is on PyTorch's CPU, and takes none there."""
     model = Lambda(move, embed=nn.Embedding(5, 8), head=nn.Linear(8, 4)).eval()
     params, apply = extract(model)
-    lora = jlora.transform(functools.partial(apply, ids=ids), LoRA("head/weight", rank=2))
-    base, adapter = lora.init(KEY, params)
-    adapter = randomize(adapter)
+    call = functools.partial(apply, ids=ids)
+    lora, base, adapter = set_up_noisy(call, LoRA("head/weight", rank=2), params)
     grads = jax.grad(lambda a: (lora.apply(base, a) ** 2).sum())(adapter)
     assert all(np.any(x) for x in jax.tree.leaves(grads))
     expected = model(torch.tensor(IDS)).detach().numpy()
