@@ -48,11 +48,23 @@ def keep(ctx: Any, scale: Any, result: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def save(ctx: Any, result: torch.Tensor) -> torch.Tensor:
+    """Saves a result for `backward`."""
+    ctx.save_for_backward(result)
+    return result
+
+
 Rounded = derive("Rounded", lambda ctx, x: x.round(), lambda ctx, g: g)
 Reversed = derive(
     "Reversed", lambda ctx, x, scale: keep(ctx, scale, x), lambda ctx, g: (-ctx.scale * g, None)
 )
 Kept = derive("Kept", lambda ctx, x: keep(ctx, x.detach(), x * 1), lambda ctx, g: -ctx.scale * g)
+Saved = derive("Saved", lambda ctx, x: save(ctx, x.exp()), lambda ctx, g: -ctx.saved_tensors[0] * g)
+Written = derive(
+    "Written",
+    lambda ctx, x, mask: save(ctx, x.exp().masked_fill_(mask, 0)),
+    lambda ctx, g: (ctx.saved_tensors[0] * g, None),
+)
 Pair = derive("Pair", lambda ctx, x: (x * 2, x + 1), lambda ctx, g, h: 5 * g - h)
 
 
@@ -176,6 +188,7 @@ WRITES: dict[str, Case] = {
         "exp_": lambda x: x.exp_(),
         "clamp_": lambda x: x.clamp_(-0.5, 0.5),
         "masked_fill_": lambda x: x.masked_fill_(x > 0, 0.0),
+        "a tensor filled in": lambda x: x.masked_fill_(x > 0, torch.tensor(-1.0)),
         "index_add_": lambda x: x.index_add_(0, torch.tensor([0, 0]), torch.ones(2, 4)),
         "scatter_": lambda x: x.scatter_(1, torch.tensor([[0], [1], [2]]), 5.0),
         "copy_ of one row": lambda x: x.copy_(torch.ones(4)),
@@ -291,6 +304,8 @@ DERIVED: dict[str, Case] = {
     "rounded": lambda h, m: Rounded.apply(h * 3),
     "reversed": lambda h, m: Reversed.apply(h, 2.0) + h**2,
     "of a weight": lambda h, m: h @ Rounded.apply(m.l.weight * 4),
+    "a saved result": lambda h, m: Saved.apply(h) * h,
+    "a saved result that was written": lambda h, m: Written.apply(h, h > 0),
     "two results": lambda h, m: sum(Pair.apply(h)),
     "a function of a function": lambda h, m: Reversed.apply(Rounded.apply(h), 1.0),
     "a checkpoint": lambda h, m: torch.utils.checkpoint.checkpoint(m.l, h, use_reentrant=True),

@@ -23,7 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from importlib.metadata import version
 from typing import Any
 
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiles faster
+FAST = "--xla_backend_optimization_level=0"  # compiles faster, and sums in order
+os.environ.setdefault("XLA_FLAGS", FAST)
 
 import jax
 import jax.numpy as jnp
@@ -317,26 +318,55 @@ def read_generators() -> tuple[Any, ...]:
     return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
 
+class Measurer:
+    """Measures in a process of its own, and ends it if a model takes too long."""
+
+    def __enter__(self) -> "Measurer":
+        """Starts the process."""
+        self._pool = multiprocessing.get_context("spawn").Pool(1)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends it."""
+        self._pool.terminate()
+
+    def measure(self, family: str, name: str) -> Row | None:
+        """Measures; what is wrong, again as XLA computes by default, with errors like PyTorch's."""
+        row = self._run(family, name)
+        if row is None or row.verdict != "wrong":
+            return row
+        self._restart("")
+        try:
+            return self._run(family, name)
+        finally:
+            self._restart(FAST)
+
+    def _run(self, family: str, name: str) -> Row | None:
+        try:
+            return self._pool.apply_async(measure, (family, name)).get(SECONDS)
+        except multiprocessing.TimeoutError:
+            self._restart(os.environ["XLA_FLAGS"])
+            return Row(family, name, "slow", seconds=SECONDS)
+
+    def _restart(self, flags: str) -> None:
+        self._pool.terminate()
+        os.environ["XLA_FLAGS"] = flags
+        self._pool = multiprocessing.get_context("spawn").Pool(1)
+
+
 def draw(seed: int, left_out: Set[str] = frozenset(), known: Sequence[Row] = ()) -> Iterator[Row]:
     """Draws models, and measures those that are not known; one that takes too long is ended."""
     rows = {(x.family, x.name): x for x in known}
-    pool = multiprocessing.get_context("spawn").Pool(1)
-    for family, names in list_drawn(seed):
-        left = FAMILIES[family].number
-        for name in (x for x in names if x not in left_out):
-            row = rows.get((family, name))
-            try:
-                row = row or pool.apply_async(measure, (family, name)).get(SECONDS)
-            except multiprocessing.TimeoutError:
-                pool.terminate()
-                pool = multiprocessing.get_context("spawn").Pool(1)
-                row = Row(family, name, "slow", seconds=SECONDS)
-            if row is not None:
-                yield row
-                left -= 1
-            if not left:
-                break
-    pool.terminate()
+    with Measurer() as measurer:
+        for family, names in list_drawn(seed):
+            left = FAMILIES[family].number
+            for name in (x for x in names if x not in left_out):
+                row = rows.get((family, name)) or measurer.measure(family, name)
+                if row is not None:
+                    yield row
+                    left -= 1
+                if not left:
+                    break
 
 
 def main(seed: int, *others: int) -> None:

@@ -132,7 +132,10 @@ def shake(model: nn.Module) -> None:
 
 
 def make_timm(name: str) -> Specimen | None:
-    """Makes a model of timm, for small images if it takes them."""
+    """Makes a model of timm, for small images if it takes them.
+
+    Two images: of one, PyTorch computes wrong gradients of BatchNorm where strides are not in order.
+    """
     if not _is_small(lambda: timm.create_model(name)):
         return None
     try:
@@ -142,7 +145,7 @@ def make_timm(name: str) -> Specimen | None:
         is_fixed = model.default_cfg.get("fixed_input_size")
         size = model.default_cfg["input_size"][-1] if is_fixed else 64
     shake(model)
-    return Specimen(model.eval(), {"x": draw(1, model.default_cfg["input_size"][0], size, size)})
+    return Specimen(model.eval(), {"x": draw(2, model.default_cfg["input_size"][0], size, size)})
 
 
 def make_torchvision(name: str) -> Specimen | None:
@@ -156,7 +159,7 @@ def make_torchvision(name: str) -> Specimen | None:
     is_fixed = hasattr(model, "image_size")
     size = model.image_size if is_fixed else 96
     is_video = name in torchvision.models.list_models(module=torchvision.models.video)
-    shape = (1, 3, 16, 112, 112) if is_video else (1, 3, size, size)
+    shape = (1, 3, 16, 112, 112) if is_video else (2, 3, size, size)
     first = next(iter(inspect.signature(model.forward).parameters))
     return Specimen(model, {first: draw(*shape)})
 

@@ -259,7 +259,7 @@ def _read_arrays(call: Call) -> Call:
 
 def _move(x: torch.Tensor) -> torch.Tensor:
     """Makes an array of a constant of PyTorch, as it takes none of two devices."""
-    if isinstance(x, Tensor) or not x.ndim:
+    if isinstance(x, Tensor):
         return x
     moved = to_tensor(to_array(x))
     moved.call = getattr(x, "call", 0)

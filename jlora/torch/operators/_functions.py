@@ -47,6 +47,7 @@ class Function:
 
     def __init__(self, frame: types.FrameType, running: Running) -> None:
         """Reads the frame of the call."""
+        self._frame = frame
         self._place = find_place(frame)
         self._kind = frame.f_locals["cls"]
         self._args = frame.f_locals["args"]
@@ -61,11 +62,14 @@ class Function:
         self._made.append(x)
 
     def settle(self) -> None:
-        """Gives the outputs their gradients, as soon as PyTorch has noted them."""
+        """Gives the outputs their gradients, as soon as the call is over.
+
+        Before, PyTorch detaches those outputs that `backward` reads, and has not saved them yet.
+        """
         with _private.no_modes():
             made = {x.output_nr: x for x in self._made if x.grad_fn is not None}
             node = next((x.grad_fn for x in made.values()), None)
-        if node is None:
+        if node is None or self._frame in walk():
             return
         for x in self._made:
             x.function = None
