@@ -202,6 +202,7 @@ def test_what_functions_keep() -> None:
 def with_state(f: Callable[[Any, torch.Tensor], torch.Tensor]) -> nn.Module:
     """Has state of many kinds, which the function may change."""
     objects = {"space": types.SimpleNamespace(sum=0), "array": np.zeros(2), "set": set()}
+    objects |= {"generator": torch.Generator()}
     state = {"buffer": nn.Buffer(torch.ones(4)), "count": 0, "state": None, "seen": []}
     run = lambda m, x: f(m, m.l(x))  # noqa: E731
     return Lambda(run, l=nn.Linear(4, 4), objects=objects, **state).eval()
@@ -281,6 +282,7 @@ KEPT: dict[str, Callable[..., torch.Tensor]] = {
     "hidden states by name": lambda m, h: (setattr(m, "seen", {"h": h}), h)[1],
     "a cache": cached,
     "a flag": lambda m, h: (setattr(m, "is_ready", True), h)[1],
+    "a generator": lambda m, h: h * len(m.objects),
     "a state that is made again": setting(state=lambda m, h: h * 3),
 }
 

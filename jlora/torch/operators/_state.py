@@ -54,6 +54,8 @@ def _walk(value: Any, known: dict[int, Any]) -> Iterator[StateLeaf]:
 
 
 def _read_state(x: Any) -> list[Any]:
+    if isinstance(x, torch.Generator):  # which makes a tensor each time
+        return [bytes(x.get_state().numpy())]
     try:
         reduced = x.__reduce_ex__(4)
     except (TypeError, RuntimeError, pickle.PicklingError):  # without a state to copy
