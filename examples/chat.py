@@ -221,7 +221,9 @@ def run(args, mesh, folder, tokenizer, texts) -> Result:
         with explained():
             start, (adapter, (optimizer, best)) = restore(manager, like, base, settings)
         if args.resume:
-            progress.write(f"goes on after {start} steps" if start else "no checkpoint: begins anew")
+            progress.write(
+                f"goes on after {start} steps" if start else "no checkpoint: begins anew"
+            )
         plan = draw(len(rows.ids), args.steps, args.batch * args.accumulate, args.seed)
 
         watch.begin(file := args.out / "losses.csv", start)

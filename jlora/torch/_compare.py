@@ -31,7 +31,7 @@ def compare(
     shares its parameters. What comes after a difference is not compared.
 
     What differs in float32 is compared with what PyTorch computes in float64: an error is a
-    difference if it is more than four times that of PyTorch, and than 1e-4 of the largest entry.
+    difference if it is more than eight times that of PyTorch, and than 1e-4 of the largest entry.
     Integers must be equal. Where PyTorch cannot compute in float64, the bound is 1e-3, or 8 units
     in the last place of 16 bits.
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-CLOSE, TIMES = 1e-4, 4.0  # of the largest entry; of PyTorch's own error
+CLOSE, TIMES = 1e-4, 8.0  # of the largest entry; of PyTorch's own error, one draw of rounding
 LEAST = 1e-3  # of the largest entry of all arrays: errors of smaller ones are relative to it
 UNKNOWN = 1e-3  # where PyTorch computes nothing in float64
 MOST = 10  # differences that a text lists

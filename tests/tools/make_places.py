@@ -4,7 +4,8 @@
 
 Each element of a tiny model gets a number of its own. The folder that `save_pretrained` writes then
 tells for each of them in which tensor it is, and where. Rows are made of what differs from the
-model, and checked: they must give all parameters back. Needs `transformers` 5 and PyTorch.
+model, and checked: they must give all parameters back. Needs `transformers` 5, PyTorch, timm and
+torchvision.
 """
 
 import collections
