@@ -134,7 +134,7 @@ def shake(model: nn.Module) -> None:
 def make_timm(name: str) -> Specimen | None:
     """Makes a model of timm, for small images if it takes them.
 
-    Two images: of one, PyTorch computes wrong gradients of BatchNorm where strides are not in order.
+    Two images: of one, PyTorch's gradients of BatchNorm are wrong where strides are not in order.
     """
     if not _is_small(lambda: timm.create_model(name)):
         return None
