@@ -67,10 +67,12 @@ def find_shared(
         ties = None  # the adapted model is of another class
     shared, problems = dict[str, list[str]](), list[Problem]()
     if ties is None:
-        shapes = checkpoint.shapes
+        shapes, alike = checkpoint.shapes, collections.defaultdict[object, list[str]](list)
+        for x, shape in shapes.items():
+            alike[shape].append(x)
         for tensor in [] if is_untied(config) else _list_tables(model, found, bool(config)):
-            alike = (x for x in shapes if x != tensor and shapes[x] == shapes[tensor])
-            shared[tensor] = [x for x in alike if digest(x) == digest(tensor)]
+            others = (x for x in alike[shapes[tensor]] if x != tensor)
+            shared[tensor] = [x for x in others if digest(x) == digest(tensor)]
         return None, shared, []
     rows = {model.tensor(name) for name in found.tokens}
     is_said = any(part.get(TIE) is True for part in walk_objects(config))
