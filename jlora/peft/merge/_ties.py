@@ -67,7 +67,8 @@ def find_shared(
         ties = None  # the adapted model is of another class
     shared, problems = dict[str, list[str]](), list[Problem]()
     if ties is None:
-        shapes, alike = checkpoint.shapes, collections.defaultdict[object, list[str]](list)
+        shapes = checkpoint.shapes
+        alike = collections.defaultdict[object, list[str]](list)
         for x, shape in shapes.items():
             alike[shape].append(x)
         for tensor in [] if is_untied(config) else _list_tables(model, found, bool(config)):
