@@ -23,6 +23,7 @@ def start(folder: pathlib.Path, out: str) -> list[subprocess.Popen[str]]:
     code = "".join(re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
     where = f"localhost:{processes.free_port()}"
     own = {"BASE": str(folder / "base"), "OUT": str(folder / out), "JAX_PLATFORMS": "cpu"}
+    own |= {"ADAPTER": str(folder / f"{out}-adapter")}
     own |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/examples", "PYTHONUNBUFFERED": "1"}
     codes = [JOIN.format(where, i) + code for i in range(2)]
     return [processes.start("-c", code, env=own, stderr=None) for code in codes]
@@ -46,7 +47,7 @@ def losses(started: list[subprocess.Popen[str]], stop: int | None = None) -> dic
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: pathlib.Path) -> None:
-    """To the losses of a run that was not stopped, bit for bit."""
+    """To the losses and the file of a run that was not stopped, bit for bit."""
     config = transformers.LlamaConfig(**SIZES, num_attention_heads=4, initializer_range=0.2)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     whole = losses(start(tmp_path, "whole"))
@@ -54,3 +55,5 @@ def test_a_killed_run_goes_on(tmp_path: pathlib.Path) -> None:
     losses(start(tmp_path, "out"), stop=20)  # the checkpoint of step 10 is written
     again = losses(start(tmp_path, "out"))
     assert again and again.items() <= whole.items() and 10 not in again and 40 in again
+    files = [tmp_path / f"{out}-adapter/adapter_model.safetensors" for out in ("whole", "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
