@@ -32,8 +32,9 @@ def compare(
 
     What differs in float32 is compared with what PyTorch computes in float64: an error is a
     difference if it is more than eight times that of PyTorch, and than 1e-4 of the largest entry.
-    Integers must be equal. Where PyTorch cannot compute in float64, the bound is 1e-3, or 8 units
-    in the last place of 16 bits.
+    For gradients it is the largest error of all, as rounding beside a kink, such as that of ReLU,
+    changes one gradient in PyTorch and another in JAX. Integers must be equal. Where PyTorch cannot
+    compute in float64, the bound is 1e-3, or 8 units in the last place of 16 bits.
 
     It takes the time and the memory of two forward passes and a backward pass of PyTorch on the
     host, of which a line tells before they start. Another branch, for another batch, is not seen.

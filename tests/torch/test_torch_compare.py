@@ -20,6 +20,7 @@ from torch_functions import Lambda
 import jlora
 from jlora import LoRA
 from jlora.torch import compare, extract
+from jlora.torch._differences import GRADIENT, OUTPUT, judge
 
 X = jax.random.normal(jax.random.key(0), (3, 4))
 Function = Callable[[Any, torch.Tensor], Any]
@@ -150,6 +151,18 @@ def test_arguments() -> None:
     assert not compare(made(few), *extract(made()), X, rows=2, gradients=False)
     assert not compare(model, params, apply, np.asarray(X), scale=3.0)
     assert not compare(model, params, apply, torch.tensor(np.asarray(X)))
+
+
+@pytest.mark.parametrize("what", [GRADIENT, OUTPUT])
+def test_rounding_at_a_kink(what: str) -> None:
+    """It is in one gradient in PyTorch and in another in JAX; of outputs, each has its own."""
+    ours = {"a": 1 + np.array([2e-3, 0]), "b": np.ones(2)}
+    theirs = {"a": np.ones(2), "b": 1 + np.array([1e-3, 0])}
+    wide = {name: np.ones(2) for name in ours}
+    found = judge({what: ours}, {what: theirs}, lambda: {what: wide})
+    assert [x.where for x in found] == ([] if what == GRADIENT else ["a"])
+    found = judge({what: ours | {"a": 0.98 * wide["a"]}}, {what: theirs}, lambda: {what: wide})
+    assert [x.where for x in found] == ["a"]
 
 
 def listed() -> nn.Module:
