@@ -2,6 +2,7 @@
 
 import torch  # pyright: ignore[reportMissingImports]
 
+from ..peft.names._leaves import ONE_EXPERT
 from ..peft.names._peft import ModuleRules, load_module_rules
 
 
@@ -10,14 +11,18 @@ def find_refused(model: torch.nn.Module) -> dict[str, str]:
 
     Source: PEFT 0.21, `dispatch_default`.
     """
-    refused = _answer_of(model).refused
+    answer = _answer_of(model)
+    has_experts = any(x.endswith(_ends(answer)) for x, _ in model.named_parameters())
+    taken = () if has_experts else answer.modules  # else `save` names them as parameters
     found = dict[str, str]()
     for name, module in model.named_modules():
         if not is_adaptable(module):
             groups = " with groups" if getattr(module, "groups", 1) != 1 else ""
             found[name] = f"a {type(module).__name__}{groups}"
-        elif _last(name) in refused:
+        elif _last(name) in answer.refused:
             found[name] = f"{_last(name)} of a {model.config.model_type}, which PEFT refuses"
+        elif _last(name) in taken:
+            found[name] = f"a {_last(name)}, which PEFT takes for experts, and none are there"
     return found
 
 
@@ -36,9 +41,7 @@ def find_linear(model: torch.nn.Module) -> tuple[str, ...]:
     # Of a matrix with one row or column, A and B would have more numbers than it.
     names = [name for name, x in model.named_parameters() if 1 not in x.shape]
     answer = _answer_of(model)
-    if not all(any(name.endswith(f".{x}") for name in names) for x in answer.parameters):
-        answer = ModuleRules()  # of `transformers` 4, whose experts PEFT takes as they are
-    experts = tuple(f".{name}" for name in answer.parameters)
+    experts = _ends(answer)
     linear = {name for name, m in modules.items() if _is_linear(m) and m is not head}
     # PEFT also adapts modules whose names end with one of these.
     targets = {_last(name) for name in linear}.difference(answer.modules) if experts else linear
@@ -70,8 +73,15 @@ def _head_of(model: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def _answer_of(model: torch.nn.Module) -> ModuleRules:
+    """Returns the answer; without experts for `transformers` 4, which has them as modules."""
     kind = str(getattr(getattr(model, "config", None), "model_type", ""))
-    return load_module_rules().get(kind, ModuleRules())
+    found = load_module_rules().get(kind, ModuleRules())
+    is_old = any(ONE_EXPERT.search(f"{name}.") for name, _ in model.named_modules())
+    return ModuleRules(found.refused) if is_old else found
+
+
+def _ends(answer: ModuleRules) -> tuple[str, ...]:
+    return tuple(f".{name}" for name in answer.parameters)
 
 
 def _last(name: str) -> str:

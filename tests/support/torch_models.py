@@ -150,6 +150,12 @@ MODELS = {
     "qwen2": Model("Qwen2ForCausalLM", GROUPED, WORDS),
     "qwen3": Model("Qwen3ForCausalLM", GROUPED, WORDS),
     "qwen3-moe": Model("Qwen3MoeForCausalLM", GROUPED | EXPERTS | {"num_experts": 4}, WORDS),
+    "qwen3-moe, dense": Model(
+        "Qwen3MoeForCausalLM",
+        GROUPED | EXPERTS | {"num_experts": 4, "mlp_only_layers": [0, 1]},
+        WORDS,
+        "(gate|up|down)_proj",
+    ),
     "qwen3.5": Model("Qwen3_5ForCausalLM", GROUPED | LINEAR_ATTENTION, WORDS),
     "gemma3": Model("Gemma3ForCausalLM", GROUPED | LAYERS, WORDS),
     "gemma4": Model("Gemma4ForCausalLM", GROUPED | GEMMA4, WORDS),

@@ -150,7 +150,7 @@ def _are_parts(leaves: Sequence[NamedLeaf]) -> bool:
     return None not in parts and len(set(parts)) == len(parts)
 
 
-_ONE_EXPERT = re.compile(r"\bexperts\.\d+\.")
+ONE_EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
 def select_by_parameter(leaves: Sequence[NamedLeaf]) -> list[NamedLeaf]:
@@ -160,7 +160,7 @@ def select_by_parameter(leaves: Sequence[NamedLeaf]) -> list[NamedLeaf]:
     """
 
     def is_one_expert(leaf: NamedLeaf) -> bool:
-        return bool(_ONE_EXPERT.search(leaf.modules[0]))
+        return bool(ONE_EXPERT.search(leaf.modules[0]))
 
     def is_confused(leaf: NamedLeaf) -> bool:
         is_plain = leaf.kind is LINEAR and not (leaf.name.transposed or is_one_expert(leaf))

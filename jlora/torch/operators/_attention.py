@@ -24,6 +24,9 @@ def attend(
         attn_mask = jnp.tri(query.shape[-2], key.shape[-2], dtype=bool)
     if enable_gqa:  # groups of queries' heads share one of keys
         shape = query.shape[:-1]
+        if key.shape[-3] != value.shape[-3]:
+            heads = shape[-3]
+            key, value = (jnp.repeat(x, heads // x.shape[-3], -3) for x in (key, value))
         query = _group(query, key.shape[-3])
         has_heads = attn_mask is not None and attn_mask.ndim > 2
         attn_mask = _group(attn_mask, key.shape[-3]) if has_heads else attn_mask
