@@ -5,11 +5,13 @@ import torch  # pyright: ignore[reportMissingImports]
 from ..peft.names._leaves import ONE_EXPERT
 from ..peft.names._peft import ModuleRules, load_module_rules
 
+CONVOLUTIONS = torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d
+
 
 def find_refused(model: torch.nn.Module) -> dict[str, str]:
     """Finds the modules that PEFT does not adapt as a whole, and says what they are.
 
-    Source: PEFT 0.21, `dispatch_default`.
+    Source: PEFT 0.21, `dispatch_default` and `_ConvNd.update_layer`.
     """
     answer = _answer_of(model)
     has_experts = any(x.endswith(_ends(answer)) for x, _ in model.named_parameters())
@@ -17,8 +19,7 @@ def find_refused(model: torch.nn.Module) -> dict[str, str]:
     found = dict[str, str]()
     for name, module in model.named_modules():
         if not is_adaptable(module):
-            groups = " with groups" if getattr(module, "groups", 1) != 1 else ""
-            found[name] = f"a {type(module).__name__}{groups}"
+            found[name] = " with ".join([f"a {type(module).__name__}", *_list_own(module)])
         elif _last(name) in answer.refused:
             found[name] = f"{_last(name)} of a {model.config.model_type}, which PEFT refuses"
         elif _last(name) in taken:
@@ -56,10 +57,18 @@ def find_linear(model: torch.nn.Module) -> tuple[str, ...]:
 
 
 def is_adaptable(module: torch.nn.Module) -> bool:
-    """Whether PEFT adapts modules of this class, with one A and one B for the whole weight."""
-    if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
-        return module.groups == 1
+    """Whether PEFT adapts such modules, with one A and one B for the whole weight."""
+    if isinstance(module, CONVOLUTIONS):
+        return not _list_own(module)
     return _is_linear(module) or isinstance(module, torch.nn.Embedding)
+
+
+def _list_own(module: torch.nn.Module) -> list[str]:
+    """Lists what a convolution has, and PEFT's A of it has not."""
+    if not isinstance(module, CONVOLUTIONS):
+        return []
+    plain = {"groups": 1, "dilation": (1,) * len(module.kernel_size), "padding_mode": "zeros"}
+    return [name for name, x in plain.items() if getattr(module, name) != x]
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

@@ -47,6 +47,8 @@ def make(function: Callable[..., torch.Tensor]) -> Any:
         router=Lambda(lambda m, x: linear(x, m.weight), weight=nn.Parameter(torch.randn(8, 8))),
         attention=nn.MultiheadAttention(8, 2, batch_first=True),
         grouped=nn.Conv1d(8, 8, 1, groups=2),
+        dilated=nn.Conv1d(8, 8, 3, padding="same", dilation=2),
+        circular=nn.Conv1d(8, 8, 3, padding="same", padding_mode="circular"),
     ).eval()
 
 
@@ -101,12 +103,19 @@ FORMS = {
         "a parameter of a MultiheadAttention",
         has_file=False,
     ),
-    "of groups": Form(
-        of_rows(lambda m, x: m.grouped(x.transpose(1, 2))),
-        "grouped/weight",
-        "a Conv1d with groups",
-        has_file=False,
-    ),
+    **{
+        f"a convolution with {why}": Form(
+            of_rows(lambda m, x, name=name: getattr(m, name)(x.transpose(1, 2))),
+            f"{name}/weight",
+            f"a Conv1d with {why}",
+            has_file=why != "groups",
+        )
+        for name, why in {
+            "grouped": "groups",
+            "dilated": "dilation",
+            "circular": "padding_mode",
+        }.items()
+    },
 }
 
 
