@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = ROOT / "notebooks" / "measurements" / "zoo.md"
 TABLE = ROOT / "examples" / "results" / "zoo.csv"
-MENDED = {1, 5, 6}  # seeds after whose first draw jlora was mended, and which were then measured again
+MENDED = {1, 5, 6}  # seeds after whose draw jlora was mended, and which were measured again
 CLOSE = 1e-4
 VERDICTS = ("whole", "right", "refused", "failed", "wrong")
 STAGES = ("forward", "linear", "adapter", "gradient", "merged")
@@ -139,11 +139,11 @@ PyTorch itself must read values or draw. Seed 2 has no record.
   gradients. In one, LeViT, those of PyTorch itself were wrong: of BatchNorm, for one image. Three
   differed by four to seven times PyTorch's own rounding, which is one draw of it; the bound is
   eight times since. All were measured again, with two images.
-- **Seed 6** is what was left after that. When it was first drawn, 68 of its 80 models were whole and
-  2 failed. Beam and a model of Nemotron were mended, and DeepLab too: PEFT leaves out the dilation
-  of a convolution, so jlora refuses to write such an adapter. DenseNet was called wrong, by
-  rounding: beside a kink, such as that of ReLU, it changes one gradient in PyTorch and another in
-  JAX. In float64 all were PyTorch's. The bound is by PyTorch's largest error since. PEFT itself
+- **Seed 6** is what was left after that. When it was first drawn, 68 of its 80 models were whole
+  and 2 failed. Beam and a model of Nemotron were mended, and DeepLab too: PEFT leaves out the
+  dilation of a convolution, so jlora refuses to write such an adapter. DenseNet was called wrong,
+  by rounding: beside a kink, such as that of ReLU, it changes one gradient in PyTorch and another
+  in JAX. In float64 all were PyTorch's. The bound is by PyTorch's largest error since. PEFT itself
   fails with 3 models.
 """
 
